@@ -1,0 +1,1 @@
+"""Melinoe: run Mixture-of-Experts models in a fraction of their memory."""

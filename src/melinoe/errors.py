@@ -1,0 +1,64 @@
+"""
+Every deliberate error. Each message is one sentence: what happened, and the way out.
+
+    MelinoeError                  anything a user can put right; the command line prints it and exits 1
+    |-- ModelError                the model
+    |   |-- UnsupportedModelError     its family cannot be served
+    |   |-- CheckpointError           its files are missing, torn or of an unsupported kind
+    |   `-- TokenizerError            its tokenizer is missing or belongs to another model
+    |-- DataError                 an input file or data set
+    |-- TraceError                a trace is malformed, or of another model
+    |-- CacheTooSmallError        one request needs more experts than there are slots
+    |-- BudgetError               a memory budget below the smallest that works
+    |-- OutputExistsError         the place to write to is taken
+    |-- TrainingError             a fine-tuning run cannot go on
+    `-- AttachError               the runtime is attached where it cannot be, or not attached where it must be
+"""
+
+
+class MelinoeError(Exception):
+    """Anything a user can put right."""
+
+
+class ModelError(MelinoeError):
+    """The model cannot be used as given."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model's family cannot be served."""
+
+
+class CheckpointError(ModelError):
+    """The checkpoint's files are missing, torn or of an unsupported kind."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer is missing, or belongs to another model."""
+
+
+class DataError(MelinoeError):
+    """An input file or data set is unusable."""
+
+
+class TraceError(MelinoeError):
+    """A trace is malformed, or was taken from another model."""
+
+
+class CacheTooSmallError(MelinoeError):
+    """One request needs more experts than there are slots."""
+
+
+class BudgetError(MelinoeError):
+    """A memory budget is below the smallest that works."""
+
+
+class OutputExistsError(MelinoeError):
+    """The place to write to is taken."""
+
+
+class TrainingError(MelinoeError):
+    """A fine-tuning run cannot go on."""
+
+
+class AttachError(MelinoeError):
+    """The runtime is attached where it cannot be, or not attached where it must be."""
