@@ -30,8 +30,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset, Subset
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 HELD_OUT = 0.05
 EOS, PAD = "<|endoftext|>", "<|padding|>"
@@ -48,7 +53,9 @@ def read_corpora(directory: Path | None, hub: list[str]) -> dict[str, list[str]]
 
         corpora[name.split("/")[-1]] = list(load_dataset(name, split="train")["text"])
     if not corpora:
-        raise SystemExit("no text found; point --data at a directory of .jsonl files or name a --hub data set")
+        raise SystemExit(
+            "no text found; point --data at a directory of .jsonl files or name a --hub data set"
+        )
     return corpora
 
 
@@ -62,7 +69,10 @@ def train_tokenizer(documents: list[str], vocab_size: int, context: int) -> PreT
     """Byte-level BPE (every byte string has an encoding); digits stand alone, for arithmetic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
@@ -75,16 +85,22 @@ def train_tokenizer(documents: list[str], vocab_size: int, context: int) -> PreT
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, bos_token=EOS, model_max_length=context
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        bos_token=EOS,
+        model_max_length=context,
     )
 
 
 class Blocks(Dataset):
-    """Documents joined by end-of-text and cut into blocks of *context* tokens; the remainder is dropped."""
+    """Documents joined by end-of-text, cut into blocks of *context* tokens; the rest is dropped."""
 
     def __init__(self, documents: list[str], tokenizer: PreTrainedTokenizerFast, context: int):
         ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-        stream = np.concatenate([np.asarray([*one, tokenizer.eos_token_id], np.int64) for one in ids])
+        stream = np.concatenate(
+            [np.asarray([*one, tokenizer.eos_token_id], np.int64) for one in ids]
+        )
         self.num_characters = sum(map(len, documents))
         self.num_tokens = len(stream)
         self.blocks = stream[: len(stream) // context * context].reshape(-1, context)
@@ -132,10 +148,17 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", type=Path, help="directory of JSONL files, one corpus each")
-    add("--hub", action="append", default=[], help="hub data set with a text column; may be repeated")
+    add(
+        "--hub",
+        action="append",
+        default=[],
+        help="hub data set with a text column; may be repeated",
+    )
     add("--out", type=Path, required=True)
     add("--tokens", type=float, default=32e6, help="training tokens")
     add("--vocab-size", type=int, default=4096)
@@ -155,11 +178,15 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    corpora = {name: split(documents) for name, documents in read_corpora(args.data, args.hub).items()}
+    corpora = {
+        name: split(documents) for name, documents in read_corpora(args.data, args.hub).items()
+    }
     training_text = [document for train, _ in corpora.values() for document in train]
     tokenizer = train_tokenizer(training_text, args.vocab_size, args.context)
     train = Blocks(training_text, tokenizer, args.context)
-    validation = {name: Blocks(held_out, tokenizer, args.context) for name, (_, held_out) in corpora.items()}
+    validation = {
+        name: Blocks(held_out, tokenizer, args.context) for name, (_, held_out) in corpora.items()
+    }
     model = build_model(args, tokenizer)
 
     steps = math.ceil(args.tokens / (args.batch * args.context))
@@ -190,7 +217,9 @@ def main() -> None:
         ),
         train_dataset=train,
         # A sample for the curve; the whole of each corpus's held-out part is measured at the end.
-        eval_dataset={name: Subset(blocks, range(min(32, len(blocks)))) for name, blocks in validation.items()},
+        eval_dataset={
+            name: Subset(blocks, range(min(32, len(blocks)))) for name, blocks in validation.items()
+        },
     )
     started = time.time()
     has_checkpoint = work.is_dir() and any(work.glob("checkpoint-*"))
@@ -213,7 +242,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    }
     for key in ("data", "out"):
         settings.pop(key)
     record = {
@@ -236,7 +267,10 @@ def main() -> None:
     temporary.write_text(json.dumps(record, indent=1))
     os.replace(temporary, args.out / "training.json")
     for name, row in final.items():
-        print(f"{name:14} validation perplexity {row['perplexity']:8.2f}   bits/char {row['bits_per_character']:.3f}")
+        print(
+            f"{name:14} validation perplexity {row['perplexity']:8.2f}"
+            f"   bits/char {row['bits_per_character']:.3f}"
+        )
 
 
 if __name__ == "__main__":

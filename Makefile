@@ -1,0 +1,36 @@
+# Two commands for a newcomer, each from nothing: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check report help clean
+
+help:            ## list the targets
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ :/'
+
+demo: $(READY)   ## fine-tune, trace, predict, serve, and print what it bought (about 8 minutes on two cores)
+	$(BIN)/melinoe demo --out runs/demo
+
+test: $(READY)   ## run the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $${TEST_WORKERS:-2}
+
+check: $(READY)  ## style, types, and whether the README's tables are those of the committed results
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/mypy
+	$(BIN)/melinoe report benchmarks/results --readme README.md --check
+
+report: $(READY) ## write the README's tables again from benchmarks/results
+	$(BIN)/melinoe report benchmarks/results --readme README.md
+
+# torch goes first and alone: asked for together with the rest, other packages may pull another build.
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (one minute or two)" >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:           ## remove the environment and all runs
+	rm -rf $(VENV) runs
