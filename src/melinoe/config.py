@@ -1,0 +1,198 @@
+"""
+Each setting once: its default, what it means, its unit.
+
+A setting is a dataclass field whose metadata holds ``help`` (one sentence), ``unit`` (or ``None``)
+and, where only some words are allowed, ``choices``. The command line builds its options from them
+and the checkpoint's record writes them down, so no default is typed twice.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from melinoe.errors import BudgetError, TrainingError
+
+POLICIES = ("lru", "lfu")
+STORES = ("auto", "ram", "pinned", "disk")
+
+
+def setting(
+    default: Any, help: str, *, unit: str | None = None, choices: tuple[str, ...] | None = None
+) -> Any:
+    """One dataclass field that carries its own documentation."""
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+
+
+def describe(settings: type) -> list[tuple[str, Any, str, str | None]]:
+    """``(name, default, help, unit)`` for each field of a settings class, in order."""
+    return [
+        (one.name, one.default, one.metadata["help"], one.metadata["unit"])
+        for one in fields(settings)
+    ]
+
+
+def experts_in_share(share: float, num_experts: int) -> int:
+    """
+    How many experts a share of a layer's experts is: rounded to the nearest, at least one.
+
+    Halves round up, so 0.25 of 6 experts is 2 and 0.25 of 64 is 16.
+    """
+    return max(1, min(num_experts, int(share * num_experts + 0.5)))
+
+
+def _check_choices(settings: Any, error: type[Exception]) -> None:
+    for one in fields(settings):
+        choices, value = one.metadata["choices"], getattr(settings, one.name)
+        if choices is not None and value not in choices:
+            raise error(f"{one.name} cannot be {value!r}; choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """
+    How a model is fine-tuned for locality; ``control()`` is the same run without the losses.
+
+    Raises:
+        TrainingError: a value that no run could use; the sentence names it.
+    """
+
+    capacity: float = setting(
+        0.25, "cache size that the loss imagines", unit="share of a layer's experts"
+    )
+    lambda_cache: float = setting(0.5, "weight of the cache-simulation loss; 0 leaves it out")
+    lambda_rank: float = setting(0.1, "weight of the anchor to the base router; 0 leaves it out")
+    gamma: float = setting(
+        0.9, "how slowly the imagined cache forgets: near 0 as LRU, 1 as LFU", unit="per token"
+    )
+    rho: float = setting(
+        0.1, "margin by which the base router's order of two experts is kept", unit="probability"
+    )
+    cache_loss: str = setting(
+        "clipped",
+        "clipped: an expert counts as resident at most once; literal: as in the paper",
+        choices=("clipped", "literal"),
+    )
+    cache_gradient: bool = setting(
+        False, "let the gradient also flow through the imagined cache into earlier tokens"
+    )
+    anchor: str = setting(
+        "rank",
+        "what holds the router near the base: rank matching, KL divergence, or nothing",
+        choices=("rank", "kl", "none"),
+    )
+    rank_reduce: str = setting(
+        "mean",
+        "rank matching over pairs of experts: mean, or sum as in the paper",
+        choices=("mean", "sum"),
+    )
+    train: str = setting(
+        "router+experts",
+        "what is trained: the routers alone, or also low-rank updates of the experts",
+        choices=("router", "router+experts"),
+    )
+    lora_rank: int = setting(32, "rank of the update of each expert projection")
+    lora_alpha: float = setting(16.0, "the update is multiplied by this over the rank")
+    learning_rate: float = setting(1e-5, "peak learning rate of the routers")
+    lora_learning_rate: float | None = setting(
+        None, "peak learning rate of the expert updates; absent: that of the routers"
+    )
+    steps: int | None = setting(None, "optimiser steps; absent: as many as the epochs have")
+    epochs: float = setting(1.0, "passes over the data when steps is absent")
+    batch_size: int = setting(8, "sequences per device and forward pass")
+    gradient_accumulation: int = setting(1, "forward passes per optimiser step")
+    warmup: float = setting(0.05, "rising part of the schedule", unit="share of the steps")
+    schedule: str = setting(
+        "cosine", "how the learning rate falls", choices=("cosine", "linear", "constant")
+    )
+    weight_decay: float = setting(0.0, "AdamW's decay of the trained parts")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_length: int = setting(512, "longest sequence", unit="tokens")
+    bf16: bool = setting(False, "compute in bfloat16; trained parts stay in float32")
+    log_every: int = setting(10, "steps between log lines")
+    max_bad_steps: int = setting(5, "non-finite losses in a row before the run stops")
+    seed: int = setting(0, "decides the data order and the starting adapters")
+
+    def __post_init__(self) -> None:
+        _check_choices(self, TrainingError)
+        for name, holds, want in (
+            ("capacity", 0 < self.capacity <= 1, "in (0, 1], a share of a layer's experts"),
+            ("lambda_cache", self.lambda_cache >= 0, "0 or more"),
+            ("lambda_rank", self.lambda_rank >= 0, "0 or more"),
+            ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
+            ("rho", self.rho >= 0, "0 or more"),
+            ("lora_rank", self.lora_rank >= 1, "1 or more"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("lora_learning_rate", (self.lora_learning_rate or 1) > 0, "above 0"),
+            ("steps", self.steps is None or self.steps >= 1, "1 or more"),
+            ("epochs", self.epochs > 0, "above 0"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("gradient_accumulation", self.gradient_accumulation >= 1, "1 or more"),
+            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
+            ("max_length", self.max_length >= 2, "2 or more"),
+            ("log_every", self.log_every >= 1, "1 or more"),
+            ("max_bad_steps", self.max_bad_steps >= 1, "1 or more"),
+        ):
+            if not holds:
+                raise TrainingError(f"{name} cannot be {getattr(self, name)}; it must be {want}")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the run trains on next tokens alone."""
+        return self.lambda_cache == 0 and (self.lambda_rank == 0 or self.anchor == "none")
+
+    def control(self) -> "FinetuneSettings":
+        """The NLL-only twin: same data order, steps and seed, no locality terms."""
+        return FinetuneSettings(**{**asdict(self), "lambda_cache": 0.0, "lambda_rank": 0.0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """
+    How a model is served with few resident experts.
+
+    Raises:
+        BudgetError: a value that no run could use; the sentence names it.
+    """
+
+    slots: float = setting(
+        0.25, "resident experts of each layer", unit="share of a layer's experts"
+    )
+    policy: str = setting("lru", "which resident expert leaves first", choices=POLICIES)
+    store: str = setting("auto", "where the other experts live", choices=STORES)
+    max_new_tokens: int = setting(64, "generated per prompt at most", unit="tokens")
+
+    def __post_init__(self) -> None:
+        _check_choices(self, BudgetError)
+        if not 0 < self.slots <= 1:
+            raise BudgetError(f"slots cannot be {self.slots}; it must be in (0, 1], a share")
+        if self.max_new_tokens < 1:
+            raise BudgetError(
+                f"max_new_tokens cannot be {self.max_new_tokens}; it must be 1 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """What ``melinoe demo`` runs; sized for two CPU cores and ten minutes, set-up included."""
+
+    train_examples: int = setting(1600, "question and answer pairs to fine-tune on")
+    steps: int = setting(200, "optimiser steps of each of the two fine-tunings")
+    batch_size: int = setting(8, "sequences per step")
+    max_length: int = setting(200, "longest training sequence", unit="tokens")
+    eval_examples: int = setting(96, "held-out examples behind each perplexity")
+    prompts: int = setting(24, "held-out prompts that are generated from")
+    max_new_tokens: int = setting(64, "generated per prompt", unit="tokens")
+    slots: float = setting(0.25, "resident experts", unit="share of a layer's experts")
+    link_bytes_per_s: float = setting(25e9, "bandwidth of the emulated link", unit="bytes/s")
+    link_latency_s: float = setting(10e-6, "latency of the emulated link per transfer", unit="s")
+    seed: int = setting(0, "decides everything that is random")
+
+    def finetune(self) -> FinetuneSettings:
+        """The fine-tuning of the demo; its control is ``.finetune().control()``."""
+        return FinetuneSettings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            learning_rate=1e-3,
+            seed=self.seed,
+        )
