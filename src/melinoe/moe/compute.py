@@ -1,0 +1,114 @@
+"""Compute experts from slots with transformers' own functions; ours is only the renumbering.
+
+One plan (all experts of a request in slots at once) is one call of transformers' function. Several
+plans compute the (token, choice) pairs plan by plan, unweighted, and then weight and sum them with
+the same operations, in the same order, as transformers' last lines, so that both ways agree to the
+last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+
+
+class StandIn:
+    """
+    Looks like an experts module whose experts are the slots.
+
+    Args:
+        module: the real one; anything not named here is looked up there (activation, limits, norm).
+        slots: per parameter name, ``(num_slots, ...)``, else shaped like the module's own.
+        num_slots: how many.
+    """
+
+    def __init__(
+        self, module: nn.Module, slots: Mapping[str, torch.Tensor], num_slots: int
+    ) -> None:
+        self._module = module
+        self.num_experts = num_slots
+        for name, default in _FLAGS.items():
+            setattr(self, name, getattr(module, name, default))
+        self.has_post_expert_norm = getattr(module, "has_post_expert_norm", False)
+        self._is_expert_parallel = False
+        self._apply_gate = module._apply_gate
+        for name, tensor in slots.items():
+            setattr(self, name, tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+Forward = Callable[..., torch.Tensor]
+
+
+def compute(
+    forward: Forward,
+    stand_in: StandIn,
+    hidden_states: torch.Tensor,
+    slot_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """
+    All pairs of a request at once; every entry of *slot_index* is a slot.
+
+    Args:
+        forward: transformers' ``grouped_mm`` or ``batched_mm`` experts function.
+        stand_in: carries the slots.
+        hidden_states: ``(tokens, hidden)``.
+        slot_index: int64 ``(tokens, top_k)`` in ``[0, num_slots)``.
+        top_k_weights: ``(tokens, top_k)``.
+
+    Returns:
+        ``(tokens, hidden)``.
+    """
+    return forward(stand_in, hidden_states, slot_index, top_k_weights)
+
+
+class Pairs:
+    """
+    The outputs of a request that is computed in several plans, or that holds "no expert" entries.
+
+    A pair that no plan computes contributes nothing, as in transformers' eager loop, which skips
+    ids outside ``[0, num_experts)``.
+
+    Args:
+        hidden_states: ``(tokens, hidden)``.
+        top_k: choices per token.
+        dtype: the slots' dtype, in which the pairs are computed.
+    """
+
+    def __init__(self, hidden_states: torch.Tensor, top_k: int, dtype: torch.dtype) -> None:
+        self._hidden_states = hidden_states
+        self._top_k = top_k
+        tokens, hidden = hidden_states.shape
+        self._outputs = hidden_states.new_zeros((tokens * top_k, hidden), dtype=dtype)
+
+    def add(self, forward: Forward, stand_in: StandIn, slot_of_pair: torch.Tensor) -> None:
+        """
+        Compute the pairs that have a slot now.
+
+        Args:
+            forward: as in `compute`.
+            stand_in: carries the slots.
+            slot_of_pair: int64 ``(tokens * top_k,)``; below 0 for pairs that are not due.
+        """
+        due = (slot_of_pair >= 0).nonzero().squeeze(-1)
+        if due.numel() == 0:
+            return
+        # One choice per row and weight 1: the product and the sum of one term change no bit.
+        hidden = self._hidden_states[due // self._top_k].to(self._outputs.dtype)
+        weights = hidden.new_ones((due.numel(), 1))
+        self._outputs[due] = forward(stand_in, hidden, slot_of_pair[due].unsqueeze(-1), weights)
+
+    def total(self, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """Weight the pairs with *top_k_weights* ``(tokens, top_k)``, sum: ``(tokens, hidden)``."""
+        tokens, hidden = self._hidden_states.shape
+        weighted = self._outputs * top_k_weights.reshape(-1).unsqueeze(-1)
+        summed = weighted.view(tokens, self._top_k, hidden).sum(dim=1)
+        return summed.to(self._hidden_states.dtype)

@@ -1,0 +1,126 @@
+"""Our entry in transformers' experts registry: one function, ``melinoe``, for every family.
+
+transformers looks the function up by the name in ``module.config._experts_implementation`` and
+calls it with the experts module. Ours calls the object that `bind` put on that module. A module
+without one is an error, never a fallback to weights that may be gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from melinoe.errors import AttachError
+from melinoe.moe.experts import find_experts, is_experts_module
+
+NAME = "melinoe"
+_BOUND = "_melinoe_bound"
+
+ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def bind(module: nn.Module, function: ExpertsFunction) -> None:
+    """
+    Let *function* compute the experts of *module*.
+
+    Args:
+        module: an experts module, as `find_experts` lists them.
+        function: called with hidden states ``(tokens, hidden)``, ``top_k_index`` int64
+            ``(tokens, top_k)`` and ``top_k_weights`` ``(tokens, top_k)``; returns
+            ``(tokens, hidden)``.
+
+    Raises:
+        AttachError: something is bound already.
+    """
+    if _BOUND in vars(module):
+        raise AttachError("a runtime is attached to this model already; detach() it first")
+    vars(module)[_BOUND] = function  # not setattr: must never be registered as a submodule
+
+
+def unbind(module: nn.Module) -> None:
+    """Undo `bind`; without effect on a module that is not bound."""
+    vars(module).pop(_BOUND, None)
+
+
+def bound(module: nn.Module) -> ExpertsFunction | None:
+    """What `bind` put on *module*, or None."""
+    return vars(module).get(_BOUND)
+
+
+def use_melinoe(model: nn.Module) -> Callable[[], None]:
+    """
+    Choose ``melinoe`` as the experts implementation of *model*, nested configurations included.
+
+    Returns:
+        A function that puts back what was chosen before.
+    """
+    _register()
+    before = [(config, config._experts_implementation_internal) for config in _deciding(model)]  # type: ignore[attr-defined]
+    for config, _ in before:
+        config._experts_implementation_internal = NAME  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        for config, name in before:
+            config._experts_implementation_internal = name  # type: ignore[attr-defined]
+
+    return restore
+
+
+def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
+    """
+    The function of transformers' own that *module* would use with all experts resident.
+
+    ``eager`` becomes ``grouped_mm``: it loops over experts in Python and gives the same values up
+    to rounding.
+
+    Raises:
+        AttachError: an implementation that does not take its weights from the module as they are.
+    """
+    name = getattr(module.config, "_experts_implementation", None)  # type: ignore[union-attr]
+    if name in (None, "eager"):
+        name = "grouped_mm"
+    if name not in ("grouped_mm", "batched_mm"):
+        raise AttachError(
+            f"the experts implementation {name!r} cannot run on slots; "
+            'call model.set_experts_implementation("grouped_mm") first'
+        )
+    return ALL_EXPERTS_FUNCTIONS[name]
+
+
+def _register() -> None:
+    """Enter the registry once; at first use, so that importing melinoe changes nothing."""
+    if NAME not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, _melinoe)
+
+
+def _melinoe(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    function = vars(module).get(_BOUND)
+    if function is None:
+        raise AttachError(
+            "the experts implementation 'melinoe' is chosen but no runtime is attached to this "
+            "model; call melinoe.attach(model, ...) or choose another implementation"
+        )
+    return function(hidden_states, top_k_index, top_k_weights)
+
+
+def _deciding(model: nn.Module) -> Iterator[object]:
+    """Each configuration object, once, that an experts module or a generate call reads."""
+    seen: set[int] = set()
+    owners = {id(layer.module.config) for layer in find_experts(model)}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if not hasattr(config, "_experts_implementation_internal") or id(config) in seen:
+            continue
+        # A submodel's own configuration is set too: generate() snapshots and restores the choice
+        # through the top-level configuration, and the two must not disagree.
+        if id(config) in owners or is_experts_module(module) or hasattr(module, "generate"):
+            seen.add(id(config))
+            yield config

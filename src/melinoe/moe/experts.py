@@ -1,0 +1,184 @@
+"""Find the mixture-of-experts layers of a transformers model; refuse what cannot be served.
+
+transformers decorates the experts class of a family with ``use_experts_implementation``; such a
+module stacks its experts' weights, ``(num_experts, ...)``, and lets a registered function compute
+them. This module only looks; `melinoe.moe.dispatch` registers the function and
+`melinoe.moe.compute` calls transformers' arithmetic on slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from melinoe.errors import AttachError, UnsupportedModelError
+
+# Names by which configurations of transformers' families say how many experts a layer has.
+_EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One stacked parameter, seen per expert: *shape* is without the experts' dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one expert's share."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ExpertsLayer:
+    """
+    One MoE layer: the module that holds its experts, and what one expert consists of.
+
+    *index* counts MoE layers in ``named_modules()`` order; it is not the decoder layer's number.
+    """
+
+    index: int
+    name: str
+    module: nn.Module = field(repr=False)
+    num_experts: int
+    tensors: tuple[ExpertTensor, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one expert: the sum over its tensors, without padding."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether *module* is of a class that transformers decorated to take an experts function."""
+    # ``_apply_gate`` alone is not enough: an undecorated class may bring its own. The flag is set
+    # on the instance by the decorator, together with the attributes that describe the layout.
+    return hasattr(module, "_apply_gate") and "is_transposed" in vars(module)
+
+
+def find_experts(model: nn.Module) -> list[ExpertsLayer]:
+    """
+    List the MoE layers of *model*, in ``named_modules()`` order.
+
+    Works on weights in memory and on the meta device. Layers may differ in their number of
+    experts. State that is not stacked over experts (activation, norm) stays with the module.
+
+    Returns:
+        At least one layer.
+
+    Raises:
+        UnsupportedModelError: no MoE layers; a family whose experts transformers does not hand to
+            an experts function; a quantised or expert-parallel layout.
+        AttachError: the experts' weights have been taken out already, or an adapter sits on them.
+    """
+    found = [(name, module) for name, module in model.named_modules() if is_experts_module(module)]
+    if not found:
+        raise UnsupportedModelError(_why_no_layers(model))
+    _refuse_adapters(model)
+    return [_describe(model, index, *pair) for index, pair in enumerate(found)]
+
+
+def family(model: nn.Module) -> str:
+    """The model type as transformers names it, for messages."""
+    return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+
+
+def _describe(model: nn.Module, index: int, name: str, module: nn.Module) -> ExpertsLayer:
+    """Read one experts module's layout, or say why it cannot be served."""
+    if getattr(module, "_is_expert_parallel", False):
+        raise UnsupportedModelError(
+            f"the experts of {name} are split over devices (expert parallelism); "
+            "load the model on one device without it"
+        )
+    num_experts = int(module.num_experts)  # type: ignore[arg-type]
+    own = list(module.named_parameters(recurse=False))
+    odd = sorted({str(p.dtype) for _, p in own if p.dtype not in _PLAIN_DTYPES})
+    if odd or any("scale" in key for key, _ in own):
+        raise UnsupportedModelError(
+            f"the experts of {family(model)} are quantised ({', '.join(odd) or 'with scales'}); "
+            "load the checkpoint in bfloat16, float16 or float32"
+        )
+    if own and all(p.dim() > 0 and p.shape[0] == 0 for _, p in own):
+        raise AttachError(
+            f"the experts of {name} hold no weights because a runtime is attached to this model; "
+            "detach() it first"
+        )
+    tensors = tuple(
+        ExpertTensor(key, tuple(p.shape[1:]), p.dtype)
+        for key, p in own
+        if p.dim() > 0 and p.shape[0] == num_experts
+    )
+    names = {tensor.name for tensor in tensors}
+    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    if not {up, "down_proj"} <= names:
+        raise UnsupportedModelError(
+            f"the experts of {family(model)} do not stack {up} and down_proj over {num_experts} "
+            f"experts (found {', '.join(sorted(names)) or 'nothing'}), so they cannot be cached; "
+            "use a family in transformers' standard layout"
+        )
+    return ExpertsLayer(index, name, module, num_experts, tensors)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """An adapter on the stacked weights would be computed on weights that are gone."""
+    for name, module in model.named_modules():
+        wraps = type(module).__name__ == "ParamWrapper" and any(
+            is_experts_module(child) for child in module.modules()
+        )
+        if wraps or (is_experts_module(module) and hasattr(module, "parametrizations")):
+            raise AttachError(
+                f"an adapter sits on the experts of {name}; merge it into the weights first "
+                "(merge_and_unload)"
+            )
+
+
+def _configs(config: object) -> Iterator[object]:
+    """The configuration and all that are nested in it."""
+    if config is None:
+        return
+    yield config
+    for key in getattr(config, "sub_configs", None) or ():
+        yield from _configs(getattr(config, key, None))
+
+
+def _why_no_layers(model: nn.Module) -> str:
+    """Tell a dense model from a family whose experts are out of reach."""
+    name = family(model)
+    quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    counts = [
+        count
+        for config in _configs(getattr(model, "config", None))
+        for count in (getattr(config, key, None) for key in _EXPERT_COUNTS)
+        if isinstance(count, int) and count > 1
+    ]
+    classes = sorted(
+        {type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()}
+    )
+    if not classes and not counts:
+        return f"{name} has no mixture-of-experts layers; there is nothing to offload"
+    if quantised:
+        return (
+            f"the experts of {name} are quantised in a layout that has no experts function; "
+            "load the checkpoint in bfloat16, float16 or float32"
+        )
+    if not classes:
+        return (
+            f"{name} is configured without mixture-of-experts layers; there is nothing to offload"
+        )
+    return (
+        f"{name} has experts ({', '.join(classes)}), but transformers does not let a registered "
+        "function compute them, so this family cannot be served; use one of the decorated families"
+    )
