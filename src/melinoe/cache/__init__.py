@@ -1,0 +1,1 @@
+"""Who is resident in fast memory, and why: decisions and counts, no tensors and no copies."""

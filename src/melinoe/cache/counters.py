@@ -1,0 +1,247 @@
+"""
+Counters: what serving experts cost, by phase and layer.
+
+The simulator and the runtime fill the same structure by the same calls, so that it can be
+compared with ``==``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from melinoe.cache.residency import Plan
+
+PHASES = ("prompt", "completion")
+PROMPT, COMPLETION = 0, 1
+
+_PER_LAYER = ("uses", "hits", "loads", "requests", "chunked")
+_PER_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
+
+
+class _Count:
+    """The numbers kept under the same name with an underscore, as an int64 array."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = "_" + name
+
+    def __get__(self, instance: object, owner: type) -> np.ndarray:
+        return np.array(getattr(instance, self._name), dtype=np.int64)
+
+
+def _phase(phase: int | str) -> int:
+    return PHASES.index(phase) if isinstance(phase, str) else phase
+
+
+class Counters:
+    """
+    Counts of one run, all of them whole numbers.
+
+    By phase and layer, int64 (2, layers), phases in the order of `PHASES`:
+
+    - ``uses``: (token, choice) pairs; a choice of no expert is none.
+    - ``hits``: uses whose expert was resident when its request began, also if the request was
+      then served in several plans.
+    - ``loads``: experts copied in because a request needed them (on demand).
+    - ``requests``: forward passes of the layer; ``chunked``: those that took more than one plan.
+
+    By layer, int64 (layers,): ``prefetch_loads``, experts copied in ahead of need.
+
+    By phase, int64 (2,): ``tokens``, rows that finished forward passes computed, padding too;
+    ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand;
+    ``zero_miss_tokens``, the rows of those.
+
+    Source:
+        Metrics as defined once for the project; hit rates count uses, transfers count copies,
+        and an eviction copies nothing.
+    """
+
+    uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
+    prefetch_loads = _Count()
+    tokens, forwards = _Count(), _Count()
+    zero_miss_forwards, zero_miss_tokens = _Count(), _Count()
+
+    def __init__(self, num_layers: int):
+        if num_layers < 1:
+            raise ValueError(f"counters need at least one layer, not {num_layers}")
+        self.num_layers = num_layers
+        self.reset()
+
+    def reset(self) -> None:
+        """Set everything to zero."""
+        # Lists of Python ints: adding to one costs a third of adding to an array element.
+        self._uses = [[0] * self.num_layers for _ in PHASES]
+        self._hits = [[0] * self.num_layers for _ in PHASES]
+        self._loads = [[0] * self.num_layers for _ in PHASES]
+        self._requests = [[0] * self.num_layers for _ in PHASES]
+        self._chunked = [[0] * self.num_layers for _ in PHASES]
+        self._prefetch_loads = [0] * self.num_layers
+        self._tokens = [0, 0]
+        self._forwards = [0, 0]
+        self._zero_miss_forwards = [0, 0]
+        self._zero_miss_tokens = [0, 0]
+        self._now: int | None = None
+        self._now_tokens = 0
+        self._now_loads = 0
+
+    # --- counting -------------------------------------------------------------------------------
+
+    def begin_forward(self, phase: int | str, tokens: int) -> None:
+        """
+        Begin a forward pass of *tokens* rows.
+
+        A pass left open (an exception ended it) is dropped: its requests stay counted, the pass
+        and its tokens do not.
+        """
+        self._now = _phase(phase)
+        self._now_tokens = tokens
+        self._now_loads = 0
+
+    def add_request(self, layer: int, uses: int, hits: int, loads: int, plans: int = 1) -> None:
+        """Count one request of the open pass: *uses* pairs, *hits* of them on resident experts."""
+        phase = self._now
+        if phase is None:
+            raise ValueError("a request was counted outside a forward pass; begin_forward first")
+        self._uses[phase][layer] += uses
+        self._hits[phase][layer] += hits
+        self._requests[phase][layer] += 1
+        if loads:
+            self._loads[phase][layer] += loads
+            self._now_loads += loads
+        if plans > 1:
+            self._chunked[phase][layer] += 1
+
+    def add_plans(
+        self, layer: int, experts: Sequence[int], uses: Sequence[int], plans: Sequence[Plan]
+    ) -> None:
+        """Count one request from the plans that served it; *experts* and *uses* are parallel."""
+        total = sum(uses)
+        loads = len(plans[0].loads) if len(plans) == 1 else sum(len(p.loads) for p in plans)
+        hits = total
+        if loads:
+            # Hits only occur in the first plan: what is resident when the request begins.
+            resident = plans[0].hits
+            if total == len(experts):
+                hits = len(resident)
+            else:
+                of = dict(zip(experts, uses, strict=True))
+                hits = sum(of[expert] for expert in resident)
+        self.add_request(layer, total, hits, loads, len(plans))
+
+    def add_prefetch(self, layer: int, loads: int) -> None:
+        """Count experts copied in ahead of need; belongs to no phase."""
+        self._prefetch_loads[layer] += loads
+
+    def end_forward(self) -> None:
+        """End the open pass, and count its tokens."""
+        phase = self._now
+        if phase is None:
+            raise ValueError("a forward pass was ended that had not begun")
+        self._forwards[phase] += 1
+        self._tokens[phase] += self._now_tokens
+        if not self._now_loads:
+            self._zero_miss_forwards[phase] += 1
+            self._zero_miss_tokens[phase] += self._now_tokens
+        self._now = None
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _sum(self, name: str, phase: int | str | None) -> int:
+        values = getattr(self, name)
+        return int(values.sum() if phase is None else values[_phase(phase)].sum())
+
+    def hit_rate(self, phase: int | str | None = None) -> float | None:
+        """Share of uses whose expert was resident; None if there was no use."""
+        uses = self._sum("uses", phase)
+        return self._sum("hits", phase) / uses if uses else None
+
+    def adjusted_hit_rate(self, phase: int | str | None = None) -> float | None:
+        """1 - (demand + prefetch loads) / uses; prefetches are charged in full to any phase."""
+        uses = self._sum("uses", phase)
+        loads = self._sum("loads", phase) + sum(self._prefetch_loads)
+        return 1 - loads / uses if uses else None
+
+    def transfers_per_token(self, phase: int | str = "completion") -> float | None:
+        """Demand loads of all layers per token of *phase*; None if it had no token."""
+        tokens = self._sum("tokens", phase)
+        return self._sum("loads", phase) / tokens if tokens else None
+
+    def prefetch_per_token(self) -> float | None:
+        """Prefetch loads of all layers per completion token; None if there was none."""
+        tokens = self._tokens[COMPLETION]
+        return sum(self._prefetch_loads) / tokens if tokens else None
+
+    def zero_miss_share(self, phase: int | str = "completion") -> float | None:
+        """Share of the tokens of *phase* that waited for no expert; None if it had none."""
+        tokens = self._sum("tokens", phase)
+        return self._sum("zero_miss_tokens", phase) / tokens if tokens else None
+
+    def metrics(self) -> dict[str, float | None]:
+        """The measures by their names in reports; of the completion unless the name says else."""
+        return {
+            "hit_rate": self.hit_rate("completion"),
+            "adjusted_hit_rate": self.adjusted_hit_rate("completion"),
+            "transfers_per_token": self.transfers_per_token("completion"),
+            "prefetch_per_token": self.prefetch_per_token(),
+            "zero_miss_tokens": self.zero_miss_share("completion"),
+            "prompt_hit_rate": self.hit_rate("prompt"),
+            "prompt_transfers_per_token": self.transfers_per_token("prompt"),
+        }
+
+    # --- as values ------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON; `from_dict` reads them back."""
+        fields = (*_PER_LAYER, "prefetch_loads", *_PER_PHASE)
+        return {"num_layers": self.num_layers} | {f: getattr(self, f).tolist() for f in fields}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Counters":
+        """
+        Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another shape.
+        """
+        counters = cls(int(values.get("num_layers", 0)))
+        expected = counters.to_dict()
+        if values.keys() != expected.keys():
+            odd = sorted(values.keys() ^ expected.keys())
+            raise ValueError(f"not a dictionary of counters: check {', '.join(odd)}")
+        for name, zeros in expected.items():
+            if name == "num_layers":
+                continue
+            array = np.asarray(values[name])
+            if array.shape != np.shape(zeros) or array.dtype.kind not in "iu":
+                raise ValueError(f"not a dictionary of counters: {name} has another shape")
+            setattr(counters, "_" + name, array.tolist())
+        return counters
+
+    def copy(self) -> "Counters":
+        """An independent copy; an open forward pass is not in it."""
+        return Counters.from_dict(self.to_dict())
+
+    def _combine(self, other: "Counters", sign: int) -> "Counters":
+        if self.num_layers != other.num_layers:
+            raise ValueError(f"counters of {self.num_layers} and of {other.num_layers} layers")
+        result = Counters(self.num_layers)
+        for name in (*_PER_LAYER, "prefetch_loads", *_PER_PHASE):
+            value = getattr(self, name) + sign * getattr(other, name)
+            setattr(result, "_" + name, value.tolist())
+        return result
+
+    def plus(self, other: "Counters") -> "Counters":
+        """Both together."""
+        return self._combine(other, 1)
+
+    def minus(self, other: "Counters") -> "Counters":
+        """What happened since *other*, an earlier copy."""
+        return self._combine(other, -1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Counters) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Counters({self.to_dict()})"

@@ -1,0 +1,90 @@
+"""From rows to requests: what each forward pass asks of each layer, the simulator's hot loop."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+# Count cells per block: 2 M int64 are 16 MB, and a block's passes share one numpy pass.
+_BLOCK_CELLS = 1 << 21
+
+
+class ForwardPass(NamedTuple):
+    """
+    One forward pass.
+
+    Attributes:
+        phase: 0 prompt (some row is a prompt token), 1 completion.
+        tokens: Rows, padding included.
+        sequences: Whose rows, ascending.
+        requests: Per layer the distinct experts, ascending, and how many (token, choice) pairs
+            picked each.
+    """
+
+    phase: int
+    tokens: int
+    sequences: list[int]
+    requests: list[tuple[list[int], list[int]]]
+
+
+def forward_passes(
+    experts: np.ndarray,
+    forward: np.ndarray,
+    sequence: np.ndarray,
+    is_prompt: np.ndarray,
+    num_experts: int,
+) -> Iterator[ForwardPass]:
+    """
+    Group rows by forward pass and count who was picked.
+
+    Padding rows count: the model computed them, so it needed their experts. Ids of -1 do not.
+
+    Args:
+        experts: int16 (rows, layers, top_k), -1 for no expert.
+        forward: int32 (rows,), never decreasing.
+        sequence: int32 (rows,).
+        is_prompt: bool (rows,).
+        num_experts: Experts of each layer.
+    """
+    rows, layers, _ = experts.shape
+    if not rows:
+        return
+    starts = np.flatnonzero(np.diff(forward, prepend=forward[0] - 1))
+    bounds = np.append(starts, rows)
+    step = max(1, _BLOCK_CELLS // (layers * num_experts))
+    for first in range(0, len(starts), step):
+        last = min(first + step, len(starts))
+        low, high = int(bounds[first]), int(bounds[last])
+        tokens = np.diff(bounds[first : last + 1])
+        owner = np.repeat(np.arange(last - first), tokens)
+
+        ids, uses, ends = _count(experts[low:high], owner, last - first, num_experts)
+        pairs = np.unique(np.stack([owner, sequence[low:high].astype(np.int64)], 1), axis=0)
+        whose = pairs[:, 1].tolist()
+        whose_ends = np.cumsum(np.bincount(pairs[:, 0], minlength=last - first)).tolist()
+        prompts = np.bincount(owner, weights=is_prompt[low:high], minlength=last - first)
+        phases = (prompts == 0).astype(int).tolist()
+
+        start = whose_start = position = 0
+        for number, count in enumerate(tokens.tolist()):
+            requests = []
+            for end in ends[position : position + layers]:
+                requests.append((ids[start:end], uses[start:end]))
+                start = end
+            position += layers
+            whose_end = whose_ends[number]
+            yield ForwardPass(phases[number], count, whose[whose_start:whose_end], requests)
+            whose_start = whose_end
+
+
+def _count(
+    experts: np.ndarray, owner: np.ndarray, passes: int, num_experts: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Distinct ids and uses, by pass, layer, id; and where each (pass, layer) ends."""
+    layers = experts.shape[1]
+    cell = (owner[:, None, None] * layers + np.arange(layers)[None, :, None]) * num_experts
+    cell = (cell + experts)[experts >= 0]
+    counts = np.bincount(cell, minlength=passes * layers * num_experts)
+    picked = np.flatnonzero(counts)
+    distinct = np.count_nonzero(counts.reshape(-1, num_experts), axis=1)
+    return (picked % num_experts).tolist(), counts[picked].tolist(), np.cumsum(distinct).tolist()

@@ -1,0 +1,234 @@
+"""
+Residency: which experts of one layer are in which slots, and what a request must load.
+
+It decides and remembers; it moves no bytes. The simulator and the runtime drive the same class
+with the same calls, which is why their counts agree.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from melinoe.cache.policy import Policy
+from melinoe.cache.policy import policy as make_policy
+from melinoe.errors import CacheTooSmallError, MelinoeError
+
+
+class Load(NamedTuple):
+    """Copy *expert* into *slot*, where *evicted* was (None: the slot was free)."""
+
+    expert: int
+    slot: int
+    evicted: int | None
+
+
+class Plan(NamedTuple):
+    """Experts that were resident, and the transfers that make the others so."""
+
+    hits: tuple[int, ...]
+    loads: tuple[Load, ...]
+
+
+_NOTHING: tuple[Load, ...] = ()
+
+
+class Residency:
+    """
+    The slots of one layer.
+
+    Free slots are filled lowest first; after that a load takes the slot of the expert that the
+    policy gives up. Experts of one plan are never evicted for one another.
+
+    Args:
+        num_experts: Experts of the layer; ids lie in ``[0, num_experts)``.
+        capacity: Slots, at least 1 and at most *num_experts*.
+        policy: A `Policy` used by no other layer, or the name of one.
+
+    Attributes:
+        slot_of: int64 (num_experts,), -1 where absent; always the same array, changed in place.
+        expert_of: int64 (capacity,), -1 where empty; always the same array, changed in place.
+
+    Raises:
+        CacheTooSmallError: *capacity* is below 1.
+        MelinoeError: *capacity* is above *num_experts*, or no policy has that name.
+    """
+
+    def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = "lru"):
+        if capacity < 1:
+            raise CacheTooSmallError(f"a layer was given {capacity} slots; it needs at least 1")
+        if capacity > num_experts:
+            raise MelinoeError(
+                f"a layer was given {capacity} slots, but has {num_experts} experts; "
+                f"give it at most {num_experts} slots"
+            )
+        self.num_experts = num_experts
+        self.capacity = capacity
+        self.policy: Policy = make_policy(policy) if isinstance(policy, str) else policy
+        self.slot_of = np.full(num_experts, -1, dtype=np.int64)
+        self.expert_of = np.full(capacity, -1, dtype=np.int64)
+        # The same facts again as a dictionary: looking one id up in an array costs five times more.
+        self._slot: dict[int, int] = {}
+        self.policy.reset(num_experts)
+        self._use = self.policy.use
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._slot
+
+    def request(self, experts: Sequence[int], uses: Sequence[int] | None = None) -> Plan:
+        """
+        Make *experts* resident together, and say which transfers that takes.
+
+        Args:
+            experts: Distinct ids, ascending (any order works, but the order is what breaks the
+                policy's ties), at most `capacity` of them.
+            uses: How many (token, choice) pairs picked each; one plan does not depend on it.
+
+        Returns:
+            Ids that were resident, and one `Load` per id that was not, both in the order given.
+
+        Raises:
+            CacheTooSmallError: more ids than slots. Nothing has changed; use `plans`.
+            ValueError: an id is out of range or given twice. Nothing has changed. (Looked at
+                only when something is missing, to keep the usual request cheap.)
+        """
+        if isinstance(experts, np.ndarray):
+            experts = experts.tolist()
+        slot = self._slot
+        missing = [expert for expert in experts if expert not in slot]
+        if not missing:  # which also proves all ids to be in range
+            self._use(experts)
+            return Plan(tuple(experts), _NOTHING)
+        if len(experts) > self.capacity:
+            raise CacheTooSmallError(
+                f"one request needs {len(experts)} experts of a layer that has {self.capacity} "
+                f"slots; give the layer {len(experts)} slots, or feed fewer tokens at once"
+            )
+        self._check(experts)
+        hits = tuple(expert for expert in experts if expert in slot)
+        self._use(experts)
+        return Plan(hits, self._admit(missing, set(experts)))
+
+    def plans(self, experts: Sequence[int], uses: Sequence[int] | None = None) -> Iterator[Plan]:
+        """
+        Serve a request of any size, in as many plans as it takes.
+
+        A request that fits is one plan, that of `request`. Otherwise the first plan holds the
+        resident experts, ids ascending, and as many missing ones as there are slots left; the
+        rest follow in plans of `capacity` experts. The missing come in ascending order of
+        *uses*, ties by ascending id, so that the most used come last and stay resident. The
+        policy notes one request, with the experts in the order in which they are served.
+
+        Each expert is in exactly one plan. Compute with one plan before asking for the next:
+        a later plan may evict the experts of an earlier one. Do not begin another request in
+        between.
+
+        Args:
+            experts: Distinct ids, ascending.
+            uses: How many (token, choice) pairs picked each; absent means one each.
+
+        Raises:
+            ValueError: an id is out of range or given twice. Nothing has changed.
+        """
+        if len(experts) <= self.capacity:
+            return iter((self.request(experts),))
+        if isinstance(experts, np.ndarray):
+            experts = experts.tolist()
+        self._check(experts)
+        return self._in_parts(experts, uses)
+
+    def _in_parts(self, experts: Sequence[int], uses: Sequence[int] | None) -> Iterator[Plan]:
+        hits = sorted(expert for expert in experts if expert in self._slot)
+        weight = (
+            dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
+        )
+        missing = sorted(
+            (expert for expert in experts if expert not in self._slot),
+            key=lambda expert: (weight[expert], expert),
+        )
+        self._use(hits + missing)
+        room = self.capacity - len(hits)
+        first = missing[:room]
+        yield Plan(tuple(hits), self._admit(first, {*hits, *first}) if first else _NOTHING)
+        for start in range(room, len(missing), self.capacity):
+            part = missing[start : start + self.capacity]
+            yield Plan((), self._admit(part, set(part)))
+
+    def prefetch(self, experts: Sequence[int]) -> Plan:
+        """
+        Load experts ahead of need.
+
+        Only those not resident are loaded, and none is evicted for another of the same call.
+        To the policy a prefetch is one request of the experts kept, the most wanted served last
+        (so most recently); a policy may differ and says so in `Policy.prefetched`.
+
+        Args:
+            experts: Distinct ids, the most wanted first; those beyond `capacity` are dropped.
+
+        Raises:
+            ValueError: an id is out of range or given twice. Nothing has changed.
+        """
+        if isinstance(experts, np.ndarray):
+            experts = experts.tolist()
+        self._check(experts)
+        kept = experts[: self.capacity]
+        if not kept:
+            return Plan((), _NOTHING)
+        hits = tuple(expert for expert in kept if expert in self._slot)
+        missing = [expert for expert in kept if expert not in self._slot]
+        self.policy.prefetched(kept[::-1])
+        return Plan(hits, self._admit(missing, set(kept)) if missing else _NOTHING)
+
+    def reset(self) -> None:
+        """Empty all slots, and let the policy forget."""
+        self._slot.clear()
+        self.slot_of.fill(-1)
+        self.expert_of.fill(-1)
+        self.policy.reset(self.num_experts)
+
+    def _admit(self, missing: Sequence[int], needed: set[int]) -> tuple[Load, ...]:
+        """Put *missing* into slots, evicting nobody in *needed*."""
+        slot_of, expert_of, slot = self.slot_of, self.expert_of, self._slot
+        # A slot once filled never falls free but by reset, so the free ones are the last ones.
+        filled = len(slot)
+        free = self.capacity - filled
+        short = len(missing) - free
+        victims: Sequence[int] = ()
+        if short > 0:
+            candidates = sorted(expert for expert in slot if expert not in needed)
+            victims = self.policy.victims(candidates, short)
+        loads = []
+        for number, expert in enumerate(missing):
+            evicted: int | None = None
+            if number < free:
+                place = filled + number
+            else:
+                evicted = victims[number - free]
+                place = slot.pop(evicted)
+                slot_of[evicted] = -1
+            slot[expert] = place
+            slot_of[expert] = place
+            expert_of[place] = expert
+            loads.append(Load(expert, place, evicted))
+        return tuple(loads)
+
+    def _check(self, experts: Sequence[int]) -> None:
+        if len(set(experts)) != len(experts):
+            raise ValueError(f"a request names an expert twice: {list(experts)}")
+        if experts and not (min(experts) >= 0 and max(experts) < self.num_experts):
+            raise ValueError(
+                f"a request names an expert outside 0 to {self.num_experts - 1}: {list(experts)}"
+            )
+
+    def check_invariants(self) -> None:
+        """Assert that all views of the slots agree; for tests."""
+        resident = {int(e): int(s) for e, s in enumerate(self.slot_of) if s >= 0}
+        assert resident == self._slot
+        assert {int(s): int(e) for s, e in enumerate(self.expert_of) if e >= 0} == {
+            s: e for e, s in resident.items()
+        }
+        assert len(resident) <= self.capacity
+        assert sorted(resident.values()) == list(range(len(resident)))

@@ -1,0 +1,384 @@
+"""
+Traces: which experts a model chose, token by token, and the one file they are kept in.
+
+A trace is evidence, so it carries where it came from, and a file that is torn, of another
+version or inconsistent is refused instead of read as far as it goes.
+"""
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from melinoe.cache.requests import ForwardPass, forward_passes
+from melinoe.errors import TraceError
+
+PROMPT_ROW, COMPLETION_ROW, PADDING_ROW = 0, 1, 2
+FORMAT, VERSION = "melinoe-trace", 1
+
+_DTYPES = {"experts": np.int16, "forward": np.int32, "sequence": np.int32, "kind": np.uint8}
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """
+    What a model chose: one row per token that a forward pass computed, in the order they ran.
+
+    Attributes:
+        experts: int16 (rows, layers, top_k), ids the model chose; -1 means "no expert".
+        forward: int32 (rows,), number of the forward pass, from 0, never decreasing.
+        sequence: int32 (rows,), which prompt the row belongs to, from 0.
+        kind: uint8 (rows,), 0 prompt, 1 completion, 2 padding.
+        num_experts: Experts of each layer.
+        model: Name or path of the model; for people.
+        fingerprint: Which weights chose; see `check_model`.
+        versions: Libraries that made it, name to version.
+        note: Anything worth knowing.
+
+    Raises:
+        TraceError: the arrays do not fit each other or the header.
+    """
+
+    experts: np.ndarray
+    forward: np.ndarray
+    sequence: np.ndarray
+    kind: np.ndarray
+    num_experts: int
+    model: str = ""
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self._validate("the trace")
+
+    def _validate(self, what: str) -> None:
+        def refuse(fault: str) -> None:
+            raise TraceError(f"{what} is malformed: {fault}; record it again")
+
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype:
+                refuse(f"{name} is not an array of {np.dtype(dtype).name}")
+            if array.ndim != (3 if name == "experts" else 1):
+                refuse(f"{name} has {array.ndim} dimensions")
+            if len(array) != len(self.experts):
+                refuse(f"{name} has {len(array)} rows where experts has {len(self.experts)}")
+        if self.num_layers < 1 or self.top_k < 1:
+            refuse(f"it has {self.num_layers} layers and top-{self.top_k} choices")
+        if not 1 <= self.num_experts <= np.iinfo(np.int16).max:
+            refuse(f"it names {self.num_experts} experts")
+        if not len(self.experts):
+            return
+        if self.experts.min() < -1 or self.experts.max() >= self.num_experts:
+            refuse(
+                f"expert ids run from {self.experts.min()} to {self.experts.max()} "
+                f"in a model of {self.num_experts} experts"
+            )
+        if self.forward[0] < 0 or (np.diff(self.forward) < 0).any():
+            refuse("the numbers of forward passes decrease")
+        if self.sequence.min() < 0:
+            refuse("a sequence number is negative")
+        if self.kind.max() > PADDING_ROW:
+            refuse(f"row kind {self.kind.max()} is unknown")
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return self.experts.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        """Choices per token and layer."""
+        return self.experts.shape[2]
+
+    @property
+    def num_sequences(self) -> int:
+        """One more than the highest sequence number."""
+        return int(self.sequence.max()) + 1 if len(self) else 0
+
+    @property
+    def num_forwards(self) -> int:
+        """Forward passes that computed at least one row."""
+        return int((np.diff(self.forward) > 0).sum()) + 1 if len(self) else 0
+
+    def check_model(
+        self, fingerprint: str, num_layers: int, num_experts: int, top_k: int | None = None
+    ) -> None:
+        """
+        Make sure that the trace was taken from this model.
+
+        Raises:
+            TraceError: it was not.
+        """
+        mine = (self.num_layers, self.num_experts, self.top_k)
+        theirs = (num_layers, num_experts, self.top_k if top_k is None else top_k)
+        if mine != theirs:
+            raise TraceError(
+                "the trace is of another model: it has {} layers of {} experts, top-{}, and the "
+                "model {} layers of {}, top-{}; trace this model".format(*mine, *theirs)
+            )
+        if self.fingerprint != fingerprint:
+            raise TraceError(
+                f"the trace is of another model: it was taken from {self.model or 'a model'} with "
+                f"fingerprint {self.fingerprint or '(none)'}, and this one has {fingerprint}; "
+                "trace this model"
+            )
+
+    # --- parts of it ----------------------------------------------------------------------------
+
+    def passes(self) -> Iterator[ForwardPass]:
+        """All forward passes in order, each with the request it makes of every layer."""
+        return forward_passes(
+            self.experts, self.forward, self.sequence, self.kind == PROMPT_ROW, self.num_experts
+        )
+
+    def layer_requests(self) -> list[list[list[int]]]:
+        """Distinct ids of each request, by layer and then by forward pass."""
+        layers: list[list[list[int]]] = [[] for _ in range(self.num_layers)]
+        for forward in self.passes():
+            for layer, (experts, _) in zip(layers, forward.requests, strict=True):
+                layer.append(experts)
+        return layers
+
+    def prompt(self, sequence: int) -> np.ndarray:
+        """Choices of a sequence's prompt tokens, int16 (tokens, layers, top_k)."""
+        return self.experts[(self.sequence == sequence) & (self.kind == PROMPT_ROW)]
+
+    def completion(self, sequence: int) -> np.ndarray:
+        """Choices of a sequence's completion tokens, int16 (tokens, layers, top_k)."""
+        return self.experts[(self.sequence == sequence) & (self.kind == COMPLETION_ROW)]
+
+    def select(self, sequences: Iterable[int]) -> "Trace":
+        """
+        Keep only some sequences, in the order in which they ran.
+
+        Sequences and forward passes are numbered anew from 0, without gaps. Where a pass ran
+        several sequences together, only the rows of those kept remain in it.
+
+        Raises:
+            ValueError: the trace has no rows of one of them.
+        """
+        wanted = np.unique(np.fromiter(sequences, dtype=np.int32))
+        absent = np.setdiff1d(wanted, self.sequence)
+        if absent.size:
+            raise ValueError(f"the trace has no rows of sequences {absent.tolist()}")
+        rows = np.isin(self.sequence, wanted)
+        return self._with(
+            experts=self.experts[rows],
+            forward=np.unique(self.forward[rows], return_inverse=True)[1].astype(np.int32),
+            sequence=np.searchsorted(wanted, self.sequence[rows]).astype(np.int32),
+            kind=self.kind[rows],
+        )
+
+    def _with(self, **arrays: np.ndarray) -> "Trace":
+        return Trace(
+            **arrays,
+            num_experts=self.num_experts,
+            model=self.model,
+            fingerprint=self.fingerprint,
+            versions=dict(self.versions),
+            note=self.note,
+        )
+
+    @staticmethod
+    def concat(traces: Sequence["Trace"]) -> "Trace":
+        """
+        One trace after the other; sequences and forward passes number on. The first one's header.
+
+        Raises:
+            TraceError: they are not all of the same model.
+            ValueError: there are none.
+        """
+        if not traces:
+            raise ValueError("there are no traces to put together")
+        first = traces[0]
+        forward, sequence = [], []
+        next_forward = next_sequence = 0
+        for trace in traces:
+            trace.check_model(first.fingerprint, first.num_layers, first.num_experts, first.top_k)
+            forward.append(trace.forward + np.int32(next_forward))
+            sequence.append(trace.sequence + np.int32(next_sequence))
+            next_forward = int(forward[-1][-1]) + 1 if len(trace) else next_forward
+            next_sequence += trace.num_sequences
+        return first._with(
+            experts=np.concatenate([t.experts for t in traces]),
+            forward=np.concatenate(forward),
+            sequence=np.concatenate(sequence),
+            kind=np.concatenate([t.kind for t in traces]),
+        )
+
+    # --- the file -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write one safetensors file: the four arrays, and the header as JSON in its metadata.
+
+        The file appears whole or not at all; one already there is replaced.
+
+        Raises:
+            TraceError: the place cannot be written to.
+        """
+        header = {
+            "version": VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "versions": dict(self.versions),
+            "note": self.note,
+        }
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _DTYPES}
+        blob = save_tensors(arrays, metadata={"format": FORMAT, "header": json.dumps(header)})
+        path = Path(path)
+        temporary = None
+        try:
+            with tempfile.NamedTemporaryFile(
+                dir=path.parent, prefix=f".{path.name}.", delete=False
+            ) as file:
+                temporary = file.name
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise TraceError(
+                f"the trace cannot be written to {path}: {error.strerror}; choose another place"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Trace":
+        """
+        Read a file that `save` wrote, and check all of it.
+
+        Raises:
+            TraceError: it is missing, torn, no trace, of another version, or inconsistent.
+        """
+        try:
+            blob = Path(path).read_bytes()
+        except OSError as error:
+            raise TraceError(
+                f"the trace {path} cannot be read: {error.strerror}; check the path"
+            ) from error
+        try:
+            arrays = load_tensors(blob)
+            metadata = _metadata(blob)
+            if metadata.get("format") != FORMAT:
+                raise TraceError(f"{path} is no trace of melinoe; make one with melinoe trace")
+            header = json.loads(metadata["header"])
+            version = header["version"]
+            if version != VERSION:
+                raise TraceError(
+                    f"the trace {path} has format version {version!r}, and this melinoe reads "
+                    f"{VERSION}; record it again, or install the melinoe that wrote it"
+                )
+            trace = cls(
+                **{name: arrays[name] for name in _DTYPES},
+                num_experts=header["num_experts"],
+                model=header["model"],
+                fingerprint=header["fingerprint"],
+                versions=header["versions"],
+                note=header["note"],
+            )
+            if header["top_k"] != trace.top_k or len(arrays) != len(_DTYPES):
+                raise TraceError(
+                    "the trace is malformed: header and arrays disagree; record it again"
+                )
+        except TraceError as error:
+            raise TraceError(str(error).replace("the trace is", f"the trace {path} is")) from error
+        except (SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+            raise TraceError(
+                f"the trace {path} is torn or malformed ({type(error).__name__}: {error}); "
+                "record it again"
+            ) from error
+        return trace
+
+
+def _metadata(blob: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, whose header is a length and that much JSON."""
+    (length,) = struct.unpack_from("<Q", blob)
+    return json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+
+
+class TraceBuilder:
+    """
+    Collects forward passes into a `Trace`.
+
+    Args:
+        num_layers: MoE layers.
+        num_experts: Experts of each layer.
+        top_k: Choices per token and layer.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, top_k: int):
+        self._shape = (num_layers, top_k)
+        self._num_experts = num_experts
+        self._experts: list[np.ndarray] = []
+        self._sequence: list[np.ndarray] = []
+        self._kind: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def add_forward(
+        self, experts: np.ndarray, sequence: np.ndarray | int, kind: np.ndarray | int
+    ) -> None:
+        """
+        Append one forward pass.
+
+        Args:
+            experts: Any integers (rows, layers, top_k); a negative id, or one at or above
+                num_experts (what some families write for a skipped choice), means no expert.
+            sequence: Which prompt each row belongs to, (rows,) or one for all.
+            kind: 0 prompt, 1 completion, 2 padding, (rows,) or one for all.
+
+        Raises:
+            ValueError: another shape.
+        """
+        experts = np.asarray(experts)
+        if experts.ndim != 3 or experts.shape[1:] != self._shape:
+            raise ValueError(
+                f"experts has shape {experts.shape}, not (rows, {self._shape[0]}, {self._shape[1]})"
+            )
+        chosen = (experts >= 0) & (experts < self._num_experts)
+        self._experts.append(np.where(chosen, experts, -1).astype(np.int16))
+        rows = (len(experts),)
+        self._sequence.append(np.broadcast_to(np.asarray(sequence, np.int32), rows).copy())
+        self._kind.append(np.broadcast_to(np.asarray(kind, np.uint8), rows).copy())
+
+    def trace(
+        self,
+        model: str = "",
+        fingerprint: str = "",
+        versions: Mapping[str, str] | None = None,
+        note: str = "",
+    ) -> Trace:
+        """Everything so far, as one trace; more can be added afterwards."""
+        lengths = [len(rows) for rows in self._experts]
+        none = np.zeros(0, np.int64)
+        return Trace(
+            experts=np.concatenate([np.zeros((0, *self._shape), np.int16), *self._experts]),
+            forward=np.repeat(np.arange(len(lengths)), lengths or none).astype(np.int32),
+            sequence=np.concatenate([none.astype(np.int32), *self._sequence]),
+            kind=np.concatenate([none.astype(np.uint8), *self._kind]),
+            num_experts=self._num_experts,
+            model=model,
+            fingerprint=fingerprint,
+            versions=versions or {},
+            note=note,
+        )
