@@ -1,0 +1,98 @@
+"""Bytes to slots and back: how many experts fit, never one more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from melinoe.errors import BudgetError
+from melinoe.moe.experts import ExpertsLayer
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """
+    Read an amount of memory: ``"8GiB"``, ``"500 MB"``, ``"1.5gib"``, ``"1024"`` or an int.
+
+    Returns:
+        Bytes, rounded down.
+
+    Raises:
+        BudgetError: no number, an unknown unit, or nothing left after rounding.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        amount = text
+    else:
+        match = _BYTES.fullmatch(str(text))
+        if match is None or match[2].lower() not in _UNITS:
+            raise BudgetError(
+                f"{text!r} is not an amount of memory; write it like 8GiB, 500MB or 1073741824"
+            )
+        amount = _exact(match[1], _UNITS[match[2].lower()])
+    if amount <= 0:
+        raise BudgetError(f"{text!r} leaves no memory; write an amount like 8GiB or 500MB")
+    return amount
+
+
+def _exact(number: str, unit: int) -> int:
+    """``number * unit`` in whole numbers: a float would lose the last bytes of a large budget."""
+    whole, _, part = number.partition(".")
+    return int(whole or 0) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
+
+
+def format_bytes(amount: int) -> str:
+    """*amount* in GiB, MiB, KiB or bytes, with at most three decimals, rounded up."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if amount >= size:
+            thousandths = -(-amount * 1000 // size)  # up, so that the printed amount suffices
+            return f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".") + unit
+    return f"{amount}B"
+
+
+def memory_of(slots: int, layers: Sequence[ExpertsLayer]) -> int:
+    """Bytes that *slots* per layer take; a layer with fewer experts gets no more than it has."""
+    return sum(min(slots, layer.num_experts) * layer.block_bytes for layer in layers)
+
+
+def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
+    """
+    The most slots per layer, alike in all layers, whose bytes stay within *expert_memory*.
+
+    Args:
+        expert_memory: the budget; an int is bytes.
+        layers: as `find_experts` lists them.
+
+    Returns:
+        Between 1 and the largest number of experts of a layer.
+
+    Raises:
+        BudgetError: not even one slot per layer fits; the message has the smallest that works.
+    """
+    budget = parse_bytes(expert_memory)
+    smallest = memory_of(1, layers)
+    if budget < smallest:
+        raise BudgetError(
+            f"an expert memory of {format_bytes(budget)} is below one expert in each of "
+            f"{len(layers)} layers; give at least {smallest} bytes ({format_bytes(smallest)})"
+        )
+    low, high = 1, max(layer.num_experts for layer in layers)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if memory_of(middle, layers) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
