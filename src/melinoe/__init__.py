@@ -1,1 +1,47 @@
-"""Melinoe: run Mixture-of-Experts models in a fraction of their memory."""
+"""
+Melinoe: run Mixture-of-Experts models in a fraction of their memory.
+
+    model, cache = melinoe.load("path/or/hub-name", slots=16)     # a transformers model
+    model.generate(...)                                            # as always
+    cache.counters                                                 # what it cost
+
+Names load when first used, so `import melinoe` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from melinoe.cache.residency import Residency as Residency
+    from melinoe.cache.simulator import simulate as simulate
+    from melinoe.cache.trace import Trace as Trace
+    from melinoe.errors import MelinoeError as MelinoeError
+    from melinoe.predictor import Predictor as Predictor
+    from melinoe.runtime.attach import Handle as Handle
+    from melinoe.runtime.attach import attach as attach
+    from melinoe.runtime.load import load as load
+    from melinoe.runtime.transfer import EmulatedLink as EmulatedLink
+
+_HOMES = {
+    "EmulatedLink": "melinoe.runtime.transfer",
+    "Handle": "melinoe.runtime.attach",
+    "MelinoeError": "melinoe.errors",
+    "Predictor": "melinoe.predictor",
+    "Residency": "melinoe.cache.residency",
+    "Trace": "melinoe.cache.trace",
+    "attach": "melinoe.runtime.attach",
+    "load": "melinoe.runtime.load",
+    "simulate": "melinoe.cache.simulator",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0604 - the dictionary's keys are the public names
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'melinoe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,72 @@
+"""Who may import whom: the list of docs/architecture.md, held by reading the imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "melinoe"
+
+# A module imports only from rooms of a lower number, or from its own package.
+ROOMS = [
+    ["errors", "config", "stats", "shipped", "malloc"],
+    ["cache"],
+    ["moe", "data", "checkpoint"],
+    ["losses", "predictor"],
+    ["finetune", "runtime"],
+    ["generate"],
+    ["evaluate", "measure"],
+    ["report"],
+    ["demo", "doctor", "cli"],
+]
+LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module named in an import, at the top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+            if node.module == "melinoe":
+                names.update(f"melinoe.{alias.name}" for alias in node.names)
+    return names
+
+
+MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_module_imports_only_from_rooms_above_its_own(path):
+    """No import points down the list, or sideways to a sibling room."""
+    own = room_of(path)
+    assert own in LEVEL, f"{own} has no room: add it to the list and to docs/architecture.md"
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] != "melinoe" or len(parts) == 1:
+            continue
+        other = parts[1]
+        siblings = ROOMS[LEVEL[own]] if LEVEL[own] in (0, 2, 8) else []
+        assert other == own or LEVEL[other] < LEVEL[own] or other in siblings, f"{own} -> {name}"
+
+
+@pytest.mark.parametrize("package", ["cache", "errors", "config", "cli"])
+def test_light_rooms_import_without_torch(package):
+    """The decisions and the command line's help never pay for torch."""
+    code = f"import sys, melinoe.{package}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_room_stands_on_the_architecture_page():
+    """The page names each module or package of the source."""
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
+    for path in MODULES:
+        assert room_of(path) in page, room_of(path)
