@@ -1,0 +1,143 @@
+"""Load all of a model but its experts, with transformers' own from_pretrained."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from melinoe.checkpoint.files import Place, locate
+from melinoe.checkpoint.opening import Checkpoint
+from melinoe.errors import CheckpointError
+from melinoe.moe.experts import ExpertsLayer, find_experts
+
+_log = logging.getLogger("melinoe")
+
+
+class _Lazy:
+    """A stored tensor that transformers reads by slicing it with ``[...]``."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        tensor = torch.empty(self.place.info.shape, dtype=self.place.info.dtype, device="cpu")
+        self.place.file.read(self.place.name, tensor)
+        return tensor
+
+
+def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
+    """
+    Load everything but the experts onto *device*.
+
+    The model comes out of transformers' ``from_pretrained``, so tied weights, buffers, types and
+    the generation config are its own doing; only the experts' parameters were taken out while the
+    model had no memory yet. They are left as empty parameters ``(0, ...)``, the form that
+    `melinoe.runtime.attach` leaves too.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        device: Where the backbone's weights go.
+
+    Returns:
+        The model, in evaluation mode. It cannot run until a runtime is attached.
+
+    Raises:
+        CheckpointError: a backbone tensor is missing or has another shape than the config says.
+    """
+    stripped = _without_experts(checkpoint.model_class)
+    with _quiet():
+        model, info = stripped.from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict={place.name: _Lazy(place) for place in checkpoint.backbone},
+            dtype=checkpoint.dtype,
+            device_map={"": str(device)} if torch.device(device).type != "cpu" else None,
+            ignore_mismatched_sizes=True,  # collected, and refused below in one sentence
+            output_loading_info=True,
+        )
+    _refuse_gaps(checkpoint.name, info)
+    model.__class__ = checkpoint.model_class
+    for layer in checkpoint.layers:
+        module = model.get_submodule(layer.name)
+        for tensor in layer.tensors:
+            empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
+            module._parameters[tensor.name] = nn.Parameter(empty, requires_grad=False)
+    _name_it(model, checkpoint.name)
+    return model
+
+
+def layers_of(checkpoint: Checkpoint, model: nn.Module) -> list[ExpertsLayer]:
+    """The checkpoint's MoE layers with the modules of *model*, which `load_backbone` made."""
+    return [replace(x, module=model.get_submodule(x.name)) for x in checkpoint.layers]
+
+
+def _without_experts(model_class: Any) -> Any:
+    """A class like *model_class* whose instances give up their experts once they are built."""
+
+    def __init__(self, *args, **kwargs):
+        model_class.__init__(self, *args, **kwargs)
+        for layer in find_experts(self):
+            module: Any = layer.module
+            for tensor in layer.tensors:
+                assert module._parameters[tensor.name].is_meta  # not a byte was ever given
+                # None is neither loaded, missed, initialised nor counted.
+                module._parameters[tensor.name] = None
+            module._is_hf_initialized = True
+
+    # The same name and module: transformers chooses its conversions by the class's name.
+    body = {"__init__": __init__, "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), body)
+
+
+def _refuse_gaps(name: str, info: dict) -> None:
+    """A weight that the files do not give is an error, never a random one."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} of the model's tensors, first {missing[0]}; a shard or "
+            "a part of its index is missing, download it again"
+        )
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{name} has {key} of shape {_x(stored)} where the config says {_x(expected)}; the "
+            "weights do not belong to this config"
+        )
+    failed = info.get("conversion_errors") or info.get("error_msgs")
+    if failed:
+        raise CheckpointError(
+            f"transformers could not convert {sorted(failed)[0]} of {name}; the weights do not "
+            "belong to this config"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        _log.warning("%s: %d stored tensors are not used by the model, first %s",
+                     name, len(unexpected), unexpected[0])  # fmt: skip
+
+
+def _x(shape: Any) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def _name_it(model: Any, name: str) -> None:
+    """What from_pretrained does with a path: the model's name and its generation config."""
+    model.config.name_or_path = model.name_or_path = name
+    path = locate(name, "generation_config.json")
+    if model.can_generate() and path is not None:
+        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' loading report: what it would say is checked or logged here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

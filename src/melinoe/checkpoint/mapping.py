@@ -1,0 +1,93 @@
+"""Sort a checkpoint's tensors by the parameter of the model that they belong to."""
+
+from collections.abc import Collection
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from melinoe.checkpoint.files import Place
+from melinoe.checkpoint.sources import Group
+from melinoe.errors import UnsupportedModelError
+
+
+def group_by_parameter(model: Any, places: dict[str, Place]) -> dict[str, Group]:
+    """
+    Apply transformers' renamings and rules to every stored name.
+
+    Args:
+        model: The whole model, on the meta device.
+        places: Stored name -> place.
+
+    Returns:
+        Full name of a parameter (of the first, where a rule makes several) -> the stored tensors
+        that make it. Names that the model does not know are kept under the name they would have.
+
+    Source:
+        `convert_and_load_state_dict_in_model` of transformers 5.23, whose order of tensors within
+        a group and whose second try without renaming are kept.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known = model.state_dict()
+    prefix = model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for key in sorted(places, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if target not in known and key in known:
+            target, pattern = rename_source_key(key, [], [], prefix, known)
+        rule = None if pattern is None else rule_of[pattern]
+        if target not in groups:
+            groups[target] = Group(target, _targets(target, rule), rule, {})
+        groups[target].tensors.setdefault(pattern or key, []).append(places[key])
+    return groups
+
+
+def _targets(target: str, rule: WeightConverter | None) -> tuple[str, ...]:
+    """Full names of all parameters that a rule makes, from the first one's."""
+    if rule is None or len(rule.target_patterns) == 1:
+        return (target,)
+    first = rule.target_patterns[0]
+    return tuple(target.replace(first, pattern, 1) for pattern in rule.target_patterns)
+
+
+def split(
+    groups: dict[str, Group], experts: Collection[str]
+) -> tuple[dict[str, Group], list[Place]]:
+    """
+    Part the experts' tensors from all others.
+
+    Args:
+        groups: From `group_by_parameter`.
+        experts: Full names of the experts' parameters.
+
+    Returns:
+        Full name -> group, for each of *experts* that the checkpoint has; and the places of all
+        other tensors, which make the backbone.
+
+    Raises:
+        UnsupportedModelError: one rule makes an expert's parameter and another one together.
+    """
+    wanted = set(experts)
+    of_expert: dict[str, Group] = {}
+    backbone: list[Place] = []
+    for group in groups.values():
+        hits = wanted.intersection(group.targets)
+        if not hits:
+            backbone += [place for part in group.tensors.values() for place in part]
+        elif len(hits) < len(group.targets):
+            raise UnsupportedModelError(
+                f"this family's checkpoint keeps {sorted(hits)[0]} together with weights that are "
+                "no experts, so its experts cannot be read alone; load it with from_pretrained and "
+                "use melinoe.attach"
+            )
+        else:
+            of_expert |= dict.fromkeys(hits, group)
+    return of_expert, backbone

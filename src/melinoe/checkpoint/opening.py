@@ -1,0 +1,222 @@
+"""Open a checkpoint: everything about it is known and checked before a weight is read."""
+
+import contextlib
+import copy
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from melinoe.checkpoint.files import Place, close_shards, open_shards, read_config
+from melinoe.checkpoint.mapping import group_by_parameter, split
+from melinoe.checkpoint.sources import LayerCache, Reader, WholeLayer, reader_for
+from melinoe.errors import CheckpointError, UnsupportedModelError
+from melinoe.moe.experts import ExpertsLayer, find_experts
+
+
+class ExpertSource:
+    """
+    One MoE layer of a checkpoint, readable expert by expert.
+
+    Args:
+        layer: What the layer's experts consist of; its module is on the meta device.
+        readers: Parameter name -> reader.
+    """
+
+    def __init__(self, layer: ExpertsLayer, readers: dict[str, Reader]) -> None:
+        self.layer, self.readers = layer, readers
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return self.layer.num_experts
+
+    def read(self, expert: int, into: dict[str, torch.Tensor]) -> None:
+        """
+        Read one expert straight from the shards.
+
+        Args:
+            expert: In ``[0, num_experts)``.
+            into: Parameter name -> tensor shaped like the parameter without its leading E;
+                every parameter must be there. Converted where types or devices differ.
+
+        Raises:
+            CheckpointError: a shard lost bytes since it was opened.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
+        for name, reader in self.readers.items():
+            reader.read(expert, into[name])
+
+
+@dataclass
+class Checkpoint:
+    """
+    An opened checkpoint: headers read and checked, no weights. Close it, or use it with ``with``.
+
+    Attributes:
+        name: The directory or hub name it was opened by.
+        config: The model's config, with the type to compute in.
+        model_class: The transformers class that its architecture names.
+        dtype: Type that the weights are given in memory.
+        files: Stored name -> where it lies.
+        layers: MoE layers, whose modules are on the meta device.
+        experts: One source per MoE layer.
+        backbone: Every stored tensor that belongs to no expert.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    model_class: type
+    dtype: torch.dtype
+    files: dict[str, Place]
+    layers: list[ExpertsLayer]
+    experts: list[ExpertSource]
+    backbone: list[Place]
+
+    @property
+    def backbone_keys(self) -> list[str]:
+        """Stored names of the tensors that belong to no expert."""
+        return [place.name for place in self.backbone]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts in `dtype`."""
+        return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
+
+    @property
+    def whole_layers(self) -> bool:
+        """Whether some expert can only be had by converting its whole layer."""
+        return any(isinstance(r, WholeLayer) for s in self.experts for r in s.readers.values())
+
+    def close(self) -> None:
+        """Close the shards; sources cannot read afterwards."""
+        close_shards(self.files)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(name: str, dtype: torch.dtype | str = "auto") -> Checkpoint:
+    """
+    Open a checkpoint of the hub's layout, and find out where each expert lies.
+
+    Costs the headers' bytes and a model without weights; a hub checkpoint that is not in the
+    local cache is downloaded.
+
+    Args:
+        name: A directory, or the name of a repository on the hub.
+        dtype: Type of the weights in memory; "auto" takes the config's, else the stored one.
+
+    Raises:
+        CheckpointError: files missing, torn, quantised, or of another model than the config's.
+        UnsupportedModelError: the family has no experts that can be served.
+    """
+    name = str(name)
+    config = read_config(name)
+    model_class = find_model_class(config)
+    resolved = None if dtype == "auto" else _as_dtype(dtype)
+    if resolved is None:
+        resolved = _as_dtype(config.dtype) if config.dtype is not None else None
+    if resolved is None:  # the family is checked before the weights are downloaded
+        build_on_meta(model_class, config, torch.float32)
+    files = open_shards(name)
+    try:
+        resolved = resolved or _stored_dtype(files)
+        config = copy.deepcopy(config)
+        model = build_on_meta(model_class, config, resolved)
+        layers = find_experts(model)
+        layers = [_with_plan(layer, model, resolved) for layer in layers]
+        experts, backbone = _sources(model, config, layers, files)
+    except BaseException:
+        close_shards(files)
+        raise
+    return Checkpoint(name, config, model_class, resolved, files, layers, experts, backbone)
+
+
+def _sources(
+    model: Any, config: PreTrainedConfig, layers: list[ExpertsLayer], files: dict[str, Place]
+) -> tuple[list[ExpertSource], list[Place]]:
+    """One source per layer, and the tensors that belong to none."""
+    shapes = {
+        f"{layer.name}.{tensor.name}": (layer.num_experts, *tensor.shape)
+        for layer in layers
+        for tensor in layer.tensors
+    }
+    found, backbone = split(group_by_parameter(model, files), shapes)
+    cache = LayerCache(max(len(layer.tensors) for layer in layers))
+    sources = []
+    for layer in layers:
+        readers = {}
+        for tensor in layer.tensors:
+            name = f"{layer.name}.{tensor.name}"
+            if name not in found:
+                raise CheckpointError(
+                    f"the checkpoint has no tensor for {name}; a shard or a part of its index is "
+                    "missing, download it again"
+                )
+            readers[tensor.name] = reader_for(found[name], name, shapes, config, cache)
+        sources.append(ExpertSource(layer, readers))
+    return sources, backbone
+
+
+def find_model_class(config: PreTrainedConfig) -> Any:
+    """
+    The transformers class that a config's architecture names.
+
+    Raises:
+        UnsupportedModelError: transformers has no such class.
+    """
+    if config.architectures:
+        found = getattr(transformers, config.architectures[0], None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no architecture "
+            f"{config.architectures[0]}; use a family that transformers itself implements"
+        )
+    with contextlib.suppress(KeyError):
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    raise UnsupportedModelError(
+        f"the config of family {config.model_type!r} names no architecture, and the family has no "
+        'language model; add "architectures" to config.json'
+    )
+
+
+def build_on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The model without a byte of weights; also sets *dtype* on *config*."""
+    with torch.device("meta"):
+        return model_class._from_config(config, dtype=dtype)
+
+
+def _with_plan(layer: ExpertsLayer, model: Any, dtype: torch.dtype) -> ExpertsLayer:
+    """Apply the family's wish to keep some parameters in float32, as from_pretrained does."""
+    plan = model._get_dtype_plan(dtype)
+    tensors = []
+    for tensor in layer.tensors:
+        for pattern, wanted in plan.items():
+            if re.search(pattern.replace("*", ".*"), f"{layer.name}.{tensor.name}"):
+                tensor = replace(tensor, dtype=wanted)
+        tensors.append(tensor)
+    return replace(layer, tensors=tuple(tensors))
+
+
+def _as_dtype(dtype: Any) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be 'auto' or a floating-point type, not {dtype!r}")
+    return found
+
+
+def _stored_dtype(files: dict[str, Place]) -> torch.dtype:
+    """The type of the first floating-point tensor."""
+    for place in files.values():
+        if place.info.dtype.is_floating_point:
+            return place.info.dtype
+    raise CheckpointError("the checkpoint holds no floating-point tensor; download it again")

@@ -1,0 +1,161 @@
+"""One safetensors file, read piece by piece into memory that the caller owns; nothing is mapped."""
+
+import json
+import os
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from melinoe.errors import CheckpointError
+
+# The names that the format gives to the types of a tensor, and what torch calls them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+# The format's own limit on a header, which keeps a garbled length from asking for all memory.
+LARGEST_HEADER_BYTES = 100_000_000
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: its type, its shape, and its first and last byte in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor as it is stored."""
+        return self.stop - self.start
+
+
+class SafetensorsFile:
+    """
+    A safetensors file whose header has been read and checked against the file's real size.
+
+    The file stays open, so that a later read costs one system call. Reads give the offset
+    themselves and share no position: threads may read at the same time.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: the file is missing, empty, torn, or its header is not one.
+
+    Source:
+        https://github.com/huggingface/safetensors#format: 8 bytes of header length, little
+        endian; the header in JSON; the tensors' bytes, in row-major order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            self._fd: int | None = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"the shard {self.path} cannot be opened ({error.strerror}); download it again"
+            ) from None
+        try:
+            self.tensors = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> dict[str, TensorInfo]:
+        """Name -> place in the file, every range checked."""
+        assert self._fd is not None
+        size = os.fstat(self._fd).st_size
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if size < 8 or length > size - 8 or length > LARGEST_HEADER_BYTES:
+            raise self._torn(f"{size} bytes, too few for its header")
+        try:
+            header = json.loads(os.pread(self._fd, length, 8))
+            header.pop("__metadata__", None)
+            tensors = {name: self._place(entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._torn(f"a header that is not safetensors ({error})") from None
+        promised = max((info.stop for info in tensors.values()), default=8 + length)
+        if promised > size:
+            raise self._torn(f"{size} bytes where its header promises {promised}")
+        return tensors
+
+    @staticmethod
+    def _place(entry: dict, origin: int) -> TensorInfo:
+        """One header entry as a TensorInfo; ValueError where its range and shape disagree."""
+        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+        start, stop = entry["data_offsets"]
+        if start < 0 or min(shape, default=0) < 0 or stop - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"{stop - start} bytes for shape {list(shape)} of {entry['dtype']}")
+        return TensorInfo(dtype, shape, origin + start, origin + stop)
+
+    def _torn(self, what: str) -> CheckpointError:
+        return CheckpointError(f"the shard {self.path} is torn: it has {what}; download it again")
+
+    def read(self, name: str, into: torch.Tensor, first: int = 0) -> None:
+        """
+        Read consecutive elements of a tensor into *into*, converting the type if it differs.
+
+        Where *into* is contiguous, on the CPU and of the stored type, the bytes go straight into
+        its memory; else they pass through a buffer of the size of *into*.
+
+        Args:
+            name: A key of `tensors`.
+            into: Takes ``into.numel()`` elements in row-major order, whatever its shape.
+            first: The first element to read, counted in the stored tensor's row-major order.
+
+        Raises:
+            CheckpointError: the file has shrunk since it was opened.
+        """
+        info = self.tensors[name]
+        start = info.start + first * info.dtype.itemsize
+        if start < info.start or start + into.numel() * info.dtype.itemsize > info.stop:
+            raise ValueError(f"elements {first}..{first + into.numel()} are outside {name}")
+        if into.dtype == info.dtype and into.device.type == "cpu" and into.is_contiguous():
+            self._fill(into, start)
+        else:
+            buffer = torch.empty(into.shape, dtype=info.dtype)
+            self._fill(buffer, start)
+            into.copy_(buffer)
+
+    def _fill(self, into: torch.Tensor, offset: int) -> None:
+        """Fill a contiguous CPU tensor with the file's bytes from *offset* on."""
+        if self._fd is None:
+            raise ValueError(f"{self.path} is closed")
+        data: Any = into.detach().reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(data)
+        while len(view):
+            # One call moves at most 2 GiB, and may move less than it was asked to.
+            done = os.preadv(self._fd, [view], offset)
+            if done == 0:
+                raise self._torn(f"lost bytes after {offset} while it was being read")
+            view, offset = view[done:], offset + done
+
+    def close(self) -> None:
+        """Close the file; reading afterwards is a caller's mistake."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def describe_shape(shape: Sequence[int]) -> str:
+    """``(64, 2048)`` as ``64x2048``, for messages."""
+    return "x".join(str(n) for n in shape)
