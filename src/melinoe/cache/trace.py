@@ -1,30 +1,21 @@
 """
-Traces: which experts a model chose, token by token, and the one file they are kept in.
+Traces: which experts a model chose, token by token.
 
-A trace is evidence, so it carries where it came from, and a file that is torn, of another
-version or inconsistent is refused instead of read as far as it goes.
+A trace is evidence, so it carries where it came from, and one that is inconsistent is refused.
 """
 
-import json
 import os
-import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from melinoe.cache.requests import ForwardPass, forward_passes
+from melinoe.cache.trace_file import ARRAYS, read_trace_file, write_trace_file
 from melinoe.errors import TraceError
 
 PROMPT_ROW, COMPLETION_ROW, PADDING_ROW = 0, 1, 2
-FORMAT, VERSION = "melinoe-trace", 1
-
-_DTYPES = {"experts": np.int16, "forward": np.int32, "sequence": np.int32, "kind": np.uint8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +49,13 @@ class Trace:
     note: str = ""
 
     def __post_init__(self) -> None:
-        self._validate("the trace")
+        self._validate()
 
-    def _validate(self, what: str) -> None:
+    def _validate(self) -> None:
         def refuse(fault: str) -> None:
-            raise TraceError(f"{what} is malformed: {fault}; record it again")
+            raise TraceError(f"the trace is malformed: {fault}; record it again")
 
-        for name, dtype in _DTYPES.items():
+        for name, dtype in ARRAYS.items():
             array = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype != dtype:
                 refuse(f"{name} is not an array of {np.dtype(dtype).name}")
@@ -232,34 +223,18 @@ class Trace:
         Raises:
             TraceError: the place cannot be written to.
         """
-        header = {
-            "version": VERSION,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
-            "versions": dict(self.versions),
-            "note": self.note,
-        }
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _DTYPES}
-        blob = save_tensors(arrays, metadata={"format": FORMAT, "header": json.dumps(header)})
-        path = Path(path)
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile(
-                dir=path.parent, prefix=f".{path.name}.", delete=False
-            ) as file:
-                temporary = file.name
-                file.write(blob)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise TraceError(
-                f"the trace cannot be written to {path}: {error.strerror}; choose another place"
-            ) from error
+        write_trace_file(
+            path,
+            {name: getattr(self, name) for name in ARRAYS},
+            {
+                "model": self.model,
+                "fingerprint": self.fingerprint,
+                "num_experts": self.num_experts,
+                "top_k": self.top_k,
+                "versions": dict(self.versions),
+                "note": self.note,
+            },
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Trace":
@@ -269,50 +244,19 @@ class Trace:
         Raises:
             TraceError: it is missing, torn, no trace, of another version, or inconsistent.
         """
+        arrays, header = read_trace_file(path)
+        top_k = header.pop("top_k")
+        fields: dict[str, Any] = {**arrays, **header}
         try:
-            blob = Path(path).read_bytes()
-        except OSError as error:
-            raise TraceError(
-                f"the trace {path} cannot be read: {error.strerror}; check the path"
-            ) from error
-        try:
-            arrays = load_tensors(blob)
-            metadata = _metadata(blob)
-            if metadata.get("format") != FORMAT:
-                raise TraceError(f"{path} is no trace of melinoe; make one with melinoe trace")
-            header = json.loads(metadata["header"])
-            version = header["version"]
-            if version != VERSION:
-                raise TraceError(
-                    f"the trace {path} has format version {version!r}, and this melinoe reads "
-                    f"{VERSION}; record it again, or install the melinoe that wrote it"
-                )
-            trace = cls(
-                **{name: arrays[name] for name in _DTYPES},
-                num_experts=header["num_experts"],
-                model=header["model"],
-                fingerprint=header["fingerprint"],
-                versions=header["versions"],
-                note=header["note"],
-            )
-            if header["top_k"] != trace.top_k or len(arrays) != len(_DTYPES):
-                raise TraceError(
-                    "the trace is malformed: header and arrays disagree; record it again"
-                )
+            trace = cls(**fields)
         except TraceError as error:
-            raise TraceError(str(error).replace("the trace is", f"the trace {path} is")) from error
-        except (SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+            raise TraceError(str(error).replace("the trace", f"the trace {path}", 1)) from error
+        if top_k != trace.top_k:
             raise TraceError(
-                f"the trace {path} is torn or malformed ({type(error).__name__}: {error}); "
-                "record it again"
-            ) from error
+                f"the trace {path} is malformed: its header says top-{top_k}, its rows hold "
+                f"{trace.top_k} choices; record it again"
+            )
         return trace
-
-
-def _metadata(blob: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file, whose header is a length and that much JSON."""
-    (length,) = struct.unpack_from("<Q", blob)
-    return json.loads(blob[8 : 8 + length]).get("__metadata__", {})
 
 
 class TraceBuilder:

@@ -1,0 +1,122 @@
+"""
+The file a trace is kept in: safetensors, the header as JSON in its metadata.
+
+A file that is torn, of another version or of other contents is refused, never read as far as it
+goes.
+"""
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from melinoe.errors import TraceError
+
+FORMAT, VERSION = "melinoe-trace", 1
+ARRAYS = {"experts": np.int16, "forward": np.int32, "sequence": np.int32, "kind": np.uint8}
+HEADER: dict[str, type] = {
+    "model": str,
+    "fingerprint": str,
+    "num_experts": int,
+    "top_k": int,
+    "versions": dict,
+    "note": str,
+}
+
+
+def write_trace_file(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]
+) -> None:
+    """
+    Write arrays and header; the file appears whole or not at all, one already there is replaced.
+
+    Raises:
+        TraceError: the place cannot be written to.
+    """
+    metadata = {"format": FORMAT, "header": json.dumps({"version": VERSION, **header})}
+    blob = save_tensors(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=metadata
+    )
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is its owner's alone
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TraceError(
+            f"the trace cannot be written to {path}: {error.strerror}; choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_trace_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """
+    Read arrays and header, exactly those that the format has; their contents are not checked.
+
+    Raises:
+        TraceError: the file is missing, torn, no trace, or of another version.
+    """
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as error:
+        raise TraceError(
+            f"the trace {path} cannot be read: {error.strerror}; check the path"
+        ) from error
+    try:
+        arrays = load_tensors(blob)
+        (length,) = struct.unpack_from("<Q", blob)
+        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, KeyError, ValueError, struct.error) as error:
+        raise TraceError(
+            f"the trace {path} is torn, or no trace ({error}); copy or record it again"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise TraceError(
+            f"{path} is a safetensors file but no trace; record one with `melinoe trace`"
+        )
+    try:
+        header = dict(json.loads(metadata["header"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(
+            f"the trace {path} is malformed: its header is not readable; record it again"
+        ) from error
+    version = header.pop("version", None)
+    if version != VERSION:
+        raise TraceError(
+            f"the trace {path} has format version {version!r}, and this melinoe reads {VERSION}; "
+            "record it again, or install the melinoe that wrote it"
+        )
+    if {name: type(value) for name, value in header.items()} != HEADER:
+        raise TraceError(
+            f"the trace {path} is malformed: its header does not hold {', '.join(HEADER)}; "
+            "record it again"
+        )
+    if arrays.keys() != ARRAYS.keys():
+        raise TraceError(
+            f"the trace {path} is malformed: it holds {', '.join(sorted(arrays))} instead of "
+            f"{', '.join(sorted(ARRAYS))}; record it again"
+        )
+    return arrays, header
