@@ -1,0 +1,55 @@
+"""
+Tables and figures from measurement records, and from nothing else.
+
+    records.py     read and check        amounts.py   numbers as text
+    tables.py      tables as data        benchmarks.py  tables of benchmark results
+    captions.py    sentences, computed   figures.py   drawings     svg.py  drawings that fit a page
+    glossary.py    what words mean       sections.py  all of it in order
+    render.py      a table as Markdown, text or HTML
+    page.py        the page and its twin readme.py    tables between a README's markers
+"""
+
+import shutil
+from collections.abc import Iterable
+from typing import Literal
+
+from melinoe.errors import DataError
+from melinoe.report import render
+from melinoe.report.benchmarks import benchmark_tables
+from melinoe.report.page import write_report
+from melinoe.report.readme import update_readme
+from melinoe.report.records import Source, read_records
+from melinoe.report.tables import corpus_table, main_table, servings
+
+__all__ = ["render_table", "update_readme", "write_report"]
+
+
+def render_table(
+    sources: Iterable[Source] | Source,
+    form: Literal["markdown", "text"] = "text",
+    width: int | None = None,
+) -> str:
+    """
+    Write the main table of some records, one per cache configuration.
+
+    Records without serve runs give what else they hold: perplexity per corpus, benchmarks.
+
+    Args:
+        sources: Records, paths of `.jsonl` and `.json` files, or both.
+        form: ``"markdown"``, or ``"text"`` for a terminal.
+        width: Columns of the terminal; this terminal's own if ``None``.
+
+    Raises:
+        DataError: a record is malformed, there is none, or none that makes a table.
+        ValueError: *form* is neither of the two.
+    """
+    found = read_records(sources)
+    tables = [main_table(found, serving) for serving in servings(found)]
+    if not tables:
+        corpora = corpus_table(found)
+        tables = ([corpora] if corpora else []) + benchmark_tables(found)
+    if not tables:
+        message = "no record makes a table; give records of kind serve, quality or a benchmark"
+        raise DataError(message)
+    columns = width if width is not None else shutil.get_terminal_size((100, 24)).columns
+    return render.render(tables, form, columns)

@@ -1,0 +1,101 @@
+# ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
+"""Numbers as text, and the little arithmetic that a report does on estimates."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from melinoe.report.records import Estimate
+
+DASH = "–"
+NOT_MEASURED = "n/a"
+
+
+def decimals(value: float, digits: int = 3) -> int:
+    """Say how many decimals show *value* with *digits* significant digits; 0 to 5."""
+    if value == 0 or not math.isfinite(value):
+        return max(0, digits - 1)
+    return min(5, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """Write *value* with *digits* significant digits, thousands apart, never an exponent."""
+    return f"{value:,.{decimals(value, digits)}f}"
+
+
+def percent(value: float) -> str:
+    """Write a share between 0 and 1 as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def spread(estimate: Estimate, unit: str = "", digits: int = 3) -> tuple[str, str]:
+    """
+    Write an estimate's mean and its interval, both with the decimals of the mean.
+
+    Args:
+        estimate: What to write.
+        unit: ``"%"`` for a share between 0 and 1, shown times 100; anything else is not written.
+        digits: Significant digits of the mean; a percentage always has one decimal.
+    """
+    scale = 100.0 if unit == "%" else 1.0
+    places = 1 if unit == "%" else decimals(estimate.mean, digits)
+    low, high = (f"{scale * end:,.{places}f}" for end in (estimate.low, estimate.high))
+    mean = f"{scale * estimate.mean:,.{places}f}" + (" %" if unit == "%" else "")
+    return mean, f"{low}{DASH}{high}"
+
+
+def inline(estimate: Estimate, unit: str = "", digits: int = 3) -> str:
+    """Write mean and interval for use in a sentence: ``9.81 [9.40, 10.22]``."""
+    mean, interval = spread(estimate, unit, digits)
+    return f"{mean} [{interval.replace(DASH, ', ')}]"
+
+
+def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
+    """
+    Average positive estimates on the log scale, with the interval that follows.
+
+    The distances from mean to either end are added in quadrature: that takes the estimates as
+    independent of each other, which separate corpora are.
+
+    Raises:
+        ValueError: nothing to average, or something not positive.
+    """
+    if not estimates or any(item.low <= 0 for item in estimates):
+        raise ValueError("a geometric mean needs positive numbers")
+    count = len(estimates)
+    centre = sum(math.log(item.mean) for item in estimates) / count
+    down = math.hypot(*(math.log(item.mean / item.low) for item in estimates)) / count
+    up = math.hypot(*(math.log(item.high / item.mean) for item in estimates)) / count
+    total = sum(item.n for item in estimates if item.n is not None) or None
+    return Estimate(math.exp(centre), math.exp(centre - down), math.exp(centre + up), total)
+
+
+def ratio(top: Estimate, bottom: Estimate) -> Estimate | None:
+    """
+    Divide two positive estimates; the range is the widest their intervals allow.
+
+    Wider than a paired interval would be, never narrower. ``None`` where the divisor's interval
+    reaches zero.
+    """
+    if bottom.low <= 0 or top.low < 0:
+        return None
+    return Estimate(top.mean / bottom.mean, top.low / bottom.high, top.high / bottom.low)
+
+
+def apart(one: Estimate, other: Estimate) -> bool:
+    """Say whether the two intervals do not touch: only then does a sentence call them different."""
+    return one.high < other.low or other.high < one.low
+
+
+def mean_interval(values: Sequence[float], resamples: int = 2000) -> Estimate:
+    """
+    Give the mean of *values* with its 95 % bootstrap interval; always the same for same values.
+
+    Source:
+        Percentile bootstrap: Efron, Annals of Statistics 7(1), 1979.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    rows = np.random.default_rng(0).integers(0, data.size, size=(resamples, data.size))
+    low, high = np.percentile(data[rows].mean(axis=1), (2.5, 97.5))
+    return Estimate(float(data.mean()), float(low), float(high), data.size)

@@ -1,0 +1,201 @@
+"""
+Sentences computed from the records: captions under figures, and the findings at the top.
+
+A sentence says that two means differ only where their intervals do not touch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from melinoe.report.amounts import apart, inline, plain, ratio
+from melinoe.report.records import Estimate, Measurements, Record
+from melinoe.report.tables import (
+    Serving,
+    change,
+    domains,
+    estimate,
+    link_text,
+    ordered_models,
+    perplexity,
+)
+
+PREDICTIONS = {
+    "empty": "an empty start",
+    "popularity": "global popularity",
+    "prefill": "the experts of the prefill",
+    "learned": "the learned predictor",
+}
+
+
+def join(parts: Sequence[str]) -> str:
+    """Join phrases: ``a``, ``a and b``, ``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def moved(before: Estimate, after: Estimate, words: tuple[str, str, str]) -> str:
+    """Choose the word for lower, higher, or no difference that the intervals would bear."""
+    if not apart(before, after):
+        return words[2]
+    return words[0] if after.mean < before.mean else words[1]
+
+
+def locality(means: Mapping[str, Estimate], num_experts: int) -> str:
+    """Say how many experts a sequence uses, before and after."""
+    if "base" not in means or "fine-tuned" not in means:
+        each = [f"{model} {inline(mean)}" for model, mean in means.items()]
+        return f"A sequence uses, of {num_experts} experts per layer: {join(each)}."
+    before, after = means["base"], means["fine-tuned"]
+    verb = moved(before, after, ("cut", "raised", "did not measurably change"))
+    text = (
+        f"Fine-tuning {verb} the experts a sequence uses: from {inline(before)} "
+        f"to {inline(after)} of {num_experts}"
+    )
+    if "control" in means:
+        text += f"; the control, trained without cache losses, uses {inline(means['control'])}"
+    return text + "."
+
+
+def curves(records: Mapping[tuple[str, ...], Record], slots: int) -> str:
+    """Say what each policy hits at the number of slots nearest to *slots*."""
+    num_experts = next(iter(records.values()))["num_experts"]
+    at = min(next(iter(records.values()))["slots"], key=lambda count: abs(count - slots))
+    parts = []
+    for model in ordered_models(model for model, _ in records):
+        hits = {}
+        for (of, policy), record in records.items():
+            if of == model and at in record["slots"]:
+                hits[policy] = Estimate.of(record["hit_rate"][record["slots"].index(at)])
+        causal = {p: e for p, e in hits.items() if p != "belady" and e is not None}
+        said = [f"{policy.upper()} {inline(e, '%')}" for policy, e in causal.items()]
+        bound = hits.get("belady")
+        if bound is not None:
+            said.append(f"Belady, which knows the future, {inline(bound, '%')}")
+        if said:
+            parts.append(f"{model}: {join(said)}")
+    return f"Hit rate with {at} of {num_experts} slots. " + "; ".join(parts) + "."
+
+
+def corpora(found: Measurements) -> str:
+    """Say what training did to perplexity where it trained, and elsewhere."""
+    sentences = []
+    for in_domain, where in ((True, "in domain"), (False, "out of domain")):
+        values = {
+            model: value
+            for model in ordered_models(record["model"] for record in found.of("quality"))
+            if (value := perplexity(found, model, in_domain)) is not None
+        }
+        if values:
+            said = [f"{model} {inline(value, digits=4)}" for model, value in values.items()]
+            many = sum(inside is in_domain for _, inside in domains(found)) > 1
+            mean = " (geometric mean)" if many else ""
+            sentences.append(f"{where}{mean} {join(said)}")
+    return f"Perplexity, lower is better: {'; '.join(sentences)}."
+
+
+def predictor(records: Mapping[str, Record]) -> str:
+    """Say which prediction finds the most experts, and whether the learned one earns its keep."""
+    sentences = []
+    for model, record in records.items():
+        recall = {name: Estimate.of(item) for name, item in record["recall"].items()}
+        known = {name: item for name, item in recall.items() if item is not None}
+        best = max(known, key=lambda name: known[name].mean)
+        name = PREDICTIONS.get(best, best)
+        text = f"{model}: {name} finds most, {inline(known[best], '%')}"
+        rivals = [other for other in known if other != best]
+        if rivals:
+            second = max(rivals, key=lambda other: known[other].mean)
+            tied = "" if apart(known[best], known[second]) else ", no measurable difference"
+            rival = PREDICTIONS.get(second, second)
+            text += f", before {rival}, {inline(known[second], '%')}{tied}"
+        sentences.append(text)
+    slots = next(iter(records.values()))["slots"]
+    return f"With {slots} experts named per layer. " + "; ".join(sentences) + "."
+
+
+def ends(log: Sequence[Mapping[str, Any]], term: str) -> tuple[float, float] | None:
+    """Mean of a loss over the first and over the last twentieth of its steps."""
+    values = [float(row[term]) for row in log if row.get(term) is not None]
+    if not values:
+        return None
+    some = max(1, len(values) // 20)
+    return sum(values[:some]) / some, sum(values[-some:]) / some
+
+
+def start_to_end(log: Sequence[Mapping[str, Any]], term: str) -> str:
+    """Write a loss's way: ``3.62 → 3.51``."""
+    found = ends(log, term)
+    return "n/a" if found is None else f"{plain(found[0])} → {plain(found[1])}"
+
+
+def training(logs: Mapping[str, Sequence[Mapping[str, Any]]], terms: Mapping[str, str]) -> str:
+    """Say where each loss began and ended, model by model."""
+    sentences = []
+    for term, name in terms.items():
+        said = [
+            f"{model} {start_to_end(log, term)}"
+            for model, log in logs.items()
+            if ends(log, term) is not None
+        ]
+        if said:
+            sentences.append(f"{name} {join(said)}")
+    text = "; ".join(sentences)
+    return f"From the first to the last twentieth of the steps: {text}."
+
+
+def findings(found: Measurements, serving: Serving) -> list[str]:
+    """Say what the main table shows: transfers, quality and speed of the fine-tuned model."""
+    base, tuned = serving.run("base"), serving.run("fine-tuned")
+    if base is None or tuned is None:
+        return []
+    return [
+        text
+        for text in (_transfers(base, tuned), _price(found), *_speeds(serving))
+        if text is not None
+    ]
+
+
+def _transfers(base: Record, tuned: Record) -> str | None:
+    before, after = estimate(base, "transfers_per_token"), estimate(tuned, "transfers_per_token")
+    if before is None or after is None:
+        return None
+    less = ratio(before, after)
+    if less is None or not apart(before, after):
+        return f"Expert transfers per token: {inline(before)} base, {inline(after)} fine-tuned."
+    if less.mean < 1:
+        more = ratio(after, before)
+        return None if more is None else f"The fine-tuned model moves {inline(more)} times more."
+    return (
+        f"The fine-tuned model needs {inline(less)} times fewer expert transfers per token "
+        f"than the base: {inline(after)} instead of {inline(before)}."
+    )
+
+
+def _price(found: Measurements) -> str | None:
+    parts = []
+    for in_domain, where in ((True, "in domain"), (False, "out of domain")):
+        tuned = perplexity(found, "fine-tuned", in_domain)
+        control = perplexity(found, "control", in_domain)
+        if tuned is not None and control is not None:
+            unclear = "" if apart(tuned, control) else ", intervals overlap"
+            parts.append(
+                f"{change(tuned, control)} {where} ({inline(tuned, digits=4)} against "
+                f"{inline(control, digits=4)}{unclear})"
+            )
+    if not parts:
+        return None
+    return f"Its price in perplexity, against training without cache losses: {join(parts)}."
+
+
+def _speeds(serving: Serving) -> list[str]:
+    said = []
+    for link in serving.links:
+        before = estimate(serving.runs["base"].get(link), "tokens_per_s")
+        after = estimate(serving.runs["fine-tuned"].get(link), "tokens_per_s")
+        if before is not None and after is not None:
+            factor = ratio(after, before)
+            times = f", {inline(factor)} times the base's" if factor is not None else ", base"
+            said.append(
+                f"Over the {link_text(link)} it writes {inline(after)} tokens a second{times} "
+                f"{inline(before)}."
+            )
+    return said

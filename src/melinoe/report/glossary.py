@@ -1,0 +1,75 @@
+# ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
+"""What each word of a report means; the definitions are those of the measuring code."""
+
+GLOSSARY: list[tuple[str, str]] = [
+    (
+        "expert, slot, resident",
+        "A Mixture-of-Experts layer holds many experts and uses a few (top-k) per token. A slot is "
+        "room for one expert in fast memory; an expert that lies in one is resident.",
+    ),
+    (
+        "hit rate",
+        "Share of expert uses (token × chosen expert) whose expert was resident. The adjusted hit "
+        "rate is 1 − (demanded + prefetched transfers) / uses, so prefetching cannot flatter it.",
+    ),
+    (
+        "zero-miss tokens",
+        "Share of generated tokens that waited for no expert in any layer. A hit rate alone "
+        "misleads: one missing expert in one layer makes the whole token wait.",
+    ),
+    (
+        "transfers per token",
+        "Experts copied into slots because a token needed them, all layers, per generated token. "
+        "Prefetched ones and those of the prefill are counted apart. Evicting copies nothing.",
+    ),
+    (
+        "perplexity",
+        "e to the mean negative log-likelihood per token on held-out text; lower is better. In "
+        "domain: the corpus that was trained on. Out of domain: the others, which show what "
+        "training cost.",
+    ),
+    (
+        "tokens/s",
+        "Generated tokens per second of a whole answer. Time to first token includes reading the "
+        "prompt, predicting and prefetching; time per later token is what follows.",
+    ),
+    ("stall", "Time a token waited for experts to arrive."),
+    (
+        "experts per sequence, reuse",
+        "Distinct experts a sequence used, mean over layers; and the share of a token's experts "
+        "that the token before it used.",
+    ),
+    (
+        "recall",
+        "Share of the uses in the completion that go to an expert the prediction had named, when "
+        "it may name as many experts per layer as there are slots.",
+    ),
+    (
+        "base, control, fine-tuned",
+        "The model before training; trained on the same text, steps and seed with the next-token "
+        "loss alone; and trained with the cache losses added. Only the step from control to "
+        "fine-tuned shows what the cache losses did.",
+    ),
+    (
+        "LRU, LFU, Belady",
+        "Which resident expert leaves: the longest unused; the least used, older uses counting "
+        "less; the one needed latest, which takes knowledge of the future and so is a bound.",
+    ),
+    (
+        "intervals",
+        "Every mean stands with its 95 % interval over prompts, sequences or documents. A ratio's "
+        "range is the widest its two intervals allow. Sentences call two means different only if "
+        "their intervals do not touch.",
+    ),
+]
+
+EMULATED = (
+    "An emulated link makes each transfer last as long as the printed bandwidth and latency say. "
+    "It is for comparing strategies on a machine without a separate fast memory; it is not the "
+    "speed of any hardware."
+)
+UNMODIFIED = (
+    "Over the unmodified link experts come from this machine's own storage, usually from pages "
+    "that the operating system holds in memory already: transfers are cheap, so differences in "
+    "speed are small."
+)

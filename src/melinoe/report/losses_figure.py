@@ -1,0 +1,85 @@
+"""The figure of losses over training steps."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from melinoe.report import captions
+from melinoe.report.figures import Figure, colour_of
+from melinoe.report.records import Measurements, Record
+from melinoe.report.svg import finish, panel
+from melinoe.report.tables import Cell, Table, ordered_models
+
+TERMS = {"nll": "next-token loss (nats)", "cache": "cache loss", "rank": "rank-matching loss"}
+
+
+def training(found: Measurements) -> Figure | None:
+    """Each loss term over the training steps, one panel per term, one line per model."""
+    records = {record["model"]: record for record in found.of("training")}
+    terms = [t for t in TERMS if any(t in row for r in records.values() for row in r["log"])]
+    if not terms:
+        return None
+    models = ordered_models(records)
+    caption = captions.training({m: records[m]["log"] for m in models}, TERMS)
+    panels = []
+    for term in terms:
+        with panel(2.7) as (figure, axes):
+            ends = []
+            for model, steps, values in _series(records, models, term):
+                colour = colour_of(model)
+                smooth = running_mean(values)
+                if len(values) != len(smooth) or not np.array_equal(values, smooth):
+                    axes.plot(steps, values, color=colour, lw=0.7, alpha=0.35)
+                axes.plot(steps, smooth, color=colour)
+                ends.append((float(smooth[-1]), model, float(steps[-1])))
+            axes.margins(x=0.01)
+            _label_ends(axes, ends)
+            axes.set_title(TERMS[term])
+            axes.set_xlabel("training step")
+            panels.append(finish(figure, f"fig-training-{term}", f"{TERMS[term]}: {caption}"))
+    rows = [
+        [Cell(m), *(Cell(captions.start_to_end(records[m]["log"], t)) for t in terms)]
+        for m in models
+    ]
+    columns = ["model", *(f"{TERMS[t]}, start → end" for t in terms)]
+    table = Table("training", "Losses: mean of first and last twentieth of steps", columns, rows)
+    return Figure("training", "Losses over training", panels, caption, table)
+
+
+def _series(
+    records: dict[str, Record], models: list[str], term: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    for model in models:
+        rows = [row for row in records[model]["log"] if row.get(term) is not None]
+        if rows:
+            steps = np.array([row["step"] for row in rows], dtype=float)
+            yield model, steps, np.array([row[term] for row in rows], dtype=float)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Average over a centred window of a thirtieth of the steps, shorter at both ends."""
+    reach = len(values) // 60
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    mean: np.ndarray = (total[high] - total[low]) / (high - low)
+    return values if reach == 0 else mean
+
+
+def _label_ends(axes: Any, ends: list[tuple[float, str, float]]) -> None:
+    """Name each line at its end, moved apart where two ends would overlap."""
+    bottom, top = axes.get_ylim()
+    gap, below = 0.085 * (top - bottom), -math.inf
+    for value, model, step in sorted(ends):
+        y = max(value, below + gap)
+        axes.annotate(
+            f"  {model}",
+            (step, y),
+            color=colour_of(model),
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
+        below = y

@@ -1,0 +1,95 @@
+"""Write a report: one HTML page that needs nothing else, and its Markdown twin."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from melinoe.errors import DataError
+from melinoe.report import render
+from melinoe.report.records import Source, read_records
+from melinoe.report.sections import Report, assemble
+
+
+def write_report(sources: Iterable[Source] | Source, out: Path | str) -> None:
+    """
+    Write the report of some records as *out* (HTML) and beside it as Markdown (``.md``).
+
+    The page makes no request: style and figures are inside. The same records give the same bytes.
+    Both files appear whole or not at all; older ones are replaced. Takes some seconds for a demo.
+
+    Args:
+        sources: Records, paths of `.jsonl` and `.json` files, or both.
+        out: Path of the page; its directory is made if it is not there.
+
+    Raises:
+        DataError: a record is malformed (the message names file and line), there is none, or
+            *out* cannot be written.
+    """
+    out = Path(out)
+    if out.suffix not in (".html", ".htm"):
+        raise DataError(f"{out} is not the name of an HTML page; let it end in .html")
+    report = assemble(read_records(sources))
+    texts = {out: html_page(report), out.with_suffix(".md"): markdown_page(report)}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            write_whole(path, text)
+    except OSError as error:
+        message = f"cannot write {out} ({error.strerror}); name a place that can be written to"
+        raise DataError(message) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+        os.chmod(temporary, mode)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def html_page(report: Report) -> str:
+    """Write a report as one HTML document."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("melinoe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Tables and drawings arrive as markup whose texts are escaped already.
+    environment.filters["table"] = lambda table: Markup(render.html(table))
+    environment.filters["drawing"] = Markup
+    style = environment.get_template("style.css").render()
+    template = environment.get_template("page.html")
+    return template.render(report=report, style=Markup(style))
+
+
+def markdown_page(report: Report) -> str:
+    """Write a report as Markdown: the same words and numbers, figures as tables."""
+    parts = [f"# {render.plain(report.title)}"]
+    parts.append("\n".join(f"- {render.plain(k)}: {render.plain(v)}" for k, v in report.facts))
+    parts.append("\n".join(f"- {render.plain(text)}" for text in report.findings))
+    for section in report.sections:
+        parts.append(f"## {render.plain(section.title)}")
+        for table in section.tables:
+            parts += [f"**{render.plain(table.title)}**", render.markdown(table)]
+        for figure in section.figures:
+            parts += [render.plain(figure.caption), render.markdown(figure.table)]
+        facts = [f"- {render.plain(k)}: {render.plain(v)}" for k, v in section.facts]
+        parts.append("\n".join(facts))
+    parts.append("## How to read this")
+    parts.append("\n".join(f"- **{term}**: {text}" for term, text in report.glossary))
+    parts.append("## Limits and omissions")
+    said = [*report.limits, *report.notes]
+    parts.append("\n".join(f"- {render.plain(text)}" for text in said))
+    return "\n\n".join(part for part in parts if part) + "\n"

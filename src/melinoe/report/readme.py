@@ -1,0 +1,78 @@
+"""Keep a README's tables equal to the records they come from."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from melinoe.errors import DataError
+from melinoe.report import render
+from melinoe.report.benchmarks import benchmark_tables
+from melinoe.report.page import write_whole
+from melinoe.report.records import Source, read_records
+from melinoe.report.tables import corpus_table, main_table, servings
+
+OPENING = re.compile(r"<!-- report:([\w-]+) -->")
+
+
+def generated(sources: Iterable[Source] | Source) -> dict[str, str]:
+    """Give the Markdown for each marker name that the records can fill."""
+    found = read_records(sources)
+    texts = {}
+    if configurations := servings(found):
+        tables = [main_table(found, configuration) for configuration in configurations]
+        texts["demo"] = render.render(tables, "markdown", 0)
+    if (corpora := corpus_table(found)) is not None:
+        texts["corpora"] = render.render([corpora], "markdown", 0)
+    for table in benchmark_tables(found):
+        texts[table.name.replace("_", "-")] = render.markdown(table)
+    return texts
+
+
+def update_readme(
+    readme: Path | str, sources: Iterable[Source] | Source, check: bool = False
+) -> list[str]:
+    """
+    Replace what stands between ``<!-- report:NAME -->`` and ``<!-- /report:NAME -->``.
+
+    Args:
+        readme: The file that has the markers. It is written only if something changes.
+        sources: Records, paths of `.jsonl` and `.json` files, or both.
+        check: Only say what is out of date; write nothing.
+
+    Returns:
+        The names whose text was out of date, in the order of the file; empty if none was.
+
+    Raises:
+        DataError: the file has no marker, a marker that nothing closes, or a name that no record
+            fills; nothing has been written.
+    """
+    path = Path(readme)
+    try:
+        before = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); name a Markdown file") from error
+    texts = generated(sources)
+    pieces, stale, position = [], [], 0
+    while opening := OPENING.search(before, position):
+        name = opening.group(1)
+        line = before.count("\n", 0, opening.start()) + 1
+        if name not in texts:
+            known = ", ".join(sorted(texts)) or "none"
+            raise DataError(
+                f"{path}, line {line}: no record fills report:{name}; "
+                f"give its records too, or use one of: {known}"
+            )
+        closing = f"<!-- /report:{name} -->"
+        end = before.find(closing, opening.end())
+        if end < 0:
+            raise DataError(f"{path}, line {line}: report:{name} is not closed; add {closing}")
+        text = f"\n{texts[name]}\n"
+        if before[opening.end() : end] != text and name not in stale:
+            stale.append(name)
+        pieces += [before[position : opening.end()], text, closing]
+        position = end + len(closing)
+    if not pieces:
+        raise DataError(f"{path} has no <!-- report:NAME --> marker; add one where a table belongs")
+    if stale and not check:
+        write_whole(path, "".join(pieces) + before[position:])
+    return stale

@@ -1,0 +1,174 @@
+"""A report's contents, in reading order and free of markup: what both twins are written from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from melinoe.report import captions, figures, glossary, losses_figure
+from melinoe.report.benchmarks import benchmark_tables
+from melinoe.report.figures import Figure
+from melinoe.report.records import Measurements
+from melinoe.report.tables import Table, corpus_table, main_table, servings, time_table
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass
+class Section:
+    """One part of a report."""
+
+    name: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    facts: Facts = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """A whole report."""
+
+    title: str
+    facts: Facts
+    findings: list[str]
+    sections: list[Section]
+    glossary: list[tuple[str, str]]
+    limits: list[str]
+    notes: list[str]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Facts:
+    """Write a mapping as name and text, nested names joined: ``link bandwidth gb s``."""
+    facts: Facts = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            facts += flat(value, f"{name} ")
+        elif isinstance(value, list | tuple):
+            facts.append((name, ", ".join(_say(item) for item in value)))
+        else:
+            facts.append((name, _say(value)))
+    return facts
+
+
+def _say(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(value: Any) -> str:
+    return f"{value:,.0f} s" if isinstance(value, int | float) else _say(value)
+
+
+def _header(found: Measurements) -> Facts:
+    """Say what ran where: the run's own words first, then the model's shape."""
+    demo = found.first("demo") or {}
+    serve = found.first("serve") or {}
+    settings = demo.get("settings") or {}
+    facts: Facts = []
+    for name in ("model", "command", "date", "commit"):
+        value = demo.get(name) or settings.get(name)
+        if value:
+            facts.append((name, _say(value)))
+    shape = [
+        f"{serve[key]} {word}"
+        for key, word in (("layers", "MoE layers"), ("num_experts", "experts"), ("top_k", "chosen"))
+        if serve.get(key) is not None
+    ]
+    if shape:
+        facts.append(("shape", ", ".join(shape)))
+    run = [
+        f"{serve[key]} {word}"
+        for key, word in (("prompts", "prompts"), ("max_new_tokens", "new tokens at most"))
+        if serve.get(key) is not None
+    ]
+    if serve.get("store"):
+        run.append(f"{serve['store']} store")
+    if run:
+        facts.append(("measured on", ", ".join(run)))
+    machine = demo.get("machine") or serve.get("machine") or {}
+    if machine:
+        said = [f"{name} {text}" for name, text in flat(machine) if text not in ("none", "")]
+        facts.append(("machine", "; ".join(said)))
+    return facts
+
+
+def assemble(found: Measurements) -> Report:
+    """Arrange everything that the records allow; what they lack is left out, with a note."""
+    configurations = servings(found)
+    first = configurations[0] if configurations else None
+    sections, missing = [], []
+
+    def add(section: Section, kind: str) -> None:
+        if section.tables or section.figures or section.facts:
+            sections.append(section)
+        else:
+            missing.append(f"{section.title}: no records of kind {kind!r}, so left out.")
+
+    add(
+        Section("strategies", "Strategies", tables=[main_table(found, c) for c in configurations]),
+        "serve",
+    )
+    per_corpus = corpus_table(found)
+    slots = first.slots if first else None
+    for name, title, kind, figure in (
+        ("locality", "Locality", "locality", figures.locality(found)),
+        ("cache", "Cache size and policy", "curve", figures.curves(found, slots)),
+        ("quality", "Quality", "quality", figures.corpora(found, per_corpus)),
+        ("predictor", "Prediction", "predictor", figures.predictor(found)),
+        ("training", "Training", "training", losses_figure.training(found)),
+    ):
+        add(Section(name, title, figures=[figure] if figure else []), kind)
+    times = [time_table(configuration) for configuration in configurations]
+    add(Section("times", "Where the time goes", tables=times), "serve")
+    demo = found.first("demo")
+    measured = benchmark_tables(found)
+    if measured:
+        sections.append(Section("benchmarks", "Benchmarks", tables=measured))
+    if demo is None:
+        missing.append("How it was run: no records of kind 'demo', so left out.")
+    else:
+        seconds = demo.get("seconds") or {}
+        facts = [(name.replace("_", " "), _seconds(value)) for name, value in seconds.items()]
+        facts += flat(demo.get("settings") or {}) + flat(demo.get("versions") or {})
+        if facts:
+            sections.append(Section("run", "How it was run", facts=facts))
+    for record in {r["model"]: r for r in found.of("training")}.values():
+        if record.get("settings"):
+            name = f"settings-{len(sections)}"
+            title = f"Training settings, {record['model']}"
+            sections.append(Section(name, title, facts=flat(record["settings"])))
+    return Report(
+        title=_title(found),
+        facts=_header(found),
+        findings=captions.findings(found, first) if first else [],
+        sections=sections,
+        glossary=glossary.GLOSSARY,
+        limits=_limits(found),
+        notes=missing + found.notes,
+    )
+
+
+def _title(found: Measurements) -> str:
+    if found.of("serve"):
+        return "Melinoe: a Mixture-of-Experts model in a fraction of its memory"
+    return "Melinoe: measurements"
+
+
+def _limits(found: Measurements) -> list[str]:
+    limits = []
+    links = [record.get("link") for record in found.of("serve")]
+    if any(link is None for link in links):
+        limits.append(glossary.UNMODIFIED)
+    if any(link is not None for link in links):
+        limits.append(glossary.EMULATED)
+    machine = (found.first("demo") or found.first("serve") or {}).get("machine") or {}
+    if links and not any(machine.get(key) for key in ("gpu", "gpus", "cuda", "accelerator")):
+        limits.append("No GPU took part: times are those of a CPU, counts hold on any machine.")
+    if found.of("quality"):
+        limits.append("Quality is perplexity alone here; no task was scored.")
+    return limits

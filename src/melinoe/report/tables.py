@@ -1,0 +1,247 @@
+# ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
+"""The tables of a report, as data: what stands in each cell, before any markup."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from melinoe.report.amounts import (
+    NOT_MEASURED,
+    geometric_mean,
+    plain,
+    ratio,
+    spread,
+)
+from melinoe.report.records import Estimate, Measurements, Record
+
+STRATEGIES = ("base", "control", "fine-tuned", "fine-tuned + prefetch", "all resident")
+Link = tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: the mean (or a text), its interval, and a remark such as a ratio to base."""
+
+    text: str
+    interval: str = ""
+    remark: str = ""
+
+    def inline(self) -> str:
+        """Write the cell on one line: ``4.81 [4.60, 5.02] (÷ 3.1)``."""
+        interval = f" [{self.interval}]" if self.interval else ""
+        return self.text + interval + (f" ({self.remark})" if self.remark else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under headings; the first column names the row."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+def cell(estimate: Estimate | None, unit: str = "", digits: int = 3, remark: str = "") -> Cell:
+    """Make the cell of an estimate; one that was not measured says so."""
+    if estimate is None:
+        return Cell(NOT_MEASURED)
+    mean, interval = spread(estimate, unit, digits)
+    return Cell(mean, interval, remark)
+
+
+def estimate(record: Record | None, name: str) -> Estimate | None:
+    """Take an estimate out of a record, if both are there."""
+    return None if record is None else Estimate.of(record.get(name))
+
+
+def link_of(record: Record) -> Link:
+    """Give (bandwidth in GB/s, latency in us) of a record's emulated link; ``None`` without one."""
+    link = record.get("link")
+    return None if link is None else (float(link["bandwidth_gb_s"]), float(link["latency_us"]))
+
+
+def link_text(link: Link) -> str:
+    """Name a link: ``emulated link 2 GB/s, 50 µs``."""
+    if link is None:
+        return "unmodified link"
+    return f"emulated link {link[0]:g} GB/s, {link[1]:g} µs"
+
+
+@dataclass
+class Serving:
+    """The serve records of one cache configuration: by strategy and link."""
+
+    slots: int | None
+    policy: str | None
+    num_experts: int
+    runs: dict[str, dict[Link, Record]]
+
+    @property
+    def strategies(self) -> list[str]:
+        """Known strategies in their fixed order, then the others as they came."""
+        known = [name for name in STRATEGIES if name in self.runs]
+        return known + [name for name in self.runs if name not in STRATEGIES]
+
+    @property
+    def links(self) -> list[Link]:
+        """The unmodified link first, then emulated ones."""
+        found = {link for runs in self.runs.values() for link in runs}
+        return sorted(found, key=lambda link: (link is not None, link or ()))
+
+    def run(self, strategy: str) -> Record | None:
+        """The run whose counts stand for the strategy: over the unmodified link if there is one."""
+        runs = self.runs.get(strategy, {})
+        return runs.get(None) or next(iter(runs.values()), None)
+
+    @property
+    def title(self) -> str:
+        """Say the configuration in words."""
+        if self.slots is None:
+            return "All experts resident"
+        share = f"{100 * self.slots / self.num_experts:.0f} %"
+        policy = f", {self.policy.upper()}" if self.policy else ""
+        return f"{self.slots} of {self.num_experts} experts per layer resident ({share}){policy}"
+
+
+def servings(found: Measurements) -> list[Serving]:
+    """
+    Sort the serve records into configurations; where two say the same, the later one stands.
+
+    The all-resident run joins every configuration, as it is what each is compared with.
+    """
+    records = found.of("serve")
+    bounded = [record for record in records if record["strategy"] != "all resident"]
+    configurations: dict[tuple[int | None, str | None], Serving] = {}
+    for record in bounded or records:
+        slots = record.get("slots") if bounded else None
+        key = (slots, record.get("policy"))
+        if key not in configurations:
+            configurations[key] = Serving(*key, record["num_experts"], {})
+    repeated = 0
+    for serving in configurations.values():
+        for record in records:
+            everyone = record["strategy"] == "all resident"
+            same = (record.get("slots"), record.get("policy")) == (serving.slots, serving.policy)
+            if everyone or same:
+                runs = serving.runs.setdefault(record["strategy"], {})
+                repeated += link_of(record) in runs
+                runs[link_of(record)] = record
+    if repeated:
+        note = f"{repeated} serve record(s) repeat an earlier one; the later one stands."
+        if note not in found.notes:
+            found.notes.append(note)
+    return list(configurations.values())
+
+
+def perplexity(found: Measurements, model: str, in_domain: bool) -> Estimate | None:
+    """Perplexity of *model*: over one domain as measured, over several their geometric mean."""
+    latest = {
+        record["domain"]: Estimate.of(record["perplexity"])
+        for record in found.of("quality")
+        if record["model"] == model and record["in_domain"] is in_domain
+    }
+    estimates = [item for item in latest.values() if item is not None]
+    if len(estimates) == 1:
+        return estimates[0]
+    return geometric_mean(estimates) if estimates else None
+
+
+def domains(found: Measurements) -> list[tuple[str, bool]]:
+    """Corpora in order, the ones trained on first: (name, in domain)."""
+    seen = dict.fromkeys((r["domain"], r["in_domain"]) for r in found.of("quality"))
+    return sorted(seen, key=lambda item: not item[1])
+
+
+def change(value: Estimate | None, base: Estimate | None) -> str:
+    """Write how far a mean lies from the base's, in percent with its sign."""
+    if value is None or base is None or base.mean == 0:
+        return ""
+    return f"{100 * (value.mean / base.mean - 1):+.1f} %".replace("-", "−")
+
+
+def factor(value: Estimate | None, base: Estimate | None, sign: str) -> str:
+    """Write the ratio of two estimates: ``÷`` says base over value, ``×`` value over base."""
+    if value is None or base is None:
+        return ""
+    quotient = ratio(base, value) if sign == "÷" else ratio(value, base)
+    return "" if quotient is None else f"{sign} {plain(quotient.mean)}"
+
+
+def main_table(found: Measurements, serving: Serving) -> Table:
+    """One row per strategy: what it hits, moves, answers and how fast, beside the base."""
+    columns = ["strategy", "hit rate", "zero-miss tokens", "transfers / token"]
+    columns += ["perplexity in domain", "perplexity out of domain"]
+    columns += [f"tokens/s, {link_text(link)}" for link in serving.links]
+    base = serving.run("base")
+    rows = []
+    for strategy in serving.strategies:
+        run = serving.run(strategy)
+        assert run is not None
+        is_base = strategy == "base"
+        moved = estimate(run, "transfers_per_token")
+        less = "" if is_base else factor(moved, estimate(base, "transfers_per_token"), "÷")
+        row = [Cell(strategy), cell(estimate(run, "hit_rate"), "%")]
+        row += [cell(estimate(run, "zero_miss_tokens"), "%"), cell(moved, remark=less)]
+        for in_domain in (True, False):
+            value = perplexity(found, run["model"], in_domain)
+            against = perplexity(found, "base", in_domain)
+            remark = change(value, against) if run["model"] != "base" else ""
+            row.append(cell(value, digits=4, remark=remark))
+        for link in serving.links:
+            speed = estimate(serving.runs[strategy].get(link), "tokens_per_s")
+            slow = estimate(serving.runs.get("base", {}).get(link), "tokens_per_s")
+            row.append(cell(speed, remark="" if is_base else factor(speed, slow, "×")))
+        rows.append(row)
+    notes = ["Below or behind each mean: its 95 % interval. ÷, × and ± compare with base."]
+    if sum(not in_domain for _, in_domain in domains(found)) > 1:
+        notes.append("Out of domain: geometric mean over the other corpora, taken as independent.")
+    return Table("main", serving.title, columns, rows, notes)
+
+
+TIMES: Sequence[tuple[str, str, str, str]] = (
+    ("ttft_s", "time to first token (s)", "", "both"),
+    ("tpot_s", "time per later token (s)", "", "both"),
+    ("stall_ms_per_token", "stall (ms / token)", "", "both"),
+    ("adjusted_hit_rate", "adjusted hit rate", "%", "one"),
+    ("prefetch_transfers_per_token", "prefetched / token", "", "one"),
+    ("prefill_transfers", "transfers in prefill", "", "one"),
+)
+
+
+def time_table(serving: Serving) -> Table:
+    """Where the time of a token went, one row per strategy and link."""
+    rows = []
+    for strategy in serving.strategies:
+        for link, run in sorted(
+            serving.runs[strategy].items(), key=lambda item: (item[0] is not None, item[0] or ())
+        ):
+            name = f"{strategy}, {'unmodified' if link is None else link_text(link)}"
+            rows.append(
+                [Cell(name), *(cell(estimate(run, key), unit) for key, _, unit, _ in TIMES)]
+            )
+    return Table("times", serving.title, ["strategy, link", *(t for _, t, _, _ in TIMES)], rows)
+
+
+def corpus_table(found: Measurements) -> Table | None:
+    """Perplexity of every model on every corpus, or ``None`` without quality records."""
+    records = {(r["model"], r["domain"]): r for r in found.of("quality")}
+    if not records:
+        return None
+    models = ordered_models(r["model"] for r in found.of("quality"))
+    rows = []
+    for domain, in_domain in domains(found):
+        row = [Cell(domain + (" (trained on)" if in_domain else ""))]
+        base = estimate(records.get(("base", domain)), "perplexity")
+        for model in models:
+            value = estimate(records.get((model, domain)), "perplexity")
+            row.append(cell(value, "", 4, "" if model == "base" else change(value, base)))
+        rows.append(row)
+    return Table("corpora", "Perplexity per corpus", ["corpus", *models], rows)
+
+
+def ordered_models(names: Any) -> list[str]:
+    """Models without repetition: base, control and fine-tuned first, others as they came."""
+    seen = dict.fromkeys(names)
+    return [n for n in STRATEGIES if n in seen] + [n for n in seen if n not in STRATEGIES]
