@@ -1,0 +1,25 @@
+"""
+Prompt in, experts out: which experts each layer will use, known before the first forward pass.
+
+    targets.py   what a trace says: how often each sequence used each expert; recall of a guess
+    model.py     Predictor: predict, top, save, load
+    fit.py       fit(trace, prompts, embeddings, slots) -> Predictor
+    compare.py   the learned predictor against rivals that cost nothing, and which one to use
+"""
+
+from melinoe.predictor.compare import RIVALS, Comparison, choose, compare
+from melinoe.predictor.fit import FitSettings, fit
+from melinoe.predictor.model import Predictor
+from melinoe.predictor.targets import recall_at, use_counts
+
+__all__ = [
+    "RIVALS",
+    "Comparison",
+    "FitSettings",
+    "Predictor",
+    "choose",
+    "compare",
+    "fit",
+    "recall_at",
+    "use_counts",
+]

@@ -1,0 +1,132 @@
+"""The learned predictor against rivals that cost nothing, on prompts none of them has seen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from melinoe.cache.trace import Trace
+from melinoe.errors import DataError
+from melinoe.predictor.fit import FitSettings, fit_shares, usable
+from melinoe.predictor.targets import Floats, completion_shares, recall_at
+from melinoe.stats import Estimate, bootstrap, paired_difference
+
+RIVALS = ("empty", "popularity", "prefill")  # what costs nothing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Recall at *slots* of each way to fill the cache before the completion.
+
+    Attributes:
+        slots: Experts per layer.
+        recall: Estimate over prompts by strategy: the `RIVALS`, and ``learned``. An empty start
+            holds nothing, so its recall is 0.
+        ceiling: The best that *slots* unchanging experts per layer could reach on each prompt.
+        gain: Recall of the learned predictor minus that of the best rival, paired.
+    """
+
+    slots: int
+    recall: Mapping[str, Estimate]
+    ceiling: Estimate
+    gain: Estimate
+
+    @property
+    def winner(self) -> str:
+        """The strategy to use: learned only if the whole interval of its gain is above 0."""
+        rival = max(RIVALS, key=lambda name: self.recall[name].mean)
+        return "learned" if self.gain.low > 0 else rival
+
+    def to_record(self, model: str) -> dict[str, Any]:
+        """Return the record of kind ``predictor`` that reports read."""
+        return {
+            "kind": "predictor",
+            "model": model,
+            "slots": self.slots,
+            "recall": {name: value.to_dict() for name, value in self.recall.items()},
+            "ceiling": self.ceiling.to_dict(),
+            "gain": self.gain.to_dict(),
+            "winner": self.winner,
+        }
+
+
+def choose(comparison: Comparison) -> str:
+    """Say which strategy wins: ``learned``, or the best of the `RIVALS`."""
+    return comparison.winner
+
+
+def compare(
+    trace: Trace,
+    prompts: Sequence[Sequence[int]],
+    embeddings: torch.Tensor,
+    slots: int,
+    seed: int = 0,
+    folds: int = 5,
+    settings: FitSettings | None = None,
+) -> Comparison:
+    """
+    Measure recall of the learned predictor and its rivals by cross-validation.
+
+    Every prompt is judged by a predictor, and a popularity, that never saw it; equal prompts
+    fall into one fold. ``prefill`` is the experts that the prompt's own forward pass used most,
+    ties and gaps filled by popularity: it is known only once the prompt has been computed.
+
+    Args:
+        trace: As in `fit`.
+        prompts: As in `fit`.
+        embeddings: As in `fit`.
+        slots: As in `fit`.
+        seed: As in `fit`; also decides the folds.
+        folds: How many predictors are fitted.
+        settings: As in `fit`.
+
+    Raises:
+        DataError: too few different prompts.
+        TraceError: the prompts are not the trace's.
+        TokenizerError: a prompt has ids that the model does not know.
+    """
+    target, prefill = completion_shares(trace, prompts)
+    kept = usable(target, prompts)
+    groups: dict[tuple[int, ...], int] = {}
+    group = np.asarray([groups.setdefault(tuple(prompts[i]), len(groups)) for i in kept])
+    fold_of = np.random.default_rng(seed).permutation(len(groups))[group] % folds
+    found: dict[str, Floats] = {
+        name: np.zeros(kept.size) for name in (*RIVALS, "learned", "ceiling")
+    }
+    for fold in range(folds):
+        test, train = kept[fold_of == fold], kept[fold_of != fold]
+        if test.size == 0:
+            raise DataError(
+                f"{len(groups)} different prompts cannot be cut into {folds} folds; trace more"
+            )
+        predictor = fit_shares(
+            target[train],
+            [prompts[index] for index in train],
+            embeddings,
+            slots,
+            trace.fingerprint,
+            seed,
+            settings,
+        )
+        popularity = target[train].mean(axis=0)
+        # A use of the prompt outweighs any difference in popularity, which only breaks ties.
+        seen = prefill[test] + popularity * 1e-6
+        learned = np.stack([predictor.predict(prompts[index]) for index in test]).astype(float)
+        rows = fold_of == fold
+        for name, scores in (
+            ("popularity", popularity),
+            ("prefill", seen),
+            ("learned", learned),
+            ("ceiling", target[test]),
+        ):
+            found[name][rows] = recall_at(target[test], scores, slots)
+    best = max(RIVALS, key=lambda name: float(found[name].mean()))
+    return Comparison(
+        slots,
+        {name: bootstrap(found[name]) for name in (*RIVALS, "learned")},
+        bootstrap(found["ceiling"]),
+        paired_difference(found["learned"], found[best]),
+    )

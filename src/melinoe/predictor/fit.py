@@ -1,0 +1,172 @@
+"""Fit a predictor to a trace: KL to the shares of use, stopped early by held-out recall."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from melinoe.cache.trace import Trace
+from melinoe.errors import DataError
+from melinoe.predictor.model import Predictor, PredictorNetwork, pool
+from melinoe.predictor.targets import Floats, completion_shares, recall_at
+
+FEWEST_PROMPTS = 10
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """
+    How a predictor is fitted.
+
+    Attributes:
+        hidden: Width of the hidden layer.
+        dropout: Share of hidden units dropped while fitting.
+        learning_rate: AdamW's.
+        weight_decay: AdamW's.
+        batch_size: Prompts per step.
+        epochs: Most passes over the prompts.
+        patience: Passes without a better held-out recall before it stops.
+        held_out: Share of the prompts that only decide when to stop.
+    """
+
+    hidden: int = 256
+    dropout: float = 0.1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 128
+    epochs: int = 300
+    patience: int = 40
+    held_out: float = 0.2
+
+
+def fit(
+    trace: Trace,
+    prompts: Sequence[Sequence[int]],
+    embeddings: torch.Tensor,
+    slots: int,
+    seed: int = 0,
+    settings: FitSettings | None = None,
+) -> Predictor:
+    """
+    Learn which experts the completion of a prompt will use.
+
+    The network starts as the global popularity (its output weights are zero and its bias is the
+    logarithm of the mean shares), and the pass with the best recall on held-out prompts is kept:
+    what it learns on top has shown itself on prompts that it was not fitted to.
+
+    Args:
+        trace: Of the model that will be served; its sequences are *prompts*, in order.
+        prompts: Token ids of each sequence's prompt.
+        embeddings: The model's token embeddings ``(vocabulary, hidden)``; not copied.
+        slots: Experts per layer that the cache will hold: recall is taken at this number.
+        seed: Decides the split, the start and the order; equal seeds give equal predictors.
+        settings: ``None`` means the defaults.
+
+    Raises:
+        DataError: fewer than 10 usable prompts (not empty, with a completion).
+        TraceError: the prompts are not the trace's.
+        TokenizerError: a prompt has ids that the model does not know.
+        ValueError: *slots* is not in ``[1, num_experts]``.
+
+    Source:
+        A two-layer network on a prompt embedding with one distribution per layer and a KL loss:
+        arXiv:2602.11192, which embeds prompts with a second model; we do not.
+    """
+    target, _ = completion_shares(trace, prompts)
+    return fit_shares(target, prompts, embeddings, slots, trace.fingerprint, seed, settings)
+
+
+def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """
+    Indices of the sequences that can teach: a prompt and at least one completion token.
+
+    Raises:
+        DataError: too few.
+    """
+    found = np.flatnonzero((target.sum(axis=-1) > 0).all(axis=-1) & [len(p) > 0 for p in prompts])
+    if found.size < FEWEST_PROMPTS:
+        raise DataError(
+            f"a predictor needs at least {FEWEST_PROMPTS} prompts with a completion and the "
+            f"trace has {found.size}; trace more prompts"
+        )
+    return found
+
+
+def fit_shares(
+    target: Floats,
+    prompts: Sequence[Sequence[int]],
+    embeddings: torch.Tensor,
+    slots: int,
+    fingerprint: str,
+    seed: int = 0,
+    settings: FitSettings | None = None,
+) -> Predictor:
+    """`fit`, from shares of use ``(sequences, layers, num_experts)`` instead of a trace."""
+    settings = settings or FitSettings()
+    if not 1 <= slots <= target.shape[-1]:
+        raise ValueError(f"slots must be in [1, {target.shape[-1]}], got {slots}")
+    kept = usable(target, prompts)
+    goal = torch.from_numpy(target[kept]).float()
+    features = torch.stack([pool(embeddings, prompts[index]) for index in kept])
+    order = np.random.default_rng(seed).permutation(kept.size)
+    held = max(1, round(settings.held_out * kept.size))
+    stop, learn = order[:held], order[held:]
+    popularity = goal[learn].mean(0)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = PredictorNetwork(
+            features.shape[1], settings.hidden, target.shape[1:], settings.dropout
+        )
+        network.mean.copy_(features[learn].mean(0))
+        network.scale.copy_(features[learn].std(0).clamp_min(1e-6))
+        torch.nn.init.zeros_(network.output.weight)
+        with torch.no_grad():
+            # A little more than was seen, so that no expert is impossible.
+            network.output.bias.copy_((popularity + 1e-4).log().flatten())
+        _train(network, (features, goal), (learn, stop), slots, settings)
+    return Predictor(network, embeddings, popularity.numpy(), fingerprint, slots)
+
+
+def _train(
+    network: PredictorNetwork,
+    data: tuple[torch.Tensor, torch.Tensor],
+    split: tuple[NDArray[np.int64], NDArray[np.int64]],
+    slots: int,
+    settings: FitSettings,
+) -> None:
+    """Descend, and leave the state of the best pass in *network*."""
+    (features, goal), (learn, stop) = data, split
+    held_goal = goal[stop].double().numpy()
+
+    def recall() -> float:
+        network.eval()
+        with torch.inference_mode():
+            scores = network(features[stop]).double().numpy()
+        return float(recall_at(held_goal, scores, slots).mean())
+
+    optimizer = torch.optim.AdamW(
+        network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    best, best_state, waited = recall(), _copy(network), 0
+    for _ in range(settings.epochs):
+        network.train()
+        for rows in torch.from_numpy(learn)[torch.randperm(len(learn))].split(settings.batch_size):
+            loss = torch.nn.functional.kl_div(
+                network(features[rows]).log_softmax(-1), goal[rows], reduction="sum"
+            ) / (len(rows) * goal.shape[1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        now = recall()
+        if now > best + 1e-9:
+            best, best_state, waited = now, _copy(network), 0
+        elif (waited := waited + 1) >= settings.patience:
+            break
+    network.load_state_dict(best_state)
+
+
+def _copy(network: PredictorNetwork) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
