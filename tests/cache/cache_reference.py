@@ -1,0 +1,105 @@
+"""An independent, slow replay: sets, rescans and the rules as written; shares no code with ours."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Tally:
+    uses: int = 0
+    hits: int = 0
+    loads: int = 0
+    requests: int = 0
+    chunked: int = 0
+
+
+@dataclass
+class Layer:
+    """One layer's cache by the rules of the docstrings, with every score kept for every expert."""
+
+    num_experts: int
+    capacity: int
+    rule: str
+    future: list = field(default_factory=list)
+    gamma: float = 0.9
+
+    def __post_init__(self):
+        self.resident = []
+        self.served = []  # every expert served, in order: LRU looks for the last position
+        self.score = [0.0] * self.num_experts
+        self.now = 0
+
+    def badness(self, expert):
+        """The larger, the sooner it leaves."""
+        if self.rule == "lru":
+            return -max(i for i, e in enumerate(self.served) if e == expert)
+        if self.rule == "lfu":
+            return -self.score[expert]
+        later = [i for i in range(self.now, len(self.future)) if expert in self.future[i]]
+        return min(later, default=10**9)
+
+    def make_room(self, needed, count):
+        while len(self.resident) + count > self.capacity:
+            free_to_go = sorted(e for e in self.resident if e not in needed)
+            worst = max(self.badness(e) for e in free_to_go)
+            self.resident.remove(next(e for e in free_to_go if self.badness(e) == worst))
+
+    def serve(self, use_counts):
+        """Serve a request given as {expert: uses}; return its tally."""
+        experts = sorted(use_counts)
+        hits = [e for e in experts if e in self.resident]
+        missing = [e for e in experts if e not in self.resident]
+        fits = len(experts) <= self.capacity
+        if not fits:
+            missing.sort(key=lambda e: (use_counts[e], e))
+        self.served += experts if fits else hits + missing
+        self.score = [self.gamma * s + (e in use_counts) for e, s in enumerate(self.score)]
+        self.now += 1
+
+        tally = Tally(sum(use_counts.values()), sum(use_counts[e] for e in hits), len(missing), 1)
+        part = hits + missing[: self.capacity - len(hits)]
+        rest = missing[self.capacity - len(hits) :]
+        plans = 0
+        while True:
+            new = [e for e in part if e not in self.resident]
+            self.make_room(part, len(new))
+            self.resident += new
+            plans += 1
+            if not rest:
+                break
+            part, rest = rest[: self.capacity], rest[self.capacity :]
+        tally.chunked = int(plans > 1)
+        return tally
+
+
+def replay(trace, slots, rule, gamma=0.9):
+    """Tallies by (phase, layer) of a whole trace, and tokens and zero-miss tokens by phase."""
+    passes = {}
+    for row in range(len(trace)):
+        passes.setdefault(int(trace.forward[row]), []).append(row)
+    needs = []  # [pass][layer] -> {expert: uses}
+    for rows in passes.values():
+        needs.append([])
+        for layer in range(trace.num_layers):
+            counts = {}
+            for row in rows:
+                for expert in trace.experts[row, layer].tolist():
+                    if expert >= 0:
+                        counts[expert] = counts.get(expert, 0) + 1
+            needs[-1].append(counts)
+    layers = [
+        Layer(trace.num_experts, slots, rule, [set(need[n]) for need in needs], gamma)
+        for n in range(trace.num_layers)
+    ]
+    tallies = {(p, n): Tally() for p in (0, 1) for n in range(trace.num_layers)}
+    tokens, zero_miss = [0, 0], [0, 0]
+    for rows, need in zip(passes.values(), needs, strict=True):
+        phase = 0 if any(trace.kind[row] == 0 for row in rows) else 1
+        loads = 0
+        for n, layer in enumerate(layers):
+            tally, total = layer.serve(need[n]), tallies[phase, n]
+            for name in vars(total):
+                setattr(total, name, getattr(total, name) + getattr(tally, name))
+            loads += tally.loads
+        tokens[phase] += len(rows)
+        zero_miss[phase] += len(rows) * (loads == 0)
+    return tallies, tokens, zero_miss

@@ -1,0 +1,187 @@
+"""Slots and plans: invariants under any requests, and the exact plans of hand-worked cases."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from melinoe.cache.policy import policy
+from melinoe.cache.residency import Load, Plan, Residency
+from melinoe.errors import CacheTooSmallError, MelinoeError
+
+NUM_EXPERTS = 7
+
+
+def test_a_request_fills_the_lowest_free_slots_in_order():
+    """Three slots, {2,5}, then {1}: slots 0, 1, then 2; then {4} takes the slot of 2."""
+    residency = Residency(NUM_EXPERTS, 3)
+    assert residency.request([2, 5]) == Plan((), (Load(2, 0, None), Load(5, 1, None)))
+    assert residency.request([1]) == Plan((), (Load(1, 2, None),))
+    assert residency.request([4, 5]) == Plan((5,), (Load(4, 0, 2),))
+    assert residency.expert_of.tolist() == [4, 5, 1]
+    assert residency.slot_of.tolist() == [-1, 2, -1, -1, 0, 1, -1]
+
+
+def test_parts_worked_by_hand():
+    """
+    Two slots hold {1,4}; the pass needs 0-5 with 4 most used of the missing.
+
+    First the residents; then missing 0, 5 (one use each), then 2 (three) and 3 (nine) stay.
+    """
+    residency = Residency(NUM_EXPERTS, 2)
+    residency.request([1, 4])
+    plans = list(residency.plans([0, 1, 2, 3, 4, 5], [1, 1, 3, 9, 1, 1]))
+    assert plans == [
+        Plan((1, 4), ()),
+        Plan((), (Load(0, 0, 1), Load(5, 1, 4))),
+        Plan((), (Load(2, 0, 0), Load(3, 1, 5))),
+    ]
+
+
+def test_the_first_part_fills_up_with_the_least_used_missing():
+    """Three slots hold {0,6}; 0-3 needed: first 0 and the least used 2, 3 (6 leaves), then 1."""
+    residency = Residency(NUM_EXPERTS, 3)
+    residency.request([0, 6])
+    plans = list(residency.plans([0, 1, 2, 3], [1, 5, 1, 2]))
+    assert plans == [
+        Plan((0,), (Load(2, 2, None), Load(3, 1, 6))),
+        Plan((), (Load(1, 0, 0),)),
+    ]
+
+
+def test_under_lru_the_most_used_missing_experts_stay_after_a_large_request():
+    """Empty, three slots, seven experts with uses 1 to 7: the three most used remain."""
+    residency = Residency(NUM_EXPERTS, 3)
+    list(residency.plans(range(7), [4, 7, 1, 6, 2, 5, 3]))
+    assert sorted(residency.expert_of.tolist()) == [1, 3, 5]
+
+
+def test_a_request_in_parts_is_one_request_to_the_policy():
+    """LFU decays once: after {0..6} in four parts of two slots every score is one."""
+    lfu = policy("lfu")
+    residency = Residency(NUM_EXPERTS, 2, lfu)
+    assert len(list(residency.plans(range(7)))) == 4
+    assert lfu.scores() == [1.0] * 7
+
+
+def test_a_prefetch_drops_what_does_not_fit_and_keeps_the_most_wanted():
+    """Two slots: of 5, 3, 1 the first two load; then one miss evicts 3, the less wanted."""
+    residency = Residency(NUM_EXPERTS, 2)
+    assert residency.prefetch([5, 3, 1]) == Plan((), (Load(5, 0, None), Load(3, 1, None)))
+    assert residency.request([0]).loads == (Load(0, 1, 3),)
+
+
+def test_a_prefetch_never_evicts_what_it_wants_itself():
+    """Two slots hold {1,2}; prefetch 0, 1 keeps 1 as a hit and evicts 2."""
+    residency = Residency(NUM_EXPERTS, 2)
+    residency.request([1, 2])
+    assert residency.prefetch([0, 1]) == Plan((1,), (Load(0, 1, 2),))
+
+
+def test_a_prefetch_is_no_request_to_belady():
+    """Its future stays aligned: the first request after a prefetch is request 0."""
+    residency = Residency(3, 1, policy("belady", future=[[0], [1]]))
+    residency.prefetch([2])
+    assert residency.request([0]).loads == (Load(0, 0, 2),)
+
+
+def test_reset_empties_in_place():
+    """The arrays stay the same objects, the policy forgets, and slots fill from 0 again."""
+    residency = Residency(NUM_EXPERTS, 2, "lfu")
+    slot_of, expert_of = residency.slot_of, residency.expert_of
+    residency.request([3, 4])
+    residency.reset()
+    assert residency.slot_of is slot_of and (slot_of == -1).all()
+    assert residency.expert_of is expert_of and (expert_of == -1).all()
+    assert residency.policy.scores() == [0.0] * NUM_EXPERTS
+    assert residency.request([6]).loads == (Load(6, 0, None),)
+
+
+def test_too_many_experts_for_one_request_change_nothing():
+    """The error says how many slots would do; the slots are as before."""
+    residency = Residency(NUM_EXPERTS, 2)
+    residency.request([0, 1])
+    with pytest.raises(CacheTooSmallError, match="needs 3 experts of a layer that has 2 slots"):
+        residency.request([2, 3, 4])
+    assert residency.expert_of.tolist() == [0, 1]
+    residency.check_invariants()
+
+
+@pytest.mark.parametrize("bad", [[-1], [7], [2, 2], [0, 1, 2, 3, 3]])
+@pytest.mark.parametrize("call", ["request", "plans", "prefetch"])
+def test_ids_out_of_range_or_twice_change_nothing(bad, call):
+    """A caller's mistake is a ValueError, before anything moves."""
+    residency = Residency(NUM_EXPERTS, 6)
+    with pytest.raises(ValueError, match="a request names an expert"):
+        getattr(residency, call)(bad)
+    assert len(residency) == 0
+    residency.check_invariants()
+
+
+@pytest.mark.parametrize(
+    ("slots", "text"), [(0, "at least 1"), (-3, "at least 1"), (8, "at most 7")]
+)
+def test_impossible_capacities_are_refused(slots, text):
+    """No slot, or more than there are experts."""
+    with pytest.raises(MelinoeError, match=text):
+        Residency(NUM_EXPERTS, slots)
+
+
+def test_arrays_do_as_well_as_lists():
+    """numpy ids give plans of the same plain integers."""
+    ours, theirs = Residency(NUM_EXPERTS, 2), Residency(NUM_EXPERTS, 2)
+    for request in ([1, 2], [2, 3], [0, 1, 2, 3, 4]):
+        array = np.array(request)
+        plans = list(ours.plans(array, np.ones(len(array), dtype=np.int64)))
+        assert plans == list(theirs.plans(request))
+        assert all(type(e) is int for plan in plans for e in plan.hits)
+        assert all(type(load.expert) is int for plan in plans for load in plan.loads)
+
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from(["request", "prefetch", "reset"]),
+        st.dictionaries(st.integers(0, NUM_EXPERTS - 1), st.integers(1, 9)),
+    ),
+    min_size=4,
+    max_size=25,
+)
+
+
+@given(
+    st.integers(1, NUM_EXPERTS),
+    st.sampled_from(["lru", "lfu"]),
+    requests,
+)
+def test_plans_cover_each_request_once_and_never_evict_what_they_need(capacity, name, steps):
+    """Any requests, prefetches and resets: views agree, residents come first, parts are exact."""
+    residency = Residency(NUM_EXPERTS, capacity, name)
+    for step, use_counts in steps:
+        before = {e for e in range(NUM_EXPERTS) if e in residency}
+        experts = sorted(use_counts)
+        if step == "reset":
+            residency.reset()
+            assert len(residency) == 0
+        elif step == "prefetch":
+            plan = residency.prefetch(experts)
+            assert set(plan.hits) | {load.expert for load in plan.loads} == set(experts[:capacity])
+            assert all(e in residency for e in experts[:capacity])
+        else:
+            covered = []
+            for number, plan in enumerate(
+                residency.plans(experts, [use_counts[e] for e in experts])
+            ):
+                served = [*plan.hits, *(load.expert for load in plan.loads)]
+                covered += served
+                assert len(served) <= capacity
+                assert set(plan.hits) == (before & set(experts) if number == 0 else set())
+                for load in plan.loads:
+                    assert load.evicted not in served
+                    assert residency.slot_of[load.expert] == load.slot
+                assert all(e in residency for e in served)
+                residency.check_invariants()
+            assert sorted(covered) == experts
+        residency.check_invariants()
+        resident = {e for e in range(NUM_EXPERTS) if e in residency}
+        # A slot is given up only for a load: what was there and left made room for another.
+        assert step == "reset" or len(resident) >= len(before)

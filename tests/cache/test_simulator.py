@@ -1,0 +1,187 @@
+"""The simulator against an independent replay, by hand, and piece by piece."""
+
+import numpy as np
+import pytest
+from cache_reference import replay
+from cache_traces import random_trace, trace_of
+
+from melinoe.cache.counters import Counters
+from melinoe.cache.policy import LRU, DecayedLFU
+from melinoe.cache.residency import Residency
+from melinoe.cache.simulator import hit_rate_curve, simulate
+from melinoe.errors import CacheTooSmallError, MelinoeError
+
+
+@pytest.mark.parametrize("rule", ["lru", "lfu", "belady"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
+def test_counts_equal_an_independent_replay(rule, batch, slots):
+    """Prompts, batches, padding, absent experts and too few slots: every count agrees."""
+    for seed in range(4):
+        trace = random_trace(seed, sequences=4, batch=batch)
+        tallies, tokens, zero_miss = replay(trace, slots, rule)
+        counters = simulate(trace, slots, rule).counters
+        for (phase, layer), tally in tallies.items():
+            for name, value in vars(tally).items():
+                assert getattr(counters, name)[phase, layer] == value, (name, phase, layer)
+        assert counters.tokens.tolist() == tokens
+        assert counters.zero_miss_tokens.tolist() == zero_miss
+
+
+def test_lru_counts_worked_by_hand():
+    """Two slots, {0,1} {0,2} {1,2} {1,2}: misses 2, 1, 1, 0 of 8 uses; the last token waits not."""
+    trace = trace_of([[0, 1]], [[0, 2]], [[1, 2]], [[1, 2]], num_experts=4, top_k=2)
+    counters = simulate(trace, 2).counters
+    assert counters.loads.tolist() == [[0], [4]]
+    assert counters.hits.tolist() == [[0], [4]]
+    assert counters.hit_rate() == 0.5
+    assert counters.transfers_per_token() == 1.0
+    assert counters.zero_miss_share() == 0.25
+    assert counters.chunked.sum() == 0
+
+
+def test_a_request_in_parts_is_a_hit_only_where_it_began_resident():
+    """Two slots hold {0,1}; a pass of rows (0,2) (0,3) (2,3) has 2 hits of 6 uses and 2 loads."""
+    trace = trace_of([[0, 1]], [[0, 2], [0, 3], [2, 3]], num_experts=4, top_k=2)
+    counters = simulate(trace, 2).counters
+    assert counters.uses[1, 0] == 2 + 6
+    assert counters.hits[1, 0] == 2
+    assert counters.loads[1, 0] == 2 + 2
+    assert counters.chunked[1, 0] == 1
+    assert counters.requests[1, 0] == 2
+
+
+def test_a_pass_is_of_the_prompt_if_any_row_is():
+    """Rows of kinds completion and prompt in one pass: both tokens count as prompt."""
+    trace = trace_of([[0], [1]], num_experts=2, top_k=1, kind=np.array([1, 0]))
+    assert simulate(trace, 2).counters.tokens.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
+def test_units_add_up_to_the_whole(policy):
+    """Counters per sequence sum to the counters of the trace, prefetches too."""
+    trace = random_trace(7)
+    wanted = {0: [[0, 1], [2, 3]], 2: [[4], []]}
+    simulation = simulate(trace, 3, policy, prefetch=wanted)
+    total = Counters(trace.num_layers)
+    for counters in simulation.per_sequence:
+        total = total.plus(counters)
+    assert simulation.sequences == [(0,), (1,), (2,)]
+    assert total == simulation.counters
+    assert simulation.counters.prefetch_loads.sum() > 0
+
+
+def test_sequences_that_share_a_pass_are_one_unit():
+    """Five sequences in batches of two make the units {0,1} {2,3} {4}."""
+    trace = random_trace(0, sequences=5, batch=2)
+    assert simulate(trace, 3).sequences == [(0, 1), (2, 3), (4,)]
+
+
+def test_reset_makes_sequences_independent():
+    """With resets, each unit costs what it costs alone; without, the first one does."""
+    trace = random_trace(1)
+    with_reset = simulate(trace, 4, reset_between_sequences=True)
+    for sequence, counters in enumerate(with_reset.per_sequence):
+        assert counters == simulate(trace.select([sequence]), 4).counters
+    without = simulate(trace, 4)
+    assert without.per_sequence[0] == with_reset.per_sequence[0]
+    assert without.counters != with_reset.counters
+
+
+def test_belady_with_resets_costs_no_more_than_alone():
+    """Emptying the cache between sequences leaves Belady's bound for each sequence intact."""
+    trace = random_trace(5)
+    with_reset = simulate(trace, 4, "belady", reset_between_sequences=True)
+    for sequence, counters in enumerate(with_reset.per_sequence):
+        alone = simulate(trace.select([sequence]), 4, "belady").counters
+        assert counters == alone
+
+
+def test_a_prefetch_comes_before_the_first_pass_and_is_charged_apart():
+    """{0,1} prefetched, then {0,1}: two hits, no demand load, adjusted hit rate 0."""
+    trace = trace_of([[0, 1]], num_experts=4, top_k=2)
+    counters = simulate(trace, 2, prefetch=lambda sequence: [[0, 1]]).counters
+    assert counters.hit_rate() == 1.0
+    assert counters.adjusted_hit_rate() == 0.0
+    assert counters.prefetch_per_token() == 2.0
+    assert counters.transfers_per_token() == 0.0
+    assert counters.zero_miss_share() == 1.0
+
+
+def test_the_residency_is_called_as_a_runtime_would(monkeypatch):
+    """One call of plans per pass and layer, layers in order, ids ascending, with their uses."""
+    calls = []
+    plans = Residency.plans
+    monkeypatch.setattr(
+        Residency,
+        "plans",
+        lambda self, experts, uses: (
+            calls.append((self, experts, uses)) or plans(self, experts, uses)
+        ),
+    )
+    trace = random_trace(3, sequences=1, layers=3, completion=2)
+    simulate(trace, 3)
+    layer_of = {residency: n for n, residency in enumerate(dict.fromkeys(c[0] for c in calls))}
+    assert [layer_of[c[0]] for c in calls] == [0, 1, 2] * 3
+    for number, (_, experts, uses) in enumerate(calls):
+        chosen = trace.experts[trace.forward == number // 3, number % 3]
+        ids, counts = np.unique(chosen[chosen >= 0], return_counts=True)
+        assert experts == ids.tolist()
+        assert uses == counts.tolist()
+
+
+def test_slots_may_differ_by_layer():
+    """Layer 0 with every expert resident loads each once; layer 1 with one slot loads more."""
+    trace = random_trace(2)
+    counters = simulate(trace, [8, 1]).counters
+    assert counters.loads.sum(axis=0)[0] == len(np.unique(trace.experts[:, 0].clip(0)))
+    assert counters.loads.sum(axis=0)[1] == simulate(trace, 1).counters.loads.sum(axis=0)[1]
+
+
+def test_a_policy_may_come_from_a_function():
+    """A class from outside the registry, or one with options, is used as given."""
+    trace = random_trace(4)
+    assert simulate(trace, 3, LRU).counters == simulate(trace, 3, "lru").counters
+    by_name = simulate(trace, 3, "lfu", policy_options={"gamma": 0.5})
+    assert by_name.counters == simulate(trace, 3, lambda: DecayedLFU(0.5)).counters
+
+
+def test_hit_rate_grows_with_slots_under_lru():
+    """LRU is a stack algorithm while requests fit: more slots never hit less."""
+    trace = random_trace(6, prompt=1, completion=60)
+    curve = hit_rate_curve(trace, [2, 3, 4, 5, 6, 7, 8])
+    assert curve == sorted(curve)
+    assert curve[0] < curve[-1]
+
+
+@pytest.mark.parametrize(
+    ("slots", "error", "text"),
+    [(0, CacheTooSmallError, "at least 1"), (9, MelinoeError, "at most 8")],
+)
+def test_impossible_slots_are_refused(slots, error, text):
+    """No slot, or more slots than experts: the error says what is possible."""
+    with pytest.raises(error, match=text):
+        simulate(random_trace(0), slots)
+
+
+def test_slots_and_prefetches_must_name_every_layer():
+    """Two layers, one number: an error, not a guess."""
+    trace = random_trace(0)
+    with pytest.raises(ValueError, match="1 layers of 2"):
+        simulate(trace, [3])
+    with pytest.raises(ValueError, match="1 layers of 2"):
+        simulate(trace, 3, prefetch={0: [[1]]})
+
+
+def test_a_hit_rate_of_nothing_is_refused():
+    """A trace without completion tokens has no completion hit rate."""
+    trace = trace_of([[0]], num_experts=2, top_k=1, kind=0)
+    with pytest.raises(MelinoeError, match="no completion"):
+        hit_rate_curve(trace, [1])
+
+
+def test_an_empty_trace_costs_nothing():
+    """No rows: no units, all counters zero."""
+    simulation = simulate(random_trace(0, sequences=0), 2)
+    assert simulation.per_sequence == []
+    assert simulation.counters == Counters(2)
