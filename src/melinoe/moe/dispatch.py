@@ -14,7 +14,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import AttachError
-from melinoe.moe.experts import find_experts, is_experts_module
+from melinoe.moe.experts import is_experts_module
 
 NAME = "melinoe"
 _BOUND = "_melinoe_bound"
@@ -114,13 +114,12 @@ def _melinoe(
 def _deciding(model: nn.Module) -> Iterator[object]:
     """Each configuration object, once, that an experts module or a generate call reads."""
     seen: set[int] = set()
-    owners = {id(layer.module.config) for layer in find_experts(model)}
     for module in model.modules():
         config = getattr(module, "config", None)
         if not hasattr(config, "_experts_implementation_internal") or id(config) in seen:
             continue
         # A submodel's own configuration is set too: generate() snapshots and restores the choice
         # through the top-level configuration, and the two must not disagree.
-        if id(config) in owners or is_experts_module(module) or hasattr(module, "generate"):
+        if is_experts_module(module) or hasattr(module, "generate"):
             seen.add(id(config))
             yield config

@@ -22,7 +22,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, cores that this process may use, main memory, CUDA devices, and torch's version."""
+    """Processor, cores open to this process, main memory, CUDA devices, torch's version."""
 
     cpu: str
     cores: int

@@ -178,20 +178,23 @@ class CudaTransfer(Transfer):
             self._waits = []
 
 
-def transfer_for(store: Store, device: torch.device, link: EmulatedLink | None) -> Transfer:
+def check_link(device: torch.device, link: EmulatedLink | None) -> None:
     """
-    The transfer that fits *device*.
+    Refuse what cannot work before anything is moved.
 
     Raises:
-        AttachError: an emulated link was asked for on a device with a real one.
+        AttachError: an emulated link on a device with a real one, or an unsupported device.
     """
-    if device.type == "cpu":
-        return Transfer(store, link)
-    if link is not None:
+    if device.type not in ("cpu", "cuda"):
+        raise AttachError(f"slots on {device} are not supported; use cpu or cuda")
+    if link is not None and device.type != "cpu":
         raise AttachError(
             f"the emulated link works on the CPU only, and the slots are on {device}; "
             "leave the link out to use the real one"
         )
-    if device.type == "cuda":
-        return CudaTransfer(store, device)
-    raise AttachError(f"slots on {device} are not supported; use cpu or cuda")
+
+
+def transfer_for(store: Store, device: torch.device, link: EmulatedLink | None) -> Transfer:
+    """The transfer that fits *device*; see `check_link` for what is refused."""
+    check_link(device, link)
+    return CudaTransfer(store, device) if device.type == "cuda" else Transfer(store, link)

@@ -1,0 +1,172 @@
+"""Attach the runtime to a transformers model in memory: the experts move out, slots move in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from melinoe.cache.policy import Policy
+from melinoe.cache.policy import policy as make_policy
+from melinoe.errors import AttachError, BudgetError
+from melinoe.moe.dispatch import bound
+from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.runtime.budget import slots_for
+from melinoe.runtime.handle import Handle
+from melinoe.runtime.ram_store import PinnedStore, RamStore
+from melinoe.runtime.store import Store
+from melinoe.runtime.transfer import EmulatedLink, check_link
+from melinoe.runtime.weights import give_weights_back
+
+__all__ = ["EmulatedLink", "Handle", "attach", "attach_stores"]
+
+_STORES: dict[str, type[RamStore]] = {"ram": RamStore, "pinned": PinnedStore}
+
+
+def attach(
+    model: nn.Module,
+    *,
+    slots: int | None = None,
+    expert_memory: str | int | None = None,
+    policy: str | Callable[[], Policy] = "lru",
+    policy_options: Mapping[str, Any] | None = None,
+    store: str | Store = "ram",
+    link: EmulatedLink | None = None,
+    device: torch.device | str | None = None,
+) -> Handle:
+    """
+    Offload the experts of a model in memory, and run them from a few slots per layer.
+
+    The stacked weights are moved into the store and freed; the model computes the same as before,
+    ``generate`` included, without gradients. It cannot be
+    saved, moved or cast until `Handle.detach`.
+
+    Args:
+        model: a transformers model of a decorated family.
+        slots: experts per layer to keep in fast memory, 1 to all.
+        expert_memory: the same as a budget for all layers, such as ``"8GiB"``; never exceeded.
+        policy: name of a cache policy, or a function that makes one per layer.
+        policy_options: what the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
+        store: ``ram``, ``pinned``, or a store that holds this model's experts already.
+        link: emulate a slow link; on the CPU only.
+        device: where the slots are; absent means where the rest of the model is.
+
+    Raises:
+        UnsupportedModelError: the model's family or layout cannot be served.
+        BudgetError: neither or both of *slots* and *expert_memory*; or too little memory.
+        AttachError: a runtime is attached already; weights that are not in memory; no way to pin.
+        MelinoeError: no such policy.
+    """
+    layers = find_experts(model)
+    if isinstance(store, str):
+        _check_in_memory(layers, store)
+    count, make, target = _settings(
+        model, layers, slots, expert_memory, policy, policy_options, link, device
+    )
+    filled: Store = _STORES[store].from_modules(layers) if isinstance(store, str) else store
+    try:
+        return Handle(model, layers, filled, count, make, link, target)
+    except BaseException:
+        for layer in layers:
+            give_weights_back(layer, filled)
+        raise
+
+
+def attach_stores(
+    model: nn.Module,
+    layers: Sequence[ExpertsLayer],
+    store: Store,
+    *,
+    slots: int | None = None,
+    expert_memory: str | int | None = None,
+    policy: str | Callable[[], Policy] = "lru",
+    policy_options: Mapping[str, Any] | None = None,
+    link: EmulatedLink | None = None,
+    device: torch.device | str | None = None,
+) -> Handle:
+    """
+    Attach to a model whose experts never were in memory: their weights are on the meta device.
+
+    Args:
+        model: its other weights are in memory.
+        layers: as `find_experts` listed them.
+        store: holds the experts of all *layers*.
+        slots, expert_memory, policy, policy_options, link, device: as for `attach`.
+
+    Raises:
+        BudgetError, AttachError, MelinoeError: as `attach`; the model is as before.
+    """
+    count, make, target = _settings(
+        model, layers, slots, expert_memory, policy, policy_options, link, device
+    )
+    return Handle(model, layers, store, count, make, link, target)
+
+
+def _settings(
+    model: nn.Module,
+    layers: Sequence[ExpertsLayer],
+    slots: int | None,
+    expert_memory: str | int | None,
+    policy: str | Callable[[], Policy],
+    policy_options: Mapping[str, Any] | None,
+    link: EmulatedLink | None,
+    device: torch.device | str | None,
+) -> tuple[int, Callable[[], Policy], torch.device]:
+    """Check all that can be checked before anything is moved."""
+    if any(bound(layer.module) is not None for layer in layers):
+        raise AttachError("a runtime is attached to this model already; detach() it first")
+    if (slots is None) == (expert_memory is None):
+        raise BudgetError(
+            "give either slots (experts per layer) or expert_memory (such as 8GiB), and not both"
+        )
+    most = max(layer.num_experts for layer in layers)
+    if slots is None:
+        assert expert_memory is not None
+        slots = slots_for(expert_memory, layers)
+    elif not 1 <= slots <= most:
+        raise BudgetError(
+            f"{slots} slots per layer do not work with {most} experts; give between 1 and {most}"
+        )
+    target = torch.device(device) if device is not None else _device(model, layers)
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", torch.cuda.current_device())
+    check_link(target, link)
+    make = _policy_maker(policy, dict(policy_options or {}))
+    make()  # an unknown policy or option shows here
+    return slots, make, target
+
+
+def _policy_maker(
+    policy: str | Callable[[], Policy], options: dict[str, Any]
+) -> Callable[[], Policy]:
+    if isinstance(policy, str):
+        return lambda: make_policy(policy, **options)
+    if options:
+        raise ValueError("policy_options belong to a policy given by name")
+    return policy
+
+
+def _check_in_memory(layers: Sequence[ExpertsLayer], store: str) -> None:
+    """The weights are here to be moved, and the store is one that takes them."""
+    if store not in _STORES:
+        raise AttachError(
+            f"there is no store {store!r} for a model in memory; choose ram or pinned, or load the "
+            "checkpoint with melinoe.load, which also knows disk"
+        )
+    for layer in layers:
+        if any(p.is_meta for p in layer.module.parameters(recurse=False)):
+            raise AttachError(
+                f"the experts of {layer.name} are not in memory (they are on the meta device); "
+                "load the model without device_map, or with melinoe.load"
+            )
+
+
+def _device(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:
+    """Where the model's other weights are."""
+    stacked = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if id(parameter) not in stacked and not parameter.is_meta:
+            return parameter.device
+    return torch.device("cpu")

@@ -1,0 +1,204 @@
+"""The runtime at work on a model: what it counted, what it can be told, and how it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from melinoe.cache.counters import Counters
+from melinoe.cache.policy import Policy
+from melinoe.errors import AttachError
+from melinoe.moe.dispatch import bind, unbind, use_melinoe
+from melinoe.moe.experts import ExpertsLayer
+from melinoe.moe.routing import fingerprint
+from melinoe.runtime.expert_cache import ExpertCache
+from melinoe.runtime.passes import ForwardPasses
+from melinoe.runtime.record import Recorder
+from melinoe.runtime.store import Store
+from melinoe.runtime.transfer import EmulatedLink, transfer_for
+from melinoe.runtime.weights import free_weights, give_weights_back, refuse_saving
+
+
+class Handle:
+    """
+    A runtime at work on a model. Made by `attach`, `attach_stores` or `load`.
+
+    Also a context manager: leaving it detaches.
+
+    Attributes:
+        slots: slots per layer, as given or as the memory allowed.
+        slots_by_layer: the same, cut to the experts that a layer has.
+        policy: name of the cache policy.
+        store: where the experts are that are not resident.
+        layers: the MoE layers, in order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertsLayer],
+        store: Store,
+        slots: int,
+        policy: Callable[[], Policy],
+        link: EmulatedLink | None,
+        device: torch.device,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.store = store
+        self.slots = slots
+        self.slots_by_layer = tuple(min(slots, layer.num_experts) for layer in layers)
+        self._model = model
+        self._counters = Counters(len(layers))
+        self._transfer = transfer_for(store, device, link)
+        self._undo = ExitStack()
+        self._origins = [_origin(layer, device) for layer in layers]
+        with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
+            self._passes = ForwardPasses(model, self._counters)
+            undo.callback(self._passes.close)
+            self._caches = [
+                ExpertCache(layer, count, policy(), self._transfer, self._passes, device)
+                for layer, count in zip(layers, self.slots_by_layer, strict=True)
+            ]
+            self.policy = self._caches[0].residency.policy.name
+            for layer, cache in zip(layers, self._caches, strict=True):
+                free_weights(layer, device)
+                undo.callback(refuse_saving(layer).remove)
+                cache.watch(layer.module.get_parameter("down_proj"))
+                bind(layer.module, cache)
+                undo.callback(unbind, layer.module)
+            undo.callback(use_melinoe(model))
+            undo.callback(_forbid_compilation(model))
+            self._undo = undo.pop_all()
+        self._attached = True
+
+    # --- reading --------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        """What was counted since the start or `reset_counters`; a copy."""
+        return self._counters.copy()
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds for which forward passes waited for experts."""
+        return self._transfer.stall_s
+
+    @property
+    def transferred_bytes(self) -> int:
+        """Bytes copied into slots, on demand and by prefetches."""
+        return self._transfer.transferred_bytes
+
+    @property
+    def expert_memory_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def resident(self) -> list[list[int]]:
+        """Ids of the resident experts, by layer, ascending."""
+        return [sorted(e for e in c.residency.expert_of.tolist() if e >= 0) for c in self._caches]
+
+    # --- acting ---------------------------------------------------------------------------------
+
+    def reset_counters(self) -> None:
+        """Set counters, stall time and transferred bytes to zero."""
+        self._counters.reset()
+        self._transfer.reset()
+
+    def reset_cache(self) -> None:
+        """Empty all slots; the counters stay."""
+        self._check_attached()
+        for cache in self._caches:
+            cache.reset()
+
+    def prefetch(self, experts_by_layer: Sequence[Sequence[int]]) -> None:
+        """
+        Load experts ahead of need.
+
+        Args:
+            experts_by_layer: ids for every layer, the most wanted first; those beyond the slots
+                are dropped, those resident are not loaded again.
+
+        Raises:
+            ValueError: not one entry per layer, or an id that is out of range or given twice.
+        """
+        self._check_attached()
+        if len(experts_by_layer) != len(self._caches):
+            raise ValueError(
+                f"a prefetch names {len(experts_by_layer)} layers of {len(self._caches)}"
+            )
+        for index, (cache, experts) in enumerate(zip(self._caches, experts_by_layer, strict=True)):
+            self._counters.add_prefetch(index, cache.prefetch(experts))
+
+    @contextmanager
+    def record(self, model_name: str = "") -> Iterator[Recorder]:
+        """
+        Record what the routers choose in the body of the ``with`` statement.
+
+        Args:
+            model_name: for the trace's header; absent means the configuration's name.
+
+        Raises:
+            AttachError: something is being recorded already, or the runtime is detached.
+        """
+        self._check_attached()
+        if self._passes.recorder is not None:
+            raise AttachError("a recording is running already; end it before you begin another")
+        config = getattr(self._model, "config", None)
+        name = model_name or getattr(config, "_name_or_path", "") or type(self._model).__name__
+        most = max(layer.num_experts for layer in self.layers)
+        recorder = Recorder(len(self.layers), most, name, fingerprint(self._model))
+        self._passes.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            self._passes.end()
+            self._passes.recorder = None
+
+    def detach(self) -> None:
+        """
+        Put the experts' weights back, bit for bit, and the experts implementation of before.
+
+        Needs memory for all experts beside the store. Without effect the second time.
+        """
+        if self._attached:
+            self._attached = False
+            self._undo.close()
+            for layer, origin in zip(self.layers, self._origins, strict=True):
+                give_weights_back(layer, self.store, origin)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise AttachError("this runtime is detached from its model; attach a new one")
+
+
+def _origin(layer: ExpertsLayer, device: torch.device) -> torch.device:
+    """Where a layer's weights belong when the runtime leaves: where they are, if anywhere."""
+    parameter = layer.module.get_parameter("down_proj")
+    return device if parameter.is_meta else parameter.device
+
+
+def _forbid_compilation(model: nn.Module) -> Callable[[], None]:
+    """
+    Keep ``generate`` from compiling the model, which it does with a static cache on a GPU.
+
+    The experts ask the host who is resident, once per layer, and that cannot be compiled.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return lambda: None
+    before = getattr(config, "disable_compile", None)
+    config.disable_compile = True
+
+    def restore() -> None:
+        config.disable_compile = before
+
+    return restore

@@ -1,0 +1,127 @@
+"""Record what a model's routers chose while it runs, offloaded or with every expert resident."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from melinoe.cache.counters import PROMPT
+from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace
+from melinoe.errors import TraceError
+from melinoe.runtime.passes import Batch
+
+
+class Recorder:
+    """
+    Collects one row per token of each forward pass; see `Trace`.
+
+    Each row of a batch that begins a prompt is a sequence of its own; beams count as such rows.
+
+    Args:
+        num_layers: MoE layers of the model.
+        num_experts: of the layer that has most.
+        model: its name, for people.
+        fingerprint: of the weights that choose.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, model: str, fingerprint: str) -> None:
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._model = model
+        self._fingerprint = fingerprint
+        self._chosen: dict[int, Tensor] = {}
+        self._passes: list[np.ndarray] = []
+        self._sequences: list[np.ndarray] = []
+        self._kinds: list[np.ndarray] = []
+        self._now: tuple[np.ndarray, np.ndarray] | None = None
+        self._base = 0  # sequence number of the first row of the batch that is running
+        self._batch = 0  # rows of that batch
+
+    def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
+        """A pass of *tokens* rows begins, within *call* if the model was called as a whole."""
+        batch = call.batch if call is not None else 1
+        if phase == PROMPT and not (call is not None and call.continues and self._batch == batch):
+            self._base += self._batch
+            self._batch = batch
+        kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
+        rows = np.zeros(tokens, dtype=np.int32)
+        # Some models compute other tokens than they are given (images); then rows stay unassigned.
+        if call is not None and tokens == call.batch * call.length:
+            rows = np.repeat(np.arange(batch, dtype=np.int32), call.length)
+            if call.mask is not None:
+                kept = call.mask[:, -call.length :].reshape(-1).bool().cpu().numpy()
+                kinds[~kept] = PADDING_ROW
+        self._now = (rows + np.int32(self._base), kinds)
+        self._chosen = {}
+
+    def add(self, layer: int, top_k_index: Tensor) -> None:
+        """The rows of the open pass chose ``top_k_index`` ``(tokens, top_k)`` in *layer*."""
+        if self._now is not None:
+            # A copy on the device; brought to the host at the end of the pass, not layer by layer.
+            self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
+
+    def end(self) -> None:
+        """
+        The open pass is complete.
+
+        Raises:
+            TraceError: its layers computed different numbers of tokens.
+        """
+        if self._now is None:
+            return  # recording began in the middle of it
+        (sequences, kinds), self._now = self._now, None
+        rows = len(kinds)
+        top_k = max(chosen.shape[1] for chosen in self._chosen.values())
+        experts = np.full((rows, self._num_layers, top_k), -1, dtype=np.int16)
+        for layer, chosen in self._chosen.items():
+            if chosen.shape[0] != rows:
+                raise TraceError(
+                    f"one forward pass computed {rows} tokens in one layer and {chosen.shape[0]} "
+                    "in another, which a trace cannot hold; this model cannot be traced"
+                )
+            ids = chosen.cpu().numpy()
+            experts[:, layer, : ids.shape[1]] = np.where(
+                (ids >= 0) & (ids < self._num_experts), ids, -1
+            )
+        self._passes.append(experts)
+        self._sequences.append(sequences)
+        self._kinds.append(kinds)
+
+    def drop(self) -> None:
+        """Forget the open pass."""
+        self._now = None
+
+    def trace(self, note: str = "") -> Trace:
+        """
+        Everything recorded so far.
+
+        Raises:
+            TraceError: nothing was.
+        """
+        if not self._passes:
+            raise TraceError("nothing was recorded; run the model inside `with handle.record()`")
+        top_k = max(experts.shape[2] for experts in self._passes)
+        padded = [
+            np.pad(e, ((0, 0), (0, 0), (0, top_k - e.shape[2])), constant_values=-1)
+            for e in self._passes
+        ]
+        lengths = [len(experts) for experts in self._passes]
+        return Trace(
+            experts=np.concatenate(padded),
+            forward=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+            sequence=np.concatenate(self._sequences).astype(np.int32),
+            kind=np.concatenate(self._kinds),
+            num_experts=self._num_experts,
+            model=self._model,
+            fingerprint=self._fingerprint,
+            versions=_versions(),
+            note=note,
+        )
+
+
+def _versions() -> Mapping[str, str]:
+    return {name: version(name) for name in ("melinoe", "torch", "transformers")}
