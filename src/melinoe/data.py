@@ -53,7 +53,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example and, for each, whether it is completion; equal lengths."""
+    """
+    Token ids of one example and, for each, whether it is completion; equal lengths.
+
+    The first token never counts as completion: nothing stands before it to predict it from.
+    """
 
     input_ids: list[int]
     completion_mask: list[bool]
@@ -204,7 +208,8 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
             ids, mask = ids[:max_length], mask[:max_length]
             cut += any(mask)
         # The first token has nothing before it to be predicted from.
-        if any(mask[1:]):
+        mask[:1] = [False]
+        if any(mask):
             encoded.append(Encoded(ids, mask))
         else:
             dropped += 1

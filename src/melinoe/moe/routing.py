@@ -205,17 +205,24 @@ def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def _widen(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.float() if floating else value
+
+
 class BaseRouters:
     """
     Frozen copies of routers as they are now, to ask what they would say about other inputs.
 
-    Cost: the routers' own bytes once more, and one router forward per layer and question.
+    They compute in float32, whatever the model computes in.
+
+    Cost: the routers' parameters once more in float32; a router's forward pass per question.
     """
 
     def __init__(self, routers: list[Router]):
         self._copies = {}
         for router in routers:
-            frozen = copy.deepcopy(router.module).eval().requires_grad_(False)
+            frozen = copy.deepcopy(router.module).float().eval().requires_grad_(False)
             self._copies[router.index] = frozen
 
     @torch.no_grad()
@@ -225,7 +232,7 @@ class BaseRouters:
         seen: list[Tensor] = []
         with _logits_of(module, routing.router.source, seen):
             args, kwargs = routing.inputs
-            module(*args, **kwargs)
+            module(*map(_widen, args), **{key: _widen(value) for key, value in kwargs.items()})
         return seen[0].reshape(-1, seen[0].shape[-1])
 
 

@@ -1,0 +1,52 @@
+"""
+Which example is seen when: decided by the seed alone, so that a run and its control agree.
+
+Examples of like length share a batch, which saves padding; which batches, and their order, are
+random.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+_BATCHES_SORTED_TOGETHER = 16
+
+
+def number_of_steps(
+    num_examples: int, batch: int, *, steps: int | None, epochs: float
+) -> tuple[int, int]:
+    """``(steps, examples seen)``; an incomplete last batch counts as a step."""
+    seen = steps * batch if steps is not None else max(1, round(epochs * num_examples))
+    return math.ceil(seen / batch), seen
+
+
+def training_order(lengths: Sequence[int], batch: int, seen: int, seed: int) -> list[int]:
+    """
+    Positions of the examples in the order of training.
+
+    Every example comes once before any comes again. Within a window of 16 batches examples are
+    sorted by length and the batches then shuffled.
+
+    Args:
+        lengths: Tokens of each example; at least one.
+        batch: Examples per optimiser step.
+        seen: Length of the order.
+        seed: Decides it.
+    """
+    random_numbers = random.Random(seed)
+    order: list[int] = []
+    while len(order) < seen:
+        epoch = list(range(len(lengths)))
+        random_numbers.shuffle(epoch)
+        order += epoch
+    del order[seen:]
+    window = batch * _BATCHES_SORTED_TOGETHER
+    arranged: list[int] = []
+    for start in range(0, seen, window):
+        part = sorted(order[start : start + window], key=lambda i: (lengths[i], i))
+        batches = [part[at : at + batch] for at in range(0, len(part), batch)]
+        # An incomplete batch stays last, or every later step would straddle two.
+        last = [batches.pop()] if len(batches[-1]) < batch else []
+        random_numbers.shuffle(batches)
+        arranged += [index for one in batches + last for index in one]
+    return arranged

@@ -1,0 +1,281 @@
+"""A checkpoint and examples in; a plain checkpoint in the hub's layout, and a log, out."""
+
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+
+from melinoe.checkpoint.files import read_config
+from melinoe.checkpoint.opening import find_model_class, open_checkpoint
+from melinoe.checkpoint.tokenizer import load_tokenizer
+from melinoe.checkpoint.writing import check_output, write_model
+from melinoe.config import FinetuneSettings
+from melinoe.data import IGNORED, Collator, Encoded, Example, encode, load_examples, pad_token_id
+from melinoe.finetune.adapters import TrainedParts, make_trainable
+from melinoe.finetune.objective import Objective
+from melinoe.finetune.order import number_of_steps, training_order
+from melinoe.finetune.trainer import LocalityTrainer, Progress
+from melinoe.malloc import keep_freed_memory
+from melinoe.moe.experts import find_experts
+from melinoe.moe.routing import RoutingRecorder, find_routers, fingerprint
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """
+    What a run left behind.
+
+    Attributes:
+        out: Directory of the fine-tuned checkpoint.
+        log: Rows of terms over steps; see `LocalityTrainer.rows`.
+        metadata: What ``melinoe.json`` holds.
+    """
+
+    out: Path
+    log: list[dict[str, Any]]
+    metadata: dict[str, Any] = field(repr=False)
+
+
+def finetune(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: str | Path,
+    settings: FinetuneSettings,
+    *,
+    eval_examples: Sequence[Example] | None = None,
+    progress: Progress | None = None,
+) -> FinetuneResult:
+    """
+    Fine-tune a checkpoint for locality and write the result as a plain checkpoint.
+
+    With ``settings.control()`` the same call is the NLL-only control: same examples in the same
+    order, same steps, same starting adapters.
+
+    Args:
+        model_path: Checkpoint directory or hub name.
+        data: Examples, or what `load_examples` takes.
+        out: Directory to write; must not exist, or be empty.
+        settings: Everything that decides the run.
+        eval_examples: Held-out examples, measured before and after.
+        progress: Called with each log row; ``steps`` in it is the number of steps to come to.
+
+    Raises:
+        OutputExistsError: *out* is taken; nothing was trained.
+        DataError: unusable data.
+        CheckpointError, TokenizerError: *model_path* cannot be read.
+        UnsupportedModelError: no experts, or routers that cannot be trained.
+        TrainingError: settings that do not fit the model, or too many non-finite losses; nothing
+            was written.
+    """
+    path, name = check_output(out), str(model_path)
+    with open_checkpoint(name):  # every shard is there and whole, before hours of work
+        config = read_config(name)
+    tokenizer = load_tokenizer(name, config)
+    from_name = isinstance(data, (str, Path))
+    examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
+    encoded = encode(examples, tokenizer, settings.max_length)
+    held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
+    model = find_model_class(config).from_pretrained(name, dtype="auto")
+    base_fingerprint = fingerprint(model)
+    started = time.monotonic()
+    rows, skipped = train(
+        model,
+        encoded,
+        settings,
+        pad_token_id=pad_token_id(tokenizer),
+        eval_data=held_out,
+        progress=progress,
+    )
+    metadata = {
+        "base": name,
+        "base_fingerprint": base_fingerprint,
+        "fingerprint": fingerprint(model),
+        "settings": asdict(settings),
+        "data": {"source": str(data) if from_name else None, "examples": len(encoded)},
+        "log": rows,
+        "skipped_steps": skipped,
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": {
+            "melinoe": version("melinoe"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    write_model(model, tokenizer, path, metadata)
+    return FinetuneResult(path, rows, metadata)
+
+
+def train(
+    model: Any,
+    data: Sequence[Encoded],
+    settings: FinetuneSettings,
+    *,
+    pad_token_id: int,
+    eval_data: Sequence[Encoded] | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], int]:
+    """
+    Fine-tune a model in memory; at the end it is plain again, its adapters merged.
+
+    Args:
+        model: A transformers model with a next-token loss. On return its tensors have the types
+            they came with, its config is as it was, and it is in evaluation mode.
+        data: Encoded examples.
+        settings: Everything that decides the run.
+        pad_token_id: Any id; padding is masked.
+        eval_data: Measured before the first and after the last step.
+        progress: Called with each log row.
+
+    Returns:
+        Log rows, and how many steps were skipped for a non-finite loss. Rows at the first and the
+        last step hold ``eval_nll`` and ``eval_cache`` where *eval_data* is given.
+
+    Raises:
+        UnsupportedModelError, TrainingError: as `finetune`.
+    """
+    routers, layers = find_routers(model), find_experts(model)
+    objective = Objective(routers, settings)
+    recorder, collator = RoutingRecorder(routers), Collator(pad_token_id)
+    stored = {name: tensor.dtype for name, tensor in _tensors(model)}
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    if not settings.bf16:
+        model.float()
+    balance = _switch_off_balancing(model)
+    parts = make_trainable(model, routers, layers, settings)
+    seen_at_once = settings.batch_size * settings.gradient_accumulation
+    steps, seen = number_of_steps(
+        len(data), seen_at_once, steps=settings.steps, epochs=settings.epochs
+    )
+    order = training_order([len(one) for one in data], seen_at_once, seen, settings.seed)
+
+    def measure(step: int) -> list[dict[str, Any]]:
+        if not eval_data:
+            return []
+        terms = held_out_terms(model, eval_data, objective, recorder, collator, settings)
+        row = {"step": step, **{f"eval_{key}": value for key, value in terms.items()}}
+        if progress is not None:
+            progress({**row, "steps": steps})
+        return [row]
+
+    # The Trainer makes its directory even where it saves nothing.
+    with tempfile.TemporaryDirectory() as work:
+        trainer = LocalityTrainer(
+            settings=settings,
+            objective=objective,
+            recorder=recorder,
+            parts=parts,
+            progress=progress,
+            model=model,
+            args=_arguments(settings, steps, work),
+            train_dataset=[data[index] for index in order],
+            data_collator=collator,
+            optimizers=(_optimizer(parts, settings), None),
+        )
+        before = measure(0)
+        trainer.train()
+        after = measure(steps)
+    trainer.accelerator.free_memory()
+    parts.merge(model)
+    model.requires_grad_(True).eval()
+    for config, values in balance:
+        for key, value in values.items():
+            setattr(config, key, value)
+    for name, tensor in _tensors(model):
+        tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
+    return before + trainer.rows + after, trainer.skipped_steps
+
+
+@torch.no_grad()
+def held_out_terms(
+    model: Any,
+    data: Sequence[Encoded],
+    objective: Objective,
+    recorder: RoutingRecorder,
+    collator: Collator,
+    settings: FinetuneSettings,
+) -> dict[str, float]:
+    """Means of ``nll``, ``cache`` and ``anchor`` over the completion tokens of *data*."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums, tokens = {"nll": 0.0, "cache": 0.0, "anchor": 0.0}, 0
+    ordered = sorted(data, key=len)
+    for start in range(0, len(ordered), settings.batch_size):
+        batch = collator(ordered[start : start + settings.batch_size])
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with recorder, torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            nll = model(**batch).loss
+            routings = recorder.take()
+        terms = objective(nll, routings, batch["labels"], batch["attention_mask"]).detached()
+        count = int((batch["labels"] != IGNORED).sum())
+        for key in sums:
+            sums[key] += float(terms[key]) * count
+        tokens += count
+    model.train(was_training)
+    return {key: value / tokens for key, value in sums.items()}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _switch_off_balancing(model: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Keep transformers from adding its load-balancing loss; what the configs said before."""
+    before, pending = [], [model.config]
+    while pending:
+        config = pending.pop()
+        pending += [getattr(config, key) for key in config.sub_configs if hasattr(config, key)]
+        off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
+        present = {key: getattr(config, key) for key in off if hasattr(config, key)}
+        before.append((config, present))
+        for key in present:
+            setattr(config, key, off[key])
+    return before
+
+
+def _optimizer(parts: TrainedParts, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    groups = [{"params": list(parts.router.values()), "lr": settings.learning_rate}]
+    if parts.lora:
+        lora_rate = settings.lora_learning_rate or settings.learning_rate
+        groups.append({"params": list(parts.lora.values()), "lr": lora_rate})
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+
+
+def _arguments(settings: FinetuneSettings, steps: int, work: str) -> TrainingArguments:
+    on_cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=work,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=int(settings.warmup * steps),
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        seed=settings.seed,
+        bf16=settings.bf16,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        use_cpu=on_cpu,
+        report_to=[],
+        disable_tqdm=True,
+    )
