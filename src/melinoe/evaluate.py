@@ -1,0 +1,206 @@
+"""
+How well a model does: perplexity and exact match, each with an interval over sequences.
+
+Every function takes a plain transformers model or one that runs with few resident experts; the
+two are the same model and must give the same numbers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from melinoe.data import IGNORED, Collator, Encoded
+from melinoe.errors import DataError
+from melinoe.stats import Estimate, bootstrap, paired_difference
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """
+    What a text cost a model.
+
+    Attributes:
+        nll: float64 ``(sequences,)``, summed negative log-likelihood in nats.
+        tokens: float64 ``(sequences,)``, how many tokens that sums over.
+    """
+
+    nll: Floats
+    tokens: Floats
+
+    @property
+    def estimate(self) -> Estimate:
+        """Perplexity, exp of the mean loss per token, over sequences."""
+        return bootstrap(self.nll, self.tokens, transform=np.exp)
+
+    @property
+    def mean_nll(self) -> Estimate:
+        """Mean loss per token in nats, over sequences."""
+        return bootstrap(self.nll, self.tokens)
+
+
+def perplexity(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    batch_size: int = 8,
+    completion_only: bool = True,
+) -> Perplexity:
+    """
+    Measure how well *model* predicts *encoded*.
+
+    Batches are made in the order given, padded on the right to their longest sequence; logits and
+    their softmax are taken in float32 and summed in float64. One forward pass per batch, without
+    gradients; the model's training mode is put back afterwards.
+
+    Args:
+        model: A causal language model, offloaded or not.
+        encoded: Token ids and which of them are completion.
+        batch_size: Sequences per forward pass. It changes speed, and results only in rounding.
+        completion_only: Count completion tokens alone; else every token but a sequence's first.
+
+    Raises:
+        DataError: nothing to predict, or a loss that is not finite.
+        ValueError: *batch_size* below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if not encoded:
+        raise DataError("there is no text to evaluate on; give at least one example")
+    collate = Collator(pad_token_id=0)  # masked everywhere, so any id will do
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nll, tokens = [], []
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(encoded), batch_size):
+                batch = {
+                    name: value.to(device)
+                    for name, value in collate(encoded[start : start + batch_size]).items()
+                }
+                labels = batch["labels"]
+                if not completion_only:
+                    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+                logits = model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    use_cache=False,
+                ).logits
+                # (batch, vocabulary, tokens - 1): each position predicts the token after it.
+                losses = nn.functional.cross_entropy(
+                    logits[:, :-1].float().transpose(1, 2),
+                    labels[:, 1:],
+                    ignore_index=IGNORED,
+                    reduction="none",
+                )
+                nll.append(losses.double().sum(1).cpu().numpy())
+                tokens.append((labels[:, 1:] != IGNORED).sum(1).cpu().numpy())
+    finally:
+        model.train(was_training)
+    result = Perplexity(np.concatenate(nll), np.concatenate(tokens).astype(np.float64))
+    if result.tokens.sum() == 0:
+        raise DataError("no token of the text is left to predict; give longer examples")
+    if not np.isfinite(result.nll).all():
+        bad = int(np.flatnonzero(~np.isfinite(result.nll))[0])
+        raise DataError(
+            f"the loss of example {bad} is not finite; check the model's weights, or use float32"
+        )
+    return result
+
+
+def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
+    """
+    Estimate our perplexity over theirs, minus 1, on the same sequences: 0.02 is 2 % worse.
+
+    Paired: each resample draws a sequence for both models.
+
+    Raises:
+        DataError: the two were not measured on the same tokens.
+    """
+    if not np.array_equal(ours.tokens, theirs.tokens):
+        raise DataError(
+            "the two perplexities are of different texts; evaluate both models on the same data"
+        )
+    return paired_difference(ours.nll, theirs.nll, ours.tokens, theirs.tokens, transform=np.expm1)
+
+
+_ANSWER = re.compile(r"####\s*(-?\s*\$?\s*-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\s*\$?\s*\.[0-9]+)")
+
+
+def extract_answer(text: str) -> Decimal | None:
+    """
+    Read the number after the first ``####``, as GSM8K marks answers.
+
+    Dollar signs and thousands' commas are dropped, and equal numbers are equal however they are
+    written (``5``, ``5.00``). The first mark counts, because a model that goes on after its answer
+    starts the next question. ``None`` if there is no mark with a number behind it.
+    """
+    found = _ANSWER.search(text)
+    if found is None:
+        return None
+    try:
+        return Decimal(re.sub(r"[$,\s]", "", found.group(1)))
+    except InvalidOperation:
+        return None
+
+
+def exact_match(completions: Sequence[str], references: Sequence[str]) -> Estimate:
+    """
+    Share of completions whose answer equals the reference's.
+
+    A completion without an answer is wrong.
+
+    Args:
+        completions: What the model wrote, one per question.
+        references: The right solutions, each with its ``####`` line.
+
+    Raises:
+        DataError: nothing to score, or a reference without an answer.
+        ValueError: lengths differ.
+    """
+    if len(completions) != len(references):
+        raise ValueError(f"{len(completions)} completions for {len(references)} references")
+    if not references:
+        raise DataError("there are no answers to score; give at least one question")
+    right = []
+    for index, (completion, reference) in enumerate(zip(completions, references, strict=True)):
+        wanted = extract_answer(reference)
+        if wanted is None:
+            raise DataError(
+                f"reference {index} has no number after '####'; exact match needs GSM8K's form"
+            )
+        right.append(float(extract_answer(completion) == wanted))
+    return bootstrap(right)
+
+
+def quality_record(
+    result: Perplexity, model: str, domain: str, in_domain: bool, **more: Any
+) -> dict[str, Any]:
+    """
+    Return the record of kind ``quality`` that reports read.
+
+    Args:
+        result: What `perplexity` measured.
+        model: Label of the model.
+        domain: Name of the text.
+        in_domain: Whether the model was fine-tuned on text of this kind.
+        more: Further fields, such as ``"increase"`` over a control.
+    """
+    return {
+        "kind": "quality",
+        "model": model,
+        "domain": domain,
+        "in_domain": in_domain,
+        "perplexity": result.estimate.to_dict(),
+        "nll": result.mean_nll.to_dict(),
+        "tokens": int(result.tokens.sum()),
+        **more,
+    }
