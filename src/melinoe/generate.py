@@ -1,0 +1,226 @@
+"""
+Prompt to text on a model that runs with few resident experts, and what each call cost.
+
+transformers' own `generate` does the work. Around it: the predictor's experts are prefetched before
+the prompt's forward pass, and a stopping criterion that never stops takes the time of each token.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from melinoe.cache.counters import Counters
+from melinoe.cache.trace import Trace
+from melinoe.data import pad_token_id
+from melinoe.errors import AttachError, DataError, TokenizerError
+from melinoe.predictor import Predictor
+from melinoe.runtime.attach import Handle
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """
+    One prompt's answer and its cost.
+
+    Attributes:
+        text: What was generated, without special tokens.
+        ids: Generated token ids, end-of-text included if it was reached.
+        prompt_ids: The prompt's token ids.
+        counters: Of this call alone; ``None`` for a plain model.
+        predictor_s: Predicting and issuing the prefetch, seconds; part of *ttft_s*.
+        ttft_s: From the call to the first new token, seconds.
+        seconds: From the call to the last new token.
+        stall_s: Waited for experts while decoding, the prompt's forward pass left out.
+        prompt_stall_s: Waited for experts in the prompt's forward pass.
+    """
+
+    text: str
+    ids: list[int]
+    prompt_ids: list[int]
+    counters: Counters | None
+    predictor_s: float
+    ttft_s: float
+    seconds: float
+    stall_s: float
+    prompt_stall_s: float
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens after the first: each took one forward pass of its own."""
+        return len(self.ids) - 1
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first, seconds; ``None`` if there was only one."""
+        return (self.seconds - self.ttft_s) / self.decode_tokens if self.decode_tokens else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens over all of the call's time, prompt and predictor included."""
+        return len(self.ids) / self.seconds
+
+
+class _Watch(StoppingCriteria):
+    """Notes when the first and the latest token came, and how long experts had been waited for."""
+
+    def __init__(self, device: torch.device, handle: Handle | None) -> None:
+        self.device, self.handle = device, handle
+        self.first_s = self.last_s = 0.0
+        self.stall_at_first_s = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_s = time.perf_counter()
+        if not self.first_s:
+            self.first_s = self.last_s
+            self.stall_at_first_s = self.handle.stall_s if self.handle is not None else 0.0
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """
+    Token ids of a prompt; ids pass through.
+
+    Raises:
+        DataError: nothing comes out.
+    """
+    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise DataError(
+            "the prompt is empty and the tokenizer adds no start-of-text token; write a prompt"
+        )
+    return ids
+
+
+def generate(
+    model: Any,
+    handle: Handle | None,
+    tokenizer: Any,
+    prompt: Prompt,
+    max_new_tokens: int = 64,
+    predictor: Predictor | None = None,
+    streamer: Any = None,
+    **sampling: Any,
+) -> Generation:
+    """
+    Answer one prompt.
+
+    Greedy unless *sampling* says else, whatever the checkpoint's own generation settings are.
+
+    Args:
+        model: A transformers model with `generate`.
+        handle: What `attach` or `load` gave for it; ``None`` for a plain model.
+        tokenizer: The model's.
+        prompt: Text, or token ids.
+        max_new_tokens: At most so many; end-of-text may come first.
+        predictor: Names experts to prefetch before the prompt's forward pass.
+        streamer: Gets tokens as they come; see transformers.
+        sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
+
+    Raises:
+        DataError: an empty prompt.
+        TokenizerError: ids that the model does not know.
+        ModelError: the predictor belongs to another model.
+        AttachError: a predictor without a handle to prefetch through.
+        ValueError: *max_new_tokens* below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    if predictor is not None:
+        if handle is None:
+            raise AttachError(
+                "a predictor needs the runtime to prefetch through; attach it, or leave it out"
+            )
+        predictor.bind(model)
+    ids = prompt_ids(tokenizer, prompt)
+    _check_ids(model, ids)
+    device = model.get_input_embeddings().weight.device
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer)}
+    if not sampling.get("do_sample"):
+        # A checkpoint may carry these; greedy decoding would only warn about them.
+        options |= {"temperature": None, "top_p": None, "top_k": None}
+    watch = _Watch(device, handle)
+    before = handle.counters if handle is not None else None
+    stall_before_s = handle.stall_s if handle is not None else 0.0
+    input_ids = torch.tensor([ids], device=device)
+
+    start_s = time.perf_counter()
+    if predictor is not None and handle is not None:
+        handle.prefetch(predictor.top(ids, handle.slots))
+    predictor_s = time.perf_counter() - start_s
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            streamer=streamer,
+            **(options | sampling),
+        )
+    new = output[0, len(ids) :].tolist()
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        ids=new,
+        prompt_ids=ids,
+        counters=handle.counters.minus(before) if handle is not None and before else None,
+        predictor_s=predictor_s if predictor is not None else 0.0,
+        ttft_s=watch.first_s - start_s,
+        seconds=watch.last_s - start_s,
+        stall_s=handle.stall_s - watch.stall_at_first_s if handle is not None else 0.0,
+        prompt_stall_s=watch.stall_at_first_s - stall_before_s,
+    )
+
+
+def trace_prompts(
+    model: Any,
+    handle: Handle,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    progress: Callable[[str], None] | None = None,
+    **sampling: Any,
+) -> Trace:
+    """
+    Generate from each prompt in turn, and record which experts every token chose.
+
+    One sequence per prompt, in order, batch 1. The ids of the prompts, which `predictor.fit`
+    wants beside the trace, are `prompt_ids` of each.
+
+    Args:
+        model: As in `generate`.
+        handle: As in `generate`; any number of slots gives the same trace.
+        tokenizer: As in `generate`.
+        prompts: At least one.
+        max_new_tokens: At most so many for each.
+        progress: Told in words after each tenth of the prompts.
+        sampling: As in `generate`.
+
+    Raises:
+        DataError: no prompts, or an empty one.
+        TokenizerError: as in `generate`.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to trace; give at least one")
+    step = max(1, len(prompts) // 10)
+    with handle.record() as recorder:
+        for number, prompt in enumerate(prompts, start=1):
+            generate(model, handle, tokenizer, prompt, max_new_tokens, **sampling)
+            if progress is not None and (number % step == 0 or number == len(prompts)):
+                progress(f"traced {number} of {len(prompts)} prompts")
+    return recorder.trace()
+
+
+def _check_ids(model: Any, ids: Sequence[int]) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= known:
+        raise TokenizerError(
+            f"the prompt has token id {max(ids)} but the model knows {known} tokens; "
+            "use the model's own tokenizer"
+        )
