@@ -67,7 +67,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
         module = model.get_submodule(layer.name)
         for tensor in layer.tensors:
             empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
-            module._parameters[tensor.name] = nn.Parameter(empty, requires_grad=False)
+            module._parameters[tensor.name] = nn.Parameter(empty)
     _name_it(model, checkpoint.name)
     return model
 

@@ -1,7 +1,6 @@
 """Find a checkpoint's files, in a directory or on the hub, and check them before any read."""
 
 import json
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +53,36 @@ def locate(name: str, filename: str, download: bool = True) -> Path | None:
             _raise_exceptions_for_connection_errors=download,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise CheckpointError(
-            f"{name} is no directory here, and the hub did not give {filename} ({reason}); "
-            "check the name, or download it where there is a network"
+            f"{name} is no directory here, and the hub did not give {filename} "
+            f"({first_line(error)}); check the name, or download it where there is a network"
         ) from None
     return None if found is None else Path(found)
+
+
+def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
+    """
+    Path and contents of ``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is not a JSON object.
+    """
+    path = locate(name, "config.json", download)
+    if path is None and Path(name).expanduser().is_dir():
+        raise CheckpointError(f"{name} has no config.json; give a whole checkpoint's directory")
+    if path is None:
+        raise CheckpointError(
+            f"{name} is no directory here, and there is no such model in the local cache or on the "
+            "hub as far as it can be reached; check the name, or download it where there is a "
+            "network"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
+    return path, raw
 
 
 def read_config(name: str, download: bool = True) -> PreTrainedConfig:
@@ -70,37 +93,27 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
         CheckpointError: no readable ``config.json``, or a quantised checkpoint.
         UnsupportedModelError: transformers does not know the family.
     """
-    path = locate(name, "config.json", download)
-    if path is None:
-        raise CheckpointError(f"{name} has no config.json; give a whole checkpoint's directory")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
+    path, raw = read_raw_config(name, download)
     kind = quantisation(raw)
     if kind is not None:
         raise CheckpointError(
             f"{name} is quantised ({kind}), which is not supported; use its bf16 or fp16 checkpoint"
         )
+    family = raw.get("model_type")
+    if not family:
+        raise CheckpointError(f"{path} names no model_type; give a transformers model's config")
     try:
-        # The transformers log tells the same at length; the error below is the one to read.
-        logging.getLogger("transformers.configuration_utils").disabled = True
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:
-        family = raw.get("model_type")
-        if not family:
-            raise CheckpointError(
-                f"{path} names no model_type; give the config of a transformers model"
-            ) from None
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UnsupportedModelError(
-            f"transformers cannot read the config of family {family!r} ({reason}); "
+            f"transformers cannot read the config of family {family!r} ({first_line(error)}); "
             "use a family that transformers itself implements"
         ) from None
-    finally:
-        logging.getLogger("transformers.configuration_utils").disabled = False
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop."""
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def quantisation(config: dict) -> str | None:
@@ -183,3 +196,8 @@ def close_shards(places: dict[str, Place]) -> None:
     """Close every file that *places* points into."""
     for file in {id(place.file): place.file for place in places.values()}.values():
         file.close()
+
+
+def has_weights(name: str, download: bool = True) -> bool:
+    """Whether a checkpoint has weight files of any kind, pickled ones included."""
+    return any(locate(name, filename, download) for filename in (SINGLE, INDEX, *PICKLED))

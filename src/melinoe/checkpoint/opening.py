@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ class ExpertSource:
         """Experts of the layer."""
         return self.layer.num_experts
 
-    def read(self, expert: int, into: dict[str, torch.Tensor]) -> None:
+    def read(self, expert: int, into: Mapping[str, torch.Tensor]) -> None:
         """
         Read one expert straight from the shards.
 
@@ -103,36 +104,35 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(name: str, dtype: torch.dtype | str = "auto") -> Checkpoint:
+def open_checkpoint(
+    name: str, dtype: torch.dtype | str = "auto", download: bool = True
+) -> Checkpoint:
     """
     Open a checkpoint of the hub's layout, and find out where each expert lies.
 
-    Costs the headers' bytes and a model without weights; a hub checkpoint that is not in the
-    local cache is downloaded.
+    Costs the headers' bytes and a model without weights, and the download of a hub checkpoint
+    that is not in the local cache. The family is checked before that.
 
     Args:
         name: A directory, or the name of a repository on the hub.
         dtype: Type of the weights in memory; "auto" takes the config's, else the stored one.
+        download: Fetch hub files that are not in the local cache.
 
     Raises:
         CheckpointError: files missing, torn, quantised, or of another model than the config's.
         UnsupportedModelError: the family has no experts that can be served.
     """
     name = str(name)
-    config = read_config(name)
+    config = read_config(name, download)
     model_class = find_model_class(config)
-    resolved = None if dtype == "auto" else _as_dtype(dtype)
-    if resolved is None:
-        resolved = _as_dtype(config.dtype) if config.dtype is not None else None
-    if resolved is None:  # the family is checked before the weights are downloaded
-        build_on_meta(model_class, config, torch.float32)
-    files = open_shards(name)
+    wanted = config.dtype if dtype == "auto" else dtype
+    if download:
+        find_experts(build_on_meta(model_class, copy.deepcopy(config), torch.bfloat16))
+    files = open_shards(name, download)
     try:
-        resolved = resolved or _stored_dtype(files)
-        config = copy.deepcopy(config)
+        resolved = _as_dtype(wanted) if wanted is not None else _stored_dtype(files)
         model = build_on_meta(model_class, config, resolved)
-        layers = find_experts(model)
-        layers = [_with_plan(layer, model, resolved) for layer in layers]
+        layers = [_with_plan(layer, model, resolved) for layer in find_experts(model)]
         experts, backbone = _sources(model, config, layers, files)
     except BaseException:
         close_shards(files)

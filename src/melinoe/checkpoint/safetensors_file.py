@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -69,20 +70,17 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
-            self._fd: int | None = os.open(self.path, os.O_RDONLY)
+            self._fd = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(
                 f"the shard {self.path} cannot be opened ({error.strerror}); download it again"
             ) from None
-        try:
-            self.tensors = self._read_header()
-        except BaseException:
-            self.close()
-            raise
+        # Closes the file once: by close(), or when nothing refers to this object any more.
+        self._closing = weakref.finalize(self, os.close, self._fd)
+        self.tensors = self._read_header()
 
     def _read_header(self) -> dict[str, TensorInfo]:
         """Name -> place in the file, every range checked."""
-        assert self._fd is not None
         size = os.fstat(self._fd).st_size
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
         if size < 8 or length > size - 8 or length > LARGEST_HEADER_BYTES:
@@ -138,7 +136,7 @@ class SafetensorsFile:
 
     def _fill(self, into: torch.Tensor, offset: int) -> None:
         """Fill a contiguous CPU tensor with the file's bytes from *offset* on."""
-        if self._fd is None:
+        if not self._closing.alive:
             raise ValueError(f"{self.path} is closed")
         data: Any = into.detach().reshape(-1).view(torch.uint8).numpy()
         view = memoryview(data)
@@ -151,9 +149,7 @@ class SafetensorsFile:
 
     def close(self) -> None:
         """Close the file; reading afterwards is a caller's mistake."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._closing()
 
 
 def describe_shape(shape: Sequence[int]) -> str:

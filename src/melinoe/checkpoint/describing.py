@@ -1,0 +1,147 @@
+"""What a checkpoint is and what it would take to run it, without reading a weight."""
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from melinoe.checkpoint.files import has_weights, read_config, read_raw_config
+from melinoe.checkpoint.opening import build_on_meta, find_model_class, open_checkpoint
+from melinoe.errors import ModelError, UnsupportedModelError
+from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.routing import find_routers
+
+# Names by which configurations of transformers' families say how many experts a token uses.
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "top_k",
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    What is known of a checkpoint from its config and its files' headers.
+
+    Attributes:
+        name: The directory or hub name.
+        model_type: transformers' name of the family.
+        architecture: The class that the config names.
+        supported: Whether it can be served as it is.
+        reason: Why not; None where it can.
+        weights: Whether weight files are there; without them the numbers are the config's.
+        dtype: The type the weights are given in memory, like ``bfloat16``.
+        moe_layers: How many layers have experts.
+        num_experts: Experts of a layer; the most, where layers differ.
+        top_k: Experts a token uses in a layer; None where the config does not say.
+        bytes_per_expert: Of one expert in one layer; the most, where layers differ.
+        expert_bytes: Of all experts of all layers.
+        backbone_bytes: Of all else.
+        layers: Per MoE layer: experts, and bytes of one.
+    """
+
+    name: str
+    model_type: str | None
+    architecture: str | None
+    supported: bool
+    reason: str | None
+    weights: bool
+    dtype: str | None = None
+    moe_layers: int = 0
+    num_experts: int = 0
+    top_k: int | None = None
+    bytes_per_expert: int = 0
+    expert_bytes: int = 0
+    backbone_bytes: int = 0
+    layers: tuple[tuple[int, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
+    """
+    Describe a checkpoint from its config, and check its files' headers where they are at hand.
+
+    Weights are neither read nor downloaded: for a name on the hub only the config is fetched, and
+    headers are checked if the weights are in the local cache.
+
+    Args:
+        name: A directory, or the name of a repository on the hub.
+        dtype: As `open_checkpoint`.
+
+    Raises:
+        CheckpointError: there is no readable config to describe.
+    """
+    name = str(name)
+    _, raw = read_raw_config(name)
+    named = raw.get("architectures") or [None]
+    weights = has_weights(name, download=False)
+    known: dict[str, Any] = {}
+    reason = None
+    try:
+        config = read_config(name)
+        known = _from_config(config, dtype)
+        if weights:
+            with open_checkpoint(name, dtype, download=False) as checkpoint:
+                known |= _of_layers(checkpoint.layers)
+                known["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
+    except ModelError as error:
+        reason = str(error)
+    return Description(
+        name=name,
+        model_type=raw.get("model_type"),
+        architecture=named[0],
+        supported=reason is None,
+        reason=reason,
+        weights=weights,
+        **known,
+    )
+
+
+def _from_config(config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
+    """Everything that the config alone tells."""
+    wanted = (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    model = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
+    layers = find_experts(model)
+    known = _of_layers(layers)
+    everything = sum(p.numel() * p.element_size() for p in model.parameters())
+    known["backbone_bytes"] = everything - known["expert_bytes"]
+    known["dtype"] = str(wanted).removeprefix("torch.")
+    try:
+        known["top_k"] = find_routers(model)[0].top_k or top_k_of(config)
+    except UnsupportedModelError:  # a router that cannot be trained can still be served
+        known["top_k"] = top_k_of(config)
+    return known
+
+
+def _of_layers(layers: list[ExpertsLayer]) -> dict[str, Any]:
+    return {
+        "moe_layers": len(layers),
+        "num_experts": max(layer.num_experts for layer in layers),
+        "bytes_per_expert": max(layer.block_bytes for layer in layers),
+        "expert_bytes": sum(layer.num_experts * layer.block_bytes for layer in layers),
+        "layers": tuple((layer.num_experts, layer.block_bytes) for layer in layers),
+    }
+
+
+def top_k_of(config: Any) -> int | None:
+    """Experts a token uses in a layer, by whichever name the config gives it; None if by none."""
+    for part in (config, config.get_text_config()):
+        for key in _TOP_K:
+            # ``top_k`` alone is a sampling setting in old configs, so it comes last.
+            value = getattr(part, key, None)
+            if isinstance(value, list) and value:
+                value = max(value)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None

@@ -1,0 +1,67 @@
+"""Load a checkpoint's tokenizer, and refuse one that belongs to another model."""
+
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from melinoe.checkpoint.files import first_line, locate
+from melinoe.errors import TokenizerError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
+    """
+    A checkpoint's tokenizer, checked against the model's vocabulary.
+
+    Args:
+        name: A directory, or the name of a repository on the hub.
+        config: The model's config; its ``vocab_size`` is the rows of the embedding.
+
+    Raises:
+        TokenizerError: there is none, it cannot be read, or it gives ids the model has no row for.
+    """
+    if not any(locate(str(name), filename) for filename in TOKENIZER_FILES):
+        raise TokenizerError(
+            f"{name} has no tokenizer; put the model's own tokenizer beside its weights"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:
+        raise TokenizerError(
+            f"the tokenizer of {name} cannot be read ({first_line(error)}); download it again"
+        ) from None
+    check_tokenizer(tokenizer, config, str(name))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
+    """
+    Refuse a tokenizer that can give an id the model has no embedding for.
+
+    A smaller vocabulary passes: embeddings are often padded to a round number.
+
+    Raises:
+        TokenizerError: its largest id, or a special token of the config, is out of range.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise TokenizerError(f"the tokenizer of {name} is empty; use the model's own")
+    if largest >= rows:
+        raise TokenizerError(
+            f"the tokenizer of {name} gives ids up to {largest} and the model has {rows} rows; "
+            "it belongs to another model, use the model's own"
+        )
+    known = set(tokenizer.get_vocab().values())
+    for role in ("bos", "eos", "pad"):
+        own = getattr(tokenizer, f"{role}_token_id", None)
+        wanted = getattr(config.get_text_config(), f"{role}_token_id", None)
+        for token in wanted if isinstance(wanted, list) else [wanted]:
+            if token is not None and own is not None and token not in known:
+                raise TokenizerError(
+                    f"the model's {role} token {token} is not in the tokenizer of {name}; "
+                    "it belongs to another model, use the model's own"
+                )

@@ -1,0 +1,58 @@
+"""Write a model as a checkpoint of the hub's layout: all of it, or nothing."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from melinoe.checkpoint.metadata import write_metadata
+from melinoe.errors import OutputExistsError
+from melinoe.moe.experts import find_experts
+
+
+def check_output(out: str | Path) -> Path:
+    """
+    The directory *out*, if a checkpoint may be written there; ask before hours of work.
+
+    Raises:
+        OutputExistsError: it is a file, or a directory that is not empty.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputExistsError(f"{path} exists and is not empty; choose another place for output")
+    return path
+
+
+def write_model(model: Any, tokenizer: Any, out: str | Path, metadata: dict[str, Any]) -> None:
+    """
+    Write weights, config, tokenizer and ``melinoe.json`` to *out*.
+
+    They are written to a directory beside it, which takes the name only when it is whole. The
+    weights get the hub's own names, one tensor per expert where the family's checkpoints have
+    that, so that other engines read them.
+
+    Args:
+        model: A transformers model with all its weights in it.
+        tokenizer: Its tokenizer, or None.
+        out: The directory to make.
+        metadata: For ``melinoe.json``.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+        AttachError: the experts' weights are in a runtime's store; detach it first.
+    """
+    path = check_output(out)
+    find_experts(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write_metadata(temporary, metadata)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)  # replaces an empty directory, and no other
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
