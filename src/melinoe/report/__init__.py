@@ -2,7 +2,7 @@
 Tables and figures from measurement records, and from nothing else.
 
     records.py     read and check        amounts.py   numbers as text
-    tables.py      tables as data        benchmarks.py  tables of benchmark results
+    tables.py      tables as data        benchmarks.py   tables of benchmark results
     captions.py    sentences, computed   figures.py   drawings     svg.py  drawings that fit a page
     glossary.py    what words mean       sections.py  all of it in order
     render.py      a table as Markdown, text or HTML

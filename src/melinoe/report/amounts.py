@@ -10,6 +10,24 @@ from melinoe.report.records import Estimate
 
 DASH = "–"
 NOT_MEASURED = "n/a"
+UNITS = {
+    "_us": "µs",
+    "_ms": "ms",
+    "_s": "s",
+    "_bytes": "GiB",
+    "_gib": "GiB",
+    "_mib": "MiB",
+    "_percent": "%",
+    "_gb_s": "GB/s",
+}
+
+
+def label(key: str) -> str:
+    """Write a name for people: ``decide_us`` becomes ``decide (µs)``."""
+    for ending, unit in sorted(UNITS.items(), key=lambda item: -len(item[0])):
+        if key.endswith(ending) and key != ending[1:] and not key.endswith("per_s"):
+            return f"{key.removesuffix(ending).replace('_', ' ')} ({unit})"
+    return key.replace("_", " ").replace(" per s", " / s")
 
 
 def decimals(value: float, digits: int = 3) -> int:
@@ -42,13 +60,14 @@ def spread(estimate: Estimate, unit: str = "", digits: int = 3) -> tuple[str, st
     places = 1 if unit == "%" else decimals(estimate.mean, digits)
     low, high = (f"{scale * end:,.{places}f}" for end in (estimate.low, estimate.high))
     mean = f"{scale * estimate.mean:,.{places}f}" + (" %" if unit == "%" else "")
-    return mean, f"{low}{DASH}{high}"
+    return mean, f"{low} to {high}" if estimate.low < 0 else f"{low}{DASH}{high}"
 
 
 def inline(estimate: Estimate, unit: str = "", digits: int = 3) -> str:
     """Write mean and interval for use in a sentence: ``9.81 [9.40, 10.22]``."""
     mean, interval = spread(estimate, unit, digits)
-    return f"{mean} [{interval.replace(DASH, ', ')}]"
+    ends = interval.replace(" to ", ", ").replace(DASH, ", ")
+    return f"{mean} [{ends}]"
 
 
 def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:

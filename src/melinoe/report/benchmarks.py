@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from melinoe.report.amounts import plain
+from melinoe.report.amounts import label, plain
 from melinoe.report.records import Estimate, Measurements, Record
 from melinoe.report.tables import Cell, Table, cell
 
@@ -12,24 +12,6 @@ ABOUT = frozenset(
     {"benchmark", "kind", "machine", "versions", "commit", "date", "command", "question", "note"}
     | {"notes", "settings", "title", "floor", "bad_news", "not_measured"}
 )
-UNITS = {
-    "_us": "µs",
-    "_ms": "ms",
-    "_s": "s",
-    "_bytes": "GiB",
-    "_gib": "GiB",
-    "_mib": "MiB",
-    "_percent": "%",
-    "_gb_s": "GB/s",
-}
-
-
-def label(key: str) -> str:
-    """Write a figure's name for people: ``decide_us`` becomes ``decide (µs)``."""
-    for ending, unit in sorted(UNITS.items(), key=lambda item: -len(item[0])):
-        if key.endswith(ending) and key != ending[1:] and not key.endswith("per_s"):
-            return f"{key.removesuffix(ending).replace('_', ' ')} ({unit})"
-    return key.replace("_", " ").replace(" per s", " / s")
 
 
 def value_cell(key: str, value: Any) -> Cell:

@@ -22,7 +22,7 @@ from melinoe.report.tables import (
 PREDICTIONS = {
     "empty": "an empty start",
     "popularity": "global popularity",
-    "prefill": "the experts of the prefill",
+    "prefill": "the prefill's experts",
     "learned": "the learned predictor",
 }
 
@@ -56,23 +56,27 @@ def locality(means: Mapping[str, Estimate], num_experts: int) -> str:
 
 
 def curves(records: Mapping[tuple[str, ...], Record], slots: int) -> str:
-    """Say what each policy hits at the number of slots nearest to *slots*."""
-    num_experts = next(iter(records.values()))["num_experts"]
-    at = min(next(iter(records.values()))["slots"], key=lambda count: abs(count - slots))
+    """Say what each policy hits at the measured number of slots nearest to *slots*."""
+    some = next(iter(records.values()))
+    at = min(some["slots"], key=lambda count: abs(count - slots))
+    models = ordered_models(model for model, _ in records)
     parts = []
-    for model in ordered_models(model for model, _ in records):
-        hits = {}
-        for (of, policy), record in records.items():
-            if of == model and at in record["slots"]:
-                hits[policy] = Estimate.of(record["hit_rate"][record["slots"].index(at)])
-        causal = {p: e for p, e in hits.items() if p != "belady" and e is not None}
-        said = [f"{policy.upper()} {inline(e, '%')}" for policy, e in causal.items()]
-        bound = hits.get("belady")
-        if bound is not None:
-            said.append(f"Belady, which knows the future, {inline(bound, '%')}")
-        if said:
-            parts.append(f"{model}: {join(said)}")
-    return f"Hit rate with {at} of {num_experts} slots. " + "; ".join(parts) + "."
+    for policy in sorted({policy for _, policy in records}, key=lambda name: name == "belady"):
+        hits = [
+            f"{inline(value, '%')} {model}"
+            for model in models
+            if (value := _hit_rate(records.get((model, policy)), at)) is not None
+        ]
+        name = "Belady, which knows the future," if policy == "belady" else policy.upper()
+        if hits:
+            parts.append(f"{name} hits {join(hits)}")
+    return f"With {at} of {some['num_experts']} experts resident, {'; '.join(parts)}."
+
+
+def _hit_rate(record: Record | None, slots: int) -> Estimate | None:
+    if record is None or slots not in record["slots"]:
+        return None
+    return Estimate.of(record["hit_rate"][record["slots"].index(slots)])
 
 
 def corpora(found: Measurements) -> str:
@@ -99,17 +103,16 @@ def predictor(records: Mapping[str, Record]) -> str:
         recall = {name: Estimate.of(item) for name, item in record["recall"].items()}
         known = {name: item for name, item in recall.items() if item is not None}
         best = max(known, key=lambda name: known[name].mean)
-        name = PREDICTIONS.get(best, best)
-        text = f"{model}: {name} finds most, {inline(known[best], '%')}"
+        text = f"{model}: best {PREDICTIONS.get(best, best)}, {inline(known[best], '%')}"
         rivals = [other for other in known if other != best]
         if rivals:
             second = max(rivals, key=lambda other: known[other].mean)
-            tied = "" if apart(known[best], known[second]) else ", no measurable difference"
+            tied = "" if apart(known[best], known[second]) else " (intervals overlap)"
             rival = PREDICTIONS.get(second, second)
-            text += f", before {rival}, {inline(known[second], '%')}{tied}"
+            text += f", then {rival}, {inline(known[second], '%')}{tied}"
         sentences.append(text)
     slots = next(iter(records.values()))["slots"]
-    return f"With {slots} experts named per layer. " + "; ".join(sentences) + "."
+    return f"Recall with {slots} experts named per layer: {'; '.join(sentences)}."
 
 
 def ends(log: Sequence[Mapping[str, Any]], term: str) -> tuple[float, float] | None:

@@ -146,24 +146,24 @@ def corpora(found: Measurements, table: Table | None) -> Figure | None:
                 y = row + 0.24 * ((len(models) - 1) / 2 - index)
                 axes.plot([item["low"], item["high"]], [y, y], color=colour_of(model), lw=2.6)
                 axes.plot([item["mean"]], [y], _marker(index), color=colour_of(model), ms=6)
-        _mark_models(axes, models, len(names) - 0.32)
+        _mark_models(axes, models)
         labels = [f"{name}\n(trained on)" if inside else name for name, inside in reversed(names)]
         axes.set_yticks(range(len(names)), labels)
         axes.tick_params(axis="y", labelcolor=COLOUR["ink"])
-        axes.set_ylim(-0.5, len(names) - 0.05)
+        axes.set_ylim(-0.5, len(names) - 0.45)
         _plain_log_ticks(axes, records)
         axes.set_xlabel("perplexity (log scale)")
         axes.grid(axis="x")
         axes.grid(False, axis="y")
         drawing = finish(figure, "fig-corpora", caption)
-    return Figure("corpora", "Perplexity per corpus", [drawing], caption, table)
+    return Figure("corpora", "Perplexity of each model", [drawing], caption, table)
 
 
 def _marker(index: int) -> str:
     return ("o", "s", "D", "^", "v")[index % 5]
 
 
-def _mark_models(axes: Any, models: list[str], y: float) -> None:
+def _mark_models(axes: Any, models: list[str]) -> None:
     """Name the models once, in their colours and markers, on a line above the rows."""
     handles = []
     for index, model in enumerate(models):
@@ -212,7 +212,9 @@ def predictor(found: Measurements) -> Figure | None:
                 colour = colour_of(model)
                 axes.plot([0, 100 * item["mean"]], [y, y], color=colour, lw=1, alpha=0.5)
                 axes.plot([100 * item["low"], 100 * item["high"]], [y, y], color=colour, lw=3)
-                axes.plot([100 * item["mean"]], [y], _marker(index), color=colour, ms=6)
+                axes.plot(
+                    [100 * item["mean"]], [y], _marker(index), color=colour, ms=6, clip_on=False
+                )
                 axes.text(
                     100 * item["high"] + 1.6,
                     y,
@@ -221,7 +223,7 @@ def predictor(found: Measurements) -> Figure | None:
                     va="center",
                     fontsize=9.5,
                 )
-        _mark_models(axes, models, len(names))
+        _mark_models(axes, models)
         axes.set_yticks(range(len(names)), list(reversed(names)))
         axes.tick_params(axis="y", labelcolor=COLOUR["ink"])
         axes.set(xlim=(0, 108), ylim=(-0.5, len(names) - 0.4), xticks=range(0, 101, 20))

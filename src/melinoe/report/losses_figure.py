@@ -9,7 +9,7 @@ import numpy as np
 from melinoe.report import captions
 from melinoe.report.figures import Figure, colour_of
 from melinoe.report.records import Measurements, Record
-from melinoe.report.svg import finish, panel
+from melinoe.report.svg import WIDTH_IN, finish, panel
 from melinoe.report.tables import Cell, Table, ordered_models
 
 TERMS = {"nll": "next-token loss (nats)", "cache": "cache loss", "rank": "rank-matching loss"}
@@ -25,7 +25,7 @@ def training(found: Measurements) -> Figure | None:
     caption = captions.training({m: records[m]["log"] for m in models}, TERMS)
     panels = []
     for term in terms:
-        with panel(2.7) as (figure, axes):
+        with panel(2.8, 3.5 if len(terms) > 2 else WIDTH_IN) as (figure, axes):
             ends = []
             for model, steps, values in _series(records, models, term):
                 colour = colour_of(model)
@@ -75,8 +75,10 @@ def _label_ends(axes: Any, ends: list[tuple[float, str, float]]) -> None:
     for value, model, step in sorted(ends):
         y = max(value, below + gap)
         axes.annotate(
-            f"  {model}",
+            model,
             (step, y),
+            xytext=(5, 0),
+            textcoords="offset points",
             color=colour_of(model),
             va="center",
             fontweight="bold",

@@ -84,9 +84,12 @@ def markdown_page(report: Report) -> str:
         for table in section.tables:
             parts += [f"**{render.plain(table.title)}**", render.markdown(table)]
         for figure in section.figures:
-            parts += [render.plain(figure.caption), render.markdown(figure.table)]
-        facts = [f"- {render.plain(k)}: {render.plain(v)}" for k, v in section.facts]
-        parts.append("\n".join(facts))
+            parts.append(render.plain(figure.caption))
+            if figure.table not in section.tables:
+                parts.append(render.markdown(figure.table))
+        for title, facts in section.facts.items():
+            parts.append(f"**{render.plain(title)}**")
+            parts.append("\n".join(f"- {render.plain(k)}: {render.plain(v)}" for k, v in facts))
     parts.append("## How to read this")
     parts.append("\n".join(f"- **{term}**: {text}" for term, text in report.glossary))
     parts.append("## Limits and omissions")

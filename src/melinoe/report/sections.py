@@ -5,10 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from melinoe.report import captions, figures, glossary, losses_figure
+from melinoe.report.amounts import label
 from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.figures import Figure
 from melinoe.report.records import Measurements
-from melinoe.report.tables import Table, corpus_table, main_table, servings, time_table
+from melinoe.report.tables import (
+    Table,
+    corpus_table,
+    main_table,
+    servings,
+    time_table,
+    transfer_table,
+)
 
 Facts = list[tuple[str, str]]
 
@@ -22,7 +30,7 @@ class Section:
     text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
-    facts: Facts = field(default_factory=list)
+    facts: dict[str, Facts] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,10 +47,10 @@ class Report:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Facts:
-    """Write a mapping as name and text, nested names joined: ``link bandwidth gb s``."""
+    """Write a mapping as name and text, nested names joined: ``link bandwidth (GB/s)``."""
     facts: Facts = []
     for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        name = f"{prefix}{label(key)}"
         if isinstance(value, Mapping):
             facts += flat(value, f"{name} ")
         elif isinstance(value, list | tuple):
@@ -92,9 +100,23 @@ def _header(found: Measurements) -> Facts:
         facts.append(("measured on", ", ".join(run)))
     machine = demo.get("machine") or serve.get("machine") or {}
     if machine:
-        said = [f"{name} {text}" for name, text in flat(machine) if text not in ("none", "")]
+        said = [f"{name}: {text}" for name, text in flat(machine) if text not in ("none", "")]
         facts.append(("machine", "; ".join(said)))
     return facts
+
+
+def _run(found: Measurements) -> dict[str, Facts]:
+    """Say what the run was set to, how long its stages took, and what trained each model."""
+    demo = found.first("demo") or {}
+    seconds = demo.get("seconds") or {}
+    groups = {
+        "Time per stage": [(label(name), _seconds(value)) for name, value in seconds.items()],
+        "Settings": flat(demo.get("settings") or {}),
+    }
+    for record in found.of("training"):
+        groups[f"Training of {record['model']}"] = flat(record.get("settings") or {})
+    groups["Versions"] = flat(demo.get("versions") or {})
+    return {title: facts for title, facts in groups.items() if facts}
 
 
 def assemble(found: Measurements) -> Report:
@@ -122,26 +144,15 @@ def assemble(found: Measurements) -> Report:
         ("predictor", "Prediction", "predictor", figures.predictor(found)),
         ("training", "Training", "training", losses_figure.training(found)),
     ):
-        add(Section(name, title, figures=[figure] if figure else []), kind)
-    times = [time_table(configuration) for configuration in configurations]
+        # Perplexity per corpus is a table in its own right; the others are numbers of a figure.
+        shown = [per_corpus] if name == "quality" and per_corpus else []
+        add(Section(name, title, tables=shown, figures=[figure] if figure else []), kind)
+    times = [make(c) for c in configurations for make in (time_table, transfer_table)]
     add(Section("times", "Where the time goes", tables=times), "serve")
-    demo = found.first("demo")
     measured = benchmark_tables(found)
     if measured:
         sections.append(Section("benchmarks", "Benchmarks", tables=measured))
-    if demo is None:
-        missing.append("How it was run: no records of kind 'demo', so left out.")
-    else:
-        seconds = demo.get("seconds") or {}
-        facts = [(name.replace("_", " "), _seconds(value)) for name, value in seconds.items()]
-        facts += flat(demo.get("settings") or {}) + flat(demo.get("versions") or {})
-        if facts:
-            sections.append(Section("run", "How it was run", facts=facts))
-    for record in {r["model"]: r for r in found.of("training")}.values():
-        if record.get("settings"):
-            name = f"settings-{len(sections)}"
-            title = f"Training settings, {record['model']}"
-            sections.append(Section(name, title, facts=flat(record["settings"])))
+    add(Section("run", "How it was run", facts=_run(found)), "demo")
     return Report(
         title=_title(found),
         facts=_header(found),

@@ -1,7 +1,6 @@
 # ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
 """The tables of a report, as data: what stands in each cell, before any markup."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,34 +193,46 @@ def main_table(found: Measurements, serving: Serving) -> Table:
             slow = estimate(serving.runs.get("base", {}).get(link), "tokens_per_s")
             row.append(cell(speed, remark="" if is_base else factor(speed, slow, "×")))
         rows.append(row)
-    notes = ["Below or behind each mean: its 95 % interval. ÷, × and ± compare with base."]
+    notes = [
+        "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast; +, −: change from base."
+    ]
     if sum(not in_domain for _, in_domain in domains(found)) > 1:
         notes.append("Out of domain: geometric mean over the other corpora, taken as independent.")
     return Table("main", serving.title, columns, rows, notes)
 
 
-TIMES: Sequence[tuple[str, str, str, str]] = (
-    ("ttft_s", "time to first token (s)", "", "both"),
-    ("tpot_s", "time per later token (s)", "", "both"),
-    ("stall_ms_per_token", "stall (ms / token)", "", "both"),
-    ("adjusted_hit_rate", "adjusted hit rate", "%", "one"),
-    ("prefetch_transfers_per_token", "prefetched / token", "", "one"),
-    ("prefill_transfers", "transfers in prefill", "", "one"),
-)
+TIMES = {
+    "ttft_s": "time to first token (s)",
+    "tpot_s": "time per later token (s)",
+    "stall_ms_per_token": "stall (ms / token)",
+}
+TRANSFERS = {
+    "adjusted_hit_rate": ("adjusted hit rate", "%"),
+    "transfers_per_token": ("demanded / token", ""),
+    "prefetch_transfers_per_token": ("prefetched / token", ""),
+    "prefill_transfers": ("transfers in prefill", ""),
+}
 
 
 def time_table(serving: Serving) -> Table:
-    """Where the time of a token went, one row per strategy and link."""
+    """Where the time of a token went, one row per strategy, over each link."""
     rows = []
     for strategy in serving.strategies:
-        for link, run in sorted(
-            serving.runs[strategy].items(), key=lambda item: (item[0] is not None, item[0] or ())
-        ):
-            name = f"{strategy}, {'unmodified' if link is None else link_text(link)}"
-            rows.append(
-                [Cell(name), *(cell(estimate(run, key), unit) for key, _, unit, _ in TIMES)]
-            )
-    return Table("times", serving.title, ["strategy, link", *(t for _, t, _, _ in TIMES)], rows)
+        runs = [serving.runs[strategy].get(link) for link in serving.links]
+        rows.append([Cell(strategy), *(cell(estimate(run, key)) for key in TIMES for run in runs)])
+    columns = [f"{text}, {link_text(link)}" for text in TIMES.values() for link in serving.links]
+    return Table("times", f"Time: {serving.title}", ["strategy", *columns], rows)
+
+
+def transfer_table(serving: Serving) -> Table:
+    """What was moved and when, one row per strategy; the link changes none of it."""
+    rows = []
+    for strategy in serving.strategies:
+        run = serving.run(strategy)
+        values = [cell(estimate(run, key), unit) for key, (_, unit) in TRANSFERS.items()]
+        rows.append([Cell(strategy), *values])
+    columns = ["strategy", *(text for text, _ in TRANSFERS.values())]
+    return Table("transfers", f"Transfers: {serving.title}", columns, rows)
 
 
 def corpus_table(found: Measurements) -> Table | None:
