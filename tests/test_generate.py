@@ -1,0 +1,246 @@
+"""Generation on few slots: the plain model's tokens, its cost, the prefetch before the prompt."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, TextStreamer
+
+from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.simulator import simulate
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
+from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
+from melinoe.generate import generate, prompt_ids, trace_prompts
+from melinoe.moe.routing import fingerprint
+from melinoe.predictor import Predictor
+from melinoe.predictor.model import PredictorNetwork, token_embeddings
+from melinoe.runtime.attach import attach
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=EXPERTS,
+            num_experts_per_tok=TOP_K,
+            initializer_range=0.5,
+            pad_token_id=0,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+    ).eval()
+    return model
+
+
+def words_tokenizer():
+    """Words w2 ... w31 are tokens 2 ... 31; nothing is added in front."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 32)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
+
+
+PROMPT_TEXT = "w3 w4 w5 w6"
+
+
+def always(model, experts):
+    """A predictor that ranks *experts* first in every layer, whatever the prompt."""
+    network = PredictorNetwork(32, 4, (LAYERS, EXPERTS), 0.0)
+    with torch.no_grad():
+        network.output.weight.zero_()
+        bias = torch.zeros(LAYERS, EXPERTS)
+        for rank, expert in enumerate(experts):
+            bias[:, expert] = 10 - rank
+        network.output.bias.copy_(bias.flatten())
+    popularity = np.full((LAYERS, EXPERTS), 1 / EXPERTS, np.float32)
+    return Predictor(network, token_embeddings(model), popularity, fingerprint(model), 3)
+
+
+def test_few_slots_give_the_plain_models_tokens():
+    """Greedy ids on three slots of eight are those that transformers makes without us."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    plain = model.generate(torch.tensor([[3, 4, 5, 6]]), max_new_tokens=9, do_sample=False)
+    with attach(model, slots=3) as handle:
+        answer = generate(model, handle, tokenizer, PROMPT_TEXT, 9)
+    assert answer.ids == plain[0, 4:].tolist()
+    assert answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True)
+    assert answer.prompt_ids == [3, 4, 5, 6]
+    assert generate(model, None, tokenizer, [3, 4, 5, 6], 9).ids == answer.ids
+
+
+def test_counts_are_of_this_call_alone():
+    """Two calls count 1 prompt pass of 4 tokens and 4 single ones each, not the sum of both."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle:
+        for _ in range(2):
+            counters = generate(model, handle, tokenizer, PROMPT_TEXT, 5).counters
+            assert counters.tokens.tolist() == [4, 4]
+            assert counters.forwards.tolist() == [1, 4]
+            assert counters.uses[PROMPT].tolist() == [4 * TOP_K] * LAYERS
+            assert counters.uses[COMPLETION].tolist() == [4 * TOP_K] * LAYERS
+        assert handle.counters.forwards.tolist() == [2, 8]
+
+
+def test_times_add_up():
+    """The predictor is part of the time to the first token, and that part of the whole."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle:
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 5, predictor=always(model, [1, 2]))
+    assert 0 < one.predictor_s < one.ttft_s < one.seconds
+    assert one.tpot_s == pytest.approx((one.seconds - one.ttft_s) / 4)
+    assert one.tokens_per_s == pytest.approx(5 / one.seconds)
+    assert 0 <= one.stall_s < one.seconds - one.ttft_s
+    assert 0 < one.prompt_stall_s < one.ttft_s
+
+
+def test_a_single_token_has_no_time_per_token():
+    """With one new token nothing was decoded after the first."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle:
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 1)
+    assert len(one.ids) == 1 and one.tpot_s is None and one.decode_tokens == 0
+
+
+def test_the_prefetch_comes_before_the_prompts_forward_pass():
+    """What the prompt's first layer reads: experts named by the predictor are resident by then."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    seen = []
+    with attach(model, slots=3) as handle:
+        hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor=always(model, [6, 1, 4]))
+        hook.remove()
+    assert seen[0] == [[1, 4, 6]] * LAYERS
+    assert one.counters.prefetch_loads.tolist() == [3, 3]
+
+
+def test_experts_that_are_resident_are_not_prefetched_again():
+    """With all eight slots filled by a first call, a second prefetch loads nothing."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=EXPERTS) as handle:
+        handle.prefetch([list(range(EXPERTS))] * LAYERS)
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 3, predictor=always(model, [6, 1]))
+    assert one.counters.prefetch_loads.sum() == 0 and one.counters.loads.sum() == 0
+
+
+def test_a_trace_has_a_sequence_per_prompt():
+    """Three prompts of 4, 2 and 3 tokens, five new ones each: 4 of those were computed on."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    prompts, said = [PROMPT_TEXT, "w7 w8", [9, 10, 11]], []
+    with attach(model, slots=3) as handle:
+        trace = trace_prompts(model, handle, tokenizer, prompts, 5, progress=said.append)
+    assert trace.num_sequences == 3 and trace.fingerprint == fingerprint(model)
+    for sequence, length in enumerate([4, 2, 3]):
+        rows = trace.sequence == sequence
+        assert (rows & (trace.kind == PROMPT_ROW)).sum() == length
+        assert (rows & (trace.kind == COMPLETION_ROW)).sum() == 4
+    assert said[-1] == "traced 3 of 3 prompts"
+
+
+def test_a_trace_does_not_depend_on_the_slots():
+    """One slot and eight record the same choices."""
+    tokenizer, traces = words_tokenizer(), []
+    for slots in (1, EXPERTS):
+        model = tiny_model()
+        with attach(model, slots=slots) as handle:
+            traces.append(trace_prompts(model, handle, tokenizer, [PROMPT_TEXT, "w9 w8"], 6))
+    assert np.array_equal(traces[0].experts, traces[1].experts)
+
+
+def test_simulating_the_trace_counts_what_the_calls_counted():
+    """Three prompts with a prefetch before each: simulator and runtime agree on every counter."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    prompts, wanted = [PROMPT_TEXT, "w7 w8 w9", "w20"], [6, 1, 4]
+    with attach(model, slots=3) as handle:
+        predictor = always(model, wanted)
+        with handle.record() as recorder:
+            for prompt in prompts:
+                generate(model, handle, tokenizer, prompt, 6, predictor=predictor)
+        counted, trace = handle.counters, recorder.trace()
+    assert simulate(trace, 3, prefetch=lambda _: [wanted] * LAYERS).counters == counted
+
+
+def test_sampling_and_streaming_are_transformers_own(capsys):
+    """Equal seeds give equal samples; a streamer prints the text as it comes."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    options = {"do_sample": True, "temperature": 1.5, "top_p": 0.9}
+    with attach(model, slots=3) as handle:
+        torch.manual_seed(1)
+        first = generate(model, handle, tokenizer, PROMPT_TEXT, 12, **options)
+        torch.manual_seed(1)
+        streamer = TextStreamer(tokenizer, skip_prompt=True)
+        again = generate(model, handle, tokenizer, PROMPT_TEXT, 12, streamer=streamer, **options)
+        greedy = generate(model, handle, tokenizer, PROMPT_TEXT, 12)
+    assert first.ids == again.ids != greedy.ids
+    assert capsys.readouterr().out.split() == tokenizer.decode(again.ids).split()
+
+
+def test_greedy_stays_greedy_whatever_the_checkpoint_says():
+    """A checkpoint that asks for sampling by default is not sampled from unless told."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    before = generate(model, None, tokenizer, PROMPT_TEXT, 12)
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=7, top_p=0.9)
+    assert generate(model, None, tokenizer, PROMPT_TEXT, 12).ids == before.ids
+
+
+def test_generation_ends_with_end_of_text():
+    """The first greedy token declared end-of-text: one id, and no text."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    first = generate(model, None, tokenizer, PROMPT_TEXT, 12).ids[0]
+    assert generate(model, None, tokenizer, PROMPT_TEXT, 12, eos_token_id=first).ids == [first]
+
+
+def test_an_empty_prompt_is_refused():
+    """No tokens, nothing to condition on; also in a list of prompts, and an empty list."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle:
+        with pytest.raises(DataError, match="prompt is empty"):
+            generate(model, handle, tokenizer, "")
+        with pytest.raises(DataError, match="at least one"):
+            trace_prompts(model, handle, tokenizer, [])
+    assert prompt_ids(tokenizer, "w2 w3") == [2, 3]
+
+
+def test_ids_of_another_tokenizer_are_refused():
+    """Token 40 of a model that knows 32."""
+    with pytest.raises(TokenizerError, match="token id 40"):
+        generate(tiny_model(), None, words_tokenizer(), [3, 40])
+
+
+def test_a_predictor_of_another_model_is_refused():
+    """Equal shapes, other routers; nothing has been prefetched."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    with attach(model, slots=3) as handle:
+        with pytest.raises(ModelError, match="fitted to model"):
+            generate(model, handle, words_tokenizer(), PROMPT_TEXT, 2, always(other, [1]))
+        assert handle.counters.prefetch_loads.sum() == 0
+
+
+def test_a_predictor_without_the_runtime_is_refused():
+    """A plain model has no slots to prefetch into."""
+    model = tiny_model()
+    with pytest.raises(AttachError, match="prefetch through"):
+        generate(model, None, words_tokenizer(), PROMPT_TEXT, 2, always(model, [1]))
+
+
+def test_no_tokens_to_generate_is_the_callers_mistake():
+    """Zero new tokens is no generation."""
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(tiny_model(), None, words_tokenizer(), PROMPT_TEXT, 0)
