@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, TextStreamer
+from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, TOP_K, always, tiny_model, words_tokenizer
+from transformers import TextStreamer
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import simulate
@@ -12,11 +12,7 @@ from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
-from melinoe.predictor import Predictor
-from melinoe.predictor.model import PredictorNetwork, token_embeddings
 from melinoe.runtime.attach import attach
-
-LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 
 @pytest.fixture(autouse=True)
@@ -25,53 +21,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    model = OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=8,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
-            initializer_range=0.5,
-            pad_token_id=0,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
-    ).eval()
-    return model
-
-
-def words_tokenizer():
-    """Words w2 ... w31 are tokens 2 ... 31; nothing is added in front."""
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 32)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
-    )
-
-
-PROMPT_TEXT = "w3 w4 w5 w6"
-
-
-def always(model, experts):
-    """A predictor that ranks *experts* first in every layer, whatever the prompt."""
-    network = PredictorNetwork(32, 4, (LAYERS, EXPERTS), 0.0)
-    with torch.no_grad():
-        network.output.weight.zero_()
-        bias = torch.zeros(LAYERS, EXPERTS)
-        for rank, expert in enumerate(experts):
-            bias[:, expert] = 10 - rank
-        network.output.bias.copy_(bias.flatten())
-    popularity = np.full((LAYERS, EXPERTS), 1 / EXPERTS, np.float32)
-    return Predictor(network, token_embeddings(model), popularity, fingerprint(model), 3)
 
 
 def test_few_slots_give_the_plain_models_tokens():

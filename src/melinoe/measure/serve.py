@@ -1,0 +1,203 @@
+"""Serve prompts one by one under one configuration, and say what it cost, with intervals."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.errors import DataError
+from melinoe.generate import Generation, Prompt, generate
+from melinoe.measure.machine import machine
+from melinoe.predictor import Predictor
+from melinoe.runtime.attach import Handle
+from melinoe.runtime.transfer import EmulatedLink
+from melinoe.stats import bootstrap
+
+# Estimate: (numerator, denominator) per prompt, so that each is a ratio of sums over prompts.
+# Uses, hits, loads and stalls are the completion's; see `serve`.
+_ESTIMATES: dict[str, tuple[str, str | None]] = {
+    "hit_rate": ("hits", "uses"),
+    "adjusted_hit_rate": ("uses_not_paid", "uses"),
+    "zero_miss_tokens": ("zero_miss", "tokens"),
+    "transfers_per_token": ("loads", "tokens"),
+    "prefetch_transfers_per_token": ("prefetch_loads", "tokens"),
+    "prefill_transfers": ("prefill_loads", None),
+    "tokens_per_s": ("new_tokens", "seconds"),
+    "tpot_s": ("decode_s", "tokens"),
+    "ttft_s": ("ttft_s", None),
+    "stall_ms_per_token": ("stall_ms", "tokens"),
+}
+
+
+def serve(
+    model: Any,
+    handle: Handle,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    predictor: Predictor | None = None,
+    *,
+    label: str,
+    strategy: str = "",
+    link: EmulatedLink | None = None,
+    cold: bool = True,
+    repeat: int = 1,
+    warmup: int = 1,
+    progress: Callable[[str], None] | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """
+    Generate from each prompt, batch 1, and return a record of kind ``serve``.
+
+    Counts and times are of the completion's forward passes, one token each, unless their name
+    says else:
+
+    - ``hit_rate``: share of uses (token x choice) whose expert was resident.
+    - ``adjusted_hit_rate``: 1 - (demand + prefetch loads) / uses. Prefetches are charged in full,
+      although they also serve the prompt's forward pass.
+    - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
+    - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart.
+    - ``prefill_transfers``: demand loads of the prompt's forward pass, per prompt.
+    - ``tokens_per_s``: new tokens over the whole call; ``tpot_s``: time per token after the
+      first; ``ttft_s``: to the first token, predictor included; ``stall_ms_per_token``.
+
+    Each is a ratio of sums with a 95 % interval over prompts. With *repeat*, a prompt's times are
+    the median of its runs; greedy runs from a cold cache all count the same.
+
+    Args:
+        model: As in `melinoe.generate.generate`.
+        handle: Attached to *model*; its counters run on.
+        tokenizer: The model's.
+        prompts: At least one.
+        max_new_tokens: At most so many for each; at least 2.
+        predictor: Prefetches before each prompt.
+        label: The model's name in tables.
+        strategy: What is done about misses, for tables; ``""`` names policy and prefetch.
+        link: The emulated link that *handle* was made with, if any.
+        cold: Empty the cache before each prompt; else it keeps what the one before left.
+        repeat: Runs per prompt, for steadier times.
+        warmup: Runs of the first prompt before anything is measured.
+        progress: Told in words after each tenth of the prompts.
+        sampling: As in `melinoe.generate.generate`.
+
+    Raises:
+        DataError: no prompts, or none that got two tokens.
+        ValueError: *max_new_tokens* below 2, *repeat* below 1, or repeats of a warm cache.
+    """
+    if max_new_tokens < 2 or repeat < 1:
+        raise ValueError("serving needs max_new_tokens >= 2 and repeat >= 1")
+    if repeat > 1 and not cold:
+        raise ValueError("a warm cache is another one at each repeat; use cold=True or repeat=1")
+    if not prompts:
+        raise DataError("there are no prompts to serve; give at least one")
+
+    def run(prompt: Prompt) -> Generation:
+        if cold:
+            handle.reset_cache()
+        return generate(
+            model, handle, tokenizer, prompt, max_new_tokens, predictor=predictor, **sampling
+        )
+
+    for _ in range(warmup):
+        run(prompts[0])
+    handle.reset_cache()
+    step = max(1, len(prompts) // 10)
+    generations = []
+    for number, prompt in enumerate(prompts, start=1):
+        generations.append([run(prompt) for _ in range(repeat)])
+        if progress is not None and (number % step == 0 or number == len(prompts)):
+            progress(f"{label}: served {number} of {len(prompts)} prompts")
+    prefetch = "learned" if predictor is not None else "none"
+    default = f"{handle.policy}, {prefetch} prefetch" if predictor else handle.policy
+    first = handle.layers[0]
+    return serve_record(
+        generations,
+        kind="serve",
+        model=label,
+        strategy=strategy or default,
+        prefetch=prefetch,
+        slots=handle.slots,
+        num_experts=first.num_experts,
+        top_k=_top_k(generations),
+        layers=len(handle.layers),
+        policy=handle.policy,
+        store=handle.store.kind,
+        expert_memory_bytes=handle.expert_memory_bytes,
+        link=None
+        if link is None
+        else {
+            "bandwidth_gb_s": link.bandwidth_bytes_per_s / 1e9,
+            "latency_us": link.latency_s * 1e6,
+            "emulated": True,
+        },
+        cold=cold,
+        repeat=repeat,
+        prompts=len(prompts),
+        max_new_tokens=max_new_tokens,
+        sampling=dict(sampling),
+    )
+
+
+def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> dict[str, Any]:
+    """
+    Turn what `generate` returned, one list of runs per prompt, into *facts* with estimates.
+
+    Raises:
+        DataError: no prompt got two tokens.
+    """
+    rows = [_row(runs) for runs in generations]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    if sum(columns["tokens"]) == 0:
+        raise DataError(
+            "no prompt got a second token, so nothing was decoded; check the prompts' ends"
+        )
+    return {
+        **facts,
+        **{
+            name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
+            for name, (top, bottom) in _ESTIMATES.items()
+        },
+        "per_prompt": columns,
+        "machine": machine(),
+    }
+
+
+def _row(runs: Sequence[Generation]) -> dict[str, float]:
+    """One prompt's numbers: counts of its first run, times of the median of all."""
+    one = runs[0]
+    counters = one.counters
+    if counters is None:
+        raise ValueError("a plain model has no cache to count; attach the runtime first")
+    uses, loads = int(counters.uses[COMPLETION].sum()), int(counters.loads[COMPLETION].sum())
+    prefetches = int(counters.prefetch_loads.sum())
+    return {
+        "prompt_tokens": len(one.prompt_ids),
+        "new_tokens": len(one.ids),
+        "tokens": int(counters.tokens[COMPLETION]),
+        "uses": uses,
+        "hits": int(counters.hits[COMPLETION].sum()),
+        "loads": loads,
+        "prefetch_loads": prefetches,
+        "uses_not_paid": uses - loads - prefetches,
+        "prefill_loads": int(counters.loads[PROMPT].sum()),
+        "zero_miss": int(counters.zero_miss_tokens[COMPLETION]),
+        "seconds": _median(run.seconds for run in runs),
+        "ttft_s": _median(run.ttft_s for run in runs),
+        "predictor_s": _median(run.predictor_s for run in runs),
+        "decode_s": _median(run.seconds - run.ttft_s for run in runs),
+        "stall_ms": _median(run.stall_s * 1e3 for run in runs),
+        "prompt_stall_ms": _median(run.prompt_stall_s * 1e3 for run in runs),
+    }
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
+
+
+def _top_k(generations: Sequence[Sequence[Generation]]) -> int | None:
+    """Choices per token and layer, from what was counted; skip slots count as none."""
+    counters = [runs[0].counters for runs in generations if runs[0].counters is not None]
+    requests = sum(int(one.requests[COMPLETION].sum()) for one in counters)
+    uses = sum(int(one.uses[COMPLETION].sum()) for one in counters)
+    return round(uses / requests) if requests else None

@@ -1,0 +1,304 @@
+"""Records: their numbers worked by hand, and equal to the simulator's on the recorded trace."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, always, tiny_model, words_tokenizer
+
+from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.cache.simulator import simulate
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.errors import DataError
+from melinoe.generate import Generation, trace_prompts
+from melinoe.measure import (
+    append_jsonl,
+    curve_record,
+    locality_record,
+    machine,
+    serve,
+    serve_record,
+    training_record,
+    write_json,
+)
+from melinoe.runtime.attach import attach
+from melinoe.runtime.transfer import EmulatedLink
+
+PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20 w2", "w30 w11 w12 w13 w14"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def generation(decoded, seconds=2.0, ttft_s=0.5):
+    """
+    One layer, top-2: a prompt of 3 tokens with 4 loads after a prefetch of 2, then decoding.
+
+    *decoded* lists, for each forward pass of the completion, how many of its 2 uses missed.
+    """
+    counters = Counters(1)
+    counters.add_prefetch(0, 2)
+    counters.begin_forward(PROMPT, 3)
+    counters.add_request(0, uses=6, hits=2, loads=4)
+    counters.end_forward()
+    for misses in decoded:
+        counters.begin_forward(COMPLETION, 1)
+        counters.add_request(0, uses=2, hits=2 - misses, loads=misses)
+        counters.end_forward()
+    ids = list(range(len(decoded) + 1))
+    return Generation("", ids, [1, 2, 3], counters, 0.1, ttft_s, seconds, 0.02, 0.05)
+
+
+def test_the_metrics_of_a_record_are_worked_by_hand():
+    """Two prompts: passes that miss 0, 1, 2 and 0 of 2 uses; then a single pass that misses 1."""
+    runs = [[generation([0, 1, 2, 0])], [generation([1], seconds=1.0, ttft_s=0.75)]]
+    record = serve_record(runs, kind="serve", model="m")
+    means = {
+        name: record[name]["mean"]
+        for name in record
+        if isinstance(record[name], dict) and "mean" in record[name]
+    }
+    assert means == pytest.approx(
+        {
+            "hit_rate": (5 + 1) / (8 + 2),
+            "adjusted_hit_rate": 1 - (3 + 1 + 2 + 2) / (8 + 2),
+            "zero_miss_tokens": 2 / 5,
+            "transfers_per_token": (3 + 1) / 5,
+            "prefetch_transfers_per_token": (2 + 2) / 5,
+            "prefill_transfers": 4,
+            "tokens_per_s": (5 + 2) / (2.0 + 1.0),
+            "tpot_s": (1.5 + 0.25) / 5,
+            "ttft_s": (0.5 + 0.75) / 2,
+            "stall_ms_per_token": (20 + 20) / 5,
+        }
+    )
+    assert record["per_prompt"]["loads"] == [3, 1]
+    assert record["per_prompt"]["new_tokens"] == [5, 2]
+    assert record["hit_rate"]["n"] == 2
+    assert (record["kind"], record["model"]) == ("serve", "m")
+
+
+def test_repeated_runs_give_the_median_time():
+    """A prompt that took 2, 9 and 3 seconds took 3; its counts are those of one run."""
+    runs = [[generation([1], seconds=s) for s in (2.0, 9.0, 3.0)]]
+    record = serve_record(runs)
+    assert record["per_prompt"]["seconds"] == [3.0]
+    assert record["per_prompt"]["loads"] == [1]
+
+
+def test_prompts_that_end_at_once_have_no_rates():
+    """No second token in any prompt: nothing was decoded."""
+    with pytest.raises(DataError, match="second token"):
+        serve_record([[generation([])]])
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("wanted", [None, [6, 1, 4]])
+def test_a_served_record_counts_what_the_simulator_counts(policy, cold, wanted):
+    """Every count of every prompt equals the simulation of a trace recorded apart."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=EXPERTS) as handle:
+        trace = trace_prompts(model, handle, tokenizer, PROMPTS, 6)
+    predictor = always(model, wanted) if wanted else None
+    with attach(model, slots=3, policy=policy) as handle:
+        record = serve(model, handle, tokenizer, PROMPTS, 6, predictor, label="tiny", cold=cold)
+    simulated = simulate(
+        trace,
+        3,
+        policy,
+        reset_between_sequences=cold,
+        prefetch=(lambda _: [wanted] * LAYERS) if wanted else None,
+    ).per_sequence
+    found = record["per_prompt"]
+    assert found["uses"] == [int(one.uses[COMPLETION].sum()) for one in simulated]
+    assert found["hits"] == [int(one.hits[COMPLETION].sum()) for one in simulated]
+    assert found["loads"] == [int(one.loads[COMPLETION].sum()) for one in simulated]
+    assert found["prefill_loads"] == [int(one.loads[PROMPT].sum()) for one in simulated]
+    assert found["prefetch_loads"] == [int(one.prefetch_loads.sum()) for one in simulated]
+    assert found["zero_miss"] == [int(one.zero_miss_tokens[COMPLETION]) for one in simulated]
+    assert sum(found["loads"]) > 0
+
+
+def test_a_record_states_its_configuration_and_survives_json(tmp_path):
+    """Slots, sizes, policy, store, link, prompts and the start of each are in the file."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    link = EmulatedLink(2e9, 5e-6)
+    said = []
+    with attach(model, slots=3, link=link) as handle:
+        record = serve(
+            model,
+            handle,
+            tokenizer,
+            PROMPTS,
+            4,
+            label="tiny",
+            link=link,
+            repeat=2,
+            progress=said.append,
+        )
+    write_json(tmp_path / "record.json", record)
+    again = json.loads((tmp_path / "record.json").read_text())
+    assert again == json.loads(json.dumps(record))
+    wanted = {
+        "kind": "serve",
+        "model": "tiny",
+        "strategy": "lru",
+        "prefetch": "none",
+        "slots": 3,
+        "num_experts": EXPERTS,
+        "top_k": 2,
+        "layers": LAYERS,
+        "policy": "lru",
+        "store": "ram",
+        "link": {"bandwidth_gb_s": 2.0, "latency_us": 5.0, "emulated": True},
+        "cold": True,
+        "repeat": 2,
+        "prompts": 4,
+        "max_new_tokens": 4,
+    }
+    assert {name: again[name] for name in wanted} == wanted
+    assert again["machine"]["versions"]["torch"] == torch.__version__
+    assert said[-1] == "tiny: served 4 of 4 prompts"
+
+
+def test_with_every_expert_resident_nothing_is_waited_for():
+    """Eight slots, warm, all experts loaded before: hit rate 1, no transfer, all tokens free."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=EXPERTS) as handle:
+        record = serve(
+            model,
+            handle,
+            tokenizer,
+            PROMPTS,
+            4,
+            always(model, list(range(EXPERTS))),
+            label="tiny",
+            cold=False,
+        )
+    assert record["hit_rate"]["mean"] == record["zero_miss_tokens"]["mean"] == 1
+    assert record["transfers_per_token"]["mean"] == record["prefill_transfers"]["mean"] == 0
+    assert record["per_prompt"]["prefetch_loads"] == [LAYERS * EXPERTS, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_new_tokens": 1}, {"repeat": 0}, {"repeat": 2, "cold": False}]
+)
+def test_measurements_that_would_mean_nothing_are_the_callers_mistake(wrong):
+    """One token decodes nothing, no run measures nothing, and a warm cache repeats nothing."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle, pytest.raises(ValueError):
+        serve(model, handle, tokenizer, PROMPTS, label="tiny", **wrong)
+
+
+def test_no_prompts_are_refused():
+    """There is nothing to take a mean over."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle, pytest.raises(DataError, match="no prompts"):
+        serve(model, handle, tokenizer, [], label="tiny")
+
+
+def small_trace():
+    """One layer, 4 experts, top-1: sequence 0 chooses 0 | 0 1 0, sequence 1 chooses 2 | 2 2 2."""
+    builder = TraceBuilder(1, 4, 1)
+    for sequence, (prompt, completion) in enumerate([(0, [0, 1, 0]), (2, [2, 2, 2])]):
+        builder.add_forward(np.full((1, 1, 1), prompt), sequence, PROMPT_ROW)
+        for expert in completion:
+            builder.add_forward(np.full((1, 1, 1), expert), sequence, COMPLETION_ROW)
+    return builder.trace()
+
+
+def test_locality_is_worked_by_hand():
+    """2 and 1 experts a sequence; reuse 1 of 3 and 3 of 3; three experts in all."""
+    record = locality_record(small_trace(), "m")
+    assert record["experts_per_sequence"] == [2, 1]
+    assert record["reuse"]["mean"] == pytest.approx((1 / 3 + 1) / 2)
+    assert record["distinct_experts"] == 3
+    assert (record["kind"], record["model"], record["num_experts"]) == ("locality", "m", 4)
+
+
+def test_a_curve_is_worked_by_hand():
+    """One slot, cold: of 0 1 0 the first hits (the prompt left 0), of 2 2 2 all: 4 of 6 uses.
+
+    Two slots: 1 misses once, 5 of 6.
+    """
+    record = curve_record(small_trace(), "m", "lru", [1, 2, 4])
+    assert [rate["mean"] for rate in record["hit_rate"]] == pytest.approx([4 / 6, 5 / 6, 5 / 6])
+    assert record["slots"] == [1, 2, 4] and record["cold"] is True
+    assert record["hit_rate"][0]["n"] == 2
+
+
+def test_a_trace_of_prompts_alone_has_no_locality():
+    """Locality is of the completion."""
+    builder = TraceBuilder(1, 4, 1)
+    builder.add_forward(np.zeros((2, 1, 1), int), 0, PROMPT_ROW)
+    with pytest.raises(DataError):
+        locality_record(builder.trace(), "m")
+    with pytest.raises(DataError):
+        curve_record(builder.trace(), "m", "lru", [1])
+
+
+def test_a_training_record_keeps_the_steps_alone():
+    """The summary at the end of a log has no step of its own."""
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"train_runtime": 9.0}]
+    record = training_record("control", log, {"steps": 2})
+    assert record == {
+        "kind": "training",
+        "model": "control",
+        "log": log[:2],
+        "settings": {"steps": 2},
+    }
+    with pytest.raises(DataError):
+        training_record("control", log[2:], {})
+
+
+def test_lines_are_appended_whole(tmp_path):
+    """Two records are two lines, the folder is made, and letters stay letters."""
+    path = tmp_path / "runs" / "runs.jsonl"
+    append_jsonl(path, {"kind": "serve", "model": "Μηλινόη"})
+    append_jsonl(path, {"kind": "quality"})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"kind": "serve", "model": "Μηλινόη"},
+        {"kind": "quality"},
+    ]
+    assert "Μηλινόη" in lines[0]
+
+
+def test_a_number_that_is_not_finite_leaves_the_file_as_it_was(tmp_path):
+    """JSON has no nan: the earlier result stays, and nothing lies beside it."""
+    path = tmp_path / "result.json"
+    write_json(path, {"value": 1})
+    for write in (write_json, append_jsonl):
+        with pytest.raises(DataError, match="not finite"):
+            write(path, {"value": math.nan})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [found.name for found in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    """A file where a folder should be."""
+    (tmp_path / "taken").write_text("")
+    for write in (write_json, append_jsonl):
+        with pytest.raises(DataError, match="cannot write"):
+            write(tmp_path / "taken" / "result.json", {"value": 1})
+
+
+def test_the_machine_is_described_without_naming_it():
+    """What matters to a number is there; host and user names are not."""
+    import getpass
+    import platform
+
+    facts = machine()
+    assert facts["cores"] >= 1 and facts["threads"] == 1 and facts["memory_gib"] > 0
+    assert facts["cpu"] and facts["versions"]["melinoe"] and facts["date"].endswith("+00:00")
+    text = json.dumps({**facts, "commit": None})
+    assert platform.node() not in text
+    assert f'"{getpass.getuser()}"' not in text
