@@ -133,7 +133,8 @@ def test_the_residency_is_called_as_a_runtime_would(monkeypatch):
 def test_slots_may_differ_by_layer():
     """Layer 0 with every expert resident loads each once; layer 1 with one slot loads more."""
     trace = random_trace(2)
-    counters = simulate(trace, [8, 1]).counters
+    counters = simulate(trace, np.array([8, 1])).counters
+    assert simulate(trace, np.int64(3)).slots == (3, 3)
     assert counters.loads.sum(axis=0)[0] == len(np.unique(trace.experts[:, 0].clip(0)))
     assert counters.loads.sum(axis=0)[1] == simulate(trace, 1).counters.loads.sum(axis=0)[1]
 

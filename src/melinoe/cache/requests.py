@@ -49,6 +49,7 @@ def forward_passes(
     rows, layers, _ = experts.shape
     if not rows:
         return
+    sequences = int(sequence.max()) + 1
     starts = np.flatnonzero(np.diff(forward, prepend=forward[0] - 1))
     bounds = np.append(starts, rows)
     step = max(1, _BLOCK_CELLS // (layers * num_experts))
@@ -59,9 +60,9 @@ def forward_passes(
         owner = np.repeat(np.arange(last - first), tokens)
 
         ids, uses, ends = _count(experts[low:high], owner, last - first, num_experts)
-        pairs = np.unique(np.stack([owner, sequence[low:high].astype(np.int64)], 1), axis=0)
-        whose = pairs[:, 1].tolist()
-        whose_ends = np.cumsum(np.bincount(pairs[:, 0], minlength=last - first)).tolist()
+        pairs = np.unique(owner * sequences + sequence[low:high])
+        whose = (pairs % sequences).tolist()
+        whose_ends = np.cumsum(np.bincount(pairs // sequences, minlength=last - first)).tolist()
         prompts = np.bincount(owner, weights=is_prompt[low:high], minlength=last - first)
         phases = (prompts == 0).astype(int).tolist()
 

@@ -124,8 +124,8 @@ def _prefetch(
 
 
 def _slots_of_layers(trace: Trace, slots: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(slots, int):
-        return (slots,) * trace.num_layers
+    if isinstance(slots, int | np.integer):
+        return (int(slots),) * trace.num_layers
     if len(slots) != trace.num_layers:
         raise ValueError(f"slots are given for {len(slots)} layers of {trace.num_layers}")
     return tuple(slots)
