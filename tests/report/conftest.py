@@ -167,3 +167,13 @@ def make_serve():
 def records():
     """All records of a run, made anew for each test."""
     return demo_records()
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """A report of all kinds of records, written once; its twin lies beside it."""
+    from melinoe.report import write_report
+
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(demo_records(), out)
+    return out

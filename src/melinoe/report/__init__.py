@@ -1,7 +1,8 @@
 """
 Tables and figures from measurement records, and from nothing else.
 
-    records.py     read and check        amounts.py   numbers as text
+    schema.py      what a record holds   records.py      read and check
+    amounts.py     numbers as text       facts.py        settings and machines as text
     tables.py      tables as data        benchmarks.py   tables of benchmark results
     captions.py    sentences, computed   figures.py   drawings     svg.py  drawings that fit a page
     glossary.py    what words mean       sections.py  all of it in order
@@ -10,7 +11,6 @@ Tables and figures from measurement records, and from nothing else.
 """
 
 import shutil
-from collections.abc import Iterable
 from typing import Literal
 
 from melinoe.errors import DataError
@@ -18,14 +18,14 @@ from melinoe.report import render
 from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.page import write_report
 from melinoe.report.readme import update_readme
-from melinoe.report.records import Source, read_records
+from melinoe.report.records import Sources, read_records
 from melinoe.report.tables import corpus_table, main_table, servings
 
-__all__ = ["render_table", "update_readme", "write_report"]
+__all__ = ["read_records", "render_table", "update_readme", "write_report"]
 
 
 def render_table(
-    sources: Iterable[Source] | Source,
+    sources: Sources,
     form: Literal["markdown", "text"] = "text",
     width: int | None = None,
 ) -> str:
@@ -37,7 +37,8 @@ def render_table(
     Args:
         sources: Records, paths of `.jsonl` and `.json` files, or both.
         form: ``"markdown"``, or ``"text"`` for a terminal.
-        width: Columns of the terminal; this terminal's own if ``None``.
+        width: Columns of the terminal; this terminal's own if ``None``, 120
+            where there is none.
 
     Raises:
         DataError: a record is malformed, there is none, or none that makes a table.
@@ -51,5 +52,5 @@ def render_table(
     if not tables:
         message = "no record makes a table; give records of kind serve, quality or a benchmark"
         raise DataError(message)
-    columns = width if width is not None else shutil.get_terminal_size((100, 24)).columns
+    columns = width if width is not None else shutil.get_terminal_size((120, 24)).columns
     return render.render(tables, form, columns)

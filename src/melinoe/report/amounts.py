@@ -4,9 +4,7 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from melinoe.report.records import Estimate
+from melinoe.stats import Estimate
 
 DASH = "–"
 NOT_MEASURED = "n/a"
@@ -70,6 +68,13 @@ def inline(estimate: Estimate, unit: str = "", digits: int = 3) -> str:
     return f"{mean} [{ends}]"
 
 
+def signed(change: Estimate) -> str:
+    """Write a relative change in percent, with signs: ``+1.8 % [+0.9, +2.6]``."""
+    ends = (change.mean, change.low, change.high)
+    mean, low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in ends)
+    return f"{mean} % [{low}, {high}]"
+
+
 def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
     """
     Average positive estimates on the log scale, with the interval that follows.
@@ -86,7 +91,7 @@ def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
     centre = sum(math.log(item.mean) for item in estimates) / count
     down = math.hypot(*(math.log(item.mean / item.low) for item in estimates)) / count
     up = math.hypot(*(math.log(item.high / item.mean) for item in estimates)) / count
-    total = sum(item.n for item in estimates if item.n is not None) or None
+    total = sum(item.n for item in estimates)
     return Estimate(math.exp(centre), math.exp(centre - down), math.exp(centre + up), total)
 
 
@@ -99,22 +104,10 @@ def ratio(top: Estimate, bottom: Estimate) -> Estimate | None:
     """
     if bottom.low <= 0 or top.low < 0:
         return None
-    return Estimate(top.mean / bottom.mean, top.low / bottom.high, top.high / bottom.low)
+    low, high = top.low / bottom.high, top.high / bottom.low
+    return Estimate(top.mean / bottom.mean, low, high, min(top.n, bottom.n))
 
 
 def apart(one: Estimate, other: Estimate) -> bool:
     """Say whether the two intervals do not touch: only then does a sentence call them different."""
     return one.high < other.low or other.high < one.low
-
-
-def mean_interval(values: Sequence[float], resamples: int = 2000) -> Estimate:
-    """
-    Give the mean of *values* with its 95 % bootstrap interval; always the same for same values.
-
-    Source:
-        Percentile bootstrap: Efron, Annals of Statistics 7(1), 1979.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    rows = np.random.default_rng(0).integers(0, data.size, size=(resamples, data.size))
-    low, high = np.percentile(data[rows].mean(axis=1), (2.5, 97.5))
-    return Estimate(float(data.mean()), float(low), float(high), data.size)

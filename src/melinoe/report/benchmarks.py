@@ -1,11 +1,14 @@
 """Tables of benchmark results: JSON files with ``benchmark``, its figures, and the machine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from melinoe.report.amounts import label, plain
-from melinoe.report.records import Estimate, Measurements, Record
+from melinoe.report.facts import hardware
+from melinoe.report.records import Measurements
+from melinoe.report.schema import Record
 from melinoe.report.tables import Cell, Table, cell
+from melinoe.stats import Estimate
 
 # Not figures: what a result file says about itself.
 ABOUT = frozenset(
@@ -14,15 +17,32 @@ ABOUT = frozenset(
 )
 
 
+# The middle of a figure and its two ends, by the names that benchmarks give them.
+RANGES = tuple(
+    (middle, low, high)
+    for middle in ("mean", "median")
+    for low, high in (("low", "high"), ("p5", "p95"), ("min", "max"))
+)
+
+
+def spread_of(value: Any) -> Estimate | None:
+    """Take an estimate, or a median with its range, from a mapping that is one."""
+    if isinstance(value, Mapping):
+        for names in RANGES:
+            ends = [value.get(name) for name in names]
+            if all(isinstance(end, int | float) for end in ends):
+                centre, low, high = (float(end) for end in ends if end is not None)
+                return Estimate(centre, low, high, int(value.get("n", 0)))
+    return None
+
+
 def value_cell(key: str, value: Any) -> Cell:
     """Make the cell of one figure: an estimate, a median with its range, a number or a text."""
     scale = 1 / 2**30 if key.endswith("_bytes") else 1.0
+    if (found := spread_of(value)) is not None:
+        scaled = (scale * found.mean, scale * found.low, scale * found.high)
+        return cell(Estimate(*scaled, found.n))
     if isinstance(value, Mapping):
-        middle = "mean" if "mean" in value else "median"
-        low, high = ("low", "high") if "low" in value else ("min", "max")
-        if all(isinstance(value.get(name), int | float) for name in (middle, low, high)):
-            centre, left, right = (scale * float(value[name]) for name in (middle, low, high))
-            return cell(Estimate(centre, left, right))
         return Cell(", ".join(f"{label(k)} {value_cell(k, v).inline()}" for k, v in value.items()))
     if isinstance(value, bool):
         return Cell("yes" if value else "no")
@@ -35,44 +55,48 @@ def value_cell(key: str, value: Any) -> Cell:
     return Cell("n/a" if value is None else str(value))
 
 
+def figures_of(
+    result: Mapping[str, Any], path: tuple[str, ...] = (), unit: str = ""
+) -> Iterator[tuple[str, Cell]]:
+    """Go through nested figures, each as (name, cell); a unit holds for all below it."""
+    for key, value in result.items():
+        own = unit if label(key) == key.replace("_", " ") else key
+        names = (*path, str(key))
+        if isinstance(value, Mapping) and spread_of(value) is None and value:
+            yield from figures_of(value, names, own)
+        else:
+            yield _name(names, own), value_cell(own or str(key), value)
+
+
+def _name(path: tuple[str, ...], unit_key: str) -> str:
+    """Join the names of a nested figure, its unit at the end: ``request, lru, all hits (µs)``."""
+    bare = [label(key).partition(" (")[0] if key == unit_key else label(key) for key in path]
+    unit = label(unit_key).partition(" (")[2]
+    return ", ".join(bare) + (f" ({unit}" if unit else "")
+
+
 def benchmark_table(record: Record) -> Table:
     """
     Make the table of one benchmark's result.
 
-    ``result`` (or, without it, every figure of the record) may be a list of rows, a mapping of
-    row names to rows, or a mapping of figures; an estimate or ``{median, min, max}`` is one value.
+    ``result`` (without it, every figure of the record) may be a list of rows or
+    a mapping of figures, nested as deep as it likes; ``{mean, low, high}``, ``{median, min, max}``
+    and ``{median, p5, p95}`` are one value with its range.
     """
     result = record.get("result")
     if result is None:
         result = {key: value for key, value in record.items() if key not in ABOUT}
-    name = record["benchmark"]
-    machine = record.get("machine") or {}
-    note = "; ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items() if v is not None)
-    notes = [f"Machine: {note}."] if note else []
-    title = str(record.get("title") or name.replace("-", " ").replace("_", " ").capitalize())
-    rows = _rows(result)
-    if rows is None:
-        figures = result if isinstance(result, Mapping) else {"result": result}
-        cells = [[Cell(label(key)), value_cell(key, value)] for key, value in figures.items()]
-        return Table(name, title, ["figure", "value"], cells, notes)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[value_cell(key, row.get(key)) for key in columns] for row in rows]
-    return Table(name, title, [label(key) for key in columns], cells, notes)
-
-
-def _rows(result: Any) -> list[Mapping[str, Any]] | None:
-    """Give the rows of a result that has rows: a list of mappings, or mappings by name."""
+    name = record["benchmark"].replace("_", "-")
+    machine = hardware(record.get("machine") or {})
+    notes = [f"Machine: {machine}."] if machine else []
+    title = str(record.get("title") or name.replace("-", " ").capitalize())
     if isinstance(result, list) and result and all(isinstance(row, Mapping) for row in result):
-        return result
-    if isinstance(result, Mapping) and result and all(_is_row(row) for row in result.values()):
-        return [{"case": name, **row} for name, row in result.items()]
-    return None
-
-
-def _is_row(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    return not ({"mean", "low", "high"} <= set(value) or {"median", "min", "max"} <= set(value))
+        columns = list(dict.fromkeys(key for row in result for key in row))
+        cells = [[value_cell(key, row.get(key)) for key in columns] for row in result]
+        return Table(name, title, [label(key) for key in columns], cells, notes)
+    figures = result if isinstance(result, Mapping) else {"result": result}
+    rows = [[Cell(text), value] for text, value in figures_of(figures)]
+    return Table(name, title, ["figure", "value"], rows, notes)
 
 
 def benchmark_tables(found: Measurements) -> list[Table]:

@@ -7,8 +7,9 @@ A sentence says that two means differ only where their intervals do not touch.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from melinoe.report.amounts import apart, inline, plain, ratio
-from melinoe.report.records import Estimate, Measurements, Record
+from melinoe.report.amounts import apart, geometric_mean, inline, plain, ratio, signed
+from melinoe.report.records import Measurements
+from melinoe.report.schema import Record, read_estimate
 from melinoe.report.tables import (
     Serving,
     change,
@@ -18,6 +19,7 @@ from melinoe.report.tables import (
     ordered_models,
     perplexity,
 )
+from melinoe.stats import Estimate, paired_ratio
 
 PREDICTIONS = {
     "empty": "an empty start",
@@ -76,7 +78,7 @@ def curves(records: Mapping[tuple[str, ...], Record], slots: int) -> str:
 def _hit_rate(record: Record | None, slots: int) -> Estimate | None:
     if record is None or slots not in record["slots"]:
         return None
-    return Estimate.of(record["hit_rate"][record["slots"].index(slots)])
+    return read_estimate(record["hit_rate"][record["slots"].index(slots)])
 
 
 def corpora(found: Measurements) -> str:
@@ -100,19 +102,23 @@ def predictor(records: Mapping[str, Record]) -> str:
     """Say which prediction finds the most experts, and whether the learned one earns its keep."""
     sentences = []
     for model, record in records.items():
-        recall = {name: Estimate.of(item) for name, item in record["recall"].items()}
+        recall = {name: read_estimate(item) for name, item in record["recall"].items()}
         known = {name: item for name, item in recall.items() if item is not None}
         best = max(known, key=lambda name: known[name].mean)
         text = f"{model}: best {PREDICTIONS.get(best, best)}, {inline(known[best], '%')}"
+        if (ceiling := read_estimate(record.get("ceiling"))) is not None:
+            text += f" of at most {inline(ceiling, '%')}"
         rivals = [other for other in known if other != best]
         if rivals:
             second = max(rivals, key=lambda other: known[other].mean)
-            tied = "" if apart(known[best], known[second]) else " (intervals overlap)"
-            rival = PREDICTIONS.get(second, second)
-            text += f", then {rival}, {inline(known[second], '%')}{tied}"
+            text += f", then {PREDICTIONS.get(second, second)}, {inline(known[second], '%')}"
+            if record.get("gain") is None and not apart(known[best], known[second]):
+                text += " (intervals overlap)"
+        if (gain := read_estimate(record.get("gain"))) is not None:
+            text += f"; learned minus best rival, paired: {inline(gain, '%')}"
         sentences.append(text)
     slots = next(iter(records.values()))["slots"]
-    return f"Recall with {slots} experts named per layer: {'; '.join(sentences)}."
+    return f"Recall with {slots} experts named per layer. {'. '.join(sentences)}."
 
 
 def ends(log: Sequence[Mapping[str, Any]], term: str) -> tuple[float, float] | None:
@@ -157,20 +163,54 @@ def findings(found: Measurements, serving: Serving) -> list[str]:
     ]
 
 
+def quotient(top: Record, bottom: Record, name: str, sums: tuple[str, str]) -> Estimate | None:
+    """
+    Divide an estimate of one run by that of another.
+
+    Where both runs list the sums it is made of per prompt, for as many prompts, the interval is
+    a paired one over prompts; else the widest that the two intervals allow.
+    """
+    ours, theirs = (record.get("per_prompt") or {} for record in (top, bottom))
+    columns = [run.get(key) for run in (ours, theirs) for key in sums]
+    lists = [column for column in columns if isinstance(column, list) and column]
+    if len(lists) == 4 and len({len(column) for column in lists}) == 1 and sum(lists[2]) > 0:
+        above, above_by, below, below_by = lists
+        return paired_ratio(above, below, above_by, below_by)
+    one, other = estimate(top, name), estimate(bottom, name)
+    return None if one is None or other is None else ratio(one, other)
+
+
 def _transfers(base: Record, tuned: Record) -> str | None:
     before, after = estimate(base, "transfers_per_token"), estimate(tuned, "transfers_per_token")
     if before is None or after is None:
         return None
-    less = ratio(before, after)
-    if less is None or not apart(before, after):
+    fewer = after.mean < before.mean
+    runs = (base, tuned) if fewer else (tuned, base)
+    times = quotient(*runs, "transfers_per_token", ("loads", "tokens"))
+    if times is None or times.low <= 1:
         return f"Expert transfers per token: {inline(before)} base, {inline(after)} fine-tuned."
-    if less.mean < 1:
-        more = ratio(after, before)
-        return None if more is None else f"The fine-tuned model moves {inline(more)} times more."
     return (
-        f"The fine-tuned model needs {inline(less)} times fewer expert transfers per token "
-        f"than the base: {inline(after)} instead of {inline(before)}."
+        f"The fine-tuned model needs {inline(times)} times {'fewer' if fewer else 'more'} expert "
+        f"transfers per token than the base: {inline(after)} instead of {inline(before)}."
     )
+
+
+def increase(found: Measurements, in_domain: bool) -> Estimate | None:
+    """Perplexity of fine-tuned over control minus 1, paired, where the records hold it."""
+    latest = {
+        record["domain"]: read_estimate(record.get("increase"))
+        for record in found.of("quality")
+        if record["model"] == "fine-tuned" and record["in_domain"] is in_domain
+    }
+    factors = [
+        Estimate(1 + item.mean, 1 + item.low, 1 + item.high, item.n)
+        for item in latest.values()
+        if item is not None
+    ]
+    if not factors or len(factors) < len(latest):
+        return None
+    mean = factors[0] if len(factors) == 1 else geometric_mean(factors)
+    return Estimate(mean.mean - 1, mean.low - 1, mean.high - 1, mean.n)
 
 
 def _price(found: Measurements) -> str | None:
@@ -178,12 +218,15 @@ def _price(found: Measurements) -> str | None:
     for in_domain, where in ((True, "in domain"), (False, "out of domain")):
         tuned = perplexity(found, "fine-tuned", in_domain)
         control = perplexity(found, "control", in_domain)
-        if tuned is not None and control is not None:
-            unclear = "" if apart(tuned, control) else ", intervals overlap"
-            parts.append(
-                f"{change(tuned, control)} {where} ({inline(tuned, digits=4)} against "
-                f"{inline(control, digits=4)}{unclear})"
-            )
+        if tuned is None or control is None:
+            continue
+        paired = increase(found, in_domain)
+        unclear = "" if paired is not None or apart(tuned, control) else ", intervals overlap"
+        amount = change(tuned, control) if paired is None else signed(paired)
+        parts.append(
+            f"{amount} {where} ({inline(tuned, digits=4)} against "
+            f"{inline(control, digits=4)}{unclear})"
+        )
     if not parts:
         return None
     return f"Its price in perplexity, against training without cache losses: {join(parts)}."
@@ -195,7 +238,8 @@ def _speeds(serving: Serving) -> list[str]:
         before = estimate(serving.runs["base"].get(link), "tokens_per_s")
         after = estimate(serving.runs["fine-tuned"].get(link), "tokens_per_s")
         if before is not None and after is not None:
-            factor = ratio(after, before)
+            runs = (serving.runs["fine-tuned"][link], serving.runs["base"][link])
+            factor = quotient(*runs, "tokens_per_s", ("new_tokens", "seconds"))
             times = f", {inline(factor)} times the base's" if factor is not None else ", base"
             said.append(
                 f"Over the {link_text(link)} it writes {inline(after)} tokens a second{times} "

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from melinoe.report import captions
-from melinoe.report.amounts import mean_interval, plain
-from melinoe.report.records import Estimate, Measurements, Record
+from melinoe.report.amounts import plain
+from melinoe.report.records import Measurements
+from melinoe.report.schema import Record, read_estimate
 from melinoe.report.svg import COLOUR, finish, panel
 from melinoe.report.tables import Cell, Table, cell, domains, ordered_models
+from melinoe.stats import bootstrap
 
 POLICIES = ("belady", "lfu", "lru")
 DASHES = {"belady": (0, (1, 1.4)), "lfu": (0, (5, 2)), "lru": "-"}
@@ -43,7 +45,7 @@ def locality(found: Measurements) -> Figure | None:
     if not records:
         return None
     models = ordered_models(records)
-    means = {m: mean_interval(records[m]["experts_per_sequence"]) for m in models}
+    means = {m: bootstrap(records[m]["experts_per_sequence"]) for m in models}
     num_experts = records[models[0]]["num_experts"]
     with panel(0.9 + 0.72 * len(models)) as (figure, axes):
         for row, model in enumerate(reversed(models)):
@@ -73,7 +75,7 @@ def locality(found: Measurements) -> Figure | None:
         drawing = finish(figure, "fig-locality", caption)
     rows = []
     for m in models:
-        reuse = Estimate.of(records[m].get("reuse"))
+        reuse = read_estimate(records[m].get("reuse"))
         rows.append([Cell(m), cell(means[m]), cell(reuse, "%"), _whole(records[m])])
     columns = ["model", "experts per sequence", "reuse", "distinct over the whole set"]
     table = Table("locality", "Experts used", columns, rows)
@@ -120,7 +122,7 @@ def curves(found: Measurements, slots: int | None) -> Figure | None:
             panels.append(finish(figure, f"fig-curve-{len(panels)}", f"{model}: {caption}"))
     columns = ["model, policy", *(str(c) for c in next(iter(records.values()))["slots"])]
     rows = [
-        [Cell(f"{m}, {p}"), *(cell(Estimate.of(item), "%") for item in records[m, p]["hit_rate"])]
+        [Cell(f"{m}, {p}"), *(cell(read_estimate(item), "%") for item in records[m, p]["hit_rate"])]
         for m, p in sorted(records, key=lambda key: (models.index(key[0]), key[1]))
         if records[m, p]["slots"] == next(iter(records.values()))["slots"]
     ]
@@ -212,9 +214,8 @@ def predictor(found: Measurements) -> Figure | None:
                 colour = colour_of(model)
                 axes.plot([0, 100 * item["mean"]], [y, y], color=colour, lw=1, alpha=0.5)
                 axes.plot([100 * item["low"], 100 * item["high"]], [y, y], color=colour, lw=3)
-                axes.plot(
-                    [100 * item["mean"]], [y], _marker(index), color=colour, ms=6, clip_on=False
-                )
+                mean = 100 * item["mean"]
+                axes.plot([mean], [y], _marker(index), color=colour, ms=6, clip_on=False)
                 axes.text(
                     100 * item["high"] + 1.6,
                     y,
@@ -233,8 +234,11 @@ def predictor(found: Measurements) -> Figure | None:
         axes.grid(False, axis="y")
         drawing = finish(figure, "fig-predictor", caption)
     rows = [
-        [Cell(name), *(cell(Estimate.of(records[m]["recall"].get(name)), "%") for m in models)]
+        [Cell(name), *(cell(read_estimate(records[m]["recall"].get(name)), "%") for m in models)]
         for name in names
     ]
+    if any(record.get("ceiling") for record in records.values()):
+        best = [cell(read_estimate(records[m].get("ceiling")), "%") for m in models]
+        rows.append([Cell("ceiling: the best unchanging choice"), *best])
     table = Table("predictor", "Recall", ["prediction from", *models], rows)
     return Figure("predictor", "Predictor against its free rivals", [drawing], caption, table)

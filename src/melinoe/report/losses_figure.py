@@ -8,21 +8,21 @@ import numpy as np
 
 from melinoe.report import captions
 from melinoe.report.figures import Figure, colour_of
-from melinoe.report.records import Measurements, Record
+from melinoe.report.records import Measurements
+from melinoe.report.schema import TRAINING_TERMS, Record
 from melinoe.report.svg import WIDTH_IN, finish, panel
 from melinoe.report.tables import Cell, Table, ordered_models
-
-TERMS = {"nll": "next-token loss (nats)", "cache": "cache loss", "rank": "rank-matching loss"}
 
 
 def training(found: Measurements) -> Figure | None:
     """Each loss term over the training steps, one panel per term, one line per model."""
     records = {record["model"]: record for record in found.of("training")}
-    terms = [t for t in TERMS if any(t in row for r in records.values() for row in r["log"])]
+    logged = {name for record in records.values() for row in record["log"] for name in row}
+    terms = [term for term in TRAINING_TERMS if term in logged]
     if not terms:
         return None
     models = ordered_models(records)
-    caption = captions.training({m: records[m]["log"] for m in models}, TERMS)
+    caption = captions.training({m: records[m]["log"] for m in models}, TRAINING_TERMS)
     panels = []
     for term in terms:
         with panel(2.8, 3.5 if len(terms) > 2 else WIDTH_IN) as (figure, axes):
@@ -36,14 +36,15 @@ def training(found: Measurements) -> Figure | None:
                 ends.append((float(smooth[-1]), model, float(steps[-1])))
             axes.margins(x=0.01)
             _label_ends(axes, ends)
-            axes.set_title(TERMS[term])
+            axes.set_title(TRAINING_TERMS[term])
             axes.set_xlabel("training step")
-            panels.append(finish(figure, f"fig-training-{term}", f"{TERMS[term]}: {caption}"))
+            described = f"{TRAINING_TERMS[term]}: {caption}"
+            panels.append(finish(figure, f"fig-training-{term}", described))
     rows = [
         [Cell(m), *(Cell(captions.start_to_end(records[m]["log"], t)) for t in terms)]
         for m in models
     ]
-    columns = ["model", *(f"{TERMS[t]}, start → end" for t in terms)]
+    columns = ["model", *(f"{TRAINING_TERMS[t]}, start → end" for t in terms)]
     table = Table("training", "Losses: mean of first and last twentieth of steps", columns, rows)
     return Figure("training", "Losses over training", panels, caption, table)
 

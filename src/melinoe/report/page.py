@@ -2,16 +2,15 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from melinoe.errors import DataError
 from melinoe.report import render
-from melinoe.report.records import Source, read_records
+from melinoe.report.records import Sources, read_records
 from melinoe.report.sections import Report, assemble
 
 
-def write_report(sources: Iterable[Source] | Source, out: Path | str) -> None:
+def write_report(sources: Sources, out: Path | str) -> None:
     """
     Write the report of some records as *out* (HTML) and beside it as Markdown (``.md``).
 

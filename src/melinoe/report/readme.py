@@ -1,20 +1,19 @@
 """Keep a README's tables equal to the records they come from."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from melinoe.errors import DataError
 from melinoe.report import render
 from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.page import write_whole
-from melinoe.report.records import Source, read_records
+from melinoe.report.records import Sources, read_records
 from melinoe.report.tables import corpus_table, main_table, servings
 
 OPENING = re.compile(r"<!-- report:([\w-]+) -->")
 
 
-def generated(sources: Iterable[Source] | Source) -> dict[str, str]:
+def generated(sources: Sources) -> dict[str, str]:
     """Give the Markdown for each marker name that the records can fill."""
     found = read_records(sources)
     texts = {}
@@ -28,9 +27,7 @@ def generated(sources: Iterable[Source] | Source) -> dict[str, str]:
     return texts
 
 
-def update_readme(
-    readme: Path | str, sources: Iterable[Source] | Source, check: bool = False
-) -> list[str]:
+def update_readme(readme: Path | str, sources: Sources, check: bool = False) -> list[str]:
     """
     Replace what stands between ``<!-- report:NAME -->`` and ``<!-- /report:NAME -->``.
 

@@ -6,8 +6,6 @@ from typing import Literal
 
 from melinoe.report.tables import Cell, Table
 
-MIN_WIDTH = 72
-
 
 def markdown(table: Table) -> str:
     """Write a table in GitHub's Markdown, notes below it."""
@@ -26,24 +24,50 @@ def plain(text: str) -> str:
 
 
 def terminal(table: Table, width: int) -> str:
-    """Write a table for *width* columns of a terminal: the interval below its mean."""
+    """
+    Write a table for *width* columns of a terminal: the interval below its mean.
+
+    No number is ever cut: a terminal too narrow for the table gets one block per row instead.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", padding=(0, 1))
+    # A heading may break between words, a row's name too, a number nowhere.
+    needs = []
     for index, column in enumerate(table.columns):
-        # A mean and its interval may not break: 9 columns hold "100.0–100.0" but for its ends.
-        drawn.add_column(Text(column), justify="right" if index else "left")
+        lines = [line for row in table.rows for line in _stacked(row[index]).split("\n")]
+        if index == 0:
+            lines = [word for line in lines for word in line.split()]
+        needs.append(max(map(len, [*column.split(), *lines])))
+    if sum(needs) + 3 * len(needs) > width:
+        return _blocks(table)
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD, title=table.title, title_justify="left", collapse_padding=True
+    )
+    for index, (column, need) in enumerate(zip(table.columns, needs, strict=True)):
+        drawn.add_column(Text(column), justify="right" if index else "left", min_width=need)
     for row in table.rows:
         drawn.add_row(*(Text(_stacked(cell)) for cell in row))
     buffer = io.StringIO()
-    console = Console(file=buffer, width=max(width, MIN_WIDTH), color_system=None)
+    console = Console(file=buffer, width=width, color_system=None)
     console.print(drawn)
     for note in table.notes:
         console.print(Text(note))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def _blocks(table: Table) -> str:
+    """Write each row as a block of lines, one line per column."""
+    widest = max(len(column) for column in table.columns)
+    blocks = [table.title]
+    for row in table.rows:
+        lines = [row[0].text]
+        for column, cell in zip(table.columns[1:], row[1:], strict=True):
+            lines.append(f"  {column:<{widest}}  {cell.inline()}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, *table.notes])
 
 
 def _stacked(cell: Cell) -> str:

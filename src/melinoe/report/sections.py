@@ -1,12 +1,12 @@
 """A report's contents, in reading order and free of markup: what both twins are written from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from melinoe.report import captions, figures, glossary, losses_figure
 from melinoe.report.amounts import label
 from melinoe.report.benchmarks import benchmark_tables
+from melinoe.report.facts import Facts, flat, hardware, say
 from melinoe.report.figures import Figure
 from melinoe.report.records import Measurements
 from melinoe.report.tables import (
@@ -17,8 +17,6 @@ from melinoe.report.tables import (
     time_table,
     transfer_table,
 )
-
-Facts = list[tuple[str, str]]
 
 
 @dataclass
@@ -46,30 +44,14 @@ class Report:
     notes: list[str]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Facts:
-    """Write a mapping as name and text, nested names joined: ``link bandwidth (GB/s)``."""
-    facts: Facts = []
-    for key, value in values.items():
-        name = f"{prefix}{label(key)}"
-        if isinstance(value, Mapping):
-            facts += flat(value, f"{name} ")
-        elif isinstance(value, list | tuple):
-            facts.append((name, ", ".join(_say(item) for item in value)))
-        else:
-            facts.append((name, _say(value)))
-    return facts
-
-
-def _say(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _seconds(value: Any) -> str:
-    return f"{value:,.0f} s" if isinstance(value, int | float) else _say(value)
+    return f"{value:,.0f} s" if isinstance(value, int | float) else say(value)
+
+
+def _machine(found: Measurements) -> dict[str, Any]:
+    """Give the machine that the records name first: the whole run's, else a serve run's."""
+    named = [record.get("machine") for record in (*found.of("demo"), *found.of("serve"))]
+    return dict(next((machine for machine in named if machine), {}))
 
 
 def _header(found: Measurements) -> Facts:
@@ -77,11 +59,12 @@ def _header(found: Measurements) -> Facts:
     demo = found.first("demo") or {}
     serve = found.first("serve") or {}
     settings = demo.get("settings") or {}
+    machine = _machine(found)
     facts: Facts = []
     for name in ("model", "command", "date", "commit"):
-        value = demo.get(name) or settings.get(name)
+        value = demo.get(name) or settings.get(name) or machine.get(name)
         if value:
-            facts.append((name, _say(value)))
+            facts.append((name, say(value)))
     shape = [
         f"{serve[key]} {word}"
         for key, word in (("layers", "MoE layers"), ("num_experts", "experts"), ("top_k", "chosen"))
@@ -98,10 +81,8 @@ def _header(found: Measurements) -> Facts:
         run.append(f"{serve['store']} store")
     if run:
         facts.append(("measured on", ", ".join(run)))
-    machine = demo.get("machine") or serve.get("machine") or {}
     if machine:
-        said = [f"{name}: {text}" for name, text in flat(machine) if text not in ("none", "")]
-        facts.append(("machine", "; ".join(said)))
+        facts.append(("machine", hardware(machine)))
     return facts
 
 
@@ -115,7 +96,7 @@ def _run(found: Measurements) -> dict[str, Facts]:
     }
     for record in found.of("training"):
         groups[f"Training of {record['model']}"] = flat(record.get("settings") or {})
-    groups["Versions"] = flat(demo.get("versions") or {})
+    groups["Versions"] = flat(demo.get("versions") or _machine(found).get("versions") or {})
     return {title: facts for title, facts in groups.items() if facts}
 
 
@@ -177,7 +158,7 @@ def _limits(found: Measurements) -> list[str]:
         limits.append(glossary.UNMODIFIED)
     if any(link is not None for link in links):
         limits.append(glossary.EMULATED)
-    machine = (found.first("demo") or found.first("serve") or {}).get("machine") or {}
+    machine = _machine(found)
     if links and not any(machine.get(key) for key in ("gpu", "gpus", "cuda", "accelerator")):
         limits.append("No GPU took part: times are those of a CPU, counts hold on any machine.")
     if found.of("quality"):

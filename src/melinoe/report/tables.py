@@ -11,7 +11,9 @@ from melinoe.report.amounts import (
     ratio,
     spread,
 )
-from melinoe.report.records import Estimate, Measurements, Record
+from melinoe.report.records import Measurements
+from melinoe.report.schema import Record, read_estimate
+from melinoe.stats import Estimate
 
 STRATEGIES = ("base", "control", "fine-tuned", "fine-tuned + prefetch", "all resident")
 Link = tuple[float, float] | None
@@ -52,7 +54,7 @@ def cell(estimate: Estimate | None, unit: str = "", digits: int = 3, remark: str
 
 def estimate(record: Record | None, name: str) -> Estimate | None:
     """Take an estimate out of a record, if both are there."""
-    return None if record is None else Estimate.of(record.get(name))
+    return None if record is None else read_estimate(record.get(name))
 
 
 def link_of(record: Record) -> Link:
@@ -137,7 +139,7 @@ def servings(found: Measurements) -> list[Serving]:
 def perplexity(found: Measurements, model: str, in_domain: bool) -> Estimate | None:
     """Perplexity of *model*: over one domain as measured, over several their geometric mean."""
     latest = {
-        record["domain"]: Estimate.of(record["perplexity"])
+        record["domain"]: read_estimate(record["perplexity"])
         for record in found.of("quality")
         if record["model"] == model and record["in_domain"] is in_domain
     }
@@ -194,7 +196,8 @@ def main_table(found: Measurements, serving: Serving) -> Table:
             row.append(cell(speed, remark="" if is_base else factor(speed, slow, "×")))
         rows.append(row)
     notes = [
-        "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast; +, −: change from base."
+        "Below or behind each mean: its 95 % interval. "
+        "÷: times fewer than base; ×: times as fast as base; +, −: change from base."
     ]
     if sum(not in_domain for _, in_domain in domains(found)) > 1:
         notes.append("Out of domain: geometric mean over the other corpora, taken as independent.")

@@ -1,0 +1,208 @@
+# ruff: noqa: RUF001  (dashes and signs are what a report shows)
+"""The page and its twin: self-contained, well-formed, and true to the records."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from melinoe.errors import DataError
+from melinoe.report import write_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+REFERENCES = {"src", "href", "srcset", "action", "data", "poster", "xlink:href"}
+
+
+class Checker(HTMLParser):
+    """Collects what is not balanced, every reference, every id, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.faults, self.references = [], [], []
+        self.ids, self.text, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for key, value in attributes:
+            if key in REFERENCES:
+                self.references.append(value)
+            if key == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append((tag, self.getpos()))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(path):
+    checker = Checker()
+    checker.feed(path.read_text())
+    checker.close()
+    return checker
+
+
+def of_kinds(records, *kinds):
+    """Fewer records, so that fewer figures are drawn."""
+    return [record for record in records if record["kind"] in kinds]
+
+
+def test_the_page_asks_for_nothing_outside_itself(page):
+    """Every reference is to an id of the page, and no address stands anywhere in it."""
+    checker = parse(page)
+    assert checker.references
+    assert all(reference.startswith("#") for reference in checker.references)
+    text = page.read_text()
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(checker.tags)
+
+
+def test_every_element_closes_and_every_reference_finds_its_id(page):
+    """Balanced by a parser that knows void elements; ids are unique across all drawings."""
+    checker = parse(page)
+    assert checker.faults == []
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids))
+    clips = re.findall(r"url\(#([^)]+)\)", page.read_text())
+    assert {reference[1:] for reference in checker.references} | set(clips) <= set(checker.ids)
+
+
+def test_every_figure_is_drawn_in_the_pages_own_colours(page):
+    """Locality, two curves, corpora, predictor, three losses: eight panels, none in fixed ink."""
+    text = page.read_text()
+    drawings = re.findall(r"<svg .*?</svg>", text, flags=re.S)
+    assert len(drawings) == 8
+    for drawing in drawings:
+        assert "var(--ink)" in drawing or "var(--muted)" in drawing
+        assert not re.search(r"(fill|stroke): #", drawing)
+        assert 'aria-label="' in drawing
+
+
+def test_captions_say_what_the_records_say(page):
+    """Means of the fixture, exact by construction: 21.25, 9.75 and 21.5 of 32 experts."""
+    text = " ".join(parse(page).text)
+    assert re.search(
+        r"Fine-tuning cut the experts a sequence uses: from 21\.2 \[.*?\] to 9\.75 \[.*?\] of 32; "
+        r"the control, trained without cache losses, uses 21\.5",
+        text,
+    )
+    assert "needs 2.30 [2.15, 2.48] times fewer expert transfers per token than the base" in text
+    assert "fine-tuned: best the prefill's experts, 74.0 % [72.9, 75.1]" in text
+
+
+def test_a_caption_follows_its_data(records, tmp_path):
+    """Make the fine-tuned model worse: the words turn round."""
+    records = of_kinds(records, "serve", "locality")
+    for record in records:
+        if record["kind"] == "locality" and record["model"] == "fine-tuned":
+            record["experts_per_sequence"] = [30.0, 31.0, 30.0, 31.0]
+        if record["kind"] == "serve" and record["model"] == "fine-tuned":
+            record["transfers_per_token"] = {"mean": 11.648, "low": 11, "high": 12, "n": 9}
+    write_report(records, tmp_path / "r.html")
+    text = " ".join(parse(tmp_path / "r.html").text)
+    assert "Fine-tuning raised the experts a sequence uses" in text
+    assert "needs 2.00 [1.85, 2.11] times more expert transfers" in text
+
+
+def test_overlapping_intervals_are_not_called_different(records, tmp_path):
+    """The same values for both models: no measurable change."""
+    records = of_kinds(records, "locality")
+    base = next(record for record in records if record["model"] == "base")
+    for record in records:
+        if record is not base:
+            record["experts_per_sequence"] = base["experts_per_sequence"]
+    write_report(records, tmp_path / "r.html")
+    assert "Fine-tuning did not measurably change" in (tmp_path / "r.html").read_text()
+
+
+def test_ratios_are_paired_over_prompts_where_the_runs_list_them(records, tmp_path):
+    """Every prompt moves exactly half as much: 2.00 with no width, though the means vary widely."""
+    records = of_kinds(records, "serve")
+    loads = [10, 400, 30, 80, 220, 60]
+    for record in records:
+        if record["kind"] == "serve" and record["strategy"] in ("base", "fine-tuned"):
+            share = 1 if record["strategy"] == "base" else 0.5
+            some = {"loads": [share * load for load in loads], "tokens": [10] * 6}
+            record["per_prompt"] = some
+    write_report(records, tmp_path / "r.html")
+    assert "needs 2.00 [2.00, 2.00] times fewer" in (tmp_path / "r.html").read_text()
+
+
+def test_words_from_records_are_escaped(records, tmp_path):
+    """A model's name is data, in the page, in the drawings and in the twin."""
+    name = "<b>&\"x'"
+    for record in records:
+        if record.get("model") == "control":
+            record["model"] = name
+        if record.get("strategy") == "control":
+            record["strategy"] = name
+    write_report(records, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "<b>&" not in text
+    assert parse(tmp_path / "r.html").faults == []
+    assert "&lt;b&gt;&amp;" in text
+    assert "<b>" not in (tmp_path / "r.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("serve", "Strategies"),
+        ("locality", "Locality"),
+        ("curve", "Cache size and policy"),
+        ("quality", "Quality"),
+        ("predictor", "Prediction"),
+        ("training", "Training"),
+    ],
+)
+def test_a_section_without_records_is_left_out_with_a_note(records, tmp_path, kind, title):
+    """Take one kind away: its heading goes, a note stays, the rest is whole."""
+    from melinoe.report.page import html_page
+    from melinoe.report.records import read_records
+    from melinoe.report.sections import assemble
+
+    # One other kind besides, so that few figures are drawn.
+    kept = [r for r in records if r["kind"] == ("quality" if kind != "quality" else "locality")]
+    text = html_page(assemble(read_records(kept)))
+    assert f"{title}: no records of kind &#39;{kind}&#39;, so left out." in text
+    assert f"<h2>{title}</h2>" not in text
+
+
+def test_the_twin_has_the_same_rows_as_the_page(page):
+    """Markdown with every section's heading and the main table's numbers, no HTML tags."""
+    text = page.with_suffix(".md").read_text()
+    headings = re.findall(r"^## (.*)$", text, flags=re.M)
+    assert headings == re.findall(r"<h2>(.*?)</h2>", page.read_text())
+    assert "| fine-tuned | 84.2 % [83.0–85.4] |" in text
+    assert not re.search(r"</?[a-z]+>", text)
+
+
+def test_the_same_records_give_the_same_bytes(page, records, tmp_path):
+    """No clock, no random ids: a report can be compared with an earlier one."""
+    write_report(records, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_a_failing_write_leaves_the_old_report(records, tmp_path, monkeypatch):
+    """The disk is full at the last moment: the old page stands, no temporary file is left."""
+    out = tmp_path / "r.html"
+    out.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(DataError, match="No space left"):
+        write_report(of_kinds(records, "serve"), out)
+    assert [item.name for item in tmp_path.iterdir()] == ["r.html"]
+    assert out.read_text() == "old"
+
+
+def test_the_page_must_be_named_html(records, tmp_path):
+    """A twin named like the page itself would overwrite it."""
+    with pytest.raises(DataError, match=r"let it end in \.html"):
+        write_report(records, tmp_path / "report.md")
