@@ -47,19 +47,23 @@ class RamStore:
         Move the weights of *layers* out of their modules, one layer at a time.
 
         A layer's stacked parameters are freed before the next layer is read, so that never more
-        than one layer exists twice. Afterwards the parameters are empty.
+        than one layer exists twice. Afterwards the parameters are empty. Layers that share their
+        weights are stored each for itself.
 
         Raises:
             AttachError, BudgetError: as the constructor; every module has its weights as before.
         """
         store = cls()
+        last = {id(p): at for at, layer in enumerate(layers) for p in _stacked(layer).values()}
         try:
-            for layer in layers:
+            for at, layer in enumerate(layers):
                 store._add(layer)
-                own = dict(layer.module.named_parameters(recurse=False))
+                own = _stacked(layer)
                 for name, view in store._views[-1].items():
                     view.copy_(own[name].detach())
-                free_weights(layer)
+                # Weights that a later layer shares are needed until that layer has been read.
+                if all(last[id(p)] == at for p in own.values()):
+                    free_weights(layer)
         except BaseException:
             for layer in layers[: len(store._views)]:
                 give_weights_back(layer, store)
@@ -123,6 +127,11 @@ class RamStore:
                 f"the host has no room for {format_bytes(num_experts * stride)} of experts after "
                 f"{format_bytes(self.host_bytes)}; choose the disk store"
             ) from error
+
+
+def _stacked(layer: ExpertsLayer) -> dict[str, Tensor]:
+    """The layer's stacked parameters by name."""
+    return {tensor.name: layer.module.get_parameter(tensor.name) for tensor in layer.tensors}
 
 
 class PinnedStore(RamStore):
