@@ -62,7 +62,6 @@ class CausalFilter:
     tail: Tensor  # (batch, chunks, chunk): share of each token in what its chunk hands on
     between: Tensor  # (batch, chunks, chunks): chunk from earlier chunk, same segment
     head: Tensor  # (batch, chunks, chunk): share of what was handed on in each token
-    real: Tensor  # (batch, tokens): 1 on real tokens, 0 on padding
     chunk: int
 
     @classmethod
@@ -72,7 +71,8 @@ class CausalFilter:
 
         Args:
             segment_ids: int ``(batch, tokens)``; tokens of one sequence share an id and stand
-                together, sequences packed into one row differ in it, padding is -1.
+                together, sequences packed into one row differ in it, padding is -1: its own
+                segment, of which no token counts.
             gamma: Forgetting per token, in [0, 1].
             chunk: Tokens per chunk; decides memory and time, not the result.
 
@@ -86,27 +86,27 @@ class CausalFilter:
         device = segment_ids.device
 
         def powers(exponent: Tensor) -> Tensor:
-            return torch.tensor(gamma, device=device) ** exponent.clamp(min=0)
+            # In float64, because gamma rounded to float32 is off by much after thousands of tokens.
+            return torch.pow(gamma, exponent.clamp(min=0).double()).float()
 
-        at = torch.arange(chunk, device=device, dtype=torch.float32)
+        at = torch.arange(chunk, device=device)
         gap = at[:, None] - at[None, :] - 1
         same = ids[..., :, None] == ids[..., None, :]
         inside = powers(gap) * (gap >= 0) * same
         last, first = ids[..., -1], torch.cat([ids[:, :1, -1], ids[:, :-1, -1]], dim=1)
         tail = powers(chunk - 1 - at) * (ids == last[..., None])
         head = powers(at) * (ids == first[..., None])
-        order = torch.arange(chunks, device=device, dtype=torch.float32)
+        order = torch.arange(chunks, device=device)
         hop = order[:, None] - order[None, :] - 1
         # What chunk i hands on reaches chunk k if the segment that ends i also ends k - 1.
         between = powers(hop * chunk) * (hop >= 0) * (first[:, :, None] == last[:, None, :])
-        return cls(inside, tail, between, head, (segment_ids != PADDING).float(), chunk)
+        return cls(inside, tail, between, head, chunk)
 
     def __call__(self, choices: Tensor) -> Tensor:
         """s: float32 ``(batch, tokens, experts)`` from choices of the same shape."""
         batch, tokens, experts = choices.shape
         chunks = self.between.shape[-1]
-        x = choices.float() * self.real[..., None]
-        x = F.pad(x, (0, 0, 0, chunks * self.chunk - tokens)).view(
+        x = F.pad(choices.float(), (0, 0, 0, chunks * self.chunk - tokens)).view(
             batch, chunks, self.chunk, experts
         )
         s = self.inside @ x
