@@ -88,7 +88,8 @@ def benchmark_table(record: Record) -> Table:
         result = {key: value for key, value in record.items() if key not in ABOUT}
     name = record["benchmark"].replace("_", "-")
     machine = hardware(record.get("machine") or {})
-    notes = [f"Machine: {machine}."] if machine else []
+    notes = ["In brackets: the range that the benchmark saw."]
+    notes += [f"Machine: {machine}."] if machine else []
     title = str(record.get("title") or name.replace("-", " ").capitalize())
     if isinstance(result, list) and result and all(isinstance(row, Mapping) for row in result):
         columns = list(dict.fromkeys(key for row in result for key in row))

@@ -115,7 +115,7 @@ def predictor(records: Mapping[str, Record]) -> str:
             if record.get("gain") is None and not apart(known[best], known[second]):
                 text += " (intervals overlap)"
         if (gain := read_estimate(record.get("gain"))) is not None:
-            text += f"; learned minus best rival, paired: {inline(gain, '%')}"
+            text += f"; learned minus best rival, paired: {signed(gain).replace(' %', ' points')}"
         sentences.append(text)
     slots = next(iter(records.values()))["slots"]
     return f"Recall with {slots} experts named per layer. {'. '.join(sentences)}."

@@ -151,7 +151,7 @@ def corpora(found: Measurements, table: Table | None) -> Figure | None:
         _mark_models(axes, models)
         labels = [f"{name}\n(trained on)" if inside else name for name, inside in reversed(names)]
         axes.set_yticks(range(len(names)), labels)
-        axes.tick_params(axis="y", labelcolor=COLOUR["ink"])
+        axes.tick_params(axis="y", labelcolor=COLOUR["ink"], pad=7)
         axes.set_ylim(-0.5, len(names) - 0.45)
         _plain_log_ticks(axes, records)
         axes.set_xlabel("perplexity (log scale)")
@@ -226,7 +226,7 @@ def predictor(found: Measurements) -> Figure | None:
                 )
         _mark_models(axes, models)
         axes.set_yticks(range(len(names)), list(reversed(names)))
-        axes.tick_params(axis="y", labelcolor=COLOUR["ink"])
+        axes.tick_params(axis="y", labelcolor=COLOUR["ink"], pad=7)
         axes.set(xlim=(0, 108), ylim=(-0.5, len(names) - 0.4), xticks=range(0, 101, 20))
         slots = records[models[0]]["slots"]
         axes.set_xlabel(f"recall (%) of the completion's experts at {slots} slots")

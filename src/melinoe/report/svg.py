@@ -29,6 +29,7 @@ WIDTH_IN, HEIGHT_IN = 5.0, 3.1
 
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.titlelocation": "left",
