@@ -69,7 +69,7 @@ UNDECORATED = {
         "d_model": 32,
         "n_heads": 4,
         "n_layers": 1,
-        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4},
     },
     "jetmoe": {"num_local_experts": 4, "kv_channels": 8},
@@ -77,7 +77,7 @@ UNDECORATED = {
     "longcat_flash": {"n_routed_experts": 4, "num_layers": 1},
     "nllb-moe": {"num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "switch_transformers": {"num_experts": 4, "d_kv": 8, "num_layers": 2, "d_ff": 16},
-    "step3p7": {},
+    "step3p7": {"mlp_layer_types": ["dense", "sparse"]},
 }
 
 

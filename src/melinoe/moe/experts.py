@@ -9,6 +9,7 @@ them. This module only looks; `melinoe.moe.dispatch` registers the function and
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ _EXPERT_COUNTS = (
     "moe_num_experts",
     "num_routed_experts",
 )
+# Most families name whole model classes "...Moe...", also when they are configured dense.
+_EXPERT_CLASS = re.compile(r"[Ee]xpert|(MoE|Moe|MoeBlock|MoEBlock|SparseMLP)$")
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -165,7 +168,7 @@ def _why_no_layers(model: nn.Module) -> str:
         if isinstance(count, int) and count > 1
     ]
     classes = sorted(
-        {type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()}
+        {type(m).__name__ for m in model.modules() if _EXPERT_CLASS.search(type(m).__name__)}
     )
     if not classes and not counts:
         return f"{name} has no mixture-of-experts layers; there is nothing to offload"

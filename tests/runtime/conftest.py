@@ -1,0 +1,24 @@
+"""A small trained-like model for the runtime's tests: 2 layers of 8 experts, top-2."""
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(scope="session")
+def _original():
+    return {
+        dtype: tiny.tiny_model("olmoe", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+@pytest.fixture
+def model(_original):
+    """Float32; a test must detach what it attaches."""
+    return _original[torch.float32]
+
+
+@pytest.fixture
+def bf16_model(_original):
+    """Bfloat16; a test must detach what it attaches."""
+    return _original[torch.bfloat16]
