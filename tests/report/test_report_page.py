@@ -132,6 +132,18 @@ def test_ratios_are_paired_over_prompts_where_the_runs_list_them(records, tmp_pa
     assert "needs 2.00 [2.00, 2.00] times fewer" in (tmp_path / "r.html").read_text()
 
 
+def test_the_price_is_the_paired_increase_over_the_control_where_it_was_measured(records, tmp_path):
+    """A paired +1.8 % [+0.9, +2.6] stands instead of two intervals that overlap."""
+    records = of_kinds(records, "serve", "quality")
+    for record in records:
+        if record["model"] == "fine-tuned" and record.get("in_domain"):
+            over = {"mean": 0.018, "low": 0.009, "high": 0.026, "n": 200}
+            record["increase_over_control"] = over
+    write_report(records, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "+1.8 % [+0.9, +2.6] in domain (19.88 [19.18, 20.57] against 19.53" in text
+
+
 def test_words_from_records_are_escaped(records, tmp_path):
     """A model's name is data, in the page, in the drawings and in the twin."""
     name = "<b>&\"x'"

@@ -198,7 +198,7 @@ def _transfers(base: Record, tuned: Record) -> str | None:
 def increase(found: Measurements, in_domain: bool) -> Estimate | None:
     """Perplexity of fine-tuned over control minus 1, paired, where the records hold it."""
     latest = {
-        record["domain"]: read_estimate(record.get("increase"))
+        record["domain"]: read_estimate(record.get("increase_over_control"))
         for record in found.of("quality")
         if record["model"] == "fine-tuned" and record["in_domain"] is in_domain
     }

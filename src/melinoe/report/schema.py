@@ -120,7 +120,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "domain": _text,
         "in_domain": _flag,
         "perplexity": _estimate,
-        "increase?": _estimate,
+        "increase_over_control?": _estimate,
     },
     "locality": {
         "model": _text,
