@@ -80,6 +80,25 @@ def test_the_prefetch_comes_before_the_prompts_forward_pass():
     assert one.counters.prefetch_loads.tolist() == [3, 3]
 
 
+def test_a_prefetch_for_the_completion_comes_after_the_prompts_forward_pass():
+    """The prompt's pass starts with empty slots, the second one with the experts named."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    seen = []
+    with attach(model, slots=3) as handle:
+        hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
+        predictor = always(model, [6, 1, 4])
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor, "completion")
+        hook.remove()
+    assert seen == [[[], []], [[1, 4, 6]] * LAYERS]
+    assert one.counters.loads[PROMPT].sum() > 0
+
+
+def test_an_unknown_moment_of_prefetch_is_the_callers_mistake():
+    """A prefetch happens before the prompt or before the completion."""
+    with pytest.raises(ValueError, match="prefetch_at"):
+        generate(tiny_model(), None, words_tokenizer(), PROMPT_TEXT, 2, prefetch_at="later")
+
+
 def test_experts_that_are_resident_are_not_prefetched_again():
     """With all eight slots filled by a first call, a second prefetch loads nothing."""
     model, tokenizer = tiny_model(), words_tokenizer()

@@ -152,6 +152,7 @@ def test_a_record_states_its_configuration_and_survives_json(tmp_path):
         "model": "tiny",
         "strategy": "lru",
         "prefetch": "none",
+        "prefetch_at": None,
         "slots": 3,
         "num_experts": EXPERTS,
         "top_k": 2,

@@ -1,14 +1,14 @@
 """
 Prompt to text on a model that runs with few resident experts, and what each call cost.
 
-transformers' own `generate` does the work. Around it: the predictor's experts are prefetched before
-the prompt's forward pass, and a stopping criterion that never stops takes the time of each token.
+transformers' own `generate` does the work. Around it: the predictor's experts are prefetched, and a
+stopping criterion that never stops takes the time of each token.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -21,6 +21,7 @@ from melinoe.predictor import Predictor
 from melinoe.runtime.attach import Handle
 
 Prompt = str | Sequence[int]
+PrefetchAt = Literal["prompt", "completion"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Generation:
         ids: Generated token ids, end-of-text included if it was reached.
         prompt_ids: The prompt's token ids.
         counters: Of this call alone; ``None`` for a plain model.
-        predictor_s: Predicting and issuing the prefetch, seconds; part of *ttft_s*.
+        predictor_s: Predicting, and issuing a prefetch before the prompt, seconds; part of
+            *ttft_s*.
         ttft_s: From the call to the first new token, seconds.
         seconds: From the call to the last new token.
         stall_s: Waited for experts while decoding, the prompt's forward pass left out.
@@ -67,10 +69,11 @@ class Generation:
 
 
 class _Watch(StoppingCriteria):
-    """Notes when the first and the latest token came, and how long experts had been waited for."""
+    """Notes when the first and the latest token came; prefetches *ahead* after the first."""
 
     def __init__(self, device: torch.device, handle: Handle | None) -> None:
         self.device, self.handle = device, handle
+        self.ahead: list[list[int]] | None = None
         self.first_s = self.last_s = 0.0
         self.stall_at_first_s = 0.0
 
@@ -80,7 +83,10 @@ class _Watch(StoppingCriteria):
         self.last_s = time.perf_counter()
         if not self.first_s:
             self.first_s = self.last_s
-            self.stall_at_first_s = self.handle.stall_s if self.handle is not None else 0.0
+            if self.handle is not None:
+                self.stall_at_first_s = self.handle.stall_s
+                if self.ahead is not None:
+                    self.handle.prefetch(self.ahead)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -106,6 +112,7 @@ def generate(
     prompt: Prompt,
     max_new_tokens: int = 64,
     predictor: Predictor | None = None,
+    prefetch_at: PrefetchAt = "prompt",
     streamer: Any = None,
     **sampling: Any,
 ) -> Generation:
@@ -120,7 +127,11 @@ def generate(
         tokenizer: The model's.
         prompt: Text, or token ids.
         max_new_tokens: At most so many; end-of-text may come first.
-        predictor: Names experts to prefetch before the prompt's forward pass.
+        predictor: Names experts to prefetch, as many per layer as there are slots.
+        prefetch_at: ``prompt``: before the prompt's forward pass, which then waits for fewer
+            loads, but evicts what was prefetched if it uses more experts than there are slots.
+            ``completion``: between the prompt's forward pass and the next, on the clock of the
+            tokens after the first.
         streamer: Gets tokens as they come; see transformers.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
@@ -129,8 +140,10 @@ def generate(
         TokenizerError: ids that the model does not know.
         ModelError: the predictor belongs to another model.
         AttachError: a predictor without a handle to prefetch through.
-        ValueError: *max_new_tokens* below 1.
+        ValueError: *max_new_tokens* below 1, or an unknown *prefetch_at*.
     """
+    if prefetch_at not in ("prompt", "completion"):
+        raise ValueError(f"prefetch_at must be prompt or completion, got {prefetch_at!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     if predictor is not None:
@@ -153,7 +166,11 @@ def generate(
 
     start_s = time.perf_counter()
     if predictor is not None and handle is not None:
-        handle.prefetch(predictor.top(ids, handle.slots))
+        ahead = predictor.top(ids, handle.slots)
+        if prefetch_at == "prompt":
+            handle.prefetch(ahead)
+        else:
+            watch.ahead = ahead
     predictor_s = time.perf_counter() - start_s
     with torch.inference_mode():
         output = model.generate(

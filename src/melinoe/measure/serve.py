@@ -7,7 +7,7 @@ import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.errors import DataError
-from melinoe.generate import Generation, Prompt, generate
+from melinoe.generate import Generation, PrefetchAt, Prompt, generate
 from melinoe.measure.machine import machine
 from melinoe.predictor import Predictor
 from melinoe.runtime.attach import Handle
@@ -40,6 +40,7 @@ def serve(
     *,
     label: str,
     strategy: str = "",
+    prefetch_at: PrefetchAt = "prompt",
     link: EmulatedLink | None = None,
     cold: bool = True,
     repeat: int = 1,
@@ -55,7 +56,7 @@ def serve(
 
     - ``hit_rate``: share of uses (token x choice) whose expert was resident.
     - ``adjusted_hit_rate``: 1 - (demand + prefetch loads) / uses. Prefetches are charged in full,
-      although they also serve the prompt's forward pass.
+      also where they serve the prompt's forward pass.
     - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
     - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart.
     - ``prefill_transfers``: demand loads of the prompt's forward pass, per prompt.
@@ -71,9 +72,10 @@ def serve(
         tokenizer: The model's.
         prompts: At least one.
         max_new_tokens: At most so many for each; at least 2.
-        predictor: Prefetches before each prompt.
+        predictor: Names experts to prefetch for each prompt.
         label: The model's name in tables.
         strategy: What is done about misses, for tables; ``""`` names policy and prefetch.
+        prefetch_at: As in `melinoe.generate.generate`.
         link: The emulated link that *handle* was made with, if any.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
         repeat: Runs per prompt, for steadier times.
@@ -96,7 +98,14 @@ def serve(
         if cold:
             handle.reset_cache()
         return generate(
-            model, handle, tokenizer, prompt, max_new_tokens, predictor=predictor, **sampling
+            model,
+            handle,
+            tokenizer,
+            prompt,
+            max_new_tokens,
+            predictor=predictor,
+            prefetch_at=prefetch_at,
+            **sampling,
         )
 
     for _ in range(warmup):
@@ -108,15 +117,15 @@ def serve(
         generations.append([run(prompt) for _ in range(repeat)])
         if progress is not None and (number % step == 0 or number == len(prompts)):
             progress(f"{label}: served {number} of {len(prompts)} prompts")
-    prefetch = "learned" if predictor is not None else "none"
-    default = f"{handle.policy}, {prefetch} prefetch" if predictor else handle.policy
+    default = handle.policy if predictor is None else f"{handle.policy}, prefetch"
     first = handle.layers[0]
     return serve_record(
         generations,
         kind="serve",
         model=label,
         strategy=strategy or default,
-        prefetch=prefetch,
+        prefetch="none" if predictor is None else "learned",
+        prefetch_at=None if predictor is None else prefetch_at,
         slots=handle.slots,
         num_experts=first.num_experts,
         top_k=_top_k(generations),
