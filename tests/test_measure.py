@@ -12,6 +12,7 @@ from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.errors import DataError
+from melinoe.evaluate import Perplexity, quality_record
 from melinoe.generate import Generation, trace_prompts
 from melinoe.measure import (
     append_jsonl,
@@ -23,8 +24,11 @@ from melinoe.measure import (
     training_record,
     write_json,
 )
+from melinoe.predictor import Comparison
+from melinoe.report.schema import check
 from melinoe.runtime.attach import attach
 from melinoe.runtime.transfer import EmulatedLink
+from melinoe.stats import bootstrap
 
 PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20 w2", "w30 w11 w12 w13 w14"]
 
@@ -244,6 +248,26 @@ def test_a_trace_of_prompts_alone_has_no_locality():
         locality_record(builder.trace(), "m")
     with pytest.raises(DataError):
         curve_record(builder.trace(), "m", "lru", [1])
+
+
+def test_the_report_accepts_every_kind_of_record():
+    """What is measured here is what is checked there, field by field."""
+    perplexity = Perplexity(np.asarray([2.0, 1.0]), np.asarray([2.0, 1.0]))
+    half = bootstrap([0.5, 0.5])
+    recall = {name: half for name in ("empty", "popularity", "prefill", "learned")}
+    comparison = Comparison(4, recall, ceiling=half, gain=bootstrap([0.0, 0.0]))
+    records = [
+        serve_record(
+            [[generation([0, 1])]], kind="serve", model="m", strategy="lru", slots=3, num_experts=8
+        ),
+        quality_record(perplexity, "m", "gsm8k", True),
+        locality_record(small_trace(), "m"),
+        curve_record(small_trace(), "m", "belady", [1, 2]),
+        comparison.to_record("m"),
+        training_record("m", [{"step": 1, "nll": 2.0}], {"steps": 1}),
+    ]
+    for record in records:
+        assert check(json.loads(json.dumps(record)), "here") == record["kind"]
 
 
 def test_a_training_record_keeps_the_steps_alone():
