@@ -19,7 +19,7 @@ ROOMS = [
     ["generate"],
     ["evaluate", "measure"],
     ["report"],
-    ["demo", "doctor", "cli"],
+    ["demo", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 

@@ -183,7 +183,13 @@ class DemoSettings:
     prompts: int = setting(24, "held-out prompts that are generated from")
     max_new_tokens: int = setting(64, "generated per prompt", unit="tokens")
     slots: float = setting(0.25, "resident experts", unit="share of a layer's experts")
-    link_bytes_per_s: float = setting(25e9, "bandwidth of the emulated link", unit="bytes/s")
+    eval_length: int = setting(512, "longest text behind a perplexity", unit="tokens")
+    other_documents: int = setting(16, "documents of each other corpus behind its perplexity")
+    predictor_prompts: int = setting(160, "training prompts that the predictor learns from")
+    predictor_tokens: int = setting(48, "generated for each of those", unit="tokens")
+    # One expert of the shipped model is 171 times smaller than OLMoE-1B-7B's. At this bandwidth its
+    # transfer takes as long as that one's over 25 GB/s (PCIe 4): about half a millisecond.
+    link_bytes_per_s: float = setting(150e6, "bandwidth of the emulated link", unit="bytes/s")
     link_latency_s: float = setting(10e-6, "latency of the emulated link per transfer", unit="s")
     seed: int = setting(0, "decides everything that is random")
 

@@ -1,0 +1,68 @@
+"""The application, and what every command has in common: one-line errors and exit codes."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from melinoe.cli import demo, doctor, evaluate, finetune, generate, predictor, report, trace
+from melinoe.errors import MelinoeError
+
+app = typer.Typer(
+    name="melinoe",
+    help="Run Mixture-of-Experts language models in a fraction of their memory, and measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("demo")(demo.command)
+app.command("doctor")(doctor.command)
+app.command("finetune")(finetune.command)
+app.command("trace")(trace.command)
+app.add_typer(predictor.app, name="predictor")
+app.command("generate")(generate.command)
+app.command("simulate")(trace.simulate_command)
+app.command("evaluate")(evaluate.command)
+app.command("report")(report.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"melinoe {version('melinoe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Options of every command."""
+    if debug:
+        os.environ["MELINOE_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line: exit 0, 1 for what a user can put right, 2 for wrong usage."""
+    try:
+        app()
+    except MelinoeError as error:
+        if os.environ.get("MELINOE_DEBUG"):
+            raise
+        print(f"melinoe: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("melinoe: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); what it wanted, it got.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,24 @@
+"""`melinoe demo`: the main job on the shipped model, from text to table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from melinoe.cli import options
+
+
+def command(
+    out: options.Out = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
+    quick: Annotated[
+        bool, typer.Option(help="A minute instead of eight: the same path, worthless figures.")
+    ] = False,
+) -> None:
+    """Fine-tune the shipped model twice, trace, predict, serve; print a table, write a report."""
+    from melinoe.checkpoint import check_output
+    from melinoe.demo import run
+
+    check_output(out)
+    options.quiet()
+    run(out, seed=seed, quick=quick, say=options.say)

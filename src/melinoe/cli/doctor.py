@@ -1,0 +1,65 @@
+"""`melinoe doctor`: what a model is, and what fits."""
+
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from melinoe.cli import options
+
+
+def command(
+    model: options.Model,
+    expert_memory: Annotated[
+        list[str] | None,
+        typer.Option(help="A memory budget for resident experts, as in 8GiB; may be repeated."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
+    from melinoe.checkpoint import describe
+    from melinoe.errors import UnsupportedModelError
+    from melinoe.runtime.budget import format_bytes, memory_of, slots_for
+
+    options.quiet()
+    about = describe(options.resolve(model))
+    if not about.supported:
+        raise UnsupportedModelError(about.reason)
+    layers: Any = [
+        SimpleNamespace(num_experts=experts, block_bytes=size) for experts, size in about.layers
+    ]
+    fits = []
+    for budget in expert_memory or []:
+        slots = slots_for(budget, layers)
+        fits.append({"expert_memory": budget, "slots": slots, "bytes": memory_of(slots, layers)})
+    if as_json:
+        options.show_json(about.to_dict() | {"budgets": fits})
+        return
+    rows: list[dict[str, Any]] = [
+        {"": "family", " ": f"{about.model_type} ({about.architecture})"},
+        {"": "weights", " ": "present" if about.weights else "absent: from its config alone"},
+        {"": "type", " ": about.dtype},
+        {"": "MoE layers", " ": about.moe_layers},
+        {"": "experts a layer", " ": about.num_experts},
+        {"": "used by a token", " ": about.top_k},
+        {"": "one expert", " ": format_bytes(about.bytes_per_expert)},
+        {"": "all experts", " ": format_bytes(about.expert_bytes)},
+        {"": "all else", " ": format_bytes(about.backbone_bytes)},
+    ]
+    quarter = max(1, about.num_experts // 4)
+    rows.append(
+        {
+            "": "smallest budget",
+            " ": f"{format_bytes(memory_of(1, layers))} (one expert a layer)",
+        }
+    )
+    rows.append({"": "a quarter of the experts", " ": format_bytes(memory_of(quarter, layers))})
+    for fit in fits:
+        rows.append(
+            {
+                "": f"in {fit['expert_memory']}",
+                " ": f"{fit['slots']} of {about.num_experts} experts a layer "
+                f"({format_bytes(fit['bytes'])})",
+            }
+        )
+    options.show_table(model, rows)

@@ -1,0 +1,74 @@
+"""`melinoe generate`: prompt to text, with few experts resident."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from melinoe.cli import options
+
+
+def command(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    max_new_tokens: options.NewTokens = 64,
+    slots: options.Slots = None,
+    expert_memory: options.ExpertMemory = None,
+    policy: options.Policy = "lru",
+    store: options.StoreKind = "auto",
+    predictor: Annotated[
+        Path | None, typer.Option(help="Prefetch what this predictor names before the prompt.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Above 0: sample; 0: the likeliest token.", min=0.0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Generate text with few experts resident; the text to stdout, what it cost to stderr."""
+    import sys
+
+    import torch
+
+    from melinoe.generate import generate
+    from melinoe.predictor import Predictor
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded, handle, tokenizer = options.open_model(
+        model, device, dtype, slots, expert_memory, policy, store
+    )
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    streamer = None
+    if not as_json:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result = generate(
+        loaded,
+        handle,
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        predictor=Predictor.load(predictor) if predictor else None,
+        streamer=streamer,
+        **sampling,
+    )
+    cost = {
+        "slots": handle.slots,
+        "expert_memory_bytes": handle.expert_memory_bytes,
+        "hit_rate": result.counters.hit_rate("completion"),
+        "transfers_per_token": result.counters.transfers_per_token(),
+        "ttft_s": result.ttft_s,
+        "tokens_per_s": result.tokens_per_s,
+    }
+    if as_json:
+        options.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
+    else:
+        options.say("  ".join(f"{name} {value}" for name, value in _short(cost).items()))
+
+
+def _short(cost: dict) -> dict:
+    return {name: round(v, 3) if isinstance(v, float) else v for name, v in cost.items()}

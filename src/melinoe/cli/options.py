@@ -1,0 +1,129 @@
+"""Options that several commands share, each said once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint directory or hub name; `tiny` is the model that ships.")
+]
+Slots = Annotated[
+    int | None,
+    typer.Option(help="Experts resident in each layer. Default: a quarter of them.", min=1),
+]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory for resident experts of all layers, as in 8GiB; instead of --slots."),
+]
+Policy = Annotated[str, typer.Option(help="Which resident expert leaves: lru, lfu.")]
+StoreKind = Annotated[
+    str,
+    typer.Option(
+        help="Where the other experts live: ram, pinned, disk; auto is pinned on CUDA, else ram."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Out = Annotated[Path, typer.Option(help="Where to write; must not exist, or be empty.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to generate for each prompt.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Use only the first examples.", min=1)]
+
+
+def resolve(model: str) -> str:
+    """The path behind a model's name: `tiny` is the shipped one, all else is taken as given."""
+    if model == "tiny":
+        from melinoe.shipped import TINY_OLMOE
+
+        return str(TINY_OLMOE)
+    return model
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is one."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet() -> None:
+    """Silence the libraries' own progress bars and notices; ours go to stderr."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """Progress and notes, to stderr, so that stdout holds data alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    """JSON to stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def show_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows of equal keys as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in rows[0]:
+        table.add_column(
+            name.replace("_", " "), justify="left" if _is_text(rows, name) else "right"
+        )
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def _is_text(rows: list[dict[str, Any]], name: str) -> bool:
+    return any(isinstance(row[name], str) for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value)
+
+
+def open_model(
+    model: str,
+    device: str,
+    dtype: str,
+    slots: int | None,
+    expert_memory: str | None,
+    policy: str,
+    store: str,
+    **more: Any,
+) -> tuple[Any, Any, Any]:
+    """A model with few resident experts, its handle and its tokenizer; a quarter if not told."""
+    from melinoe.checkpoint import describe, load_tokenizer
+    from melinoe.config import ServeSettings, experts_in_share
+    from melinoe.runtime.load import load
+
+    quiet()
+    path = resolve(model)
+    if slots is None and expert_memory is None:
+        about = describe(path)
+        slots = experts_in_share(ServeSettings().slots, about.num_experts)
+    loaded, handle = load(
+        path,
+        device=resolve_device(device),
+        dtype=dtype,
+        slots=slots,
+        expert_memory=expert_memory,
+        policy=policy,
+        store=store,
+        **more,
+    )
+    return loaded, handle, load_tokenizer(path, loaded.config)

@@ -1,0 +1,249 @@
+"""
+The main job on the shipped model, from text to table: what `make demo` runs.
+
+Nothing here is canned: every figure is measured in this run, by the stages that everybody uses.
+
+    1. fine-tune the shipped model twice on GSM8K: next token only (the control), and for locality
+    2. perplexity of all three on held-out GSM8K and on six other kinds of text
+    3. trace their routing on held-out prompts; fit the predictor on prompts from the training part
+    4. serve with few experts resident, the rest on disk: as the link is, and on an emulated one
+    5. a table, and a report with figures
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melinoe.cache.trace import Trace
+from melinoe.checkpoint import check_output, describe, load_tokenizer
+from melinoe.config import DemoSettings, experts_in_share
+from melinoe.data import encode, load_examples
+from melinoe.evaluate import perplexity, perplexity_increase, quality_record
+from melinoe.finetune import finetune
+from melinoe.generate import prompt_ids, trace_prompts
+from melinoe.measure import (
+    append_jsonl,
+    curve_record,
+    locality_record,
+    machine,
+    serve,
+    training_record,
+)
+from melinoe.predictor import Predictor, compare, fit
+from melinoe.report import render_table, write_report
+from melinoe.runtime.load import load
+from melinoe.runtime.transfer import EmulatedLink
+from melinoe.shipped import GSM8K_TEST, GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
+
+BASE, CONTROL, TUNED = "base", "control", "fine-tuned"
+PREFETCH = "fine-tuned + prefetch"
+IN_DOMAIN = "gsm8k"
+
+
+def quick_settings() -> DemoSettings:
+    """The same path in about a minute; the figures mean nothing."""
+    return DemoSettings(
+        train_examples=64,
+        steps=6,
+        eval_examples=8,
+        prompts=4,
+        predictor_prompts=16,
+        predictor_tokens=8,
+        other_documents=2,
+        max_new_tokens=8,
+    )
+
+
+def run(
+    out: Path,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    say: Callable[[str], None],
+    base: Path = TINY_OLMOE,
+) -> None:
+    """
+    Run everything, print the table, leave checkpoints, records and the report in *out*.
+
+    Args:
+        out: Directory to write; must not exist, or be empty.
+        seed: Decides data order, adapters and predictor.
+        quick: A minute instead of eight, for trying the path; the figures mean nothing.
+        say: Told of progress, a line at a time.
+        base: Checkpoint to start from.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+    """
+    settings = replace(quick_settings() if quick else DemoSettings(), seed=seed)
+    Demo(check_output(out), settings, base, say).run()
+
+
+class Demo:
+    """One run: its settings, where it writes, and how long each stage took."""
+
+    def __init__(self, out: Path, settings: DemoSettings, base: Path, say: Callable[[str], None]):
+        self.out, self.settings, self.say = out, settings, say
+        self.records = out / "records.jsonl"
+        self.paths = {BASE: base, CONTROL: out / "control", TUNED: out / "fine-tuned"}
+        self.seconds: dict[str, float] = {}
+        self.about = describe(str(base))
+        self.slots = experts_in_share(settings.slots, self.about.num_experts)
+
+    def run(self) -> None:
+        """All stages in turn."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        prompts = [e.prompt for e in load_examples(GSM8K_TEST, limit=self.settings.prompts)]
+        with self._stage("fine-tune"):
+            self._finetune()
+        with self._stage("perplexity"):
+            self._perplexity()
+        with self._stage("trace"):
+            traces = {name: self._trace(name, prompts) for name in self.paths}
+            self._locality(traces)
+        with self._stage("predictor"):
+            predictor = self._predictor()
+        with self._stage("serve"):
+            self._serve(prompts, predictor)
+        self._write(
+            {
+                "kind": "demo",
+                "settings": asdict(self.settings),
+                "seconds": self.seconds,
+                "machine": machine(),
+            }
+        )
+        write_report([self.records], self.out / "report.html")
+        print(render_table([self.records], "text"))
+        self.say(f"report: {self.out / 'report.html'}  (and report.md, records.jsonl beside it)")
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.say(f"== {name}")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        self.say(f"   {self.seconds[name]:.0f} s")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        append_jsonl(self.records, record)
+
+    def _finetune(self) -> None:
+        examples = load_examples(GSM8K_TRAIN, limit=self.settings.train_examples)
+        ours = self.settings.finetune()
+        for name, settings in ((CONTROL, ours.control()), (TUNED, ours)):
+
+            def progress(row: dict[str, Any], name: str = name) -> None:
+                terms = "  ".join(
+                    f"{term} {row[term]:.3f}" for term in ("nll", "cache", "rank") if term in row
+                )
+                self.say(f"   {name}: step {row['step']} of {row['steps']}  {terms}")
+
+            result = finetune(
+                self.paths[BASE], examples, self.paths[name], settings, progress=progress
+            )
+            self._write(training_record(name, result.log, asdict(settings)))
+
+    def _open(self, name: str, slots: int, **more: Any) -> tuple[Any, Any, Any]:
+        """A model from its checkpoint, through the loader that opens any hub checkpoint."""
+        path = str(self.paths[name])
+        model, handle = load(path, slots=slots, dtype=torch.float32, **more)
+        return model, handle, load_tokenizer(path, model.config)
+
+    def _perplexity(self) -> None:
+        domains = {IN_DOMAIN: GSM8K_TEST} | {p.stem: p for p in sorted(HELD_OUT.glob("*.jsonl"))}
+        in_domain, other = self.settings.eval_examples, self.settings.other_documents
+        measured: dict[tuple[str, str], Any] = {}
+        for name in self.paths:
+            model, handle, tokenizer = self._open(name, self.about.num_experts)
+            for domain, path in domains.items():
+                examples = load_examples(path, limit=in_domain if domain == IN_DOMAIN else other)
+                encoded = encode(examples, tokenizer, self.settings.eval_length)
+                measured[name, domain] = perplexity(model, encoded)
+            handle.detach()
+        for (name, domain), found in measured.items():
+            more = {}
+            if name == TUNED:
+                over = perplexity_increase(found, measured[CONTROL, domain])
+                more["increase_over_control"] = over.to_dict()
+            self._write(quality_record(found, name, domain, domain == IN_DOMAIN, **more))
+
+    def _trace(self, name: str, prompts: list[str]) -> Trace:
+        model, handle, tokenizer = self._open(name, self.about.num_experts)
+        trace = trace_prompts(model, handle, tokenizer, prompts, self.settings.max_new_tokens)
+        handle.detach()
+        trace.save(self.out / f"trace-{name}.safetensors")
+        return trace
+
+    def _locality(self, traces: dict[str, Trace]) -> None:
+        experts = self.about.num_experts
+        top_k = next(iter(traces.values())).top_k
+        sizes = sorted({top_k, *range(top_k, experts + 1, max(1, experts // 16)), self.slots})
+        for name, trace in traces.items():
+            self._write(locality_record(trace, name))
+            if name == CONTROL:
+                continue
+            for policy in ("lru", "lfu", "belady"):
+                self._write(curve_record(trace, name, policy, sizes))
+
+    def _predictor(self) -> Predictor:
+        """Fitted on completions of prompts from the training part, judged across folds of them."""
+        examples = load_examples(GSM8K_TRAIN, limit=self.settings.predictor_prompts)
+        model, handle, tokenizer = self._open(TUNED, self.about.num_experts)
+        prompts = [e.prompt for e in examples]
+        trace = trace_prompts(
+            model,
+            handle,
+            tokenizer,
+            prompts,
+            self.settings.predictor_tokens,
+            progress=lambda text: self.say(f"   {text}"),
+        )
+        handle.detach()
+        embeddings = model.get_input_embeddings().weight
+        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+        found = compare(trace, ids, embeddings, self.slots, seed=self.settings.seed)
+        self._write(found.to_record(TUNED))
+        predictor = fit(trace, ids, embeddings, self.slots, seed=self.settings.seed)
+        predictor.save(self.out / "predictor")
+        return predictor
+
+    def _serve(self, prompts: list[str], predictor: Predictor) -> None:
+        """Four strategies on the link as it is, and on an emulated one; the store is on disk."""
+        settings = self.settings
+        for emulated in (False, True):
+            for strategy, name in (
+                (BASE, BASE),
+                (CONTROL, CONTROL),
+                (TUNED, TUNED),
+                (PREFETCH, TUNED),
+            ):
+                link = (
+                    EmulatedLink(settings.link_bytes_per_s, settings.link_latency_s)
+                    if emulated
+                    else None
+                )
+                model, handle, tokenizer = self._open(name, self.slots, store="disk", link=link)
+                record = serve(
+                    model,
+                    handle,
+                    tokenizer,
+                    prompts,
+                    settings.max_new_tokens,
+                    predictor if strategy == PREFETCH else None,
+                    label=name,
+                    strategy=strategy,
+                    link=link,
+                )
+                handle.detach()
+                self._write(record)
+                self.say(
+                    f"   {strategy}{', emulated link' if emulated else ''}: "
+                    f"{record['transfers_per_token']['mean']:.2f} transfers a token, "
+                    f"{record['tokens_per_s']['mean']:.0f} tokens/s"
+                )

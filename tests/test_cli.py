@@ -1,0 +1,298 @@
+"""The command line: what it prints, and that bad input gives one sentence and an exit code."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from melinoe.cli import app as cli
+from tests.small_olmoe import tiny_model, words_tokenizer
+
+COMMANDS = [
+    "demo",
+    "doctor",
+    "finetune",
+    "trace",
+    "predictor",
+    "generate",
+    "simulate",
+    "evaluate",
+    "report",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random OLMoE in the hub's layout."""
+    path = tmp_path_factory.mktemp("model") / "olmoe"
+    tiny_model().save_pretrained(path)
+    words_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*arguments, monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
+    monkeypatch.delenv("MELINOE_DEBUG", raising=False)
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def melinoe(monkeypatch, capsys):
+    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def refused(result, *words):
+    """One line on stderr that holds *words*, nothing on stdout, exit 1."""
+    code, out, err = result
+    assert code == 1
+    assert out == ""
+    assert err.startswith("melinoe: ") and err.count("\n") == 1, err
+    for word in words:
+        assert str(word) in err, err
+
+
+def test_help_takes_under_half_a_second_of_processor_time():
+    """Help never imports torch; the processor's time is what a loaded machine cannot inflate."""
+    before = os.times()
+    result = subprocess.run(
+        [sys.executable, "-m", "melinoe", "--help"], capture_output=True, text=True, check=True
+    )
+    after = os.times()
+    spent = after.children_user - before.children_user
+    spent += after.children_system - before.children_system
+    assert spent < 0.5
+    assert all(name in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, melinoe):
+    """`melinoe COMMAND --help` exits 0 and says how to use it."""
+    code, out, _ = melinoe(command, "--help")
+    assert code == 0
+    assert f"melinoe {command}" in out
+
+
+def test_wrong_usage_exits_with_2(melinoe):
+    """An unknown option is wrong usage."""
+    assert melinoe("doctor", "somewhere", "--no-such-option")[0] == 2
+
+
+def test_doctor_states_bytes_that_follow_from_the_shape(checkpoint, melinoe):
+    """Hidden 16, expert width 8, float32: one expert is 3 x 16 x 8 x 4 = 1,536 bytes."""
+    code, out, _ = melinoe("doctor", checkpoint, "--json", "--expert-memory", "6KiB")
+    about = json.loads(out)
+    assert code == 0
+    assert about["bytes_per_expert"] == 1536
+    assert about["expert_bytes"] == 1536 * 8 * 2
+    assert (about["moe_layers"], about["num_experts"], about["top_k"]) == (2, 8, 2)
+    assert about["budgets"] == [{"expert_memory": "6KiB", "slots": 2, "bytes": 6144}]
+
+
+def test_doctor_prints_a_table(checkpoint, melinoe):
+    """The same for people."""
+    code, out, _ = melinoe("doctor", checkpoint)
+    assert code == 0
+    assert "olmoe (OlmoeForCausalLM)" in out and "1.5KiB" in out
+
+
+def test_a_budget_below_the_smallest_is_refused_with_the_smallest(checkpoint, melinoe):
+    """One expert in each of two layers is 3,072 bytes."""
+    refused(melinoe("doctor", checkpoint, "--expert-memory", "3000"), "3072")
+    refused(melinoe("generate", checkpoint, "w3", "--expert-memory", "3000"), "3072")
+
+
+def test_generate_is_the_same_at_every_budget(checkpoint, melinoe):
+    """One slot and all slots give the same ids, and the text goes to stdout alone."""
+    ids = []
+    for slots in (1, 8):
+        code, out, _ = melinoe(
+            "generate", checkpoint, "w3 w4 w5", "--slots", slots, "--max-new-tokens", 6, "--json"
+        )
+        assert code == 0
+        ids.append(json.loads(out)["ids"])
+    assert ids[0] == ids[1] and len(ids[0]) == 6
+
+
+def test_trace_predict_simulate_and_generate_in_a_row(checkpoint, prompts, tmp_path, melinoe):
+    """Each stage reads what the one before wrote."""
+    trace, predictor = tmp_path / "trace.safetensors", tmp_path / "predictor"
+    code, _, err = melinoe(
+        "trace", checkpoint, "--data", prompts, "--out", trace, "--max-new-tokens", 4
+    )
+    assert code == 0, err
+    code, out, _ = melinoe("simulate", trace, "--slots", 8, "--slots", 1, "--json")
+    rows = json.loads(out)
+    assert [(r["policy"], r["slots"]) for r in rows][:2] == [("lru", 8), ("lru", 1)]
+    # With every expert resident nothing is loaded twice, and one slot can serve no second expert.
+    assert rows[0]["transfers_per_token"] <= 16 / 36
+    assert rows[1]["transfers_per_token"] >= 2.0
+    code, out, err = melinoe(
+        "predictor",
+        "fit",
+        trace,
+        "--model",
+        checkpoint,
+        "--data",
+        prompts,
+        "--out",
+        predictor,
+        "--json",
+    )
+    assert code == 0, err
+    assert set(json.loads(out)["recall"]) == {"empty", "popularity", "prefill", "learned"}
+    code, out, err = melinoe(
+        "generate", checkpoint, "w3 w4", "--predictor", predictor, "--max-new-tokens", 3, "--json"
+    )
+    assert code == 0, err
+    assert len(json.loads(out)["ids"]) == 3
+
+
+def test_finetune_then_evaluate_against_the_base(checkpoint, prompts, tmp_path, melinoe):
+    """Two steps write a checkpoint that the other commands open."""
+    out = tmp_path / "tuned"
+    code, _, err = melinoe(
+        "finetune", checkpoint, "--data", prompts, "--out", out, "--steps", 2, "--batch-size", 2
+    )
+    assert code == 0, err
+    assert "model.layers.0.mlp.experts.7.down_proj.weight" in load_file(out / "model.safetensors")
+    code, stdout, err = melinoe(
+        "evaluate", out, "--data", prompts, "--against", checkpoint, "--json"
+    )
+    assert code == 0, err
+    rows = json.loads(stdout)
+    assert [row["measure"] for row in rows] == ["perplexity", "perplexity", "perplexity increase"]
+    again = melinoe("finetune", checkpoint, "--data", prompts, "--out", out, "--steps", 2)
+    refused(again, out)
+
+
+def test_bad_data_names_the_file_and_the_line(checkpoint, tmp_path, melinoe):
+    """Empty, malformed and missing files."""
+    out = tmp_path / "out"
+    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
+    empty.write_text("")
+    broken.write_text('{"text": "w3"}\n{"text": \n')
+    for arguments, words in (
+        ((empty,), ("empty.jsonl", "no rows")),
+        ((broken,), ("broken.jsonl:2",)),
+        ((tmp_path / "absent.jsonl",), ("absent.jsonl",)),
+    ):
+        refused(melinoe("finetune", checkpoint, "--data", *arguments, "--out", out), *words)
+        assert not out.exists()
+
+
+def copy_of(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_a_torn_shard_is_named(checkpoint, tmp_path, melinoe):
+    """A file that ends early is no checkpoint."""
+    copy = copy_of(checkpoint, tmp_path)
+    shard = copy / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(melinoe("generate", copy, "w3"), "model.safetensors")
+
+
+def test_a_missing_expert_is_named(checkpoint, tmp_path, melinoe):
+    """Experts are never made up."""
+    copy = copy_of(checkpoint, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    refused(melinoe("generate", copy, "w3"), "experts")
+
+
+def test_a_dense_model_an_undecorated_and_a_quantised_one_are_refused(
+    checkpoint, tmp_path, melinoe
+):
+    """By name, before any weight is read."""
+    for name, change, words in (
+        ("dense", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ("expert",)),
+        (
+            "undecorated",
+            {"model_type": "switch_transformers", "architectures": ["SwitchTransformersModel"]},
+            ("switch_transformers",),
+        ),
+        ("unknown", {"model_type": "no_such_family", "architectures": ["NoSuch"]}, ("no_such",)),
+        ("quantised", {"quantization_config": {"quant_method": "fp8"}}, ("fp8",)),
+    ):
+        directory = tmp_path / name
+        directory.mkdir()
+        config = json.loads((checkpoint / "config.json").read_text()) | change
+        (directory / "config.json").write_text(json.dumps(config))
+        refused(melinoe("doctor", directory), *words)
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path, melinoe):
+    """One with more tokens than the model has embeddings would index outside of them."""
+    copy = copy_of(checkpoint, tmp_path)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"x{i}": 32 + i for i in range(8)}
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(melinoe("generate", copy, "w3"), "token")
+
+
+def test_a_malformed_trace_is_refused(tmp_path, melinoe):
+    """Text, and a truncated file."""
+    trace = tmp_path / "trace.safetensors"
+    trace.write_text("no trace")
+    refused(melinoe("simulate", trace), "trace.safetensors")
+    refused(melinoe("simulate", tmp_path / "absent.safetensors"), "absent.safetensors")
+
+
+def test_a_trace_of_another_model_fits_no_predictor(checkpoint, prompts, tmp_path, melinoe):
+    """The fingerprint of the routers tells models of one shape apart."""
+    other = tmp_path / "other"
+    tiny_model(seed=7).save_pretrained(other)
+    words_tokenizer().save_pretrained(other)
+    trace = tmp_path / "trace.safetensors"
+    assert melinoe("trace", other, "--data", prompts, "--out", trace, "--max-new-tokens", 3)[0] == 0
+    result = melinoe(
+        "predictor",
+        "fit",
+        trace,
+        "--model",
+        checkpoint,
+        "--data",
+        prompts,
+        "--out",
+        tmp_path / "predictor",
+    )
+    refused(result, "another model")
+    assert not (tmp_path / "predictor").exists()
+
+
+def test_an_unknown_policy_names_the_known_ones(checkpoint, melinoe):
+    """So that the next try works."""
+    refused(melinoe("generate", checkpoint, "w3", "--policy", "magic"), "lru", "lfu")
+
+
+def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path, melinoe):
+    """Nothing written before is lost."""
+    (tmp_path / "mine").write_text("precious")
+    started = time.monotonic()
+    refused(melinoe("demo", "--out", tmp_path), tmp_path)
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "mine").read_text() == "precious"
