@@ -61,7 +61,8 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
             ignore_mismatched_sizes=True,  # collected, and refused below in one sentence
             output_loading_info=True,
         )
-    _refuse_gaps(checkpoint.name, info)
+    given = {f"{layer.name}.{t.name}" for layer in checkpoint.layers for t in layer.tensors}
+    _refuse_gaps(checkpoint.name, info, given)
     model.__class__ = checkpoint.model_class
     for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)
@@ -86,8 +87,9 @@ def _without_experts(model_class: Any) -> Any:
             module: Any = layer.module
             for tensor in layer.tensors:
                 assert module._parameters[tensor.name].is_meta  # not a byte was ever given
-                # None is neither loaded, missed, initialised nor counted.
-                module._parameters[tensor.name] = None
+                # Not None: some families' own initialisation and tying expect a parameter here.
+                empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device="cpu")
+                module._parameters[tensor.name] = nn.Parameter(empty)
             module._is_hf_initialized = True
 
     # The same name and module: transformers chooses its conversions by the class's name.
@@ -95,9 +97,9 @@ def _without_experts(model_class: Any) -> Any:
     return type(model_class.__name__, (model_class,), body)
 
 
-def _refuse_gaps(name: str, info: dict) -> None:
+def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
     """A weight that the files do not give is an error, never a random one."""
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - experts)
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of the model's tensors, first {missing[0]}; a shard or "

@@ -151,11 +151,14 @@ def _sources(
     }
     found, backbone = split(group_by_parameter(model, files), shapes)
     cache = LayerCache(max(len(layer.tensors) for layer in layers))
+    tied = model.all_tied_weights_keys
     sources = []
     for layer in layers:
         readers = {}
         for tensor in layer.tensors:
             name = f"{layer.name}.{tensor.name}"
+            if name not in found and tied.get(name) in found:
+                name = tied[name]  # stored once for two layers that share their experts
             if name not in found:
                 raise CheckpointError(
                     f"the checkpoint has no tensor for {name}; a shard or a part of its index is "
