@@ -9,6 +9,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import LRU, DecayedLFU
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import hit_rate_curve, simulate
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 
@@ -95,6 +96,23 @@ def test_belady_with_resets_costs_no_more_than_alone():
     for sequence, counters in enumerate(with_reset.per_sequence):
         alone = simulate(trace.select([sequence]), 4, "belady").counters
         assert counters == alone
+
+
+def test_a_prefetch_at_the_completion_comes_after_the_prompt_has_evicted():
+    """Two slots, prompt {0,1,2}, completion {0,1}: only the later prefetch is still there."""
+    builder = TraceBuilder(1, 4, 2)
+    builder.add_forward(np.array([[[0, 1]], [[1, 2]]]), 0, 0)
+    builder.add_forward(np.array([[[0, 1]]]), 0, 1)
+    trace = builder.trace()
+    wanted = {0: [[0, 1]]}
+    early = simulate(trace, 2, prefetch=wanted).counters
+    late = simulate(trace, 2, prefetch=wanted, prefetch_at="completion").counters
+    # The prompt: hits {0,1} after the early prefetch and streams 2 over 0, the older; without it,
+    # 0 and 2 come first and 1, used twice, last, over 0.
+    assert early.loads.tolist() == [[1], [1]] and early.prefetch_loads.tolist() == [2]
+    assert late.loads.tolist() == [[3], [0]] and late.prefetch_loads.tolist() == [1]
+    with pytest.raises(ValueError, match="prefetch_at"):
+        simulate(trace, 2, prefetch=wanted, prefetch_at="whenever")
 
 
 def test_a_prefetch_comes_before_the_first_pass_and_is_charged_apart():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.counters import Counters
+from melinoe.cache.counters import PHASES, Counters
 from melinoe.cache.policy import Belady, Policy, policy_class
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.requests import ForwardPass
@@ -51,6 +51,7 @@ def simulate(
     policy: str | Callable[[], Policy] = "lru",
     *,
     prefetch: Prefetch | None = None,
+    prefetch_at: str = "prompt",
     reset_between_sequences: bool = False,
     policy_options: Mapping[str, Any] | None = None,
 ) -> Simulation:
@@ -62,15 +63,19 @@ def simulate(
         slots: Slots of every layer, or of each.
         policy: A known name, or a function that makes a new `Policy` for each layer.
         prefetch: Sequence number to the experts to load per layer, the most wanted first; called
-            for each sequence before its first forward pass, ascending where a batch begins. A
-            mapping may leave sequences out.
+            once for each sequence, ascending where a batch begins. A mapping may leave some out.
+        prefetch_at: ``prompt``: before the sequence's first forward pass; ``completion``: before
+            its first forward pass of that phase.
         reset_between_sequences: Empty the cache before each unit's first forward pass.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
-        ValueError: *slots* or a prefetch does not name every layer.
+        ValueError: *slots* or a prefetch does not name every layer; an unknown *prefetch_at*.
     """
+    if prefetch_at not in PHASES:
+        raise ValueError(f"prefetch_at must be one of {', '.join(PHASES)}, got {prefetch_at!r}")
+    earliest = PHASES.index(prefetch_at)
     per_layer = _slots_of_layers(trace, slots)
     makers, name = _policies(trace, policy, dict(policy_options or {}))
     residencies = [
@@ -90,7 +95,7 @@ def simulate(
             for residency in residencies:
                 residency.reset()
         begun_units.add(number)
-        if not begun.issuperset(forward.sequences):
+        if forward.phase >= earliest and not begun.issuperset(forward.sequences):
             for sequence in forward.sequences:
                 if sequence not in begun:
                     begun.add(sequence)
