@@ -43,7 +43,7 @@ def write_checkpoint(out: Path, layers: int) -> dict:
     import torch
     from transformers import OlmoeConfig
 
-    config = OlmoeConfig(num_hidden_layers=layers, dtype="bfloat16")
+    config = OlmoeConfig(num_hidden_layers=layers, intermediate_size=1024, dtype="bfloat16")
     config.architectures = ["OlmoeForCausalLM"]
     config.save_pretrained(out)
     shapes = tensor_shapes(config)

@@ -1,0 +1,45 @@
+"""A small sharded OLMoE checkpoint, to be damaged in known ways."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+
+def write_olmoe(out: Path, *, shard: str = "10KB", dtype=torch.float32, **settings) -> Path:
+    """2 layers, 4 experts, top-2, hidden 16: several shards, in the hub's per-expert layout."""
+    values = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = OlmoeForCausalLM(OlmoeConfig(**values | settings)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(out, max_shard_size=shard)
+    return out
+
+
+def edit_json(path: Path, change) -> None:
+    """Let *change* alter the object that a JSON file holds."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def shard_with(directory: Path, key: str) -> Path:
+    """The shard that the index says holds *key*."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    return directory / index["weight_map"][key]
+
+
+def rewrite(path: Path, change) -> None:
+    """Let *change* alter the tensors of a shard."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,143 @@
+"""What is written loads again under the hub's names; a tokenizer must fit the model beside it."""
+
+import json
+
+import damaged
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models
+from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
+
+import melinoe
+from melinoe.checkpoint import (
+    check_output,
+    describe,
+    load_tokenizer,
+    open_checkpoint,
+    read_metadata,
+    write_metadata,
+    write_model,
+)
+from melinoe.errors import AttachError, CheckpointError, OutputExistsError, TokenizerError
+
+
+@pytest.fixture
+def olmoe(tmp_path):
+    return damaged.write_olmoe(tmp_path / "olmoe")
+
+
+def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
+    vocabulary = {f"w{number}": number for number in range(size)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0", eos_token="w1")
+
+
+def test_a_written_model_has_the_hubs_names_and_loads_again(olmoe, tmp_path):
+    """One tensor per expert and projection, melinoe.json beside them, the same weights."""
+    model = OlmoeForCausalLM.from_pretrained(olmoe)
+    out = tmp_path / "deep" / "out"
+    write_model(model, tokenizer_of(64), out, {"origin": "a test", "capacity": 0.25})
+    with safe_open(out / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in names
+    assert not any("gate_up_proj" in name for name in names)
+    assert read_metadata(out) == {"origin": "a test", "capacity": 0.25}
+    again = OlmoeForCausalLM.from_pretrained(out)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    config = open_checkpoint(str(out)).config
+    assert len(load_tokenizer(str(out), config)) == 64
+
+
+def test_a_taken_place_is_left_as_it_is(olmoe, tmp_path):
+    """A directory with a file in it, and a file: refused, and nothing beside them."""
+    model = OlmoeForCausalLM.from_pretrained(olmoe)
+    (tmp_path / "out").mkdir()
+    assert check_output(tmp_path / "out") == tmp_path / "out"
+    (tmp_path / "out" / "mine").write_text("keep")
+    before = sorted(tmp_path.rglob("*"))
+    for place in (tmp_path / "out", tmp_path / "out" / "mine"):
+        with pytest.raises(OutputExistsError, match="choose another place"):
+            write_model(model, None, place, {})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_half_written_is_left(olmoe, tmp_path):
+    """Metadata that JSON cannot hold fails after the weights were written: they are gone."""
+    model = OlmoeForCausalLM.from_pretrained(olmoe)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_model(model, None, tmp_path / "out", {"loss": float("nan")})
+    assert [p.name for p in tmp_path.iterdir()] == ["olmoe"]
+
+
+def test_an_offloaded_model_is_not_written(olmoe, tmp_path):
+    """Its experts are elsewhere; a checkpoint without them must not come to be."""
+    model, _ = melinoe.load(olmoe, slots=2)
+    with pytest.raises(AttachError, match="detach"):
+        write_model(model, None, tmp_path / "out", {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_is_replaced_whole(tmp_path):
+    """A second write takes the place of the first; one that fails leaves it."""
+    assert read_metadata(tmp_path) == {}
+    write_metadata(tmp_path, {"a": 1})
+    write_metadata(tmp_path, {"b": 2})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_metadata(tmp_path, {"c": float("inf")})
+    assert read_metadata(tmp_path) == {"b": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["melinoe.json"]
+    (tmp_path / "melinoe.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        read_metadata(tmp_path)
+
+
+def test_the_tokenizer_of_another_model_is_refused(olmoe):
+    """65 words for 64 rows: an id without an embedding. 60 words fit a padded embedding."""
+    config = open_checkpoint(str(olmoe)).config
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        load_tokenizer(str(olmoe), config)
+    tokenizer_of(65).save_pretrained(olmoe)
+    with pytest.raises(TokenizerError, match="ids up to 64 and the model has 64 rows"):
+        load_tokenizer(str(olmoe), config)
+    tokenizer_of(60).save_pretrained(olmoe)
+    assert len(load_tokenizer(str(olmoe), config)) == 60
+    config.eos_token_id = 62
+    with pytest.raises(TokenizerError, match="eos token 62 is not in the tokenizer"):
+        load_tokenizer(str(olmoe), config)
+    (olmoe / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        load_tokenizer(str(olmoe), config)
+
+
+def test_a_description_counts_by_hand(olmoe):
+    """2 layers x 4 experts x 3 matrices of 16 x 8 float32; with and without the weights."""
+    found = describe(str(olmoe))
+    assert (found.supported, found.weights, found.model_type) == (True, True, "olmoe")
+    assert (found.moe_layers, found.num_experts, found.top_k) == (2, 4, 2)
+    assert found.bytes_per_expert == 3 * 16 * 8 * 4
+    assert found.expert_bytes == 2 * 4 * found.bytes_per_expert
+    whole = sum(p.numel() * 4 for p in OlmoeForCausalLM.from_pretrained(olmoe).parameters())
+    assert found.backbone_bytes == whole - found.expert_bytes
+    for file in olmoe.glob("model*"):
+        file.unlink()
+    bare = describe(str(olmoe))
+    assert (bare.supported, bare.weights) == (True, False)
+    assert bare.expert_bytes == found.expert_bytes
+    json.dumps(bare.to_dict())
+
+
+def test_a_description_says_why_not(olmoe):
+    """A torn shard, and a quantised config: not supported, with the sentence that loading gives."""
+    shard = next(olmoe.glob("*.safetensors"))
+    shard.write_bytes(b"")
+    found = describe(str(olmoe))
+    assert not found.supported and "is torn" in found.reason and found.moe_layers == 2
+    damaged.edit_json(
+        olmoe / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"})
+    )
+    found = describe(str(olmoe))
+    assert not found.supported and "quantised (fp8)" in found.reason
+    assert found.model_type == "olmoe"
