@@ -34,19 +34,18 @@ def training_order(lengths: Sequence[int], batch: int, seen: int, seed: int) -> 
         seed: Decides it.
     """
     random_numbers = random.Random(seed)
-    order: list[int] = []
-    while len(order) < seen:
+    arranged: list[int] = []
+    while len(arranged) < seen:
         epoch = list(range(len(lengths)))
         random_numbers.shuffle(epoch)
-        order += epoch
-    del order[seen:]
-    window = batch * _BATCHES_SORTED_TOGETHER
-    arranged: list[int] = []
-    for start in range(0, seen, window):
-        part = sorted(order[start : start + window], key=lambda i: (lengths[i], i))
-        batches = [part[at : at + batch] for at in range(0, len(part), batch)]
-        # An incomplete batch stays last, or every later step would straddle two.
-        last = [batches.pop()] if len(batches[-1]) < batch else []
-        random_numbers.shuffle(batches)
-        arranged += [index for one in batches + last for index in one]
-    return arranged
+        # What the epoch before left of a batch is filled up first, or later batches would straddle.
+        head = min(-len(arranged) % batch, len(epoch))
+        arranged += epoch[:head]
+        for start in range(head, len(epoch), batch * _BATCHES_SORTED_TOGETHER):
+            part = epoch[start : start + batch * _BATCHES_SORTED_TOGETHER]
+            part.sort(key=lambda index: (lengths[index], index))
+            batches = [part[at : at + batch] for at in range(0, len(part), batch)]
+            last = [batches.pop()] if len(batches[-1]) < batch else []
+            random_numbers.shuffle(batches)
+            arranged += [index for one in batches + last for index in one]
+    return arranged[:seen]
