@@ -199,6 +199,9 @@ class DemoSettings:
             steps=self.steps,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            learning_rate=1e-3,
+            # 120 steps of a half-trained model: 2.3 times fewer transfers than its control at 5.6 %
+            # higher perplexity; at 0.5 it was 1.7 times and 2.2 %.
+            learning_rate=2e-3,
+            lambda_cache=1.0,
             seed=self.seed,
         )
