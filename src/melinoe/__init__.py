@@ -34,7 +34,7 @@ _HOMES = {
     "simulate": "melinoe.cache.simulator",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0604 - the dictionary's keys are the public names
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

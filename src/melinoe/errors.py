@@ -1,7 +1,7 @@
 """
 Every deliberate error. Each message is one sentence: what happened, and the way out.
 
-    MelinoeError                  anything a user can put right; the command line prints it and exits 1
+    MelinoeError                  anything a user can put right; exit code 1
     |-- ModelError                the model
     |   |-- UnsupportedModelError     its family cannot be served
     |   |-- CheckpointError           its files are missing, torn or of an unsupported kind
@@ -12,7 +12,7 @@ Every deliberate error. Each message is one sentence: what happened, and the way
     |-- BudgetError               a memory budget below the smallest that works
     |-- OutputExistsError         the place to write to is taken
     |-- TrainingError             a fine-tuning run cannot go on
-    `-- AttachError               the runtime is attached where it cannot be, or not attached where it must be
+    `-- AttachError               the runtime is where it cannot be, or is not where it must be
 """
 
 
