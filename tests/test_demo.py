@@ -1,0 +1,81 @@
+"""The demo, run for real in its quick form on the model that ships."""
+
+import json
+
+import pytest
+
+from melinoe.cache.simulator import simulate
+from melinoe.cache.trace import Trace
+from melinoe.demo import run
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Its directory, its records by kind, and what it said."""
+    out, said = tmp_path_factory.mktemp("runs") / "demo", []
+    run(out, quick=True, say=said.append)
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    kinds = {}
+    for record in records:
+        kinds.setdefault(record["kind"], []).append(record)
+    return out, kinds, said
+
+
+def test_every_strategy_is_served_on_both_links(demo):
+    """Four strategies, as the link is and emulated, a quarter of the experts resident."""
+    _, kinds, _ = demo
+    served = {(r["strategy"], r["link"] is not None) for r in kinds["serve"]}
+    names = ("base", "control", "fine-tuned", "fine-tuned + prefetch")
+    assert served == {(name, emulated) for name in names for emulated in (False, True)}
+    assert all(r["slots"] * 4 == r["num_experts"] and r["store"] == "disk" for r in kinds["serve"])
+
+
+@pytest.mark.parametrize("model", ["base", "control", "fine-tuned"])
+def test_what_was_served_is_what_the_trace_simulates_to(demo, model):
+    """The runtime's loads, prompt by prompt, equal a simulation of the separately traced run."""
+    out, kinds, _ = demo
+    trace = Trace.load(out / f"trace-{model}.safetensors")
+    for record in kinds["serve"]:
+        if record["strategy"] != model:
+            continue
+        simulated = simulate(trace, record["slots"], record["policy"], reset_between_sequences=True)
+        loads = [int(c.loads[1].sum()) for c in simulated.per_sequence]
+        assert record["per_prompt"]["loads"] == loads
+
+
+def test_the_control_saw_the_same_examples_and_no_cache_loss(demo):
+    """Equal next-token loss at the first step, before any update; different settings."""
+    _, kinds, _ = demo
+    control, tuned = (
+        next(r for r in kinds["training"] if r["model"] == name)
+        for name in ("control", "fine-tuned")
+    )
+    first = {r["model"]: next(row for row in r["log"] if "nll" in row) for r in (control, tuned)}
+    assert first["control"]["step"] == first["fine-tuned"]["step"] == 1
+    assert first["control"]["nll"] == pytest.approx(first["fine-tuned"]["nll"], rel=1e-5)
+    assert control["settings"]["lambda_cache"] == 0 < tuned["settings"]["lambda_cache"]
+
+
+def test_quality_is_measured_in_and_out_of_domain(demo):
+    """GSM8K and six other corpora for each of the three models."""
+    _, kinds, _ = demo
+    domains = {(r["model"], r["domain"]) for r in kinds["quality"]}
+    assert len(domains) == 3 * 7
+    assert {r["domain"] for r in kinds["quality"] if r["in_domain"]} == {"gsm8k"}
+
+
+def test_the_report_stands_alone(demo):
+    """A page without addresses, and its Markdown twin."""
+    out, _, _ = demo
+    page = (out / "report.html").read_text()
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "fine-tuned + prefetch" in (out / "report.md").read_text()
+
+
+def test_the_checkpoints_are_plain_and_say_where_they_come_from(demo):
+    """Hub layout plus melinoe.json."""
+    out, _, _ = demo
+    for name in ("control", "fine-tuned"):
+        assert (out / name / "model.safetensors").exists()
+        about = json.loads((out / name / "melinoe.json").read_text())
+        assert about["base_fingerprint"] != about["fingerprint"]
