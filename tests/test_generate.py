@@ -145,6 +145,24 @@ def test_simulating_the_trace_counts_what_the_calls_counted():
     assert simulate(trace, 3, prefetch=lambda _: [wanted] * LAYERS).counters == counted
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 6])
+def test_a_prefetch_for_the_completion_counts_as_simulated(tokens):
+    """Three prompts, also of one new token, which has no completion to prefetch for."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    prompts, wanted = [PROMPT_TEXT, "w7 w8 w9", "w20"], [6, 1, 4]
+    with attach(model, slots=3) as handle:
+        predictor = always(model, wanted)
+        with handle.record() as recorder:
+            for prompt in prompts:
+                generate(model, handle, tokenizer, prompt, tokens, predictor, "completion")
+            model.generate(torch.tensor([[7, 8]]), max_new_tokens=4, do_sample=False)
+        counted, trace = handle.counters, recorder.trace()
+    ahead = {sequence: [wanted] * LAYERS for sequence in range(3)}  # not for the last prompt
+    simulated = simulate(trace, 3, prefetch=ahead, prefetch_at="completion").counters
+    assert simulated == counted
+    assert (counted.prefetch_loads.sum() > 0) == (tokens > 1)
+
+
 def test_sampling_and_streaming_are_transformers_own(capsys):
     """Equal seeds give equal samples; a streamer prints the text as it comes."""
     model, tokenizer = tiny_model(), words_tokenizer()

@@ -69,11 +69,10 @@ class Generation:
 
 
 class _Watch(StoppingCriteria):
-    """Notes when the first and the latest token came; prefetches *ahead* after the first."""
+    """Notes when the first and the latest token came."""
 
     def __init__(self, device: torch.device, handle: Handle | None) -> None:
         self.device, self.handle = device, handle
-        self.ahead: list[list[int]] | None = None
         self.first_s = self.last_s = 0.0
         self.stall_at_first_s = 0.0
 
@@ -85,8 +84,6 @@ class _Watch(StoppingCriteria):
             self.first_s = self.last_s
             if self.handle is not None:
                 self.stall_at_first_s = self.handle.stall_s
-                if self.ahead is not None:
-                    self.handle.prefetch(self.ahead)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -130,8 +127,8 @@ def generate(
         predictor: Names experts to prefetch, as many per layer as there are slots.
         prefetch_at: ``prompt``: before the prompt's forward pass, which then waits for fewer
             loads, but evicts what was prefetched if it uses more experts than there are slots.
-            ``completion``: between the prompt's forward pass and the next, on the clock of the
-            tokens after the first.
+            ``completion``: when the forward pass after the prompt's begins, on the clock of the
+            tokens after the first; never if the first token is the last.
         streamer: Gets tokens as they come; see transformers.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
@@ -167,20 +164,21 @@ def generate(
     start_s = time.perf_counter()
     if predictor is not None and handle is not None:
         ahead = predictor.top(ids, handle.slots)
-        if prefetch_at == "prompt":
-            handle.prefetch(ahead)
-        else:
-            watch.ahead = ahead
+        handle.prefetch(ahead, at="now" if prefetch_at == "prompt" else "completion")
     predictor_s = time.perf_counter() - start_s
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([watch]),
-            streamer=streamer,
-            **(options | sampling),
-        )
+    try:
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                streamer=streamer,
+                **(options | sampling),
+            )
+    finally:
+        if handle is not None:
+            handle.drop_prefetch()  # this prompt's, not the next one's
     new = output[0, len(ids) :].tolist()
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),

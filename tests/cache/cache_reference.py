@@ -87,15 +87,18 @@ def replay(trace, slots, rule, gamma=0.9):
                         counts[expert] = counts.get(expert, 0) + 1
             needs[-1].append(counts)
     layers = [
-        Layer(trace.num_experts, slots, rule, [set(need[n]) for need in needs], gamma)
+        Layer(trace.num_experts, slots, rule, [set(need[n]) for need in needs if need[n]], gamma)
         for n in range(trace.num_layers)
     ]
     tallies = {(p, n): Tally() for p in (0, 1) for n in range(trace.num_layers)}
     tokens, zero_miss = [0, 0], [0, 0]
     for rows, need in zip(passes.values(), needs, strict=True):
-        phase = 0 if any(trace.kind[row] == 0 for row in rows) else 1
+        kinds = {int(trace.kind[row]) for row in rows}
+        phase = 1 if 1 in kinds and 0 not in kinds else 0
         loads = 0
         for n, layer in enumerate(layers):
+            if not need[n]:
+                continue  # nobody chose an expert: no request
             tally, total = layer.serve(need[n]), tallies[phase, n]
             for name in vars(total):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))

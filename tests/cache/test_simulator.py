@@ -58,6 +58,37 @@ def test_a_pass_is_of_the_prompt_if_any_row_is():
     assert simulate(trace, 2).counters.tokens.tolist() == [2, 0]
 
 
+def test_a_pass_of_padding_alone_is_of_the_prompt():
+    """The first piece of a left-padded prompt may be all padding: three rows, all the prompt's."""
+    builder = TraceBuilder(1, 2, 1)
+    builder.add_forward(np.array([[[0]], [[0]]]), 0, 2)
+    builder.add_forward(np.array([[[1]]]), 0, 0)
+    assert simulate(builder.trace(), 2).counters.tokens.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
+def test_a_layer_that_chose_no_expert_made_no_request(policy):
+    """Twenty empty passes between {0} {0} {1} and {2} {0}: they neither count nor age anybody.
+
+    With them as requests, decayed LFU at gamma 0.1 would hold 1 dearer than 0 all the same, so the
+    policy's scores are compared: after {0} {0} {1} {2} they are 0.011, 0.1, 1 in units of a use.
+    """
+    rows = [[[0]], [[0]], [[1]], *[[[-1]]] * 20, [[2]]]
+    trace = trace_of(*rows, num_experts=3, top_k=1)
+    made = []
+
+    def make():
+        made.append(DecayedLFU(0.1))
+        return made[-1]
+
+    counters = simulate(trace, 2, make if policy == "lfu" else policy).counters
+    assert counters.requests.tolist() == [[0], [4]]
+    assert counters.forwards.tolist() == [0, 24]
+    assert counters.loads.tolist() == [[0], [3]]
+    if policy == "lfu":
+        assert made[-1].scores() == pytest.approx([0.011, 0.1, 1.0])
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
 def test_units_add_up_to_the_whole(policy):
     """Counters per sequence sum to the counters of the trace, prefetches too."""

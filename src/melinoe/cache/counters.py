@@ -43,7 +43,8 @@ class Counters:
     - ``hits``: uses whose expert was resident when its request began, also if the request was
       then served in several plans.
     - ``loads``: experts copied in because a request needed them (on demand).
-    - ``requests``: forward passes of the layer; ``chunked``: those that took more than one plan.
+    - ``requests``: forward passes in which the layer's tokens chose some expert; ``chunked``: those
+      that took more than one plan.
 
     By layer, int64 (layers,): ``prefetch_loads``, experts copied in ahead of need.
 
@@ -114,7 +115,14 @@ class Counters:
     def add_plans(
         self, layer: int, experts: Sequence[int], uses: Sequence[int], plans: Sequence[Plan]
     ) -> None:
-        """Count one request from the plans that served it; *experts* and *uses* are parallel."""
+        """
+        Count one request from the plans that served it; *experts* and *uses* are parallel.
+
+        Without experts there was no request, and nothing is counted: a trace cannot tell a layer
+        that did not run from one whose tokens all chose no expert.
+        """
+        if not len(experts):
+            return
         total = sum(uses)
         loads = len(plans[0].loads) if len(plans) == 1 else sum(len(p.loads) for p in plans)
         hits = total

@@ -30,9 +30,9 @@ class Policy:
         """
         Note one request.
 
-        Called once per request, before its victims are chosen, with all its distinct experts,
-        resident or not. Those listed later are served later: ids ascend when the request fits
-        into the slots (see `melinoe.cache.residency` for the order when it does not).
+        Called once per request, before its victims are chosen, with all its distinct experts (at
+        least one), resident or not. Those listed later are served later: ids ascend when the
+        request fits into the slots (see `melinoe.cache.residency` for the order when it does not).
         """
         raise NotImplementedError
 
@@ -215,7 +215,7 @@ class Belady(Policy):
     A prefetch is no request, and changes nothing.
 
     Args:
-        future: All requests of the layer in order, each its distinct experts.
+        future: All requests of the layer in order, each its distinct experts; empty ones are none.
 
     Raises:
         ValueError: from `use`, when a request is not the promised one.
@@ -228,7 +228,7 @@ class Belady(Policy):
     name = "belady"
 
     def __init__(self, future: Sequence[Sequence[int]]):
-        self._future = future
+        self._future = [request for request in future if len(request)]
         self._ahead: list[list[float]] | None = None
 
     def reset(self, num_experts: int) -> None:

@@ -14,7 +14,8 @@ class ForwardPass(NamedTuple):
     One forward pass.
 
     Attributes:
-        phase: 0 prompt (some row is a prompt token), 1 completion.
+        phase: 1 completion if some row is a completion token and none is a prompt token, else 0
+            prompt; so a pass of padding alone belongs to the prompt that it pads.
         tokens: Rows, padding included.
         sequences: Whose rows, ascending.
         requests: Per layer the distinct experts, ascending, and how many (token, choice) pairs
@@ -32,6 +33,7 @@ def forward_passes(
     forward: np.ndarray,
     sequence: np.ndarray,
     is_prompt: np.ndarray,
+    is_completion: np.ndarray,
     num_experts: int,
 ) -> Iterator[ForwardPass]:
     """
@@ -44,6 +46,7 @@ def forward_passes(
         forward: int32 (rows,), never decreasing.
         sequence: int32 (rows,).
         is_prompt: bool (rows,).
+        is_completion: bool (rows,); rows that are neither are padding.
         num_experts: Experts of each layer.
     """
     rows, layers, _ = experts.shape
@@ -64,7 +67,8 @@ def forward_passes(
         whose = (pairs % sequences).tolist()
         whose_ends = np.cumsum(np.bincount(pairs // sequences, minlength=last - first)).tolist()
         prompts = np.bincount(owner, weights=is_prompt[low:high], minlength=last - first)
-        phases = (prompts == 0).astype(int).tolist()
+        completions = np.bincount(owner, weights=is_completion[low:high], minlength=last - first)
+        phases = ((prompts == 0) & (completions > 0)).astype(int).tolist()
 
         start = whose_start = position = 0
         for number, count in enumerate(tokens.tolist()):

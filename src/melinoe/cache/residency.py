@@ -90,6 +90,7 @@ class Residency:
 
         Returns:
             Ids that were resident, and one `Load` per id that was not, both in the order given.
+            No ids, no request: the plan is empty and the policy does not hear of it.
 
         Raises:
             CacheTooSmallError: more ids than slots. Nothing has changed; use `plans`.
@@ -101,14 +102,15 @@ class Residency:
         slot = self._slot
         missing = [expert for expert in experts if expert not in slot]
         if not missing:  # which also proves all ids to be in range
-            self._use(experts)
+            if experts:  # else nobody chose an expert here, and the policy hears of no request
+                self._use(experts)
             return Plan(tuple(experts), _NOTHING)
         if len(experts) > self.capacity:
             raise CacheTooSmallError(
                 f"one request needs {len(experts)} experts of a layer that has {self.capacity} "
                 f"slots; give the layer {len(experts)} slots, or feed fewer tokens at once"
             )
-        needed = self._check(experts)
+        needed = self.check(experts)
         # Lists, not generators: this runs per layer and token, and they take half the time.
         hits = tuple([expert for expert in experts if expert in slot])
         self._use(experts)
@@ -139,7 +141,7 @@ class Residency:
             return iter((self.request(experts),))
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
-        self._check(experts)
+        self.check(experts)
         return self._in_parts(experts, uses)
 
     def _in_parts(self, experts: Sequence[int], uses: Sequence[int] | None) -> Iterator[Plan]:
@@ -175,7 +177,7 @@ class Residency:
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
-        self._check(experts)
+        self.check(experts)
         kept = experts[: self.capacity]
         if not kept:
             return Plan((), _NOTHING)
@@ -217,8 +219,13 @@ class Residency:
             loads.append(Load(expert, place, evicted))
         return tuple(loads)
 
-    def _check(self, experts: Sequence[int]) -> set[int]:
-        """*experts* as a set, if they are distinct and in range."""
+    def check(self, experts: Sequence[int]) -> set[int]:
+        """
+        *experts* as a set; changes nothing.
+
+        Raises:
+            ValueError: an id is out of range or given twice.
+        """
         distinct = set(experts)
         if len(distinct) != len(experts):
             raise ValueError(f"a request names an expert twice: {list(experts)}")

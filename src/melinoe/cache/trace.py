@@ -134,7 +134,12 @@ class Trace:
     def passes(self) -> Iterator[ForwardPass]:
         """All forward passes in order, each with the request it makes of every layer."""
         return forward_passes(
-            self.experts, self.forward, self.sequence, self.kind == PROMPT_ROW, self.num_experts
+            self.experts,
+            self.forward,
+            self.sequence,
+            self.kind == PROMPT_ROW,
+            self.kind == COMPLETION_ROW,
+            self.num_experts,
         )
 
     def layer_requests(self) -> list[list[list[int]]]:

@@ -56,12 +56,15 @@ def attach(
     Raises:
         UnsupportedModelError: the model's family or layout cannot be served.
         BudgetError: neither or both of *slots* and *expert_memory*; or too little memory.
-        AttachError: a runtime is attached already; weights that are not in memory; no way to pin.
+        AttachError: a runtime is attached already; weights that are not in memory; no way to pin; a
+            store of another model.
         MelinoeError: no such policy.
     """
     layers = find_experts(model)
     if isinstance(store, str):
         _check_in_memory(layers, store)
+    else:
+        _check_fits(layers, store)
     count, make, target = _settings(
         model, layers, slots, expert_memory, policy, policy_options, link, device
     )
@@ -132,6 +135,8 @@ def _settings(
     target = torch.device(device) if device is not None else _device(model, layers)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
+    if target.type == "cpu":
+        target = torch.device("cpu")  # tensors say "cpu" also where "cpu:0" was asked for
     check_link(target, link)
     make = _policy_maker(policy, dict(policy_options or {}))
     make()  # an unknown policy or option shows here
@@ -161,6 +166,16 @@ def _check_in_memory(layers: Sequence[ExpertsLayer], store: str) -> None:
                 f"the experts of {layer.name} are not in memory (they are on the meta device); "
                 "load the model without device_map, or with melinoe.load"
             )
+
+
+def _check_fits(layers: Sequence[ExpertsLayer], store: Store) -> None:
+    """The store has as many layers and experts as the model, of the same size."""
+    has = [(store.num_experts(n), store.block_bytes(n)) for n in range(store.num_layers)]
+    if has != [(layer.num_experts, layer.block_bytes) for layer in layers]:
+        raise AttachError(
+            "the store holds other experts than this model's (their numbers or sizes differ); "
+            "give the store that was filled from this model"
+        )
 
 
 def _device(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:

@@ -57,6 +57,7 @@ class ExpertCache:
             # Shares the residency's memory: on the CPU it is always up to date.
             self._host_slot_of = torch.from_numpy(self.residency.slot_of)
             self._slot_of = self._host_slot_of.to(device, copy=device.type != "cpu")
+        transfer.adopt(self.slots.values())
         self._views = [
             {name: tensor[slot] for name, tensor in self.slots.items()} for slot in range(num_slots)
         ]
@@ -85,7 +86,16 @@ class ExpertCache:
             AttachError: gradients are wanted, or the model was moved or cast since `attach`.
         """
         self._check(hidden_states, top_k_weights)
+        if not top_k_index.shape[0]:  # no token came this way: no pass, no request
+            return torch.zeros_like(hidden_states)
         self._passes.enter(self._index, top_k_index)
+        try:
+            return self._compute(hidden_states, top_k_index, top_k_weights)
+        except BaseException:
+            self.reset()  # what was planned may not have been copied: trust no slot
+            raise
+
+    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts, uses, whole = self._request(top_k_index)
         if not whole or len(experts) > self._num_slots:
             return self._in_parts(experts, uses, hidden_states, top_k_index, top_k_weights)
@@ -103,7 +113,11 @@ class ExpertCache:
         """Begin to load *experts*, the most wanted first; returns how many loads that takes."""
         plan = self.residency.prefetch(experts)
         if plan.loads:
-            ticket = self._transfer.issue(self._index, plan.loads, self._views)
+            try:
+                ticket = self._transfer.issue(self._index, plan.loads, self._views)
+            except BaseException:
+                self.reset()
+                raise
             for load in plan.loads:
                 self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
                 if ticket is not None:
@@ -113,7 +127,8 @@ class ExpertCache:
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""
-        self._settle()
+        # Copies that are under way still land, but before any that is issued from now on.
+        self._in_flight = {}
         self.residency.reset()
         self._renumber()
 
@@ -164,8 +179,9 @@ class ExpertCache:
             # Transfers keep their order, so a prefetch to the same slot cannot land after this.
             for load in loads:
                 self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
-        self._transfer.demand(self._index, loads, self._views)
+        # First, because on CUDA it makes the host wait for the computation, now without the copies.
         self._renumber()
+        self._transfer.demand(self._index, loads, self._views)
 
     def _await(self, hits: Sequence[int]) -> None:
         """Wait for those of *hits* whose prefetch is still under way."""
@@ -173,11 +189,6 @@ class ExpertCache:
             ticket = self._in_flight.pop(expert, None)
             if ticket is not None:
                 self._transfer.await_prefetched(ticket)
-
-    def _settle(self) -> None:
-        for ticket in self._in_flight.values():
-            self._transfer.wait(ticket)
-        self._in_flight = {}
 
     def _renumber(self) -> None:
         """The residency has changed: bring what is derived from it up to date."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,7 +27,8 @@ class Handle:
     """
     A runtime at work on a model. Made by `attach`, `attach_stores` or `load`.
 
-    Also a context manager: leaving it detaches.
+    Also a context manager: leaving it detaches. Like the model itself it serves one thread at a
+    time; it takes no lock and notices no second one.
 
     Attributes:
         slots: slots per layer, as given or as the memory allowed.
@@ -113,23 +115,44 @@ class Handle:
         for cache in self._caches:
             cache.reset()
 
-    def prefetch(self, experts_by_layer: Sequence[Sequence[int]]) -> None:
+    def prefetch(
+        self, experts_by_layer: Sequence[Sequence[int]], at: Literal["now", "completion"] = "now"
+    ) -> None:
         """
         Load experts ahead of need.
 
         Args:
             experts_by_layer: ids for every layer, the most wanted first; those beyond the slots
                 are dropped, those resident are not loaded again.
+            at: ``now``, or ``completion``: when the next forward pass of that phase begins, that
+                is after a prompt has evicted what it must. Only the last such wish is kept, until
+                then or until `drop_prefetch`.
 
         Raises:
-            ValueError: not one entry per layer, or an id that is out of range or given twice.
+            ValueError: not one entry per layer, or an id that is out of range or given twice; an
+                unknown *at*.
         """
         self._check_attached()
         if len(experts_by_layer) != len(self._caches):
             raise ValueError(
                 f"a prefetch names {len(experts_by_layer)} layers of {len(self._caches)}"
             )
-        for index, (cache, experts) in enumerate(zip(self._caches, experts_by_layer, strict=True)):
+        if at not in ("now", "completion"):
+            raise ValueError(f"a prefetch is at now or completion, not at {at!r}")
+        wanted = [list(map(int, experts)) for experts in experts_by_layer]
+        for cache, experts in zip(self._caches, wanted, strict=True):
+            cache.residency.check(experts)
+        if at == "completion":
+            self._passes.before_completion = lambda: self._prefetch(wanted)
+        else:
+            self._prefetch(wanted)
+
+    def drop_prefetch(self) -> None:
+        """Forget a prefetch that still waits for a completion; without effect if none does."""
+        self._passes.before_completion = None
+
+    def _prefetch(self, wanted: list[list[int]]) -> None:
+        for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
             self._counters.add_prefetch(index, cache.prefetch(experts))
 
     @contextmanager
@@ -154,20 +177,23 @@ class Handle:
         try:
             yield recorder
         finally:
-            self._passes.end()
+            self._passes.settle()
             self._passes.recorder = None
 
     def detach(self) -> None:
         """
         Put the experts' weights back, bit for bit, and the experts implementation of before.
 
-        Needs memory for all experts beside the store. Without effect the second time.
+        Needs memory for all experts beside the store. Without effect the second time. If it fails,
+        for want of that memory say, the runtime is still attached and can be detached again.
         """
         if self._attached:
-            self._attached = False
-            self._undo.close()
+            self._transfer.finish()
             for layer, origin in zip(self.layers, self._origins, strict=True):
                 give_weights_back(layer, self.store, origin)
+            self._attached = False
+            self.drop_prefetch()
+            self._undo.close()
 
     def __enter__(self) -> Handle:
         return self

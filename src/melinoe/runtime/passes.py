@@ -6,7 +6,7 @@ the batch, its padding, and whether anything came before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,12 +45,19 @@ class ForwardPasses:
     compute. Experts that run a second time before the call has ended begin another pass. Without a
     call (a submodule was called directly) a pass of one token counts as completion, any other as
     prompt.
+
+    Attributes:
+        recorder: told of every pass, if there is one.
+        before_completion: called once, when the next pass of the completion begins and before it
+            asks for any expert; then forgotten.
     """
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         self.counters = counters
         self.recorder: Recorder | None = None
+        self.before_completion: Callable[[], None] | None = None
         self._call: Batch | None = None
+        self._inside = False  # a call of the model has begun and not returned
         self._seen = 0  # bit i: layer i has run in the open pass
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -74,9 +81,25 @@ class ForwardPasses:
             if self.recorder is not None:
                 self.recorder.end()
 
+    def settle(self) -> None:
+        """
+        Between calls of the model: end the open pass, or drop it if its call never returned.
+
+        An exception leaves such a pass behind: its requests stay counted, the pass does not, and
+        no trace holds it.
+        """
+        if not self._inside:
+            self.end()  # a submodule was called directly
+        elif self._seen:
+            self._seen = 0
+            if self.recorder is not None:
+                self.recorder.drop()
+        self._inside = False
+        self._call = None
+
     def close(self) -> None:
         """Take the hooks off the model."""
-        self.end()
+        self.settle()
         for hook in self._hooks:
             hook.remove()
 
@@ -84,22 +107,28 @@ class ForwardPasses:
         self.end()
         call = self._call
         phase = call.phase if call is not None else (COMPLETION if tokens == 1 else PROMPT)
+        if phase == COMPLETION:
+            self._completion_begins()  # of a submodule; a call of the model said so earlier
         self.counters.begin_forward(phase, tokens)
         if self.recorder is not None:
             self.recorder.begin(phase, tokens, call)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._call is None:
-            self.end()  # a pass of a submodule that was called directly
-        elif self._seen:
-            self._seen = 0  # an exception ended the call before: its pass is dropped
-            if self.recorder is not None:
-                self.recorder.drop()
+        self.settle()
+        self._inside = True
         self._call = describe_call(args, kwargs)
+        if self._call is not None and self._call.phase == COMPLETION:
+            self._completion_begins()
 
     def _after(self, *_: Any) -> None:
         self.end()
+        self._inside = False
         self._call = None
+
+    def _completion_begins(self) -> None:
+        act, self.before_completion = self.before_completion, None
+        if act is not None:
+            act()
 
 
 def describe_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:

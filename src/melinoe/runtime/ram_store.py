@@ -55,17 +55,19 @@ class RamStore:
         """
         store = cls()
         last = {id(p): at for at, layer in enumerate(layers) for p in _stacked(layer).values()}
+        copied = 0  # a layer that was copied half-way still has its weights, and keeps them
         try:
             for at, layer in enumerate(layers):
                 store._add(layer)
                 own = _stacked(layer)
                 for name, view in store._views[-1].items():
                     view.copy_(own[name].detach())
+                copied = at + 1
                 # Weights that a later layer shares are needed until that layer has been read.
                 if all(last[id(p)] == at for p in own.values()):
                     free_weights(layer)
         except BaseException:
-            for layer in layers[: len(store._views)]:
+            for layer in layers[:copied]:
                 give_weights_back(layer, store)
             raise
         return store
@@ -174,5 +176,10 @@ class PinnedStore(RamStore):
                 'locked memory (ulimit -l) or choose store="ram"'
             )
         # The storage, not the tensor: views of it may outlive the tensor object.
-        weakref.finalize(blocks.untyped_storage(), runtime.cudaHostUnregister, address)
+        weakref.finalize(blocks.untyped_storage(), _unpin, address)
         return blocks
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()  # a copy may still read the block
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -54,7 +54,9 @@ class Recorder:
             rows = np.repeat(np.arange(batch, dtype=np.int32), call.length)
             if call.mask is not None:
                 kept = call.mask[:, -call.length :].reshape(-1).bool().cpu().numpy()
-                kinds[~kept] = PADDING_ROW
+                # Rows of padding alone would be read as a prompt's, so they stay the completion's.
+                if phase == PROMPT or kept.any():
+                    kinds[~kept] = PADDING_ROW
         self._now = (rows + np.int32(self._base), kinds)
         self._chosen = {}
 

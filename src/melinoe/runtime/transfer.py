@@ -7,7 +7,7 @@ copies run on a stream of their own, ordered against the computation by events.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,12 @@ class Transfer:
         self.wait(ticket)
         self.stall_s += time.perf_counter() - begin
 
+    def adopt(self, slots: Iterable[Tensor]) -> None:
+        """Tell whoever manages their memory that copies go to *slots*; nothing to do on the CPU."""
+
+    def finish(self) -> None:
+        """Return when no copy is under way: the store and the slots may then go."""
+
     def reset(self) -> None:
         """Set the two accounts to zero."""
         self.stall_s = 0.0
@@ -115,7 +121,8 @@ class CudaTransfer(Transfer):
 
     A copy waits for the work the computation has queued, which may still read the slot's former
     expert; the computation waits for the copy by an event. The host waits for neither. Stalls are
-    measured between two events on the computation's stream, around its wait.
+    measured between two events on the computation's stream, around its wait and, on demand, around
+    the issue too, which takes the host's time where the store is not pinned.
 
     Args:
         store: its blocks should be pinned; copies from pageable memory make the host wait.
@@ -142,22 +149,25 @@ class CudaTransfer(Transfer):
 
     def wait(self, ticket: Any) -> None:
         """Let the computation's stream, not the host, wait for the copy."""
-        compute = torch.cuda.current_stream(self._device)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(compute)
-        compute.wait_event(ticket)
-        after.record(compute)
-        self._waits.append((before, after))
-        if len(self._waits) >= 4096:
-            self._measure()
+        self._wait_since(self._mark(), ticket)
 
     def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
         """As `Transfer.demand`, without the host waiting."""
-        self.wait(self.issue(layer, loads, slots))
+        before = self._mark()
+        self._wait_since(before, self.issue(layer, loads, slots))
 
     def await_prefetched(self, ticket: Any) -> None:
         """As `Transfer.await_prefetched`, without the host waiting."""
         self.wait(ticket)
+
+    def adopt(self, slots: Iterable[Tensor]) -> None:
+        """The allocator gives the slots' memory to nobody else before their last copy is done."""
+        for slot in slots:
+            slot.record_stream(self._stream)
+
+    def finish(self) -> None:
+        """As `Transfer.finish`; the host waits."""
+        self._stream.synchronize()
 
     @property
     def stall_s(self) -> float:  # type: ignore[override]
@@ -169,6 +179,19 @@ class CudaTransfer(Transfer):
     def stall_s(self, value: float) -> None:
         self._waits = []
         self._measured_s = value
+
+    def _mark(self) -> torch.cuda.Event:
+        """A time on the computation's stream: when it has done what is queued so far."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _wait_since(self, before: torch.cuda.Event, ticket: torch.cuda.Event) -> None:
+        """Let the computation's stream wait for *ticket*; its stall counts from *before*."""
+        torch.cuda.current_stream(self._device).wait_event(ticket)
+        self._waits.append((before, self._mark()))
+        if len(self._waits) >= 4096:
+            self._measure()
 
     def _measure(self) -> None:
         """Add up the waits recorded so far, and forget their events."""
