@@ -10,6 +10,7 @@ routers nothing and the model would be no base for a study of caches.
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -18,11 +19,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import melinoe
-from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
-from melinoe.cache.simulator import simulate
 from melinoe.data import load_examples
 from melinoe.generate import trace_prompts
-from melinoe.stats import bootstrap
+from melinoe.measure import curve_record, locality_record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,15 +46,15 @@ def locality(model: torch.nn.Module, tokenizer, prompts: list[list[int]]) -> dic
     handle = melinoe.attach(model, slots=experts)
     trace = trace_prompts(model, handle, tokenizer, prompts, NEW_TOKENS)
     handle.detach()
-    simulation = simulate(trace, experts // 4, "lru", reset_between_sequences=True)
-    hits = [c.hit_rate("completion") for c in simulation.per_sequence]
+    found = locality_record(trace, "")
+    curve = curve_record(trace, "", "lru", [experts // 4], cold=True)
     row = {
-        "experts per sequence": bootstrap(experts_per_sequence(trace)),
-        "reuse": bootstrap(reuse(trace)),
-        f"hit rate, LRU, {experts // 4} slots": bootstrap(hits),
+        "experts per sequence": found["experts_per_sequence_mean"],
+        "reuse": found["reuse"],
+        f"hit rate, LRU, {experts // 4} slots": curve["hit_rate"][0],
     }
-    shown = {name: f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in row.items()}
-    shown["distinct experts over all prompts, mean layer"] = f"{distinct_experts(trace).mean():.1f}"
+    shown = {n: f"{e['mean']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for n, e in row.items()}
+    shown["distinct experts over all prompts, mean layer"] = f"{found['distinct_experts']:.1f}"
     return shown
 
 
@@ -65,7 +64,9 @@ def loss_curve(log: list[dict], path: Path) -> None:
     train = [(row["step"], row["loss"]) for row in log if "loss" in row]
     axes.plot(*zip(*train, strict=True), color="#999999", lw=1)
     axes.annotate("training", train[-1], color="#777777", xytext=(6, 2), textcoords="offset points")
-    for name in sorted({key for row in log for key in row if key.endswith("_loss")}):
+    # Corpora alone: "eval_loss" is the measurement at the end, "train_loss" the run's mean.
+    names = {key for row in log for key in row if re.fullmatch(r"eval_.+_loss", key)}
+    for name in sorted(names):
         points = [(row["step"], row[name]) for row in log if name in row]
         (line,) = axes.plot(*zip(*points, strict=True), lw=1.5)
         label = name.removeprefix("eval_").removesuffix("_loss")

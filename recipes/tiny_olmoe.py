@@ -237,7 +237,7 @@ def main() -> None:
             "loss": loss,
             "perplexity": math.exp(loss),
             "bits_per_character": bits,
-            "tokens": blocks.num_tokens,
+            "tokens": len(blocks) * (args.context - 1),  # the first of a block is not predicted
         }
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)

@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 14)]
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 27)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -91,9 +91,19 @@ def test_every_command_has_help(command, melinoe):
     assert f"melinoe {command}" in out
 
 
-def test_wrong_usage_exits_with_2(melinoe):
-    """An unknown option is wrong usage."""
-    assert melinoe("doctor", "somewhere", "--no-such-option")[0] == 2
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor", "somewhere", "--no-such-option"),
+        ("generate", "somewhere", "w3", "--dtype", "int99"),
+        ("generate", "somewhere", "w3", "--prefetch-at", "never"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, melinoe):
+    """An unknown option, type or moment is wrong usage, seen before any file is read."""
+    code, out, err = melinoe(*arguments)
+    assert (code, out) == (2, "")
+    assert arguments[-1] in err
 
 
 def test_doctor_states_bytes_that_follow_from_the_shape(checkpoint, melinoe):
@@ -143,7 +153,7 @@ def test_trace_predict_simulate_and_generate_in_a_row(checkpoint, prompts, tmp_p
     rows = json.loads(out)
     assert [(r["policy"], r["slots"]) for r in rows][:2] == [("lru", 8), ("lru", 1)]
     # With every expert resident nothing is loaded twice, and one slot can serve no second expert.
-    assert rows[0]["transfers_per_token"] <= 16 / 36
+    assert rows[0]["transfers_per_token"] <= 16 / 75
     assert rows[1]["transfers_per_token"] >= 2.0
     code, out, err = melinoe(
         "predictor",
@@ -159,8 +169,19 @@ def test_trace_predict_simulate_and_generate_in_a_row(checkpoint, prompts, tmp_p
     )
     assert code == 0, err
     assert set(json.loads(out)["recall"]) == {"empty", "popularity", "prefill", "learned"}
+    saved = json.loads((predictor / "predictor.json").read_text())
+    assert saved["comparison"] == json.loads(out)
     code, out, err = melinoe(
-        "generate", checkpoint, "w3 w4", "--predictor", predictor, "--max-new-tokens", 3, "--json"
+        "generate",
+        checkpoint,
+        "w3 w4",
+        "--predictor",
+        predictor,
+        "--prefetch-at",
+        "completion",
+        "--max-new-tokens",
+        3,
+        "--json",
     )
     assert code == 0, err
     assert len(json.loads(out)["ids"]) == 3

@@ -199,8 +199,9 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
         raise TokenizerError(
             "the tokenizer has no end-of-text token, so completions could not end; set eos_token"
         )
-    encoded, cut, dropped = [], 0, 0
+    encoded, cut, dropped, first = [], 0, 0, ""
     for example in examples:
+        first = first or example.source
         parts = list(_parts(example, tokenizer))
         ids = [token for part, _ in parts for token in part]
         mask = [is_completion for part, is_completion in parts for _ in part]
@@ -220,8 +221,10 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
         )
     if cut or dropped:
         log.warning(
-            "of %d examples %d were cut at %d tokens and %d dropped (no room for a completion)",
+            "of %d examples (%s and after) %d were cut at %d tokens and %d dropped (no room for a "
+            "completion)",
             len(encoded) + dropped,
+            first,
             cut,
             max_length,
             dropped,

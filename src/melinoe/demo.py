@@ -5,7 +5,8 @@ Nothing here is canned: every figure is measured in this run, by the stages that
 
     1. fine-tune the shipped model twice on GSM8K: next token only (the control), and for locality
     2. perplexity of all three on held-out GSM8K and on six other kinds of text
-    3. trace their routing on held-out prompts; fit the predictor on prompts from the training part
+    3. trace their routing on held-out prompts; fit the predictor on prompts of its own, which
+       neither the fine-tuning nor the serving sees
     4. serve with few experts resident, the rest on disk: as the link is, and on an emulated one
     5. a table, and a report with figures
 """
@@ -22,7 +23,7 @@ import torch
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import check_output, describe, load_tokenizer
 from melinoe.config import DemoSettings, experts_in_share
-from melinoe.data import encode, load_examples
+from melinoe.data import Example, encode, load_examples
 from melinoe.evaluate import perplexity, perplexity_increase, quality_record
 from melinoe.finetune import finetune
 from melinoe.generate import prompt_ids, trace_prompts
@@ -66,9 +67,9 @@ def run(
     quick: bool = False,
     say: Callable[[str], None],
     base: Path = TINY_OLMOE,
-) -> None:
+) -> str:
     """
-    Run everything, print the table, leave checkpoints, records and the report in *out*.
+    Run everything; leave checkpoints, records and the report in *out*.
 
     Args:
         out: Directory to write; must not exist, or be empty.
@@ -77,11 +78,14 @@ def run(
         say: Told of progress, a line at a time.
         base: Checkpoint to start from.
 
+    Returns:
+        The table, for a terminal.
+
     Raises:
         OutputExistsError: *out* is taken.
     """
     settings = replace(quick_settings() if quick else DemoSettings(), seed=seed)
-    Demo(check_output(out), settings, base, say).run()
+    return Demo(check_output(out), settings, base, say).run()
 
 
 class Demo:
@@ -95,10 +99,10 @@ class Demo:
         self.about = describe(str(base))
         self.slots = experts_in_share(settings.slots, self.about.num_experts)
 
-    def run(self) -> None:
-        """All stages in turn."""
+    def run(self) -> str:
+        """All stages in turn; the table."""
         self.out.mkdir(parents=True, exist_ok=True)
-        prompts = [e.prompt for e in load_examples(GSM8K_TEST, limit=self.settings.prompts)]
+        prompts = [e.prompt for e in self._held_out(self.settings.prompts)]
         with self._stage("fine-tune"):
             self._finetune()
         with self._stage("perplexity"):
@@ -119,8 +123,8 @@ class Demo:
             }
         )
         write_report([self.records], self.out / "report.html")
-        print(render_table([self.records], "text"))
         self.say(f"report: {self.out / 'report.html'}  (and report.md, records.jsonl beside it)")
+        return render_table([self.records], "text")
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -133,6 +137,11 @@ class Demo:
     def _write(self, record: dict[str, Any]) -> None:
         append_jsonl(self.records, record)
 
+    def _held_out(self, count: int) -> list[Example]:
+        """Test examples that chose no setting."""
+        first = self.settings.first_test_example
+        return load_examples(GSM8K_TEST, limit=first + count)[first:]
+
     def _finetune(self) -> None:
         examples = load_examples(GSM8K_TRAIN, limit=self.settings.train_examples)
         ours = self.settings.finetune()
@@ -140,7 +149,7 @@ class Demo:
 
             def progress(row: dict[str, Any], name: str = name) -> None:
                 terms = "  ".join(
-                    f"{term} {row[term]:.3f}" for term in ("nll", "cache", "rank") if term in row
+                    f"{term} {row[term]:.3f}" for term in ("nll", "cache", "anchor") if term in row
                 )
                 self.say(f"   {name}: step {row['step']} of {row['steps']}  {terms}")
 
@@ -156,15 +165,18 @@ class Demo:
         return model, handle, load_tokenizer(path, model.config)
 
     def _perplexity(self) -> None:
-        domains = {IN_DOMAIN: GSM8K_TEST} | {p.stem: p for p in sorted(HELD_OUT.glob("*.jsonl"))}
-        in_domain, other = self.settings.eval_examples, self.settings.other_documents
+        texts = {IN_DOMAIN: self._held_out(self.settings.eval_examples)} | {
+            path.stem: load_examples(path, limit=self.settings.other_documents)
+            for path in sorted(HELD_OUT.glob("*.jsonl"))
+        }
+        encoded: dict[str, Any] = {}  # once for all models: fine-tuning keeps the tokenizer
         measured: dict[tuple[str, str], Any] = {}
         for name in self.paths:
             model, handle, tokenizer = self._open(name, self.about.num_experts)
-            for domain, path in domains.items():
-                examples = load_examples(path, limit=in_domain if domain == IN_DOMAIN else other)
-                encoded = encode(examples, tokenizer, self.settings.eval_length)
-                measured[name, domain] = perplexity(model, encoded)
+            for domain, examples in texts.items():
+                if domain not in encoded:
+                    encoded[domain] = encode(examples, tokenizer, self.settings.eval_length)
+                measured[name, domain] = perplexity(model, encoded[domain])
             handle.detach()
         for (name, domain), found in measured.items():
             more = {}
@@ -192,8 +204,9 @@ class Demo:
                 self._write(curve_record(trace, name, policy, sizes))
 
     def _predictor(self) -> Predictor:
-        """Fitted on completions of prompts from the training part, judged across folds of them."""
-        examples = load_examples(GSM8K_TRAIN, limit=self.settings.predictor_prompts)
+        """Fitted on completions of prompts after those trained on, judged across folds of them."""
+        first, count = self.settings.train_examples, self.settings.predictor_prompts
+        examples = load_examples(GSM8K_TRAIN, limit=first + count)[first:]
         model, handle, tokenizer = self._open(TUNED, self.about.num_experts)
         prompts = [e.prompt for e in examples]
         trace = trace_prompts(
@@ -210,6 +223,7 @@ class Demo:
         found = compare(trace, ids, embeddings, self.slots, seed=self.settings.seed)
         self._write(found.to_record(TUNED))
         predictor = fit(trace, ids, embeddings, self.slots, seed=self.settings.seed)
+        predictor.comparison = found.to_record(TUNED)
         predictor.save(self.out / "predictor")
         return predictor
 
@@ -236,6 +250,8 @@ class Demo:
                     prompts,
                     settings.max_new_tokens,
                     predictor if strategy == PREFETCH else None,
+                    # A prompt uses more experts than there are slots, so it would evict them all.
+                    prefetch_at="completion",
                     label=name,
                     strategy=strategy,
                     link=link,

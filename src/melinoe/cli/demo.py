@@ -1,5 +1,6 @@
 """`melinoe demo`: the main job on the shipped model, from text to table."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ def command(
     quick: Annotated[
         bool, typer.Option(help="A minute instead of eight: the same path, worthless figures.")
     ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune the shipped model twice, trace, predict, serve; print a table, write a report."""
     from melinoe.checkpoint import check_output
@@ -21,4 +23,9 @@ def command(
 
     check_output(out)
     options.quiet()
-    run(out, seed=seed, quick=quick, say=options.say)
+    table = run(out, seed=seed, quick=quick, say=options.say)
+    if as_json:
+        lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        options.show_json([json.loads(line) for line in lines])
+    else:
+        print(table)

@@ -30,7 +30,7 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure perplexity on completions (and exact match), on an offloaded model."""
-    from melinoe.data import encode, load_examples
+    from melinoe.data import encode, encode_prompt, load_examples
     from melinoe.evaluate import exact_match, perplexity, perplexity_increase
     from melinoe.generate import generate
 
@@ -48,7 +48,8 @@ def command(
         if answers:
             written = []
             for example in examples:
-                result = generate(loaded, handle, tokenizer, example.prompt, max_new_tokens)
+                prompt = encode_prompt(example, tokenizer)
+                result = generate(loaded, handle, tokenizer, prompt, max_new_tokens)
                 written.append(result.text)
             references = [example.completion for example in examples]
             rows.append(_row(name, "exact match", exact_match(written, references)))

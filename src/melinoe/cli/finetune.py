@@ -35,6 +35,7 @@ def command(
         str | None, typer.Option(help="Held-out examples, measured before and after.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    eval_split: Annotated[str, typer.Option(help="The same for --eval-data.")] = "test",
     capacity: Annotated[float, _option("capacity")] = _DEFAULT.capacity,
     train: Annotated[str, _option("train")] = _DEFAULT.train,
     lambda_cache: Annotated[float, _option("lambda_cache")] = _DEFAULT.lambda_cache,
@@ -76,12 +77,15 @@ def command(
 
     options.quiet()
     check_output(out)
+    examples = load_examples(data, split=split, limit=limit)
+    # Before any training, so that bad held-out data costs no time.
+    held_out = load_examples(eval_data, split=eval_split, limit=limit) if eval_data else None
     result = finetune(
         options.resolve(model),
-        load_examples(data, split=split, limit=limit),
+        examples,
         out,
         settings,
-        eval_examples=load_examples(eval_data, split=split, limit=limit) if eval_data else None,
+        eval_examples=held_out,
         progress=lambda row: options.say(describe_row(row)),
     )
     options.say(f"wrote {result.out}")

@@ -17,8 +17,15 @@ def command(
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
     predictor: Annotated[
-        Path | None, typer.Option(help="Prefetch what this predictor names before the prompt.")
+        Path | None, typer.Option(help="Prefetch the experts that this predictor names.")
     ] = None,
+    prefetch_at: Annotated[
+        str,
+        typer.Option(
+            help="When: prompt, before it is read; completion, after it, where a long prompt would "
+            "evict what was prefetched."
+        ),
+    ] = "prompt",
     temperature: Annotated[
         float, typer.Option(help="Above 0: sample; 0: the likeliest token.", min=0.0)
     ] = 0.0,
@@ -29,12 +36,19 @@ def command(
 ) -> None:
     """Generate text with few experts resident; the text to stdout, what it cost to stderr."""
     import sys
+    from typing import get_args
 
     import torch
 
-    from melinoe.generate import generate
+    from melinoe.generate import PrefetchAt, generate
     from melinoe.predictor import Predictor
 
+    if prefetch_at not in get_args(PrefetchAt):
+        raise typer.BadParameter(
+            f"{prefetch_at!r} is not one of {', '.join(get_args(PrefetchAt))}",
+            param_hint="--prefetch-at",
+        )
+    guess = Predictor.load(predictor) if predictor else None
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store
@@ -52,7 +66,8 @@ def command(
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,
-        predictor=Predictor.load(predictor) if predictor else None,
+        predictor=guess,
+        prefetch_at=prefetch_at,  # type: ignore[arg-type]
         streamer=streamer,
         **sampling,
     )

@@ -22,7 +22,8 @@ Policy = Annotated[str, typer.Option(help="Which resident expert leaves: lru, lf
 StoreKind = Annotated[
     str,
     typer.Option(
-        help="Where the other experts live: ram, pinned, disk; auto is pinned on CUDA, else ram."
+        help="Where the other experts live: ram, pinned, disk; auto: pinned for a GPU if they fit, "
+        "else disk."
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda.")]
@@ -73,14 +74,15 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows of equal keys as a table on stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for name in rows[0]:
-        table.add_column(
-            name.replace("_", " "), justify="left" if _is_text(rows, name) else "right"
-        )
+        # Fold, or a narrow terminal would cut numbers; Text, or brackets in a path would be markup.
+        justify: Any = "left" if _is_text(rows, name) else "right"
+        table.add_column(name.replace("_", " "), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
     Console().print(table)
 
 
@@ -107,10 +109,17 @@ def open_model(
     **more: Any,
 ) -> tuple[Any, Any, Any]:
     """A model with few resident experts, its handle and its tokenizer; a quarter if not told."""
+    import torch
+
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.config import ServeSettings, experts_in_share
     from melinoe.runtime.load import load
 
+    wanted = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise typer.BadParameter(
+            f"{dtype!r} is not auto, float32 or bfloat16", param_hint="--dtype"
+        )
     quiet()
     path = resolve(model)
     if slots is None and expert_memory is None:

@@ -32,23 +32,32 @@ def fit_command(
 ) -> None:
     """Fit a predictor, and compare it with rivals that cost nothing."""
     from melinoe.cache.trace import Trace
-    from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
+    from melinoe.checkpoint import check_output, load_backbone, load_tokenizer, open_checkpoint
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.data import load_examples
-    from melinoe.generate import prompt_ids
+    from melinoe.data import encode_prompt, load_examples
+    from melinoe.errors import TraceError
+    from melinoe.moe.routing import fingerprint
     from melinoe.predictor import compare, fit
 
     options.quiet()
+    check_output(out)
     loaded = Trace.load(trace)
     size = slots or experts_in_share(ServeSettings().slots, loaded.num_experts)
     with open_checkpoint(options.resolve(model)) as checkpoint:
         backbone = load_backbone(checkpoint)
         tokenizer = load_tokenizer(options.resolve(model), backbone.config)
+    if (found := fingerprint(backbone)) != loaded.fingerprint:
+        raise TraceError(
+            f"{trace} is of another model ({loaded.fingerprint[:12]}) than {model} ({found[:12]}); "
+            "name the model that was traced, or trace this one"
+        )
     examples = load_examples(data, split=split, limit=loaded.num_sequences)
-    prompts = [prompt_ids(tokenizer, example.prompt) for example in examples]
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
     embeddings = backbone.get_input_embeddings().weight
     comparison = compare(loaded, prompts, embeddings, size, seed=seed)
-    fit(loaded, prompts, embeddings, size, seed=seed).save(out)
+    predictor = fit(loaded, prompts, embeddings, size, seed=seed)
+    predictor.comparison = comparison.to_record(model)
+    predictor.save(out)
     rows = [
         {"strategy": name, "recall": value.mean, "low": value.low, "high": value.high}
         for name, value in comparison.recall.items()

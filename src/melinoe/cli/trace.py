@@ -23,17 +23,18 @@ def command(
     store: options.StoreKind = "auto",
 ) -> None:
     """Generate from prompts, and record which experts every token chose."""
-    from melinoe.data import load_examples
+    from melinoe.data import encode_prompt, load_examples
     from melinoe.generate import trace_prompts
 
     if out.exists():
         from melinoe.errors import OutputExistsError
 
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
-    prompts = [example.prompt for example in load_examples(data, split=split, limit=limit)]
+    examples = load_examples(data, split=split, limit=limit)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store
     )
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
     trace = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=options.say)
     trace.save(out)
     options.say(f"{trace.num_sequences} prompts, {len(trace)} tokens -> {out}")
@@ -64,7 +65,7 @@ def simulate_command(
                 {
                     "policy": name,
                     "slots": size,
-                    "hit_rate": counters.hit_rate(),
+                    "hit_rate": counters.hit_rate("completion"),
                     "zero_miss_tokens": counters.zero_miss_share(),
                     "transfers_per_token": counters.transfers_per_token(),
                     "prefill_transfers_per_token": counters.transfers_per_token("prompt"),

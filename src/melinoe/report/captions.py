@@ -116,6 +116,7 @@ def predictor(records: Mapping[str, Record]) -> str:
                 text += " (intervals overlap)"
         if (gain := read_estimate(record.get("gain"))) is not None:
             text += f"; learned minus best rival, paired: {signed(gain).replace(' %', ' points')}"
+            text += "" if gain.low > 0 else ", so learning did not measurably pay"
         sentences.append(text)
     slots = next(iter(records.values()))["slots"]
     return f"Recall with {slots} experts named per layer. {'. '.join(sentences)}."
@@ -158,7 +159,11 @@ def findings(found: Measurements, serving: Serving) -> list[str]:
         return []
     return [
         text
-        for text in (_transfers(base, tuned), _price(found), *_speeds(serving))
+        for text in (
+            _transfers(base, tuned, serving.run("control")),
+            _price(found),
+            *_speeds(serving),
+        )
         if text is not None
     ]
 
@@ -180,7 +185,7 @@ def quotient(top: Record, bottom: Record, name: str, sums: tuple[str, str]) -> E
     return None if one is None or other is None else ratio(one, other)
 
 
-def _transfers(base: Record, tuned: Record) -> str | None:
+def _transfers(base: Record, tuned: Record, control: Record | None) -> str | None:
     before, after = estimate(base, "transfers_per_token"), estimate(tuned, "transfers_per_token")
     if before is None or after is None:
         return None
@@ -189,10 +194,20 @@ def _transfers(base: Record, tuned: Record) -> str | None:
     times = quotient(*runs, "transfers_per_token", ("loads", "tokens"))
     if times is None or times.low <= 1:
         return f"Expert transfers per token: {inline(before)} base, {inline(after)} fine-tuned."
-    return (
+    text = (
         f"The fine-tuned model needs {inline(times)} times {'fewer' if fewer else 'more'} expert "
-        f"transfers per token than the base: {inline(after)} instead of {inline(before)}."
+        f"transfers per token than the base: {inline(after)} instead of {inline(before)}"
     )
+    # Plain fine-tuning changes locality too; only the step from it is the cache losses' doing.
+    middle = estimate(control, "transfers_per_token")
+    if control is None or middle is None:
+        return f"{text}."
+    runs = (control, tuned) if after.mean < middle.mean else (tuned, control)
+    times = quotient(*runs, "transfers_per_token", ("loads", "tokens"))
+    if times is None or times.low <= 1:
+        return f"{text}; against the control, {inline(middle)}, no difference was measured."
+    word = "fewer" if after.mean < middle.mean else "more"
+    return f"{text}; against the control, {inline(middle)}, {inline(times)} times {word}."
 
 
 def increase(found: Measurements, in_domain: bool) -> Estimate | None:

@@ -24,9 +24,9 @@ GLOSSARY: list[tuple[str, str]] = [
     ),
     (
         "perplexity",
-        "e to the mean negative log-likelihood per token on held-out text; lower is better. In "
-        "domain: the corpus that was trained on. Out of domain: the others, which show what "
-        "training cost.",
+        "e to the mean negative log-likelihood per token on held-out text; lower is better. Where "
+        "text has a prompt, such as a question, only the tokens of its answer count. In domain: "
+        "the corpus that was trained on. Out of domain: the others, which show what training cost.",
     ),
     (
         "tokens/s",
@@ -58,8 +58,10 @@ GLOSSARY: list[tuple[str, str]] = [
     (
         "intervals",
         "Every mean stands with its 95 % interval over prompts, sequences or documents. A ratio's "
-        "range is the widest its two intervals allow. Sentences call two means different only if "
-        "their intervals do not touch.",
+        "range is paired over prompts where both runs list them, else the widest its two intervals "
+        "allow. How a machine's speed drifts from one run to the next is in none of them. "
+        "Sentences call two means different only if their intervals do not touch, or their ratio's "
+        "range stays clear of 1.",
     ),
 ]
 

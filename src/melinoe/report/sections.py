@@ -77,6 +77,8 @@ def _header(found: Measurements) -> Facts:
         for key, word in (("prompts", "prompts"), ("max_new_tokens", "new tokens at most"))
         if serve.get(key) is not None
     ]
+    if (cold := serve.get("cold")) is not None:
+        run.append("cache emptied before each prompt" if cold else "cache kept between prompts")
     if serve.get("store"):
         run.append(f"{serve['store']} store")
     if run:

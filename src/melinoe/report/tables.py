@@ -199,6 +199,14 @@ def main_table(found: Measurements, serving: Serving) -> Table:
         "Below or behind each mean: its 95 % interval. "
         "÷: times fewer than base; ×: times as fast as base; +, −: change from base."
     ]
+    for strategy in serving.strategies:
+        ahead = estimate(serving.run(strategy), "prefetch_transfers_per_token")
+        if ahead is not None and ahead.mean > 0:
+            mean, interval = spread(ahead)
+            notes.append(
+                f"Transfers are those that a token waited for; {strategy} copies "
+                f"{mean} [{interval}] more per token ahead of need."
+            )
     if sum(not in_domain for _, in_domain in domains(found)) > 1:
         notes.append("Out of domain: geometric mean over the other corpora, taken as independent.")
     return Table("main", serving.title, columns, rows, notes)
