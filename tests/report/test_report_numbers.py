@@ -49,6 +49,12 @@ def test_prefetch_is_scored_with_the_perplexity_of_its_own_model(records):
     assert row(table, "fine-tuned + prefetch")[name] == row(table, "fine-tuned")[name]
 
 
+def test_a_prefetch_is_not_passed_off_as_fewer_transfers(records):
+    """The main table counts transfers on demand; what was copied ahead stands in a note."""
+    notes = " ".join(main(records).notes)
+    assert "fine-tuned + prefetch copies 0.310 [0.310–0.310] more per token ahead of need" in notes
+
+
 def test_what_was_not_measured_is_said_so(records):
     """The all-resident run has no emulated record: no number is made up for it."""
     shown = row(main(records), "all resident")

@@ -91,6 +91,8 @@ def test_captions_say_what_the_records_say(page):
         text,
     )
     assert "needs 2.30 [2.15, 2.48] times fewer expert transfers per token than the base" in text
+    # 5.968 / 2.528, and the widest range of 5.843..6.093 over 2.403..2.653.
+    assert "against the control, 5.97 [5.84, 6.09], 2.36 [2.20, 2.54] times fewer." in text
     assert "fine-tuned: best the prefill's experts, 74.0 % [72.9, 75.1]" in text
 
 
