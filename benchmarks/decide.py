@@ -22,12 +22,9 @@ Not measured: copying experts, and reading ids back from a device.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +34,7 @@ from melinoe.cache.policy import policy, policy_names
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
+from melinoe.measure import machine, write_json
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
 WARM_UP, ROUNDS = 200, 2000
@@ -131,25 +129,6 @@ def replay() -> dict[str, dict[str, float]]:
     return result
 
 
-def machine() -> dict[str, str | int]:
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {"cpu": model, "system": platform.system(), "python": platform.python_version()}
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    dirty = git("status", "--porcelain", "--", "src/melinoe/cache", "benchmarks/decide.py")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if dirty else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
@@ -179,27 +158,33 @@ def main() -> None:
         print(f"{name:7} replay {rate['median']:9,.0f} requests/s", file=sys.stderr)
 
     worst = max(micros[name]["all_hits"]["median"] for name in ("lru", "lfu"))
-    line = json.dumps(
-        {
-            "benchmark": "decide",
-            "shape": {"experts": EXPERTS, "top_k": TOP_K, "slots": SLOTS, "layers": LAYERS},
-            "rounds": ROUNDS,
-            "requests_per_round": len(MISSES),
-            "floor_us": floor,
-            "request_us": micros,
-            "replay_requests_per_s": rates,
-            "worst_all_hits_us": worst,
-            "goal_us": 10,
-            "goal_met": worst < 10,
-            "machine": machine(),
-            "versions": {name: version(name) for name in ("melinoe", "numpy")},
-            "commit": commit(),
-        }
-    )
-    print(line)
+    record = {
+        "benchmark": "decide",
+        "title": "Microseconds to decide one request, and replay speed",
+        "result": [
+            {
+                "policy": name,
+                "all_hits_us": micros[name]["all_hits"],
+                "one_miss_us": micros[name]["one_miss"],
+                "all_hits_counted_us": micros[name]["all_hits_counted"],
+                "replay_requests_per_s": rates[name],
+            }
+            for name in micros
+        ],
+        "shape": {"experts": EXPERTS, "top_k": TOP_K, "slots": SLOTS, "layers": LAYERS},
+        "rounds": ROUNDS,
+        "requests_per_round": len(MISSES),
+        "floor_us": floor,
+        "request_us": micros,
+        "replay_requests_per_s": rates,
+        "worst_all_hits_us": worst,
+        "goal_us": 10,
+        "goal_met": worst < 10,
+        "machine": machine(),
+    }
+    print(json.dumps(record))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(line + "\n")
+        write_json(out, record)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-import melinoe
+from melinoe.measure import machine, write_json
 from melinoe.runtime.attach import attach
-from melinoe.runtime.device import describe_machine
 
 PROMPT = torch.arange(5, 21)[None]
 
@@ -116,25 +112,26 @@ def main() -> None:
         runs.append(measure("small OLMoE", small, arguments.repeats, arguments.tokens))
     large = olmoe_shape(arguments.layers, torch.bfloat16)
     runs.append(measure("OLMoE dimensions, random", large, arguments.repeats, arguments.tokens))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     result = {
         "benchmark": "decode_overhead",
+        "title": "Decoding with every expert resident: the reference engine over transformers",
+        "result": [
+            {
+                "model": f"{run['model']}, {run['layers']} layers, {run['dtype'].split('.')[-1]}",
+                "transformers_tokens_per_s": run["wall"]["plain_tokens_per_s"],
+                "melinoe_tokens_per_s": run["wall"]["ours_tokens_per_s"],
+                "overhead_percent": run["wall"]["overhead_percent"],
+                "overhead_percent_of_processor_time": run["cpu"]["overhead_percent"],
+            }
+            for run in runs
+        ],
         "runs": runs,
         "repeats": arguments.repeats,
         "tokens": arguments.tokens,
-        "machine": describe_machine().to_dict(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "melinoe": getattr(melinoe, "__version__", ""),
-        },
-        "commit": commit,
+        "machine": machine(),
     }
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.out, result)
     print(json.dumps(result))
 
 

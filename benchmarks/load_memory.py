@@ -24,7 +24,6 @@ shown apart (peak_anonymous_bytes leaves them out, sampled every 5 ms).
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -200,7 +199,9 @@ def main() -> None:
                     print(f"{kind:16} peak {gib:6.2f} GiB, load {s:6.2f} s", file=sys.stderr)
     result = summarise(sizes, runs)
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        from melinoe.measure import write_json
+
+        write_json(arguments.out, result)
     print(json.dumps(result))
     if not all(bound["kept"] for bound in result["bounds"].values()):
         sys.exit("a bound was not kept")
@@ -208,12 +209,14 @@ def main() -> None:
 
 def summarise(sizes: dict, runs: dict[str, list[dict]]) -> dict:
     """Medians and ranges, and the two promises beside the worst run."""
-    import torch
-    import transformers
+    from melinoe.measure import machine  # late: a child's baseline is taken before torch is here
 
     def spread(kind: str, key: str) -> dict:
         values = [run[key] for run in runs[kind]]
         return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    def in_gib(amounts: dict) -> dict:
+        return {name: value / 2**30 for name, value in amounts.items()}
 
     limits = {
         "ram": int(1.15 * sizes["expert_bytes"]) + sizes["backbone_bytes"],
@@ -224,13 +227,19 @@ def summarise(sizes: dict, runs: dict[str, list[dict]]) -> dict:
     for kind, limit in limits.items():
         worst = max(run["peak_bytes"] for run in runs[kind])
         bounds[kind] = {"limit_bytes": limit, "worst_bytes": worst, "kept": worst <= limit}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     return {
         "benchmark": "load_memory",
-        "question": "peak host memory of loading, after one forward pass of 16 tokens",
+        "title": "Peak host memory of loading, and of one forward pass of 16 tokens after it",
+        "result": [
+            {
+                "loader": "transformers" if kind == "from_pretrained" else f"melinoe, {kind} store",
+                "peak (GiB)": in_gib(spread(kind, "peak_bytes")),
+                "of it anonymous (GiB)": in_gib(spread(kind, "peak_anonymous_bytes")),
+                "bound (GiB)": bounds[kind]["limit_bytes"] / 2**30 if kind in bounds else None,
+                "kept": bounds[kind]["kept"] if kind in bounds else None,
+            }
+            for kind in KINDS
+        ],
         "slots": SLOTS,
         **sizes,
         "bounds": bounds,
@@ -238,17 +247,8 @@ def summarise(sizes: dict, runs: dict[str, list[dict]]) -> dict:
         "expert_loads": {kind: runs[kind][0]["expert_loads"] for kind in KINDS},
         "logits_sum": {kind: runs[kind][0]["logits_sum"] for kind in KINDS},
         "runs": len(runs["ram"]),
-        "machine": _machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
-        "commit": commit,
-    }  # fmt: skip
-
-
-def _machine() -> dict:
-    from melinoe.runtime.device import describe_machine
-
-    return describe_machine().to_dict()
+        "machine": machine(),
+    }
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def attach(
         _check_in_memory(layers, store)
     else:
         _check_fits(layers, store)
-    count, make, target = _settings(
+    count, make, target = checked_settings(
         model, layers, slots, expert_memory, policy, policy_options, link, device
     )
     filled: Store = _STORES[store].from_modules(layers) if isinstance(store, str) else store
@@ -101,13 +101,13 @@ def attach_stores(
     Raises:
         BudgetError, AttachError, MelinoeError: as `attach`; the model is as before.
     """
-    count, make, target = _settings(
+    count, make, target = checked_settings(
         model, layers, slots, expert_memory, policy, policy_options, link, device
     )
     return Handle(model, layers, store, count, make, link, target)
 
 
-def _settings(
+def checked_settings(
     model: nn.Module,
     layers: Sequence[ExpertsLayer],
     slots: int | None,

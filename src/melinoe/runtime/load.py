@@ -15,7 +15,7 @@ from melinoe.cache.policy import Policy
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.errors import AttachError
-from melinoe.runtime.attach import Handle, _settings, attach_stores
+from melinoe.runtime.attach import Handle, attach_stores, checked_settings
 from melinoe.runtime.budget import format_bytes
 from melinoe.runtime.disk_store import DiskStore
 from melinoe.runtime.ram_store import PinnedStore, RamStore
@@ -87,7 +87,7 @@ def load(
             "link": link,
             "device": target,
         }
-        _settings(checkpoint.layers[0].module, checkpoint.layers, **options)  # before any reading
+        checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)  # before any reading
         kind = _auto(checkpoint, target) if store == "auto" else store
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
