@@ -28,7 +28,7 @@ def command(
     layers: Any = [
         SimpleNamespace(num_experts=experts, block_bytes=size) for experts, size in about.layers
     ]
-    fits = []
+    fits: list[dict[str, Any]] = []
     for budget in expert_memory or []:
         slots = slots_for(budget, layers)
         fits.append({"expert_memory": budget, "slots": slots, "bytes": memory_of(slots, layers)})

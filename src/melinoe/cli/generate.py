@@ -71,6 +71,7 @@ def command(
         streamer=streamer,
         **sampling,
     )
+    assert result.counters is not None  # there is a handle
     cost = {
         "slots": handle.slots,
         "expert_memory_bytes": handle.expert_memory_bytes,
