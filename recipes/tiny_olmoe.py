@@ -228,6 +228,7 @@ def main() -> None:
 
     # What stands in the config is what a user of the plain model gets: no hidden extra loss.
     model.config.output_router_logits = False
+    model.config.use_cache = True  # the Trainer switches it off
     model = model.to(torch.bfloat16).eval()
     final = {}
     for name, blocks in validation.items():

@@ -242,7 +242,9 @@ class Demo:
                     if emulated
                     else None
                 )
-                model, handle, tokenizer = self._open(name, self.slots, store="disk", link=link)
+                model, handle, tokenizer = self._open(
+                    name, self.slots, store="disk", link=link, policy=settings.policy
+                )
                 record = serve(
                     model,
                     handle,

@@ -87,7 +87,8 @@ def load(
             "link": link,
             "device": target,
         }
-        checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)  # before any reading
+        # Before anything is read.
+        checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)
         kind = _auto(checkpoint, target) if store == "auto" else store
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
