@@ -21,6 +21,7 @@ from melinoe.measure import (
     machine,
     serve,
     serve_record,
+    side_by_side,
     training_record,
     write_json,
 )
@@ -327,3 +328,19 @@ def test_the_machine_is_described_without_naming_it():
     text = json.dumps({**facts, "commit": None})
     assert platform.node() not in text
     assert f'"{getpass.getuser()}"' not in text
+
+
+def test_servings_side_by_side_take_turns():
+    """Each round runs one prompt of every serving, and begins with another serving."""
+    ran = []
+
+    def serving(name):
+        for prompt in range(3):
+            ran.append((name, prompt))
+            yield
+        return {"name": name}
+
+    records = side_by_side([serving("a"), serving("b")])
+    assert records == [{"name": "a"}, {"name": "b"}]
+    assert [prompt for _, prompt in ran] == [0, 0, 1, 1, 2, 2]
+    assert [name for name, _ in ran] == ["b", "a", "a", "b", "b", "a"]

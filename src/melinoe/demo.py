@@ -32,7 +32,8 @@ from melinoe.measure import (
     curve_record,
     locality_record,
     machine,
-    serve,
+    serving,
+    side_by_side,
     training_record,
 )
 from melinoe.predictor import Predictor, compare, fit
@@ -228,15 +229,12 @@ class Demo:
         return predictor
 
     def _serve(self, prompts: list[str], predictor: Predictor) -> None:
-        """Four strategies on the link as it is, and on an emulated one; the store is on disk."""
+        """Four strategies on the link as it is, then on an emulated one; the store is on disk."""
         settings = self.settings
+        strategies = ((BASE, BASE), (CONTROL, CONTROL), (TUNED, TUNED), (PREFETCH, TUNED))
         for emulated in (False, True):
-            for strategy, name in (
-                (BASE, BASE),
-                (CONTROL, CONTROL),
-                (TUNED, TUNED),
-                (PREFETCH, TUNED),
-            ):
+            servings = []
+            for strategy, name in strategies:
                 link = (
                     EmulatedLink(settings.link_bytes_per_s, settings.link_latency_s)
                     if emulated
@@ -245,23 +243,26 @@ class Demo:
                 model, handle, tokenizer = self._open(
                     name, self.slots, store="disk", link=link, policy=settings.policy
                 )
-                record = serve(
-                    model,
-                    handle,
-                    tokenizer,
-                    prompts,
-                    settings.max_new_tokens,
-                    predictor if strategy == PREFETCH else None,
-                    # A prompt uses more experts than there are slots, so it would evict them all.
-                    prefetch_at="completion",
-                    label=name,
-                    strategy=strategy,
-                    link=link,
+                servings.append(
+                    serving(
+                        model,
+                        handle,
+                        tokenizer,
+                        prompts,
+                        settings.max_new_tokens,
+                        predictor if strategy == PREFETCH else None,
+                        # A prompt uses more experts than there are slots: it would evict them all.
+                        prefetch_at="completion",
+                        label=name,
+                        strategy=strategy,
+                        link=link,
+                    )
                 )
-                handle.detach()
+            # In turn, prompt by prompt, so that the machine's moods fall on all alike.
+            for record in side_by_side(servings):
                 self._write(record)
                 self.say(
-                    f"   {strategy}{', emulated link' if emulated else ''}: "
+                    f"   {record['strategy']}{', emulated link' if emulated else ''}: "
                     f"{record['transfers_per_token']['mean']:.2f} transfers a token, "
                     f"{record['tokens_per_s']['mean']:.0f} tokens/s"
                 )

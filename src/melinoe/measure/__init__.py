@@ -3,7 +3,7 @@ Run one configuration over prompts, count and time; records that `report` reads.
 
     machine.py   what this machine and its software are
     files.py     records to JSON and JSON lines, whole or not at all
-    serve.py     serve(model, handle, ...) -> a record of kind ``serve``
+    serve.py     serve(model, handle, ...) -> a record of kind ``serve``; several side by side
     locality.py  a trace to records of kind ``locality`` and ``curve``
     training.py  a training log to a record of kind ``training``
 """
@@ -11,7 +11,7 @@ Run one configuration over prompts, count and time; records that `report` reads.
 from melinoe.measure.files import append_jsonl, write_json
 from melinoe.measure.locality import curve_record, locality_record
 from melinoe.measure.machine import machine
-from melinoe.measure.serve import serve, serve_record
+from melinoe.measure.serve import serve, serve_record, serving, side_by_side
 from melinoe.measure.training import training_record
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "machine",
     "serve",
     "serve_record",
+    "serving",
+    "side_by_side",
     "training_record",
     "write_json",
 ]

@@ -1,6 +1,6 @@
 """Serve prompts one by one under one configuration, and say what it cost, with intervals."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from melinoe.predictor import Predictor
 from melinoe.runtime.attach import Handle
 from melinoe.runtime.transfer import EmulatedLink
 from melinoe.stats import bootstrap
+
+Serving = Generator[None, None, dict[str, Any]]
 
 # Estimate: (numerator, denominator) per prompt, so that each is a ratio of sums over prompts.
 # Uses, hits, loads and stalls are the completion's; see `serve`.
@@ -30,7 +32,7 @@ _ESTIMATES: dict[str, tuple[str, str | None]] = {
 }
 
 
-def serve(
+def serving(
     model: Any,
     handle: Handle,
     tokenizer: Any,
@@ -47,9 +49,11 @@ def serve(
     warmup: int = 1,
     progress: Callable[[str], None] | None = None,
     **sampling: Any,
-) -> dict[str, Any]:
+) -> Serving:
     """
-    Generate from each prompt, batch 1, and return a record of kind ``serve``.
+    Generate from each prompt, batch 1, pausing after each; at the end, a record of kind ``serve``.
+
+    To be driven by `serve` or `side_by_side`; nothing is checked or run before that.
 
     Counts and times are of the completion's forward passes, one token each, unless their name
     says else:
@@ -115,6 +119,7 @@ def serve(
     generations = []
     for number, prompt in enumerate(prompts, start=1):
         generations.append([run(prompt) for _ in range(repeat)])
+        yield
         if progress is not None and (number % step == 0 or number == len(prompts)):
             progress(f"{label}: served {number} of {len(prompts)} prompts")
     default = handle.policy if predictor is None else f"{handle.policy}, prefetch"
@@ -146,6 +151,31 @@ def serve(
         max_new_tokens=max_new_tokens,
         sampling=dict(sampling),
     )
+
+
+def serve(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """Run one `serving`, whose arguments these are, to its end, and return its record."""
+    return side_by_side([serving(*arguments, **options)])[0]
+
+
+def side_by_side(servings: Sequence[Serving]) -> list[dict[str, Any]]:
+    """
+    Run several servings prompt by prompt in turn, and return their records.
+
+    What the machine does meanwhile, throttling or other work, then falls on all of them alike, so
+    that their times can be compared. Each round begins with another one.
+    """
+    records: list[dict[str, Any]] = [{} for _ in servings]
+    running = list(range(len(servings)))
+    while running:
+        running = running[1:] + running[:1]
+        for index in list(running):
+            try:
+                next(servings[index])
+            except StopIteration as stop:
+                records[index] = stop.value
+                running.remove(index)
+    return records
 
 
 def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> dict[str, Any]:
