@@ -132,8 +132,10 @@ def test_the_load_balancing_loss_is_off_and_the_config_comes_back():
     plain, asking = tiny_model("olmoe"), tiny_model("olmoe")
     asking.load_state_dict(plain.state_dict())
     asking.config.output_router_logits, asking.config.router_aux_loss_coef = True, 5.0
+    cached = asking.config.use_cache = True
     rows = [trained(model)[-1]["nll"] for model in (plain, asking)]
     assert rows[0] == rows[1]
+    assert asking.config.use_cache is cached  # the Trainer switches it off
     assert asking.config.output_router_logits and asking.config.router_aux_loss_coef == 5.0
 
 

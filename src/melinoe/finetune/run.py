@@ -153,7 +153,10 @@ def train(
         keep_freed_memory()
     if not settings.bf16:
         model.float()
-    balance = _switch_off_balancing(model)
+    changed = _switch_off_balancing(model)
+    # The Trainer switches the key-value cache off in the config, and would leave it so.
+    if hasattr(model.config, "use_cache"):
+        changed.append((model.config, {"use_cache": model.config.use_cache}))
     parts = make_trainable(model, routers, layers, settings)
     seen_at_once = settings.batch_size * settings.gradient_accumulation
     steps, seen = number_of_steps(
@@ -190,7 +193,7 @@ def train(
     trainer.accelerator.free_memory()
     parts.merge(model)
     model.requires_grad_(True).eval()
-    for config, values in balance:
+    for config, values in changed:
         for key, value in values.items():
             setattr(config, key, value)
     for name, tensor in _tensors(model):
