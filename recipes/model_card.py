@@ -67,21 +67,18 @@ def loss_curve(log: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     train = [(row["step"], row["loss"]) for row in log if "loss" in row]
     axes.plot(*zip(*train, strict=True), color="#999999", lw=1)
-    axes.annotate("training", train[-1], color="#777777", xytext=(6, 2), textcoords="offset points")
+    ends = [(train[-1][1], "training", "#777777")]
     # Corpora alone: "eval_loss" is the measurement at the end, "train_loss" the run's mean.
     names = {key for row in log for key in row if re.fullmatch(r"eval_.+_loss", key)}
     for name in sorted(names):
         points = [(row["step"], row[name]) for row in log if name in row]
         (line,) = axes.plot(*zip(*points, strict=True), lw=1.5)
         label = name.removeprefix("eval_").removesuffix("_loss")
-        axes.annotate(
-            label,
-            points[-1],
-            color=line.get_color(),
-            xytext=(6, -3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        ends.append((points[-1][1], label, line.get_color()))
+    lowest = 0.0
+    for loss, label, color in sorted(ends):  # from below, each clear of the one before
+        lowest = max(loss, lowest + 0.2)
+        axes.text(train[-1][0] * 1.02, lowest, label, color=color, fontsize=8, va="center")
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(2, 7))
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
