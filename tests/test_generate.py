@@ -15,14 +15,6 @@ from melinoe.moe.routing import fingerprint
 from melinoe.runtime.attach import attach
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_few_slots_give_the_plain_models_tokens():
     """Greedy ids on three slots of eight are those that transformers makes without us."""
     model, tokenizer = tiny_model(), words_tokenizer()

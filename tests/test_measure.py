@@ -34,14 +34,6 @@ from melinoe.stats import bootstrap
 PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20 w2", "w30 w11 w12 w13 w14"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def generation(decoded, seconds=2.0, ttft_s=0.5):
     """
     One layer, top-2: a prompt of 3 tokens with 4 loads after a prefetch of 2, then decoding.

@@ -35,14 +35,6 @@ LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 16, 2, 32
 QUICK = FitSettings(epochs=60, patience=20)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_model(seed=0):
     torch.manual_seed(seed)
     return OlmoeForCausalLM(
