@@ -52,7 +52,8 @@ def judge(path: Path, held_out: list[Example]) -> dict[str, Any]:
 
 def load_all(path: Path) -> tuple[Any, Any, Any]:
     """Model, handle and tokenizer with every expert resident."""
-        model, handle = load(str(path), slots=1.0, dtype=torch.float32)
+    everything = describe(str(path)).num_experts
+    model, handle = load(str(path), slots=everything, dtype=torch.float32)
     return model, handle, load_tokenizer(str(path), model.config)
 
 

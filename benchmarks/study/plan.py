@@ -1,8 +1,8 @@
 """
 The runs of the study: what is varied, around which settings, with which seeds.
 
-Every run is one fine-tuning of the shipped model on GSM8K, judged by `judge`. A run's name says what
-differs from `BASE`; its control is the run of group ``control`` with the same seed.
+Every run is one fine-tuning of the shipped model on GSM8K, judged by `judge`. A run's name says
+what differs from `BASE`; its control is the run of group ``control`` with the same seed.
 """
 
 from collections.abc import Iterator

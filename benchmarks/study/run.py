@@ -2,8 +2,8 @@
 Does training for locality cost quality, and how much for how many transfers saved?
 
 Runs the plan (`plan.py`), one fine-tuning of the shipped model after the other, judges each
-(`judge.py`) and writes one JSON file a run; what is there already is left alone, so the study can be
-interrupted and gone on with. `melinoe report` draws the figures from the files.
+(`judge.py`) and writes one JSON file a run; what is there already is left alone, so the study can
+be interrupted and gone on with. `melinoe report` draws the figures from the files.
 
 Bad news would be: no strength that saves transfers without raising perplexity over the control with
 the same seed; or savings that come from the whole data set sharing a few experts (collapse).
