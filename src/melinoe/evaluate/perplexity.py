@@ -1,15 +1,7 @@
-"""
-How well a model does: perplexity and exact match, each with an interval over sequences.
+"""Perplexity, with an interval over sequences."""
 
-Every function takes a plain transformers model or one that runs with few resident experts; the
-two are the same model and must give the same numbers.
-"""
-
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from typing import Any
 
 import numpy as np
 import torch
@@ -130,77 +122,3 @@ def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
             "the two perplexities are of different texts; evaluate both models on the same data"
         )
     return paired_difference(ours.nll, theirs.nll, ours.tokens, theirs.tokens, transform=np.expm1)
-
-
-_ANSWER = re.compile(r"####\s*(-?\s*\$?\s*-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\s*\$?\s*\.[0-9]+)")
-
-
-def extract_answer(text: str) -> Decimal | None:
-    """
-    Read the number after the first ``####``, as GSM8K marks answers.
-
-    Dollar signs and thousands' commas are dropped, and equal numbers are equal however they are
-    written (``5``, ``5.00``). The first mark counts, because a model that goes on after its answer
-    starts the next question. ``None`` if there is no mark with a number behind it.
-    """
-    found = _ANSWER.search(text)
-    if found is None:
-        return None
-    try:
-        return Decimal(re.sub(r"[$,\s]", "", found.group(1)))
-    except InvalidOperation:
-        return None
-
-
-def exact_match(completions: Sequence[str], references: Sequence[str]) -> Estimate:
-    """
-    Share of completions whose answer equals the reference's.
-
-    A completion without an answer is wrong.
-
-    Args:
-        completions: What the model wrote, one per question.
-        references: The right solutions, each with its ``####`` line.
-
-    Raises:
-        DataError: nothing to score, or a reference without an answer.
-        ValueError: lengths differ.
-    """
-    if len(completions) != len(references):
-        raise ValueError(f"{len(completions)} completions for {len(references)} references")
-    if not references:
-        raise DataError("there are no answers to score; give at least one question")
-    right = []
-    for index, (completion, reference) in enumerate(zip(completions, references, strict=True)):
-        wanted = extract_answer(reference)
-        if wanted is None:
-            raise DataError(
-                f"reference {index} has no number after '####'; exact match needs GSM8K's form"
-            )
-        right.append(float(extract_answer(completion) == wanted))
-    return bootstrap(right)
-
-
-def quality_record(
-    result: Perplexity, model: str, domain: str, in_domain: bool, **more: Any
-) -> dict[str, Any]:
-    """
-    Return the record of kind ``quality`` that reports read.
-
-    Args:
-        result: What `perplexity` measured.
-        model: Label of the model.
-        domain: Name of the text.
-        in_domain: Whether the model was fine-tuned on text of this kind.
-        more: Further fields, such as ``"increase"`` over a control.
-    """
-    return {
-        "kind": "quality",
-        "model": model,
-        "domain": domain,
-        "in_domain": in_domain,
-        "perplexity": result.estimate.to_dict(),
-        "nll": result.mean_nll.to_dict(),
-        "tokens": int(result.tokens.sum()),
-        **more,
-    }
