@@ -41,9 +41,9 @@ def judge(path: Path, held_out: list[Example]) -> dict[str, Any]:
     texts = {
         file.stem: load_examples(file, limit=DOCUMENTS) for file in sorted(HELD_OUT.glob("*.jsonl"))
     }
-    quality = {"gsm8k": _quality(perplexity(model, encode(held_out, tokenizer, LENGTH)))}
+    quality = {"gsm8k": _quality(perplexity(model, encode(held_out, tokenizer, LENGTH)), True)}
     for name, examples in texts.items():
-        quality[name] = _quality(perplexity(model, encode(examples, tokenizer, LENGTH)))
+        quality[name] = _quality(perplexity(model, encode(examples, tokenizer, LENGTH)), False)
     prompts = [example.prompt for example in held_out[:PROMPTS]]
     trace = trace_prompts(model, handle, tokenizer, prompts, NEW_TOKENS)
     handle.detach()
@@ -70,6 +70,7 @@ def locality(trace: Trace) -> dict[str, Any]:
             }
     tokens = [int(one.tokens[COMPLETION]) for one in done.per_sequence]
     return {
+        "num_experts": trace.num_experts,
         "transfers": transfers,
         "tokens": tokens,
         "experts_per_sequence": np.round(experts_per_sequence(trace), 3).tolist(),
@@ -78,8 +79,9 @@ def locality(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _quality(found: Perplexity) -> dict[str, Any]:
+def _quality(found: Perplexity, in_domain: bool) -> dict[str, Any]:
     return {
+        "in_domain": in_domain,
         "perplexity": found.estimate.to_dict(),
         "nll": np.round(found.nll, 3).tolist(),
         "tokens": found.tokens.astype(int).tolist(),

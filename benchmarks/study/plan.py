@@ -28,46 +28,58 @@ BASE = FinetuneSettings(
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: *changes* to `BASE`; *examples* to train on."""
+    """
+    One fine-tuning: *changes* to `BASE`; *examples* to train on.
+
+    Runs of one *family* differ in *strength* alone; *control* is the name of the run that each is
+    compared with, seed by seed.
+    """
 
     group: str
-    name: str
+    family: str
+    strength: float | None
     seed: int
     changes: dict[str, Any] = field(default_factory=dict)
+    control: str = "control"
     examples: int = EXAMPLES
+
+    @property
+    def name(self) -> str:
+        """Family and strength."""
+        return self.family if self.strength is None else f"{self.family} {self.strength:g}"
 
     @property
     def settings(self) -> FinetuneSettings:
         """What `melinoe.finetune` is given."""
         return replace(BASE, seed=self.seed, **self.changes)
 
-    @property
-    def file(self) -> str:
-        """Where its result lies, below the results directory."""
-        return f"{self.group}/{self.name}-seed{self.seed}.json"
+
+Entry = tuple[str, str, float | None, dict[str, Any]]
 
 
-def _grid() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    yield "control", "control", {"lambda_cache": 0.0}
+def _grid() -> Iterator[Entry]:
+    yield "control", "control", None, {"lambda_cache": 0.0}
     for strength in (0.25, 0.5, 1.0, 2.0):
-        yield "frontier", f"clipped-{strength}", {"lambda_cache": strength}
+        yield "frontier", "clipped", strength, {"lambda_cache": strength}
     for strength in (0.1, 0.25, 0.5):
-        yield (
-            "frontier",
-            f"literal-{strength}",
-            {"lambda_cache": strength, "cache_loss": "literal"},
-        )
+        literal = {"lambda_cache": strength, "cache_loss": "literal"}
+        yield "frontier", "literal", strength, literal
     for strength in (0.5, 1.0, 2.0):
         cache = {"lambda_cache": strength}
-        yield "frontier", f"kl-{strength}", cache | {"anchor": "kl", "lambda_rank": 0.5}
-        rank = cache | {"anchor": "rank"}
+        kl = cache | {"anchor": "kl", "lambda_rank": 0.5}
         # As a mean over pairs the term's gradient is some hundred times smaller than the sum's.
-        yield "frontier", f"rank-mean-{strength}", rank | {"lambda_rank": 20.0}
-        summed = {"lambda_rank": 0.1, "rank_reduce": "sum"}
-        yield "frontier", f"rank-sum-{strength}", rank | summed
+        mean = cache | {"anchor": "rank", "lambda_rank": 20.0}
+        summed = cache | {"anchor": "rank", "lambda_rank": 0.1, "rank_reduce": "sum"}
+        yield "frontier", "KL anchor 0.5", strength, kl
+        yield "frontier", "rank mean 20", strength, mean
+        yield "frontier", "rank sum 0.1", strength, summed
 
 
 def all_runs() -> list[Run]:
     """All runs, seed by seed, so that an interrupted study has whole seeds first."""
     grid = list(_grid())
-    return [Run(group, name, seed, changes) for seed in SEEDS for group, name, changes in grid]
+    return [
+        Run(group, family, strength, seed, changes)
+        for seed in SEEDS
+        for group, family, strength, changes in grid
+    ]

@@ -2,8 +2,8 @@
 Does training for locality cost quality, and how much for how many transfers saved?
 
 Runs the plan (`plan.py`), one fine-tuning of the shipped model after the other, judges each
-(`judge.py`) and writes one JSON file a run; what is there already is left alone, so the study can
-be interrupted and gone on with. `melinoe report` draws the figures from the files.
+(`judge.py`) and appends one JSON line a run; what is there already is left alone, so the study can
+be interrupted and gone on with. `melinoe report` draws tables and figures from the file.
 
 Bad news would be: no strength that saves transfers without raising perplexity over the control with
 the same seed; or savings that come from the whole data set sharing a few experts (collapse).
@@ -27,7 +27,7 @@ from plan import JUDGED_FROM, Run, all_runs
 
 from melinoe.data import load_examples
 from melinoe.finetune import finetune
-from melinoe.measure import machine, write_json
+from melinoe.measure import append_jsonl, machine
 from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
 
 JUDGED = 128
@@ -43,8 +43,12 @@ def one_run(run: Run, out: Path) -> dict:
         found = judge(checkpoint, everything[JUDGED_FROM : JUDGED_FROM + JUDGED])
         shutil.rmtree(checkpoint)
     result = {
-        "study": run.group,
+        "kind": "study",
+        "group": run.group,
+        "family": run.family,
+        "strength": run.strength,
         "name": run.name,
+        "control": run.control,
         "seed": run.seed,
         "changes": run.changes,
         "settings": asdict(run.settings),
@@ -54,17 +58,22 @@ def one_run(run: Run, out: Path) -> dict:
         "seconds": round(time.monotonic() - began, 1),
         "machine": machine(),
     }
-    write_json(out / run.file, result)
+    append_jsonl(out, result)
     return result
 
 
 def base_run(out: Path) -> None:
     """The shipped model itself, judged in the same way."""
-    file = out / "base" / "base.json"
-    if not file.exists():
-        examples = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + JUDGED]
-        found = judge(TINY_OLMOE, examples)
-        write_json(file, {"study": "base", "name": "base", **found, "machine": machine()})
+    examples = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + JUDGED]
+    found = judge(TINY_OLMOE, examples)
+    about = {"kind": "study", "group": "base", "family": "base", "name": "base", "seed": 0}
+    append_jsonl(out, {**about, **found, "machine": machine()})
+
+
+def done_already(out: Path) -> set[tuple[str, int]]:
+    """Name and seed of every run that *out* holds."""
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    return {(record["name"], record["seed"]) for record in map(json.loads, lines)}
 
 
 def summary(result: dict) -> str:
@@ -72,7 +81,7 @@ def summary(result: dict) -> str:
     transfers = result["transfers"]["lfu-8"]["transfers_per_token"]
     return json.dumps(
         {
-            "run": f"{result['study']}/{result['name']}/{result['seed']}",
+            "run": f"{result['group']}/{result['name']}/{result['seed']}",
             "perplexity": round(result["quality"]["gsm8k"]["perplexity"]["mean"], 3),
             "transfers_lfu_8": round(transfers, 3),
             "seconds": result["seconds"],
@@ -82,7 +91,7 @@ def summary(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study.jsonl"))
     parser.add_argument("--only", help="run only groups or names that contain this")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -90,10 +99,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    base_run(arguments.out)
+    there = done_already(arguments.out)
+    if ("base", 0) not in there:
+        base_run(arguments.out)
     for run in all_runs():
         wanted = not arguments.only or arguments.only in f"{run.group}/{run.name}"
-        if wanted and not (arguments.out / run.file).exists():
+        if wanted and (run.name, run.seed) not in there:
             print(summary(one_run(run, arguments.out)), flush=True)
 
 

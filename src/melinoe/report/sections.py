@@ -9,6 +9,7 @@ from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.facts import Facts, flat, hardware, say
 from melinoe.report.figures import Figure
 from melinoe.report.records import Measurements
+from melinoe.report.study import frontier, study_tables
 from melinoe.report.tables import (
     Table,
     corpus_table,
@@ -130,6 +131,11 @@ def assemble(found: Measurements) -> Report:
         # Perplexity per corpus is a table in its own right; the others are numbers of a figure.
         shown = [per_corpus] if name == "quality" and per_corpus else []
         add(Section(name, title, tables=shown, figures=[figure] if figure else []), kind)
+    for group in study_tables(found):
+        figure = frontier(found, group.name.removeprefix("study-"))
+        sections.append(
+            Section(group.name, group.title, tables=[group], figures=[figure] if figure else [])
+        )
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
     add(Section("times", "Where the time goes", tables=times), "serve")
     measured = benchmark_tables(found)

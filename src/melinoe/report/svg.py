@@ -23,6 +23,9 @@ STAND_INS = {
     "#161718": "tuned",
     "#191a1b": "other",
     "#1c1d1e": "page",
+    "#1f2021": "rose",
+    "#222324": "olive",
+    "#252627": "slate",
 }
 COLOUR = {name: stand_in for stand_in, name in STAND_INS.items()}
 WIDTH_IN, HEIGHT_IN = 5.0, 3.1
