@@ -1,0 +1,45 @@
+"""
+What makes a router cacheable: functions of its logits and choices, and nothing else.
+
+For one MoE layer and token t, K = top_k, C = cache capacity in experts, E experts:
+
+    p_f, p_b   probabilities of the router in training and of the base router
+    r(t)       the choice that really ran, as E zeros and ones; gradients pass it as if it were p_f
+    s(t)       sum over earlier tokens j of the same sequence of  gamma^(t-1-j) r(j)
+    c(t)       what an imagined cache of C experts holds before token t; made of s(t)
+
+    cache simulation   mean_t < r(t), 1 - c(t) >           `cache_simulation_loss`, in three forms
+    reuse              the same for a cache of the previous token's experts alone
+    rank matching      mean_t of relu(rho - (p_f,i - p_f,j)), summed or averaged over the pairs
+                       of experts with p_b,i > p_b,j       `rank_matching_loss`
+    KL anchor          mean_t KL(p_b || p_f)               `kl_anchor_loss`
+    distillation       mean_t KL of the base model's next-token distribution to this model's
+                                                           `distillation_loss`
+
+The mean runs over completion tokens; the prompt only fills the imagined cache, and padding does not
+even that. The first token of a sequence meets an empty cache: c = 0, its loss is K.
+
+Shapes. A function of routers takes tensors of ``(batch, tokens, ..., experts)`` and returns one
+value for each of the dimensions in the middle: nothing there gives a scalar, ``layers`` gives one
+value per layer. All layers in one call cost far fewer kernels than one call per layer.
+
+Source: MELINOE, arXiv:2602.11192, with c in closed form. What is ours is said where it stands.
+"""
+
+from melinoe.losses.anchors import kl_anchor_loss, rank_matching_loss
+from melinoe.losses.cache import cache_simulation_loss, missing_share
+from melinoe.losses.distill import distillation_loss
+from melinoe.losses.filter import CausalFilter, choices_of, segments_of
+from melinoe.losses.select import completion_positions
+
+__all__ = [
+    "CausalFilter",
+    "cache_simulation_loss",
+    "choices_of",
+    "completion_positions",
+    "distillation_loss",
+    "kl_anchor_loss",
+    "missing_share",
+    "rank_matching_loss",
+    "segments_of",
+]

@@ -1,0 +1,26 @@
+"""Which tokens count, and the mean over them."""
+
+import torch
+from torch import Tensor
+
+
+def completion_positions(completion_mask: Tensor) -> Tensor:
+    """
+    Flat positions of the tokens that count, int64, from a bool mask ``(batch, tokens)``.
+
+    Every loss takes either. Positions made once for all of them save a wait for the device each.
+    """
+    return completion_mask.flatten().nonzero().squeeze(-1)
+
+
+def select(values: Tensor, completion: Tensor) -> Tensor:
+    """Values of the tokens that count, ``(count, ...)`` from ``(batch, tokens, ...)``."""
+    if completion.dtype == torch.bool:
+        completion = completion_positions(completion)
+    return values.flatten(0, 1).index_select(0, completion)
+
+
+def mean(per_token: Tensor, denominator: Tensor | float | None) -> Tensor:
+    """Sum over the first dimension over *denominator*; default: its length, at least 1."""
+    count = max(1, per_token.shape[0]) if denominator is None else denominator
+    return per_token.sum(0) / count
