@@ -12,6 +12,7 @@ Every deliberate error. Each message is one sentence: what happened, and the way
     |-- BudgetError               a memory budget below the smallest that works
     |-- OutputExistsError         the place to write to is taken
     |-- TrainingError             a fine-tuning run cannot go on
+    |-- DependencyError           an optional library is not installed
     `-- AttachError               the runtime is where it cannot be, or is not where it must be
 """
 
@@ -58,6 +59,10 @@ class OutputExistsError(MelinoeError):
 
 class TrainingError(MelinoeError):
     """A fine-tuning run cannot go on."""
+
+
+class DependencyError(MelinoeError):
+    """An optional library is not installed."""
 
 
 class AttachError(MelinoeError):

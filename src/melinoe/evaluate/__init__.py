@@ -2,22 +2,44 @@
 How well a model does, with an interval over examples, paired where two models are compared.
 
     perplexity.py   loss per token of a text, exp of it
+    completions.py  what a model writes after each prompt, greedy, in batches
+    rouge.py        ROUGE-L of completions against references
     answers.py      exact match of the number that ends a solution
-    records.py      records of kinds ``quality``, ``score`` and ``comparison``
+    scores.py       all of these for one model on one text
+    compare.py      two models on the same examples: difference, interval, a sentence
+    harness.py      tasks of the lm-evaluation-harness
+    records.py      records of kinds ``quality`` and ``score``
 
 Every function takes a plain transformers model or one that runs with few resident experts; the
 two are the same model and must give the same numbers.
 """
 
-from melinoe.evaluate.answers import exact_match, extract_answer
+from melinoe.evaluate.answers import exact_match, extract_answer, right_answers
+from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_scores
+from melinoe.evaluate.completions import complete, reference
+from melinoe.evaluate.harness import TaskScore, run_tasks
 from melinoe.evaluate.perplexity import Perplexity, perplexity, perplexity_increase
-from melinoe.evaluate.records import quality_record
+from melinoe.evaluate.records import quality_record, score_record
+from melinoe.evaluate.rouge import rouge_l
+from melinoe.evaluate.scores import Scores, score
 
 __all__ = [
+    "Comparison",
     "Perplexity",
+    "Scores",
+    "TaskScore",
+    "compare_perplexity",
+    "compare_scores",
+    "complete",
     "exact_match",
     "extract_answer",
     "perplexity",
     "perplexity_increase",
     "quality_record",
+    "reference",
+    "right_answers",
+    "rouge_l",
+    "run_tasks",
+    "score",
+    "score_record",
 ]

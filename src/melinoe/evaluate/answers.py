@@ -32,15 +32,18 @@ def extract_answer(text: str) -> Decimal | None:
         return None
 
 
-def exact_match(completions: Sequence[str], references: Sequence[str]) -> Estimate:
+def right_answers(completions: Sequence[str], references: Sequence[str]) -> Floats:
     """
-    Share of completions whose answer equals the reference's.
+    Score each completion 1 if its answer equals the reference's, else 0.
 
     A completion without an answer is wrong.
 
     Args:
         completions: What the model wrote, one per question.
         references: The right solutions, each with its ``####`` line.
+
+    Returns:
+        float64 ``(questions,)``.
 
     Raises:
         DataError: nothing to score, or a reference without an answer.
@@ -50,12 +53,17 @@ def exact_match(completions: Sequence[str], references: Sequence[str]) -> Estima
         raise ValueError(f"{len(completions)} completions for {len(references)} references")
     if not references:
         raise DataError("there are no answers to score; give at least one question")
-    right = []
+    right = np.zeros(len(references))
     for index, (completion, reference) in enumerate(zip(completions, references, strict=True)):
         wanted = extract_answer(reference)
         if wanted is None:
             raise DataError(
                 f"reference {index} has no number after '####'; exact match needs GSM8K's form"
             )
-        right.append(float(extract_answer(completion) == wanted))
-    return bootstrap(right)
+        right[index] = extract_answer(completion) == wanted
+    return right
+
+
+def exact_match(completions: Sequence[str], references: Sequence[str]) -> Estimate:
+    """Share of completions whose answer equals the reference's; see `right_answers`."""
+    return bootstrap(right_answers(completions, references))

@@ -1,0 +1,122 @@
+"""Two models on the same examples: their paired difference, and what it says in a sentence."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from melinoe.errors import DataError
+from melinoe.evaluate.perplexity import Floats, Perplexity, perplexity_increase
+from melinoe.stats import Estimate, paired_difference
+
+# Metric -> whether less of it is better.
+LOWER_IS_BETTER = {"perplexity": True, "rouge_l": False, "exact_match": False}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    How one model differs from another, on the same examples.
+
+    Attributes:
+        metric: Name of what is compared.
+        domain: Name of the text or task.
+        model: The model that the change is of.
+        other: The model that it is compared with.
+        change: Its value minus the other's, or with *relative* over it, minus 1; paired.
+        relative: Whether *change* is a share of the other's value.
+        lower_is_better: Whether less of the metric is better.
+    """
+
+    metric: str
+    domain: str
+    model: str
+    other: str
+    change: Estimate
+    relative: bool
+    lower_is_better: bool
+
+    @property
+    def better(self) -> str | None:
+        """The better model; ``None`` where the interval holds no difference, or n is 1."""
+        if self.change.n < 2 or self.change.low <= 0 <= self.change.high:
+            return None
+        return self.model if (self.change.mean < 0) is self.lower_is_better else self.other
+
+    @property
+    def sentence(self) -> str:
+        """Say how the two differ, and which is better or that none is shown to be."""
+        metric = self.metric.replace("_", " ")
+        start = f"{metric} on {self.domain}, {self.model} against {self.other}: {self._amount()}; "
+        if self.change.n < 2:
+            return start + "one example alone shows nothing about the next"
+        if self.better is None:
+            return start + "the interval contains no difference, so neither is shown to be better"
+        return start + f"{self.better} is better"
+
+    def _amount(self) -> str:
+        ends = (self.change.mean, self.change.low, self.change.high)
+        if self.relative:
+            mean, low, high = (f"{100 * end:+.1f}" for end in ends)
+            return f"{mean} % [{low}, {high}]"
+        mean, low, high = (f"{end:+.3f}" for end in ends)
+        return f"{mean} [{low}, {high}]"
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the record of kind ``comparison`` that reports read."""
+        return {
+            "kind": "comparison",
+            "metric": self.metric,
+            "domain": self.domain,
+            "model": self.model,
+            "other": self.other,
+            "change": self.change.to_dict(),
+            "relative": self.relative,
+            "better": self.better,
+            "sentence": self.sentence,
+        }
+
+
+def compare_perplexity(
+    ours: Perplexity, theirs: Perplexity, model: str, other: str, domain: str
+) -> Comparison:
+    """
+    Compare two perplexities of the same tokens.
+
+    Raises:
+        DataError: the two were not measured on the same tokens, as with unlike tokenizers.
+    """
+    change = perplexity_increase(ours, theirs)
+    return Comparison("perplexity", domain, model, other, change, True, True)
+
+
+def compare_scores(
+    ours: Floats,
+    theirs: Floats,
+    model: str,
+    other: str,
+    domain: str,
+    metric: str,
+    lower_is_better: bool | None = None,
+) -> Comparison:
+    """
+    Compare two scores of the same examples, one number an example.
+
+    Args:
+        ours: The scores of *model*.
+        theirs: Those of *other*; entry i is of the same example.
+        model: Label of the model.
+        other: Label of the other.
+        domain: Name of the text or task.
+        metric: Name of the score.
+        lower_is_better: Known for the metrics of this package; to be said for others.
+
+    Raises:
+        DataError: the numbers of examples differ.
+    """
+    if len(ours) != len(theirs):
+        raise DataError(
+            f"{metric} of {domain} is over {len(ours)} examples for {model} and {len(theirs)} for "
+            f"{other}; evaluate both on the same"
+        )
+    lower = LOWER_IS_BETTER[metric] if lower_is_better is None else lower_is_better
+    change = paired_difference(ours, theirs)
+    return Comparison(metric, domain, model, other, change, False, lower)

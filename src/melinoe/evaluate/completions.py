@@ -1,0 +1,158 @@
+"""What a model writes after each prompt: greedy, in batches, ended where an answer ends."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from melinoe.data import Example, encode_prompt, pad_token_id
+from melinoe.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# In a few-shot-like text the next question follows the answer; nothing after it belongs to it.
+NEXT_QUESTION = "Question:"
+
+
+def reference(example: Example) -> str:
+    """
+    What the completion of *example* should have been, without space around it.
+
+    The last assistant turn of a chat, the answer of a question, the completion of a prompt.
+
+    Raises:
+        DataError: plain text has no prompt, so nothing of it is a reference.
+    """
+    if example.messages is not None:
+        return [t["content"] for t in example.messages if t["role"] == "assistant"][-1].strip()
+    if not example.prompt:
+        raise DataError(
+            f"{example.source} is plain text without a prompt to complete; measure its perplexity "
+            "alone, or give prompt and completion"
+        )
+    return (example.completion if example.answer is None else example.answer).strip()
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> list[str]:
+    """
+    Write the completion of each example's prompt, greedily.
+
+    A completion ends at end-of-text, before the next ``Question:`` where the example is a
+    question, after *max_new_tokens*, or where the model's context ends, whichever comes first.
+    Prompts of similar length share a batch, padded on the left; what shares a batch changes
+    results only in rounding, and is the same for every model with the same tokenizer.
+
+    Args:
+        model: A causal language model, offloaded or not.
+        tokenizer: Its tokenizer.
+        examples: At least one, each with a prompt.
+        max_new_tokens: At most so many for each.
+        batch_size: Prompts per call of `generate`.
+        progress: Told in words after each tenth of the prompts.
+
+    Returns:
+        One text per example, in their order, without special tokens.
+
+    Raises:
+        DataError: no examples, an empty prompt, or one that fills the model's context.
+        TokenizerError: chats but no chat template.
+        ValueError: *max_new_tokens* or *batch_size* below 1.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError("max_new_tokens and batch_size must be 1 or more")
+    if not examples:
+        raise DataError("there are no prompts to complete; give at least one example")
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    room = _room(model, examples, prompts, max_new_tokens)
+    texts = [""] * len(examples)
+    done, step = 0, max(1, len(examples) // 10)
+    for indices in _batches(examples, prompts, batch_size):
+        stops = [NEXT_QUESTION] if examples[indices[0]].answer is not None else []
+        new_tokens = min(room[index] for index in indices)
+        written = _generate(model, tokenizer, [prompts[i] for i in indices], new_tokens, stops)
+        for index, text in zip(indices, written, strict=True):
+            texts[index] = text.partition(NEXT_QUESTION)[0] if stops else text
+        before, done = done, done + len(indices)
+        if progress is not None and (done // step > before // step or done == len(examples)):
+            progress(f"completed {done} of {len(examples)} prompts")
+    return texts
+
+
+def _room(
+    model: Any, examples: Sequence[Example], prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[int]:
+    """How many tokens each prompt may get, so that it stays inside the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        if not prompt:
+            raise DataError(
+                f"{example.source} has an empty prompt and the tokenizer adds no start-of-text "
+                "token; write a prompt"
+            )
+        left = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+        if left < 1:
+            raise DataError(
+                f"{example.source} has a prompt of {len(prompt)} tokens and the model's context "
+                f"is {context}; leave it out, or shorten it"
+            )
+        room.append(left)
+    if short := sum(left < max_new_tokens for left in room):
+        log.warning(
+            "%d of %d prompts leave less than %d tokens of the model's context of %s; their "
+            "batches end where it does",
+            short,
+            len(room),
+            max_new_tokens,
+            context,
+        )
+    return room
+
+
+def _batches(
+    examples: Sequence[Example], prompts: Sequence[list[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Indices in batches: questions apart from the rest, the longest prompts first."""
+    for is_question in (True, False):
+        chosen = [i for i, one in enumerate(examples) if (one.answer is not None) is is_question]
+        # The longest first: if memory is short, that shows at once.
+        chosen.sort(key=lambda i: -len(prompts[i]))
+        for start in range(0, len(chosen), batch_size):
+            yield chosen[start : start + batch_size]
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int, stops: list[str]
+) -> list[str]:
+    device = model.get_input_embeddings().weight.device
+    longest = max(map(len, prompts))
+    pad = pad_token_id(tokenizer)
+    input_ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    stopping: dict[str, Any] = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=new_tokens,
+            pad_token_id=pad,
+            # Greedy, whatever the checkpoint's own generation settings are.
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            **stopping,
+        )
+    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

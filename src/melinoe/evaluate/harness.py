@@ -1,0 +1,226 @@
+"""
+Tasks of the lm-evaluation-harness, run through its own Python API on a model of ours.
+
+The harness asks a transformers model for log-likelihoods and completions; one that runs with few
+resident experts answers like any other. It is an optional dependency and imported only here.
+"""
+
+import difflib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melinoe.errors import DataError, DependencyError, MelinoeError
+from melinoe.evaluate.compare import Comparison, compare_scores
+from melinoe.evaluate.perplexity import Floats
+from melinoe.evaluate.records import score_record
+from melinoe.stats import Estimate
+
+_RESAMPLES = 1000  # of the harness's own standard errors, where no mean of examples is taken
+_TWO_SIDED_95 = 1.96
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """
+    One metric of one task.
+
+    Attributes:
+        model: Label of the model.
+        task: The task's name.
+        metric: The metric's name, with the harness's filter behind it if it has one.
+        value: What the harness gives.
+        per_example: One number per example, where *value* is their mean; else ``None``.
+        examples: What tells the examples apart, in order: the harness's hashes of them.
+        estimate: *value* with its interval where there is no *per_example*: 1.96 of the
+            harness's standard errors to each side; no width if it gives none.
+        higher_is_better: As the task says; ``None`` if it does not.
+        versions: Of the harness and of the task.
+    """
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    per_example: Floats | None
+    examples: tuple[str, ...]
+    estimate: Estimate
+    higher_is_better: bool | None
+    versions: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the record of kind ``score``."""
+        values = self.estimate if self.per_example is None else self.per_example
+        return score_record(
+            values,
+            self.model,
+            self.task,
+            self.metric,
+            how="lm-evaluation-harness",
+            harness=dict(self.versions),
+        )
+
+    def against(self, other: "TaskScore") -> Comparison | None:
+        """
+        Compare with *other* on the same task; ``None`` where the two cannot be paired.
+
+        Raises:
+            DataError: the two saw different examples.
+        """
+        if self.per_example is None or other.per_example is None or self.higher_is_better is None:
+            return None
+        if self.examples != other.examples:
+            raise DataError(f"{self.task} was run on different examples; run both models again")
+        return compare_scores(
+            self.per_example,
+            other.per_example,
+            self.model,
+            other.model,
+            self.task,
+            self.metric,
+            lower_is_better=not self.higher_is_better,
+        )
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    label: str,
+    *,
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    fewshot: int | None = None,
+    chat_template: bool = False,
+    batch_size: int = 8,
+) -> list[TaskScore]:
+    """
+    Run tasks of the lm-evaluation-harness.
+
+    Args:
+        model: A causal language model of transformers, offloaded or not.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks or groups; ``*`` stands for any letters.
+        label: The model's name in records.
+        limit: Only the first examples of each task; ``None`` takes all.
+        task_path: A directory of further task files (YAML), looked at first.
+        fewshot: Examples before each question; ``None`` leaves each task its own number.
+        chat_template: Wrap prompts in the tokenizer's chat template.
+        batch_size: Requests per forward pass.
+
+    Returns:
+        One score per task, metric and filter; for a group of tasks also the group's own.
+
+    Raises:
+        DependencyError: the harness is not installed.
+        DataError: no such task, or one that cannot be run, as without its data set.
+    """
+    manager, names = _find_tasks(tasks, task_path)
+    lm_eval, wrapper = _harness()
+    wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the harness's own making, not the user's
+            results = lm_eval.simple_evaluate(
+                wrapped,
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=fewshot,
+                apply_chat_template=chat_template,
+                bootstrap_iters=_RESAMPLES,
+            )
+    except MelinoeError:
+        raise
+    except Exception as error:  # data sets, templates and metrics fail in ways of their own
+        text = str(error).strip()
+        reason = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+        raise DataError(
+            f"the harness could not run {', '.join(names)} ({reason}); check that the task's data "
+            "set can be had here"
+        ) from error
+    return list(_scores(results, label, lm_eval.__version__))
+
+
+def _harness() -> tuple[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise DependencyError(
+            f"--tasks needs the lm-evaluation-harness ({error}); install it with: "
+            "pip install 'melinoe[eval]'"
+        ) from None
+    # It says at length that a model was handed over ready-made, which is what we mean to do.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval, HFLM
+
+
+def _find_tasks(tasks: Sequence[str], task_path: str | Path | None) -> tuple[Any, list[str]]:
+    """The harness's task manager, and the names that it knows of what was asked for."""
+    _harness()
+    from lm_eval.tasks import TaskManager
+
+    if task_path is not None:
+        if not Path(task_path).is_dir():
+            raise DataError(f"{task_path} is no directory; name one that holds task files (.yaml)")
+        # The harness's own index of thousands of tasks takes many seconds to read.
+        manager = TaskManager(include_path=str(task_path), include_defaults=False)
+        if all(manager.match_tasks([name]) for name in tasks):
+            return manager, _matches(manager, tasks)
+    manager = TaskManager(include_path=None if task_path is None else str(task_path))
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            close = difflib.get_close_matches(name, manager.all_tasks, 3)
+            hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
+            raise DataError(f"the harness has no task {name!r}; {hint}")
+    return manager, _matches(manager, tasks)
+
+
+def _matches(manager: Any, tasks: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(found for name in tasks for found in manager.match_tasks([name])))
+
+
+def _scores(results: Mapping[str, Any], label: str, version: str) -> Iterator[TaskScore]:
+    for task, values in results["results"].items():
+        samples = results["samples"].get(task, [])
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not _is_number(value):
+                continue
+            rows = [row for row in samples if row["filter"] == chosen and metric in row]
+            numbers = [row[metric] for row in rows]
+            per_example = _mean_of(numbers, float(value))
+            count = len(rows) or int(values.get("sample_len") or 0)
+            error = values.get(f"{metric}_stderr,{chosen}")
+            reach = _TWO_SIDED_95 * float(error) if _is_number(error) else 0.0
+            yield TaskScore(
+                label,
+                task,
+                metric if chosen == "none" else f"{metric} ({chosen})",
+                float(value),
+                per_example,
+                tuple(row["doc_hash"] for row in rows),
+                Estimate(float(value), float(value) - reach, float(value) + reach, count),
+                results["higher_is_better"].get(task, {}).get(metric),
+                {"lm_eval": version, "task": results["versions"].get(task)},
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+
+
+def _mean_of(numbers: Sequence[Any], value: float) -> Floats | None:
+    """The examples' own numbers, if their mean is what the harness gives."""
+    if not numbers or not all(_is_number(number) for number in numbers):
+        return None
+    found = np.asarray(numbers, dtype=np.float64)
+    return found if np.isclose(found.mean(), value, rtol=1e-6, atol=1e-9) else None
