@@ -131,11 +131,7 @@ def assemble(found: Measurements) -> Report:
         # Perplexity per corpus is a table in its own right; the others are numbers of a figure.
         shown = [per_corpus] if name == "quality" and per_corpus else []
         add(Section(name, title, tables=shown, figures=[figure] if figure else []), kind)
-    for group in study_tables(found):
-        figure = frontier(found, group.name.removeprefix("study-"))
-        sections.append(
-            Section(group.name, group.title, tables=[group], figures=[figure] if figure else [])
-        )
+    sections += _studies(found)
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
     add(Section("times", "Where the time goes", tables=times), "serve")
     measured = benchmark_tables(found)
@@ -151,6 +147,19 @@ def assemble(found: Measurements) -> Report:
         limits=_limits(found),
         notes=missing + found.notes,
     )
+
+
+def _studies(found: Measurements) -> list[Section]:
+    """One section per group of a study: its tables, and its frontier where it has one."""
+    sections: list[Section] = []
+    for table in study_tables(found):
+        if table.name.endswith("-caches"):
+            sections[-1].tables.append(table)
+            continue
+        figure = frontier(found, table.name.removeprefix("study-"))
+        figures_shown = [figure] if figure else []
+        sections.append(Section(table.name, table.title, tables=[table], figures=figures_shown))
+    return sections
 
 
 def _title(found: Measurements) -> str:

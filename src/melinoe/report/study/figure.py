@@ -39,7 +39,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
             _levels(axes, study, tried, cache)
             axes.set_xlabel(f"perplexity {WHERE[inside]} over the control (%)")
             axes.set_ylabel(f"transfers per token ({cache.replace('-', ', ').upper()} slots)")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
             axes.grid(axis="both")
             axes.set_title(f"Price {WHERE[inside]}")
             axes.legend(frameon=False, loc="upper right", handlelength=1.6)
@@ -72,21 +72,20 @@ def _reach(estimates: list[Estimate], scale: float) -> list[list[float]]:
 
 
 def _levels(axes: Any, study: Study, tried: list[Setting], cache: str) -> None:
-    """Where base and control stand, as lines across."""
-    levels = []
-    if study.base is not None:
-        base = Setting("base", "base", None, "base", "", {0: study.base})
-        levels.append(("base", transfers(base, cache).mean))
-    for name in dict.fromkeys(one.control for one in tried):
-        levels.append((name, transfers(study.settings[name], cache).mean))
-    for name, level in levels:
+    """Where base and control stand, as lines across; a name above the higher line, else below."""
+    others = [study.settings[name] for name in dict.fromkeys(one.control for one in tried)]
+    shown = ([study.base_setting] if study.base is not None else []) + others
+    levels = sorted((transfers(one, cache).mean, one.name) for one in shown)
+    for place, (level, name) in enumerate(levels):
         axes.axhline(level, color=COLOUR["muted"], linewidth=0.9, linestyle=(0, (3, 3)))
+        highest = place == len(levels) - 1
         axes.annotate(
             name,
             (0.01, level),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
+            xytext=(0, 2 if highest else -3),
             textcoords="offset points",
+            va="bottom" if highest else "top",
             color=COLOUR["muted"],
             fontsize=9,
         )

@@ -38,6 +38,12 @@ class Study:
     base: Record | None
     settings: dict[str, Setting]
 
+    @property
+    def base_setting(self) -> Setting:
+        """The base model as a setting with one run and no control."""
+        assert self.base is not None
+        return Setting(BASE, BASE, None, BASE, "", {0: self.base})
+
     def tried(self, group: str | None = None) -> list[Setting]:
         """Give the settings that have a control to stand beside, of one group or of all."""
         return [

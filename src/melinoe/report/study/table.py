@@ -6,7 +6,7 @@ from melinoe.report.amounts import DASH, plain, signed
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
 from melinoe.report.study.compare import average, fewer, increase, transfers
-from melinoe.report.study.runs import Setting, Study, gather
+from melinoe.report.study.runs import BASE, Setting, Study, gather
 from melinoe.report.tables import Cell, Table, cell
 from melinoe.stats import Estimate
 
@@ -19,42 +19,56 @@ NOTE = (
 
 
 def study_tables(found: Measurements) -> list[Table]:
-    """Make one table per group of the study, with base and control above; none without records."""
+    """Make the tables of each group of the study; none without records."""
     study = gather(found)
     if study is None:
         return []
-    return [_table(study, group) for group in study.groups]
+    return [make(study, group) for group in study.groups for make in (price_table, caches_table)]
 
 
-def _table(study: Study, group: str) -> Table:
-    some = study.tried(group)[0]
-    record = next(iter(some.runs.values()))
-    caches = [name for name in record["transfers"] if not name.startswith("belady")]
-    experts = int(record["num_experts"])
+def price_table(study: Study, group: str) -> Table:
+    """What each setting of a group costs and saves, base and control above."""
+    record = next(iter(study.tried(group)[0].runs.values()))
+    quarter, experts = quarter_cache(record), int(record["num_experts"])
     columns = ["setting", "seeds", "price in domain", "price out of domain"]
-    columns += [_cache_title(name, experts) for name in caches]
-    columns += ["times fewer than base", "experts per sequence", "distinct over the whole set"]
-    quarter = quarter_cache(record)
+    columns += ["transfers / token", "times fewer than base"]
+    columns += ["experts per sequence", "distinct over the whole set"]
     rows = []
     for one in _rows(study, group):
-        # Where there are no runs to pair with, the row itself is what others are compared to.
-        paired = one.name != "base" and bool(study.pairs(one))
-        row = [Cell(one.name), Cell(str(len(one.runs)))]
-        row += [
-            _signed(increase(study, one, inside) if paired else None) for inside in (True, False)
-        ]
-        row += [cell(transfers(one, name)) for name in caches]
-        row.append(cell(fewer(study, one, quarter) if one.name != "base" else None))
-        row.append(Cell(plain(average(one, "experts_per_sequence"))))
-        row.append(Cell(f"{plain(average(one, 'distinct_experts'))} of {experts}"))
-        rows.append(row)
-    note = f"Times fewer: with {_cache_title(quarter, experts)}."
-    return Table(f"study-{group}", f"Study: {group}", columns, rows, [NOTE, note])
+        prices = [increase(study, one, inside) for inside in (True, False)]
+        distinct = plain(average(one, "distinct_experts"))
+        rows.append(
+            [
+                Cell(one.name),
+                Cell(str(len(one.runs))),
+                *(_signed(price) for price in prices),
+                cell(transfers(one, quarter)),
+                cell(fewer(study, one, quarter)) if one.name != BASE else Cell(DASH),
+                Cell(plain(average(one, "experts_per_sequence"))),
+                Cell(f"{distinct} of {experts}"),
+            ]
+        )
+    notes = [NOTE, f"Transfers: {_cache_title(quarter, experts)}."]
+    return Table(f"study-{group}", f"Study, {group}: what it costs and saves", columns, rows, notes)
+
+
+def caches_table(study: Study, group: str) -> Table:
+    """Transfers per token of each setting for every cache that was simulated."""
+    record = next(iter(study.tried(group)[0].runs.values()))
+    caches = sorted(record["transfers"], key=_slots)
+    experts = int(record["num_experts"])
+    rows = [
+        [Cell(one.name), *(cell(transfers(one, name)) for name in caches)]
+        for one in _rows(study, group)
+    ]
+    columns = ["setting", *(_cache_title(name, experts) for name in caches)]
+    title = f"Study, {group}: transfers per token by cache"
+    return Table(f"study-{group}-caches", title, columns, rows)
 
 
 def _rows(study: Study, group: str) -> Iterator[Setting]:
     if study.base is not None:
-        yield Setting("base", "base", None, "base", "", {0: study.base})
+        yield study.base_setting
     tried = study.tried(group)
     for name in dict.fromkeys(one.control for one in tried):
         yield study.settings[name]
@@ -75,7 +89,7 @@ def _slots(cache: str) -> int:
 
 def _cache_title(cache: str, experts: int) -> str:
     policy = cache.rpartition("-")[0].upper()
-    return f"transfers, {policy}, {100 * _slots(cache) / experts:g} % slots"
+    return f"{policy}, {100 * _slots(cache) / experts:g} % of the experts resident"
 
 
 def _signed(price: Estimate | None) -> Cell:

@@ -1,0 +1,144 @@
+"""Studies of fine-tunings: intervals over seeds and items, prices over the control, tables."""
+
+import math
+
+import numpy as np
+import pytest
+
+from melinoe.errors import DataError
+from melinoe.report import read_records, write_report
+from melinoe.report.amounts import DASH
+from melinoe.report.study import study_tables
+from melinoe.report.study.compare import fewer, increase, transfers
+from melinoe.report.study.runs import gather
+from melinoe.report.study.seeds import crossed
+
+
+def run(name, seed, nll, loads, *, family="clipped", strength=1.0, group="frontier", other=1.0):
+    """One record of a study: three examples in domain, two elsewhere, two prompts of 10 tokens."""
+    return {
+        "kind": "study",
+        "group": group,
+        "family": family,
+        "strength": strength,
+        "name": name,
+        "seed": seed,
+        "num_experts": 32,
+        "quality": {
+            "maths": {"in_domain": True, "nll": [nll, 2 * nll, 3 * nll], "tokens": [10, 20, 30]},
+            "prose": {"in_domain": False, "nll": [other, other], "tokens": [10, 10]},
+        },
+        "transfers": {
+            "lru-8": {"loads": [2 * loads, 2 * loads]},
+            "lfu-8": {"loads": [loads, loads]},
+        },
+        "tokens": [10, 10],
+        "experts_per_sequence": [8.0, 10.0],
+        "distinct_experts": [16, 20],
+    }
+
+
+def records():
+    """A base, a control and one setting, the last two with seeds 0 and 1."""
+    base = run("base", 0, 40.0, 60, family="base", strength=None, group="base")
+    controls = [
+        run("control", seed, 20.0, 50, family="control", strength=None, group="control")
+        for seed in (0, 1)
+    ]
+    tried = [run("clipped 1", 0, 21.0, 20, other=1.5), run("clipped 1", 1, 22.0, 10, other=1.5)]
+    return [base, *controls, *tried]
+
+
+def test_the_price_is_paired_with_the_control_of_the_same_seed():
+    """Gaps of .1 and .2 nats per token and seed: exp of their mean is the price."""
+    study = gather(read_records(records()))
+    price = increase(study, study.settings["clipped 1"], True)
+    assert price.mean == pytest.approx(math.expm1(0.15))
+    # Every example of a seed has the same gap, so only the seeds move the interval.
+    assert price.low == pytest.approx(math.expm1(0.1))
+    assert price.high == pytest.approx(math.expm1(0.2))
+    other = increase(study, study.settings["clipped 1"], False)
+    assert other.mean == pytest.approx(math.expm1(0.05))
+
+
+def test_a_run_without_its_control_has_no_price():
+    """A seed that the control lacks is left out; a setting left with none has no price."""
+    rows = [row for row in records() if (row["name"], row["seed"]) != ("control", 1)]
+    study = gather(read_records(rows))
+    assert increase(study, study.settings["clipped 1"], True).mean == pytest.approx(math.expm1(0.1))
+    rows = [row for row in rows if row["name"] != "control"]
+    study = gather(read_records(rows))
+    assert increase(study, study.settings["clipped 1"], True) is None
+    assert study_tables(read_records(rows)) == []
+
+
+def test_transfers_are_summed_over_seeds_and_prompts():
+    """20 and 10 loads a prompt of 10 tokens: 1.5 a token, 4 times fewer than the base's 6."""
+    study = gather(read_records(records()))
+    assert transfers(study.settings["clipped 1"], "lfu-8").mean == pytest.approx(1.5)
+    times = fewer(study, study.settings["clipped 1"], "lfu-8")
+    assert times.mean == pytest.approx(4.0)
+    assert (times.low, times.high) == (pytest.approx(3.0), pytest.approx(6.0))
+
+
+def test_the_crossed_interval_covers_seeds_and_items():
+    """
+    Values that differ by seed alone, or by item alone, spread as far as a bootstrap of that axis.
+
+    With four equally likely values 0, 1, 2, 3 of one axis, the mean of four draws lies in
+    [.5, 2.5] in all but a few percent of cases; with both axes at once it spreads further.
+    """
+    by_item = np.tile(np.arange(4.0), (4, 1))
+    ones = np.ones((4, 4))
+
+    def mean(sums):
+        return sums[0][0] / sums[0][1]
+
+    item = crossed([(by_item, ones)], mean)
+    seed = crossed([(by_item.T, ones)], mean)
+    both = crossed([(by_item + by_item.T, ones)], mean)
+    assert item.mean == seed.mean == 1.5
+    assert both.mean == 3.0
+    for one in (item, seed):
+        assert 0.25 <= one.low <= 0.75
+        assert 2.25 <= one.high <= 2.75
+    assert both.high - both.low > 1.2 * (item.high - item.low)
+
+
+def test_parts_with_other_seeds_are_refused():
+    """Two corpora measured with different numbers of seeds cannot be resampled together."""
+    with pytest.raises(ValueError, match="same seeds"):
+        crossed([(np.ones((2, 3)),), (np.ones((3, 3)),)], lambda sums: sums[0][0])
+
+
+def test_the_table_names_base_and_control_first():
+    """Base and control stand above, without a price of their own, and the notes name the cache."""
+    price, caches = study_tables(read_records(records()))
+    assert [row[0].text for row in price.rows] == ["base", "control", "clipped 1"]
+    assert price.rows[1][2].text == DASH
+    assert price.rows[2][2].text.startswith("+16.2 %")
+    assert price.rows[2][4].text == "1.50"
+    assert "LFU, 25 %" in price.notes[-1]
+    assert caches.columns[1:] == [
+        "LRU, 25 % of the experts resident",
+        "LFU, 25 % of the experts resident",
+    ]
+
+
+def test_the_page_draws_the_frontier_and_names_who_is_not_beaten(tmp_path):
+    """Of two settings, the one that costs more and saves less is not named as unbeaten."""
+    worse = [run("literal 1", seed, 23.0, 40, family="literal", strength=1.0) for seed in (0, 1)]
+    write_report([*records(), *worse], tmp_path / "study.html")
+    page = (tmp_path / "study.html").read_text()
+    assert page.count("<svg") == 2
+    text = (tmp_path / "study.md").read_text()
+    unbeaten = text.partition("cheapest first: ")[2].partition("\n")[0]
+    assert "clipped 1" in unbeaten
+    assert "literal 1" not in unbeaten
+
+
+def test_a_study_record_without_transfers_is_refused(tmp_path):
+    """The message names the record and the field."""
+    broken = {key: value for key, value in records()[0].items() if key != "transfers"}
+    with pytest.raises(DataError, match="transfers"):
+        read_records([broken])
