@@ -6,7 +6,7 @@ and, where only some words are allowed, ``choices``. The command line builds its
 and the checkpoint's record writes them down, so no default is typed twice.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from melinoe.errors import BudgetError, TrainingError
@@ -68,8 +68,9 @@ class FinetuneSettings:
     )
     cache_loss: str = setting(
         "clipped",
-        "clipped: an expert counts as resident at most once; literal: as in the paper",
-        choices=("clipped", "literal"),
+        "clipped: an expert counts as resident at most once; literal: as in the paper; "
+        "resident: the experts with the highest counts are there, all others are not",
+        choices=("clipped", "literal", "resident"),
     )
     cache_gradient: bool = setting(
         False, "let the gradient also flow through the imagined cache into earlier tokens"
@@ -84,6 +85,46 @@ class FinetuneSettings:
         "rank matching over pairs of experts: mean, or sum as in the paper",
         choices=("mean", "sum"),
     )
+    reference: str = setting(
+        "router",
+        "whose order or distribution the anchor keeps: the base router on what the model in "
+        "training shows it, or the base model's own pass over the same tokens",
+        choices=("router", "pass"),
+    )
+    swap_margin: float | None = setting(
+        None,
+        "count a miss only where a resident expert is at most this much less likely; "
+        "absent: count every miss in full",
+        unit="nats",
+    )
+    capacity_curriculum: float = setting(
+        0.0,
+        "part of the run in which the imagined cache shrinks from all experts to its size",
+        unit="share of the steps",
+    )
+    layer_capacity: tuple[float, ...] | None = setting(
+        None, "capacity of each MoE layer in turn, in place of one for all"
+    )
+    layer_weight: tuple[float, ...] | None = setting(
+        None, "factor on each MoE layer's cache and reuse terms, in turn; absent: 1"
+    )
+    lambda_reuse: float = setting(
+        0.0, "weight of the reuse of the previous token's experts; 0 leaves it out"
+    )
+    lambda_distill: float = setting(
+        0.0,
+        "weight of the divergence of next-token distributions from the base model's; "
+        "0 leaves it out, and saves a pass of the base model",
+    )
+    lambda_replay: float = setting(
+        0.0, "weight of the loss on anchor text beside the data; 0 leaves it out"
+    )
+    replay_loss: str = setting(
+        "kl",
+        "on anchor text: divergence from the base model's distributions, or next-token loss",
+        choices=("kl", "nll"),
+    )
+    replay_batch_size: int = setting(2, "sequences of anchor text per forward pass")
     train: str = setting(
         "router+experts",
         "what is trained: the routers alone, or also low-rank updates of the experts",
@@ -97,7 +138,7 @@ class FinetuneSettings:
     )
     steps: int | None = setting(None, "optimiser steps; absent: as many as the epochs have")
     epochs: float = setting(1.0, "passes over the data when steps is absent")
-    batch_size: int = setting(8, "sequences per device and forward pass")
+    batch_size: int = setting(8, "sequences (packed: rows) per device and forward pass")
     gradient_accumulation: int = setting(1, "forward passes per optimiser step")
     warmup: float = setting(0.05, "rising part of the schedule", unit="share of the steps")
     schedule: str = setting(
@@ -105,20 +146,41 @@ class FinetuneSettings:
     )
     weight_decay: float = setting(0.0, "AdamW's decay of the trained parts")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    max_length: int = setting(512, "longest sequence", unit="tokens")
+    max_length: int = setting(512, "longest sequence, and with packing row", unit="tokens")
+    packing: bool = setting(False, "put several examples into one row, kept apart")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
     bf16: bool = setting(False, "compute in bfloat16; trained parts stay in float32")
     log_every: int = setting(10, "steps between log lines")
     max_bad_steps: int = setting(5, "non-finite losses in a row before the run stops")
     seed: int = setting(0, "decides the data order and the starting adapters")
 
     def __post_init__(self) -> None:
+        for name in ("layer_capacity", "layer_weight"):  # a record in JSON gives lists
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(float(one) for one in value))
         _check_choices(self, TrainingError)
+        capacities, weights = self.layer_capacity or (), self.layer_weight or ()
         for name, holds, want in (
             ("capacity", 0 < self.capacity <= 1, "in (0, 1], a share of a layer's experts"),
             ("lambda_cache", self.lambda_cache >= 0, "0 or more"),
             ("lambda_rank", self.lambda_rank >= 0, "0 or more"),
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
             ("rho", self.rho >= 0, "0 or more"),
+            ("lambda_reuse", self.lambda_reuse >= 0, "0 or more"),
+            ("lambda_distill", self.lambda_distill >= 0, "0 or more"),
+            ("lambda_replay", self.lambda_replay >= 0, "0 or more"),
+            ("swap_margin", self.swap_margin is None or self.swap_margin > 0, "above 0"),
+            ("capacity_curriculum", 0 <= self.capacity_curriculum <= 1, "in [0, 1]"),
+            ("layer_capacity", all(0 < one <= 1 for one in capacities), "shares in (0, 1]"),
+            ("layer_weight", all(one >= 0 for one in weights), "0 or more each"),
+            ("replay_batch_size", self.replay_batch_size >= 1, "1 or more"),
+            (
+                "cache_gradient",
+                not (self.cache_gradient and self.cache_loss == "resident"),
+                "off with the resident form, which has no such gradient",
+            ),
             ("lora_rank", self.lora_rank >= 1, "1 or more"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("lora_learning_rate", (self.lora_learning_rate or 1) > 0, "above 0"),
@@ -138,11 +200,16 @@ class FinetuneSettings:
     @property
     def is_control(self) -> bool:
         """Whether the run trains on next tokens alone."""
-        return self.lambda_cache == 0 and (self.lambda_rank == 0 or self.anchor == "none")
+        anchored = self.lambda_rank > 0 and self.anchor != "none"
+        return not anchored and all(getattr(self, name) == 0 for name in _OTHER_WEIGHTS)
 
     def control(self) -> "FinetuneSettings":
-        """The NLL-only twin: same data order, steps and seed, no locality terms."""
-        return FinetuneSettings(**{**asdict(self), "lambda_cache": 0.0, "lambda_rank": 0.0})
+        """The NLL-only twin: same data order, steps and seed, no other terms."""
+        off: dict[str, Any] = dict.fromkeys((*_OTHER_WEIGHTS, "lambda_rank"), 0.0)
+        return replace(self, **off)
+
+
+_OTHER_WEIGHTS = ("lambda_cache", "lambda_reuse", "lambda_distill", "lambda_replay")
 
 
 @dataclass(frozen=True, kw_only=True)

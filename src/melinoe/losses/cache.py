@@ -5,10 +5,10 @@ How many of a token's experts an imagined cache lacks.
                the clip bounds the loss to [0, K].
     literal    c = C s / |s|, as in the paper. It rewards the same K experts for ever rather than at
                most C of them, and has no lower bound but K - C.
-    resident   c = 1 for the C experts with the highest s above 0, else 0. Close to what a cache does
-               when it serves: with gamma near 0 these are the C experts used last, so the loss is
-               the exact number of misses of an LRU cache; with gamma as in decayed LFU, those of an
-               LFU cache that remembers the experts it let go.
+    resident   c = 1 for the C experts with the highest s above 0, else 0. Closest to what a cache
+               does when it serves: with gamma in (0, 1/2) these are the C experts used last, so the
+               loss is the exact number of misses of an LRU cache; with gamma as in decayed LFU,
+               those of an LFU cache that remembers the experts it let go.
 
 All three pull on the router alike: along p_f, by what the cache lacks.
 
@@ -48,7 +48,8 @@ def cache_simulation_loss(
         top_k_index: int64 ``(batch, tokens, ..., top_k)``, what really ran.
         completion: The tokens that count: bool ``(batch, tokens)``, or `completion_positions`.
         causal_filter: Of this batch's segments, shared by all layers.
-        capacity: Experts that the cache holds; a tensor of shape ``(...)`` gives each layer its own.
+        capacity: Experts that the cache holds; a tensor of shape ``(...)`` gives each
+            layer its own.
         num_experts: Logits past this one are skip slots; default: all are experts.
         form: See this module.
         cache_gradient: Whether gradients also reach earlier tokens through the cache.
