@@ -10,6 +10,7 @@ Every deliberate error. Each message is one sentence: what happened, and the way
     |-- TraceError                a trace is malformed, or of another model
     |-- CacheTooSmallError        one request needs more experts than there are slots
     |-- BudgetError               a memory budget below the smallest that works
+    |-- HardwareError             a figure that no machine has, or a part that is not known
     |-- OutputExistsError         the place to write to is taken
     |-- TrainingError             a fine-tuning run cannot go on
     |-- DependencyError           an optional library is not installed
@@ -51,6 +52,10 @@ class CacheTooSmallError(MelinoeError):
 
 class BudgetError(MelinoeError):
     """A memory budget is below the smallest that works."""
+
+
+class HardwareError(MelinoeError):
+    """A figure of hardware that no machine has, or the name of a part that is not known."""
 
 
 class OutputExistsError(MelinoeError):

@@ -1,17 +1,18 @@
-"""Find a checkpoint's files, in a directory or on the hub, and check them before any read."""
+"""Read a checkpoint's config and index, open its shards, and check them before any read."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import cached_file
 
+from melinoe.checkpoint.hub import first_line, is_directory, locate
 from melinoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from melinoe.errors import CheckpointError, UnsupportedModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -23,43 +24,6 @@ class Place(NamedTuple):
     info: TensorInfo
 
 
-def locate(name: str, filename: str, download: bool = True) -> Path | None:
-    """
-    One file of a checkpoint, or None where the checkpoint has no such file.
-
-    Args:
-        name: A directory, or the name of a repository on the hub.
-        filename: The file's name inside it.
-        download: Fetch a hub file that is not in the local cache; without it such a file counts
-            as absent.
-
-    Raises:
-        CheckpointError: the directory or the repository cannot be reached.
-    """
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        path = directory / filename
-        return path if path.is_file() else None
-    if directory.exists():
-        raise CheckpointError(f"{name} is a file; give the directory that holds the checkpoint")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"the directory {name} does not exist; check the path")
-    try:
-        found = cached_file(
-            name,
-            filename,
-            local_files_only=not download,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=download,
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} is no directory here, and the hub did not give {filename} "
-            f"({first_line(error)}); check the name, or download it where there is a network"
-        ) from None
-    return None if found is None else Path(found)
-
-
 def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
     """
     Path and contents of ``config.json``.
@@ -68,7 +32,7 @@ def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
         CheckpointError: there is none, or it is not a JSON object.
     """
     path = locate(name, "config.json", download)
-    if path is None and Path(name).expanduser().is_dir():
+    if path is None and is_directory(name):
         raise CheckpointError(f"{name} has no config.json; give a whole checkpoint's directory")
     if path is None:
         raise CheckpointError(
@@ -76,13 +40,25 @@ def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
             "hub as far as it can be reached; check the name, or download it where there is a "
             "network"
         )
+    return path, read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """
+    The JSON object that a file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
-    return path, raw
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not readable JSON ({first_line(error)}); download it again"
+        ) from None
+    return raw
 
 
 def read_config(name: str, download: bool = True) -> PreTrainedConfig:
@@ -103,7 +79,7 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     if not family:
         raise CheckpointError(f"{path} names no model_type; give a transformers model's config")
     try:
-        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} ({first_line(error)}); "
@@ -111,19 +87,14 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
         ) from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
-
-
 def quantisation(config: dict) -> str | None:
-    """The kind of quantisation that a raw config (or its text part) declares, or None."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and part.get("quantization_config"):
-            settings = part["quantization_config"]
+    """The kind of quantisation that a raw config, or any part of it, declares; None if none."""
+    for key in ("quantization_config", "compression_config"):
+        if settings := config.get(key):
             found = settings.get("quant_method") if isinstance(settings, dict) else None
             return str(found or "of an unnamed kind")
-    return None
+    parts = (quantisation(part) for part in config.values() if isinstance(part, dict))
+    return next((kind for kind in parts if kind is not None), None)
 
 
 def open_shards(name: str, download: bool = True) -> dict[str, Place]:
@@ -152,24 +123,21 @@ def open_shards(name: str, download: bool = True) -> dict[str, Place]:
                 f"{name} has only pickled .bin weights, which are never opened here; "
                 "convert it to safetensors with transformers' save_pretrained"
             )
-        raise CheckpointError(f"{name} has no {SINGLE} and no {INDEX}; download its weights")
+        if is_directory(name):
+            raise CheckpointError(f"{name} has no {SINGLE} and no {INDEX}; download its weights")
+        raise CheckpointError(
+            f"{name} has no {SINGLE} and no {INDEX} in the local cache or on the hub as far as it "
+            "can be reached; download its weights where there is a network"
+        )
     return _open_index(name, index, download)
 
 
 def _open_index(name: str, index: Path, download: bool) -> dict[str, Place]:
     """The tensors of a sharded checkpoint, each checked against the header of its shard."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        filenames = sorted(set(weight_map.values()))
-        if not filenames or any(Path(f).name != f for f in filenames):
-            raise ValueError("its weight_map names no shard beside it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the index {index} is not readable ({error}); download it again"
-        ) from None
+    weight_map = _weight_map(index)
     files: dict[str, SafetensorsFile] = {}
     try:
-        for filename in filenames:
+        for filename in sorted(set(weight_map.values())):
             path = locate(name, filename, download)
             if path is None:
                 raise CheckpointError(
@@ -198,6 +166,30 @@ def close_shards(places: dict[str, Place]) -> None:
         file.close()
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Stored name -> file name, as an index tells it; every file is one beside it."""
+    found = read_object(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    # Also holds back what would lead out of the directory.
+    beside = [isinstance(n, str) and Path(n).name == n and n.endswith(SUFFIX) for n in names]
+    if not isinstance(found, dict) or not names or not all(beside):
+        odd = f": {names[beside.index(False)]!r}" if names and not all(beside) else ""
+        raise CheckpointError(
+            f"the index {index} is not readable (its weight_map names no {SUFFIX} file beside "
+            f"it{odd}); download it again"
+        )
+    return found
+
+
 def has_weights(name: str, download: bool = True) -> bool:
-    """Whether a checkpoint has weight files of any kind, pickled ones included."""
-    return any(locate(name, filename, download) for filename in (SINGLE, INDEX, *PICKLED))
+    """
+    Whether a checkpoint has weight files of any kind, pickled ones included.
+
+    Without *download*, a hub checkpoint whose shards are not all in the local cache has none.
+    """
+    if locate(name, SINGLE, download):
+        return True
+    index = locate(name, INDEX, download)
+    if index is not None and not (download or is_directory(name)):
+        return all(locate(name, shard, download) for shard in set(_weight_map(index).values()))
+    return index is not None or any(locate(name, pickled, download) for pickled in PICKLED)
