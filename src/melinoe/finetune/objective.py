@@ -1,12 +1,14 @@
 """
 The training objective: next-token loss plus the weighted locality terms of every MoE layer.
 
-Terms whose weight is 0 are computed too, without gradient, so that a control shows its cache loss
-beside the fine-tuned model's.
+Terms whose weight is 0 are computed too, without gradient, where they cost little: so a control
+shows its cache loss beside the fine-tuned model's. What takes another pass of a model, and the
+reuse term, are computed only if they weigh something.
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +16,41 @@ from torch import Tensor
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import IGNORED
 from melinoe.errors import TrainingError
-from melinoe.losses import (
-    CausalFilter,
-    cache_simulation_loss,
-    kl_anchor_loss,
-    rank_matching_loss,
-    segments_of,
-)
-from melinoe.moe.routing import BaseRouters, Router, Routing
+from melinoe.finetune.base_pass import BaseOutputs, Switchable, base_pass
+from melinoe.finetune.replay import Replay, to_device
+from melinoe.finetune.terms import Layout, stacks_of, weighing
+from melinoe.losses import distillation_loss
+from melinoe.moe.routing import BaseRouters, Router, Routing, RoutingRecorder
 
 
 @dataclass
 class Terms:
-    """Scalars of one batch: means over MoE layers and completion tokens."""
+    """
+    Scalars of one batch: means over completion tokens, and over MoE layers where it has them.
+
+    Attributes:
+        nll: Next-token loss.
+        cache: Cache simulation.
+        anchor: Rank matching or KL divergence from the base routers.
+        total: What is minimised.
+        more: ``reuse``, ``distill`` and ``replay``, those that are in use.
+        weights: Name of each term to its weight in *total*, next tokens included.
+    """
 
     nll: Tensor
     cache: Tensor
     anchor: Tensor
     total: Tensor
+    more: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Every term but the total, by name, with its graph."""
+        return {"nll": self.nll, "cache": self.cache, "anchor": self.anchor, **self.more}
 
     def detached(self) -> dict[str, Tensor]:
-        """Name -> value without its graph."""
-        return {name: getattr(self, name).detach() for name in ("nll", "cache", "anchor", "total")}
+        """Name -> value without its graph, the total last."""
+        return {k: v.detach() for k, v in {**self.parts(), "total": self.total}.items()}
 
 
 class Objective:
@@ -45,25 +60,136 @@ class Objective:
     Args:
         routers: Of the model before training; their weights now are the base router's.
         settings: The weights and forms of the terms.
+        updates: Of the experts, for passes of the base model; may be set later.
+        replay: Anchor text; without it there is no replay term.
+
+    Attributes:
+        lambda_cache: Weight of the cache term; may be changed between steps.
+        progress: Share of the run that is done, in [0, 1]; shrinks the imagined cache.
+        recorder: Sees the passes of `measure`.
 
     Raises:
-        TrainingError: the cache would be smaller than what one token needs.
+        TrainingError: a cache smaller than what one token needs, settings of layers that are not
+            the model's, or a replay term without text.
     """
 
-    def __init__(self, routers: list[Router], settings: FinetuneSettings):
-        self.settings = settings
+    def __init__(
+        self,
+        routers: list[Router],
+        settings: FinetuneSettings,
+        *,
+        updates: Switchable | None = None,
+        replay: Replay | None = None,
+    ):
+        self.settings, self.updates, self.replay = settings, updates, replay
+        self.lambda_cache = settings.lambda_cache
+        self.progress = 0.0
         self.base = BaseRouters(routers)
+        self.recorder = RoutingRecorder(routers)
+        self._batch_number = 0
+        for name in ("layer_capacity", "layer_weight"):
+            values = getattr(settings, name)
+            if values is not None and len(values) != len(routers):
+                raise TrainingError(
+                    f"{name} has {len(values)} values but the model has {len(routers)} MoE layers; "
+                    "give one for each"
+                )
+        if settings.lambda_replay > 0 and replay is None:
+            raise TrainingError(
+                "lambda_replay is above 0 but there is no anchor text; give some, or leave it at 0"
+            )
+        self._place = {router.index: place for place, router in enumerate(routers)}
         for router in routers:
             if router.top_k is not None:
                 self._check_capacity(router, int(router.top_k))
+
+    # ---- one batch, all passes that its terms need ----
+
+    def begin_step(self, step: int, steps: int, first_batch: int = 0) -> None:
+        """
+        Say where the run stands, before the passes of an optimiser step.
+
+        Args:
+            step: Optimiser steps done.
+            steps: Of the whole run.
+            first_batch: Number of the next batch of anchor text on this device.
+        """
+        self.progress = min(1.0, step / max(1, steps))
+        self._batch_number = first_batch
+
+    def measure(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        forward: Callable[[], tuple[Tensor, Any]],
+        denominator: Tensor | float | None = None,
+        *,
+        training: bool = True,
+    ) -> tuple[Terms, Any]:
+        """
+        Run a batch, and whatever other passes the terms need, and weigh it.
+
+        Args:
+            model: As *forward* runs it.
+            inputs: The batch, with ``labels`` and ``segment_ids``.
+            forward: Gives the mean next-token loss with its graph, and the outputs with ``logits``.
+            denominator: Completion tokens of the whole step; default: of this batch.
+            training: Whether anchor text is replayed beside the batch.
+        """
+        base = self.base_pass(model, inputs)
+        with self.recorder:
+            nll, outputs = forward()
+            routings = self.recorder.take()
+        labels = inputs["labels"]
+        more = {}
+        if base is not None and self.settings.lambda_distill > 0:
+            more["distill"] = distillation_loss(
+                outputs["logits"] if isinstance(outputs, dict) else outputs.logits,
+                base.logits,
+                labels,
+                ignored=IGNORED,
+                denominator=denominator,
+            )
+        if training and self.settings.lambda_replay > 0:
+            # The batch's share of the step, so that batches and devices add up to one mean.
+            share = 1.0 if denominator is None else (labels != IGNORED).sum() / denominator
+            more["replay"] = self._replayed(model, labels.device) * share
+        terms = self(
+            nll, routings, labels, inputs["segment_ids"], denominator, base=base, more=more
+        )
+        return terms, outputs
+
+    def base_pass(self, model: Any, inputs: dict[str, Any]) -> BaseOutputs | None:
+        """What the base model says about a batch, where a term asks for it."""
+        anchored = self.settings.reference == "pass" and self.settings.anchor != "none"
+        if not anchored and not self.settings.lambda_distill > 0:
+            return None
+        return base_pass(model, inputs, self.base, self.updates)
+
+    def _replayed(self, model: Any, device: torch.device) -> Tensor:
+        """The loss on the next batch of anchor text."""
+        assert self.replay is not None
+        batch = to_device(self.replay.batch(self._batch_number), device)
+        self._batch_number += 1
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "segment_ids")}
+        if self.settings.replay_loss == "nll":
+            return model(**inputs, labels=batch["labels"], use_cache=False).loss
+        base = base_pass(model, inputs, self.base, self.updates)
+        logits = model(**inputs, use_cache=False).logits
+        return distillation_loss(logits, base.logits, batch["labels"], ignored=IGNORED)
+
+    # ---- the terms ----
 
     def __call__(
         self,
         nll: Tensor,
         routings: list[Routing],
         labels: Tensor,
-        attention_mask: Tensor,
+        segment_ids: Tensor,
         denominator: Tensor | float | None = None,
+        *,
+        base: BaseOutputs | None = None,
+        more: dict[str, Tensor] | None = None,
     ) -> Terms:
         """
         Combine a batch's next-token loss with its locality terms.
@@ -72,59 +198,89 @@ class Objective:
             nll: Mean next-token loss, with gradient.
             routings: What each layer recorded in the pass that gave *nll*.
             labels: int64 ``(batch, tokens)``, -100 on prompt and padding.
-            attention_mask: ``(batch, tokens)``.
+            segment_ids: int64 ``(batch, tokens)``, as the collators of `melinoe.data` give it.
             denominator: Completion tokens of the whole step; default: of this batch.
-        """
-        settings, mask = self.settings, labels != IGNORED
-        causal_filter = CausalFilter.of(segments_of(attention_mask), settings.gamma)
-        cache, anchor = [], []
-        for routing in routings:
-            router = routing.router
-            self._check_capacity(router, routing.top_k_index.shape[-1])
-            logits = routing.logits.view(*labels.shape, -1)
-            with nullcontext() if settings.lambda_cache else torch.no_grad():
-                cache.append(
-                    cache_simulation_loss(
-                        logits,
-                        routing.top_k_index.view(*labels.shape, -1),
-                        mask,
-                        causal_filter,
-                        capacity=experts_in_share(settings.capacity, router.num_experts),
-                        num_experts=router.num_experts,
-                        form=settings.cache_loss,  # type: ignore[arg-type]
-                        cache_gradient=settings.cache_gradient,
-                        denominator=denominator,
-                    )
-                )
-            if settings.anchor != "none":
-                with nullcontext() if settings.lambda_rank else torch.no_grad():
-                    anchor.append(self._anchor(routing, logits, mask, denominator))
-        zero = nll.new_zeros(())
-        mean_cache = torch.stack(cache).mean() if cache else zero
-        mean_anchor = torch.stack(anchor).mean() if anchor else zero
-        total = nll + settings.lambda_cache * mean_cache + settings.lambda_rank * mean_anchor
-        return Terms(nll, mean_cache, mean_anchor, total)
+            base: What the base model said, where the anchor refers to its own pass.
+            more: Terms from other passes, weighed by their names in the settings.
 
-    def _anchor(
-        self, routing: Routing, logits: Tensor, mask: Tensor, denominator: Tensor | float | None
-    ) -> Tensor:
-        base_logits = self.base.logits(routing).view(logits.shape)
-        if self.settings.anchor == "kl":
-            return kl_anchor_loss(logits, base_logits, mask, denominator=denominator)
-        return rank_matching_loss(
-            logits,
-            base_logits,
-            mask,
-            rho=self.settings.rho,
-            reduce=self.settings.rank_reduce,  # type: ignore[arg-type]
-            denominator=denominator,
-        )
+        Raises:
+            ValueError: the anchor refers to a pass of the base model, and there is none.
+        """
+        settings = self.settings
+        if settings.anchor != "none" and settings.reference == "pass" and base is None:
+            raise ValueError('reference="pass" needs what the base model said')
+        layout = Layout.of(labels != IGNORED, segment_ids, settings, denominator)
+        by_layer: dict[str, list[Tensor]] = {"cache": [], "anchor": [], "reuse": []}
+        for stack in stacks_of(routings, layout):
+            capacities = [self.capacity_of(one.router, stack.top_k) for one in stack.routings]
+            weight = self._layer_weights(stack.routings)
+            with weighing(self.lambda_cache):
+                cache = stack.cache(capacities, settings)
+                by_layer["cache"].append(cache if weight is None else cache * weight)
+            if settings.lambda_reuse > 0:
+                reuse = stack.reuse()
+                by_layer["reuse"].append(reuse if weight is None else reuse * weight)
+            if settings.anchor != "none":
+                with weighing(settings.lambda_rank):
+                    base_logits = self._base_logits(stack.routings, base)
+                    by_layer["anchor"].append(stack.anchor(base_logits, settings))
+        zero = nll.new_zeros(())
+        means = {k: torch.cat(v).mean() if v else zero for k, v in by_layer.items()}
+        more = dict(more or {})
+        if settings.lambda_reuse > 0:
+            more["reuse"] = means["reuse"]
+        weights = {
+            "nll": 1.0,
+            "cache": self.lambda_cache,
+            "anchor": settings.lambda_rank,
+            **{name: float(getattr(settings, f"lambda_{name}")) for name in more},
+        }
+        terms = Terms(nll, means["cache"], means["anchor"], nll, more, weights)
+        for name, value in terms.parts().items():
+            # Not 0 times a term that is only watched: it may be infinite.
+            if name != "nll" and weights[name]:
+                terms.total = terms.total + weights[name] * value
+        return terms
+
+    def _base_logits(self, routings: list[Routing], base: BaseOutputs | None) -> list[Tensor]:
+        if base is not None and self.settings.reference == "pass":
+            return [base.router_logits[one.router.index] for one in routings]
+        return [self.base.logits(one) for one in routings]
+
+    def _layer_weights(self, routings: list[Routing]) -> Tensor | None:
+        weights = self.settings.layer_weight
+        if weights is None:
+            return None
+        own = [weights[self._place[one.router.index]] for one in routings]
+        return torch.tensor(own, device=routings[0].logits.device)
+
+    # ---- the size of the imagined cache ----
+
+    def capacity_of(self, router: Router, top_k: int | None = None) -> float:
+        """
+        Experts that the imagined cache of a layer holds at this point of the run.
+
+        Raises:
+            TrainingError: fewer than *top_k*.
+        """
+        if top_k is not None:
+            self._check_capacity(router, top_k)
+        final = experts_in_share(self._share(router), router.num_experts)
+        curriculum = self.settings.capacity_curriculum
+        if self.progress >= curriculum:
+            return final
+        return router.num_experts + (final - router.num_experts) * self.progress / curriculum
+
+    def _share(self, router: Router) -> float:
+        each = self.settings.layer_capacity
+        return self.settings.capacity if each is None else each[self._place[router.index]]
 
     def _check_capacity(self, router: Router, top_k: int) -> None:
-        capacity = experts_in_share(self.settings.capacity, router.num_experts)
+        share = self._share(router)
+        capacity = experts_in_share(share, router.num_experts)
         if capacity < top_k:
             raise TrainingError(
-                f"a capacity of {self.settings.capacity} is {capacity} of {router.num_experts} "
+                f"a capacity of {share} is {capacity} of {router.num_experts} "
                 f"experts, fewer than the {top_k} that each token uses; "
                 f"raise it to {top_k / router.num_experts:.3g} or more"
             )

@@ -2,14 +2,41 @@
 Which example is seen when: decided by the seed alone, so that a run and its control agree.
 
 Examples of like length share a batch, which saves padding; which batches, and their order, are
-random.
+random. Packed, the examples of a row fill it up, and the rows are in random order.
 """
 
 import math
 import random
 from collections.abc import Sequence
 
+from melinoe.config import FinetuneSettings
+from melinoe.finetune.packing import pack
+
 _BATCHES_SORTED_TOGETHER = 16
+
+
+def training_rows(
+    lengths: Sequence[int], settings: FinetuneSettings, processes: int = 1
+) -> tuple[int, list[list[int]]]:
+    """
+    Optimiser steps, and the positions of the examples of each row in the order of training.
+
+    A row holds one example, or several where ``settings.packing`` asks for it. One step takes
+    batch size x accumulation x *processes* rows that follow each other, so the processes only share
+    out what one process would see in the same step.
+    """
+    per_step = settings.batch_size * settings.gradient_accumulation * processes
+    if not settings.packing:
+        steps, seen = number_of_steps(
+            len(lengths), per_step, steps=settings.steps, epochs=settings.epochs
+        )
+        return steps, [[i] for i in training_order(lengths, per_step, seen, settings.seed)]
+    random_numbers = random.Random(settings.seed)
+    rows = pack(lengths, settings.max_length, random_numbers)
+    steps, seen = number_of_steps(len(rows), per_step, steps=settings.steps, epochs=settings.epochs)
+    while len(rows) < seen:  # each epoch packs anew, so that rows are mixed differently
+        rows += pack(lengths, settings.max_length, random_numbers)
+    return steps, rows[:seen]
 
 
 def number_of_steps(

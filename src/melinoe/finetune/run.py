@@ -12,17 +12,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from melinoe.checkpoint.files import read_config
 from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 from melinoe.config import FinetuneSettings
-from melinoe.data import IGNORED, Collator, Encoded, Example, encode, load_examples, pad_token_id
+from melinoe.data import Collator, Encoded, Example, encode, load_examples, pad_token_id
 from melinoe.finetune.adapters import TrainedParts, make_trainable
 from melinoe.finetune.objective import Objective
-from melinoe.finetune.order import number_of_steps, training_order
+from melinoe.finetune.order import training_rows
+from melinoe.finetune.packing import packed_collator
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import find_experts
@@ -55,6 +56,7 @@ def finetune(
     *,
     eval_examples: Sequence[Example] | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
     """
     Fine-tune a checkpoint for locality and write the result as a plain checkpoint.
@@ -69,6 +71,7 @@ def finetune(
         settings: Everything that decides the run.
         eval_examples: Held-out examples, measured before and after.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
+        callbacks: As in `train`.
 
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
@@ -96,6 +99,7 @@ def finetune(
         pad_token_id=pad_token_id(tokenizer),
         eval_data=held_out,
         progress=progress,
+        callbacks=callbacks,
     )
     metadata = {
         "base": name,
@@ -125,6 +129,7 @@ def train(
     pad_token_id: int,
     eval_data: Sequence[Encoded] | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[list[dict[str, Any]], int]:
     """
     Fine-tune a model in memory; at the end it is plain again, its adapters merged.
@@ -137,6 +142,10 @@ def train(
         pad_token_id: Any id; padding is masked.
         eval_data: Measured before the first and after the last step.
         progress: Called with each log row.
+        callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
+            ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
+            ``locality`` (the `Objective`, whose weights it may change) and ``measure(examples)``
+            there.
 
     Returns:
         Log rows, and how many steps were skipped for a non-finite loss. Rows at the first and the
@@ -147,7 +156,7 @@ def train(
     """
     routers, layers = find_routers(model), find_experts(model)
     objective = Objective(routers, settings)
-    recorder, collator = RoutingRecorder(routers), Collator(pad_token_id)
+    recorder, padding = RoutingRecorder(routers), Collator(pad_token_id)
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -158,21 +167,12 @@ def train(
     if hasattr(model.config, "use_cache"):
         changed.append((model.config, {"use_cache": model.config.use_cache}))
     parts = make_trainable(model, routers, layers, settings)
-    seen_at_once = settings.batch_size * settings.gradient_accumulation
-    steps, seen = number_of_steps(
-        len(data), seen_at_once, steps=settings.steps, epochs=settings.epochs
-    )
-    order = training_order([len(one) for one in data], seen_at_once, seen, settings.seed)
-
-    def measure(step: int) -> list[dict[str, Any]]:
-        if not eval_data:
-            return []
-        terms = held_out_terms(model, eval_data, objective, recorder, collator, settings)
-        row = {"step": step, **{f"eval_{key}": value for key, value in terms.items()}}
-        if progress is not None:
-            progress({**row, "steps": steps})
-        return [row]
-
+    steps, rows = training_rows([len(one) for one in data], settings)
+    if settings.packing:
+        collator: Any = packed_collator(model, pad_token_id)
+        dataset: list[Any] = [[data[index] for index in row] for row in rows]
+    else:
+        collator, dataset = padding, [data[row[0]] for row in rows]
     # The Trainer makes its directory even where it saves nothing.
     with tempfile.TemporaryDirectory() as work:
         trainer = LocalityTrainer(
@@ -180,16 +180,20 @@ def train(
             objective=objective,
             recorder=recorder,
             parts=parts,
+            held_out=eval_data,
+            padding=padding,
             progress=progress,
             model=model,
             args=_arguments(settings, steps, work),
-            train_dataset=[data[index] for index in order],
+            train_dataset=dataset,
             data_collator=collator,
             optimizers=(_optimizer(parts, settings), None),
+            callbacks=list(callbacks),
         )
-        before = measure(0)
+        for callback in callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(trainer)
         trainer.train()
-        after = measure(steps)
     trainer.accelerator.free_memory()
     parts.merge(model)
     model.requires_grad_(True).eval()
@@ -198,37 +202,7 @@ def train(
             setattr(config, key, value)
     for name, tensor in _tensors(model):
         tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
-    return before + trainer.rows + after, trainer.skipped_steps
-
-
-@torch.no_grad()
-def held_out_terms(
-    model: Any,
-    data: Sequence[Encoded],
-    objective: Objective,
-    recorder: RoutingRecorder,
-    collator: Collator,
-    settings: FinetuneSettings,
-) -> dict[str, float]:
-    """Means of ``nll``, ``cache`` and ``anchor`` over the completion tokens of *data*."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    sums, tokens = {"nll": 0.0, "cache": 0.0, "anchor": 0.0}, 0
-    ordered = sorted(data, key=len)
-    for start in range(0, len(ordered), settings.batch_size):
-        batch = collator(ordered[start : start + settings.batch_size])
-        batch = {key: value.to(device) for key, value in batch.items()}
-        with recorder, torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            nll = model(**batch).loss
-            routings = recorder.take()
-        terms = objective(nll, routings, batch["labels"], batch["attention_mask"]).detached()
-        count = int((batch["labels"] != IGNORED).sum())
-        for key in sums:
-            sums[key] += float(terms[key]) * count
-        tokens += count
-    model.train(was_training)
-    return {key: value / tokens for key, value in sums.items()}
+    return trainer.rows, trainer.skipped_steps
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
