@@ -6,7 +6,7 @@ shows its cache loss beside the fine-tuned model's. What takes another pass of a
 reuse term, are computed only if they weigh something.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,8 +134,26 @@ class Objective:
             inputs: The batch, with ``labels`` and ``segment_ids``.
             forward: Gives the mean next-token loss with its graph, and the outputs with ``logits``.
             denominator: Completion tokens of the whole step; default: of this batch.
-            training: Whether anchor text is replayed beside the batch.
+            training: Whether anchor text is replayed beside the batch, and the imagined cache has
+                the size of this point of the run; else there is none, and it has its final size.
         """
+        if not training:
+            progress, self.progress = self.progress, 1.0
+            try:
+                return self._measure(model, inputs, forward, denominator, replay=False)
+            finally:
+                self.progress = progress
+        return self._measure(model, inputs, forward, denominator, replay=True)
+
+    def _measure(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        forward: Callable[[], tuple[Tensor, Any]],
+        denominator: Tensor | float | None,
+        *,
+        replay: bool,
+    ) -> tuple[Terms, Any]:
         base = self.base_pass(model, inputs)
         with self.recorder:
             nll, outputs = forward()
@@ -150,7 +168,7 @@ class Objective:
                 ignored=IGNORED,
                 denominator=denominator,
             )
-        if training and self.settings.lambda_replay > 0:
+        if replay and self.settings.lambda_replay > 0:
             # The batch's share of the step, so that batches and devices add up to one mean.
             share = 1.0 if denominator is None else (labels != IGNORED).sum() / denominator
             more["replay"] = self._replayed(model, labels.device) * share
@@ -242,12 +260,12 @@ class Objective:
                 terms.total = terms.total + weights[name] * value
         return terms
 
-    def _base_logits(self, routings: list[Routing], base: BaseOutputs | None) -> list[Tensor]:
+    def _base_logits(self, routings: Sequence[Routing], base: BaseOutputs | None) -> list[Tensor]:
         if base is not None and self.settings.reference == "pass":
             return [base.router_logits[one.router.index] for one in routings]
         return [self.base.logits(one) for one in routings]
 
-    def _layer_weights(self, routings: list[Routing]) -> Tensor | None:
+    def _layer_weights(self, routings: Sequence[Routing]) -> Tensor | None:
         weights = self.settings.layer_weight
         if weights is None:
             return None
