@@ -1,22 +1,19 @@
 """
 What is trained: the routers in full, low-rank updates of the expert projections, nothing else.
 
-The updates are PEFT's (``target_parameters``), so their layout is PEFT's too. PEFT builds the whole
-updated stack of a layer in each forward pass, whichever experts ran; for stacks of some megabytes
-that costs little.
+The updates have PEFT's form and starting values, and are kept in PEFT's files; they are computed in
+`melinoe.finetune.low_rank`.
 """
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
-from melinoe.moe.experts import ExpertsLayer
+from melinoe.finetune.low_rank import LowRankUpdates
+from melinoe.moe.experts import ExpertsLayer, family
 from melinoe.moe.routing import Router
-
-_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -26,12 +23,15 @@ class TrainedParts:
 
     Attributes:
         router: Router parameters by full name.
-        lora: Parameters of the expert updates by name; empty if only routers are trained.
+        lora: Parameters of the expert updates by full name; empty if only routers are trained.
+        routers: The routers they belong to.
+        updates: The expert updates, as long as they are on the model.
     """
 
     router: dict[str, nn.Parameter]
     lora: dict[str, nn.Parameter]
-    tuner: object | None = field(default=None, repr=False)
+    routers: list[Router] = field(default_factory=list, repr=False)
+    updates: LowRankUpdates | None = field(default=None, repr=False)
 
     def all(self) -> list[nn.Parameter]:
         """Every trained parameter, routers first."""
@@ -39,13 +39,13 @@ class TrainedParts:
 
     def merge(self, model: nn.Module) -> None:
         """
-        Add the updates to the experts' weights and take the adapters off *model*, in place.
+        Add the updates to the experts' weights and take them off *model*, in place.
 
         The sum is rounded to the weights' own type once.
         """
-        if self.tuner is not None:
-            self.tuner.merge_and_unload()  # type: ignore[attr-defined]
-            self.tuner = None
+        if self.updates is not None:
+            self.updates.remove(merge=True)
+            self.updates = None
 
 
 def make_trainable(
@@ -58,7 +58,7 @@ def make_trainable(
     Freeze *model* and open the parts that *settings* name, in float32.
 
     Args:
-        model: Changed in place: with updates of experts, their modules are wrapped.
+        model: Changed in place: with updates of experts, a low-rank function computes them.
         routers: Of *model*, from `find_routers`.
         layers: Of *model*, from `find_experts`.
         settings: ``train``, ``lora_rank``, ``lora_alpha``, ``seed``.
@@ -73,36 +73,17 @@ def make_trainable(
         for name, parameter in one.parameters()
         if parameter.requires_grad and parameter.is_floating_point()
     }
-    if not router:
-        raise TrainingError("the model's routers are frozen; load it without frozen weights")
+    if any(not one.weight.requires_grad for one in routers):
+        raise TrainingError(
+            f"the routers of {family(model)} are frozen; load it without frozen weights"
+        )
     model.requires_grad_(False)
-    tuner, lora = None, {}
-    if settings.train == "router+experts":
-        tuner = _wrap(model, layers, settings)
-        lora = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    for parameter in (*router.values(), *lora.values()):
+    for parameter in router.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    return TrainedParts(router, lora, tuner)
-
-
-def _wrap(model: nn.Module, layers: list[ExpertsLayer], settings: FinetuneSettings) -> object:
-    # Slow to import, and not needed to train routers.
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    targets = [
-        f"{layer.name}.{tensor.name}"
-        for layer in layers
-        for tensor in layer.tensors
-        if tensor.name in _PROJECTIONS
-    ]
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        target_modules=[],
-        target_parameters=targets,
-        lora_dropout=0.0,
+    if settings.train == "router":
+        return TrainedParts(router, {}, routers)
+    updates = LowRankUpdates(
+        model, layers, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed
     )
-    torch.manual_seed(settings.seed)
-    return LoraModel(model, config, "default")
+    return TrainedParts(router, updates.parameters(), routers, updates)

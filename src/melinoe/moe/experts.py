@@ -18,6 +18,9 @@ from torch import nn
 
 from melinoe.errors import AttachError, UnsupportedModelError
 
+# The child of an experts module that holds low-rank updates while a model is fine-tuned.
+ADAPTER = "low_rank"
+
 # Names by which configurations of transformers' families say how many experts a layer has.
 _EXPERT_COUNTS = (
     "num_experts",
@@ -28,7 +31,8 @@ _EXPERT_COUNTS = (
 )
 # Most families name whole model classes "...Moe...", also when they are configured dense.
 _EXPERT_CLASS = re.compile(r"[Ee]xpert|(MoE|Moe|MoeBlock|MoEBlock|SparseMLP)$")
-_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Types that mean what they say; others need scales that stand elsewhere.
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _describe(model: nn.Module, index: int, name: str, module: nn.Module) -> Exp
         )
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
     own = list(module.named_parameters(recurse=False))
-    odd = sorted({str(p.dtype) for _, p in own if p.dtype not in _PLAIN_DTYPES})
+    odd = sorted({str(p.dtype) for _, p in own if p.dtype not in PLAIN_DTYPES})
     if odd or any("scale" in key for key, _ in own):
         raise UnsupportedModelError(
             f"the experts of {family(model)} are quantised ({', '.join(odd) or 'with scales'}); "
@@ -145,6 +149,11 @@ def _refuse_adapters(model: nn.Module) -> None:
             raise AttachError(
                 f"an adapter sits on the experts of {name}; merge it into the weights first "
                 "(merge_and_unload)"
+            )
+        if is_experts_module(module) and hasattr(module, ADAPTER):
+            raise AttachError(
+                f"the experts of {name} carry the updates of a fine-tuning that has not ended; "
+                "merge them into the weights or take them off first"
             )
 
 

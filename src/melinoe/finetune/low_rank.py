@@ -1,0 +1,149 @@
+"""
+Low-rank updates of expert projections, computed for the experts that tokens chose.
+
+The update of one projection of expert *e* is ``alpha / rank x B_e A_e``. PEFT adds it to the whole
+stack of weights before each forward pass, and its gradient has the size of that stack; here the
+tokens of an expert go through ``A_e`` and ``B_e`` beside their grouped product with ``W_e``. The
+numbers are PEFT's up to rounding, which in bfloat16 is less: PEFT rounds ``W + B A``.
+
+Every update is in the graph of every forward pass. An expert that no token chose gets a gradient of
+zeros, never none, so that distributed training finds the same gradients on each process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from melinoe.moe.dispatch import bind, unbind, use_melinoe
+from melinoe.moe.experts import ADAPTER, ExpertsLayer
+from melinoe.moe.grouped import aligned_size, grouped_experts, grouped_product
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class LowRank(nn.Module):
+    """
+    The updates of one experts module.
+
+    Args:
+        layer: The module, on any device; its weights are not read.
+        rank: Of each update.
+        alpha: Updates are multiplied by ``alpha / rank``.
+        generator: On the CPU; decides the starting values.
+
+    Attributes:
+        lora_A: Per projection, float32 ``(num_experts, rank, in)``; starts as PEFT's, uniform
+            within ``1 / sqrt(in)``.
+        lora_B: Per projection, float32 ``(num_experts, out, rank)``; starts at zero.
+    """
+
+    def __init__(
+        self, layer: ExpertsLayer, rank: int, alpha: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.rank, self.scaling = rank, alpha / rank
+        self.is_transposed = bool(getattr(layer.module, "is_transposed", False))
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for tensor in layer.tensors:
+            if tensor.name not in PROJECTIONS:
+                continue
+            device = layer.module.get_parameter(tensor.name).device
+            into, out = tensor.shape if self.is_transposed else tensor.shape[::-1]
+            start = torch.empty(layer.num_experts, rank, into)
+            start.uniform_(-1 / math.sqrt(into), 1 / math.sqrt(into), generator=generator)
+            zeros = torch.zeros(layer.num_experts, out, rank, device=device)
+            self.lora_A[tensor.name] = nn.Parameter(start.to(device))
+            self.lora_B[tensor.name] = nn.Parameter(zeros)
+
+    @property
+    def names(self) -> list[str]:
+        """The projections that are updated, in the module's own order."""
+        return list(self.lora_A)
+
+    def forward(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+        """What the update of projection *name* adds; an `Addition` of `grouped_experts`."""
+        down, up = self.lora_A[name].to(rows.dtype), self.lora_B[name].to(rows.dtype)
+        # Rows of zeros, so that torch's kernel takes any rank.
+        if missing := aligned_size(self.rank, rows.dtype) - self.rank:
+            down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
+        inner = grouped_product(rows, down.transpose(-2, -1), offsets) * self.scaling
+        return grouped_product(inner, up.transpose(-2, -1), offsets)
+
+    @torch.no_grad()
+    def delta(self, name: str, expert: int) -> Tensor:
+        """The update of one expert's weight, in float32 and in the weight's own layout."""
+        update = self.scaling * (self.lora_B[name][expert] @ self.lora_A[name][expert])
+        return update.T if self.is_transposed else update
+
+    @torch.no_grad()
+    def add_to(self, module: nn.Module) -> None:
+        """Add the updates to the module's weights in place, expert by expert, rounded once."""
+        for name in self.names:
+            weight = module.get_parameter(name)
+            for expert in range(weight.shape[0]):
+                total = weight[expert].to(torch.float32) + self.delta(name, expert)
+                weight[expert].copy_(total)
+
+
+class LowRankUpdates:
+    """
+    The updates of all MoE layers of a model, on the model while it trains.
+
+    The parameters are ordinary ones, ``<experts module>.low_rank.lora_A.<projection>``: they are
+    seen by ``named_parameters()``, wrapped by DDP and FSDP2, moved with the model.
+
+    Args:
+        model: Gets the updates, and their experts function, in place.
+        layers: Of *model*, from `find_experts`.
+        rank: Of each update.
+        alpha: Updates are multiplied by ``alpha / rank``.
+        seed: Decides the starting values, equally on each device and process.
+
+    Raises:
+        AttachError: a runtime is attached to the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[ExpertsLayer], rank: int, alpha: float, seed: int
+    ) -> None:
+        self.rank, self.alpha = rank, alpha
+        self.layers = list(layers)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers:
+            layer.module.add_module(ADAPTER, LowRank(layer, rank, alpha, generator))
+            bind(layer.module, partial(_forward, layer.module))
+        self._restore: Callable[[], None] = use_melinoe(model)
+
+    def of(self, layer: ExpertsLayer) -> LowRank:
+        """The updates of one layer."""
+        return layer.module.get_submodule(ADAPTER)  # type: ignore[return-value]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Full name and parameter of every update."""
+        return {
+            f"{layer.name}.{ADAPTER}.{name}": parameter
+            for layer in self.layers
+            for name, parameter in self.of(layer).named_parameters()
+        }
+
+    def remove(self, *, merge: bool) -> None:
+        """Take the updates off the model; with *merge*, add them to its weights before."""
+        for layer in self.layers:
+            if merge:
+                self.of(layer).add_to(layer.module)
+            unbind(layer.module)
+            delattr(layer.module, ADAPTER)
+        self._restore()
+
+
+def _forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    addition = getattr(module, ADAPTER)
+    return grouped_experts(module, hidden_states, top_k_index, top_k_weights, addition)

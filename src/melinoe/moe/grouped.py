@@ -1,0 +1,118 @@
+"""
+Compute all experts of a layer with transformers' grouped products, and add to each product.
+
+transformers' own ``grouped_mm`` function takes each projection's weight from the module and leaves
+no room for a low-rank term beside it. This is the same function with that room: the same order of
+operations and the same grouped product underneath, so that without an addition both agree bit for
+bit. Whatever differs between families is data on the module, as in `melinoe.moe.compute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import _grouped_mm
+
+Addition = Callable[[str, Tensor, Tensor], Tensor]
+"""Of a parameter's name, rows ``(pairs, in)`` sorted by expert, and offsets ``(experts,)``."""
+
+_ALIGNMENT_BYTES = 16
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_experts(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    addition: Addition | None = None,
+) -> Tensor:
+    """
+    What an experts module computes, with a term added to the product of each projection.
+
+    Args:
+        module: An experts module with its weights in it; only their data is read.
+        hidden_states: ``(tokens, hidden)``.
+        top_k_index: int64 ``(tokens, top_k)``; ids outside ``[0, num_experts)`` mean no expert.
+        top_k_weights: ``(tokens, top_k)``.
+        addition: Called with the parameter's name, the rows that its product takes, sorted by
+            expert, and for each expert the number of rows up to and with its own.
+
+    Returns:
+        ``(tokens, hidden)`` in the dtype of *hidden_states*.
+
+    Cost: no synchronisation with the host; memory of the order of ``tokens x top_k`` rows.
+
+    Source:
+        ``transformers.integrations.moe.grouped_mm_experts_forward``, whose weighting and order of
+        summation are kept.
+    """
+    num_experts, top_k = module.num_experts, top_k_index.shape[-1]
+    tokens, hidden = hidden_states.shape
+    ids, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+    # A choice of no expert is computed by some expert and weighs nothing: no row stays unwritten.
+    none = (ids < 0) | (ids >= num_experts)
+    ids, weights = ids.clamp(0, num_experts - 1), weights.masked_fill(none, 0)
+
+    sorted_ids, order = torch.sort(ids)
+    rows = hidden_states[order // top_k]
+    # No bincount: it synchronises. On the CPU, histc wants floating point.
+    counted = sorted_ids.float() if rows.device.type == "cpu" else sorted_ids.int()
+    counts = torch.histc(counted, bins=num_experts, min=0, max=num_experts - 1)
+    offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+    def project(name: str, rows: Tensor) -> Tensor:
+        weight = getattr(module, name)
+        if not getattr(module, "is_transposed", False):
+            weight = weight.transpose(-2, -1)
+        rows = rows.to(weight.dtype)
+        product = grouped_product(rows, weight, offsets)
+        if addition is not None:
+            product.add_(addition(name, rows, offsets))
+        if getattr(module, "has_bias", False):
+            product.add_(getattr(module, f"{name}_bias")[sorted_ids])
+        return product
+
+    if getattr(module, "has_gate", True):
+        inner = module._apply_gate(project("gate_up_proj", rows))
+    else:
+        inner = module.act_fn(project("up_proj", rows))
+    outputs = project("down_proj", inner)
+    if getattr(module, "has_post_expert_norm", False):
+        outputs = module.post_expert_norm(outputs)
+    weighted = outputs * weights[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return weighted[back].view(tokens, top_k, hidden).sum(dim=1).to(hidden_states.dtype)
+
+
+def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """
+    Each row times the matrix of its group; with gradient, which is zero for a group of no rows.
+
+    Args:
+        rows: ``(rows, in)``, sorted by group, of the dtype of *weight*.
+        weight: ``(groups, in, out)``.
+        offsets: int32 ``(groups,)``; rows up to and with each group.
+
+    Returns:
+        ``(rows, out)``.
+    """
+    if weight.dtype in _KERNEL_DTYPES and is_aligned(weight):
+        return _grouped_mm(rows, weight, offsets)
+    # torch's kernel takes neither float64 nor rows that start between two 16-byte words.
+    return torch.ops.transformers.grouped_mm_fallback(rows, weight, offsets)
+
+
+def is_aligned(weight: Tensor) -> bool:
+    """Whether rows and columns of each matrix are whole 16-byte words."""
+    return all(size * weight.itemsize % _ALIGNMENT_BYTES == 0 for size in weight.shape[-2:])
+
+
+def aligned_size(size: int, dtype: torch.dtype) -> int:
+    """The smallest size not below *size* that fills whole 16-byte words."""
+    step = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
+    return -(-size // step) * step
