@@ -195,12 +195,10 @@ def test_finetune_then_evaluate_against_the_base(checkpoint, prompts, tmp_path, 
     )
     assert code == 0, err
     assert "model.layers.0.mlp.experts.7.down_proj.weight" in load_file(out / "model.safetensors")
-    code, stdout, err = melinoe(
-        "evaluate", out, "--data", prompts, "--against", checkpoint, "--json"
-    )
+    code, stdout, err = melinoe("evaluate", out, checkpoint, "--data", prompts, "--json")
     assert code == 0, err
-    rows = json.loads(stdout)
-    assert [row["measure"] for row in rows] == ["perplexity", "perplexity", "perplexity increase"]
+    records = json.loads(stdout)
+    assert [record["kind"] for record in records] == ["quality", "quality", "comparison"]
     again = melinoe("finetune", checkpoint, "--data", prompts, "--out", out, "--steps", 2)
     refused(again, out)
 

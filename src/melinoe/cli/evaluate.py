@@ -1,5 +1,8 @@
-"""`melinoe evaluate`: perplexity and exact match, with intervals, of one model or two."""
+"""`melinoe evaluate`: how well one model does, or how two differ, with intervals."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -7,15 +10,63 @@ import typer
 from melinoe.cli import options
 
 
+@dataclass
+class _Found:
+    """What one model showed: scores by text, harness scores, what caches of each size cost."""
+
+    scores: list[Any] = field(default_factory=list)
+    tasks: list[Any] = field(default_factory=list)
+    caches: dict[tuple[str, int], dict[str, list[int]]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
 def command(
     model: options.Model,
-    data: Annotated[str, typer.Option(help="Held-out examples: a JSONL file or hub data set.")],
-    against: Annotated[
-        str | None, typer.Option(help="Another model on the same data; differences are paired.")
+    other_model: Annotated[
+        str | None, typer.Argument(help="A second model; differences are paired by example.")
     ] = None,
-    answers: Annotated[
-        bool, typer.Option(help="Also generate, and match the number after '####'.")
+    data: Annotated[
+        str | None, typer.Option(help="Held-out examples: a JSONL file or hub data set.")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other texts, for perplexity out of domain: a file, a directory of them, or a "
+            "hub data set; may be repeated."
+        ),
+    ] = None,
+    rouge: Annotated[
+        bool, typer.Option("--rouge", help="Also generate, and score ROUGE-L (F1, stemmed).")
     ] = False,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers", help="Also generate, and match the number after '####' (GSM8K)."),
+    ] = False,
+    locality: Annotated[
+        bool,
+        typer.Option(
+            "--locality", help="Also trace completions: experts used, transfers per token."
+        ),
+    ] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts traced by --locality.", min=1)] = 32,
+    at_slots: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Slots to simulate with --locality; may be repeated. Default: an eighth, a "
+            "quarter and half of the experts.",
+            min=1,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of the lm-evaluation-harness, as in gsm8k,arc_easy."),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Directory of further task files (YAML).")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each task's question.", min=0)
+    ] = None,
     limit: options.Limit = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     max_length: Annotated[int, typer.Option(help="Longest sequence, in tokens.", min=2)] = 512,
@@ -27,41 +78,212 @@ def command(
     store: options.StoreKind = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Append the records to this JSONL file, for `report`.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure perplexity on completions (and exact match), on an offloaded model."""
-    from melinoe.data import encode, encode_prompt, load_examples
-    from melinoe.evaluate import exact_match, perplexity, perplexity_increase
-    from melinoe.generate import generate
+    """Measure perplexity, ROUGE-L, exact match, locality and harness tasks, with intervals."""
+    if data is None and tasks is None:
+        raise typer.BadParameter("give --data, --tasks, or both", param_hint="--data")
+    if data is None and (rouge or answers or locality or other):
+        raise typer.BadParameter(
+            "--rouge, --answers, --locality and --other go with --data", param_hint="--data"
+        )
+    from melinoe.evaluate import run_tasks, score
+    from melinoe.measure import append_jsonl, machine
 
-    examples = load_examples(data, split=split, limit=limit)
-    rows: list[dict[str, Any]] = []
-    measured = []
-    for name in [model, against] if against else [model]:
-        assert name is not None
+    texts = _texts(data, other or [], split, limit)  # before any model is read
+    names = _labels(model, other_model)
+    found: list[_Found] = []
+    for name, label in names.items():
+        one = _Found()
         loaded, handle, tokenizer = options.open_model(
             name, device, dtype, slots, expert_memory, policy, store
         )
-        found = perplexity(loaded, encode(examples, tokenizer, max_length), batch_size)
-        measured.append(found)
-        rows.append(_row(name, "perplexity", found.estimate))
-        if answers:
-            written = []
-            for example in examples:
-                prompt = encode_prompt(example, tokenizer)
-                result = generate(loaded, handle, tokenizer, prompt, max_new_tokens)
-                written.append(result.text)
-            references = [example.completion for example in examples]
-            rows.append(_row(name, "exact match", exact_match(written, references)))
+        for domain, (examples, in_domain) in texts.items():
+            options.say(f"{label}: {domain}, {len(examples)} examples")
+            one.scores.append(
+                score(
+                    loaded,
+                    tokenizer,
+                    examples,
+                    label,
+                    domain,
+                    in_domain=in_domain,
+                    rouge=rouge and in_domain,
+                    answers=answers and in_domain,
+                    max_length=max_length,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    progress=_teller(label),
+                )
+            )
+        if locality:
+            examples = next(iter(texts.values()))[0][:prompts]
+            _locality(one, loaded, handle, tokenizer, examples, label, at_slots, max_new_tokens)
+        if tasks:
+            options.say(f"{label}: {tasks}")
+            one.tasks = run_tasks(
+                loaded,
+                tokenizer,
+                [task.strip() for task in tasks.split(",") if task.strip()],
+                label,
+                limit=limit,
+                task_path=task_path,
+                fewshot=fewshot,
+                batch_size=batch_size,
+            )
         handle.detach()
-    if against:
-        increase = perplexity_increase(measured[0], measured[1])
-        rows.append(_row(f"{model} over {against}", "perplexity increase", increase))
+        del loaded, handle  # one model in memory at a time
+        one.records[:0] = [record for scores in one.scores for record in scores.records()]
+        one.records += [task.to_record() for task in one.tasks]
+        found.append(one)
+    comparisons = _compare(found, *names.values()) if other_model else []
+    records = [record for one in found for record in one.records]
+    records += [comparison.to_record() for comparison in comparisons]
+    if out is not None:
+        facts = machine()
+        for record in records:
+            append_jsonl(out, {**record, "machine": facts})
+        options.say(f"appended {len(records)} records to {out}")
     if as_json:
-        options.show_json(rows)
-    else:
-        options.show_table(f"{len(examples)} examples of {data}", rows)
+        options.show_json(records)
+        return
+    options.show_table("means with 95 % intervals over examples", _rows(records))
+    for line in [*_remarks(records), *(comparison.sentence for comparison in comparisons)]:
+        print(line)
 
 
-def _row(model: str, measure: str, value: Any) -> dict[str, Any]:
-    return {"model": model, "measure": measure, **value.to_dict()}
+def _teller(label: str) -> Callable[[str], None]:
+    return lambda text: options.say(f"{label}: {text}")
+
+
+def _texts(
+    data: str | None, other: Sequence[str], split: str, limit: int | None
+) -> dict[str, tuple[list[Any], bool]]:
+    """Name of each text to its examples and whether it is the one in domain, that one first."""
+    from melinoe.data import load_examples
+
+    sources = [(data, True)] if data is not None else []
+    for source in other:
+        files = sorted(Path(source).glob("*.jsonl")) if Path(source).is_dir() else []
+        sources += [(str(file), False) for file in files] or [(source, False)]
+    texts: dict[str, tuple[list[Any], bool]] = {}
+    for source, in_domain in sources:
+        short = Path(source).stem if Path(source).exists() else source
+        name = source if short in texts else short
+        texts[name] = (load_examples(source, split=split, limit=limit), in_domain)
+    return texts
+
+
+def _labels(model: str, other: str | None) -> dict[str, str]:
+    """Each model as given to its short name, or to itself where short names would be equal."""
+    given = [model] if other is None else [model, other]
+    if len(set(given)) < len(given):
+        raise typer.BadParameter("the two models are one", param_hint="OTHER_MODEL")
+    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in given]
+    return dict(zip(given, short if len(set(short)) == len(given) else given, strict=True))
+
+
+def _locality(
+    one: _Found,
+    loaded: Any,
+    handle: Any,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    label: str,
+    at_slots: Sequence[int] | None,
+    max_new_tokens: int,
+) -> None:
+    """Trace greedy completions, and simulate what caches of each size would have moved."""
+    from melinoe.config import POLICIES, experts_in_share
+    from melinoe.data import encode_prompt
+    from melinoe.generate import trace_prompts
+    from melinoe.measure import completion_counts, curve_record, locality_record
+
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    trace = trace_prompts(
+        loaded,
+        handle,
+        tokenizer,
+        prompts,
+        max_new_tokens,
+        progress=_teller(label),
+    )
+    sizes = at_slots or [experts_in_share(share, trace.num_experts) for share in (0.125, 0.25, 0.5)]
+    sizes = sorted(set(sizes))
+    one.records.append(locality_record(trace, label))
+    for name in POLICIES:
+        one.records.append(curve_record(trace, label, name, sizes))
+        for size in sizes:
+            one.caches[name, size] = completion_counts(trace, size, name)
+
+
+def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
+    """Every difference of the first model from the second that can be paired."""
+    from melinoe.evaluate import Comparison
+    from melinoe.stats import Estimate, paired_ratio
+
+    ours, theirs = found
+    comparisons = []
+    for one, two in zip(ours.scores, theirs.scores, strict=True):
+        comparisons += one.against(two)
+    for key, counts in ours.caches.items():
+        base = theirs.caches.get(key)
+        if base is None or not sum(base["loads"]):
+            continue
+        over = paired_ratio(counts["loads"], base["loads"], counts["tokens"], base["tokens"])
+        change = Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n)
+        metric = f"transfers per token ({key[0].upper()}, {key[1]} slots)"
+        domain = ours.scores[0].domain
+        comparisons.append(Comparison(metric, domain, model, other, change, True, True))
+    known = {(one.task, one.metric): one for one in theirs.tasks}
+    for task in ours.tasks:
+        twin = known.get((task.task, task.metric))
+        if twin is not None and (comparison := task.against(twin)) is not None:
+            comparisons.append(comparison)
+    return comparisons
+
+
+def _rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table for people: one row per estimate."""
+    rows = []
+
+    def add(record: dict[str, Any], measure: str, value: dict[str, Any]) -> None:
+        about = {"model": record["model"], "text": record.get("domain", "completions")}
+        rows.append({**about, "measure": measure, **value})
+
+    for record in records:
+        kind = record["kind"]
+        if kind == "quality":
+            add(record, "perplexity", record["perplexity"])
+        elif kind == "score":
+            add(record, record["metric"].replace("_", " "), record["score"])
+        elif kind == "locality":
+            add(record, "experts per sequence", record["experts_per_sequence_mean"])
+            add(record, "reuse", record["reuse"])
+        elif kind == "curve":
+            for size, value in zip(record["slots"], record["transfers_per_token"], strict=True):
+                policy = record["policy"].upper()
+                add(record, f"transfers per token, {policy}, {size} slots", value)
+    return rows
+
+
+def _remarks(records: list[dict[str, Any]]) -> list[str]:
+    """What an interval over examples does not say."""
+    lines = []
+    for record in records:
+        if record["kind"] == "locality":
+            lines.append(
+                f"{record['model']}: all completions together use "
+                f"{record['distinct_experts']:.1f} of {record['num_experts']} experts, mean over "
+                "layers; caches were emptied before each prompt"
+            )
+        if record["kind"] == "score" and "right" in record:
+            right, n = record["right"], record["score"]["n"]
+            line = f"{record['model']}, {record['domain']}: {right} of {n} right"
+            if right == 0:  # all resamples are alike, so the bootstrap's interval has no width
+                line += f"; by the rule of three the rate is below {3 / n:.1%} (95 %)"
+            lines.append(line)
+    return lines

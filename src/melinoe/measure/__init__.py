@@ -9,13 +9,14 @@ Run one configuration over prompts, count and time; records that `report` reads.
 """
 
 from melinoe.measure.files import append_jsonl, write_json
-from melinoe.measure.locality import curve_record, locality_record
+from melinoe.measure.locality import completion_counts, curve_record, locality_record
 from melinoe.measure.machine import machine
 from melinoe.measure.serve import serve, serve_record, serving, side_by_side
 from melinoe.measure.training import training_record
 
 __all__ = [
     "append_jsonl",
+    "completion_counts",
     "curve_record",
     "locality_record",
     "machine",

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache.counters import COMPLETION
 from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
@@ -41,6 +42,41 @@ def locality_record(trace: Trace, model: str) -> dict[str, Any]:
     }
 
 
+def completion_counts(
+    trace: Trace, slots: int, policy: str, cold: bool = True, **policy_options: Any
+) -> dict[str, list[int]]:
+    """
+    Count what each sequence's completion would have cost with other slots or another policy.
+
+    Args:
+        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
+        slots: Slots of each layer.
+        policy: ``lru``, ``lfu``, ``belady``, …
+        cold: Empty the cache before each sequence; else it keeps what the one before left.
+        policy_options: What the policy takes.
+
+    Returns:
+        ``uses``, ``hits``, ``loads`` of all layers and ``tokens``: one number per sequence, so
+        that rates have intervals and two models can be paired.
+
+    Raises:
+        MelinoeError: no such policy, or a number of slots that the model cannot have.
+    """
+    done = simulate(
+        trace,
+        slots,
+        policy,
+        reset_between_sequences=cold,
+        policy_options=policy_options or None,
+    )
+    return {
+        "uses": [int(one.uses[COMPLETION].sum()) for one in done.per_sequence],
+        "hits": [int(one.hits[COMPLETION].sum()) for one in done.per_sequence],
+        "loads": [int(one.loads[COMPLETION].sum()) for one in done.per_sequence],
+        "tokens": [int(one.tokens[COMPLETION]) for one in done.per_sequence],
+    }
+
+
 def curve_record(
     trace: Trace,
     model: str,
@@ -50,7 +86,7 @@ def curve_record(
     **policy_options: Any,
 ) -> dict[str, Any]:
     """
-    Return the record of kind ``curve``: completion hit rate by slots, simulated.
+    Return the record of kind ``curve``: hit rate and transfers of completions by slots, simulated.
 
     Args:
         trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
@@ -64,19 +100,11 @@ def curve_record(
         DataError: no completion tokens.
         MelinoeError: no such policy, or a number of slots that the model cannot have.
     """
-    rates = []
+    rates, transfers = [], []
     for count in slots:
-        done = simulate(
-            trace,
-            count,
-            policy,
-            reset_between_sequences=cold,
-            policy_options=policy_options or None,
-        )
-        # Phase 1 is the completion.
-        hits = [int(one.hits[1].sum()) for one in done.per_sequence]
-        uses = [int(one.uses[1].sum()) for one in done.per_sequence]
-        rates.append(bootstrap(hits, uses).to_dict())
+        counts = completion_counts(trace, count, policy, cold, **policy_options)
+        rates.append(bootstrap(counts["hits"], counts["uses"]).to_dict())
+        transfers.append(bootstrap(counts["loads"], counts["tokens"]).to_dict())
     return {
         "kind": "curve",
         "model": model,
@@ -85,5 +113,6 @@ def curve_record(
         "num_experts": trace.num_experts,
         "slots": list(slots),
         "hit_rate": rates,
+        "transfers_per_token": transfers,
         "cold": cold,
     }
