@@ -13,7 +13,8 @@ zeros, never none, so that distributed training finds the same gradients on each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -40,6 +41,7 @@ class LowRank(nn.Module):
     Attributes:
         lora_A: Per projection, float32 ``(num_experts, rank, in)``; starts as PEFT's, uniform
             within ``1 / sqrt(in)``.
+        enabled: Whether forward passes add them.
         lora_B: Per projection, float32 ``(num_experts, out, rank)``; starts at zero.
     """
 
@@ -47,7 +49,7 @@ class LowRank(nn.Module):
         self, layer: ExpertsLayer, rank: int, alpha: float, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.rank, self.scaling = rank, alpha / rank
+        self.rank, self.scaling, self.enabled = rank, alpha / rank, True
         self.is_transposed = bool(getattr(layer.module, "is_transposed", False))
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for tensor in layer.tensors:
@@ -76,19 +78,45 @@ class LowRank(nn.Module):
         return grouped_product(inner, up.transpose(-2, -1), offsets)
 
     @torch.no_grad()
-    def delta(self, name: str, expert: int) -> Tensor:
-        """The update of one expert's weight, in float32 and in the weight's own layout."""
-        update = self.scaling * (self.lora_B[name][expert] @ self.lora_A[name][expert])
-        return update.T if self.is_transposed else update
-
-    @torch.no_grad()
     def add_to(self, module: nn.Module) -> None:
-        """Add the updates to the module's weights in place, expert by expert, rounded once."""
+        """
+        Add the updates to the module's weights in place, expert by expert, rounded once.
+
+        Under FSDP2 each process adds to the experts that it holds: all of these tensors are cut
+        along their first dimension, the experts.
+        """
         for name in self.names:
-            weight = module.get_parameter(name)
+            weight, down, up = map(
+                _held, (module.get_parameter(name), self.lora_A[name], self.lora_B[name])
+            )
+            assert weight.shape[0] == down.shape[0] == up.shape[0]
             for expert in range(weight.shape[0]):
-                total = weight[expert].to(torch.float32) + self.delta(name, expert)
-                weight[expert].copy_(total)
+                add_update(
+                    weight[expert], down[expert], up[expert], self.scaling, self.is_transposed
+                )
+
+
+@torch.no_grad()
+def add_update(
+    weight: Tensor, down: Tensor, up: Tensor, scaling: float, is_transposed: bool
+) -> None:
+    """
+    Add ``scaling x B A`` to one expert's weight in place: in float32, rounded once.
+
+    Args:
+        weight: ``(out, in)``, or ``(in, out)`` where *is_transposed*.
+        down: A, ``(rank, in)``.
+        up: B, ``(out, rank)``.
+        scaling: Factor of the product.
+        is_transposed: Layout of *weight*.
+    """
+    update = scaling * (up.float() @ down.float())
+    weight.copy_(weight.float() + (update.T if is_transposed else update))
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class LowRankUpdates:
@@ -132,6 +160,19 @@ class LowRankUpdates:
             for name, parameter in self.of(layer).named_parameters()
         }
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it, the model computes as if it had no updates: a pass of the base model."""
+        modules = [self.of(layer) for layer in self.layers]
+        before = [module.enabled for module in modules]
+        for module in modules:
+            module.enabled = False
+        try:
+            yield
+        finally:
+            for module, enabled in zip(modules, before, strict=True):
+                module.enabled = enabled
+
     def remove(self, *, merge: bool) -> None:
         """Take the updates off the model; with *merge*, add them to its weights before."""
         for layer in self.layers:
@@ -145,5 +186,6 @@ class LowRankUpdates:
 def _forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    addition = getattr(module, ADAPTER)
+    update = getattr(module, ADAPTER)
+    addition = update if update.enabled else None
     return grouped_experts(module, hidden_states, top_k_index, top_k_weights, addition)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import IGNORED
@@ -190,11 +191,12 @@ class Objective:
         batch = to_device(self.replay.batch(self._batch_number), device)
         self._batch_number += 1
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "segment_ids")}
-        if self.settings.replay_loss == "nll":
-            return model(**inputs, labels=batch["labels"], use_cache=False).loss
-        base = base_pass(model, inputs, self.base, self.updates)
+        if self.settings.replay_loss == "kl":
+            base = base_pass(model, inputs, self.base, self.updates)
+            logits = model(**inputs, use_cache=False).logits
+            return distillation_loss(logits, base.logits, batch["labels"], ignored=IGNORED)
         logits = model(**inputs, use_cache=False).logits
-        return distillation_loss(logits, base.logits, batch["labels"], ignored=IGNORED)
+        return ForCausalLMLoss(logits, batch["labels"], vocab_size=logits.shape[-1])
 
     # ---- the terms ----
 
