@@ -50,7 +50,7 @@ def test_garbage_for_a_header_is_refused(olmoe):
     """A file that is not safetensors at all, and one whose header is not an object."""
     shard = damaged.shard_with(olmoe, EXPERT)
     shard.write_bytes(b"\x93NUMPY" * 1000)
-    refuse(olmoe, "is torn: it has 6000 bytes, too few for its header")
+    refuse(olmoe, "is torn: it has a header of [0-9]{19} bytes, above the format's limit")
     shard.write_bytes((4).to_bytes(8, "little") + b"[1] ")
     refuse(olmoe, "a header that is not safetensors")
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from melinoe.checkpoint.files import Place, locate
+from melinoe.checkpoint.files import Place
+from melinoe.checkpoint.hub import first_line, locate, split_revision
 from melinoe.checkpoint.opening import Checkpoint
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
@@ -48,7 +49,8 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
         The model, in evaluation mode. It cannot run until a runtime is attached.
 
     Raises:
-        CheckpointError: a backbone tensor is missing or has another shape than the config says.
+        CheckpointError: a backbone tensor is missing or has another shape than the config says;
+            the generation config is not readable.
     """
     stripped = _without_experts(checkpoint.model_class)
     with _quiet():
@@ -69,7 +71,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
         for tensor in layer.tensors:
             empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
             module._parameters[tensor.name] = nn.Parameter(empty)
-    _name_it(model, checkpoint.name)
+    _name_it(model, checkpoint)
     return model
 
 
@@ -126,12 +128,17 @@ def _x(shape: Any) -> str:
     return "x".join(str(n) for n in shape)
 
 
-def _name_it(model: Any, name: str) -> None:
+def _name_it(model: Any, checkpoint: Checkpoint) -> None:
     """What from_pretrained does with a path: the model's name and its generation config."""
-    model.config.name_or_path = model.name_or_path = name
-    path = locate(name, "generation_config.json")
+    model.config.name_or_path = model.name_or_path = split_revision(checkpoint.name)[0]
+    path = locate(checkpoint.source, "generation_config.json")
     if model.can_generate() and path is not None:
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} is not readable ({first_line(error)}); download it again"
+            ) from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from melinoe.checkpoint.files import has_weights, read_config, read_raw_config
-from melinoe.checkpoint.opening import build_on_meta, find_model_class, open_checkpoint
+from melinoe.checkpoint.opening import (
+    as_dtype,
+    build_on_meta,
+    dtype_of,
+    find_model_class,
+    open_checkpoint,
+)
 from melinoe.errors import ModelError, UnsupportedModelError
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers
@@ -80,26 +86,27 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
 
     Raises:
         CheckpointError: there is no readable config to describe.
+        ValueError: *dtype* is no floating-point type.
     """
     name = str(name)
+    wanted = None if dtype == "auto" else as_dtype(dtype)
     _, raw = read_raw_config(name)
-    named = raw.get("architectures") or [None]
+    named = raw.get("architectures")
     weights = has_weights(name, download=False)
     known: dict[str, Any] = {}
     reason = None
     try:
         config = read_config(name)
-        known = _from_config(config, dtype)
+        known = _from_config(config, wanted or dtype_of(config) or torch.bfloat16)
         if weights:
             with open_checkpoint(name, dtype, download=False) as checkpoint:
-                known |= _of_layers(checkpoint.layers)
-                known["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
+                known = _from_config(config, checkpoint.dtype) | _of_layers(checkpoint.layers)
     except ModelError as error:
         reason = str(error)
     return Description(
         name=name,
         model_type=raw.get("model_type"),
-        architecture=named[0],
+        architecture=named[0] if named and isinstance(named, list) else None,
         supported=reason is None,
         reason=reason,
         weights=weights,
@@ -107,16 +114,14 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
     )
 
 
-def _from_config(config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
-    """Everything that the config alone tells."""
-    wanted = (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    model = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
+def _from_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that the config alone tells, with weights of *dtype*."""
+    model = build_on_meta(find_model_class(config), copy.deepcopy(config), dtype)
     layers = find_experts(model)
     known = _of_layers(layers)
     everything = sum(p.numel() * p.element_size() for p in model.parameters())
     known["backbone_bytes"] = everything - known["expert_bytes"]
-    known["dtype"] = str(wanted).removeprefix("torch.")
+    known["dtype"] = str(dtype).removeprefix("torch.")
     try:
         known["top_k"] = find_routers(model)[0].top_k or top_k_of(config)
     except UnsupportedModelError:  # a router that cannot be trained can still be served

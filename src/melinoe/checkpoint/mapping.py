@@ -13,7 +13,8 @@ from transformers.core_model_loading import (
 
 from melinoe.checkpoint.files import Place
 from melinoe.checkpoint.sources import Group
-from melinoe.errors import UnsupportedModelError
+from melinoe.errors import CheckpointError, UnsupportedModelError
+from melinoe.moe.experts import PLAIN_DTYPES
 
 
 def group_by_parameter(model: Any, places: dict[str, Place]) -> dict[str, Group]:
@@ -27,6 +28,9 @@ def group_by_parameter(model: Any, places: dict[str, Place]) -> dict[str, Group]
     Returns:
         Full name of a parameter (of the first, where a rule makes several) -> the stored tensors
         that make it. Names that the model does not know are kept under the name they would have.
+
+    Raises:
+        CheckpointError: two stored tensors are the same parameter.
 
     Source:
         `convert_and_load_state_dict_in_model` of transformers 5.23, whose order of tensors within
@@ -46,7 +50,14 @@ def group_by_parameter(model: Any, places: dict[str, Place]) -> dict[str, Group]
         rule = None if pattern is None else rule_of[pattern]
         if target not in groups:
             groups[target] = Group(target, _targets(target, rule), rule, {})
-        groups[target].tensors.setdefault(pattern or key, []).append(places[key])
+        same = groups[target].tensors.setdefault(pattern or key, [])
+        if len(groups[target].tensors) > 1 and rule is None:
+            first = next(iter(groups[target].tensors))
+            raise CheckpointError(
+                f"the stored tensors {first} and {key} are both the model's {target}; delete the "
+                "one that is not meant, or download the checkpoint again"
+            )
+        same.append(places[key])
     return groups
 
 
@@ -56,6 +67,26 @@ def _targets(target: str, rule: WeightConverter | None) -> tuple[str, ...]:
         return (target,)
     first = rule.target_patterns[0]
     return tuple(target.replace(first, pattern, 1) for pattern in rule.target_patterns)
+
+
+def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
+    """
+    Refuse weights of types that only mean something together with scales.
+
+    Raises:
+        CheckpointError: a parameter of *model* is stored as integers or in eight bits.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for group in groups.values():
+        if not any(target in parameters for target in group.targets):
+            continue
+        for place in (place for part in group.tensors.values() for place in part):
+            if place.info.dtype not in PLAIN_DTYPES:
+                raise CheckpointError(
+                    f"{place.name} is stored as {str(place.info.dtype).removeprefix('torch.')}, so "
+                    "the checkpoint is quantised, which is not supported; use its bf16 or fp16 "
+                    "checkpoint"
+                )
 
 
 def split(

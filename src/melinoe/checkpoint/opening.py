@@ -11,8 +11,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from melinoe.checkpoint.files import Place, close_shards, open_shards, read_config
-from melinoe.checkpoint.mapping import group_by_parameter, split
+from melinoe.checkpoint.files import Place, close_shards, open_shards, read_config, read_raw_config
+from melinoe.checkpoint.hub import first_line, is_directory, pinned
+from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
 from melinoe.checkpoint.sources import LayerCache, Reader, WholeLayer, reader_for
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import ExpertsLayer, find_experts
@@ -60,6 +61,7 @@ class Checkpoint:
 
     Attributes:
         name: The directory or hub name it was opened by.
+        source: The same at the commit that its files are of, as ``org/model@commit``.
         config: The model's config, with the type to compute in.
         model_class: The transformers class that its architecture names.
         dtype: Type that the weights are given in memory.
@@ -70,6 +72,7 @@ class Checkpoint:
     """
 
     name: str
+    source: str
     config: PreTrainedConfig
     model_class: type
     dtype: torch.dtype
@@ -114,30 +117,33 @@ def open_checkpoint(
     that is not in the local cache. The family is checked before that.
 
     Args:
-        name: A directory, or the name of a repository on the hub.
+        name: A directory, or the name of a repository on the hub, as ``org/model`` or with a
+            branch, tag or commit as ``org/model@revision``.
         dtype: Type of the weights in memory; "auto" takes the config's, else the stored one.
         download: Fetch hub files that are not in the local cache.
 
     Raises:
         CheckpointError: files missing, torn, quantised, or of another model than the config's.
         UnsupportedModelError: the family has no experts that can be served.
+        ValueError: *dtype* is no floating-point type.
     """
     name = str(name)
-    config = read_config(name, download)
+    wanted = None if dtype == "auto" else as_dtype(dtype)
+    source = pinned(name, read_raw_config(name, download)[0])
+    config = read_config(source, download)
     model_class = find_model_class(config)
-    wanted = config.dtype if dtype == "auto" else dtype
-    if download:
+    if download and not is_directory(name):
         find_experts(build_on_meta(model_class, copy.deepcopy(config), torch.bfloat16))
-    files = open_shards(name, download)
+    files = open_shards(source, download)
     try:
-        resolved = _as_dtype(wanted) if wanted is not None else _stored_dtype(files)
+        resolved = wanted or dtype_of(config) or _stored_dtype(files)
         model = build_on_meta(model_class, config, resolved)
         layers = [_with_plan(layer, model, resolved) for layer in find_experts(model)]
         experts, backbone = _sources(model, config, layers, files)
     except BaseException:
         close_shards(files)
         raise
-    return Checkpoint(name, config, model_class, resolved, files, layers, experts, backbone)
+    return Checkpoint(name, source, config, model_class, resolved, files, layers, experts, backbone)
 
 
 def _sources(
@@ -149,7 +155,9 @@ def _sources(
         for layer in layers
         for tensor in layer.tensors
     }
-    found, backbone = split(group_by_parameter(model, files), shapes)
+    groups = group_by_parameter(model, files)
+    refuse_integers(model, groups)
+    found, backbone = split(groups, shapes)
     cache = LayerCache(max(len(layer.tensors) for layer in layers))
     tied = model.all_tied_weights_keys
     sources = []
@@ -193,9 +201,20 @@ def find_model_class(config: PreTrainedConfig) -> Any:
 
 
 def build_on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """The model without a byte of weights; also sets *dtype* on *config*."""
-    with torch.device("meta"):
-        return model_class._from_config(config, dtype=dtype)
+    """
+    The model without a byte of weights; also sets *dtype* on *config*.
+
+    Raises:
+        CheckpointError: transformers cannot build it; the config is not the architecture's.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class._from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a family's code trips over
+        raise CheckpointError(
+            f"transformers cannot build {model_class.__name__} from the config "
+            f"({type(error).__name__}: {first_line(error)}); give the model's own config.json"
+        ) from error
 
 
 def _with_plan(layer: ExpertsLayer, model: Any, dtype: torch.dtype) -> ExpertsLayer:
@@ -210,11 +229,33 @@ def _with_plan(layer: ExpertsLayer, model: Any, dtype: torch.dtype) -> ExpertsLa
     return replace(layer, tensors=tuple(tensors))
 
 
-def _as_dtype(dtype: Any) -> torch.dtype:
+def as_dtype(dtype: Any) -> torch.dtype:
+    """
+    A floating-point type by itself or by its name.
+
+    Raises:
+        ValueError: it is none.
+    """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be 'auto' or a floating-point type, not {dtype!r}")
     return found
+
+
+def dtype_of(config: PreTrainedConfig) -> torch.dtype | None:
+    """
+    The type of weights that a config names, or None.
+
+    Raises:
+        CheckpointError: it names a type that no weights are computed in.
+    """
+    try:
+        return None if config.dtype is None else as_dtype(config.dtype)
+    except ValueError:
+        raise CheckpointError(
+            f'the config names the type {config.dtype}; give "dtype" in config.json as bfloat16, '
+            "float16 or float32"
+        ) from None
 
 
 def _stored_dtype(files: dict[str, Place]) -> torch.dtype:

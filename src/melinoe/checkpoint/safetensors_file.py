@@ -29,6 +29,8 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 
 # The format's own limit on a header, which keeps a garbled length from asking for all memory.
@@ -60,11 +62,13 @@ class SafetensorsFile:
         path: The file.
 
     Raises:
-        CheckpointError: the file is missing, empty, torn, or its header is not one.
+        CheckpointError: the file is missing, empty, torn, or its header is not one; a tensor is of
+            a type that torch has not.
 
     Source:
         https://github.com/huggingface/safetensors#format: 8 bytes of header length, little
-        endian; the header in JSON; the tensors' bytes, in row-major order.
+        endian; the header in JSON, no name twice; the tensors' bytes, in row-major order, without
+        holes or overlaps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,36 +81,71 @@ class SafetensorsFile:
             ) from None
         # Closes the file once: by close(), or when nothing refers to this object any more.
         self._closing = weakref.finalize(self, os.close, self._fd)
-        self.tensors = self._read_header()
+        try:
+            self.tensors = self._read_header()
+        except BaseException as error:
+            self.close()  # not when the error and its frames are gone: nobody knows when that is
+            if isinstance(error, OSError):
+                raise self._unreadable(error) from None
+            raise
 
     def _read_header(self) -> dict[str, TensorInfo]:
         """Name -> place in the file, every range checked."""
         size = os.fstat(self._fd).st_size
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        if size < 8 or length > size - 8 or length > LARGEST_HEADER_BYTES:
+        if size >= 8 and length > LARGEST_HEADER_BYTES:
+            raise self._torn(f"a header of {length} bytes, above the format's limit")
+        if size < 8 or length > size - 8:
             raise self._torn(f"{size} bytes, too few for its header")
+        origin = 8 + length
         try:
-            header = json.loads(os.pread(self._fd, length, 8))
+            text = os.pread(self._fd, length, 8)
+            header = json.loads(text, object_pairs_hook=_without_repeats)
             header.pop("__metadata__", None)
-            tensors = {name: self._place(entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            tensors = {name: self._place(name, entry, origin) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._torn(f"a header that is not safetensors ({error})") from None
-        promised = max((info.stop for info in tensors.values()), default=8 + length)
-        if promised > size:
-            raise self._torn(f"{size} bytes where its header promises {promised}")
+        self._check_ranges(tensors, origin, size)
         return tensors
 
-    @staticmethod
-    def _place(entry: dict, origin: int) -> TensorInfo:
+    def _place(self, name: str, entry: dict, origin: int) -> TensorInfo:
         """One header entry as a TensorInfo; ValueError where its range and shape disagree."""
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-        start, stop = entry["data_offsets"]
-        if start < 0 or min(shape, default=0) < 0 or stop - start != prod(shape) * dtype.itemsize:
-            raise ValueError(f"{stop - start} bytes for shape {list(shape)} of {entry['dtype']}")
-        return TensorInfo(dtype, shape, origin + start, origin + stop)
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"the shard {self.path} keeps {name} as {entry['dtype']}, which is not supported; "
+                "use a bf16 or fp16 checkpoint of the model"
+            )
+        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+            raise ValueError(f"{name} has a shape or an offset that is no whole number")
+        if stop - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"{stop - start} bytes for shape {shape} of {entry['dtype']}")
+        return TensorInfo(dtype, tuple(shape), origin + start, origin + stop)
+
+    def _check_ranges(self, tensors: dict[str, TensorInfo], origin: int, size: int) -> None:
+        """The tensors lie one behind the other, from the header's end to the file's."""
+        promised = max((info.stop for info in tensors.values()), default=origin)
+        if promised > size:
+            raise self._torn(f"{size} bytes where its header promises {promised}")
+        if promised < size:
+            raise self._torn(f"{size - promised} bytes behind its last tensor")
+        reached, before = origin, ""
+        for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
+            if info.start < reached:
+                raise self._torn(f"a header by which {before} and {name} share bytes")
+            if info.start > reached:
+                gap = info.start - reached
+                raise self._torn(f"{gap} bytes before {name} that belong to no tensor")
+            reached, before = info.stop, name
 
     def _torn(self, what: str) -> CheckpointError:
         return CheckpointError(f"the shard {self.path} is torn: it has {what}; download it again")
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"the shard {self.path} cannot be read ({error.strerror}); check the disk, or download "
+            "it again"
+        )
 
     def read(self, name: str, into: torch.Tensor, first: int = 0) -> None:
         """
@@ -121,7 +160,8 @@ class SafetensorsFile:
             first: The first element to read, counted in the stored tensor's row-major order.
 
         Raises:
-            CheckpointError: the file has shrunk since it was opened.
+            CheckpointError: the file has shrunk since it was opened, or the disk fails.
+            ValueError: the elements are not all in the tensor, or the file is closed.
         """
         info = self.tensors[name]
         start = info.start + first * info.dtype.itemsize
@@ -142,7 +182,10 @@ class SafetensorsFile:
         view = memoryview(data)
         while len(view):
             # One call moves at most 2 GiB, and may move less than it was asked to.
-            done = os.preadv(self._fd, [view], offset)
+            try:
+                done = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise self._unreadable(error) from None
             if done == 0:
                 raise self._torn(f"lost bytes after {offset} while it was being read")
             view, offset = view[done:], offset + done
@@ -150,6 +193,14 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading afterwards is a caller's mistake."""
         self._closing()
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {max(names, key=names.count)} twice")
+    return found
 
 
 def describe_shape(shape: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ expert. There are four ways, and the first that reproduces transformers is taken
     WholeLayer  the rest: the rule, run on all experts; the layer last read is kept
 """
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from transformers.core_model_loading import (
 from melinoe.checkpoint.files import Place
 from melinoe.checkpoint.safetensors_file import describe_shape
 from melinoe.errors import CheckpointError
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Group(NamedTuple):
@@ -254,15 +257,35 @@ def _alike(group: Group, operations: list, num_experts: int) -> bool:
 
 
 def _check_complete(group: Group, parameter: str, num_experts: int) -> None:
-    """Every pattern of an expert-wise rule needs a whole number of tensors per expert."""
+    """Every pattern of an expert-wise rule needs one tensor for each expert, 0 to the last."""
     expected = num_experts if len(group.targets) == 1 else None
     for pattern in _patterns(group):
-        found = len(group.tensors.get(pattern, ()))
-        if found == 0 or (expected is not None and found != expected):
+        places = group.tensors.get(pattern, ())
+        found = len(places)
+        needs = (
+            f"{parameter} needs {expected or 'its'} tensors {pattern} and the checkpoint has "
+            f"{found or 'none'}"
+        )
+        if expected is not None and found > expected:
             raise CheckpointError(
-                f"{parameter} needs {num_experts} tensors {pattern} and the checkpoint has "
-                f"{found}; a shard or a part of its index is missing, download it again"
+                f"{needs}; the weights are of another model than the config, use one model's"
             )
+        if found == 0 or (expected is not None and found < expected):
+            raise CheckpointError(
+                f"{needs}; a shard or a part of its index is missing, download it again"
+            )
+        numbers = _numbers(pattern, [place.name for place in places])
+        if numbers is not None and numbers != list(range(found)):
+            raise CheckpointError(
+                f"{needs}, but has them for experts {', '.join(map(str, numbers))}; a shard or a "
+                "part of its index is missing, download it again"
+            )
+
+
+def _numbers(pattern: str, names: list[str]) -> list[int] | None:
+    """The experts' numbers in stored names, where *pattern* has ``*``; None where it has none."""
+    found = [_NUMBER.findall(name) for name in names]
+    return [int(numbers[-1]) for numbers in found] if ".*." in pattern and all(found) else None
 
 
 def _check_shape(reader, made, parameter: str, shape: tuple[int, ...], place: Place) -> None:
