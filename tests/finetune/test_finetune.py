@@ -5,49 +5,18 @@ import math
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_model
+from small_runs import examples, settings, trained
+from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import melinoe.finetune.trainer as trainer_module
-from melinoe.config import FinetuneSettings
-from melinoe.data import Encoded
+from melinoe.checkpoint import read_metadata
 from melinoe.errors import DataError, OutputExistsError, TrainingError
 from melinoe.finetune import finetune, train
 from melinoe.moe.routing import find_routers, fingerprint
 
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "phimoe", "qwen3_moe")
-
-
-def settings(**changes):
-    """Four experts of eight, few steps, a rate that moves a random model."""
-    defaults = {
-        "capacity": 0.5,
-        "steps": 2,
-        "batch_size": 4,
-        "max_length": 32,
-        "learning_rate": 1e-2,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "lora_rank": 2,
-        "log_every": 1,
-    }
-    return FinetuneSettings(**defaults | changes)
-
-
-def examples(count=4, seed=0):
-    """Random ids with a prompt of three tokens, of several lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for number in range(count):
-        ids = torch.randint(3, VOCAB, (8 + number % 4,), generator=generator).tolist()
-        made.append(Encoded(ids, [False] * 3 + [True] * (len(ids) - 3)))
-    return made
-
-
-def trained(model, data=None, **changes):
-    rows, _ = train(model, data or examples(), settings(**changes), pad_token_id=0)
-    return rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,7 +230,7 @@ def test_what_is_written_is_the_trained_model(checkpoint, monkeypatch):
         assert torch.equal(reloaded(ids).logits, kept["model"](ids).logits)
     assert fingerprint(reloaded) == result.metadata["fingerprint"]
     assert result.metadata["fingerprint"] != result.metadata["base_fingerprint"]
-    assert json.loads((checkpoint / "out" / "melinoe.json").read_text()) == result.metadata
+    assert read_metadata(checkpoint / "out") == result.metadata
     assert result.metadata["settings"]["lambda_cache"] == 0.5
     assert (checkpoint / "out" / "tokenizer.json").is_file()
     from safetensors import safe_open

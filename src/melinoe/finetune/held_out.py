@@ -9,7 +9,6 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.finetune.forward import forward_terms
 from melinoe.finetune.objective import Objective
-from melinoe.moe.routing import RoutingRecorder
 
 
 @torch.no_grad()
@@ -17,7 +16,6 @@ def held_out_terms(
     model: Any,
     data: Sequence[Encoded],
     objective: Objective,
-    recorder: RoutingRecorder,
     collator: Collator,
     settings: FinetuneSettings,
     accelerator: Any = None,
@@ -29,7 +27,6 @@ def held_out_terms(
         model: In any mode, which it is left in.
         data: At least one example; each is a row of its own, packing or not.
         objective: Says what the terms are.
-        recorder: Of the routers of *model*.
         collator: Pads the rows.
         settings: ``batch_size`` and ``bf16``.
         accelerator: Of a run on several processes: each measures its share of the same batches
@@ -51,7 +48,7 @@ def held_out_terms(
         batch = collator(ordered[start : start + settings.batch_size])
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            terms, _ = forward_terms(model, batch, objective, recorder)
+            terms, _ = forward_terms(model, batch, objective, training=False)
         count = int((batch["labels"] != IGNORED).sum()) if mine < len(starts) else 0
         for key, value in terms.detached().items():
             sums[key] = sums.get(key, 0.0) + float(value) * count

@@ -2,22 +2,25 @@
 Several examples in one row, so that hardly any token is padding; none sees another's.
 
 Attention is kept apart by transformers itself, from positions that begin anew with each example
-(see `melinoe.data.PackedCollator`). Not every family lets it: convolutions, state-space and linear
-attention layers carry a state over the border. So a model is asked before it is trained: the
-gradient of one example's logits must not reach another example of its row.
+(see `melinoe.data.PackedCollator`). Some families make their masks without the positions and are
+given them ready-made; and some cannot be helped: convolutions, state-space and linear attention
+layers carry a state over the border. So a model is asked before it is trained: the gradient of one
+example's logits must not reach another example of its row.
 """
 
-import inspect
 import logging
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_masks_for_generate
 
 from melinoe.data import Encoded, PackedCollator
 from melinoe.errors import UnsupportedModelError
+from melinoe.finetune.forward import logits_of, model_outputs
 from melinoe.moe.experts import family
 
 log = logging.getLogger(__name__)
@@ -62,32 +65,61 @@ def pack(lengths: Sequence[int], row_tokens: int, random_numbers: random.Random)
     return rows
 
 
-def packed_collator(model: Any, pad_token_id: int) -> PackedCollator:
+@dataclass(frozen=True)
+class Packing:
     """
-    The collator whose examples *model* keeps apart: padded rows, or all in one for flash attention.
+    How a model's examples are kept apart in one row.
+
+    Attributes:
+        collator: Padded rows, or the whole batch in one row as flash attention wants it.
+        config: Where the model has to be given its attention masks, since it makes them without
+            looking at positions: its configuration; else ``None``.
+        dtype: Of the model's hidden states.
+    """
+
+    collator: PackedCollator
+    config: Any = None
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the collator, on the model's device, as the model must be given it."""
+        if self.config is None:
+            return batch
+        ids = batch["input_ids"]
+        shape_only = torch.empty((*ids.shape, 0), dtype=self.dtype, device=ids.device)
+        masks = create_masks_for_generate(
+            self.config, shape_only, None, None, position_ids=batch["position_ids"]
+        )
+        return {**batch, "attention_mask": masks}
+
+
+def find_packing(model: Any, pad_token_id: int) -> Packing:
+    """
+    The first way in which *model* keeps the examples of a row apart.
 
     Raises:
-        UnsupportedModelError: it keeps neither apart; the sentence names the family.
+        UnsupportedModelError: there is none; the sentence names the family.
 
-    Cost: a forward and a backward pass over 16 tokens, twice at most.
+    Cost: a forward and a backward pass over 18 tokens, three times at most.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters):
-        for flat in (False, True):
-            collator = PackedCollator(pad_token_id, flat=flat)
-            if not leaks(model, collator):
-                return collator
+    rows, flat = PackedCollator(pad_token_id), PackedCollator(pad_token_id, flat=True)
+    for packing in (Packing(rows), Packing(rows, model.config, model.dtype), Packing(flat)):
+        try:
+            if not leaks(model, packing):
+                return packing
+        except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+            log.info("%s does not take %s: %s", family(model), packing, error)
     raise UnsupportedModelError(
         f"{family(model)} lets an example see the one packed before it (it has layers that carry a "
         "state from token to token, or attention that ignores positions); train without packing"
     )
 
 
-def leaks(model: Any, collator: PackedCollator) -> bool:
+def leaks(model: Any, packing: Packing) -> bool:
     """
-    Whether a packed example reaches another of its row, or the padding reaches any.
+    Whether a packed example is reached by another of its row, or by the padding.
 
-    The model's weights, mode and the random numbers are left as they are.
+    The model's weights and the random numbers are left as they are.
     """
     embeddings = model.get_input_embeddings()
     seen: list[torch.Tensor] = []
@@ -97,13 +129,14 @@ def leaks(model: Any, collator: PackedCollator) -> bool:
         return seen[-1]
 
     made = [Encoded(list(range(1, 1 + n)), [False] + [True] * (n - 1)) for n in (4, 5, 3, 4)]
-    batch = collator([made[:2], made[2:]])
     device = embeddings.weight.device
-    ids, segments = batch["input_ids"].to(device), batch["segment_ids"].to(device)
+    batch = packing.collator([made[:2], made[2:]])
+    inputs = packing.inputs({key: value.to(device) for key, value in batch.items()})
+    segments = inputs["segment_ids"]
     handle = embeddings.register_forward_hook(watch)
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            logits = model(input_ids=ids, position_ids=batch["position_ids"].to(device)).logits
+            logits = logits_of(model, model_outputs(model, inputs))
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
             weighed = logits.float() * weights.to(device)
             for segment in segments.unique().tolist():

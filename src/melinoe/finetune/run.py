@@ -23,11 +23,11 @@ from melinoe.data import Collator, Encoded, Example, encode, load_examples, pad_
 from melinoe.finetune.adapters import TrainedParts, make_trainable
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.order import training_rows
-from melinoe.finetune.packing import packed_collator
+from melinoe.finetune.packing import find_packing
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import find_experts
-from melinoe.moe.routing import RoutingRecorder, find_routers, fingerprint
+from melinoe.moe.routing import find_routers, fingerprint
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -156,7 +156,7 @@ def train(
     """
     routers, layers = find_routers(model), find_experts(model)
     objective = Objective(routers, settings)
-    recorder, padding = RoutingRecorder(routers), Collator(pad_token_id)
+    padding = Collator(pad_token_id)
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -167,26 +167,24 @@ def train(
     if hasattr(model.config, "use_cache"):
         changed.append((model.config, {"use_cache": model.config.use_cache}))
     parts = make_trainable(model, routers, layers, settings)
+    objective.updates = getattr(parts, "updates", None)
     steps, rows = training_rows([len(one) for one in data], settings)
-    if settings.packing:
-        collator: Any = packed_collator(model, pad_token_id)
-        dataset: list[Any] = [[data[index] for index in row] for row in rows]
-    else:
-        collator, dataset = padding, [data[row[0]] for row in rows]
+    packing = find_packing(model, pad_token_id) if settings.packing else None
+    dataset = [[data[index] for index in row] if packing else data[row[0]] for row in rows]
     # The Trainer makes its directory even where it saves nothing.
     with tempfile.TemporaryDirectory() as work:
         trainer = LocalityTrainer(
             settings=settings,
             objective=objective,
-            recorder=recorder,
             parts=parts,
             held_out=eval_data,
             padding=padding,
+            packing=packing,
             progress=progress,
             model=model,
             args=_arguments(settings, steps, work),
             train_dataset=dataset,
-            data_collator=collator,
+            data_collator=packing.collator if packing else padding,
             optimizers=(_optimizer(parts, settings), None),
             callbacks=list(callbacks),
         )

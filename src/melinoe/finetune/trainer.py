@@ -26,7 +26,7 @@ from melinoe.finetune.adapters import TrainedParts
 from melinoe.finetune.forward import forward_terms
 from melinoe.finetune.held_out import held_out_terms
 from melinoe.finetune.objective import Objective, Terms
-from melinoe.moe.routing import RoutingRecorder
+from melinoe.finetune.packing import Packing
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class LocalityTrainer(Trainer):
     Args:
         settings: Of the run.
         objective: Weighs the terms; its weights may change between steps.
-        recorder: Of the routers of the model.
         parts: What is trained.
         held_out: Measured before the first step, at its turns, and after the last.
         padding: Collator for *held_out*.
+        packing: How the training examples are packed, if they are.
         progress: Called with each log row, on the main process.
         trainer_options: Of `transformers.Trainer`.
 
@@ -63,18 +63,18 @@ class LocalityTrainer(Trainer):
         *,
         settings: FinetuneSettings,
         objective: Objective,
-        recorder: RoutingRecorder,
         parts: TrainedParts,
         held_out: Sequence[Encoded] | None,
         padding: Collator,
+        packing: Packing | None = None,
         progress: Progress | None = None,
         **trainer_options: Any,
     ):
         super().__init__(**trainer_options)
         self.remove_callback(PrinterCallback)
         self.settings, self.locality, self.parts = settings, objective, parts
-        self.recorder, self.progress = recorder, progress
-        self.held_out, self.padding = held_out, padding
+        self.held_out, self.padding, self.packing = held_out, padding, packing
+        self.progress = progress
         # Whatever the model takes: its loss is computed here, with the denominator of the step.
         self.model_accepts_loss_kwargs = True
         self.rows: list[dict[str, Any]] = []
@@ -96,8 +96,10 @@ class LocalityTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The combined loss of one batch; see `Objective`."""
+        if self.packing is not None:
+            inputs = self.packing.inputs(inputs)
         terms, outputs = forward_terms(
-            model, inputs, self.locality, self.recorder, num_items_in_batch
+            model, inputs, self.locality, num_items_in_batch, training=True
         )
         self._bad_now |= not bool(torch.isfinite(terms.total))
         if self.state.global_step % (self.settings.log_every * 5) == 0 and not self._bad_now:
@@ -112,15 +114,9 @@ class LocalityTrainer(Trainer):
         """Each term's own weighted gradient on the routers: which one pulls, and how hard."""
         if self.is_fsdp_enabled:
             return  # a sharded parameter is no leaf of the graph
-        weights = {
-            "nll": 1.0,
-            "cache": self.settings.lambda_cache,
-            "anchor": self.settings.lambda_rank,
-        }
         parameters = list(self.parts.router.values())
-        for name, weight in weights.items():
-            term = getattr(terms, name)
-            if weight and term.requires_grad:
+        for name, term in terms.parts().items():
+            if (weight := terms.weights[name]) and term.requires_grad:
                 gradients = torch.autograd.grad(
                     weight * term, parameters, retain_graph=True, allow_unused=True
                 )
@@ -162,7 +158,6 @@ class LocalityTrainer(Trainer):
             model,
             data,
             self.locality,
-            self.recorder,
             self.padding,
             self.settings,
             self.accelerator,
@@ -183,6 +178,14 @@ class LocalityTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def begin_step(self) -> None:
+        """Tell the objective where the run stands; each process has its own batches."""
+        done, accelerator = self.state.global_step, self.accelerator
+        turn = done * accelerator.num_processes + accelerator.process_index
+        self.locality.begin_step(
+            done, self.state.max_steps, turn * self.args.gradient_accumulation_steps
+        )
 
     def end_step(self) -> None:
         """Before the optimiser's step: forget the gradients of a bad one, and count it."""
@@ -237,6 +240,9 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.held_out and state.global_step == 0:
             self.trainer.evaluate()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.end_step()
