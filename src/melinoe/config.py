@@ -6,17 +6,30 @@ and, where only some words are allowed, ``choices``. The command line builds its
 and the checkpoint's record writes them down, so no default is typed twice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import entry_points
 from typing import Any
 
 from melinoe.errors import BudgetError, TrainingError
 
-POLICIES = ("lru", "lfu")
+# Those of ours that run a model by name alone; a test holds them against the registry.
+POLICIES = ("lru", "lfu", "lfru", "score")
 STORES = ("auto", "ram", "pinned", "disk")
 
 
+def policies() -> tuple[str, ...]:
+    """Cache policies that can be named to run a model: ours, and those of installed packages."""
+    outside = {point.name for point in entry_points(group="melinoe.policies")}
+    return (*POLICIES, *sorted(outside.difference(POLICIES)))
+
+
 def setting(
-    default: Any, help: str, *, unit: str | None = None, choices: tuple[str, ...] | None = None
+    default: Any,
+    help: str,
+    *,
+    unit: str | None = None,
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
 ) -> Any:
     """One dataclass field that carries its own documentation."""
     return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
@@ -42,6 +55,7 @@ def experts_in_share(share: float, num_experts: int) -> int:
 def _check_choices(settings: Any, error: type[Exception]) -> None:
     for one in fields(settings):
         choices, value = one.metadata["choices"], getattr(settings, one.name)
+        choices = choices() if callable(choices) else choices
         if choices is not None and value not in choices:
             raise error(f"{one.name} cannot be {value!r}; choose one of {', '.join(choices)}")
 
@@ -224,7 +238,7 @@ class ServeSettings:
     slots: float = setting(
         0.25, "resident experts of each layer", unit="share of a layer's experts"
     )
-    policy: str = setting("lru", "which resident expert leaves first", choices=POLICIES)
+    policy: str = setting("lru", "which resident expert leaves first", choices=policies)
     store: str = setting("auto", "where the other experts live", choices=STORES)
     max_new_tokens: int = setting(64, "generated per prompt at most", unit="tokens")
 
@@ -236,6 +250,20 @@ class ServeSettings:
             raise BudgetError(
                 f"max_new_tokens cannot be {self.max_new_tokens}; it must be 1 or more"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeSettings:
+    """How much is measured of a fine-tuned model and its base, for ``melinoe.json``."""
+
+    examples: int = setting(128, "held-out examples behind each perplexity")
+    prompts: int = setting(32, "held-out prompts that are answered and traced")
+    max_new_tokens: int = setting(64, "generated per prompt at most", unit="tokens")
+    max_length: int = setting(512, "longest text behind a perplexity", unit="tokens")
+    batch_size: int = setting(8, "sequences per forward pass of a perplexity")
+    held_out: float = setting(
+        0.05, "kept out of the training data where no held-out data is given", unit="share"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +279,7 @@ class DemoSettings:
     max_new_tokens: int = setting(64, "generated per prompt", unit="tokens")
     slots: float = setting(0.25, "resident experts", unit="share of a layer's experts")
     # The stronger policy for every model of the demo, the base included: see docs/log.md.
-    policy: str = setting("lfu", "which resident expert leaves first", choices=POLICIES)
+    policy: str = setting("lfu", "which resident expert leaves first", choices=policies)
     eval_length: int = setting(512, "longest text behind a perplexity", unit="tokens")
     other_documents: int = setting(16, "documents of each other corpus behind its perplexity")
     predictor_prompts: int = setting(160, "training prompts that the predictor learns from")

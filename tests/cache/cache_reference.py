@@ -1,6 +1,7 @@
 """An independent, slow replay: sets, rescans and the rules as written; shares no code with ours."""
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 
 @dataclass
@@ -21,8 +22,14 @@ class Layer:
     rule: str
     future: list = field(default_factory=list)
     gamma: float = 0.9
+    popularity: list = field(default_factory=list)
+    per_layer: int = 0  # experts of each layer, where all layers share this cache
 
     def __post_init__(self):
+        self.requests = []  # every request, as a set: LFRU counts and looks for the last
+        self.wanted = [0.0] * self.num_experts
+        self.where = (0, 0)  # forward pass and layer that are served
+        self.used_in = {}  # expert -> forward pass of its last use
         self.resident = []
         self.served = []  # every expert served, in order: LRU looks for the last position
         self.score = [0.0] * self.num_experts
@@ -34,6 +41,19 @@ class Layer:
             return -max(i for i, e in enumerate(self.served) if e == expert)
         if self.rule == "lfu":
             return -self.score[expert]
+        if self.rule == "lfru":
+            used = [when for when, request in enumerate(self.requests, 1) if expert in request]
+            return -Fraction(len(used), len(self.requests) - used[-1] + 1)
+        if self.rule == "static":
+            return -self.popularity[expert]
+        if self.rule == "score":
+            return -self.wanted[expert]
+        if self.rule == "least-stale":
+            forward, layer = self.where
+            stale = self.used_in[expert] < forward
+            passed = expert // self.per_layer <= layer
+            last = max(i for i, e in enumerate(self.served) if e == expert)
+            return (stale, passed, -last)
         later = [i for i in range(self.now, len(self.future)) if expert in self.future[i]]
         return min(later, default=10**9)
 
@@ -43,8 +63,8 @@ class Layer:
             worst = max(self.badness(e) for e in free_to_go)
             self.resident.remove(next(e for e in free_to_go if self.badness(e) == worst))
 
-    def serve(self, use_counts):
-        """Serve a request given as {expert: uses}; return its tally."""
+    def serve(self, use_counts, weights=None):
+        """Serve a request given as {expert: uses}, weights alike; return its tally."""
         experts = sorted(use_counts)
         hits = [e for e in experts if e in self.resident]
         missing = [e for e in experts if e not in self.resident]
@@ -54,6 +74,14 @@ class Layer:
         self.served += experts if fits else hits + missing
         self.score = [self.gamma * s + (e in use_counts) for e, s in enumerate(self.score)]
         self.now += 1
+        self.requests.append(set(use_counts))
+        self.used_in |= dict.fromkeys(use_counts, self.where[0])
+        if weights is not None:
+            best = sorted(weights, key=lambda e: (-weights[e], e))[:12]
+            self.wanted = [
+                0.5 * (weights[e] if e in best else 0.0) + 0.5 * s
+                for e, s in enumerate(self.wanted)
+            ]
 
         tally = Tally(sum(use_counts.values()), sum(use_counts[e] for e in hits), len(missing), 1)
         part = hits + missing[: self.capacity - len(hits)]
@@ -71,35 +99,79 @@ class Layer:
         return tally
 
 
-def replay(trace, slots, rule, gamma=0.9):
-    """Tallies by (phase, layer) of a whole trace, and tokens and zero-miss tokens by phase."""
+def passes_of(trace):
+    """Rows of each forward pass, and per pass and layer {expert: uses} and {expert: weight}."""
     passes = {}
     for row in range(len(trace)):
         passes.setdefault(int(trace.forward[row]), []).append(row)
-    needs = []  # [pass][layer] -> {expert: uses}
+    needs, weights = [], []
     for rows in passes.values():
         needs.append([])
+        weights.append([])
         for layer in range(trace.num_layers):
-            counts = {}
+            counts, sums = {}, {}
             for row in rows:
-                for expert in trace.experts[row, layer].tolist():
+                for k, expert in enumerate(trace.experts[row, layer].tolist()):
                     if expert >= 0:
                         counts[expert] = counts.get(expert, 0) + 1
+                        if trace.scores is not None:
+                            weight = float(trace.scores[row, layer, k])
+                            sums[expert] = sums.get(expert, 0.0) + weight
             needs[-1].append(counts)
-    layers = [
-        Layer(trace.num_experts, slots, rule, [set(need[n]) for need in needs if need[n]], gamma)
-        for n in range(trace.num_layers)
-    ]
+            weights[-1].append({e: total / len(rows) for e, total in sums.items()})
+    return list(passes.values()), needs, weights
+
+
+def popularity_of(trace):
+    """Choices of each layer and expert by rows that are no padding."""
+    counts = [[0] * trace.num_experts for _ in range(trace.num_layers)]
+    for row in range(len(trace)):
+        for layer in range(trace.num_layers):
+            for expert in trace.experts[row, layer].tolist():
+                if expert >= 0 and trace.kind[row] != 2:
+                    counts[layer][expert] += 1
+    return counts
+
+
+def replay(trace, slots, rule, gamma=0.9, shared=False):
+    """Tallies by (phase, layer) of a whole trace, and tokens and zero-miss tokens by phase."""
+    passes, needs, weights = passes_of(trace)
+    size, popular = trace.num_experts, popularity_of(trace)
+    if shared:
+        future = [
+            {n * size + e for e in counts}
+            for need in needs
+            for n, counts in enumerate(need)
+            if counts
+        ]
+        flat = [value for row in popular for value in row]
+        whole = Layer(
+            size * trace.num_layers, slots * trace.num_layers, rule, future, gamma, flat, size
+        )
+        layers = [whole] * trace.num_layers
+    else:
+        layers = [
+            Layer(size, slots, rule, [set(need[n]) for need in needs if need[n]], gamma, popular[n])
+            for n in range(trace.num_layers)
+        ]
     tallies = {(p, n): Tally() for p in (0, 1) for n in range(trace.num_layers)}
     tokens, zero_miss = [0, 0], [0, 0]
-    for rows, need in zip(passes.values(), needs, strict=True):
+    for number, (rows, need) in enumerate(zip(passes, needs, strict=True)):
         kinds = {int(trace.kind[row]) for row in rows}
         phase = 1 if 1 in kinds and 0 not in kinds else 0
         loads = 0
         for n, layer in enumerate(layers):
             if not need[n]:
                 continue  # nobody chose an expert: no request
-            tally, total = layer.serve(need[n]), tallies[phase, n]
+            key = n * size if shared else 0
+            layer.where = (number, n)
+            tally = layer.serve(
+                {key + e: uses for e, uses in need[n].items()},
+                {key + e: w for e, w in weights[number][n].items()}
+                if trace.scores is not None
+                else None,
+            )
+            total = tallies[phase, n]
             for name in vars(total):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))
             loads += tally.loads

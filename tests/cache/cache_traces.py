@@ -14,11 +14,27 @@ def trace_of(*forwards, num_experts, top_k, sequence=0, kind=1):
 
 
 def random_trace(
-    seed, sequences=3, layers=2, num_experts=8, top_k=2, prompt=5, completion=12, batch=1
+    seed,
+    sequences=3,
+    layers=2,
+    num_experts=8,
+    top_k=2,
+    prompt=5,
+    completion=12,
+    batch=1,
+    scored=False,
 ) -> Trace:
     """Skewed random choices: prompts computed at once, then token by token, in batches."""
     rng = np.random.default_rng(seed)
     builder = TraceBuilder(layers, num_experts, top_k)
+
+    def add(builder, experts, owner, kind):
+        scores = None
+        if scored:
+            raw = rng.random(experts.shape)
+            scores = raw / raw.sum(-1, keepdims=True)
+        builder.add_forward(experts, owner, kind, scores)
+
     for first in range(0, sequences, batch):
         ids = np.arange(first, min(first + batch, sequences))
         taste = rng.normal(0, 1.5, (len(ids), layers, num_experts))
@@ -31,10 +47,10 @@ def random_trace(
         kind = np.zeros(len(owner), dtype=int)
         if batch > 1:
             kind[0] = 2  # left padding
-        builder.add_forward(choose(len(owner), owner), ids[owner], kind)
+        add(builder, choose(len(owner), owner), ids[owner], kind)
         for _ in range(completion):
             owner = np.arange(len(ids))
             experts = choose(len(ids), owner)
             experts[rng.random(experts.shape) < 0.05] = -1
-            builder.add_forward(experts, ids, 1)
+            add(builder, experts, ids, 1)
     return builder.trace("random", f"seed {seed}", {"numpy": np.__version__}, "for tests")

@@ -12,16 +12,19 @@ from melinoe.cache.simulator import hit_rate_curve, simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
+RULES = ["lru", "lfu", "lfru", "score", "static", "belady"]
+CASES = [(rule, False) for rule in RULES] + [(rule, True) for rule in [*RULES, "least-stale"]]
 
-@pytest.mark.parametrize("rule", ["lru", "lfu", "belady"])
+
+@pytest.mark.parametrize(("rule", "shared"), CASES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
-def test_counts_equal_an_independent_replay(rule, batch, slots):
-    """Prompts, batches, padding, absent experts and too few slots: every count agrees."""
-    for seed in range(4):
-        trace = random_trace(seed, sequences=4, batch=batch)
-        tallies, tokens, zero_miss = replay(trace, slots, rule)
-        counters = simulate(trace, slots, rule).counters
+def test_counts_equal_an_independent_replay(rule, shared, batch, slots):
+    """Prompts, batches, padding, absent experts, too few slots, one cache or many: all counts."""
+    for seed in range(3):
+        trace = random_trace(seed, sequences=4, batch=batch, scored=rule == "score")
+        tallies, tokens, zero_miss = replay(trace, slots, rule, shared=shared)
+        counters = simulate(trace, slots, rule, shared=shared).counters
         for (phase, layer), tally in tallies.items():
             for name, value in vars(tally).items():
                 assert getattr(counters, name)[phase, layer] == value, (name, phase, layer)

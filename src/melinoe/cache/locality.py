@@ -56,6 +56,17 @@ def distinct_experts(trace: Trace) -> np.ndarray:
     return _used(trace, np.flatnonzero(trace.kind == COMPLETION_ROW)).sum(axis=1)
 
 
+def popularity(trace: Trace) -> np.ndarray:
+    """
+    How often each expert was chosen, prompts and completions, padding not: int64 (layers, experts).
+    """
+    choices = trace.experts[trace.kind != PADDING_ROW].astype(np.int64)
+    cells = np.arange(trace.num_layers)[None, :, None] * trace.num_experts + choices
+    size = trace.num_layers * trace.num_experts
+    counts = np.bincount(cells[choices >= 0], minlength=size)
+    return counts.reshape(trace.num_layers, trace.num_experts)
+
+
 def _rows_by_sequence(trace: Trace, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Row numbers of each sequence that has any wanted rows, in the order they ran."""
     rows = np.flatnonzero(wanted)

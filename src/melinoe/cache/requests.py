@@ -20,12 +20,35 @@ class ForwardPass(NamedTuple):
         sequences: Whose rows, ascending.
         requests: Per layer the distinct experts, ascending, and how many (token, choice) pairs
             picked each.
+        scores: Per layer how much the router wanted each of them (see `mean_scores`); None if that
+            is not known.
     """
 
     phase: int
     tokens: int
     sequences: list[int]
     requests: list[tuple[list[int], list[int]]]
+    scores: list[list[float]] | None = None
+
+
+def mean_scores(ids: np.ndarray, weights: np.ndarray, rows: int, num_experts: int) -> np.ndarray:
+    """
+    How much the router wanted each expert in one pass: the mean over its rows, absent ones as 0.
+
+    The simulator and a runtime both call this, in the same order of rows and with weights rounded
+    to float16, so that they hand a policy the same numbers.
+
+    Args:
+        ids: Any integers (pairs,) in ``[0, num_experts)``: who was chosen, row by row.
+        weights: (pairs,), the router's weight of each choice.
+        rows: Of the pass, padding and rows without a choice too.
+        num_experts: Experts of the layer; or cells, where several requests are counted at once.
+
+    Returns:
+        float64 (num_experts,).
+    """
+    rounded = weights.astype(np.float16).astype(np.float64)
+    return np.bincount(ids, weights=rounded, minlength=num_experts) / rows
 
 
 def forward_passes(
@@ -35,6 +58,7 @@ def forward_passes(
     is_prompt: np.ndarray,
     is_completion: np.ndarray,
     num_experts: int,
+    scores: np.ndarray | None = None,
 ) -> Iterator[ForwardPass]:
     """
     Group rows by forward pass and count who was picked.
@@ -48,6 +72,7 @@ def forward_passes(
         is_prompt: bool (rows,).
         is_completion: bool (rows,); rows that are neither are padding.
         num_experts: Experts of each layer.
+        scores: float16, as *experts*: the router's weight of each choice.
     """
     rows, layers, _ = experts.shape
     if not rows:
@@ -62,7 +87,13 @@ def forward_passes(
         tokens = np.diff(bounds[first : last + 1])
         owner = np.repeat(np.arange(last - first), tokens)
 
-        ids, uses, ends = _count(experts[low:high], owner, last - first, num_experts)
+        cells = _cells(experts[low:high], owner, num_experts)
+        ids, uses, ends = _count(cells, (last - first) * layers, num_experts)
+        wanted: list[float] = []
+        if scores is not None:
+            weights = scores[low:high][experts[low:high] >= 0]
+            total = mean_scores(cells, weights, 1, (last - first) * layers * num_experts)
+            wanted = total[np.unique(cells)].tolist()
         pairs = np.unique(owner * sequences + sequence[low:high])
         whose = (pairs % sequences).tolist()
         whose_ends = np.cumsum(np.bincount(pairs // sequences, minlength=last - first)).tolist()
@@ -72,24 +103,36 @@ def forward_passes(
 
         start = whose_start = position = 0
         for number, count in enumerate(tokens.tolist()):
-            requests = []
+            requests, weighed = [], []
             for end in ends[position : position + layers]:
                 requests.append((ids[start:end], uses[start:end]))
+                if wanted:
+                    weighed.append([value / count for value in wanted[start:end]])
                 start = end
             position += layers
             whose_end = whose_ends[number]
-            yield ForwardPass(phases[number], count, whose[whose_start:whose_end], requests)
+            yield ForwardPass(
+                phases[number],
+                count,
+                whose[whose_start:whose_end],
+                requests,
+                None if scores is None else weighed,
+            )
             whose_start = whose_end
 
 
-def _count(
-    experts: np.ndarray, owner: np.ndarray, passes: int, num_experts: int
-) -> tuple[list[int], list[int], list[int]]:
-    """Distinct ids and uses, by pass, layer, id; and where each (pass, layer) ends."""
+def _cells(experts: np.ndarray, owner: np.ndarray, num_experts: int) -> np.ndarray:
+    """A number for each choice of an expert, which is the same for the same pass, layer and id."""
     layers = experts.shape[1]
     cell = (owner[:, None, None] * layers + np.arange(layers)[None, :, None]) * num_experts
-    cell = (cell + experts)[experts >= 0]
-    counts = np.bincount(cell, minlength=passes * layers * num_experts)
+    return (cell + experts)[experts >= 0]
+
+
+def _count(
+    cells: np.ndarray, requests: int, num_experts: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Distinct ids and uses, by pass, layer, id; and where each (pass, layer) ends."""
+    counts = np.bincount(cells, minlength=requests * num_experts)
     picked = np.flatnonzero(counts)
     distinct = np.count_nonzero(counts.reshape(-1, num_experts), axis=1)
     return (picked % num_experts).tolist(), counts[picked].tolist(), np.cumsum(distinct).tolist()

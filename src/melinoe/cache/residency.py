@@ -33,6 +33,23 @@ class Plan(NamedTuple):
 _NOTHING: tuple[Load, ...] = ()
 
 
+def check_capacity(num_experts: int, capacity: int) -> None:
+    """
+    Make sure that a layer can have so many slots.
+
+    Raises:
+        CacheTooSmallError: *capacity* is below 1.
+        MelinoeError: it is above *num_experts*.
+    """
+    if capacity < 1:
+        raise CacheTooSmallError(f"a layer was given {capacity} slots; it needs at least 1")
+    if capacity > num_experts:
+        raise MelinoeError(
+            f"a layer was given {capacity} slots, but has {num_experts} experts; "
+            f"give it at most {num_experts} slots"
+        )
+
+
 class Residency:
     """
     The slots of one layer.
@@ -55,13 +72,7 @@ class Residency:
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = "lru"):
-        if capacity < 1:
-            raise CacheTooSmallError(f"a layer was given {capacity} slots; it needs at least 1")
-        if capacity > num_experts:
-            raise MelinoeError(
-                f"a layer was given {capacity} slots, but has {num_experts} experts; "
-                f"give it at most {num_experts} slots"
-            )
+        check_capacity(num_experts, capacity)
         self.num_experts = num_experts
         self.capacity = capacity
         self.policy: Policy = make_policy(policy) if isinstance(policy, str) else policy
@@ -79,7 +90,12 @@ class Residency:
     def __contains__(self, expert: int) -> bool:
         return expert in self._slot
 
-    def request(self, experts: Sequence[int], uses: Sequence[int] | None = None) -> Plan:
+    def request(
+        self,
+        experts: Sequence[int],
+        uses: Sequence[int] | None = None,
+        scores: Sequence[float] | None = None,
+    ) -> Plan:
         """
         Make *experts* resident together, and say which transfers that takes.
 
@@ -87,6 +103,7 @@ class Residency:
             experts: Distinct ids, ascending (any order works, but the order is what breaks the
                 policy's ties), at most `capacity` of them.
             uses: How many (token, choice) pairs picked each; one plan does not depend on it.
+            scores: How much the router wanted each, for policies that ask (`Policy.weigh`).
 
         Returns:
             Ids that were resident, and one `Load` per id that was not, both in the order given.
@@ -103,6 +120,8 @@ class Residency:
         missing = [expert for expert in experts if expert not in slot]
         if not missing:  # which also proves all ids to be in range
             if experts:  # else nobody chose an expert here, and the policy hears of no request
+                if scores is not None:
+                    self.policy.weigh(experts, scores)
                 self._use(experts)
             return Plan(tuple(experts), _NOTHING)
         if len(experts) > self.capacity:
@@ -113,10 +132,17 @@ class Residency:
         needed = self.check(experts)
         # Lists, not generators: this runs per layer and token, and they take half the time.
         hits = tuple([expert for expert in experts if expert in slot])
+        if scores is not None:
+            self.policy.weigh(experts, scores)
         self._use(experts)
         return Plan(hits, self._admit(missing, needed))
 
-    def plans(self, experts: Sequence[int], uses: Sequence[int] | None = None) -> Iterator[Plan]:
+    def plans(
+        self,
+        experts: Sequence[int],
+        uses: Sequence[int] | None = None,
+        scores: Sequence[float] | None = None,
+    ) -> Iterator[Plan]:
         """
         Serve a request of any size, in as many plans as it takes.
 
@@ -133,18 +159,24 @@ class Residency:
         Args:
             experts: Distinct ids, ascending.
             uses: How many (token, choice) pairs picked each; absent means one each.
+            scores: As in `request`.
 
         Raises:
             ValueError: an id is out of range or given twice. Nothing has changed.
         """
         if len(experts) <= self.capacity:
-            return iter((self.request(experts),))
+            return iter((self.request(experts, None, scores),))
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
         self.check(experts)
-        return self._in_parts(experts, uses)
+        return self._in_parts(experts, uses, scores)
 
-    def _in_parts(self, experts: Sequence[int], uses: Sequence[int] | None) -> Iterator[Plan]:
+    def _in_parts(
+        self,
+        experts: Sequence[int],
+        uses: Sequence[int] | None,
+        scores: Sequence[float] | None,
+    ) -> Iterator[Plan]:
         hits = sorted(expert for expert in experts if expert in self._slot)
         weight = (
             dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
@@ -153,6 +185,8 @@ class Residency:
             (expert for expert in experts if expert not in self._slot),
             key=lambda expert: (weight[expert], expert),
         )
+        if scores is not None:
+            self.policy.weigh(experts, scores)
         self._use(hits + missing)
         room = self.capacity - len(hits)
         first = missing[:room]

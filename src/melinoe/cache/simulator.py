@@ -2,7 +2,9 @@
 Simulator: what a trace would have cost with other slots or another policy.
 
 It drives the same `Residency` as the runtime, with the same calls in the same order: forward pass
-by forward pass, layer by layer. So its counts are the runtime's, not an estimate of them.
+by forward pass, layer by layer. So its counts are the runtime's, not an estimate of them. Long
+traces under a built-in rule go through compiled code that decides the same (`melinoe.cache.kernel`;
+tests hold the two equal, count by count).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +15,42 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import PHASES, Counters
-from melinoe.cache.policy import Belady, Policy, policy_class
-from melinoe.cache.policy import policy as make_policy
+from melinoe.cache.locality import popularity
+from melinoe.cache.policy import Policy, policy_class, policy_makers
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Residency
+from melinoe.cache.shared import SharedLayer, share
 from melinoe.cache.trace import Trace
-from melinoe.errors import MelinoeError
+from melinoe.cache.units import units_of
+from melinoe.errors import MelinoeError, TraceError
 
 ByLayer = Sequence[Sequence[int]]
 Prefetch = Callable[[int], ByLayer] | Mapping[int, ByLayer]
+ENGINES = ("auto", "residency", "compiled")
+# From this many requests on, loading the compiled code (about a second) pays.
+COMPILED_FROM = 50_000
+
+
+@dataclass(frozen=True)
+class Steps:
+    """
+    What happened in each forward pass and layer; what a time model needs.
+
+    Attributes:
+        phase: uint8 (passes,), 0 prompt, 1 completion.
+        tokens: int64 (passes,), rows.
+        unit: int64 (passes,), index into `Simulation.sequences`.
+        loads: int32 (passes, layers), experts copied on demand.
+        experts: int32 (passes, layers), distinct experts requested.
+        ahead: int32 (passes, layers), experts copied by prefetches right before the pass.
+    """
+
+    phase: np.ndarray
+    tokens: np.ndarray
+    unit: np.ndarray
+    loads: np.ndarray
+    experts: np.ndarray
+    ahead: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,8 +63,11 @@ class Simulation:
         per_sequence: The same by unit; they add up to *counters*. A unit is one sequence, or
             several that share a forward pass: a load made for a batch belongs to all of it.
         sequences: The sequence numbers of each unit, ascending.
-        slots: Slots of each layer.
+        slots: Slots of each layer; of a shared cache, what each layer brought in.
         policy: Its name.
+        shared: Whether all layers shared one cache of ``sum(slots)``.
+        engine: ``residency`` or ``compiled``.
+        steps: Pass by pass, if that was asked for.
     """
 
     counters: Counters
@@ -43,6 +75,9 @@ class Simulation:
     sequences: list[tuple[int, ...]]
     slots: tuple[int, ...]
     policy: str
+    shared: bool = False
+    engine: str = "residency"
+    steps: Steps | None = None
 
 
 def simulate(
@@ -54,6 +89,9 @@ def simulate(
     prefetch_at: str = "prompt",
     reset_between_sequences: bool = False,
     policy_options: Mapping[str, Any] | None = None,
+    shared: bool | None = None,
+    steps: bool = False,
+    engine: str = "auto",
 ) -> Simulation:
     """
     Replay a trace through a cache.
@@ -68,25 +106,64 @@ def simulate(
             its first forward pass of that phase.
         reset_between_sequences: Empty the cache before each unit's first forward pass.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
+            ``static`` counts its popularity from this very trace unless one is given here.
+        shared: Whether all layers share one cache of as many slots as they would have together;
+            absent, as the policy needs it.
+        steps: Also keep what happened in each forward pass and layer.
+        engine: ``residency``: drive the runtime's own class. ``compiled``: the compiled rules, for
+            lru, lfu, lfru, static and belady by name with slots per layer. ``auto``: compiled
+            where it can and the trace makes 50,000 requests or more, for which loading it pays.
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
-        ValueError: *slots* or a prefetch does not name every layer; an unknown *prefetch_at*.
+        TraceError: the policy needs the router's weights, and the trace has none.
+        ValueError: *slots* or a prefetch does not name every layer; an unknown *prefetch_at* or
+            *engine*, or compiled rules where there are none.
     """
     if prefetch_at not in PHASES:
         raise ValueError(f"prefetch_at must be one of {', '.join(PHASES)}, got {prefetch_at!r}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    per_layer = slots_of_layers(trace, slots)
+    options = dict(policy_options or {})
+    if not isinstance(policy, str):
+        if options:
+            raise ValueError("policy_options belong to a policy given by name")
+        example = policy()
+        name, scope, uses_scores = example.name, example.scope, example.uses_scores
+    else:
+        cls = policy_class(policy)
+        name, scope, uses_scores = policy, cls.scope, cls.uses_scores
+        if name == "static":
+            options.setdefault("popularity", popularity(trace))
+    shared = scope == "model" if shared is None else shared
+    if uses_scores and trace.scores is None and len(trace):
+        raise TraceError(
+            f"policy {name!r} needs the router's weights, which the trace does not hold; record "
+            "one with scores, or choose lfu with gamma 0.5, the same rule on choices alone"
+        )
     earliest = PHASES.index(prefetch_at)
-    per_layer = _slots_of_layers(trace, slots)
-    makers, name = _policies(trace, policy, dict(policy_options or {}))
-    residencies = [
-        Residency(trace.num_experts, capacity, make())
-        for capacity, make in zip(per_layer, makers, strict=True)
-    ]
-    units = _units(trace)
+    if _compiles(engine, policy, shared, trace):
+        from melinoe.cache.compiled import run
+
+        return run(
+            trace, per_layer, name, options, prefetch, earliest, reset_between_sequences, steps
+        )
+    makers = _makers(trace, policy, options, shared)
+    residencies: Sequence[Residency | SharedLayer]
+    if shared:
+        residencies = share(trace.num_layers, trace.num_experts, sum(per_layer), makers[0]())
+    else:
+        residencies = [
+            Residency(trace.num_experts, capacity, make())
+            for capacity, make in zip(per_layer, makers, strict=True)
+        ]
+    units = units_of(trace)
     unit_of = {sequence: number for number, unit in enumerate(units) for sequence in unit}
     per_unit = [Counters(trace.num_layers) for _ in units]
     begun_units: set[int] = set()
     begun: set[int] = set()
+    record: list[tuple[int, int, int, list[int], list[int], list[int]]] = []
 
     for forward in trace.passes():
         number = unit_of[forward.sequences[0]]
@@ -95,82 +172,126 @@ def simulate(
             for residency in residencies:
                 residency.reset()
         begun_units.add(number)
+        ahead = [0] * trace.num_layers
         if forward.phase >= earliest and not begun.issuperset(forward.sequences):
             for sequence in forward.sequences:
                 if sequence not in begun:
                     begun.add(sequence)
-                    _prefetch(residencies, counters, prefetch, sequence)
-        _serve(residencies, counters, forward)
+                    for layer, loads in enumerate(_prefetch(residencies, prefetch, sequence)):
+                        counters.add_prefetch(layer, loads)
+                        ahead[layer] += loads
+        loads_of = _serve(residencies, counters, forward)
+        if steps:
+            distinct = [len(experts) for experts, _ in forward.requests]
+            record.append((forward.phase, forward.tokens, number, loads_of, distinct, ahead))
 
     whole = reduce(Counters.plus, per_unit, Counters(trace.num_layers))
-    return Simulation(whole, per_unit, units, per_layer, name)
+    kept = _steps(record, trace.num_layers) if steps else None
+    return Simulation(whole, per_unit, units, per_layer, name, shared, "residency", kept)
 
 
-def _serve(residencies: list[Residency], counters: Counters, forward: ForwardPass) -> None:
+def _compiles(engine: str, policy: str | Callable[[], Policy], shared: bool, trace: Trace) -> bool:
+    rules = ("lru", "lfu", "lfru", "static", "belady")
+    able = isinstance(policy, str) and policy in rules and not shared
+    if engine == "compiled" and not able:
+        raise ValueError(
+            f"compiled rules are {', '.join(rules)} by name with slots per layer; "
+            "use engine='residency' for others"
+        )
+    # Rows, not passes, because counting those takes longer; a prompt's rows are few in a long one.
+    large = len(trace) * trace.num_layers >= COMPILED_FROM
+    return able and (engine == "compiled" or (engine == "auto" and large))
+
+
+def _makers(
+    trace: Trace, policy: str | Callable[[], Policy], options: dict[str, Any], shared: bool
+) -> Sequence[Callable[[], Policy]]:
+    if not isinstance(policy, str):
+        return [policy] * trace.num_layers
+    if policy_class(policy).offline:
+        options["future"] = _future(trace) if shared else trace.layer_requests()
+    return policy_makers(policy, options, trace.num_layers, shared=shared)
+
+
+def _future(trace: Trace) -> list[list[int]]:
+    """All requests in the order in which they are made, in the ids of a shared cache."""
+    return [
+        [layer * trace.num_experts + expert for expert in experts]
+        for forward in trace.passes()
+        for layer, (experts, _) in enumerate(forward.requests)
+    ]
+
+
+def _serve(
+    residencies: Sequence[Residency | SharedLayer], counters: Counters, forward: ForwardPass
+) -> list[int]:
+    """Serve one pass; returns the loads of each layer."""
+    loads = []
     counters.begin_forward(forward.phase, forward.tokens)
     for layer, (experts, uses) in enumerate(forward.requests):
-        plans = tuple(residencies[layer].plans(experts, uses))
+        if forward.scores is None:
+            plans = tuple(residencies[layer].plans(experts, uses))
+        else:
+            plans = tuple(residencies[layer].plans(experts, uses, forward.scores[layer]))
         counters.add_plans(layer, experts, uses, plans)
+        loads.append(sum(len(plan.loads) for plan in plans))
     counters.end_forward()
+    return loads
+
+
+def wanted_by(prefetch: Prefetch | None, sequence: int, num_layers: int) -> ByLayer | None:
+    """
+    What a prefetch names for a sequence, or None.
+
+    Raises:
+        ValueError: it does not name every layer.
+    """
+    if prefetch is None:
+        return None
+    wanted = prefetch.get(sequence) if isinstance(prefetch, Mapping) else prefetch(sequence)
+    if wanted is not None and len(wanted) != num_layers:
+        raise ValueError(f"a prefetch names {len(wanted)} layers of {num_layers}")
+    return wanted
 
 
 def _prefetch(
-    residencies: list[Residency], counters: Counters, prefetch: Prefetch | None, sequence: int
-) -> None:
-    if prefetch is None:
-        return
-    wanted = prefetch.get(sequence) if isinstance(prefetch, Mapping) else prefetch(sequence)
+    residencies: Sequence[Residency | SharedLayer], prefetch: Prefetch | None, sequence: int
+) -> list[int]:
+    wanted = wanted_by(prefetch, sequence, len(residencies))
     if wanted is None:
-        return
-    if len(wanted) != len(residencies):
-        raise ValueError(f"a prefetch names {len(wanted)} layers of {len(residencies)}")
-    for layer, (residency, experts) in enumerate(zip(residencies, wanted, strict=True)):
-        counters.add_prefetch(layer, len(residency.prefetch(experts).loads))
+        return []
+    return [
+        len(residency.prefetch(experts).loads)
+        for residency, experts in zip(residencies, wanted, strict=True)
+    ]
 
 
-def _slots_of_layers(trace: Trace, slots: int | Sequence[int]) -> tuple[int, ...]:
+def _steps(
+    record: list[tuple[int, int, int, list[int], list[int], list[int]]], num_layers: int
+) -> Steps:
+    columns = list(zip(*record, strict=True)) if record else [()] * 6
+    phase, tokens, unit, loads, experts, ahead = columns
+    shape = (len(record), num_layers)
+    return Steps(
+        np.array(phase, np.uint8),
+        np.array(tokens, np.int64),
+        np.array(unit, np.int64),
+        *(np.array(rows, np.int32).reshape(shape) for rows in (loads, experts, ahead)),
+    )
+
+
+def slots_of_layers(trace: Trace, slots: int | Sequence[int]) -> tuple[int, ...]:
+    """
+    Slots of each layer of a trace's model.
+
+    Raises:
+        ValueError: they are not given for every layer.
+    """
     if isinstance(slots, int | np.integer):
         return (int(slots),) * trace.num_layers
     if len(slots) != trace.num_layers:
         raise ValueError(f"slots are given for {len(slots)} layers of {trace.num_layers}")
-    return tuple(slots)
-
-
-def _policies(
-    trace: Trace, policy: str | Callable[[], Policy], options: dict[str, Any]
-) -> tuple[list[Callable[[], Policy]], str]:
-    """One maker of policies per layer, and the name."""
-    if not isinstance(policy, str):
-        if options:
-            raise ValueError("policy_options belong to a policy given by name")
-        return [policy] * trace.num_layers, policy().name
-    if policy_class(policy) is Belady:
-        futures = trace.layer_requests()
-        return [lambda future=future: Belady(future) for future in futures], policy  # type: ignore[misc]
-    return [lambda: make_policy(policy, **options)] * trace.num_layers, policy
-
-
-def _units(trace: Trace) -> list[tuple[int, ...]]:
-    """Sequences grouped by shared forward passes, in the order in which the groups begin."""
-    rows = np.stack([trace.forward, trace.sequence], axis=1)
-    changes = np.flatnonzero(np.any(np.diff(rows, axis=0, prepend=rows[:1] - 1), axis=1))
-    group: dict[int, int] = {}
-
-    def find(sequence: int) -> int:
-        while group[sequence] != sequence:
-            group[sequence] = sequence = group[group[sequence]]
-        return sequence
-
-    leader, of_forward = -1, -1
-    for forward, sequence in rows[changes].tolist():
-        if forward != of_forward:
-            leader, of_forward = sequence, forward
-        group.setdefault(sequence, sequence)
-        group[find(sequence)] = find(leader)
-    units: dict[int, list[int]] = {}
-    for sequence in group:  # insertion order is the order of first rows
-        units.setdefault(find(sequence), []).append(sequence)
-    return [tuple(sorted(unit)) for unit in units.values()]
+    return tuple(int(count) for count in slots)
 
 
 def hit_rate_curve(

@@ -33,6 +33,8 @@ class Trace:
         fingerprint: Which weights chose; see `check_model`.
         versions: Libraries that made it, name to version.
         note: Anything worth knowing.
+        scores: float16, as *experts*: the weight that the router gave each choice (what its output
+            was multiplied by), 0 where there was none; None if that was not recorded.
 
     Raises:
         TraceError: the arrays do not fit each other or the header.
@@ -47,6 +49,7 @@ class Trace:
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._validate()
@@ -63,6 +66,13 @@ class Trace:
                 refuse(f"{name} has {array.ndim} dimensions")
             if len(array) != len(self.experts):
                 refuse(f"{name} has {len(array)} rows where experts has {len(self.experts)}")
+        if self.scores is not None and (
+            getattr(self.scores, "dtype", None) != np.float16
+            or self.scores.shape != self.experts.shape
+        ):
+            refuse("its scores are not one float16 for each choice")
+        if self.scores is not None and not (np.isfinite(self.scores) & (self.scores >= 0)).all():
+            refuse("a score is negative or no number")
         if self.num_layers < 1 or self.top_k < 1:
             refuse(f"it has {self.num_layers} layers and top-{self.top_k} choices")
         if not 1 <= self.num_experts <= np.iinfo(np.int16).max:
@@ -140,6 +150,7 @@ class Trace:
             self.kind == PROMPT_ROW,
             self.kind == COMPLETION_ROW,
             self.num_experts,
+            self.scores,
         )
 
     def layer_requests(self) -> list[list[list[int]]]:
@@ -178,11 +189,12 @@ class Trace:
             forward=np.unique(self.forward[rows], return_inverse=True)[1].astype(np.int32),
             sequence=np.searchsorted(wanted, self.sequence[rows]).astype(np.int32),
             kind=self.kind[rows],
+            scores=None if self.scores is None else self.scores[rows],
         )
 
-    def _with(self, **arrays: np.ndarray) -> "Trace":
+    def _with(self, **arrays: np.ndarray | None) -> "Trace":
         return Trace(
-            **arrays,
+            **arrays,  # type: ignore[arg-type]
             num_experts=self.num_experts,
             model=self.model,
             fingerprint=self.fingerprint,
@@ -196,12 +208,15 @@ class Trace:
         One trace after the other; sequences and forward passes number on. The first one's header.
 
         Raises:
-            TraceError: they are not all of the same model.
+            TraceError: they are not all of the same model, or only some hold scores.
             ValueError: there are none.
         """
         if not traces:
             raise ValueError("there are no traces to put together")
         first = traces[0]
+        scores = [trace.scores for trace in traces if trace.scores is not None]
+        if 0 < len(scores) < len(traces):
+            raise TraceError("some of the traces hold scores and some do not; record them alike")
         forward, sequence = [], []
         next_forward = next_sequence = 0
         for trace in traces:
@@ -215,22 +230,26 @@ class Trace:
             forward=np.concatenate(forward),
             sequence=np.concatenate(sequence),
             kind=np.concatenate([t.kind for t in traces]),
+            scores=np.concatenate(scores) if scores else None,
         )
 
     # --- the file -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Write one safetensors file: the four arrays, and the header as JSON in its metadata.
+        Write one safetensors file: the arrays, and the header as JSON in its metadata.
 
         The file appears whole or not at all; one already there is replaced.
 
         Raises:
             TraceError: the place cannot be written to.
         """
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        if self.scores is not None:
+            arrays["scores"] = self.scores
         write_trace_file(
             path,
-            {name: getattr(self, name) for name in ARRAYS},
+            arrays,
             {
                 "model": self.model,
                 "fingerprint": self.fingerprint,
@@ -280,12 +299,17 @@ class TraceBuilder:
         self._experts: list[np.ndarray] = []
         self._sequence: list[np.ndarray] = []
         self._kind: list[np.ndarray] = []
+        self._scores: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self._experts)
 
     def add_forward(
-        self, experts: np.ndarray, sequence: np.ndarray | int, kind: np.ndarray | int
+        self,
+        experts: np.ndarray,
+        sequence: np.ndarray | int,
+        kind: np.ndarray | int,
+        scores: np.ndarray | None = None,
     ) -> None:
         """
         Append one forward pass.
@@ -295,16 +319,22 @@ class TraceBuilder:
                 num_experts (what some families write for a skipped choice), means no expert.
             sequence: Which prompt each row belongs to, (rows,) or one for all.
             kind: 0 prompt, 1 completion, 2 padding, (rows,) or one for all.
+            scores: The router's weights, as *experts*; of all passes or of none.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, or scores of some passes only.
         """
         experts = np.asarray(experts)
         if experts.ndim != 3 or experts.shape[1:] != self._shape:
             raise ValueError(
                 f"experts has shape {experts.shape}, not (rows, {self._shape[0]}, {self._shape[1]})"
             )
+        if bool(self._scores) != (scores is not None) and self._experts:
+            raise ValueError("scores must be given for all forward passes, or for none")
         chosen = (experts >= 0) & (experts < self._num_experts)
+        if scores is not None:
+            weights = np.broadcast_to(np.asarray(scores), experts.shape)
+            self._scores.append(np.where(chosen, weights, 0).astype(np.float16))
         self._experts.append(np.where(chosen, experts, -1).astype(np.int16))
         rows = (len(experts),)
         self._sequence.append(np.broadcast_to(np.asarray(sequence, np.int32), rows).copy())
@@ -330,4 +360,5 @@ class TraceBuilder:
             fingerprint=fingerprint,
             versions=versions or {},
             note=note,
+            scores=np.concatenate(self._scores) if self._scores else None,
         )

@@ -20,7 +20,9 @@ from safetensors.numpy import save as save_tensors
 
 from melinoe.errors import TraceError
 
-FORMAT, VERSION = "melinoe-trace", 1
+FORMAT = "melinoe-trace"
+# A trace with scores is of version 2, one without still of version 1, which older readers know.
+VERSIONS = (1, 2)
 ARRAYS = {"experts": np.int16, "forward": np.int32, "sequence": np.int32, "kind": np.uint8}
 HEADER: dict[str, type] = {
     "model": str,
@@ -41,7 +43,8 @@ def write_trace_file(
     Raises:
         TraceError: the place cannot be written to.
     """
-    metadata = {"format": FORMAT, "header": json.dumps({"version": VERSION, **header})}
+    version = VERSIONS["scores" in arrays]
+    metadata = {"format": FORMAT, "header": json.dumps({"version": version, **header})}
     blob = save_tensors(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=metadata
     )
@@ -104,19 +107,20 @@ def read_trace_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
             f"the trace {path} is malformed: its header is not readable; record it again"
         ) from error
     version = header.pop("version", None)
-    if version != VERSION:
+    if version not in VERSIONS:
         raise TraceError(
-            f"the trace {path} has format version {version!r}, and this melinoe reads {VERSION}; "
-            "record it again, or install the melinoe that wrote it"
+            f"the trace {path} has format version {version!r}, and this melinoe reads "
+            f"{VERSIONS[-1]} at most; record it again, or install the melinoe that wrote it"
         )
     if {name: type(value) for name, value in header.items()} != HEADER:
         raise TraceError(
             f"the trace {path} is malformed: its header does not hold {', '.join(HEADER)}; "
             "record it again"
         )
-    if arrays.keys() != ARRAYS.keys():
+    wanted = set(ARRAYS) | ({"scores"} if version == VERSIONS[1] else set())
+    if arrays.keys() != wanted:
         raise TraceError(
             f"the trace {path} is malformed: it holds {', '.join(sorted(arrays))} instead of "
-            f"{', '.join(sorted(ARRAYS))}; record it again"
+            f"{', '.join(sorted(wanted))}; record it again"
         )
     return arrays, header

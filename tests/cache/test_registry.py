@@ -1,0 +1,134 @@
+"""Policies by name: ours, and those that an installed package declares."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from cache_traces import random_trace, trace_of
+from typer.testing import CliRunner
+
+from melinoe import config
+from melinoe.cache.policy import policy, policy_class, policy_names
+from melinoe.cache.simulator import simulate
+from melinoe.errors import MelinoeError
+
+MRU = '''
+"""Evict the expert used last: a policy somebody wrote outside melinoe."""
+from melinoe.cache.policy import Policy
+
+
+class Mru(Policy):
+    name = "mru"
+
+    def __init__(self, most=1):
+        self.most = most
+
+    def reset(self, num_experts):
+        self.order = []
+
+    def use(self, experts):
+        self.order = [e for e in self.order if e not in experts] + list(experts)
+
+    def victims(self, candidates, count):
+        return sorted(candidates, key=self.order.index, reverse=True)[:count]
+
+
+class Impostor:
+    name = "impostor"
+'''
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package with entry points, installed by its metadata in a directory on sys.path."""
+    (tmp_path / "outside_policies.py").write_text(MRU)
+    info = tmp_path / "outside_policies-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-policies\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[melinoe.policies]\n"
+        "mru = outside_policies:Mru\n"
+        "impostor = outside_policies:Impostor\n"
+        "broken = outside_policies:Nowhere\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("melinoe.cache.policy._known", {})
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("outside_policies", None)
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_policy_is_found_by_name():
+    """Two slots, {0} {1} {2} {0}: MRU gives up 1, so 0 is still there; LRU would have lost it."""
+    trace = trace_of([[0]], [[1]], [[2]], [[0]], num_experts=3, top_k=1)
+    assert "mru" in policy_names()
+    assert simulate(trace, 2, "mru").counters.loads.sum() == 3
+    assert simulate(trace, 2, "lru").counters.loads.sum() == 4
+    assert policy("mru", most=2).most == 2  # type: ignore[attr-defined]
+    assert simulate(trace, 2, "mru", shared=True).counters.loads.sum() == 3
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_policy_can_be_a_setting():
+    """Settings allow what the registry knows; a name that nobody declares is refused."""
+    assert config.ServeSettings(policy="mru").policy == "mru"
+    with pytest.raises(MelinoeError, match="mru"):
+        config.ServeSettings(policy="fifo")
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_policy_works_on_the_command_line(tmp_path):
+    """`melinoe simulate --policy mru` prints its row beside LRU's."""
+    from melinoe.cli.app import app
+
+    path = tmp_path / "t.safetensors"
+    random_trace(0).save(path)
+    result = CliRunner().invoke(
+        app, ["simulate", str(path), "--policy", "mru", "--policy", "lru", "--slots", "3", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["policy"] for row in rows] == ["mru", "lru"]
+    want = simulate(random_trace(0), 3, "mru").counters.hit_rate("completion")
+    assert rows[0]["hit_rate"] == want
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("name", "text"), [("impostor", "no cache policy"), ("broken", "cannot be loaded")]
+)
+def test_an_entry_point_that_is_no_policy_is_refused(name, text):
+    """The message names the package's object, and the way out."""
+    with pytest.raises(MelinoeError, match=f"outside_policies.*{text}|{text}.*package"):
+        policy_class(name)
+
+
+def test_the_settings_name_ours_that_run_a_model_by_name_alone():
+    """Of the built-in policies, exactly those with slots per layer, no future and no data."""
+    able = []
+    for name in ("belady", "least-stale", "lfru", "lfu", "lru", "score", "static"):
+        cls = policy_class(name)
+        assert cls.name == name
+        if cls.offline or cls.scope == "model":
+            continue
+        try:
+            cls.for_layer(0, 1)
+        except (MelinoeError, TypeError):
+            continue
+        able.append(name)
+    assert sorted(config.POLICIES) == able
+    assert set(config.policies()) >= set(able)
+
+
+def test_a_package_cannot_take_a_name_of_ours(tmp_path, monkeypatch):
+    """An entry point named lru is not what lru means."""
+    info = tmp_path / "usurper-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: usurper\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[melinoe.policies]\nlru = usurper:Lru\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert policy_class("lru").__module__ == "melinoe.cache.eviction"
+    assert policy_names().count("lru") == 1
