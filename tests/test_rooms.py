@@ -20,7 +20,7 @@ ROOMS = [
     ["engine"],
     ["generate"],
     ["evaluate", "measure"],
-    ["report"],
+    ["report", "plan", "outcome"],
     ["demo", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import demo, doctor, evaluate, finetune, generate, predictor, report, trace
+from melinoe.cli import demo, doctor, evaluate, finetune, generate, plan, predictor, report, trace
 from melinoe.errors import MelinoeError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
+app.command("plan")(plan.command)
 app.command("finetune")(finetune.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")

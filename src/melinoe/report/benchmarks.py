@@ -81,23 +81,30 @@ def benchmark_table(record: Record) -> Table:
 
     ``result`` (without it, every figure of the record) may be a list of rows or
     a mapping of figures, nested as deep as it likes; ``{mean, low, high}``, ``{median, min, max}``
-    and ``{median, p5, p95}`` are one value with its range.
+    and ``{median, p5, p95}`` are one value with its range. Sentences in ``notes`` stand below it.
     """
     result = record.get("result")
     if result is None:
         result = {key: value for key, value in record.items() if key not in ABOUT}
     name = record["benchmark"].replace("_", "-")
     machine = hardware(record.get("machine") or {})
-    notes = ["In brackets: the range that the benchmark saw."]
+    notes = [str(note) for note in record.get("notes") or []]
     notes += [f"Machine: {machine}."] if machine else []
+    ranges = "In brackets: the range that the benchmark saw."
     title = str(record.get("title") or name.replace("-", " ").capitalize())
     if isinstance(result, list) and result and all(isinstance(row, Mapping) for row in result):
         columns = list(dict.fromkeys(key for row in result for key in row))
         cells = [[value_cell(key, row.get(key)) for key in columns] for row in result]
+        notes = [ranges, *notes] if _any_range(cells) else notes
         return Table(name, title, [label(key) for key in columns], cells, notes)
     figures = result if isinstance(result, Mapping) else {"result": result}
     rows = [[Cell(text), value] for text, value in figures_of(figures)]
+    notes = [ranges, *notes] if _any_range(rows) else notes
     return Table(name, title, ["figure", "value"], rows, notes)
+
+
+def _any_range(rows: list[list[Cell]]) -> bool:
+    return any(cell.interval or "[" in cell.text for row in rows for cell in row)
 
 
 def benchmark_tables(found: Measurements) -> list[Table]:

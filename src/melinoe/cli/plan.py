@@ -1,0 +1,306 @@
+"""`melinoe plan`: will a model fit, how fast can it be, and what would bound it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from melinoe.cli import options
+
+if TYPE_CHECKING:
+    from melinoe.plan.planner import Plan
+    from melinoe.plan.speed import Speed
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint directory, config.json, or hub name (only the config is fetched); "
+            "`tiny` is the model that ships."
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Of the device, as in 8GiB. Default: all of --card's.")
+    ] = None,
+    card: Annotated[
+        str | None, typer.Option(help="A card by name: h100, rtx4090, l4, ...; see --list.")
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Of the host, as in 32GiB. Default: enough for all experts.")
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="Host to device: 25GB/s or pcie4x16, ... Default: the card's."),
+    ] = None,
+    link_latency: Annotated[str, typer.Option(help="Of each transfer, as in 10us.")] = "0us",
+    device_bandwidth: Annotated[
+        str | None, typer.Option(help="Of the device's memory, as in 1TB/s. Default: the card's.")
+    ] = None,
+    dram: Annotated[
+        str | None, typer.Option(help="Bandwidth of host memory: 70GB/s, or ddr5-2ch, ...")
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(help="Where experts are that RAM cannot hold: 7GB/s or nvme4, ..."),
+    ] = None,
+    reserve: Annotated[
+        str | None,
+        typer.Option(help="Device memory kept free. Default: a tenth of it, at most 1GiB."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Take hit rates from this trace of the model.")
+    ] = None,
+    tuned_trace: Annotated[
+        Path | None, typer.Option(help="And those after fine-tuning from this one.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 1,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of a stored weight: 16, 8 or 4. Default: as the config says."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time this machine's memory, disk and link, use them.")
+    ] = False,
+    limits: Annotated[
+        bool,
+        typer.Option(
+            "--limits",
+            help="Instead: the table of what no engine can pass, for MODEL or the four that ship, "
+            "over --link (pcie5x16) on --card (h100).",
+        ),
+    ] = False,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Instead: the cards and links known by name.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --limits: also write the record to this .json file.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Plan a model on a machine from its config alone: what fits, tokens a second, bottleneck."""
+    if show_list:
+        _show_known(as_json)
+        return
+    if limits:
+        _show_limits(model, link, card, out, as_json)
+        return
+    if out is not None:
+        raise typer.BadParameter("only --limits writes a record", param_hint="--out")
+    measured = _measure(model) if measure else None
+    if model is None:
+        if measured is None:
+            raise typer.BadParameter(
+                "name a model, or use --measure, --limits or --list alone", param_hint="MODEL"
+            )
+        _show_measured(measured, as_json)
+        return
+    from melinoe.cache.trace import Trace
+    from melinoe.plan.planner import plan
+    from melinoe.plan.units import parse_seconds
+
+    options.quiet()
+    done = plan(
+        options.resolve(model),
+        gpu_memory=gpu_memory,
+        card=card,
+        ram=ram,
+        link=link,
+        device_bandwidth=device_bandwidth,
+        dram=dram,
+        disk=disk,
+        reserve=reserve,
+        context=context,
+        batch=batch,
+        bits=bits,
+        latency_s=parse_seconds(link_latency),
+        trace=None if trace is None else Trace.load(trace),
+        tuned_trace=None if tuned_trace is None else Trace.load(tuned_trace),
+        measured=measured,
+    )
+    if as_json:
+        options.show_json(done.to_dict())
+    else:
+        _show(model, done)
+
+
+def _show(model: str, done: Plan) -> None:
+    """The plan as tables and sentences."""
+    from melinoe.runtime.budget import format_bytes as size
+
+    facts = done.facts
+    kv = "not known" if facts.kv_bytes is None else size(done.batch * facts.kv_bytes)
+    rows = [
+        ("backbone", size(facts.backbone_bytes), f"{facts.dtype}, every parameter but the experts"),
+        ("keys and values", kv, f"{done.batch} x {facts.context} tokens; {facts.kv_source}"),
+        ("kept free", size(done.reserve_bytes) if done.reserve_bytes else "0", ""),
+        (
+            "expert slots",
+            size(done.slot_bytes),
+            f"{done.slots} of {facts.num_experts} experts in each of {len(facts.layers)} layers; a "
+            f"token uses {facts.top_k}",
+        ),
+        ("all experts", size(facts.expert_bytes), _where(done)),
+    ]
+    options.show_table(
+        f"{model} ({facts.model_type}) in {size(done.gpu_memory_bytes)}: the config is from "
+        f"{facts.source}",
+        [{"what": what, "bytes": amount, "how": how} for what, amount, how in rows],
+    )
+    options.show_table(
+        "Expected, not measured"
+        + (f"; all {done.batch} sequences together" if done.batch > 1 else ""),
+        [
+            {
+                "": name,
+                "hit rate": _range(rates.low, rates.high, percent=True),
+                "tokens/s": _range(found.low, found.high),
+                "fast end bound by": found.bottleneck,
+                "slow end mostly": found.slow_bottleneck,
+            }
+            for name, rates, found in (
+                ("as it is", done.before, done.speed_before),
+                ("fine-tuned for locality", done.after, done.speed_after),
+            )
+        ],
+    )
+    _show_tiers(done)
+    for name, rates in (("as it is", done.before), ("fine-tuned", done.after)):
+        print(f"Hit rate, {name}: {rates.source}.")
+        if "belady" in rates.by_policy:
+            figures = ", ".join(f"{key} {value:.1%}" for key, value in rates.by_policy.items())
+            print(f"  by policy: {figures}; no policy passes belady.")
+        if done.before == done.after:
+            break
+    for sentence in (*done.assumed, *done.notes):
+        print(sentence)
+
+
+def _show_tiers(done: Plan) -> None:
+    """Milliseconds of one step on each tier alone."""
+    parts = done.hardware
+
+    def row(name: str, figure: object, key: str) -> dict[str, str]:
+        def of(one: Speed) -> str:
+            ends = (getattr(one.tiers_high, key), getattr(one.tiers_low, key))
+            return _range(*(1e3 * end for end in ends))
+
+        return {
+            "tier": name,
+            "bandwidth": str(figure),
+            "ms a step, as it is": of(done.speed_before),
+            "ms a step, fine-tuned": of(done.speed_after),
+        }
+
+    rows = [
+        row("link", parts.link, "link"),
+        row("device memory", parts.device, "device"),
+    ]
+    if done.fits_in_ram is False:
+        rows.append(row("disk", parts.disk, "disk"))
+    rows.append(row("host in the loop (slow end)", "-", "host"))
+    rows.append(row("DRAM, were misses computed on the CPU", parts.dram, "dram_if_computed"))
+    options.show_table("What each tier would take alone, fast end to slow end", rows)
+    faster = done.speed_before.computed_high / done.speed_before.high
+    if done.speed_before.bottleneck == "link" and abs(faster - 1) > 0.05:
+        print(
+            f"Computing misses on the CPU instead of loading them would make the fast end "
+            f"{faster:.2g} times as fast as it is, as far as DRAM bounds it."
+        )
+
+
+def _where(done: Plan) -> str:
+    if done.all_resident:
+        return "all of them in slots"
+    kept = "" if done.bits is None else f"stored at {done.bits} bits; "
+    if done.fits_in_ram is None:
+        return kept + "wait in host memory, if it is large enough (--ram)"
+    if done.fits_in_ram:
+        return kept + "fit in host memory"
+    return kept + "do not fit in host memory: misses go to the disk"
+
+
+def _range(low: float, high: float, percent: bool = False) -> str:
+    ends = [f"{one:.1%}" if percent else _three(one) for one in (low, high)]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _three(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _measure(model: str | None) -> dict[str, float]:
+    """This machine's own figures; the disk is the one that the model is on, if it is here."""
+    from melinoe.plan.measuring import measure
+
+    options.say("timing this machine's memory, disk and link")
+    place = Path(options.resolve(model)).expanduser() if model else None
+    return measure(place if place is not None and place.is_dir() else None)
+
+
+def _show_measured(measured: dict[str, float], as_json: bool) -> None:
+    from melinoe.plan.units import format_bandwidth
+
+    if as_json:
+        options.show_json(
+            {f"{part.replace(' ', '_')}_bytes_per_s": v for part, v in measured.items()}
+        )
+        return
+    options.show_table(
+        "This machine, best of several runs",
+        [{"part": part, "bandwidth": format_bandwidth(v)} for part, v in measured.items()],
+    )
+
+
+def _show_known(as_json: bool) -> None:
+    from melinoe.plan.hardware import known
+
+    if as_json:
+        options.show_json(known())
+        return
+    options.show_table(
+        "Cards (--card)",
+        [
+            {
+                "card": ", ".join(one["names"]),
+                "GiB": one["memory_gib"],
+                "GB/s": f"{one['bandwidth_gb_s']:,}",
+                "link": one["link"],
+                "source": one["source"],
+            }
+            for one in known()["cards"]
+        ],
+    )
+    for title, key in (("Links (--link)", "links"), ("Host memory (--dram)", "dram"),
+                       ("Disks (--disk)", "disks")):  # fmt: skip
+        options.show_table(
+            title,
+            [
+                {"name": one["names"][0], "GB/s": f"{one['gb_s']:g}", "source": one["source"]}
+                for one in known()[key]
+            ],
+        )
+
+
+def _show_limits(
+    model: str | None, link: str | None, card: str | None, out: Path | None, as_json: bool
+) -> None:
+    from melinoe.plan.limits import limits, limits_record
+    from melinoe.report import render_table
+
+    options.quiet()
+    models = [options.resolve(model)] if model else []
+    table = limits(models, link or "pcie5x16", card or "h100")
+    record = limits_record(table)
+    if out is not None:
+        from melinoe.measure import write_json
+
+        write_json(out, record)
+        options.say(f"wrote {out}")
+    if as_json:
+        options.show_json(table)
+    else:
+        print(render_table([record]))

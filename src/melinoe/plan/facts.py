@@ -1,0 +1,225 @@
+"""What a model weighs, from its config alone: no weight is read and none is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from melinoe.checkpoint.describing import top_k_of
+from melinoe.checkpoint.files import quantisation, read_config
+from melinoe.checkpoint.opening import build_on_meta, find_model_class
+from melinoe.errors import CheckpointError, MelinoeError, UnsupportedModelError
+from melinoe.moe.experts import find_experts
+from melinoe.plan.forward import cache_bytes, forward
+from melinoe.plan.kv_fallback import cache_bytes_by_heads
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer: its experts, the bytes of one, and how many a token uses."""
+
+    num_experts: int
+    block_bytes: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    What a config tells.
+
+    Attributes:
+        name: As it was asked for.
+        source: Where the config came from, for people.
+        model_type: transformers' name of the family.
+        dtype: Type of the weights, like ``bfloat16``.
+        decoder_layers: Layers of the decoder, dense ones included.
+        layers: The MoE layers.
+        backbone_bytes: Every parameter outside the experts.
+        read_bytes: Of those, what one token's arithmetic reads; tables of which a token takes a
+            row, and parts for images or sound, are not in it.
+        kv_bytes: Keys, values and states of one sequence of *context* tokens; None if not known.
+        kv_source: How that is known, or why not.
+        context: Tokens of a sequence.
+        max_context: What the config says the model was made for; None if it does not.
+    """
+
+    name: str
+    source: str
+    model_type: str
+    dtype: str
+    decoder_layers: int
+    layers: tuple[Layer, ...]
+    backbone_bytes: int
+    read_bytes: int
+    kv_bytes: int | None
+    kv_source: str
+    context: int
+    max_context: int | None
+
+    @property
+    def expert_bytes(self) -> int:
+        """All experts of all layers."""
+        return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
+
+    @property
+    def active_expert_bytes(self) -> int:
+        """M: what one token's experts weigh over all layers."""
+        return sum(layer.top_k * layer.block_bytes for layer in self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; the most, where layers differ."""
+        return max(layer.num_experts for layer in self.layers)
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token uses in a layer; the most, where layers differ."""
+        return max(layer.top_k for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, totals included; layers that are alike are counted together."""
+        out = asdict(self)
+        alike: dict[Layer, int] = {}
+        for layer in self.layers:
+            alike[layer] = alike.get(layer, 0) + 1
+        out["layers"] = [{"count": count, **asdict(layer)} for layer, count in alike.items()]
+        return out | {
+            "moe_layers": len(self.layers),
+            "expert_bytes": self.expert_bytes,
+            "active_expert_bytes": self.active_expert_bytes,
+        }
+
+
+def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = None) -> ModelFacts:
+    """
+    Count a model's bytes from its config.
+
+    Args:
+        model: A directory with a ``config.json``, such a file, a name on the hub (of which only
+            the config is fetched), or a name of `known_models`.
+        context: Tokens of a sequence, for the cache of keys and values.
+        dtype: Type of the weights; None takes the config's, else bfloat16.
+
+    Raises:
+        CheckpointError: no readable config, or that of a quantised checkpoint.
+        UnsupportedModelError: a dense model, or a family whose experts cannot be served.
+    """
+    config, source = _config(model)
+    wanted = dtype or config.dtype or torch.bfloat16
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    try:
+        built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
+    except MelinoeError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot build {config.model_type!r} from this config "
+            f"({str(error).splitlines()[0][:120]}); check its config.json"
+        ) from None
+    built.eval()
+    experts = find_experts(built)
+    of_experts = {id(p) for one in experts for p in one.module.parameters(recurse=False)}
+    others = [p for p in built.parameters() if id(p) not in of_experts]
+    backbone = sum(p.numel() * p.element_size() for p in others)
+    text = config.get_text_config(decoder=True)
+    try:
+        seen = forward(built, experts, 8)
+        read, top_k = seen.read_bytes, seen.top_k
+        kv: int | None = cache_bytes(built, experts, context)
+        kv_source = "the model's own cache after a pass without weights"
+    except RuntimeError as error:
+        read, top_k = _all_but_embedding(built, backbone), (None,) * len(experts)
+        kv, kv_source = cache_bytes_by_heads(text, context, wanted)
+        if kv is None:
+            kv_source += f" ({str(error).splitlines()[0][:80]})"
+    return ModelFacts(
+        name=model,
+        source=source,
+        model_type=config.model_type,
+        dtype=str(wanted).removeprefix("torch."),
+        decoder_layers=int(getattr(text, "num_hidden_layers", len(experts))),
+        layers=tuple(
+            Layer(one.num_experts, one.block_bytes, min(_top_k(config, k), one.num_experts))
+            for one, k in zip(experts, top_k, strict=True)
+        ),
+        backbone_bytes=backbone,
+        read_bytes=read,
+        kv_bytes=kv,
+        kv_source=kv_source,
+        context=context,
+        max_context=getattr(text, "max_position_embeddings", None),
+    )
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Label -> name on the hub and config, of the models in the table of limits."""
+    text = Path(__file__).with_name("models.json").read_text(encoding="utf-8")
+    return {one["label"]: one for one in json.loads(text)["models"]}
+
+
+def _config(model: str) -> tuple[PreTrainedConfig, str]:
+    """The config, and where it came from: what is here first, then what ships, then the hub."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{model} is not a readable config ({error}); give a config.json"
+            ) from None
+        return _from_raw(raw, model), f"{model}"
+    if not path.is_dir():
+        for label, one in known_models().items():
+            if model.lower() in (label.lower(), one["name"].lower()):
+                return _from_raw(one["config"], model), f"{one['name']}, as shipped with melinoe"
+    return read_config(model), "its directory" if path.is_dir() else "the hub's config.json alone"
+
+
+def _from_raw(raw: dict[str, Any], name: str) -> PreTrainedConfig:
+    kind = quantisation(raw)
+    if kind is not None:
+        raise CheckpointError(
+            f"{name} is quantised ({kind}), which is not supported; use its bf16 or fp16 checkpoint"
+        )
+    family = raw.get("model_type")
+    if not family:
+        raise CheckpointError(f"{name} names no model_type; give a transformers model's config")
+    try:
+        return CONFIG_MAPPING[family].from_dict(raw)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot read the config of family {family!r} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            "use a family that transformers itself implements"
+        ) from None
+
+
+def _top_k(config: PreTrainedConfig, seen: int | None) -> int:
+    """Choices of a token in a layer: what ran, else what the config says."""
+    found = seen or top_k_of(config)
+    if not found:
+        raise UnsupportedModelError(
+            f"the config of family {config.model_type!r} does not say how many experts a token "
+            "uses, so no speed can be told; use `melinoe doctor` for its sizes"
+        )
+    return found
+
+
+def _all_but_embedding(model: Any, backbone: int) -> int:
+    """What a token reads if no pass could be made: everything but the table of tokens."""
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = head is not None and getattr(head, "weight", None) is table
+    return backbone if tied else backbone - table.numel() * table.element_size()

@@ -1,0 +1,181 @@
+"""
+One forward pass on the meta device: what decoding reads and remembers, asked of the model itself.
+
+The model is built without a byte of weights and run on tokens without values. Experts are replaced
+by a function that notes how many of them a token asked for. What the pass leaves in the model's own
+cache are the keys, values and states of that many tokens, whatever the family does: latent
+attention, sliding windows, linear attention, indexers, caches of its own. Which parameters its
+operators touched is what a token reads; of a table that is only looked up, a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from melinoe.moe.dispatch import bind, unbind, use_melinoe
+from melinoe.moe.experts import ExpertsLayer
+
+DIRECT = 4096
+"""Tokens up to which the cache is simply asked; beyond, it is continued from there."""
+
+_LOOKUPS = ("aten::embedding", "aten::index_select")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """
+    What one forward pass over some tokens of one sequence did.
+
+    Attributes:
+        cache_bytes: Left in the cache, by part of it: a layer, mostly.
+        windows: Tokens that part keeps at most; None where it keeps all.
+        read_bytes: Of parameters outside the experts that take part in every token's arithmetic.
+        looked_up_bytes: Of tables from which a token takes a row.
+        top_k: Experts a token asked for, by MoE layer; None for a layer that was not called.
+    """
+
+    cache_bytes: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    read_bytes: int
+    looked_up_bytes: int
+    top_k: tuple[int | None, ...]
+
+
+class _Reads(TorchDispatchMode):
+    """Notes which parameters any operator takes, and which are only looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+        self.looked_up: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        into = self.looked_up if func.name().partition(".")[0] in _LOOKUPS else self.read
+        for value in torch.utils._pytree.tree_leaves((args, kwargs or {})):
+            if isinstance(value, torch.nn.Parameter):
+                into.add(id(value))
+        return func(*args, **(kwargs or {}))
+
+
+def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
+    """
+    Run *model*, which is on the meta device, over *tokens* tokens without values.
+
+    Costs well under a second for most families up to `DIRECT` tokens, and no memory.
+
+    Raises:
+        RuntimeError: the family's code looks at values, or keeps no cache (any exception of its
+            own, chained).
+    """
+    top_k: list[int | None] = [None] * len(layers)
+
+    def noted(index: int) -> Any:
+        def experts(hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+            top_k[index] = int(top_k_index.shape[-1])
+            return hidden_states
+
+        return experts
+
+    reads = _Reads()
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            bind(layer.module, noted(layer.index))
+            stack.callback(unbind, layer.module)
+        stack.callback(use_melinoe(model))
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.no_grad())
+        try:
+            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+            with reads:
+                kept = model(input_ids=ids, use_cache=True).past_key_values
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    if kept is None:
+        raise RuntimeError("the model left no cache")
+    parts = list(_parts(kept))
+    experts = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
+    sizes = {
+        id(p): p.numel() * p.element_size() for p in model.parameters() if id(p) not in experts
+    }
+    return Pass(
+        tuple(sum(_tensors(part, {}).values()) for part in parts),
+        tuple(_window(part) for part in parts),
+        sum(size for key, size in sizes.items() if key in reads.read),
+        sum(size for key, size in sizes.items() if key in reads.looked_up - reads.read),
+        tuple(top_k),
+    )
+
+
+def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], context: int) -> int:
+    """
+    Bytes that the cache holds for one sequence of *context* tokens.
+
+    Up to `DIRECT` tokens it is read off; beyond, each part goes on as it grew over the last half
+    of them, up to its window.
+
+    Raises:
+        RuntimeError: as `forward`.
+    """
+    if context <= DIRECT:
+        return sum(forward(model, layers, context).cache_bytes)
+    half, whole = (forward(model, layers, n) for n in (DIRECT // 2, DIRECT))
+    total = 0.0
+    for before, after, window in zip(
+        half.cache_bytes, whole.cache_bytes, whole.windows, strict=True
+    ):
+        per_token = (after - before) / (DIRECT - DIRECT // 2)
+        more = context - DIRECT if window is None else max(0, min(context, window - 1) - DIRECT)
+        # A window that was full before the end has stopped growing by itself, but not by half.
+        if window is not None and window - 1 <= DIRECT:
+            more = 0
+        total += after + per_token * more
+    return round(total)
+
+
+def _parts(kept: Any) -> Iterator[Any]:
+    """The cache's layers, and whatever else it keeps as one part."""
+    layers = list(getattr(kept, "layers", None) or ())
+    yield from layers
+    yield {key: value for key, value in vars(kept).items() if key != "layers"}
+
+
+def _window(part: Any) -> int | None:
+    window = getattr(part, "sliding_window", None)
+    return int(window) if isinstance(window, int) else None
+
+
+def _tensors(value: Any, found: dict[int, int], depth: int = 0) -> dict[int, int]:
+    """Bytes of every tensor with at least two dimensions inside *value*, each once."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 1:  # below that it is bookkeeping, of a few bytes
+            found[id(value)] = value.numel() * value.element_size()
+    elif depth < 6:
+        inner: Any = ()
+        if isinstance(value, Mapping):
+            inner = value.values()
+        elif isinstance(value, list | tuple):
+            inner = value
+        elif hasattr(value, "__dict__") and not isinstance(value, type):
+            inner = [item for key, item in vars(value).items() if "config" not in key]
+        for item in inner:
+            _tensors(item, found, depth + 1)
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence notices about missing kernels: nothing is computed here."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,297 @@
+"""Will it fit, and how fast? One plan from a model's facts and a machine's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from melinoe.cache.trace import Trace
+from melinoe.errors import BudgetError, HardwareError
+from melinoe.plan import words
+from melinoe.plan.facts import ModelFacts, model_facts
+from melinoe.plan.hardware import Hardware, find_card, machine_of
+from melinoe.plan.hit_rates import (
+    HitRates,
+    after_fine_tuning,
+    assumptions,
+    by_chance,
+    check_shape,
+    from_trace,
+)
+from melinoe.plan.speed import Speed, host_seconds, speed, step_of
+from melinoe.runtime.budget import format_bytes, memory_of, parse_bytes, slots_for
+
+_MOST_MEMORY = 2**44  # 16 TiB: more is a slip of the unit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a model would do on a machine; nothing of it is measured.
+
+    Attributes:
+        facts: The model.
+        hardware: The machine.
+        gpu_memory_bytes: Of the device.
+        reserve_bytes: Of that, kept for everything that is neither weights nor cache.
+        ram_bytes: Of the host; None if not given.
+        batch: Sequences decoded together.
+        bits: Of a stored weight; None for the model's own type.
+        slots: Experts of each layer that fit.
+        slot_bytes: Bytes of those.
+        stored_bytes: All experts, as the store keeps them.
+        fits_in_ram: Whether the host's memory holds those; None if it was not given.
+        before: Hit rates as the model is, and `speed_before` with them.
+        after: Hit rates fine-tuned for locality, and `speed_after`.
+        notes: Sentences that a reader must not miss.
+        assumed: Sentences about figures that nobody gave.
+    """
+
+    facts: ModelFacts
+    hardware: Hardware
+    gpu_memory_bytes: int
+    reserve_bytes: int
+    ram_bytes: int | None
+    batch: int
+    bits: int | None
+    slots: int
+    slot_bytes: int
+    stored_bytes: int
+    fits_in_ram: bool | None
+    before: HitRates
+    after: HitRates
+    speed_before: Speed
+    speed_after: Speed
+    notes: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert has a slot."""
+        return self.slots >= self.facts.num_experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "model": self.facts.to_dict(),
+            "hardware": self.hardware.to_dict(),
+            "gpu_memory_bytes": self.gpu_memory_bytes,
+            "reserve_bytes": self.reserve_bytes,
+            "ram_bytes": self.ram_bytes,
+            "batch": self.batch,
+            "bits": self.bits,
+            "slots": self.slots,
+            "slot_bytes": self.slot_bytes,
+            "stored_bytes": self.stored_bytes,
+            "fits_in_ram": self.fits_in_ram,
+            "all_resident": self.all_resident,
+            "before": {
+                "hit_rate": self.before.to_dict(),
+                "tokens_per_s": self.speed_before.to_dict(),
+            },
+            "after": {"hit_rate": self.after.to_dict(), "tokens_per_s": self.speed_after.to_dict()},
+            "notes": list(self.notes),
+            "assumed": list(self.assumed),
+            "measured": False,
+        }
+
+
+def plan(
+    model: str | ModelFacts,
+    *,
+    gpu_memory: str | int | None = None,
+    card: str | None = None,
+    ram: str | int | None = None,
+    link: str | None = None,
+    device_bandwidth: str | None = None,
+    dram: str | None = None,
+    disk: str | None = None,
+    reserve: str | int | None = None,
+    context: int = 4096,
+    batch: int = 1,
+    bits: int | None = None,
+    latency_s: float = 0.0,
+    trace: Trace | None = None,
+    tuned_trace: Trace | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> Plan:
+    """
+    Plan one model on one machine, from the model's config alone.
+
+    Args:
+        model: A directory, a ``config.json``, a hub name, or facts that were read already; then
+            *context* is theirs.
+        gpu_memory: Of the device, as ``"8GiB"``; default: all of the card's.
+        card: A name of the data file.
+        ram: Of the host; without it the experts are taken to fit.
+        link: A name (``pcie4x16``) or a figure (``25GB/s``); default: the card's.
+        device_bandwidth: Of the device's memory; default: the card's.
+        dram: A name or a figure.
+        disk: A name or a figure.
+        reserve: Device memory kept free; default as in ``assumptions.json``.
+        context: Tokens of a sequence.
+        batch: Sequences decoded together.
+        bits: 16, 8 or 4 of a stored weight: what the link carries. Slots hold 16.
+        latency_s: Of each load on the link.
+        trace: The model's choices; gives its hit rates instead of an assumption.
+        tuned_trace: The same of the fine-tuned model.
+        measured: Bytes a second by part, as `measuring.measure` returns them.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `model_facts`.
+        HardwareError: a figure that no machine has, or an unknown name.
+        BudgetError: the memory does not hold the backbone, the cache and one expert a layer.
+        TraceError: a trace of another model.
+    """
+    if context < 1 or batch < 1:
+        raise BudgetError(f"context {context} and batch {batch} must both be 1 or more")
+    if bits not in (None, 16, 8, 4):
+        raise BudgetError(f"experts cannot be stored at {bits} bits; choose 16, 8 or 4")
+    memory = _gpu_memory(gpu_memory, card)
+    hardware = machine_of(
+        gpu_memory_bytes=memory,
+        card=card,
+        device=device_bandwidth,
+        link=link,
+        dram=dram,
+        disk=disk,
+        measured=measured,
+    )
+    if isinstance(model, ModelFacts):
+        facts = model
+    else:
+        import torch
+
+        facts = model_facts(model, context, torch.bfloat16 if bits else None)
+    kept = _reserve(memory, reserve)
+    slots = _slots(facts, memory, kept, batch)
+    share = _stored_share(facts, bits)
+    stored = round(facts.expert_bytes * share)
+    ram_bytes = None if ram is None else _memory(ram)
+    usable = None if ram_bytes is None else ram_bytes * assumptions()["ram_share"]["value"]
+    fits = None if usable is None else stored <= usable
+    before, after = _hit_rates(facts, slots, trace, tuned_trace)
+
+    # Slow end: what RAM cannot hold is what misses ask for. Fast end: misses ask for all alike.
+    from_disk = (0.0, 0.0) if fits is not False else (1.0, 1 - (usable or 0) / stored)
+    step = step_of(facts, batch, share)
+    slots_hold = memory_of(slots, facts.layers)  # type: ignore[arg-type]
+
+    def fast(rates: HitRates) -> Speed:
+        return speed(
+            step,
+            rates,
+            hardware,
+            batch,
+            from_disk=from_disk,
+            latency_s=latency_s,
+            host_s=host_seconds(facts.decoder_layers),
+        )
+
+    return Plan(
+        facts=facts,
+        hardware=hardware,
+        gpu_memory_bytes=memory,
+        reserve_bytes=kept,
+        ram_bytes=ram_bytes,
+        batch=batch,
+        bits=bits,
+        slots=slots,
+        slot_bytes=slots_hold,
+        stored_bytes=stored,
+        fits_in_ram=fits,
+        before=before,
+        after=after,
+        speed_before=fast(before),
+        speed_after=fast(after),
+        notes=tuple(words.notes(facts, slots, batch, bits)),
+        assumed=tuple(
+            words.assumed(
+                facts,
+                hardware,
+                ram_bytes,
+                bits,
+                reserve_given=reserve is not None,
+                from_disk=fits is False,
+            )
+        ),
+    )
+
+
+def _scenario(rates: HitRates, found: Speed) -> dict[str, Any]:
+    return {"hit_rate": rates.to_dict(), "tokens_per_s": found.to_dict()}
+
+
+def _hit_rates(
+    facts: ModelFacts, slots: int, trace: Trace | None, tuned_trace: Trace | None
+) -> tuple[HitRates, HitRates]:
+    """Before and after fine-tuning."""
+    for one in (trace, tuned_trace):
+        if one is not None:
+            check_shape(one, facts)
+    if slots >= facts.num_experts:
+        everything = HitRates(1.0, 1.0, "every expert has a slot, so after its first use it stays")
+        return everything, everything
+    before = by_chance(facts.layers, slots)
+    if trace is not None:
+        before = from_trace(trace, facts, slots, "the trace")
+    if tuned_trace is not None:
+        return before, from_trace(tuned_trace, facts, slots, "the fine-tuned model's trace")
+    return before, after_fine_tuning(before)
+
+
+def _memory(text: str | int) -> int:
+    """An amount of memory that some machine has."""
+    amount = parse_bytes(text)
+    if amount > _MOST_MEMORY:
+        raise HardwareError(f"no machine has {text} of memory; check the unit, as in 8GiB")
+    return amount
+
+
+def _gpu_memory(given: str | int | None, card: str | None) -> int:
+    """The device's memory: given, or the card's; never more than the card has."""
+    known = find_card(card) if card else None
+    if given is None:
+        if known is None:
+            raise BudgetError("a plan needs the device's memory; give --gpu-memory or --card")
+        return known.memory_bytes
+    amount = _memory(given)
+    if known is not None and amount > known.memory_bytes:
+        raise HardwareError(
+            f"a {known.name} has {format_bytes(known.memory_bytes)} of memory, not {given}; "
+            "give less, or another card"
+        )
+    return amount
+
+
+def _reserve(memory: int, given: str | int | None) -> int:
+    if given is not None:
+        nothing = str(given).strip().rstrip("kKMGTiB ") == "0"
+        return 0 if nothing else parse_bytes(given)
+    known = assumptions()["reserve"]
+    return min(int(memory * known["share"]), known["most_bytes"])
+
+
+def _slots(facts: ModelFacts, memory: int, reserve: int, batch: int) -> int:
+    """Slots a layer that fit beside everything else."""
+    kv = batch * (facts.kv_bytes or 0)
+    left = memory - reserve - facts.backbone_bytes - kv
+    one_each = memory_of(1, facts.layers)  # type: ignore[arg-type]
+    if left < one_each:
+        needed = reserve + facts.backbone_bytes + kv + one_each
+        raise BudgetError(
+            f"{format_bytes(memory)} does not hold the backbone "
+            f"({format_bytes(facts.backbone_bytes)}), the keys and values of {batch} x "
+            f"{facts.context} tokens ({format_bytes(kv)}), {format_bytes(reserve)} kept free and "
+            f"one expert in each layer ({format_bytes(one_each)}); give {format_bytes(needed)}, "
+            "or a shorter --context"
+        )
+    return slots_for(left, facts.layers)  # type: ignore[arg-type]
+
+
+def _stored_share(facts: ModelFacts, bits: int | None) -> float:
+    """Bytes of a stored expert over those of a resident one."""
+    if bits is None or bits == 16:
+        return 1.0
+    return assumptions()["stored_bits"][str(bits)]["per_weight"] / 16
