@@ -4,61 +4,24 @@ import math
 
 import pytest
 import torch
+from slow_losses import (
+    slow_cache_loss,
+    slow_distillation,
+    slow_kl,
+    slow_rank_loss,
+    slow_reuse_loss,
+)
 
 from melinoe.losses import (
     CausalFilter,
     cache_simulation_loss,
     choices_of,
+    completion_positions,
+    distillation_loss,
     kl_anchor_loss,
     rank_matching_loss,
     segments_of,
 )
-
-# ---- slow and literal: the recurrences token by token, in float64 ----
-
-
-def slow_cache_loss(logits, top_k_index, mask, segments, capacity, gamma, form, through_cache):
-    """Z(t+1) = gamma Z(t) + K / C;  c(t+1) = (gamma Z(t) c(t) + r(t)) / Z(t+1), row by row."""
-    total, count = logits.new_zeros(()), 0
-    for row in range(logits.shape[0]):
-        z, c, current = 0.0, torch.zeros(logits.shape[-1], dtype=torch.float64), None
-        for t in range(logits.shape[1]):
-            segment = int(segments[row, t])
-            if segment == -1:
-                continue
-            if segment != current:
-                z, c, current = 0.0, torch.zeros(logits.shape[-1], dtype=torch.float64), segment
-            p = logits[row, t].softmax(-1)
-            hard = torch.zeros_like(p)
-            for expert in top_k_index[row, t].tolist():
-                hard[expert] = 1.0
-            r = hard + p - p.detach()
-            missing = 1 - c
-            if form == "clipped":
-                missing = torch.where(missing > 0, missing, torch.zeros_like(missing))
-            if mask[row, t]:
-                total, count = total + (r * missing).sum(), count + 1
-            z_next = gamma * z + top_k_index.shape[-1] / capacity
-            c = (gamma * z * c + (r if through_cache else r.detach())) / z_next
-            z = z_next
-    return total / max(1, count)
-
-
-def slow_rank_loss(logits, base, mask, rho, reduce):
-    """Every ordered pair of experts, one by one."""
-    experts, total, count = logits.shape[-1], logits.new_zeros(()), 0
-    for row in range(logits.shape[0]):
-        for t in range(logits.shape[1]):
-            if not mask[row, t]:
-                continue
-            p, b = logits[row, t].softmax(-1), base[row, t].softmax(-1)
-            for i in range(experts):
-                for j in range(experts):
-                    if b[i] > b[j]:
-                        total = total + torch.relu(rho - (p[i] - p[j]))
-            count += 1
-    pairs = experts * (experts - 1) / 2 if reduce == "mean" else 1
-    return total / count / pairs
 
 
 def packed_batch(seed, tokens=23, experts=6, top_k=2):
@@ -73,6 +36,160 @@ def packed_batch(seed, tokens=23, experts=6, top_k=2):
     return logits, index, mask & (segments >= 0), segments
 
 
+def agree(slow_loss, fast_loss, *tensors):
+    """Values and gradients of a slow float64 loss and ours, as functions of float tensors."""
+    slow = [tensor.clone().requires_grad_() for tensor in tensors]
+    fast = [tensor.float().requires_grad_() for tensor in tensors]
+    expected, got = slow_loss(*slow), fast_loss(*fast)
+    expected.sum().backward()
+    got.sum().backward()
+    torch.testing.assert_close(got.detach().double(), expected.detach(), atol=1e-5, rtol=1e-4)
+    for one, other in zip(fast, slow, strict=True):
+        wanted = torch.zeros_like(other) if other.grad is None else other.grad
+        torch.testing.assert_close(one.grad.double(), wanted, atol=1e-6, rtol=1e-4)
+    return float(expected.detach().sum())
+
+
+@pytest.mark.parametrize("swap_margin", [None, 0.5, 3.0])
+@pytest.mark.parametrize("form", ["clipped", "literal", "resident"])
+@pytest.mark.parametrize(("experts", "top_k"), [(5, 1), (6, 2), (11, 4)])
+def test_every_form_equals_its_formula_for_any_number_of_experts(experts, top_k, form, swap_margin):
+    """Packed, padded, with skip slots (an id past the experts, and -1) and a skip logit."""
+    logits, index, mask, segments = packed_batch(experts, 19, experts, top_k)
+    logits = torch.cat([logits, logits[..., :1]], dim=-1)  # a last logit that is no expert
+    index[0, ::4, 0], index[1, ::5, -1] = experts, -1
+    capacity = top_k + 1 if form == "resident" else top_k + 1.13
+    filter_ = CausalFilter.of(segments, 0.8, chunk=5)
+    options = {"form": form, "num_experts": experts, "swap_margin": swap_margin}
+    agree(
+        lambda x: slow_cache_loss(x, index, mask, segments, capacity, 0.8, **options),
+        lambda x: cache_simulation_loss(x, index, mask, filter_, capacity=capacity, **options),
+        logits,
+    )
+
+
+def test_layers_in_one_call_equal_layers_one_by_one():
+    """Three layers with capacities of their own: one value each, every term, values and gradients.
+
+    Positions of the completion do as well as its mask.
+    """
+    batches = [packed_batch(seed) for seed in (1, 2, 3)]
+    mask, segments = batches[0][2:]
+    logits, index = (torch.stack([one[i] for one in batches], dim=2) for i in (0, 1))
+    base = logits.flip(2)
+    filter_ = CausalFilter.of(segments, 0.9, chunk=4)
+    at = completion_positions(mask)
+    capacity = torch.tensor([2.3, 3.1, 4.7])
+
+    def cache(x, i):
+        return slow_cache_loss(x[:, :, i], index[:, :, i], mask, segments, float(capacity[i]), 0.9)
+
+    for slow, fast in (
+        (cache, lambda x: cache_simulation_loss(x, index, at, filter_, capacity=capacity)),
+        (
+            lambda x, i: slow_rank_loss(x[:, :, i], base[:, :, i], mask, 0.1, "mean"),
+            lambda x: rank_matching_loss(x, base.float(), at, rho=0.1),
+        ),
+        (
+            lambda x, i: slow_kl(x[:, :, i], base[:, :, i], mask),
+            lambda x: kl_anchor_loss(x, base.float(), at),
+        ),
+    ):
+        agree(lambda x, slow=slow: torch.stack([slow(x, i) for i in range(3)]), fast, logits)
+
+
+def test_the_resident_form_counts_the_misses_of_an_lru_cache():
+    """With gamma .4 it equals a list that keeps the C experts used last, token by token."""
+    _, index, _, segments = packed_batch(11, tokens=60, experts=9, top_k=2)
+    segments = torch.zeros_like(segments)
+    capacity, misses, recent = 4, 0, []
+    for t in range(60):
+        ids = index[0, t].tolist()
+        misses += sum(e not in recent[:capacity] for e in ids)
+        # Of two used by one token, the one used later before that; of new ones, the lower id.
+        ids.sort(key=lambda e: (recent.index(e) if e in recent else 99, e))
+        recent = ids + [e for e in recent if e not in ids]
+    loss = cache_simulation_loss(
+        torch.zeros(1, 60, 9),
+        index[:1],
+        torch.ones(1, 60, dtype=torch.bool),
+        CausalFilter.of(segments[:1], 0.4),
+        capacity=capacity,
+        form="resident",
+    )
+    assert float(loss) * 60 == pytest.approx(misses)
+    assert 0 < misses < 120
+
+
+def test_the_resident_form_has_no_gradient_through_the_cache():
+    """Asking for one is a caller's mistake."""
+    _, index, mask, segments = packed_batch(1)
+    with pytest.raises(ValueError, match="no gradient"):
+        cache_simulation_loss(
+            torch.zeros(2, 23, 6),
+            index,
+            mask,
+            CausalFilter.of(segments, 0.9),
+            capacity=3,
+            form="resident",
+            cache_gradient=True,
+        )
+
+
+def test_a_swap_that_costs_much_is_not_asked_for():
+    """K=1, C=1: expert 0 is resident, 1 was chosen. Its cost falls with what 0 lacks in log p.
+
+    Equal: 1. One nat below with a margin of 2: a half. Three nats below: none, and no gradient.
+    """
+    index = torch.tensor([[[0], [1]]])
+    mask = torch.tensor([[False, True]])
+    causal = CausalFilter.of(torch.zeros(1, 2, dtype=torch.int64), 0.9)
+    for nats, cost in ((0.0, 1.0), (1.0, 0.5), (3.0, 0.0)):
+        logits = torch.zeros(1, 2, 3)
+        logits[0, 1, 1], logits[0, 1, 2] = nats, nats
+        logits.requires_grad_()
+        loss = cache_simulation_loss(logits, index, mask, causal, capacity=1, swap_margin=2.0)
+        loss.backward()
+        assert loss.item() == pytest.approx(cost)
+        assert bool(logits.grad.any()) is (cost > 0)
+
+
+def test_the_previous_token_alone_is_a_cache_with_gamma_0():
+    """What the reuse term computes equals a count written from its own definition."""
+    logits, index, mask, segments = packed_batch(12)
+    previous = CausalFilter.of(segments, 0.0)
+    agree(
+        lambda x: slow_reuse_loss(x, index, mask, segments),
+        lambda x: cache_simulation_loss(x, index, mask, previous, capacity=index.shape[-1]),
+        logits,
+    )
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 256])
+def test_distillation_equals_the_divergence_token_by_token(tokens_at_once):
+    """With and without a denominator of the step; the first token of a row never counts."""
+    g = torch.Generator().manual_seed(2)
+    logits, base = torch.randn(2, 2, 9, 13, dtype=torch.float64, generator=g)
+    labels = torch.randint(0, 13, (2, 9), generator=g)
+    labels[torch.rand(2, 9, generator=g) < 0.4] = -100
+    for denominator in (None, 5.0):
+        agree(
+            lambda x, d=denominator: slow_distillation(x, base, labels, d),
+            lambda x, d=denominator: distillation_loss(
+                x, base.float(), labels, denominator=d, tokens_at_once=tokens_at_once
+            ),
+            logits,
+        )
+
+
+def test_distillation_without_a_token_is_zero():
+    """Nothing to predict: loss 0, gradient 0, no nan."""
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss = distillation_loss(logits, torch.randn(1, 3, 5), torch.full((1, 3), -100))
+    loss.backward()
+    assert loss.item() == 0.0 and not logits.grad.any()
+
+
 @pytest.mark.parametrize("through_cache", [False, True])
 @pytest.mark.parametrize("form", ["clipped", "literal"])
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 0.9, 1.0])
@@ -81,7 +198,9 @@ def test_cache_loss_and_its_gradient_equal_the_recurrence(gamma, form, through_c
     logits, index, mask, segments = packed_batch(3)
     capacity = 3.1  # no ratio of counts makes c exactly 1, where the clip has no gradient
     slow = logits.clone().requires_grad_()
-    expected = slow_cache_loss(slow, index, mask, segments, capacity, gamma, form, through_cache)
+    expected = slow_cache_loss(
+        slow, index, mask, segments, capacity, gamma, form=form, through_cache=through_cache
+    )
     expected.backward()
     fast = logits.float().requires_grad_()
     got = cache_simulation_loss(
@@ -239,23 +358,37 @@ def test_no_completion_token_gives_zero_and_no_nan():
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 @pytest.mark.parametrize("pairs_at_once", [1, 100, 1 << 24])
-def test_rank_loss_and_its_gradient_equal_all_pairs_one_by_one(reduce, pairs_at_once):
-    """Ties in the base order included; the chunk size changes nothing."""
+@pytest.mark.parametrize("rho", [0.0, 0.02, 0.1, 0.3, 1.5])
+@pytest.mark.parametrize("experts", [2, 7, 20])
+def test_rank_loss_and_its_gradient_equal_all_pairs_one_by_one(experts, rho, pairs_at_once, reduce):
+    """Ties in the base order included, from two to all experts; chunk sizes change nothing."""
     g = torch.Generator().manual_seed(5)
-    logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=g)
-    base = logits + torch.randn(2, 5, 7, dtype=torch.float64, generator=g)
-    base[..., 3] = base[..., 2]
-    mask = torch.rand(2, 5, generator=g) < 0.7
-    slow = logits.clone().requires_grad_()
-    expected = slow_rank_loss(slow, base, mask, 0.1, reduce)
-    expected.backward()
-    fast = logits.float().requires_grad_()
-    got = rank_matching_loss(
-        fast, base.float(), mask, rho=0.1, reduce=reduce, pairs_at_once=pairs_at_once
+    logits = 2 * torch.randn(2, 5, experts, dtype=torch.float64, generator=g)
+    base = logits + torch.randn(2, 5, experts, dtype=torch.float64, generator=g)
+    base[0, :, -1] = base[0, :, 0]
+    base[1, 2], base[1, 3, : experts // 2] = 0.0, 1.0
+    mask = torch.rand(2, 5, generator=g) < 0.8
+    agree(
+        lambda x: slow_rank_loss(x, base, mask, rho, reduce),
+        lambda x: rank_matching_loss(
+            x, base.float(), mask, rho=rho, reduce=reduce, pairs_at_once=pairs_at_once
+        ),
+        logits,
     )
-    got.backward()
-    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(fast.grad.double(), slow.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_experts_that_reach_rho_exactly_are_counted():
+    """Ten equal experts of p = .1 and rho = .1: each misses its margin to none of p = 0.
+
+    Base order 0 > 1 > ... > 19: the 45 pairs among the ten lack .1 each; the 45 among the rest
+    lack .1 each; the 100 pairs between the two groups are .1 apart and lack nothing.
+    """
+    logits = torch.full((1, 1, 20), -200.0)
+    logits[..., :10] = 0.0
+    base = -torch.arange(20.0)[None, None]
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss = rank_matching_loss(logits, base, mask, rho=0.1, reduce="sum")
+    assert float(loss) == pytest.approx(9.0, abs=1e-4)
 
 
 def test_rank_loss_worked_by_hand():

@@ -7,7 +7,6 @@ reuse term, are computed only if they weigh something.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,39 +18,9 @@ from melinoe.data import IGNORED
 from melinoe.errors import TrainingError
 from melinoe.finetune.base_pass import BaseOutputs, Switchable, base_pass
 from melinoe.finetune.replay import Replay, to_device
-from melinoe.finetune.terms import Layout, stacks_of, weighing
+from melinoe.finetune.terms import Layout, Terms, stacks_of, weighing
 from melinoe.losses import distillation_loss
 from melinoe.moe.routing import BaseRouters, Router, Routing, RoutingRecorder
-
-
-@dataclass
-class Terms:
-    """
-    Scalars of one batch: means over completion tokens, and over MoE layers where it has them.
-
-    Attributes:
-        nll: Next-token loss.
-        cache: Cache simulation.
-        anchor: Rank matching or KL divergence from the base routers.
-        total: What is minimised.
-        more: ``reuse``, ``distill`` and ``replay``, those that are in use.
-        weights: Name of each term to its weight in *total*, next tokens included.
-    """
-
-    nll: Tensor
-    cache: Tensor
-    anchor: Tensor
-    total: Tensor
-    more: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-
-    def parts(self) -> dict[str, Tensor]:
-        """Every term but the total, by name, with its graph."""
-        return {"nll": self.nll, "cache": self.cache, "anchor": self.anchor, **self.more}
-
-    def detached(self) -> dict[str, Tensor]:
-        """Name -> value without its graph, the total last."""
-        return {k: v.detach() for k, v in {**self.parts(), "total": self.total}.items()}
 
 
 class Objective:

@@ -1,8 +1,8 @@
-"""The locality terms of all MoE layers of one pass, layers of one shape in one call."""
+"""The terms of one batch, and those of all MoE layers, layers of one shape in one call."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,36 @@ from melinoe.losses import (
     rank_matching_loss,
 )
 from melinoe.moe.routing import Routing
+
+
+@dataclass
+class Terms:
+    """
+    Scalars of one batch: means over completion tokens, and over MoE layers where it has them.
+
+    Attributes:
+        nll: Next-token loss.
+        cache: Cache simulation.
+        anchor: Rank matching or KL divergence from the base routers.
+        total: What is minimised.
+        more: ``reuse``, ``distill`` and ``replay``, those that are in use.
+        weights: Name of each term to its weight in *total*, next tokens included.
+    """
+
+    nll: Tensor
+    cache: Tensor
+    anchor: Tensor
+    total: Tensor
+    more: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Every term but the total, by name, with its graph."""
+        return {"nll": self.nll, "cache": self.cache, "anchor": self.anchor, **self.more}
+
+    def detached(self) -> dict[str, Tensor]:
+        """Name -> value without its graph, the total last."""
+        return {k: v.detach() for k, v in {**self.parts(), "total": self.total}.items()}
 
 
 @dataclass(frozen=True)
