@@ -167,6 +167,22 @@ class FinetuneSettings:
     )
     bf16: bool = setting(False, "compute in bfloat16; trained parts stay in float32")
     log_every: int = setting(10, "steps between log lines")
+    eval_every: int | None = setting(
+        None,
+        "steps between measurements of the held-out examples; absent: before and after the run",
+    )
+    save_every: int | None = setting(
+        None, "steps between checkpoints of the run; absent: only when it is interrupted"
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints of the run that are kept")
+    keep: str = setting(
+        "last",
+        "what is written in the end: the last step's weights, or the best measured on held-out data",
+        choices=("last", "best"),
+    )
+    report_to: tuple[str, ...] = setting(
+        (), "trackers of transformers' Trainer that are told too: tensorboard, wandb, ..."
+    )
     max_bad_steps: int = setting(5, "non-finite losses in a row before the run stops")
     seed: int = setting(0, "decides the data order and the starting adapters")
 
@@ -174,6 +190,7 @@ class FinetuneSettings:
         for name in ("layer_capacity", "layer_weight"):  # a record in JSON gives lists
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(float(one) for one in value))
+        object.__setattr__(self, "report_to", tuple(self.report_to))
         _check_choices(self, TrainingError)
         capacities, weights = self.layer_capacity or (), self.layer_weight or ()
         for name, holds, want in (
@@ -206,6 +223,9 @@ class FinetuneSettings:
             ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
             ("max_length", self.max_length >= 2, "2 or more"),
             ("log_every", self.log_every >= 1, "1 or more"),
+            ("eval_every", (self.eval_every or 1) >= 1, "1 or more"),
+            ("save_every", (self.save_every or 1) >= 1, "1 or more"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "1 or more"),
             ("max_bad_steps", self.max_bad_steps >= 1, "1 or more"),
         ):
             if not holds:

@@ -12,7 +12,9 @@ Every deliberate error. Each message is one sentence: what happened, and the way
     |-- BudgetError               a memory budget below the smallest that works
     |-- HardwareError             a figure that no machine has, or a part that is not known
     |-- OutputExistsError         the place to write to is taken
+    |-- WriteError                something could not be written: a full disk, a forbidden place
     |-- TrainingError             a fine-tuning run cannot go on
+    |   `-- InterruptedRunError       it was asked to stop, and can be resumed
     |-- DependencyError           an optional library is not installed
     `-- AttachError               the runtime is where it cannot be, or is not where it must be
 """
@@ -62,8 +64,16 @@ class OutputExistsError(MelinoeError):
     """The place to write to is taken."""
 
 
+class WriteError(MelinoeError):
+    """Something could not be written: a full disk, a forbidden place."""
+
+
 class TrainingError(MelinoeError):
     """A fine-tuning run cannot go on."""
+
+
+class InterruptedRunError(TrainingError):
+    """A fine-tuning run was asked to stop; its state is kept, and it can be resumed."""
 
 
 class DependencyError(MelinoeError):
