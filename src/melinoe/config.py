@@ -177,7 +177,7 @@ class FinetuneSettings:
     keep_checkpoints: int = setting(2, "newest checkpoints of the run that are kept")
     keep: str = setting(
         "last",
-        "what is written in the end: the last step's weights, or the best measured on held-out data",
+        "what is written in the end: the last weights, or the best on the held-out examples",
         choices=("last", "best"),
     )
     report_to: tuple[str, ...] = setting(
