@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache.prefill import Stream
 from melinoe.cache.residency import Plan
 
 PHASES = ("prompt", "completion")
@@ -135,6 +136,15 @@ class Counters:
                 of = dict(zip(experts, uses, strict=True))
                 hits = sum(of[expert] for expert in resident)
         self.add_request(layer, total, hits, loads, len(plans))
+
+    def add_stream(
+        self, layer: int, experts: Sequence[int], uses: Sequence[int], stream: Stream
+    ) -> None:
+        """Count one request of a prompt that was streamed; *experts* and *uses* are parallel."""
+        if len(experts):
+            of = dict(zip(experts, uses, strict=True))
+            hits = sum(of[expert] for expert in stream.hits)
+            self.add_request(layer, sum(uses), hits, stream.loads)
 
     def add_prefetch(self, layer: int, loads: int) -> None:
         """Count experts copied in ahead of need; belongs to no phase."""

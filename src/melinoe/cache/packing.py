@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from melinoe.cache.policy import LRU, DecayedLFU
+from melinoe.cache.eviction import LRU, DecayedLFU
 from melinoe.cache.residency import Residency
 from melinoe.errors import MelinoeError
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.counters import PHASES, Counters
+from melinoe.cache.counters import PHASES, PROMPT, Counters
 from melinoe.cache.locality import popularity
 from melinoe.cache.policy import Policy, policy_class, policy_makers
+from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Residency
 from melinoe.cache.shared import SharedLayer, share
@@ -92,6 +93,7 @@ def simulate(
     shared: bool | None = None,
     steps: bool = False,
     engine: str = "auto",
+    prefill: StreamedPrefill | None = None,
 ) -> Simulation:
     """
     Replay a trace through a cache.
@@ -113,12 +115,14 @@ def simulate(
         engine: ``residency``: drive the runtime's own class. ``compiled``: the compiled rules, for
             lru, lfu, lfru, static and belady by name with slots per layer. ``auto``: compiled
             where it can and the trace makes 50,000 requests or more, for which loading it pays.
+        prefill: Stream prompts by this rule, as the fast engine does; absent, serve them as any
+            other request. With slots per layer, and not compiled.
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
         TraceError: the policy needs the router's weights, and the trace has none.
         ValueError: *slots* or a prefetch does not name every layer; an unknown *prefetch_at* or
-            *engine*, or compiled rules where there are none.
+            *engine*, or compiled rules where there are none, or *prefill* in a shared cache.
     """
     if prefetch_at not in PHASES:
         raise ValueError(f"prefetch_at must be one of {', '.join(PHASES)}, got {prefetch_at!r}")
@@ -143,7 +147,9 @@ def simulate(
             "one with scores, or choose lfu with gamma 0.5, the same rule on choices alone"
         )
     earliest = PHASES.index(prefetch_at)
-    if _compiles(engine, policy, shared, trace):
+    if prefill is not None and (shared or engine == "compiled"):
+        raise ValueError("prompts are streamed into slots per layer only, and not compiled")
+    if prefill is None and _compiles(engine, policy, shared, trace):
         from melinoe.cache.compiled import run
 
         return run(
@@ -180,7 +186,8 @@ def simulate(
                     for layer, loads in enumerate(_prefetch(residencies, prefetch, sequence)):
                         counters.add_prefetch(layer, loads)
                         ahead[layer] += loads
-        loads_of = _serve(residencies, counters, forward)
+        rule = prefill if forward.phase == PROMPT else None
+        loads_of = _serve(residencies, counters, forward, rule)
         if steps:
             distinct = [len(experts) for experts, _ in forward.requests]
             record.append((forward.phase, forward.tokens, number, loads_of, distinct, ahead))
@@ -223,12 +230,23 @@ def _future(trace: Trace) -> list[list[int]]:
 
 
 def _serve(
-    residencies: Sequence[Residency | SharedLayer], counters: Counters, forward: ForwardPass
+    residencies: Sequence[Residency | SharedLayer],
+    counters: Counters,
+    forward: ForwardPass,
+    prefill: StreamedPrefill | None,
 ) -> list[int]:
     """Serve one pass; returns the loads of each layer."""
     loads = []
     counters.begin_forward(forward.phase, forward.tokens)
     for layer, (experts, uses) in enumerate(forward.requests):
+        if prefill is not None:
+            residency = residencies[layer]
+            assert isinstance(residency, Residency)
+            scores = None if forward.scores is None else forward.scores[layer]
+            stream = prefill.serve(residency, experts, uses, scores)
+            counters.add_stream(layer, experts, uses, stream)
+            loads.append(stream.loads)
+            continue
         if forward.scores is None:
             plans = tuple(residencies[layer].plans(experts, uses))
         else:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.counters import COMPLETION, Counters
+from melinoe.cache.eviction import DecayedLFU
 from melinoe.cache.packing import pack, packed_length, unpack
-from melinoe.cache.policy import DecayedLFU, Policy
+from melinoe.cache.policy import Policy
 from melinoe.cache.residency import Residency
 from melinoe.errors import AttachError
 from melinoe.fast.decide import HITS, LOADS, NUM_COUNTERS, REQUESTS, USES, close_step, decide

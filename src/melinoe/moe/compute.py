@@ -89,7 +89,13 @@ class Pairs:
         tokens, hidden = hidden_states.shape
         self._outputs = hidden_states.new_zeros((tokens * top_k, hidden), dtype=dtype)
 
-    def add(self, forward: Forward, stand_in: StandIn, slot_of_pair: torch.Tensor) -> None:
+    def add(
+        self,
+        forward: Forward,
+        stand_in: StandIn,
+        slot_of_pair: torch.Tensor,
+        due: torch.Tensor | None = None,
+    ) -> None:
         """
         Compute the pairs that have a slot now.
 
@@ -97,8 +103,11 @@ class Pairs:
             forward: as in `compute`.
             stand_in: carries the slots.
             slot_of_pair: int64 ``(tokens * top_k,)``; below 0 for pairs that are not due.
+            due: int64, the pairs that are, ascending, where the caller knows them: finding them
+                makes the host wait for the device.
         """
-        due = (slot_of_pair >= 0).nonzero().squeeze(-1)
+        if due is None:
+            due = (slot_of_pair >= 0).nonzero().squeeze(-1)
         if due.numel() == 0:
             return
         # One choice per row and weight 1: the product and the sum of one term change no bit.
