@@ -1,0 +1,376 @@
+"""The objective against its formulas in loops, and the passes of the base model it may ask for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from slow_losses import (
+    slow_cache_loss,
+    slow_distillation,
+    slow_kl,
+    slow_rank_loss,
+    slow_reuse_loss,
+)
+from tiny import VOCAB, tiny_model
+from torch import nn
+
+from melinoe.config import FinetuneSettings
+from melinoe.data import Encoded
+from melinoe.errors import TrainingError
+from melinoe.finetune import train
+from melinoe.finetune.adapters import make_trainable
+from melinoe.finetune.base_pass import base_pass
+from melinoe.finetune.forward import forward_terms
+from melinoe.finetune.objective import Objective
+from melinoe.finetune.replay import Replay
+from melinoe.moe.experts import find_experts
+from melinoe.moe.routing import BaseRouters, Router, Routing, RoutingRecorder, find_routers
+
+HIDDEN = 6
+SHAPES = ((7, 2), (7, 2), (12, 3))  # experts and top-k of three layers: two alike, one of its own
+
+
+def segments_and_labels():
+    """A row of two packed sequences and padding, and a row of one; prompts are not counted."""
+    segments = torch.zeros(2, 17, dtype=torch.int64)
+    segments[0, 6:13], segments[0, 13:] = 1, -1
+    labels = torch.full((2, 17), -100)
+    labels[0, 2:6], labels[0, 9:13], labels[1, 5:] = 1, 2, 3
+    return segments, labels
+
+
+class Layers:
+    """Routers of three layers that are linear maps, and what they recorded on random inputs."""
+
+    def __init__(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        self.routers, self.inputs, self.before = [], [], []
+        self.index, self.logits = [], []
+        for number, (experts, top_k) in enumerate(SHAPES):
+            module = nn.Linear(HIDDEN, experts, bias=False)
+            module.weight.data = torch.randn(experts, HIDDEN, generator=g)
+            router = Router(number, f"gate{number}", module, "", nn.Identity(), experts, experts, 1)
+            self.routers.append(replace(router, top_k=top_k))
+            self.before.append(module.weight.detach().double().clone())
+            self.inputs.append(torch.randn(34, HIDDEN, generator=g))
+            chosen = torch.rand(34, experts, generator=g).topk(top_k).indices
+            chosen[::9, 0] = experts  # a skip slot
+            self.index.append(chosen)
+
+    def move(self):
+        """Train a little: the weights are no longer the base's."""
+        for router in self.routers:
+            router.weight.data += 0.3 * torch.randn_like(router.weight)
+
+    def routings(self):
+        """As a recorder gives them; the logits are leaves, to see their gradients."""
+        self.logits = [
+            (x @ one.weight.detach().T).requires_grad_()
+            for x, one in zip(self.inputs, self.routers, strict=True)
+        ]
+        return [
+            Routing(router, logits, index, ((x,), {}))
+            for router, logits, index, x in zip(
+                self.routers, self.logits, self.index, self.inputs, strict=True
+            )
+        ]
+
+    def slow_total(self, leaves, nll, settings, capacities, denominator):
+        """The formula of the method page, layer by layer."""
+        segments, labels = segments_and_labels()
+        mask, total = labels != -100, nll
+        for number, leaf in enumerate(leaves):
+            logits = leaf.view(2, 17, -1)
+            index = self.index[number].view(2, 17, -1)
+            base = (self.inputs[number].double() @ self.before[number].T).view(logits.shape)
+            weight = (settings.layer_weight or (1, 1, 1))[number]
+            cache = slow_cache_loss(
+                logits,
+                index,
+                mask,
+                segments,
+                capacities[number],
+                settings.gamma,
+                form=settings.cache_loss,
+                through_cache=settings.cache_gradient,
+                swap_margin=settings.swap_margin,
+                denominator=denominator,
+            )
+            term = settings.lambda_cache * weight * cache
+            if settings.lambda_reuse:
+                reuse = slow_reuse_loss(logits, index, mask, segments, denominator)
+                term = term + settings.lambda_reuse * weight * reuse
+            if settings.anchor == "rank":
+                anchor = slow_rank_loss(
+                    logits, base, mask, settings.rho, settings.rank_reduce, denominator
+                )
+                term = term + settings.lambda_rank * anchor
+            if settings.anchor == "kl":
+                term = term + settings.lambda_rank * slow_kl(logits, base, mask, denominator)
+            total = total + term / len(leaves)
+        return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cache_loss": "literal", "anchor": "kl", "lambda_rank": 0.7},
+        {"cache_gradient": True, "rank_reduce": "sum", "rho": 0.3},
+        {"cache_loss": "resident", "gamma": 0.3, "anchor": "none"},
+        {"swap_margin": 1.0, "lambda_reuse": 0.4, "layer_weight": (0.5, 2.0, 0.0)},
+        {"layer_capacity": (0.3, 0.6, 0.9), "gamma": 1.0},
+        {"lambda_cache": 0.0, "lambda_rank": 0.0},
+    ],
+)
+@pytest.mark.parametrize("denominator", [None, 31.0])
+def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
+    """Layers of two shapes, packed rows, padding, prompts, skip slots; E = 7 and 12."""
+    layers = Layers(1)
+    settings = FinetuneSettings(**{"capacity": 0.3} | changes)
+    objective = Objective(layers.routers, settings)
+    layers.move()
+    segments, labels = segments_and_labels()
+    nll = torch.tensor(2.5)
+    terms = objective(nll, layers.routings(), labels, segments, denominator)
+    # 0.3 of 7 and 12 experts: 2 and 4; .6 of 7 is 4; .9 of 12 is 11
+    capacities = (2, 4, 11) if "layer_capacity" in changes else (2, 2, 4)
+    leaves = [one.detach().double().requires_grad_() for one in layers.logits]
+    expected = layers.slow_total(leaves, nll.double(), settings, capacities, denominator)
+    assert terms.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    if settings.is_control:
+        assert not terms.total.requires_grad and terms.cache > 0
+        return
+    terms.total.backward()
+    expected.backward()
+    for fast, slow in zip(layers.logits, leaves, strict=True):
+        wanted = torch.zeros_like(slow) if slow.grad is None else slow.grad
+        torch.testing.assert_close(fast.grad.double(), wanted, atol=1e-6, rtol=1e-3)
+
+
+def test_the_weight_of_the_cache_term_may_change_between_steps():
+    """Twice the weight, twice what it adds; what is watched at weight 0 stays the same."""
+    layers = Layers(2)
+    settings = FinetuneSettings(capacity=0.3, anchor="none")
+    objective = Objective(layers.routers, settings)
+    segments, labels = segments_and_labels()
+    totals = []
+    for weight in (0.0, 1.0, 2.0):
+        objective.lambda_cache = weight
+        terms = objective(torch.zeros(()), layers.routings(), labels, segments)
+        assert terms.weights["cache"] == weight
+        totals.append(float(terms.total.detach()))
+    assert totals[0] == 0.0 and totals[2] == pytest.approx(2 * totals[1])
+
+
+def test_the_cache_shrinks_from_all_experts_to_its_size():
+    """E = 12, C = 4, over half the run: 12, 8 at a quarter, 4 from a half on."""
+    layers = Layers(3)
+    objective = Objective(layers.routers, FinetuneSettings(capacity=0.3, capacity_curriculum=0.5))
+    sizes = []
+    for objective.progress in (0.0, 0.25, 0.5, 1.0):
+        sizes.append(objective.capacity_of(layers.routers[2]))
+    assert sizes == [12.0, 8.0, 4, 4]
+    objective.begin_step(25, 100, 0)
+    assert objective.progress == 0.25
+    segments, labels = segments_and_labels()
+    caches = {}
+    for progress in (0.25, 1.0):
+        objective.progress = progress
+        terms = objective(torch.zeros(()), layers.routings(), labels, segments)
+        caches[progress] = float(terms.cache.detach())
+    assert caches[0.25] < caches[1.0]
+
+
+@pytest.mark.parametrize("name", ["layer_capacity", "layer_weight"])
+def test_values_for_layers_that_are_not_there_are_refused(name):
+    """Two values for three layers: the message has both numbers."""
+    settings = FinetuneSettings(**{name: (0.5, 0.5)})
+    with pytest.raises(TrainingError, match=r"2 values but the model has 3 MoE layers"):
+        Objective(Layers(1).routers, settings)
+
+
+def test_a_layer_whose_own_capacity_is_too_small_is_refused():
+    """.1 of 12 experts is 1, fewer than three."""
+    settings = FinetuneSettings(layer_capacity=(0.5, 0.5, 0.1))
+    with pytest.raises(TrainingError, match=r"capacity of 0\.1 is 1 of 12 .* the 3 that"):
+        Objective(Layers(1).routers, settings)
+
+
+# ---- passes of the base model ----
+
+
+def settings(**changes):
+    """Four experts of eight, few steps, a rate that moves a random model."""
+    defaults = {
+        "capacity": 0.5,
+        "steps": 3,
+        "batch_size": 4,
+        "max_length": 32,
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "lora_rank": 2,
+        "log_every": 1,
+    }
+    return FinetuneSettings(**defaults | changes)
+
+
+def texts(count=4, seed=0):
+    """Random ids with a prompt of three tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        ids = torch.randint(3, VOCAB, (9 + number % 4,), generator=generator).tolist()
+        made.append(Encoded(ids, [False] * 3 + [True] * (len(ids) - 3)))
+    return made
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "mixtral", "phimoe"])
+def test_the_base_pass_is_the_model_before_training(family):
+    """Routers and expert updates moved: its logits equal a copy's, kept from before, bit for bit.
+
+    Its router logits are the copy's too, and afterwards the model computes what it did before.
+    """
+    model, copy = tiny_model(family), tiny_model(family)
+    copy.load_state_dict(model.state_dict())
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    routers, base = find_routers(model), BaseRouters(find_routers(model))
+    parts = make_trainable(model, routers, find_experts(model), settings())
+    with torch.no_grad():
+        untrained = model(ids).logits
+        for parameter in parts.all():
+            parameter += 0.1 * torch.randn_like(parameter)
+        moved = model(ids).logits
+        with RoutingRecorder(find_routers(copy)) as recorder:
+            copy(ids)
+            expected = recorder.take()
+    got = base_pass(model, {"input_ids": ids, "labels": ids}, base, parts.updates)
+    assert torch.equal(got.logits, untrained)
+    assert not torch.allclose(got.logits, moved)
+    for one in expected:
+        torch.testing.assert_close(got.router_logits[one.router.index], one.logits)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, moved)
+
+
+def test_an_interrupted_base_pass_puts_the_model_back():
+    """The model fails in the middle: routers and updates answer for themselves again."""
+    model = tiny_model("olmoe")
+    routers, base = find_routers(model), BaseRouters(find_routers(model))
+    parts = make_trainable(model, routers, find_experts(model), settings())
+    with pytest.raises(ValueError, match="input_ids"):
+        base_pass(model, {"no_such_input": None}, base, parts.updates)
+    assert all("forward" not in router.module.__dict__ for router in routers)
+    assert all(parts.updates.of(layer).enabled for layer in parts.updates.layers)
+
+
+@pytest.mark.parametrize("anchor", ["rank", "kl"])
+def test_both_references_agree_before_the_first_step(anchor):
+    """The model is the base, so the base router on its states says what the base model says."""
+    rows = {
+        reference: train(
+            tiny_model("olmoe"),
+            texts(),
+            settings(reference=reference, anchor=anchor, lambda_rank=1.0, rho=0.01),
+            pad_token_id=0,
+        )[0]
+        for reference in ("router", "pass")
+    }
+    first = [rows[reference][0]["anchor"] for reference in ("router", "pass")]
+    last = [rows[reference][-1]["anchor"] for reference in ("router", "pass")]
+    assert first[0] == pytest.approx(first[1], abs=1e-6)
+    assert last[0] != pytest.approx(last[1], rel=1e-3)
+
+
+def batch_of(data):
+    """What the collator gives for *data*."""
+    return Replay(data, len(data), 0, 0)._collate(data)
+
+
+def test_terms_of_other_passes_equal_their_formulas():
+    """Distillation on the batch, and KL on anchor text, both against loops over a kept copy."""
+    model, copy = tiny_model("olmoe"), tiny_model("olmoe")
+    copy.load_state_dict(model.state_dict())
+    replay = Replay(texts(3, seed=5), 2, 0, seed=0)
+    chosen = settings(lambda_distill=0.3, lambda_replay=0.7, lambda_cache=0.0, anchor="none")
+    objective = Objective(find_routers(model), chosen, replay=replay)
+    parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
+    objective.updates = parts.updates
+    with torch.no_grad():
+        for parameter in parts.all():
+            parameter += 0.05 * torch.randn_like(parameter)
+    batch = batch_of(texts())
+    objective.begin_step(0, 10, 4)
+    terms, _ = forward_terms(model, batch, objective, training=True)
+
+    def divergence(batch):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            ours, base = (one(**inputs).logits.double() for one in (model, copy))
+        return float(slow_distillation(ours, base, batch["labels"]))
+
+    assert terms.more["distill"].item() == pytest.approx(divergence(batch), rel=1e-3)
+    assert terms.more["replay"].item() == pytest.approx(divergence(replay.batch(4)), rel=1e-3)
+    weighed = terms.nll + 0.3 * terms.more["distill"] + 0.7 * terms.more["replay"]
+    assert terms.total.item() == pytest.approx(weighed.item())
+    measured, _ = forward_terms(model, batch, objective, training=False)
+    assert "replay" not in measured.more and measured.more["distill"] > 0
+
+
+def test_measuring_imagines_the_final_cache():
+    """Before the first step of a curriculum: training sees all experts resident, measuring not."""
+    model = tiny_model("olmoe")
+    chosen = settings(capacity_curriculum=1.0, gamma=1.0)
+    batch, caches = batch_of(texts()), []
+    for objective in (Objective(find_routers(model), one) for one in (chosen, settings(gamma=1.0))):
+        terms, _ = forward_terms(model, batch, objective, training=False)
+        caches.append(terms.cache.item())
+    training, _ = forward_terms(model, batch, Objective(find_routers(model), chosen), training=True)
+    assert training.cache.item() < caches[0] == caches[1]
+
+
+def test_distillation_keeps_the_words_nearer_to_the_base_model():
+    """A heavy weight: less divergence on the training text than without it."""
+    distances = {}
+    for weight in (0.0, 20.0):
+        model, copy = tiny_model("olmoe"), tiny_model("olmoe")
+        copy.load_state_dict(model.state_dict())
+        train(model, texts(), settings(steps=12, lambda_distill=weight), pad_token_id=0)
+        batch = batch_of(texts())
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            ours, base = (one(**inputs).logits.double() for one in (model, copy))
+        distances[weight] = float(slow_distillation(ours, base, batch["labels"]))
+    assert distances[20.0] < 0.7 * distances[0.0]
+
+
+def test_replay_shows_every_text_once_before_any_again():
+    """Five texts, two at a time: the first five shown are all of them, whatever the order."""
+    data = texts(5)
+    replay = Replay(data, 2, 0, seed=3)
+    shown = [tuple(row[row > 0].tolist()) for n in range(5) for row in replay.batch(n)["input_ids"]]
+    wanted = {tuple(one.input_ids) for one in data}
+    assert set(shown[:5]) == set(shown[5:]) == wanted and shown[:5] != shown[5:]
+    again = Replay(data, 2, 0, seed=3).batch(4)
+    assert torch.equal(again["input_ids"], replay.batch(4)["input_ids"])
+    labels = replay.batch(0)["labels"]
+    assert (labels[:, 0] == -100).all() and (labels[:, 1:4] != -100).all()
+
+
+def test_a_replay_term_without_text_is_refused():
+    """The weight is set and nothing is there to weigh."""
+    with pytest.raises(TrainingError, match="no anchor text"):
+        Objective(Layers(1).routers, FinetuneSettings(lambda_replay=0.1))
+
+
+def test_a_control_has_no_other_terms():
+    """Whatever was set, its twin trains on next tokens alone, with all else as it was."""
+    chosen = FinetuneSettings(
+        lambda_reuse=1.0, lambda_distill=1.0, lambda_replay=1.0, layer_capacity=[0.5], seed=7
+    )
+    control = chosen.control()
+    assert control.is_control and not chosen.is_control
+    assert control.seed == 7 and control.layer_capacity == (0.5,)
+    assert not FinetuneSettings(lambda_cache=0.0, lambda_rank=0.0, lambda_reuse=0.1).is_control
+    assert FinetuneSettings(lambda_cache=0.0, anchor="none").is_control
