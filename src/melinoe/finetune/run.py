@@ -24,6 +24,7 @@ from melinoe.finetune.adapters import TrainedParts, make_trainable
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
+from melinoe.finetune.replay import Replay
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import find_experts
@@ -55,6 +56,7 @@ def finetune(
     settings: FinetuneSettings,
     *,
     eval_examples: Sequence[Example] | None = None,
+    anchor_examples: Sequence[Example] | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
@@ -70,8 +72,11 @@ def finetune(
         out: Directory to write; must not exist, or be empty.
         settings: Everything that decides the run.
         eval_examples: Held-out examples, measured before and after.
+        anchor_examples: Text of other kinds whose quality the run should keep; replayed beside the
+            data where ``settings.lambda_replay`` is above 0.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
-        callbacks: As in `train`.
+        callbacks: As in `train`. What one's ``metadata()`` gives, if it has such a method, goes
+            into the record of the run.
 
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
@@ -89,6 +94,7 @@ def finetune(
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     encoded = encode(examples, tokenizer, settings.max_length)
     held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
+    anchor = encode(anchor_examples, tokenizer, settings.max_length) if anchor_examples else None
     model = find_model_class(config).from_pretrained(name, dtype="auto")
     base_fingerprint = fingerprint(model)
     started = time.monotonic()
@@ -98,6 +104,7 @@ def finetune(
         settings,
         pad_token_id=pad_token_id(tokenizer),
         eval_data=held_out,
+        anchor_data=anchor,
         progress=progress,
         callbacks=callbacks,
     )
@@ -117,6 +124,9 @@ def finetune(
             "transformers": transformers.__version__,
         },
     }
+    for callback in callbacks:
+        if hasattr(callback, "metadata"):
+            metadata.update(callback.metadata())
     write_model(model, tokenizer, path, metadata)
     return FinetuneResult(path, rows, metadata)
 
@@ -128,6 +138,7 @@ def train(
     *,
     pad_token_id: int,
     eval_data: Sequence[Encoded] | None = None,
+    anchor_data: Sequence[Encoded] | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[list[dict[str, Any]], int]:
@@ -141,6 +152,7 @@ def train(
         settings: Everything that decides the run.
         pad_token_id: Any id; padding is masked.
         eval_data: Measured before the first and after the last step.
+        anchor_data: Text to replay beside *data*, for ``settings.lambda_replay``.
         progress: Called with each log row.
         callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
             ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
@@ -155,7 +167,10 @@ def train(
         UnsupportedModelError, TrainingError: as `finetune`.
     """
     routers, layers = find_routers(model), find_experts(model)
-    objective = Objective(routers, settings)
+    replay = None
+    if anchor_data:
+        replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
+    objective = Objective(routers, settings, replay=replay)
     padding = Collator(pad_token_id)
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     if not torch.cuda.is_available():
