@@ -16,6 +16,7 @@ COMMANDS = [
     "demo",
     "doctor",
     "finetune",
+    "card",
     "trace",
     "predictor",
     "generate",

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import demo, doctor, evaluate, finetune, generate, plan, predictor, report, trace
+from melinoe.cli import (
+    card,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    generate,
+    plan,
+    predictor,
+    report,
+    trace,
+)
 from melinoe.errors import MelinoeError
 
 app = typer.Typer(
@@ -23,6 +34,7 @@ app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
 app.command("finetune")(finetune.command)
+app.command("card")(card.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
 app.command("generate")(generate.command)

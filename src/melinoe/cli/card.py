@@ -1,0 +1,20 @@
+"""`melinoe card`: a fine-tuned checkpoint's model card, from its melinoe.json."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint that `melinoe finetune` wrote.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a README.md that melinoe did not write.")
+    ] = False,
+) -> None:
+    """Write README.md, with a table and figures, beside a fine-tuned checkpoint's weights."""
+    from melinoe.cli import options
+    from melinoe.report.card import write_card
+
+    for path in write_card(directory, overwrite):
+        options.say(f"wrote {path}")

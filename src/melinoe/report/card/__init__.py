@@ -1,0 +1,11 @@
+"""
+A checkpoint's model card, written from its ``melinoe.json`` and from nothing else.
+
+    text.py      the card in Markdown, with the hub's front matter
+    figures.py   losses, experts per sequence, hit rate against slots, as PNG beside it
+    write.py     both into the checkpoint's directory; what a person added stays
+"""
+
+from melinoe.report.card.write import write_card
+
+__all__ = ["write_card"]

@@ -1,0 +1,149 @@
+"""The figures of a model card, as PNG: a hub page takes no style sheet of ours."""
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from melinoe.report.amounts import plain
+from melinoe.report.figures.svg import RC, STAND_INS
+from melinoe.report.schema import TRAINING_TERMS
+
+# The page's colours on paper; see the style sheet.
+PALETTE = {
+    "ink": "#1c2126",
+    "muted": "#5b6570",
+    "grid": "#e4e6e3",
+    "base": "#0067a5",
+    "control": "#b35a00",
+    "tuned": "#00775a",
+    "other": "#8a4a86",
+    "page": "#ffffff",
+}
+DPI = 144
+_SIDES = (("before", PALETTE["base"]), ("after", PALETTE["tuned"]))
+_PANELS = ("nll", "cache")  # what every run logs and every reader asks for
+
+
+@contextmanager
+def _canvas(width_in: float, height_in: float, panels: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+    """A white figure in the report's style, and its axes side by side."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {key: PALETTE.get(STAND_INS.get(str(value), ""), value) for key, value in RC.items()}
+    style |= dict.fromkeys(("figure.facecolor", "savefig.facecolor"), PALETTE["page"])
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width_in, height_in), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _png(figure: Any) -> bytes:
+    """The figure's bytes; equal drawings give equal files."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def losses(log: list[Mapping[str, Any]]) -> bytes | None:
+    """Loss terms over the steps of training, held-out values as dots; ``None`` without a log."""
+    terms = [term for term in _PANELS if any(row.get(term) is not None for row in log)]
+    if not terms:
+        return None
+    with _canvas(4.2 * len(terms), 3.0, len(terms)) as (figure, all_axes):
+        for term, axes in zip(terms, all_axes, strict=True):
+            drawn = [(row["step"], row[term]) for row in log if row.get(term) is not None]
+            axes.plot(*zip(*drawn, strict=True), color=PALETTE["tuned"], label="training")
+            held = f"eval_{term}"
+            dots = [(row["step"], row[held]) for row in log if row.get(held) is not None]
+            if dots:
+                axes.plot(
+                    *zip(*dots, strict=True),
+                    "o-" if len(dots) > 2 else "o",
+                    color=PALETTE["control"],
+                    markersize=6,
+                    linewidth=1.2,
+                    label="held out",
+                    clip_on=False,
+                    zorder=3,
+                )
+                axes.legend(frameon=False, loc="upper right")
+            axes.set_title(TRAINING_TERMS[term])
+            axes.set_xlabel("training step")
+            axes.set_xlim(0, max(step for step, _ in drawn + dots))
+        return _png(figure)
+
+
+def experts(outcome: Mapping[str, Any]) -> bytes:
+    """Distinct experts that each sequence used, before and after: spread, mean and interval."""
+    total = outcome["num_experts"]
+    with _canvas(6.4, 2.5) as (figure, (axes,)):
+        for row, (side, colour) in zip((1, 0), _SIDES, strict=True):
+            values = np.asarray(outcome[side]["experts_per_sequence"], dtype=float)
+            mean = outcome[side]["experts_per_sequence_mean"]
+            counts, edges = np.histogram(values, bins=np.linspace(0, total, 49))
+            axes.stairs(
+                row + 0.6 * counts / counts.max(),
+                edges,
+                baseline=row,
+                fill=True,
+                color=colour,
+                alpha=0.35,
+            )
+            axes.plot([mean["low"], mean["high"]], [row, row], color=colour, linewidth=5)
+            axes.plot([mean["mean"]], [row], "o", color=colour, markersize=7)
+            # On the side with more room.
+            right = mean["mean"] < 0.6 * total
+            axes.text(
+                values.max() + 0.02 * total if right else values.min() - 0.02 * total,
+                row + 0.18,
+                f"{side} {plain(mean['mean'])}",
+                color=colour,
+                ha="left" if right else "right",
+                va="center",
+                fontweight="bold",
+            )
+        axes.set(xlim=(0, total), ylim=(-0.18, 1.75), yticks=[])
+        axes.set_xlabel(f"distinct experts a completion uses, mean over layers (of {total})")
+        axes.grid(axis="x")
+        return _png(figure)
+
+
+def hit_rates(outcome: Mapping[str, Any]) -> bytes:
+    """Hit rate of completions against slots per layer, one panel per policy, with intervals."""
+    policies = list(outcome["after"]["caches"])
+    lowest = min(
+        item["low"]
+        for side, _ in _SIDES
+        for cache in outcome[side]["caches"].values()
+        for item in cache["hit_rate"]
+    )
+    bottom = 10 * int(10 * lowest)
+    with _canvas(4.2 * len(policies), 3.3, len(policies)) as (figure, all_axes):
+        for policy, axes in zip(policies, all_axes, strict=True):
+            for side, colour in _SIDES:
+                cache = outcome[side]["caches"][policy]
+                low, mean, high = (
+                    [100 * item[end] for item in cache["hit_rate"]]
+                    for end in ("low", "mean", "high")
+                )
+                axes.fill_between(cache["slots"], low, high, color=colour, alpha=0.16, linewidth=0)
+                axes.plot(cache["slots"], mean, color=colour, label=f"{side} fine-tuning")
+            axes.axvline(outcome["slots"], color=PALETTE["muted"], linewidth=0.8)
+            axes.text(
+                outcome["slots"],
+                bottom + 0.02 * (101 - bottom),
+                f" trained for {outcome['slots']} slots",
+                color=PALETTE["muted"],
+                fontsize=9,
+            )
+            axes.set(xlim=(0, outcome["num_experts"]), ylim=(bottom, 101))
+            axes.set_xlabel(f"slots per layer (of {outcome['num_experts']} experts)")
+            axes.set_title(policy.upper())
+        all_axes[0].set_ylabel("hit rate (%)")
+        all_axes[-1].legend(frameon=False, loc="center right")
+        return _png(figure)

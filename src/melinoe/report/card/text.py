@@ -1,0 +1,241 @@
+# ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
+"""The model card as Markdown, every number from ``melinoe.json``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from melinoe.report.amounts import inline, plain, signed
+from melinoe.report.facts import flat, hardware
+from melinoe.report.render import markdown
+from melinoe.report.render import plain as literal
+from melinoe.report.tables import Cell, Table, cell
+from melinoe.stats import Estimate
+
+UNKNOWN = "unknown"  # the hub's own word for a licence that nobody named
+TAGS = ["mixture-of-experts", "moe", "expert-offloading", "melinoe"]
+
+ABOUT = (
+    "A Mixture-of-Experts model that runs from a few resident experts per layer waits for a "
+    "transfer whenever a token needs an expert that is not there. "
+)
+FOR_LOCALITY = (
+    "This model was fine-tuned so that each sequence keeps to few experts. Its architecture and "
+    "its files are those of its base, so it runs wherever the base runs; the gain shows where "
+    "experts are offloaded."
+)
+CONTROL = (
+    "This model was fine-tuned on next tokens alone: it is the control that shows what "
+    "fine-tuning on the same data does without the locality terms."
+)
+
+
+def front_matter(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hub reads at the top of a card; what is not known is left out."""
+    data = metadata.get("data") or {}
+    found: dict[str, Any] = {"license": metadata.get("license") or UNKNOWN}
+    if metadata.get("language"):
+        found["language"] = metadata["language"]
+    if metadata.get("base_model"):
+        found["base_model"] = metadata["base_model"]
+        found["base_model_relation"] = "finetune"
+    if data.get("hub") and data.get("source"):
+        found["datasets"] = [data["source"].partition(":")[0]]
+    found |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    return found
+
+
+def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """
+    Write the card's body.
+
+    Args:
+        name: The model's name.
+        metadata: What `read_metadata` gave.
+        figures: ``losses``, ``experts`` and ``hit_rates``, as far as there are, to file names.
+    """
+    base = metadata.get("base")
+    for_locality = bool((metadata.get("settings") or {}).get("lambda_cache", 1))
+    parts = [f"# {literal(name)}"]
+    origin = f" from {_named(base, metadata)}" if base else ""
+    purpose = FOR_LOCALITY if for_locality else CONTROL
+    parts.append(f"Fine-tuned with Melinoe{origin}. {ABOUT}{purpose}")
+    outcome = metadata.get("outcome")
+    parts += ["## What fine-tuning changed"]
+    if outcome is None:
+        parts.append("Nothing was measured of this checkpoint.")
+    else:
+        parts += _outcome(outcome, for_locality)
+        parts.append(
+            f"![Distribution over prompts of the experts a completion uses, before and after]"
+            f"({figures['experts']})"
+        )
+        parts.append(
+            f"![Hit rate against slots per layer, before and after]({figures['hit_rates']})"
+        )
+    parts += ["## How it was made", *_training(metadata)]
+    if "losses" in figures:
+        parts.append(f"![Loss terms over the steps of training]({figures['losses']})")
+    parts += ["## Use", _use(outcome), "## Limits", _limits(metadata, outcome)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _named(base: str, metadata: Mapping[str, Any]) -> str:
+    on_hub = metadata.get("base_model") == base
+    return f"[{literal(base)}](https://huggingface.co/{base})" if on_hub else literal(base)
+
+
+def _estimate(value: Mapping[str, Any]) -> Estimate:
+    return Estimate.from_dict(dict(value))
+
+
+def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
+    slots, total = outcome["slots"], outcome["num_experts"]
+    share = f"{slots} of {total} experts per layer resident"
+    lines = []
+    for policy, found in outcome["change"]["transfers_per_token"].items():
+        by_size = dict(zip(found["slots"], found["ratio"], strict=True))
+        if slots in by_size:
+            told = _times(_estimate(by_size[slots]))
+            lines.append(f"- With {share} and {policy.upper()}: {told}.")
+    for domain, value in outcome["change"]["perplexity"].items():
+        if outcome["after"]["perplexity"][domain]["in_domain"]:
+            lines.append(
+                f"- Perplexity on held-out {literal(domain)} changed by "
+                f"**{signed(_estimate(value))}**."
+            )
+    said = (
+        "Both models answered the same held-out prompts and read the same held-out texts; changes "
+        "are paired, intervals are 95 % bootstraps over prompts or texts. Hit rates and transfers "
+        "are those of generated tokens, simulated exactly from what each model chose, the cache "
+        "emptied before each prompt."
+    )
+    if for_locality:
+        said += (
+            " The change is from the base model, so it contains what fine-tuning on the same data "
+            "does by itself; a control run (`melinoe finetune --control`) tells the two apart."
+        )
+    return ["\n".join(lines), markdown(_table(outcome)), said]
+
+
+def _times(ratio: Estimate) -> str:
+    """Before over after, as a sentence."""
+    if ratio.low <= 1 <= ratio.high:
+        return (
+            f"transfers per generated token before over after are {inline(ratio)}, and the "
+            "interval contains 1: no difference is shown"
+        )
+    if ratio.mean < 1:
+        told = f"before over after {inline(ratio)}"
+        return f"**more** transfers per generated token than before ({told})"
+    return f"**{inline(ratio)} times fewer** transfers per generated token than before"
+
+
+def _table(outcome: Mapping[str, Any]) -> Table:
+    before, after, change = outcome["before"], outcome["after"], outcome["change"]
+    rows = []
+    for domain, value in after["perplexity"].items():
+        where = "in domain" if value["in_domain"] else "out of domain"
+        rows.append(
+            [
+                Cell(f"perplexity, {domain} ({where})"),
+                cell(_estimate(before["perplexity"][domain]["perplexity"]), digits=4),
+                cell(_estimate(value["perplexity"]), digits=4),
+                Cell(signed(_estimate(change["perplexity"][domain]))),
+            ]
+        )
+    sides = (before, after)
+    means = [cell(_estimate(side["experts_per_sequence_mean"])) for side in sides]
+    fewer = inline(_estimate(change["experts_per_sequence"])).replace("-", "−")
+    rows.append([Cell("experts per sequence, mean layer"), *means, Cell(fewer)])
+    reuse = [cell(_estimate(side["reuse"]), "%") for side in sides]
+    rows.append([Cell("experts reused from the token before"), *reuse, Cell("")])
+    whole = [Cell(f"{plain(s['distinct_experts'])} of {outcome['num_experts']}") for s in sides]
+    rows.append([Cell("experts used over all prompts, mean layer"), *whole, Cell("")])
+    for policy, found in change["transfers_per_token"].items():
+        for size, ratio in zip(found["slots"], found["ratio"], strict=True):
+            label = f"{policy.upper()}, {size} slots"
+            label += " (trained for)" if size == outcome["slots"] else ""
+            row: list[list[Cell]] = [
+                [_at(side, policy, "transfers_per_token", size) for side in sides],
+                [_at(side, policy, "hit_rate", size, "%") for side in sides],
+            ]
+            rows.append(
+                [
+                    Cell(f"transfers per token, {label}"),
+                    *row[0],
+                    Cell(f"÷ {inline(_estimate(ratio))}"),
+                ]
+            )
+            rows.append([Cell(f"hit rate, {label}"), *row[1], Cell("")])
+    return Table("outcome", "Before and after", ["", "before", "after", "change"], rows)
+
+
+def _at(side: Mapping[str, Any], policy: str, name: str, size: int, unit: str = "") -> Cell:
+    cache = side["caches"][policy]
+    return cell(_estimate(cache[name][cache["slots"].index(size)]), unit)
+
+
+def _training(metadata: Mapping[str, Any]) -> list[str]:
+    settings, data = metadata.get("settings") or {}, metadata.get("data") or {}
+    facts = []
+    if data.get("source"):
+        facts.append(("data", data["source"] + (f", {data['split']}" if data.get("split") else "")))
+    if data.get("examples"):
+        facts.append(("examples", f"{data['examples']:,}"))
+    if data.get("sha256"):
+        facts.append((f"sha256 of the {data.get('sha256_of', 'file')}", data["sha256"]))
+    steps = [row["step"] for row in metadata.get("log") or [] if "step" in row]
+    if steps:
+        facts.append(("steps", f"{max(steps):,}"))
+    if metadata.get("skipped_steps"):
+        facts.append(("steps skipped for a loss that was not finite", metadata["skipped_steps"]))
+    if metadata.get("seconds") is not None:
+        facts.append(("training time", f"{metadata['seconds']:,.0f} s"))
+    facts += flat({key: value for key, value in settings.items() if key != "steps"})
+    facts += [(f"{name} version", text) for name, text in flat(metadata.get("versions") or {})]
+    rows = [[Cell(name), Cell(str(text))] for name, text in facts]
+    if not rows:
+        return ["Its `melinoe.json` does not say."]
+    return [markdown(Table("training", "Training", ["setting", "value"], rows))]
+
+
+def _use(outcome: Mapping[str, Any] | None) -> str:
+    slots = 16 if outcome is None else outcome["slots"]
+    return f"""\
+As any transformers model, all experts resident:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_NAME")
+```
+
+From {slots} resident experts per layer:
+
+```python
+import melinoe
+model, cache = melinoe.load("PATH_OR_HUB_NAME", slots={slots})
+model.generate(...)
+```"""
+
+
+def _limits(metadata: Mapping[str, Any], outcome: Mapping[str, Any] | None) -> str:
+    lines = ["- The base model's limits are this model's too."]
+    if outcome is not None:
+        lines.append(
+            f"- Measured on {outcome['prompts']} prompts with up to {outcome['max_new_tokens']} "
+            "greedy tokens each; longer texts, sampling, batches and other domains may use more "
+            "experts."
+        )
+        if not any(not v["in_domain"] for v in outcome["after"]["perplexity"].values()):
+            lines.append("- What it lost on other kinds of text was not measured.")
+        if outcome.get("machine"):
+            lines.append(f"- Counts hold on any machine; measured on {_machine(outcome)}.")
+    if not metadata.get("license"):
+        lines.append(
+            "- No licence is known: the base's card names none. Find out before you share this."
+        )
+    return "\n".join(lines)
+
+
+def _machine(outcome: Mapping[str, Any]) -> str:
+    return literal(hardware(outcome["machine"]))

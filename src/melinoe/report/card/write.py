@@ -1,0 +1,98 @@
+"""Put a checkpoint's card and figures beside its weights."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from melinoe.checkpoint import read_metadata
+from melinoe.checkpoint.origin import read_card
+from melinoe.errors import CheckpointError, OutputExistsError
+from melinoe.report.card import figures
+from melinoe.report.card.text import UNKNOWN, card_text, front_matter
+from melinoe.report.page import write_whole
+
+CARD = "README.md"
+FILES = {
+    "losses": "melinoe-losses.png",
+    "experts": "melinoe-experts.png",
+    "hit_rates": "melinoe-hit-rates.png",
+}
+END = "<!-- `melinoe card` writes what stands above this line, and keeps what stands below. -->"
+
+
+def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
+    """
+    Write ``README.md`` and its figures from a checkpoint's ``melinoe.json``.
+
+    The same ``melinoe.json`` gives the same files. What stands below the card's last line, and
+    what a person put into its front matter, stays.
+
+    Args:
+        directory: The checkpoint.
+        overwrite: Replace a ``README.md`` that this function did not write.
+
+    Returns:
+        The files written, the card first.
+
+    Raises:
+        CheckpointError: *directory* has no ``melinoe.json``, or a malformed one.
+        OutputExistsError: it has another ``README.md``.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no directory; give a fine-tuned checkpoint's")
+    metadata = read_metadata(path)
+    if not metadata:
+        raise CheckpointError(
+            f"{path} has no melinoe.json to write a card from; give a checkpoint that "
+            "`melinoe finetune` wrote"
+        )
+    card = path / CARD
+    before = card.read_text(encoding="utf-8") if card.exists() else ""
+    if before and END not in before and not overwrite:
+        raise OutputExistsError(
+            f"{card} was not written by melinoe; keep it, or replace it with --overwrite"
+        )
+    _, _, below = before.partition(END)
+    drawn = _draw(metadata)
+    for name, image in drawn.items():
+        _write_bytes(path / FILES[name], image)
+    header = _merged(front_matter(metadata), read_card(path) if END in before else {})
+    body = card_text(path.resolve().name, metadata, {name: FILES[name] for name in drawn})
+    write_whole(card, f"---\n{_yaml(header)}---\n\n{body}\n{END}\n{below.lstrip(chr(10))}")
+    return [card, *(path / FILES[name] for name in drawn)]
+
+
+def _draw(metadata: dict[str, Any]) -> dict[str, bytes]:
+    drawn = {"losses": figures.losses(metadata.get("log") or [])}
+    if outcome := metadata.get("outcome"):
+        drawn["experts"] = figures.experts(outcome)
+        drawn["hit_rates"] = figures.hit_rates(outcome)
+    return {name: image for name, image in drawn.items() if image is not None}
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our front matter, with what a person added to it, and the licence that they found out."""
+    merged = ours | {key: value for key, value in theirs.items() if key not in ours}
+    if ours["license"] == UNKNOWN and theirs.get("license"):
+        merged["license"] = theirs["license"]
+    return merged
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _write_bytes(path: Path, image: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(image)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
