@@ -232,10 +232,8 @@ def test_in_bfloat16_the_update_is_nearer_to_the_truth_than_in_folded_weights():
     wide = hidden.double(), index, inputs[2].double()
     with torch.no_grad():
         plain, base = grouped_experts(layer.module, *inputs), grouped_experts(exact, *wide)
-        for name in own.names:
-            for expert in range(8):
-                getattr(exact, name)[expert] += own.delta(name, expert)
-                getattr(folded, name)[expert] += own.delta(name, expert)
+        own.add_to(exact)
+        own.add_to(folded)
         true = grouped_experts(exact, *wide) - base
         error_of = [
             float((result - plain - true).norm() / true.norm())

@@ -101,7 +101,7 @@ def add_update(
     weight: Tensor, down: Tensor, up: Tensor, scaling: float, is_transposed: bool
 ) -> None:
     """
-    Add ``scaling x B A`` to one expert's weight in place: in float32, rounded once.
+    Add ``scaling x B A`` to one expert's weight in place: in float32 or wider, rounded once.
 
     Args:
         weight: ``(out, in)``, or ``(in, out)`` where *is_transposed*.
@@ -110,8 +110,9 @@ def add_update(
         scaling: Factor of the product.
         is_transposed: Layout of *weight*.
     """
-    update = scaling * (up.float() @ down.float())
-    weight.copy_(weight.float() + (update.T if is_transposed else update))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    update = scaling * (up.to(wide) @ down.to(wide))
+    weight.copy_(weight.to(wide) + (update.T if is_transposed else update))
 
 
 def _held(tensor: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+"""`melinoe merge`: an adapter and its base become one plain checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from melinoe.cli import options
+
+
+def command(
+    adapter: Annotated[
+        Path, typer.Argument(help="Directory of an adapter that `melinoe finetune` or PEFT wrote.")
+    ],
+    out: options.Out,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint directory or hub name. Default: what the adapter names."),
+    ] = None,
+) -> None:
+    """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""
+    from melinoe.finetune.merging import merge_adapter
+
+    options.quiet()
+    merge_adapter(adapter, out, base=options.resolve(base) if base is not None else None)
+    options.say(f"wrote {out}")

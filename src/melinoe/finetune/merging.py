@@ -1,0 +1,65 @@
+"""Make an adapter and its base one plain checkpoint of the hub's layout."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from melinoe.checkpoint.files import read_config
+from melinoe.checkpoint.metadata import read_metadata
+from melinoe.checkpoint.opening import find_model_class, open_checkpoint
+from melinoe.checkpoint.tokenizer import load_tokenizer
+from melinoe.checkpoint.writing import check_output, write_model
+from melinoe.errors import CheckpointError
+from melinoe.finetune.adapter_files import read_adapter, read_adapter_config
+from melinoe.moe.routing import fingerprint
+
+
+def merge_adapter(
+    adapter: str | Path, out: str | Path, base: str | Path | None = None
+) -> dict[str, Any]:
+    """
+    Write base and adapter as one checkpoint, which needs neither PEFT nor Melinoe.
+
+    The updates are added to the base's weights in place, expert by expert, in float32, and rounded
+    once to the base's own type; routers too are rounded to it.
+
+    Args:
+        adapter: Directory that fine-tuning or PEFT wrote.
+        out: Directory to make; must not exist, or be empty.
+        base: Checkpoint directory or hub name; absent: the one that the adapter names.
+
+    Returns:
+        What the checkpoint's ``melinoe.json`` holds: the adapter's, with the names and the
+        fingerprint of now.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+        CheckpointError: no adapter, a torn one, or one of another base.
+        UnsupportedModelError: the base has no experts.
+
+    Cost: the base in memory once, in its own type.
+    """
+    path = check_output(out)
+    config, metadata = read_adapter_config(adapter), read_metadata(Path(adapter).expanduser())
+    name = str(base or metadata.get("base") or config.get("base_model_name_or_path") or "")
+    if not name:
+        raise CheckpointError(f"{adapter} does not name the model it was trained on; give --base")
+    with open_checkpoint(name):
+        base_config = read_config(name)
+    model = find_model_class(base_config).from_pretrained(name, dtype="auto")
+    _check_fingerprint(model, metadata, str(adapter), name)
+    read_adapter(adapter, model).apply(model)
+    metadata = {**metadata, "base": name, "fingerprint": fingerprint(model)}
+    write_model(model, load_tokenizer(name, base_config), path, metadata)
+    return metadata
+
+
+def _check_fingerprint(model: nn.Module, metadata: dict[str, Any], adapter: str, base: str) -> None:
+    """PEFT's own adapters say nothing of their base; ours do."""
+    wanted = metadata.get("base_fingerprint")
+    if wanted is not None and fingerprint(model) != wanted:
+        raise CheckpointError(
+            f"{adapter} was trained on another model than {base}: their routers differ "
+            f"(its base was {metadata.get('base', 'not named')}); give its own base with --base"
+        )
