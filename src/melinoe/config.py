@@ -180,6 +180,11 @@ class FinetuneSettings:
         "what is written in the end: the last weights, or the best on the held-out examples",
         choices=("last", "best"),
     )
+    save: str = setting(
+        "merged",
+        "what is written in the end: a plain checkpoint, the adapter in PEFT's files, or both",
+        choices=("merged", "adapter", "both"),
+    )
     report_to: tuple[str, ...] = setting(
         (), "trackers of transformers' Trainer that are told too: tensorboard, wandb, ..."
     )
