@@ -13,6 +13,7 @@ from melinoe.cli import (
     evaluate,
     finetune,
     generate,
+    merge,
     plan,
     predictor,
     report,
@@ -34,6 +35,7 @@ app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
 app.command("finetune")(finetune.command)
+app.command("merge")(merge.command)
 app.command("card")(card.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
