@@ -16,6 +16,7 @@ from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import fingerprint
 from melinoe.runtime.expert_cache import ExpertCache
+from melinoe.runtime.generating import watch_generate
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.record import Recorder
 from melinoe.runtime.store import Store
@@ -72,7 +73,7 @@ class Handle:
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
-            undo.callback(_forbid_compilation(model))
+            undo.callback(watch_generate(model, self._passes))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -210,21 +211,3 @@ def _origin(layer: ExpertsLayer, device: torch.device) -> torch.device:
     """Where a layer's weights belong when the runtime leaves: where they are, if anywhere."""
     parameter = layer.module.get_parameter("down_proj")
     return device if parameter.is_meta else parameter.device
-
-
-def _forbid_compilation(model: nn.Module) -> Callable[[], None]:
-    """
-    Keep ``generate`` from compiling the model, which it does with a static cache on a GPU.
-
-    The experts ask the host who is resident, once per layer, and that cannot be compiled.
-    """
-    config = getattr(model, "generation_config", None)
-    if config is None:
-        return lambda: None
-    before = getattr(config, "disable_compile", None)
-    config.disable_compile = True
-
-    def restore() -> None:
-        config.disable_compile = before
-
-    return restore

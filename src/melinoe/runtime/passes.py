@@ -1,40 +1,27 @@
 """Follow a model's forward passes: where one begins, which phase it is, what each row is.
 
 The experts of a layer see tokens, not requests of a user. Hooks on the whole model see the rest:
-the batch, its padding, and whether anything came before.
+the batch, its padding, and whether anything came before; `melinoe.runtime.generating` tells when
+``generate`` is under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.errors import TraceError
+from melinoe.runtime.calls import Batch, Generating, describe_call
+
+_log = logging.getLogger("melinoe")
 
 if TYPE_CHECKING:
     from melinoe.runtime.record import Recorder
-
-
-class Batch:
-    """
-    One call of the model: *batch* rows of *length* tokens.
-
-    Attributes:
-        phase: `PROMPT` if the call has several tokens per row or nothing came before it, else
-            `COMPLETION`.
-        continues: whether something came before it.
-        mask: the attention mask, ``(batch, length or more)``, or None.
-    """
-
-    def __init__(self, batch: int, length: int, past: bool, mask: Tensor | None) -> None:
-        self.batch = batch
-        self.length = length
-        self.continues = past
-        self.mask = mask
-        self.phase = PROMPT if length > 1 or not past else COMPLETION
 
 
 class ForwardPasses:
@@ -45,6 +32,9 @@ class ForwardPasses:
     compute. Experts that run a second time before the call has ended begin another pass. Without a
     call (a submodule was called directly) a pass of one token counts as completion, any other as
     prompt.
+
+    Passes that verify guesses (assisted decoding, prompt lookup) are completion like any other:
+    their tokens, wrong guesses included, come behind the prompt.
 
     Attributes:
         recorder: told of every pass, if there is one.
@@ -57,6 +47,7 @@ class ForwardPasses:
         self.recorder: Recorder | None = None
         self.before_completion: Callable[[], None] | None = None
         self._call: Batch | None = None
+        self._generating: Generating | None = None
         self._inside = False  # a call of the model has begun and not returned
         self._seen = 0  # bit i: layer i has run in the open pass
         self._hooks = [
@@ -97,6 +88,22 @@ class ForwardPasses:
         self._inside = False
         self._call = None
 
+    @contextmanager
+    def generate(self, generating: Generating | None) -> Iterator[None]:
+        """The body of the ``with`` statement is a ``generate``; *generating* is what is known."""
+        outer = self._generating
+        if outer is not None:  # the model makes guesses for itself, with its first layers
+            outer.drafts += 1
+        else:
+            self._generating = generating
+        try:
+            yield
+        finally:
+            if outer is not None:
+                outer.drafts -= 1
+            else:
+                self._generating = None
+
     def close(self) -> None:
         """Take the hooks off the model."""
         self.settle()
@@ -116,9 +123,30 @@ class ForwardPasses:
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.settle()
         self._inside = True
-        self._call = describe_call(args, kwargs)
+        self._call = describe_call(args, kwargs, self._generating)
+        if self._generating is not None:
+            self._check(self._generating)
         if self._call is not None and self._call.phase == COMPLETION:
             self._completion_begins()
+
+    def _check(self, generating: Generating) -> None:
+        """Say, or refuse to record, that the prompt is computed again and again."""
+        if generating.drafts:
+            return
+        generating.began = True
+        if self._call is None or not self._call.repeats:
+            return
+        if self.recorder is not None:
+            raise TraceError(
+                "this generation runs without a key-value cache, so each pass computes the whole "
+                "text again, which a trace cannot hold; generate with use_cache=True"
+            )
+        if not generating.warned:
+            generating.warned = True
+            _log.warning(
+                "generation without a key-value cache computes the prompt again for each token, "
+                "so all its passes count as the prompt's; use_cache=True avoids both"
+            )
 
     def _after(self, *_: Any) -> None:
         self.end()
@@ -129,36 +157,3 @@ class ForwardPasses:
         act, self.before_completion = self.before_completion, None
         if act is not None:
             act()
-
-
-def describe_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
-    """What a call of the model with these arguments computes, or None if it has no token input."""
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    if tokens is None and args and isinstance(args[0], Tensor):
-        tokens = args[0]
-    if tokens is None or tokens.dim() < 2:
-        return None
-    batch, length = tokens.shape[:2]
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch:
-        mask = None
-    return Batch(batch, length, _has_past(length, mask, kwargs), mask)
-
-
-def _has_past(length: int, mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the call continues an earlier one."""
-    if mask is not None and mask.shape[1] > length:
-        return True
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        cache = kwargs.get("cache_params")
-    if cache is None:
-        return False
-    position = kwargs.get("cache_position", kwargs.get("position_ids"))
-    try:
-        return int(cache.get_seq_length()) > 0
-    except (AttributeError, NotImplementedError, TypeError, ValueError):
-        # A cache of recurrent states knows no length.
-        return isinstance(position, torch.Tensor) and bool((position > 0).any())

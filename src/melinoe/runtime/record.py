@@ -12,7 +12,7 @@ from torch import Tensor
 from melinoe.cache.counters import PROMPT
 from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace
 from melinoe.errors import TraceError
-from melinoe.runtime.passes import Batch
+from melinoe.runtime.calls import Batch
 
 
 class Recorder:
@@ -52,11 +52,12 @@ class Recorder:
         # Some models compute other tokens than they are given (images); then rows stay unassigned.
         if call is not None and tokens == call.batch * call.length:
             rows = np.repeat(np.arange(batch, dtype=np.int32), call.length)
-            if call.mask is not None:
-                kept = call.mask[:, -call.length :].reshape(-1).bool().cpu().numpy()
-                # Rows of padding alone would be read as a prompt's, so they stay the completion's.
-                if phase == PROMPT or kept.any():
-                    kinds[~kept] = PADDING_ROW
+            by_row = kinds.reshape(batch, call.length)
+            by_row[:, call.prompt :] = COMPLETION_ROW
+            padding = call.padding()
+            # Rows of padding alone would be read as a prompt's, so they stay the completion's.
+            if padding is not None and (phase == PROMPT or not padding.all()):
+                by_row[padding.cpu().numpy()] = PADDING_ROW
         self._now = (rows + np.int32(self._base), kinds)
         self._chosen = {}
 
