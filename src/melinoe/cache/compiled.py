@@ -40,7 +40,7 @@ def run(
 
     for capacity in slots:
         check_capacity(trace.num_experts, capacity)
-    gamma, popular = _settings(trace, policy, options)
+    gamma, popular = settings_of(trace, policy, options)
     bounds, phase = passes_of(trace)
     passes, layers = len(phase), trace.num_layers
     units = units_of(trace)
@@ -97,7 +97,7 @@ def passes_of(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     return np.append(starts, len(trace)), (completions & ~prompts).astype(np.uint8)
 
 
-def _settings(trace: Trace, policy: str, options: Mapping[str, Any]) -> tuple[float, np.ndarray]:
+def settings_of(trace: Trace, policy: str, options: Mapping[str, Any]) -> tuple[float, np.ndarray]:
     """Decay and popularity as the kernel takes them; refuses what the class would."""
     shape = (trace.num_layers, trace.num_experts)
     if policy == "static":

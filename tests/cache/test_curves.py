@@ -1,0 +1,186 @@
+"""Miss-ratio curves and what is made of them: one pass against one replay per size."""
+
+import itertools
+
+import numpy as np
+import pytest
+from cache_traces import random_trace, trace_of
+
+from melinoe.cache.allocate import allocate, cost_of, total_cost, uniform
+from melinoe.cache.curves import miss_curves
+from melinoe.cache.policy import policy_names
+from melinoe.cache.residency import Residency
+from melinoe.cache.simulator import simulate
+from melinoe.cache.trace import TraceBuilder
+from melinoe.errors import BudgetError, MelinoeError
+
+
+def replayed(trace, policy, **settings):
+    """Loads and hits of one simulation per size, (2, layers, experts) each."""
+    runs = [
+        simulate(trace, slots, policy, engine="residency", **settings).counters
+        for slots in range(1, trace.num_experts + 1)
+    ]
+    return np.stack([r.loads for r in runs], -1), np.stack([r.hits for r in runs], -1)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "static", "belady"])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_curve_equals_a_replay_for_each_size(policy, seed):
+    """Decoding alone and prompts, batches, absent experts, resets: every size, phase and layer."""
+    rng = np.random.default_rng(seed)
+    trace = random_trace(
+        seed,
+        num_experts=int(rng.integers(5, 14)),
+        top_k=int(rng.integers(1, 5)),
+        prompt=int(rng.integers(1, 4)),
+        completion=30,
+        batch=1 + seed % 2,
+    )
+    settings = {"reset_between_sequences": bool(seed % 3)}
+    curves = miss_curves(trace, policy, **settings)
+    loads, hits = replayed(trace, policy, **settings)
+    assert (curves.loads == loads).all()
+    assert (curves.hits == hits).all()
+    assert (curves.uses == simulate(trace, 1).counters.uses).all()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "static", "belady"])
+def test_where_requests_fit_nothing_is_simulated(policy, monkeypatch):
+    """Requests of two experts: only one slot needs a replay, and more slots never load more."""
+    trace = random_trace(0, prompt=1, completion=60)
+    sizes = []
+    monkeypatch.setattr(
+        "melinoe.cache.curves.simulate",
+        lambda trace, slots, *a, **k: sizes.append(slots) or simulate(trace, slots, *a, **k),
+    )
+    curves = miss_curves(trace, policy)
+    assert sizes == [1] and curves.exact_from.tolist() == [2, 2]
+    assert (np.diff(curves.loads[:, :, 1:], axis=2) <= 0).all()
+    rate = curves.miss_rate()
+    assert rate.shape == (8,) and rate[1] > rate[-1]
+
+
+def test_lru_distances_worked_by_hand():
+    """
+    {0,1} {2} {0} {3} {0,2} at top-2, one layer.
+
+    2 is new; 0 lies third behind 2 and 1 (1 was stamped after 0), so it hits from 3 slots on; 3 is
+    new; then 0 is second (behind 3), and 2 third. Loads with 2 slots: 2+1+1+1+1; with 3 or 4:
+    2+1+0+1+0.
+    """
+    trace = trace_of([[0, 1]], [[2, -1]], [[0, -1]], [[3, -1]], [[0, 2]], num_experts=4, top_k=2)
+    curves = miss_curves(trace, "lru")
+    assert curves.loads[1, 0].tolist() == [7, 6, 4, 4]
+    assert curves.hits[1, 0].tolist()[1:] == [1, 3, 3]
+
+
+def test_inclusion_fails_once_a_request_comes_in_parts():
+    """
+    {3,4} then {1,2,3} under LRU: one slot ends with 3, two slots without it.
+
+    One slot serves 1, 2, 3 in turn. Two slots hold 3 already, serve it first with 1, and then give
+    its place to 2. So the curve of small sizes cannot be read off one stack.
+    """
+    held = []
+    for slots in (1, 2):
+        residency = Residency(5, slots)
+        for request in ([3, 4], [1, 2, 3]):
+            list(residency.plans(request))
+        held.append({expert for expert in range(5) if expert in residency})
+    assert held == [{3}, {1, 2}]
+
+
+def test_other_policies_are_replayed_once_per_size():
+    """A rule given as a function has a curve too, the same as by name."""
+    from melinoe.cache.eviction import LFRU
+
+    trace = random_trace(4)
+    assert (miss_curves(trace, LFRU).loads == miss_curves(trace, "lfru").loads).all()
+    assert "score" in policy_names()
+    scored = random_trace(4, scored=True)
+    assert (miss_curves(scored, "score").loads == replayed(scored, "score")[0]).all()
+
+
+def test_a_curve_of_nothing_is_refused():
+    """Without completion tokens there is no completion miss rate."""
+    with pytest.raises(MelinoeError, match="no completion"):
+        miss_curves(trace_of([[0]], num_experts=2, top_k=1, kind=0)).miss_rate()
+
+
+# --- allocation -----------------------------------------------------------------------------------
+
+
+def best_by_search(cost, budget, at_least):
+    """Least cost over every split, tried one by one."""
+    layers, experts = cost.shape
+    splits = itertools.product(range(at_least, experts + 1), repeat=layers)
+    return min(total_cost(cost, split) for split in splits if sum(split) <= budget)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_exact_split_costs_the_least_possible(seed):
+    """On curves of any shape, convex or not, rising even: exhaustive search finds nothing less."""
+    rng = np.random.default_rng(seed)
+    layers, experts = int(rng.integers(1, 4)), int(rng.integers(2, 7))
+    cost = rng.integers(0, 30, (layers, experts))
+    if seed % 2:
+        cost = np.sort(cost, axis=1)[:, ::-1]
+    at_least = int(rng.integers(1, 3))
+    budget = int(rng.integers(layers * at_least, layers * experts + 3))
+    split = allocate(cost, budget, at_least=at_least)
+    assert sum(split) <= budget and min(split) >= at_least and max(split) <= experts
+    assert total_cost(cost, split) == best_by_search(cost, budget, at_least)
+    greedy = allocate(cost, budget, at_least=at_least, method="marginal")
+    assert sum(greedy) <= budget
+    assert total_cost(cost, greedy) >= total_cost(cost, split)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_marginal_gain_is_exact_on_convex_curves(seed):
+    """Where each further slot saves no more than the one before, greedy is optimal."""
+    rng = np.random.default_rng(seed)
+    savings = -np.sort(-rng.integers(0, 20, (3, 6)), axis=1)
+    cost = 200 - np.cumsum(savings, axis=1)
+    for budget in range(3, 19):
+        greedy = allocate(cost, budget, method="marginal")
+        assert total_cost(cost, greedy) == best_by_search(cost, budget, 1)
+
+
+def test_a_split_from_a_trace_costs_what_it_promised():
+    """Layer 1 goes round six experts, layer 0 uses one: 8 slots split 1 to 6, not 4 to 4."""
+    rows = [[[0], [step % 6]] for step in range(60)]
+    builder = TraceBuilder(2, 8, 1)
+    for row in rows:
+        builder.add_forward([row], 0, 1)
+    trace = builder.trace()
+    cost = cost_of(miss_curves(trace, "lru"))
+    split = allocate(cost, 8)
+    assert total_cost(cost, split) == 1 + 6
+    assert simulate(trace, split).counters.loads.sum() == 1 + 6
+    assert simulate(trace, uniform(2, 8, 8)).counters.loads.sum() == 1 + 60
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_no_uniform_split_beats_the_allocated_one(policy):
+    """On the trace it was made from, for every budget, prompts included."""
+    trace = random_trace(8, layers=3, completion=30)
+    cost = cost_of(miss_curves(trace, policy), None)
+    for budget in (6, 9, 14):
+        split = allocate(cost, budget)
+        mine = simulate(trace, split, policy).counters.loads.sum()
+        assert mine == total_cost(cost, split)
+        assert mine <= simulate(trace, uniform(3, 8, budget), policy).counters.loads.sum()
+
+
+def test_impossible_budgets_are_refused():
+    """Fewer slots than layers need: the message has the smallest budget that works."""
+    cost = np.zeros((3, 4))
+    with pytest.raises(BudgetError, match="at least 6"):
+        allocate(cost, 5, at_least=2)
+    with pytest.raises(ValueError, match="method"):
+        allocate(cost, 5, method="luck")
+    with pytest.raises(ValueError, match="at_least"):
+        allocate(cost, 50, at_least=5)
+    assert allocate(cost, 100) == (4, 4, 4)
+    assert uniform(3, 4, 7) == (3, 2, 2)
