@@ -54,7 +54,6 @@ def record_outcome(
     held_out: Texts,
     others: Texts | None = None,
     *,
-    data: dict[str, Any] | None = None,
     settings: OutcomeSettings | None = None,
     device: str = "cpu",
     say: Say | None = None,
@@ -68,7 +67,6 @@ def record_outcome(
         held_out: One name to examples of the kind that it was fine-tuned on and never saw; their
             prompts are also answered and traced.
         others: Names to other texts, for what was lost outside the domain.
-        data: What `describe_data` said of the training data.
         settings: How much to measure.
         device: Where the models run.
         say: Told of progress.
@@ -84,10 +82,7 @@ def record_outcome(
     metadata = read_metadata(directory)
     capacity = float(metadata.get("settings", {}).get("capacity", FinetuneSettings().capacity))
     outcome = measure_outcome(base, directory, held_out, others, capacity, sized, device, say)
-    fields: dict[str, Any] = {**describe_base(base), "outcome": outcome}
-    if data is not None:
-        fields["data"] = {**metadata.get("data", {}), **data}
-    return update_metadata(directory, **fields)
+    return update_metadata(directory, outcome=outcome)
 
 
 def record_origin(
@@ -96,10 +91,24 @@ def record_origin(
     source: str | Path | None,
     examples: Sequence[Example],
     split: str | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Write into ``melinoe.json`` what a checkpoint was made from, and return all of the file."""
-    data = describe_data(source, examples, split)
-    kept = read_metadata(directory).get("data", {})
+    """
+    Write into ``melinoe.json`` what a checkpoint was made from, and return all of the file.
+
+    Args:
+        directory: The checkpoint.
+        base: The checkpoint that it was fine-tuned from.
+        source: The training data, as it was given.
+        examples: What of it was trained on.
+        split: Split of a hub data set.
+        more: Further facts about the data, such as how many examples were held out.
+
+    Raises:
+        CheckpointError: as `read_metadata`.
+    """
+    data = {**describe_data(source, examples, split), **more}
+    kept = read_metadata(directory).get("data") or {}
     return update_metadata(directory, **describe_base(base), data={**kept, **data})
 
 

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import options
-from melinoe.config import FinetuneSettings
+from melinoe.cli import measuring, options
+from melinoe.config import FinetuneSettings, OutcomeSettings
 
 _DEFAULT = FinetuneSettings()
 
@@ -36,6 +36,25 @@ def command(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     eval_split: Annotated[str, typer.Option(help="The same for --eval-data.")] = "test",
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            help="Share of the data kept out of training and measured on, without --eval-data.",
+            min=0.0,
+            max=0.5,
+        ),
+    ] = OutcomeSettings().held_out,
+    other: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other texts, to measure what is lost out of domain: a file, a directory, a hub "
+            "data set; may be repeated."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Measure quality and locality before and after, for melinoe.json."),
+    ] = True,
     capacity: Annotated[float, _option("capacity")] = _DEFAULT.capacity,
     train: Annotated[str, _option("train")] = _DEFAULT.train,
     lambda_cache: Annotated[float, _option("lambda_cache")] = _DEFAULT.lambda_cache,
@@ -79,16 +98,19 @@ def command(
     check_output(out)
     examples = load_examples(data, split=split, limit=limit)
     # Before any training, so that bad held-out data costs no time.
-    held_out = load_examples(eval_data, split=eval_split, limit=limit) if eval_data else None
+    held_out = measuring.hold_out(
+        data, examples, eval_data, eval_split, other or [], hold_out, limit
+    )
     result = finetune(
         options.resolve(model),
-        examples,
+        held_out.train,
         out,
         settings,
-        eval_examples=held_out,
+        eval_examples=held_out.examples,
         progress=lambda row: options.say(describe_row(row)),
     )
     options.say(f"wrote {result.out}")
+    measuring.finish(result.out, options.resolve(model), data, split, held_out, measure)
 
 
 _FIELDS = frozenset(FinetuneSettings.__dataclass_fields__)
