@@ -206,15 +206,15 @@ def checkpoint(tmp_path):
 def test_what_is_written_is_the_trained_model(checkpoint, monkeypatch):
     """Reloaded logits equal the merged model's in memory; experts are stored one by one."""
     kept = {}
-    import melinoe.finetune.run as run
+    from melinoe.finetune import run, saving
 
-    write = run.write_model
+    write = saving.write_model
 
     def keep(model, *args):
         kept["model"] = model
         write(model, *args)
 
-    monkeypatch.setattr(run, "write_model", keep)
+    monkeypatch.setattr(saving, "write_model", keep)
     seen = []
     result = finetune(
         checkpoint / "base",

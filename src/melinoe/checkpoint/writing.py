@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,33 @@ def check_output(out: str | Path) -> Path:
     return path
 
 
-def write_model(model: Any, tokenizer: Any, out: str | Path, metadata: dict[str, Any]) -> None:
+@contextmanager
+def whole_directory(out: str | Path) -> Iterator[Path]:
+    """
+    A directory to fill, which takes the name *out* when the block ends, and is gone if it fails.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+    """
+    path = check_output(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)  # replaces an empty directory, and no other
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    metadata: dict[str, Any],
+    also: Callable[[Path], None] | None = None,
+) -> None:
     """
     Write weights, config, tokenizer and ``melinoe.json`` to *out*.
 
@@ -37,22 +65,18 @@ def write_model(model: Any, tokenizer: Any, out: str | Path, metadata: dict[str,
         tokenizer: Its tokenizer, or None.
         out: The directory to make.
         metadata: For ``melinoe.json``.
+        also: Called with the directory, to write more into it.
 
     Raises:
         OutputExistsError: *out* is taken.
         AttachError: the experts' weights are in a runtime's store; detach it first.
     """
-    path = check_output(out)
+    check_output(out)
     find_experts(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        model.save_pretrained(temporary)
+    with whole_directory(out) as directory:
+        model.save_pretrained(directory)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_metadata(temporary, metadata)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)  # replaces an empty directory, and no other
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.save_pretrained(directory)
+        write_metadata(directory, metadata)
+        if also is not None:
+            also(directory)

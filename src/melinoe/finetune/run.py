@@ -3,7 +3,7 @@
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from melinoe.checkpoint.files import read_config
 from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.writing import check_output, write_model
+from melinoe.checkpoint.writing import check_output
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded, Example, encode, load_examples, pad_token_id
 from melinoe.finetune.adapters import TrainedParts, make_trainable
@@ -25,6 +25,7 @@ from melinoe.finetune.objective import Objective
 from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
 from melinoe.finetune.replay import Replay
+from melinoe.finetune.saving import KeptParts, write_result
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import find_experts
@@ -61,7 +62,7 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
     """
-    Fine-tune a checkpoint for locality and write the result as a plain checkpoint.
+    Fine-tune a checkpoint for locality and write the result: a plain checkpoint, or an adapter.
 
     With ``settings.control()`` the same call is the NLL-only control: same examples in the same
     order, same steps, same starting adapters.
@@ -97,6 +98,7 @@ def finetune(
     anchor = encode(anchor_examples, tokenizer, settings.max_length) if anchor_examples else None
     model = find_model_class(config).from_pretrained(name, dtype="auto")
     base_fingerprint = fingerprint(model)
+    kept = KeptParts(model, settings)
     started = time.monotonic()
     rows, skipped = train(
         model,
@@ -107,6 +109,7 @@ def finetune(
         anchor_data=anchor,
         progress=progress,
         callbacks=callbacks,
+        before_merge=kept,
     )
     metadata = {
         "base": name,
@@ -116,6 +119,7 @@ def finetune(
         "data": {"source": str(data) if from_name else None, "examples": len(encoded)},
         "log": rows,
         "skipped_steps": skipped,
+        "router_rounding": kept.router_rounding(model),
         "seconds": round(time.monotonic() - started, 1),
         "versions": {
             "melinoe": version("melinoe"),
@@ -127,7 +131,7 @@ def finetune(
     for callback in callbacks:
         if hasattr(callback, "metadata"):
             metadata.update(callback.metadata())
-    write_model(model, tokenizer, path, metadata)
+    write_result(model, tokenizer, path, metadata, kept)
     return FinetuneResult(path, rows, metadata)
 
 
@@ -141,6 +145,7 @@ def train(
     anchor_data: Sequence[Encoded] | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    before_merge: Callable[[TrainedParts], None] | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """
     Fine-tune a model in memory; at the end it is plain again, its adapters merged.
@@ -158,6 +163,7 @@ def train(
             ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
             ``locality`` (the `Objective`, whose weights it may change) and ``measure(examples)``
             there.
+        before_merge: Called with the trained parts in float32, before they become the model's own.
 
     Returns:
         Log rows, and how many steps were skipped for a non-finite loss. Rows at the first and the
@@ -208,6 +214,8 @@ def train(
                 callback.attach(trainer)
         trainer.train()
     trainer.accelerator.free_memory()
+    if before_merge is not None:
+        before_merge(parts)
     parts.merge(model)
     model.requires_grad_(True).eval()
     for config, values in changed:

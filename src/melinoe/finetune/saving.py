@@ -1,0 +1,104 @@
+"""What a run writes in the end: a plain checkpoint, the adapter in PEFT's files, or both."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melinoe.checkpoint.metadata import write_metadata
+from melinoe.checkpoint.writing import whole_directory, write_model
+from melinoe.config import FinetuneSettings
+from melinoe.finetune.adapter_files import Adapter, adapter_of, write_adapter
+from melinoe.finetune.adapters import TrainedParts
+from melinoe.moe.routing import find_routers
+
+ADAPTER_DIRECTORY = "adapter"
+"""Where the adapter lies in a checkpoint that was saved with it."""
+
+
+class KeptParts:
+    """
+    What is kept of the trained parts before they become the model's own weights.
+
+    Called with them while they are still in float32. Keeps the routers, and, if it will be
+    written, the adapter.
+
+    Args:
+        model: Before training.
+        settings: ``save`` is read.
+    """
+
+    def __init__(self, model: Any, settings: FinetuneSettings) -> None:
+        self.save = settings.save
+        self.adapter: Adapter | None = None
+        self._before = _router_weights(model)
+        self._trained: dict[str, Tensor] = {}
+
+    def __call__(self, parts: TrainedParts) -> None:
+        """Collective under FSDP2: every process must call it."""
+        if self.save != "merged":
+            self.adapter = adapter_of(parts)
+        self._trained = {name: _whole(parameter) for name, parameter in parts.router.items()}
+
+    def router_rounding(self, model: Any) -> float:
+        """
+        What rounding took from the routers' training: norm of the rounding over norm of the change.
+
+        Args:
+            model: After training, its routers back in the checkpoint's own type. They must be:
+                transformers and other engines read all of a checkpoint in one type.
+
+        Returns:
+            0 where nothing was rounded.
+        """
+        rounded = _router_weights(model)
+        lost = sum(float((rounded[n] - w).square().sum()) for n, w in self._trained.items())
+        change = sum(float((w - self._before[n]).square().sum()) for n, w in self._trained.items())
+        return (lost / change) ** 0.5 if change else 0.0
+
+
+def write_result(
+    model: Any, tokenizer: Any, out: str | Path, metadata: dict[str, Any], kept: KeptParts
+) -> None:
+    """
+    Write what the run's ``save`` asks for, whole or not at all.
+
+    ``merged`` gives a plain checkpoint; ``adapter`` a directory for PEFT and for `merge_adapter`;
+    ``both`` the checkpoint with that directory in it. ``melinoe.json`` lies beside each.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+    """
+    adapter, generates = kept.adapter, hasattr(model, "prepare_inputs_for_generation")
+
+    def write_files(directory: Path) -> None:
+        assert adapter is not None
+        write_adapter(adapter, directory, metadata["base"], generates=generates)
+        write_metadata(directory, metadata)
+
+    def write_beside(directory: Path) -> None:
+        (directory / ADAPTER_DIRECTORY).mkdir()
+        write_files(directory / ADAPTER_DIRECTORY)
+
+    if kept.save != "adapter":
+        also = write_beside if kept.save == "both" else None
+        write_model(model, tokenizer, out, metadata, also)
+        return
+    with whole_directory(out) as directory:
+        write_files(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+
+
+def _router_weights(model: Any) -> dict[str, Tensor]:
+    return {
+        name: _whole(parameter)
+        for router in find_routers(model)
+        for name, parameter in router.parameters()
+    }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().to("cpu", torch.float32, copy=True)
