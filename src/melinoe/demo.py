@@ -34,7 +34,9 @@ from melinoe.measure import (
     machine,
     serving,
     side_by_side,
+    timeline_record,
     training_record,
+    usage_record,
 )
 from melinoe.predictor import Predictor, compare, fit
 from melinoe.report import render_table, write_report
@@ -199,6 +201,7 @@ class Demo:
         sizes = sorted({top_k, *range(top_k, experts + 1, max(1, experts // 16)), self.slots})
         for name, trace in traces.items():
             self._write(locality_record(trace, name))
+            self._write(usage_record(trace, name))
             if name == CONTROL:
                 continue
             for policy in ("lru", "lfu", "belady"):
@@ -228,10 +231,27 @@ class Demo:
         predictor.save(self.out / "predictor")
         return predictor
 
+    def _timelines(self, prompt: str) -> None:
+        """One prompt token by token on the emulated link, before and after fine-tuning."""
+        settings = self.settings
+        for name in (BASE, TUNED):
+            link = EmulatedLink(settings.link_bytes_per_s, settings.link_latency_s)
+            model, handle, tokenizer = self._open(
+                name, self.slots, store="disk", link=link, policy=settings.policy
+            )
+            # Twice, because a first generation is slower than all others.
+            for _ in range(2):
+                record = timeline_record(
+                    model, handle, tokenizer, prompt, settings.max_new_tokens, label=name, link=link
+                )
+            handle.detach()
+            self._write(record)
+
     def _serve(self, prompts: list[str], predictor: Predictor) -> None:
         """Four strategies on the link as it is, then on an emulated one; the store is on disk."""
         settings = self.settings
         strategies = ((BASE, BASE), (CONTROL, CONTROL), (TUNED, TUNED), (PREFETCH, TUNED))
+        self._timelines(prompts[0])
         for emulated in (False, True):
             servings = []
             for strategy, name in strategies:

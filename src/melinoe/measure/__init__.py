@@ -5,6 +5,9 @@ Run one configuration over prompts, count and time; records that `report` reads.
     files.py     records to JSON and JSON lines, whole or not at all
     serve.py     serve(model, handle, ...) -> a record of kind ``serve``; several side by side
     locality.py  a trace to records of kind ``locality`` and ``curve``
+    usage.py     a trace to a record of kind ``usage``: experts by sequence and layer
+    timeline.py  one generation token by token, a record of kind ``timeline``
+    link.py      how records name an emulated link
     training.py  a training log to a record of kind ``training``
 """
 
@@ -12,7 +15,9 @@ from melinoe.measure.files import append_jsonl, write_json
 from melinoe.measure.locality import completion_counts, curve_record, locality_record
 from melinoe.measure.machine import machine
 from melinoe.measure.serve import serve, serve_record, serving, side_by_side
+from melinoe.measure.timeline import timeline_record
 from melinoe.measure.training import training_record
+from melinoe.measure.usage import usage_record
 
 __all__ = [
     "append_jsonl",
@@ -24,6 +29,8 @@ __all__ = [
     "serve_record",
     "serving",
     "side_by_side",
+    "timeline_record",
     "training_record",
+    "usage_record",
     "write_json",
 ]

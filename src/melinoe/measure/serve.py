@@ -8,6 +8,7 @@ import numpy as np
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.errors import DataError
 from melinoe.generate import Generation, PrefetchAt, Prompt, generate
+from melinoe.measure.link import link_fields
 from melinoe.measure.machine import machine
 from melinoe.predictor import Predictor
 from melinoe.runtime.attach import Handle
@@ -138,13 +139,7 @@ def serving(
         policy=handle.policy,
         store=handle.store.kind,
         expert_memory_bytes=handle.expert_memory_bytes,
-        link=None
-        if link is None
-        else {
-            "bandwidth_gb_s": link.bandwidth_bytes_per_s / 1e9,
-            "latency_us": link.latency_s * 1e6,
-            "emulated": True,
-        },
+        link=link_fields(link),
         cold=cold,
         repeat=repeat,
         prompts=len(prompts),
@@ -197,6 +192,7 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
             name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
             for name, (top, bottom) in _ESTIMATES.items()
         },
+        "hit_rate_by_layer": _by_layer([runs[0] for runs in generations]),
         "per_prompt": columns,
         "machine": machine(),
     }
@@ -228,6 +224,18 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "stall_ms": _median(run.stall_s * 1e3 for run in runs),
         "prompt_stall_ms": _median(run.prompt_stall_s * 1e3 for run in runs),
     }
+
+
+def _by_layer(generations: Sequence[Generation]) -> list[dict[str, Any]]:
+    """Hit rate of the completion in each layer, over prompts."""
+    counters = [one.counters for one in generations if one.counters is not None]
+    hits = np.array([one.hits[COMPLETION] for one in counters])
+    uses = np.array([one.uses[COMPLETION] for one in counters])
+    return [
+        bootstrap(hits[:, layer], uses[:, layer]).to_dict()
+        for layer in range(uses.shape[1])
+        if uses[:, layer].any()
+    ]
 
 
 def _median(values: Iterable[float]) -> float:

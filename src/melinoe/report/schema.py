@@ -113,6 +113,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "num_experts": _count,
         "policy?": _text,
         "link?": _link,
+        "hit_rate_by_layer?": _list_of(_estimate),
         **{f"{name}?": _estimate for name in SERVE_ESTIMATES},
     },
     "quality": {
@@ -145,6 +146,21 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "winner?": _text,
     },
     "training": {"model": _text, "log": _list_of(_mapping), "settings?": _mapping},
+    "usage": {
+        "model": _text,
+        "num_experts": _count,
+        "shown_layers": _list_of(_count),
+        "counts": _list_of(_list_of(_list_of(_count))),
+    },
+    "timeline": {
+        "model": _text,
+        "slots": _count,
+        "num_experts": _count,
+        "link?": _link,
+        "ms": _list_of(_number),
+        "stall_ms": _list_of(_number),
+        "loads": _list_of(_list_of(_count)),
+    },
     "study": {
         "group": _text,
         "family": _text,

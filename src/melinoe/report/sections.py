@@ -3,11 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from melinoe.report import captions, figures, glossary, losses_figure
+from melinoe.report import captions, glossary
 from melinoe.report.amounts import label
 from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.facts import Facts, flat, hardware, say
-from melinoe.report.figures import Figure
+from melinoe.report.figures.base import Figure
+from melinoe.report.figures.corpora import corpora
+from melinoe.report.figures.curves import curves
+from melinoe.report.figures.layers import layers
+from melinoe.report.figures.locality import locality
+from melinoe.report.figures.losses import training
+from melinoe.report.figures.predictor import predictor
+from melinoe.report.figures.timeline import timeline
+from melinoe.report.figures.usage import usage
 from melinoe.report.records import Measurements
 from melinoe.report.study import frontier, study_tables
 from melinoe.report.tables import (
@@ -121,19 +129,20 @@ def assemble(found: Measurements) -> Report:
     )
     per_corpus = corpus_table(found)
     slots = first.slots if first else None
-    for name, title, kind, figure in (
-        ("locality", "Locality", "locality", figures.locality(found)),
-        ("cache", "Cache size and policy", "curve", figures.curves(found, slots)),
-        ("quality", "Quality", "quality", figures.corpora(found, per_corpus)),
-        ("predictor", "Prediction", "predictor", figures.predictor(found)),
-        ("training", "Training", "training", losses_figure.training(found)),
+    for name, title, kind, drawn in (
+        ("locality", "Locality", "locality", [locality(found), usage(found)]),
+        ("cache", "Cache size and policy", "curve", [curves(found, slots), layers(found, first)]),
+        ("quality", "Quality", "quality", [corpora(found, per_corpus)]),
+        ("predictor", "Prediction", "predictor", [predictor(found)]),
+        ("training", "Training", "training", [training(found)]),
     ):
         # Perplexity per corpus is a table in its own right; the others are numbers of a figure.
         shown = [per_corpus] if name == "quality" and per_corpus else []
-        add(Section(name, title, tables=shown, figures=[figure] if figure else []), kind)
+        add(Section(name, title, tables=shown, figures=[one for one in drawn if one]), kind)
     sections += _studies(found)
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
-    add(Section("times", "Where the time goes", tables=times), "serve")
+    moments = [one for one in (timeline(found),) if one]
+    add(Section("times", "Where the time goes", tables=times, figures=moments), "serve")
     measured = benchmark_tables(found)
     if measured:
         sections.append(Section("benchmarks", "Benchmarks", tables=measured))

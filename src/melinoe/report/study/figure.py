@@ -3,12 +3,12 @@
 from typing import Any
 
 from melinoe.report.amounts import inline, signed
-from melinoe.report.figures import Figure
+from melinoe.report.figures.base import Figure
+from melinoe.report.figures.svg import COLOUR, finish, panel
 from melinoe.report.records import Measurements
 from melinoe.report.study.compare import increase, transfers
 from melinoe.report.study.runs import Setting, Study, gather
 from melinoe.report.study.table import quarter_cache, study_tables
-from melinoe.report.svg import COLOUR, finish, panel
 from melinoe.stats import Estimate
 
 HUES = ("tuned", "base", "control", "other", "rose", "olive", "slate")

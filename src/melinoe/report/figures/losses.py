@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from melinoe.report import captions
-from melinoe.report.figures import Figure, colour_of
+from melinoe.report.figures.base import Figure, colour_of
+from melinoe.report.figures.svg import WIDTH_IN, finish, panel
 from melinoe.report.records import Measurements
 from melinoe.report.schema import TRAINING_TERMS, Record
-from melinoe.report.svg import WIDTH_IN, finish, panel
 from melinoe.report.tables import Cell, Table, ordered_models
 
 

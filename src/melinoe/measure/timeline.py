@@ -1,0 +1,103 @@
+"""One generation token by token: how long each took, what it waited, what each layer loaded."""
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.errors import DataError
+from melinoe.generate import Prompt, generate
+from melinoe.measure.link import link_fields
+from melinoe.runtime.attach import Handle
+from melinoe.runtime.transfer import EmulatedLink
+
+
+class _Stamps:
+    """A streamer that notes the clock, the stall and the loads so far at each new token."""
+
+    def __init__(self, handle: Handle, device: torch.device) -> None:
+        self.handle, self.device = handle, device
+        self.clock_s: list[float] = []
+        self.stall_s: list[float] = []
+        self.loads: list[list[int]] = []
+        self.at_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.at_prompt:  # transformers hands the prompt over first
+            self.at_prompt = True
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.clock_s.append(time.perf_counter())
+        self.stall_s.append(self.handle.stall_s)
+        counters = self.handle.counters
+        self.loads.append((counters.loads[COMPLETION] + counters.loads[PROMPT]).tolist())
+
+    def end(self) -> None:
+        pass
+
+
+def timeline_record(
+    model: Any,
+    handle: Handle,
+    tokenizer: Any,
+    prompt: Prompt,
+    max_new_tokens: int = 64,
+    *,
+    label: str,
+    link: EmulatedLink | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """
+    Generate once, from an empty cache, and return the record of kind ``timeline``.
+
+    Its lists have one entry per token after the first: ``ms`` from the token before to this one,
+    ``stall_ms`` of it waiting for experts, ``loads`` on demand by layer, and ``tokens``, the text
+    of each. What the prompt took stands apart: ``ttft_s`` and ``prompt_loads``.
+
+    Args:
+        model: As in `melinoe.generate.generate`.
+        handle: Attached to *model*.
+        tokenizer: The model's.
+        prompt: Text or token ids.
+        max_new_tokens: At most so many.
+        label: The model's name in reports.
+        link: The emulated link that *handle* was made with, if any.
+        options: As in `melinoe.generate.generate`.
+
+    Raises:
+        DataError: fewer than two tokens came.
+    """
+    stamps = _Stamps(handle, model.get_input_embeddings().weight.device)
+    handle.reset_cache()
+    before = handle.counters
+    done = generate(model, handle, tokenizer, prompt, max_new_tokens, streamer=stamps, **options)
+    if len(stamps.clock_s) < 2:
+        raise DataError("the prompt got fewer than two tokens; take another for a timeline")
+    first = (before.loads[COMPLETION] + before.loads[PROMPT]).tolist()
+    loads = [first, *stamps.loads]
+    steps = [
+        [now - then for now, then in zip(after, earlier, strict=True)]
+        for earlier, after in pairwise(loads)
+    ]
+    return {
+        "kind": "timeline",
+        "model": label,
+        "slots": handle.slots,
+        "num_experts": handle.layers[0].num_experts,
+        "policy": handle.policy,
+        "link": link_fields(link),
+        "ttft_s": done.ttft_s,
+        "prompt_tokens": len(done.prompt_ids),
+        "prompt_loads": steps[0],
+        "ms": _steps_ms(stamps.clock_s),
+        "stall_ms": _steps_ms(stamps.stall_s),
+        "loads": steps[1:],
+        "tokens": [tokenizer.decode([token]) for token in done.ids[1:]],
+    }
+
+
+def _steps_ms(stamps: list[float]) -> list[float]:
+    return [1e3 * (now - then) for then, now in pairwise(stamps)]

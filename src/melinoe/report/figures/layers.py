@@ -1,0 +1,60 @@
+"""Hit rate of each MoE layer, to see where the misses come from."""
+
+from melinoe.report.amounts import inline
+from melinoe.report.figures.base import Figure, colour_of, marker
+from melinoe.report.figures.svg import finish, panel
+from melinoe.report.records import Measurements
+from melinoe.report.schema import read_estimate
+from melinoe.report.tables import Cell, Serving, Table, cell
+from melinoe.stats import Estimate
+
+
+def layers(found: Measurements, serving: Serving | None) -> Figure | None:
+    """Hit rate by layer, one line per strategy; ``None`` where no serve record holds it."""
+    if serving is None:
+        return None
+    rates: dict[str, list[Estimate]] = {}
+    for strategy in serving.strategies:
+        listed = (serving.run(strategy) or {}).get("hit_rate_by_layer") or []
+        estimates = [one for item in listed if (one := read_estimate(item)) is not None]
+        if estimates and strategy != "all resident":
+            rates[strategy] = estimates
+    if not rates:
+        return None
+    caption = _caption(rates, serving)
+    with panel(2.9) as (figure, axes):
+        for index, (strategy, estimates) in enumerate(rates.items()):
+            colour = colour_of(strategy)
+            at = list(range(len(estimates)))
+            axes.fill_between(
+                at,
+                [100 * one.low for one in estimates],
+                [100 * one.high for one in estimates],
+                color=colour,
+                alpha=0.14,
+                linewidth=0,
+            )
+            means = [100 * one.mean for one in estimates]
+            axes.plot(at, means, marker(index), linestyle="-", color=colour, label=strategy)
+        deepest = max(len(estimates) for estimates in rates.values())
+        axes.set(xlabel="MoE layer", ylabel="hit rate (%)", xlim=(-0.2, deepest - 0.8))
+        axes.set_xticks(range(0, deepest, max(1, deepest // 8)))
+        axes.set_ylim(top=100)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
+        drawing = finish(figure, "fig-layers", caption)
+    columns = ["strategy", *(f"layer {index}" for index in range(deepest))]
+    rows = []
+    for strategy, estimates in rates.items():
+        cells = [cell(one, "%") for one in estimates]
+        rows.append([Cell(strategy), *cells, *[cell(None)] * (deepest - len(cells))])
+    table = Table("layers", "Hit rate by layer", columns, rows)
+    return Figure("layers", "Hit rate by layer", [drawing], caption, table)
+
+
+def _caption(rates: dict[str, list[Estimate]], serving: Serving) -> str:
+    """Say which layer each strategy hits least in."""
+    said = []
+    for strategy, estimates in rates.items():
+        worst = min(range(len(estimates)), key=lambda layer: estimates[layer].mean)
+        said.append(f"{strategy} layer {worst}, {inline(estimates[worst], '%')}")
+    return f"{serving.title}. Lowest hit rate: {'; '.join(said)}."

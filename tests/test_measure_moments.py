@@ -1,0 +1,77 @@
+"""Records of single sequences and tokens: what adds up to the counters, and what a hand counts."""
+
+import numpy as np
+import pytest
+from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
+
+from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.errors import DataError
+from melinoe.measure import serve, timeline_record, usage_record
+from melinoe.report.schema import check
+from melinoe.runtime.attach import attach
+from melinoe.runtime.transfer import EmulatedLink
+
+
+def small_trace():
+    """One layer, 3 experts, top-2; two sequences of one prompt row and two completion rows."""
+    builder = TraceBuilder(1, 3, 2)
+    for sequence, rows in enumerate(([[0, 1], [0, 1], [0, 2]], [[0, 2], [2, 1], [2, -1]])):
+        for row, experts in enumerate(rows):
+            kind = PROMPT_ROW if row == 0 else COMPLETION_ROW
+            builder.add_forward(np.array([[experts]]), sequence, kind)
+    return builder.trace()
+
+
+def test_usage_counts_the_completions_choices_of_each_sequence():
+    """Prompt rows and choices of no expert count for nothing."""
+    record = usage_record(small_trace(), "m")
+    assert check(record, "here") == "usage"
+    assert record["shown_layers"] == [0]
+    assert record["counts"] == [[[2, 1, 1], [0, 1, 2]]]
+
+
+def test_usage_shows_no_more_sequences_than_asked():
+    """The first ones stay."""
+    assert usage_record(small_trace(), "m", sequences=1)["counts"] == [[[2, 1, 1]]]
+
+
+def test_the_timeline_adds_up_to_the_counters():
+    """Loads by token and layer sum to what the handle counted; times are those of the tokens."""
+    model = tiny_model()
+    link = EmulatedLink(bandwidth_bytes_per_s=1e9, latency_s=1e-4)
+    handle = attach(model, slots=2, link=link)
+    handle.reset_counters()
+    record = timeline_record(model, handle, words_tokenizer(), PROMPT_TEXT, 6, label="m", link=link)
+    assert check(record, "here") == "timeline"
+    counters = handle.counters
+    assert record["prompt_loads"] == counters.loads[PROMPT].tolist()
+    assert np.sum(record["loads"], axis=0).tolist() == counters.loads[COMPLETION].tolist()
+    assert len(record["ms"]) == len(record["loads"]) == len(record["tokens"]) == 5
+    assert np.shape(record["loads"]) == (5, LAYERS)
+    assert sum(record["stall_ms"]) <= sum(record["ms"])
+    # Each load takes at least the latency of the emulated link.
+    for stall_ms, loads in zip(record["stall_ms"], record["loads"], strict=True):
+        assert stall_ms >= 0.09 * sum(loads)
+    assert record["link"]["latency_us"] == pytest.approx(100)
+
+
+def test_a_timeline_of_one_token_is_refused():
+    """There is nothing between tokens to show."""
+    model = tiny_model()
+    handle = attach(model, slots=2)
+    with pytest.raises(DataError, match="fewer than two tokens"):
+        timeline_record(model, handle, words_tokenizer(), PROMPT_TEXT, 1, label="m")
+
+
+def test_a_serve_record_says_the_hit_rate_of_each_layer():
+    """Every expert resident and warm: all layers hit always; their number is the model's."""
+    model = tiny_model()
+    handle = attach(model, slots=EXPERTS)
+    record = serve(
+        model, handle, words_tokenizer(), [PROMPT_TEXT], 6, label="m", cold=False, warmup=0
+    )
+    assert len(record["hit_rate_by_layer"]) == LAYERS
+    counters = handle.counters
+    expected = counters.hits[COMPLETION] / counters.uses[COMPLETION]
+    assert [one["mean"] for one in record["hit_rate_by_layer"]] == pytest.approx(expected)
