@@ -82,6 +82,7 @@ def command(
     max_grad_norm: Annotated[float, _option("max_grad_norm")] = _DEFAULT.max_grad_norm,
     bf16: Annotated[bool, _option("bf16")] = _DEFAULT.bf16,
     log_every: Annotated[int, _option("log_every")] = _DEFAULT.log_every,
+    save: Annotated[str, _option("save")] = _DEFAULT.save,
     max_bad_steps: Annotated[int, _option("max_bad_steps")] = _DEFAULT.max_bad_steps,
     seed: Annotated[int, _option("seed")] = _DEFAULT.seed,
 ) -> None:
@@ -110,6 +111,9 @@ def command(
         progress=lambda row: options.say(describe_row(row)),
     )
     options.say(f"wrote {result.out}")
+    if measure and save == "adapter":
+        options.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
+        measure = False
     measuring.finish(result.out, options.resolve(model), data, split, held_out, measure)
 
 
