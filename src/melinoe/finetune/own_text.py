@@ -1,0 +1,95 @@
+"""
+Text that the base model writes itself, to hold its quality where no other text is at hand.
+
+What a model writes from an empty prompt, sampled from its own distribution, is a picture of
+everything it was trained on. Replayed beside the data (``lambda_replay``), it keeps narrow
+fine-tuning from forgetting the rest, and needs no corpus.
+
+Source: pseudo-rehearsal, Robins, Connection Science 7(2), 1995; here for language models.
+"""
+
+import random
+from typing import Any
+
+import torch
+
+from melinoe.data import Encoded, pad_token_id
+from melinoe.errors import TokenizerError
+
+_AT_ONCE = 64  # sequences sampled together
+SHORTEST = 8  # tokens below which a text says nothing
+
+
+def own_text(
+    model: Any, tokenizer: Any, count: int, length: int, *, seed: int = 0
+) -> list[Encoded]:
+    """
+    Let *model* write from an empty prompt: pure sampling at temperature 1, nothing cut off.
+
+    Args:
+        model: Causal language model before any training; left as it was.
+        tokenizer: Its own; the text begins with its start-of-text token, where it has none with
+            end-of-text, after which a new document begins.
+        count: Texts to write, at least 1.
+        length: Tokens of each at most, the first included.
+        seed: Decides them. The generators of other code are left as they were.
+
+    Returns:
+        *count* texts of 8 to *length* tokens, all but the first token completion.
+
+    Raises:
+        TokenizerError: neither a start-of-text nor an end-of-text token.
+        ValueError: *count* below 1, or *length* below 8.
+
+    Cost: *count* x *length* tokens of generation, 64 sequences at a time.
+    """
+    if count < 1 or length < SHORTEST:
+        raise ValueError(f"cannot write {count} texts of {length} tokens")
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise TokenizerError(
+            "the tokenizer has neither a start-of-text nor an end-of-text token, so the model cannot "
+            "write from nothing; set one, or give anchor text of your own"
+        )
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    model.eval()
+    texts: list[Encoded] = []
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            while len(texts) < count:
+                texts += _some(model, start, length, device, pad_token_id(tokenizer))
+    finally:
+        model.train(was_training)
+    random.Random(seed).shuffle(texts)  # or the last batch's would be cut off unevenly
+    return texts[:count]
+
+
+def _some(model: Any, start: int, length: int, device: torch.device, padding: int) -> list[Encoded]:
+    prompt = torch.full((_AT_ONCE, 1), start, device=device)
+    # A checkpoint's own sampling settings would narrow what it writes.
+    written = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=length - 1,
+        pad_token_id=padding,
+    ).tolist()
+    end = model.generation_config.eos_token_id
+    ends = set(end) if isinstance(end, list) else {end}
+    cut = [_until(ids, ends) for ids in written]
+    return [Encoded(ids, [False, *[True] * (len(ids) - 1)]) for ids in cut if len(ids) >= SHORTEST]
+
+
+def _until(ids: list[int], ends: set[int | None]) -> list[int]:
+    """The ids up to and with the first end-of-text after the first token; padding follows it."""
+    for place, token in enumerate(ids[1:], start=1):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
