@@ -48,8 +48,8 @@ def own_text(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise TokenizerError(
-            "the tokenizer has neither a start-of-text nor an end-of-text token, so the model cannot "
-            "write from nothing; set one, or give anchor text of your own"
+            "the tokenizer has neither a start-of-text nor an end-of-text token, so the model "
+            "cannot write from nothing; set one, or give anchor text of your own"
         )
     device = model.get_input_embeddings().weight.device
     was_training = model.training
