@@ -108,7 +108,7 @@ def training_record(model, steps=300):
         tuned = model == "fine-tuned"
         row = {"step": step, "nll": 3.0 + 0.6 * left + shake.gauss(0, 0.05) + 0.04 * tuned}
         row["cache"] = (0.24 + 0.3 * left if tuned else 0.55) + shake.gauss(0, 0.01)
-        row["rank"] = (0.02 * (1 - left) if tuned else 0.004) + abs(shake.gauss(0, 0.0008))
+        row["anchor"] = (0.02 * (1 - left) if tuned else 0.004) + abs(shake.gauss(0, 0.0008))
         row["loss"] = row["nll"] + (row["cache"] * 0.5 if tuned else 0)
         log.append(row)
     settings = {"steps": steps, "learning_rate": 1e-3, "lambda_cs": 0.5 if tuned else 0.0}

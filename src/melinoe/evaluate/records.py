@@ -34,6 +34,8 @@ def quality_record(
         "perplexity": result.estimate.to_dict(),
         "nll": result.mean_nll.to_dict(),
         "tokens": int(result.tokens.sum()),
+        # Whoever compares two models later can pair them.
+        "per_sequence": {"nll": result.nll.tolist(), "tokens": result.tokens.astype(int).tolist()},
         **more,
     }
 

@@ -4,10 +4,12 @@ Tables and figures from measurement records, and from nothing else.
     schema.py      what a record holds   records.py      read and check
     amounts.py     numbers as text       facts.py        settings and machines as text
     tables.py      tables as data        benchmarks.py   tables of benchmark results
+    pairs.py       ratios, paired        scores.py       tables of task scores, comparisons
     captions.py    sentences, computed   figures.py   drawings     svg.py  drawings that fit a page
     glossary.py    what words mean       sections.py  all of it in order
     render.py      a table as Markdown, text or HTML
     page.py        the page and its twin readme.py    tables between a README's markers
+    card/          a checkpoint's model card
 """
 
 import shutil
@@ -19,6 +21,7 @@ from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.page import write_report
 from melinoe.report.readme import update_readme
 from melinoe.report.records import Sources, read_records
+from melinoe.report.scores import comparison_table, score_table
 from melinoe.report.tables import corpus_table, main_table, servings
 
 __all__ = ["read_records", "render_table", "update_readme", "write_report"]
@@ -47,8 +50,8 @@ def render_table(
     found = read_records(sources)
     tables = [main_table(found, serving) for serving in servings(found)]
     if not tables:
-        corpora = corpus_table(found)
-        tables = ([corpora] if corpora else []) + benchmark_tables(found)
+        others = (corpus_table(found), score_table(found), comparison_table(found))
+        tables = [table for table in others if table] + benchmark_tables(found)
     if not tables:
         message = "no record makes a table; give records of kind serve, quality or a benchmark"
         raise DataError(message)

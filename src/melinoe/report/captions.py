@@ -7,7 +7,8 @@ A sentence says that two means differ only where their intervals do not touch.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from melinoe.report.amounts import apart, geometric_mean, inline, plain, ratio, signed
+from melinoe.report.amounts import apart, geometric_mean, inline, plain, signed
+from melinoe.report.pairs import quotient
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record, read_estimate
 from melinoe.report.tables import (
@@ -19,7 +20,7 @@ from melinoe.report.tables import (
     ordered_models,
     perplexity,
 )
-from melinoe.stats import Estimate, paired_ratio
+from melinoe.stats import Estimate
 
 PREDICTIONS = {
     "empty": "an empty start",
@@ -168,30 +169,13 @@ def findings(found: Measurements, serving: Serving) -> list[str]:
     ]
 
 
-def quotient(top: Record, bottom: Record, name: str, sums: tuple[str, str]) -> Estimate | None:
-    """
-    Divide an estimate of one run by that of another.
-
-    Where both runs list the sums it is made of per prompt, for as many prompts, the interval is
-    a paired one over prompts; else the widest that the two intervals allow.
-    """
-    ours, theirs = (record.get("per_prompt") or {} for record in (top, bottom))
-    columns = [run.get(key) for run in (ours, theirs) for key in sums]
-    lists = [column for column in columns if isinstance(column, list) and column]
-    if len(lists) == 4 and len({len(column) for column in lists}) == 1 and sum(lists[2]) > 0:
-        above, above_by, below, below_by = lists
-        return paired_ratio(above, below, above_by, below_by)
-    one, other = estimate(top, name), estimate(bottom, name)
-    return None if one is None or other is None else ratio(one, other)
-
-
 def _transfers(base: Record, tuned: Record, control: Record | None) -> str | None:
     before, after = estimate(base, "transfers_per_token"), estimate(tuned, "transfers_per_token")
     if before is None or after is None:
         return None
     fewer = after.mean < before.mean
     runs = (base, tuned) if fewer else (tuned, base)
-    times = quotient(*runs, "transfers_per_token", ("loads", "tokens"))
+    times = quotient(*runs, "transfers_per_token")
     if times is None or times.low <= 1:
         return f"Expert transfers per token: {inline(before)} base, {inline(after)} fine-tuned."
     text = (
@@ -203,7 +187,7 @@ def _transfers(base: Record, tuned: Record, control: Record | None) -> str | Non
     if control is None or middle is None:
         return f"{text}."
     runs = (control, tuned) if after.mean < middle.mean else (tuned, control)
-    times = quotient(*runs, "transfers_per_token", ("loads", "tokens"))
+    times = quotient(*runs, "transfers_per_token")
     if times is None or times.low <= 1:
         return f"{text}; against the control, {inline(middle)}, no difference was measured."
     word = "fewer" if after.mean < middle.mean else "more"
@@ -254,7 +238,7 @@ def _speeds(serving: Serving) -> list[str]:
         after = estimate(serving.runs["fine-tuned"].get(link), "tokens_per_s")
         if before is not None and after is not None:
             runs = (serving.runs["fine-tuned"][link], serving.runs["base"][link])
-            factor = quotient(*runs, "tokens_per_s", ("new_tokens", "seconds"))
+            factor = quotient(*runs, "tokens_per_s")
             times = f", {inline(factor)} times the base's" if factor is not None else ", base"
             said.append(
                 f"Over the {link_text(link)} it writes {inline(after)} tokens a second{times} "

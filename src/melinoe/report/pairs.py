@@ -1,11 +1,11 @@
+# ruff: noqa: RUF001  (the minus sign is meant: it is what a reader sees)
 """Two runs on the same prompts or texts: their ratio, paired where the records allow it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from melinoe.errors import DataError
 from melinoe.report.amounts import geometric_mean, inline, ratio, signed
 from melinoe.report.schema import Record, read_estimate
 from melinoe.stats import Estimate, paired_difference, paired_ratio
@@ -14,77 +14,68 @@ from melinoe.stats import Estimate, paired_difference, paired_ratio
 _COLUMNS = {"transfers_per_token": ("loads", "tokens"), "tokens_per_s": ("new_tokens", "seconds")}
 
 
-def times_text(top: Record | None, bottom: Record | None, name: str, sign: str) -> str:
+def quotient(top: Record | None, bottom: Record | None, name: str) -> Estimate | None:
     """
-    Write how many times *name* of one run is that of another: ``÷ 2.20 [1.95, 2.51]``.
+    Divide estimate *name* of one run by that of another; ``None`` where there is no ratio.
 
-    Paired by prompt where both records hold their prompts' own counts and the prompts are the
-    same; else the widest range that the two intervals allow. Empty where there is no ratio.
+    Where both runs list, for the same prompts, the sums it is made of, the interval is a paired
+    one over prompts; else the widest that the two intervals allow.
     """
-    found = times(top, bottom, name)
+    if top is None or bottom is None:
+        return None
+    columns = _columns(top, bottom, _COLUMNS.get(name, ()))
+    if columns is not None:
+        above, above_by, below, below_by = columns
+        return paired_ratio(above, below, above_by, below_by) if sum(below) > 0 else None
+    one, other = read_estimate(top.get(name)), read_estimate(bottom.get(name))
+    return None if one is None or other is None else ratio(one, other)
+
+
+def _columns(top: Record, bottom: Record, names: Sequence[str]) -> list[list[float]] | None:
+    """Both runs' columns, if both have them for the same prompts."""
+    ours, theirs = (record.get("per_prompt") or {} for record in (top, bottom))
+    columns: list[Any] = [run.get(name) for run in (ours, theirs) for name in names]
+    if not columns or not all(isinstance(column, list) and column for column in columns):
+        return None
+    # Equal lengths in equal order: the same prompts, as far as records can say.
+    same = ours.get("prompt_tokens") == theirs.get("prompt_tokens")
+    return columns if same and len({len(column) for column in columns}) == 1 else None
+
+
+def factor(value: Record | None, base: Record | None, name: str, sign: str) -> str:
+    """Write a ratio: ``÷ 2.20 [1.95, 2.51]`` says base over value, ``×`` value over base."""
+    found = quotient(base, value, name) if sign == "÷" else quotient(value, base, name)
     return "" if found is None else f"{sign} {inline(found)}"
 
 
-def times(top: Record | None, bottom: Record | None, name: str) -> Estimate | None:
-    """Estimate *name* of *top* over that of *bottom*; ``None`` where there is no ratio."""
-    if top is None or bottom is None:
-        return None
-    first, second = read_estimate(top.get(name)), read_estimate(bottom.get(name))
-    if first is None or second is None:
-        return None
-    ours, theirs = top.get("per_prompt"), bottom.get("per_prompt")
-    if name in _COLUMNS and ours and theirs and _same_prompts(ours, theirs, _COLUMNS[name]):
-        above, below = _COLUMNS[name]
-        try:
-            return paired_ratio(ours[above], theirs[above], ours[below], theirs[below])
-        except DataError:  # nothing was moved, or nothing generated
-            return None
-    return ratio(first, second)
-
-
-def _same_prompts(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], columns: tuple[str, ...]
-) -> bool:
-    if any(name not in side for side in (ours, theirs) for name in columns):
-        return False
-    # Prompts of equal lengths in equal order: the same ones, as far as a record can say.
-    return bool(ours.get("prompt_tokens")) and ours["prompt_tokens"] == theirs.get("prompt_tokens")
-
-
-def increase_text(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
+def increase(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """
     Write how far our perplexity lies from theirs: ``+1.8 % [+0.9, +2.6]``.
 
+    Paired by sequence where the records hold those; without, no interval is made up.
+
     Args:
-        ours: Quality records of one model, one per text; of several texts the geometric mean.
-        theirs: Those of the other.
+        ours: Quality records of one model, one per text; of several texts the geometric mean,
+            taken as independent of each other.
+        theirs: Those of the other model.
     """
-    pairs = _by_domain(ours, theirs)
-    if not pairs:
-        return ""
-    paired = [_increase(one, other) for one, other in pairs]
-    if all(item is not None for item in paired):
-        factor = geometric_mean([item for item in paired if item is not None])
-        return signed(Estimate(factor.mean - 1, factor.low - 1, factor.high - 1, factor.n))
-    product = 1.0
-    for one, other in pairs:
-        product *= one["perplexity"]["mean"] / other["perplexity"]["mean"]
-    change = 100 * (product ** (1 / len(pairs)) - 1)
-    return f"{change:+.1f} %".replace("-", "−")  # noqa: RUF001
-
-
-def _by_domain(ours: Sequence[Record], theirs: Sequence[Record]) -> list[tuple[Record, Record]]:
     other = {record["domain"]: record for record in theirs}
-    pairs = {r["domain"]: (r, other[r["domain"]]) for r in ours if r["domain"] in other}
-    return list(pairs.values())
+    pairs = [(one, other[one["domain"]]) for one in ours if one["domain"] in other]
+    if not pairs or len(pairs) < len(ours):
+        return ""
+    paired = [item for one, two in pairs if (item := _over(one, two)) is not None]
+    if len(paired) == len(pairs):
+        over = paired[0] if len(paired) == 1 else geometric_mean(paired)
+        return signed(Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n))
+    logs = [np.log(one["perplexity"]["mean"] / two["perplexity"]["mean"]) for one, two in pairs]
+    return f"{100 * np.expm1(np.mean(logs)):+.1f} %".replace("-", "−")
 
 
-def _increase(one: Record, other: Record) -> Estimate | None:
-    """Our perplexity over theirs, paired by sequence; ``None`` where a record lacks them."""
+def _over(one: Record, other: Record) -> Estimate | None:
+    """Our perplexity divided by theirs, paired by sequence; ``None`` where a record lacks them."""
     ours, theirs = one.get("per_sequence"), other.get("per_sequence")
     if not ours or not theirs or ours["tokens"] != theirs["tokens"]:
         return None
     return paired_difference(
         ours["nll"], theirs["nll"], ours["tokens"], theirs["tokens"], transform=np.exp
     )
-

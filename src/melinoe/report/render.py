@@ -71,7 +71,9 @@ def _blocks(table: Table) -> str:
 
 
 def _stacked(cell: Cell) -> str:
-    return "\n".join(part for part in (cell.text, cell.interval, cell.remark) if part)
+    # A remark's own interval stands below it, so that the column stays narrow.
+    lines = (cell.text, cell.interval, *cell.remark.replace(" [", "\n[", 1).split("\n"))
+    return "\n".join(part for part in lines if part)
 
 
 def html(table: Table) -> str:

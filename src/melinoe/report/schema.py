@@ -100,8 +100,10 @@ SERVE_ESTIMATES = (
 TRAINING_TERMS = {
     "nll": "next-token loss (nats)",
     "cache": "cache loss",
-    "rank": "rank-matching loss",
     "anchor": "anchor loss",
+    "reuse": "reuse loss",
+    "distill": "distillation loss",
+    "replay": "replay loss (nats)",
 }
 
 # Name -> check. A trailing "?" means the field may be null or absent: it was not measured.
@@ -122,6 +124,17 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "in_domain": _flag,
         "perplexity": _estimate,
         "increase_over_control?": _estimate,
+        "per_sequence?": _mapping,
+    },
+    "score": {"model": _text, "domain": _text, "metric": _text, "score": _estimate, "how?": _text},
+    "comparison": {
+        "model": _text,
+        "other": _text,
+        "domain": _text,
+        "metric": _text,
+        "change": _estimate,
+        "relative": _flag,
+        "better?": _text,
     },
     "locality": {
         "model": _text,
@@ -135,6 +148,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "policy": _text,
         "slots": _list_of(_count),
         "hit_rate": _list_of(_estimate),
+        "transfers_per_token?": _list_of(_estimate),
         "num_experts": _count,
     },
     "predictor": {

@@ -17,6 +17,7 @@ from melinoe.report.figures.predictor import predictor
 from melinoe.report.figures.timeline import timeline
 from melinoe.report.figures.usage import usage
 from melinoe.report.records import Measurements
+from melinoe.report.scores import comparison_table, score_table
 from melinoe.report.study import frontier, study_tables
 from melinoe.report.tables import (
     Table,
@@ -137,7 +138,9 @@ def assemble(found: Measurements) -> Report:
         ("training", "Training", "training", [training(found)]),
     ):
         # Perplexity per corpus is a table in its own right; the others are numbers of a figure.
-        shown = [per_corpus] if name == "quality" and per_corpus else []
+        shown: list[Table] = []
+        if name == "quality":
+            shown = [t for t in (per_corpus, score_table(found), comparison_table(found)) if t]
         add(Section(name, title, tables=shown, figures=[one for one in drawn if one]), kind)
     sections += _studies(found)
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
@@ -187,6 +190,6 @@ def _limits(found: Measurements) -> list[str]:
     machine = _machine(found)
     if links and not any(machine.get(key) for key in ("gpu", "gpus", "cuda", "accelerator")):
         limits.append("No GPU took part: times are those of a CPU, counts hold on any machine.")
-    if found.of("quality"):
+    if found.of("quality") and not found.of("score"):
         limits.append("Quality is perplexity alone here; no task was scored.")
     return limits

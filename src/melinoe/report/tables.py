@@ -7,10 +7,9 @@ from typing import Any
 from melinoe.report.amounts import (
     NOT_MEASURED,
     geometric_mean,
-    plain,
-    ratio,
     spread,
 )
+from melinoe.report.pairs import factor, increase
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record, read_estimate
 from melinoe.stats import Estimate
@@ -162,12 +161,10 @@ def change(value: Estimate | None, base: Estimate | None) -> str:
     return f"{100 * (value.mean / base.mean - 1):+.1f} %".replace("-", "−")
 
 
-def factor(value: Estimate | None, base: Estimate | None, sign: str) -> str:
-    """Write the ratio of two estimates: ``÷`` says base over value, ``×`` value over base."""
-    if value is None or base is None:
-        return ""
-    quotient = ratio(base, value) if sign == "÷" else ratio(value, base)
-    return "" if quotient is None else f"{sign} {plain(quotient.mean)}"
+def quality(found: Measurements, model: str, in_domain: bool) -> list[Record]:
+    """Give the quality records of *model*, the last of each corpus."""
+    records = [r for r in found.of("quality") if r["model"] == model]
+    return list({r["domain"]: r for r in records if r["in_domain"] is in_domain}.values())
 
 
 def main_table(found: Measurements, serving: Serving) -> Table:
@@ -182,22 +179,25 @@ def main_table(found: Measurements, serving: Serving) -> Table:
         assert run is not None
         is_base = strategy == "base"
         moved = estimate(run, "transfers_per_token")
-        less = "" if is_base else factor(moved, estimate(base, "transfers_per_token"), "÷")
+        less = "" if is_base else factor(run, base, "transfers_per_token", "÷")
         row = [Cell(strategy), cell(estimate(run, "hit_rate"), "%")]
         row += [cell(estimate(run, "zero_miss_tokens"), "%"), cell(moved, remark=less)]
         for in_domain in (True, False):
+            remark = ""
+            if run["model"] != "base":
+                ours, theirs = (quality(found, m, in_domain) for m in (run["model"], "base"))
+                remark = increase(ours, theirs)
             value = perplexity(found, run["model"], in_domain)
-            against = perplexity(found, "base", in_domain)
-            remark = change(value, against) if run["model"] != "base" else ""
             row.append(cell(value, digits=4, remark=remark))
         for link in serving.links:
-            speed = estimate(serving.runs[strategy].get(link), "tokens_per_s")
-            slow = estimate(serving.runs.get("base", {}).get(link), "tokens_per_s")
-            row.append(cell(speed, remark="" if is_base else factor(speed, slow, "×")))
+            fast, slow = (serving.runs.get(name, {}).get(link) for name in (strategy, "base"))
+            remark = "" if is_base else factor(fast, slow, "tokens_per_s", "×")
+            row.append(cell(estimate(fast, "tokens_per_s"), remark=remark))
         rows.append(row)
     notes = [
         "Below or behind each mean: its 95 % interval. "
-        "÷: times fewer than base; ×: times as fast as base; +, −: change from base."
+        "÷: times fewer than base; ×: times as fast as base; +, −: change from base; in brackets "
+        "their intervals, paired by prompt or text where the records list those."
     ]
     for strategy in serving.strategies:
         ahead = estimate(serving.run(strategy), "prefetch_transfers_per_token")
@@ -255,10 +255,10 @@ def corpus_table(found: Measurements) -> Table | None:
     rows = []
     for domain, in_domain in domains(found):
         row = [Cell(domain + (" (trained on)" if in_domain else ""))]
-        base = estimate(records.get(("base", domain)), "perplexity")
         for model in models:
-            value = estimate(records.get((model, domain)), "perplexity")
-            row.append(cell(value, "", 4, "" if model == "base" else change(value, base)))
+            one, base = records.get((model, domain)), records.get(("base", domain))
+            remark = increase([one], [base]) if model != "base" and one and base else ""
+            row.append(cell(estimate(one, "perplexity"), "", 4, remark))
         rows.append(row)
     return Table("corpora", "Perplexity per corpus", ["corpus", *models], rows)
 
