@@ -6,8 +6,10 @@ import torch
 from transformers import TextStreamer
 
 from melinoe.cache.simulator import simulate
-from melinoe.errors import AttachError, BudgetError, MelinoeError
+from melinoe.errors import AttachError, BudgetError, MelinoeError, UnsupportedModelError
+from melinoe.moe.experts import find_experts
 from melinoe.runtime.attach import attach
+from melinoe.runtime.transfer import EmulatedLink
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])
 BATCH = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4]])  # 0 is padding, on the left
@@ -172,6 +174,50 @@ def test_a_pass_that_fails_is_not_counted(model):
             generate(model, "greedy")
         assert handle.counters.forwards.tolist() == [1, 7]
         assert recorder.trace().num_forwards == 8
+
+
+def test_a_handle_says_which_link_it_has(model):
+    """A record that names the link asks for it here."""
+    link = EmulatedLink(1e9, 1e-6)
+    with attach(model, slots=2, link=link) as handle:
+        assert handle.link is link
+    with attach(model, slots=2) as handle:
+        assert handle.link is None
+
+
+def test_layers_of_other_sizes_are_recorded_each_by_its_own(model):
+    """Id 4 is an expert of the first layer of eight and "no expert" of the second, of four."""
+    odd = tiny.tiny_model("olmoe")
+    second = find_experts(odd)[1].module
+    for name, stacked in list(second.named_parameters(recurse=False)):
+        setattr(second, name, torch.nn.Parameter(stacked[:4].detach().clone()))
+    second.num_experts = 4
+    gate = odd.model.layers[1].mlp.gate
+    gate.weight = torch.nn.Parameter(gate.weight[:4].detach().clone())
+    first = find_experts(odd)[0].module
+    index, weights = torch.tensor([[4, 3]]), torch.rand(1, 2)
+    with attach(odd, slots=2) as handle, torch.no_grad():
+        with handle.record() as recorder:
+            first(torch.randn(1, 32), index, weights)
+            second(torch.randn(1, 32), index, weights)
+        trace, counters = recorder.trace(), handle.counters
+    assert trace.experts.tolist() == [[[4, 3], [-1, 3]]]
+    assert simulate(trace, 2, "lru").counters == counters
+
+
+def test_recording_a_model_whose_router_is_not_found_says_so():
+    """It runs and is counted; only a trace could not be told from another model's."""
+    odd = tiny.tiny_model("olmoe")
+    block = odd.model.layers[0].mlp
+    gate = block.gate
+    del block.gate
+    vars(block)["gate"] = lambda hidden_states: gate(hidden_states)  # no module, so no router
+    with attach(odd, slots=2) as handle:
+        generate(odd, "greedy")
+        assert handle.counters.tokens.sum() > 0
+        recording = handle.record()
+        with pytest.raises(UnsupportedModelError, match=r"cannot be recorded.*counters"):
+            recording.__enter__()
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -136,6 +136,20 @@ def test_a_prompt_in_pieces_that_begin_with_padding_counts_as_simulated(model):
     assert simulate(trace, 3, "lfu").counters == counted
 
 
+def test_a_store_with_other_contents_is_refused(model):
+    """Of the right size and empty, or of another seed: the model's own weights would be lost."""
+    other = tiny.tiny_model("olmoe", seed=1)
+    for store in (RamStore(find_experts(model)), RamStore.from_modules(find_experts(other))):
+        with pytest.raises(AttachError, match="other experts"):
+            attach(model, slots=2, store=store)
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        with attach(model, slots=2) as handle:
+            own = handle.store
+        with attach(model, slots=2, store=own):
+            assert torch.equal(model(PROMPT).logits, expected)
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_a_layer_that_is_left_out_of_some_passes_counts_as_simulated(model, policy):
     """Every third pass the second layer sees no token, every third only choices of no expert."""

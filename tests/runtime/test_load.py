@@ -1,5 +1,6 @@
 """A loaded model computes what from_pretrained computes, from any store, with few slots."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -139,6 +140,58 @@ def test_settings_are_refused_before_anything_is_read(olmoe, monkeypatch):
         melinoe.load(olmoe, "cuda:99", slots=2)
     with pytest.raises(melinoe.MelinoeError):
         melinoe.load(olmoe, slots=2, policy="no-such-policy")
+
+
+def open_files(directory) -> int:
+    """How many descriptors of this process lead into *directory*."""
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return sum(str(directory) in os.readlink(link) for link in links if link.is_symlink())
+
+
+@pytest.mark.parametrize("store", ["disk", "ram"])
+def test_shards_are_open_as_long_as_they_are_needed(tmp_path, store):
+    """On disk until the runtime leaves, in RAM until all is read; the model runs on without."""
+    olmoe = write_olmoe(tmp_path / "olmoe")
+    assert open_files(olmoe) == 0
+    model, handle = melinoe.load(olmoe, slots=2, store=store)
+    assert open_files(olmoe) == (0 if store == "ram" else len(list(olmoe.glob("*.safetensors"))))
+    expected = logits(model)
+    handle.detach()
+    assert open_files(olmoe) == 0
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_failing_detach_leaves_the_shards_open(tmp_path, monkeypatch):
+    """It can be repeated, so what it reads from is still there."""
+    olmoe = write_olmoe(tmp_path / "olmoe")
+    _, handle = melinoe.load(olmoe, slots=2, store="disk")
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsFile, "read", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            handle.detach()
+    handle.detach()
+    assert open_files(olmoe) == 0
+
+
+def test_a_closed_store_is_refused_before_the_weights_are_given_up(olmoe):
+    """Attached again with the store whose shards are closed, the model would lose its experts."""
+    model, handle = melinoe.load(olmoe, slots=2, store="disk")
+    handle.detach()
+    expected = logits(model)
+    with pytest.raises(AttachError, match="is closed"):
+        melinoe.attach(model, slots=2, store=handle.store)
+    assert torch.equal(logits(model), expected)
+
+
+def test_experts_that_do_not_fit_into_memory_are_refused(olmoe, monkeypatch):
+    """Before they are read; the system would end the process in the middle of it."""
+    monkeypatch.setattr("melinoe.runtime.load.free_host_bytes", lambda: 12287)
+    with pytest.raises(BudgetError, match=r"12KiB of experts .* choose the disk store"):
+        melinoe.load(olmoe, slots=2, store="ram")
+    monkeypatch.setattr("melinoe.runtime.load.free_host_bytes", lambda: 12288)
+    melinoe.load(olmoe, slots=2, store="ram")
+    monkeypatch.setattr("melinoe.runtime.load.free_host_bytes", lambda: None)
+    melinoe.load(olmoe, slots=2, store="ram")
 
 
 def test_a_budget_in_bytes_is_kept(olmoe):

@@ -283,6 +283,18 @@ class Trace:
         return trace
 
 
+def known_ids(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """
+    Ids as a trace holds them: int16, -1 wherever no expert is meant.
+
+    Args:
+        ids: Any integers. A negative id means no expert, and so does one at or above
+            *num_experts*: what some families write for a skipped choice.
+        num_experts: Of the layer that the ids are of.
+    """
+    return np.where((ids >= 0) & (ids < num_experts), ids, -1).astype(np.int16)
+
+
 class TraceBuilder:
     """
     Collects forward passes into a `Trace`.
@@ -331,11 +343,11 @@ class TraceBuilder:
             )
         if bool(self._scores) != (scores is not None) and self._experts:
             raise ValueError("scores must be given for all forward passes, or for none")
-        chosen = (experts >= 0) & (experts < self._num_experts)
+        ids = known_ids(experts, self._num_experts)
         if scores is not None:
             weights = np.broadcast_to(np.asarray(scores), experts.shape)
-            self._scores.append(np.where(chosen, weights, 0).astype(np.float16))
-        self._experts.append(np.where(chosen, experts, -1).astype(np.int16))
+            self._scores.append(np.where(ids >= 0, weights, 0).astype(np.float16))
+        self._experts.append(ids)
         rows = (len(experts),)
         self._sequence.append(np.broadcast_to(np.asarray(sequence, np.int32), rows).copy())
         self._kind.append(np.broadcast_to(np.asarray(kind, np.uint8), rows).copy())

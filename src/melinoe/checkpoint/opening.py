@@ -96,6 +96,11 @@ class Checkpoint:
         """Whether some expert can only be had by converting its whole layer."""
         return any(isinstance(r, WholeLayer) for s in self.experts for r in s.readers.values())
 
+    @property
+    def closed(self) -> bool:
+        """Whether a shard is closed, so that not everything can be read."""
+        return any(place.file.closed for place in self.files.values())
+
     def close(self) -> None:
         """Close the shards; sources cannot read afterwards."""
         close_shards(self.files)

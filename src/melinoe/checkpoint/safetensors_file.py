@@ -176,7 +176,7 @@ class SafetensorsFile:
 
     def _fill(self, into: torch.Tensor, offset: int) -> None:
         """Fill a contiguous CPU tensor with the file's bytes from *offset* on."""
-        if not self._closing.alive:
+        if self.closed:
             raise ValueError(f"{self.path} is closed")
         data: Any = into.detach().reshape(-1).view(torch.uint8).numpy()
         view = memoryview(data)
@@ -189,6 +189,11 @@ class SafetensorsFile:
             if done == 0:
                 raise self._torn(f"lost bytes after {offset} while it was being read")
             view, offset = view[done:], offset + done
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can no longer be read."""
+        return not self._closing.alive
 
     def close(self) -> None:
         """Close the file; reading afterwards is a caller's mistake."""

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from melinoe.cache.policy import Policy
-from melinoe.cache.policy import policy as make_policy
+from melinoe.cache.policy import Policy, policy_makers
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts
-from melinoe.runtime.budget import slots_for
+from melinoe.runtime.budget import slots_by_layer, slots_for
 from melinoe.runtime.handle import Handle
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 from melinoe.runtime.store import Store
@@ -28,7 +27,7 @@ _STORES: dict[str, type[RamStore]] = {"ram": RamStore, "pinned": PinnedStore}
 def attach(
     model: nn.Module,
     *,
-    slots: int | None = None,
+    slots: int | Sequence[int] | None = None,
     expert_memory: str | int | None = None,
     policy: str | Callable[[], Policy] = "lru",
     policy_options: Mapping[str, Any] | None = None,
@@ -45,7 +44,8 @@ def attach(
 
     Args:
         model: a transformers model of a decorated family.
-        slots: experts per layer to keep in fast memory, 1 to all.
+        slots: experts per layer to keep in fast memory, 1 to all; or of each layer, as
+            `melinoe.cache.allocate` makes them.
         expert_memory: the same as a budget for all layers, such as ``"8GiB"``; never exceeded.
         policy: name of a cache policy, or a function that makes one per layer.
         policy_options: what the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
@@ -82,12 +82,13 @@ def attach_stores(
     layers: Sequence[ExpertsLayer],
     store: Store,
     *,
-    slots: int | None = None,
+    slots: int | Sequence[int] | None = None,
     expert_memory: str | int | None = None,
     policy: str | Callable[[], Policy] = "lru",
     policy_options: Mapping[str, Any] | None = None,
     link: EmulatedLink | None = None,
     device: torch.device | str | None = None,
+    at_detach: Callable[[], None] | None = None,
 ) -> Handle:
     """
     Attach to a model whose experts never were in memory: their weights are on the meta device.
@@ -97,6 +98,7 @@ def attach_stores(
         layers: as `find_experts` listed them.
         store: holds the experts of all *layers*.
         slots, expert_memory, policy, policy_options, link, device: as for `attach`.
+        at_detach: called once the model has its weights again, to close what *store* reads from.
 
     Raises:
         BudgetError, AttachError, MelinoeError: as `attach`; the model is as before.
@@ -104,53 +106,50 @@ def attach_stores(
     count, make, target = checked_settings(
         model, layers, slots, expert_memory, policy, policy_options, link, device
     )
-    return Handle(model, layers, store, count, make, link, target)
+    return Handle(model, layers, store, count, make, link, target, at_detach)
 
 
 def checked_settings(
     model: nn.Module,
     layers: Sequence[ExpertsLayer],
-    slots: int | None,
+    slots: int | Sequence[int] | None,
     expert_memory: str | int | None,
     policy: str | Callable[[], Policy],
     policy_options: Mapping[str, Any] | None,
     link: EmulatedLink | None,
     device: torch.device | str | None,
-) -> tuple[int, Callable[[], Policy], torch.device]:
-    """Check all that can be checked before anything is moved."""
+) -> tuple[int | tuple[int, ...], Sequence[Callable[[], Policy]], torch.device]:
+    """Check all that can be checked before anything is moved; slots and policies by layer."""
     if any(bound(layer.module) is not None for layer in layers):
         raise AttachError("a runtime is attached to this model already; detach() it first")
     if (slots is None) == (expert_memory is None):
         raise BudgetError(
             "give either slots (experts per layer) or expert_memory (such as 8GiB), and not both"
         )
-    most = max(layer.num_experts for layer in layers)
     if slots is None:
         assert expert_memory is not None
         slots = slots_for(expert_memory, layers)
-    elif not 1 <= slots <= most:
-        raise BudgetError(
-            f"{slots} slots per layer do not work with {most} experts; give between 1 and {most}"
-        )
+    by_layer = slots_by_layer(slots, layers)  # refuses what cannot be
     target = torch.device(device) if device is not None else _device(model, layers)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     if target.type == "cpu":
         target = torch.device("cpu")  # tensors say "cpu" also where "cpu:0" was asked for
     check_link(target, link)
-    make = _policy_maker(policy, dict(policy_options or {}))
-    make()  # an unknown policy or option shows here
-    return slots, make, target
+    makers = _policy_makers(policy, dict(policy_options or {}), len(layers))
+    for make in makers:
+        make()  # an unknown policy or option shows here
+    return slots if isinstance(slots, int) else by_layer, makers, target
 
 
-def _policy_maker(
-    policy: str | Callable[[], Policy], options: dict[str, Any]
-) -> Callable[[], Policy]:
+def _policy_makers(
+    policy: str | Callable[[], Policy], options: dict[str, Any], num_layers: int
+) -> Sequence[Callable[[], Policy]]:
     if isinstance(policy, str):
-        return lambda: make_policy(policy, **options)
+        return policy_makers(policy, options, num_layers)
     if options:
         raise ValueError("policy_options belong to a policy given by name")
-    return policy
+    return [policy] * num_layers
 
 
 def _check_in_memory(layers: Sequence[ExpertsLayer], store: str) -> None:
@@ -169,13 +168,39 @@ def _check_in_memory(layers: Sequence[ExpertsLayer], store: str) -> None:
 
 
 def _check_fits(layers: Sequence[ExpertsLayer], store: Store) -> None:
-    """The store has as many layers and experts as the model, of the same size."""
-    has = [(store.num_experts(n), store.block_bytes(n)) for n in range(store.num_layers)]
-    if has != [(layer.num_experts, layer.block_bytes) for layer in layers]:
+    """
+    The store can be read, has as many layers and experts as the model, and holds the same ones.
+
+    Of each layer the last expert's bits are compared: the model's own weights are given up for
+    the store's, so a store that was never filled would be their end.
+    """
+    if getattr(store, "closed", False):
         raise AttachError(
-            "the store holds other experts than this model's (their numbers or sizes differ); "
-            "give the store that was filled from this model"
+            "the store is closed, because the runtime that it was opened for was detached; load "
+            "the checkpoint again, or attach with store='ram'"
         )
+    has = [(store.num_experts(n), store.block_bytes(n)) for n in range(store.num_layers)]
+    same = has == [(layer.num_experts, layer.block_bytes) for layer in layers]
+    if not (same and all(_holds_last_of(layer, store) for layer in layers)):
+        raise AttachError(
+            "the store holds other experts than this model's; give the store that was filled from "
+            "this model"
+        )
+
+
+def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
+    """Whether the last expert of *layer* is the store's bit for bit, or only the store has it."""
+    parameters = {t.name: layer.module.get_parameter(t.name) for t in layer.tensors}
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return True
+    own = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}
+    kept = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    store.read(layer.index, layer.num_experts - 1, kept)
+    return all(torch.equal(_bits(own[name]), _bits(kept[name])) for name in own)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _device(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:

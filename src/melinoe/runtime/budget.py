@@ -96,3 +96,32 @@ def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> tuple[int, ...]:
+    """
+    Slots of each layer; one number for all of them is cut to the experts that a layer has.
+
+    Raises:
+        BudgetError: no slot or more than experts, or not one number for each layer.
+    """
+    if isinstance(slots, int):
+        most = max(layer.num_experts for layer in layers)
+        if not 1 <= slots <= most:
+            raise BudgetError(
+                f"{slots} slots per layer do not work with {most} experts; "
+                f"give between 1 and {most}"
+            )
+        return tuple(min(slots, layer.num_experts) for layer in layers)
+    if len(slots) != len(layers):
+        raise BudgetError(
+            f"slots are given for {len(slots)} layers of {len(layers)}; give one number for each, "
+            "or one for all"
+        )
+    for number, (count, layer) in enumerate(zip(slots, layers, strict=True)):
+        if not 1 <= count <= layer.num_experts:
+            raise BudgetError(
+                f"{count} slots do not work in layer {number} with {layer.num_experts} experts; "
+                f"give between 1 and {layer.num_experts}"
+            )
+    return tuple(int(count) for count in slots)

@@ -52,6 +52,11 @@ class DiskStore:
         """
         self._checkpoint.experts[layer].read(expert, into)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be read any more."""
+        return self._checkpoint.closed
+
     def close(self) -> None:
         """Close the shards; nothing can be read afterwards."""
         self._checkpoint.close()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.policy import Policy
+from melinoe.cache.requests import mean_scores
 from melinoe.cache.residency import Load, Residency
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn
@@ -43,6 +44,7 @@ class ExpertCache:
     ) -> None:
         self.layer = layer
         self.residency = Residency(layer.num_experts, num_slots, policy)
+        self._uses_scores = policy.uses_scores
         self._index = layer.index
         self._num_experts = layer.num_experts
         self._num_slots = num_slots
@@ -88,7 +90,7 @@ class ExpertCache:
         self._check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
-        self._passes.enter(self._index, top_k_index)
+        self._passes.enter(self._index, top_k_index, top_k_weights)
         try:
             return self._compute(hidden_states, top_k_index, top_k_weights)
         except BaseException:
@@ -97,9 +99,10 @@ class ExpertCache:
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts, uses, whole = self._request(top_k_index)
+        scores = self._scores(experts, top_k_index, top_k_weights) if self._uses_scores else None
         if not whole or len(experts) > self._num_slots:
-            return self._in_parts(experts, uses, hidden_states, top_k_index, top_k_weights)
-        plan = self.residency.request(experts)
+            return self._in_parts(experts, uses, scores, hidden_states, top_k_index, top_k_weights)
+        plan = self.residency.request(experts, None, scores)
         if plan.loads:
             self._load(plan.loads)
         if self._in_flight:
@@ -138,6 +141,7 @@ class ExpertCache:
         self,
         experts: list[int],
         uses: list[int],
+        scores: list[float] | None,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
@@ -148,7 +152,7 @@ class ExpertCache:
         known = (flat >= 0) & (flat < self._num_experts)
         flat = flat.masked_fill(~known, self._num_experts)  # the last entry below means "not due"
         plans = []
-        for plan in self.residency.plans(experts, uses):
+        for plan in self.residency.plans(experts, uses, scores):
             plans.append(plan)
             if plan.loads:
                 self._load(plan.loads)
@@ -173,6 +177,16 @@ class ExpertCache:
         counts = np.bincount(known, minlength=self._num_experts)
         experts = counts.nonzero()[0]
         return experts.tolist(), counts[experts].tolist(), known.size == ids.size
+
+    def _scores(
+        self, experts: list[int], top_k_index: Tensor, top_k_weights: Tensor
+    ) -> list[float]:
+        """How much the router wanted each of *experts*, the number that a trace would give."""
+        ids = top_k_index.reshape(-1).cpu().numpy()
+        weights = top_k_weights.reshape(-1).to(torch.float16).cpu().numpy()
+        known = (ids >= 0) & (ids < self._num_experts)
+        rows = top_k_index.shape[0]
+        return mean_scores(ids[known], weights[known], rows, self._num_experts)[experts].tolist()
 
     def _load(self, loads: Sequence[Load]) -> None:
         if self._in_flight:

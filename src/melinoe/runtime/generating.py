@@ -18,13 +18,15 @@ from melinoe.runtime.passes import ForwardPasses
 _log = logging.getLogger("melinoe")
 
 
-def watch_generate(model: nn.Module, passes: ForwardPasses) -> Callable[[], None]:
+def watch_generate(
+    model: nn.Module, passes: ForwardPasses, *, may_compile: bool = False
+) -> Callable[[], None]:
     """
     Put a ``generate`` before the model's own that tells *passes* when it begins and ends.
 
-    It also forbids compilation, which transformers begins by itself with a static cache on a GPU:
-    the experts ask the host who is resident, once per layer, and that cannot be compiled. The
-    caller's generation config is not touched; the model's own is, until the end.
+    Unless *may_compile*, it also forbids compilation, which transformers begins by itself with a
+    static cache on a GPU: the experts ask the host who is resident, once per layer, and that cannot
+    be compiled. The caller's generation config is not touched; the model's own is, until the end.
 
     Returns:
         A function that puts back what was there.
@@ -35,12 +37,13 @@ def watch_generate(model: nn.Module, passes: ForwardPasses) -> Callable[[], None
     before = vars(model).get("generate")
     config = getattr(model, "generation_config", None)
     compiling = getattr(config, "disable_compile", None)
-    if config is not None:
+    if config is not None and not may_compile:
         config.disable_compile = True
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _uncompiled(args, kwargs)
+        if not may_compile:
+            args, kwargs = _uncompiled(args, kwargs)
         # Before anything runs: transformers shortens the model for its guesses, and an exception
         # in the middle of that would leave it short.
         if passes.recorder is not None and _exits_early(config, args, kwargs):
@@ -55,7 +58,7 @@ def watch_generate(model: nn.Module, passes: ForwardPasses) -> Callable[[], None
         vars(model).pop("generate", None)
         if before is not None:
             vars(model)["generate"] = before
-        if config is not None:
+        if config is not None and not may_compile:
             config.disable_compile = compiling
 
     vars(model)["generate"] = generate  # not setattr: nothing of it may be registered

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
-from melinoe.errors import AttachError
+from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import fingerprint
+from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.generating import watch_generate
 from melinoe.runtime.passes import ForwardPasses
@@ -32,10 +33,11 @@ class Handle:
     time; it takes no lock and notices no second one.
 
     Attributes:
-        slots: slots per layer, as given or as the memory allowed.
-        slots_by_layer: the same, cut to the experts that a layer has.
+        slots: slots per layer, as given or as the memory allowed; the most, where layers differ.
+        slots_by_layer: of each layer.
         policy: name of the cache policy.
         store: where the experts are that are not resident.
+        link: the emulated link, or None where experts come over the real one.
         layers: the MoE layers, in order.
     """
 
@@ -44,27 +46,27 @@ class Handle:
         model: nn.Module,
         layers: Sequence[ExpertsLayer],
         store: Store,
-        slots: int,
-        policy: Callable[[], Policy],
+        slots: int | Sequence[int],
+        policy: Callable[[], Policy] | Sequence[Callable[[], Policy]],
         link: EmulatedLink | None,
         device: torch.device,
+        at_detach: Callable[[], None] | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.store = store
-        self.slots = slots
-        self.slots_by_layer = tuple(min(slots, layer.num_experts) for layer in layers)
+        self.link = link
+        self._at_detach = at_detach
+        self.slots_by_layer = slots_by_layer(slots, layers)
+        self.slots = slots if isinstance(slots, int) else max(slots)
         self._model = model
         self._counters = Counters(len(layers))
         self._transfer = transfer_for(store, device, link)
         self._undo = ExitStack()
         self._origins = [_origin(layer, device) for layer in layers]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
-            self._passes = ForwardPasses(model, self._counters)
+            self._passes = self._follow(model)
             undo.callback(self._passes.close)
-            self._caches = [
-                ExpertCache(layer, count, policy(), self._transfer, self._passes, device)
-                for layer, count in zip(layers, self.slots_by_layer, strict=True)
-            ]
+            self._caches = self._make_caches(policy, device)
             self.policy = self._caches[0].residency.policy.name
             for layer, cache in zip(layers, self._caches, strict=True):
                 free_weights(layer, device)
@@ -73,9 +75,29 @@ class Handle:
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
-            undo.callback(watch_generate(model, self._passes))
+            undo.callback(self._plug_in(model))
             self._undo = undo.pop_all()
         self._attached = True
+
+    # --- what another engine does otherwise -----------------------------------------------------
+
+    def _follow(self, model: nn.Module) -> ForwardPasses:
+        """Follow the model's forward passes."""
+        return ForwardPasses(model, self._counters)
+
+    def _make_caches(
+        self, policy: Callable[[], Policy] | Sequence[Callable[[], Policy]], device: torch.device
+    ) -> list[Any]:
+        """What computes each layer's experts; the weights are still in the modules."""
+        makers = [policy] * len(self.layers) if callable(policy) else policy
+        return [
+            ExpertCache(layer, count, make(), self._transfer, self._passes, device)
+            for layer, count, make in zip(self.layers, self.slots_by_layer, makers, strict=True)
+        ]
+
+    def _plug_in(self, model: nn.Module) -> Callable[[], None]:
+        """Fit `generate` to this engine; returns what undoes it."""
+        return watch_generate(model, self._passes)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -157,23 +179,33 @@ class Handle:
             self._counters.add_prefetch(index, cache.prefetch(experts))
 
     @contextmanager
-    def record(self, model_name: str = "") -> Iterator[Recorder]:
+    def record(self, model_name: str = "", scores: bool = False) -> Iterator[Recorder]:
         """
         Record what the routers choose in the body of the ``with`` statement.
 
         Args:
             model_name: for the trace's header; absent means the configuration's name.
+            scores: also the weight that each choice was given, as the policy ``score`` needs it.
 
         Raises:
             AttachError: something is being recorded already, or the runtime is detached.
+            UnsupportedModelError: no router is found, by which a trace is told from another
+                model's.
         """
         self._check_attached()
         if self._passes.recorder is not None:
             raise AttachError("a recording is running already; end it before you begin another")
         config = getattr(self._model, "config", None)
         name = model_name or getattr(config, "_name_or_path", "") or type(self._model).__name__
-        most = max(layer.num_experts for layer in self.layers)
-        recorder = Recorder(len(self.layers), most, name, fingerprint(self._model))
+        try:
+            which = fingerprint(self._model)
+        except UnsupportedModelError:
+            raise UnsupportedModelError(
+                f"{name} cannot be recorded: beside some of its experts no router is found, so its "
+                "trace could not be told from another model's; read handle.counters instead"
+            ) from None
+        experts = [layer.num_experts for layer in self.layers]
+        recorder = Recorder(experts, name, which, scores=scores)
         self._passes.recorder = recorder
         try:
             yield recorder
@@ -185,8 +217,10 @@ class Handle:
         """
         Put the experts' weights back, bit for bit, and the experts implementation of before.
 
-        Needs memory for all experts beside the store. Without effect the second time. If it fails,
-        for want of that memory say, the runtime is still attached and can be detached again.
+        Needs memory for all experts beside the store. The files of a checkpoint that `load` left
+        open for the store are closed, so that the store cannot be used again. Without effect the
+        second time. If it fails, for want of that memory say, the runtime is still attached and
+        can be detached again.
         """
         if self._attached:
             self._transfer.finish()
@@ -195,6 +229,8 @@ class Handle:
             self._attached = False
             self.drop_prefetch()
             self._undo.close()
+            if self._at_detach is not None:
+                self._at_detach()
 
     def __enter__(self) -> Handle:
         return self

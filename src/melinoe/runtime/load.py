@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from transformers.utils.logging import tqdm
 from melinoe.cache.policy import Policy
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
-from melinoe.errors import AttachError
+from melinoe.config import STORES
+from melinoe.errors import AttachError, BudgetError
 from melinoe.runtime.attach import Handle, attach_stores, checked_settings
 from melinoe.runtime.budget import format_bytes
 from melinoe.runtime.disk_store import DiskStore
+from melinoe.runtime.host_memory import free_host_bytes
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 from melinoe.runtime.store import Store
 from melinoe.runtime.transfer import EmulatedLink
 
 _log = logging.getLogger("melinoe")
-
-STORES = ("auto", "ram", "pinned", "disk")
 
 # Reading is bound by the disk; more readers than this gained nothing.
 _READERS = 4
@@ -37,7 +37,7 @@ def load(
     name: str | Path,
     device: torch.device | str = "cpu",
     *,
-    slots: int | None = None,
+    slots: int | Sequence[int] | None = None,
     expert_memory: str | int | None = None,
     policy: str | Callable[[], Policy] = "lru",
     policy_options: Mapping[str, Any] | None = None,
@@ -55,7 +55,7 @@ def load(
     Args:
         name: A directory in the hub's layout, or the name of a repository on the hub.
         device: Where the backbone and the slots go: "cpu", "cuda", "cuda:1".
-        slots: Experts per layer to keep in fast memory, 1 to all.
+        slots: Experts per layer to keep in fast memory, 1 to all; or of each layer.
         expert_memory: The same as a budget for all layers, such as ``"8GiB"``; never exceeded.
         policy: Name of a cache policy, or a function that makes one per layer.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
@@ -71,7 +71,8 @@ def load(
     Raises:
         CheckpointError: files missing, torn, quantised, or of another model than the config's.
         UnsupportedModelError: the family has no experts that can be served.
-        BudgetError: neither or both of *slots* and *expert_memory*; or too little memory.
+        BudgetError: neither or both of *slots* and *expert_memory*; or too little memory, also of
+            the host's for all experts.
         AttachError: an unknown store, or a device that is not there.
     """
     target = _device(device)
@@ -90,10 +91,13 @@ def load(
         # Before anything is read.
         checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)
         kind = _auto(checkpoint, target) if store == "auto" else store
+        if kind != "disk":
+            _check_room(checkpoint)
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
         filled = _fill(checkpoint, kind)
-        handle = attach_stores(model, layers, filled, **options)
+        at_detach = checkpoint.close if kind == "disk" else None
+        handle = attach_stores(model, layers, filled, at_detach=at_detach, **options)
     except BaseException:
         checkpoint.close()
         raise
@@ -132,21 +136,22 @@ def _fill(checkpoint: Checkpoint, kind: str) -> Store:
 def _auto(checkpoint: Checkpoint, device: torch.device) -> str:
     """Pinned if a GPU is to be served and the experts fit; else disk."""
     kind = "disk"
-    if device.type == "cuda" and checkpoint.expert_bytes <= _PINNABLE_SHARE * _free_bytes():
+    free = free_host_bytes() or 0
+    if device.type == "cuda" and checkpoint.expert_bytes <= _PINNABLE_SHARE * free:
         kind = "pinned"
     _log.info("store: %s, for %s of experts on %s",
               kind, format_bytes(checkpoint.expert_bytes), device)  # fmt: skip
     return kind
 
 
-def _free_bytes() -> int:
-    """Host memory that can be had without swapping; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else 0
+def _check_room(checkpoint: Checkpoint) -> None:
+    """Refuse a store in host memory that the system would end the process for."""
+    free = free_host_bytes()
+    if free is not None and checkpoint.expert_bytes > free:
+        raise BudgetError(
+            f"{format_bytes(checkpoint.expert_bytes)} of experts do not fit into the "
+            f"{format_bytes(free)} of memory that the host has left; choose the disk store"
+        )
 
 
 def _device(device: torch.device | str) -> torch.device:

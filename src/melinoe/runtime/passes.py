@@ -55,14 +55,14 @@ class ForwardPasses:
             model.register_forward_hook(self._after),
         ]
 
-    def enter(self, layer: int, top_k_index: Tensor) -> None:
+    def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
         bit = 1 << layer
         if not self._seen or self._seen & bit:
             self._begin(top_k_index.shape[0])
         self._seen |= bit
         if self.recorder is not None:
-            self.recorder.add(layer, top_k_index)
+            self.recorder.add(layer, top_k_index, top_k_weights)
 
     def end(self) -> None:
         """End the open pass, if one is open."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.counters import PROMPT
-from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace
+from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace, known_ids
 from melinoe.errors import TraceError
 from melinoe.runtime.calls import Batch
 
@@ -22,19 +22,28 @@ class Recorder:
     Each row of a batch that begins a prompt is a sequence of its own; beams count as such rows.
 
     Args:
-        num_layers: MoE layers of the model.
-        num_experts: of the layer that has most.
+        num_experts: of each MoE layer.
         model: its name, for people.
         fingerprint: of the weights that choose.
+        scores: whether to keep the weight that each choice was given.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, model: str, fingerprint: str) -> None:
-        self._num_layers = num_layers
-        self._num_experts = num_experts
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        model: str,
+        fingerprint: str,
+        *,
+        scores: bool = False,
+    ) -> None:
+        self._num_experts = tuple(num_experts)
         self._model = model
         self._fingerprint = fingerprint
+        self._keeps_scores = scores
         self._chosen: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
         self._passes: list[np.ndarray] = []
+        self._scores: list[np.ndarray] = []
         self._sequences: list[np.ndarray] = []
         self._kinds: list[np.ndarray] = []
         self._now: tuple[np.ndarray, np.ndarray] | None = None
@@ -60,9 +69,14 @@ class Recorder:
                 by_row[padding.cpu().numpy()] = PADDING_ROW
         self._now = (rows + np.int32(self._base), kinds)
         self._chosen = {}
+        self._weights = {}
 
-    def add(self, layer: int, top_k_index: Tensor) -> None:
+    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """The rows of the open pass chose ``top_k_index`` ``(tokens, top_k)`` in *layer*."""
+        if self._now is not None and self._keeps_scores:
+            if top_k_weights is None:
+                raise TraceError("this engine does not tell weights; record without scores")
+            self._weights[layer] = top_k_weights.detach().to(torch.float16, copy=True)
         if self._now is not None:
             # A copy on the device; brought to the host at the end of the pass, not layer by layer.
             self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
@@ -79,18 +93,21 @@ class Recorder:
         (sequences, kinds), self._now = self._now, None
         rows = len(kinds)
         top_k = max(chosen.shape[1] for chosen in self._chosen.values())
-        experts = np.full((rows, self._num_layers, top_k), -1, dtype=np.int16)
+        experts = np.full((rows, len(self._num_experts), top_k), -1, dtype=np.int16)
+        scores = np.zeros(experts.shape if self._keeps_scores else (0, 0, 0), dtype=np.float16)
         for layer, chosen in self._chosen.items():
             if chosen.shape[0] != rows:
                 raise TraceError(
                     f"one forward pass computed {rows} tokens in one layer and {chosen.shape[0]} "
                     "in another, which a trace cannot hold; this model cannot be traced"
                 )
-            ids = chosen.cpu().numpy()
-            experts[:, layer, : ids.shape[1]] = np.where(
-                (ids >= 0) & (ids < self._num_experts), ids, -1
-            )
+            ids = known_ids(chosen.cpu().numpy(), self._num_experts[layer])
+            experts[:, layer, : ids.shape[1]] = ids
+            if self._keeps_scores:
+                weights = self._weights[layer].cpu().numpy()
+                scores[:, layer, : ids.shape[1]] = np.where(ids >= 0, weights, 0)
         self._passes.append(experts)
+        self._scores.append(scores)
         self._sequences.append(sequences)
         self._kinds.append(kinds)
 
@@ -108,17 +125,21 @@ class Recorder:
         if not self._passes:
             raise TraceError("nothing was recorded; run the model inside `with handle.record()`")
         top_k = max(experts.shape[2] for experts in self._passes)
-        padded = [
-            np.pad(e, ((0, 0), (0, 0), (0, top_k - e.shape[2])), constant_values=-1)
-            for e in self._passes
-        ]
+
+        def pad(passes: list[np.ndarray], value: int) -> np.ndarray:
+            widths = [((0, 0), (0, 0), (0, top_k - e.shape[2])) for e in passes]
+            return np.concatenate(
+                [np.pad(e, w, constant_values=value) for e, w in zip(passes, widths, strict=True)]
+            )
+
         lengths = [len(experts) for experts in self._passes]
         return Trace(
-            experts=np.concatenate(padded),
+            experts=pad(self._passes, -1),
+            scores=pad(self._scores, 0) if self._keeps_scores else None,
             forward=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
             sequence=np.concatenate(self._sequences).astype(np.int32),
             kind=np.concatenate(self._kinds),
-            num_experts=self._num_experts,
+            num_experts=max(self._num_experts),
             model=self._model,
             fingerprint=self._fingerprint,
             versions=_versions(),
