@@ -1,0 +1,271 @@
+"""
+The NLL-only run that a price is measured against: what it cost at every turn, and its last weights.
+
+In its directory, beside the checkpoint it wrote::
+
+    price_reference.json          which run, on which texts; the costs, step by step and at the end;
+                                  what a cache would have loaded for it and for the base model
+    price_reference.safetensors   what it trained, by parameter name
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from melinoe.config import FinetuneSettings, experts_in_share
+from melinoe.errors import TrainingError
+from melinoe.finetune.panel import OWN, Panel
+from melinoe.finetune.reading import Cost, Loads, read
+
+NAME = "price_reference"
+# What may differ between a run and its reference: it changes no weight of the reference.
+_FREE = (
+    {"lambda_cache", "lambda_rank", "gamma", "rho", "cache_loss", "cache_gradient"}
+    | {"anchor", "rank_reduce", "reference", "swap_margin", "capacity_curriculum"}
+    | {"layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_replay"}
+    | {"replay_loss", "replay_batch_size", "log_every", "eval_every", "save_every", "keep"}
+    | {"keep_checkpoints", "save", "report_to", "max_bad_steps", "gradient_checkpointing"}
+)
+
+
+def identity(
+    settings: FinetuneSettings, panel: Panel, base_fingerprint: str, data_fingerprint: str
+) -> dict[str, Any]:
+    """What a run and its reference must have in common."""
+    kept = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    return {
+        "settings": json.loads(json.dumps(kept, default=str)),
+        "texts": panel.fingerprint(),
+        "base": base_fingerprint,
+        "data": data_fingerprint,
+    }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    What the NLL-only run left.
+
+    Attributes:
+        identity: See `identity`.
+        every: Steps between its measurements.
+        curve: Step to the cost of each steering half, by domain.
+        judged: Domain to the cost of the judging texts after the last step.
+        parts: What it trained, by parameter name.
+        base: What a cache would have loaded for the base model, on the judging texts of the domain
+            that is trained on.
+        trained: The same for this run's model.
+    """
+
+    identity: Mapping[str, Any]
+    every: int
+    curve: Mapping[int, Mapping[str, Cost]]
+    judged: Mapping[str, Cost]
+    parts: Mapping[str, Tensor]
+    base: Loads
+    trained: Loads
+
+    @property
+    def last(self) -> Mapping[str, Cost]:
+        """The steering texts' costs after the last step."""
+        return self.curve[max(self.curve)]
+
+    def save(self, directory: Path) -> None:
+        """Write the files; the JSON comes last, so that where it stands the others do."""
+        save_file(dict(self.parts), _beside(directory / f"{NAME}.safetensors"))
+        os.replace(_beside(directory / f"{NAME}.safetensors"), directory / f"{NAME}.safetensors")
+        record = {
+            "identity": self.identity,
+            "every": self.every,
+            "curve": {step: _costs(costs) for step, costs in self.curve.items()},
+            "judged": _costs(self.judged),
+            "base": self.base.to_dict(),
+            "trained": self.trained.to_dict(),
+        }
+        path = directory / f"{NAME}.json"
+        _beside(path).write_text(json.dumps(record), encoding="utf-8")
+        os.replace(_beside(path), path)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Reference":
+        """
+        Read what `save` wrote.
+
+        Raises:
+            TrainingError: there is none, or its files are damaged.
+        """
+        directory = Path(directory).expanduser()
+        path = directory / f"{NAME}.json"
+        if not path.is_file():
+            raise TrainingError(
+                f"{directory} is no reference of a price: it has no {path.name}; give the "
+                "directory that an earlier run with a price wrote as its reference, or none"
+            )
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                identity=record["identity"],
+                every=int(record["every"]),
+                curve={int(step): _read(costs) for step, costs in record["curve"].items()},
+                judged=_read(record["judged"]),
+                parts=load_file(directory / f"{NAME}.safetensors"),
+                base=Loads.from_dict(record["base"]),
+                trained=Loads.from_dict(record["trained"]),
+            )
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"the reference in {directory} is damaged ({error}); give none to make it again"
+            ) from error
+
+    def check(self, wanted: Mapping[str, Any], directory: str | Path) -> None:
+        """
+        Raises unless this is the reference of a run with the identity *wanted*.
+
+        Raises:
+            TrainingError: another base model, data, texts, or a setting that differs; it names it.
+        """
+        for key, what in (("base", "base model"), ("data", "data"), ("texts", "held-out texts")):
+            if self.identity[key] != wanted[key]:
+                raise TrainingError(
+                    f"the reference in {directory} is of another {what}; give one of this run's, "
+                    "or none to make it"
+                )
+        ours, theirs = wanted["settings"], self.identity["settings"]
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise TrainingError(
+                    f"the reference in {directory} was trained with {name} {theirs.get(name)}, "
+                    f"this run with {ours.get(name)}; give one that agrees, or none to make it"
+                )
+
+
+class ReferenceCallback(TrainerCallback):
+    """
+    Watches the NLL-only run.
+
+    Args:
+        panel: The texts.
+        every: Steps between measurements; absent: a twenty-fifth of the run.
+    """
+
+    def __init__(self, panel: Panel, every: int | None = None):
+        self.panel, self.every = panel, every
+        self.curve: dict[int, dict[str, Cost]] = {}
+        self.judged: dict[str, Cost] = {}
+        self.parts: dict[str, Tensor] = {}
+        self.loads: dict[str, Loads] = {}
+
+    def attach(self, trainer: Any) -> None:
+        """Meet the trainer, before the first step."""
+        check_trainer(trainer)
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the base model chose, before any step."""
+        self.every = self.every or default_turn(state.max_steps)
+        if state.global_step == 0:
+            _, self.loads["base"] = judge(self.trainer, self.panel)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The steering texts at every turn; after the last step the judging ones too."""
+        assert self.every is not None
+        last = state.global_step == state.max_steps
+        if state.global_step % self.every == 0 or last:
+            self.curve[state.global_step] = steer(self.trainer, self.panel)
+        if last:
+            self.judged, self.loads["trained"] = judge(self.trainer, self.panel)
+            self.parts = {k: v.detach().cpu().clone() for k, v in named_parts(self.trainer).items()}
+
+    def reference(self, identity: Mapping[str, Any]) -> Reference:
+        """What the run left, after it."""
+        assert self.every is not None
+        return Reference(
+            identity,
+            self.every,
+            self.curve,
+            self.judged,
+            self.parts,
+            self.loads["base"],
+            self.loads["trained"],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; JSON."""
+        return {
+            "every": self.every,
+            "curve": {str(step): _costs(costs) for step, costs in self.curve.items()},
+            "loads": {name: loads.to_dict() for name, loads in self.loads.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.every = state["every"]
+        self.curve = {int(step): _read(costs) for step, costs in state["curve"].items()}
+        self.loads = {name: Loads.from_dict(one) for name, one in state["loads"].items()}
+
+
+def check_trainer(trainer: Any) -> None:
+    """
+    Raises if a price cannot be kept in this run.
+
+    Raises:
+        TrainingError: weights are sharded over devices.
+    """
+    if getattr(trainer, "is_fsdp_enabled", False):
+        raise TrainingError(
+            "a price cannot be kept with sharded weights, since the texts are read on each device; "
+            "use data-parallel training without sharding, or set lambda_cache yourself"
+        )
+
+
+def default_turn(steps: int) -> int:
+    """Steps between measurements: a twenty-fifth of the run."""
+    return max(1, steps // 25)
+
+
+def named_parts(trainer: Any) -> dict[str, Tensor]:
+    """What is trained, by parameter name."""
+    return {**trainer.parts.router, **trainer.parts.lora}
+
+
+def steer(trainer: Any, panel: Panel) -> dict[str, Cost]:
+    """What the steering texts cost the model as it is, by domain."""
+    model = _model(trainer)
+    return {name: read(model, texts, trainer.settings)[0] for name, texts in panel.steering.items()}
+
+
+def judge(trainer: Any, panel: Panel) -> tuple[dict[str, Cost], Loads]:
+    """What the judging texts cost, and what a cache would load for those trained on."""
+    model, costs, loads = _model(trainer), {}, None
+    for name, texts in panel.judging.items():
+        routers = trainer.parts.routers if name == OWN else ()
+        costs[name], trace = read(model, texts, trainer.settings, routers)
+        if trace is not None:
+            share = trainer.settings.capacity
+            loads = Loads.of(trace, experts_in_share(share, trace.num_experts))
+    assert loads is not None
+    return costs, loads
+
+
+def _model(trainer: Any) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=True)
+
+
+def _costs(costs: Mapping[str, Cost]) -> dict[str, Any]:
+    return {name: cost.to_dict() for name, cost in costs.items()}
+
+
+def _read(costs: Mapping[str, Any]) -> dict[str, Cost]:
+    return {name: Cost.from_dict(values) for name, values in costs.items()}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
