@@ -22,7 +22,6 @@ from melinoe.moe.routing import fingerprint
 from melinoe.predictor import (
     FitSettings,
     Predictor,
-    choose,
     compare,
     fit,
     recall_at,
@@ -101,7 +100,7 @@ def test_a_planted_mapping_is_learned_and_popularity_is_not_enough():
     assert comparison.recall["popularity"].mean < 0.45
     assert comparison.recall["empty"].mean == 0
     assert comparison.ceiling.mean == pytest.approx(1)
-    assert choose(comparison) == "learned"
+    assert comparison.winner == "learned"
 
 
 def test_the_prefills_experts_win_where_they_tell_and_tokens_do_not():
@@ -117,7 +116,7 @@ def test_the_prefills_experts_win_where_they_tell_and_tokens_do_not():
     comparison = compare(builder.trace(), prompts, embeddings(), slots=4, settings=QUICK)
     assert comparison.recall["prefill"].mean > 0.9
     assert comparison.recall["learned"].mean < 0.5
-    assert choose(comparison) == "prefill"
+    assert comparison.winner == "prefill"
 
 
 def test_where_prompts_say_nothing_the_learned_predictor_does_not_win():
@@ -131,7 +130,7 @@ def test_where_prompts_say_nothing_the_learned_predictor_does_not_win():
             chosen = rng.choice(EXPERTS, (rows, LAYERS, TOP_K), p=likely)
             builder.add_forward(chosen, sequence, kind)
     comparison = compare(builder.trace(), prompts, embeddings(), slots=4, settings=QUICK)
-    assert choose(comparison) != "learned"
+    assert comparison.winner != "learned"
     assert comparison.recall["learned"].mean == pytest.approx(
         comparison.recall["popularity"].mean, abs=0.03
     )

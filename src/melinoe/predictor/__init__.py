@@ -7,7 +7,7 @@ Prompt in, experts out: which experts each layer will use, known before the firs
     compare.py   the learned predictor against rivals that cost nothing, and which one to use
 """
 
-from melinoe.predictor.compare import RIVALS, Comparison, choose, compare
+from melinoe.predictor.compare import RIVALS, Comparison, compare
 from melinoe.predictor.fit import FitSettings, fit
 from melinoe.predictor.model import Predictor
 from melinoe.predictor.targets import recall_at, use_counts
@@ -17,7 +17,6 @@ __all__ = [
     "Comparison",
     "FitSettings",
     "Predictor",
-    "choose",
     "compare",
     "fit",
     "recall_at",

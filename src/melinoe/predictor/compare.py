@@ -53,11 +53,6 @@ class Comparison:
         }
 
 
-def choose(comparison: Comparison) -> str:
-    """Say which strategy wins: ``learned``, or the best of the `RIVALS`."""
-    return comparison.winner
-
-
 def compare(
     trace: Trace,
     prompts: Sequence[Sequence[int]],
