@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from melinoe.checkpoint.describing import top_k_of
 from melinoe.checkpoint.files import quantisation, read_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class
-from melinoe.errors import CheckpointError, MelinoeError, UnsupportedModelError
+from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import find_experts
 from melinoe.plan.forward import cache_bytes, forward
 from melinoe.plan.kv_fallback import cache_bytes_by_heads
@@ -116,15 +116,7 @@ def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = Non
     config, source = _config(model)
     wanted = dtype or config.dtype or torch.bfloat16
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    try:
-        built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
-    except MelinoeError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"transformers cannot build {config.model_type!r} from this config "
-            f"({str(error).splitlines()[0][:120]}); check its config.json"
-        ) from None
+    built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
     built.eval()
     experts = find_experts(built)
     of_experts = {id(p) for one in experts for p in one.module.parameters(recurse=False)}

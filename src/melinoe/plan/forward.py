@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
@@ -25,7 +25,7 @@ from melinoe.moe.experts import ExpertsLayer
 DIRECT = 4096
 """Tokens up to which the cache is simply asked; beyond, it is continued from there."""
 
-_LOOKUPS = ("aten::embedding", "aten::index_select")
+_LOOKUPS = (torch.nn.functional.embedding, torch.embedding, torch.index_select)
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,26 @@ class Pass:
     top_k: tuple[int | None, ...]
 
 
-class _Reads(TorchDispatchMode):
-    """Notes which parameters any operator takes, and which are only looked up."""
+class _Reads(TorchFunctionMode):
+    """Notes which parameters any function of torch takes, and which are only looked up."""
 
     def __init__(self) -> None:
         super().__init__()
         self.read: set[int] = set()
         self.looked_up: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        into = self.looked_up if func.name().partition(".")[0] in _LOOKUPS else self.read
-        for value in torch.utils._pytree.tree_leaves((args, kwargs or {})):
-            if isinstance(value, torch.nn.Parameter):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        into = self.looked_up if func in _LOOKUPS else self.read
+        for value in (*args, *(kwargs or {}).values()):
+            # Only these, or looking at a parameter (its shape, its type) would count as reading it.
+            if isinstance(value, torch.nn.Parameter) and not _asks_only(func):
                 into.add(id(value))
         return func(*args, **(kwargs or {}))
+
+
+def _asks_only(func: Any) -> bool:
+    """Whether *func* is a property's getter or another question about a tensor."""
+    return getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "stride")
 
 
 def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
@@ -125,17 +131,19 @@ def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], context: int) -> int
     """
     if context <= DIRECT:
         return sum(forward(model, layers, context).cache_bytes)
-    half, whole = (forward(model, layers, n) for n in (DIRECT // 2, DIRECT))
+    whole = forward(model, layers, DIRECT)
+    # Between the two lengths no window may fill up, or its growth would be taken for the whole's.
+    filling = [one for one in whole.windows if one is not None and DIRECT // 2 < one < DIRECT]
+    shorter = max([DIRECT // 2, *filling])
+    some = forward(model, layers, shorter)
     total = 0.0
     for before, after, window in zip(
-        half.cache_bytes, whole.cache_bytes, whole.windows, strict=True
+        some.cache_bytes, whole.cache_bytes, whole.windows, strict=True
     ):
-        per_token = (after - before) / (DIRECT - DIRECT // 2)
-        more = context - DIRECT if window is None else max(0, min(context, window - 1) - DIRECT)
-        # A window that was full before the end has stopped growing by itself, but not by half.
-        if window is not None and window - 1 <= DIRECT:
-            more = 0
-        total += after + per_token * more
+        per_token = (after - before) / (DIRECT - shorter)
+        still_filling = window is not None and window >= DIRECT
+        end = min(context, window - 1) if window is not None and still_filling else context
+        total += after + per_token * (end - DIRECT)
     return round(total)
 
 

@@ -26,12 +26,16 @@ def cache_bytes_by_heads(config: Any, context: int, dtype: torch.dtype) -> tuple
     Returns:
         ``(bytes, source)``, or ``(None, why not)``.
     """
+    try:
+        return _counted(config, context, dtype)
+    except Exception as error:  # a config whose layers differ refuses to be asked as a whole
+        return None, f"not known: the config does not say ({str(error).splitlines()[0][:80]})"
+
+
+def _counted(config: Any, context: int, dtype: torch.dtype) -> tuple[int | None, str]:
     if not getattr(config, "use_cache", True):
         return 0, "the config keeps no cache"
-    try:
-        kinds, options = get_layer_types_and_kwargs(config)
-    except Exception as error:
-        return None, f"not known: transformers does not say what its layers keep ({error})"
+    kinds, options = get_layer_types_and_kwargs(config)
     odd = sorted(set(kinds) - set(_PLAIN))
     if odd or getattr(config, "kv_lora_rank", None):
         return None, f"not known: it is no plain cache ({', '.join(odd) or 'latent attention'})"

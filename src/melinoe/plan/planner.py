@@ -19,7 +19,7 @@ from melinoe.plan.hit_rates import (
     check_shape,
     from_trace,
 )
-from melinoe.plan.speed import Speed, host_seconds, speed, step_of
+from melinoe.plan.speed import Speed, paper_host_time, speed, step_of
 from melinoe.runtime.budget import format_bytes, memory_of, parse_bytes, slots_for
 
 _MOST_MEMORY = 2**44  # 16 TiB: more is a slip of the unit
@@ -186,7 +186,8 @@ def plan(
             batch,
             from_disk=from_disk,
             latency_s=latency_s,
-            host_s=host_seconds(facts.decoder_layers),
+            decoder_layers=facts.decoder_layers,
+            host=paper_host_time(),
         )
 
     return Plan(

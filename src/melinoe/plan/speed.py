@@ -5,7 +5,7 @@ From bytes and bandwidths to seconds a token: what each tier would take alone, a
     device  (backbone read + M + KV) / device bandwidth
     disk    the part of q M' that host memory does not hold / disk bandwidth
     dram    q M' / DRAM bandwidth, if misses are computed on the CPU instead of loaded
-    host    a constant a decoder layer: deciding, launching, waiting
+    host    a constant a decoder layer, and one a load: deciding, launching, waiting
 
 The fast end takes the slowest tier alone: everything overlaps and the host costs nothing. No
 engine can be faster at that hit rate. The slow end adds all of them up.
@@ -124,10 +124,30 @@ def step_of(facts: ModelFacts, batch: int, stored_share: float) -> Step:
     )
 
 
-def host_seconds(decoder_layers: int) -> float:
-    """Time of a host in the loop for one step: the paper's own stack, by decoder layer."""
+@dataclass(frozen=True)
+class HostTime:
+    """Seconds of a host in the loop: of each decoder layer in a step, and of each load."""
+
+    layer: float = 0.0
+    load: float = 0.0
+
+
+def paper_host_time() -> HostTime:
+    """
+    Host time of the paper's own stack, from its two speeds and its transfers.
+
+    All of the time with every expert resident is the layers'; what a token takes longer with 16
+    slots is its loads'. Both leave the copies' and the arithmetic's own time in, a few per cent.
+    """
     known = assumptions()["host_time"]
-    return decoder_layers / (known["tokens_per_s"] * known["layers"])
+    resident_s, offloaded_s = (
+        1 / known[key] for key in ("resident_tokens_per_s", "offloaded_tokens_per_s")
+    )
+    loads = known["transfers_per_layer"] * known["layers"] / known["tokens"]
+    return HostTime(
+        layer=resident_s / known["layers"],
+        load=(offloaded_s - resident_s) / (loads / known["counts_per_load"]),
+    )
 
 
 def tiers(
@@ -137,7 +157,8 @@ def tiers(
     *,
     from_disk: float,
     latency_s: float,
-    host_s: float,
+    decoder_layers: int,
+    host: HostTime,
 ) -> Tiers:
     """
     Seconds of one step on each tier.
@@ -148,7 +169,8 @@ def tiers(
         hardware: The bandwidths.
         from_disk: Share of loads that the disk serves.
         latency_s: Of each load on the link.
-        host_s: Of the step.
+        decoder_layers: How often the host prepares a layer.
+        host: What that and each load cost it.
     """
     missed = 1 - hit_rate
     return Tiers(
@@ -156,7 +178,7 @@ def tiers(
         device=hardware.device.seconds(step.other_bytes + step.expert_bytes),
         disk=hardware.disk.seconds(from_disk * missed * step.load_bytes),
         dram_if_computed=hardware.dram.seconds(missed * step.load_bytes),
-        host=host_s,
+        host=decoder_layers * host.layer + missed * step.loads * host.load,
     )
 
 
@@ -168,7 +190,8 @@ def speed(
     *,
     from_disk: Sequence[float],
     latency_s: float = 0.0,
-    host_s: float = 0.0,
+    decoder_layers: int = 0,
+    host: HostTime | None = None,
 ) -> Speed:
     """
     Both ends of the speed.
@@ -180,10 +203,19 @@ def speed(
         batch: Sequences decoded together.
         from_disk: Share of loads that the disk serves, at the slow end and at the fast one.
         latency_s: Of each load.
-        host_s: Host time of a step, at the slow end.
+        decoder_layers: How often the host prepares a layer in a step.
+        host: What that and each load cost it, at the slow end.
     """
     low, high = (
-        tiers(step, rate, hardware, from_disk=share, latency_s=latency_s, host_s=host_s)
+        tiers(
+            step,
+            rate,
+            hardware,
+            from_disk=share,
+            latency_s=latency_s,
+            decoder_layers=decoder_layers,
+            host=host or HostTime(),
+        )
         for rate, share in zip((rates.low, rates.high), from_disk, strict=True)
     )
     slow = {"link": low.link, "device memory": low.device, "disk": low.disk, "host": low.host}

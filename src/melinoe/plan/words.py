@@ -5,7 +5,7 @@ from __future__ import annotations
 from melinoe.plan.facts import ModelFacts
 from melinoe.plan.hardware import Hardware
 from melinoe.plan.hit_rates import assumptions
-from melinoe.plan.speed import host_seconds
+from melinoe.plan.speed import paper_host_time
 
 
 def notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[str]:
@@ -63,11 +63,11 @@ def assumed(
     if bits in (8, 4):
         stored = known["stored_bits"][str(bits)]
         out.append(f"Stored weight: {stored['per_weight']} bits, {stored['source']}.")
-    host_ms = 1e3 * host_seconds(facts.decoder_layers)
+    host = paper_host_time()
     out.append(
         "Fast end: the slowest tier alone, all else overlapped, no host time. Slow end: the tiers "
-        f"one after the other and {host_ms:.1f} ms of host time a step "
-        f"({known['host_time']['source']})."
+        f"one after the other, and {1e3 * host.layer:.2f} ms of host time a decoder layer and "
+        f"{1e3 * host.load:.2f} ms a load ({known['host_time']['source']})."
     )
     out.append(
         "A token reads the parameters that its arithmetic touches; keys and values are those of a "
