@@ -185,8 +185,8 @@ class FinetuneSettings:
         "what is written in the end: a plain checkpoint, the adapter in PEFT's files, or both",
         choices=("merged", "adapter", "both"),
     )
-    report_to: tuple[str, ...] = setting(
-        (), "trackers of transformers' Trainer that are told too: tensorboard, wandb, ..."
+    report_to: tuple[str, ...] | None = setting(
+        None, "trackers of transformers' Trainer that are told too: tensorboard, wandb, ..."
     )
     max_bad_steps: int = setting(5, "non-finite losses in a row before the run stops")
     seed: int = setting(0, "decides the data order and the starting adapters")
@@ -195,7 +195,8 @@ class FinetuneSettings:
         for name in ("layer_capacity", "layer_weight"):  # a record in JSON gives lists
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(float(one) for one in value))
-        object.__setattr__(self, "report_to", tuple(self.report_to))
+        if self.report_to is not None:
+            object.__setattr__(self, "report_to", tuple(self.report_to))
         _check_choices(self, TrainingError)
         capacities, weights = self.layer_capacity or (), self.layer_weight or ()
         for name, holds, want in (

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from melinoe.checkpoint.metadata import write_metadata
-from melinoe.errors import OutputExistsError
+from melinoe.errors import OutputExistsError, WriteError
 from melinoe.moe.experts import find_experts
 
 
@@ -26,6 +28,29 @@ def check_output(out: str | Path) -> Path:
     return path
 
 
+def check_room(out: str | Path, needed_bytes: int) -> None:
+    """
+    Refuse a disk that cannot take what will be written; ask before hours of work.
+
+    Raises:
+        WriteError: less than *needed_bytes* are free where *out* will be.
+    """
+    place = Path(out).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise WriteError(
+            f"{out} will take {needed_bytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
+            "free there; free some space, or choose another place for output"
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of the operating system, or of safetensors' writer, in its own few words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).strip()
+
+
 @contextmanager
 def whole_directory(out: str | Path) -> Iterator[Path]:
     """
@@ -33,16 +58,24 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: *out* is taken.
+        WriteError: a full disk, or another reason why it cannot be written.
     """
     path = check_output(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield temporary
         os.chmod(temporary, 0o755)
         os.replace(temporary, path)  # replaces an empty directory, and no other
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise WriteError(
+                f"{path} could not be written ({reason_of(error)}); free some space there, or "
+                "choose another place"
+            ) from error
         raise
 
 
@@ -69,6 +102,7 @@ def write_model(
 
     Raises:
         OutputExistsError: *out* is taken.
+        WriteError: a full disk, or another reason why it cannot be written; nothing is left there.
         AttachError: the experts' weights are in a runtime's store; detach it first.
     """
     check_output(out)

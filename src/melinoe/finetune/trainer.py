@@ -11,22 +11,32 @@ its data forms) or is the Trainer's own: accumulation, schedules, mixed precisio
 reporting.
 """
 
+import dataclasses
+import json
 import logging
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerState
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
-from melinoe.errors import TrainingError
+from melinoe.errors import TrainingError, WriteError
+from melinoe.finetune import resume
 from melinoe.finetune.adapters import TrainedParts
+from melinoe.finetune.arguments import make_optimizer
+from melinoe.finetune.checkpoints import write_checkpoint
 from melinoe.finetune.forward import forward_terms
+from melinoe.finetune.gradients import TermGradients
 from melinoe.finetune.held_out import held_out_terms
-from melinoe.finetune.objective import Objective, Terms
+from melinoe.finetune.interrupt import StopRequest
+from melinoe.finetune.objective import Objective
 from melinoe.finetune.packing import Packing
+from melinoe.finetune.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +60,17 @@ class LocalityTrainer(Trainer):
         padding: Collator for *held_out*.
         packing: How the training examples are packed, if they are.
         progress: Called with each log row, on the main process.
+        checkpoints: Where the run's checkpoints go; without it there are none.
+        identity: What the run must have in common with one that goes on from them.
+        stop: Tells when to end early.
         trainer_options: Of `transformers.Trainer`.
 
     Attributes:
         rows: The log: one dictionary per logged step, with the mean of each term since the last,
             and one per measurement of the held-out examples.
         skipped_steps: Steps that changed nothing because of a non-finite loss.
+        best: Step and total of the best measurement after the first step, if the best is kept.
+        stopped: Whether the run ended early, as it was asked to.
     """
 
     def __init__(
@@ -68,25 +83,46 @@ class LocalityTrainer(Trainer):
         padding: Collator,
         packing: Packing | None = None,
         progress: Progress | None = None,
+        checkpoints: Path | None = None,
+        identity: dict[str, Any] | None = None,
+        stop: StopRequest | None = None,
         **trainer_options: Any,
     ):
+        self.settings, self.locality, self.parts = settings, objective, parts
         super().__init__(**trainer_options)
         self.remove_callback(PrinterCallback)
-        self.settings, self.locality, self.parts = settings, objective, parts
         self.held_out, self.padding, self.packing = held_out, padding, packing
-        self.progress = progress
+        self.progress, self.checkpoints = progress, checkpoints
+        self.identity, self.stop = identity or {}, stop or StopRequest()
         # Whatever the model takes: its loss is computed here, with the denominator of the step.
         self.model_accepts_loss_kwargs = True
         self.rows: list[dict[str, Any]] = []
-        self.skipped_steps = 0
-        self._bad_in_a_row = 0
-        self._bad_now = False
+        self.skipped_steps, self.stopped = 0, False
+        self.best: dict[str, Any] | None = None
+        self.best_parts: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # of the good steps since the last row, here
+        self.good_steps = 0
+        self.term_norms: dict[str, float] = {}
         self._pending: dict[str, Tensor] = {}  # of the step that runs
-        self._sums: dict[str, Tensor] = {}  # of the good steps since the last row
-        self._good_steps = 0
-        self._gradients: dict[str, list[Tensor]] = {}
-        self._term_norms: dict[str, float] = {}
-        self.add_callback(_Steps(self))
+        self._gradients = TermGradients()
+        self._bad_now, self._bad_in_a_row = False, 0
+        self.add_callback(Steps(self))
+
+    # ---- one step ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the trained parts."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.parts, self.settings)
+        return self.optimizer
+
+    def begin_step(self) -> None:
+        """Tell the objective where the run stands; each process has its own batches."""
+        done, accelerator = self.state.global_step, self.accelerator
+        turn = done * accelerator.num_processes + accelerator.process_index
+        self.locality.begin_step(
+            done, self.state.max_steps, turn * self.args.gradient_accumulation_steps
+        )
 
     def compute_loss(
         self,
@@ -102,65 +138,90 @@ class LocalityTrainer(Trainer):
             model, inputs, self.locality, num_items_in_batch, training=True
         )
         self._bad_now |= not bool(torch.isfinite(terms.total))
-        if self.state.global_step % (self.settings.log_every * 5) == 0 and not self._bad_now:
-            self._remember_gradients(terms)
+        # A sharded parameter is no leaf of the graph, so there it cannot be said which term pulls.
+        watch = self.state.global_step % (self.settings.log_every * 5) == 0
+        if watch and not self._bad_now and not self.is_fsdp_enabled:
+            self._gradients.add(terms, list(self.parts.router.values()))
         for name, value in terms.detached().items():
-            self._pending[name] = self._pending.get(name, torch.zeros_like(value)) + value
+            self._pending[name] = self._pending.get(name, 0.0) + value.double()
         # Gradients are averaged over processes, but the terms are shares of a sum over them.
         loss = terms.total * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _remember_gradients(self, terms: Terms) -> None:
-        """Each term's own weighted gradient on the routers: which one pulls, and how hard."""
-        if self.is_fsdp_enabled:
-            return  # a sharded parameter is no leaf of the graph
-        parameters = list(self.parts.router.values())
-        for name, term in terms.parts().items():
-            if (weight := terms.weights[name]) and term.requires_grad:
-                gradients = torch.autograd.grad(
-                    weight * term, parameters, retain_graph=True, allow_unused=True
-                )
-                so_far = self._gradients.get(name, [torch.zeros_like(p) for p in parameters])
-                self._gradients[name] = [
-                    sum_ if g is None else sum_ + g
-                    for sum_, g in zip(so_far, gradients, strict=True)
-                ]
+    def end_step(self) -> None:
+        """Before the optimiser's step: forget the gradients of a bad one, and count it."""
+        pending, self._pending = self._pending, {}
+        gradients, self._gradients = self._gradients, TermGradients()
+        if not self._is_bad_anywhere():
+            self._bad_in_a_row = 0
+            for name, value in pending.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.good_steps += 1
+            self.term_norms |= gradients.norms(self.accelerator)
+            return
+        self.skipped_steps += 1
+        self._bad_in_a_row += 1
+        for parameter in self.parts.all():
+            parameter.grad = None
+        step = self.state.global_step + 1
+        if self.is_world_process_zero():
+            log.warning("step %d is skipped because its loss is not finite", step)
+        if self._bad_in_a_row >= self.settings.max_bad_steps:
+            kept = ""
+            if self.checkpoints is not None and self.skipped_steps < step:
+                self._save_checkpoint(self._plain_model(), None)
+                kept = f"; what was trained before is kept in {self.checkpoints}"
+            raise TrainingError(
+                f"the loss was not finite {self._bad_in_a_row} steps in a row, up to step {step}; "
+                f"lower learning_rate or lambda_cache, or look for broken rows in the data{kept}"
+            )
+
+    def _is_bad_anywhere(self) -> bool:
+        """Whether the step is bad on any process; they also agree on whether to stop."""
+        gradients = [_local(p.grad) for p in self.parts.all() if p.grad is not None]
+        sums = torch.stack([gradient.sum() for gradient in gradients])
+        bad = self._bad_now or not bool(torch.isfinite(sums).all())
+        self._bad_now, stop = False, self.stop.asked
+        if self.accelerator.num_processes > 1:
+            flags = torch.tensor([float(bad), float(stop)], device=self.accelerator.device)
+            bad, stop = (self.accelerator.reduce(flags, reduction="sum") > 0).tolist()
+        self.stopped = stop
+        return bad
+
+    # ---- the log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms to what the Trainer logs."""
-        if "loss" in logs and self._good_steps:
-            names, values = list(self._sums), torch.stack(list(self._sums.values())).double()
+        if "loss" in logs and self.good_steps:
+            names, values = list(self.sums), torch.stack(list(self.sums.values()))
             if self.accelerator.num_processes > 1:
                 values = self.accelerator.reduce(values, reduction="sum")
-            means = (values / self._good_steps).tolist()
+            means = (values / self.good_steps).tolist()
             row = {
                 "step": self.state.global_step,
                 **dict(zip(names, means, strict=True)),
                 "grad_norm": float(logs.get("grad_norm", 0.0)),
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
                 "skipped_steps": self.skipped_steps,
-                **self._term_norms,
+                **self.term_norms,
             }
-            self._sums, self._good_steps, self._term_norms = {}, 0, {}
+            self.sums, self.good_steps, self.term_norms = {}, 0, {}
             self._tell(row)
             logs = {**logs, **row, "loss": row["total"]}
-        super().log(logs, start_time)
+        super().log({k: v for k, v in logs.items() if _is_json(v)}, start_time)
 
     def _tell(self, row: dict[str, Any]) -> None:
+        row = {key: value if _is_json(value) else None for key, value in row.items()}
         self.rows.append(row)
         if self.progress is not None and self.is_world_process_zero():
             self.progress({**row, "steps": self.state.max_steps})
 
+    # ---- measuring ----
+
     def measure(self, data: Sequence[Encoded]) -> dict[str, float]:
         """Means of the terms over *data* with the weights as they are; all processes must call."""
-        model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=True)
         return held_out_terms(
-            model,
-            data,
-            self.locality,
-            self.padding,
-            self.settings,
-            self.accelerator,
+            self._plain_model(), data, self.locality, self.padding, self.settings, self.accelerator
         )
 
     def evaluate(
@@ -172,85 +233,70 @@ class LocalityTrainer(Trainer):
         """Measure the held-out examples and log the means, each under ``eval_`` and its name."""
         terms = self.measure(self.held_out or eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in terms.items()}
-        self._tell({"step": self.state.global_step, **metrics})
+        step = self.state.global_step
+        self._tell({"step": step, **metrics})
         self.log(metrics)
+        better = self.best is None or terms["total"] < self.best["total"]
+        if self.settings.keep == "best" and step > 0 and better:
+            self.best = {"step": step, "total": terms["total"]}
+            self.best_parts = {k: resume.gather(p).clone() for k, p in self.trained().items()}
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def begin_step(self) -> None:
-        """Tell the objective where the run stands; each process has its own batches."""
-        done, accelerator = self.state.global_step, self.accelerator
-        turn = done * accelerator.num_processes + accelerator.process_index
-        self.locality.begin_step(
-            done, self.state.max_steps, turn * self.args.gradient_accumulation_steps
+    # ---- checkpoints ----
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters as they are now, by the names they had before any wrapping."""
+        return resume.trained_parameters(
+            self._plain_model(), [*self.parts.router, *self.parts.lora]
         )
 
-    def end_step(self) -> None:
-        """Before the optimiser's step: forget the gradients of a bad one, and count it."""
-        pending, self._pending = self._pending, {}
-        gradients, self._gradients = self._gradients, {}
-        if not self._is_bad_anywhere():
-            self._bad_in_a_row = 0
-            for name, value in pending.items():
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-            self._good_steps += 1
-            if gradients:
-                self._term_norms = {
-                    f"grad_norm_{name}": self._norm(parts) for name, parts in gradients.items()
-                }
+    def find_parts_again(self) -> None:
+        """Let the trained parts be those of the wrapped model: sharding makes new parameters."""
+        now = self.trained()
+        for group in (self.parts.router, self.parts.lora):
+            group |= {name: now[name] for name in group}
+
+    def _plain_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Instead of the Trainer's: trained parts only, no pickle, whole or not there."""
+        assert self.checkpoints is not None
+        finished = self.state.global_step >= self.state.max_steps
+        tensors = resume.capture(self, finished=finished)
+        if not self.is_world_process_zero():
             return
-        self.skipped_steps += 1
-        self._bad_in_a_row += 1
-        for parameter in self.parts.all():
-            parameter.grad = None
-        step = self.state.global_step + 1
-        if self.is_world_process_zero():
-            log.warning("step %d is skipped because its loss is not finite", step)
-        if self._bad_in_a_row >= self.settings.max_bad_steps:
-            raise TrainingError(
-                f"the loss was not finite {self._bad_in_a_row} steps in a row, up to step {step}; "
-                "lower learning_rate or lambda_cache, or look for broken rows in the data"
-            )
+        state = resume.describe(self, finished=finished)
+        texts = {"trainer_state.json": _state_text(self.state)}
+        step, keep = self.state.global_step, self.settings.keep_checkpoints
+        try:
+            write_checkpoint(self.checkpoints, step, tensors, state, texts, keep=keep)
+        except WriteError as error:
+            # Going on loses nothing that stopping would keep.
+            log.warning("%s; the run goes on, and the checkpoints before are kept", error)
 
-    def _is_bad_anywhere(self) -> bool:
-        gradients = [_local(p.grad) for p in self.parts.all() if p.grad is not None]
-        sums = torch.stack([gradient.sum() for gradient in gradients])
-        bad = self._bad_now or not bool(torch.isfinite(sums).all())
-        self._bad_now = False
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(bad), device=self.accelerator.device)
-            bad = bool(self.accelerator.reduce(flag, reduction="sum"))
-        return bad
+    def _load_from_checkpoint(self, path: str, model: nn.Module | None = None) -> None:
+        resume.restore_parts(self, Path(path))
 
-    def _norm(self, gradients: list[Tensor]) -> float:
-        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(flat, reduction="sum")
-        return float(flat.norm())
+    def _load_optimizer_and_scheduler(self, path: str | None) -> None:
+        if path is not None:
+            resume.restore_rest(self, Path(path))
 
-
-class _Steps(TrainerCallback):
-    """Calls the trainer where the steps of its own stand between the Trainer's."""
-
-    def __init__(self, trainer: LocalityTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.held_out and state.global_step == 0:
-            self.trainer.evaluate()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin_step()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.end_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.held_out and state.global_step == state.max_steps:
-            control.should_evaluate = True
+    def _load_rng_state(self, path: str | None) -> None:
+        if path is not None:
+            resume.restore_random_state(self, Path(path))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _state_text(state: TrainerState) -> str:
+    return json.dumps(dataclasses.asdict(state), indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,73 @@
+"""Our settings in the words of transformers' Trainer."""
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from melinoe.config import FinetuneSettings
+from melinoe.errors import DependencyError
+from melinoe.finetune.adapters import TrainedParts
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
+    """
+    The Trainer's arguments, but for the number of steps; see `set_steps`.
+
+    They also say on how many processes the run is, and which of them this one is: making them joins
+    the others.
+
+    Raises:
+        DependencyError: a tracker that is not installed.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    trackers = list(settings.report_to or ())
+    try:
+        for tracker in get_reporting_integration_callbacks(trackers):
+            tracker()
+    except (ImportError, RuntimeError, AssertionError, ValueError) as error:
+        raise DependencyError(
+            f"report_to names {', '.join(trackers)}, which cannot be used ({error}); install what "
+            "it needs, or leave it out"
+        ) from error
+    on_cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        # When to measure and to save is decided in `melinoe.finetune.trainer`.
+        save_strategy="no",
+        eval_strategy="no",
+        seed=settings.seed,
+        bf16=settings.bf16,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        use_cpu=on_cpu,
+        report_to=trackers,
+        disable_tqdm=True,
+    )
+
+
+def set_steps(arguments: TrainingArguments, settings: FinetuneSettings, steps: int) -> None:
+    """Fill in the number of optimiser steps, which depends on the number of processes."""
+    arguments.max_steps = steps
+    arguments.warmup_steps = int(settings.warmup * steps)
+
+
+def make_optimizer(parts: TrainedParts, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """AdamW over the trained parts; routers and expert updates may have rates of their own."""
+    groups = [{"params": list(parts.router.values()), "lr": settings.learning_rate}]
+    if parts.lora:
+        lora_rate = settings.lora_learning_rate or settings.learning_rate
+        groups.append({"params": list(parts.lora.values()), "lr": lora_rate})
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)

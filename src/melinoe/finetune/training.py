@@ -1,0 +1,274 @@
+"""A model in memory and encoded examples in; the trained model and its log out."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from melinoe.config import FinetuneSettings
+from melinoe.data import Collator, Encoded
+from melinoe.errors import InterruptedRunError, TrainingError
+from melinoe.finetune.adapter_files import Adapter, adapter_of
+from melinoe.finetune.adapters import TrainedParts, make_trainable
+from melinoe.finetune.arguments import set_steps, training_arguments
+from melinoe.finetune.checkpoints import newest_checkpoint
+from melinoe.finetune.interrupt import StopRequest
+from melinoe.finetune.objective import Objective
+from melinoe.finetune.order import training_rows
+from melinoe.finetune.packing import find_packing
+from melinoe.finetune.processes import is_sharded
+from melinoe.finetune.replay import Replay
+from melinoe.finetune.resume import check_same_run, identity, put
+from melinoe.finetune.trainer import LocalityTrainer, Progress
+from melinoe.malloc import keep_freed_memory
+from melinoe.moe.experts import family, find_experts
+from melinoe.moe.routing import find_routers, fingerprint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    What training left beside the model.
+
+    Attributes:
+        rows: See `LocalityTrainer.rows`.
+        skipped_steps: Steps that changed nothing because of a non-finite loss.
+        step: Optimiser steps that made the weights: the last, or those up to the best measurement.
+        processes: On how many the run was.
+        adapter: Where the model was sharded (FSDP2) and stays so, what was trained; else ``None``:
+            it is merged into the model.
+    """
+
+    rows: list[dict[str, Any]]
+    skipped_steps: int
+    step: int
+    processes: int
+    adapter: Adapter | None
+
+
+def train(
+    model: Any,
+    data: Sequence[Encoded],
+    settings: FinetuneSettings,
+    *,
+    pad_token_id: int,
+    eval_data: Sequence[Encoded] | None = None,
+    anchor_data: Sequence[Encoded] | None = None,
+    progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    before_merge: Callable[[TrainedParts], None] | None = None,
+) -> tuple[list[dict[str, Any]], int]:
+    """
+    Fine-tune a model in memory; at the end it is plain again, its adapters merged.
+
+    Args:
+        model: A transformers model with next-token logits. On return its tensors have the types
+            they came with, its config is as it was, and it is in evaluation mode.
+        data: Encoded examples.
+        settings: Everything that decides the run. There are no checkpoints: see `run_training`.
+        pad_token_id: Any id; padding is masked.
+        eval_data: Measured before the first step, each ``eval_every``, and after the last.
+        anchor_data: Text to replay beside *data*, for ``settings.lambda_replay``.
+        progress: Called with each log row.
+        callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
+            ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
+            ``locality`` (the `Objective`, whose weights it may change) and ``measure(examples)``
+            there. Its ``state_dict()`` and ``load_state_dict(state)``, if it has them, keep its
+            state (JSON) in checkpoints.
+        before_merge: Called with the trained parts in float32, before they become the model's own.
+
+    Returns:
+        Log rows, and how many steps were skipped for a non-finite loss. Rows of measurements hold
+        ``eval_nll``, ``eval_cache`` and so on.
+
+    Raises:
+        UnsupportedModelError, TrainingError: as `melinoe.finetune.finetune`.
+    """
+    trained = run_training(
+        model,
+        data,
+        settings,
+        pad_token_id=pad_token_id,
+        eval_data=eval_data,
+        anchor_data=anchor_data,
+        progress=progress,
+        callbacks=callbacks,
+        before_merge=before_merge,
+    )
+    return trained.rows, trained.skipped_steps
+
+
+def run_training(
+    model: Any,
+    data: Sequence[Encoded],
+    settings: FinetuneSettings,
+    *,
+    pad_token_id: int,
+    eval_data: Sequence[Encoded] | None = None,
+    anchor_data: Sequence[Encoded] | None = None,
+    progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    before_merge: Callable[[TrainedParts], None] | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    arguments: TrainingArguments | None = None,
+) -> Trained:
+    """
+    Train as `train` does, on one process or as one of several, with checkpoints.
+
+    Args:
+        checkpoints: Directory for the run's checkpoints; Ctrl-C and SIGTERM then end the run after
+            its step and leave one.
+        resume: Go on from the newest whole one; from the beginning if there is none.
+        arguments: Of the Trainer, if they are made already.
+
+    Raises:
+        InterruptedRunError: the run was asked to stop; its state is in *checkpoints*.
+    """
+    _check_held_out(settings, eval_data)
+    with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
+        arguments = arguments or training_arguments(settings, work)
+        processes = arguments.world_size
+        sharded = is_sharded(arguments)
+        if not sharded:
+            model.to(arguments.device)
+        base = fingerprint(model)
+        routers, layers = find_routers(model), find_experts(model)
+        replay = None
+        if anchor_data:
+            replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
+        objective = Objective(routers, settings, replay=replay)
+        stored = {name: tensor.dtype for name, tensor in _tensors(model)}
+        if not torch.cuda.is_available():
+            keep_freed_memory()
+        if not settings.bf16:
+            model.float()
+        changed = _switch_off_balancing(model)
+        # The Trainer switches the key-value cache off in the config, and would leave it so.
+        if hasattr(model.config, "use_cache"):
+            changed.append((model.config, {"use_cache": model.config.use_cache}))
+        parts = make_trainable(model, routers, layers, settings)
+        objective.updates = parts.updates
+        steps, rows = training_rows([len(one) for one in data], settings, processes)
+        set_steps(arguments, settings, steps)
+        packing = find_packing(model, pad_token_id) if settings.packing else None
+        dataset: list[Any] = [[data[index] for index in row] for row in rows]
+        _fill_up(dataset, settings.batch_size * processes)
+        padding = Collator(pad_token_id)
+        per_step = settings.batch_size * settings.gradient_accumulation * processes
+        ours = identity(settings, data, per_step, base)
+        start = newest_checkpoint(checkpoints) if resume and checkpoints is not None else None
+        if start is not None:
+            check_same_run(start, ours)
+        if settings.gradient_checkpointing:
+            _recompute(model, True)
+        stop = StopRequest()
+        trainer = LocalityTrainer(
+            settings=settings,
+            objective=objective,
+            parts=parts,
+            held_out=eval_data,
+            padding=padding,
+            packing=packing,
+            progress=progress,
+            checkpoints=checkpoints,
+            identity=ours,
+            stop=stop,
+            model=model,
+            args=arguments,
+            train_dataset=dataset if packing else [row[0] for row in dataset],
+            data_collator=packing.collator if packing else padding,
+            callbacks=list(callbacks),
+        )
+        for callback in callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(trainer)
+        if checkpoints is None:
+            trainer.train()
+        else:
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if trainer.stopped:
+        raise InterruptedRunError(
+            f"the run was stopped after step {trainer.state.global_step} of {steps}; its state is "
+            f"kept in {checkpoints}, so the same command with --resume goes on from there"
+        )
+    step = trainer.state.global_step
+    if settings.keep == "best" and trainer.best is not None:
+        step = trainer.best["step"]
+        for name, parameter in trainer.trained().items():
+            put(parameter, trainer.best_parts[name])
+    if before_merge is not None:
+        before_merge(parts)
+    adapter = adapter_of(parts) if sharded else None
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    if settings.gradient_checkpointing:
+        _recompute(model, False)
+    for config, values in changed:
+        for key, value in values.items():
+            setattr(config, key, value)
+    if not sharded:
+        parts.merge(model)
+        model.requires_grad_(True).eval()
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
+    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter)
+
+
+def _check_held_out(settings: FinetuneSettings, eval_data: Sequence[Encoded] | None) -> None:
+    for name, needs in (("eval_every", settings.eval_every), ("keep", settings.keep == "best")):
+        if needs and not eval_data:
+            raise TrainingError(
+                f"{name}={getattr(settings, name)} needs held-out examples to measure; give some "
+                "(--eval-data), or leave it out"
+            )
+
+
+def _fill_up(dataset: list[list[Encoded]], multiple: int) -> None:
+    """
+    Let all processes take as many batches: rows in which nothing is to be learned fill the last.
+
+    One process needs none, and the terms come out the same, since these rows count for nothing.
+    """
+    empty = [Encoded(one.input_ids, [False] * len(one)) for one in dataset[0]]
+    dataset += [empty] * (-len(dataset) % multiple)
+
+
+def _recompute(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing, by the name that this version of transformers has for it."""
+    word = "enable" if on else "disable"
+    switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
+        model, f"gradient_checkpointing_{word}"
+    )
+    try:
+        # Not reentrant: what a layer records inside must stay in the graph.
+        switch(*([{"use_reentrant": False}] if on else []))
+    except ValueError:
+        raise TrainingError(
+            f"{family(model)} cannot recompute its activations; leave gradient_checkpointing out"
+        ) from None
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _switch_off_balancing(model: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Keep transformers from adding its load-balancing loss; what the configs said before."""
+    before, pending = [], [model.config]
+    while pending:
+        config = pending.pop()
+        pending += [getattr(config, key) for key in config.sub_configs if hasattr(config, key)]
+        off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
+        present = {key: getattr(config, key) for key in off if hasattr(config, key)}
+        before.append((config, present))
+        for key in present:
+            setattr(config, key, off[key])
+    return before
