@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from melinoe.cli import options
-
-if TYPE_CHECKING:
-    from melinoe.plan.planner import Plan
-    from melinoe.plan.speed import Speed
 
 
 def command(
@@ -99,6 +95,7 @@ def command(
         _show_measured(measured, as_json)
         return
     from melinoe.cache.trace import Trace
+    from melinoe.cli.plan_text import show
     from melinoe.plan.planner import plan
     from melinoe.plan.units import parse_seconds
 
@@ -124,112 +121,7 @@ def command(
     if as_json:
         options.show_json(done.to_dict())
     else:
-        _show(model, done)
-
-
-def _show(model: str, done: Plan) -> None:
-    """The plan as tables and sentences."""
-    from melinoe.runtime.budget import format_bytes as size
-
-    facts = done.facts
-    kv = "not known" if facts.kv_bytes is None else size(done.batch * facts.kv_bytes)
-    rows = [
-        ("backbone", size(facts.backbone_bytes), f"{facts.dtype}, every parameter but the experts"),
-        ("keys and values", kv, f"{done.batch} x {facts.context} tokens; {facts.kv_source}"),
-        ("kept free", size(done.reserve_bytes) if done.reserve_bytes else "0", ""),
-        (
-            "expert slots",
-            size(done.slot_bytes),
-            f"{done.slots} of {facts.num_experts} experts in each of {len(facts.layers)} layers; a "
-            f"token uses {facts.top_k}",
-        ),
-        ("all experts", size(facts.expert_bytes), _where(done)),
-    ]
-    options.show_table(
-        f"{model} ({facts.model_type}) in {size(done.gpu_memory_bytes)}: the config is from "
-        f"{facts.source}",
-        [{"what": what, "bytes": amount, "how": how} for what, amount, how in rows],
-    )
-    options.show_table(
-        "Expected, not measured"
-        + (f"; all {done.batch} sequences together" if done.batch > 1 else ""),
-        [
-            {
-                "": name,
-                "hit rate": _range(rates.low, rates.high, percent=True),
-                "tokens/s": _range(found.low, found.high),
-                "fast end bound by": found.bottleneck,
-                "slow end mostly": found.slow_bottleneck,
-            }
-            for name, rates, found in (
-                ("as it is", done.before, done.speed_before),
-                ("fine-tuned for locality", done.after, done.speed_after),
-            )
-        ],
-    )
-    _show_tiers(done)
-    for name, rates in (("as it is", done.before), ("fine-tuned", done.after)):
-        print(f"Hit rate, {name}: {rates.source}.")
-        if "belady" in rates.by_policy:
-            figures = ", ".join(f"{key} {value:.1%}" for key, value in rates.by_policy.items())
-            print(f"  by policy: {figures}; no policy passes belady.")
-        if done.before == done.after:
-            break
-    for sentence in (*done.assumed, *done.notes):
-        print(sentence)
-
-
-def _show_tiers(done: Plan) -> None:
-    """Milliseconds of one step on each tier alone."""
-    parts = done.hardware
-
-    def row(name: str, figure: object, key: str) -> dict[str, str]:
-        def of(one: Speed) -> str:
-            ends = (getattr(one.tiers_high, key), getattr(one.tiers_low, key))
-            return _range(*(1e3 * end for end in ends))
-
-        return {
-            "tier": name,
-            "bandwidth": str(figure),
-            "ms a step, as it is": of(done.speed_before),
-            "ms a step, fine-tuned": of(done.speed_after),
-        }
-
-    rows = [
-        row("link", parts.link, "link"),
-        row("device memory", parts.device, "device"),
-    ]
-    if done.fits_in_ram is False:
-        rows.append(row("disk", parts.disk, "disk"))
-    rows.append(row("host in the loop (slow end)", "-", "host"))
-    rows.append(row("DRAM, were misses computed on the CPU", parts.dram, "dram_if_computed"))
-    options.show_table("What each tier would take alone, fast end to slow end", rows)
-    faster = done.speed_before.computed_high / done.speed_before.high
-    if done.speed_before.bottleneck == "link" and abs(faster - 1) > 0.05:
-        print(
-            f"Computing misses on the CPU instead of loading them would make the fast end "
-            f"{faster:.2g} times as fast as it is, as far as DRAM bounds it."
-        )
-
-
-def _where(done: Plan) -> str:
-    if done.all_resident:
-        return "all of them in slots"
-    kept = "" if done.bits is None else f"stored at {done.bits} bits; "
-    if done.fits_in_ram is None:
-        return kept + "wait in host memory, if it is large enough (--ram)"
-    if done.fits_in_ram:
-        return kept + "fit in host memory"
-    return kept + "do not fit in host memory: misses go to the disk"
-
-
-def _range(low: float, high: float, percent: bool = False) -> str:
-    ends = [f"{one:.1%}" if percent else _three(one) for one in (low, high)]
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        show(model, done)
 
 
 def _measure(model: str | None) -> dict[str, float]:
