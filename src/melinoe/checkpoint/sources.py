@@ -7,7 +7,8 @@ other (`conversion_mapping`), a whole layer at a time. Here the same rules are a
 expert. There are four ways, and the first that reproduces transformers is taken:
 
     Stacked     the parameter is stored as it is: expert e is a range of its bytes
-    Rows        one tensor per expert, laid one under the other: each goes straight to its rows
+    Rows        one tensor per expert, laid one under the other: each goes straight to its rows;
+                found by the rule's name, or by running it on stand-ins (`tracing`)
     OneExpert   any other rule that treats the experts alike: the rule, run on expert e's tensors
     WholeLayer  the rest: the rule, run on all experts; the layer last read is kept
 """
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
 
 from melinoe.checkpoint.files import Place
 from melinoe.checkpoint.safetensors_file import describe_shape
+from melinoe.checkpoint.tracing import rows_by_trial
 from melinoe.errors import CheckpointError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -187,6 +189,11 @@ def reader_for(
                     raise _mismatch(place.name, part[0].info.shape, place)
         return one
     whole = WholeLayer(group, parameter, shapes, config, cache)
+    found = rows_by_trial(
+        group.tensors, parameter, shape[0], lambda pieces: _convert(group, pieces, shapes, config)
+    )
+    if found is not None and _rows_fit(found, shape):
+        return Rows(found)
     _check_shape(whole, lambda: whole.convert("meta")[parameter], parameter, shape, places[0])
     return whole
 
