@@ -18,11 +18,8 @@ Schema = str | list[Any] | dict[str, Any]
 
 ESTIMATE: Schema = {"mean": "number", "low": "number", "high": "number", "n": "count"}
 
-# What was measured of one model.
-MEASURED: Schema = {
-    "perplexity": {
-        "*": {"in_domain": "flag", "tokens": "count", "perplexity": ESTIMATE},
-    },
+# How one model routed some text: experts of each sequence, and what caches of each size would do.
+LOCALITY: Schema = {
     "experts_per_sequence": ["number"],
     "experts_per_sequence_mean": ESTIMATE,
     "reuse": ESTIMATE,
@@ -30,6 +27,21 @@ MEASURED: Schema = {
     "caches": {
         "*": {"slots": ["count"], "hit_rate": [ESTIMATE], "transfers_per_token": [ESTIMATE]},
     },
+}
+
+# What was measured of one model, while it wrote its own completions and while it read given ones.
+MEASURED: Schema = {
+    "perplexity": {
+        "*": {"in_domain": "flag", "tokens": "count", "perplexity": ESTIMATE},
+    },
+    "writing": LOCALITY,
+    "reading": LOCALITY,
+}
+
+LOCALITY_CHANGE: Schema = {
+    "experts_per_sequence": ESTIMATE,
+    # Before over after: how many times fewer.
+    "transfers_per_token": {"*": {"slots": ["count"], "ratio": [ESTIMATE]}},
 }
 
 # What fine-tuning bought and cost: both models on the same held-out examples.
@@ -45,8 +57,8 @@ OUTCOME: Schema = {
     "after": MEASURED,
     "change": {
         "perplexity": {"*": ESTIMATE},
-        "experts_per_sequence": ESTIMATE,
-        "transfers_per_token": {"*": {"slots": ["count"], "ratio": [ESTIMATE]}},
+        "writing": LOCALITY_CHANGE,
+        "reading": LOCALITY_CHANGE,
     },
     "machine?": "object",
     "date?": "text",

@@ -83,8 +83,8 @@ def experts(outcome: Mapping[str, Any]) -> bytes:
     total = outcome["num_experts"]
     with _canvas(6.4, 2.5) as (figure, (axes,)):
         for row, (side, colour) in zip((1, 0), _SIDES, strict=True):
-            values = np.asarray(outcome[side]["experts_per_sequence"], dtype=float)
-            mean = outcome[side]["experts_per_sequence_mean"]
+            values = np.asarray(outcome[side]["writing"]["experts_per_sequence"], dtype=float)
+            mean = outcome[side]["writing"]["experts_per_sequence_mean"]
             counts, edges = np.histogram(values, bins=np.linspace(0, total, 49))
             axes.stairs(
                 row + 0.6 * counts / counts.max(),
@@ -115,18 +115,18 @@ def experts(outcome: Mapping[str, Any]) -> bytes:
 
 def hit_rates(outcome: Mapping[str, Any]) -> bytes:
     """Hit rate of completions against slots per layer, one panel per policy, with intervals."""
-    policies = list(outcome["after"]["caches"])
+    policies = list(outcome["after"]["writing"]["caches"])
     lowest = min(
         item["low"]
         for side, _ in _SIDES
-        for cache in outcome[side]["caches"].values()
+        for cache in outcome[side]["writing"]["caches"].values()
         for item in cache["hit_rate"]
     )
     bottom = 10 * int(10 * lowest)
     with _canvas(4.2 * len(policies), 3.3, len(policies)) as (figure, all_axes):
         for policy, axes in zip(policies, all_axes, strict=True):
             for side, colour in _SIDES:
-                cache = outcome[side]["caches"][policy]
+                cache = outcome[side]["writing"]["caches"][policy]
                 low, mean, high = (
                     [100 * item[end] for item in cache["hit_rate"]]
                     for end in ("low", "mean", "high")

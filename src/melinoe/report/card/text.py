@@ -92,7 +92,7 @@ def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
     slots, total = outcome["slots"], outcome["num_experts"]
     share = f"{slots} of {total} experts per layer resident"
     lines = []
-    for policy, found in outcome["change"]["transfers_per_token"].items():
+    for policy, found in outcome["change"]["writing"]["transfers_per_token"].items():
         by_size = dict(zip(found["slots"], found["ratio"], strict=True))
         if slots in by_size:
             told = _times(_estimate(by_size[slots]))
@@ -104,17 +104,30 @@ def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
                 f"**{signed(_estimate(value))}**."
             )
     said = (
-        "Both models answered the same held-out prompts and read the same held-out texts; changes "
-        "are paired, intervals are 95 % bootstraps over prompts or texts. Hit rates and transfers "
-        "are those of generated tokens, simulated exactly from what each model chose, the cache "
-        "emptied before each prompt."
+        "Both models got the same held-out prompts and texts; changes are paired, intervals are "
+        "95 % bootstraps over prompts or texts. Hit rates and transfers are of completion tokens, "
+        "simulated exactly from what each model chose, the cache emptied before each prompt."
     )
     if for_locality:
         said += (
             " The change is from the base model, so it contains what fine-tuning on the same data "
             "does by itself; a control run (`melinoe finetune --control`) tells the two apart."
         )
-    return ["\n".join(lines), markdown(_table(outcome)), said]
+    own = "What each model chose while it wrote its own greedy completions:"
+    given = (
+        "And while it read the held-out completions, the same tokens for both, so that a model "
+        "that repeats itself gains nothing by it:"
+    )
+    tables = [markdown(_locality(outcome, name)) for name in ("writing", "reading")]
+    return [
+        "\n".join(lines),
+        said,
+        markdown(_quality(outcome)),
+        own,
+        tables[0],
+        given,
+        tables[1],
+    ]
 
 
 def _times(ratio: Estimate) -> str:
@@ -130,44 +143,44 @@ def _times(ratio: Estimate) -> str:
     return f"**{inline(ratio)} times fewer** transfers per generated token than before"
 
 
-def _table(outcome: Mapping[str, Any]) -> Table:
+def _quality(outcome: Mapping[str, Any]) -> Table:
     before, after, change = outcome["before"], outcome["after"], outcome["change"]
     rows = []
     for domain, value in after["perplexity"].items():
         where = "in domain" if value["in_domain"] else "out of domain"
         rows.append(
             [
-                Cell(f"perplexity, {domain} ({where})"),
+                Cell(f"{domain} ({where})"),
                 cell(_estimate(before["perplexity"][domain]["perplexity"]), digits=4),
                 cell(_estimate(value["perplexity"]), digits=4),
                 Cell(signed(_estimate(change["perplexity"][domain]))),
             ]
         )
-    sides = (before, after)
+    return Table("quality", "Perplexity", ["perplexity", "before", "after", "change"], rows)
+
+
+def _locality(outcome: Mapping[str, Any], name: str) -> Table:
+    """Locality before and after, of what the models wrote or of what they read."""
+    sides = (outcome["before"][name], outcome["after"][name])
+    change, total = outcome["change"][name], outcome["num_experts"]
+    rows = []
     means = [cell(_estimate(side["experts_per_sequence_mean"])) for side in sides]
     fewer = inline(_estimate(change["experts_per_sequence"])).replace("-", "−")
     rows.append([Cell("experts per sequence, mean layer"), *means, Cell(fewer)])
     reuse = [cell(_estimate(side["reuse"]), "%") for side in sides]
     rows.append([Cell("experts reused from the token before"), *reuse, Cell("")])
-    whole = [Cell(f"{plain(s['distinct_experts'])} of {outcome['num_experts']}") for s in sides]
+    whole = [Cell(f"{plain(s['distinct_experts'])} of {total}") for s in sides]
     rows.append([Cell("experts used over all prompts, mean layer"), *whole, Cell("")])
     for policy, found in change["transfers_per_token"].items():
         for size, ratio in zip(found["slots"], found["ratio"], strict=True):
             label = f"{policy.upper()}, {size} slots"
             label += " (trained for)" if size == outcome["slots"] else ""
-            row: list[list[Cell]] = [
-                [_at(side, policy, "transfers_per_token", size) for side in sides],
-                [_at(side, policy, "hit_rate", size, "%") for side in sides],
-            ]
-            rows.append(
-                [
-                    Cell(f"transfers per token, {label}"),
-                    *row[0],
-                    Cell(f"÷ {inline(_estimate(ratio))}"),
-                ]
-            )
-            rows.append([Cell(f"hit rate, {label}"), *row[1], Cell("")])
-    return Table("outcome", "Before and after", ["", "before", "after", "change"], rows)
+            moved = [_at(side, policy, "transfers_per_token", size) for side in sides]
+            times = Cell(f"÷ {inline(_estimate(ratio))}")
+            rows.append([Cell(f"transfers per token, {label}"), *moved, times])
+            hits = [_at(side, policy, "hit_rate", size, "%") for side in sides]
+            rows.append([Cell(f"hit rate, {label}"), *hits, Cell("")])
+    return Table(name, "Locality", [name, "before", "after", "change"], rows)
 
 
 def _at(side: Mapping[str, Any], policy: str, name: str, size: int, unit: str = "") -> Cell:
