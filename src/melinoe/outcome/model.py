@@ -25,7 +25,7 @@ _POLICIES = ("lru", "lfu")  # the two that the loss imagines, as gamma nears 0 o
 
 @dataclass(frozen=True)
 class LocalityOf:
-    """One trace: what ``melinoe.json`` keeps of it, and what pairing needs besides."""
+    """What one trace showed: what ``melinoe.json`` keeps of it, and what pairing needs besides."""
 
     record: dict[str, Any]
     experts: np.ndarray  # float64 (sequences,), nan where nothing was written
@@ -34,7 +34,7 @@ class LocalityOf:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model."""
+    """What one model showed: perplexity of each text, locality while writing and reading."""
 
     shape: dict[str, int]
     perplexities: dict[str, Perplexity]
@@ -50,6 +50,21 @@ def measure_model(
     device: str,
     say: Say | None,
 ) -> Measured:
+    """
+    Measure one model with every expert resident.
+
+    Args:
+        path: Its checkpoint.
+        held_out: One name to held-out examples, whose prompts it answers and whose text it reads.
+        others: Names to other texts.
+        sizes: Cache sizes to simulate, all experts the last.
+        settings: How much to measure.
+        device: Where it runs.
+        say: Told of progress.
+
+    Raises:
+        DataError, CheckpointError: as `record_outcome`.
+    """
     model, handle = load(path, device, slots=sizes[-1])
     tokenizer = load_tokenizer(str(path), model.config)
     try:
@@ -88,7 +103,7 @@ def _locality(trace: Trace, sizes: Sequence[int]) -> LocalityOf:
         policy: {size: completion_counts(trace, size, policy) for size in sizes}
         for policy in _POLICIES
     }
-    found = localityrecord_of(trace, "")
+    found = locality_record(trace, "")
     keys = ("experts_per_sequence", "experts_per_sequence_mean", "reuse", "distinct_experts")
     record = {
         **{key: found[key] for key in keys},
