@@ -20,9 +20,11 @@ check: $(READY)  ## style, types, and whether the README's tables are those of t
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
 	$(BIN)/melinoe report benchmarks/results --readme README.md --check
+	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
 
-report: $(READY) ## write the README's tables again from benchmarks/results
+report: $(READY) ## write the tables of README and docs again from benchmarks/results
 	$(BIN)/melinoe report benchmarks/results --readme README.md
+	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
 
 # torch goes first and alone: asked for together with the rest, other packages may pull another build.
 $(READY): pyproject.toml constraints.txt

@@ -2,12 +2,13 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from melinoe.plan.facts import known_models, model_facts
 from melinoe.plan.limits import HIT_RATES, limits, limits_of, limits_record
-from melinoe.report import render_table
+from melinoe.report import render_table, update_readme
 from tests.plan.conftest import PUBLISHED
 
 # layers, experts, top-k, hidden size d, expert width f
@@ -119,3 +120,11 @@ def test_the_record_repeats_the_table():
     assert (
         row["link roof at hit rate 0.9 (tokens/s)"] == table["rows"][0]["link_tokens_per_s"]["0.9"]
     )
+
+
+def test_the_method_page_s_table_is_what_the_command_computes_now():
+    """The committed record equals the computed one, and the page's table is made of it."""
+    root = Path(__file__).parents[2]
+    record = root / "benchmarks" / "results" / "limits.json"
+    assert json.loads(record.read_text()) == json.loads(json.dumps(limits_record(limits())))
+    assert update_readme(root / "docs" / "method.md", [record], check=True) == []

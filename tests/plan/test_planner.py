@@ -204,7 +204,7 @@ def test_a_trace_of_the_fine_tuned_model_replaces_the_assumption():
 @pytest.mark.parametrize("shape", [{"layers": 9}, {"experts": 17}, {"top_k": 3}])
 def test_a_trace_of_another_model_is_refused(shape):
     """Other layers, experts or choices: one sentence with both shapes."""
-    with pytest.raises(TraceError, match="another model.*10 layers of 16, top-4"):
+    with pytest.raises(TraceError, match=r"another model.*10 layers of 16, top-4"):
         by_hand(trace=trace_of(**shape))
 
 
