@@ -35,8 +35,10 @@ from transformers import (
     OlmoeForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 HELD_OUT = 0.05
 EOS, PAD = "<|endoftext|>", "<|padding|>"
@@ -120,6 +122,34 @@ class PretrainTrainer(Trainer):
         if not model.training:
             inputs = {**inputs, "output_router_logits": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Clock(TrainerCallback, ExportableState):
+    """
+    Counts the seconds of training, those of the runs that this one resumes included.
+
+    What a run did after its last checkpoint is done again, and is not counted twice. The Trainer
+    keeps what `state` says in the checkpoint's trainer_state.json.
+    """
+
+    def __init__(self):
+        self.earlier = 0.0
+        self.began = None
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + (0 if self.began is None else time.perf_counter() - self.began)
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get("Clock", {})
+        self.earlier = kept.get("attributes", {}).get("seconds", 0.0)
+        self.began = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.earlier, self.began = self.seconds, None
 
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
@@ -221,10 +251,10 @@ def main() -> None:
             name: Subset(blocks, range(min(32, len(blocks)))) for name, blocks in validation.items()
         },
     )
-    started = time.time()
+    clock = Clock()
+    trainer.add_callback(clock)
     has_checkpoint = work.is_dir() and any(work.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=has_checkpoint)
-    seconds = time.time() - started
 
     # What stands in the config is what a user of the plain model gets: no hidden extra loss.
     model.config.output_router_logits = False
@@ -253,7 +283,7 @@ def main() -> None:
         "steps": steps,
         "tokens_seen": steps * args.batch * args.context,
         "tokens_in_corpora": train.num_tokens,
-        "seconds": round(seconds),
+        "seconds": round(clock.seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
         "validation": final,
         "log": trainer.state.log_history,
