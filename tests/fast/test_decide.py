@@ -26,7 +26,7 @@ class Lanes:
 
     def __init__(self, policy, experts, capacity, lanes):
         sizes = [experts] * lanes, [capacity] * lanes
-        self.device = DeviceResidency(*sizes, POLICIES[policy], torch.device("cpu"))
+        self.device = DeviceResidency(*sizes, [POLICIES[policy]] * lanes, torch.device("cpu"))
         self.hosts = [Residency(experts, capacity, POLICIES[policy]()) for _ in range(lanes)]
         self.expected = np.zeros((lanes, 4), dtype=np.int64)
         self.experts, self.capacity, self.lanes = experts, capacity, lanes
@@ -142,7 +142,7 @@ def test_host_and_device_may_take_turns(policy):
     """Steps on the device, prefetches and requests on the host, in turn, as on the host alone."""
     rng = np.random.default_rng(2)
     alone = Residency(9, 4, POLICIES[policy]())
-    device = DeviceResidency([9], [4], POLICIES[policy], torch.device("cpu"))
+    device = DeviceResidency([9], [4], [POLICIES[policy]], torch.device("cpu"))
     for turn in range(40):
         experts = sorted(rng.permutation(9)[: rng.integers(1, 5)].tolist())
         if turn % 3 == 0:
@@ -180,7 +180,7 @@ def test_packing_loses_nothing_and_refuses_what_it_cannot_hold():
 
 def test_layers_of_different_sizes_share_the_tensors():
     """Two layers of 5 and 8 experts, by hand: each evicts by its own uses; passes are counted."""
-    device = DeviceResidency([5, 8], [2, 3], POLICIES["lru"], torch.device("cpu"))
+    device = DeviceResidency([5, 8], [2, 3], [POLICIES["lru"]] * 2, torch.device("cpu"))
     hand = [  # tokens' choices per layer, loads per layer as (expert, slot)
         (([[0, 1]], [[7, 6]]), ([(0, 0), (1, 1)], [(6, 0), (7, 1)])),
         (([[1, 1]], [[5, 6]]), ([], [(5, 2)])),
@@ -208,4 +208,4 @@ def test_layers_of_different_sizes_share_the_tensors():
 def test_too_many_experts_are_refused():
     """The message names the way out."""
     with pytest.raises(AttachError, match="reference"):
-        DeviceResidency([513], [4], POLICIES["lru"], torch.device("cpu"))
+        DeviceResidency([513], [4], [POLICIES["lru"]], torch.device("cpu"))

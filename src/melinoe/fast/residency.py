@@ -29,19 +29,19 @@ class DeviceResidency:
     Args:
         num_experts: per layer, at most 512.
         capacity: slots per layer.
-        policy: makes the policy of a layer; LRU or decayed LFU.
+        policy: per layer, makes its policy: LRU in all, or decayed LFU with one gamma in all.
         device: where the tensors are.
 
     Raises:
         MelinoeError: another policy.
-        AttachError: too many experts.
+        AttachError: too many experts; policies that differ.
     """
 
     def __init__(
         self,
         num_experts: Sequence[int],
         capacity: Sequence[int],
-        policy: Callable[[], Policy],
+        policy: Sequence[Callable[[], Policy]],
         device: torch.device,
     ) -> None:
         if max(num_experts) > MOST_EXPERTS:
@@ -51,9 +51,15 @@ class DeviceResidency:
             )
         self.num_experts, self.capacity = tuple(num_experts), tuple(capacity)
         self.on_host = [
-            Residency(experts, slots, policy())
-            for experts, slots in zip(num_experts, capacity, strict=True)
+            Residency(experts, slots, make())
+            for experts, slots, make in zip(num_experts, capacity, policy, strict=True)
         ]
+        kinds = {(one.policy.name, getattr(one.policy, "gamma", None)) for one in self.on_host}
+        if len(kinds) > 1:
+            raise AttachError(
+                "the fast engine decides all layers by one rule and the policies given differ; "
+                'use engine="reference"'
+            )
         layers, most = len(self.capacity), max(self.capacity)
         lengths = map(packed_length, self.num_experts, self.capacity)
         with torch.inference_mode(False):

@@ -1,0 +1,204 @@
+"""Attach the fast engine to a transformers model in memory, or load a checkpoint with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.logging import tqdm
+
+from melinoe.cache.packing import PACKABLE
+from melinoe.cache.policy import Policy
+from melinoe.cache.prefill import StreamedPrefill
+from melinoe.checkpoint.backbone import layers_of, load_backbone
+from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
+from melinoe.errors import AttachError
+from melinoe.fast.carrier import FastStore
+from melinoe.fast.compressed import CompressedStore
+from melinoe.fast.handle import FastHandle
+from melinoe.fast.support import why_not
+from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.runtime.attach import checked_settings
+from melinoe.runtime.ram_store import PinnedStore, RamStore
+from melinoe.runtime.weights import give_weights_back
+
+_log = logging.getLogger("melinoe")
+
+# Experts that one of the two staging blocks holds: enough for a copy to outlast its launch.
+STAGING_EXPERTS = 4
+_READERS = 4
+
+
+def attach(
+    model: nn.Module,
+    *,
+    slots: int | Sequence[int] | None = None,
+    expert_memory: str | int | None = None,
+    policy: str | Callable[[], Policy] = "lru",
+    policy_options: Mapping[str, Any] | None = None,
+    compression: str | None = None,
+    admit: int | None = None,
+    staging_experts: int = STAGING_EXPERTS,
+    graphs: bool | None = None,
+    store: FastStore | None = None,
+    device: torch.device | str | None = None,
+) -> FastHandle:
+    """
+    Offload the experts of a model in memory to page-locked host memory, and run it from slots.
+
+    Args:
+        model: a transformers model of a decorated family.
+        slots: experts per layer to keep on the device, 1 to all; or of each layer.
+        expert_memory: the same as a budget for all layers, such as ``"8GiB"``; never exceeded.
+        policy: ``lru`` or ``lfu``, or a function that makes one of them per layer.
+        policy_options: what the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
+        compression: ``int8`` or ``int4``: keep experts as codes, expanded as they are copied. The
+            exact weights are gone. Absent: as they are, and every result with them.
+        admit: experts of a prompt that may evict others; see `StreamedPrefill`.
+        staging_experts: what one of the two staging blocks holds.
+        graphs: replay decode steps from CUDA graphs; absent: where there is CUDA.
+        store: holds this model's experts already.
+        device: where the slots are; absent means where the rest of the model is.
+
+    Raises:
+        AttachError: the engine cannot run here, or the model is not in memory, or attached already.
+        UnsupportedModelError, BudgetError, MelinoeError: as `melinoe.attach`.
+    """
+    layers = find_experts(model)
+    for layer in layers:
+        if store is None and any(p.is_meta for p in layer.module.parameters(recurse=False)):
+            raise AttachError(
+                f"the experts of {layer.name} are not in memory (they are on the meta device); "
+                "load the model without device_map, or with melinoe.load"
+            )
+    count, make, target = checked_settings(
+        model, layers, slots, expert_memory, policy, policy_options, None, device
+    )
+    _check(layers, make, target, staging_experts)
+    filled = store
+    if filled is None:
+        filled = _from_modules(layers, compression, target)
+    try:
+        return FastHandle(
+            model, layers, filled, count, make, target, StreamedPrefill(admit), staging_experts,
+            target.type == "cuda" if graphs is None else graphs,
+        )  # fmt: skip
+    except BaseException:
+        for layer in layers:
+            give_weights_back(layer, filled)
+        raise
+
+
+def load(
+    name: str | Path,
+    device: torch.device | str = "cuda",
+    *,
+    slots: int | Sequence[int] | None = None,
+    expert_memory: str | int | None = None,
+    policy: str | Callable[[], Policy] = "lru",
+    policy_options: Mapping[str, Any] | None = None,
+    compression: str | None = None,
+    admit: int | None = None,
+    staging_experts: int = STAGING_EXPERTS,
+    graphs: bool | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> tuple[Any, FastHandle]:
+    """
+    Load a checkpoint for the fast engine: the backbone on *device*, the experts in pinned memory.
+
+    Args:
+        name: a directory in the hub's layout, or the name of a repository on the hub.
+        device: where the backbone and the slots go.
+        dtype: type of all weights; "auto" takes the config's.
+        slots, expert_memory, policy, policy_options, compression, admit, staging_experts, graphs:
+            as for `attach`.
+
+    Returns:
+        The transformers model, in evaluation mode, and its handle.
+
+    Raises:
+        CheckpointError: files missing, torn, quantised, or of another model than the config's.
+        AttachError, UnsupportedModelError, BudgetError, MelinoeError: as `attach`.
+    """
+    target = torch.device(device)
+    checkpoint = open_checkpoint(str(name), dtype)
+    with checkpoint:
+        count, make, target = checked_settings(
+            checkpoint.layers[0].module, checkpoint.layers, slots, expert_memory, policy,
+            policy_options, None, target,
+        )  # fmt: skip
+        _check(checkpoint.layers, make, target, staging_experts)
+        filled = _from_checkpoint(checkpoint, compression, target)
+        model = load_backbone(checkpoint, target)
+        layers = layers_of(checkpoint, model)
+        handle = FastHandle(
+            model, layers, filled, count, make, target, StreamedPrefill(admit), staging_experts,
+            target.type == "cuda" if graphs is None else graphs,
+        )  # fmt: skip
+    return model, handle
+
+
+def _check(
+    layers: Sequence[ExpertsLayer],
+    policies: Sequence[Callable[[], Policy]],
+    device: torch.device,
+    staging_experts: int,
+) -> None:
+    """Whatever can be refused before anything is read or moved."""
+    reason = why_not(device)
+    if reason is not None:
+        raise AttachError(f'the fast engine cannot run here: {reason}; use engine="reference"')
+    for name in {make().name for make in policies} - set(PACKABLE):
+        raise AttachError(
+            f"the fast engine decides by {' or '.join(PACKABLE)}, not by {name}; choose one of "
+            'those, or engine="reference"'
+        )
+    if staging_experts < 1:
+        raise AttachError(f"staging_experts cannot be {staging_experts}; give 1 or more")
+
+
+def _from_modules(
+    layers: Sequence[ExpertsLayer], compression: str | None, device: torch.device
+) -> FastStore:
+    pinned = device.type == "cuda"
+    if compression is not None:
+        return CompressedStore.from_modules(layers, compression, pinned)
+    return (PinnedStore if pinned else RamStore).from_modules(layers)
+
+
+def _from_checkpoint(
+    checkpoint: Checkpoint, compression: str | None, device: torch.device
+) -> FastStore:
+    """All experts, read from the shards and kept as the engine wants them."""
+    pinned = device.type == "cuda"
+    store: FastStore
+    if compression is not None:
+        store = CompressedStore(checkpoint.layers, compression, pinned)
+    else:
+        store = (PinnedStore if pinned else RamStore)(checkpoint.layers)
+
+    def fill(place: tuple[int, int]) -> None:
+        layer, expert = place
+        if isinstance(store, CompressedStore):
+            tensors = checkpoint.layers[layer].tensors
+            whole = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in tensors}
+            checkpoint.experts[layer].read(expert, whole)
+            store.write(layer, expert, whole)
+        else:
+            checkpoint.experts[layer].read(expert, store.views(layer, expert))
+
+    places = [
+        (index, expert)
+        for index, layer in enumerate(checkpoint.layers)
+        for expert in range(layer.num_experts)
+    ]
+    readers = 1 if checkpoint.whole_layers else _READERS
+    with ThreadPoolExecutor(readers, thread_name_prefix="melinoe-fill") as pool:
+        for _ in tqdm(pool.map(fill, places), total=len(places), desc="Loading experts"):
+            pass
+    return store

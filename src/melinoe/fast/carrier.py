@@ -1,0 +1,62 @@
+"""Bring experts of one layer into slots or staging memory, whatever the store keeps them as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from melinoe.fast.blocks import ViewedStore, addresses, segments
+from melinoe.fast.compressed import CompressedStore
+from melinoe.fast.copying import CopyPlan
+from melinoe.fast.expanding import ExpandPlan
+
+FastStore = ViewedStore | CompressedStore
+
+
+class Carrier:
+    """
+    Copies experts of one layer into *targets*: a list that the device made, or one of the host's.
+
+    Args:
+        store: whose experts.
+        layer: of which layer.
+        where: `addresses` of the layer.
+        targets: per name, a contiguous tensor ``(num_slots, ...)``.
+    """
+
+    def __init__(
+        self, store: FastStore, layer: int, where: Tensor, targets: Mapping[str, Tensor]
+    ) -> None:
+        self._store, self._layer = store, layer
+        self._device = where.device
+        self._plan: CopyPlan | ExpandPlan
+        if isinstance(store, CompressedStore):
+            self._plan = ExpandPlan(where, store.sections(layer), store.bits, targets)
+        else:
+            self._plan = CopyPlan(where, segments(store, layer), targets)
+        count = next(iter(targets.values())).shape[0]
+        self._views = [{n: t[slot] for n, t in targets.items()} for slot in range(count)]
+
+    def bring_listed(self, experts: Tensor, slots: Tensor, count: Tensor) -> None:
+        """Copy what a list on the device names; see `CopyPlan.launch`."""
+        self._plan.launch(experts, slots, count)
+
+    def bring(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy (expert, slot) pairs that the host names, in the order of the current stream."""
+        if not pairs:
+            return
+        if isinstance(self._store, CompressedStore):
+            lists = torch.tensor([*zip(*pairs, strict=True), (len(pairs),) * len(pairs)])
+            on_device = lists.to(torch.int32).to(self._device)
+            self._plan.launch(on_device[0], on_device[1], on_device[2])
+            return
+        # Whole blocks whose addresses the host knows: the copy engine is faster than a kernel.
+        for expert, slot in pairs:
+            self._store.read(self._layer, expert, self._views[slot])
+
+
+def addresses_of(store: FastStore, layer: int, device: torch.device) -> Tensor:
+    """As `melinoe.fast.blocks.addresses`."""
+    return addresses(store, layer, device)

@@ -1,0 +1,316 @@
+"""
+Decode steps as CUDA graphs, inside transformers' own `generate`.
+
+`generate` asks the model for a compiled forward where its cache is static, on a GPU. We answer with
+one that captures the forward pass in a CUDA graph and replays it: the first step of a kind runs as
+it is, the second is captured, and from then on a step is one launch. What cannot be captured runs
+step by step, after one loud warning that says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from melinoe.fast.passes import DEVICE, FastPasses
+from melinoe.runtime.passes import Batch
+
+_log = logging.getLogger("melinoe")
+
+# Kinds of step (batch size, cache length) that are kept; each holds its own buffers.
+_MOST_KINDS = 16
+
+
+class Step(Protocol):
+    """One captured forward pass."""
+
+    output: Any
+
+    def replay(self) -> None:
+        """Run it again, on what its input buffers hold now."""
+
+
+class CudaStep:
+    """
+    A forward pass in a CUDA graph.
+
+    Args:
+        run: the pass; nothing of it is executed now.
+        pool: memory shared by all graphs of a model.
+    """
+
+    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = run()
+
+    def replay(self) -> None:
+        """One launch."""
+        self._graph.replay()
+
+
+class PlainStep:
+    """The same where there is no CUDA: the pass is run each time, on the same buffers."""
+
+    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
+        self._run = run
+        self.output: Any = None
+
+    def replay(self) -> None:
+        """Run the pass."""
+        self.output = self._run()
+
+
+class DecodeGraphs:
+    """
+    The captured decode steps of one model.
+
+    Args:
+        model: a transformers model.
+        passes: of its runtime.
+        device: where it is.
+        enabled: whether `generate` is to use them.
+
+    Attributes:
+        captured: steps captured so far.
+        replayed: steps replayed so far.
+        reason: why steps are not captured any more; None while they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, passes: FastPasses, device: torch.device, enabled: bool
+    ) -> None:
+        self._model: Any = model
+        self._passes, self._device = passes, device
+        self._enabled = enabled
+        self._make: Callable[[Callable[[], Any], Any], Step]
+        self._make = CudaStep if device.type == "cuda" else PlainStep
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._steps: dict[tuple, tuple[dict[str, Any], Step]] = {}
+        self._warm: set[tuple] = set()
+        self._caches: dict[str, Any] = {}
+        # The static cache that generate was given last, its layers, and its batch size.
+        self._kept: tuple[Callable[[], Any], list[Any], int] = (_nobody, [], 0)
+        self._paused = 0
+        self.captured = self.replayed = 0
+        self.reason: str | None = None
+
+    def plug_in(self) -> Callable[[], None]:
+        """Answer `generate` when it asks for a compiled forward; returns what undoes it."""
+        config = getattr(self._model, "generation_config", None)
+        if config is None:
+            return lambda: None
+        before = {name: getattr(config, name, None) for name in _SETTINGS}
+        own = {name: vars(self._model).get(name) for name in _METHODS}
+        config.disable_compile = not self._enabled
+        if self._enabled:
+            if config.cache_implementation is None and self._device.type == "cuda":
+                config.cache_implementation = "static"
+            vars(self._model)["get_compiled_call"] = lambda *_: self.step
+            prepare = getattr(self._model, "_prepare_static_cache", None)
+            if prepare is not None:
+                vars(self._model)["_prepare_static_cache"] = self._reusing(prepare)
+
+        def undo() -> None:
+            for name, value in before.items():
+                setattr(config, name, value)
+            for name, method in own.items():
+                vars(self._model).pop(name, None)
+                if method is not None:
+                    vars(self._model)[name] = method
+
+        return undo
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """In the body every step runs as it is, so that hooks and recorders see it."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def forget(self) -> None:
+        """Free the graphs, their buffers and the kept cache."""
+        self._steps, self._warm, self._kept = {}, set(), (_nobody, [], 0)
+
+    def step(self, **inputs: Any) -> Any:
+        """One forward pass of the model with these arguments, replayed if it can be."""
+        key = None if self._paused or self.reason else self._kind(inputs)
+        if key is None:
+            return self._model(**inputs)
+        if key not in self._steps and key not in self._warm:
+            output = self._model(**inputs)  # also what compiles the kernels
+            if self._passes.mode == DEVICE:
+                self._warm.add(key)
+            return output
+        # Held while a step runs and no longer, so that it is known when nobody else holds them.
+        self._caches = {name: one for name, one in inputs.items() if isinstance(one, StaticCache)}
+        try:
+            if key not in self._steps and not self._capture(key, inputs):
+                return self._model(**inputs)
+            buffers, step = self._steps[key]
+            _fill(buffers, inputs)
+            self._passes.completion_begins()
+            step.replay()
+            self.replayed += 1
+            return type(step.output)(**{**step.output, **self._caches})
+        finally:
+            self._caches = {}
+
+    def _capture(self, key: tuple, inputs: Mapping[str, Any]) -> bool:
+        """Capture one kind of step; False if that does not work, and then never again."""
+        buffers = {
+            name: _buffer(value) for name, value in inputs.items() if name not in self._caches
+        }
+        batch, length = inputs["input_ids"].shape
+
+        def run() -> Any:
+            # Whether something came before is known here; asking the cache would wait for it.
+            self._passes.given = Batch(batch, length, 1, 0, None)
+            try:
+                output = self._model(**buffers, **self._caches)
+                return type(output)(
+                    **{name: one for name, one in output.items() if not isinstance(one, Cache)}
+                )
+            finally:
+                self._passes.given = None
+
+        if len(self._steps) >= _MOST_KINDS:
+            self._steps.pop(next(iter(self._steps)))
+        try:
+            self._steps[key] = (buffers, self._make(run, self._pool))
+        except Exception as error:  # whatever a kernel or the driver objects to
+            self._give_up(f"capturing a step failed: {_first_line(error)}")
+            return False
+        self.captured += 1
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self._steps, self._warm = {}, set()
+        self._passes.settle()
+        _log.warning(
+            "decode steps are launched one kernel at a time, not as CUDA graphs: %s", reason
+        )
+
+    def _kind(self, inputs: Mapping[str, Any]) -> tuple | None:
+        """What a captured step would have to agree in with these inputs; None if it cannot be."""
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
+            return None
+        if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states")):
+            return None  # would be overwritten by the next step while the caller keeps them
+        key: list[Any] = [torch.is_inference_mode_enabled()]
+        for name in sorted(inputs):
+            part = _signature(inputs[name])
+            if part is None:
+                cache: Any = inputs[name]
+                if not isinstance(cache, StaticCache):
+                    return None
+                odd = {type(one).__name__ for one in cache.layers if type(one) is not StaticLayer}
+                if odd:
+                    self._give_up(f"the model's cache has layers of type {', '.join(sorted(odd))}")
+                    return None
+                layers: Any = cache.layers
+                part = tuple(
+                    tensor.data_ptr()
+                    for one in layers
+                    if one.is_initialized
+                    for tensor in (one.keys, one.values, one.cumulative_length)
+                )
+            key.append((name, part))
+        return tuple(key)
+
+    def _reusing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """
+        Keep one static cache between calls of `generate`: a captured step only knows its memory.
+
+        Only its layers are kept: while the cache itself is alive, somebody may still read it, and
+        the next call gets new memory.
+        """
+        signature = inspect.signature(prepare)
+
+        def reuse(*args: Any, **kwargs: Any) -> Any:
+            fresh = prepare(*args, **kwargs)
+            batch = signature.bind(*args, **kwargs).arguments.get("batch_size")
+            if type(fresh) is not StaticCache or batch is None:
+                return fresh
+            kept, layers, of_batch = self._kept
+            fits = (
+                kept() is None
+                and batch == of_batch
+                and len(layers) == len(fresh.layers)
+                and all(map(_same_memory, layers, fresh.layers))
+            )
+            if fits:
+                for layer in layers:
+                    layer.reset()
+                fresh.layers = layers
+            else:
+                self._steps, self._warm = {}, set()
+            self._kept = (weakref.ref(fresh), fresh.layers, batch)
+            return fresh
+
+        return reuse
+
+
+def _nobody() -> None:
+    """What a weak reference gives whose object is gone."""
+
+
+_SETTINGS = ("disable_compile", "cache_implementation")
+_METHODS = ("get_compiled_call", "_prepare_static_cache")
+
+
+def _signature(value: Any) -> tuple | None:
+    """What stays the same between two steps of a kind; None for what we do not know."""
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape), value.dtype, value.device)
+    if value is None or isinstance(value, bool | int | float | str):
+        return ("value", value)
+    if isinstance(value, dict) and all(v is None or isinstance(v, Tensor) for v in value.values()):
+        return tuple((name, _signature(value[name])) for name in sorted(value))
+    return None
+
+
+def _buffer(value: Any) -> Any:
+    """Memory of our own for what changes from step to step."""
+    if isinstance(value, dict):
+        return {name: _buffer(one) for name, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    with torch.inference_mode(False), torch.no_grad():
+        return value.clone(memory_format=torch.contiguous_format)
+
+
+def _fill(buffers: Any, inputs: Mapping[str, Any]) -> None:
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            buffers[name].copy_(value)
+        elif isinstance(value, dict):
+            _fill(buffers[name], value)
+
+
+def _same_memory(kept: Any, fresh: Any) -> bool:
+    """Whether a used layer can stand for a fresh one."""
+    if not (type(kept) is type(fresh) is StaticLayer) or not kept.is_initialized:
+        return False
+    keys: Any = kept.keys
+    return (
+        kept.max_cache_len == fresh.max_cache_len
+        and keys.is_inference() == torch.is_inference_mode_enabled()
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,101 @@
+"""Follow forward passes, and say for each whether the device or the host plans its experts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.runtime.passes import Batch, ForwardPasses
+
+_log = logging.getLogger("melinoe")
+
+DEVICE, STREAM, PLANS = "device", "stream", "plans"
+
+
+class FastPasses(ForwardPasses):
+    """
+    As `ForwardPasses`, for an engine that plans most passes on the device.
+
+    A prompt is streamed. A pass of the completion is planned on the device if its tokens can never
+    need more experts of a layer than it has slots, and otherwise as the reference engine plans it,
+    with the host; that is counted and logged. A pass of transformers' continuous batching has no
+    phase: it is planned on the device and counts as completion if it fits, else it is streamed,
+    evicts nobody, and counts as prompt.
+
+    Attributes:
+        mode: ``device``, ``stream`` or ``plans``: how the open pass is planned.
+        paged: whether the open pass belongs to continuous batching.
+        fallbacks: passes of the completion that were planned with the host.
+        given: the call that the next passes belong to, where it is known without asking the
+            model's cache, which would make the host wait.
+    """
+
+    def __init__(
+        self, model: nn.Module, counters: Counters, fits: Callable[[int, int], bool]
+    ) -> None:
+        super().__init__(model, counters)
+        self._fits = fits
+        self._top_k = 0
+        self.mode = DEVICE
+        self.paged = False
+        self.fallbacks = 0
+        self.given: Batch | None = None
+
+    def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+        """As `ForwardPasses.enter`."""
+        self._top_k = top_k_index.shape[1]
+        super().enter(layer, top_k_index, top_k_weights)
+
+    def end(self) -> None:
+        """End the open pass; one that the device planned, the device has counted."""
+        if self.mode != DEVICE:
+            super().end()
+        elif self._seen:
+            self._seen = 0
+            if self.recorder is not None:
+                self.recorder.end()
+
+    def completion_begins(self) -> None:
+        """A pass of the completion is about to be replayed; nothing else will say so."""
+        self._completion_begins()
+
+    def _begin(self, tokens: int) -> None:
+        self.end()
+        call = self._call
+        phase = call.phase if call is not None else (COMPLETION if tokens == 1 else PROMPT)
+        fits = self._fits(tokens, self._top_k)
+        if self.paged:
+            self.mode, phase = (DEVICE, COMPLETION) if fits else (STREAM, PROMPT)
+        elif phase == PROMPT:
+            self.mode = STREAM
+        else:
+            self.mode = DEVICE if fits else PLANS
+        if self.mode == PLANS:
+            self._note_fallback(tokens)
+        if phase == COMPLETION:
+            self._completion_begins()
+        if self.mode != DEVICE:
+            self.counters.begin_forward(phase, tokens)
+        if self.recorder is not None:
+            self.recorder.begin(phase, tokens, call)
+
+    def _note_fallback(self, tokens: int) -> None:
+        if not self.fallbacks:
+            _log.warning(
+                "decode steps of %d tokens may need more experts of a layer than it has slots, so "
+                "the host plans them, as in the reference engine and as slowly; raise the slots to "
+                "%d, or decode fewer sequences at once", tokens, tokens * self._top_k,
+            )  # fmt: skip
+        self.fallbacks += 1
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.given is not None:
+            self.settle()
+            self._inside, self._call, self.paged = True, self.given, False
+            return
+        super()._before(module, args, kwargs)
+        self.paged = "cu_seq_lens_q" in kwargs

@@ -1,0 +1,99 @@
+"""Two blocks of memory through which a prompt's experts pass, and the stream that fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melinoe.moe.experts import ExpertsLayer
+
+Blocks = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class Staging:
+    """
+    The staging blocks of a model, shared by all layers of the same shape, and the copy stream.
+
+    Args:
+        device: where they are.
+        experts: that one block holds.
+    """
+
+    def __init__(self, device: torch.device, experts: int) -> None:
+        self.experts = experts
+        self._device = device
+        self._blocks: dict[tuple, Blocks] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def blocks(self, layer: ExpertsLayer) -> Blocks:
+        """The two blocks for *layer*; each maps names to tensors ``(experts, ...)``."""
+        key = layer.tensors
+        if key not in self._blocks:
+            self._blocks[key] = (self._block(layer), self._block(layer))
+        return self._blocks[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(t.nbytes for pair in self._blocks.values() for b in pair for t in b.values())
+
+    def begin(self) -> None:
+        """Copies issued from now on come after what the computation has queued so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def copying(self, after: Any = None) -> Iterator[None]:
+        """Issue copies in the body; they wait for *after*, an earlier `mark`."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            yield
+
+    def arrive(self) -> None:
+        """The computation waits for all copies issued so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def mark(self) -> Any:
+        """When the computation has done what is queued so far."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def adopt(self, *tensors: Tensor) -> None:
+        """The allocator gives the memory of *tensors* to nobody before their last copy is done."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
+
+    def finish(self) -> None:
+        """Return when no copy is under way."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _block(self, layer: ExpertsLayer) -> dict[str, Tensor]:
+        with torch.inference_mode(False):
+            block = {
+                t.name: torch.zeros((self.experts, *t.shape), dtype=t.dtype, device=self._device)
+                for t in layer.tensors
+            }
+        self.adopt(*block.values())
+        return block
+
+
+def staging_bytes(layers: list[ExpertsLayer] | tuple[ExpertsLayer, ...], experts: int) -> int:
+    """Bytes of the two blocks for each distinct shape among *layers*."""
+    return sum(
+        2 * experts * sum(tensor.nbytes for tensor in tensors)
+        for tensors in {layer.tensors for layer in layers}
+    )

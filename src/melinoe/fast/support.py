@@ -1,0 +1,41 @@
+"""Whether the fast engine can run here, and if not, why; asked before anything is moved."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+# Ampere: what transformers' grouped_mm needs on a GPU.
+_CAPABILITY = (8, 0)
+_TRITON = (3, 4)
+
+
+def why_not(device: torch.device) -> str | None:
+    """
+    Why the fast engine cannot run on *device*, in words; None if it can.
+
+    The CPU will do only where Triton interprets its kernels (``TRITON_INTERPRET=1``), for tests.
+    """
+    try:
+        found = version("triton")
+        import triton
+    except (ImportError, PackageNotFoundError):
+        return "Triton is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+        return f"Triton {found} is too old, it takes {'.'.join(map(str, _TRITON))} or newer"
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and the model is on {device}"
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set, so that kernels would not run on the GPU; unset it"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, and "
+            f"{_CAPABILITY[0]}.{_CAPABILITY[1]} is the least that works"
+        )
+    return None

@@ -1,0 +1,228 @@
+"""
+Captured decode steps inside transformers' generate, with the graph played by hand.
+
+Without CUDA a step is "captured" as a call on fixed buffers: what is tested is that generate asks
+for it, that every input reaches its buffer, that the cache it knows is the one in use, and what
+happens when it cannot be had. That the GPU replays what was captured is for tests/gpu.
+"""
+
+import pytest
+import tiny
+import torch
+from small_olmoe import tiny_model
+from transformers import CompileConfig
+from transformers.cache_utils import StaticCache
+
+import melinoe.fast.graphs as graphs_module
+from melinoe.fast.attach import attach
+from melinoe.generate import generate as generate_text
+from melinoe.runtime.attach import attach as attach_reference
+
+BATCH = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4], [2, 3, 4, 5]])
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny_model()
+
+
+@pytest.fixture
+def model(original):
+    yield original
+    original.__dict__.pop("_previous_max_cache_length", None)
+
+
+def static(model, ids, tokens=8, **options):
+    """Generate as on a GPU, where a static cache makes generate ask for a compiled forward."""
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True
+    return model.generate(
+        ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=tokens,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=everywhere,
+        **options,
+    )
+
+
+def plain(model, ids, tokens=8):
+    with attach_reference(model, slots=8):
+        return model.generate(
+            ids,
+            attention_mask=(ids != 0).long(),
+            max_new_tokens=tokens,
+            do_sample=False,
+            cache_implementation="static",
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_replayed_steps_give_the_same_tokens(model, batch):
+    """Batches with padding; the first step of a kind runs as it is, the second is captured."""
+    ids = BATCH[:batch]
+    expected = plain(model, ids)
+    with attach(model, slots=8, graphs=True) as handle:
+        assert torch.equal(static(model, ids), expected)
+        assert (handle.graphs.captured, handle.graphs.replayed) == (1, 6)
+        # Later calls find it captured: all seven steps are replayed, on the kept cache.
+        for _ in range(2):
+            assert torch.equal(static(model, ids), expected)
+        assert (handle.graphs.captured, handle.graphs.replayed) == (1, 20)
+        assert handle.counters.forwards.tolist() == [3, 21]
+        assert handle.counters.tokens.tolist() == [3 * 4 * batch, 21 * batch]
+
+
+def test_steps_that_need_the_host_are_never_captured(model):
+    """Four tokens of two choices into four slots."""
+    expected = plain(model, BATCH)
+    with attach(model, slots=4, graphs=True) as handle:
+        assert torch.equal(static(model, BATCH), expected)
+        assert (handle.graphs.captured, handle.fallbacks) == (0, 7)
+
+
+def test_another_prompt_or_batch_size_is_another_kind(model):
+    """Longer texts get a new cache and a new capture; shorter ones use the kept one."""
+    with attach(model, slots=8, graphs=True) as handle:
+        for ids, tokens in ((BATCH[:1], 8), (BATCH[:2], 8), (BATCH[1:2], 14), (BATCH[1:2], 5)):
+            expected_rows = static(model, ids, tokens)
+            with handle.graphs.paused():
+                assert torch.equal(static(model, ids, tokens), expected_rows)
+        assert handle.graphs.captured >= 3
+        assert handle.graphs.reason is None
+
+
+def test_a_cache_that_the_caller_keeps_is_left_alone(model):
+    """The next call gets another one."""
+    with attach(model, slots=8, graphs=True) as handle:
+        first = static(model, BATCH[:1], return_dict_in_generate=True)
+        assert isinstance(first.past_key_values, StaticCache)
+        keys = first.past_key_values.layers[0].keys.clone()
+        second = static(model, BATCH[1:2])
+        assert torch.equal(first.past_key_values.layers[0].keys, keys)
+        assert handle.graphs._kept[0]() is not first.past_key_values
+        assert torch.equal(second, static(model, BATCH[1:2]))
+
+
+def test_scores_that_the_caller_keeps_are_not_overwritten(model):
+    """Logits of every step, replayed, equal those of the reference engine."""
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    with attach_reference(model, slots=8):
+        expected = model.generate(
+            BATCH[1:2], max_new_tokens=6, do_sample=False, cache_implementation="static", **options
+        ).logits
+    with attach(model, slots=8, graphs=True) as handle:
+        found = static(model, BATCH[1:2], tokens=6, **options).logits
+        assert handle.graphs.replayed > 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inference_mode_and_no_grad_may_take_turns(model):
+    """A cache made in one cannot be written in the other, so it is not kept."""
+    with attach(model, slots=8, graphs=True) as handle:
+        expected = static(model, BATCH[:1])
+        with torch.inference_mode():
+            assert torch.equal(static(model, BATCH[:1]), expected)
+            assert torch.equal(static(model, BATCH[:1]), expected)
+        assert torch.equal(static(model, BATCH[:1]), expected)
+        assert handle.graphs.reason is None
+
+
+def test_a_capture_that_fails_is_said_once_and_steps_go_on(model, caplog, monkeypatch):
+    """The same tokens, launched step by step; no second attempt."""
+    expected = plain(model, BATCH[:1])
+
+    def failing(run, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nlong traceback")
+
+    with attach(model, slots=8, graphs=True) as handle:
+        monkeypatch.setattr(handle.graphs, "_make", failing)
+        for _ in range(2):
+            assert torch.equal(static(model, BATCH[:1]), expected)
+        assert "operation not permitted" in handle.graphs.reason
+        assert "traceback" not in handle.graphs.reason
+        assert handle.counters.tokens.tolist() == [8, 14]
+    said = [r for r in caplog.records if "not as CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and said[0].levelname == "WARNING"
+
+
+def test_a_failure_inside_a_capture_leaves_no_pass_open(model, monkeypatch):
+    """The model itself raises while it is captured; the step is then run as it is."""
+    expected = plain(model, BATCH[:1])
+
+    def strike(*_):
+        raise RuntimeError("no such luck")
+
+    class Strict:
+        def __init__(self, run, pool):
+            # Before any layer: capturing on a GPU executes nothing, here what ran would count.
+            hook = model.model.embed_tokens.register_forward_pre_hook(strike)
+            try:
+                run()
+            finally:
+                hook.remove()
+
+    with attach(model, slots=8, graphs=True) as handle:
+        monkeypatch.setattr(handle.graphs, "_make", Strict)
+        assert torch.equal(static(model, BATCH[:1]), expected)
+        assert "no such luck" in handle.graphs.reason
+        assert handle._passes.given is None
+        assert handle.counters.tokens.tolist() == [4, 7]
+
+
+def test_a_cache_of_another_kind_is_named():
+    """Sliding windows keep a number in Python, which a graph would freeze."""
+    windowed = tiny.tiny_model("gpt_oss")
+    with attach(windowed, slots=8, graphs=True) as handle:
+        static(windowed, BATCH[:1])
+        assert "StaticSlidingWindowLayer" in handle.graphs.reason
+
+
+def test_recording_sees_every_step(model):
+    """Replays have no hooks, so steps run as they are while a trace is recorded."""
+    with attach(model, slots=8, graphs=True) as handle:
+        static(model, BATCH[:1])
+        replayed = handle.graphs.replayed
+        with handle.record() as recorder:
+            static(model, BATCH[:1])
+        assert handle.graphs.replayed == replayed
+        assert recorder.trace().num_forwards == 8
+
+
+def test_a_prefetch_for_the_completion_comes_before_the_first_replay(model):
+    """Even though a replayed step calls no hook."""
+    with attach(model, slots=8, graphs=True, admit=0) as handle:
+        static(model, BATCH[:1])
+        handle.reset_cache()
+        handle.prefetch([[7, 6, 5]] * 2, at="completion")
+        static(model, BATCH[:1])
+        assert handle.counters.prefetch_loads.sum() > 0
+        assert handle._passes.before_completion is None
+
+
+def test_at_most_so_many_kinds_are_kept(model, monkeypatch):
+    """The oldest goes first."""
+    monkeypatch.setattr(graphs_module, "_MOST_KINDS", 2)
+    with attach(model, slots=8, graphs=True) as handle:
+        step = handle.graphs
+        for length in (10, 11, 12):
+            cache = StaticCache(config=model.config, max_cache_len=length)
+            with torch.no_grad():
+                model(BATCH[1:2], past_key_values=cache)
+                for _ in range(3):
+                    step.step(input_ids=BATCH[:1, -1:], past_key_values=cache, return_dict=True)
+        assert (step.captured, len(step._steps)) == (3, 2)
+
+
+def test_our_generate_runs_on_it(model):
+    """`melinoe.generate.generate` with a static cache: text, counters of the call alone."""
+    from small_olmoe import PROMPT_TEXT, words_tokenizer
+
+    with attach(model, slots=4, graphs=True) as handle:
+        result = generate_text(
+            model, handle, words_tokenizer(), PROMPT_TEXT, max_new_tokens=5,
+            cache_implementation="static",
+        )  # fmt: skip
+        assert result.counters.tokens.tolist() == [4, 4]
