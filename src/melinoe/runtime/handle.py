@@ -12,10 +12,12 @@ from torch import nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.errors import AttachError, UnsupportedModelError
+from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import fingerprint
 from melinoe.runtime.budget import slots_by_layer
+from melinoe.runtime.choosing import Choosing
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.generating import watch_generate
 from melinoe.runtime.passes import ForwardPasses
@@ -62,6 +64,7 @@ class Handle:
         self._counters = Counters(len(layers))
         self._transfer = transfer_for(store, device, link)
         self._undo = ExitStack()
+        self._choosing: Choosing | None = None
         self._origins = [_origin(layer, device) for layer in layers]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             self._passes = self._follow(model)
@@ -178,6 +181,40 @@ class Handle:
         for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
             self._counters.add_prefetch(index, cache.prefetch(experts))
 
+    @property
+    def choice(self) -> ChoiceSettings:
+        """How experts are chosen; ``exact`` unless `choose` said else."""
+        return self._choosing.settings if self._choosing is not None else ChoiceSettings()
+
+    @property
+    def changed_choices(self) -> int:
+        """Choices that a cache-aware choice has replaced since it was set."""
+        return self._choosing.changed if self._choosing is not None else 0
+
+    def choose(self, settings: ChoiceSettings) -> None:
+        """
+        Let decoding tokens prefer resident experts; ``ChoiceSettings()`` ends that.
+
+        Changes what the model says, and logs so. Measure its cost:
+        `melinoe.evaluate.decoded_perplexity`.
+
+        Raises:
+            UnsupportedModelError: a router whose logits cannot be seen. One whose weights follow
+                no known rule is refused by the first forward pass.
+            AttachError: detached, or an engine that cannot do this.
+        """
+        self._check_attached()
+        if self._choosing is not None:
+            self._choosing.close()
+            self._choosing = None
+        if settings.kind == "exact":
+            return
+        if not all(type(cache) is ExpertCache for cache in self._caches):
+            raise AttachError(
+                'this engine cannot change choices; load the model with engine="reference"'
+            )
+        self._choosing = Choosing(self._model, self._caches, self._passes, settings)
+
     @contextmanager
     def record(self, model_name: str = "", scores: bool = False) -> Iterator[Recorder]:
         """
@@ -226,6 +263,7 @@ class Handle:
             self._transfer.finish()
             for layer, origin in zip(self.layers, self._origins, strict=True):
                 give_weights_back(layer, self.store, origin)
+            self.choose(ChoiceSettings())
             self._attached = False
             self.drop_prefetch()
             self._undo.close()

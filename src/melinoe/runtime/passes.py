@@ -110,10 +110,16 @@ class ForwardPasses:
         for hook in self._hooks:
             hook.remove()
 
+    def phase_of_next(self, tokens: int) -> int:
+        """Phase of a pass that would now run experts on so many tokens."""
+        if self._call is not None:
+            return self._call.phase
+        return COMPLETION if tokens == 1 else PROMPT
+
     def _begin(self, tokens: int) -> None:
         self.end()
         call = self._call
-        phase = call.phase if call is not None else (COMPLETION if tokens == 1 else PROMPT)
+        phase = self.phase_of_next(tokens)
         if phase == COMPLETION:
             self._completion_begins()  # of a submodule; a call of the model said so earlier
         self.counters.begin_forward(phase, tokens)
