@@ -201,6 +201,17 @@ def updates_names(names):
     return (name for name in names if ".low_rank." in name)
 
 
+@pytest.mark.filterwarnings("default")
+def test_layers_that_share_their_weights_share_one_update():
+    """An encoder and a decoder over the same experts: added twice, the update would be doubled."""
+    model, updates = updated("diffusion_gemma")
+    assert len(updates.layers) == 4 and len(updates.parameters()) == 2 * 4
+    with torch.no_grad():
+        expected = output(model)
+        updates.remove(merge=True)
+        torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_removed_without_merging_the_model_is_what_it_was():
     """Bit for bit, experts function included."""
     plain = output(tiny.tiny_model("olmoe"))

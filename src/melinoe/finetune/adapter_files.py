@@ -61,13 +61,23 @@ class Adapter:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Make the adapter part of *model*'s own weights, in place, each rounded once."""
+        """
+        Make the adapter part of *model*'s own weights, in place, each rounded once.
+
+        Raises:
+            CheckpointError: layers that share a weight have different updates.
+        """
         self._put_routers(model)
+        done: dict[int, tuple[Tensor, Tensor]] = {}
         for name, projections in self.factors.items():
             experts = model.get_submodule(name)
             transposed = bool(getattr(experts, "is_transposed", False))
             for projection, (down, up) in projections.items():
                 weight = experts.get_parameter(projection)
+                if (other := done.get(id(weight))) is not None:
+                    _check_shared(name, other, (down, up))
+                    continue
+                done[id(weight)] = (down, up)
                 for expert in range(weight.shape[0]):
                     add_update(weight[expert], down[expert], up[expert], self.scaling, transposed)
 
@@ -271,6 +281,14 @@ def _take(path: Path, key: str, shape: tuple[int, ...], tensors: dict[str, Tenso
             f"{key.removeprefix(PREFIX)}, where {shape} is due; give its own base with --base"
         )
     return found
+
+
+def _check_shared(name: str, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
+    if not all(map(torch.equal, one, other)):
+        raise CheckpointError(
+            f"the experts of {name} share their weights with another layer, but the adapter "
+            "updates both differently, so it cannot be merged; train with updates that are shared"
+        )
 
 
 def _copy(tensor: Tensor) -> Tensor:

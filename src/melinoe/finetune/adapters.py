@@ -11,7 +11,7 @@ from torch import nn
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
-from melinoe.finetune.low_rank import LowRankUpdates
+from melinoe.finetune.low_rank import LowRankUpdates, once
 from melinoe.moe.experts import ExpertsLayer, family
 from melinoe.moe.routing import Router
 
@@ -67,12 +67,12 @@ def make_trainable(
         TrainingError: the routers' weights are frozen by the model itself, or hold integers.
     """
     # Some families keep constants as parameters that never need a gradient; they stay constant.
-    router = {
-        name: parameter
+    router = once(
+        (name, parameter)
         for one in routers
         for name, parameter in one.parameters()
         if parameter.requires_grad and parameter.is_floating_point()
-    }
+    )
     if any(not one.weight.requires_grad for one in routers):
         raise TrainingError(
             f"the routers of {family(model)} are frozen; load it without frozen weights"

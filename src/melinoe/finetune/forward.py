@@ -45,6 +45,11 @@ def forward_terms(
     def forward() -> tuple[Tensor, Any]:
         outputs = model_outputs(model, batch)
         logits = logits_of(model, outputs)
+        if logits.shape[:-1] != labels.shape:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} gives logits for other positions than its input's, so it "
+                "has no next-token loss to train on; use a family that predicts the next token"
+            )
         nll = ForCausalLMLoss(
             logits,
             labels,

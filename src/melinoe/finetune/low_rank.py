@@ -13,7 +13,7 @@ zeros, never none, so that distributed training finds the same gradients on each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -125,7 +125,8 @@ class LowRankUpdates:
     The updates of all MoE layers of a model, on the model while it trains.
 
     The parameters are ordinary ones, ``<experts module>.low_rank.lora_A.<projection>``: they are
-    seen by ``named_parameters()``, wrapped by DDP and FSDP2, moved with the model.
+    seen by ``named_parameters()``, wrapped by DDP and FSDP2, moved with the model. Layers that
+    share their weights share their updates.
 
     Args:
         model: Gets the updates, and their experts function, in place.
@@ -144,8 +145,12 @@ class LowRankUpdates:
         self.rank, self.alpha = rank, alpha
         self.layers = list(layers)
         generator = torch.Generator().manual_seed(seed)
+        by_weight: dict[int, LowRank] = {}
         for layer in self.layers:
-            layer.module.add_module(ADAPTER, LowRank(layer, rank, alpha, generator))
+            weight = id(layer.module.get_parameter("down_proj"))
+            if weight not in by_weight:
+                by_weight[weight] = LowRank(layer, rank, alpha, generator)
+            layer.module.add_module(ADAPTER, by_weight[weight])
             bind(layer.module, partial(_forward, layer.module))
         self._restore: Callable[[], None] = use_melinoe(model)
 
@@ -154,12 +159,12 @@ class LowRankUpdates:
         return layer.module.get_submodule(ADAPTER)  # type: ignore[return-value]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Full name and parameter of every update."""
-        return {
-            f"{layer.name}.{ADAPTER}.{name}": parameter
+        """Full name and parameter of every update; a shared one by its first name."""
+        return once(
+            (f"{layer.name}.{ADAPTER}.{name}", parameter)
             for layer in self.layers
             for name, parameter in self.of(layer).named_parameters()
-        }
+        )
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -176,12 +181,22 @@ class LowRankUpdates:
 
     def remove(self, *, merge: bool) -> None:
         """Take the updates off the model; with *merge*, add them to its weights before."""
+        merged: set[LowRank] = set()
         for layer in self.layers:
-            if merge:
-                self.of(layer).add_to(layer.module)
+            if merge and (own := self.of(layer)) not in merged:
+                own.add_to(layer.module)
+                merged.add(own)
             unbind(layer.module)
             delattr(layer.module, ADAPTER)
         self._restore()
+
+
+def once(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Parameters by name; one that has several names by its first, as in ``named_parameters()``."""
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named:
+        first.setdefault(id(parameter), (name, parameter))
+    return dict(first.values())
 
 
 def _forward(

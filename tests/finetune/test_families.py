@@ -1,0 +1,113 @@
+"""Every family whose experts transformers decorates takes two steps of fine-tuning."""
+
+import math
+import types
+
+import pytest
+import tiny
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from melinoe.config import FinetuneSettings
+from melinoe.data import Encoded
+from melinoe.errors import UnsupportedModelError
+from melinoe.finetune import train
+from melinoe.moe.experts import find_experts
+from melinoe.moe.routing import find_routers
+
+# It fills a block of masked tokens at once: there is no next token to learn.
+DIFFUSION = "diffusion_gemma"
+FAMILIES = [f for f in tiny.families() if f not in tiny.CANNOT and f != DIFFUSION]
+# Built here without a language-model head: one tied to the embeddings is put on.
+HEADLESS = ("muse_spark", "openai_privacy_filter", "qwen3_omni_moe")
+
+SETTINGS = FinetuneSettings(
+    capacity=0.5,
+    steps=2,
+    batch_size=2,
+    learning_rate=5e-4,
+    schedule="constant",
+    warmup=0.0,
+    lora_rank=2,
+    log_every=1,
+)
+
+
+def examples():
+    """Two sequences of one length, each with a prompt of two tokens."""
+    ids = torch.randint(3, tiny.VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+    return [Encoded(row, [False] * 2 + [True] * 8) for row in ids.tolist()]
+
+
+def with_head(model):
+    """Let a base model say logits, as its family's language model would."""
+    hidden = model.forward
+
+    def forward(self, input_ids=None, attention_mask=None, **options):
+        options.pop("use_cache", None)
+        states = hidden(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=states @ self.get_input_embeddings().weight.T)
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def total(row):
+    return (
+        row["eval_nll"]
+        + SETTINGS.lambda_cache * row["eval_cache"]
+        + SETTINGS.lambda_rank * row["eval_anchor"]
+    )
+
+
+@pytest.mark.filterwarnings("default")  # warnings of modelling files are not ours to mend
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_steps_lower_the_combined_loss_and_move_routers_and_experts(family):
+    """Measured on the batch that is trained on; every router and every layer's experts move."""
+    model = tiny.tiny_model(family)
+    if family in HEADLESS:
+        with_head(model)
+    routers, layers = find_routers(model), find_experts(model)
+    with torch.no_grad():
+        for one in routers:  # as decided as a trained one, or rounding would choose the experts
+            one.weight.normal_(std=0.5)
+    before = [one.weight.detach().clone() for one in routers]
+    stacks = [layer.module.get_parameter("down_proj").detach().clone() for layer in layers]
+    data = examples()
+    rows, skipped = train(model, data, SETTINGS, pad_token_id=0, eval_data=data)
+    measured = [row for row in rows if "eval_nll" in row]
+    assert skipped == 0 and all(math.isfinite(total(row)) for row in measured)
+    assert total(measured[-1]) < total(measured[0])
+    for one, weight in zip(routers, before, strict=True):
+        assert torch.equal(one.weight, weight) == (".vision_" in one.name)  # text alone was given
+    for layer, stack in zip(layers, stacks, strict=True):
+        kept = torch.equal(layer.module.get_parameter("down_proj"), stack)
+        assert kept == (".vision_" in layer.name)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_family_whose_routers_cannot_be_trained_is_refused_by_name(family):
+    """A block that routes in another way has no weight of a row per expert."""
+    model = tiny.tiny_model(family)
+    for module in model.modules():
+        for name in ("gate", "router"):
+            if hasattr(module, "experts") and hasattr(module, name):
+                setattr(module, name, torch.nn.Identity())
+    with pytest.raises(UnsupportedModelError, match=f"no trainable router.*{family}"):
+        train(model, examples(), SETTINGS, pad_token_id=0)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_model_without_a_language_model_head_is_refused_by_name():
+    """It has routers and experts, but no next-token loss."""
+    model = tiny.tiny_model("openai_privacy_filter")
+    with pytest.raises(UnsupportedModelError, match="OpenAIPrivacyFilterModel gives hidden states"):
+        train(model, examples(), SETTINGS, pad_token_id=0)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_model_that_predicts_no_next_token_is_refused_by_name():
+    """A block-diffusion model gives logits for its canvas, not for its input."""
+    model = tiny.tiny_model(DIFFUSION)
+    with pytest.raises(UnsupportedModelError, match=r"DiffusionGemma.*no next-token loss"):
+        train(model, examples(), SETTINGS, pad_token_id=0)

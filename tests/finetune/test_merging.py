@@ -1,0 +1,147 @@
+"""From an adapter to a plain checkpoint: bit for bit what fine-tuning itself would have merged."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from melinoe.checkpoint import read_metadata
+from melinoe.cli.app import app
+from melinoe.config import FinetuneSettings
+from melinoe.data import Example
+from melinoe.errors import CheckpointError, MelinoeError, OutputExistsError
+from melinoe.finetune import finetune
+from melinoe.finetune.adapter_files import CONFIG, WEIGHTS
+from melinoe.finetune.merging import merge_adapter
+from melinoe.moe.routing import fingerprint
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .?"
+DATA = [Example("what? ", f"{word} is it.", "here") for word in ("a", "the", "an")]
+
+
+def write_base(place, **settings):
+    """A tiny OLMoE in bfloat16 with a tokenizer of single letters."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {c: i for i, c in enumerate(LETTERS, 3)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tiny_model("olmoe", dtype=torch.bfloat16, **settings).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, and what one run on it leaves with each way of saving."""
+    place = tmp_path_factory.mktemp("saved")
+    write_base(place / "base")
+    for save in ("merged", "adapter", "both"):
+        settings = FinetuneSettings(
+            capacity=0.5, steps=2, batch_size=3, learning_rate=1e-2, lora_rank=2, save=save
+        )
+        finetune(place / "base", DATA, place / save, settings)
+    return place
+
+
+def same_files(one, other):
+    """Two checkpoints hold equal tensors under equal names."""
+    a, b = (load_file(directory / "model.safetensors") for directory in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_merged_adapter_and_both_are_one_run(place, tmp_path):
+    """The adapter of a run merges to the checkpoint of that run; the seed made all three equal."""
+    metadata = merge_adapter(place / "adapter", tmp_path / "out")
+    assert same_files(tmp_path / "out", place / "merged")
+    assert same_files(place / "both", place / "merged")
+    assert not same_files(place / "base", place / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert metadata["fingerprint"] == fingerprint(model) != metadata["base_fingerprint"]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.experts.7.down_proj.weight" in file.keys()  # noqa: SIM118
+
+
+def test_each_directory_holds_what_was_asked_for(place, tmp_path):
+    """No weights beside an adapter, no adapter in a plain checkpoint; melinoe.json everywhere."""
+    names = {save: {p.name for p in (place / save).iterdir()} for save in ("merged", "adapter")}
+    assert CONFIG not in names["merged"] and "model.safetensors" not in names["adapter"]
+    assert {CONFIG, WEIGHTS, "melinoe.json", "tokenizer.json"} <= names["adapter"]
+    assert {p.name for p in (place / "both" / "adapter").iterdir()} >= {CONFIG, WEIGHTS}
+    merge_adapter(place / "both" / "adapter", tmp_path / "out")
+    before, after = read_metadata(place / "adapter"), read_metadata(tmp_path / "out")
+    assert after["settings"]["capacity"] == 0.5 and after["log"]
+    assert {k: v for k, v in after.items() if k in ("base", "data", "fingerprint")} == {
+        k: v for k, v in before.items() if k in ("base", "data", "fingerprint")
+    }
+
+
+def test_the_rounding_of_routers_is_measured(place):
+    """Independently: the adapter holds them in float32, the checkpoint in bfloat16."""
+    exact, rounded, base = (
+        load_file(place / name)
+        for name in (f"adapter/{WEIGHTS}", "merged/model.safetensors", "base/model.safetensors")
+    )
+    lost = change = 0.0
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        trained = exact[f"base_model.model.{name}"]
+        assert trained.dtype == torch.float32
+        assert torch.equal(trained.bfloat16(), rounded[name])
+        lost += float((trained - rounded[name].float()).square().sum())
+        change += float((trained - base[name].float()).square().sum())
+    for save in ("merged", "adapter"):
+        measured = read_metadata(place / save)["router_rounding"]
+        assert measured == pytest.approx((lost / change) ** 0.5, rel=1e-4)
+        assert 0 < measured < 0.5
+
+
+def test_another_base_is_refused(place, tmp_path):
+    """By its routers, where the shapes would fit; nothing is written."""
+    write_base(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"trained on another model.*--base"):
+        merge_adapter(place / "adapter", tmp_path / "out", base=tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_an_adapter_of_unknown_origin_is_checked_by_its_shapes(place, tmp_path):
+    """PEFT writes no melinoe.json: its adapter merges into a base whose shapes are due."""
+    adapter = tmp_path / "pefts"
+    adapter.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (adapter / name).write_bytes((place / "adapter" / name).read_bytes())
+    merge_adapter(adapter, tmp_path / "out", base=place / "base")
+    assert same_files(tmp_path / "out", place / "merged")
+    write_base(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        merge_adapter(adapter, tmp_path / "out2", base=tmp_path / "wide")
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(CheckpointError, match="give --base"):
+        merge_adapter(adapter, tmp_path / "out2")
+
+
+def test_a_taken_output_and_a_missing_base_stop_at_once(place, tmp_path):
+    """What was there stays."""
+    with pytest.raises(OutputExistsError, match="not empty"):
+        merge_adapter(place / "adapter", place / "merged")
+    with pytest.raises(MelinoeError):
+        merge_adapter(place / "adapter", tmp_path / "out", base=tmp_path / "absent")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_merges_and_fails_in_one_sentence(place, tmp_path):
+    """Exit 0 with a checkpoint; an error of ours for a directory that is no adapter."""
+    done = CliRunner().invoke(app, ["merge", str(place / "adapter"), "--out", str(tmp_path / "o")])
+    assert done.exit_code == 0, done.output
+    assert same_files(tmp_path / "o", place / "merged")
+    failed = CliRunner().invoke(app, ["merge", str(place / "base"), "--out", str(tmp_path / "p")])
+    assert isinstance(failed.exception, CheckpointError)
+    assert "holds no adapter" in str(failed.exception)
