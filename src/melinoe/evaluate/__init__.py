@@ -2,6 +2,7 @@
 How well a model does, with an interval over examples, paired where two models are compared.
 
     perplexity.py   loss per token of a text, exp of it
+    decoded.py      the same read token by token, as decoding does, the cache at work
     completions.py  what a model writes after each prompt, greedy, in batches
     rouge.py        ROUGE-L of completions against references
     answers.py      exact match of the number that ends a solution
@@ -17,6 +18,7 @@ two are the same model and must give the same numbers.
 from melinoe.evaluate.answers import exact_match, extract_answer, right_answers
 from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_scores
 from melinoe.evaluate.completions import complete, reference
+from melinoe.evaluate.decoded import Decoded, decoded_perplexity
 from melinoe.evaluate.harness import TaskScore, run_tasks
 from melinoe.evaluate.perplexity import Perplexity, perplexity, perplexity_increase
 from melinoe.evaluate.records import quality_record, score_record
@@ -25,12 +27,14 @@ from melinoe.evaluate.scores import Scores, score
 
 __all__ = [
     "Comparison",
+    "Decoded",
     "Perplexity",
     "Scores",
     "TaskScore",
     "compare_perplexity",
     "compare_scores",
     "complete",
+    "decoded_perplexity",
     "exact_match",
     "extract_answer",
     "perplexity",

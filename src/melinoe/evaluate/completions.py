@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.data import Example, encode_prompt, pad_token_id
 from melinoe.errors import DataError
@@ -129,6 +130,24 @@ def _batches(
             yield chosen[start : start + batch_size]
 
 
+class _Written(StoppingCriteria):
+    """
+    Ends a row once it holds a text.
+
+    transformers' own stop strings need a tokenizer that can spell any word; this needs none.
+    """
+
+    def __init__(self, text: str, tokenizer: Any, prompt_tokens: int) -> None:
+        self.text, self.tokenizer, self.prompt_tokens = text, tokenizer, prompt_tokens
+        # A token has a byte or more; a few more tokens for what stands around the text.
+        self.window = len(text.encode()) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        start = max(self.prompt_tokens, input_ids.shape[1] - self.window)
+        tails = self.tokenizer.batch_decode(input_ids[:, start:])
+        return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)
+
+
 def _generate(
     model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int, stops: list[str]
 ) -> list[str]:
@@ -140,7 +159,6 @@ def _generate(
     for row, ids in enumerate(prompts):
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
-    stopping: dict[str, Any] = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
     with torch.inference_mode():
         output = model.generate(
             input_ids=input_ids.to(device),
@@ -153,6 +171,8 @@ def _generate(
             temperature=None,
             top_p=None,
             top_k=None,
-            **stopping,
+            stopping_criteria=StoppingCriteriaList(
+                [_Written(stop, tokenizer, longest) for stop in stops]
+            ),
         )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
