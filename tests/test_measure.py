@@ -137,7 +137,6 @@ def test_a_record_states_its_configuration_and_survives_json(tmp_path):
             PROMPTS,
             4,
             label="tiny",
-            link=link,
             repeat=2,
             progress=said.append,
         )
@@ -194,6 +193,17 @@ def test_measurements_that_would_mean_nothing_are_the_callers_mistake(wrong):
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=3) as handle, pytest.raises(ValueError):
         serve(model, handle, tokenizer, PROMPTS, label="tiny", **wrong)
+
+
+@pytest.mark.parametrize(
+    "option", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"use_cache": False}]
+)
+def test_passes_of_other_than_one_token_are_not_measured(option):
+    """Their tokens are guesses or the prompt again, so a cost per token would mean nothing."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    name = next(iter(option))
+    with attach(model, slots=3) as handle, pytest.raises(ValueError, match=f"{name}.*mislead"):
+        serve(model, handle, tokenizer, PROMPTS, 4, label="tiny", **option)
 
 
 def test_no_prompts_are_refused():

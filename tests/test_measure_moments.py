@@ -42,7 +42,7 @@ def test_the_timeline_adds_up_to_the_counters():
     link = EmulatedLink(bandwidth_bytes_per_s=1e9, latency_s=1e-4)
     handle = attach(model, slots=2, link=link)
     handle.reset_counters()
-    record = timeline_record(model, handle, words_tokenizer(), PROMPT_TEXT, 6, label="m", link=link)
+    record = timeline_record(model, handle, words_tokenizer(), PROMPT_TEXT, 6, label="m")
     assert check(record, "here") == "timeline"
     counters = handle.counters
     assert record["prompt_loads"] == counters.loads[PROMPT].tolist()

@@ -242,7 +242,7 @@ class Demo:
             # Twice, because a first generation is slower than all others.
             for _ in range(2):
                 record = timeline_record(
-                    model, handle, tokenizer, prompt, settings.max_new_tokens, label=name, link=link
+                    model, handle, tokenizer, prompt, settings.max_new_tokens, label=name
                 )
             handle.detach()
             self._write(record)
@@ -275,7 +275,6 @@ class Demo:
                         prefetch_at="completion",
                         label=name,
                         strategy=strategy,
-                        link=link,
                     )
                 )
             # In turn, prompt by prompt, so that the machine's moods fall on all alike.

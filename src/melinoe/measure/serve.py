@@ -12,8 +12,10 @@ from melinoe.measure.link import link_fields
 from melinoe.measure.machine import machine
 from melinoe.predictor import Predictor
 from melinoe.runtime.attach import Handle
-from melinoe.runtime.transfer import EmulatedLink
 from melinoe.stats import bootstrap
+
+# Assisted decoding computes guesses too, wrong ones included.
+_SEVERAL_TOKENS_A_PASS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 Serving = Generator[None, None, dict[str, Any]]
 
@@ -44,7 +46,6 @@ def serving(
     label: str,
     strategy: str = "",
     prefetch_at: PrefetchAt = "prompt",
-    link: EmulatedLink | None = None,
     cold: bool = True,
     repeat: int = 1,
     warmup: int = 1,
@@ -81,7 +82,6 @@ def serving(
         label: The model's name in tables.
         strategy: What is done about misses, for tables; ``""`` names policy and prefetch.
         prefetch_at: As in `melinoe.generate.generate`.
-        link: The emulated link that *handle* was made with, if any.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
         repeat: Runs per prompt, for steadier times.
         warmup: Runs of the first prompt before anything is measured.
@@ -90,8 +90,15 @@ def serving(
 
     Raises:
         DataError: no prompts, or none that got two tokens.
-        ValueError: *max_new_tokens* below 2, *repeat* below 1, or repeats of a warm cache.
+        ValueError: *max_new_tokens* below 2, *repeat* below 1, or repeats of a warm cache; a way
+            to generate whose passes are not one token each.
     """
+    odd = [name for name in _SEVERAL_TOKENS_A_PASS if sampling.get(name) is not None]
+    if odd or sampling.get("use_cache") is False:
+        raise ValueError(
+            f"with {odd[0] if odd else 'use_cache=False'} a forward pass computes other tokens "
+            "than the one it yields, so costs per token would mislead; measure without it"
+        )
     if max_new_tokens < 2 or repeat < 1:
         raise ValueError("serving needs max_new_tokens >= 2 and repeat >= 1")
     if repeat > 1 and not cold:
@@ -139,7 +146,7 @@ def serving(
         policy=handle.policy,
         store=handle.store.kind,
         expert_memory_bytes=handle.expert_memory_bytes,
-        link=link_fields(link),
+        link=link_fields(handle.link),
         cold=cold,
         repeat=repeat,
         prompts=len(prompts),

@@ -11,7 +11,6 @@ from melinoe.errors import DataError
 from melinoe.generate import Prompt, generate
 from melinoe.measure.link import link_fields
 from melinoe.runtime.attach import Handle
-from melinoe.runtime.transfer import EmulatedLink
 
 
 class _Stamps:
@@ -47,7 +46,6 @@ def timeline_record(
     max_new_tokens: int = 64,
     *,
     label: str,
-    link: EmulatedLink | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """
@@ -64,7 +62,6 @@ def timeline_record(
         prompt: Text or token ids.
         max_new_tokens: At most so many.
         label: The model's name in reports.
-        link: The emulated link that *handle* was made with, if any.
         options: As in `melinoe.generate.generate`.
 
     Raises:
@@ -88,7 +85,7 @@ def timeline_record(
         "slots": handle.slots,
         "num_experts": handle.layers[0].num_experts,
         "policy": handle.policy,
-        "link": link_fields(link),
+        "link": link_fields(handle.link),
         "ttft_s": done.ttft_s,
         "prompt_tokens": len(done.prompt_ids),
         "prompt_loads": steps[0],
