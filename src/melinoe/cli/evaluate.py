@@ -16,7 +16,7 @@ class _Found:
 
     scores: list[Any] = field(default_factory=list)
     tasks: list[Any] = field(default_factory=list)
-    caches: dict[tuple[str, int], dict[str, list[int]]] = field(default_factory=dict)
+    caches: dict[tuple[str, str, int], dict[str, list[int]]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -121,7 +121,8 @@ def command(
             )
         if locality:
             examples = next(iter(texts.values()))[0][:prompts]
-            _locality(one, loaded, handle, tokenizer, examples, label, at_slots, max_new_tokens)
+            lengths = (max_length, max_new_tokens)
+            _locality(one, loaded, handle, tokenizer, examples, label, at_slots, *lengths)
         if tasks:
             options.say(f"{label}: {tasks}")
             one.tasks = run_tasks(
@@ -194,30 +195,28 @@ def _locality(
     examples: Sequence[Any],
     label: str,
     at_slots: Sequence[int] | None,
+    max_length: int,
     max_new_tokens: int,
 ) -> None:
-    """Trace greedy completions, and simulate what caches of each size would have moved."""
-    from melinoe.config import POLICIES, experts_in_share
-    from melinoe.data import encode_prompt
+    """Trace what is written and what is read, and simulate what caches of each size would move."""
+    from melinoe.config import experts_in_share
+    from melinoe.data import encode, encode_prompt
     from melinoe.generate import trace_prompts
-    from melinoe.measure import completion_counts, curve_record, locality_record
+    from melinoe.measure import completion_counts, curve_record, locality_record, reading_trace
 
     prompts = [encode_prompt(example, tokenizer) for example in examples]
-    trace = trace_prompts(
-        loaded,
-        handle,
-        tokenizer,
-        prompts,
-        max_new_tokens,
-        progress=_teller(label),
-    )
-    sizes = at_slots or [experts_in_share(share, trace.num_experts) for share in (0.125, 0.25, 0.5)]
-    sizes = sorted(set(sizes))
-    one.records.append(locality_record(trace, label))
-    for name in POLICIES:
-        one.records.append(curve_record(trace, label, name, sizes))
-        for size in sizes:
-            one.caches[name, size] = completion_counts(trace, size, name)
+    tell = _teller(label)
+    written = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=tell)
+    read = reading_trace(loaded, handle, encode(examples, tokenizer, max_length))
+    shares = [experts_in_share(share, written.num_experts) for share in (0.125, 0.25, 0.5)]
+    sizes = sorted(set(at_slots or shares))
+    # The same text for both models, too: one that repeats itself needs few experts.
+    for doing, trace, name in (("writing", written, label), ("reading", read, f"{label}, reading")):
+        one.records.append(locality_record(trace, name))
+        for policy in ("lru", "lfu"):
+            one.records.append(curve_record(trace, name, policy, sizes))
+            for size in sizes:
+                one.caches[doing, policy, size] = completion_counts(trace, size, policy)
 
 
 def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
@@ -235,7 +234,7 @@ def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
             continue
         over = paired_ratio(counts["loads"], base["loads"], counts["tokens"], base["tokens"])
         change = Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n)
-        metric = f"transfers per token ({key[0].upper()}, {key[1]} slots)"
+        metric = f"transfers per token {key[0]} ({key[1].upper()}, {key[2]} slots)"
         domain = ours.scores[0].domain
         comparisons.append(Comparison(metric, domain, model, other, change, True, True))
     known = {(one.task, one.metric): one for one in theirs.tasks}
