@@ -185,3 +185,40 @@ def test_plans_cover_each_request_once_and_never_evict_what_they_need(capacity, 
         resident = {e for e in range(NUM_EXPERTS) if e in residency}
         # A slot is given up only for a load: what was there and left made room for another.
         assert step == "reset" or len(resident) >= len(before)
+
+
+def test_part_of_a_request_is_loaded_and_the_rest_left_where_it_is():
+    """
+    Two of three slots hold 0 and 1; {1,2,3,4} with uses 1,3,1,2 and two loads at most.
+
+    Missing by uses: 3, 4, 2. The two most used, 4 and 2, come: one into the free slot, one over 0,
+    since 1 is needed. 3 is computed elsewhere, though four experts would not have fitted.
+    """
+    residency = Residency(5, 3)
+    residency.request([0])
+    residency.request([1])
+    plan, there = residency.partly([1, 2, 3, 4], [1, 3, 1, 2], load=lambda missing: 2)
+    assert plan == Plan((1,), (Load(4, 2, None), Load(2, 0, 0))) and there == (3,)
+    residency.check_invariants()
+
+
+def test_nothing_is_loaded_where_nothing_may_be():
+    """With no loads the residents stay as prefetched, whatever is asked; all loads is a request."""
+    residency, usual = Residency(5, 2), Residency(5, 2)
+    for one in (residency, usual):
+        one.prefetch([0, 1])
+    assert residency.partly([0, 3, 4], load=lambda missing: 0) == (Plan((0,), ()), (3, 4))
+    assert residency.partly([], load=lambda missing: 9) == (Plan((), ()), ())
+    usual.policy.use([0, 3, 4])  # what the other one's has heard
+    for request in ([0, 3], [2], [1, 4], [0, 4]):
+        plan, there = residency.partly(request, load=lambda missing: missing)
+        assert not there
+        assert plan == usual.request(request)
+
+
+def test_no_more_is_loaded_than_slots_beside_the_hits():
+    """Two slots, one hit: one load, however many are allowed."""
+    residency = Residency(5, 2)
+    residency.request([0])
+    plan, there = residency.partly([0, 1, 2, 3], load=lambda missing: missing)
+    assert [load.expert for load in plan.loads] == [3] and there == (1, 2)

@@ -238,3 +238,28 @@ def test_an_empty_trace_costs_nothing():
     simulation = simulate(random_trace(0, sequences=0), 2)
     assert simulation.per_sequence == []
     assert simulation.counters == Counters(2)
+
+
+def test_what_is_computed_elsewhere_is_a_miss_but_no_load():
+    """Two slots hold {0,1} by prefetch and nothing is loaded: of {0,2} {1,2} {0,1} half miss."""
+    trace = trace_of([[0, 2]], [[1, 2]], [[0, 1]], num_experts=4, top_k=2)
+    simulation = simulate(
+        trace, 2, prefetch={0: [[0, 1]]}, load=lambda missing: 0, steps=True, policy="lru"
+    )
+    assert simulation.counters.hit_rate() == 4 / 6
+    assert simulation.counters.loads.sum() == 0
+    assert simulation.counters.prefetch_loads.tolist() == [2]
+    assert simulation.steps.elsewhere.tolist() == [[1], [1], [0]]
+    assert simulation.steps.experts.tolist() == [[2], [2], [2]]
+    assert simulation.steps.ahead.tolist() == [[2], [0], [0]]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_loading_everything_partly_is_loading_everything(shared):
+    """Where requests fit, `load` of all that is missing counts as no `load` at all."""
+    trace = random_trace(1, prompt=1)
+    whole = simulate(trace, 4, shared=shared, steps=True)
+    partly = simulate(trace, 4, shared=shared, steps=True, load=lambda missing: missing)
+    assert partly.counters.loads.sum() == whole.counters.loads.sum()
+    assert partly.counters.hit_rate() == whole.counters.hit_rate()
+    assert not partly.steps.elsewhere.any()

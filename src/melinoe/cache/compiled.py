@@ -9,7 +9,7 @@ import numpy as np
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import policy_class
 from melinoe.cache.residency import Residency, check_capacity
-from melinoe.cache.simulator import Prefetch, Simulation, Steps, wanted_by
+from melinoe.cache.simulation import Prefetch, Simulation, Steps, wanted_by
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.cache.units import units_of
 
@@ -83,7 +83,9 @@ def run(
         (whole,) = _counters(
             counts.sum(0)[None], prefetched.sum(0)[None], waited, tokens, phase, one
         )
-    kept = Steps(phase, tokens, unit, *details) if steps else None
+    loads, experts, ahead = details
+    nowhere = np.zeros_like(loads)  # compiled rules load all that is missing
+    kept = Steps(phase, tokens, unit, loads, experts, ahead, nowhere) if steps else None
     return Simulation(whole, per_unit, units, tuple(slots), policy, False, "compiled", kept)
 
 

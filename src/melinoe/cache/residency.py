@@ -5,7 +5,7 @@ It decides and remembers; it moves no bytes. The simulator and the runtime drive
 with the same calls, which is why their counts agree.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -177,14 +177,7 @@ class Residency:
         uses: Sequence[int] | None,
         scores: Sequence[float] | None,
     ) -> Iterator[Plan]:
-        hits = sorted(expert for expert in experts if expert in self._slot)
-        weight = (
-            dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
-        )
-        missing = sorted(
-            (expert for expert in experts if expert not in self._slot),
-            key=lambda expert: (weight[expert], expert),
-        )
+        hits, missing = self._sorted(experts, uses)
         if scores is not None:
             self.policy.weigh(experts, scores)
         self._use(hits + missing)
@@ -194,6 +187,60 @@ class Residency:
         for start in range(room, len(missing), self.capacity):
             part = missing[start : start + self.capacity]
             yield Plan((), self._admit(part, set(part)))
+
+    def partly(
+        self,
+        experts: Sequence[int],
+        uses: Sequence[int] | None = None,
+        scores: Sequence[float] | None = None,
+        *,
+        load: Callable[[int], int],
+    ) -> tuple[Plan, tuple[int, ...]]:
+        """
+        Serve a request of any size by loading some of the missing, and computing the rest there.
+
+        What is not loaded is computed where it lives (on the host's processor), so that it needs
+        no slot and everything is one plan. The most used are loaded, of equally used ones those of
+        the higher ids, as `plans` would have kept them. The policy notes one request of all.
+
+        Args:
+            experts, uses, scores: As in `plans`.
+            load: How many of so many missing experts to load; cut to the slots beside the hits.
+
+        Returns:
+            The plan, and the ids that were neither resident nor loaded, least used first.
+
+        Raises:
+            ValueError: an id is out of range or given twice. Nothing has changed.
+        """
+        if isinstance(experts, np.ndarray):
+            experts = experts.tolist()
+        self.check(experts)
+        if not experts:
+            return Plan((), _NOTHING), ()
+        hits, missing = self._sorted(experts, uses)
+        if scores is not None:
+            self.policy.weigh(experts, scores)
+        # In the order of `plans`, so that to load everything is to be served by it.
+        self._use(list(experts) if len(experts) <= self.capacity else hits + missing)
+        count = max(0, min(load(len(missing)) if missing else 0, self.capacity - len(hits)))
+        there, here = missing[: len(missing) - count], missing[len(missing) - count :]
+        loads = self._admit(here, {*hits, *here}) if here else _NOTHING
+        return Plan(tuple(hits), loads), tuple(there)
+
+    def _sorted(
+        self, experts: Sequence[int], uses: Sequence[int] | None
+    ) -> tuple[list[int], list[int]]:
+        """Residents by id, and the missing by uses and id, the most used last."""
+        hits = sorted(expert for expert in experts if expert in self._slot)
+        weight = (
+            dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
+        )
+        missing = sorted(
+            (expert for expert in experts if expert not in self._slot),
+            key=lambda expert: (weight[expert], expert),
+        )
+        return hits, missing
 
     def prefetch(self, experts: Sequence[int]) -> Plan:
         """

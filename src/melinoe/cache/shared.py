@@ -1,6 +1,6 @@
 """One cache for the experts of all layers: the same residency, seen by each layer as its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import Load, Plan, Residency
@@ -47,6 +47,18 @@ class SharedLayer:
     ) -> Iterator[Plan]:
         """As `Residency.plans`."""
         return map(self._own, self._whole.plans(self._keys(experts), uses, scores))
+
+    def partly(
+        self,
+        experts: Sequence[int],
+        uses: Sequence[int] | None = None,
+        scores: Sequence[float] | None = None,
+        *,
+        load: Callable[[int], int],
+    ) -> tuple[Plan, tuple[int, ...]]:
+        """As `Residency.partly`."""
+        plan, there = self._whole.partly(self._keys(experts), uses, scores, load=load)
+        return self._own(plan), tuple([expert - self.key for expert in there])
 
     def prefetch(self, experts: Sequence[int]) -> Plan:
         """As `Residency.prefetch`."""

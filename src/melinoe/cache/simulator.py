@@ -8,7 +8,6 @@ tests hold the two equal, count by count).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -19,66 +18,16 @@ from melinoe.cache.locality import popularity
 from melinoe.cache.policy import Policy, policy_class, policy_makers
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.requests import ForwardPass
-from melinoe.cache.residency import Residency
+from melinoe.cache.residency import Plan, Residency
 from melinoe.cache.shared import SharedLayer, share
+from melinoe.cache.simulation import Prefetch, Simulation, Steps, wanted_by
 from melinoe.cache.trace import Trace
 from melinoe.cache.units import units_of
 from melinoe.errors import MelinoeError, TraceError
 
-ByLayer = Sequence[Sequence[int]]
-Prefetch = Callable[[int], ByLayer] | Mapping[int, ByLayer]
 ENGINES = ("auto", "residency", "compiled")
 # From this many requests on, loading the compiled code (about a second) pays.
 COMPILED_FROM = 50_000
-
-
-@dataclass(frozen=True)
-class Steps:
-    """
-    What happened in each forward pass and layer; what a time model needs.
-
-    Attributes:
-        phase: uint8 (passes,), 0 prompt, 1 completion.
-        tokens: int64 (passes,), rows.
-        unit: int64 (passes,), index into `Simulation.sequences`.
-        loads: int32 (passes, layers), experts copied on demand.
-        experts: int32 (passes, layers), distinct experts requested.
-        ahead: int32 (passes, layers), experts copied by prefetches right before the pass.
-    """
-
-    phase: np.ndarray
-    tokens: np.ndarray
-    unit: np.ndarray
-    loads: np.ndarray
-    experts: np.ndarray
-    ahead: np.ndarray
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """
-    The outcome of `simulate`.
-
-    Attributes:
-        counters: The whole trace.
-        per_sequence: The same by unit; they add up to *counters*. A unit is one sequence, or
-            several that share a forward pass: a load made for a batch belongs to all of it.
-        sequences: The sequence numbers of each unit, ascending.
-        slots: Slots of each layer; of a shared cache, what each layer brought in.
-        policy: Its name.
-        shared: Whether all layers shared one cache of ``sum(slots)``.
-        engine: ``residency`` or ``compiled``.
-        steps: Pass by pass, if that was asked for.
-    """
-
-    counters: Counters
-    per_sequence: list[Counters]
-    sequences: list[tuple[int, ...]]
-    slots: tuple[int, ...]
-    policy: str
-    shared: bool = False
-    engine: str = "residency"
-    steps: Steps | None = None
 
 
 def simulate(
@@ -91,6 +40,7 @@ def simulate(
     reset_between_sequences: bool = False,
     policy_options: Mapping[str, Any] | None = None,
     shared: bool | None = None,
+    load: Callable[[int], int] | None = None,
     steps: bool = False,
     engine: str = "auto",
     prefill: StreamedPrefill | None = None,
@@ -111,6 +61,8 @@ def simulate(
             ``static`` counts its popularity from this very trace unless one is given here.
         shared: Whether all layers share one cache of as many slots as they would have together;
             absent, as the policy needs it.
+        load: How many of a request's missing experts are loaded, if not all of them; the rest is
+            computed where it is (`Residency.partly`). They are misses, but no loads.
         steps: Also keep what happened in each forward pass and layer.
         engine: ``residency``: drive the runtime's own class. ``compiled``: the compiled rules, for
             lru, lfu, lfru, static and belady by name with slots per layer. ``auto``: compiled
@@ -149,7 +101,7 @@ def simulate(
     earliest = PHASES.index(prefetch_at)
     if prefill is not None and (shared or engine == "compiled"):
         raise ValueError("prompts are streamed into slots per layer only, and not compiled")
-    if prefill is None and _compiles(engine, policy, shared, trace):
+    if prefill is None and _compiles(engine, policy, shared or load is not None, trace):
         from melinoe.cache.compiled import run
 
         return run(
@@ -169,7 +121,7 @@ def simulate(
     per_unit = [Counters(trace.num_layers) for _ in units]
     begun_units: set[int] = set()
     begun: set[int] = set()
-    record: list[tuple[int, int, int, list[int], list[int], list[int]]] = []
+    record: list[tuple[Any, ...]] = []
 
     for forward in trace.passes():
         number = unit_of[forward.sequences[0]]
@@ -187,22 +139,23 @@ def simulate(
                         counters.add_prefetch(layer, loads)
                         ahead[layer] += loads
         rule = prefill if forward.phase == PROMPT else None
-        loads_of = _serve(residencies, counters, forward, rule)
+        served = _serve(residencies, counters, forward, rule, load)
         if steps:
             distinct = [len(experts) for experts, _ in forward.requests]
-            record.append((forward.phase, forward.tokens, number, loads_of, distinct, ahead))
+            pass_of = (forward.phase, forward.tokens, number)
+            record.append((*pass_of, served[0], distinct, ahead, served[1]))
 
     whole = reduce(Counters.plus, per_unit, Counters(trace.num_layers))
     kept = _steps(record, trace.num_layers) if steps else None
     return Simulation(whole, per_unit, units, per_layer, name, shared, "residency", kept)
 
 
-def _compiles(engine: str, policy: str | Callable[[], Policy], shared: bool, trace: Trace) -> bool:
+def _compiles(engine: str, policy: str | Callable[[], Policy], special: bool, trace: Trace) -> bool:
     rules = ("lru", "lfu", "lfru", "static", "belady")
-    able = isinstance(policy, str) and policy in rules and not shared
+    able = isinstance(policy, str) and policy in rules and not special
     if engine == "compiled" and not able:
         raise ValueError(
-            f"compiled rules are {', '.join(rules)} by name with slots per layer; "
+            f"compiled rules are {', '.join(rules)} by name with slots per layer, loading all; "
             "use engine='residency' for others"
         )
     # Rows, not passes, because counting those takes longer; a prompt's rows are few in a long one.
@@ -234,42 +187,39 @@ def _serve(
     counters: Counters,
     forward: ForwardPass,
     prefill: StreamedPrefill | None,
-) -> list[int]:
-    """Serve one pass; returns the loads of each layer."""
-    loads = []
+    load: Callable[[int], int] | None,
+) -> tuple[list[int], list[int]]:
+    """Serve one pass; returns each layer's loads, and what was computed elsewhere."""
+    loads, elsewhere = [], []
     counters.begin_forward(forward.phase, forward.tokens)
     for layer, (experts, uses) in enumerate(forward.requests):
+        scores = None if forward.scores is None else forward.scores[layer]
+        there: tuple[int, ...] = ()
         if prefill is not None:
             residency = residencies[layer]
             assert isinstance(residency, Residency)
-            scores = None if forward.scores is None else forward.scores[layer]
             stream = prefill.serve(residency, experts, uses, scores)
             counters.add_stream(layer, experts, uses, stream)
             loads.append(stream.loads)
+            elsewhere.append(0)
             continue
-        if forward.scores is None:
+        if load is not None:
+            plan, there = residencies[layer].partly(experts, uses, scores, load=load)
+            of = dict(zip(experts, uses, strict=True))
+            if experts:
+                hits = sum(of[expert] for expert in plan.hits)
+                counters.add_request(layer, sum(uses), hits, len(plan.loads))
+            plans: tuple[Plan, ...] = (plan,)
+        elif scores is None:
             plans = tuple(residencies[layer].plans(experts, uses))
+            counters.add_plans(layer, experts, uses, plans)
         else:
-            plans = tuple(residencies[layer].plans(experts, uses, forward.scores[layer]))
-        counters.add_plans(layer, experts, uses, plans)
+            plans = tuple(residencies[layer].plans(experts, uses, scores))
+            counters.add_plans(layer, experts, uses, plans)
         loads.append(sum(len(plan.loads) for plan in plans))
+        elsewhere.append(len(there))
     counters.end_forward()
-    return loads
-
-
-def wanted_by(prefetch: Prefetch | None, sequence: int, num_layers: int) -> ByLayer | None:
-    """
-    What a prefetch names for a sequence, or None.
-
-    Raises:
-        ValueError: it does not name every layer.
-    """
-    if prefetch is None:
-        return None
-    wanted = prefetch.get(sequence) if isinstance(prefetch, Mapping) else prefetch(sequence)
-    if wanted is not None and len(wanted) != num_layers:
-        raise ValueError(f"a prefetch names {len(wanted)} layers of {num_layers}")
-    return wanted
+    return loads, elsewhere
 
 
 def _prefetch(
@@ -284,17 +234,15 @@ def _prefetch(
     ]
 
 
-def _steps(
-    record: list[tuple[int, int, int, list[int], list[int], list[int]]], num_layers: int
-) -> Steps:
-    columns = list(zip(*record, strict=True)) if record else [()] * 6
-    phase, tokens, unit, loads, experts, ahead = columns
+def _steps(record: list[tuple[Any, ...]], num_layers: int) -> Steps:
+    columns = list(zip(*record, strict=True)) if record else [()] * 7
+    phase, tokens, unit, *by_layer = columns
     shape = (len(record), num_layers)
     return Steps(
         np.array(phase, np.uint8),
         np.array(tokens, np.int64),
         np.array(unit, np.int64),
-        *(np.array(rows, np.int32).reshape(shape) for rows in (loads, experts, ahead)),
+        *(np.array(rows, np.int32).reshape(shape) for rows in by_layer),
     )
 
 

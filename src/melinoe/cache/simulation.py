@@ -1,0 +1,78 @@
+"""What a simulation is told and what it tells: prefetches in, counts and steps out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from melinoe.cache.counters import Counters
+
+ByLayer = Sequence[Sequence[int]]
+Prefetch = Callable[[int], ByLayer] | Mapping[int, ByLayer]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """
+    What happened in each forward pass and layer; what a time model needs.
+
+    Attributes:
+        phase: uint8 (passes,), 0 prompt, 1 completion.
+        tokens: int64 (passes,), rows.
+        unit: int64 (passes,), index into `Simulation.sequences`.
+        loads: int32 (passes, layers), experts copied on demand.
+        experts: int32 (passes, layers), distinct experts requested.
+        ahead: int32 (passes, layers), experts copied by prefetches right before the pass.
+        elsewhere: int32 (passes, layers), missing experts that were not copied but computed where
+            they were.
+    """
+
+    phase: np.ndarray
+    tokens: np.ndarray
+    unit: np.ndarray
+    loads: np.ndarray
+    experts: np.ndarray
+    ahead: np.ndarray
+    elsewhere: np.ndarray
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """
+    The outcome of `simulate`.
+
+    Attributes:
+        counters: The whole trace.
+        per_sequence: The same by unit; they add up to *counters*. A unit is one sequence, or
+            several that share a forward pass: a load made for a batch belongs to all of it.
+        sequences: The sequence numbers of each unit, ascending.
+        slots: Slots of each layer; of a shared cache, what each layer brought in.
+        policy: Its name.
+        shared: Whether all layers shared one cache of ``sum(slots)``.
+        engine: ``residency`` or ``compiled``.
+        steps: Pass by pass, if that was asked for.
+    """
+
+    counters: Counters
+    per_sequence: list[Counters]
+    sequences: list[tuple[int, ...]]
+    slots: tuple[int, ...]
+    policy: str
+    shared: bool = False
+    engine: str = "residency"
+    steps: Steps | None = None
+
+
+def wanted_by(prefetch: Prefetch | None, sequence: int, num_layers: int) -> ByLayer | None:
+    """
+    What a prefetch names for a sequence, or None.
+
+    Raises:
+        ValueError: it does not name every layer.
+    """
+    if prefetch is None:
+        return None
+    wanted = prefetch.get(sequence) if isinstance(prefetch, Mapping) else prefetch(sequence)
+    if wanted is not None and len(wanted) != num_layers:
+        raise ValueError(f"a prefetch names {len(wanted)} layers of {num_layers}")
+    return wanted
