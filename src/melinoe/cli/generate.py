@@ -26,6 +26,9 @@ def command(
             "evict what was prefetched."
         ),
     ] = "prompt",
+    choice: options.Choice = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     temperature: Annotated[
         float, typer.Option(help="Above 0: sample; 0: the likeliest token.", min=0.0)
     ] = 0.0,
@@ -53,6 +56,7 @@ def command(
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store
     )
+    options.choose(handle, choice, choice_strength, choice_keep)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     streamer = None
@@ -75,6 +79,8 @@ def command(
     cost = {
         "slots": handle.slots,
         "expert_memory_bytes": handle.expert_memory_bytes,
+        "choice": choice,
+        "changed_choices": handle.changed_choices,
         "hit_rate": result.counters.hit_rate("completion"),
         "transfers_per_token": result.counters.transfers_per_token(),
         "ttft_s": result.ttft_s,

@@ -26,6 +26,19 @@ StoreKind = Annotated[
         "else disk."
     ),
 ]
+Choice = Annotated[
+    str,
+    typer.Option(
+        help="Let decoding tokens prefer resident experts: exact (no), cache-prior, reroute. "
+        "Changes what the model says."
+    ),
+]
+ChoiceStrength = Annotated[
+    float, typer.Option(help="How much: lambda of cache-prior, tau of reroute.", min=0.0)
+]
+ChoiceKeep = Annotated[
+    int, typer.Option(help="The router's first so many choices of a token always stay.", min=0)
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -96,6 +109,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return str(value)
+
+
+def choose(handle: Any, kind: str, strength: float, keep: int) -> None:
+    """Set a cache-aware choice on a running model, where one is asked for."""
+    from melinoe.moe.choice import ChoiceSettings
+
+    handle.choose(ChoiceSettings(kind, strength if kind != "exact" else 0.0, keep))
 
 
 def open_model(

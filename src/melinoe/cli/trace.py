@@ -21,6 +21,9 @@ def command(
     expert_memory: options.ExpertMemory = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
+    choice: options.Choice = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
 ) -> None:
     """Generate from prompts, and record which experts every token chose."""
     from melinoe.data import encode_prompt, load_examples
@@ -34,6 +37,7 @@ def command(
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store
     )
+    options.choose(handle, choice, choice_strength, choice_keep)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     trace = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=options.say)
     trace.save(out)
