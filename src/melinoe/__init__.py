@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from melinoe.cache.residency import Residency as Residency
     from melinoe.cache.simulator import simulate as simulate
     from melinoe.cache.trace import Trace as Trace
+    from melinoe.engine import attach as attach
+    from melinoe.engine import load as load
     from melinoe.errors import MelinoeError as MelinoeError
     from melinoe.predictor import Predictor as Predictor
     from melinoe.runtime.attach import Handle as Handle
-    from melinoe.runtime.attach import attach as attach
-    from melinoe.runtime.load import load as load
     from melinoe.runtime.transfer import EmulatedLink as EmulatedLink
 
 _HOMES = {
@@ -29,8 +29,8 @@ _HOMES = {
     "Predictor": "melinoe.predictor",
     "Residency": "melinoe.cache.residency",
     "Trace": "melinoe.cache.trace",
-    "attach": "melinoe.runtime.attach",
-    "load": "melinoe.runtime.load",
+    "attach": "melinoe.engine",
+    "load": "melinoe.engine",
     "simulate": "melinoe.cache.simulator",
 }
 

@@ -17,7 +17,8 @@ from melinoe.cache.policy import Policy
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
-from melinoe.errors import AttachError
+from melinoe.errors import AttachError, BudgetError
+from melinoe.fast.budget import backbone_bytes, enforce, plan_budget
 from melinoe.fast.carrier import FastStore
 from melinoe.fast.compressed import CompressedStore
 from melinoe.fast.handle import FastHandle
@@ -107,6 +108,9 @@ def load(
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
     dtype: torch.dtype | str = "auto",
+    gpu_memory: str | int | None = None,
+    batch: int | None = None,
+    context: int | None = None,
 ) -> tuple[Any, FastHandle]:
     """
     Load a checkpoint for the fast engine: the backbone on *device*, the experts in pinned memory.
@@ -117,6 +121,10 @@ def load(
         dtype: type of all weights; "auto" takes the config's.
         slots, expert_memory, policy, policy_options, compression, admit, staging_experts, graphs:
             as for `attach`.
+        gpu_memory: instead of *slots* or *expert_memory*: a budget for all that PyTorch allocates
+            on the device, such as ``"8GiB"``, kept as a contract; see `melinoe.fast.budget`.
+        batch: sequences at once that *gpu_memory* is to hold; absent: 1.
+        context: tokens of a sequence that it is to hold; absent: 2,048.
 
     Returns:
         The transformers model, in evaluation mode, and its handle.
@@ -125,19 +133,31 @@ def load(
         CheckpointError: files missing, torn, quantised, or of another model than the config's.
         AttachError, UnsupportedModelError, BudgetError, MelinoeError: as `attach`.
     """
-    target = torch.device(device)
-    checkpoint = open_checkpoint(str(name), dtype)
-    with checkpoint:
+    if gpu_memory is None and (batch is not None or context is not None):
+        raise BudgetError("batch and context say what gpu_memory is to hold; give it, or none")
+    if gpu_memory is not None and (slots is not None or expert_memory is not None):
+        raise BudgetError("give one of slots, expert_memory and gpu_memory, and not two")
+    asked = 1 if gpu_memory is not None else slots
+    staging = staging_experts
+    with open_checkpoint(str(name), dtype) as checkpoint:
         count, make, target = checked_settings(
-            checkpoint.layers[0].module, checkpoint.layers, slots, expert_memory, policy,
-            policy_options, None, target,
+            checkpoint.layers[0].module, checkpoint.layers, asked, expert_memory, policy,
+            policy_options, None, torch.device(device),
         )  # fmt: skip
-        _check(checkpoint.layers, make, target, staging_experts)
-        filled = _from_checkpoint(checkpoint, compression, target)
+        _check(checkpoint.layers, make, target, staging)
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
+        if gpu_memory is not None:
+            budget = plan_budget(
+                gpu_memory, layers, model.config, backbone_bytes(model, layers),
+                batch=batch or 1, context=context or 2048, staging_experts=staging,
+            )  # fmt: skip
+            _log.info("GPU memory of %s", budget)
+            enforce(budget, target)
+            count = budget.slots_per_layer
+        filled = _from_checkpoint(checkpoint, compression, target)
         handle = FastHandle(
-            model, layers, filled, count, make, target, StreamedPrefill(admit), staging_experts,
+            model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
             target.type == "cuda" if graphs is None else graphs,
         )  # fmt: skip
     return model, handle

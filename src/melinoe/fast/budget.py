@@ -1,0 +1,214 @@
+"""
+A budget of GPU memory as a contract: everything is counted, and what is left goes to slots.
+
+What is counted beside the slots: the backbone's weights as they lie in memory; keys and values of
+*batch* sequences of *context* tokens; the staging blocks; what the largest forward pass, a prompt
+of *context* tokens in every sequence, needs while it runs; and the buffers of captured steps.
+PyTorch's allocator gives large tensors whole pieces of 2 MiB, and so does this arithmetic. The CUDA
+context itself, some hundred MiB that no allocator sees, is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from melinoe.errors import BudgetError
+from melinoe.fast.staging import staging_bytes
+from melinoe.moe.experts import ExpertsLayer
+from melinoe.runtime.budget import format_bytes, parse_bytes
+
+_PIECE = 2 << 20
+# cuBLAS keeps 32 MiB on Hopper for each stream that computes; one computes, one captures.
+_LIBRARIES = 64 << 20
+_GRAPHS = 64 << 20
+
+
+@dataclass(frozen=True)
+class GpuBudget:
+    """
+    Where the memory of a budget goes, in bytes; the parts add up to *total* or less.
+
+    Attributes:
+        total: the budget.
+        backbone: all weights and buffers but the experts'.
+        kv_cache: keys and values.
+        staging: the two blocks that prompts' experts pass through.
+        workspace: what the largest forward pass needs while it runs.
+        graphs: buffers of captured steps.
+        slots: of all layers.
+        slots_per_layer: alike in all layers.
+    """
+
+    total: int
+    backbone: int
+    kv_cache: int
+    staging: int
+    workspace: int
+    graphs: int
+    slots: int
+    slots_per_layer: int
+
+    @property
+    def used(self) -> int:
+        """The sum of the parts."""
+        return sum(asdict(self).values()) - self.total - self.slots_per_layer
+
+    def __str__(self) -> str:
+        parts = ("backbone", "kv_cache", "staging", "workspace", "graphs", "slots")
+        said = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in parts)
+        return f"{format_bytes(self.total)}: {said} ({self.slots_per_layer} per layer)"
+
+
+def plan_budget(
+    gpu_memory: str | int,
+    layers: Sequence[ExpertsLayer],
+    config: Any,
+    backbone: int,
+    *,
+    batch: int,
+    context: int,
+    staging_experts: int,
+) -> GpuBudget:
+    """
+    Share a budget out.
+
+    Args:
+        gpu_memory: such as ``"8GiB"``; an int is bytes.
+        layers: as `find_experts` lists them.
+        config: the model's.
+        backbone: bytes of everything that is not experts; see `backbone_bytes`.
+        batch: sequences decoded at once, at most.
+        context: tokens of a sequence, prompt included, at most.
+        staging_experts: that one staging block holds.
+
+    Raises:
+        BudgetError: not even one slot per layer fits, with the smallest budget that works; or the
+            config does not say how large keys and values are.
+    """
+    total = parse_bytes(gpu_memory)
+    dtype = layers[0].tensors[0].dtype
+    known = {
+        "backbone": _pieces(backbone),
+        "kv_cache": kv_cache_bytes(config, batch, context, dtype),
+        "staging": staging_bytes(tuple(layers), staging_experts),
+        "workspace": workspace_bytes(layers, config, batch * context, context, dtype),
+        "graphs": _GRAPHS,
+    }
+    rest = total - sum(known.values())
+    smallest = _slot_bytes(layers, 1)
+    if rest < smallest:
+        needed = total - rest + smallest
+        raise BudgetError(
+            f"a GPU memory of {format_bytes(total)} is too little for {batch} sequences of "
+            f"{context} tokens with one expert of each layer; give {format_bytes(needed)} or more, "
+            f"or fewer or shorter sequences ("
+            + ", ".join(f"{name} {format_bytes(size)}" for name, size in known.items())
+            + ")"
+        )
+    low, high = 1, max(layer.num_experts for layer in layers)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _slot_bytes(layers, middle) <= rest:
+            low = middle
+        else:
+            high = middle - 1
+    return GpuBudget(total=total, **known, slots=_slot_bytes(layers, low), slots_per_layer=low)
+
+
+def enforce(budget: GpuBudget, device: torch.device) -> None:
+    """
+    Let PyTorch's allocator refuse what goes beyond the budget, in the whole process.
+
+    A request that would need more then fails with `torch.OutOfMemoryError`, and the next one works.
+    Without effect on the CPU.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget.total / memory), device)
+
+
+def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
+    """Bytes of all parameters and buffers but the stacked experts', each memory counted once."""
+    experts = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
+    sizes = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in experts:
+            key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
+            sizes[key] = -(-tensor.nbytes // 512) * 512
+    return sum(sizes.values())
+
+
+def kv_cache_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
+    """
+    Bytes of the keys and values of *batch* sequences of *context* tokens in a static cache.
+
+    Raises:
+        BudgetError: the model keeps something else, such as latent or recurrent states.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = set(getattr(text, "layer_types", None) or ())
+    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if odd or getattr(text, "kv_lora_rank", None) or not heads:
+        raise BudgetError(
+            f"how much memory the cache of {text.model_type} takes cannot be told from its config "
+            f"({', '.join(sorted(odd)) or 'latent attention'}); give slots or expert_memory "
+            "instead of gpu_memory"
+        )
+    return text.num_hidden_layers * 2 * _pieces(batch * heads * context * size * dtype.itemsize)
+
+
+def workspace_bytes(
+    layers: Sequence[ExpertsLayer], config: Any, tokens: int, context: int, dtype: torch.dtype
+) -> int:
+    """Bytes that one forward pass of *tokens* tokens needs at most while it runs; an estimate."""
+    text = config.get_text_config(decoder=True)
+    hidden = text.hidden_size
+    top_k = next(
+        (
+            int(value)
+            for name in _TOP_K
+            if isinstance(value := getattr(text, name, None), int) and value > 0
+        ),
+        8,
+    )
+    # The widest expert: (2I, H) or (I, H) and (H, I) say I.
+    width = max(
+        max(tensor.nbytes // tensor.dtype.itemsize for tensor in layer.tensors) // hidden
+        for layer in layers
+    )
+    # Gathered inputs, both projections, the gated product, outputs, their sum: of every pair.
+    pairs = tokens * top_k * (5 * hidden + 2 * width)
+    around = tokens * 12 * hidden  # residuals, queries, keys, values of the attention beside it
+    mask = tokens * context  # bool; the kernels read it as it is
+    indices = tokens * top_k * 8 * 8
+    logits = 4 * tokens * 8 + 2 * text.vocab_size * 4 * max(1, tokens // max(context, 1))
+    return _pieces((pairs + around) * dtype.itemsize + mask + indices + logits) + _LIBRARIES
+
+
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
+
+
+def _pieces(nbytes: int) -> int:
+    return -(-nbytes // _PIECE) * _PIECE
+
+
+def _slot_bytes(layers: Sequence[ExpertsLayer], slots: int) -> int:
+    return sum(
+        _pieces(min(slots, layer.num_experts) * tensor.nbytes)
+        for layer in layers
+        for tensor in layer.tensors
+    )

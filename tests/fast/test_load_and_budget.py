@@ -1,0 +1,284 @@
+"""Loading by engine, and a budget of GPU memory shared out to the byte."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from small_olmoe import tiny_model
+
+import melinoe
+import melinoe.engine as engine_module
+from melinoe.errors import AttachError, BudgetError, CheckpointError
+from melinoe.fast import support
+from melinoe.fast.budget import (
+    backbone_bytes,
+    enforce,
+    kv_cache_bytes,
+    plan_budget,
+    workspace_bytes,
+)
+from melinoe.fast.handle import FastHandle
+from melinoe.fast.staging import Staging, staging_bytes
+from melinoe.fast.support import why_not
+from melinoe.moe.experts import find_experts
+from melinoe.runtime.handle import Handle
+
+IDS = torch.tensor([[3, 4, 5, 6]])
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    model.save_pretrained(path)
+    return path, model.generate(IDS, max_new_tokens=6, do_sample=False)
+
+
+def generated(model):
+    with torch.no_grad():
+        return model.generate(IDS, max_new_tokens=6, do_sample=False)
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast", "auto"])
+def test_every_engine_loads_the_same_model(saved, engine):
+    """Each gives its handle, and the plain model's tokens."""
+    path, expected = saved
+    model, handle = melinoe.load(path, engine=engine, slots=4)
+    assert type(handle) is (Handle if engine == "reference" else FastHandle)
+    assert torch.equal(generated(model), expected)
+    handle.detach()
+    assert torch.equal(generated(model), expected)
+
+
+@pytest.mark.parametrize("compression", ["int8", "int4"])
+def test_a_checkpoint_is_loaded_into_codes(saved, compression):
+    """The same codes as when the model's own weights are put into them."""
+    path, _ = saved
+    model, handle = melinoe.load(path, engine="fast", slots=4, compression=compression)
+    own = tiny_model()
+    with torch.no_grad(), melinoe.attach(own, engine="fast", slots=4, compression=compression):
+        assert torch.equal(model(IDS).logits, own(IDS).logits)
+    assert handle.store.compression == compression
+
+
+def test_auto_says_once_and_loudly_why_it_is_not_fast(saved, caplog, monkeypatch):
+    """The reason by name; the options of the fast engine alone are left out."""
+    path, expected = saved
+    reason = "the GPU has compute capability 7.5, and 8.0 is the least that works"
+    monkeypatch.setattr("melinoe.fast.attach.why_not", lambda device: reason)
+    model, handle = melinoe.load(path, engine="auto", slots=4, compression="int8", admit=0)
+    assert type(handle) is Handle
+    assert torch.equal(generated(model), expected)
+    said = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1 and reason in said[0].getMessage()
+    handle.detach()
+    with melinoe.attach(model, engine="auto", slots=2) as again:
+        assert type(again) is Handle
+    with pytest.raises(AttachError, match=r"7\.5"):
+        melinoe.load(path, engine="fast", slots=4)
+    with pytest.raises(AttachError, match="gpu_memory"):
+        melinoe.load(path, engine="auto", gpu_memory="8GiB")
+
+
+def test_without_triton_the_reason_is_named(saved, monkeypatch):
+    """An error for fast, a warning for auto."""
+    path, expected = saved
+    monkeypatch.setattr(engine_module, "find_spec", lambda name: None)
+    with pytest.raises(AttachError, match="Triton is not installed"):
+        melinoe.load(path, engine="fast", slots=4)
+    model, handle = melinoe.load(path, engine="auto", slots=4)
+    assert type(handle) is Handle
+    assert torch.equal(generated(model), expected)
+
+
+def test_pinned_memory_that_cannot_be_had_falls_back_or_fails(saved, monkeypatch, caplog):
+    """auto serves by reference and says so; fast passes the error on."""
+    path, expected = saved
+
+    def refuse(*_):
+        raise BudgetError("the system refuses to pin 58GiB after 0B (CUDA error 2); raise ulimit")
+
+    monkeypatch.setattr("melinoe.fast.attach._from_checkpoint", refuse)
+    with pytest.raises(BudgetError, match="refuses to pin"):
+        melinoe.load(path, engine="fast", slots=4)
+    model, handle = melinoe.load(path, engine="auto", slots=4)
+    assert type(handle) is Handle and torch.equal(generated(model), expected)
+    assert any("refuses to pin" in record.getMessage() for record in caplog.records)
+
+
+def test_what_the_user_got_wrong_is_not_hidden_by_auto(saved, tmp_path):
+    """A missing checkpoint, an impossible number of slots, options of the other engine."""
+    path, _ = saved
+    with pytest.raises(CheckpointError):
+        melinoe.load(tmp_path / "nowhere", engine="auto", slots=4)
+    with pytest.raises(BudgetError, match="between 1 and 8"):
+        melinoe.load(path, engine="auto", slots=9)
+    with pytest.raises(AttachError, match="no engine 'quick'"):
+        melinoe.load(path, engine="quick", slots=4)
+    with pytest.raises(AttachError, match=r'compression belongs.*engine="fast"'):
+        melinoe.load(path, slots=4, compression="int8")
+    with pytest.raises(AttachError, match=r'store belongs.*engine="reference"'):
+        melinoe.load(path, engine="fast", slots=4, store="disk")
+
+
+@pytest.mark.parametrize(
+    ("found", "cuda", "capability", "interpret", "said"),
+    [
+        ("3.3.1", True, (9, 0), False, "3.3.1 is too old"),
+        ("3.6.0", False, (9, 0), False, "no CUDA device"),
+        ("3.6.0", True, (7, 5), False, "7.5"),
+        ("3.6.0", True, (9, 0), True, "TRITON_INTERPRET"),
+        ("3.6.0", True, (9, 0), False, None),
+        ("3.10.0", True, (8, 0), False, None),
+    ],
+)
+def test_why_the_engine_cannot_run_is_said(monkeypatch, found, cuda, capability, interpret, said):
+    """Old Triton, no GPU, an old GPU, the interpreter on a GPU."""
+    import triton
+
+    monkeypatch.setattr(support, "version", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    reason = why_not(torch.device("cuda"))
+    assert reason is None if said is None else said in reason
+    if not interpret:
+        assert "it needs a CUDA device" in why_not(torch.device("cpu")) or found == "3.3.1"
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def olmoe_1b_7b():
+    """The shape alone, on the meta device."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(
+        hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return OlmoeForCausalLM(config).to(torch.bfloat16)
+
+
+def test_a_budget_is_shared_out_as_worked_by_hand():
+    """OLMoE-1B-7B in 8 GiB, batch 1, 2,048 tokens: the parts, and the most slots that fit."""
+    model = olmoe_1b_7b()
+    layers = find_experts(model)
+    backbone = backbone_bytes(model, layers)
+    # Embeddings and head 2 x 50304 x 2048, attention 4 x 2048^2, router 64 x 2048, norms; bf16.
+    by_hand = 2 * (2 * 50304 * 2048 + 16 * (4 * 2048**2 + 64 * 2048 + 4 * 2048) + 2048)
+    assert backbone == pytest.approx(by_hand, rel=1e-3)
+    budget = plan_budget(
+        "8GiB", layers, model.config, backbone, batch=1, context=2048, staging_experts=4
+    )
+    assert budget.kv_cache == 16 * 2 * 2048 * 2048 * 2  # layers, keys and values, tokens, width
+    assert budget.staging == 2 * 4 * 3 * 2048 * 1024 * 2
+    assert budget.slots == budget.slots_per_layer * 16 * 3 * 2048 * 1024 * 2
+    assert budget.used <= budget.total < budget.used + 16 * 3 * 2048 * 1024 * 2
+    assert 30 < budget.slots_per_layer < 36
+    assert "slots" in str(budget) and "8GiB" in str(budget)
+    # Twice the sequences take slots away, and more memory than all experts need gives all.
+    shorter = plan_budget(
+        "8GiB", layers, model.config, backbone, batch=8, context=2048, staging_experts=4
+    )
+    assert shorter.slots_per_layer < budget.slots_per_layer
+    everything = plan_budget(
+        "80GiB", layers, model.config, backbone, batch=1, context=2048, staging_experts=4
+    )
+    assert everything.slots_per_layer == 64
+
+
+def test_a_budget_below_the_least_names_the_least():
+    """And that very amount works, with one slot per layer."""
+    model = olmoe_1b_7b()
+    layers = find_experts(model)
+    options = {"batch": 1, "context": 512, "staging_experts": 1}
+    with pytest.raises(BudgetError, match=r"give (\S+) or more") as error:
+        plan_budget("1GiB", layers, model.config, backbone_bytes(model, layers), **options)
+    least = str(error.value).split("give ")[1].split(" ")[0]
+    found = plan_budget(least, layers, model.config, backbone_bytes(model, layers), **options)
+    assert found.slots_per_layer == 1
+
+
+def test_tied_weights_are_counted_once():
+    """One memory under two names."""
+    model = tiny_model()
+    layers = find_experts(model)
+    before = backbone_bytes(model, layers)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert before - backbone_bytes(model, layers) == -(-32 * 16 * 4 // 512) * 512
+
+
+def test_staging_and_cache_are_what_is_allocated():
+    """The blocks' own bytes; a static cache's own bytes, up to the allocator's pieces."""
+    from transformers import StaticCache
+
+    model = tiny.tiny_model("gpt_oss")
+    layers = find_experts(model)
+    staging = Staging(torch.device("cpu"), 3)
+    for layer in layers:
+        staging.blocks(layer)
+    assert staging.nbytes == staging_bytes(tuple(layers), 3)
+    small = tiny_model()
+    cache = StaticCache(config=small.config, max_cache_len=64)
+    with torch.no_grad():
+        small(torch.zeros(4, 8, dtype=torch.long), past_key_values=cache)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    counted = kv_cache_bytes(small.config, 4, 64, torch.float32)
+    assert real <= counted <= real + 4 * 2 * MIB
+
+
+def test_a_cache_that_the_config_does_not_tell_is_refused():
+    """Latent attention."""
+    with pytest.raises(BudgetError, match="latent attention"):
+        kv_cache_bytes(tiny.tiny_model("deepseek_v3").config, 1, 64, torch.bfloat16)
+
+
+def test_the_workspace_grows_with_the_tokens():
+    """Linearly, beyond what the libraries keep."""
+    model = olmoe_1b_7b()
+    layers = find_experts(model)
+    one, two, four = (
+        workspace_bytes(layers, model.config, tokens, 1024, torch.bfloat16)
+        for tokens in (1024, 2048, 4096)
+    )
+    assert 0 <= (four - two) - 2 * (two - one) <= 8 * MIB or four - two > two - one
+    # At least all pairs' inputs and outputs.
+    assert one > 1024 * 8 * 2 * 2048 * 2
+
+
+def test_the_allocator_is_told_the_budget(monkeypatch):
+    """As a share of the device's memory; on the CPU nothing is."""
+    told = []
+
+    class Properties:
+        total_memory = 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share)
+    )
+    model = olmoe_1b_7b()
+    layers = find_experts(model)
+    budget = plan_budget(
+        "8GiB", layers, model.config, backbone_bytes(model, layers),
+        batch=1, context=256, staging_experts=1,
+    )  # fmt: skip
+    enforce(budget, torch.device("cpu"))
+    enforce(budget, torch.device("cuda"))
+    assert told == [0.1]
+
+
+def test_load_takes_its_slots_from_the_budget(saved):
+    """And refuses to be told twice, or half."""
+    path, expected = saved
+    model, handle = melinoe.load(path, engine="fast", gpu_memory="1GiB", batch=2, context=32)
+    assert handle.slots == 8 and torch.equal(generated(model), expected)
+    for options in ({"gpu_memory": "1GiB", "slots": 2}, {"slots": 2, "batch": 4}):
+        with pytest.raises(BudgetError):
+            melinoe.load(path, engine="fast", **options)
+    with pytest.raises(BudgetError, match="or more"):
+        melinoe.load(path, engine="fast", gpu_memory="1MiB")
