@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from melinoe.cli import (
+    bench,
     card,
     demo,
     doctor,
@@ -41,6 +42,7 @@ app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
 app.command("generate")(generate.command)
 app.command("simulate")(trace.simulate_command)
+app.command("bench")(bench.command)
 app.command("evaluate")(evaluate.command)
 app.command("report")(report.command)
 

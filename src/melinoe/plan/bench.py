@@ -1,0 +1,312 @@
+"""
+Run the strategies for real, in turn, and set what the simulator predicted beside what was measured.
+
+    1. open a runtime for each cache (slots, policy); those with every expert resident come first
+    2. trace the prompts once, all experts resident: what the model chooses does not depend on slots
+    3. simulate every strategy on that trace
+    4. serve all strategies side by side, prompt by prompt, in one process
+    5. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
+
+A runtime holds its own backbone and slots; experts in RAM are held once, for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
+from melinoe.checkpoint.backbone import layers_of
+from melinoe.errors import BudgetError
+from melinoe.generate import PrefetchAt, prompt_ids, trace_prompts
+from melinoe.measure import machine, serving, side_by_side
+from melinoe.plan.predicted import (
+    COUNTS,
+    LoadCost,
+    counts_of,
+    replay,
+    stalls_of,
+    time_load,
+)
+from melinoe.plan.strategies import ALL_RESIDENT, Popularity, Strategy
+from melinoe.predictor import Predictor
+from melinoe.runtime.attach import attach_stores
+from melinoe.runtime.budget import format_bytes
+from melinoe.runtime.handle import Handle
+from melinoe.runtime.host_memory import free_host_bytes
+from melinoe.runtime.load import load
+from melinoe.runtime.transfer import EmulatedLink
+from melinoe.stats import bootstrap
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    What all strategies have in common.
+
+    Attributes:
+        model: Path or hub name.
+        device: Where it runs.
+        dtype: Type of the weights, or ``auto``.
+        store: As `melinoe.runtime.load.load`.
+        link: Bandwidth in bytes a second and latency of an emulated link; None for the real one.
+        max_new_tokens: For each prompt.
+        prefetch_at: ``prompt`` or ``completion``.
+        repeat: Runs of each prompt, for steadier times; strategies with a warm cache run once.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    store: str = "auto"
+    link: tuple[float, float] | None = None
+    max_new_tokens: int = 64
+    prefetch_at: PrefetchAt = "completion"
+    repeat: int = 1
+
+    def new_link(self) -> EmulatedLink | None:
+        """A link of one's own: strategies do not queue behind one another."""
+        return None if self.link is None else EmulatedLink(*self.link)
+
+
+@dataclass
+class Runtimes:
+    """A model and its handle for each cache, and the tokenizer; closed with ``with``."""
+
+    tokenizer: Any
+    opened: dict[tuple[int, str], tuple[Any, Handle]] = field(default_factory=dict)
+
+    def __getitem__(self, strategy: Strategy) -> tuple[Any, Handle]:
+        return self.opened[strategy.runtime]
+
+
+def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
+    """
+    Load the model once for each cache; experts in host memory are shared by all.
+
+    Raises:
+        BudgetError: host memory does not hold them all.
+        MelinoeError: as `melinoe.runtime.load.load`.
+    """
+    kinds = list(dict.fromkeys(one.runtime for one in chosen))
+    kinds.sort(key=lambda kind: -kind[0])
+    with open_checkpoint(setting.model, setting.dtype) as checkpoint:
+        backbone = sum(place.info.nbytes for place in checkpoint.backbone)
+        experts = [(layer.num_experts, layer.block_bytes) for layer in checkpoint.layers]
+        config = checkpoint.config
+    slots = sum(min(kind[0], n) * size for kind in kinds for n, size in experts)
+    if setting.device == "cpu":
+        _check_room(len(kinds) * backbone + slots, len(kinds))
+    runtimes = Runtimes(load_tokenizer(setting.model, config))
+    first: Handle | None = None
+    for count, policy in kinds:
+        if first is None or first.store.kind == "disk":
+            model, handle = load(
+                setting.model,
+                setting.device,
+                slots=count,
+                policy=policy,
+                store=setting.store,
+                dtype=setting.dtype,
+                link=setting.new_link(),
+            )
+            first = first or handle
+        else:
+            with open_checkpoint(setting.model, setting.dtype) as checkpoint:
+                model = load_backbone(checkpoint, setting.device)
+                layers = layers_of(checkpoint, model)
+            handle = attach_stores(
+                model,
+                layers,
+                first.store,
+                slots=count,
+                policy=policy,
+                link=setting.new_link(),
+                device=setting.device,
+            )
+        runtimes.opened[count, policy] = (model, handle)
+    return runtimes
+
+
+def bench(
+    setting: Setting,
+    chosen: Sequence[Strategy],
+    prompts: Sequence[Any],
+    predictor: Predictor | None = None,
+    *,
+    label: str,
+    say: Say = lambda text: None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """
+    Serve *prompts* by every strategy, and compare with the simulator.
+
+    Args:
+        setting: What all have in common.
+        chosen: From `strategies`; one of them holds every expert.
+        prompts: Texts or token ids.
+        predictor: For ``learned`` and ``popularity`` prefetches.
+        label: The model's name in tables.
+        say: Told of progress.
+
+    Returns:
+        The records of kind ``serve``, in the order of *chosen*, each with ``predicted``; and a
+        benchmark record with a row for each.
+
+    Raises:
+        BudgetError, MelinoeError: as `open_runtimes`.
+        DataError: no prompts, or none that got a second token.
+    """
+    runtimes = open_runtimes(setting, chosen)
+    resident = next(one for one in chosen if one.name == ALL_RESIDENT)
+    model, handle = runtimes[resident]
+    say(f"tracing {len(prompts)} prompts with every expert resident")
+    trace = trace_prompts(model, handle, runtimes.tokenizer, prompts, setting.max_new_tokens)
+    say("timing the store")
+    cost = time_load(handle, torch.device(model.device))
+
+    servings, replays = [], []
+    for strategy in chosen:
+        model, handle = runtimes[strategy]
+        guess = _prefetcher(strategy, predictor)
+        replays.append(replay(trace, strategy, _ahead(guess, runtimes, strategy, prompts),
+                              setting.prefetch_at))  # fmt: skip
+        servings.append(
+            serving(
+                model,
+                handle,
+                runtimes.tokenizer,
+                prompts,
+                setting.max_new_tokens,
+                guess,  # type: ignore[arg-type]
+                label=label,
+                strategy=strategy.name,
+                prefetch_at=setting.prefetch_at,
+                cold=not strategy.warm,
+                repeat=1 if strategy.warm else setting.repeat,
+                progress=None,
+            )
+        )
+    say(f"serving {len(prompts)} prompts by {len(chosen)} strategies in turn")
+    records = side_by_side(servings)
+    computing = _computing(records[list(chosen).index(resident)])
+    rows = []
+    for strategy, record, done in zip(chosen, records, replays, strict=True):
+        record["prefetch"] = strategy.prefetch
+        record["predicted"] = _predicted(done, record, cost, computing)
+        rows.append(_row(strategy, record))
+    return records, _benchmark(rows, setting, cost, label, len(prompts))
+
+
+def _prefetcher(strategy: Strategy, predictor: Predictor | None) -> Predictor | Popularity | None:
+    if strategy.prefetch == "none":
+        return None
+    if predictor is None:
+        raise BudgetError(
+            f"a {strategy.prefetch} prefetch needs a predictor; give --predictor, or leave it out"
+        )
+    return predictor if strategy.prefetch == "learned" else Popularity(predictor)
+
+
+def _ahead(
+    guess: Predictor | Popularity | None,
+    runtimes: Runtimes,
+    strategy: Strategy,
+    prompts: Sequence[Any],
+) -> list[list[list[int]]] | None:
+    """What the prefetch will name for each prompt: the same calls that `generate` makes."""
+    if guess is None:
+        return None
+    model, handle = runtimes[strategy]
+    guess.bind(model)
+    return [guess.top(prompt_ids(runtimes.tokenizer, one), handle.slots) for one in prompts]
+
+
+def _computing(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of each prompt with every expert resident, waits out: to the first token, after."""
+    rows = {name: np.array(values) for name, values in record["per_prompt"].items()}
+    return (
+        rows["ttft_s"] - rows["prompt_stall_ms"] / 1e3,
+        rows["decode_s"] - rows["stall_ms"] / 1e3,
+    )
+
+
+def _predicted(
+    done: Any, record: Mapping[str, Any], cost: LoadCost, computing: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
+    """Counts and seconds by the simulator, and how far both are from what was measured."""
+    counts = counts_of(done)
+    measured = record["per_prompt"]
+    wrong = [name for name in COUNTS if [int(v) for v in measured[name]] != counts[name]]
+    tokens = np.array(counts["tokens"])
+    pass_s = float(computing[1].sum() / max(tokens.sum(), 1))
+    before, after = stalls_of(done, cost, pass_s)
+    decode_s, ttft_s = computing[1] + after, computing[0] + before
+    tpot = float(decode_s.sum() / tokens.sum())
+    return {
+        "counts": counts,
+        "counts_equal": not wrong,
+        "counts_that_differ": wrong,
+        "tpot_s": tpot,
+        "ttft_s": float(ttft_s.mean()),
+        "tpot_error": tpot / record["tpot_s"]["mean"] - 1,
+        "ttft_error": float(ttft_s.mean()) / record["ttft_s"]["mean"] - 1,
+        "tpot_ratio": bootstrap(decode_s, np.array(measured["decode_s"])).to_dict(),
+    }
+
+
+def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    predicted = record["predicted"]
+    tokens = sum(predicted["counts"]["tokens"])
+    measured = record["tpot_s"]
+    return {
+        "strategy": strategy.name,
+        "slots": strategy.slots,
+        "hit_rate": record["hit_rate"]["mean"],
+        "transfers_per_token_predicted": sum(predicted["counts"]["loads"]) / tokens,
+        "transfers_per_token_measured": record["transfers_per_token"]["mean"],
+        "counts_equal": predicted["counts_equal"],
+        "predicted_ms": 1e3 * predicted["tpot_s"],
+        "measured_ms": {key: 1e3 * measured[key] for key in ("mean", "low", "high")}
+        | {"n": measured["n"]},
+        "error_percent": 100 * predicted["tpot_error"],
+    }
+
+
+def _benchmark(
+    rows: list[dict[str, Any]], setting: Setting, cost: LoadCost, label: str, prompts: int
+) -> dict[str, Any]:
+    """The record that `melinoe report` shows as a table."""
+    link = (
+        "the machine's own link"
+        if setting.link is None
+        else f"an emulated link of {setting.link[0] / 1e9:g} GB/s, {setting.link[1] * 1e6:g} us"
+    )
+    return {
+        "benchmark": "bench",
+        "title": "Predicted and measured",
+        "result": rows,
+        "settings": {"model": label, "prompts": prompts, "max_new_tokens": setting.max_new_tokens},
+        "notes": [
+            f"{label}: {prompts} prompts, {setting.max_new_tokens} new tokens each, all strategies "
+            f"in turn in one process, over {link}. Times are per token after the first.",
+            f"Reading one expert took {1e3 * cost.read_s:.3f} ms alone. Computing is "
+            "taken from the run with every expert resident, so its own time is no prediction.",
+        ],
+        "machine": machine(),
+    }
+
+
+def _check_room(needed: int, runtimes: int) -> None:
+    free = free_host_bytes()
+    if free is not None and needed > free:
+        raise BudgetError(
+            f"{runtimes} caches side by side need {format_bytes(needed)} of host memory, and "
+            f"{format_bytes(free)} are free; try fewer --slots or --policy at once"
+        )
