@@ -1,0 +1,222 @@
+"""The time model's formulas, each worked by hand."""
+
+import numpy as np
+import pytest
+from cache_traces import random_trace
+
+from melinoe.cache.counters import Counters
+from melinoe.cache.simulation import Simulation, Steps
+from melinoe.cache.simulator import simulate
+from melinoe.cache.timing import Machine, Work, computed_s, loads_when, predict, transfer_s
+from melinoe.errors import HardwareError
+
+
+def run(loads, experts, ahead=None, elsewhere=None, phase=None, tokens=None, unit=None):
+    """A simulation of which only the steps matter; rows are passes, columns layers."""
+    loads = np.array(loads, np.int32)
+    zero = np.zeros_like(loads)
+    steps = Steps(
+        np.ones(len(loads), np.uint8) if phase is None else np.array(phase, np.uint8),
+        np.ones(len(loads), np.int64) if tokens is None else np.array(tokens, np.int64),
+        np.zeros(len(loads), np.int64) if unit is None else np.array(unit, np.int64),
+        loads,
+        np.array(experts, np.int32),
+        zero if ahead is None else np.array(ahead, np.int32),
+        zero if elsewhere is None else np.array(elsewhere, np.int32),
+    )
+    layers = loads.shape[1]
+    return Simulation(Counters(layers), [], [], (1,) * layers, "lru", steps=steps)
+
+
+# A transfer takes 1 ms + 100 B / 10 kB/s = 11 ms; an expert is read in 1 ms, all else in 2 a layer.
+SLOW = {"link_bytes_per_s": 1e4, "link_latency_s": 1e-3, "device_bytes_per_s": 1e5}
+WORK = Work(expert_bytes=100, backbone_bytes=300, kv_bytes=100)
+
+
+def test_waiting_for_loads_worked_by_hand():
+    """Two layers, 4 experts each, 2 and 0 loads: (2 + 22 + 2 + 2) + (2 + 4) ms."""
+    timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW), WORK)
+    assert timing.pass_s == pytest.approx([0.034])
+    assert timing.link_s == pytest.approx([0.022])
+    assert timing.metrics()["tokens_per_s"] == pytest.approx(1 / 0.034)
+    assert timing.transferred_bytes == 200
+
+
+def test_hits_hide_behind_loads():
+    """With overlap, layer 0 takes 2 + max(22, 2) + 2: its two hits cost nothing."""
+    timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW, overlap="hits"), WORK)
+    assert timing.pass_s == pytest.approx([0.032])
+    assert timing.link_s == pytest.approx([0.020])
+
+
+def test_copies_slower_than_the_link_are_not_hidden():
+    """Each of 2 copies takes the host 15 ms, the link 11: 30 ms of stall."""
+    timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW, copy_s=0.015), WORK)
+    assert timing.link_s == pytest.approx([0.030])
+
+
+def test_host_work_is_paid_by_pass_and_by_layer():
+    """3 ms a pass and 1 a layer on top of 2 + 4 ms twice."""
+    machine = Machine(**SLOW, host_s_per_pass=0.003, host_s_per_layer=0.001)
+    timing = predict(run([[0, 0]], [[4, 4]]), machine, WORK)
+    assert timing.pass_s == pytest.approx([0.003 + 2 * (0.001 + 0.002 + 0.004)])
+    assert timing.link_s.sum() == 0
+
+
+def test_a_measured_pass_replaces_bytes():
+    """10 ms with all resident, 1 ms for each further row: 10 + 22 and 12 ms."""
+    machine = Machine(link_bytes_per_s=1e4, link_latency_s=1e-3, pass_s=0.010, row_s=0.001)
+    timing = predict(run([[2, 0], [0, 0]], [[4, 4], [4, 4]], tokens=[1, 3]), machine, WORK)
+    assert timing.pass_s == pytest.approx([0.032, 0.012])
+
+
+def test_of_a_measured_pass_only_the_experts_share_can_be_hidden():
+    """10 ms, .4 of it experts: 2 ms a layer, half of them hits: 1 ms is hidden behind 22."""
+    figures = {"link_bytes_per_s": 1e4, "link_latency_s": 1e-3, "pass_s": 0.010}
+    machine = Machine(**figures, experts_share=0.4, overlap="hits")
+    assert predict(run([[2, 0]], [[4, 4]]), machine, WORK).pass_s == pytest.approx([0.031])
+
+
+def test_misses_computed_by_the_host_worked_by_hand():
+    """3 experts of 100 B at 20 kB/s: 15 ms, and 2 ms for activations; the hit is 1 ms of device."""
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4)
+    timing = predict(run([[0]], [[4]], elsewhere=[[3]]), machine, WORK)
+    assert timing.pass_s == pytest.approx([0.004 + 0.017 + 0.001])
+    assert (timing.host_s[0], timing.link_s[0]) == (pytest.approx(0.017), 0)
+    assert timing.metrics()["cpu_stall_ms_per_token"] == pytest.approx(17)
+
+
+def test_a_split_makes_the_slower_side_fastest():
+    """
+    Of 4 missing: k loads take 11k ms, the host 5(4-k) + 2 ms (0 for none).
+
+    k = 0: 22; 1: max(11, 17) = 17; 2: max(22, 12) = 22; so one is loaded. Of 2 missing: 12 on the
+    host, or 11 with one load. Of 1: 7 on the host, 11 over the link: none. Of equals the load wins.
+    """
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4)
+    split = loads_when("split", machine, WORK)
+    assert [split(n) for n in range(5)] == [0, 0, 1, 1, 1]
+    even = Machine(link_bytes_per_s=1e4, device_bytes_per_s=1e5, dram_bytes_per_s=1e4)
+    assert [loads_when("split", even, WORK)(n) for n in (1, 2, 3)] == [1, 1, 2]
+    timing = predict(run([[1]], [[4]], elsewhere=[[3]]), machine, WORK)
+    assert timing.host_s == pytest.approx([0.017]) and timing.link_s == pytest.approx([0.0])
+    assert transfer_s(machine, WORK) == pytest.approx(0.011)
+    assert computed_s(machine, WORK, 3) == pytest.approx(0.017)
+
+
+def test_a_prefetch_travels_while_layers_compute():
+    """
+    Two prefetches before the pass, one per layer, copies of 1 ms: 2 ms are spent issuing.
+
+    The link brings them at 11 and 22 ms. Layer 0 begins at 2, computes 2 for all else, waits until
+    11 for its hits, ends at 15; layer 1 is at 17 when its prefetch is 5 ms away: 22 + 4 = 26 ms.
+    """
+    machine = Machine(**SLOW, copy_s=0.001)
+    timing = predict(run([[0, 0]], [[4, 4]], ahead=[[1, 1]]), machine, WORK)
+    assert timing.pass_s == pytest.approx([0.026])
+    assert timing.ahead_s == pytest.approx([0.002])
+    assert timing.link_s == pytest.approx([0.007 + 0.005])
+
+
+def test_a_load_on_demand_queues_behind_a_prefetch():
+    """The link is busy until 22 ms; layer 0 has no hit, asks at 2 and has its load at 33."""
+    timing = predict(run([[4, 0]], [[4, 4]], ahead=[[0, 2]]), Machine(**SLOW), WORK)
+    # At 2 ms: 20 of queue and 4 transfers of 11; then 4 of compute; layer 1's came long ago.
+    assert timing.link_s == pytest.approx([0.020 + 0.044])
+    assert timing.pass_s == pytest.approx([0.002 + 0.064 + 0.004 + 0.006])
+
+
+def test_a_prefetch_that_came_in_time_costs_nothing_later():
+    """Issued before pass 0, used in pass 1, when it has long arrived."""
+    loads, experts = [[0, 0], [0, 0]], [[4, 0], [4, 4]]
+    timing = predict(run(loads, experts, ahead=[[0, 1], [0, 0]]), Machine(**SLOW), WORK)
+    assert timing.link_s == pytest.approx([0.0, 0.0])
+
+
+def test_a_prompt_is_bound_by_arithmetic():
+    """1,000 rows of 1 kFLOP at 10 MFLOP/s take 100 ms, however little memory they read."""
+    machine = Machine(**SLOW, flops_per_s=1e7)
+    work = Work(expert_bytes=100, backbone_bytes=300, kv_bytes=100, flops_per_row=1000)
+    timing = predict(run([[0, 0]], [[4, 4]], phase=[0], tokens=[1000]), machine, work)
+    assert timing.pass_s == pytest.approx([0.1])
+
+
+def test_metrics_are_of_the_completion_and_the_prompt_s_are_ttft():
+    """Two units, prompts of 34 and 12 ms: mean 23; one token each of 12 ms."""
+    simulation = run(
+        [[2, 0], [0, 0], [0, 0], [0, 0]],
+        [[4, 4]] * 4,
+        phase=[0, 1, 0, 1],
+        tokens=[5, 1, 5, 1],
+        unit=[0, 0, 1, 1],
+    )
+    metrics = predict(simulation, Machine(**SLOW), WORK).metrics()
+    assert metrics["ttft_s"] == pytest.approx(0.023)
+    assert metrics["ms_per_token"] == pytest.approx(12)
+    assert metrics["stall_ms_per_token"] == 0
+    nothing = predict(run(np.zeros((0, 2)), np.zeros((0, 2))), Machine(**SLOW), WORK).metrics()
+    assert set(nothing.values()) == {None}
+
+
+def test_time_is_never_below_the_limits():
+    """On simulated traces: link bytes over its bandwidth, and memory bytes over the device's."""
+    trace = random_trace(0, completion=40)
+    machine, work = Machine(**SLOW), WORK
+    for policy in ("lru", "lfu", "belady"):
+        simulation = simulate(trace, 3, policy, steps=True)
+        timing = predict(simulation, machine, work)
+        total = timing.pass_s.sum()
+        assert total >= timing.transferred_bytes / machine.link_bytes_per_s
+        read = simulation.steps.experts.sum() * 100 + len(timing.pass_s) * 400
+        assert total >= read / machine.device_bytes_per_s
+        wait = simulation.steps.loads.sum() * 0.011
+        assert timing.link_s.sum() == pytest.approx(wait)
+
+
+def test_handling_misses_on_the_host_is_simulated_as_it_is_timed():
+    """No loads with `cpu`; with `split` some, and every missing expert is one or the other."""
+    trace = random_trace(0, completion=40)
+    machine = Machine(**SLOW, dram_bytes_per_s=1e4)
+    wanted = {sequence: [[0, 1, 2]] * 2 for sequence in range(3)}
+    found = {}
+    for miss in ("wait", "cpu", "split"):
+        load = loads_when(miss, machine, WORK)
+        found[miss] = simulate(trace, 3, prefetch=wanted, load=load, steps=True)
+    assert found["cpu"].counters.loads.sum() == 0 < found["split"].counters.loads.sum()
+    steps = found["split"].steps
+    assert (steps.loads + steps.elsewhere <= steps.experts).all() and steps.elsewhere.any()
+    assert not found["wait"].steps.elsewhere.any()
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"link_bytes_per_s": 0},
+        {"link_bytes_per_s": float("nan")},
+        {"link_bytes_per_s": 1e9, "link_latency_s": -1},
+        {"link_bytes_per_s": 1e9, "device_bytes_per_s": float("inf")},
+        {"link_bytes_per_s": 1e9, "experts_share": 1.5},
+        {"link_bytes_per_s": 1e9, "overlap": "all"},
+    ],
+)
+def test_impossible_machines_are_refused(figures):
+    """Zero, negative, infinite or no number: a sentence that names the figure."""
+    with pytest.raises(HardwareError, match="cannot be"):
+        Machine(**figures)
+
+
+def test_what_is_not_known_is_asked_for():
+    """No way to compute, host misses without a host, experts of no size, steps not kept."""
+    link = Machine(link_bytes_per_s=1e9)
+    with pytest.raises(HardwareError, match="how fast the model computes"):
+        predict(run([[0]], [[1]]), link, WORK)
+    with pytest.raises(HardwareError, match="host memory"):
+        loads_when("cpu", link, WORK)
+    with pytest.raises(HardwareError, match="host"):
+        predict(run([[0]], [[1]], elsewhere=[[1]]), Machine(**SLOW), WORK)
+    with pytest.raises(HardwareError, match="expert_bytes"):
+        Work(expert_bytes=0)
+    with pytest.raises(ValueError, match="steps=True"):
+        predict(simulate(random_trace(0), 3), Machine(**SLOW), WORK)
+    with pytest.raises(ValueError, match="miss must be"):
+        loads_when("hope", link, WORK)
