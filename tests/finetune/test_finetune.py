@@ -1,14 +1,12 @@
 """Fine-tuning tiny random models: what moves, what stays, and what is written."""
 
-import json
 import math
 
 import pytest
 import torch
 from small_runs import examples, settings, trained
 from tiny import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import melinoe.finetune.trainer as trainer_module
 from melinoe.checkpoint import read_metadata
@@ -184,23 +182,6 @@ def test_a_setting_that_no_run_could_use_is_named(change):
 
 
 # ---- from files to files ----
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tiny OLMoE in bfloat16 with a tokenizer of single letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz .?"
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {c: i for i, c in enumerate(letters, 3)}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
-    tiny_model("olmoe", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in ("a", "the", "an")]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
 
 
 def test_what_is_written_is_the_trained_model(checkpoint, monkeypatch):

@@ -2,10 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
+
+from melinoe.finetune.adapters import TrainedParts
+from melinoe.finetune.forward import logits_of, model_outputs
+
+_FEW_TOKENS = torch.arange(1, 6)[None]
 
 
 def is_sharded(arguments: TrainingArguments) -> bool:
@@ -27,6 +33,24 @@ def share_routers(parameters: list[nn.Parameter], arguments: TrainingArguments) 
         there = parameter.data.to(arguments.device)
         torch.distributed.broadcast(there, src=0)
         parameter.data.copy_(there)
+
+
+def freeze_unreached(model: Any, parts: TrainedParts) -> None:
+    """
+    Leave out trained parameters that no gradient ever reaches, such as a bias of the choice alone.
+
+    On one process they would simply stay as they are. Several wait for every parameter's gradient
+    to be averaged, unless they search the graph of every step for those that have none.
+    """
+    device = model.get_input_embeddings().weight.device
+    with torch.enable_grad():
+        logits = logits_of(model, model_outputs(model, {"input_ids": _FEW_TOKENS.to(device)}))
+        names = [*parts.router, *parts.lora]
+        gradients = torch.autograd.grad(logits.float().sum(), parts.all(), allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            group = parts.router if name in parts.router else parts.lora
+            group.pop(name).requires_grad_(False)
 
 
 def wait_for_all(arguments: TrainingArguments) -> None:

@@ -21,7 +21,7 @@ from melinoe.finetune.interrupt import StopRequest
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
-from melinoe.finetune.processes import is_sharded
+from melinoe.finetune.processes import freeze_unreached, is_sharded
 from melinoe.finetune.replay import Replay
 from melinoe.finetune.resume import check_same_run, identity, put
 from melinoe.finetune.trainer import LocalityTrainer, Progress
@@ -132,7 +132,7 @@ def run_training(
     """
     _check_held_out(settings, eval_data)
     with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
-        arguments = arguments or training_arguments(settings, work)
+        arguments = arguments or training_arguments(settings, checkpoints or work)
         processes = arguments.world_size
         sharded = is_sharded(arguments)
         if not sharded:
@@ -154,6 +154,9 @@ def run_training(
             changed.append((model.config, {"use_cache": model.config.use_cache}))
         parts = make_trainable(model, routers, layers, settings)
         objective.updates = parts.updates
+        if processes > 1:
+            freeze_unreached(model, parts)
+            arguments.ddp_find_unused_parameters = False
         steps, rows = training_rows([len(one) for one in data], settings, processes)
         set_steps(arguments, settings, steps)
         packing = find_packing(model, pad_token_id) if settings.packing else None
@@ -185,6 +188,11 @@ def run_training(
             data_collator=packing.collator if packing else padding,
             callbacks=list(callbacks),
         )
+        if sharded != (trainer.accelerator.distributed_type == "FSDP"):
+            raise TrainingError(
+                "the run was launched to be sharded (FSDP), but accelerate shards nothing on this "
+                f"kind of device ({arguments.device.type}); launch it without"
+            )
         for callback in callbacks:
             if hasattr(callback, "attach"):
                 callback.attach(trainer)

@@ -1,0 +1,292 @@
+"""A run that was killed goes on where it was; a torn checkpoint or a full disk loses nothing."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from forked import finetuned, run
+from small_runs import examples, settings
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import melinoe.finetune.checkpoints as checkpoints_module
+from melinoe.checkpoint.writing import check_room, write_model
+from melinoe.errors import (
+    DependencyError,
+    InterruptedRunError,
+    OutputExistsError,
+    TrainingError,
+    WriteError,
+)
+from melinoe.finetune import train
+from melinoe.finetune.checkpoints import list_checkpoints, newest_checkpoint, read_state
+from melinoe.finetune.random_state import random_state, set_random_state
+from melinoe.finetune.training import run_training
+
+# Rows every 2 steps, measured every 3, saved every 2 of 7, killed before the pass of step 6: the
+# newest checkpoint is of step 4, and what follows must come out as if nothing had happened.
+STEPS = {"steps": 7, "batch_size": 2, "schedule": "cosine", "warmup": 0.3}
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
+
+
+def log_of(place, out):
+    return json.loads((place / f"{out}.json").read_text())
+
+
+def names(place):
+    return sorted(path.name for path in place.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True, "gradient_accumulation": 2}])
+def test_a_killed_run_goes_on_to_the_same_curve_bit_for_bit(checkpoint, changes):
+    """SIGKILL in the middle, then the same command with resume: equal rows, equal weights."""
+    given = STEPS | changes
+    assert run(lambda: finetuned(checkpoint, "whole", **given)) == [0]
+    assert run(lambda: finetuned(checkpoint, "cut", kill_at=5, **given)) == [-signal.SIGKILL]
+    assert names(checkpoint / "cut.checkpoints") == ["step-000002", "step-000004"]
+    with pytest.raises(OutputExistsError, match="--resume"):
+        finetuned(checkpoint, "cut", **given)
+    assert run(lambda: finetuned(checkpoint, "cut", resume=True, **given)) == [0]
+    rows = log_of(checkpoint, "whole")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 6, 6, 7]
+    assert log_of(checkpoint, "cut") == rows
+    ours, theirs = weights(checkpoint / "cut"), weights(checkpoint / "whole")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert names(checkpoint) == [
+        "base", "cut", "cut.json", "data.jsonl", "whole", "whole.json"
+    ]  # fmt: skip
+
+
+def in_memory(directory, resume=False, callbacks=(), **changes):
+    """Rows of a run in this process, with checkpoints."""
+    return run_training(
+        tiny_model("olmoe"),
+        examples(8),
+        settings(**{"save_every": 1, "train": "router"} | changes),
+        pad_token_id=0,
+        checkpoints=directory,
+        resume=resume,
+        callbacks=callbacks,
+    ).rows
+
+
+class Asked(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step, number=signal.SIGINT):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number):
+    """Asked in step 3 of 5, no checkpoint due: the step ends, is kept, and the rest is equal."""
+    before = signal.getsignal(number)
+    whole = in_memory(tmp_path / "whole", steps=5, save_every=None)
+    with pytest.raises(InterruptedRunError, match=r"after step 3 of 5.*--resume"):
+        in_memory(tmp_path / "run", steps=5, save_every=None, callbacks=[Asked(2, number)])
+    assert signal.getsignal(number) is before
+    assert names(tmp_path / "run") == ["step-000003"]
+    assert in_memory(tmp_path / "run", resume=True, steps=5, save_every=None) == whole
+
+
+def tear(path, how):
+    """Damage a checkpoint in one of the ways a machine can."""
+    parts = path / "parts.safetensors"
+    if how == "cut":
+        os.truncate(parts, parts.stat().st_size - 100)
+    elif how == "flipped":
+        data = bytearray(parts.read_bytes())
+        data[-7] ^= 1
+        parts.write_bytes(data)
+    elif how == "gone":
+        (path / "optimizer.safetensors").unlink()
+    elif how == "state":
+        (path / "state.json").write_text('{"format": 1, "step"')
+    elif how == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone", "state", "empty"])
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, how):
+    """Of three checkpoints the newest is damaged: it is named, and the second is taken."""
+    directory = tmp_path / "run"
+    in_memory(directory, steps=3, keep_checkpoints=3)
+    newest, second, _ = list_checkpoints(directory)
+    if how == "gone":  # a finished run's last checkpoint needs no optimizer
+        shutil.rmtree(newest)
+        newest, second = list_checkpoints(directory)
+    tear(newest, how)
+    assert newest_checkpoint(directory) == second
+    assert f"{newest} is torn" in caplog.text
+    shutil.rmtree(second)
+    for path in list_checkpoints(directory):
+        tear(path, "state")
+    assert newest_checkpoint(directory) is None
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    """The second of three checkpoints meets ENOSPC with half of it written."""
+    save, calls = checkpoints_module.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if ".step-000002." in str(path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoints_module, "save_file", full)
+    rows = in_memory(tmp_path / "run", steps=3, keep_checkpoints=3)
+    assert [row["step"] for row in rows] == [1, 2, 3] and calls
+    assert names(tmp_path / "run") == ["step-000001", "step-000003"]
+    assert "checkpoint of step 2 could not be written" in caplog.text
+    assert "No space left on device" in caplog.text and "free some space" in caplog.text
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(checkpoint, monkeypatch):
+    """ENOSPC at the very end: the sentence names what is kept; resuming only writes it."""
+    import melinoe.finetune.run as run_module
+
+    def full(*args):
+        raise WriteError("out could not be written (No space left on device); free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_result", full)
+        with pytest.raises(WriteError, match=r"out\.checkpoints.*--resume writes it"):
+            finetuned(checkpoint, "out", steps=2)
+    assert not (checkpoint / "out").exists()
+    finetuned(checkpoint, "out", steps=2, resume=True)
+    assert [row["step"] for row in log_of(checkpoint, "out")] == [0, 1, 2, 2]
+    assert not (checkpoint / "out.checkpoints").exists()
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_result(tmp_path, monkeypatch):
+    """An error of the operating system while the weights are written becomes one sentence."""
+    model = tiny_model("olmoe")
+
+    def full(directory):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(WriteError, match=r"No space left on device\); free some space"):
+        write_model(model, None, tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_for_the_result_is_refused_before_any_training(tmp_path):
+    """A petabyte fits nowhere; a byte does."""
+    check_room(tmp_path / "deep" / "out", 1)
+    with pytest.raises(WriteError, match="GiB are free there"):
+        check_room(tmp_path / "deep" / "out", 2**50)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate"),
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 2}, "rows"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path, change, named):
+    """Other settings would give a curve that no run has."""
+    in_memory(tmp_path, steps=2)
+    with pytest.raises(TrainingError, match=rf"another run.*{named}.*--resume"):
+        in_memory(tmp_path, resume=True, steps=2, **change)
+    in_memory(tmp_path, resume=True, steps=2, log_every=5, save_every=None)
+
+
+def test_a_checkpoint_holds_only_what_is_trained(tmp_path):
+    """Router weights, their moments and the state; no frozen weight, no pickle."""
+    in_memory(tmp_path, steps=2, keep_checkpoints=2)
+    path = list_checkpoints(tmp_path)[1]
+    assert names(path) == [
+        "optimizer.safetensors",
+        "parts.safetensors",
+        "run.safetensors",
+        "state.json",
+        "trainer_state.json",
+    ]
+    parts = checkpoints_module.read_tensors(path, "parts")
+    assert set(parts) == {f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)}
+    assert read_state(path)["step"] == 1
+
+
+def test_the_best_measurement_is_what_is_written(tmp_path):
+    """With a rate far too high the first steps are best: their weights come back, not the last."""
+    data, changes = examples(4), {"eval_every": 1, "learning_rate": 1.0, "steps": 6}
+    kept = {}
+    for keep in ("last", "best"):
+        model = tiny_model("olmoe")
+        rows, _ = train(
+            model, data, settings(keep=keep, **changes), pad_token_id=0, eval_data=examples(3, 7)
+        )
+        totals = {row["step"]: row["eval_total"] for row in rows if "eval_total" in row}
+        after, _ = train(
+            model, data, settings(steps=1, learning_rate=1e-9), pad_token_id=0,
+            eval_data=examples(3, 7),
+        )  # fmt: skip
+        kept[keep] = after[0]["eval_nll"]
+        best = min((step for step in totals if step), key=totals.get)
+        at = {"last": 6, "best": best}[keep]
+        assert kept[keep] == pytest.approx(
+            next(r["eval_nll"] for r in rows if r["step"] == at and "eval_nll" in r), rel=1e-4
+        )
+    assert kept["best"] < kept["last"]
+
+
+@pytest.mark.parametrize("change", [{"keep": "best"}, {"eval_every": 2}])
+def test_measuring_without_examples_is_refused(change):
+    """One sentence names the setting and the option that is missing."""
+    with pytest.raises(TrainingError, match=rf"{next(iter(change))}=.*--eval-data"):
+        train(tiny_model("olmoe"), examples(), settings(**change), pad_token_id=0)
+
+
+def test_a_tracker_that_is_not_there_is_named():
+    """Before anything is loaded or trained."""
+    with pytest.raises(DependencyError, match="no-such-tracker"):
+        train(
+            tiny_model("olmoe"), examples(), settings(report_to=("no-such-tracker",)),
+            pad_token_id=0,
+        )  # fmt: skip
+
+
+def test_tensorboard_gets_every_term(tmp_path):
+    """Through the Trainer's own switch: event files lie beside the checkpoints."""
+    in_memory(tmp_path, steps=2, report_to=("tensorboard",))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/nll", "train/cache", "train/anchor", "train/total", "train/loss"} <= set(found)
+
+
+def test_random_states_come_back():
+    """Python's, NumPy's and torch's generators, spare values included."""
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.gauss(0, 1), random.random(), np.random.randn(), torch.rand(3).tolist()
+
+    draw()
+    state = random_state()
+    drawn = draw()
+    set_random_state(state)
+    assert draw() == drawn
