@@ -234,3 +234,44 @@ def test_a_type_that_is_none_is_refused_before_anything_is_opened(olmoe, monkeyp
             open_checkpoint(str(olmoe), dtype)
         with pytest.raises(ValueError, match="floating-point"):
             describe(str(olmoe), dtype)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_never_read(olmoe, monkeypatch, caplog):
+    """Layers beyond the config's, as for drafting tokens: named in a warning, not a byte read."""
+    extra = {
+        "model.layers.7.self_attn.q_proj.weight": torch.zeros(16, 16),
+        "model.layers.7.mlp.experts.0.up_proj.weight": torch.zeros(8, 16),
+        "something.else": torch.zeros(3),
+    }
+    shard = damaged.shard_with(olmoe, EXPERT)
+    damaged.rewrite(shard, lambda tensors: tensors.update(extra))
+    damaged.edit_json(
+        olmoe / INDEX, lambda index: index["weight_map"].update(dict.fromkeys(extra, shard.name))
+    )
+    real, read = SafetensorsFile.read, []
+
+    def noting(self, name, into, first=0):
+        read.append(name)
+        real(self, name, into, first)
+
+    monkeypatch.setattr(SafetensorsFile, "read", noting)
+    with open_checkpoint(str(olmoe)) as checkpoint:
+        load_backbone(checkpoint)
+    assert read and not extra.keys() & set(read)
+    assert "3 stored tensors are not used by the model, first model.layers.7" in caplog.text
+
+
+def test_tied_embeddings_are_counted_once(tmp_path):
+    """Stored once or twice, they are one matrix of 64 x 16 in memory."""
+    apart = describe(str(damaged.write_olmoe(tmp_path / "apart")))
+    path = damaged.write_olmoe(tmp_path / "tied", tie_word_embeddings=True)
+    tied = describe(str(path))
+    assert apart.backbone_bytes - tied.backbone_bytes == 64 * 16 * 4
+    key = "model.embed_tokens.weight"
+    damaged.rewrite(
+        damaged.shard_with(path, key), lambda t: t.update({"lm_head.weight": t[key].clone()})
+    )
+    with open_checkpoint(str(path)) as checkpoint:
+        model = load_backbone(checkpoint)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert describe(str(path)).backbone_bytes == tied.backbone_bytes

@@ -1,19 +1,15 @@
 """Each expert is read alone where the family's rule allows it, and a rule is never guessed at."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import tiny
 import torch
+from damaged import check_experts
 
 from melinoe.checkpoint import open_checkpoint
 from melinoe.checkpoint.files import Place
 from melinoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from melinoe.checkpoint.sources import WholeLayer
 from melinoe.checkpoint.tracing import rows_by_trial
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
 
 FAMILY = "ernie4_5_vl_moe"  # one list of experts in the files, two stacks in the model
 
@@ -25,16 +21,6 @@ def ernie(tmp_path_factory):
     saved = tiny.tiny_model(FAMILY)
     saved.save_pretrained(path)
     return path, saved.state_dict()
-
-
-def check_experts(checkpoint, weights) -> None:
-    """Every expert's part equals the saved model's, bit for bit."""
-    for source in checkpoint.experts:
-        for expert in range(source.num_experts):
-            into = {t.name: torch.full(t.shape, torch.nan) for t in source.layer.tensors}
-            source.read(expert, into)
-            for name, tensor in into.items():
-                assert torch.equal(tensor, weights[f"{source.layer.name}.{name}"][expert])
 
 
 def test_a_rule_over_all_experts_is_read_expert_by_expert(ernie, monkeypatch):

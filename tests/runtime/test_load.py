@@ -1,20 +1,17 @@
 """A loaded model computes what from_pretrained computes, from any store, with few slots."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from damaged import write_olmoe
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 import melinoe
 from melinoe.checkpoint import load_backbone, open_checkpoint
 from melinoe.checkpoint.safetensors_file import SafetensorsFile
 from melinoe.errors import AttachError, BudgetError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-from damaged import write_olmoe
 
 IDS = torch.randint(2, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 

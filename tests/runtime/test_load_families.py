@@ -1,17 +1,14 @@
 """Every decorated family's checkpoint layout, read expert by expert as transformers reads it."""
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from damaged import check_experts
 
 import melinoe
 from melinoe.checkpoint import load_backbone, open_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
 
 FAMILIES = [family for family in tiny.families() if family not in tiny.CANNOT]
 IDS = torch.randint(3, tiny.VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -41,12 +38,7 @@ def test_a_checkpoint_loads_to_the_model_that_was_saved(family, tmp_path):
         assert own.keys() == weights.keys()
         for name in own.keys() - stacked:
             assert torch.equal(own[name], weights[name]), name
-        for source in checkpoint.experts:
-            for expert in range(source.num_experts):
-                into = {t.name: torch.full(t.shape, torch.nan) for t in source.layer.tensors}
-                source.read(expert, into)
-                for name, tensor in into.items():
-                    assert torch.equal(tensor, weights[f"{source.layer.name}.{name}"][expert])
+        check_experts(checkpoint, weights)
     saved.set_experts_implementation("eager")
     model, handle = melinoe.load(tmp_path, slots=3, store="disk", dtype="float32")
     torch.testing.assert_close(output(model), output(saved), atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A small sharded OLMoE checkpoint, to be damaged in known ways."""
+"""A small sharded OLMoE checkpoint, to be read, or to be damaged in known ways."""
 
 import json
 from pathlib import Path
@@ -43,3 +43,13 @@ def rewrite(path: Path, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def check_experts(checkpoint, weights) -> None:
+    """Every expert of a checkpoint, read alone, equals its part of *weights* bit for bit."""
+    for source in checkpoint.experts:
+        for expert in range(source.num_experts):
+            into = {t.name: torch.full(t.shape, torch.nan) for t in source.layer.tensors}
+            source.read(expert, into)
+            for name, tensor in into.items():
+                assert torch.equal(tensor, weights[f"{source.layer.name}.{name}"][expert])
