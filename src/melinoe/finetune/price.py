@@ -11,6 +11,7 @@ Both runs see the same data in the same order from the same starting weights, so
 their ends is short, and the gap on the way grows steadily from 0 at the reference.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example, encode, load_examples
 from melinoe.errors import TrainingError
 from melinoe.finetune.panel import OWN, Panel
-from melinoe.finetune.reference import Reference, ReferenceCallback, identity
+from melinoe.finetune.reference import Reference, ReferenceCallback, identity, is_reference
 from melinoe.finetune.run import FinetuneResult, finetune
 from melinoe.finetune.steering import Price, PriceCallback
 from melinoe.finetune.trainer import Progress
@@ -67,7 +68,7 @@ def finetune_within(
     reference: str | Path | None = None,
     every: int | None = None,
     progress: Progress | None = None,
-    **run_options: Any,
+    resume: bool = False,
 ) -> FinetuneResult:
     """
     Fine-tune a checkpoint for as much locality as a price in quality buys.
@@ -88,7 +89,7 @@ def finetune_within(
             texts and settings.
         every: Steps between measurements; absent: a twenty-fifth of the run.
         progress: As in `finetune`; called for both runs.
-        run_options: Of `finetune`, for both runs.
+        resume: As in `finetune`, whichever of the two runs was interrupted.
 
     Returns:
         Of the second run. Its metadata have ``price``: what was paid on the judging texts with
@@ -97,8 +98,8 @@ def finetune_within(
     Raises:
         OutputExistsError: *out* or the reference's place is taken; nothing was trained.
         DataError: as `finetune`, or too few held-out texts.
-        TrainingError: as `finetune`; the weight of the cache term is 0, a bound on other domains
-            without their text, or a *reference* of another run.
+        TrainingError: as `finetune`; settings that a price cannot be kept with, a bound on other
+            domains without their text, or a *reference* of another run.
 
     Cost: two trainings, and the steering texts' forward pass at every measurement.
     """
@@ -106,17 +107,19 @@ def finetune_within(
         raise TrainingError(
             "lambda_cache is 0, so there is nothing to find a strength for; leave it at its default"
         )
+    if settings.keep != "last":
+        raise TrainingError(
+            "a price is settled after the last step, so no earlier weights can be kept; leave keep "
+            "at last"
+        )
     if price.other is not None and not other_examples:
         raise TrainingError(
             "a bound on other domains needs text of theirs; give other data, or leave the bound out"
         )
     path, name = check_output(out), str(model_path)
-    directory = (
-        check_output(path.with_name(f"{path.name}.reference"))
-        if reference is None
-        else Path(reference).expanduser()
-    )
-    found = None if reference is None else Reference.load(directory)
+    directory = _place_of(path, reference, resume)
+    # A reference that was named must be there; one that an interrupted call wrote may be.
+    found = Reference.load(directory) if reference is not None or is_reference(directory) else None
     tokenizer = load_tokenizer(name, read_config(name))
     panel = Panel.of(
         encode(eval_examples, tokenizer, settings.max_length),
@@ -124,24 +127,41 @@ def finetune_within(
     )
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     wanted = identity(settings, panel, name, _fingerprint(examples))
-    options = {"eval_examples": eval_examples, "progress": progress, **run_options}
     if found is None:
         watch = ReferenceCallback(panel, every)
-        finetune(name, examples, directory, settings.control(), callbacks=[watch], **options)
+        finetune(
+            name,
+            examples,
+            directory,
+            settings.control(),
+            eval_examples=eval_examples,
+            progress=progress,
+            callbacks=[watch],
+            resume=resume,
+        )
         found = watch.reference(wanted)
-        found.save(directory)
+        if os.environ.get("RANK", "0") == "0":  # one of several processes writes
+            found.save(directory)
     found.check(wanted, directory)
-    callback = PriceCallback(panel, price, found, settings.lambda_cache)
-    result = finetune(
+    return finetune(
         name,
         examples,
         path,
         settings,
+        eval_examples=eval_examples,
         anchor_examples=anchor_examples,
-        callbacks=[callback],
-        **options,
+        progress=progress,
+        callbacks=[PriceCallback(panel, price, found, settings.lambda_cache)],
+        resume=resume,
     )
-    return result
+
+
+def _place_of(out: Path, reference: str | Path | None, resume: bool) -> Path:
+    """Where the reference is, or will be."""
+    if reference is not None:
+        return Path(reference).expanduser()
+    beside = out.with_name(f"{out.name}.reference")
+    return beside if resume and is_reference(beside) else check_output(beside)
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

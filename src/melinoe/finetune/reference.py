@@ -104,7 +104,7 @@ class Reference:
         """
         directory = Path(directory).expanduser()
         path = directory / f"{NAME}.json"
-        if not path.is_file():
+        if not is_reference(directory):
             raise TrainingError(
                 f"{directory} is no reference of a price: it has no {path.name}; give the "
                 "directory that an earlier run with a price wrote as its reference, or none"
@@ -145,6 +145,11 @@ class Reference:
                     f"the reference in {directory} was trained with {name} {theirs.get(name)}, "
                     f"this run with {ours.get(name)}; give one that agrees, or none to make it"
                 )
+
+
+def is_reference(directory: Path) -> bool:
+    """Whether `Reference.save` wrote there."""
+    return (directory / f"{NAME}.json").is_file()
 
 
 class ReferenceCallback(TrainerCallback):
