@@ -79,17 +79,9 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def add_to(self, module: nn.Module) -> None:
-        """
-        Add the updates to the module's weights in place, expert by expert, rounded once.
-
-        Under FSDP2 each process adds to the experts that it holds: all of these tensors are cut
-        along their first dimension, the experts.
-        """
+        """Add the updates to the module's weights in place, expert by expert, rounded once."""
         for name in self.names:
-            weight, down, up = map(
-                _held, (module.get_parameter(name), self.lora_A[name], self.lora_B[name])
-            )
-            assert weight.shape[0] == down.shape[0] == up.shape[0]
+            weight, down, up = module.get_parameter(name), self.lora_A[name], self.lora_B[name]
             for expert in range(weight.shape[0]):
                 add_update(
                     weight[expert], down[expert], up[expert], self.scaling, self.is_transposed
@@ -113,11 +105,6 @@ def add_update(
     wide = torch.promote_types(weight.dtype, torch.float32)
     update = scaling * (up.to(wide) @ down.to(wide))
     weight.copy_(weight.to(wide) + (update.T if is_transposed else update))
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class LowRankUpdates:
