@@ -64,6 +64,7 @@ def _join(rank, processes, port, sharded):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
     }
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
