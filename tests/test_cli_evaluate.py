@@ -1,0 +1,150 @@
+"""`melinoe evaluate`, `card` and what `finetune` measures: the same offloaded, and read on."""
+
+import json
+import sys
+
+import pytest
+from test_cli import run
+
+from melinoe.checkpoint import read_metadata
+from melinoe.report import read_records, write_report
+from tests.small_olmoe import tiny_model, words_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two tiny random models, and questions that one token answers."""
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in (("ours", 0), ("theirs", 3)):
+        tiny_model(seed).save_pretrained(root / name)
+        words_tokenizer().save_pretrained(root / name)
+    rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i} #### {i}"} for i in range(2, 12)]
+    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"w{i}", "completion": f"w{i + 1} w4"} for i in range(2, 27)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "far").mkdir()
+    for name in ("a", "b"):
+        text = "".join(json.dumps({"text": f"w{i} w9 w{i + 2}"}) + "\n" for i in range(3, 9))
+        (root / "far" / f"{name}.jsonl").write_text(text)
+    return root
+
+
+@pytest.fixture
+def melinoe(monkeypatch, capsys):
+    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def everything(models, *more):
+    return (
+        *("evaluate", models / "ours", models / "theirs", "--data", models / "questions.jsonl"),
+        *("--other", models / "far", "--rouge", "--answers", "--locality", "--prompts", 4),
+        *("--at-slots", 2, "--max-new-tokens", 6, *more),
+    )
+
+
+def test_an_offloaded_model_gives_every_number_of_the_resident_one(models, melinoe):
+    """Two slots, LFU, experts on disk, against all resident in RAM: the same JSON."""
+    few = melinoe(*everything(models, "--slots", 2, "--policy", "lfu", "--store", "disk", "--json"))
+    many = melinoe(*everything(models, "--slots", 8, "--store", "ram", "--json"))
+    assert few[0] == many[0] == 0, few[2]
+    assert json.loads(few[1]) == json.loads(many[1])
+    kinds = [record["kind"] for record in json.loads(few[1])]
+    # Of each model three texts, two scores, and locality of what it wrote and what it read.
+    assert [kinds.count(k) for k in ("quality", "score", "locality", "curve")] == [6, 4, 4, 8]
+    # Three perplexities, two scores, and transfers: written and read, under two policies.
+    assert kinds.count("comparison") == 3 + 2 + 4
+
+
+def test_people_get_a_table_and_sentences(models, melinoe):
+    """Each comparison says which is better, or that none is shown to be."""
+    code, out, err = melinoe(*everything(models))
+    assert code == 0, err
+    assert "means with 95 % intervals" in out
+    sentences = [line for line in out.splitlines() if " against " in line]
+    assert len(sentences) == 9
+    assert all(line.endswith((" is better", "neither is shown to be better")) for line in sentences)
+    assert "0 of 10 right; by the rule of three the rate is below 30.0% (95 %)" in out
+
+
+def test_records_are_appended_and_make_a_report(models, melinoe, tmp_path):
+    """Two runs leave twice the lines; the page shows scores and comparisons."""
+    out = tmp_path / "runs.jsonl"
+    for _ in range(2):
+        code, _, err = melinoe(*everything(models, "--out", out))
+        assert code == 0, err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 2 * (6 + 4 + 4 + 8 + 9) and all(line["machine"] for line in lines)
+    assert not read_records(out).notes  # every kind is known
+    write_report([out], tmp_path / "page.html")
+    page = (tmp_path / "page.md").read_text()
+    assert "questions: exact match" in page and "ours against theirs" in page
+
+
+def test_what_does_not_go_together_is_wrong_usage(models, melinoe):
+    """Nothing to measure; scores without texts; a model against itself."""
+    ours = models / "ours"
+    for arguments in (
+        ("evaluate", ours),
+        ("evaluate", ours, "--tasks", "x", "--rouge"),
+        ("evaluate", ours, ours, "--data", models / "questions.jsonl"),
+    ):
+        code, out, _ = melinoe(*arguments)
+        assert (code, out) == (2, "")
+
+
+def test_plain_text_has_no_rouge(models, melinoe):
+    """Refused before anything is generated, with the way out."""
+    code, _, err = melinoe(
+        "evaluate", models / "ours", "--data", models / "far" / "a.jsonl", "--rouge"
+    )
+    assert code == 1 and "plain text without a prompt" in err
+
+
+def test_tasks_without_the_harness_say_how_to_install_it(models, melinoe, monkeypatch):
+    """One line."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = melinoe("evaluate", models / "ours", "--tasks", "arc_easy")
+    assert code == 1 and "pip install 'melinoe[eval]'" in err
+
+
+def test_finetune_measures_before_and_after_and_writes_the_card(models, melinoe, tmp_path):
+    """With held-out data: outcome, origin, card; a base's path is in none of the files."""
+    out = tmp_path / "tuned"
+    code, _, err = melinoe(
+        *("finetune", models / "ours", "--data", models / "prompts.jsonl", "--out", out),
+        *("--eval-data", models / "questions.jsonl", "--other", models / "far" / "a.jsonl"),
+        *("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01),
+    )
+    assert code == 0, err
+    metadata = read_metadata(out)
+    assert metadata["base"] == "ours" and metadata["data"]["examples"] == 25
+    assert metadata["outcome"]["examples"] == 10 and metadata["outcome"]["slots"] == 2
+    assert set(metadata["outcome"]["change"]["perplexity"]) == {"questions", "a"}
+    card = (out / "README.md").read_text()
+    assert "## What fine-tuning changed" in card and "melinoe-hit-rates.png" in card
+    assert str(models) not in card + json.dumps(metadata)
+    before = card
+    assert melinoe("card", out)[0] == 0
+    assert (out / "README.md").read_text() == before
+
+
+def test_finetune_holds_examples_out_and_never_trains_on_them(models, melinoe, tmp_path):
+    """Two fifths of 25 rows, evenly spread; too few to hold out is said, and all are trained on."""
+    common = ("finetune", models / "ours", "--data", models / "prompts.jsonl", "--steps", 1)
+    code, _, err = melinoe(*common, "--out", tmp_path / "a", "--hold-out", 0.4, "--no-measure")
+    assert code == 0, err
+    data = read_metadata(tmp_path / "a")["data"]
+    assert (data["examples"], data["held_out"]) == (15, 10)
+    assert "outcome" not in read_metadata(tmp_path / "a")
+    code, _, err = melinoe(*common, "--out", tmp_path / "b")
+    assert code == 0 and "too few examples to hold some out" in err
+    assert read_metadata(tmp_path / "b")["data"]["examples"] == 25
+
+
+def test_only_the_first_process_measures(models, melinoe, tmp_path, monkeypatch):
+    """The others of a distributed run leave the checkpoint to it."""
+    from melinoe.cli import measuring
+
+    monkeypatch.setenv("RANK", "1")
+    measuring.finish(tmp_path, "x", "y", "train", measuring.HeldOut([], "y"))
+    assert list(tmp_path.iterdir()) == []
