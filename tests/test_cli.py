@@ -13,6 +13,8 @@ from melinoe.cli import app as cli
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 COMMANDS = [
+    "bench",
+    "plan",
     "demo",
     "doctor",
     "finetune",

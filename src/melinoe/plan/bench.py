@@ -26,11 +26,12 @@ from melinoe.generate import PrefetchAt, prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side
 from melinoe.plan.predicted import (
     COUNTS,
-    LoadCost,
     counts_of,
+    machine_of,
     replay,
-    stalls_of,
+    seconds_of,
     time_load,
+    work_of,
 )
 from melinoe.plan.strategies import ALL_RESIDENT, Popularity, Strategy
 from melinoe.predictor import Predictor
@@ -162,18 +163,18 @@ def bench(
         BudgetError, MelinoeError: as `open_runtimes`.
         DataError: no prompts, or none that got a second token.
     """
+    guesses = [_prefetcher(one, predictor) for one in chosen]  # refused before anything is read
     runtimes = open_runtimes(setting, chosen)
     resident = next(one for one in chosen if one.name == ALL_RESIDENT)
     model, handle = runtimes[resident]
     say(f"tracing {len(prompts)} prompts with every expert resident")
     trace = trace_prompts(model, handle, runtimes.tokenizer, prompts, setting.max_new_tokens)
     say("timing the store")
-    cost = time_load(handle, torch.device(model.device))
+    read_s = time_load(handle, torch.device(model.device))
 
     servings, replays = [], []
-    for strategy in chosen:
+    for strategy, guess in zip(chosen, guesses, strict=True):
         model, handle = runtimes[strategy]
-        guess = _prefetcher(strategy, predictor)
         replays.append(replay(trace, strategy, _ahead(guess, runtimes, strategy, prompts),
                               setting.prefetch_at))  # fmt: skip
         servings.append(
@@ -194,13 +195,14 @@ def bench(
         )
     say(f"serving {len(prompts)} prompts by {len(chosen)} strategies in turn")
     records = side_by_side(servings)
-    computing = _computing(records[list(chosen).index(resident)])
+    measured = records[list(chosen).index(resident)]["per_prompt"]
+    figures, work = machine_of(handle, read_s, measured), work_of(handle)
     rows = []
     for strategy, record, done in zip(chosen, records, replays, strict=True):
         record["prefetch"] = strategy.prefetch
-        record["predicted"] = _predicted(done, record, cost, computing)
+        record["predicted"] = _predicted(record, counts_of(done), seconds_of(done, figures, work))
         rows.append(_row(strategy, record))
-    return records, _benchmark(rows, setting, cost, label, len(prompts))
+    return records, _benchmark(rows, setting, read_s, label, len(prompts))
 
 
 def _prefetcher(strategy: Strategy, predictor: Predictor | None) -> Predictor | Popularity | None:
@@ -227,34 +229,23 @@ def _ahead(
     return [guess.top(prompt_ids(runtimes.tokenizer, one), handle.slots) for one in prompts]
 
 
-def _computing(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each prompt with every expert resident, waits out: to the first token, after."""
-    rows = {name: np.array(values) for name, values in record["per_prompt"].items()}
-    return (
-        rows["ttft_s"] - rows["prompt_stall_ms"] / 1e3,
-        rows["decode_s"] - rows["stall_ms"] / 1e3,
-    )
-
-
 def _predicted(
-    done: Any, record: Mapping[str, Any], cost: LoadCost, computing: tuple[np.ndarray, np.ndarray]
+    record: Mapping[str, Any],
+    counts: Mapping[str, list[int]],
+    seconds: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, Any]:
     """Counts and seconds by the simulator, and how far both are from what was measured."""
-    counts = counts_of(done)
     measured = record["per_prompt"]
     wrong = [name for name in COUNTS if [int(v) for v in measured[name]] != counts[name]]
-    tokens = np.array(counts["tokens"])
-    pass_s = float(computing[1].sum() / max(tokens.sum(), 1))
-    before, after = stalls_of(done, cost, pass_s)
-    decode_s, ttft_s = computing[1] + after, computing[0] + before
-    tpot = float(decode_s.sum() / tokens.sum())
+    ttft_s, decode_s = seconds
+    tpot_s = float(decode_s.sum() / sum(counts["tokens"]))
     return {
-        "counts": counts,
+        "counts": dict(counts),
         "counts_equal": not wrong,
         "counts_that_differ": wrong,
-        "tpot_s": tpot,
+        "tpot_s": tpot_s,
         "ttft_s": float(ttft_s.mean()),
-        "tpot_error": tpot / record["tpot_s"]["mean"] - 1,
+        "tpot_error": tpot_s / record["tpot_s"]["mean"] - 1,
         "ttft_error": float(ttft_s.mean()) / record["ttft_s"]["mean"] - 1,
         "tpot_ratio": bootstrap(decode_s, np.array(measured["decode_s"])).to_dict(),
     }
@@ -280,7 +271,7 @@ def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _benchmark(
-    rows: list[dict[str, Any]], setting: Setting, cost: LoadCost, label: str, prompts: int
+    rows: list[dict[str, Any]], setting: Setting, read_s: float, label: str, prompts: int
 ) -> dict[str, Any]:
     """The record that `melinoe report` shows as a table."""
     link = (
@@ -296,7 +287,7 @@ def _benchmark(
         "notes": [
             f"{label}: {prompts} prompts, {setting.max_new_tokens} new tokens each, all strategies "
             f"in turn in one process, over {link}. Times are per token after the first.",
-            f"Reading one expert took {1e3 * cost.read_s:.3f} ms alone. Computing is "
+            f"Reading one expert took {1e3 * read_s:.3f} ms alone. Computing is "
             "taken from the run with every expert resident, so its own time is no prediction.",
         ],
         "machine": machine(),

@@ -1,53 +1,29 @@
 """
 What the simulator says a strategy will count and take, in the form of what `measure` measures.
 
-Counts are the simulator's and must equal the measured ones. Time is put together from three things
-timed apart from the strategy: computing, from the run with every expert resident; reading one
-expert from the store, timed alone; and the link's own figures.
-
-    a request's loads take   max(n x read, n x link, (n - 1) x read + link)
-    a token takes            computing + what its layers' requests wait for
-
-A prefetch before the completion is read at once and crosses the link while computing goes on.
+Counts are the simulator's and must equal the measured ones. Time is `melinoe.cache.timing`'s, from
+figures that were taken apart from the strategy: a pass with every expert resident, reading one
+expert from the store alone, and the emulated link's own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import Simulation, simulate
+from melinoe.cache.timing import Machine, Work, predict
 from melinoe.cache.trace import Trace
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.handle import Handle
 
 COUNTS = ("tokens", "uses", "hits", "loads", "prefetch_loads", "prefill_loads", "zero_miss")
-
-
-@dataclass(frozen=True)
-class LoadCost:
-    """
-    Seconds of one load.
-
-    Attributes:
-        read_s: From the store into a slot.
-        link_s: On the emulated link; 0 without one.
-    """
-
-    read_s: float
-    link_s: float = 0.0
-
-    def wait(self, loads: np.ndarray) -> np.ndarray:
-        """Seconds that requests of so many loads wait for them; issued in turn, then awaited."""
-        last = np.maximum(loads - 1, 0) * self.read_s + self.link_s
-        return np.where(
-            loads > 0, np.maximum(np.maximum(loads * self.read_s, loads * self.link_s), last), 0.0
-        )
+_NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
 
 
 def replay(
@@ -95,33 +71,63 @@ def counts_of(done: Simulation) -> dict[str, list[int]]:
     return columns
 
 
-def stalls_of(done: Simulation, cost: LoadCost, pass_s: float) -> tuple[np.ndarray, np.ndarray]:
+def seconds_of(done: Simulation, machine: Machine, work: Work) -> tuple[np.ndarray, np.ndarray]:
     """
-    Seconds each prompt waits for experts: in the prompt's own pass, and after it.
+    Predicted seconds of each prompt: of its own pass, and of the passes after it.
 
     Args:
         done: Simulated with steps.
-        cost: Of a load.
-        pass_s: Computing of one token, behind which a prefetch's transfers hide.
+        machine: From `machine_of`.
+        work: Bytes of an expert.
     """
-    steps = done.steps
-    assert steps is not None  # asked for by `replay`
-    waits = cost.wait(steps.loads).sum(axis=1)
-    ahead = steps.ahead.sum(axis=1)
-    hidden = np.minimum(ahead * max(cost.link_s - cost.read_s, 0), pass_s)
-    waits = waits + ahead * max(cost.link_s, cost.read_s) - hidden
-    of_prompt, after = (np.zeros(len(done.sequences)) for _ in range(2))
-    np.add.at(of_prompt, steps.unit[steps.phase == PROMPT], waits[steps.phase == PROMPT])
-    np.add.at(after, steps.unit[steps.phase == COMPLETION], waits[steps.phase == COMPLETION])
-    return of_prompt, after
+    timing = predict(done, machine, work)
+    steps = timing.steps
+    out = []
+    for phase in (PROMPT, COMPLETION):
+        of_unit = np.zeros(len(done.sequences))
+        chosen = steps.phase == phase
+        np.add.at(of_unit, steps.unit[chosen], timing.pass_s[chosen])
+        out.append(of_unit)
+    return out[0], out[1]
 
 
-def time_load(handle: Handle, device: torch.device, reads: int = 64, seed: int = 0) -> LoadCost:
+def machine_of(handle: Handle, read_s: float, resident: Mapping[str, Any]) -> Machine:
     """
-    Time the store alone: random experts into a slot of their own, the median of *reads*.
+    The figures that predictions rest on, none of them from the strategies themselves.
 
-    The link's part is by its figures.
+    Args:
+        handle: Any of the runtimes: they share link and store.
+        read_s: From `time_load`.
+        resident: ``per_prompt`` of the record with every expert resident: computing is what it
+            took less what it waited.
     """
+    rows = {name: np.array(values, dtype=float) for name, values in resident.items()}
+    pass_s = (rows["decode_s"] - rows["stall_ms"] / 1e3).sum() / rows["tokens"].sum()
+    prompt_s = (rows["ttft_s"] - rows["predictor_s"] - rows["prompt_stall_ms"] / 1e3).mean()
+    more = max(rows["prompt_tokens"].mean() - 1, 1)
+    link, size = handle.link, _expert_bytes(handle)
+    if link is not None:
+        speed, latency_s, copy_s = link.bandwidth_bytes_per_s, link.latency_s, read_s
+    elif handle.store.kind == "pinned":
+        speed, latency_s, copy_s = size / read_s, 0.0, 0.0
+    else:
+        speed, latency_s, copy_s = _NO_LINK, 0.0, read_s
+    return Machine(
+        link_bytes_per_s=speed,
+        link_latency_s=latency_s,
+        copy_s=copy_s,
+        pass_s=float(pass_s),
+        row_s=float(max(prompt_s - pass_s, 0) / more),
+    )
+
+
+def work_of(handle: Handle) -> Work:
+    """Bytes of one expert, the mean over layers."""
+    return Work(expert_bytes=_expert_bytes(handle))
+
+
+def time_load(handle: Handle, device: torch.device, reads: int = 64, seed: int = 0) -> float:
+    """Seconds of reading one expert from the store, alone: the median of *reads* random ones."""
     rng = np.random.default_rng(seed)
     into = [
         {t.name: torch.empty(t.shape, dtype=t.dtype, device=device) for t in layer.tensors}
@@ -137,8 +143,8 @@ def time_load(handle: Handle, device: torch.device, reads: int = 64, seed: int =
             torch.cuda.synchronize(device)
         if number >= 4:  # warm-up
             taken.append(time.perf_counter() - begin)
-    link_s = 0.0
-    if handle.link is not None:
-        size = float(np.mean([handle.store.block_bytes(n) for n in range(len(handle.layers))]))
-        link_s = handle.link.latency_s + size / handle.link.bandwidth_bytes_per_s
-    return LoadCost(float(np.median(taken)), link_s)
+    return float(np.median(taken))
+
+
+def _expert_bytes(handle: Handle) -> float:
+    return float(np.mean([handle.store.block_bytes(n) for n in range(len(handle.layers))]))

@@ -1,0 +1,166 @@
+"""`melinoe bench`: what is simulated is what is then counted, strategy by strategy."""
+
+import json
+
+import numpy as np
+import pytest
+
+from melinoe.errors import BudgetError, MelinoeError
+from melinoe.plan.predicted import machine_of, seconds_of
+from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, strategies
+from melinoe.predictor.model import Predictor
+from melinoe.report import render_table
+from tests.small_olmoe import EXPERTS, always, tiny_model, words_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny OLMoE, prompts for it, and a predictor that always names experts 3, 5 and 1."""
+    root = tmp_path_factory.mktemp("bench")
+    model = tiny_model()
+    model.save_pretrained(root / "model")
+    words_tokenizer().save_pretrained(root / "model")
+    always(model, [3, 5, 1]).save(root / "predictor")
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5"} for i in range(2, 20)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def bench(melinoe, place, *more):
+    return melinoe(
+        "bench", place / "model", "--prompts", place / "prompts.jsonl", "--limit", 3,
+        "--max-new-tokens", 8, "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+def test_all_combinations_between_the_two_extremes():
+    """2 slots x 2 policies x 2 prefetches, between loading everything and holding everything."""
+    chosen = strategies(8, [2, 4], ["lru", "lfu"], ["none", "learned"])
+    assert len(chosen) == 2 + 8
+    assert (chosen[0].name, chosen[0].slots) == (ON_DEMAND, 1)
+    assert (chosen[-1].name, chosen[-1].slots, chosen[-1].warm) == (ALL_RESIDENT, 8, True)
+    assert len({(one.name, one.slots) for one in chosen}) == len(chosen)
+
+
+def test_what_cannot_be_served_is_refused():
+    """More slots than experts, an unknown policy, and one that needs the future."""
+    with pytest.raises(BudgetError, match="1 to 8"):
+        strategies(8, [9], ["lru"])
+    with pytest.raises(MelinoeError, match="lru"):
+        strategies(8, [2], ["fifo-ish"])
+    with pytest.raises(MelinoeError, match="future"):
+        strategies(8, [2], ["belady"])
+
+
+@pytest.mark.parametrize("when", ["prompt", "completion"])
+def test_simulated_counts_equal_measured_ones_for_every_strategy(when, melinoe, place):
+    """Policies x slots x prefetches on a real model, prompt by prompt, to the last load."""
+    code, out, _ = bench(
+        melinoe, place, "--slots", 2, "--slots", 4, "--policy", "lfu", "--policy", "lfru",
+        "--predictor", place / "predictor", "--prefetch-at", when, "--json",
+    )  # fmt: skip
+    assert code == 0
+    records = json.loads(out)["records"]
+    assert len(records) == 2 + 2 * 2 * 3
+    for record in records:
+        assert record["predicted"]["counts_that_differ"] == [], record["strategy"]
+        assert sum(record["per_prompt"]["uses"]) == 3 * 7 * 2 * 2  # tokens x layers x top-2
+    by_name = {(one["strategy"], one["slots"]): one for one in records}
+    assert sum(by_name[ALL_RESIDENT, EXPERTS]["per_prompt"]["loads"]) <= 2 * EXPERTS
+    ahead = by_name["lfu + learned prefetch", 4]["per_prompt"]["prefetch_loads"]
+    assert sum(ahead) > 0 and by_name["lfu", 4]["prefetch"] == "none"
+
+
+def test_a_count_that_differs_is_an_error(melinoe, place, monkeypatch):
+    """If the simulator were wrong by one load, the command would say where, and exit with 1."""
+    import melinoe.plan.bench as module
+
+    honest = module.counts_of
+
+    def wrong(done):
+        counts = honest(done)
+        counts["loads"][-1] += 1
+        return counts
+
+    monkeypatch.setattr(module, "counts_of", wrong)
+    code, _, err = bench(melinoe, place, "--slots", 2, "--policy", "lru")
+    assert code == 1
+    assert "counts differ" in err and "lru at 2" in err
+
+
+def test_the_records_make_a_report(melinoe, place, tmp_path):
+    """The table shows predicted beside measured, and the file holds what `report` reads."""
+    out = tmp_path / "runs.jsonl"
+    code, text, _ = bench(
+        melinoe, place, "--slots", 2, "--policy", "lru", "--link", "0.01GB/s", "--link-latency",
+        "50us", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    for words in (ON_DEMAND, ALL_RESIDENT, "counts equal", "predicted (ms)", "emulated link"):
+        assert words in text
+    assert "of the measured one" in text or "from the measured one" in text
+    kinds = [json.loads(line).get("kind", "benchmark") for line in out.read_text().splitlines()]
+    assert kinds == ["serve"] * 3 + ["benchmark"]
+    assert "lru" in render_table([out], "text", 200)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("--slots", "99"), 1, "1 to 8"),
+        (("--policy", "belady"), 1, "future"),
+        (("--policy", "fifo-ish"), 1, "lru"),
+        (("--link", "25TB/s"), 1, "check the unit"),
+        (("--prefetch", "learned"), 1, "--predictor"),
+        (("--prefetch", "psychic"), 2, "popularity"),
+        (("--prefetch-at", "never"), 2, "completion"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(more, code, words, melinoe, place):
+    """Slots, policies, links and prefetches that cannot be."""
+    found, out, err = bench(melinoe, place, *more)
+    assert (found, out) == (code, "")
+    assert words in err
+
+
+def test_a_link_s_transfers_are_predicted_by_hand():
+    """Passes of 1 ms, loads of 2 ms: the prompt loads in both layers, 5 ms; the token in one, 3."""
+    from melinoe.cache.simulator import simulate
+    from melinoe.cache.timing import Work
+    from melinoe.cache.trace import TraceBuilder
+
+    builder = TraceBuilder(2, 4, 1)
+    builder.add_forward(np.array([[[0], [0]]]), 0, 0)
+    builder.add_forward(np.array([[[0], [1]]]), 0, 1)
+    done = simulate(builder.trace(), 2, "lru", steps=True, engine="residency")
+
+    class Link:
+        bandwidth_bytes_per_s, latency_s = 1e6, 1e-3
+
+    class Handle:
+        link = Link()
+        layers = (None, None)
+
+        class store:
+            kind = "disk"
+
+            @staticmethod
+            def block_bytes(layer):
+                return 1000
+
+    resident = {
+        "decode_s": [0.001], "stall_ms": [0.0], "tokens": [1], "ttft_s": [0.001],
+        "predictor_s": [0.0], "prompt_stall_ms": [0.0], "prompt_tokens": [1],
+    }  # fmt: skip
+    machine = machine_of(Handle, 1e-5, resident)
+    before, after = seconds_of(done, machine, Work(expert_bytes=1000))
+    assert before[0] == pytest.approx(0.001 + 2 * 0.002)
+    assert after[0] == pytest.approx(0.001 + 0.002)
+
+
+def test_popularity_is_the_predictor_s_whatever_the_prompt(place):
+    """Its top experts do not depend on the tokens."""
+    from melinoe.plan.strategies import Popularity
+
+    rival = Popularity(Predictor.load(place / "predictor"))
+    assert rival.top([3, 4], 2) == rival.top([9], 2)
