@@ -19,8 +19,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import melinoe
-from melinoe.data import load_examples
-from melinoe.measure import curve_record, locality_record
+from melinoe.data import Encoded, load_examples
+from melinoe.measure import curve_record, locality_record, reading_trace
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,16 +39,12 @@ DATA = """
 """
 
 
-def locality(model: torch.nn.Module, texts: list[torch.Tensor]) -> dict[str, str]:
+def locality(model: torch.nn.Module, texts: list[list[int]]) -> dict[str, str]:
     """Locality while reading real text token by token, as a table row."""
     experts = model.config.num_experts
     handle = melinoe.attach(model, slots=experts)
-    with handle.record() as recorder, torch.no_grad():
-        for ids in texts:
-            seen = model(input_ids=ids[:, :PROMPT_TOKENS], use_cache=True).past_key_values
-            for at in range(PROMPT_TOKENS, ids.shape[1]):
-                model(input_ids=ids[:, at : at + 1], past_key_values=seen, use_cache=True)
-    trace = recorder.trace()
+    encoded = [Encoded(ids, [at >= PROMPT_TOKENS for at in range(len(ids))]) for ids in texts]
+    trace = reading_trace(model, handle, encoded)
     handle.detach()
     found = locality_record(trace, "")
     curve = curve_record(trace, "", "lru", [experts // 4], cold=True)
@@ -96,7 +92,7 @@ def main() -> None:
     training = json.loads((args.model / "training.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = [
-        torch.tensor([tokenizer(example.completion)["input_ids"][: PROMPT_TOKENS + NEW_TOKENS]])
+        tokenizer(example.completion)["input_ids"][: PROMPT_TOKENS + NEW_TOKENS]
         for path in sorted(args.held_out.glob("*.jsonl"))
         for example in load_examples(path, limit=PER_CORPUS)
     ]
