@@ -1,0 +1,64 @@
+"""Recomputed activations and accumulated batches change no term and no gradient."""
+
+import pytest
+from small_runs import examples, settings
+from tiny import tiny_model
+from transformers import TrainerCallback
+
+from melinoe.errors import TrainingError
+from melinoe.finetune import train
+from melinoe.moe.routing import find_routers
+
+
+class CountPasses(TrainerCallback):
+    """How often the first layer's experts ran, recomputed passes included."""
+
+    def attach(self, trainer):
+        self.passes = 0
+        module = find_routers(trainer.model)[0].experts
+        module.register_forward_pre_hook(lambda *_: setattr(self, "passes", self.passes + 1))
+
+
+def rows_and_passes(family, **changes):
+    model, count = tiny_model(family), CountPasses()
+    if hasattr(model.config, "router_jitter_noise"):
+        model.config.router_jitter_noise = 0.0
+    given = {"steps": 3, "log_every": 1, "lambda_reuse": 0.1, "lambda_cache": 0.7} | changes
+    rows, _ = train(model, examples(8), settings(**given), pad_token_id=0, callbacks=[count])
+    return rows, count.passes
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2, "cache_gradient": True}])
+def test_recomputing_activations_changes_no_term_and_no_gradient(family, changes):
+    """
+    The layers run twice as often, and every row is the same.
+
+    Rows hold each term, the gradient's norm and the norm of each term's own gradient, so a choice
+    recorded twice, or a term cut from the graph, would show.
+    """
+    plain, passes = rows_and_passes(family, **changes)
+    recomputed, more_passes = rows_and_passes(family, gradient_checkpointing=True, **changes)
+    assert more_passes > passes
+    for ours, theirs in zip(recomputed, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert {"grad_norm_nll", "grad_norm_cache", "grad_norm_anchor"} <= plain[0].keys()
+
+
+def test_packed_recomputed_and_accumulated_is_still_the_same():
+    """All at once against packing alone: two passes of two rows are one of four."""
+    changes = {"packing": True, "max_length": 24}
+    plain, _ = rows_and_passes("olmoe", batch_size=4, **changes)
+    both, _ = rows_and_passes(
+        "olmoe", batch_size=2, gradient_accumulation=2, gradient_checkpointing=True, **changes
+    )
+    for ours, theirs in zip(both, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_a_family_that_cannot_recompute_is_refused():
+    """One sentence with the family's name."""
+    model = tiny_model("olmoe")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(TrainingError, match="olmoe cannot recompute"):
+        train(model, examples(), settings(gradient_checkpointing=True), pad_token_id=0)
