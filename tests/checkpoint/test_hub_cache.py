@@ -15,6 +15,7 @@ from melinoe.checkpoint import (
     read_metadata,
     write_metadata,
 )
+from melinoe.checkpoint.hub import hub_arguments
 from melinoe.errors import CheckpointError
 from melinoe.shipped import TINY_OLMOE
 
@@ -62,6 +63,7 @@ def test_a_trained_model_of_one_file_runs_by_its_name_with_its_tokenizer(cache):
     with open_checkpoint("org/tiny") as checkpoint:
         tokenizer = load_tokenizer("org/tiny", checkpoint.config)
         assert len(checkpoint.layers) == 4
+    assert len(load_tokenizer("org/tiny@main", checkpoint.config)) == len(tokenizer)
     assert tokenizer.decode(tokenizer("One apple.")["input_ids"]) == "One apple."
 
 
@@ -76,6 +78,8 @@ def test_a_revision_is_chosen_by_an_at_sign(cache, files, tmp_path):
             assert checkpoint.experts[0].num_experts == experts
         assert describe(NAME + revision).num_experts == experts
     assert read_metadata(f"{NAME}@v2") == {"which": "tagged"}
+    whole = OlmoeForCausalLM.from_pretrained(**hub_arguments(f"{NAME}@v2"))
+    assert whole.config.num_experts == 6
     with pytest.raises(CheckpointError, match=f"{NAME}@v3 is no directory here"):
         open_checkpoint(f"{NAME}@v3")
 

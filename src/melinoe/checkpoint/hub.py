@@ -24,6 +24,12 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
+def hub_arguments(name: str) -> dict[str, str]:
+    """The arguments by which a ``from_pretrained`` of transformers takes *name*."""
+    repository, revision = split_revision(name)
+    return {"pretrained_model_name_or_path": repository, "revision": revision or "main"}
+
+
 def pinned(name: str, path: Path) -> str:
     """
     *name* at the commit that *path*, one of its files, came from; a directory's name as it is.

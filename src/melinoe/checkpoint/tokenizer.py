@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from melinoe.checkpoint.hub import first_line, locate, split_revision
+from melinoe.checkpoint.hub import first_line, hub_arguments, locate
 from melinoe.errors import TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -26,9 +26,8 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
             f"{name} has no tokenizer; put the model's own tokenizer beside its weights"
         )
     try:
-        repository, revision = split_revision(str(name))
         tokenizer = AutoTokenizer.from_pretrained(
-            repository, revision=revision or "main", trust_remote_code=False
+            **hub_arguments(str(name)), trust_remote_code=False
         )
     except Exception as error:
         raise TokenizerError(

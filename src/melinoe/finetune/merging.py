@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from melinoe.checkpoint.files import read_config
+from melinoe.checkpoint.hub import hub_arguments
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
@@ -45,9 +46,10 @@ def merge_adapter(
     name = str(base or metadata.get("base") or config.get("base_model_name_or_path") or "")
     if not name:
         raise CheckpointError(f"{adapter} does not name the model it was trained on; give --base")
-    with open_checkpoint(name):
-        base_config = read_config(name)
-    model = find_model_class(base_config).from_pretrained(name, dtype="auto")
+    with open_checkpoint(name) as checkpoint:
+        source = checkpoint.source  # of one commit, also where the branch moves meanwhile
+        base_config = read_config(source)
+    model = find_model_class(base_config).from_pretrained(**hub_arguments(source), dtype="auto")
     _check_fingerprint(model, metadata, str(adapter), name)
     read_adapter(adapter, model).apply(model)
     metadata = {**metadata, "base": name, "fingerprint": fingerprint(model)}

@@ -13,6 +13,7 @@ import transformers
 from transformers import TrainerCallback
 
 from melinoe.checkpoint.files import read_config
+from melinoe.checkpoint.hub import hub_arguments
 from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, check_room
@@ -94,8 +95,9 @@ def finetune(
             f"{checkpoints} holds checkpoints of a run that did not end; go on from them with "
             "--resume, or delete them"
         )
-    with open_checkpoint(name):  # every shard is there and whole, before hours of work
-        config = read_config(name)
+    with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
+        source = checkpoint.source  # of one commit, also where the branch moves meanwhile
+        config = read_config(source)
     tokenizer = load_tokenizer(name, config)
     from_name = isinstance(data, (str, Path))
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
@@ -105,7 +107,7 @@ def finetune(
     arguments = training_arguments(settings, checkpoints)  # joins the other processes
     main = arguments.process_index == 0
     load_model = find_model_class(config).from_pretrained
-    model = load_model(name, dtype="auto")
+    model = load_model(**hub_arguments(source), dtype="auto")
     routers = find_routers(model)
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
     if settings.save != "adapter":
@@ -134,7 +136,7 @@ def finetune(
     metadata: dict[str, Any] = {}
     if main:
         if trained.adapter is not None:  # a sharded model stays so: a whole one takes what it has
-            model = load_model(name, dtype="auto")
+            model = load_model(**hub_arguments(source), dtype="auto")
             trained.adapter.apply(model)
         metadata = {
             "base": name,
