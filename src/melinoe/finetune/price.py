@@ -1,58 +1,62 @@
 """
 The user names the price, the tool finds the strength.
 
-``finetune_within`` trains the NLL-only reference, or takes one, then trains once more with the
-weight of the cache term steered so that the gap to the reference, on held-out text and at the same
-step, stays within the price. What is left over at the end is taken back exactly: the weights are
-drawn towards the reference's until the gap is within the price. Text that neither step saw then
-judges the result.
+``finetune_within`` trains the NLL-only reference, or takes one, then trains with one weight of the
+cache term after the other until the cost of a whole run, on held-out text, is just within the
+price; or, where one run must do, it steers the weight by the gap to the reference on the way. Text
+that chose nothing then judges the result.
 
-Both runs see the same data in the same order from the same starting weights, so what lies between
-their ends is short, and the gap on the way grows steadily from 0 at the reference.
+All runs see the same data in the same order from the same starting weights.
 """
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint.files import read_config
+from melinoe.checkpoint.metadata import read_metadata, write_metadata
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example, encode, load_examples
-from melinoe.errors import TrainingError
+from melinoe.errors import OutputExistsError, TrainingError
 from melinoe.finetune.panel import OWN, Panel
 from melinoe.finetune.reference import Reference, ReferenceCallback, identity, is_reference
 from melinoe.finetune.run import FinetuneResult, finetune
 from melinoe.finetune.steering import Price, PriceCallback
+from melinoe.finetune.strength import next_strength
 from melinoe.finetune.trainer import Progress
+
+# A search ends with a run within the price that has spent so much of it.
+_NEAR = 0.55
+_OF_EACH_RUN = ("strength", "spent", "feasible", "paid", "met", "times_fewer_than")
 
 
 def describe(outcome: Mapping[str, Any]) -> str:
     """What was paid and bought, in sentences."""
     said = []
+    if not outcome["feasible"]:
+        said.append("no run was within the price on the texts that choose; this is the nearest")
     for name, bound in outcome["bounds"].items():
         paid = outcome["paid"][name]
         where = "in the domain" if name == OWN else "in other domains"
         verdict = "within" if paid["mean"] <= bound else "ABOVE"
         low, mean, high = (100 * paid[key] for key in ("low", "mean", "high"))
         said.append(
-            f"paid {mean:+.2f} % [{low:+.2f}, {high:+.2f}] perplexity {where} on text that was not "
-            f"tuned on, {verdict} the bound of {100 * bound:g} %"
+            f"paid {mean:+.2f} % [{low:+.2f}, {high:+.2f}] perplexity {where} on text that chose "
+            f"nothing, {verdict} the bound of {100 * bound:g} %"
         )
-    if outcome["kept"] == 0:
-        said.append("no model with a cache term was within the price, so this is the reference")
-    elif outcome["kept"] < 1:
-        said.append(f"kept {100 * outcome['kept']:.0f} % of the way from the reference")
     ours, theirs = (outcome["transfers_per_token"][who] for who in ("ours", "reference"))
     for policy in ours:
         said.append(
             f"{policy}: {theirs[policy]['mean']:.2f} transfers per token became "
             f"{ours[policy]['mean']:.2f}"
         )
-    return "; ".join(said)
+    return f"at strength {outcome['strength']:.3g} " + "; ".join(said)
 
 
 def finetune_within(
@@ -66,6 +70,8 @@ def finetune_within(
     other_examples: Sequence[Example] | None = None,
     anchor_examples: Sequence[Example] | None = None,
     reference: str | Path | None = None,
+    runs: int = 4,
+    steered: bool = False,
     every: int | None = None,
     progress: Progress | None = None,
     resume: bool = False,
@@ -80,20 +86,23 @@ def finetune_within(
             is written beside it, as ``<out>.reference``.
         settings: Everything that decides the run; ``lambda_cache`` is where the search starts.
         price: What may be paid.
-        eval_examples: Held-out text of the domain: a third of it, at most 48 texts, steers and ends
-            the search; the rest judges.
+        eval_examples: Held-out text of the domain: a third of it, at most 48 texts, chooses; the
+            rest judges.
         other_examples: Text of other domains, used likewise; it bounds the run only where the price
             says so.
         anchor_examples: As in `finetune`.
         reference: Directory that an earlier call wrote as its reference, for the same base, data,
             texts and settings.
+        runs: Trained at most, the reference not counted.
+        steered: Train once, and steer the weight during the run.
         every: Steps between measurements; absent: a twenty-fifth of the run.
-        progress: As in `finetune`; called for both runs.
-        resume: As in `finetune`, whichever of the two runs was interrupted.
+        progress: As in `finetune`; called for every run.
+        resume: As in `finetune`, whichever run was interrupted.
 
     Returns:
-        Of the second run. Its metadata have ``price``: what was paid on the judging texts with
-        intervals, whether the price was met, and what it bought; see `describe`.
+        Of the run with the largest weight that was within the price; if none was, of the one that
+        spent least. Its metadata have ``price``: what was paid on the judging texts with intervals,
+        whether the price was met, what it bought, and every run that was tried; see `describe`.
 
     Raises:
         OutputExistsError: *out* or the reference's place is taken; nothing was trained.
@@ -101,7 +110,8 @@ def finetune_within(
         TrainingError: as `finetune`; settings that a price cannot be kept with, a bound on other
             domains without their text, or a *reference* of another run.
 
-    Cost: two trainings, and the steering texts' forward pass at every measurement.
+    Cost: up to *runs* + 1 trainings, and the choosing texts' forward pass at every measurement.
+    Runs that were not taken are deleted.
     """
     if settings.lambda_cache == 0:
         raise TrainingError(
@@ -140,20 +150,83 @@ def finetune_within(
             resume=resume,
         )
         found = watch.reference(wanted)
-        if os.environ.get("RANK", "0") == "0":  # one of several processes writes
+        if _is_main():
             found.save(directory)
     found.check(wanted, directory)
-    return finetune(
-        name,
-        examples,
-        path,
-        settings,
-        eval_examples=eval_examples,
-        anchor_examples=anchor_examples,
-        progress=progress,
-        callbacks=[PriceCallback(panel, price, found, settings.lambda_cache)],
-        resume=resume,
-    )
+    work = path.with_name(f"{path.name}.runs")
+    if work.exists() and not resume:
+        raise OutputExistsError(
+            f"{work} holds runs of a search that did not end; go on with --resume, or delete them"
+        )
+    tried: list[tuple[FinetuneResult, dict[str, Any]]] = []
+    strength = settings.lambda_cache
+    while True:
+        callback = PriceCallback(panel, price, found, strength, steered=steered)
+        result = _one_run(
+            name,
+            examples,
+            work / str(len(tried) + 1),
+            replace(settings, lambda_cache=strength),
+            callback,
+            eval_examples=eval_examples,
+            anchor_examples=anchor_examples,
+            progress=progress,
+            resume=resume,
+        )
+        # Not from the record, which only one of several processes has.
+        outcome = callback.outcome or result.metadata["price"]
+        tried.append((result, outcome))
+        if steered or len(tried) == runs or _is_near(outcome):
+            break
+        strength = next_strength([(one["strength"], one["spent"]) for _, one in tried])
+    chosen, outcome = _best(tried)
+    history = [{key: one[key] for key in _OF_EACH_RUN} for _, one in tried]
+    metadata = {**chosen.metadata, "price": {**outcome, "runs": history}}
+    if _is_main():
+        write_metadata(chosen.out, metadata)
+        os.replace(chosen.out, path)
+        shutil.rmtree(work)
+    return FinetuneResult(path, chosen.log, metadata)
+
+
+def _one_run(
+    name: str,
+    examples: Sequence[Example],
+    out: Path,
+    settings: FinetuneSettings,
+    callback: PriceCallback,
+    *,
+    resume: bool,
+    **options: Any,
+) -> FinetuneResult:
+    """Train once; or read what an interrupted search has trained already."""
+    if resume and out.exists():
+        metadata = read_metadata(out) or {}
+        if metadata.get("settings", {}).get("lambda_cache") == settings.lambda_cache:
+            return FinetuneResult(out, metadata["log"], metadata)
+        raise TrainingError(
+            f"{out} is a run with another strength than this search would try, so the search began "
+            f"otherwise; delete {out.parent} and start again"
+        )
+    return finetune(name, examples, out, settings, callbacks=[callback], resume=resume, **options)
+
+
+def _is_near(outcome: Mapping[str, Any]) -> bool:
+    """Whether a run is within the price and has spent most of it."""
+    return outcome["feasible"] and outcome["spent"] >= _NEAR
+
+
+def _best(
+    tried: Sequence[tuple[FinetuneResult, dict[str, Any]]],
+) -> tuple[FinetuneResult, dict[str, Any]]:
+    feasible = [one for one in tried if one[1]["feasible"]]
+    if feasible:
+        return max(feasible, key=lambda one: one[1]["strength"])
+    return min(tried, key=lambda one: one[1]["spent"])
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # one of several processes writes
 
 
 def _place_of(out: Path, reference: str | Path | None, resume: bool) -> Path:

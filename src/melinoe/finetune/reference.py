@@ -1,11 +1,9 @@
 """
-The NLL-only run that a price is measured against: what it cost at every turn, and its last weights.
+The NLL-only run that a price is measured against.
 
-In its directory, beside the checkpoint it wrote::
-
-    price_reference.json          which run, on which texts; the costs, step by step and at the end;
-                                  what a cache would have loaded for it and for the base model
-    price_reference.safetensors   what it trained, by parameter name
+``price_reference.json``, beside the checkpoint it wrote, says which run it was and on which texts;
+what these cost, turn by turn and at the end; and what a cache would have loaded for its model and
+for the base model.
 """
 
 import json
@@ -15,9 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import TrainerCallback
 
 from melinoe.config import FinetuneSettings, experts_in_share
@@ -59,7 +54,6 @@ class Reference:
         every: Steps between its measurements.
         curve: Step to the cost of each steering half, by domain.
         judged: Domain to the cost of the judging texts after the last step.
-        parts: What it trained, by parameter name.
         base: What a cache would have loaded for the base model, on the judging texts of the domain
             that is trained on.
         trained: The same for this run's model.
@@ -69,7 +63,6 @@ class Reference:
     every: int
     curve: Mapping[int, Mapping[str, Cost]]
     judged: Mapping[str, Cost]
-    parts: Mapping[str, Tensor]
     base: Loads
     trained: Loads
 
@@ -79,9 +72,7 @@ class Reference:
         return self.curve[max(self.curve)]
 
     def save(self, directory: Path) -> None:
-        """Write the files; the JSON comes last, so that where it stands the others do."""
-        save_file(dict(self.parts), _beside(directory / f"{NAME}.safetensors"))
-        os.replace(_beside(directory / f"{NAME}.safetensors"), directory / f"{NAME}.safetensors")
+        """Write ``price_reference.json`` into *directory*."""
         record = {
             "identity": self.identity,
             "every": self.every,
@@ -100,7 +91,7 @@ class Reference:
         Read what `save` wrote.
 
         Raises:
-            TrainingError: there is none, or its files are damaged.
+            TrainingError: there is none, or it is damaged.
         """
         directory = Path(directory).expanduser()
         path = directory / f"{NAME}.json"
@@ -116,11 +107,10 @@ class Reference:
                 every=int(record["every"]),
                 curve={int(step): _read(costs) for step, costs in record["curve"].items()},
                 judged=_read(record["judged"]),
-                parts=load_file(directory / f"{NAME}.safetensors"),
                 base=Loads.from_dict(record["base"]),
                 trained=Loads.from_dict(record["trained"]),
             )
-        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise TrainingError(
                 f"the reference in {directory} is damaged ({error}); give none to make it again"
             ) from error
@@ -165,7 +155,6 @@ class ReferenceCallback(TrainerCallback):
         self.panel, self.every = panel, every
         self.curve: dict[int, dict[str, Cost]] = {}
         self.judged: dict[str, Cost] = {}
-        self.parts: dict[str, Tensor] = {}
         self.loads: dict[str, Loads] = {}
 
     def attach(self, trainer: Any) -> None:
@@ -187,7 +176,6 @@ class ReferenceCallback(TrainerCallback):
             self.curve[state.global_step] = steer(self.trainer, self.panel)
         if last:
             self.judged, self.loads["trained"] = judge(self.trainer, self.panel)
-            self.parts = {k: v.detach().cpu().clone() for k, v in named_parts(self.trainer).items()}
 
     def reference(self, identity: Mapping[str, Any]) -> Reference:
         """What the run left, after it."""
@@ -197,7 +185,6 @@ class ReferenceCallback(TrainerCallback):
             self.every,
             self.curve,
             self.judged,
-            self.parts,
             self.loads["base"],
             self.loads["trained"],
         )
@@ -234,11 +221,6 @@ def check_trainer(trainer: Any) -> None:
 def default_turn(steps: int) -> int:
     """Steps between measurements: a twenty-fifth of the run."""
     return max(1, steps // 25)
-
-
-def named_parts(trainer: Any) -> dict[str, Tensor]:
-    """What is trained, by parameter name."""
-    return {**trainer.parts.router, **trainer.parts.lora}
 
 
 def steer(trainer: Any, panel: Panel) -> dict[str, Cost]:

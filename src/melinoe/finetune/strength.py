@@ -1,16 +1,18 @@
 """
-Which weight of the cache term keeps to a price: a controller over the course of one run.
+Which weight of the cache term keeps to a price: found over several runs, or steered within one.
 
-The price is a budget for the gap, in nats per token, between the model in training and its NLL-only
-reference at the same step, on held-out text. The dual problem (the largest saving whose gap stays
-within the budget) has one multiplier, the weight of the cache term, and the gap grows with it. So
-the logarithm of the weight follows the gap: up while there is budget left, down when it is spent.
+The price is a budget for the gap, in nats per token, between the trained model and its NLL-only
+reference on held-out text. The gap grows with the weight. `next_strength` takes what whole runs
+cost and names the weight of the next one. `StrengthController` changes the weight in the course of
+one run, by the gap to the reference at the same step: up while there is budget left, down when it
+is spent. That costs one run instead of several, but only a long run has the time: what an early
+weight has done to the routers stays, however small the weight becomes.
 
 Numbers only; nothing here knows of a model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,3 +109,39 @@ class StrengthController:
         """Go on from what `state_dict` gave."""
         self.strength, self.spent = float(state["strength"]), state["spent"]
         self._error = state["error"]
+
+
+def next_strength(
+    tried: Sequence[tuple[float, float]],
+    *,
+    target: float = 0.8,
+    slope: float = 1.2,
+    furthest: float = 8.0,
+) -> float:
+    """
+    The weight for the next run, from what runs with other weights have spent.
+
+    The spent share of the budget is taken as a power of the weight: through the two runs nearest to
+    *target* on the log scale, or, while there is one, with the exponent *slope*.
+
+    Args:
+        tried: Weight and share of the budget that it spent (1: all of it), at least one.
+        target: Share to aim at; what is left covers the noise of the measurement.
+        slope: First guess of the exponent.
+        furthest: Largest factor between the new weight and the nearest, up or down.
+    """
+
+    def log_spent(spent: float) -> float:
+        # Noise may make a gap negative: a small one then.
+        return math.log(max(spent, 0.05))
+
+    aim = math.log(target)
+    near = sorted(tried, key=lambda one: abs(log_spent(one[1]) - aim))
+    (weight, spent), others = near[0], near[1:]
+    if others and others[0][0] != weight:
+        rise = log_spent(others[0][1]) - log_spent(spent)
+        measured = rise / math.log(others[0][0] / weight)
+        slope = max(0.4, min(3.0, measured))
+    step = (aim - log_spent(spent)) / slope
+    limit = math.log(furthest)
+    return weight * math.exp(max(-limit, min(limit, step)))
