@@ -18,9 +18,11 @@ from melinoe.cli import (
     plan,
     predictor,
     report,
+    simulate,
     trace,
 )
-from melinoe.errors import MelinoeError
+from melinoe.cli.settings import PanelCommand
+from melinoe.errors import InterruptedRunError, MelinoeError
 
 app = typer.Typer(
     name="melinoe",
@@ -35,13 +37,13 @@ app = typer.Typer(
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
-app.command("finetune")(finetune.command)
+app.command("finetune", cls=PanelCommand)(finetune.command)
 app.command("merge")(merge.command)
 app.command("card")(card.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
 app.command("generate")(generate.command)
-app.command("simulate")(trace.simulate_command)
+app.command("simulate")(simulate.command)
 app.command("bench")(bench.command)
 app.command("evaluate")(evaluate.command)
 app.command("report")(report.command)
@@ -74,8 +76,10 @@ def main() -> None:
     except MelinoeError as error:
         if os.environ.get("MELINOE_DEBUG"):
             raise
-        print(f"melinoe: {error}", file=sys.stderr)
-        sys.exit(1)
+        rank = os.environ.get("RANK", "0")
+        who = "melinoe" if rank == "0" else f"melinoe (process {rank})"
+        print(f"{who}: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, InterruptedRunError) else 1)
     except KeyboardInterrupt:
         print("melinoe: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Options that several commands share, each said once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,9 +74,15 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process of a run, or the first of several that were launched."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    """Progress and notes, to stderr, so that stdout holds data alone."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress and notes, to stderr, so that stdout holds data alone; of one process only."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 def show_json(value: Any) -> None:

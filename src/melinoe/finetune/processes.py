@@ -59,6 +59,12 @@ def wait_for_all(arguments: TrainingArguments) -> None:
         torch.distributed.barrier()
 
 
+def leave() -> None:
+    """Part from the other processes, at the end of all that is done together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def remove_if_empty(directory: Path) -> None:
     """Delete a directory in which nothing was left."""
     if directory.is_dir() and not any(directory.iterdir()):
