@@ -95,6 +95,13 @@ def test_a_base_in_a_directory_keeps_its_path_to_itself(tmp_path):
     assert describe_base(base)["license"] is None
 
 
+def test_a_base_on_the_hub_is_named_without_its_revision_even_offline():
+    """No card can be had here, which says nothing and stops nothing."""
+    about = describe_base("nobody/nothing@abc")
+    assert (about["base"], about["base_model"]) == ("nobody/nothing@abc", "nobody/nothing")
+    assert about["license"] is None
+
+
 def test_data_is_told_by_the_hash_of_its_bytes(tmp_path):
     """As sha256sum gives it; a directory's files one after the other; no path."""
     rows = [json.dumps({"text": text}) + "\n" for text in ("one", "two")]

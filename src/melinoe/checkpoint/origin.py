@@ -10,6 +10,7 @@ from typing import Any
 
 from melinoe.checkpoint.hub import locate
 from melinoe.data import Example
+from melinoe.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -31,7 +32,8 @@ def describe_base(name: str | Path) -> dict[str, Any]:
     license, language = card.get("license"), card.get("language")
     return {
         "base": Path(name).expanduser().resolve().name if is_directory else str(name),
-        "base_model": None if is_directory else str(name),
+        # A revision behind an @ is ours alone; the hub's cards name repositories.
+        "base_model": None if is_directory else str(name).partition("@")[0],
         "license": license if isinstance(license, str) else None,
         "language": language if isinstance(language, str | list) else None,
     }
@@ -39,7 +41,10 @@ def describe_base(name: str | Path) -> dict[str, Any]:
 
 def read_card(name: str | Path) -> dict[str, Any]:
     """The front matter of a checkpoint's README.md; empty where there is none to read."""
-    path = locate(str(name), "README.md")
+    try:
+        path = locate(str(name), "README.md")
+    except CheckpointError:  # offline, and the cache holds no card: it says nothing
+        path = None
     if path is None:
         return {}
     # Imported here: it loads YAML, and only cards need it.

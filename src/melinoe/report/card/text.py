@@ -80,8 +80,8 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
 
 
 def _named(base: str, metadata: Mapping[str, Any]) -> str:
-    on_hub = metadata.get("base_model") == base
-    return f"[{literal(base)}](https://huggingface.co/{base})" if on_hub else literal(base)
+    model = metadata.get("base_model")
+    return f"[{literal(base)}](https://huggingface.co/{model})" if model else literal(base)
 
 
 def _estimate(value: Mapping[str, Any]) -> Estimate:
