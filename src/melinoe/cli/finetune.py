@@ -1,5 +1,6 @@
 """`melinoe finetune`: teach a model to prefer few experts per sequence."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,8 +9,9 @@ from melinoe.cli import measuring, options
 from melinoe.cli.progress import training_progress
 from melinoe.cli.settings import with_settings
 from melinoe.config import FinetuneSettings, OutcomeSettings
+from melinoe.errors import TrainingError
 
-_DATA, _RUN = "Data", "The run on its way"
+_DATA, _PRICE, _RUN = "Data", "The price", "The run on its way"
 
 PANELS = {
     "What is trained for": (
@@ -95,6 +97,37 @@ def command(
             rich_help_panel=_DATA,
         ),
     ] = True,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            help="Find the strongest --lambda-cache whose perplexity on held-out text is at most "
+            "this above the NLL-only run's: 1% or 0.01. Trains that run too, and several more.",
+            rich_help_panel=_PRICE,
+        ),
+    ] = None,
+    max_other_ppl_increase: Annotated[
+        str | None,
+        typer.Option(help="The same bound on the --other texts.", rich_help_panel=_PRICE),
+    ] = None,
+    price_reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="The NLL-only run that an earlier search wrote, OUT.reference, to save training "
+            "it again.",
+            rich_help_panel=_PRICE,
+        ),
+    ] = None,
+    price_runs: Annotated[
+        int,
+        typer.Option(help="Runs that the search may train.", min=1, rich_help_panel=_PRICE),
+    ] = 4,
+    steer: Annotated[
+        bool,
+        typer.Option(
+            help="Search within one run, by changing --lambda-cache on the way: for long runs.",
+            rich_help_panel=_PRICE,
+        ),
+    ] = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -104,6 +137,7 @@ def command(
     On several devices: accelerate launch -m melinoe finetune ...
     """
     settings = FinetuneSettings(**given)
+    price = _price(max_ppl_increase, max_other_ppl_increase)
     if control:
         settings = settings.control()
     from melinoe.checkpoint import check_output
@@ -120,20 +154,49 @@ def command(
     )
     anchor = load_examples(anchor_data, split=split, limit=limit) if anchor_data else None
     with training_progress() as progress:
-        result = finetune(
-            options.resolve(model),
-            held_out.train,
-            out,
-            settings,
-            eval_examples=held_out.examples,
-            anchor_examples=anchor,
-            progress=progress,
-            callbacks=progress.callbacks,
-            resume=resume,
-        )
+        common: dict[str, Any] = {
+            "eval_examples": held_out.examples,
+            "anchor_examples": anchor,
+            "progress": progress,
+            "callbacks": progress.callbacks,
+            "resume": resume,
+        }
+        place = (options.resolve(model), held_out.train, out, settings)
+        if price is None:
+            result = finetune(*place, **common)
+        else:
+            from melinoe.finetune.price import finetune_within
+
+            result = finetune_within(
+                *place,
+                price,
+                other_examples=[one for texts in held_out.others.values() for one in texts],
+                reference=price_reference,
+                runs=price_runs,
+                steered=steer,
+                **common,
+            )
     leave()
     options.say(f"wrote {result.out}")
+    if price is not None:
+        from melinoe.finetune.price import describe
+
+        options.say(describe(result.metadata["price"]))
     if measure and settings.save == "adapter":
         options.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
     measuring.finish(result.out, options.resolve(model), data, split, held_out, measure)
+
+
+def _price(own: str | None, other: str | None) -> Any:
+    """What may be paid, or None; read before anything is loaded."""
+    if own is None and other is None:
+        return None
+    if own is None:
+        raise TrainingError(
+            "--max-other-ppl-increase needs --max-ppl-increase beside it; give both"
+        )
+    from melinoe.finetune.steering import Price
+    from melinoe.finetune.strength import parse_increase
+
+    return Price(parse_increase(own), None if other is None else parse_increase(other))

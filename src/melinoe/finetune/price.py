@@ -17,6 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from melinoe.checkpoint.files import read_config
 from melinoe.checkpoint.metadata import read_metadata, write_metadata
 from melinoe.checkpoint.tokenizer import load_tokenizer
@@ -74,6 +76,7 @@ def finetune_within(
     steered: bool = False,
     every: int | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
 ) -> FinetuneResult:
     """
@@ -97,6 +100,7 @@ def finetune_within(
         steered: Train once, and steer the weight during the run.
         every: Steps between measurements; absent: a twenty-fifth of the run.
         progress: As in `finetune`; called for every run.
+        callbacks: As in `finetune`; beside ours, in every run.
         resume: As in `finetune`, whichever run was interrupted.
 
     Returns:
@@ -132,7 +136,7 @@ def finetune_within(
     found = Reference.load(directory) if reference is not None or is_reference(directory) else None
     tokenizer = load_tokenizer(name, read_config(name))
     panel = Panel.of(
-        encode(eval_examples, tokenizer, settings.max_length),
+        encode(eval_examples, tokenizer, settings.max_length) if eval_examples else [],
         encode(other_examples, tokenizer, settings.max_length) if other_examples else None,
     )
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
@@ -146,7 +150,7 @@ def finetune_within(
             settings.control(),
             eval_examples=eval_examples,
             progress=progress,
-            callbacks=[watch],
+            callbacks=[watch, *callbacks],
             resume=resume,
         )
         found = watch.reference(wanted)
@@ -154,7 +158,7 @@ def finetune_within(
             found.save(directory)
     found.check(wanted, directory)
     work = path.with_name(f"{path.name}.runs")
-    if work.exists() and not resume:
+    if _is_main() and work.exists() and not resume:
         raise OutputExistsError(
             f"{work} holds runs of a search that did not end; go on with --resume, or delete them"
         )
@@ -167,7 +171,7 @@ def finetune_within(
             examples,
             work / str(len(tried) + 1),
             replace(settings, lambda_cache=strength),
-            callback,
+            [callback, *callbacks],
             eval_examples=eval_examples,
             anchor_examples=anchor_examples,
             progress=progress,
@@ -194,7 +198,7 @@ def _one_run(
     examples: Sequence[Example],
     out: Path,
     settings: FinetuneSettings,
-    callback: PriceCallback,
+    callbacks: Sequence[TrainerCallback],
     *,
     resume: bool,
     **options: Any,
@@ -208,7 +212,7 @@ def _one_run(
             f"{out} is a run with another strength than this search would try, so the search began "
             f"otherwise; delete {out.parent} and start again"
         )
-    return finetune(name, examples, out, settings, callbacks=[callback], resume=resume, **options)
+    return finetune(name, examples, out, settings, callbacks=callbacks, resume=resume, **options)
 
 
 def _is_near(outcome: Mapping[str, Any]) -> bool:
