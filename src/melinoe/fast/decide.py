@@ -78,10 +78,14 @@ def _decide(
     slot = tl.load(slot_at, mask=exists, other=-1)
     resident = slot >= 0
     missing = needed & (slot < 0)
-    num_needed = tl.sum(needed.to(tl.int32), axis=1)
-    num_missing = tl.sum(missing.to(tl.int32), axis=1)
-    filled = tl.sum(resident.to(tl.int32), axis=1)
-    hit_uses = tl.sum(tl.where(resident, uses, 0), axis=1)
+    # Five sums in one: 10 bits for each count of experts, 16 for each of pairs.
+    packed = needed.to(tl.int64) | missing.to(tl.int64) << 10 | resident.to(tl.int64) << 20
+    packed |= tl.where(resident, uses, 0).to(tl.int64) << 30 | uses.to(tl.int64) << 46
+    sums = tl.sum(packed, axis=1)
+    num_needed = (sums & 1023).to(tl.int32)
+    num_missing = (sums >> 10 & 1023).to(tl.int32)
+    filled = (sums >> 20 & 1023).to(tl.int32)
+    hit_uses, num_uses = sums >> 30 & 65535, sums >> 46
 
     # Tell the policy; without a needed expert there is no request and nothing changes.
     key = tl.load(key_at, mask=exists, other=0)
@@ -130,7 +134,7 @@ def _decide(
     tl.store(num_loads_ptr + row, num_missing)
 
     counted = counters_ptr + row * 4
-    tl.store(counted, tl.load(counted) + tl.sum(uses, axis=1))
+    tl.store(counted, tl.load(counted) + num_uses)
     tl.store(counted + 1, tl.load(counted + 1) + hit_uses)
     tl.store(counted + 2, tl.load(counted + 2) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + (num_needed > 0).to(tl.int64))
@@ -190,8 +194,8 @@ def decide(
         layer: row of all those.
         num_experts: of this layer, at most 512.
         capacity: slots of this layer.
-        top_k_index: ``(tokens, top_k)``, any integer type; ids outside ``[0, num_experts)`` are
-            choices of no expert.
+        top_k_index: ``(tokens, top_k)``, any integer type, less than 65,536 entries; ids outside
+            ``[0, num_experts)`` are choices of no expert.
         top_k_weights: ``(tokens, top_k)``.
         lanes: plan so many layers at once, from *layer* on; the two arguments above then have a
             leading dimension of it.
