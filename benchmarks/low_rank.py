@@ -14,7 +14,7 @@ processor time is the one to read. Peak memory is of tensors beyond weights and 
 the allocator's own, on the CPU summed over the profiler's record of one more round. Not measured:
 the optimiser, whose state is the same for both.
 
-    python benchmarks/low_rank.py [--tokens 256 2048] [--rank 32] [--repeats 7] [--device cuda]
+    python benchmarks/low_rank.py [--tokens 256 2048] [--rank 32] [--repeats 5] [--device cuda]
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, nargs="*", default=[256, 2048])
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
