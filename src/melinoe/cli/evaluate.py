@@ -67,6 +67,9 @@ def command(
     fewshot: Annotated[
         int | None, typer.Option(help="Examples before each task's question.", min=0)
     ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Wrap the tasks' prompts in the chat template.")
+    ] = False,
     limit: options.Limit = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     max_length: Annotated[int, typer.Option(help="Longest sequence, in tokens.", min=2)] = 512,
@@ -133,6 +136,7 @@ def command(
                 limit=limit,
                 task_path=task_path,
                 fewshot=fewshot,
+                chat_template=chat_template,
                 batch_size=batch_size,
             )
         handle.detach()
