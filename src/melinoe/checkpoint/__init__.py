@@ -6,6 +6,8 @@ The hub's checkpoint layout: opened and checked without its weights, read piece 
     files.py              config, index and shards, read and checked
     mapping.py            stored names -> parameters of the model, by transformers' own rules
     sources.py            how to read one expert's part of a parameter
+    tracing.py            what a rule does to one expert, found by running it on stand-ins
+    fitting.py            whether the experts' tensors are all there, and of the right shapes
     opening.py            open_checkpoint: all of the above, nothing read yet
     backbone.py           load_backbone: the model with everything but its experts
     describing.py         describe: what a checkpoint is, for doctor and planner

@@ -13,7 +13,6 @@ expert. There are four ways, and the first that reproduces transformers is taken
     WholeLayer  the rest: the rule, run on all experts; the layer last read is kept
 """
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,11 +30,8 @@ from transformers.core_model_loading import (
 )
 
 from melinoe.checkpoint.files import Place
-from melinoe.checkpoint.safetensors_file import describe_shape
+from melinoe.checkpoint.fitting import check_complete, check_shape, mismatch
 from melinoe.checkpoint.tracing import rows_by_trial
-from melinoe.errors import CheckpointError
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Group(NamedTuple):
@@ -173,20 +169,21 @@ def reader_for(
     operations = _operations(group)
     if not operations or (_optional(operations) and places[0].info.shape == shape):
         if len(places) != 1 or places[0].info.shape != shape:
-            raise _mismatch(parameter, shape, places[0])
+            raise mismatch(parameter, shape, places[0])
         return Stacked(places[0])
     if isinstance(operations[0], MergeModulelist):
-        _check_complete(group, parameter, shape[0])
+        expected = shape[0] if len(group.targets) == 1 else None
+        check_complete(group.tensors, _patterns(group), parameter, expected)
     if len(group.targets) == 1 and _alike(group, operations, shape[0]):
         parts = [group.tensors[p] for p in _patterns(group) if p in group.tensors]
         if _rows(operations) and _rows_fit(parts, shape):
             return Rows(parts)
         one = OneExpert(group, parameter, shape, config)
-        _check_shape(one, lambda: one.convert(0, "meta"), parameter, (1, *shape[1:]), places[0])
+        check_shape(lambda: one.convert(0, "meta"), parameter, (1, *shape[1:]), places[0])
         for part in parts:  # the rule was tried on expert 0; the others must look the same
             for place in part:
                 if place.info.shape != part[0].info.shape:
-                    raise _mismatch(place.name, part[0].info.shape, place)
+                    raise mismatch(place.name, part[0].info.shape, place)
         return one
     whole = WholeLayer(group, parameter, shapes, config, cache)
     found = rows_by_trial(
@@ -194,7 +191,7 @@ def reader_for(
     )
     if found is not None and _rows_fit(found, shape):
         return Rows(found)
-    _check_shape(whole, lambda: whole.convert("meta")[parameter], parameter, shape, places[0])
+    check_shape(lambda: whole.convert("meta")[parameter], parameter, shape, places[0])
     return whole
 
 
@@ -260,58 +257,4 @@ def _alike(group: Group, operations: list, num_experts: int) -> bool:
         (type(op) in (Concatenate, Interleave) and op.dim >= 1)
         or (type(op) is Transpose and min(op.dim0, op.dim1) >= 1)
         for op in operations
-    )
-
-
-def _check_complete(group: Group, parameter: str, num_experts: int) -> None:
-    """Every pattern of an expert-wise rule needs one tensor for each expert, 0 to the last."""
-    expected = num_experts if len(group.targets) == 1 else None
-    for pattern in _patterns(group):
-        places = group.tensors.get(pattern, ())
-        found = len(places)
-        needs = (
-            f"{parameter} needs {expected or 'its'} tensors {pattern} and the checkpoint has "
-            f"{found or 'none'}"
-        )
-        if expected is not None and found > expected:
-            raise CheckpointError(
-                f"{needs}; the weights are of another model than the config, use one model's"
-            )
-        if found == 0 or (expected is not None and found < expected):
-            raise CheckpointError(
-                f"{needs}; a shard or a part of its index is missing, download it again"
-            )
-        numbers = _numbers(pattern, [place.name for place in places])
-        if numbers is not None and numbers != list(range(found)):
-            raise CheckpointError(
-                f"{needs}, but has them for experts {', '.join(map(str, numbers))}; a shard or a "
-                "part of its index is missing, download it again"
-            )
-
-
-def _numbers(pattern: str, names: list[str]) -> list[int] | None:
-    """The experts' numbers in stored names, where *pattern* has ``*``; None where it has none."""
-    found = [_NUMBER.findall(name) for name in names]
-    return [int(numbers[-1]) for numbers in found] if ".*." in pattern and all(found) else None
-
-
-def _check_shape(reader, made, parameter: str, shape: tuple[int, ...], place: Place) -> None:
-    """Try a rule on shapes alone."""
-    try:
-        got = tuple(made().shape)
-    except Exception as error:
-        raise CheckpointError(
-            f"{parameter} cannot be made from {place.name} and its like, of shape "
-            f"{describe_shape(place.info.shape)} ({error}); the weights are of "
-            "another model than the config"
-        ) from None
-    if got != shape:
-        raise _mismatch(parameter, shape, place)
-
-
-def _mismatch(parameter: str, shape: tuple[int, ...], place: Place) -> CheckpointError:
-    return CheckpointError(
-        f"{place.name} has shape {describe_shape(place.info.shape)}, which does not fit "
-        f"{parameter} of shape {describe_shape(shape)}; the weights are of another model than "
-        "the config"
     )
