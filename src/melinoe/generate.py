@@ -200,6 +200,8 @@ def trace_prompts(
     prompts: Sequence[Prompt],
     max_new_tokens: int = 64,
     progress: Callable[[str], None] | None = None,
+    *,
+    scores: bool = False,
     **sampling: Any,
 ) -> Trace:
     """
@@ -215,6 +217,7 @@ def trace_prompts(
         prompts: At least one.
         max_new_tokens: At most so many for each.
         progress: Told in words after each tenth of the prompts.
+        scores: Also record the weight that each choice was given.
         sampling: As in `generate`.
 
     Raises:
@@ -224,7 +227,7 @@ def trace_prompts(
     if not prompts:
         raise DataError("there are no prompts to trace; give at least one")
     step = max(1, len(prompts) // 10)
-    with handle.record() as recorder:
+    with handle.record(scores=scores) as recorder:
         for number, prompt in enumerate(prompts, start=1):
             generate(model, handle, tokenizer, prompt, max_new_tokens, **sampling)
             if progress is not None and (number % step == 0 or number == len(prompts)):

@@ -6,7 +6,7 @@ All of it looks at completion tokens, because the prompt is computed at once.
 
 import numpy as np
 
-from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, Trace
+from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace
 
 
 def experts_per_sequence(trace: Trace) -> np.ndarray:
@@ -56,11 +56,12 @@ def distinct_experts(trace: Trace) -> np.ndarray:
     return _used(trace, np.flatnonzero(trace.kind == COMPLETION_ROW)).sum(axis=1)
 
 
-def popularity(trace: Trace) -> np.ndarray:
+def popularity(trace: Trace, *, prompts_only: bool = False) -> np.ndarray:
     """
     How often each expert was chosen, prompts and completions, padding not: int64 (layers, experts).
     """
-    choices = trace.experts[trace.kind != PADDING_ROW].astype(np.int64)
+    wanted = trace.kind == PROMPT_ROW if prompts_only else trace.kind != PADDING_ROW
+    choices = trace.experts[wanted].astype(np.int64)
     cells = np.arange(trace.num_layers)[None, :, None] * trace.num_experts + choices
     size = trace.num_layers * trace.num_experts
     counts = np.bincount(cells[choices >= 0], minlength=size)

@@ -48,6 +48,16 @@ def write_trace_file(
     blob = save_tensors(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=metadata
     )
+    write_whole(path, blob, "trace")
+
+
+def write_whole(path: str | os.PathLike, blob: bytes, what: str) -> None:
+    """
+    Write a file that appears whole or not at all; one already there is replaced.
+
+    Raises:
+        TraceError: the place cannot be written to; *what* is the word for it in the message.
+    """
     path = Path(path)
     temporary = None
     try:
@@ -62,7 +72,7 @@ def write_trace_file(
         os.replace(temporary, path)
     except OSError as error:
         raise TraceError(
-            f"the trace cannot be written to {path}: {error.strerror}; choose another place"
+            f"the {what} cannot be written to {path}: {error.strerror}; choose another place"
         ) from error
     finally:
         if temporary is not None:

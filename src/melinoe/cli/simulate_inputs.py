@@ -1,0 +1,183 @@
+"""What `melinoe simulate` is told, from the words of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from melinoe.cli import options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from melinoe.cache.timing import Machine, Work
+    from melinoe.cache.trace import Trace
+
+PREFETCHES = ("none", "popular", "prompt")
+
+
+def read_slots(text: str, trace: Trace) -> int | list[int]:
+    """Slots as written: one number, or one for each layer."""
+    from melinoe.errors import MelinoeError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number nor numbers with commas", param_hint="--slots"
+        ) from None
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) != trace.num_layers:
+        raise MelinoeError(
+            f"slots are given for {len(numbers)} layers, and the trace has {trace.num_layers}; "
+            "give one number for each, or one for all"
+        )
+    return numbers
+
+
+def read_policy_options(given: list[str] | None, names: list[str]) -> dict[str, Any]:
+    """Options of the one policy named, tried out on it."""
+    if not given:
+        return {}
+    if len(names) != 1:
+        raise typer.BadParameter("name one --policy that it belongs to")
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        try:
+            found[key] = float(value) if "." in value or "e" in value else int(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not name=number", param_hint="--policy-option")
+    from melinoe.cache.policy import policy_class
+
+    try:
+        policy_class(names[0])(**found)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{names[0]}: {error}", param_hint="--policy-option") from None
+    return found
+
+
+def read_popularity(path: Path | None, trace: Trace) -> np.ndarray:
+    """Choices of each layer and expert: of the trace, or of what *path* holds."""
+    from melinoe.cache.locality import popularity
+    from melinoe.cache.statistics import load_statistics
+
+    return popularity(trace) if path is None else load_statistics(path, trace)
+
+
+def read_prefetch(
+    text: str, trace: Trace, popular: np.ndarray, sizes: list[int | list[int]]
+) -> dict[int, list[list[int]]] | None:
+    """Sequence to layer to ids, the most wanted first."""
+    import numpy as np
+
+    if text == "none":
+        return None
+    most = max(max(size) if isinstance(size, list) else size for size in sizes)
+    sequences = range(trace.num_sequences)
+    if text == "popular":
+        best = np.argsort(-popular, axis=1, kind="stable")[:, :most].tolist()
+        return dict.fromkeys(sequences, best)
+    if text == "prompt":
+        from melinoe.cache.locality import popularity
+
+        found = {}
+        for sequence in np.unique(trace.sequence).tolist():
+            used = popularity(trace.select([sequence]), prompts_only=True)
+            order = np.argsort(-used, axis=1, kind="stable")
+            found[sequence] = [
+                [e for e in row if used[layer, e]][:most]
+                for layer, row in enumerate(order.tolist())
+            ]
+        return found
+    return _from_file(Path(text), trace)
+
+
+def _from_file(path: Path, trace: Trace) -> dict[int, list[list[int]]]:
+    import json
+
+    from melinoe.errors import DataError
+
+    way_out = (
+        f"write sequence -> {trace.num_layers} lists of ids below {trace.num_experts} as JSON, "
+        f"or name one of {', '.join(PREFETCHES)}"
+    )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lists = {int(key): [[int(e) for e in layer] for layer in v] for key, v in found.items()}
+    except OSError as error:
+        raise DataError(
+            f"the prefetch {path} cannot be read ({error.strerror}); {way_out}"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"the prefetch {path} is no lists of ids; {way_out}") from error
+    for sequence, layers in lists.items():
+        ids = [e for layer in layers for e in layer]
+        twice = any(len(set(layer)) < len(layer) for layer in layers)
+        outside = ids and not (min(ids) >= 0 and max(ids) < trace.num_experts)
+        if len(layers) != trace.num_layers or twice or outside:
+            raise DataError(f"the prefetch {path} does not fit sequence {sequence}; {way_out}")
+    return lists
+
+
+def read_figures(
+    trace: Trace,
+    link: str | None,
+    link_latency: str,
+    copy_time: str,
+    device_bandwidth: str | None,
+    dram_bandwidth: str | None,
+    pass_time: str | None,
+    overlap: str,
+    model: str | None,
+    expert_size: str | None,
+    backbone_size: str,
+) -> tuple[Machine, Work] | None:
+    """What the time model needs, or None where no link is given."""
+    if link is None:
+        return None
+    from melinoe.cache.timing import Machine, Work
+    from melinoe.errors import HardwareError
+    from melinoe.plan.hardware import find_bandwidth
+    from melinoe.plan.units import parse_seconds
+    from melinoe.runtime.budget import parse_bytes
+
+    def of(text: str | None, part: str) -> float | None:
+        return None if text is None else find_bandwidth(text, part).bytes_per_s
+
+    if (model is None) == (expert_size is None):
+        raise HardwareError(
+            "time needs the size of an expert; give either --model or --expert-size"
+        )
+    if model is None:
+        assert expert_size is not None
+        backbone = 0 if backbone_size == "0B" else parse_bytes(backbone_size)
+        work = Work(expert_bytes=parse_bytes(expert_size), backbone_bytes=backbone)
+    else:
+        from melinoe.plan.facts import model_facts
+        from melinoe.plan.hit_rates import check_shape
+
+        facts = model_facts(options.resolve(model))
+        check_shape(trace, facts)
+        work = Work(
+            expert_bytes=facts.layers[0].block_bytes,
+            backbone_bytes=facts.read_bytes,
+            kv_bytes=facts.kv_bytes or 0,
+        )
+    bandwidth = of(link, "link")
+    assert bandwidth is not None
+    machine = Machine(
+        link_bytes_per_s=bandwidth,
+        link_latency_s=parse_seconds(link_latency),
+        copy_s=parse_seconds(copy_time),
+        device_bytes_per_s=of(device_bandwidth, "device memory"),
+        dram_bytes_per_s=of(dram_bandwidth, "DRAM"),
+        pass_s=None if pass_time is None else parse_seconds(pass_time),
+        overlap=overlap,
+    )
+    return machine, work
