@@ -238,13 +238,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows, dtype = [], getattr(torch, arguments.dtype)
     for tokens in arguments.tokens:
-        built = olmoe_layer(tokens, arguments.rank, dtype, arguments.device)
-        name = f"OLMoE layer, {tokens} tokens, {arguments.dtype}"
-        rows += measure(name, *built, arguments.repeats, arguments.device)
-        del built
-    built = small_model(arguments.rank, arguments.device)
+        steps, factors, experts = olmoe_layer(tokens, arguments.rank, dtype, arguments.device)
+        name = f"OLMoE layer, {tokens:,} tokens, {arguments.dtype}"
+        rows += measure(name, steps, factors, experts, arguments.repeats, arguments.device)
+        del steps, factors
+    steps, factors, experts = small_model(arguments.rank, arguments.device)
     name = "small model, 1,600 tokens, float32"
-    rows += measure(name, *built, arguments.repeats, arguments.device)
+    rows += measure(name, steps, factors, experts, arguments.repeats, arguments.device)
     result = {
         "benchmark": "low_rank",
         "title": "Forward and backward of expert updates: per active expert, and as PEFT does",

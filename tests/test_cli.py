@@ -19,6 +19,7 @@ COMMANDS = [
     "doctor",
     "finetune",
     "card",
+    "merge",
     "trace",
     "predictor",
     "generate",
