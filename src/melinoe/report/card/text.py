@@ -92,11 +92,13 @@ def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
     slots, total = outcome["slots"], outcome["num_experts"]
     share = f"{slots} of {total} experts per layer resident"
     lines = []
-    for policy, found in outcome["change"]["writing"]["transfers_per_token"].items():
-        by_size = dict(zip(found["slots"], found["ratio"], strict=True))
-        if slots in by_size:
-            told = _times(_estimate(by_size[slots]))
-            lines.append(f"- With {share} and {policy.upper()}: {told}.")
+    # The same text first: what a model writes itself may repeat, and flatter it.
+    for name, doing in (("reading", "reading the same text"), ("writing", "writing its own")):
+        for policy, found in outcome["change"][name]["transfers_per_token"].items():
+            by_size = dict(zip(found["slots"], found["ratio"], strict=True))
+            if slots in by_size:
+                told = _times(_estimate(by_size[slots]))
+                lines.append(f"- With {share} and {policy.upper()}, {doing}: {told}.")
     for domain, value in outcome["change"]["perplexity"].items():
         if outcome["after"]["perplexity"][domain]["in_domain"]:
             lines.append(
@@ -134,13 +136,13 @@ def _times(ratio: Estimate) -> str:
     """Before over after, as a sentence."""
     if ratio.low <= 1 <= ratio.high:
         return (
-            f"transfers per generated token before over after are {inline(ratio)}, and the "
+            f"transfers per token before over after are {inline(ratio)}, and the "
             "interval contains 1: no difference is shown"
         )
     if ratio.mean < 1:
         told = f"before over after {inline(ratio)}"
-        return f"**more** transfers per generated token than before ({told})"
-    return f"**{inline(ratio)} times fewer** transfers per generated token than before"
+        return f"**more** transfers per token than before ({told})"
+    return f"**{inline(ratio)} times fewer** transfers per token than before"
 
 
 def _quality(outcome: Mapping[str, Any]) -> Table:
