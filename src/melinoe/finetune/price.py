@@ -34,14 +34,16 @@ from melinoe.finetune.strength import next_strength
 from melinoe.finetune.trainer import Progress
 
 # A search ends with a run within the price that has spent so much of it.
-_NEAR = 0.55
-_OF_EACH_RUN = ("strength", "spent", "feasible", "paid", "met", "times_fewer_than")
+_NEAR = 0.65
+_OF_EACH_RUN = ("strength", "spent", "spent_at_most", "feasible", "paid", "met", "times_fewer_than")
 
 
 def describe(outcome: Mapping[str, Any]) -> str:
     """What was paid and bought, in sentences."""
     said = []
-    if not outcome["feasible"]:
+    if not outcome["feasible"] and outcome["spent"] <= 1:
+        said.append("the held-out texts are too few to tell whether this is within the price")
+    elif not outcome["feasible"]:
         said.append("no run was within the price on the texts that choose; this is the nearest")
     for name, bound in outcome["bounds"].items():
         paid = outcome["paid"][name]
@@ -182,7 +184,7 @@ def finetune_within(
         tried.append((result, outcome))
         if steered or len(tried) == runs or _is_near(outcome):
             break
-        strength = next_strength([(one["strength"], one["spent"]) for _, one in tried])
+        strength = next_strength([(one["strength"], one["spent_at_most"]) for _, one in tried])
     chosen, outcome = _best(tried)
     history = [{key: one[key] for key in _OF_EACH_RUN} for _, one in tried]
     metadata = {**chosen.metadata, "price": {**outcome, "runs": history}}
@@ -217,7 +219,7 @@ def _one_run(
 
 def _is_near(outcome: Mapping[str, Any]) -> bool:
     """Whether a run is within the price and has spent most of it."""
-    return outcome["feasible"] and outcome["spent"] >= _NEAR
+    return outcome["feasible"] and outcome["spent_at_most"] >= _NEAR
 
 
 def _best(
@@ -226,7 +228,7 @@ def _best(
     feasible = [one for one in tried if one[1]["feasible"]]
     if feasible:
         return max(feasible, key=lambda one: one[1]["strength"])
-    return min(tried, key=lambda one: one[1]["spent"])
+    return min(tried, key=lambda one: one[1]["spent_at_most"])
 
 
 def _is_main() -> bool:

@@ -107,6 +107,7 @@ class PriceCallback(TrainerCallback):
         budgets, bounds = self.price.budgets, self.price.bounds
         seen = {name: steering[name].gap(self.reference.last[name], _LEVEL) for name in budgets}
         paid = {name: cost.increase(self.reference.judged[name]) for name, cost in judging.items()}
+        at_most = max(seen[name].high / budget for name, budget in budgets.items())
         reference, base = self.reference.trained, self.reference.base
         return {
             "bounds": bounds,
@@ -114,7 +115,8 @@ class PriceCallback(TrainerCallback):
             "steered": self.steered,
             # On the steering texts, which choose between runs.
             "spent": max(seen[name].mean / budget for name, budget in budgets.items()),
-            "feasible": all(seen[name].high <= budget for name, budget in budgets.items()),
+            "spent_at_most": at_most,
+            "feasible": at_most <= 1,
             # On the judging texts, which choose nothing.
             "paid": {name: estimate.to_dict() for name, estimate in paid.items()},
             "met": all(paid[name].mean <= bound for name, bound in bounds.items()),

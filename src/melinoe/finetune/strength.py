@@ -114,7 +114,7 @@ class StrengthController:
 def next_strength(
     tried: Sequence[tuple[float, float]],
     *,
-    target: float = 0.8,
+    target: float = 0.85,
     slope: float = 1.2,
     furthest: float = 8.0,
 ) -> float:
