@@ -125,6 +125,11 @@ class FastHandle(Handle):
         return self._counters.plus(to_counters(self._latest))
 
     @property
+    def device(self) -> torch.device:
+        """Where the slots are."""
+        return self._device
+
+    @property
     def fallbacks(self) -> int:
         """Decode steps that the host planned, because they might have needed more slots."""
         assert isinstance(self._passes, FastPasses)

@@ -1,0 +1,84 @@
+"""transformers' continuous batching runs on the fast engine, and no decode step asks the host."""
+
+import pytest
+import torch
+from small_olmoe import tiny_model
+from transformers import GenerationConfig
+
+from melinoe.engine import attach
+from melinoe.errors import AttachError, BudgetError
+from melinoe.fast import experts as experts_module
+from melinoe.fast.batching import batching_config
+
+PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14]]
+SMALL = {"page_size": 16, "num_blocks": 16, "max_batch_tokens": 32, "use_async_batching": False}
+GREEDY = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Each prompt by itself, on the plain model."""
+    return [
+        model.generate(torch.tensor([prompt]), generation_config=GREEDY)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+
+
+def batched(model, config):
+    outputs = model.generate_batch(
+        PROMPTS, generation_config=GREEDY, continuous_batching_config=config, warmup=False
+    )
+    return [one.generated_tokens for one in outputs.values()]
+
+
+@pytest.mark.parametrize("slots", [2, 4, 8])
+def test_batches_give_the_tokens_of_single_prompts(model, expected, slots):
+    """One sequence at a time, two, and as many as come with everything resident."""
+    with attach(model, engine="fast", slots=slots) as handle:
+        config = batching_config(handle, 2, **SMALL)
+        assert config.max_requests_per_batch == {2: 1, 4: 2, 8: None}[slots]
+        assert batched(model, config) == expected
+        counters = handle.counters
+    assert handle.fallbacks == 0
+    # 12 prompt tokens and 15 others, whichever way they were batched.
+    assert counters.tokens.sum() == 27
+    if slots < 8:
+        assert counters.tokens[1] > 0 and counters.chunked.sum() == 0
+
+
+def test_prompts_of_others_evict_nobody(model):
+    """Residents of the sequences that decode stay when a prompt is streamed between them."""
+    with attach(model, engine="fast", slots=4) as handle:
+        batched(model, batching_config(handle, 2, **SMALL))
+        before = handle.resident()
+        handle._passes._call, handle._passes.paged = None, True
+        with torch.no_grad():
+            layer = handle.layers[0].module
+            layer(torch.randn(5, 16), torch.arange(10).reshape(5, 2) % 8, torch.rand(5, 2))
+        assert set(before[0]) <= set(handle.resident()[0])
+        handle._passes.paged = False
+
+
+def test_too_few_slots_for_a_token_are_refused(model):
+    """By the number that works."""
+    with (
+        attach(model, engine="fast", slots=1) as handle,
+        pytest.raises(BudgetError, match="2 or more"),
+    ):
+        batching_config(handle, 2)
+
+
+def test_a_capture_of_a_pass_that_needs_the_host_is_refused(model, monkeypatch):
+    """A graph of it would replay one request's experts for every other."""
+    monkeypatch.setattr(experts_module, "_capturing", lambda device: True)
+    with (
+        attach(model, engine="fast", slots=2),
+        torch.no_grad(),
+        pytest.raises(AttachError, match="CUDA graph"),
+    ):
+        model(torch.tensor([[3, 4, 5]]))
