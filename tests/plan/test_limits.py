@@ -91,7 +91,7 @@ def test_a_shipped_model_answers_to_its_name_on_the_hub():
 def test_the_command_s_record_makes_a_table(melinoe, tmp_path):
     """--limits --out writes what the report renders, with link, card and their sources below."""
     out = tmp_path / "limits.json"
-    code, text, _ = melinoe("plan", "--limits", "--out", out)
+    code, text, _ = melinoe("plan", "OLMoE-1B-7B", "--limits", "--out", out)
     assert code == 0
     assert render_table([out], "text", 200).strip() == text.strip()
     for word in ("OLMoE-1B-7B", "1,307", "50 GB/s", "datasheet", "nothing measured"):

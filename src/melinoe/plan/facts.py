@@ -18,7 +18,7 @@ from melinoe.checkpoint.files import quantisation, read_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import find_experts
-from melinoe.plan.forward import cache_bytes, forward
+from melinoe.plan.forward import DIRECT, cache_bytes, forward
 from melinoe.plan.kv_fallback import cache_bytes_by_heads
 
 
@@ -124,9 +124,9 @@ def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = Non
     backbone = sum(p.numel() * p.element_size() for p in others)
     text = config.get_text_config(decoder=True)
     try:
-        seen = forward(built, experts, 8)
+        seen = forward(built, experts, min(context, DIRECT))
         read, top_k = seen.read_bytes, seen.top_k
-        kv: int | None = cache_bytes(built, experts, context)
+        kv: int | None = cache_bytes(built, experts, context, seen)
         kv_source = "the model's own cache after a pass without weights"
     except RuntimeError as error:
         read, top_k = _all_but_embedding(built, backbone), (None,) * len(experts)

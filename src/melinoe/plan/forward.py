@@ -119,19 +119,27 @@ def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
     )
 
 
-def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], context: int) -> int:
+def cache_bytes(
+    model: Any, layers: Sequence[ExpertsLayer], context: int, seen: Pass | None = None
+) -> int:
     """
     Bytes that the cache holds for one sequence of *context* tokens.
 
     Up to `DIRECT` tokens it is read off; beyond, each part goes on as it grew over the last half
     of them, up to its window.
 
+    Args:
+        model: On the meta device.
+        layers: Its MoE layers.
+        context: Tokens.
+        seen: A pass over ``min(context, DIRECT)`` tokens, if one was made already.
+
     Raises:
         RuntimeError: as `forward`.
     """
+    whole = seen or forward(model, layers, min(context, DIRECT))
     if context <= DIRECT:
-        return sum(forward(model, layers, context).cache_bytes)
-    whole = forward(model, layers, DIRECT)
+        return sum(whole.cache_bytes)
     # Between the two lengths no window may fill up, or its growth would be taken for the whole's.
     filling = [one for one in whole.windows if one is not None and DIRECT // 2 < one < DIRECT]
     shorter = max([DIRECT // 2, *filling])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 _PLAIN = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
 
@@ -33,6 +32,9 @@ def cache_bytes_by_heads(config: Any, context: int, dtype: torch.dtype) -> tuple
 
 
 def _counted(config: Any, context: int, dtype: torch.dtype) -> tuple[int | None, str]:
+    # Not in every version of transformers that we run with; then nothing is claimed either.
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
     if not getattr(config, "use_cache", True):
         return 0, "the config keeps no cache"
     kinds, options = get_layer_types_and_kwargs(config)
