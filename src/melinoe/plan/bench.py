@@ -289,6 +289,8 @@ def _benchmark(
             f"in turn in one process, over {link}. Times are per token after the first.",
             f"Reading one expert took {1e3 * read_s:.3f} ms alone. Computing is "
             "taken from the run with every expert resident, so its own time is no prediction.",
+            "With fewer slots than a token uses experts, as on demand, requests are computed in "
+            "pieces; what that costs beyond the loads is not predicted.",
         ],
         "machine": machine(),
     }
