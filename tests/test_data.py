@@ -98,6 +98,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path, tokenizer):
         {"messages": "hi"},
         {"messages": [{"role": "user", "content": "hi"}]},
         {"messages": [{"role": "assistant"}]},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": []},
+        {"conversations": [{"from": "human", "value": "hi"}]},
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row):
@@ -156,3 +159,53 @@ def test_padding_is_masked_in_attention_and_labels():
     assert torch.equal(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 9]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 1], [1, 0, 0]]))
     assert torch.equal(batch["labels"], torch.tensor([[-100, 6, 7], [-100, -100, -100]]))
+
+
+def test_a_conversational_prompt_and_completion_learns_the_completion_alone(tmp_path, tokenizer):
+    """TRL's lists of turns: an assistant turn of the prompt is context."""
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "bye"), ("assistant", "ok")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    (example,) = load_examples(write(tmp_path / "c.jsonl", row))
+    (encoded,) = encode([example], tokenizer, 99)
+    assert split_text(encoded, tokenizer) == ("<u>hi</><a>yo</><u>bye</><a>", "ok</>")
+    prompt = tokenizer.decode(encode_prompt(example, tokenizer))
+    assert prompt == "<u>hi</><a>yo</><u>bye</><a>"
+
+
+def test_sharegpt_conversations_read_as_messages(tmp_path, tokenizer):
+    """`from` human and gpt are user and assistant, as in TRL."""
+    spoken = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    (example,) = load_examples(write(tmp_path / "c.jsonl", {"conversations": spoken}))
+    (encoded,) = encode([example], tokenizer, 99)
+    assert split_text(encoded, tokenizer) == ("<u>hi</><a>", "yo</>")
+
+
+def test_tools_reach_the_chat_template_and_calls_need_no_content(tmp_path, tokenizer):
+    """A turn may call a function instead of speaking; nulls that fill a column are as absent."""
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    row = {"messages": messages, "tools": [{"name": "add"}]}
+    (example,) = load_examples(write(tmp_path / "c.jsonl", row))
+    template, tokenizer.chat_template = (
+        tokenizer.chat_template,
+        (
+            "{% for t in tools %}[{{ t.name }}]{% endfor %}{% for m in messages %}<{{ m.role[0] }}>"
+            "{{ m.content if m.content is defined else m.tool_calls[0].function.name }}</>"
+            "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+        ),
+    )
+    try:
+        (encoded,) = encode([example], tokenizer, 99)
+    finally:
+        tokenizer.chat_template = template
+    assert split_text(encoded, tokenizer) == ("[add]<u>hi</><a>", "add</>")
+
+
+def test_segments_say_which_tokens_belong_together():
+    """One example per row is segment 0 and padding -1."""
+    batch = Collator(9)([Encoded([5, 6, 7], [False, True, True]), Encoded([8], [False])])
+    assert batch["segment_ids"].tolist() == [[0, 0, 0], [0, -1, -1]]

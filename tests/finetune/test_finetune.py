@@ -1,5 +1,6 @@
 """Fine-tuning tiny random models: what moves, what stays, and what is written."""
 
+import json
 import math
 
 import pytest
@@ -10,8 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import melinoe.finetune.trainer as trainer_module
 from melinoe.checkpoint import read_metadata
+from melinoe.data import Encoded
 from melinoe.errors import DataError, OutputExistsError, TrainingError
 from melinoe.finetune import finetune, train
+from melinoe.finetune.checkpoints import read_tensors
+from melinoe.finetune.training import run_training
 from melinoe.moe.routing import find_routers, fingerprint
 
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "phimoe", "qwen3_moe")
@@ -156,6 +160,31 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(monkeypatch):
         train(tiny_model("olmoe"), examples(), settings(steps=9, max_bad_steps=3), pad_token_id=0)
 
 
+def test_what_was_good_before_too_many_bad_steps_is_kept(monkeypatch, tmp_path):
+    """Two good steps, then only bad ones: the checkpoint holds what those two trained."""
+    model, other = tiny_model("olmoe"), tiny_model("olmoe")
+    break_losses(monkeypatch, {3, 4, 5, 6})
+    chosen = settings(steps=9, max_bad_steps=2, train="router")
+    with pytest.raises(TrainingError, match=r"trained before is kept in .*run"):
+        run_training(model, examples(), chosen, pad_token_id=0, checkpoints=tmp_path / "run")
+    (path,) = (tmp_path / "run").iterdir()
+    monkeypatch.undo()
+    train(other, examples(), settings(steps=2, train="router"), pad_token_id=0)
+    kept = read_tensors(path, "parts")
+    assert kept.keys() == {f"{router.name}.weight" for router in find_routers(other)}
+    for router in find_routers(other):
+        assert torch.equal(kept[f"{router.name}.weight"], router.weight)
+
+
+def test_routers_that_cannot_be_trained_are_refused():
+    """Frozen by whoever loaded the model: one sentence, and nothing has changed."""
+    model = tiny_model("olmoe")
+    for router in find_routers(model):
+        router.weight.requires_grad_(False)
+    with pytest.raises(TrainingError, match="routers of olmoe are frozen"):
+        trained(model)
+
+
 def test_a_cache_smaller_than_one_token_needs_is_refused():
     """Capacity .1 of 8 experts is 1, top-k is 2: the message names the smallest that works."""
     with pytest.raises(TrainingError, match=r"fewer than the 2 .* raise it to 0\.25 or more"):
@@ -244,6 +273,29 @@ def test_a_failed_run_leaves_nothing_half_written(checkpoint, monkeypatch):
             settings(steps=5, max_bad_steps=2),
         )
     assert sorted(checkpoint.iterdir()) == before
+
+
+def test_data_with_nothing_to_learn_is_refused(checkpoint):
+    """Chats whose completions the limit cuts off, one token short of the first answer's."""
+    rows = [{"prompt": "what is it? ", "completion": "it."}] * 3
+    (checkpoint / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="no example has a completion token within 12 tokens"):
+        finetune(
+            checkpoint / "base",
+            checkpoint / "data.jsonl",
+            checkpoint / "out",
+            settings(max_length=12),
+        )
+    assert not (checkpoint / "out.checkpoints").exists()
+
+
+def test_encoded_data_with_nothing_to_learn_or_too_long_for_a_row_is_refused():
+    """As `train` may be given it, past every check of files."""
+    masked = [Encoded(one.input_ids, [False] * len(one)) for one in examples()]
+    with pytest.raises(DataError, match="no example has a token to learn"):
+        trained(tiny_model("olmoe"), masked)
+    with pytest.raises(DataError, match=r"11 tokens does not fit a packed row of 10"):
+        trained(tiny_model("olmoe"), packing=True, max_length=10)
 
 
 def test_data_without_room_for_a_completion_is_refused(checkpoint):

@@ -17,6 +17,7 @@ class Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the parts in the wrapped model, and measure before the first step."""
         self.trainer.find_parts_again()
+        state.logging_steps = args.logging_steps  # a checkpoint brings its own
         if self.trainer.held_out and state.global_step == 0:
             self.trainer.evaluate()
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
-from melinoe.errors import InterruptedRunError, TrainingError
+from melinoe.errors import DataError, InterruptedRunError, TrainingError
 from melinoe.finetune.adapter_files import Adapter, adapter_of
 from melinoe.finetune.adapters import TrainedParts, make_trainable
 from melinoe.finetune.arguments import set_steps, training_arguments
@@ -131,6 +131,7 @@ def run_training(
         InterruptedRunError: the run was asked to stop; its state is in *checkpoints*.
     """
     _check_held_out(settings, eval_data)
+    _check_data(settings, data)
     with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
         arguments = arguments or training_arguments(settings, checkpoints or work)
         processes = arguments.world_size
@@ -236,6 +237,20 @@ def _check_held_out(settings: FinetuneSettings, eval_data: Sequence[Encoded] | N
                 f"{name}={getattr(settings, name)} needs held-out examples to measure; give some "
                 "(--eval-data), or leave it out"
             )
+
+
+def _check_data(settings: FinetuneSettings, data: Sequence[Encoded]) -> None:
+    if not any(any(one.completion_mask) for one in data):
+        raise DataError(
+            "no example has a token to learn, all are prompt; give completions, or a larger "
+            "max_length if they were cut off"
+        )
+    longest = max(len(one) for one in data)
+    if settings.packing and longest > settings.max_length:
+        raise DataError(
+            f"an example of {longest} tokens does not fit a packed row of {settings.max_length}; "
+            "raise max_length, or cut the examples"
+        )
 
 
 def _fill_up(dataset: list[list[Encoded]], multiple: int) -> None:
