@@ -12,4 +12,8 @@ Know before you run: will a model fit, how fast can it be, and what would bound 
     words.py        what a plan says in sentences
     planner.py      all of it: plan(model, ...) -> Plan
     limits.py       the table of what no engine can pass
+    strategies.py   policies x slots x prefetches, for the bench
+    runtimes.py     a model opened for each cache
+    predicted.py    what the simulator says that they will count and take
+    bench.py        all of them for real, predicted beside measured
 """
