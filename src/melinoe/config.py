@@ -138,6 +138,9 @@ class FinetuneSettings:
         "on anchor text: divergence from the base model's distributions, or next-token loss",
         choices=("kl", "nll"),
     )
+    own_texts: int = setting(
+        512, "texts that the base model writes where it is to be its own anchor text"
+    )
     replay_batch_size: int = setting(2, "sequences of anchor text per forward pass")
     train: str = setting(
         "router+experts",
@@ -218,6 +221,7 @@ class FinetuneSettings:
                 not (self.cache_gradient and self.cache_loss == "resident"),
                 "off with the resident form, which has no such gradient",
             ),
+            ("own_texts", self.own_texts >= 1, "1 or more"),
             ("lora_rank", self.lora_rank >= 1, "1 or more"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("lora_learning_rate", (self.lora_learning_rate or 1) > 0, "above 0"),

@@ -4,7 +4,10 @@ import pytest
 import torch
 from small_olmoe import tiny_model, words_tokenizer
 
+from melinoe.config import FinetuneSettings
+from melinoe.data import Example
 from melinoe.errors import TokenizerError
+from melinoe.finetune import finetune
 from melinoe.finetune.own_text import SHORTEST, own_text
 
 EOS = 1
@@ -82,3 +85,28 @@ def test_a_tokenizer_without_start_or_end_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(TokenizerError, match="cannot write from nothing"):
         own_text(tiny_model(), tokenizer, 1, 8)
+
+
+def test_a_run_replays_what_its_base_model_writes(checkpoint):
+    """The log holds the replay term, and the same run twice gives the same rows."""
+    settings = FinetuneSettings(
+        steps=2,
+        batch_size=2,
+        max_length=16,
+        learning_rate=1e-2,
+        lambda_replay=1.0,
+        own_texts=4,
+        log_every=1,
+    )
+    data = [Example("what? ", "a is it.", f"row {i}") for i in range(4)]
+    logs = [
+        finetune(
+            checkpoint / "base", data, checkpoint / str(i), settings, anchor_examples="own"
+        ).log
+        for i in range(2)
+    ]
+    replayed = [[row["replay"] for row in log if "replay" in row] for log in logs]
+    # Before the first step the model is its base: they do not diverge.
+    assert replayed[0][0] == pytest.approx(0.0, abs=1e-4)
+    assert replayed[0][1] > 1e-4
+    assert replayed[0] == replayed[1]

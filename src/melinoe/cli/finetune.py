@@ -30,7 +30,7 @@ PANELS = {
     "Finer points of the objective": (
         "rho", "rank_reduce", "reference", "cache_gradient", "swap_margin", "capacity_curriculum",
         "layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_replay",
-        "replay_loss", "replay_batch_size",
+        "replay_loss", "replay_batch_size", "own_texts",
     ),
 }  # fmt: skip
 
@@ -87,7 +87,9 @@ def command(
     anchor_data: Annotated[
         str | None,
         typer.Option(
-            help="Text of other kinds to replay, for --lambda-replay.", rich_help_panel=_DATA
+            help="Text of other kinds to replay, for --lambda-replay: a file, a hub data set, or "
+            "own: what the base model writes from an empty prompt.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     measure: Annotated[
@@ -152,7 +154,7 @@ def command(
     held_out = measuring.hold_out(
         data, examples, eval_data, eval_split, other or [], hold_out, limit
     )
-    anchor = load_examples(anchor_data, split=split, limit=limit) if anchor_data else None
+    anchor = _anchor(anchor_data, split, limit, settings) if anchor_data and not control else None
     with training_progress() as progress:
         common: dict[str, Any] = {
             "eval_examples": held_out.examples,
@@ -186,6 +188,18 @@ def command(
         options.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
     measuring.finish(result.out, options.resolve(model), data, split, held_out, measure)
+
+
+def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings) -> Any:
+    """Anchor text, or the word that has the base model write it."""
+    from melinoe.data import load_examples
+    from melinoe.errors import TrainingError
+
+    if settings.lambda_replay == 0:
+        raise TrainingError(
+            "--anchor-data does nothing while --lambda-replay is 0; set it, 1 is a good start"
+        )
+    return name if name == "own" else load_examples(name, split=split, limit=limit)
 
 
 def _price(own: str | None, other: str | None) -> Any:

@@ -8,16 +8,44 @@ fine-tuning from forgetting the rest, and needs no corpus.
 Source: pseudo-rehearsal, Robins, Connection Science 7(2), 1995; here for language models.
 """
 
+import os
 import random
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
+from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, pad_token_id
-from melinoe.errors import TokenizerError
+from melinoe.errors import TokenizerError, TrainingError
 
 _AT_ONCE = 64  # sequences sampled together
 SHORTEST = 8  # tokens below which a text says nothing
+
+
+OWN = "own"  # in place of anchor text: let the base model write it
+
+
+def write_own_text(
+    model: Any, tokenizer: Any, settings: FinetuneSettings, arguments: TrainingArguments
+) -> list[Encoded]:
+    """
+    `own_text` as *settings* ask for it, on the device that the run will use.
+
+    Every process writes the same, since it is the seed that decides.
+
+    Raises:
+        TrainingError: the model is to be sharded, so no device holds it whole.
+        TokenizerError: as `own_text`.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or arguments.fsdp:
+        raise TrainingError(
+            "a sharded model cannot write its own anchor text before it is sharded; give "
+            "anchor text as a file"
+        )
+    model.to(arguments.device)
+    length = max(SHORTEST, settings.max_length)
+    return own_text(model, tokenizer, settings.own_texts, length, seed=settings.seed)
 
 
 def own_text(

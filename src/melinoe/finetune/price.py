@@ -72,7 +72,7 @@ def finetune_within(
     *,
     eval_examples: Sequence[Example],
     other_examples: Sequence[Example] | None = None,
-    anchor_examples: Sequence[Example] | None = None,
+    anchor_examples: Sequence[Example] | str | None = None,
     reference: str | Path | None = None,
     runs: int = 4,
     steered: bool = False,

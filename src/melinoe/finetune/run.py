@@ -22,6 +22,7 @@ from melinoe.data import Example, encode, load_examples, pad_token_id
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.finetune.arguments import training_arguments
 from melinoe.finetune.checkpoints import list_checkpoints, remove_checkpoints
+from melinoe.finetune.own_text import write_own_text
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
 from melinoe.finetune.saving import KeptParts, write_result
 from melinoe.finetune.trainer import Progress
@@ -52,7 +53,7 @@ def finetune(
     settings: FinetuneSettings,
     *,
     eval_examples: Sequence[Example] | None = None,
-    anchor_examples: Sequence[Example] | None = None,
+    anchor_examples: Sequence[Example] | str | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
@@ -70,7 +71,8 @@ def finetune(
         settings: Everything that decides the run.
         eval_examples: Held-out examples, measured before and after.
         anchor_examples: Text of other kinds whose quality the run should keep; replayed beside the
-            data where ``settings.lambda_replay`` is above 0.
+            data where ``settings.lambda_replay`` is above 0. ``"own"``: what the base model writes
+            from an empty prompt, ``settings.own_texts`` of them.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
         callbacks: As in `train`. What one's ``metadata()`` gives, if it has such a method, goes
             into the record of the run.
@@ -103,13 +105,17 @@ def finetune(
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     encoded = encode(examples, tokenizer, settings.max_length)
     held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
-    anchor = encode(anchor_examples, tokenizer, settings.max_length) if anchor_examples else None
+    anchor = None
+    if anchor_examples and not isinstance(anchor_examples, str):
+        anchor = encode(anchor_examples, tokenizer, settings.max_length)
     arguments = training_arguments(settings, checkpoints)  # joins the other processes
     main = arguments.process_index == 0
     load_model = find_model_class(config).from_pretrained
     model = load_model(**hub_arguments(source), dtype="auto")
     routers = find_routers(model)
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
+    if isinstance(anchor_examples, str) and settings.lambda_replay > 0:
+        anchor = write_own_text(model, tokenizer, settings, arguments)
     if settings.save != "adapter":
         check_room(path, sum(p.nbytes for p in model.parameters()))
     base_fingerprint = fingerprint(model)
