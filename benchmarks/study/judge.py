@@ -1,7 +1,10 @@
 """
-What one checkpoint is worth: perplexity in and out of domain, routing of its own completions.
+What one checkpoint is worth: perplexity in and out of domain, and the routing of the same texts.
 
-Numbers are kept per example, so that any two runs can be compared in pairs afterwards.
+Transfers are those of *reading* held-out text: every model sees the same tokens. A model's own
+greedy completions are judged beside it, because that is what is served; but a model that repeats
+itself needs few experts for a bad reason. Numbers are kept per example, so that any two runs can
+be compared in pairs afterwards.
 """
 
 from pathlib import Path
@@ -18,6 +21,7 @@ from melinoe.checkpoint import describe, load_tokenizer
 from melinoe.data import Example, encode, load_examples
 from melinoe.evaluate import Perplexity, perplexity
 from melinoe.generate import trace_prompts
+from melinoe.measure import reading_trace
 from melinoe.runtime.load import load
 from melinoe.shipped import HELD_OUT
 
@@ -37,46 +41,47 @@ def judge(path: Path, held_out: list[Example]) -> dict[str, Any]:
         path: Checkpoint directory.
         held_out: In-domain examples; the first `PROMPTS` are also generated from, greedily.
     """
-    model, handle, tokenizer = load_all(path)
-    texts = {
-        file.stem: load_examples(file, limit=DOCUMENTS) for file in sorted(HELD_OUT.glob("*.jsonl"))
-    }
-    quality = {"gsm8k": _quality(perplexity(model, encode(held_out, tokenizer, LENGTH)), True)}
-    for name, examples in texts.items():
-        quality[name] = _quality(perplexity(model, encode(examples, tokenizer, LENGTH)), False)
-    prompts = [example.prompt for example in held_out[:PROMPTS]]
-    trace = trace_prompts(model, handle, tokenizer, prompts, NEW_TOKENS)
-    handle.detach()
-    return {"quality": quality, **locality(trace)}
-
-
-def load_all(path: Path) -> tuple[Any, Any, Any]:
-    """Model, handle and tokenizer with every expert resident."""
     everything = describe(str(path)).num_experts
     model, handle = load(str(path), slots=everything, dtype=torch.float32)
-    return model, handle, load_tokenizer(str(path), model.config)
+    tokenizer = load_tokenizer(str(path), model.config)
+    ours = encode(held_out, tokenizer, LENGTH)
+    others = {
+        file.stem: encode(load_examples(file, limit=DOCUMENTS), tokenizer, LENGTH)
+        for file in sorted(HELD_OUT.glob("*.jsonl"))
+    }
+    quality = {"gsm8k": _quality(perplexity(model, ours), True)}
+    for name, texts in others.items():
+        quality[name] = _quality(perplexity(model, texts), False)
+    read = reading_trace(model, handle, ours)
+    elsewhere = reading_trace(model, handle, [text for texts in others.values() for text in texts])
+    prompts = [example.prompt for example in held_out[:PROMPTS]]
+    written = trace_prompts(model, handle, tokenizer, prompts, NEW_TOKENS)
+    handle.detach()
+    return {
+        "num_experts": read.num_experts,
+        "quality": quality,
+        **caches(read),
+        "experts_per_sequence": np.round(experts_per_sequence(read), 3).tolist(),
+        "reuse": np.round(reuse(read), 4).tolist(),
+        "distinct_experts": distinct_experts(read).tolist(),
+        "written": caches(written, (8,)),
+        "elsewhere": caches(elsewhere, (8,)),
+    }
 
 
-def locality(trace: Trace) -> dict[str, Any]:
-    """Experts used and transfers per generated token, of each sequence alone and from cold."""
+def caches(trace: Trace, slots: tuple[int, ...] = SLOTS) -> dict[str, Any]:
+    """Loads on demand of each sequence's completion, alone and from cold, and its tokens."""
     transfers = {}
-    for slots in SLOTS:
+    for size in slots:
         for policy in POLICIES:
-            done = simulate(trace, slots, policy, reset_between_sequences=True)
-            transfers[f"{policy}-{slots}"] = {
+            done = simulate(trace, size, policy, reset_between_sequences=True)
+            transfers[f"{policy}-{size}"] = {
                 "transfers_per_token": done.counters.transfers_per_token(),
                 "hit_rate": done.counters.hit_rate("completion"),
                 "loads": [int(one.loads[COMPLETION].sum()) for one in done.per_sequence],
             }
     tokens = [int(one.tokens[COMPLETION]) for one in done.per_sequence]
-    return {
-        "num_experts": trace.num_experts,
-        "transfers": transfers,
-        "tokens": tokens,
-        "experts_per_sequence": np.round(experts_per_sequence(trace), 3).tolist(),
-        "reuse": np.round(reuse(trace), 4).tolist(),
-        "distinct_experts": distinct_experts(trace).tolist(),
-    }
+    return {"transfers": transfers, "tokens": tokens}
 
 
 def _quality(found: Perplexity, in_domain: bool) -> dict[str, Any]:

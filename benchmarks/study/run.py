@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 import transformers
 from judge import judge
-from plan import JUDGED_FROM, Run, all_runs
+from plan import JUDGED_FROM, SEEDS, Run, all_runs
 
 from melinoe.data import load_examples
 from melinoe.finetune import finetune
+from melinoe.finetune.own_text import OWN
 from melinoe.measure import append_jsonl, machine
 from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
 
@@ -39,7 +40,9 @@ def one_run(run: Run, out: Path) -> dict:
     everything = load_examples(GSM8K_TRAIN)
     with tempfile.TemporaryDirectory() as work:
         checkpoint = Path(work) / "model"
-        done = finetune(TINY_OLMOE, everything[: run.examples], checkpoint, run.settings)
+        anchor = OWN if run.own_text else None
+        data = everything[: run.examples]
+        done = finetune(TINY_OLMOE, data, checkpoint, run.settings, anchor_examples=anchor)
         found = judge(checkpoint, everything[JUDGED_FROM : JUDGED_FROM + JUDGED])
         shutil.rmtree(checkpoint)
     result = {
@@ -79,11 +82,13 @@ def done_already(out: Path) -> set[tuple[str, int]]:
 def summary(result: dict) -> str:
     """One line of a run."""
     transfers = result["transfers"]["lfu-8"]["transfers_per_token"]
+    written = result["written"]["transfers"]["lfu-8"]["transfers_per_token"]
     return json.dumps(
         {
             "run": f"{result['group']}/{result['name']}/{result['seed']}",
             "perplexity": round(result["quality"]["gsm8k"]["perplexity"]["mean"], 3),
             "transfers_lfu_8": round(transfers, 3),
+            "written_lfu_8": round(written, 3),
             "seconds": result["seconds"],
         }
     )
@@ -92,6 +97,7 @@ def summary(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study.jsonl"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", help="run only groups or names that contain this")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -102,7 +108,7 @@ def main() -> None:
     there = done_already(arguments.out)
     if ("base", 0) not in there:
         base_run(arguments.out)
-    for run in all_runs():
+    for run in all_runs(tuple(arguments.seeds)):
         wanted = not arguments.only or arguments.only in f"{run.group}/{run.name}"
         if wanted and (run.name, run.seed) not in there:
             print(summary(one_run(run, arguments.out)), flush=True)
