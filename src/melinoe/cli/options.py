@@ -1,6 +1,7 @@
 """Options that several commands share, each said once."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def quiet() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    if not is_main_process():
+        logging.getLogger("melinoe").setLevel(logging.ERROR)  # the first process says it
     transformers.logging.disable_progress_bar()
 
 

@@ -1,0 +1,116 @@
+"""The options of `melinoe finetune`: every setting once, in panels; progress in lines or a bar."""
+
+import io
+import logging
+import os
+from dataclasses import fields
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from melinoe.cli import finetune, options, progress
+from melinoe.cli.settings import PanelCommand, with_settings
+from melinoe.config import FinetuneSettings
+
+
+def parsed(*arguments):
+    """The settings that the command line makes of *arguments*, through the real parser."""
+    seen = []
+
+    @with_settings(FinetuneSettings, finetune.PANELS)
+    def command(name: str, *, given):
+        """Take settings."""
+        seen.append((name, FinetuneSettings(**given)))
+
+    app = typer.Typer()
+    app.command(cls=PanelCommand)(command)
+    result = CliRunner().invoke(app, ["it", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen[0][1]
+
+
+def test_every_setting_has_one_option_in_one_panel():
+    """A new setting without a panel would be an option that nobody can give."""
+    named = [name for names in finetune.PANELS.values() for name in names]
+    assert sorted(named) == sorted(one.name for one in fields(FinetuneSettings))
+
+
+def test_without_options_the_defaults_of_the_settings_hold():
+    """No default is written twice."""
+    assert parsed() == FinetuneSettings()
+
+
+def test_options_become_settings_of_their_types():
+    """Numbers, flags, absent values, and options that may be repeated."""
+    given = parsed(
+        "--capacity", 0.5, "--packing", "--steps", 7, "--save-every", 3, "--keep", "best",
+        "--report-to", "tensorboard", "--report-to", "wandb", "--layer-capacity", 0.5,
+        "--layer-capacity", 0.25,
+    )  # fmt: skip
+    assert given == FinetuneSettings(
+        capacity=0.5,
+        packing=True,
+        steps=7,
+        save_every=3,
+        keep="best",
+        report_to=("tensorboard", "wandb"),
+        layer_capacity=(0.5, 0.25),
+    )
+
+
+def test_the_help_shows_each_setting_in_its_panel():
+    """With its default and its choices; units survive rich's markup."""
+    app = typer.Typer()
+    app.command(cls=PanelCommand)(finetune.command)
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "250", "TERM": "dumb"}).output
+    for title in (*finetune.PANELS, "Data"):
+        assert f" {title} " in shown
+    for one in fields(FinetuneSettings):
+        assert f"--{one.name.replace('_', '-')} " in shown, one.name
+    assert "(tokens)" in shown and "(last | best)" in shown
+
+
+def test_progress_is_lines_where_nobody_watches(capsys, monkeypatch):
+    """A row's numbers in one line on stderr; other processes of the run say nothing."""
+    with progress.training_progress() as shown:
+        shown({"step": 3, "steps": 9, "nll": 1.5, "skipped_steps": 0, "lost": None})
+        monkeypatch.setenv("RANK", "1")
+        shown({"step": 4, "steps": 9, "nll": 1.25})
+    assert capsys.readouterr().err == "step 3 of 9  nll 1.5\n"
+
+
+def test_a_terminal_gets_a_bar_that_moves_with_every_step(monkeypatch):
+    """The newest terms stand beside it, from whichever row had them."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+    from transformers import TrainerState
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120)
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[terms]}"))
+    with Progress(*columns, console=console, auto_refresh=False) as display:
+        bar = progress.Bar(display)
+        (move,) = bar.callbacks
+        state = TrainerState(max_steps=9)
+        move.on_train_begin(None, state, None)
+        state.global_step = 4
+        move.on_step_end(None, state, None)
+        bar({"step": 4, "total": 2.5, "skipped_steps": 0})
+        bar({"step": 4, "eval_nll": 1.25})
+        display.refresh()
+    assert "4/9" in text.getvalue() and "total 2.5  eval_nll 1.25" in text.getvalue()
+
+
+@pytest.mark.parametrize(("rank", "level"), [("0", logging.NOTSET), ("1", logging.ERROR)])
+def test_only_the_first_process_warns(monkeypatch, rank, level):
+    """Every process reads the same data; one warning is enough."""
+    log = logging.getLogger("melinoe")
+    before = log.level
+    monkeypatch.setitem(os.environ, "RANK", rank)
+    try:
+        log.setLevel(logging.NOTSET)
+        options.quiet()
+        assert log.level == level
+    finally:
+        log.setLevel(before)
