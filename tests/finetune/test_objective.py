@@ -35,7 +35,7 @@ def segments_and_labels():
     segments = torch.zeros(2, 17, dtype=torch.int64)
     segments[0, 6:13], segments[0, 13:] = 1, -1
     labels = torch.full((2, 17), -100)
-    labels[0, 2:6], labels[0, 9:13], labels[1, 5:] = 1, 2, 3
+    labels[0, 2:6], labels[0, 6:13], labels[1, 5:] = 1, 2, 3
     return segments, labels
 
 

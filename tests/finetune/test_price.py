@@ -127,14 +127,13 @@ def test_the_search_is_near_within_four_runs(exponent, right):
 # ---- texts ----
 
 
-def test_steering_and_judging_texts_are_apart_and_complete():
-    """Nine texts: three steer, six judge; with a limit of two, two steer."""
+def test_choosing_and_judging_texts_are_apart_and_complete():
+    """Nine texts: five choose, four judge; with a limit of two, two of the five steer."""
     texts = examples(9)
-    panel = Panel.of(texts, texts[:6])
-    assert panel.steering[OWN] == [texts[0], texts[3], texts[6]]
-    assert panel.judging[OWN] == [texts[i] for i in (1, 2, 4, 5, 7, 8)]
-    assert panel.steering[OTHER] == [texts[0], texts[3]]
-    assert len(Panel.of(texts, steering=2).judging[OWN]) == 7
+    panel = Panel.of(texts, texts[:6], steering=2)
+    assert panel.choosing[OWN] == texts[::2] and panel.judging[OWN] == texts[1::2]
+    assert panel.steering[OWN] == [texts[0], texts[2]]
+    assert panel.choosing[OTHER] == [texts[0], texts[2], texts[4]]
     assert panel.fingerprint() != Panel.of(texts).fingerprint()
     with pytest.raises(DataError, match="too few"):
         Panel.of(texts[:5])
@@ -208,7 +207,7 @@ def reference_run():
 
     So random a model learns nothing that helps with other text; here the cache term costs.
     """
-    panel, model = Panel.of(examples(12), examples(12, seed=6)), tiny_model("olmoe")
+    panel, model = Panel.of(examples(12), examples(12, seed=6), steering=4), tiny_model("olmoe")
     watch = ReferenceCallback(panel, 2)
     train(model, examples(12), CHOSEN.control(), pad_token_id=0, callbacks=[watch])
     return panel, watch.reference({}), model
@@ -239,8 +238,11 @@ def test_the_weight_follows_the_gap_and_the_end_is_judged_on_other_texts(referen
         costs = [read(one, panel.steering[name], settings())[0] for one in (ours, theirs)]
         gap = callback.history[-1][f"gap_{name}"]
         assert gap == pytest.approx(costs[0].mean - costs[1].mean, rel=1e-3, abs=1e-6)
-    spent = [callback.history[-1][f"gap_{n}"] / math.log1p(b) for n, b in outcome["bounds"].items()]
-    assert outcome["spent"] == pytest.approx(max(spent)) and not outcome["feasible"]
+    spent = []
+    for name, bound in outcome["bounds"].items():
+        costs = [read(one, panel.choosing[name], settings())[0] for one in (ours, theirs)]
+        spent.append((costs[0].mean - costs[1].mean) / math.log1p(bound))
+    assert outcome["spent"] == pytest.approx(max(spent), rel=1e-3) and not outcome["feasible"]
     assert outcome["spent"] < outcome["spent_at_most"]
     assert outcome["met"] is (outcome["paid"][OWN]["mean"] <= 0.001)
     assert "this is the nearest" in describe(outcome)
@@ -263,7 +265,7 @@ def test_a_price_above_its_bound_is_said_plainly():
     cost = Cost(np.array([10.0, 12.0, 9.0]), np.array([5.0, 6.0, 4.0]))
     worse = Cost(cost.nll * 1.05, cost.tokens)
     loads = Loads({"lru": np.ones(3), "lfu": np.ones(3)}, cost.tokens)
-    callback.reference = Reference({}, 1, {4: {OWN: cost}}, {OWN: cost}, loads, loads)
+    callback.reference = Reference({}, 1, {}, {OWN: cost}, {OWN: cost}, loads, loads)
     callback.price, callback.history = Price(0.01), []
     callback.steered, callback.strength = False, 0.5
     outcome = callback._outcome({OWN: cost}, {OWN: worse}, loads)

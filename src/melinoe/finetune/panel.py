@@ -1,7 +1,7 @@
-"""Held-out texts in two halves: one to steer by, one to judge by."""
+"""Held-out texts in two halves: one to choose by, one to judge by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 
 from melinoe.data import Encoded
@@ -14,16 +14,17 @@ _FEWEST = 6
 @dataclass(frozen=True)
 class Panel:
     """
-    Texts that no step trains on.
+    Texts that no step trains on, by domain.
 
     Attributes:
-        steering: Name of a domain to the texts whose gap steers the run; few, because they are read
-            again and again.
-        judging: The same for the texts that nothing looks at until the end.
+        steering: Of those that choose, the ones read at every turn of a run; few, for that reason.
+        choosing: Whose cost after the last step chooses between runs.
+        judging: Which nothing looks at until all is chosen.
     """
 
     steering: Mapping[str, Sequence[Encoded]]
-    judging: Mapping[str, Sequence[Encoded]] = field(default_factory=dict)
+    choosing: Mapping[str, Sequence[Encoded]]
+    judging: Mapping[str, Sequence[Encoded]]
 
     @classmethod
     def of(
@@ -34,39 +35,33 @@ class Panel:
         steering: int = 48,
     ) -> "Panel":
         """
-        Split texts: every third one steers, at most *steering* of each domain; the others judge.
+        Split texts: every second one chooses, the others judge.
 
         Args:
             own: Of the domain that is trained on.
             other: Of domains to protect.
-            steering: At most so many.
+            steering: Of the choosing texts of each domain, at most so many steer.
 
         Raises:
             DataError: fewer than six texts of a domain.
         """
-        parts: dict[str, tuple[list[Encoded], list[Encoded]]] = {}
-        for name, texts in ((OWN, own), (OTHER, other)):
-            if texts is None:
-                continue
+        domains = {OWN: own} if other is None else {OWN: own, OTHER: other}
+        for texts in domains.values():
             if len(texts) < _FEWEST:
                 raise DataError(
-                    f"{len(texts)} held-out texts are too few to steer by some and judge by the "
+                    f"{len(texts)} held-out texts are too few to choose by some and judge by the "
                     f"others; give {_FEWEST} or more, and better some hundred"
                 )
-            chosen = range(0, len(texts), 3)[:steering]
-            parts[name] = (
-                [texts[i] for i in chosen],
-                [text for i, text in enumerate(texts) if i not in chosen],
-            )
         return cls(
-            {name: pair[0] for name, pair in parts.items()},
-            {name: pair[1] for name, pair in parts.items()},
+            {name: texts[::2][:steering] for name, texts in domains.items()},
+            {name: texts[::2] for name, texts in domains.items()},
+            {name: texts[1::2] for name, texts in domains.items()},
         )
 
     def fingerprint(self) -> str:
         """Names the texts and their halves; equal panels have equal names."""
         digest = sha256()
-        for half in (self.steering, self.judging):
+        for half in (self.steering, self.choosing, self.judging):
             for name in sorted(half):
                 for text in half[name]:
                     digest.update(f"{name} {text.input_ids} {text.completion_mask}".encode())

@@ -91,8 +91,7 @@ def finetune_within(
             is written beside it, as ``<out>.reference``.
         settings: Everything that decides the run; ``lambda_cache`` is where the search starts.
         price: What may be paid.
-        eval_examples: Held-out text of the domain: a third of it, at most 48 texts, chooses; the
-            rest judges.
+        eval_examples: Held-out text of the domain: half of it chooses, the other half judges.
         other_examples: Text of other domains, used likewise; it bounds the run only where the price
             says so.
         anchor_examples: As in `finetune`.
@@ -116,7 +115,7 @@ def finetune_within(
         TrainingError: as `finetune`; settings that a price cannot be kept with, a bound on other
             domains without their text, or a *reference* of another run.
 
-    Cost: up to *runs* + 1 trainings, and the choosing texts' forward pass at every measurement.
+    Cost: up to *runs* + 1 trainings, and a forward pass of 48 texts at every measurement.
     Runs that were not taken are deleted.
     """
     if settings.lambda_cache == 0:

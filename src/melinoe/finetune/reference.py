@@ -8,7 +8,7 @@ for the base model.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from melinoe.config import FinetuneSettings, experts_in_share
+from melinoe.data import Encoded
 from melinoe.errors import TrainingError
 from melinoe.finetune.panel import OWN, Panel
 from melinoe.finetune.reading import Cost, Loads, read
@@ -53,7 +54,8 @@ class Reference:
         identity: See `identity`.
         every: Steps between its measurements.
         curve: Step to the cost of each steering half, by domain.
-        judged: Domain to the cost of the judging texts after the last step.
+        chosen: Domain to the cost of the choosing texts after the last step.
+        judged: The same of the judging texts.
         base: What a cache would have loaded for the base model, on the judging texts of the domain
             that is trained on.
         trained: The same for this run's model.
@@ -62,14 +64,10 @@ class Reference:
     identity: Mapping[str, Any]
     every: int
     curve: Mapping[int, Mapping[str, Cost]]
+    chosen: Mapping[str, Cost]
     judged: Mapping[str, Cost]
     base: Loads
     trained: Loads
-
-    @property
-    def last(self) -> Mapping[str, Cost]:
-        """The steering texts' costs after the last step."""
-        return self.curve[max(self.curve)]
 
     def save(self, directory: Path) -> None:
         """Write ``price_reference.json`` into *directory*."""
@@ -77,6 +75,7 @@ class Reference:
             "identity": self.identity,
             "every": self.every,
             "curve": {step: _costs(costs) for step, costs in self.curve.items()},
+            "chosen": _costs(self.chosen),
             "judged": _costs(self.judged),
             "base": self.base.to_dict(),
             "trained": self.trained.to_dict(),
@@ -106,6 +105,7 @@ class Reference:
                 identity=record["identity"],
                 every=int(record["every"]),
                 curve={int(step): _read(costs) for step, costs in record["curve"].items()},
+                chosen=_read(record["chosen"]),
                 judged=_read(record["judged"]),
                 base=Loads.from_dict(record["base"]),
                 trained=Loads.from_dict(record["trained"]),
@@ -154,6 +154,7 @@ class ReferenceCallback(TrainerCallback):
     def __init__(self, panel: Panel, every: int | None = None):
         self.panel, self.every = panel, every
         self.curve: dict[int, dict[str, Cost]] = {}
+        self.chosen: dict[str, Cost] = {}
         self.judged: dict[str, Cost] = {}
         self.loads: dict[str, Loads] = {}
 
@@ -173,8 +174,9 @@ class ReferenceCallback(TrainerCallback):
         assert self.every is not None
         last = state.global_step == state.max_steps
         if state.global_step % self.every == 0 or last:
-            self.curve[state.global_step] = steer(self.trainer, self.panel)
+            self.curve[state.global_step] = costs_of(self.trainer, self.panel.steering)
         if last:
+            self.chosen = costs_of(self.trainer, self.panel.choosing)
             self.judged, self.loads["trained"] = judge(self.trainer, self.panel)
 
     def reference(self, identity: Mapping[str, Any]) -> Reference:
@@ -184,6 +186,7 @@ class ReferenceCallback(TrainerCallback):
             identity,
             self.every,
             self.curve,
+            self.chosen,
             self.judged,
             self.loads["base"],
             self.loads["trained"],
@@ -223,10 +226,10 @@ def default_turn(steps: int) -> int:
     return max(1, steps // 25)
 
 
-def steer(trainer: Any, panel: Panel) -> dict[str, Cost]:
-    """What the steering texts cost the model as it is, by domain."""
+def costs_of(trainer: Any, texts: Mapping[str, Sequence[Encoded]]) -> dict[str, Cost]:
+    """What *texts* cost the model as it is, by domain."""
     model = _model(trainer)
-    return {name: read(model, texts, trainer.settings)[0] for name, texts in panel.steering.items()}
+    return {name: read(model, some, trainer.settings)[0] for name, some in texts.items()}
 
 
 def judge(trainer: Any, panel: Panel) -> tuple[dict[str, Cost], Loads]:

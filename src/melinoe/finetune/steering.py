@@ -10,10 +10,10 @@ from transformers import TrainerCallback
 from melinoe.errors import TrainingError
 from melinoe.finetune.panel import OTHER, OWN, Panel
 from melinoe.finetune.reading import Cost, Loads
-from melinoe.finetune.reference import Reference, check_trainer, judge, steer
+from melinoe.finetune.reference import Reference, check_trainer, costs_of, judge
 from melinoe.finetune.strength import StrengthController
 
-# One standard error above the gap must be within: the steering texts are only a sample.
+# One standard error above the gap must be within: the choosing texts are only a sample.
 _LEVEL = 0.6827
 
 
@@ -91,21 +91,24 @@ class PriceCallback(TrainerCallback):
         step = state.global_step
         if step not in self.reference.curve:
             return
-        costs, theirs = steer(self.trainer, self.panel), self.reference.curve[step]
+        costs = costs_of(self.trainer, self.panel.steering)
+        theirs = self.reference.curve[step]
         gaps = {name: costs[name].mean - theirs[name].mean for name in self.price.bounds}
         named = {f"gap_{name}": gap for name, gap in gaps.items()}
         self.history.append({"step": step, "strength": self.strength, **named})
         if step == state.max_steps:
-            self.outcome = self._outcome(costs, *judge(self.trainer, self.panel))
+            chosen = costs_of(self.trainer, self.panel.choosing)
+            self.outcome = self._outcome(chosen, *judge(self.trainer, self.panel))
         elif self.steered:
             self.strength = self.controller.update(gaps)
             self.trainer.locality.lambda_cache = self.strength
 
     def _outcome(
-        self, steering: Mapping[str, Cost], judging: Mapping[str, Cost], loads: Loads
+        self, choosing: Mapping[str, Cost], judging: Mapping[str, Cost], loads: Loads
     ) -> dict[str, Any]:
         budgets, bounds = self.price.budgets, self.price.bounds
-        seen = {name: steering[name].gap(self.reference.last[name], _LEVEL) for name in budgets}
+        theirs = self.reference.chosen
+        seen = {name: choosing[name].gap(theirs[name], _LEVEL) for name in budgets}
         paid = {name: cost.increase(self.reference.judged[name]) for name, cost in judging.items()}
         at_most = max(seen[name].high / budget for name, budget in budgets.items())
         reference, base = self.reference.trained, self.reference.base
@@ -113,7 +116,7 @@ class PriceCallback(TrainerCallback):
             "bounds": bounds,
             "strength": self.strength,
             "steered": self.steered,
-            # On the steering texts, which choose between runs.
+            # On the choosing texts.
             "spent": max(seen[name].mean / budget for name, budget in budgets.items()),
             "spent_at_most": at_most,
             "feasible": at_most <= 1,
