@@ -23,8 +23,9 @@ from melinoe.finetune.base_pass import base_pass
 from melinoe.finetune.forward import forward_terms
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.replay import Replay
+from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.experts import find_experts
-from melinoe.moe.routing import BaseRouters, Router, Routing, RoutingRecorder, find_routers
+from melinoe.moe.routing import Router, Routing, RoutingRecorder, find_routers
 
 HIDDEN = 6
 SHAPES = ((7, 2), (7, 2), (12, 3))  # experts and top-k of three layers: two alike, one of its own

@@ -6,7 +6,8 @@ from tiny import VOCAB, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from melinoe.errors import UnsupportedModelError
-from melinoe.moe.routing import BaseRouters, RoutingRecorder, find_routers, fingerprint
+from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.routing import RoutingRecorder, find_routers, fingerprint
 
 # One of each way to choose: softmax, correction bias, router bias, a gate of its own class with
 # a submodule, sparsemixer, probabilities as the router's first output.

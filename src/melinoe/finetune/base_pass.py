@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from melinoe.moe.routing import BaseRouters
+from melinoe.moe.base_routers import BaseRouters
 
 # What a batch holds for the losses, and a model does not take.
 _NOT_INPUTS = ("labels", "segment_ids", "num_items_in_batch")

@@ -20,7 +20,8 @@ from melinoe.finetune.base_pass import BaseOutputs, Switchable, base_pass
 from melinoe.finetune.replay import Replay, to_device
 from melinoe.finetune.terms import Layout, Terms, stacks_of, weighing
 from melinoe.losses import distillation_loss
-from melinoe.moe.routing import BaseRouters, Router, Routing, RoutingRecorder
+from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.routing import Router, Routing, RoutingRecorder
 
 
 class Objective:
