@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "melinoe"
 ROOMS = [
     ["errors", "config", "stats", "shipped", "malloc"],
     ["cache"],
-    ["moe", "data", "checkpoint"],
+    ["moe", "data", "checkpoint", "foreign"],
     ["losses", "predictor"],
     ["finetune", "runtime"],
     ["fast"],

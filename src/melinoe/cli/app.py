@@ -14,6 +14,7 @@ from melinoe.cli import (
     evaluate,
     finetune,
     generate,
+    import_trace,
     merge,
     plan,
     predictor,
@@ -43,6 +44,7 @@ app.command("card")(card.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
 app.command("generate")(generate.command)
+app.command("import-trace")(import_trace.command)
 app.command("simulate")(simulate.command)
 app.command("bench")(bench.command)
 app.command("evaluate")(evaluate.command)

@@ -1,0 +1,54 @@
+"""`melinoe import-trace`: traces and statistics that other tools wrote."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from melinoe.cli import options
+
+
+def command(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A table (.csv, .parquet; docs/traces.md), SGLang's expert distribution record "
+            "(.pt), or llama.cpp's importance matrix (.gguf)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write: a trace, or statistics (.json).")],
+    format: Annotated[
+        str, typer.Option(help="auto (by the name's end), table, sglang or llama.cpp.")
+    ] = "auto",
+    statistics: Annotated[
+        bool, typer.Option(help="Write how often each expert was chosen, without the order.")
+    ] = False,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts of each layer, where the file does not say.", min=1)
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model's name, for people.")] = "",
+) -> None:
+    """Make a trace, or statistics of use, from what another tool recorded."""
+    from melinoe.cache.statistics import save_statistics
+    from melinoe.errors import OutputExistsError, TraceError
+    from melinoe.foreign import FORMATS, read_foreign
+
+    if format not in FORMATS:
+        raise typer.BadParameter(
+            f"{format!r} is not one of {', '.join(FORMATS)}", param_hint="--format"
+        )
+    if out.exists():
+        raise OutputExistsError(f"{out} exists; name another file, or remove it first")
+    found = read_foreign(file, format, num_experts=num_experts, model=model)
+    layers, experts = found.counts.shape
+    if statistics:
+        save_statistics(out, found.counts, model=model, note=f"imported from {file.name}")
+        options.say(f"statistics of {layers} layers of {experts} experts -> {out}")
+        return
+    if found.trace is None:
+        raise TraceError(
+            f"{file} counts how often each expert was used, but not in which order, so it is no "
+            "trace; import it with --statistics, for the policy static and --prefetch popular"
+        )
+    found.trace.save(out)
+    options.say(f"{found.trace.num_sequences} prompts, {len(found.trace)} tokens -> {out}")

@@ -1,0 +1,127 @@
+"""
+llama.cpp's importance matrix in GGUF (``llama-imatrix --output-format gguf``, the default since
+mid-2025): beside the activations it counts how often each expert was used.
+
+A tensor of experts, such as ``blk.3.ffn_down_exps.weight``, has a companion ``...counts``,
+float32, one number per expert: tokens x choices that were routed there. That is popularity on the
+calibration text, and no trace: llama.cpp writes no order. The older ``.dat`` form has one number
+per tensor, not per expert, and is refused.
+"""
+
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from melinoe.errors import TraceError
+
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_\w*exps\.weight\.counts")
+# GGUF's types of metadata values by number, and how many bytes each takes.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY, _FLOAT32 = 8, 9, 0
+_LONGEST = 1 << 30
+
+
+def read_imatrix(path: str | os.PathLike) -> np.ndarray:
+    """
+    Read how often each expert was used.
+
+    Returns:
+        Counts, float64 (layers, num_experts); dense layers are left out.
+
+    Raises:
+        TraceError: another file, a torn one, the old form, or a model without experts.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            tensors, start = _header(path, file)
+            counts: dict[int, np.ndarray] = {}
+            for name, (kind, shape, offset) in tensors.items():
+                match = _EXPERTS.fullmatch(name)
+                if match is None or int(match[1]) in counts:
+                    continue
+                if kind != _FLOAT32:
+                    raise ValueError(f"{name} is not float32")
+                file.seek(start + offset)
+                number = int(np.prod(shape))
+                counts[int(match[1])] = np.frombuffer(_take(file, 4 * number), "<f4")
+            rows = [counts[layer] for layer in sorted(counts)]
+            if not rows:
+                raise TraceError(
+                    f"the importance matrix {path} counts no experts; make it from an MoE model"
+                )
+            return np.stack(rows).astype(np.float64)
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror}; check the path") from error
+    except (ValueError, struct.error, OverflowError) as error:
+        raise TraceError(
+            f"{path} is a torn GGUF file, or none that is known ({error}); make it again"
+        ) from error
+
+
+def _take(file: BinaryIO, size: int) -> bytes:
+    if not 0 <= size <= _LONGEST:
+        raise ValueError(f"it asks for {size} bytes at once")
+    blob = file.read(size)
+    if len(blob) < size:
+        raise ValueError("it ends too early")
+    return blob
+
+
+def _number(file: BinaryIO, code: str) -> Any:
+    return struct.unpack("<" + code, _take(file, struct.calcsize(code)))[0]
+
+
+def _text(file: BinaryIO) -> str:
+    return _take(file, _number(file, "Q")).decode("utf-8", "replace")
+
+
+def _header(
+    path: str | os.PathLike, file: BinaryIO
+) -> tuple[dict[str, tuple[int, tuple[int, ...], int]], int]:
+    """Type, shape and offset of each tensor by name, and where their data begin."""
+    if file.read(4) != b"GGUF":
+        raise TraceError(
+            f"{path} is no GGUF file; the older .dat form does not count experts, so write "
+            "it with `llama-imatrix --output-format gguf`"
+        )
+    version = _number(file, "I")
+    if version not in (2, 3):
+        raise ValueError(f"GGUF version {version}")
+    tensor_count, entry_count = _number(file, "Q"), _number(file, "Q")
+    if max(tensor_count, entry_count) > 1 << 20:
+        raise ValueError("more entries than any model has")
+    metadata = {_text(file): _value(file, _number(file, "I")) for _ in range(entry_count)}
+    kind = metadata.get("general.type")
+    if kind != "imatrix":
+        raise TraceError(
+            f"{path} is a GGUF file of type {kind!r}, not an importance matrix; make one with "
+            "llama-imatrix"
+        )
+    tensors = {}
+    for _ in range(tensor_count):
+        name = _text(file)
+        shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))
+        tensors[name] = (_number(file, "I"), shape, _number(file, "Q"))
+    alignment = metadata.get("general.alignment") or 32
+    return tensors, -(-file.tell() // alignment) * alignment
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    """One value of the metadata; only texts and the alignment are kept."""
+    if kind == _STRING:
+        return _text(file)
+    if kind == _ARRAY:
+        inner, count = _number(file, "I"), _number(file, "Q")
+        if count > 1 << 24:
+            raise ValueError("an array longer than any file's")
+        for _ in range(count):
+            _value(file, inner)
+        return None
+    if kind not in _SIZES:
+        raise ValueError(f"unknown type {kind}")
+    blob = _take(file, _SIZES[kind])
+    return int.from_bytes(blob, "little") if kind == 4 else None

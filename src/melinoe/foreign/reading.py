@@ -1,0 +1,83 @@
+"""Read whatever was written elsewhere: a trace if it has the order, else statistics."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from melinoe.cache.locality import popularity
+from melinoe.cache.trace import Trace
+from melinoe.errors import TraceError
+
+FORMATS = ("auto", "table", "sglang", "llama.cpp")
+_BY_SUFFIX = {".csv": "table", ".parquet": "table", ".pt": "sglang", ".gguf": "llama.cpp"}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """
+    What a file held.
+
+    Attributes:
+        format: One of `FORMATS`.
+        trace: None where the file has no order.
+        counts: Choices, float64 (layers, num_experts).
+    """
+
+    format: str
+    trace: Trace | None
+    counts: np.ndarray
+
+
+def read_foreign(
+    path: str | os.PathLike,
+    format: str = "auto",
+    *,
+    num_experts: int | None = None,
+    model: str = "",
+) -> Imported:
+    """
+    Read a file of another tool; which forms, `melinoe.foreign`'s modules say.
+
+    Args:
+        path: The file.
+        format: One of `FORMATS`; ``auto`` goes by the suffix.
+        num_experts: Experts of each layer, where the file does not say.
+        model: For people.
+
+    Raises:
+        TraceError: an unknown suffix, an unreadable file, or no number of experts for a table.
+        ValueError: an unknown format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if not Path(path).is_file():
+        raise TraceError(f"{path} is no file; check the path")
+    if format == "auto":
+        if Path(path).suffix not in _BY_SUFFIX:
+            raise TraceError(
+                f"what {path} is cannot be told from its name; say which with --format, "
+                f"{' or '.join(FORMATS[1:])}"
+            )
+        format = _BY_SUFFIX[Path(path).suffix]
+    found: Trace | np.ndarray
+    if format == "table":
+        from melinoe.foreign.tables import read_table
+
+        if num_experts is None:
+            raise TraceError(
+                f"the table {path} does not say how many experts a layer has; give --num-experts"
+            )
+        found = read_table(path, num_experts, model)
+    elif format == "sglang":
+        from melinoe.foreign.sglang import read_sglang
+
+        found = read_sglang(path, num_experts, model)
+    else:
+        from melinoe.foreign.llamacpp import read_imatrix
+
+        found = read_imatrix(path)
+    if isinstance(found, Trace):
+        return Imported(format, found, popularity(found).astype(np.float64))
+    return Imported(format, None, found)
