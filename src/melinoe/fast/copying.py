@@ -35,6 +35,7 @@ def _copy(
     WORD: tl.constexpr,
     WORDS: tl.constexpr,
     VECTOR: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
     programs = tl.num_programs(0)
     items = tl.load(num_loads_ptr) * num_chunks
@@ -49,11 +50,8 @@ def _copy(
         count = tl.multiple_of(tl.load(chunk + 3).to(tl.int32), VECTOR)
         offsets = tl.arange(0, WORDS)
         inside = offsets < count
-        size: tl.constexpr = WORD.primitive_bitwidth // 8
-        from_ptr = source.to(tl.pointer_type(WORD), bitcast=True) + offsets
-        to_ptr = target.to(tl.pointer_type(WORD), bitcast=True) + offsets
-        from_ptr = tl.multiple_of(from_ptr, VECTOR * size)
-        to_ptr = tl.multiple_of(to_ptr, VECTOR * size)
+        from_ptr = tl.multiple_of(source.to(tl.pointer_type(WORD)) + offsets, BYTES)
+        to_ptr = tl.multiple_of(target.to(tl.pointer_type(WORD)) + offsets, BYTES)
         tl.store(to_ptr, tl.load(from_ptr, mask=inside), mask=inside)
 
 
@@ -130,6 +128,7 @@ class CopyPlan:
             WORD=self._word,
             WORDS=self._words,
             VECTOR=self._vector,
+            BYTES=self._vector * self._size,
             num_warps=4,
         )
 

@@ -28,8 +28,8 @@ _TYPES = {
 
 
 @triton.jit
-def _narrow(value, TYPE: tl.constexpr):
-    if tl.bfloat16 == TYPE:
+def _narrow(value, TYPE: tl.constexpr, BF16: tl.constexpr):
+    if BF16:
         # To the nearest, ties to even, in integers: the interpreter's own cast rounds otherwise.
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -47,6 +47,7 @@ def _expand(
     num_loads_ptr,
     num_chunks,
     TYPE: tl.constexpr,
+    BF16: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -61,19 +62,19 @@ def _expand(
         source = block + tl.load(chunk + 1)
         target = tl.load(chunk + 3) + slot * tl.load(chunk + 4)
         count = tl.load(chunk + 5).to(tl.int32)
-        to_ptr = target.to(tl.pointer_type(TYPE), bitcast=True)
+        to_ptr = target.to(tl.pointer_type(TYPE))
         if tl.load(chunk) == 0:
             offsets = tl.arange(0, GROUPS * 64)
-            raw_ptr = source.to(tl.pointer_type(TYPE), bitcast=True)
+            raw_ptr = source.to(tl.pointer_type(TYPE))
             raw = tl.load(raw_ptr + offsets, mask=offsets < count)
             tl.store(to_ptr + offsets, raw, mask=offsets < count)
         else:
             inside = group < count
-            half_ptr = (block + tl.load(chunk + 2)).to(tl.pointer_type(tl.float16), bitcast=True)
+            half_ptr = (block + tl.load(chunk + 2)).to(tl.pointer_type(tl.float16))
             scale = tl.load(half_ptr + 2 * group, mask=inside, other=0.0).to(tl.float32)[:, None]
             least = tl.load(half_ptr + 2 * group + 1, mask=inside, other=0.0)
             least = least.to(tl.float32)[:, None]
-            code_ptr = source.to(tl.pointer_type(tl.uint8), bitcast=True)
+            code_ptr = source.to(tl.pointer_type(tl.uint8))
             if BITS == 8:
                 column = tl.arange(0, 64)[None, :]
                 at = group[:, None] * 64 + column
@@ -81,7 +82,7 @@ def _expand(
                 code = tl.load(from_ptr, mask=inside[:, None], other=0)
                 value = code.to(tl.float32) * scale + least
                 into = tl.multiple_of(to_ptr + at, (1, 16))
-                tl.store(into, _narrow(value, TYPE), mask=inside[:, None])
+                tl.store(into, _narrow(value, TYPE, BF16), mask=inside[:, None])
             else:
                 # A byte holds two weights that lie 32 apart, so that both halves are written wide.
                 column = tl.arange(0, 32)[None, :]
@@ -90,8 +91,8 @@ def _expand(
                 low = (code & 15).to(tl.float32) * scale + least
                 high = (code >> 4).to(tl.float32) * scale + least
                 into = tl.multiple_of(to_ptr + group[:, None] * 64 + column, (1, 16))
-                tl.store(into, _narrow(low, TYPE), mask=inside[:, None])
-                tl.store(into + 32, _narrow(high, TYPE), mask=inside[:, None])
+                tl.store(into, _narrow(low, TYPE, BF16), mask=inside[:, None])
+                tl.store(into + 32, _narrow(high, TYPE, BF16), mask=inside[:, None])
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class ExpandPlan:
             num_loads,
             self._chunks.shape[0],
             TYPE=self._type,
+            BF16=self._type == tl.bfloat16,
             BITS=self._bits,
             GROUPS=self._groups,
             num_warps=4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -98,9 +99,10 @@ class FastExperts:
             return torch.zeros_like(hidden_states)
         self._passes.enter(self._index, top_k_index)
         try:
-            if self._passes.mode == DEVICE:
-                return self._on_device(hidden_states, top_k_index, top_k_weights)
-            return self._with_host(hidden_states, top_k_index, top_k_weights)
+            with self._where():
+                if self._passes.mode == DEVICE:
+                    return self._on_device(hidden_states, top_k_index, top_k_weights)
+                return self._with_host(hidden_states, top_k_index, top_k_weights)
         except BaseException:
             if not _capturing(self._device):  # capturing runs nothing, so nothing is half done
                 self._who.reset()  # what was planned may not have been copied: trust no slot
@@ -123,6 +125,10 @@ class FastExperts:
         self._who.push(self._index)
 
     # --- inner ----------------------------------------------------------------------------------
+
+    def _where(self) -> AbstractContextManager[None]:
+        """Triton launches on the current device, which with several GPUs may be another."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Nothing here depends on what a tensor holds, so all of it can be captured."""

@@ -1,0 +1,46 @@
+"""The GPU benchmark runs from end to end without a GPU, on tiny shapes, through the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "fast_engine.py"
+
+
+def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
+    """All engines on one drawn routing, whose loads the engines must count; JSON at the end."""
+    out = tmp_path / "result.json"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == record["benchmark"]
+    assert record["dry_run"] is True and "drawn" in record["routing"]
+    assert {"copy_engine", "kernel_reads", "device"} <= record["bandwidth_bytes_per_s"].keys()
+    rows = record["result"]
+    engines = {row["engine"] for row in rows if row["section"] == "decode"}
+    assert engines == {
+        "fast",
+        "fast, all resident",
+        "reference",
+        "transformers, eager",
+        "transformers, in our graph",
+        "transformers, static cache and compile",
+        "accelerate, experts on the CPU",
+    }
+    assert {row["experts"] for row in rows if row["section"] == "split"} == {"bf16", "int8", "int4"}
+    assert {row["section"] for row in rows} == {"decode", "prefill", "split"}
+    forced = [row for row in rows if row.get("miss_rate") == 0.5 and row["engine"] == "fast"]
+    # Two layers, two choices a token, half of them missing: two loads a step in the mean.
+    assert all(0 < row["loads_per_step"] <= 4 for row in forced) and len(forced) == 4
+    assert len(record["goals"]) == 6
+    assert all(goal["met"] in (True, False, None) for goal in record["goals"])
+    assert [one["reason"] for one in record["not_measured"]] == ["moe-policylang is not installed"]
