@@ -30,13 +30,16 @@ from pathlib import Path
 import numpy as np
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.policy import policy, policy_names
+from melinoe.cache.policy import policy
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.measure import machine, write_json
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
+# Rules with slots per layer; least-stale decides for all layers at once, which is another question.
+POLICIES = ("lru", "lfu", "lfru", "score", "static", "belady")
+SCORES = [1 / TOP_K] * TOP_K
 WARM_UP, ROUNDS = 200, 2000
 # Experts 0 to 6 are in every request with a miss, and each of 16 to 63 misses once.
 MISSES = [[*range(TOP_K - 1), expert] for expert in range(SLOTS, EXPERTS)]
@@ -49,9 +52,12 @@ def hits() -> list[list[int]]:
 
 def fresh(name: str, requests: list[list[int]]) -> Residency:
     first = list(range(SLOTS))
-    options = {"future": [first, *requests]} if name == "belady" else {}
-    residency = Residency(EXPERTS, SLOTS, policy(name, **options))
-    residency.request(first)
+    options = {
+        "belady": {"future": [first, *requests]},
+        "static": {"popularity": range(EXPERTS, 0, -1)},
+    }
+    residency = Residency(EXPERTS, SLOTS, policy(name, **options.get(name, {})))
+    residency.request(first, None, [1 / SLOTS] * SLOTS)
     return residency
 
 
@@ -85,38 +91,44 @@ def look_up(resident: dict[int, int], requests: list[list[int]]) -> None:
 
 def decide(residency: Residency, requests: list[list[int]]) -> int:
     request, loads = residency.request, 0
+    scores = SCORES if residency.policy.uses_scores else None
     for experts in requests:
-        loads += len(request(experts).loads)
+        loads += len(request(experts, None, scores).loads)
     return loads
 
 
 def decide_and_count(residency: Residency, requests: list[list[int]]) -> int:
     counters, uses = Counters(LAYERS), [1] * TOP_K
     counters.begin_forward("completion", 1)
+    scores = SCORES if residency.policy.uses_scores else None
     for experts in requests:
-        plans = tuple(residency.plans(experts, uses))
+        plans = tuple(residency.plans(experts, uses, scores))
         counters.add_plans(0, experts, uses, plans)
     return int(counters.loads.sum())
 
 
 def replay() -> dict[str, dict[str, float]]:
-    """Layer requests a second over skewed random choices: 8 prompts of 64 tokens, 64 new ones."""
+    """
+    Layer requests a second over skewed random choices: 8 prompts of 64 tokens, 64 new ones.
+
+    Through the runtime's own class; `benchmarks/simulate.py` times the compiled rules.
+    """
     rng = np.random.default_rng(0)
     builder = TraceBuilder(LAYERS, EXPERTS, TOP_K)
     for sequence in range(8):
         taste = rng.normal(0, 2.5, (LAYERS, EXPERTS))
         noisy = taste + rng.gumbel(size=(128, LAYERS, EXPERTS))
         chosen = np.argsort(-noisy, axis=-1)[..., :TOP_K]
-        builder.add_forward(chosen[:64], sequence, 0)
+        builder.add_forward(chosen[:64], sequence, 0, 1 / TOP_K)
         for token in range(64, 128):
-            builder.add_forward(chosen[token : token + 1], sequence, 1)
+            builder.add_forward(chosen[token : token + 1], sequence, 1, 1 / TOP_K)
     trace = builder.trace()
     result = {}
-    for name in policy_names():
+    for name in POLICIES:
         rates = []
         for _ in range(9):
             start = time.process_time()
-            counters = simulate(trace, SLOTS, name).counters
+            counters = simulate(trace, SLOTS, name, engine="residency").counters
             rates.append(float(counters.requests.sum()) / (time.process_time() - start))
         rates = sorted(rates[2:])
         result[name] = {
@@ -138,7 +150,7 @@ def main() -> None:
     floor = time_us(look_up, lambda: dict.fromkeys(range(SLOTS), 0), all_hits, 0)
     print(f"floor: 8 look-ups {floor['median']:6.2f} us", file=sys.stderr)
     micros: dict[str, dict[str, dict[str, float]]] = {}
-    for name in policy_names():
+    for name in POLICIES:
         micros[name] = {}
         for case, requests, misses, act in (
             ("all_hits", all_hits, 0, decide),
