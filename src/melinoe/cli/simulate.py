@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from melinoe.cache.simulation import Simulation
     from melinoe.cache.trace import Trace
 
+# Tokens of a segment, in the published measures 2 to 256; ours are as long as an answer.
+SEGMENTS = (4, 16)
+
 
 def command(
     trace: Annotated[Path, typer.Argument(help="A trace file written by `melinoe trace`.")],
@@ -51,6 +54,10 @@ def command(
     ] = None,
     curve: Annotated[
         bool, typer.Option(help="Print the miss rate of every number of slots instead.")
+    ] = False,
+    locality: Annotated[
+        bool,
+        typer.Option(help="Print what no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."),
     ] = False,
     prefetch: Annotated[
         str,
@@ -118,6 +125,8 @@ def command(
     popular = simulate_inputs.read_popularity(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
     own = simulate_inputs.read_policy_options(policy_option, names)
+    if locality:
+        return _print_locality(loaded, as_json)
     if curve:
         return _print_curve(loaded, names, own, popular, cold, as_json)
     sizes = [
@@ -281,3 +290,33 @@ def _print_curve(
         options.show_json(rows)
         return
     options.show_table("miss rate of the completion, by slots in each layer", rows)
+
+
+def _print_locality(trace: Trace, as_json: bool) -> None:
+    import numpy as np
+
+    from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
+    from melinoe.cache.segments import sch, srp
+    from melinoe.errors import MelinoeError
+
+    def mean(values: np.ndarray) -> float | None:
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if known.size else None
+
+    values: dict[str, Any] = {
+        "experts_per_sequence": mean(experts_per_sequence(trace)),
+        "reuse": mean(reuse(trace)),
+        "distinct_experts": float(distinct_experts(trace).mean()),
+    }
+    for m in SEGMENTS:
+        try:
+            values[f"srp({m})"] = srp(trace, m)
+            values[f"sch({m}, 2)"] = sch(trace, m, min(2, trace.num_experts / trace.top_k))
+        except MelinoeError:  # no sequence is that long, or none has a completion
+            values[f"srp({m})"] = values[f"sch({m}, 2)"] = None
+    if as_json:
+        options.show_json(values)
+        return
+    options.show_table(
+        "locality of the completions", [{"measure": k, "value": v} for k, v in values.items()]
+    )
