@@ -11,7 +11,7 @@ from forked import finetuned, run
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from melinoe.data import load_examples
-from melinoe.errors import TrainingError
+from melinoe.errors import InterruptedRunError, TrainingError
 
 # Four rows a step, however they are shared out; 11 examples leave the last of 3 steps incomplete.
 ALONE = {"epochs": 1.0, "steps": None, "batch_size": 4, "lambda_reuse": 0.1, "log_every": 1}
@@ -117,6 +117,29 @@ def test_a_bad_loss_on_one_process_skips_the_step_on_both(place):
     assert [row.get("skipped_steps") for row in log_of(place, "out")] == [None, 1, 1, None]
     assert (place / "log-0").read_text().count("step 1 is skipped") == 1
     assert (place / "log-1").read_text() == ""
+
+
+class AskedOnOne(TrainerCallback):
+    """A scheduler's SIGTERM reaches the second process alone."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_request_to_stop_that_reaches_one_process_stops_both(place):
+    """They agree after the step, keep one checkpoint, and go on from it to the same curve."""
+    finetuned(place, "one", **ALONE)
+
+    def train():
+        with pytest.raises(InterruptedRunError, match=r"after step 2 of 3.*--resume"):
+            finetuned(place, "cut", callbacks=[AskedOnOne()], **SHARED | {"save_every": None})
+
+    assert run(train, processes=2) == [0, 0]
+    assert [path.name for path in (place / "cut.checkpoints").iterdir()] == ["step-000002"]
+    assert run(lambda: finetuned(place, "cut", resume=True, **SHARED), processes=2) == [0, 0]
+    for ours, theirs in zip(log_of(place, "cut"), log_of(place, "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-7)
 
 
 def test_sharding_that_accelerate_will_not_do_is_refused(place):

@@ -28,8 +28,14 @@ def rows_and_passes(family, **changes):
     return rows, count.passes
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next"])
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2, "cache_gradient": True}])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("olmoe", {"gradient_accumulation": 2, "cache_gradient": True}),
+        ("gpt_oss", {}),
+        ("qwen3_next", {}),
+    ],
+)
 def test_recomputing_activations_changes_no_term_and_no_gradient(family, changes):
     """
     The layers run twice as often, and every row is the same.
