@@ -43,4 +43,4 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
     assert all(0 < row["loads_per_step"] <= 4 for row in forced) and len(forced) == 4
     assert len(record["goals"]) == 6
     assert all(goal["met"] in (True, False, None) for goal in record["goals"])
-    assert [one["reason"] for one in record["not_measured"]] == ["moe-policylang is not installed"]
+    assert all("moe-policylang" in one["section"] for one in record["not_measured"])

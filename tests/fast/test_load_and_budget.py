@@ -282,3 +282,29 @@ def test_load_takes_its_slots_from_the_budget(saved):
             melinoe.load(path, engine="fast", **options)
     with pytest.raises(BudgetError, match="or more"):
         melinoe.load(path, engine="fast", gpu_memory="1MiB")
+
+
+def test_the_command_line_serves_with_the_fast_engine():
+    """generate --engine fast gives the reference engine's text; codes and budgets are heard."""
+    import json
+
+    from typer.testing import CliRunner
+
+    from melinoe.cli.app import app
+
+    said = []
+    for extra in (
+        ["--slots", "32"],
+        ["--engine", "fast", "--slots", "32"],
+        ["--engine", "fast", "--gpu-memory", "2GiB", "--context", "64", "--compression", "int8"],
+    ):
+        done = CliRunner().invoke(
+            app, ["generate", "tiny", "Once", "--max-new-tokens", "3", "--json", "--device", "cpu",
+                  *extra],
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        said.append(json.loads(done.stdout))
+    assert said[0]["text"] == said[1]["text"]
+    assert said[2]["slots"] == 32
+    refused = CliRunner().invoke(app, ["generate", "tiny", "Once", "--compression", "int8"])
+    assert refused.exit_code != 0

@@ -33,6 +33,10 @@ def command(
         float, typer.Option(help="Above 0: sample; 0: the likeliest token.", min=0.0)
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    engine: options.Engine = "reference",
+    compression: options.Compression = None,
+    gpu_memory: options.GpuMemory = None,
+    context: options.Context = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -54,8 +58,9 @@ def command(
     guess = Predictor.load(predictor) if predictor else None
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded, handle, tokenizer = options.open_model(
-        model, device, dtype, slots, expert_memory, policy, store
-    )
+        model, device, dtype, slots, expert_memory, policy, store, engine,
+        compression=compression, gpu_memory=gpu_memory, context=context,
+    )  # fmt: skip
     options.choose(handle, choice, choice_strength, choice_keep)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}

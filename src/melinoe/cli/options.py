@@ -41,6 +41,31 @@ ChoiceStrength = Annotated[
 ChoiceKeep = Annotated[
     int, typer.Option(help="The router's first so many choices of a token always stay.", min=0)
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="reference: runs everywhere; fast: needs a GPU and pinned memory for all experts, and "
+        "never asks the host in a decode step; auto: fast where it can run."
+    ),
+]
+Compression = Annotated[
+    str | None,
+    typer.Option(
+        help="With the fast engine: keep experts as int8 or int4 codes. Changes what the model "
+        "says."
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="With the fast engine, instead of --slots: a budget for everything on the GPU, as in "
+        "8GiB."
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a text that --gpu-memory is to hold. Default: 2048.", min=1),
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -136,6 +161,7 @@ def open_model(
     expert_memory: str | None,
     policy: str,
     store: str,
+    engine: str = "reference",
     **more: Any,
 ) -> tuple[Any, Any, Any]:
     """A model with few resident experts, its handle and its tokenizer; a quarter if not told."""
@@ -143,7 +169,7 @@ def open_model(
 
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.runtime.load import load
+    from melinoe.engine import load
 
     wanted = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
@@ -152,7 +178,7 @@ def open_model(
         )
     quiet()
     path = resolve(model)
-    if slots is None and expert_memory is None:
+    if slots is None and expert_memory is None and more.get("gpu_memory") is None:
         about = describe(path)
         slots = experts_in_share(ServeSettings().slots, about.num_experts)
     loaded, handle = load(
@@ -162,7 +188,9 @@ def open_model(
         slots=slots,
         expert_memory=expert_memory,
         policy=policy,
-        store=store,
+        engine=engine,
+        # Only the reference engine has a choice of stores; "auto" is no choice.
+        store=None if engine != "reference" and store == "auto" else store,
         **more,
     )
     return loaded, handle, load_tokenizer(path, loaded.config)
