@@ -46,6 +46,8 @@ def test_choices_equal_a_slow_loop(kind, strength, keep):
     """Random logits and caches, one token at a time, over and over."""
     generator = torch.Generator().manual_seed(3)
     choice = CacheAwareChoice(ChoiceSettings(kind, strength, keep), 12)
+    earlier = torch.randn(8, 12, generator=generator)
+    choice.observe(earlier, *router(earlier, 4))
     spread = None
     for _ in range(60):
         z = torch.randn(1, 12, generator=generator) * 2
@@ -99,6 +101,9 @@ def test_a_token_that_skips_an_expert_is_left_alone():
     choice = CacheAwareChoice(ChoiceSettings("cache-prior", 50.0, keep=0), 4)
     resident = torch.zeros(4, dtype=torch.bool)
     resident[int(torch.tensor([e for e in range(4) if e not in index[1].tolist()])[0])] = True
+    earlier = torch.arange(10.0).reshape(2, 5).sin()
+    chosen = earlier[:, :4].topk(2, dim=-1).indices
+    choice.observe(earlier, chosen, earlier.softmax(-1).gather(-1, chosen))
     got, _ = choice(z, index, weights, resident)
     assert got[0].tolist() == index[0].tolist()
     assert got[1].tolist() != index[1].tolist()
@@ -147,3 +152,66 @@ def test_settings_that_mean_nothing_are_refused(wrong):
     """One sentence with the way out."""
     with pytest.raises(AttachError):
         ChoiceSettings(*wrong)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_single_tokens_get_the_weights_of_the_rule_too(name):
+    """One token fits several rules exactly; what an earlier pass showed decides between them."""
+    function, normalised, scale = RULES[name]
+    rule = Weighting(function, normalised, scale)
+    generator = torch.Generator().manual_seed(5)
+    choice = CacheAwareChoice(ChoiceSettings("cache-prior", 0.5, keep=1), 12)
+    changed = 0
+    for _ in range(40):
+        z = torch.randn(1, 12, generator=generator) * 2
+        index = z.topk(4, dim=-1).indices
+        resident = torch.rand(12, generator=generator) < 0.4
+        got, given = choice(z, index, rule.weights(z, index), resident)
+        changed += int((got != index).sum())
+        assert given[0].tolist() == pytest.approx(rule.weights(z, got)[0].tolist(), rel=1e-4)
+    assert changed > 20
+
+
+def test_one_choice_of_one_token_is_told_from_later_tokens():
+    """Top-1 by a sigmoid: with one token every rule fits, so nothing is changed on one alone."""
+    rule = Weighting("sigmoid", False, 1.0)
+    choice = CacheAwareChoice(ChoiceSettings("cache-prior", 5.0, keep=0), 3)
+    resident = torch.tensor([False, False, True])
+    for number, z in enumerate(([[2.0, 1.0, 0.5]], [[0.3, 1.5, 0.1]], [[1.0, 0.2, -1.0]])):
+        logits = torch.tensor(z)
+        index = logits.topk(1, dim=-1).indices
+        got, given = choice(logits, index, rule.weights(logits, index), resident)
+        assert got.tolist() == (index.tolist() if number == 0 else [[2]])
+        assert torch.allclose(given, rule.weights(logits, got))
+
+
+@pytest.mark.parametrize("kind", ["cache-prior", "reroute"])
+def test_a_correction_bias_stays_where_the_cache_has_nothing_to_add(kind):
+    """The router prefers expert 0 by its bias; with all or none resident nothing is to be gained."""
+    bias = torch.tensor([6.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    z = torch.tensor([[-2.0, 1.0, 0.5, 2.0, -1.0, 0.0]])
+    index = (z + bias).topk(2, dim=-1).indices
+    assert index.tolist() == [[0, 3]]
+    rule = Weighting("sigmoid", True, 1.0)
+    earlier = torch.arange(24.0).reshape(4, 6).sin()
+    for resident in (torch.ones(6), torch.zeros(6), torch.tensor([1.0, 1, 0, 1, 0, 0])):
+        choice = CacheAwareChoice(ChoiceSettings(kind, 0.4, keep=0), 6)
+        chosen = earlier.topk(2, dim=-1).indices
+        choice.observe(earlier, chosen, rule.weights(earlier, chosen))
+        got, _ = choice(z, index, rule.weights(z, index), resident.bool())
+        assert got.tolist() == index.tolist()
+
+
+def test_the_spread_is_a_mean_over_tokens_however_they_are_batched():
+    """Five tokens of spread 2 after one of spread 1 weigh as much in one pass as in five."""
+    first, later = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    spreads = []
+    for passes in ([later] * 5, [later.repeat(5, 1)]):
+        choice = CacheAwareChoice(ChoiceSettings("cache-prior", 0.1), 2)
+        choice.observe(later, *router(later, 1))
+        for z in [first, *passes]:
+            index, weights = router(z, 1)
+            choice(z, index, weights, torch.ones(2, dtype=torch.bool))
+        spreads.append(choice._spread)
+    assert spreads[0] == pytest.approx(spreads[1])
+    assert spreads[0] == pytest.approx(2 - 0.99**5)

@@ -142,3 +142,52 @@ def test_a_router_of_an_unknown_rule_is_refused_by_the_first_pass():
     with pytest.raises(UnsupportedModelError, match="exact"):
         text(model)
     assert handle.counters.tokens[PROMPT] >= 0
+
+
+def test_a_text_after_a_reset_is_decoded_as_if_it_came_first():
+    """What another text's logits were like has no say in it: the same experts run again."""
+    model = tiny_model()
+    handle = attach(model, slots=3)
+    handle.choose(STRONG)
+    chosen = []
+    for number in range(3):
+        handle.reset_cache()
+        if number == 2:  # a text in between, with logits far wider apart
+            gates = [layer.mlp.gate.weight for layer in model.model.layers]
+            with torch.no_grad():
+                for gate in gates:
+                    gate.mul_(8)
+                text(model, 40)
+                for gate in gates:
+                    gate.div_(8)
+            handle.reset_cache()
+        with handle.record() as recorder:
+            text(model)
+        chosen.append(recorder.trace().experts.tolist())
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+def test_left_padding_changes_no_row_of_a_batch_of_one_text():
+    """Two prompts of unlike length decode together: each row's loads and shapes stay in order."""
+    model = tiny_model()
+    handle = attach(model, slots=3)
+    handle.choose(STRONG)
+    ids = torch.tensor([[0, 0, 3, 4, 5], [9, 8, 7, 6, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with handle.record() as recorder, torch.no_grad():
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    trace = recorder.trace()
+    assert (trace.kind == 2).sum() == 2
+    assert handle.changed_choices > 0
+    assert simulate(trace, 3, "lru").counters == handle.counters
+
+
+def test_experts_that_run_without_their_router_are_refused():
+    """Nothing tells what the router thought of these tokens, so nothing is passed over in silence."""
+    model = tiny_model()
+    handle = attach(model, slots=3)
+    handle.choose(STRONG)
+    experts = model.model.layers[0].mlp.experts
+    hidden = torch.zeros(1, model.config.hidden_size)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="same tokens"):
+        experts(hidden, torch.tensor([[0, 1]]), torch.ones(1, 2) / 2)

@@ -6,14 +6,19 @@ perplexity must be measured beside what it saves. Only decoding is touched: a pr
 nearly all experts anyway, and its experts are loaded once.
 
     cache-prior   rank experts by z + strength * spread * resident, where z are the router's logits
-                  and spread is the running mean of max(z) - min(z) in that layer; the first *keep*
-                  choices of the router stay. Source: arXiv:2412.00099.
+                  and spread is the running mean of max(z) - min(z) in that layer, over decoded
+                  tokens; the first *keep* choices of the router stay. Source: arXiv:2412.00099.
     reroute       a missing choice is replaced by the most probable resident expert not chosen yet
                   whose probability is at least (1 - strength) times that of the token's first
                   choice; the first *keep* choices stay. Source: arXiv:2608.18261.
 
+Whatever the kind, a resident expert takes a missing one's place or nothing happens. Where a
+router chooses by more than its logits (correction biases, groups), the cache prior counts an
+expert that it did not choose for hardly more than the least of those it did.
+
 Weights of a changed choice follow the router's own rule on the unchanged logits (see `weighting`);
-a token whose choice stays keeps its weights bit for bit.
+a token whose choice stays keeps its weights bit for bit. The rule is read off the tokens that pass
+by, the prompt's included; until two have, nothing is changed, since one alone fits several rules.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from melinoe.moe.weighting import Weighting, find_weighting
 
 KINDS = ("exact", "cache-prior", "reroute")
 _MEMORY = 0.99  # of the running mean of the logits' spread, per token
+_EVIDENCE = 64  # tokens that the rule of the weights is read off
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,21 @@ class CacheAwareChoice:
         self.weighting: Weighting | None = None
         self.changed = 0  # choices replaced so far
         self._spread: float | None = None
+        self._evidence: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        """Forget the spread of earlier tokens, so that a text is decoded as if it came first."""
+        self._spread = None
+
+    def observe(self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """
+        See what a router gave its choices, and change nothing; arguments as for the call.
+
+        Raises:
+            UnsupportedModelError: the router's weights follow no known rule.
+        """
+        some = (logits[:_EVIDENCE], top_k_index[:_EVIDENCE], top_k_weights[:_EVIDENCE])
+        self._learn(*some, self._whole(some[1]))
 
     def __call__(
         self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, resident: Tensor
@@ -95,14 +116,10 @@ class CacheAwareChoice:
         Raises:
             UnsupportedModelError: the router's weights follow no known rule.
         """
-        whole = ((top_k_index >= 0) & (top_k_index < self.num_experts)).all(-1)
-        if not bool(whole.any()):
+        whole = self._whole(top_k_index)
+        known = self._learn(logits, top_k_index, top_k_weights, whole)
+        if known is None or not self.settings.strength:
             return top_k_index, top_k_weights
-        # Held against what the router gave, each time: a wrong rule must not go unseen.
-        if self.weighting is None or not self.weighting.gives(
-            logits[whole], top_k_index[whole], top_k_weights[whole]
-        ):
-            self.weighting = find_weighting(logits[whole], top_k_index[whole], top_k_weights[whole])
         scores = logits[:, : self.num_experts].float()
         if self.settings.kind == "cache-prior":
             wanted = self._prior(scores, top_k_index.clamp(0, self.num_experts - 1), resident)
@@ -115,36 +132,64 @@ class CacheAwareChoice:
             return top_k_index, top_k_weights
         index = torch.where(moved[:, None], index, top_k_index)
         self.changed += int((index != top_k_index).sum())
-        weights = self.weighting.weights(logits, index.clamp(0, logits.shape[-1] - 1))
+        weights = known.weights(logits, index.clamp(0, logits.shape[-1] - 1))
         weights = weights.to(top_k_weights.dtype)
         return index, torch.where(moved[:, None], weights, top_k_weights)
 
+    def _whole(self, top_k_index: Tensor) -> Tensor:
+        """Bool ``(tokens,)``: which tokens chose an expert in every place."""
+        return ((top_k_index >= 0) & (top_k_index < self.num_experts)).all(-1)
+
+    def _learn(
+        self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, whole: Tensor
+    ) -> Weighting | None:
+        """The rule of the weights, held against these tokens too; None where it is not known."""
+        if not bool(whole.any()):
+            return None
+        now = (logits[whole], top_k_index[whole], top_k_weights[whole])
+        # Held against what the router gave, each time: a wrong rule must not go unseen.
+        fits = self.weighting is not None and self.weighting.gives(*now)
+        before = self._evidence
+        if not fits or before is None or len(before[0]) < _EVIDENCE:
+            room = [one[:_EVIDENCE].detach().clone() for one in now]
+            seen = (
+                room if before is None else [torch.cat(p) for p in zip(before, room, strict=True)]
+            )
+            self._evidence = (seen[0], seen[1], seen[2])
+            if not fits and len(seen[0]) > 1:
+                self.weighting = find_weighting(*self._evidence)
+        return self.weighting
+
     def _prior(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
         spread = (scores.amax(-1) - scores.amin(-1)).mean().item()
-        before = self._spread
-        self._spread = spread if before is None else _MEMORY * before + (1 - _MEMORY) * spread
-        ranked = scores + self.settings.strength * self._spread * resident
-        ranked = ranked.scatter(-1, self._first(scores, chosen), float("inf"))
-        return ranked.topk(chosen.shape[-1], dim=-1).indices
+        memory = _MEMORY ** len(scores) if self._spread is not None else 0.0
+        self._spread = memory * (self._spread or 0.0) + (1 - memory) * spread
+        least = scores.gather(-1, chosen).amin(-1, keepdim=True)
+        gain = self.settings.strength * self._spread
+        # Above the least of the chosen, only the order counts: the router preferred that one.
+        over = (scores - least).clamp(min=0)
+        ranked = torch.where(resident, scores - 0.999 * over + gain, -float("inf"))
+        stays = self._stays(scores, chosen, resident)
+        kept = torch.where(stays, float("inf"), scores.gather(-1, chosen))
+        return ranked.scatter(-1, chosen, kept).topk(chosen.shape[-1], dim=-1).indices
 
     def _reroute(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
         p = scores.softmax(-1)
         top = p.gather(-1, chosen).amax(-1, keepdim=True)
         is_chosen = torch.zeros_like(p, dtype=torch.bool).scatter(-1, chosen, True)
         may_come = resident & ~is_chosen & (p >= (1 - self.settings.strength) * top)
-        stays = resident.expand_as(p).gather(-1, chosen)
-        first = self._first(scores, chosen)
-        stays = stays | (chosen[:, :, None] == first[:, None, :]).any(-1)
+        stays = self._stays(scores, chosen, resident)
         # Fixed order: those who stay; then newcomers by probability; then the missing ones.
         ranked = torch.where(may_come, 1 + p, -torch.ones_like(p))
         ranked = ranked.scatter(-1, chosen, torch.where(stays, 4.0, p.gather(-1, chosen)))
         return ranked.topk(chosen.shape[-1], dim=-1).indices
 
-    def _first(self, scores: Tensor, chosen: Tensor) -> Tensor:
-        """The *keep* most wanted of the chosen, by logit: ``(tokens, keep)``."""
+    def _stays(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
+        """Bool, as *chosen*: who is resident, or among the *keep* most wanted by logit."""
         keep = min(self.settings.keep, chosen.shape[-1])
-        best = scores.gather(-1, chosen).topk(keep, dim=-1).indices
-        return chosen.gather(-1, best)
+        first = chosen.gather(-1, scores.gather(-1, chosen).topk(keep, dim=-1).indices)
+        is_first = (chosen[:, :, None] == first[:, None, :]).any(-1)
+        return is_first | resident.expand_as(scores).gather(-1, chosen)
 
     @staticmethod
     def _in_place(before: Tensor, wanted: Tensor) -> Tensor:

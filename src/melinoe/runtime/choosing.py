@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION
+from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
 from melinoe.moe.dispatch import bind, unbind
 from melinoe.moe.routing import Router, find_routers
@@ -63,6 +64,11 @@ class Choosing:
         """Choices replaced so far, over all layers."""
         return sum(choice.changed for choice in self._choices)
 
+    def reset(self) -> None:
+        """Forget earlier texts: what follows is chosen as if it came first."""
+        for choice in self._choices:
+            choice.reset()
+
     def close(self) -> None:
         """Let the routers decide alone again."""
         self._undo.close()
@@ -80,9 +86,18 @@ def _insert(
     def compute(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         logits = seen.pop() if seen else None
         rows = top_k_index.shape[0]
-        if logits is not None and rows and passes.phase_of_next(rows) == COMPLETION:
+        if not rows:
+            return cache(hidden_states, top_k_index, top_k_weights)
+        if logits is None or logits.shape[0] != rows:
+            raise UnsupportedModelError(
+                f"the router of {router.name} and its experts did not see the same tokens, so its "
+                'choices cannot be changed; serve it with choice="exact"'
+            )
+        if passes.phase_of_next(rows) == COMPLETION:
             resident = torch.from_numpy(cache.residency.slot_of >= 0).to(top_k_index.device)
             top_k_index, top_k_weights = choice(logits, top_k_index, top_k_weights, resident)
+        else:
+            choice.observe(logits, top_k_index, top_k_weights)
         return cache(hidden_states, top_k_index, top_k_weights)
 
     part = router.module.get_submodule(router.source)

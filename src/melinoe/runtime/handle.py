@@ -136,10 +136,12 @@ class Handle:
         self._transfer.reset()
 
     def reset_cache(self) -> None:
-        """Empty all slots; the counters stay."""
+        """Empty all slots, and let a choice forget earlier texts; the counters stay."""
         self._check_attached()
         for cache in self._caches:
             cache.reset()
+        if self._choosing is not None:
+            self._choosing.reset()
 
     def prefetch(
         self, experts_by_layer: Sequence[Sequence[int]], at: Literal["now", "completion"] = "now"
