@@ -263,9 +263,34 @@ def rivals(bench: Bench, shape: Any, found: dict) -> None:
         bench.section(f"{name} accelerate offload", 40, lambda: accelerate_offload(bench, plain))
         plain = None
     bench.section(f"{name} transformers, compiled", 150, lambda: compiled(bench, shape))
-    installed = importlib.util.find_spec("moe_policylang") is not None
-    reason = "its cache was not compared" if installed else "moe-policylang is not installed"
-    bench.failed.append({"section": f"{name} moe-policylang", "reason": reason})
+    if importlib.util.find_spec("moe_policylang") is None or bench.dry:
+        reason = "a GPU is needed" if bench.dry else "it is not installed"
+        bench.failed.append({"section": f"{name} moe-policylang", "reason": reason})
+    else:
+        bench.section(f"{name} moe-policylang", 60, lambda: policylang(bench, shape, found))
+
+
+def policylang(bench: Bench, shape: Any, found: dict) -> None:
+    """moe-policylang's LRU cache at the same slots, misses and tokens; it takes the experts out."""
+    import moe_policylang
+
+    setup = Setup(bench, shape, shape.experts, "plain", None)
+    setup.slots = shape.experts // 2
+    policy = f"policy lru {{ cache {{ capacity = {setup.slots} eviction = lru }} }}"
+    moe_policylang.attach(setup.model, policy)
+    decoder = setup.decoder(1, False)
+    setup.forced.use(None, bench.device)
+    decoder.prefill()
+    few = min(8, bench.steps)
+    for rate in (0.1, 0.5):
+        begin = setup.begin(rate, 1)
+        timed = steps.measure(decoder, begin, few, 2)
+        roof = floor(bench, shape, found, setup, 1, shape.expert_weights * 2)
+        bench.add(section="decode", model=shape.name, layers=shape.layers, experts="bf16", batch=1,
+                  engine="moe-policylang", slots=setup.slots, miss_rate=rate, **timed, **roof,
+                  share_of_roof=roof["roof_s"] / timed["step_s"],
+                  note="its cache is not put into the drawn state, so misses may differ at first",
+                  )  # fmt: skip
 
 
 def compiled(bench: Bench, shape: Any) -> None:

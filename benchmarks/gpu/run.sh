@@ -2,6 +2,7 @@
 # Everything that needs a GPU, in one call: the tests marked gpu, then the benchmarks.
 # Usage: benchmarks/gpu/run.sh [OUT_DIR]; results are JSON files there, a short table comes last.
 # Needs a Python with torch (CUDA), transformers, safetensors and pytest; nothing is installed.
+# RIVALS may name a folder with unpacked wheels of rivals (moe-policylang), which are then compared.
 # Under ten minutes: the tests take about one, the reference engine's benchmark one, the fast
 # engine's the rest; FAST_MINUTES (default 6.5) says how long it may take.
 set -uo pipefail
@@ -10,7 +11,7 @@ out="${1:-benchmarks/results/gpu}"
 mkdir -p "$out"
 # 0: kernels are compiled. The tests' own default is to interpret them on the CPU.
 export TRITON_INTERPRET=0
-export PYTHONPATH="src:tests:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="src:tests:${RIVALS:+$RIVALS:}${PYTHONPATH:-}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python="${PYTHON:-python3}"
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
   { echo "no CUDA device: nothing was run" >&2; exit 1; }
