@@ -1,5 +1,6 @@
 """A model in memory and encoded examples in; the trained model and its log out."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import family, find_experts
 from melinoe.moe.routing import find_routers, fingerprint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,16 @@ def run_training(
         set_steps(arguments, settings, steps)
         packing = find_packing(model, pad_token_id) if settings.packing else None
         dataset: list[Any] = [[data[index] for index in row] for row in rows]
-        _fill_up(dataset, settings.batch_size * processes)
+        if processes > 1:
+            _fill_up(dataset, settings.batch_size * processes)
         padding = Collator(pad_token_id)
         per_step = settings.batch_size * settings.gradient_accumulation * processes
         ours = identity(settings, data, per_step, base)
         start = newest_checkpoint(checkpoints) if resume and checkpoints is not None else None
         if start is not None:
             check_same_run(start, ours)
+        elif resume and arguments.process_index == 0:
+            log.warning("%s has no checkpoint to go on from: the run begins anew", checkpoints)
         if settings.gradient_checkpointing:
             _recompute(model, True)
         stop = StopRequest()
@@ -257,7 +263,7 @@ def _fill_up(dataset: list[list[Encoded]], multiple: int) -> None:
     """
     Let all processes take as many batches: rows in which nothing is to be learned fill the last.
 
-    One process needs none, and the terms come out the same, since these rows count for nothing.
+    The terms are those of one process, which needs no such rows, since they count for nothing.
     """
     empty = [Encoded(one.input_ids, [False] * len(one)) for one in dataset[0]]
     dataset += [empty] * (-len(dataset) % multiple)
