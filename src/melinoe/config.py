@@ -14,7 +14,7 @@ from typing import Any
 from melinoe.errors import BudgetError, TrainingError
 
 # Those of ours that run a model by name alone; a test holds them against the registry.
-POLICIES = ("lru", "lfu", "lfru", "score")
+POLICIES = ("lru", "lfu", "lfru", "score", "least-stale")
 STORES = ("auto", "ram", "pinned", "disk")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from melinoe.cache.policy import Policy, policy_makers
+from melinoe.cache.policy import Policy, policy_class, policy_makers
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts
@@ -146,7 +146,8 @@ def _policy_makers(
     policy: str | Callable[[], Policy], options: dict[str, Any], num_layers: int
 ) -> Sequence[Callable[[], Policy]]:
     if isinstance(policy, str):
-        return policy_makers(policy, options, num_layers)
+        shared = policy_class(policy).scope == "model"
+        return policy_makers(policy, options, num_layers, shared=shared)
     if options:
         raise ValueError("policy_options belong to a policy given by name")
     return [policy] * num_layers

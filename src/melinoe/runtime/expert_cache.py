@@ -12,10 +12,12 @@ from torch import Tensor
 from melinoe.cache.policy import Policy
 from melinoe.cache.requests import mean_scores
 from melinoe.cache.residency import Load, Residency
+from melinoe.cache.shared import SharedLayer
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.runtime.common_slots import CommonSlots
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.transfer import Transfer
 
@@ -31,6 +33,7 @@ class ExpertCache:
         transfer: shared by all layers.
         passes: shared by all layers; also holds the counters.
         device: where the slots are.
+        common: the slots that all layers share; *num_slots* are then what this one brought in.
     """
 
     def __init__(
@@ -41,9 +44,17 @@ class ExpertCache:
         transfer: Transfer,
         passes: ForwardPasses,
         device: torch.device,
+        common: CommonSlots | None = None,
     ) -> None:
         self.layer = layer
-        self.residency = Residency(layer.num_experts, num_slots, policy)
+        self._bytes = num_slots * layer.block_bytes
+        self.residency: Residency | SharedLayer
+        if common is None:
+            self.residency = Residency(layer.num_experts, num_slots, policy)
+            self._key = 0
+        else:
+            num_slots, self.residency = common.num_slots, common.residencies[layer.index]
+            self._key = self.residency.key
         self._uses_scores = policy.uses_scores
         self._index = layer.index
         self._num_experts = layer.num_experts
@@ -52,10 +63,14 @@ class ExpertCache:
         self._passes = passes
         self._counters = passes.counters
         with torch.inference_mode(False):
-            self.slots = {
-                t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
-                for t in layer.tensors
-            }
+            self.slots = (
+                common.tensors
+                if common is not None
+                else {
+                    t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
+                    for t in layer.tensors
+                }
+            )
             # Shares the residency's memory: on the CPU it is always up to date.
             self._host_slot_of = torch.from_numpy(self.residency.slot_of)
             self._slot_of = self._host_slot_of.to(device, copy=device.type != "cpu")
@@ -68,13 +83,14 @@ class ExpertCache:
         self._forward = transformers_function(layer.module)
         self._stand_in = StandIn(layer.module, self.slots, num_slots)
         self._witness: tuple[Tensor, torch.dtype] | None = None
-        self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
+        # Expert -> ticket of its prefetch; named as the residency names those it evicts.
+        self._in_flight: dict[int, Any] = {} if common is None else common.in_flight
         self._as_numbered = False  # whether slot i holds expert i, for all i
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return self._num_slots * self.layer.block_bytes
+        """Bytes of the layer's slots; of common ones, of its part."""
+        return self._bytes
 
     def watch(self, parameter: Tensor) -> None:
         """Refuse to run once *parameter*, an empty one left in the module, is moved or cast."""
@@ -124,14 +140,14 @@ class ExpertCache:
             for load in plan.loads:
                 self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
                 if ticket is not None:
-                    self._in_flight[load.expert] = ticket
+                    self._in_flight[self._key + load.expert] = ticket
             self._renumber()
         return len(plan.loads)
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""
         # Copies that are under way still land, but before any that is issued from now on.
-        self._in_flight = {}
+        self._in_flight.clear()
         self.residency.reset()
         self._renumber()
 
@@ -200,7 +216,7 @@ class ExpertCache:
     def _await(self, hits: Sequence[int]) -> None:
         """Wait for those of *hits* whose prefetch is still under way."""
         for expert in hits:
-            ticket = self._in_flight.pop(expert, None)
+            ticket = self._in_flight.pop(self._key + expert, None)
             if ticket is not None:
                 self._transfer.await_prefetched(ticket)
 
@@ -208,7 +224,7 @@ class ExpertCache:
         """The residency has changed: bring what is derived from it up to date."""
         if self._device.type != "cpu":
             self._slot_of.copy_(self._host_slot_of)
-        if self._num_slots == self._num_experts:
+        if isinstance(self.residency, Residency) and self._num_slots == self._num_experts:
             self._as_numbered = bool(
                 (self.residency.expert_of == np.arange(self._num_experts)).all()
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import fingerprint
 from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.choosing import Choosing
+from melinoe.runtime.common_slots import CommonSlots
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.generating import watch_generate
 from melinoe.runtime.passes import ForwardPasses
@@ -92,9 +94,13 @@ class Handle:
         self, policy: Callable[[], Policy] | Sequence[Callable[[], Policy]], device: torch.device
     ) -> list[Any]:
         """What computes each layer's experts; the weights are still in the modules."""
-        makers = [policy] * len(self.layers) if callable(policy) else policy
+        makers = [policy] * len(self.layers) if callable(policy) else list(policy)
+        first, common = makers[0](), None
+        if first.scope == "model":
+            makers = [lambda: first] * len(self.layers)
+            common = CommonSlots(self.layers, sum(self.slots_by_layer), first, device)
         return [
-            ExpertCache(layer, count, make(), self._transfer, self._passes, device)
+            ExpertCache(layer, count, make(), self._transfer, self._passes, device, common)
             for layer, count, make in zip(self.layers, self.slots_by_layer, makers, strict=True)
         ]
 
@@ -126,7 +132,7 @@ class Handle:
 
     def resident(self) -> list[list[int]]:
         """Ids of the resident experts, by layer, ascending."""
-        return [sorted(e for e in c.residency.expert_of.tolist() if e >= 0) for c in self._caches]
+        return [np.flatnonzero(c.residency.slot_of >= 0).tolist() for c in self._caches]
 
     # --- acting ---------------------------------------------------------------------------------
 
