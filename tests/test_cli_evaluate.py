@@ -80,6 +80,34 @@ def test_records_are_appended_and_make_a_report(models, melinoe, tmp_path):
     assert "questions: exact match" in page and "ours against theirs" in page
 
 
+def test_a_choice_is_priced_against_the_exact_one(models, melinoe):
+    """Per model and text its price and saving, and the first with it against the second without."""
+    code, out, err = melinoe(
+        *("evaluate", models / "ours", models / "theirs", "--data", models / "questions.jsonl"),
+        *("--slots", 3, "--choice", "cache-prior", "--choice-strength", 2, "--json"),
+    )
+    assert code == 0, err
+    records = json.loads(out)
+    said = [(r["metric"], r["model"], r["other"]) for r in records if r["kind"] == "comparison"]
+    moved = "transfers per decoded token (LRU, 3 slots)"
+    changed = "ours, cache-prior 2"
+    assert said == [
+        ("perplexity", changed, "ours"),
+        (moved, changed, "ours"),
+        ("perplexity", "theirs, cache-prior 2", "theirs"),
+        (moved, "theirs, cache-prior 2", "theirs"),
+        ("perplexity", "ours", "theirs"),
+        ("perplexity", changed, "theirs"),
+        (moved, changed, "theirs"),
+    ]
+    assert sum(r["kind"] == "score" and r["metric"] == moved for r in records) == 4
+    assert melinoe("evaluate", models / "ours", "--tasks", "x", "--choice", "reroute")[0] == 2
+    code, _, err = melinoe(
+        *("evaluate", models / "none", "--data", models / "questions.jsonl", "--choice", "nearest")
+    )
+    assert code == 1 and "there is no choice 'nearest'" in err  # before any model is read
+
+
 def test_what_does_not_go_together_is_wrong_usage(models, melinoe):
     """Nothing to measure; scores without texts; a model against itself."""
     ours = models / "ours"

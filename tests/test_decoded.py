@@ -1,13 +1,15 @@
 """Perplexity token by token: equal to one pass where choices are exact, and what it counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_olmoe import EXPERTS, tiny_model
 
 from melinoe.cache.simulator import simulate
 from melinoe.data import Encoded
-from melinoe.errors import DataError
-from melinoe.evaluate import decoded_perplexity, perplexity
+from melinoe.errors import AttachError, DataError
+from melinoe.evaluate import decoded_perplexity, perplexity, price_of_choice
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.runtime.attach import attach
 
@@ -61,3 +63,44 @@ def test_nothing_to_predict_is_refused():
         decoded_perplexity(model, None, [])
     with pytest.raises(DataError):
         decoded_perplexity(model, None, [Encoded([3, 4], [False, False])])
+
+
+def test_a_text_without_a_completion_decodes_nothing():
+    """Among others it counts no token and no pass, not fewer than none."""
+    found = decoded_perplexity(tiny_model(), None, [*TEXTS, Encoded([3, 4], [False, False])])
+    assert found.tokens.tolist() == [3, 2, 4, 0]
+    assert found.perplexity.tokens.tolist() == [4, 3, 3, 0]
+
+
+def test_the_price_of_a_choice_is_paired_with_the_exact_one():
+    """Means and signs from the two readings themselves; choices are exact again afterwards."""
+    model = tiny_model()
+    handle = attach(model, slots=3)
+    strong = ChoiceSettings("cache-prior", 2.0, keep=0)
+    found = price_of_choice(model, handle, TEXTS, strong, "ours", "text")
+    assert handle.choice.kind == "exact" and found.changed_choices > 0
+    exact = decoded_perplexity(model, handle, TEXTS)
+    assert found.exact.perplexity.nll == pytest.approx(exact.perplexity.nll)
+    price, saving = found.comparisons()
+    gap = (found.changed.perplexity.nll.sum() - exact.perplexity.nll.sum()) / 10
+    assert price.change.mean == pytest.approx(np.expm1(gap))
+    ratio = found.changed.loads.sum() / exact.loads.sum()
+    assert saving.change.mean == pytest.approx(ratio - 1) and saving.change.mean < 0
+    assert "ours, cache-prior 2 against ours" in saving.sentence
+    quality, *rates = found.records()
+    assert quality["choice"]["kind"] == "cache-prior"
+    assert [one["score"]["mean"] * 9 for one in rates] == pytest.approx(
+        [exact.loads.sum(), found.changed.loads.sum()]
+    )
+
+
+def test_exact_choices_have_no_price_and_without_transfers_none_are_compared():
+    """The first is refused; the second leaves the price in perplexity alone."""
+    model = tiny_model()
+    handle = attach(model, slots=3)
+    with pytest.raises(AttachError, match="no price"):
+        price_of_choice(model, handle, TEXTS, ChoiceSettings(), "ours", "text")
+    found = price_of_choice(model, handle, TEXTS, ChoiceSettings("reroute", 0.5), "ours", "text")
+    still = replace(found.exact, loads=np.zeros_like(found.exact.loads))
+    assert len(found.comparisons()) == 2
+    assert len(replace(found, exact=still).comparisons()) == 1

@@ -212,7 +212,7 @@ def trace_prompts(
 
     Args:
         model: As in `generate`.
-        handle: As in `generate`; any number of slots gives the same trace.
+        handle: As in `generate`; any number of slots gives the same trace if choices are exact.
         tokenizer: As in `generate`.
         prompts: At least one.
         max_new_tokens: At most so many for each.

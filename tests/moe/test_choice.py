@@ -187,7 +187,7 @@ def test_one_choice_of_one_token_is_told_from_later_tokens():
 
 @pytest.mark.parametrize("kind", ["cache-prior", "reroute"])
 def test_a_correction_bias_stays_where_the_cache_has_nothing_to_add(kind):
-    """The router prefers expert 0 by its bias; with all or none resident nothing is to be gained."""
+    """The router prefers expert 0 by its bias; all or none resident, nothing is gained."""
     bias = torch.tensor([6.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     z = torch.tensor([[-2.0, 1.0, 0.5, 2.0, -1.0, 0.0]])
     index = (z + bias).topk(2, dim=-1).indices

@@ -82,6 +82,20 @@ def test_the_simulation_of_what_ran_equals_the_counters(policy):
     assert simulate(recorder.trace(), 3, policy).counters == handle.counters
 
 
+def test_a_trace_says_that_its_choices_were_changed():
+    """Other slots would have made other choices, so whoever simulates them must be told."""
+    model = tiny_model()
+    handle = attach(model, slots=3)
+    notes = []
+    for settings in (ChoiceSettings(), STRONG):
+        handle.choose(settings)
+        with handle.record() as recorder:
+            text(model)
+        notes.append(recorder.trace("read").note)
+    assert notes[0] == "read"
+    assert "3 slots, lru (cache-prior, strength 0.5, keep 1)" in notes[1]
+
+
 def test_weights_are_those_the_router_would_have_given():
     """With all first choices kept but one, the output is OLMoE's own formula on the new choice."""
     model = tiny_model()
@@ -183,7 +197,7 @@ def test_left_padding_changes_no_row_of_a_batch_of_one_text():
 
 
 def test_experts_that_run_without_their_router_are_refused():
-    """Nothing tells what the router thought of these tokens, so nothing is passed over in silence."""
+    """Nothing tells what the router thought of these tokens; that is not passed over in silence."""
     model = tiny_model()
     handle = attach(model, slots=3)
     handle.choose(STRONG)

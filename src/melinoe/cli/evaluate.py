@@ -15,6 +15,7 @@ class _Found:
     """What one model showed: scores by text, harness scores, what caches of each size cost."""
 
     scores: list[Any] = field(default_factory=list)
+    prices: list[Any] = field(default_factory=list)
     tasks: list[Any] = field(default_factory=list)
     caches: dict[tuple[str, str, int], dict[str, list[int]]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -79,6 +80,15 @@ def command(
     expert_memory: options.ExpertMemory = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
+    choice: Annotated[
+        str,
+        typer.Option(
+            help="Also read the texts token by token with cache-prior or reroute, and say what "
+            "that costs and saves against the exact choice."
+        ),
+    ] = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     out: Annotated[
@@ -89,13 +99,16 @@ def command(
     """Measure perplexity, ROUGE-L, exact match, locality and harness tasks, with intervals."""
     if data is None and tasks is None:
         raise typer.BadParameter("give --data, --tasks, or both", param_hint="--data")
-    if data is None and (rouge or answers or locality or other):
+    if data is None and (rouge or answers or locality or other or choice != "exact"):
         raise typer.BadParameter(
-            "--rouge, --answers, --locality and --other go with --data", param_hint="--data"
+            "--rouge, --answers, --locality, --choice and --other go with --data",
+            param_hint="--data",
         )
+    from melinoe.cli.evaluate_text import remarks, rows
     from melinoe.evaluate import run_tasks, score
     from melinoe.measure import append_jsonl, machine
 
+    wanted = options.choice_of(choice, choice_strength, choice_keep)
     texts = _texts(data, other or [], split, limit)  # before any model is read
     names = _labels(model, other_model)
     found: list[_Found] = []
@@ -122,6 +135,8 @@ def command(
                     progress=_teller(label),
                 )
             )
+        if wanted.kind != "exact":
+            _prices(one, loaded, handle, tokenizer, texts, label, wanted, max_length)
         if locality:
             examples = next(iter(texts.values()))[0][:prompts]
             lengths = (max_length, max_new_tokens)
@@ -142,9 +157,11 @@ def command(
         handle.detach()
         del loaded, handle  # one model in memory at a time
         one.records[:0] = [record for scores in one.scores for record in scores.records()]
+        one.records += [record for price in one.prices for record in price.records()]
         one.records += [task.to_record() for task in one.tasks]
         found.append(one)
-    comparisons = _compare(found, *names.values()) if other_model else []
+    comparisons = [said for one in found for price in one.prices for said in price.comparisons()]
+    comparisons += _compare(found, *names.values()) if other_model else []
     records = [record for one in found for record in one.records]
     records += [comparison.to_record() for comparison in comparisons]
     if out is not None:
@@ -155,8 +172,8 @@ def command(
     if as_json:
         options.show_json(records)
         return
-    options.show_table("means with 95 % intervals over examples", _rows(records))
-    for line in [*_remarks(records), *(comparison.sentence for comparison in comparisons)]:
+    options.show_table("means with 95 % intervals over examples", rows(records))
+    for line in [*remarks(records), *(comparison.sentence for comparison in comparisons)]:
         print(line)
 
 
@@ -189,6 +206,36 @@ def _labels(model: str, other: str | None) -> dict[str, str]:
         raise typer.BadParameter("the two models are one", param_hint="OTHER_MODEL")
     short = [Path(name).resolve().name if Path(name).is_dir() else name for name in given]
     return dict(zip(given, short if len(set(short)) == len(given) else given, strict=True))
+
+
+def _prices(
+    one: _Found,
+    loaded: Any,
+    handle: Any,
+    tokenizer: Any,
+    texts: dict[str, tuple[list[Any], bool]],
+    label: str,
+    settings: Any,
+    max_length: int,
+) -> None:
+    """Read every text with exact and with changed choices."""
+    from melinoe.data import encode
+    from melinoe.evaluate import price_of_choice
+
+    for domain, (examples, in_domain) in texts.items():
+        encoded = encode(examples, tokenizer, max_length)
+        one.prices.append(
+            price_of_choice(
+                loaded,
+                handle,
+                encoded,
+                settings,
+                label,
+                domain,
+                in_domain=in_domain,
+                progress=_teller(f"{label}, {domain}"),
+            )
+        )
 
 
 def _locality(
@@ -225,68 +272,25 @@ def _locality(
 
 def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
     """Every difference of the first model from the second that can be paired."""
-    from melinoe.evaluate import Comparison
-    from melinoe.stats import Estimate, paired_ratio
+    from melinoe.evaluate import compare_rates
 
     ours, theirs = found
     comparisons = []
     for one, two in zip(ours.scores, theirs.scores, strict=True):
         comparisons += one.against(two)
+    for priced, plain in zip(ours.prices, theirs.prices, strict=True):
+        comparisons += priced.against(plain)
     for key, counts in ours.caches.items():
         base = theirs.caches.get(key)
         if base is None or not sum(base["loads"]):
             continue
-        over = paired_ratio(counts["loads"], base["loads"], counts["tokens"], base["tokens"])
-        change = Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n)
+        mine, base_rate = ((one["loads"], one["tokens"]) for one in (counts, base))
         metric = f"transfers per token {key[0]} ({key[1].upper()}, {key[2]} slots)"
         domain = ours.scores[0].domain
-        comparisons.append(Comparison(metric, domain, model, other, change, True, True))
+        comparisons.append(compare_rates(mine, base_rate, model, other, domain, metric))
     known = {(one.task, one.metric): one for one in theirs.tasks}
     for task in ours.tasks:
         twin = known.get((task.task, task.metric))
         if twin is not None and (comparison := task.against(twin)) is not None:
             comparisons.append(comparison)
     return comparisons
-
-
-def _rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table for people: one row per estimate."""
-    rows = []
-
-    def add(record: dict[str, Any], measure: str, value: dict[str, Any]) -> None:
-        about = {"model": record["model"], "text": record.get("domain", "completions")}
-        rows.append({**about, "measure": measure, **value})
-
-    for record in records:
-        kind = record["kind"]
-        if kind == "quality":
-            add(record, "perplexity", record["perplexity"])
-        elif kind == "score":
-            add(record, record["metric"].replace("_", " "), record["score"])
-        elif kind == "locality":
-            add(record, "experts per sequence", record["experts_per_sequence_mean"])
-            add(record, "reuse", record["reuse"])
-        elif kind == "curve":
-            for size, value in zip(record["slots"], record["transfers_per_token"], strict=True):
-                policy = record["policy"].upper()
-                add(record, f"transfers per token, {policy}, {size} slots", value)
-    return rows
-
-
-def _remarks(records: list[dict[str, Any]]) -> list[str]:
-    """What an interval over examples does not say."""
-    lines = []
-    for record in records:
-        if record["kind"] == "locality":
-            lines.append(
-                f"{record['model']}: all completions together use "
-                f"{record['distinct_experts']:.1f} of {record['num_experts']} experts, mean over "
-                "layers; caches were emptied before each prompt"
-            )
-        if record["kind"] == "score" and "right" in record:
-            right, n = record["right"], record["score"]["n"]
-            line = f"{record['model']}, {record['domain']}: {right} of {n} right"
-            if right == 0:  # all resamples are alike, so the bootstrap's interval has no width
-                line += f"; by the rule of three the rate is below {3 / n:.1%} (95 %)"
-            lines.append(line)
-    return lines

@@ -57,11 +57,12 @@ def command(
         )
     guess = Predictor.load(predictor) if predictor else None
     text = sys.stdin.read() if prompt == "-" else prompt
+    wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store, engine,
         compression=compression, gpu_memory=gpu_memory, context=context,
     )  # fmt: skip
-    options.choose(handle, choice, choice_strength, choice_keep)
+    handle.choose(wanted)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     streamer = None

@@ -20,7 +20,12 @@ ExpertMemory = Annotated[
     str | None,
     typer.Option(help="Memory for resident experts of all layers, as in 8GiB; instead of --slots."),
 ]
-Policy = Annotated[str, typer.Option(help="Which resident expert leaves: lru, lfu.")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="Which resident expert leaves: lru, lfu, lfru, score, least-stale; or an installed one."
+    ),
+]
 StoreKind = Annotated[
     str,
     typer.Option(
@@ -146,11 +151,11 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def choose(handle: Any, kind: str, strength: float, keep: int) -> None:
-    """Set a cache-aware choice on a running model, where one is asked for."""
+def choice_of(kind: str, strength: float, keep: int) -> Any:
+    """What --choice and its companions ask for; to be read before a model is."""
     from melinoe.moe.choice import ChoiceSettings
 
-    handle.choose(ChoiceSettings(kind, strength if kind != "exact" else 0.0, keep))
+    return ChoiceSettings(kind, strength if kind != "exact" else 0.0, keep)
 
 
 def open_model(

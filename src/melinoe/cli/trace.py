@@ -37,10 +37,11 @@ def command(
 
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     examples = load_examples(data, split=split, limit=limit)
+    wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store
     )
-    options.choose(handle, choice, choice_strength, choice_keep)
+    handle.choose(wanted)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     trace = trace_prompts(
         loaded, handle, tokenizer, prompts, max_new_tokens, progress=options.say, scores=scores

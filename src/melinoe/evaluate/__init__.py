@@ -3,6 +3,7 @@ How well a model does, with an interval over examples, paired where two models a
 
     perplexity.py   loss per token of a text, exp of it
     decoded.py      the same read token by token, as decoding does, the cache at work
+    choice_price.py what a cache-aware choice costs and saves, against the exact one
     completions.py  what a model writes after each prompt, greedy, in batches
     rouge.py        ROUGE-L of completions against references
     answers.py      exact match of the number that ends a solution
@@ -16,7 +17,13 @@ two are the same model and must give the same numbers.
 """
 
 from melinoe.evaluate.answers import exact_match, extract_answer, right_answers
-from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_scores
+from melinoe.evaluate.choice_price import ChoicePrice, price_of_choice
+from melinoe.evaluate.compare import (
+    Comparison,
+    compare_perplexity,
+    compare_rates,
+    compare_scores,
+)
 from melinoe.evaluate.completions import complete, reference
 from melinoe.evaluate.decoded import Decoded, decoded_perplexity
 from melinoe.evaluate.harness import TaskScore, run_tasks
@@ -26,12 +33,14 @@ from melinoe.evaluate.rouge import rouge_l
 from melinoe.evaluate.scores import Scores, score
 
 __all__ = [
+    "ChoicePrice",
     "Comparison",
     "Decoded",
     "Perplexity",
     "Scores",
     "TaskScore",
     "compare_perplexity",
+    "compare_rates",
     "compare_scores",
     "complete",
     "decoded_perplexity",
@@ -39,6 +48,7 @@ __all__ = [
     "extract_answer",
     "perplexity",
     "perplexity_increase",
+    "price_of_choice",
     "quality_record",
     "reference",
     "right_answers",

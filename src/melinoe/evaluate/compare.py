@@ -1,11 +1,12 @@
 """Two models on the same examples: their paired difference, and what it says in a sentence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from melinoe.errors import DataError
 from melinoe.evaluate.perplexity import Floats, Perplexity, perplexity_increase
-from melinoe.stats import Estimate, paired_difference
+from melinoe.stats import Estimate, paired_difference, paired_ratio
 
 # Metric -> whether less of it is better.
 LOWER_IS_BETTER = {"perplexity": True, "rouge_l": False, "exact_match": False}
@@ -120,3 +121,31 @@ def compare_scores(
     lower = LOWER_IS_BETTER[metric] if lower_is_better is None else lower_is_better
     change = paired_difference(ours, theirs)
     return Comparison(metric, domain, model, other, change, False, lower)
+
+
+def compare_rates(
+    ours: tuple[Sequence[float] | Floats, Sequence[float] | Floats],
+    theirs: tuple[Sequence[float] | Floats, Sequence[float] | Floats],
+    model: str,
+    other: str,
+    domain: str,
+    metric: str,
+) -> Comparison:
+    """
+    Compare two rates of which less is better, such as transfers per token; the change is relative.
+
+    Args:
+        ours: Numerators and denominators of *model*, one of each per example.
+        theirs: Those of *other*; entry i is of the same example.
+        model: Label of the model.
+        other: Label of the other.
+        domain: Name of the text.
+        metric: Name of the rate.
+
+    Raises:
+        DataError: the other's rate is zero.
+        ValueError: the numbers of examples differ.
+    """
+    over = paired_ratio(ours[0], theirs[0], ours[1], theirs[1])
+    change = Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n)
+    return Comparison(metric, domain, model, other, change, True, True)

@@ -6,7 +6,7 @@ show what that costs; reading the text token by token does. With the exact choic
 rounding, only slower: one forward pass per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,12 @@ class Decoded:
 
 
 def decoded_perplexity(
-    model: Any, handle: Handle | None, encoded: Sequence[Encoded], *, cold: bool = True
+    model: Any,
+    handle: Handle | None,
+    encoded: Sequence[Encoded],
+    *,
+    cold: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> Decoded:
     """
     Read each text as decoding would: the prompt in one pass, then every token in one of its own.
@@ -49,6 +54,7 @@ def decoded_perplexity(
         handle: Of *model*; ``None`` for a plain one, whose loads are 0.
         encoded: At least one, each with a token before its completion.
         cold: Empty the cache before each text.
+        progress: Told in words after each tenth of the texts.
 
     Raises:
         DataError: nothing to predict, or a loss that is not finite.
@@ -57,10 +63,11 @@ def decoded_perplexity(
         raise DataError("there is no text to evaluate on; give at least one example")
     device = model.get_input_embeddings().weight.device
     nll, counted, loads, decoded = [], [], [], []
+    step = max(1, len(encoded) // 10)
     was_training = model.training
     model.eval()
     try:
-        for one in encoded:
+        for number, one in enumerate(encoded, start=1):
             if handle is not None and cold:
                 handle.reset_cache()
             before = handle.counters if handle is not None else None
@@ -68,9 +75,11 @@ def decoded_perplexity(
             mask = np.asarray(one.completion_mask[len(one) - len(losses) :], dtype=bool)
             nll.append(float(losses[mask].sum()))
             counted.append(float(mask.sum()))
-            decoded.append(len(losses) - 1)
+            decoded.append(max(len(losses) - 1, 0))  # the prompt's pass predicts the first
             spent = handle.counters.minus(before) if handle is not None and before else None
             loads.append(int(spent.loads[COMPLETION].sum()) if spent is not None else 0)
+            if progress is not None and (number % step == 0 or number == len(encoded)):
+                progress(f"read {number} of {len(encoded)} texts token by token")
     finally:
         model.train(was_training)
     found = Perplexity(np.array(nll), np.array(counted))

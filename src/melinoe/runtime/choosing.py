@@ -64,6 +64,14 @@ class Choosing:
         """Choices replaced so far, over all layers."""
         return sum(choice.changed for choice in self._choices)
 
+    def note(self, policy: str, slots: int) -> str:
+        """For a trace: its choices hold for this cache alone, so no other can be simulated."""
+        return (
+            f"choices changed for a cache of {slots} slots, {policy} ({self.settings.kind}, "
+            f"strength {self.settings.strength:g}, keep {self.settings.keep}); "
+            "another cache would have changed others"
+        )
+
     def reset(self) -> None:
         """Forget earlier texts: what follows is chosen as if it came first."""
         for choice in self._choices:

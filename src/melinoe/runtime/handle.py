@@ -250,7 +250,8 @@ class Handle:
                 "trace could not be told from another model's; read handle.counters instead"
             ) from None
         experts = [layer.num_experts for layer in self.layers]
-        recorder = Recorder(experts, name, which, scores=scores)
+        note = "" if self._choosing is None else self._choosing.note(self.policy, self.slots)
+        recorder = Recorder(experts, name, which, scores=scores, note=note)
         self._passes.recorder = recorder
         try:
             yield recorder

@@ -26,6 +26,7 @@ class Recorder:
         model: its name, for people.
         fingerprint: of the weights that choose.
         scores: whether to keep the weight that each choice was given.
+        note: what a reader of the trace must know of how it came about.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class Recorder:
         fingerprint: str,
         *,
         scores: bool = False,
+        note: str = "",
     ) -> None:
+        self._note = note
         self._num_experts = tuple(num_experts)
         self._model = model
         self._fingerprint = fingerprint
@@ -143,7 +146,7 @@ class Recorder:
             model=self._model,
             fingerprint=self._fingerprint,
             versions=_versions(),
-            note=note,
+            note="; ".join(filter(None, (self._note, note))),
         )
 
 

@@ -1,0 +1,134 @@
+"""What a cache-aware choice costs in perplexity and saves in transfers, against the exact one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from melinoe.data import Encoded
+from melinoe.errors import AttachError
+from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_rates
+from melinoe.evaluate.decoded import Decoded, decoded_perplexity
+from melinoe.evaluate.records import quality_record, score_record
+from melinoe.moe.choice import ChoiceSettings
+from melinoe.runtime.handle import Handle
+from melinoe.stats import bootstrap
+
+_HOW = "demand loads while reading token by token, the cache emptied before each text"
+
+
+@dataclass(frozen=True)
+class ChoicePrice:
+    """
+    One model on one text, read token by token with its own choices and with changed ones.
+
+    Attributes:
+        model: Label of the model.
+        domain: Name of the text.
+        in_domain: Whether the text is of the kind that the model is for.
+        settings: Of the changed choices.
+        cache: Policy and slots, for people.
+        exact: With the router's own choices.
+        changed: With choices that prefer resident experts.
+        changed_choices: How many were replaced.
+    """
+
+    model: str
+    domain: str
+    in_domain: bool
+    settings: ChoiceSettings
+    cache: str
+    exact: Decoded
+    changed: Decoded
+    changed_choices: int
+
+    @property
+    def label(self) -> str:
+        """Of the model with changed choices."""
+        return f"{self.model}, {self.settings.kind} {self.settings.strength:g}"
+
+    @property
+    def metric(self) -> str:
+        """Name of the transfers per token."""
+        return f"transfers per decoded token ({self.cache})"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Perplexity with changed choices, of kind ``quality``; transfers of both, ``score``."""
+        about = {"choice": asdict(self.settings), "changed_choices": self.changed_choices}
+        perplexity = self.changed.perplexity
+        found = [quality_record(perplexity, self.label, self.domain, self.in_domain, **about)]
+        for label, one in ((self.model, self.exact), (self.label, self.changed)):
+            found.append(
+                score_record(bootstrap(*_rate(one)), label, self.domain, self.metric, how=_HOW)
+            )
+        return found
+
+    def comparisons(self) -> list[Comparison]:
+        """The changed choices against the exact ones, paired by text: the price and the saving."""
+        return self._compare(self.exact, self.model)
+
+    def against(self, other: "ChoicePrice") -> list[Comparison]:
+        """
+        This model with changed choices against *other* with its own.
+
+        Raises:
+            DataError: the two did not read the same tokens.
+        """
+        return self._compare(other.exact, other.model)
+
+    def _compare(self, exact: Decoded, name: str) -> list[Comparison]:
+        names = (self.label, name, self.domain)
+        found = [compare_perplexity(self.changed.perplexity, exact.perplexity, *names)]
+        if exact.loads.sum():  # else there is no transfer to save
+            found.append(compare_rates(_rate(self.changed), _rate(exact), *names, self.metric))
+        return found
+
+
+def _rate(one: Decoded) -> tuple[list[float], list[float]]:
+    """Transfers and tokens by text."""
+    return one.loads.tolist(), one.tokens.tolist()
+
+
+def price_of_choice(
+    model: Any,
+    handle: Handle,
+    encoded: Sequence[Encoded],
+    settings: ChoiceSettings,
+    label: str,
+    domain: str,
+    *,
+    in_domain: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> ChoicePrice:
+    """
+    Read *encoded* token by token with exact choices and with changed ones.
+
+    Args:
+        model: A causal language model that *handle* is attached to.
+        handle: Its choices are exact afterwards, whatever they were.
+        encoded: As `decoded_perplexity` takes them.
+        settings: Not ``exact``.
+        label: The model's name in records.
+        domain: The text's name in records.
+        in_domain: As in `quality_record`.
+        progress: Told in words how far it is.
+
+    Cost: two forward passes per token.
+
+    Raises:
+        AttachError: *settings* change nothing, or the engine cannot change choices.
+        UnsupportedModelError: routers whose choices cannot be changed.
+        DataError: as `decoded_perplexity`.
+    """
+    if settings.kind == "exact":
+        raise AttachError("the exact choice has no price; name cache-prior or reroute")
+    handle.choose(settings)  # refused, if at all, before minutes of reading
+    handle.choose(ChoiceSettings())
+    exact = decoded_perplexity(model, handle, encoded, progress=progress)
+    handle.choose(settings)
+    try:
+        changed = decoded_perplexity(model, handle, encoded, progress=progress)
+        replaced = handle.changed_choices
+    finally:
+        handle.choose(ChoiceSettings())
+    cache = f"{handle.policy.upper()}, {handle.slots} slots"
+    return ChoicePrice(label, domain, in_domain, settings, cache, exact, changed, replaced)
