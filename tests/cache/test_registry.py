@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 from cache_traces import random_trace, trace_of
@@ -132,3 +134,14 @@ def test_a_package_cannot_take_a_name_of_ours(tmp_path, monkeypatch):
     importlib.invalidate_caches()
     assert policy_class("lru").__module__ == "melinoe.cache.eviction"
     assert policy_names().count("lru") == 1
+
+
+def test_the_policy_on_the_page_of_traces_works():
+    """The class printed in docs/traces.md, run as it stands: it gives up the expert used last."""
+    page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
+    block = page[page.index("    from melinoe.cache.policy import Policy") :]
+    code = textwrap.dedent(block[: block.index("\nDeclare it")])
+    scope: dict = {}
+    exec(code, scope)
+    trace = trace_of([[0]], [[1]], [[2]], [[0]], num_experts=3, top_k=1)
+    assert simulate(trace, 2, scope["Mru"]).counters.loads.sum() == 3
