@@ -23,7 +23,7 @@ ExpertMemory = Annotated[
 Policy = Annotated[
     str,
     typer.Option(
-        help="Which resident expert leaves: lru, lfu, lfru, score, least-stale; or an installed one."
+        help="Who leaves: lru, lfu, lfru, score, least-stale, or a policy of an installed package."
     ),
 ]
 StoreKind = Annotated[
