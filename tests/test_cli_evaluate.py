@@ -5,8 +5,10 @@ import sys
 
 import pytest
 from test_cli import run
+from tokenizers import pre_tokenizers
 
 from melinoe.checkpoint import read_metadata
+from melinoe.errors import DataError
 from melinoe.report import read_records, write_report
 from tests.small_olmoe import tiny_model, words_tokenizer
 
@@ -176,3 +178,45 @@ def test_only_the_first_process_measures(models, melinoe, tmp_path, monkeypatch)
     monkeypatch.setenv("RANK", "1")
     measuring.finish(tmp_path, "x", "y", "train", measuring.HeldOut([], "y"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_texts_of_one_name_are_all_kept_and_an_empty_directory_is_refused(models, tmp_path):
+    """Two files called a.jsonl; a text called as the held-out data; a directory without texts."""
+    from melinoe.cli.measuring import hold_out
+
+    far = models / "far"
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "a.jsonl").write_text('{"text": "w3 w4"}\n')
+    others = [str(far), str(tmp_path / "near"), str(models / "questions.jsonl")]
+    held = hold_out("x", [], str(models / "questions.jsonl"), "test", others, 0.1)
+    assert held.domain == "questions"
+    same = str(tmp_path / "near" / "a.jsonl")
+    assert {name: len(text) for name, text in held.others.items()} == {
+        "a": 6, "b": 6, same: 1, str(models / "questions.jsonl"): 10
+    }  # fmt: skip
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"holds no .jsonl file"):
+        hold_out("x", [], None, "test", [str(tmp_path / "none")], 0.1)
+
+
+def test_options_that_nothing_would_use_are_wrong_usage(models, melinoe):
+    """Of harness tasks without tasks, of caches without locality."""
+    text = ("--data", models / "questions.jsonl")
+    for more in (("--fewshot", 2), ("--chat-template",), ("--task-path", "."), ("--at-slots", 2)):
+        code, out, _ = melinoe("evaluate", models / "ours", *text, *more)
+        assert (code, out) == (2, ""), more
+
+
+def test_what_was_measured_is_kept_where_two_models_cannot_be_compared(models, melinoe, tmp_path):
+    """Unlike tokenizers: one sentence and exit 1, and the records of both models in the file."""
+    other = tmp_path / "other"
+    tiny_model(1).save_pretrained(other)
+    tokenizer = words_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save_pretrained(other)
+    out = tmp_path / "runs.jsonl"
+    code, _, err = melinoe(
+        *("evaluate", models / "ours", other, "--data", models / "prompts.jsonl", "--out", out)
+    )
+    assert code == 1 and "different texts" in err.splitlines()[-1]
+    assert [json.loads(line)["model"] for line in out.read_text().splitlines()] == ["ours", "other"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli import options
+from melinoe.cli.texts import named_texts
 
 
 @dataclass
@@ -104,12 +105,17 @@ def command(
             "--rouge, --answers, --locality, --choice and --other go with --data",
             param_hint="--data",
         )
+    if tasks is None and (task_path is not None or fewshot is not None or chat_template):
+        raise typer.BadParameter(
+            "--task-path, --fewshot and --chat-template go with --tasks", param_hint="--tasks"
+        )
+    if at_slots and not locality:
+        raise typer.BadParameter("--at-slots goes with --locality", param_hint="--at-slots")
     from melinoe.cli.evaluate_text import remarks, rows
     from melinoe.evaluate import run_tasks, score
-    from melinoe.measure import append_jsonl, machine
 
     wanted = options.choice_of(choice, choice_strength, choice_keep)
-    texts = _texts(data, other or [], split, limit)  # before any model is read
+    texts = named_texts(data, other or [], split, limit)  # before any model is read
     names = _labels(model, other_model)
     found: list[_Found] = []
     for name, label in names.items():
@@ -160,15 +166,13 @@ def command(
         one.records += [record for price in one.prices for record in price.records()]
         one.records += [task.to_record() for task in one.tasks]
         found.append(one)
+        _append(out, one.records)
     comparisons = [said for one in found for price in one.prices for said in price.comparisons()]
     comparisons += _compare(found, *names.values()) if other_model else []
     records = [record for one in found for record in one.records]
-    records += [comparison.to_record() for comparison in comparisons]
-    if out is not None:
-        facts = machine()
-        for record in records:
-            append_jsonl(out, {**record, "machine": facts})
-        options.say(f"appended {len(records)} records to {out}")
+    compared = [comparison.to_record() for comparison in comparisons]
+    _append(out, compared)
+    records += compared
     if as_json:
         options.show_json(records)
         return
@@ -177,26 +181,19 @@ def command(
         print(line)
 
 
+def _append(out: Path | None, records: Sequence[dict[str, Any]]) -> None:
+    """Put what was measured into the file at once: what comes later may fail."""
+    from melinoe.measure import append_jsonl, machine
+
+    if out is not None and records:
+        facts = machine()
+        for record in records:
+            append_jsonl(out, {**record, "machine": facts})
+        options.say(f"appended {len(records)} records to {out}")
+
+
 def _teller(label: str) -> Callable[[str], None]:
     return lambda text: options.say(f"{label}: {text}")
-
-
-def _texts(
-    data: str | None, other: Sequence[str], split: str, limit: int | None
-) -> dict[str, tuple[list[Any], bool]]:
-    """Name of each text to its examples and whether it is the one in domain, that one first."""
-    from melinoe.data import load_examples
-
-    sources = [(data, True)] if data is not None else []
-    for source in other:
-        files = sorted(Path(source).glob("*.jsonl")) if Path(source).is_dir() else []
-        sources += [(str(file), False) for file in files] or [(source, False)]
-    texts: dict[str, tuple[list[Any], bool]] = {}
-    for source, in_domain in sources:
-        short = Path(source).stem if Path(source).exists() else source
-        name = source if short in texts else short
-        texts[name] = (load_examples(source, split=split, limit=limit), in_domain)
-    return texts
 
 
 def _labels(model: str, other: str | None) -> dict[str, str]:
@@ -213,7 +210,7 @@ def _prices(
     loaded: Any,
     handle: Any,
     tokenizer: Any,
-    texts: dict[str, tuple[list[Any], bool]],
+    texts: dict[str, tuple[Sequence[Any], bool]],
     label: str,
     settings: Any,
     max_length: int,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.cli import options
+from melinoe.cli.texts import name_of, other_texts
 from melinoe.errors import MelinoeError, TrainingError
 
 _FEWEST = 8  # held-out examples below which an interval says nothing
@@ -56,26 +57,18 @@ def hold_out(
     """
     from melinoe.data import load_examples
 
-    others: dict[str, Sequence[Any]] = {}
-    for source in other:
-        files = sorted(Path(source).glob("*.jsonl")) if Path(source).is_dir() else [source]
-        for file in files:
-            name = Path(file).stem if Path(file).exists() else str(file)
-            others[name] = load_examples(file, split=eval_split, limit=limit)
+    domain = name_of(data if eval_data is None else eval_data)
+    others = other_texts(other, eval_split, limit, {domain})
     if eval_data is not None:
         held_out = load_examples(eval_data, split=eval_split, limit=limit)
-        return HeldOut(examples, _name(eval_data), held_out, others)
+        return HeldOut(examples, domain, held_out, others)
     count = int(share * len(examples))
     if count < _FEWEST:
-        return HeldOut(examples, _name(data), (), others)
+        return HeldOut(examples, domain, (), others)
     # Evenly spread, because files are often sorted by topic.
     chosen = {int((index + 0.5) * len(examples) / count) for index in range(count)}
     kept = [one for index, one in enumerate(examples) if index not in chosen]
-    return HeldOut(kept, _name(data), [examples[index] for index in sorted(chosen)], others)
-
-
-def _name(source: str) -> str:
-    return Path(source).stem if Path(source).exists() else source
+    return HeldOut(kept, domain, [examples[index] for index in sorted(chosen)], others)
 
 
 def finish(
@@ -106,7 +99,7 @@ def finish(
                 out,
                 base,
                 {held_out.domain: held_out.examples},
-                {name: text for name, text in held_out.others.items() if name != held_out.domain},
+                held_out.others,
                 device=options.resolve_device("auto"),
                 say=options.say,
             )
