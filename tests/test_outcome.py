@@ -15,7 +15,7 @@ from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.config import OutcomeSettings
 from melinoe.data import Encoded, Example, encode
-from melinoe.errors import CheckpointError, DataError, OutputExistsError
+from melinoe.errors import CheckpointError, DataError, OutputExistsError, WriteError
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
 from melinoe.outcome import measure_outcome, record_origin, record_outcome
@@ -239,6 +239,7 @@ def test_an_unknown_licence_is_said_and_a_persons_answer_kept(copy):
     card.write_text(card.read_text().replace("license: unknown", "license: apache-2.0"))
     write_card(copy)
     assert "license: apache-2.0\n" in card.read_text()
+    assert "No licence is known" not in card.read_text()
 
 
 def test_a_hub_base_and_data_set_stand_in_the_front_matter(copy):
@@ -262,6 +263,40 @@ def test_a_card_without_measurements_says_so(copy):
     text = files[0].read_text()
     assert [file.name for file in files] == ["README.md", "melinoe-losses.png"]
     assert "Nothing was measured" in text and "it is the control" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_reuse": 0.3}, "keeps to few experts"),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.0}, "it is the control"),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.1, "anchor": "none"}, "it is the control"),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.1}, "without locality terms"),
+        (
+            {"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_distill": 1.0},
+            "without locality terms",
+        ),
+    ],
+)
+def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
+    """The reuse term is one for locality too; an anchor alone makes no control."""
+    write_metadata(copy, read_metadata(copy) | {"settings": settings})
+    text = write_card(copy)[0].read_text()
+    assert said in text
+    assert ("(trained for)" in text) is (said == "keeps to few experts")
+    write_metadata(copy, {"settings": settings})
+    text = write_card(copy)[0].read_text()
+    assert "slots=SLOTS" in text and "slots=16" not in text
+
+
+def test_a_card_that_cannot_be_written_or_read_is_said_in_a_sentence(copy):
+    """A place that is taken by a directory; an earlier card that is no text."""
+    (copy / "melinoe-losses.png").mkdir()
+    with pytest.raises(WriteError, match="cannot write"):
+        write_card(copy)
+    (copy / "README.md").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        write_card(copy)
 
 
 def test_a_foreign_readme_is_not_replaced_unless_told(copy):

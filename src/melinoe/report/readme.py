@@ -41,14 +41,15 @@ def update_readme(readme: Path | str, sources: Sources, check: bool = False) -> 
         The names whose text was out of date, in the order of the file; empty if none was.
 
     Raises:
-        DataError: the file has no marker, a marker that nothing closes, or a name that no record
-            fills; nothing has been written.
+        DataError: the file cannot be read or written, has no marker, a marker that nothing
+            closes, or a name that no record fills; nothing has been written.
     """
     path = Path(readme)
     try:
         before = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); name a Markdown file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise DataError(f"cannot read {path} ({reason}); name a Markdown file") from error
     texts = generated(sources)
     pieces, stale, position = [], [], 0
     while opening := OPENING.search(before, position):
@@ -72,5 +73,10 @@ def update_readme(readme: Path | str, sources: Sources, check: bool = False) -> 
     if not pieces:
         raise DataError(f"{path} has no <!-- report:NAME --> marker; add one where a table belongs")
     if stale and not check:
-        write_whole(path, "".join(pieces) + before[position:])
+        try:
+            write_whole(path, "".join(pieces) + before[position:])
+        except OSError as error:
+            raise DataError(
+                f"cannot write {path} ({error.strerror}); make it and its directory writable"
+            ) from None
     return stale

@@ -137,7 +137,7 @@ def hit_rates(outcome: Mapping[str, Any]) -> bytes:
             axes.text(
                 outcome["slots"],
                 bottom + 0.02 * (101 - bottom),
-                f" trained for {outcome['slots']} slots",
+                f" {outcome['slots']} slots",
                 color=PALETTE["muted"],
                 fontsize=9,
             )

@@ -27,6 +27,11 @@ CONTROL = (
     "This model was fine-tuned on next tokens alone: it is the control that shows what "
     "fine-tuning on the same data does without the locality terms."
 )
+ANCHORED = (
+    "This model was fine-tuned without locality terms, but with others that hold it near its base: "
+    "it shows what those do by themselves."
+)
+_LOCALITY_WEIGHTS = ("lambda_cache", "lambda_reuse")
 
 
 def front_matter(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,10 +59,9 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
         figures: ``losses``, ``experts`` and ``hit_rates``, as far as there are, to file names.
     """
     base = metadata.get("base")
-    for_locality = bool((metadata.get("settings") or {}).get("lambda_cache", 1))
+    for_locality, purpose = _purpose(metadata.get("settings") or {})
     parts = [f"# {literal(name)}"]
     origin = f" from {_named(base, metadata)}" if base else ""
-    purpose = FOR_LOCALITY if for_locality else CONTROL
     parts.append(f"Fine-tuned with Melinoe{origin}. {ABOUT}{purpose}")
     outcome = metadata.get("outcome")
     parts += ["## What fine-tuning changed"]
@@ -77,6 +81,19 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
         parts.append(f"![Loss terms over the steps of training]({figures['losses']})")
     parts += ["## Use", _use(outcome), "## Limits", _limits(metadata, outcome)]
     return "\n\n".join(parts) + "\n"
+
+
+def _purpose(settings: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the model was trained for locality, and a sentence on what it was trained for."""
+
+    def weight(name: str) -> float:
+        return float(settings.get(name) or 0.0)
+
+    if not settings or any(weight(name) for name in _LOCALITY_WEIGHTS):
+        return True, FOR_LOCALITY
+    anchor = weight("lambda_rank") if settings.get("anchor") != "none" else 0.0
+    held = anchor or weight("lambda_distill") or weight("lambda_replay")
+    return False, ANCHORED if held else CONTROL
 
 
 def _named(base: str, metadata: Mapping[str, Any]) -> str:
@@ -120,7 +137,7 @@ def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
         "And while it read the held-out completions, the same tokens for both, so that a model "
         "that repeats itself gains nothing by it:"
     )
-    tables = [markdown(_locality(outcome, name)) for name in ("writing", "reading")]
+    tables = [markdown(_locality(outcome, name, for_locality)) for name in ("writing", "reading")]
     return [
         "\n".join(lines),
         said,
@@ -161,7 +178,7 @@ def _quality(outcome: Mapping[str, Any]) -> Table:
     return Table("quality", "Perplexity", ["perplexity", "before", "after", "change"], rows)
 
 
-def _locality(outcome: Mapping[str, Any], name: str) -> Table:
+def _locality(outcome: Mapping[str, Any], name: str, for_locality: bool) -> Table:
     """Locality before and after, of what the models wrote or of what they read."""
     sides = (outcome["before"][name], outcome["after"][name])
     change, total = outcome["change"][name], outcome["num_experts"]
@@ -176,7 +193,7 @@ def _locality(outcome: Mapping[str, Any], name: str) -> Table:
     for policy, found in change["transfers_per_token"].items():
         for size, ratio in zip(found["slots"], found["ratio"], strict=True):
             label = f"{policy.upper()}, {size} slots"
-            label += " (trained for)" if size == outcome["slots"] else ""
+            label += " (trained for)" if for_locality and size == outcome["slots"] else ""
             moved = [_at(side, policy, "transfers_per_token", size) for side in sides]
             times = Cell(f"÷ {inline(_estimate(ratio))}")
             rows.append([Cell(f"transfers per token, {label}"), *moved, times])
@@ -215,7 +232,7 @@ def _training(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _use(outcome: Mapping[str, Any] | None) -> str:
-    slots = 16 if outcome is None else outcome["slots"]
+    slots = "SLOTS" if outcome is None else outcome["slots"]
     return f"""\
 As any transformers model, all experts resident:
 

@@ -1,13 +1,11 @@
 """Put a checkpoint's card and figures beside its weights."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint import read_metadata
 from melinoe.checkpoint.origin import read_card
-from melinoe.errors import CheckpointError, OutputExistsError
+from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.report.card import figures
 from melinoe.report.card.text import UNKNOWN, card_text, front_matter
 from melinoe.report.page import write_whole
@@ -38,6 +36,7 @@ def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
     Raises:
         CheckpointError: *directory* has no ``melinoe.json``, or a malformed one.
         OutputExistsError: it has another ``README.md``.
+        WriteError: it cannot be written to.
     """
     path = Path(directory).expanduser()
     if not path.is_dir():
@@ -49,18 +48,26 @@ def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
             "`melinoe finetune` wrote"
         )
     card = path / CARD
-    before = card.read_text(encoding="utf-8") if card.exists() else ""
+    # One that is no UTF-8 was not written by us.
+    before = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
     if before and END not in before and not overwrite:
         raise OutputExistsError(
             f"{card} was not written by melinoe; keep it, or replace it with --overwrite"
         )
     _, _, below = before.partition(END)
-    drawn = _draw(metadata)
-    for name, image in drawn.items():
-        _write_bytes(path / FILES[name], image)
     header = _merged(front_matter(metadata), read_card(path) if END in before else {})
-    body = card_text(path.resolve().name, metadata, {name: FILES[name] for name in drawn})
-    write_whole(card, f"---\n{_yaml(header)}---\n\n{body}\n{END}\n{below.lstrip(chr(10))}")
+    licence = header["license"] if header["license"] != UNKNOWN else None
+    drawn = _draw(metadata)
+    names = {name: FILES[name] for name in drawn}
+    body = card_text(path.resolve().name, metadata | {"license": licence}, names)
+    try:
+        for name, image in drawn.items():
+            write_whole(path / FILES[name], image)
+        write_whole(card, f"---\n{_yaml(header)}---\n\n{body}\n{END}\n{below.lstrip(chr(10))}")
+    except OSError as error:
+        raise WriteError(
+            f"cannot write the card into {path} ({error.strerror}); make room, or make it writable"
+        ) from None
     return [card, *(path / FILES[name] for name in drawn)]
 
 
@@ -84,15 +91,3 @@ def _yaml(values: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _write_bytes(path: Path, image: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(image)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
