@@ -220,3 +220,31 @@ def test_what_was_measured_is_kept_where_two_models_cannot_be_compared(models, m
     )
     assert code == 1 and "different texts" in err.splitlines()[-1]
     assert [json.loads(line)["model"] for line in out.read_text().splitlines()] == ["ours", "other"]
+
+
+def test_models_are_let_go_one_by_one_and_never_made_whole(models, melinoe, monkeypatch):
+    """An offloaded model may be larger than memory: its experts are not put back at the end."""
+    import weakref
+
+    from melinoe.cli import options
+    from melinoe.runtime import handle
+
+    def refuse(*_):
+        raise AssertionError("all experts were put back into memory")
+
+    opened, open_model = [], options.open_model
+
+    def opening(*arguments, **more):
+        assert all(ref() is None for ref in opened)
+        found = open_model(*arguments, **more)
+        opened.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(handle, "give_weights_back", refuse)
+    monkeypatch.setattr(options, "open_model", opening)
+    code, _, err = melinoe(
+        *("evaluate", models / "ours", models / "theirs", "--slots", 2, "--store", "disk"),
+        *("--data", models / "prompts.jsonl", "--limit", 2),
+    )
+    assert code == 0, err
+    assert len(opened) == 2

@@ -1,5 +1,6 @@
 """`melinoe evaluate`: how well one model does, or how two differ, with intervals."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,8 +161,9 @@ def command(
                 chat_template=chat_template,
                 batch_size=batch_size,
             )
-        handle.detach()
-        del loaded, handle  # one model in memory at a time
+        # One model in memory at a time; detaching would make it whole, which may not fit.
+        del loaded, handle
+        gc.collect()
         one.records[:0] = [record for scores in one.scores for record in scores.records()]
         one.records += [record for price in one.prices for record in price.records()]
         one.records += [task.to_record() for task in one.tasks]

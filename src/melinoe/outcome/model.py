@@ -1,5 +1,6 @@
 """One model, before or after fine-tuning: what it loses on texts, and how it routes."""
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,27 +68,23 @@ def measure_model(
     """
     model, handle = load(path, device, slots=sizes[-1])
     tokenizer = load_tokenizer(str(path), model.config)
-    try:
-        perplexities = {
-            name: perplexity(
-                model,
-                encode(examples[: settings.examples], tokenizer, settings.max_length),
-                settings.batch_size,
-            )
-            for name, examples in {**held_out, **others}.items()
-        }
-        examples = next(iter(held_out.values()))[: settings.prompts]
-        prompts = [prompt_of(example, tokenizer, settings.max_length) for example in examples]
-        traces = {
-            "writing": trace_prompts(
-                model, handle, tokenizer, prompts, settings.max_new_tokens, say
-            ),
-            "reading": reading_trace(
-                model, handle, encode(examples, tokenizer, settings.max_length)
-            ),
-        }
-    finally:
-        handle.detach()
+    perplexities = {
+        name: perplexity(
+            model,
+            encode(examples[: settings.examples], tokenizer, settings.max_length),
+            settings.batch_size,
+        )
+        for name, examples in {**held_out, **others}.items()
+    }
+    examples = next(iter(held_out.values()))[: settings.prompts]
+    prompts = [prompt_of(example, tokenizer, settings.max_length) for example in examples]
+    traces = {
+        "writing": trace_prompts(model, handle, tokenizer, prompts, settings.max_new_tokens, say),
+        "reading": reading_trace(model, handle, encode(examples, tokenizer, settings.max_length)),
+    }
+    # The next model needs the room; detaching would first want the experts a third time.
+    del model, handle
+    gc.collect()
     trace = traces["writing"]
     shape = {
         "num_experts": trace.num_experts,
