@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_olmoe import tiny_model
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from melinoe.engine import attach
 from melinoe.errors import AttachError, BudgetError
@@ -11,7 +11,9 @@ from melinoe.fast import experts as experts_module
 from melinoe.fast.batching import batching_config
 
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14]]
-SMALL = {"page_size": 16, "num_blocks": 16, "max_batch_tokens": 32, "use_async_batching": False}
+# transformers 5.17 calls it block_size.
+PAGE = "page_size" if "page_size" in ContinuousBatchingConfig.__annotations__ else "block_size"
+SMALL = {PAGE: 16, "num_blocks": 16, "max_batch_tokens": 32, "use_async_batching": False}
 GREEDY = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
 

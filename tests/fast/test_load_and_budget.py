@@ -295,8 +295,7 @@ def test_the_command_line_serves_with_the_fast_engine():
     said = []
     for extra in (
         ["--slots", "32"],
-        ["--engine", "fast", "--slots", "32"],
-        ["--engine", "fast", "--gpu-memory", "2GiB", "--context", "64", "--compression", "int8"],
+        ["--engine", "fast", "--gpu-memory", "2GiB", "--context", "64"],
     ):
         done = CliRunner().invoke(
             app, ["generate", "tiny", "Once", "--max-new-tokens", "3", "--json", "--device", "cpu",
@@ -305,6 +304,6 @@ def test_the_command_line_serves_with_the_fast_engine():
         assert done.exit_code == 0, done.output
         said.append(json.loads(done.stdout))
     assert said[0]["text"] == said[1]["text"]
-    assert said[2]["slots"] == 32
+    assert said[1]["slots"] == 32
     refused = CliRunner().invoke(app, ["generate", "tiny", "Once", "--compression", "int8"])
     assert refused.exit_code != 0

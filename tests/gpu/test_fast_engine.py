@@ -214,7 +214,7 @@ def test_continuous_batching_gives_the_tokens_of_single_prompts():
             outputs = network.generate_batch(
                 prompts, generation_config=config,
                 continuous_batching_config=batching_config(
-                    handle, TOP_K, page_size=256, num_blocks=16, max_batch_tokens=256
+                    handle, TOP_K, num_blocks=16, max_batch_tokens=256
                 ),
             )  # fmt: skip
             found = [one.generated_tokens for one in outputs.values()]
