@@ -1,7 +1,9 @@
 """Records: their numbers worked by hand, and equal to the simulator's on the recorded trace."""
 
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -298,6 +300,27 @@ def test_lines_are_appended_whole(tmp_path):
         {"kind": "quality"},
     ]
     assert "Μηλινόη" in lines[0]
+
+
+def test_a_line_that_the_disk_holds_half_of_is_taken_back(tmp_path, monkeypatch):
+    """The system may write a part and say so; the next part finds the disk full."""
+    path = tmp_path / "runs.jsonl"
+    append_jsonl(path, {"kind": "serve"})
+    write, calls = os.write, []
+
+    def some(handle, data):
+        calls.append(len(data))
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, data[:5])
+
+    monkeypatch.setattr(os, "write", some)
+    with pytest.raises(DataError, match="No space left"):
+        append_jsonl(path, {"kind": "quality"})
+    monkeypatch.undo()
+    append_jsonl(path, {"kind": "curve"})
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["serve", "curve"]
 
 
 def test_a_number_that_is_not_finite_leaves_the_file_as_it_was(tmp_path):

@@ -1,10 +1,13 @@
 """Figures by name and by hand: read right, refused when no machine has them, each with a source."""
 
+import errno
+import os
 import re
 
 import pytest
 
 from melinoe.errors import HardwareError
+from melinoe.plan import measuring
 from melinoe.plan.hardware import cards, find_bandwidth, find_card, known, machine_of
 from melinoe.plan.measuring import measure
 from melinoe.plan.units import format_bandwidth, parse_bandwidth, parse_seconds
@@ -150,3 +153,15 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     """A directory that does not exist cannot be timed."""
     with pytest.raises(HardwareError, match="--disk"):
         measure(tmp_path / "nowhere", nbytes=2**23)
+
+
+def test_a_disk_that_is_full_is_said_in_a_sentence(tmp_path, monkeypatch):
+    """The file to read cannot be written in full; nothing of it stays."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(measuring.os, "fsync", full)
+    with pytest.raises(HardwareError, match="No space left"):
+        measure(tmp_path, nbytes=2**23)
+    assert list(tmp_path.iterdir()) == []

@@ -142,7 +142,7 @@ def _show_measured(measured: dict[str, float], as_json: bool) -> None:
         )
         return
     options.show_table(
-        "This machine, best of several runs",
+        "This machine (disk: one run; the rest: best of several)",
         [{"part": part, "bandwidth": format_bandwidth(v)} for part, v in measured.items()],
     )
 

@@ -12,7 +12,7 @@ from melinoe.errors import DataError
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """
-    Append one record as one line, written in one piece; the file and its folder are made.
+    Append one record as one line, whole or not at all; the file and its folder are made.
 
     Raises:
         DataError: the place cannot be written to, or the record holds a number that is not finite.
@@ -24,13 +24,24 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
         # O_APPEND keeps lines of two writers apart; a text buffer could cut one into pieces.
         handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line)
+            _write_line(handle, line)
         finally:
             os.close(handle)
     except OSError as error:
         raise DataError(
             f"cannot write to {target} ({error.strerror}); choose another place"
         ) from None
+
+
+def _write_line(handle: int, line: bytes) -> None:
+    """Write all of *line*; where the disk holds a part of it alone, take that part back."""
+    written = os.write(handle, line)
+    try:
+        while written < len(line):
+            written += os.write(handle, line[written:])
+    except OSError:
+        os.ftruncate(handle, os.fstat(handle).st_size - written)
+        raise
 
 
 def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -20,7 +20,7 @@ _REPEATS = 5
 
 def measure(directory: str | Path | None = None, nbytes: int = _BYTES) -> dict[str, float]:
     """
-    Measure the bandwidths that a plan needs, best of several runs each.
+    Measure the bandwidths that a plan needs: the disk in one run, the rest best of several.
 
     - ``DRAM``: reading a matrix larger than any cache in a matrix-vector product, which is what
       computing a missed expert on the CPU does, with torch's threads as they are set.
@@ -41,7 +41,7 @@ def measure(directory: str | Path | None = None, nbytes: int = _BYTES) -> dict[s
         Bytes a second by part.
 
     Raises:
-        HardwareError: the directory cannot be written to.
+        HardwareError: the directory cannot be written to, or its disk is full.
     """
     dram = _dram(nbytes)
     disk = _disk(Path(directory or tempfile.gettempdir()).expanduser(), nbytes)
@@ -88,18 +88,17 @@ def _disk(directory: Path, nbytes: int) -> float:
     if shards and shards[-1].stat().st_size >= _CHUNK:
         return _read_in_order(shards[-1], nbytes)
     try:
-        file = tempfile.NamedTemporaryFile(dir=directory, prefix="melinoe-")  # noqa: SIM115
+        with tempfile.NamedTemporaryFile(dir=directory, prefix="melinoe-") as file:
+            for _ in range(nbytes // _CHUNK):
+                file.write(os.urandom(_CHUNK))
+            file.flush()
+            os.fsync(file.fileno())
+            return _read_in_order(Path(file.name), nbytes)
     except OSError as error:
         raise HardwareError(
             f"cannot write to {directory} to time its disk ({error.strerror}); name a directory "
             "that can be written to, or give --disk"
         ) from None
-    with file:
-        for _ in range(nbytes // _CHUNK):
-            file.write(os.urandom(_CHUNK))
-        file.flush()
-        os.fsync(file.fileno())
-        return _read_in_order(Path(file.name), nbytes)
 
 
 def _read_in_order(path: Path, nbytes: int) -> float:

@@ -86,11 +86,8 @@ class Plan:
             "stored_bytes": self.stored_bytes,
             "fits_in_ram": self.fits_in_ram,
             "all_resident": self.all_resident,
-            "before": {
-                "hit_rate": self.before.to_dict(),
-                "tokens_per_s": self.speed_before.to_dict(),
-            },
-            "after": {"hit_rate": self.after.to_dict(), "tokens_per_s": self.speed_after.to_dict()},
+            "before": _scenario(self.before, self.speed_before),
+            "after": _scenario(self.after, self.speed_after),
             "notes": list(self.notes),
             "assumed": list(self.assumed),
             "measured": False,
