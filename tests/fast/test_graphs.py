@@ -226,3 +226,22 @@ def test_our_generate_runs_on_it(model):
             cache_implementation="static",
         )  # fmt: skip
         assert result.counters.tokens.tolist() == [4, 4]
+
+
+def test_generate_uses_a_static_cache_by_itself_only_where_it_can_be_captured(model, monkeypatch):
+    """On a GPU, for plain attention; elsewhere the model's own choice of cache stays."""
+    windowed = tiny.tiny_model("gpt_oss")
+    for network, on_gpu, expected in (
+        (model, True, "static"),
+        (model, False, None),
+        (windowed, True, None),
+    ):
+        before = network.generation_config.cache_implementation
+        with attach(network, slots=8, graphs=True) as handle:
+            graphs = handle.graphs
+            device = torch.device("cuda") if on_gpu else torch.device("cpu")
+            monkeypatch.setattr(graphs, "_device", device)
+            undo = graphs.plug_in()
+            assert network.generation_config.cache_implementation == (expected or before)
+            undo()
+            assert network.generation_config.cache_implementation == before

@@ -113,7 +113,7 @@ class DecodeGraphs:
         own = {name: vars(self._model).get(name) for name in _METHODS}
         config.disable_compile = not self._enabled
         if self._enabled:
-            if config.cache_implementation is None and self._device.type == "cuda":
+            if config.cache_implementation is None and self._may_be_static():
                 config.cache_implementation = "static"
             vars(self._model)["get_compiled_call"] = lambda *_: self.step
             prepare = getattr(self._model, "_prepare_static_cache", None)
@@ -129,6 +129,16 @@ class DecodeGraphs:
                     vars(self._model)[name] = method
 
         return undo
+
+    def _may_be_static(self) -> bool:
+        """Whether a static cache, which is what can be captured, suits the model."""
+        text = self._model.config.get_text_config(decoder=True)
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        return (
+            self._device.type == "cuda"
+            and getattr(self._model, "_can_compile_fullgraph", False)
+            and kinds == {"full_attention"}
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
