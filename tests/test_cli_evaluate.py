@@ -82,7 +82,7 @@ def test_records_are_appended_and_make_a_report(models, melinoe, tmp_path):
     assert "questions: exact match" in page and "ours against theirs" in page
 
 
-def test_a_choice_is_priced_against_the_exact_one(models, melinoe):
+def test_a_choice_is_priced_against_the_exact_one(models, melinoe, tmp_path):
     """Per model and text its price and saving, and the first with it against the second without."""
     code, out, err = melinoe(
         *("evaluate", models / "ours", models / "theirs", "--data", models / "questions.jsonl"),
@@ -102,7 +102,15 @@ def test_a_choice_is_priced_against_the_exact_one(models, melinoe):
         ("perplexity", changed, "theirs"),
         (moved, changed, "theirs"),
     ]
-    assert sum(r["kind"] == "score" and r["metric"] == moved for r in records) == 4
+    out = tmp_path / "runs.jsonl"
+    code, table, err = melinoe(
+        *("evaluate", models / "ours", "--data", models / "questions.jsonl", "--slots", 3),
+        *("--choice", "reroute", "--choice-strength", 0.5, "--out", out),
+    )
+    assert code == 0, err
+    assert "".join(table.split()).count("(LRU,3") >= 2 and "ours, reroute 0.5 against ours" in table
+    write_report([out], tmp_path / "page.html")
+    assert "no task was scored" in (tmp_path / "page.md").read_text()
     assert melinoe("evaluate", models / "ours", "--tasks", "x", "--choice", "reroute")[0] == 2
     code, _, err = melinoe(
         *("evaluate", models / "none", "--data", models / "questions.jsonl", "--choice", "nearest")

@@ -157,6 +157,10 @@ def test_fewer_bits_lighten_store_and_link_but_not_the_slots():
     assert four.slots == full.slots
     assert four.speed_before.tiers_high.device == full.speed_before.tiers_high.device
     assert four.stored_bytes == full.stored_bytes * 4.5 / 16
+    wide = plan(replace(FACTS, dtype="float32"), gpu_memory="110MiB", bits=4, **MACHINE)
+    assert wide.stored_bytes == full.stored_bytes * 4.5 / 32
+    wide = plan(replace(FACTS, dtype="float32"), gpu_memory="110MiB", bits=16, **MACHINE)
+    assert wide.stored_bytes == full.stored_bytes / 2
 
 
 def test_a_batch_asks_for_distinct_experts():

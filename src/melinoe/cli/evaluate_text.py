@@ -15,6 +15,8 @@ def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kind = record["kind"]
         if kind == "quality":
             add(record, "perplexity", record["perplexity"])
+            for model, rate in record.get("transfers", {}).items():
+                add({**record, "model": model}, record["transfers_metric"], rate)
         elif kind == "score":
             add(record, record["metric"].replace("_", " "), record["score"])
         elif kind == "locality":

@@ -8,7 +8,7 @@ from melinoe.data import Encoded
 from melinoe.errors import AttachError
 from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_rates
 from melinoe.evaluate.decoded import Decoded, decoded_perplexity
-from melinoe.evaluate.records import quality_record, score_record
+from melinoe.evaluate.records import quality_record
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.runtime.handle import Handle
 from melinoe.stats import bootstrap
@@ -52,15 +52,19 @@ class ChoicePrice:
         return f"transfers per decoded token ({self.cache})"
 
     def records(self) -> list[dict[str, Any]]:
-        """Perplexity with changed choices, of kind ``quality``; transfers of both, ``score``."""
-        about = {"choice": asdict(self.settings), "changed_choices": self.changed_choices}
+        """Perplexity with changed choices, of kind ``quality``, transfers of both beside it."""
+        about = {
+            "choice": asdict(self.settings),
+            "changed_choices": self.changed_choices,
+            "transfers_metric": self.metric,
+            "transfers": {
+                label: bootstrap(*_rate(one)).to_dict()
+                for label, one in ((self.model, self.exact), (self.label, self.changed))
+            },
+            "how": _HOW,
+        }
         perplexity = self.changed.perplexity
-        found = [quality_record(perplexity, self.label, self.domain, self.in_domain, **about)]
-        for label, one in ((self.model, self.exact), (self.label, self.changed)):
-            found.append(
-                score_record(bootstrap(*_rate(one)), label, self.domain, self.metric, how=_HOW)
-            )
-        return found
+        return [quality_record(perplexity, self.label, self.domain, self.in_domain, **about)]
 
     def comparisons(self) -> list[Comparison]:
         """The changed choices against the exact ones, paired by text: the price and the saving."""

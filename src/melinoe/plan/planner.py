@@ -129,7 +129,8 @@ def plan(
         reserve: Device memory kept free; default as in ``assumptions.json``.
         context: Tokens of a sequence.
         batch: Sequences decoded together.
-        bits: 16, 8 or 4 of a stored weight: what the link carries. Slots hold 16.
+        bits: 16, 8 or 4 of a stored weight: what the link carries. Slots hold 16, or the type of
+            facts that were read already.
         latency_s: Of each load on the link.
         trace: The model's choices; gives its hit rates instead of an assumption.
         tuned_trace: The same of the fine-tuned model.
@@ -290,6 +291,10 @@ def _slots(facts: ModelFacts, memory: int, reserve: int, batch: int) -> int:
 
 def _stored_share(facts: ModelFacts, bits: int | None) -> float:
     """Bytes of a stored expert over those of a resident one."""
-    if bits is None or bits == 16:
+    if bits is None:
         return 1.0
-    return assumptions()["stored_bits"][str(bits)]["per_weight"] / 16
+    import torch
+
+    in_slots = 8 * getattr(torch, facts.dtype).itemsize
+    known = assumptions()["stored_bits"]
+    return (known[str(bits)]["per_weight"] if str(bits) in known else bits) / in_slots
