@@ -259,6 +259,20 @@ def test_gradients_and_casts_are_refused(model):
         model.to(torch.float32)
 
 
+def test_layers_that_compute_other_numbers_of_tokens_are_other_passes(model):
+    """One token fits two slots, five do not: the second layer's pass asks the host, as it must."""
+    first, second = (layer.module for layer in find_experts(model))
+    torch.manual_seed(0)
+    one = torch.randn(1, 32), torch.tensor([[3, 5]]), torch.rand(1, 2)
+    five = torch.randn(5, 32), torch.arange(10).reshape(5, 2) % 8, torch.rand(5, 2)
+    with torch.no_grad():
+        expected = first(*one), second(*five)
+        with attach(model, slots=2) as handle:
+            found = first(*one), second(*five)
+            assert all(map(torch.equal, found, expected))
+            assert handle.counters.uses.sum(axis=1).tolist() == [10, 2]
+
+
 def test_the_latest_counters_are_the_counters_on_the_cpu():
     """On a GPU they lag behind by one reading; see tests/gpu."""
     network = tiny_model()

@@ -132,6 +132,8 @@ class FastExperts:
 
     def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Nothing here depends on what a tensor holds, so all of it can be captured."""
+        # The kernel could not refuse: it would write beyond its lists.
+        assert min(top_k_index.numel(), self._num_experts) <= self._num_slots
         slots, weights = self._who.decide(self._index, top_k_index, top_k_weights)
         self._carrier.bring_listed(*self._list, self._count)
         if self._is_last:

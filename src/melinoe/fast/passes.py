@@ -39,15 +39,18 @@ class FastPasses(ForwardPasses):
     ) -> None:
         super().__init__(model, counters)
         self._fits = fits
-        self._top_k = 0
+        self._tokens = self._top_k = 0
         self.mode = DEVICE
         self.paged = False
         self.fallbacks = 0
         self.given: Batch | None = None
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
-        """As `ForwardPasses.enter`."""
-        self._top_k = top_k_index.shape[1]
+        """As `ForwardPasses.enter`, but all layers of a pass compute the same number of tokens."""
+        tokens, self._top_k = top_k_index.shape
+        if self._seen and tokens != self._tokens:
+            self.end()  # an encoder's and a decoder's, say: what fits one may not fit the other
+        self._tokens = tokens
         super().enter(layer, top_k_index, top_k_weights)
 
     def end(self) -> None:
