@@ -65,7 +65,22 @@ def test_people_get_a_table_and_sentences(models, melinoe):
     sentences = [line for line in out.splitlines() if " against " in line]
     assert len(sentences) == 9
     assert all(line.endswith((" is better", "neither is shown to be better")) for line in sentences)
-    assert "0 of 10 right; by the rule of three the rate is below 30.0% (95 %)" in out
+    assert "0 of 10 right; the rate is below 25.9% (95 %)" in out
+
+
+def test_where_all_or_none_are_right_the_bound_is_the_exact_one():
+    """All resamples are alike there: p^n = 5 % at the bound, also for few examples."""
+    from melinoe.cli.evaluate_text import remarks
+
+    def said(right, n):
+        score = {"mean": right / n, "low": 0, "high": 0, "n": n}
+        record = {"kind": "score", "model": "m", "domain": "d", "right": right, "score": score}
+        return remarks([record])[0]
+
+    assert said(0, 10) == "m, d: 0 of 10 right; the rate is below 25.9% (95 %)"
+    assert said(0, 1) == "m, d: 0 of 1 right; the rate is below 95.0% (95 %)"
+    assert said(10, 10) == "m, d: 10 of 10 right; the rate is above 74.1% (95 %)"
+    assert said(3, 10) == "m, d: 3 of 10 right"
 
 
 def test_records_are_appended_and_make_a_report(models, melinoe, tmp_path):

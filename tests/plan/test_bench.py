@@ -42,6 +42,15 @@ def test_all_combinations_between_the_two_extremes():
     assert len({(one.name, one.slots) for one in chosen}) == len(chosen)
 
 
+def test_a_cache_that_stays_warm_is_shared_with_none_that_is_emptied(melinoe, place):
+    """All experts as slots too: one run empties its cache before each prompt, one does not."""
+    chosen = strategies(8, [8], ["lru", "lfu"])
+    warm = {one.runtime for one in chosen if one.warm}
+    assert warm.isdisjoint(one.runtime for one in chosen if not one.warm)
+    code, _, err = bench(melinoe, place, "--slots", EXPERTS, "--policy", "lru", "--json")
+    assert code == 0, err
+
+
 def test_what_cannot_be_served_is_refused():
     """More slots than experts, an unknown policy, and one that needs the future."""
     with pytest.raises(BudgetError, match="1 to 8"):

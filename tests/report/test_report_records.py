@@ -5,6 +5,7 @@ import json
 import pytest
 
 from melinoe.errors import DataError
+from melinoe.measure import append_jsonl
 from melinoe.report import read_records, render_table, write_report
 
 
@@ -21,6 +22,16 @@ def test_files_and_records_in_memory_give_the_same_table(records, tmp_path):
     expected = render_table(records, "markdown")
     assert render_table([tmp_path / "a.jsonl", tmp_path / "b.json"], "markdown") == expected
     assert render_table(tmp_path, "markdown") == expected
+
+
+def test_only_a_newline_ends_a_record(records, tmp_path):
+    """Tokens may hold Unicode's own line ends, which JSON leaves as they are."""
+    path = tmp_path / "runs.jsonl"
+    record = {**records[0], "tokens": ["a\u2028b", "c\x85d", "\u2029"]}
+    append_jsonl(path, record)
+    append_jsonl(path, records[0])
+    found = read_records(path)
+    assert found.of(records[0]["kind"]) == [record, records[0]]
 
 
 def test_a_torn_line_is_named_by_file_and_number(records, tmp_path):

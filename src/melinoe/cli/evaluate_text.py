@@ -42,7 +42,11 @@ def remarks(records: list[dict[str, Any]]) -> list[str]:
         if record["kind"] == "score" and "right" in record:
             right, n = record["right"], record["score"]["n"]
             line = f"{record['model']}, {record['domain']}: {right} of {n} right"
-            if right == 0:  # all resamples are alike, so the bootstrap's interval has no width
-                line += f"; by the rule of three the rate is below {3 / n:.1%} (95 %)"
+            # All resamples are alike where all or none are right: the bootstrap has no width.
+            most = 1 - 0.05 ** (1 / n)  # of errors or successes, none of which was seen
+            if right == 0:
+                line += f"; the rate is below {most:.1%} (95 %)"
+            elif right == n:
+                line += f"; the rate is above {1 - most:.1%} (95 %)"
             lines.append(line)
     return lines

@@ -28,7 +28,8 @@ def cache_bytes_by_heads(config: Any, context: int, dtype: torch.dtype) -> tuple
     try:
         return _counted(config, context, dtype)
     except Exception as error:  # a config whose layers differ refuses to be asked as a whole
-        return None, f"not known: the config does not say ({str(error).splitlines()[0][:80]})"
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        return None, f"not known: the config does not say ({reason})"
 
 
 def _counted(config: Any, context: int, dtype: torch.dtype) -> tuple[int | None, str]:

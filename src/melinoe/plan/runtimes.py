@@ -54,7 +54,7 @@ class Runtimes:
     """A model and its handle for each cache, and the tokenizer."""
 
     tokenizer: Any
-    opened: dict[tuple[int, str], tuple[Any, Handle]] = field(default_factory=dict)
+    opened: dict[tuple[int, str, bool], tuple[Any, Handle]] = field(default_factory=dict)
 
     def __getitem__(self, strategy: Strategy) -> tuple[Any, Handle]:
         return self.opened[strategy.runtime]
@@ -79,7 +79,7 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
         _check_room(len(kinds) * backbone + slots, len(kinds))
     runtimes = Runtimes(load_tokenizer(setting.model, config))
     first: Handle | None = None
-    for count, policy in kinds:
+    for count, policy, warm in kinds:
         if first is None or first.store.kind == "disk":
             model, handle = load(
                 setting.model,
@@ -104,7 +104,7 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
                 link=setting.new_link(),
                 device=setting.device,
             )
-        runtimes.opened[count, policy] = (model, handle)
+        runtimes.opened[count, policy, warm] = (model, handle)
     return runtimes
 
 

@@ -34,9 +34,9 @@ class Strategy:
     warm: bool = False
 
     @property
-    def runtime(self) -> tuple[int, str]:
-        """Strategies alike in this share a runtime."""
-        return self.slots, self.policy
+    def runtime(self) -> tuple[int, str, bool]:
+        """Strategies alike in this share a runtime: slots, policy, and whether it stays warm."""
+        return self.slots, self.policy, self.warm
 
 
 class Popularity:

@@ -52,7 +52,8 @@ def _from_file(path: Path) -> Iterable[tuple[Any, str]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text; name a file of JSON records") from error
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not splitlines: strings may hold Unicode's own line ends, which JSON leaves as they are.
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 where = f"{path}, line {number}"
                 yield _parse(line, where), where
