@@ -318,3 +318,13 @@ def test_no_metadata_and_a_broken_one_are_refused(tmp_path):
         write_card(tmp_path)
     with pytest.raises(CheckpointError, match="no directory"):
         write_card(tmp_path / "absent")
+
+
+def test_one_prompt_bears_no_claim():
+    """Nothing can be resampled, so the interval has no width and the sentence says why."""
+    from melinoe.report.card.text import _times
+    from melinoe.stats import Estimate
+
+    assert "one prompt alone shows nothing about the next" in _times(Estimate(3.0, 3.0, 3.0, 1))
+    assert "times fewer" in _times(Estimate(3.0, 2.5, 3.5, 9))
+    assert "**more**" in _times(Estimate(0.5, 0.4, 0.6, 9))

@@ -121,6 +121,21 @@ def test_overlapping_intervals_are_not_called_different(records, tmp_path):
     assert "Fine-tuning did not measurably change" in (tmp_path / "r.html").read_text()
 
 
+def test_one_prompt_alone_is_not_called_a_difference(records, tmp_path):
+    """An interval over one item has no width, so it touches nothing; no sentence follows of it."""
+    records = of_kinds(records, "serve", "locality")
+    for record in records:
+        if record["kind"] == "locality":
+            record["experts_per_sequence"] = record["experts_per_sequence"][:1]
+        if record["kind"] == "serve" and record["strategy"] in ("base", "fine-tuned"):
+            loads = [10] if record["strategy"] == "base" else [5]
+            record["per_prompt"] = {"loads": loads, "tokens": [10]}
+    write_report(records, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "Fine-tuning did not measurably change" in text
+    assert "times fewer expert" not in text
+
+
 def test_ratios_are_paired_over_prompts_where_the_runs_list_them(records, tmp_path):
     """Every prompt moves exactly half as much: 2.00 with no width, though the means vary widely."""
     records = of_kinds(records, "serve")

@@ -109,5 +109,10 @@ def ratio(top: Estimate, bottom: Estimate) -> Estimate | None:
 
 
 def apart(one: Estimate, other: Estimate) -> bool:
-    """Say whether the two intervals do not touch: only then does a sentence call them different."""
-    return one.high < other.low or other.high < one.low
+    """
+    Say whether the two intervals do not touch: only then does a sentence call them different.
+
+    An interval over one item has no width and says nothing about the next: never apart.
+    """
+    separate = one.high < other.low or other.high < one.low
+    return separate and min(one.n, other.n) > 1

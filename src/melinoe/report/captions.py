@@ -176,7 +176,7 @@ def _transfers(base: Record, tuned: Record, control: Record | None) -> str | Non
     fewer = after.mean < before.mean
     runs = (base, tuned) if fewer else (tuned, base)
     times = quotient(*runs, "transfers_per_token")
-    if times is None or times.low <= 1:
+    if times is None or times.n < 2 or times.low <= 1:
         return f"Expert transfers per token: {inline(before)} base, {inline(after)} fine-tuned."
     text = (
         f"The fine-tuned model needs {inline(times)} times {'fewer' if fewer else 'more'} expert "
@@ -188,7 +188,7 @@ def _transfers(base: Record, tuned: Record, control: Record | None) -> str | Non
         return f"{text}."
     runs = (control, tuned) if after.mean < middle.mean else (tuned, control)
     times = quotient(*runs, "transfers_per_token")
-    if times is None or times.low <= 1:
+    if times is None or times.n < 2 or times.low <= 1:
         return f"{text}; against the control, {inline(middle)}, no difference was measured."
     word = "fewer" if after.mean < middle.mean else "more"
     return f"{text}; against the control, {inline(middle)}, {inline(times)} times {word}."

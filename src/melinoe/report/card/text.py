@@ -151,6 +151,11 @@ def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
 
 def _times(ratio: Estimate) -> str:
     """Before over after, as a sentence."""
+    if ratio.n < 2:
+        return (
+            f"transfers per token before over after are {plain(ratio.mean)}, but one prompt alone "
+            "shows nothing about the next"
+        )
     if ratio.low <= 1 <= ratio.high:
         return (
             f"transfers per token before over after are {inline(ratio)}, and the "
