@@ -157,3 +157,14 @@ def test_rouge_l_of_silence_is_zero_and_of_no_words_is_refused():
         rouge_l([], [])
     with pytest.raises(ValueError):
         rouge_l(["a"], [])
+
+
+def test_a_checkpoints_own_generation_settings_change_no_completion():
+    """Penalties on what was said already belong to a chat, not to a measurement of the model."""
+    model = tiny_model()
+    tokenizer = words_tokenizer()
+    examples = [Example(f"w{i}", "w5", f"x:{i}") for i in range(3, 8)]
+    expected = complete(model, tokenizer, examples, 12)
+    config = model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.min_new_tokens = 3.0, 2, 12
+    assert complete(model, tokenizer, examples, 12) == expected

@@ -171,6 +171,9 @@ def _generate(
             temperature=None,
             top_p=None,
             top_k=None,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_new_tokens=None,
             stopping_criteria=StoppingCriteriaList(
                 [_Written(stop, tokenizer, longest) for stop in stops]
             ),
