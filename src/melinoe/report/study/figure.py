@@ -111,6 +111,6 @@ def _caption(study: Study, tried: list[Setting], cache: str) -> str:
     said = [f"{one.name} ({signed(price)}, {inline(moved)})" for one, price, moved in best]
     return (
         "Each point is the mean over seeds with its 95 % interval; lower and further left is "
-        "better. Not beaten in both price in domain and transfers, cheapest first: "
+        "better. By their means not beaten in both price in domain and transfers, cheapest first: "
         f"{'; '.join(said)}."
     )
