@@ -42,9 +42,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from melinoe.config import FinetuneSettings
-from melinoe.finetune.adapters import make_trainable
 from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.objective import Objective
+from melinoe.finetune.parts.adapters import make_trainable
+from melinoe.finetune.terms.objective import Objective
 from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import Router, Routing, find_routers

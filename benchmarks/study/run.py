@@ -27,7 +27,7 @@ from plan import JUDGED_FROM, SEEDS, Run, all_runs
 
 from melinoe.data import load_examples
 from melinoe.finetune import finetune
-from melinoe.finetune.own_text import OWN
+from melinoe.finetune.terms.own_text import OWN
 from melinoe.measure import append_jsonl, machine
 from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
 

@@ -4,6 +4,7 @@ Run a function in processes of their own, alone or as the ranks of one run, and 
 Processes are forked, so that none has to import torch again; they meet over gloo on the CPU.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ from transformers import TrainerCallback
 
 from melinoe.data import load_examples
 from melinoe.finetune import finetune
+
+LONGEST_S = 150  # a rank that waits for ever says where it stands, and fails its test
+KEPT = []  # what must outlive its function, because to destroy it may wait for other threads
 
 
 class KillAt(TrainerCallback):
@@ -41,6 +45,7 @@ def run(function, *arguments, processes=1, sharded=False):
         child = os.fork()
         if child == 0:
             code = 1
+            faulthandler.dump_traceback_later(LONGEST_S, exit=True)
             try:
                 if processes > 1:
                     _join(rank, processes, port, sharded)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import CheckpointError
-from melinoe.finetune.adapter_files import (
+from melinoe.finetune.parts.adapter_files import (
     CONFIG,
     WEIGHTS,
     adapter_of,
@@ -19,7 +19,7 @@ from melinoe.finetune.adapter_files import (
     read_adapter_config,
     write_adapter,
 )
-from melinoe.finetune.adapters import make_trainable
+from melinoe.finetune.parts.adapters import make_trainable
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 

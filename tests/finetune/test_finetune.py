@@ -14,7 +14,7 @@ from melinoe.checkpoint import read_metadata
 from melinoe.data import Encoded
 from melinoe.errors import DataError, OutputExistsError, TrainingError
 from melinoe.finetune import finetune, train
-from melinoe.finetune.checkpoints import read_tensors
+from melinoe.finetune.resume.checkpoints import read_tensors
 from melinoe.finetune.training import run_training
 from melinoe.moe.routing import find_routers, fingerprint
 
@@ -216,7 +216,8 @@ def test_a_setting_that_no_run_could_use_is_named(change):
 def test_what_is_written_is_the_trained_model(checkpoint, monkeypatch):
     """Reloaded logits equal the merged model's in memory; experts are stored one by one."""
     kept = {}
-    from melinoe.finetune import run, saving
+    from melinoe.finetune import run
+    from melinoe.finetune.parts import saving
 
     write = saving.write_model
 

@@ -10,9 +10,9 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import AttachError, TrainingError
-from melinoe.finetune.adapters import make_trainable
-from melinoe.finetune.low_rank import LowRankUpdates
-from melinoe.finetune.peft_layout import from_peft_A, from_peft_B
+from melinoe.finetune.parts.adapters import make_trainable
+from melinoe.finetune.parts.low_rank import LowRankUpdates
+from melinoe.finetune.parts.peft_layout import from_peft_A, from_peft_B
 from melinoe.moe.experts import find_experts
 from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers

@@ -6,9 +6,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from melinoe.finetune.adapter_files import adapter_of
-from melinoe.finetune.adapters import TrainedParts
-from melinoe.finetune.low_rank import LowRankUpdates
+from melinoe.finetune.parts.adapter_files import adapter_of
+from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.parts.low_rank import LowRankUpdates
 from melinoe.moe.experts import find_experts
 
 # One token repeated, another in each process: few experts run, and not the same ones.
@@ -56,6 +56,7 @@ def backward_in_a_process(way, place):
     adapter = adapter_of(TrainedParts({}, {}, [], updates))
     if rank == 0:
         save_file(whole | flat(adapter), place)
+    forked.KEPT.append((model, wrapped))
     torch.distributed.destroy_process_group()
 
 

@@ -17,8 +17,8 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import CheckpointError, MelinoeError, OutputExistsError
 from melinoe.finetune import finetune
-from melinoe.finetune.adapter_files import CONFIG, WEIGHTS
-from melinoe.finetune.merging import merge_adapter
+from melinoe.finetune.parts.adapter_files import CONFIG, WEIGHTS
+from melinoe.finetune.parts.merging import merge_adapter
 from melinoe.moe.routing import fingerprint
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .?"

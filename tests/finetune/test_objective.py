@@ -18,11 +18,11 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded
 from melinoe.errors import TrainingError
 from melinoe.finetune import train
-from melinoe.finetune.adapters import make_trainable
-from melinoe.finetune.base_pass import base_pass
 from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.objective import Objective
-from melinoe.finetune.replay import Replay
+from melinoe.finetune.parts.adapters import make_trainable
+from melinoe.finetune.terms.base_pass import base_pass
+from melinoe.finetune.terms.objective import Objective
+from melinoe.finetune.terms.replay import Replay
 from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import Router, Routing, RoutingRecorder, find_routers

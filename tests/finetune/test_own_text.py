@@ -8,7 +8,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import TokenizerError
 from melinoe.finetune import finetune
-from melinoe.finetune.own_text import SHORTEST, own_text
+from melinoe.finetune.terms.own_text import SHORTEST, own_text
 
 EOS = 1
 

@@ -11,11 +11,11 @@ from tiny import tiny_model
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded, PackedCollator
 from melinoe.errors import UnsupportedModelError
-from melinoe.finetune.adapters import make_trainable
 from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.objective import Objective
 from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import Packing, find_packing, leaks, pack
+from melinoe.finetune.parts.adapters import make_trainable
+from melinoe.finetune.terms.objective import Objective
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 

@@ -11,16 +11,16 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import melinoe.finetune.price as price_module
+import melinoe.finetune.price.search as price_module
 from melinoe.data import Example
 from melinoe.errors import DataError, OutputExistsError, TrainingError
 from melinoe.finetune import train
-from melinoe.finetune.panel import OTHER, OWN, Panel
-from melinoe.finetune.price import describe, finetune_within
-from melinoe.finetune.reading import Cost, Loads, read
-from melinoe.finetune.reference import Reference, ReferenceCallback
-from melinoe.finetune.steering import Price, PriceCallback
-from melinoe.finetune.strength import StrengthController, next_strength, parse_increase
+from melinoe.finetune.price.panel import OTHER, OWN, Panel
+from melinoe.finetune.price.reading import Cost, Loads, read
+from melinoe.finetune.price.reference import Reference, ReferenceCallback
+from melinoe.finetune.price.search import describe, finetune_within
+from melinoe.finetune.price.steering import Price, PriceCallback
+from melinoe.finetune.price.strength import StrengthController, next_strength, parse_increase
 from melinoe.moe.routing import RoutingRecorder, find_routers
 
 # ---- the price, and the controller ----

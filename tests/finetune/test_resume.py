@@ -13,7 +13,7 @@ from small_runs import examples, settings
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import melinoe.finetune.checkpoints as checkpoints_module
+import melinoe.finetune.resume.checkpoints as checkpoints_module
 from melinoe.checkpoint.writing import check_room, write_model
 from melinoe.errors import (
     DependencyError,
@@ -23,8 +23,8 @@ from melinoe.errors import (
     WriteError,
 )
 from melinoe.finetune import train
-from melinoe.finetune.checkpoints import list_checkpoints, newest_checkpoint, read_state
-from melinoe.finetune.random_state import random_state, set_random_state
+from melinoe.finetune.resume.checkpoints import list_checkpoints, newest_checkpoint, read_state
+from melinoe.finetune.resume.random_state import random_state, set_random_state
 from melinoe.finetune.training import run_training
 
 # Rows every 2 steps, measured and saved every 3 of 7, killed before the pass of step 6: the newest

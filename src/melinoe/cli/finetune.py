@@ -167,7 +167,7 @@ def command(
         if price is None:
             result = finetune(*place, **common)
         else:
-            from melinoe.finetune.price import finetune_within
+            from melinoe.finetune.price.search import finetune_within
 
             result = finetune_within(
                 *place,
@@ -181,7 +181,7 @@ def command(
     leave()
     options.say(f"wrote {result.out}")
     if price is not None:
-        from melinoe.finetune.price import describe
+        from melinoe.finetune.price.search import describe
 
         options.say(describe(result.metadata["price"]))
     if measure and settings.save == "adapter":
@@ -210,7 +210,7 @@ def _price(own: str | None, other: str | None) -> Any:
         raise TrainingError(
             "--max-other-ppl-increase needs --max-ppl-increase beside it; give both"
         )
-    from melinoe.finetune.steering import Price
-    from melinoe.finetune.strength import parse_increase
+    from melinoe.finetune.price.steering import Price
+    from melinoe.finetune.price.strength import parse_increase
 
     return Price(parse_increase(own), None if other is None else parse_increase(other))

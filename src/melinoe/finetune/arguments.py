@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import DependencyError
-from melinoe.finetune.adapters import TrainedParts
+from melinoe.finetune.parts.adapters import TrainedParts
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

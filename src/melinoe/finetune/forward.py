@@ -7,7 +7,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from melinoe.data import IGNORED
 from melinoe.errors import UnsupportedModelError
-from melinoe.finetune.objective import Objective, Terms
+from melinoe.finetune.terms.objective import Objective, Terms
 
 _NOT_FOR_THE_MODEL = ("labels", "segment_ids")
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melinoe.finetune.objective import Terms
+from melinoe.finetune.terms.objective import Terms
 
 
 class TermGradients:

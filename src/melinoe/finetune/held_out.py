@@ -8,7 +8,7 @@ import torch
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.objective import Objective
+from melinoe.finetune.terms.objective import Objective
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from melinoe.finetune.adapters import TrainedParts
 from melinoe.finetune.forward import logits_of, model_outputs
+from melinoe.finetune.parts.adapters import TrainedParts
 
 _FEW_TOKENS = torch.arange(1, 6)[None]
 

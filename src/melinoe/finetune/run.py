@@ -21,10 +21,10 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example, encode, load_examples, pad_token_id
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.finetune.arguments import training_arguments
-from melinoe.finetune.checkpoints import list_checkpoints, remove_checkpoints
-from melinoe.finetune.own_text import write_own_text
+from melinoe.finetune.parts.saving import KeptParts, write_result
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
-from melinoe.finetune.saving import KeptParts, write_result
+from melinoe.finetune.resume.checkpoints import list_checkpoints, remove_checkpoints
+from melinoe.finetune.terms.own_text import write_own_text
 from melinoe.finetune.trainer import Progress
 from melinoe.finetune.training import run_training
 from melinoe.moe.routing import find_routers, fingerprint

@@ -26,17 +26,17 @@ from transformers import PrinterCallback, Trainer, TrainerState
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import TrainingError, WriteError
-from melinoe.finetune import resume
-from melinoe.finetune.adapters import TrainedParts
 from melinoe.finetune.arguments import make_optimizer
-from melinoe.finetune.checkpoints import write_checkpoint
 from melinoe.finetune.forward import forward_terms
 from melinoe.finetune.gradients import TermGradients
 from melinoe.finetune.held_out import held_out_terms
-from melinoe.finetune.interrupt import StopRequest
-from melinoe.finetune.objective import Objective
 from melinoe.finetune.packing import Packing
+from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.resume import state as run_state
+from melinoe.finetune.resume.checkpoints import write_checkpoint
+from melinoe.finetune.resume.interrupt import StopRequest
 from melinoe.finetune.steps import Steps
+from melinoe.finetune.terms.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class LocalityTrainer(Trainer):
         better = self.best is None or terms["total"] < self.best["total"]
         if self.settings.keep == "best" and step > 0 and better:
             self.best = {"step": step, "total": terms["total"]}
-            self.best_parts = {k: resume.gather(p).clone() for k, p in self.trained().items()}
+            self.best_parts = {k: run_state.gather(p).clone() for k, p in self.trained().items()}
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -249,7 +249,7 @@ class LocalityTrainer(Trainer):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters as they are now, by the names they had before any wrapping."""
-        return resume.trained_parameters(
+        return run_state.trained_parameters(
             self._plain_model(), [*self.parts.router, *self.parts.lora]
         )
 
@@ -266,10 +266,10 @@ class LocalityTrainer(Trainer):
         """Instead of the Trainer's: trained parts only, no pickle, whole or not there."""
         assert self.checkpoints is not None
         finished = self.state.global_step >= self.state.max_steps
-        tensors = resume.capture(self, finished=finished)
+        tensors = run_state.capture(self, finished=finished)
         if not self.is_world_process_zero():
             return
-        state = resume.describe(self, finished=finished)
+        state = run_state.describe(self, finished=finished)
         texts = {"trainer_state.json": _state_text(self.state)}
         step, keep = self.state.global_step, self.settings.keep_checkpoints
         try:
@@ -279,15 +279,15 @@ class LocalityTrainer(Trainer):
             log.warning("%s; the run goes on, and the checkpoints before are kept", error)
 
     def _load_from_checkpoint(self, path: str, model: nn.Module | None = None) -> None:
-        resume.restore_parts(self, Path(path))
+        run_state.restore_parts(self, Path(path))
 
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
-            resume.restore_rest(self, Path(path))
+            run_state.restore_rest(self, Path(path))
 
     def _load_rng_state(self, path: str | None) -> None:
         if path is not None:
-            resume.restore_random_state(self, Path(path))
+            run_state.restore_random_state(self, Path(path))
 
 
 def _local(tensor: Tensor) -> Tensor:

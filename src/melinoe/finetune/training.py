@@ -14,17 +14,17 @@ from transformers import TrainerCallback, TrainingArguments
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import DataError, InterruptedRunError, TrainingError
-from melinoe.finetune.adapter_files import Adapter, adapter_of
-from melinoe.finetune.adapters import TrainedParts, make_trainable
 from melinoe.finetune.arguments import set_steps, training_arguments
-from melinoe.finetune.checkpoints import newest_checkpoint
-from melinoe.finetune.interrupt import StopRequest
-from melinoe.finetune.objective import Objective
 from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
+from melinoe.finetune.parts.adapter_files import Adapter, adapter_of
+from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
 from melinoe.finetune.processes import freeze_unreached, is_sharded
-from melinoe.finetune.replay import Replay
-from melinoe.finetune.resume import check_same_run, identity, put
+from melinoe.finetune.resume.checkpoints import newest_checkpoint
+from melinoe.finetune.resume.interrupt import StopRequest
+from melinoe.finetune.resume.state import check_same_run, identity, put
+from melinoe.finetune.terms.objective import Objective
+from melinoe.finetune.terms.replay import Replay
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import family, find_experts

@@ -12,7 +12,7 @@ from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 from melinoe.errors import CheckpointError
-from melinoe.finetune.adapter_files import read_adapter, read_adapter_config
+from melinoe.finetune.parts.adapter_files import read_adapter, read_adapter_config
 from melinoe.moe.routing import fingerprint
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded
 from melinoe.errors import TrainingError
-from melinoe.finetune.checkpoints import read_state, read_tensors
-from melinoe.finetune.random_state import random_state, set_random_state
+from melinoe.finetune.resume.checkpoints import read_state, read_tensors
+from melinoe.finetune.resume.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from melinoe.finetune.trainer import LocalityTrainer

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import Encoded
 from melinoe.errors import TrainingError
-from melinoe.finetune.panel import OWN, Panel
-from melinoe.finetune.reading import Cost, Loads, read
+from melinoe.finetune.price.panel import OWN, Panel
+from melinoe.finetune.price.reading import Cost, Loads, read
 
 NAME = "price_reference"
 # What may differ between a run and its reference: it changes no weight of the reference.

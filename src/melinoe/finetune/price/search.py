@@ -26,11 +26,11 @@ from melinoe.checkpoint.writing import check_output
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example, encode, load_examples
 from melinoe.errors import OutputExistsError, TrainingError
-from melinoe.finetune.panel import OWN, Panel
-from melinoe.finetune.reference import Reference, ReferenceCallback, identity, is_reference
+from melinoe.finetune.price.panel import OWN, Panel
+from melinoe.finetune.price.reference import Reference, ReferenceCallback, identity, is_reference
+from melinoe.finetune.price.steering import Price, PriceCallback
+from melinoe.finetune.price.strength import next_strength
 from melinoe.finetune.run import FinetuneResult, finetune
-from melinoe.finetune.steering import Price, PriceCallback
-from melinoe.finetune.strength import next_strength
 from melinoe.finetune.trainer import Progress
 
 # A search ends with a run within the price that has spent so much of it.

@@ -16,9 +16,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import IGNORED
 from melinoe.errors import TrainingError
-from melinoe.finetune.base_pass import BaseOutputs, Switchable, base_pass
-from melinoe.finetune.replay import Replay, to_device
-from melinoe.finetune.terms import Layout, Terms, stacks_of, weighing
+from melinoe.finetune.terms.base_pass import BaseOutputs, Switchable, base_pass
+from melinoe.finetune.terms.batch_terms import Layout, Terms, stacks_of, weighing
+from melinoe.finetune.terms.replay import Replay, to_device
 from melinoe.losses import distillation_loss
 from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.routing import Router, Routing, RoutingRecorder

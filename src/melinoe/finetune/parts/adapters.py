@@ -2,7 +2,7 @@
 What is trained: the routers in full, low-rank updates of the expert projections, nothing else.
 
 The updates have PEFT's form and starting values, and are kept in PEFT's files; they are computed in
-`melinoe.finetune.low_rank`.
+`melinoe.finetune.parts.low_rank`.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import nn
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
-from melinoe.finetune.low_rank import LowRankUpdates, once
+from melinoe.finetune.parts.low_rank import LowRankUpdates, once
 from melinoe.moe.experts import ExpertsLayer, family
 from melinoe.moe.routing import Router
 

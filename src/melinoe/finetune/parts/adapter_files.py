@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from melinoe.errors import CheckpointError
-from melinoe.finetune.adapters import TrainedParts
-from melinoe.finetune.low_rank import PROJECTIONS, LowRankUpdates, add_update
-from melinoe.finetune.peft_layout import (
+from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.parts.low_rank import PROJECTIONS, LowRankUpdates, add_update
+from melinoe.finetune.parts.peft_layout import (
     PREFIX,
     factor_keys,
     from_peft_A,

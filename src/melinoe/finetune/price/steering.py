@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from melinoe.errors import TrainingError
-from melinoe.finetune.panel import OTHER, OWN, Panel
-from melinoe.finetune.reading import Cost, Loads
-from melinoe.finetune.reference import Reference, check_trainer, costs_of, judge
-from melinoe.finetune.strength import StrengthController
+from melinoe.finetune.price.panel import OTHER, OWN, Panel
+from melinoe.finetune.price.reading import Cost, Loads
+from melinoe.finetune.price.reference import Reference, check_trainer, costs_of, judge
+from melinoe.finetune.price.strength import StrengthController
 
 # One standard error above the gap must be within: the choosing texts are only a sample.
 _LEVEL = 0.6827
