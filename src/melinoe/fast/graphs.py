@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from melinoe.fast.graph_inputs import buffer, fill, signature
 from melinoe.fast.passes import DEVICE, FastPasses
 from melinoe.runtime.passes import Batch
 
@@ -169,7 +170,7 @@ class DecodeGraphs:
             if key not in self._steps and not self._capture(key, inputs):
                 return self._model(**inputs)
             buffers, step = self._steps[key]
-            _fill(buffers, inputs)
+            fill(buffers, inputs)
             self._passes.completion_begins()
             step.replay()
             self.replayed += 1
@@ -180,7 +181,7 @@ class DecodeGraphs:
     def _capture(self, key: tuple, inputs: Mapping[str, Any]) -> bool:
         """Capture one kind of step; False if that does not work, and then never again."""
         buffers = {
-            name: _buffer(value) for name, value in inputs.items() if name not in self._caches
+            name: buffer(value) for name, value in inputs.items() if name not in self._caches
         }
         batch, length = inputs["input_ids"].shape
 
@@ -222,7 +223,7 @@ class DecodeGraphs:
             return None  # would be overwritten by the next step while the caller keeps them
         key: list[Any] = [torch.is_inference_mode_enabled()]
         for name in sorted(inputs):
-            part = _signature(inputs[name])
+            part = signature(inputs[name])
             if part is None:
                 cache: Any = inputs[name]
                 if not isinstance(cache, StaticCache):
@@ -248,11 +249,11 @@ class DecodeGraphs:
         Only its layers are kept: while the cache itself is alive, somebody may still read it, and
         the next call gets new memory.
         """
-        signature = inspect.signature(prepare)
+        takes = inspect.signature(prepare)
 
         def reuse(*args: Any, **kwargs: Any) -> Any:
             fresh = prepare(*args, **kwargs)
-            batch = signature.bind(*args, **kwargs).arguments.get("batch_size")
+            batch = takes.bind(*args, **kwargs).arguments.get("batch_size")
             if type(fresh) is not StaticCache or batch is None:
                 return fresh
             kept, layers, of_batch = self._kept
@@ -280,35 +281,6 @@ def _nobody() -> None:
 
 _SETTINGS = ("disable_compile", "cache_implementation")
 _METHODS = ("get_compiled_call", "_prepare_static_cache")
-
-
-def _signature(value: Any) -> tuple | None:
-    """What stays the same between two steps of a kind; None for what we do not know."""
-    if isinstance(value, Tensor):
-        return ("tensor", tuple(value.shape), value.dtype, value.device)
-    if value is None or isinstance(value, bool | int | float | str):
-        return ("value", value)
-    if isinstance(value, dict) and all(v is None or isinstance(v, Tensor) for v in value.values()):
-        return tuple((name, _signature(value[name])) for name in sorted(value))
-    return None
-
-
-def _buffer(value: Any) -> Any:
-    """Memory of our own for what changes from step to step."""
-    if isinstance(value, dict):
-        return {name: _buffer(one) for name, one in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    with torch.inference_mode(False), torch.no_grad():
-        return value.clone(memory_format=torch.contiguous_format)
-
-
-def _fill(buffers: Any, inputs: Mapping[str, Any]) -> None:
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            buffers[name].copy_(value)
-        elif isinstance(value, dict):
-            _fill(buffers[name], value)
 
 
 def _same_memory(kept: Any, fresh: Any) -> bool:
