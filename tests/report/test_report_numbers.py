@@ -36,7 +36,9 @@ def test_the_main_table_shows_mean_interval_and_ratio_to_base(records):
     assert shown["transfers / token"] == "2.53 [2.40–2.65] (÷ 2.30 [2.15, 2.48])"
     assert shown["perplexity in domain"] == "19.88 [19.18–20.57] (−36.9 %)"
     assert shown["tokens/s, unmodified link"] == "26.0 [25.5–26.5] (× 1.21 [1.16, 1.26])"
-    assert shown["tokens/s, emulated link 0.5 GB/s, 50 µs"] == "6.50 [6.00–7.00] (× 1.21 [1.02, 1.44])"
+    assert (
+        shown["tokens/s, emulated link 0.5 GB/s, 50 µs"] == "6.50 [6.00–7.00] (× 1.21 [1.02, 1.44])"
+    )
 
 
 def test_rows_stand_in_their_fixed_order_whatever_order_they_came_in(records):
@@ -170,7 +172,10 @@ def test_a_wide_terminal_gets_a_table_and_a_narrow_one_blocks(records):
         assert "…" not in text
         assert "18.85–20.21" in text
     assert max(map(len, wide.splitlines())) <= 120
-    assert "  transfers / token                        2.53 [2.40–2.65] (÷ 2.30 [2.15, 2.48])" in narrow
+    assert (
+        "  transfers / token                        2.53 [2.40–2.65] (÷ 2.30 [2.15, 2.48])"
+        in narrow
+    )
 
 
 def test_markdown_has_one_row_per_strategy(records):
