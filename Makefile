@@ -21,10 +21,12 @@ check: $(READY)  ## style, types, and whether the README's tables are those of t
 	$(BIN)/mypy
 	$(BIN)/melinoe report benchmarks/results --readme README.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
+	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md --check
 
 report: $(READY) ## write the tables of README and docs again from benchmarks/results
 	$(BIN)/melinoe report benchmarks/results --readme README.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
+	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md
 
 # torch goes first and alone: asked for together with the rest, other packages may pull another build.
 $(READY): pyproject.toml constraints.txt
