@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
 
 .PHONY: demo test check report help clean
 
@@ -12,10 +13,10 @@ help:            ## list the targets
 demo: $(READY)   ## fine-tune, trace, predict, serve, and print what it bought (about 8 minutes on two cores)
 	$(BIN)/melinoe demo --out runs/demo
 
-test: $(READY)   ## run the tests
+test: $(DEV)   ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $${TEST_WORKERS:-2}
 
-check: $(READY)  ## style, types, and whether the README's tables are those of the committed results
+check: $(DEV)  ## style, types, and whether the README's tables are those of the committed results
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
@@ -30,9 +31,14 @@ report: $(READY) ## write the tables of README and docs again from benchmarks/re
 
 # torch goes first and alone: asked for together with the rest, other packages may pull another build.
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV) (one minute or two)" >&2
+	@echo "setting up $(VENV) (about a minute)" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(READY)
+	@echo "adding what tests and checks need to $(VENV)" >&2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
