@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.logging import tqdm
 
 from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy
@@ -25,6 +23,7 @@ from melinoe.fast.handle import FastHandle
 from melinoe.fast.support import why_not
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.runtime.attach import checked_settings
+from melinoe.runtime.load import fill_all
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 from melinoe.runtime.weights import give_weights_back
 
@@ -32,7 +31,6 @@ _log = logging.getLogger("melinoe")
 
 # Experts that one of the two staging blocks holds: enough for a copy to outlast its launch.
 STAGING_EXPERTS = 4
-_READERS = 4
 
 
 def attach(
@@ -212,13 +210,5 @@ def _from_checkpoint(
         else:
             checkpoint.experts[layer].read(expert, store.views(layer, expert))
 
-    places = [
-        (index, expert)
-        for index, layer in enumerate(checkpoint.layers)
-        for expert in range(layer.num_experts)
-    ]
-    readers = 1 if checkpoint.whole_layers else _READERS
-    with ThreadPoolExecutor(readers, thread_name_prefix="melinoe-fill") as pool:
-        for _ in tqdm(pool.map(fill, places), total=len(places), desc="Loading experts"):
-            pass
+    fill_all(checkpoint, fill)
     return store

@@ -121,6 +121,12 @@ def _fill(checkpoint: Checkpoint, kind: str) -> Store:
         layer, expert = place
         checkpoint.experts[layer].read(expert, store.views(layer, expert))
 
+    fill_all(checkpoint, fill)
+    return store
+
+
+def fill_all(checkpoint: Checkpoint, fill: Callable[[tuple[int, int]], None]) -> None:
+    """Call *fill* with (layer, expert) for every expert, in several threads where that helps."""
     places = [
         (index, expert)
         for index, layer in enumerate(checkpoint.layers)
@@ -130,7 +136,6 @@ def _fill(checkpoint: Checkpoint, kind: str) -> Store:
     with ThreadPoolExecutor(readers, thread_name_prefix="melinoe-fill") as pool:
         for _ in tqdm(pool.map(fill, places), total=len(places), desc="Loading experts"):
             pass
-    return store
 
 
 def _auto(checkpoint: Checkpoint, device: torch.device) -> str:
