@@ -1,6 +1,6 @@
 """From rows to requests: what each forward pass asks of each layer, the simulator's hot loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ class ForwardPass(NamedTuple):
             picked each.
         scores: Per layer how much the router wanted each of them (see `mean_scores`); None if that
             is not known.
+        guesses: Per layer what its router said one layer early (see `merge_guesses`); None if the
+            trace holds no guesses.
     """
 
     phase: int
@@ -29,6 +31,7 @@ class ForwardPass(NamedTuple):
     sequences: list[int]
     requests: list[tuple[list[int], list[int]]]
     scores: list[list[float]] | None = None
+    guesses: list[list[int]] | None = None
 
 
 def mean_scores(ids: np.ndarray, weights: np.ndarray, rows: int, num_experts: int) -> np.ndarray:
@@ -51,6 +54,29 @@ def mean_scores(ids: np.ndarray, weights: np.ndarray, rows: int, num_experts: in
     return np.bincount(ids, weights=rounded, minlength=num_experts) / rows
 
 
+def merge_guesses(rows: Sequence[Sequence[int]]) -> list[int]:
+    """
+    What the guesses for all rows of a pass come to, the most wanted first.
+
+    The more rows guess an expert, the more it is wanted; of equally wanted ones the one that
+    stands further in front in some row, then the lower id. The simulator and the runtime both
+    call this, so that both prefetch in the same order.
+
+    Args:
+        rows: Of each row ids, the most wanted first; negative ones mean none.
+    """
+    if len(rows) == 1:
+        return [expert for expert in dict.fromkeys(rows[0]) if expert >= 0]
+    count: dict[int, int] = {}
+    place: dict[int, int] = {}
+    for row in rows:
+        for at, expert in enumerate(dict.fromkeys(row)):
+            if expert >= 0:
+                count[expert] = count.get(expert, 0) + 1
+                place[expert] = min(place.get(expert, at), at)
+    return sorted(count, key=lambda expert: (-count[expert], place[expert], expert))
+
+
 def forward_passes(
     experts: np.ndarray,
     forward: np.ndarray,
@@ -59,6 +85,7 @@ def forward_passes(
     is_completion: np.ndarray,
     num_experts: int,
     scores: np.ndarray | None = None,
+    guesses: np.ndarray | None = None,
 ) -> Iterator[ForwardPass]:
     """
     Group rows by forward pass and count who was picked.
@@ -73,6 +100,7 @@ def forward_passes(
         is_completion: bool (rows,); rows that are neither are padding.
         num_experts: Experts of each layer.
         scores: float16, as *experts*: the router's weight of each choice.
+        guesses: int16, as *experts*: what each layer's router said one layer early.
     """
     rows, layers, _ = experts.shape
     if not rows:
@@ -111,14 +139,26 @@ def forward_passes(
                 start = end
             position += layers
             whose_end = whose_ends[number]
+            early = None
+            if guesses is not None:
+                begin, end = int(bounds[first + number]), int(bounds[first + number + 1])
+                early = _guesses_of(guesses[begin:end])
             yield ForwardPass(
                 phases[number],
                 count,
                 whose[whose_start:whose_end],
                 requests,
                 None if scores is None else weighed,
+                early,
             )
             whose_start = whose_end
+
+
+def _guesses_of(guesses: np.ndarray) -> list[list[int]]:
+    """Each layer's guesses for the rows of one pass, merged."""
+    if guesses.size and guesses.max() < 0:  # a prompt, or a pass of too many rows
+        return [[] for _ in range(guesses.shape[1])]
+    return [merge_guesses(layer) for layer in guesses.transpose(1, 0, 2).tolist()]
 
 
 def _cells(experts: np.ndarray, owner: np.ndarray, num_experts: int) -> np.ndarray:

@@ -35,6 +35,9 @@ class Trace:
         note: Anything worth knowing.
         scores: float16, as *experts*: the weight that the router gave each choice (what its output
             was multiplied by), 0 where there was none; None if that was not recorded.
+        guesses: int16, as *experts*: what this layer's router said one layer early, of what the
+            router before it saw, the most wanted first; -1 where nobody asked, as in the first
+            layer and in prompts. None if that was not recorded.
 
     Raises:
         TraceError: the arrays do not fit each other or the header.
@@ -50,6 +53,7 @@ class Trace:
     versions: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     scores: np.ndarray | None = None
+    guesses: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._validate()
@@ -73,6 +77,11 @@ class Trace:
             refuse("its scores are not one float16 for each choice")
         if self.scores is not None and not (np.isfinite(self.scores) & (self.scores >= 0)).all():
             refuse("a score is negative or no number")
+        if self.guesses is not None and (
+            getattr(self.guesses, "dtype", None) != np.int16
+            or self.guesses.shape != self.experts.shape
+        ):
+            refuse("its guesses are not one int16 for each choice")
         if self.num_layers < 1 or self.top_k < 1:
             refuse(f"it has {self.num_layers} layers and top-{self.top_k} choices")
         if not 1 <= self.num_experts <= np.iinfo(np.int16).max:
@@ -84,6 +93,10 @@ class Trace:
                 f"expert ids run from {self.experts.min()} to {self.experts.max()} "
                 f"in a model of {self.num_experts} experts"
             )
+        if self.guesses is not None and (
+            self.guesses.min() < -1 or self.guesses.max() >= self.num_experts
+        ):
+            refuse(f"it guesses ids from {self.guesses.min()} to {self.guesses.max()}")
         if self.forward[0] < 0 or (np.diff(self.forward) < 0).any():
             refuse("the numbers of forward passes decrease")
         if self.sequence.min() < 0:
@@ -151,6 +164,7 @@ class Trace:
             self.kind == COMPLETION_ROW,
             self.num_experts,
             self.scores,
+            self.guesses,
         )
 
     def layer_requests(self) -> list[list[list[int]]]:
@@ -190,6 +204,7 @@ class Trace:
             sequence=np.searchsorted(wanted, self.sequence[rows]).astype(np.int32),
             kind=self.kind[rows],
             scores=None if self.scores is None else self.scores[rows],
+            guesses=None if self.guesses is None else self.guesses[rows],
         )
 
     def _with(self, **arrays: np.ndarray | None) -> "Trace":
@@ -208,15 +223,19 @@ class Trace:
         One trace after the other; sequences and forward passes number on. The first one's header.
 
         Raises:
-            TraceError: they are not all of the same model, or only some hold scores.
+            TraceError: they are not all of the same model, or only some hold scores or guesses.
             ValueError: there are none.
         """
         if not traces:
             raise ValueError("there are no traces to put together")
         first = traces[0]
         scores = [trace.scores for trace in traces if trace.scores is not None]
-        if 0 < len(scores) < len(traces):
-            raise TraceError("some of the traces hold scores and some do not; record them alike")
+        guesses = [trace.guesses for trace in traces if trace.guesses is not None]
+        for name, found in (("scores", scores), ("guesses", guesses)):
+            if 0 < len(found) < len(traces):
+                raise TraceError(
+                    f"some of the traces hold {name} and some do not; record them alike"
+                )
         forward, sequence = [], []
         next_forward = next_sequence = 0
         for trace in traces:
@@ -231,6 +250,7 @@ class Trace:
             sequence=np.concatenate(sequence),
             kind=np.concatenate([t.kind for t in traces]),
             scores=np.concatenate(scores) if scores else None,
+            guesses=np.concatenate(guesses) if guesses else None,
         )
 
     # --- the file -------------------------------------------------------------------------------
@@ -245,8 +265,9 @@ class Trace:
             TraceError: the place cannot be written to.
         """
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        if self.scores is not None:
-            arrays["scores"] = self.scores
+        for name in ("scores", "guesses"):
+            if (array := getattr(self, name)) is not None:
+                arrays[name] = array
         write_trace_file(
             path,
             arrays,
@@ -312,6 +333,7 @@ class TraceBuilder:
         self._sequence: list[np.ndarray] = []
         self._kind: list[np.ndarray] = []
         self._scores: list[np.ndarray] = []
+        self._guesses: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -322,6 +344,7 @@ class TraceBuilder:
         sequence: np.ndarray | int,
         kind: np.ndarray | int,
         scores: np.ndarray | None = None,
+        guesses: np.ndarray | None = None,
     ) -> None:
         """
         Append one forward pass.
@@ -332,9 +355,10 @@ class TraceBuilder:
             sequence: Which prompt each row belongs to, (rows,) or one for all.
             kind: 0 prompt, 1 completion, 2 padding, (rows,) or one for all.
             scores: The router's weights, as *experts*; of all passes or of none.
+            guesses: What each layer's router said one layer early, as *experts*; likewise.
 
         Raises:
-            ValueError: another shape, or scores of some passes only.
+            ValueError: another shape, or scores or guesses of some passes only.
         """
         experts = np.asarray(experts)
         if experts.ndim != 3 or experts.shape[1:] != self._shape:
@@ -343,10 +367,15 @@ class TraceBuilder:
             )
         if bool(self._scores) != (scores is not None) and self._experts:
             raise ValueError("scores must be given for all forward passes, or for none")
+        if bool(self._guesses) != (guesses is not None) and self._experts:
+            raise ValueError("guesses must be given for all forward passes, or for none")
         ids = known_ids(experts, self._num_experts)
         if scores is not None:
             weights = np.broadcast_to(np.asarray(scores), experts.shape)
             self._scores.append(np.where(ids >= 0, weights, 0).astype(np.float16))
+        if guesses is not None:
+            early = np.broadcast_to(np.asarray(guesses), experts.shape)
+            self._guesses.append(known_ids(early, self._num_experts))
         self._experts.append(ids)
         rows = (len(experts),)
         self._sequence.append(np.broadcast_to(np.asarray(sequence, np.int32), rows).copy())
@@ -373,4 +402,5 @@ class TraceBuilder:
             versions=versions or {},
             note=note,
             scores=np.concatenate(self._scores) if self._scores else None,
+            guesses=np.concatenate(self._guesses) if self._guesses else None,
         )

@@ -21,8 +21,8 @@ from safetensors.numpy import save as save_tensors
 from melinoe.errors import TraceError
 
 FORMAT = "melinoe-trace"
-# A trace with scores is of version 2, one without still of version 1, which older readers know.
-VERSIONS = (1, 2)
+# The lowest that has what is in it, for older readers: 1, with scores 2, with guesses 3.
+VERSIONS = (1, 2, 3)
 ARRAYS = {"experts": np.int16, "forward": np.int32, "sequence": np.int32, "kind": np.uint8}
 HEADER: dict[str, type] = {
     "model": str,
@@ -43,7 +43,7 @@ def write_trace_file(
     Raises:
         TraceError: the place cannot be written to.
     """
-    version = VERSIONS["scores" in arrays]
+    version = 3 if "guesses" in arrays else 2 if "scores" in arrays else 1
     metadata = {"format": FORMAT, "header": json.dumps({"version": version, **header})}
     blob = save_tensors(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=metadata
@@ -127,8 +127,8 @@ def read_trace_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
             f"the trace {path} is malformed: its header does not hold {', '.join(HEADER)}; "
             "record it again"
         )
-    wanted = set(ARRAYS) | ({"scores"} if version == VERSIONS[1] else set())
-    if arrays.keys() != wanted:
+    wanted = {*ARRAYS, *({"scores"} if version == 2 else {"guesses"} if version == 3 else ())}
+    if arrays.keys() != wanted | ({"scores"} & arrays.keys() if version == 3 else set()):
         raise TraceError(
             f"the trace {path} is malformed: it holds {', '.join(sorted(arrays))} instead of "
             f"{', '.join(sorted(wanted))}; record it again"
