@@ -2,12 +2,14 @@
 Prompt in, experts out: which experts each layer will use, known before the first forward pass.
 
     targets.py   what a trace says: how often each sequence used each expert; recall of a guess
+    encoders.py  what reads a prompt: the model's own embeddings, or sentence-transformers
     model.py     Predictor: predict, top, save, load
-    fit.py       fit(trace, prompts, embeddings, slots) -> Predictor
+    fit.py       fit(trace, prompts, encoder, slots) -> Predictor
     compare.py   the learned predictor against rivals that cost nothing, and which one to use
 """
 
 from melinoe.predictor.compare import RIVALS, Comparison, compare
+from melinoe.predictor.encoders import EmbeddingEncoder, Encoder, SentenceEncoder
 from melinoe.predictor.fit import FitSettings, fit
 from melinoe.predictor.model import Predictor
 from melinoe.predictor.targets import recall_at, use_counts
@@ -15,8 +17,11 @@ from melinoe.predictor.targets import recall_at, use_counts
 __all__ = [
     "RIVALS",
     "Comparison",
+    "EmbeddingEncoder",
+    "Encoder",
     "FitSettings",
     "Predictor",
+    "SentenceEncoder",
     "compare",
     "fit",
     "recall_at",

@@ -9,7 +9,8 @@ import torch
 
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
-from melinoe.predictor.fit import FitSettings, fit_shares, usable
+from melinoe.predictor.encoders import Encoder, as_encoder
+from melinoe.predictor.fit import FitSettings, fit_shares, same_prompts, usable
 from melinoe.predictor.targets import Floats, completion_shares, recall_at
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
@@ -56,7 +57,7 @@ class Comparison:
 def compare(
     trace: Trace,
     prompts: Sequence[Sequence[int]],
-    embeddings: torch.Tensor,
+    encoder: Encoder | torch.Tensor,
     slots: int,
     seed: int = 0,
     folds: int = 5,
@@ -72,7 +73,7 @@ def compare(
     Args:
         trace: As in `fit`.
         prompts: As in `fit`.
-        embeddings: As in `fit`.
+        encoder: As in `fit`.
         slots: As in `fit`.
         seed: As in `fit`; also decides the folds.
         folds: How many predictors are fitted.
@@ -85,9 +86,11 @@ def compare(
     """
     target, prefill = completion_shares(trace, prompts)
     kept = usable(target, prompts)
-    groups: dict[tuple[int, ...], int] = {}
-    group = np.asarray([groups.setdefault(tuple(prompts[i]), len(groups)) for i in kept])
-    fold_of = np.random.default_rng(seed).permutation(len(groups))[group] % folds
+    encoder = as_encoder(encoder)
+    features = encoder.features([prompts[index] for index in kept])  # once for all folds
+    group = same_prompts([prompts[index] for index in kept])
+    distinct = int(group.max()) + 1
+    fold_of = np.random.default_rng(seed).permutation(distinct)[group] % folds
     found: dict[str, Floats] = {
         name: np.zeros(kept.size) for name in (*RIVALS, "learned", "ceiling")
     }
@@ -95,21 +98,22 @@ def compare(
         test, train = kept[fold_of == fold], kept[fold_of != fold]
         if test.size == 0:
             raise DataError(
-                f"{len(groups)} different prompts cannot be cut into {folds} folds; trace more"
+                f"{distinct} different prompts cannot be cut into {folds} folds; trace more"
             )
         predictor = fit_shares(
             target[train],
             [prompts[index] for index in train],
-            embeddings,
+            encoder,
             slots,
             trace.fingerprint,
             seed,
             settings,
+            features[torch.from_numpy(fold_of != fold)],
         )
         popularity = target[train].mean(axis=0)
         # A use of the prompt outweighs any difference in popularity, which only breaks ties.
         seen = prefill[test] + popularity * 1e-6
-        learned = np.stack([predictor.predict(prompts[index]) for index in test]).astype(float)
+        learned = predictor.distributions(features[torch.from_numpy(fold_of == fold)])
         rows = fold_of == fold
         for name, scores in (
             ("popularity", popularity),

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
-from melinoe.predictor.model import Predictor, PredictorNetwork, pool
+from melinoe.predictor.encoders import Encoder, as_encoder
+from melinoe.predictor.model import Predictor, PredictorNetwork
 from melinoe.predictor.targets import Floats, completion_shares, recall_at
 
 FEWEST_PROMPTS = 10
@@ -44,7 +45,7 @@ class FitSettings:
 def fit(
     trace: Trace,
     prompts: Sequence[Sequence[int]],
-    embeddings: torch.Tensor,
+    encoder: Encoder | torch.Tensor,
     slots: int,
     seed: int = 0,
     settings: FitSettings | None = None,
@@ -59,7 +60,8 @@ def fit(
     Args:
         trace: Of the model that will be served; its sequences are *prompts*, in order.
         prompts: Token ids of each sequence's prompt.
-        embeddings: The model's token embeddings ``(vocabulary, hidden)``; not copied.
+        encoder: What reads the prompts; the model's token embeddings ``(vocabulary, hidden)``, not
+            copied, or a `SentenceEncoder`.
         slots: Experts per layer that the cache will hold: recall is taken at this number.
         seed: Decides the split, the start and the order; equal seeds give equal predictors.
         settings: ``None`` means the defaults.
@@ -75,7 +77,7 @@ def fit(
         arXiv:2602.11192, which embeds prompts with a second model; we do not.
     """
     target, _ = completion_shares(trace, prompts)
-    return fit_shares(target, prompts, embeddings, slots, trace.fingerprint, seed, settings)
+    return fit_shares(target, prompts, encoder, slots, trace.fingerprint, seed, settings)
 
 
 def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
@@ -97,22 +99,31 @@ def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64
 def fit_shares(
     target: Floats,
     prompts: Sequence[Sequence[int]],
-    embeddings: torch.Tensor,
+    encoder: Encoder | torch.Tensor,
     slots: int,
     fingerprint: str,
     seed: int = 0,
     settings: FitSettings | None = None,
+    features: torch.Tensor | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> Predictor:
-    """`fit`, from shares of use ``(sequences, layers, num_experts)`` instead of a trace."""
-    settings = settings or FitSettings()
+    """
+    `fit`, from shares of use ``(sequences, layers, num_experts)`` instead of a trace.
+
+    *features* are those of all prompts, if they are known already; *groups* one number a prompt:
+    prompts of one group, by default equal ones, are all fitted to or all held out.
+    """
+    settings, encoder = settings or FitSettings(), as_encoder(encoder)
     if not 1 <= slots <= target.shape[-1]:
         raise ValueError(f"slots must be in [1, {target.shape[-1]}], got {slots}")
     kept = usable(target, prompts)
     goal = torch.from_numpy(target[kept]).float()
-    features = torch.stack([pool(embeddings, prompts[index]) for index in kept])
-    order = np.random.default_rng(seed).permutation(kept.size)
-    held = max(1, round(settings.held_out * kept.size))
-    stop, learn = order[:held], order[held:]
+    if features is None:
+        features = encoder.features([prompts[index] for index in kept])
+    else:
+        features = features[torch.from_numpy(kept)]
+    together = same_prompts(prompts) if groups is None else groups
+    learn, stop = _split(together[kept], settings.held_out, seed)
     popularity = goal[learn].mean(0)
 
     with torch.random.fork_rng(devices=[]):
@@ -127,7 +138,29 @@ def fit_shares(
             # A little more than was seen, so that no expert is impossible.
             network.output.bias.copy_((popularity + 1e-4).log().flatten())
         _train(network, (features, goal), (learn, stop), slots, settings)
-    return Predictor(network, embeddings, popularity.numpy(), fingerprint, slots)
+    return Predictor(network, encoder, popularity.numpy(), fingerprint, slots)
+
+
+def same_prompts(prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Number prompts, equal ones alike: int64 ``(prompts,)``."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return np.asarray([numbers.setdefault(tuple(one), len(numbers)) for one in prompts], np.int64)
+
+
+def _split(
+    groups: NDArray[np.int64], held_out: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows to learn from, and rows that only decide when to stop; no group is in both."""
+    names, group = np.unique(groups, return_inverse=True)
+    if names.size < 2:  # one prompt over and over: there is nothing that could be kept apart
+        group = np.arange(groups.size)
+    shuffled = np.random.default_rng(seed).permutation(group.max() + 1)
+    rank = np.argsort(shuffled)[group]
+    order = np.argsort(rank, kind="stable")
+    held = max(1, round(held_out * groups.size))
+    # Whole groups up to that many rows, but always one to stop by and one to learn from.
+    cut = int((rank <= min(rank[order[held - 1]], rank.max() - 1)).sum())
+    return order[cut:], order[:cut]
 
 
 def _train(

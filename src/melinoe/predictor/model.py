@@ -1,4 +1,4 @@
-"""Predictor: the fitted network, with the served model's token embeddings as its eyes."""
+"""Predictor: the fitted network, and the encoder that it reads prompts with."""
 
 import json
 import os
@@ -20,37 +20,12 @@ from melinoe.errors import (
     DataError,
     ModelError,
     OutputExistsError,
-    TokenizerError,
 )
 from melinoe.moe.routing import fingerprint
+from melinoe.predictor.encoders import EMBEDDINGS, SENTENCES, Encoder, as_encoder, encoder_for
 
-FORMAT = 1
-LAST_TOKENS = 8  # the end of a prompt says what is asked; its mean is the second half of a feature
+FORMAT = 2  # 1 knew one encoder alone
 _WEIGHTS, _HEADER = "predictor.safetensors", "predictor.json"
-
-
-def pool(embeddings: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
-    """
-    Turn a prompt into one vector: the mean embedding of all its tokens and of its last ones.
-
-    Args:
-        embeddings: ``(vocabulary, hidden)``, any device and floating type.
-        token_ids: At least one id.
-
-    Returns:
-        float32 ``(2 * hidden,)`` on the CPU.
-
-    Raises:
-        TokenizerError: an id that the vocabulary does not have.
-    """
-    if min(token_ids) < 0 or max(token_ids) >= embeddings.shape[0]:
-        raise TokenizerError(
-            f"the prompt has token id {max(token_ids)} but the model knows {embeddings.shape[0]} "
-            "tokens; use the model's own tokenizer"
-        )
-    ids = torch.as_tensor(list(token_ids), device=embeddings.device)
-    vectors = embeddings.detach()[ids].float()
-    return torch.cat([vectors.mean(0), vectors[-LAST_TOKENS:].mean(0)]).cpu()
 
 
 class PredictorNetwork(nn.Module):
@@ -83,20 +58,24 @@ class Predictor:
         slots: The number of experts per layer that its early stopping looked at.
         popularity: float32 ``(layers, experts)``, the mean over the fitted sequences; what an
             empty prompt gets.
+        encoder: What reads prompts; ``None`` until `bind`, for one that was loaded.
+        reads_with: What `Encoder.describe` says of it.
         comparison: What `melinoe.predictor.compare` found, if it was saved along.
     """
 
     def __init__(
         self,
         network: PredictorNetwork,
-        embeddings: torch.Tensor | None,
+        encoder: Encoder | torch.Tensor | None,
         popularity: NDArray[np.float32],
         fingerprint: str,
         slots: int,
         comparison: dict[str, Any] | None = None,
+        reads_with: dict[str, Any] | None = None,
     ) -> None:
         self.network = network.eval()
-        self.embeddings = None if embeddings is None else embeddings.detach()
+        self.encoder = None if encoder is None else as_encoder(encoder)
+        self.reads_with = reads_with or (self.encoder.describe() if self.encoder else {})
         self.popularity = popularity
         self.fingerprint = fingerprint
         self.slots = slots
@@ -125,17 +104,28 @@ class Predictor:
 
         Raises:
             TokenizerError: an id that the model does not know.
-            ModelError: loaded, and not yet bound to a model.
+            ModelError: loaded, and not yet bound to a model; an encoder of another width.
         """
         if len(token_ids) == 0:
             return self.popularity.copy()
-        if self.embeddings is None:
+        if self.encoder is None:
             raise ModelError(
-                "the predictor reads prompts with the model's embeddings; bind it to one"
+                "the predictor was loaded without the model that it reads prompts for; bind it to "
+                "that model"
             )
         with torch.inference_mode():
-            logits = self.network(pool(self.embeddings, token_ids)[None])[0]
-            return logits.softmax(-1).numpy()
+            features = self.encoder.features([token_ids])
+            if features.shape[1] != (width := self.network.hidden.in_features):
+                raise ModelError(
+                    f"the encoder gives {features.shape[1]} numbers a prompt and the predictor "
+                    f"reads {width}; use the encoder that it was fitted with, or fit it again"
+                )
+            return self.network(features)[0].softmax(-1).numpy()
+
+    def distributions(self, features: torch.Tensor) -> NDArray[np.float64]:
+        """As `predict`, of many prompts, from what the encoder gave for them."""
+        with torch.inference_mode():
+            return self.network(features).softmax(-1).double().numpy()
 
     def top(self, token_ids: Sequence[int], slots: int | None = None) -> list[list[int]]:
         """
@@ -148,14 +138,19 @@ class Predictor:
         order = np.argsort(-self.predict(token_ids), axis=-1, kind="stable")
         return order[:, :count].tolist()
 
-    def bind(self, model: nn.Module) -> None:
+    def bind(self, model: nn.Module, tokenizer: Any = None) -> None:
         """
-        Read prompts with the token embeddings of *model*, if it is the one fitted to.
+        Read prompts for *model*, if it is the one fitted to.
 
         Checked once per model: binding again to the same object costs nothing.
 
+        Args:
+            model: The served one; by default its token embeddings are what reads.
+            tokenizer: Its tokenizer, for a predictor whose encoder reads text.
+
         Raises:
-            ModelError: the predictor was fitted to another model.
+            ModelError: the predictor was fitted to another model, or needs the tokenizer.
+            DependencyError: it reads with sentence-transformers, which is not installed.
         """
         if self._model is not None and self._model() is model:
             return
@@ -165,14 +160,16 @@ class Predictor:
                 f"this predictor was fitted to model {self.fingerprint[:12]}, not to "
                 f"{found[:12]}; trace this model and fit a predictor to it"
             )
-        self.embeddings = token_embeddings(model).detach()
+        # The embeddings are the model's own; a model that reads text is the same for any.
+        if self.encoder is None or self.reads_with.get("kind") == EMBEDDINGS:
+            self.encoder = encoder_for(self.reads_with, model, tokenizer)
         self._model = weakref.ref(model)
 
     def save(self, path: str | Path) -> None:
         """
         Write a directory with ``predictor.safetensors`` and ``predictor.json``.
 
-        The embeddings stay with the model. Nothing half-written is left behind.
+        The encoder's weights stay where they are. Nothing half-written is left behind.
 
         Raises:
             OutputExistsError: *path* exists and is not an empty directory.
@@ -196,7 +193,7 @@ class Predictor:
                 "layers": self.num_layers,
                 "experts": self.num_experts,
                 "slots": self.slots,
-                "encoder": f"token embeddings, mean of all and of the last {LAST_TOKENS}",
+                "encoder": self.reads_with,
                 "comparison": self.comparison,
             }
             (beside / _HEADER).write_text(json.dumps(header, indent=1) + "\n")
@@ -208,16 +205,18 @@ class Predictor:
             raise
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> "Predictor":
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, tokenizer: Any = None
+    ) -> "Predictor":
         """
-        Read what `save` wrote, and bind it to *model* if one is given.
+        Read what `save` wrote, and bind it to *model* (and *tokenizer*) if one is given.
 
         Without one, `generate` binds it to the model that it is used with.
 
         Raises:
             DataError: no predictor there.
-            CheckpointError: its files are torn, or of a later version.
-            ModelError: it was fitted to another model.
+            CheckpointError: its files are torn, or of another version.
+            ModelError, DependencyError: as `bind`.
         """
         folder = Path(path)
         try:
@@ -232,30 +231,33 @@ class Predictor:
             hidden, features = weights["hidden.weight"].shape
             network = PredictorNetwork(features, hidden, (header["layers"], header["experts"]), 0.0)
             network.load_state_dict(weights)
-            found, slots = header["fingerprint"], header["slots"]
+            found, slots, spec = header["fingerprint"], header["slots"], header["encoder"]
+            _check(header, popularity)
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} holds no predictor ({Path(error.filename).name} is missing); "
                 "make one with `melinoe predictor fit`"
             ) from None
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (
+            AttributeError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+        ) as error:  # fmt: skip
             raise CheckpointError(
                 f"the predictor in {folder} is torn ({str(error).splitlines()[0]}); fit it again"
             ) from error
-        predictor = cls(network, None, popularity, found, slots, header.get("comparison"))
+        predictor = cls(network, None, popularity, found, slots, header.get("comparison"), spec)
         if model is not None:
-            predictor.bind(model)
+            predictor.bind(model, tokenizer)
         return predictor
 
 
-def token_embeddings(model: nn.Module) -> torch.Tensor:
-    """
-    The model's input embedding matrix ``(vocabulary, hidden)``, not copied.
-
-    Raises:
-        ModelError: the model has none.
-    """
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if embedding is None or not isinstance(getattr(embedding, "weight", None), torch.Tensor):
-        raise ModelError("the model has no token embeddings to read prompts with; predict nothing")
-    return embedding.weight
+def _check(header: dict[str, Any], popularity: NDArray[np.float32]) -> None:
+    """Hold the rest of a header to what it must be; ValueError says what is not."""
+    spec, shape = header["encoder"], (header["layers"], header["experts"])
+    if not isinstance(spec["kind"], str):
+        raise ValueError("its encoder is of no kind")
+    if spec["kind"] == SENTENCES and not isinstance(spec.get("name"), str):
+        raise ValueError("its encoder has no name")
+    if popularity.shape != shape or not np.isfinite(popularity).all():
+        raise ValueError("its popularity is of another shape, or no number")
+    if not (isinstance(header["fingerprint"], str) and 1 <= header["slots"] <= shape[1]):
+        raise ValueError("its model or its slots are not named")

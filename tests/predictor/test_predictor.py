@@ -28,7 +28,7 @@ from melinoe.predictor import (
     use_counts,
 )
 from melinoe.predictor.fit import fit_shares
-from melinoe.predictor.model import token_embeddings
+from melinoe.predictor.encoders import token_embeddings
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 16, 2, 32
 QUICK = FitSettings(epochs=60, patience=20)
