@@ -7,6 +7,7 @@ stopping criterion that never stops takes the time of each token.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.trace import Trace
 from melinoe.data import pad_token_id
 from melinoe.errors import AttachError, DataError, TokenizerError
-from melinoe.predictor import Predictor
+from melinoe.predictor import AdaptivePredictor, Predictor
 from melinoe.runtime.attach import Handle
 
 Prompt = str | Sequence[int]
@@ -108,7 +109,7 @@ def generate(
     tokenizer: Any,
     prompt: Prompt,
     max_new_tokens: int = 64,
-    predictor: Predictor | None = None,
+    predictor: Predictor | AdaptivePredictor | None = None,
     prefetch_at: PrefetchAt = "prompt",
     streamer: Any = None,
     **sampling: Any,
@@ -124,7 +125,8 @@ def generate(
         tokenizer: The model's.
         prompt: Text, or token ids.
         max_new_tokens: At most so many; end-of-text may come first.
-        predictor: Names experts to prefetch, as many per layer as there are slots.
+        predictor: Names experts to prefetch, as many per layer as there are slots; an
+            `AdaptivePredictor` that learns is then told of the completion's uses.
         prefetch_at: ``prompt``: before the prompt's forward pass, which then waits for fewer
             loads, but evicts what was prefetched if it uses more experts than there are slots.
             ``completion``: when the forward pass after the prompt's begins, on the clock of the
@@ -136,7 +138,8 @@ def generate(
         DataError: an empty prompt.
         TokenizerError: ids that the model does not know.
         ModelError: the predictor belongs to another model.
-        AttachError: a predictor without a handle to prefetch through.
+        AttachError: a predictor without a handle to prefetch through; one that learns while
+            something is being recorded.
         ValueError: *max_new_tokens* below 1, or an unknown *prefetch_at*.
     """
     if prefetch_at not in ("prompt", "completion"):
@@ -148,7 +151,7 @@ def generate(
             raise AttachError(
                 "a predictor needs the runtime to prefetch through; attach it, or leave it out"
             )
-        predictor.bind(model)
+        predictor.bind(model, tokenizer)
     ids = prompt_ids(tokenizer, prompt)
     _check_ids(model, ids)
     device = model.get_input_embeddings().weight.device
@@ -166,8 +169,10 @@ def generate(
         ahead = predictor.top(ids, handle.slots)
         handle.prefetch(ahead, at="now" if prefetch_at == "prompt" else "completion")
     predictor_s = time.perf_counter() - start_s
+    learner = predictor if isinstance(predictor, AdaptivePredictor) and predictor.learns else None
+    measured = handle.measure_uses() if learner is not None and handle is not None else None
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), measured or nullcontext() as meter:
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -179,6 +184,8 @@ def generate(
     finally:
         if handle is not None:
             handle.drop_prefetch()  # this prompt's, not the next one's
+    if learner is not None and meter is not None:
+        learner.observe(meter.counts())
     new = output[0, len(ids) :].tolist()
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,6 +26,9 @@ from melinoe.runtime.generating import watch_generate
 from melinoe.runtime.handle import Handle
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.record import Recorder
+from melinoe.runtime.usage import UseMeter
+
+_log = logging.getLogger("melinoe")
 
 
 class FastHandle(Handle):
@@ -58,6 +62,7 @@ class FastHandle(Handle):
         self._device = device
         self._staging = Staging(device, staging_experts)
         self._use_graphs = use_graphs
+        self._warned_of_uses = False
         # Before anything is moved: a policy or a model that cannot run here shows now.
         self._who = DeviceResidency(
             [layer.num_experts for layer in layers],
@@ -165,6 +170,18 @@ class FastHandle(Handle):
         """As `Handle.record`; steps are not replayed from graphs meanwhile, so that all show."""
         with self.graphs.paused(), super().record(model_name, scores) as recorder:
             yield recorder
+
+    @contextmanager
+    def measure_uses(self) -> Iterator[UseMeter]:
+        """As `Handle.measure_uses`; no step is replayed from a graph meanwhile, which is logged."""
+        if self._use_graphs and not self._warned_of_uses:
+            self._warned_of_uses = True
+            _log.warning(
+                "counting which experts are used runs decode steps without CUDA graphs, which is "
+                "slower; leave the prior out, or let it learn on the reference engine"
+            )
+        with self.graphs.paused(), super().measure_uses() as meter:
+            yield meter
 
     def detach(self) -> None:
         """As `Handle.detach`; weights that were stored as codes come back as what those mean."""

@@ -45,9 +45,9 @@ class Popularity:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
 
-    def bind(self, model: Any) -> None:
+    def bind(self, model: Any, tokenizer: Any = None) -> None:
         """As `Predictor.bind`."""
-        self._predictor.bind(model)
+        self._predictor.bind(model, tokenizer)
 
     def top(self, token_ids: Sequence[int], slots: int | None = None) -> list[list[int]]:
         """As `Predictor.top`; *token_ids* make no difference."""

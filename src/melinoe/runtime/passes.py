@@ -22,6 +22,7 @@ _log = logging.getLogger("melinoe")
 
 if TYPE_CHECKING:
     from melinoe.runtime.record import Recorder
+    from melinoe.runtime.usage import UseMeter
 
 
 class ForwardPasses:
@@ -44,7 +45,7 @@ class ForwardPasses:
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         self.counters = counters
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | UseMeter | None = None
         self.before_completion: Callable[[], None] | None = None
         self._call: Batch | None = None
         self._generating: Generating | None = None

@@ -1,0 +1,74 @@
+"""
+The prompts of a trace, in a file beside it: what `melinoe predictor fit TRACE` reads.
+
+A trace holds what the model chose and no text. Its prompts lie beside it as token ids, in JSON, so
+that they can be left out, kept apart or deleted.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from melinoe.cache.trace import Trace
+from melinoe.cache.trace_file import write_whole
+from melinoe.errors import DataError
+
+FORMAT, VERSION = "melinoe-prompts", 1
+
+
+def prompts_path(trace: str | Path) -> Path:
+    """``trace.safetensors`` has its prompts in ``trace.prompts.json``."""
+    return Path(trace).with_suffix(".prompts.json")
+
+
+def save_prompts(
+    trace: str | Path, fingerprint: str, prompts: Sequence[Sequence[int]]
+) -> Path:  # fmt: skip
+    """
+    Write the prompts of the trace at path *trace* beside it, whole or not at all.
+
+    Args:
+        trace: Where the trace is.
+        fingerprint: Of the traced model, as in the trace.
+        prompts: Token ids, one list a sequence, in order.
+
+    Raises:
+        TraceError: the place cannot be written to.
+    """
+    path = prompts_path(trace)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "prompts": [[int(token) for token in prompt] for prompt in prompts],
+    }
+    write_whole(path, (json.dumps(record) + "\n").encode(), "prompts")
+    return path
+
+
+def load_prompts(path: str | Path, trace: Trace) -> list[list[int]]:
+    """
+    Read what `save_prompts` wrote beside the trace at *path*; `fit` checks that lengths agree.
+
+    Raises:
+        DataError: there are none, they are malformed, or they belong to another model's trace.
+    """
+    file = prompts_path(path)
+    way_out = "name the prompts that were traced (--data), or trace them again"
+    try:
+        record = json.loads(file.read_bytes())
+        if record["format"] != FORMAT or record["version"] != VERSION:
+            raise ValueError(f"it is no {FORMAT} of version {VERSION}")
+        prompts = record["prompts"]
+        if not all(type(token) is int and token >= 0 for prompt in prompts for token in prompt):
+            raise ValueError("it holds something else than token ids")
+        found = record["fingerprint"]
+    except OSError as error:
+        raise DataError(
+            f"the prompts of {path} cannot be read from {file} ({error.strerror}); {way_out}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the prompts in {file} are malformed ({error}); {way_out}") from error
+    if found != trace.fingerprint:
+        raise DataError(f"the prompts in {file} belong to another model's trace; {way_out}")
+    return [list(prompt) for prompt in prompts]
