@@ -31,8 +31,9 @@ from pathlib import Path
 
 import torch
 
+from melinoe.cache.machine import Machine, Work
 from melinoe.cache.simulator import simulate
-from melinoe.cache.timing import Machine, Work, predict
+from melinoe.cache.timing import predict
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode_prompt, load_examples
 from melinoe.generate import generate

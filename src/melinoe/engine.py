@@ -16,7 +16,7 @@ _log = logging.getLogger("melinoe")
 ENGINES = ("reference", "fast", "auto")
 # What only the fast engine knows; what only the reference engine knows.
 _FAST_ONLY = ("gpu_memory", "batch", "context", "compression", "admit", "staging_experts", "graphs")
-_REFERENCE_ONLY = ("store", "link")
+_REFERENCE_ONLY = ("store", "link", "miss_threads")
 
 
 def load(
@@ -87,6 +87,13 @@ def attach(model: Any, *, engine: str = "reference", **options: Any) -> Handle:
 def _check(engine: str, options: dict[str, Any]) -> None:
     if engine not in ENGINES:
         raise AttachError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    if engine != "reference":
+        way = options.pop("miss", None) or "wait"
+        if getattr(way, "kind", way) != "wait":
+            raise AttachError(
+                "the fast engine waits for missing experts and cannot have the CPU compute them; "
+                'leave miss out, or give engine="reference"'
+            )
     foreign = _FAST_ONLY if engine == "reference" else _REFERENCE_ONLY
     given = [name for name in foreign if options.get(name) is not None]
     if given:

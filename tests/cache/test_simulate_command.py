@@ -9,10 +9,12 @@ from typer.testing import CliRunner
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.locality import popularity, reuse
+from melinoe.cache.machine import Machine, Work
+from melinoe.cache.misses import loads_when
 from melinoe.cache.segments import sch, srp
 from melinoe.cache.simulator import simulate
 from melinoe.cache.statistics import load_statistics, save_statistics
-from melinoe.cache.timing import Machine, Work, loads_when, predict
+from melinoe.cache.timing import predict
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError, TraceError
 

@@ -1,17 +1,23 @@
 """The time model's formulas, each worked by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cache_traces import random_trace
 
 from melinoe.cache.counters import Counters
+from melinoe.cache.machine import Machine, Work
+from melinoe.cache.misses import computed_s, loads_when, transfer_s
 from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.simulator import simulate
-from melinoe.cache.timing import Machine, Work, computed_s, loads_when, predict, transfer_s
+from melinoe.cache.timing import predict
 from melinoe.errors import HardwareError
 
 
-def run(loads, experts, ahead=None, elsewhere=None, phase=None, tokens=None, unit=None):
+def run(
+    loads, experts, ahead=None, elsewhere=None, phase=None, tokens=None, unit=None, between=None
+):
     """A simulation of which only the steps matter; rows are passes, columns layers."""
     loads = np.array(loads, np.int32)
     zero = np.zeros_like(loads)
@@ -23,6 +29,8 @@ def run(loads, experts, ahead=None, elsewhere=None, phase=None, tokens=None, uni
         np.array(experts, np.int32),
         zero if ahead is None else np.array(ahead, np.int32),
         zero if elsewhere is None else np.array(elsewhere, np.int32),
+        np.zeros_like(loads) if elsewhere is None else np.array(elsewhere, np.int32),
+        zero if between is None else np.array(between, np.int32),
     )
     layers = loads.shape[1]
     return Simulation(Counters(layers), [], [], (1,) * layers, "lru", steps=steps)
@@ -95,13 +103,53 @@ def test_a_split_makes_the_slower_side_fastest():
     """
     machine = Machine(**SLOW, dram_bytes_per_s=2e4)
     split = loads_when("split", machine, WORK)
-    assert [split(n) for n in range(5)] == [0, 0, 1, 1, 1]
+    assert [split([1] * n) for n in range(5)] == [0, 0, 1, 1, 1]
     even = Machine(link_bytes_per_s=1e4, device_bytes_per_s=1e5, dram_bytes_per_s=1e4)
-    assert [loads_when("split", even, WORK)(n) for n in (1, 2, 3)] == [1, 1, 2]
+    assert [loads_when("split", even, WORK)([1] * n) for n in (1, 2, 3)] == [1, 1, 2]
     timing = predict(run([[1]], [[4]], elsewhere=[[3]]), machine, WORK)
     assert timing.host_s == pytest.approx([0.017]) and timing.link_s == pytest.approx([0.0])
     assert transfer_s(machine, WORK) == pytest.approx(0.011)
     assert computed_s(machine, WORK, 3) == pytest.approx(0.017)
+
+
+def test_activations_travel_both_ways_and_rows_are_computed_one_by_one():
+    """
+    Two experts of 100 B at 20 kB/s: 10 ms; chosen 5 times by 3 tokens: 3 more rows of 1 ms.
+
+    3 rows of 50 B go over and 5 come back: 400 B on 10 kB/s are 40 ms, and twice 1 ms of latency.
+    The one load's copy, 3 ms, is made by the same thread.
+    """
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3, copy_s=3e-3)
+    work = Work(expert_bytes=100, activation_bytes=50, backbone_bytes=300, kv_bytes=100)
+    assert computed_s(machine, work, 2, 5, 3) == pytest.approx(0.010 + 0.003 + 0.040 + 0.002)
+    done = run([[1]], [[4]], elsewhere=[[2]], tokens=[3])
+    done.steps.elsewhere_uses[:] = 5
+    assert predict(done, machine, work).host_s == pytest.approx([0.055 + 0.003])
+
+
+def test_a_prompt_s_misses_are_loaded_where_a_token_s_are_computed():
+    """One row costs the host 5 + 2 ms and the link 11; twenty rows cost 5 + 19 + 2: load it."""
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3)
+    split = loads_when("split", machine, WORK)
+    assert (split([1]), split([20])) == (0, 1)
+    # Two, one of them used once: the link brings the other meanwhile.
+    assert split([1, 20]) == 1
+
+
+def test_parts_are_paid_by_their_number():
+    """
+    Two slots. 5 experts: 3 parts, 4 + 2 x 3 ms. 2 experts: none. On the host: the 4 ms alone.
+
+    With nothing in slots the layer's 1 ms for calling the device is not paid.
+    """
+    machine = Machine(
+        link_bytes_per_s=1e12, dram_bytes_per_s=1e12, pass_s=0.010, experts_share=0.2,
+        call_s=0.001, parts_s=0.004, part_s=0.003,
+    )  # fmt: skip
+    done = run([[0], [0], [0], [0]], [[5], [2], [2], [2]], elsewhere=[[0], [0], [1], [2]])
+    done = replace(done, slots=(2,))
+    expected = [0.010 + 0.010, 0.010, 0.014 - 0.0005, 0.014 - 0.002]
+    assert predict(done, machine, WORK).pass_s == pytest.approx(expected)
 
 
 def test_a_prefetch_travels_while_layers_compute():

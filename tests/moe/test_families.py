@@ -4,11 +4,16 @@ import pytest
 import tiny
 import torch
 
+from melinoe.cache.machine import Machine, Work
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import find_experts
 from melinoe.runtime.attach import attach
+from melinoe.runtime.misses import Misses
 
 FAMILIES = [family for family in tiny.families() if family not in tiny.CANNOT]
+ON_THE_HOST = Misses(
+    "cpu", Machine(link_bytes_per_s=1.0, dram_bytes_per_s=1.0), Work(expert_bytes=1.0)
+)
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 40, 7, 60, 11]])
 
 
@@ -33,7 +38,10 @@ def generated(model):
 @pytest.mark.filterwarnings("default")  # warnings of modelling files are not ours to mend
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_tokens_equal_eager(family):
-    """Offloaded with fewer slots than experts it computes what eager does; without experts not."""
+    """
+    Offloaded with fewer slots than experts it computes what eager does, with misses loaded or
+    computed where they are; without experts it does not.
+    """
     model = tiny.tiny_model(family)
     layers = find_experts(model)
     assert {layer.num_experts for layer in layers} == {tiny.NUM_EXPERTS}
@@ -48,6 +56,9 @@ def test_logits_and_tokens_equal_eager(family):
             assert handle.counters.loads.sum() > 0
             if slots == 3:
                 torch.testing.assert_close(generated(model), tokens)
+    with attach(model, slots=3, miss=ON_THE_HOST) as handle:
+        torch.testing.assert_close(output(model), expected, rtol=1e-5, atol=1e-5)
+        assert handle.counters.loads.sum() == 0 < handle.counters.elsewhere.sum()
 
     with torch.no_grad():
         for layer in layers:

@@ -13,9 +13,13 @@ one layer of one pass takes
 
     x   = max(l + B / W, c)                       one transfer; they follow one another
     T   = q + n x                                 q: the link is still busy with a prefetch
-    U   = e B / R + 2 l        (0 if e = 0)       activations go over and come back
+    U   = n c + e B / R + (p - e) s + 2 l + (t + p) a / W          (0 if e = 0)
+                                                  p (token, choice) pairs of t tokens, s seconds
+                                                  for each further row of an expert; activations
+                                                  of a bytes go over, and come back by pairs
     H   = h B / D,  N = n B / D                   experts read through device memory
-    F   = f + (backbone + KV) / (L D)             all else, f host seconds per layer
+    F   = f + (backbone + KV) / (L D) + P         all else, f host seconds per layer
+    P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below
     w   = what is left until this layer's prefetch has arrived, if it is used
 
     overlap none:   F + w + max(T, U) + H + N     wait, then compute
@@ -23,11 +27,18 @@ one layer of one pass takes
 
 and a pass its layers' sum plus the host's seconds per pass. Where a pass with all experts resident
 was measured (``pass_s``, and ``row_s`` for each row more), that replaces F + H + N, of which
-``experts_share`` is H + N, by d experts alike. A pass of many rows is bound by arithmetic sooner
-than by memory, so for prompts `Machine.flops_per_s` bounds it from below where it is known.
+``experts_share`` is H + N: ``call_s`` a layer, the rest by d experts alike. A pass of many rows is
+bound by arithmetic sooner than by memory, so for prompts `Machine.flops_per_s` bounds it from below
+where it is known.
+
+A request of more experts than the layer has slots, C, is computed in ``m = ceil(d / C)`` parts,
+each a call of its own: u is ``parts_s``, v ``part_s``. With misses on the host m is 1, or 0 if no
+expert is in a slot, and then ``call_s`` is not paid; what the host's parts cost is in R.
 
 Prefetches of all layers are issued one after the other right before their pass: the host spends c
 on each, and the link carries them while layers compute. They delay later loads on demand (q).
+Those of a prefetch between layers are issued when the layer before has its experts, before H + N;
+w is as if the last of a layer's were used.
 
 Stall is what the layers take beyond F + H + N: by the link (w, or T where it is longest) or by the
 host's computing (U). Nothing is said about what shares the machine.
@@ -37,102 +48,15 @@ Source:
     take ``latency + bytes / bandwidth``, as `melinoe.runtime.transfer.EmulatedLink` has it.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.machine import Machine, Work
+from melinoe.cache.misses import computed_s, transfer_s
 from melinoe.cache.simulation import Simulation, Steps
 from melinoe.errors import HardwareError
-
-OVERLAPS = ("none", "hits")
-MISSES = ("wait", "cpu", "split")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """
-    Figures of the machine and of the engine that runs on it.
-
-    Attributes:
-        link_bytes_per_s: Host to device.
-        link_latency_s: Of each transfer.
-        copy_s: Host time of each copy that the link does not hide; the emulated link's real copy.
-        device_bytes_per_s: Memory of the device; None: computing is not modelled from bytes.
-        dram_bytes_per_s: Host memory, for misses that the host computes.
-        flops_per_s: Arithmetic of the device; None: never the bound.
-        host_s_per_layer: Host work of each layer that nothing hides.
-        host_s_per_pass: Of each pass.
-        pass_s: Measured time of a pass of one row with all experts resident.
-        row_s: Measured time of each further row of a pass.
-        experts_share: Of the measured time, what the experts' computation takes; matters only
-            where some of them are hidden or computed by the host.
-        overlap: ``none`` or ``hits``, see the module.
-
-    Raises:
-        HardwareError: a figure that no machine has.
-    """
-
-    link_bytes_per_s: float
-    link_latency_s: float = 0.0
-    copy_s: float = 0.0
-    device_bytes_per_s: float | None = None
-    dram_bytes_per_s: float | None = None
-    flops_per_s: float | None = None
-    host_s_per_layer: float = 0.0
-    host_s_per_pass: float = 0.0
-    pass_s: float | None = None
-    row_s: float = 0.0
-    experts_share: float = 0.0
-    overlap: str = "none"
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name == "overlap" or value is None:
-                continue
-            positive = one.name.endswith("_per_s")
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                raise HardwareError(
-                    f"{one.name} cannot be {value}; it must be a number "
-                    f"{'above 0' if positive else 'of 0 or more'}"
-                )
-        if self.experts_share > 1:
-            raise HardwareError(f"experts_share cannot be {self.experts_share}; it is at most 1")
-        if self.overlap not in OVERLAPS:
-            raise HardwareError(
-                f"overlap cannot be {self.overlap!r}; choose one of {', '.join(OVERLAPS)}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """
-    What the model asks of it.
-
-    Attributes:
-        expert_bytes: Of one expert, as it is carried.
-        backbone_bytes: Weights outside the experts that a pass reads.
-        kv_bytes: Of the KV cache that a pass reads.
-        flops_per_row: Arithmetic of one token through the whole model.
-
-    Raises:
-        HardwareError: no bytes, or less than none.
-    """
-
-    expert_bytes: float
-    backbone_bytes: float = 0.0
-    kv_bytes: float = 0.0
-    flops_per_row: float = 0.0
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            least_is_open = one.name == "expert_bytes"
-            if not math.isfinite(value) or value < 0 or (least_is_open and value == 0):
-                raise HardwareError(f"{one.name} cannot be {value}; give the model's own figure")
 
 
 @dataclass(frozen=True)
@@ -184,53 +108,6 @@ class Timing:
         }
 
 
-def loads_when(miss: str, machine: Machine, work: Work) -> Callable[[int], int] | None:
-    """
-    What `simulate` is told as ``load``, for a way to handle misses.
-
-    ``wait``: all are loaded (None). ``cpu``: none is; the host computes them. ``split``: of n
-    missing, as many are loaded as makes the slower of both sides fastest, ``max(k x, U(n - k))``;
-    of equally fast splits the one that loads most, since a load may be used again.
-
-    Raises:
-        HardwareError: the host shall compute, and its memory's bandwidth is not given.
-        ValueError: an unknown way.
-    """
-    if miss not in MISSES:
-        raise ValueError(f"miss must be one of {', '.join(MISSES)}, got {miss!r}")
-    if miss == "wait":
-        return None
-    if machine.dram_bytes_per_s is None:
-        raise HardwareError(
-            f"misses cannot be handled by {miss!r} without the host memory's bandwidth; give it"
-        )
-    if miss == "cpu":
-        return lambda missing: 0
-    each = transfer_s(machine, work)
-
-    def split(missing: int) -> int:
-        costs = [
-            (max(k * each, computed_s(machine, work, missing - k)), -k) for k in range(missing + 1)
-        ]
-        return -min(costs)[1]
-
-    return split
-
-
-def transfer_s(machine: Machine, work: Work) -> float:
-    """Seconds of one expert's transfer: x of the module's formulas."""
-    carried = machine.link_latency_s + work.expert_bytes / machine.link_bytes_per_s
-    return max(carried, machine.copy_s)
-
-
-def computed_s(machine: Machine, work: Work, experts: int) -> float:
-    """Seconds in which the host computes *experts*: U of the module's formulas."""
-    if not experts:
-        return 0.0
-    assert machine.dram_bytes_per_s is not None
-    return experts * work.expert_bytes / machine.dram_bytes_per_s + 2 * machine.link_latency_s
-
-
 def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     """
     Time a simulation by the module's formulas.
@@ -255,7 +132,7 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     if steps.elsewhere.any() and machine.dram_bytes_per_s is None:
         raise HardwareError("misses are computed on the host, so give its memory's bandwidth")
     passes, layers = steps.loads.shape
-    other, resident, fresh = _computing(steps, machine, work)
+    other, resident, fresh = _computing(simulation, steps, machine, work)
     each, carried = transfer_s(machine, work), work.expert_bytes / machine.link_bytes_per_s
     carried += machine.link_latency_s
     pass_s, link_s, host_s, ahead_s = (np.zeros(passes) for _ in range(4))
@@ -263,6 +140,8 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     now = free = 0.0  # the clock, and when the link will be free
     loads, experts = steps.loads.tolist(), steps.experts.tolist()
     ahead, elsewhere = steps.ahead.tolist(), steps.elsewhere.tolist()
+    between = steps.between.tolist()
+    pairs, rows = steps.elsewhere_uses.tolist(), steps.tokens.tolist()
     for step in range(passes):
         begin = now
         now += machine.host_s_per_pass
@@ -285,31 +164,44 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
             if count:
                 link = max(0.0, free - now) + count * each
                 free = now + link
-            cpu = computed_s(machine, work, host)
+            cpu = computed_s(machine, work, host, pairs[step][layer], rows[step])
+            if host:
+                cpu += count * machine.copy_s
             longest = max(link, cpu)
             hidden = min(longest, resident[step][layer]) if machine.overlap == "hits" else 0.0
-            now += longest - hidden + resident[step][layer] + fresh[step][layer]
+            now += longest - hidden
+            if layer + 1 < layers and (early := between[step][layer + 1]):
+                for _ in range(early):
+                    free = max(free, now) + carried
+                    now += machine.copy_s
+                arrives[layer + 1] = free
+                ahead_s[step] += early * machine.copy_s
+            now += resident[step][layer] + fresh[step][layer]
             link_s[step] += late
             if link >= cpu:
                 link_s[step] += longest - hidden
             else:
                 host_s[step] += longest - hidden
         pass_s[step] = now - begin
-    carried_bytes = float(steps.loads.sum() + steps.ahead.sum()) * work.expert_bytes
+    copied = steps.loads.sum() + steps.ahead.sum() + steps.between.sum()
+    carried_bytes = float(copied) * work.expert_bytes
     return Timing(pass_s, link_s, host_s, ahead_s, steps, carried_bytes)
 
 
 def _computing(
-    steps: Steps, machine: Machine, work: Work
+    simulation: Simulation, steps: Steps, machine: Machine, work: Work
 ) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
     """F, H and N by pass and layer; a measured pass is shared out evenly over its layers."""
-    passes, layers = steps.loads.shape
-    other = np.full((passes, layers), machine.host_s_per_layer)
+    layers = steps.loads.shape[1]
     here = (steps.experts - steps.loads - steps.elsewhere).astype(float)
+    other = machine.host_s_per_layer + _in_parts(simulation, steps, machine)
     if machine.pass_s is not None:
         of_layer = (machine.pass_s + machine.row_s * (steps.tokens - 1))[:, None] / layers
-        per_expert = machine.experts_share * of_layer / np.maximum(steps.experts, 1)
-        other += (1 - machine.experts_share) * of_layer
+        by_expert = np.maximum(machine.experts_share * of_layer - machine.call_s, 0.0)
+        per_expert = by_expert / np.maximum(steps.experts, 1)
+        other += of_layer - by_expert
+        in_slots = steps.experts > steps.elsewhere
+        other -= np.where(in_slots | (steps.experts == 0), 0.0, machine.call_s)
         return other.tolist(), (per_expert * here).tolist(), (per_expert * steps.loads).tolist()
     assert machine.device_bytes_per_s is not None
     other += (work.backbone_bytes + work.kv_bytes) / (layers * machine.device_bytes_per_s)
@@ -322,3 +214,13 @@ def _computing(
         stretch = np.maximum(1.0, least / np.maximum(total, 1e-30))[:, None]
         other, resident, fresh = other * stretch, resident * stretch, fresh * stretch
     return other.tolist(), resident.tolist(), fresh.tolist()
+
+
+def _in_parts(simulation: Simulation, steps: Steps, machine: Machine) -> np.ndarray:
+    """P by pass and layer."""
+    slots = np.array(simulation.slots)
+    capacity = np.full_like(slots, slots.sum()) if simulation.shared else slots
+    host = steps.elsewhere > 0
+    parts = np.where(host, 1, -(-steps.experts // capacity))
+    extra = machine.parts_s + np.maximum(parts - 1, 0) * machine.part_s
+    return np.where(host | (parts > 1), extra, 0.0)

@@ -115,9 +115,10 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Replay a trace through caches of any size and policy: counts, and time if told the link."""
+    from melinoe.cache.misses import loads_when
     from melinoe.cache.policy import policy_class
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.timing import loads_when, predict
+    from melinoe.cache.timing import predict
     from melinoe.cache.trace import Trace
 
     _check_words(miss, overlap, prefetch_at)
@@ -206,16 +207,10 @@ def _who(done: Simulation, how: str | None) -> dict[str, Any]:
 
 
 def _counts(done: Simulation) -> dict[str, Any]:
-    counters, zero_miss = done.counters, done.counters.zero_miss_share()
-    if done.steps is not None and zero_miss is not None:
-        # Who waits for the host's computing waits too, though nothing was loaded.
-        free = (done.steps.loads + done.steps.elsewhere).sum(axis=1) == 0
-        decoded = done.steps.phase == 1
-        tokens = done.steps.tokens
-        zero_miss = float(tokens[free & decoded].sum() / tokens[decoded].sum())
+    counters = done.counters
     return {
         "hit_rate": counters.hit_rate("completion"),
-        "zero_miss_tokens": zero_miss,
+        "zero_miss_tokens": counters.zero_miss_share(),
         "transfers_per_token": counters.transfers_per_token(),
         "prefetch_per_token": counters.prefetch_per_token(),
         "prefill_transfers_per_token": counters.transfers_per_token("prompt"),
@@ -224,7 +219,8 @@ def _counts(done: Simulation) -> dict[str, Any]:
 
 def _check_words(miss: str, overlap: str, prefetch_at: str) -> None:
     from melinoe.cache.counters import PHASES
-    from melinoe.cache.timing import MISSES, OVERLAPS
+    from melinoe.cache.machine import OVERLAPS
+    from melinoe.cache.misses import MISSES
 
     for name, value, known in (
         ("--miss", miss, MISSES),

@@ -12,7 +12,7 @@ from melinoe.cli import options
 if TYPE_CHECKING:
     import numpy as np
 
-    from melinoe.cache.timing import Machine, Work
+    from melinoe.cache.machine import Machine, Work
     from melinoe.cache.trace import Trace
 
 PREFETCHES = ("none", "popular", "prompt")
@@ -141,7 +141,7 @@ def read_figures(
     """What the time model needs, or None where no link is given."""
     if link is None:
         return None
-    from melinoe.cache.timing import Machine, Work
+    from melinoe.cache.machine import Machine, Work
     from melinoe.errors import HardwareError
     from melinoe.plan.hardware import find_bandwidth
     from melinoe.plan.units import parse_seconds

@@ -19,6 +19,7 @@ from melinoe.fast.staging import Staging
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.runtime.guard import Guard
 
 _KEEP = StreamedPrefill(admit=0)
 
@@ -70,7 +71,8 @@ class FastExperts:
         self._dtype = self.slots["down_proj"].dtype
         self._list = (who.load_expert[layer.index], who.load_slot[layer.index])
         self._count = who.num_loads[layer.index : layer.index + 1]
-        self._witness: tuple[Tensor, torch.dtype] | None = None
+        self._guard = Guard(device)
+        self.watch = self._guard.watch
 
     @property
     def residency(self) -> Residency:
@@ -82,10 +84,6 @@ class FastExperts:
         """Bytes of all slots."""
         return self._num_slots * self.layer.block_bytes
 
-    def watch(self, parameter: Tensor) -> None:
-        """Refuse to run once *parameter*, an empty one left in the module, is moved or cast."""
-        self._witness = (parameter, parameter.dtype)
-
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
         Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes.
@@ -94,7 +92,7 @@ class FastExperts:
             AttachError: gradients are wanted; the model was moved or cast since `attach`; or a
                 CUDA graph captures a pass that the host must plan.
         """
-        self._check(hidden_states, top_k_weights)
+        self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
         self._passes.enter(self._index, top_k_index)
@@ -232,21 +230,6 @@ class FastExperts:
 
     def _to_device(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table).to(self._device)
-
-    def _check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
-        if hidden_states.requires_grad or top_k_weights.requires_grad:
-            raise AttachError(
-                "offloaded experts have no gradient; run the model under torch.no_grad(), or "
-                "detach() the runtime to train"
-            )
-        if self._witness is None:
-            return
-        parameter, dtype = self._witness
-        if parameter.dtype is not dtype or parameter.device != self._device:
-            raise AttachError(
-                f"the model was moved or cast (to {parameter.device}, {parameter.dtype}) after the "
-                "runtime was attached; detach() first, then move it and attach again"
-            )
 
 
 def _capturing(device: torch.device) -> bool:

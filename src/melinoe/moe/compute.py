@@ -111,9 +111,21 @@ class Pairs:
         if due.numel() == 0:
             return
         # One choice per row and weight 1: the product and the sum of one term change no bit.
-        hidden = self._hidden_states[due // self._top_k].to(self._outputs.dtype)
+        hidden = self.rows(self.tokens_of(due))
         weights = hidden.new_ones((due.numel(), 1))
-        self._outputs[due] = forward(stand_in, hidden, slot_of_pair[due].unsqueeze(-1), weights)
+        self.put(due, forward(stand_in, hidden, slot_of_pair[due].unsqueeze(-1), weights))
+
+    def tokens_of(self, due: Any) -> Any:
+        """The token of each of the pairs *due*."""
+        return due // self._top_k
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states of *tokens* in the experts' dtype, ``(len(tokens), hidden)``."""
+        return self._hidden_states[tokens].to(self._outputs.dtype)
+
+    def put(self, due: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Take the *outputs* ``(len(due), hidden)`` of pairs that were computed elsewhere."""
+        self._outputs[due] = outputs
 
     def total(self, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Weight the pairs with *top_k_weights* ``(tokens, top_k)``, sum: ``(tokens, hidden)``."""

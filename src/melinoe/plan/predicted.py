@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.machine import Machine, Work
 from melinoe.cache.simulator import Simulation, simulate
-from melinoe.cache.timing import Machine, Work, predict
+from melinoe.cache.timing import predict
 from melinoe.cache.trace import Trace
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.handle import Handle

@@ -14,6 +14,7 @@ from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.runtime.budget import slots_by_layer, slots_for
 from melinoe.runtime.handle import Handle
+from melinoe.runtime.misses import Misses, check_miss, measure_misses
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 from melinoe.runtime.store import Store
 from melinoe.runtime.transfer import EmulatedLink, check_link
@@ -33,6 +34,8 @@ def attach(
     policy_options: Mapping[str, Any] | None = None,
     store: str | Store = "ram",
     link: EmulatedLink | None = None,
+    miss: str | Misses = "wait",
+    miss_threads: int | None = None,
     device: torch.device | str | None = None,
 ) -> Handle:
     """
@@ -51,16 +54,21 @@ def attach(
         policy_options: what the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
         store: ``ram``, ``pinned``, or a store that holds this model's experts already.
         link: emulate a slow link; on the CPU only.
+        miss: ``wait`` for the expert to come; ``cpu``: the host computes it where it is, and
+            nothing is loaded on demand, so that slots hold what prefetches bring; ``split``: by
+            cost, which is measured now. Or another handle's ``misses``, to decide by its figures.
+        miss_threads: torch's threads while the host computes misses; absent: measured now.
         device: where the slots are; absent means where the rest of the model is.
 
     Raises:
         UnsupportedModelError: the model's family or layout cannot be served.
         BudgetError: neither or both of *slots* and *expert_memory*; or too little memory.
         AttachError: a runtime is attached already; weights that are not in memory; no way to pin; a
-            store of another model.
+            store of another model; an unknown way to handle misses.
         MelinoeError: no such policy.
     """
     layers = find_experts(model)
+    check_miss(miss, miss_threads)
     if isinstance(store, str):
         _check_in_memory(layers, store)
     else:
@@ -70,7 +78,8 @@ def attach(
     )
     filled: Store = _STORES[store].from_modules(layers) if isinstance(store, str) else store
     try:
-        return Handle(model, layers, filled, count, make, link, target)
+        misses = _misses(miss, layers, filled, target, link, miss_threads)
+        return Handle(model, layers, filled, count, make, link, target, misses=misses)
     except BaseException:
         for layer in layers:
             give_weights_back(layer, filled)
@@ -87,6 +96,8 @@ def attach_stores(
     policy: str | Callable[[], Policy] = "lru",
     policy_options: Mapping[str, Any] | None = None,
     link: EmulatedLink | None = None,
+    miss: str | Misses = "wait",
+    miss_threads: int | None = None,
     device: torch.device | str | None = None,
     at_detach: Callable[[], None] | None = None,
 ) -> Handle:
@@ -97,16 +108,32 @@ def attach_stores(
         model: its other weights are in memory.
         layers: as `find_experts` listed them.
         store: holds the experts of all *layers*.
-        slots, expert_memory, policy, policy_options, link, device: as for `attach`.
+        slots, expert_memory, policy, policy_options, link, miss, miss_threads, device: as for
+            `attach`.
         at_detach: called once the model has its weights again, to close what *store* reads from.
 
     Raises:
         BudgetError, AttachError, MelinoeError: as `attach`; the model is as before.
     """
+    check_miss(miss, miss_threads)
     count, make, target = checked_settings(
         model, layers, slots, expert_memory, policy, policy_options, link, device
     )
-    return Handle(model, layers, store, count, make, link, target, at_detach)
+    misses = _misses(miss, layers, store, target, link, miss_threads)
+    return Handle(model, layers, store, count, make, link, target, at_detach, misses)
+
+
+def _misses(
+    miss: str | Misses,
+    layers: Sequence[ExpertsLayer],
+    store: Store,
+    device: torch.device,
+    link: EmulatedLink | None,
+    threads: int | None,
+) -> Misses:
+    if isinstance(miss, Misses):
+        return miss
+    return measure_misses(miss, layers, store, device, link, threads)
 
 
 def checked_settings(

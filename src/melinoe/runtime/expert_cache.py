@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from melinoe.cache.misses import LoadRule
 from melinoe.cache.policy import Policy
 from melinoe.cache.requests import mean_scores
-from melinoe.cache.residency import Load, Residency
+from melinoe.cache.residency import Load, Plan, Residency
 from melinoe.cache.shared import SharedLayer
-from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.common_slots import CommonSlots
+from melinoe.runtime.guard import Guard
+from melinoe.runtime.host_experts import HostExperts
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.transfer import Transfer
 
@@ -34,6 +36,8 @@ class ExpertCache:
         passes: shared by all layers; also holds the counters.
         device: where the slots are.
         common: the slots that all layers share; *num_slots* are then what this one brought in.
+        rule: how many of a request's missing experts are loaded; absent: all.
+        host: computes the others; needed with a *rule*.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class ExpertCache:
         passes: ForwardPasses,
         device: torch.device,
         common: CommonSlots | None = None,
+        rule: LoadRule | None = None,
+        host: HostExperts | None = None,
     ) -> None:
         self.layer = layer
         self._bytes = num_slots * layer.block_bytes
@@ -82,19 +88,24 @@ class ExpertCache:
         self._device = device
         self._forward = transformers_function(layer.module)
         self._stand_in = StandIn(layer.module, self.slots, num_slots)
-        self._witness: tuple[Tensor, torch.dtype] | None = None
+        self._rule, self._host = rule, host
+        self._guard = Guard(device)
+        self.watch = self._guard.watch
         # Expert -> ticket of its prefetch; named as the residency names those it evicts.
         self._in_flight: dict[int, Any] = {} if common is None else common.in_flight
         self._as_numbered = False  # whether slot i holds expert i, for all i
+        # Called once a request's loads are under way, with the layer, its experts and the plan.
+        self.after_request: Callable[[int, list[int], Plan], None] | None = None
+
+    @property
+    def key(self) -> int | None:
+        """What ids grow by to be names in the cache of all layers; None with slots of its own."""
+        return None if isinstance(self.residency, Residency) else self._key
 
     @property
     def nbytes(self) -> int:
         """Bytes of the layer's slots; of common ones, of its part."""
         return self._bytes
-
-    def watch(self, parameter: Tensor) -> None:
-        """Refuse to run once *parameter*, an empty one left in the module, is moved or cast."""
-        self._witness = (parameter, parameter.dtype)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
@@ -103,7 +114,7 @@ class ExpertCache:
         Raises:
             AttachError: gradients are wanted, or the model was moved or cast since `attach`.
         """
-        self._check(hidden_states, top_k_weights)
+        self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
         self._passes.enter(self._index, top_k_index, top_k_weights)
@@ -116,21 +127,31 @@ class ExpertCache:
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts, uses, whole = self._request(top_k_index)
         scores = self._scores(experts, top_k_index, top_k_weights) if self._uses_scores else None
+        if self._rule is not None:
+            return self._partly(
+                experts, uses, scores, whole, hidden_states, top_k_index, top_k_weights
+            )
         if not whole or len(experts) > self._num_slots:
             return self._in_parts(experts, uses, scores, hidden_states, top_k_index, top_k_weights)
         plan = self.residency.request(experts, None, scores)
         if plan.loads:
             self._load(plan.loads)
-        if self._in_flight:
-            self._await(plan.hits)
+        self._await(plan.hits)
         self._counters.add_plans(self._index, experts, uses, (plan,))
+        self._served(experts, plan)
+        return self._from_slots(hidden_states, top_k_index, top_k_weights)
+
+    def _from_slots(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """All at once: every choice is of an expert that has arrived in a slot."""
         if not self._as_numbered:
             top_k_index = self._slot_of.take(top_k_index.long())
         return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
 
-    def prefetch(self, experts: Sequence[int]) -> int:
-        """Begin to load *experts*, the most wanted first; returns how many loads that takes."""
-        plan = self.residency.prefetch(experts)
+    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
+        """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""
+        plan = self.residency.prefetch(experts, spare)
         if plan.loads:
             try:
                 ticket = self._transfer.issue(self._index, plan.loads, self._views)
@@ -143,6 +164,11 @@ class ExpertCache:
                     self._in_flight[self._key + load.expert] = ticket
             self._renumber()
         return len(plan.loads)
+
+    def _served(self, experts: list[int], plan: Plan) -> None:
+        """The loads of a request are under way: now others may follow them over the link."""
+        if self.after_request is not None and experts:
+            self.after_request(self._index, experts, plan)
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""
@@ -164,22 +190,70 @@ class ExpertCache:
     ) -> Tensor:
         """Several plans, or choices of no expert."""
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
-        flat = top_k_index.reshape(-1).long()
-        known = (flat >= 0) & (flat < self._num_experts)
-        flat = flat.masked_fill(~known, self._num_experts)  # the last entry below means "not due"
+        flat = self._flat(top_k_index)
         plans = []
         for plan in self.residency.plans(experts, uses, scores):
             plans.append(plan)
             if plan.loads:
                 self._load(plan.loads)
-            if self._in_flight:
-                self._await(plan.hits)
-            due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)
-            present = torch.tensor([*plan.hits, *(load.expert for load in plan.loads)]).long()
-            due[present] = self._host_slot_of[present]
-            pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
+            self._await(plan.hits)
+            if len(experts) <= self._num_slots:  # else more plans come, and more loads with them
+                self._served(experts, plan)
+            self._add_from_slots(pairs, plan, flat)
+        if len(experts) > self._num_slots:
+            self._served(experts, plans[-1])
         self._counters.add_plans(self._index, experts, uses, plans)
         return pairs.total(top_k_weights)
+
+    def _partly(
+        self,
+        experts: list[int],
+        uses: list[int],
+        scores: list[float] | None,
+        whole: bool,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Some of the missing are loaded; meanwhile the host computes the others."""
+        assert self._rule is not None and self._host is not None
+        plan, there = self.residency.partly(experts, uses, scores, load=self._rule)
+        if whole and not there:
+            if plan.loads:
+                self._load(plan.loads)
+            self._await(plan.hits)
+            self._counters.add_partly(self._index, experts, uses, plan, there)
+            self._served(experts, plan)
+            return self._from_slots(hidden_states, top_k_index, top_k_weights)
+        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
+        ticket = None
+        if plan.loads:
+            self._make_way(plan.loads)
+            ticket = self._transfer.begin_demand(self._index, plan.loads, self._views)
+        self._served(experts, plan)
+        if there:
+            self._host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), there)
+        if ticket is not None:
+            self._transfer.await_prefetched(ticket)
+        self._await(plan.hits)
+        if plan.hits or plan.loads:
+            self._add_from_slots(pairs, plan, self._flat(top_k_index))
+        self._counters.add_partly(self._index, experts, uses, plan, there)
+        return pairs.total(top_k_weights)
+
+    def _flat(self, top_k_index: Tensor) -> Tensor:
+        """The choices in a row; those of no expert are `num_experts`."""
+        flat = top_k_index.reshape(-1).long()
+        known = (flat >= 0) & (flat < self._num_experts)
+        return flat.masked_fill(~known, self._num_experts)
+
+    def _add_from_slots(self, pairs: Pairs, plan: Plan, flat: Tensor) -> None:
+        """The pairs of a plan's experts."""
+        # The last entry means "not due", as -1 does for experts that are not in the plan.
+        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)
+        present = torch.tensor([*plan.hits, *(load.expert for load in plan.loads)]).long()
+        due[present] = self._host_slot_of[present]
+        pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
 
     def _request(self, top_k_index: Tensor) -> tuple[list[int], list[int], bool]:
         """Distinct ids ascending, how often each is used, and whether every choice is one."""
@@ -205,17 +279,21 @@ class ExpertCache:
         return mean_scores(ids[known], weights[known], rows, self._num_experts)[experts].tolist()
 
     def _load(self, loads: Sequence[Load]) -> None:
+        self._make_way(loads)
+        self._transfer.demand(self._index, loads, self._views)
+
+    def _make_way(self, loads: Sequence[Load]) -> None:
+        """Bring the books up to date before *loads* are copied."""
         if self._in_flight:
             # Transfers keep their order, so a prefetch to the same slot cannot land after this.
             for load in loads:
                 self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
         # First, because on CUDA it makes the host wait for the computation, now without the copies.
         self._renumber()
-        self._transfer.demand(self._index, loads, self._views)
 
     def _await(self, hits: Sequence[int]) -> None:
         """Wait for those of *hits* whose prefetch is still under way."""
-        for expert in hits:
+        for expert in hits if self._in_flight else ():
             ticket = self._in_flight.pop(self._key + expert, None)
             if ticket is not None:
                 self._transfer.await_prefetched(ticket)
@@ -227,19 +305,4 @@ class ExpertCache:
         if isinstance(self.residency, Residency) and self._num_slots == self._num_experts:
             self._as_numbered = bool(
                 (self.residency.expert_of == np.arange(self._num_experts)).all()
-            )
-
-    def _check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
-        if hidden_states.requires_grad or top_k_weights.requires_grad:
-            raise AttachError(
-                "offloaded experts have no gradient; run the model under torch.no_grad(), or "
-                "detach() the runtime to train"
-            )
-        if self._witness is None:
-            return
-        parameter, dtype = self._witness
-        if parameter.dtype is not dtype or parameter.device != self._device:
-            raise AttachError(
-                f"the model was moved or cast (to {parameter.device}, {parameter.dtype}) after the "
-                "runtime was attached; detach() first, then move it and attach again"
             )

@@ -20,6 +20,7 @@ from melinoe.runtime.attach import Handle, attach_stores, checked_settings
 from melinoe.runtime.budget import format_bytes
 from melinoe.runtime.disk_store import DiskStore
 from melinoe.runtime.host_memory import free_host_bytes
+from melinoe.runtime.misses import Misses, check_miss
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 from melinoe.runtime.store import Store
 from melinoe.runtime.transfer import EmulatedLink
@@ -44,6 +45,8 @@ def load(
     store: str = "auto",
     dtype: torch.dtype | str = "auto",
     link: EmulatedLink | None = None,
+    miss: str | Misses = "wait",
+    miss_threads: int | None = None,
 ) -> tuple[Any, Handle]:
     """
     Load a checkpoint for offloaded use: the backbone on *device*, a few experts in slots beside it.
@@ -63,6 +66,8 @@ def load(
             if they fit into the host's free memory, and else leaves them on disk.
         dtype: Type of all weights; "auto" takes the config's.
         link: Emulate a slow link; on the CPU only.
+        miss, miss_threads: As for `melinoe.runtime.attach.attach`. With a store on disk the host
+            reads the missing expert into a buffer of its own, which is no transfer into a slot.
 
     Returns:
         The transformers model, in evaluation mode, on which ``generate`` works as always; and the
@@ -73,9 +78,10 @@ def load(
         UnsupportedModelError: the family has no experts that can be served.
         BudgetError: neither or both of *slots* and *expert_memory*; or too little memory, also of
             the host's for all experts.
-        AttachError: an unknown store, or a device that is not there.
+        AttachError: an unknown store or way to handle misses, or a device that is not there.
     """
     target = _device(device)
+    check_miss(miss, miss_threads)
     if store not in STORES:
         raise AttachError(f"there is no store {store!r}; choose one of {', '.join(STORES)}")
     checkpoint = open_checkpoint(str(name), dtype)
@@ -97,7 +103,10 @@ def load(
         layers = layers_of(checkpoint, model)
         filled = _fill(checkpoint, kind)
         at_detach = checkpoint.close if kind == "disk" else None
-        handle = attach_stores(model, layers, filled, at_detach=at_detach, **options)
+        handle = attach_stores(
+            model, layers, filled, miss=miss, miss_threads=miss_threads, at_detach=at_detach,
+            **options,
+        )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise

@@ -49,8 +49,12 @@ class EmulatedLink:
     def issue(self, nbytes: int) -> float:
         """Enter one transfer of *nbytes* now; returns the `time.perf_counter` of its arrival."""
         begin = max(time.perf_counter(), self._free_at)
-        self._free_at = begin + self.latency_s + nbytes / self.bandwidth_bytes_per_s
+        self._free_at = begin + self.takes_s(nbytes)
         return self._free_at
+
+    def takes_s(self, nbytes: int) -> float:
+        """Seconds of one transfer of *nbytes* that queues behind no other."""
+        return self.latency_s + nbytes / self.bandwidth_bytes_per_s
 
 
 class Transfer:
@@ -60,6 +64,8 @@ class Transfer:
     Attributes:
         stall_s: seconds a forward pass waited for experts: copying included, prefetches not.
         transferred_bytes: bytes copied into slots, on demand and ahead of it.
+        host_s: seconds in which the host computed missing experts, activations' ways included.
+        activation_bytes: bytes of activations that went to the host for it, and came back.
     """
 
     def __init__(self, store: Store, link: EmulatedLink | None = None) -> None:
@@ -67,6 +73,8 @@ class Transfer:
         self._link = link
         self.stall_s = 0.0
         self.transferred_bytes = 0
+        self.host_s = 0.0
+        self.activation_bytes = 0
 
     def issue(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
         """
@@ -89,6 +97,24 @@ class Transfer:
             if left > 2e-4:  # sleeping oversleeps by some 60 us; the rest is spent waiting awake
                 time.sleep(left - 1e-4)
 
+    def begin_demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
+        """As `issue`, on the clock of `stall_s`: the host does something else meanwhile."""
+        begin = time.perf_counter()
+        ticket = self.issue(layer, loads, slots)
+        self.stall_s += time.perf_counter() - begin
+        return ticket
+
+    def carry_activations(self, nbytes: int) -> None:
+        """
+        Count activations on their way to the host or back; over an emulated link, also wait.
+
+        They do not queue behind weights: a link carries both ways at once, and copies so small get
+        between large ones.
+        """
+        self.activation_bytes += nbytes
+        if self._link is not None:
+            self.wait(time.perf_counter() + self._link.takes_s(nbytes))
+
     def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
         """Copy the experts of *loads* and wait for them, on the clock of `stall_s`."""
         begin = time.perf_counter()
@@ -110,9 +136,11 @@ class Transfer:
         """Return when no copy is under way: the store and the slots may then go."""
 
     def reset(self) -> None:
-        """Set the two accounts to zero."""
+        """Set the accounts to zero."""
         self.stall_s = 0.0
         self.transferred_bytes = 0
+        self.host_s = 0.0
+        self.activation_bytes = 0
 
 
 class CudaTransfer(Transfer):
@@ -150,6 +178,10 @@ class CudaTransfer(Transfer):
     def wait(self, ticket: Any) -> None:
         """Let the computation's stream, not the host, wait for the copy."""
         self._wait_since(self._mark(), ticket)
+
+    def begin_demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
+        """As `Transfer.begin_demand`; what is waited for shows when it is awaited."""
+        return self.issue(layer, loads, slots)
 
     def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
         """As `Transfer.demand`, without the host waiting."""
