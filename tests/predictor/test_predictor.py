@@ -27,8 +27,8 @@ from melinoe.predictor import (
     recall_at,
     use_counts,
 )
-from melinoe.predictor.fit import fit_shares
 from melinoe.predictor.encoders import token_embeddings
+from melinoe.predictor.fit import fit_shares
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 16, 2, 32
 QUICK = FitSettings(epochs=60, patience=20)

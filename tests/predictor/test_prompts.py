@@ -1,0 +1,50 @@
+"""The prompts of a trace lie beside it."""
+
+import json
+
+import pytest
+
+from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.errors import DataError
+from melinoe.predictor import load_prompts, save_prompts
+
+
+def trace(fingerprint="m") -> Trace:
+    return TraceBuilder(1, 2, 1).trace(fingerprint=fingerprint)
+
+
+def test_prompts_come_back_as_they_were(tmp_path):
+    """Beside trace.safetensors lies trace.prompts.json."""
+    path = tmp_path / "trace.safetensors"
+    assert save_prompts(path, "m", [[1, 2], [], [3]]) == tmp_path / "trace.prompts.json"
+    assert load_prompts(path, trace()) == [[1, 2], [], [3]]
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.prompts.json"]
+
+
+def test_no_prompts_there_is_said(tmp_path):
+    """With the way out: name them."""
+    with pytest.raises(DataError, match="--data"):
+        load_prompts(tmp_path / "trace.safetensors", trace())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": "other"}, {"version": 2}, {"prompts": 3}, {"prompts": [["a"]]}, {"prompts": [[-1]]},
+     {"prompts": [[True]]}, None],
+)  # fmt: skip
+def test_malformed_prompts_are_refused(tmp_path, change):
+    """Another format or version, what is no token id, half a file."""
+    path = tmp_path / "trace.safetensors"
+    file = save_prompts(path, "m", [[1, 2]])
+    text = file.read_text()
+    file.write_text(json.dumps({**json.loads(text), **change}) if change else text[:30])
+    with pytest.raises(DataError, match=r"malformed.*--data"):
+        load_prompts(path, trace())
+
+
+def test_prompts_of_another_models_trace_are_refused(tmp_path):
+    """A trace that was replaced beside its old prompts."""
+    path = tmp_path / "trace.safetensors"
+    save_prompts(path, "m", [[1, 2]])
+    with pytest.raises(DataError, match="another model"):
+        load_prompts(path, trace("other"))
