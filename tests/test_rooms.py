@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "melinoe"
 ROOMS = [
     ["errors", "config", "stats", "shipped", "malloc"],
     ["cache"],
-    ["moe", "data", "checkpoint", "foreign"],
+    ["moe", "data", "checkpoint", "foreign", "prefetch"],
     ["losses", "predictor"],
     ["finetune", "runtime"],
     ["fast"],
@@ -60,7 +60,7 @@ def test_a_module_imports_only_from_rooms_above_its_own(path):
         assert other == own or LEVEL[other] < LEVEL[own] or other in siblings, f"{own} -> {name}"
 
 
-@pytest.mark.parametrize("package", ["cache", "errors", "config", "cli"])
+@pytest.mark.parametrize("package", ["cache", "errors", "config", "cli", "prefetch"])
 def test_light_rooms_import_without_torch(package):
     """The decisions and the command line's help never pay for torch."""
     code = f"import sys, melinoe.{package}; sys.exit('torch' in sys.modules)"

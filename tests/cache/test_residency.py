@@ -207,11 +207,12 @@ def test_nothing_is_loaded_where_nothing_may_be():
     residency, usual = Residency(5, 2), Residency(5, 2)
     for one in (residency, usual):
         one.prefetch([0, 1])
-    assert residency.partly([0, 3, 4], load=lambda missing: 0) == (Plan((0,), ()), (3, 4))
+    assert residency.partly([0, 3, 4], load=lambda missing: 0) == (Plan((0,), (), 1), (3, 4))
     assert residency.partly([], load=lambda missing: 9) == (Plan((), ()), ())
     usual.policy.use([0, 3, 4])  # what the other one's has heard
+    usual.first_uses([0, 3, 4])
     for request in ([0, 3], [2], [1, 4], [0, 4]):
-        plan, there = residency.partly(request, load=lambda missing: missing)
+        plan, there = residency.partly(request, load=len)
         assert not there
         assert plan == usual.request(request)
 
@@ -220,5 +221,15 @@ def test_no_more_is_loaded_than_slots_beside_the_hits():
     """Two slots, one hit: one load, however many are allowed."""
     residency = Residency(5, 2)
     residency.request([0])
-    plan, there = residency.partly([0, 1, 2, 3], load=lambda missing: missing)
+    plan, there = residency.partly([0, 1, 2, 3], load=len)
     assert [load.expert for load in plan.loads] == [3] and there == (1, 2)
+
+
+def test_the_rule_of_loads_is_told_the_uses_of_what_is_missing():
+    """0 is there; 1, 2 and 3 are missing with 4, 1 and 2 uses: ascending, and ones if not said."""
+    told = []
+    for uses in ([9, 4, 1, 2], None):
+        residency = Residency(5, 2)
+        residency.request([0])
+        residency.partly([0, 1, 2, 3], uses, load=lambda uses: told.append(list(uses)) or 0)
+    assert told == [[1, 2, 4], [1, 1, 1]]

@@ -250,6 +250,9 @@ def test_what_is_computed_elsewhere_is_a_miss_but_no_load():
     assert simulation.counters.loads.sum() == 0
     assert simulation.counters.prefetch_loads.tolist() == [2]
     assert simulation.steps.elsewhere.tolist() == [[1], [1], [0]]
+    assert simulation.steps.elsewhere_uses.tolist() == [[1], [1], [0]]
+    assert simulation.counters.elsewhere.sum() == 2
+    assert simulation.counters.zero_miss_tokens.sum() == 1  # who is computed there waits, too
     assert simulation.steps.experts.tolist() == [[2], [2], [2]]
     assert simulation.steps.ahead.tolist() == [[2], [0], [0]]
 
@@ -259,7 +262,7 @@ def test_loading_everything_partly_is_loading_everything(shared):
     """Where requests fit, `load` of all that is missing counts as no `load` at all."""
     trace = random_trace(1, prompt=1)
     whole = simulate(trace, 4, shared=shared, steps=True)
-    partly = simulate(trace, 4, shared=shared, steps=True, load=lambda missing: missing)
+    partly = simulate(trace, 4, shared=shared, steps=True, load=len)
     assert partly.counters.loads.sum() == whole.counters.loads.sum()
     assert partly.counters.hit_rate() == whole.counters.hit_rate()
     assert not partly.steps.elsewhere.any()

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.counters import Counters
+from melinoe.cache.ahead import Prompts, check_prefetcher
+from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.policy import policy_class
+from melinoe.cache.prefetcher import Prefetcher, check_layers
 from melinoe.cache.residency import Residency, check_capacity
-from melinoe.cache.simulation import Prefetch, Simulation, Steps, wanted_by
+from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.cache.units import units_of
 
@@ -19,8 +21,8 @@ def run(
     slots: Sequence[int],
     policy: str,
     options: Mapping[str, Any],
-    prefetch: Prefetch | None,
-    earliest: int,
+    prefetcher: Prefetcher | None,
+    prompts: Sequence[Sequence[int]] | None,
     reset_between_sequences: bool,
     steps: bool,
 ) -> Simulation:
@@ -28,13 +30,13 @@ def run(
     Do what `melinoe.cache.simulator.simulate` does, with compiled rules.
 
     Args:
-        trace, policy, prefetch, reset_between_sequences, steps: As there.
+        trace, policy, prompts, reset_between_sequences, steps: As there.
         slots: Of each layer.
         options: What the policy takes; ``static`` needs its popularity.
-        earliest: Phase of the passes that a prefetch may come before.
+        prefetcher: Says nothing between layers.
 
     Raises:
-        MelinoeError, ValueError: as there.
+        MelinoeError, TraceError, ValueError: as there.
     """
     from melinoe.cache import kernel
 
@@ -51,9 +53,9 @@ def run(
     resets = np.zeros(passes, bool)
     if reset_between_sequences:
         resets[np.unique(unit, return_index=True)[1]] = True
-    events = _events(trace, bounds, phase, prefetch, earliest)
+    events = _events(trace, slots, bounds, phase, prefetcher, prompts)
 
-    counts = np.zeros((len(units), 2, 5, layers), np.int64)
+    counts = np.zeros((len(units), 2, 6, layers), np.int64)
     prefetched = np.zeros((len(units), layers), np.int64)
     waited = np.zeros(passes, np.int64)
     details = [np.zeros((passes if steps else 0, layers), np.int32) for _ in range(3)]
@@ -85,8 +87,10 @@ def run(
         )
     loads, experts, ahead = details
     nowhere = np.zeros_like(loads)  # compiled rules load all that is missing
-    kept = Steps(phase, tokens, unit, loads, experts, ahead, nowhere) if steps else None
-    return Simulation(whole, per_unit, units, tuple(slots), policy, False, "compiled", kept)
+    rest = (nowhere, nowhere, nowhere)
+    kept = Steps(phase, tokens, unit, loads, experts, ahead, *rest) if steps else None
+    used = "none" if prefetcher is None else prefetcher.name
+    return Simulation(whole, per_unit, units, tuple(slots), policy, False, "compiled", kept, used)
 
 
 def passes_of(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
@@ -115,26 +119,38 @@ def settings_of(trace: Trace, policy: str, options: Mapping[str, Any]) -> tuple[
 
 
 def _events(
-    trace: Trace, bounds: np.ndarray, phase: np.ndarray, prefetch: Prefetch | None, earliest: int
+    trace: Trace,
+    slots: Sequence[int],
+    bounds: np.ndarray,
+    phase: np.ndarray,
+    prefetcher: Prefetcher | None,
+    prompts: Sequence[Sequence[int]] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Before which pass each prefetch comes, and the ids of each by layer."""
-    layers = trace.num_layers
     when: list[int] = []
     begin = [0]
     ids: list[int] = []
-    if prefetch is not None:
+    if prefetcher is not None:
+        check_prefetcher(prefetcher, trace, prompts)
+        known = Prompts(trace, slots, prompts)
         check = Residency(trace.num_experts, 1).check
-        owner = np.repeat(np.arange(len(phase)), np.diff(bounds))
-        rows = np.flatnonzero(phase[owner] >= earliest)
-        # A sequence's first row of such a pass; sorted by pass, then by sequence.
-        sequences, first = np.unique(trace.sequence[rows], return_index=True)
-        order = np.lexsort((sequences, owner[rows[first]]))
-        for sequence, step in zip(
-            sequences[order].tolist(), owner[rows[first]][order].tolist(), strict=True
-        ):
-            wanted = wanted_by(prefetch, sequence, layers)
+        asked: list[tuple[int, int, int]] = []  # pass, moment, sequence
+        for moment in (PROMPT, COMPLETION):
+            # A sequence's first row of any pass, or of one of the completion.
+            owner = np.repeat(np.arange(len(phase)), np.diff(bounds))
+            rows = np.flatnonzero(phase[owner] >= moment)
+            sequences, first = np.unique(trace.sequence[rows], return_index=True)
+            steps = owner[rows[first]].tolist()
+            asked += zip(steps, [moment] * len(steps), sequences.tolist(), strict=True)
+        for step, moment, sequence in sorted(asked):
+            wanted = (
+                prefetcher.before_prompt(known.before(sequence))
+                if moment == PROMPT
+                else prefetcher.before_completion(known.after(sequence))
+            )
             if wanted is None:
                 continue
+            check_layers(wanted, trace.num_layers)
             when.append(step)
             for experts in wanted:
                 check(np.asarray(experts).tolist())
@@ -166,12 +182,13 @@ def _counters(
     ones = np.ones(len(phase))
     per_phase = (total(tokens), total(ones), total(ones, free), total(tokens, free))
     per_layer = counts.transpose(0, 2, 1, 3).tolist()
-    names = ("uses", "hits", "loads", "requests", "chunked")
+    names = ("uses", "hits", "loads", "requests", "chunked", "prefetch_used")
     return [
         Counters.from_dict(
             {
                 "num_layers": layers,
                 **dict(zip(names, per_layer[number], strict=True)),
+                "elsewhere": [[0] * layers] * 2,  # `_compiles` leaves partly loaded misses out
                 "prefetch_loads": prefetched[number].tolist(),
                 "tokens": per_phase[0][number],
                 "forwards": per_phase[1][number],

@@ -16,7 +16,7 @@ from melinoe.cache.residency import Plan
 PHASES = ("prompt", "completion")
 PROMPT, COMPLETION = 0, 1
 
-_PER_LAYER = ("uses", "hits", "loads", "requests", "chunked")
+_PER_LAYER = ("uses", "hits", "loads", "requests", "chunked", "elsewhere", "prefetch_used")
 _PER_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
 
 
@@ -46,12 +46,16 @@ class Counters:
     - ``loads``: experts copied in because a request needed them (on demand).
     - ``requests``: forward passes in which the layer's tokens chose some expert; ``chunked``: those
       that took more than one plan.
+    - ``elsewhere``: experts that were missing and were not copied in, but computed where they live.
+
+    - ``prefetch_used``: experts copied in ahead of need that a request of that phase was the first
+      to ask for, before they left.
 
     By layer, int64 (layers,): ``prefetch_loads``, experts copied in ahead of need.
 
     By phase, int64 (2,): ``tokens``, rows that finished forward passes computed, padding too;
-    ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand;
-    ``zero_miss_tokens``, the rows of those.
+    ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand or
+    had an expert computed elsewhere; ``zero_miss_tokens``, the rows of those.
 
     Source:
         Metrics as defined once for the project; hit rates count uses, transfers count copies,
@@ -59,7 +63,7 @@ class Counters:
     """
 
     uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
-    prefetch_loads = _Count()
+    elsewhere, prefetch_loads, prefetch_used = _Count(), _Count(), _Count()
     tokens, forwards = _Count(), _Count()
     zero_miss_forwards, zero_miss_tokens = _Count(), _Count()
 
@@ -77,6 +81,8 @@ class Counters:
         self._loads = [[0] * self.num_layers for _ in PHASES]
         self._requests = [[0] * self.num_layers for _ in PHASES]
         self._chunked = [[0] * self.num_layers for _ in PHASES]
+        self._elsewhere = [[0] * self.num_layers for _ in PHASES]
+        self._prefetch_used = [[0] * self.num_layers for _ in PHASES]
         self._prefetch_loads = [0] * self.num_layers
         self._tokens = [0, 0]
         self._forwards = [0, 0]
@@ -84,7 +90,7 @@ class Counters:
         self._zero_miss_tokens = [0, 0]
         self._now: int | None = None
         self._now_tokens = 0
-        self._now_loads = 0
+        self._now_misses = 0
 
     # --- counting -------------------------------------------------------------------------------
 
@@ -97,9 +103,18 @@ class Counters:
         """
         self._now = _phase(phase)
         self._now_tokens = tokens
-        self._now_loads = 0
+        self._now_misses = 0
 
-    def add_request(self, layer: int, uses: int, hits: int, loads: int, plans: int = 1) -> None:
+    def add_request(
+        self,
+        layer: int,
+        uses: int,
+        hits: int,
+        loads: int,
+        plans: int = 1,
+        elsewhere: int = 0,
+        first_uses: int = 0,
+    ) -> None:
         """Count one request of the open pass: *uses* pairs, *hits* of them on resident experts."""
         phase = self._now
         if phase is None:
@@ -109,7 +124,12 @@ class Counters:
         self._requests[phase][layer] += 1
         if loads:
             self._loads[phase][layer] += loads
-            self._now_loads += loads
+            self._now_misses += loads
+        if elsewhere:
+            self._elsewhere[phase][layer] += elsewhere
+            self._now_misses += elsewhere
+        if first_uses:
+            self._prefetch_used[phase][layer] += first_uses
         if plans > 1:
             self._chunked[phase][layer] += 1
 
@@ -135,7 +155,28 @@ class Counters:
             else:
                 of = dict(zip(experts, uses, strict=True))
                 hits = sum(of[expert] for expert in resident)
-        self.add_request(layer, total, hits, loads, len(plans))
+        self.add_request(layer, total, hits, loads, len(plans), first_uses=plans[0].first_uses)
+
+    def add_partly(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        uses: Sequence[int],
+        plan: Plan,
+        elsewhere: Sequence[int],
+    ) -> None:
+        """Count one request that `Residency.partly` served; *experts* and *uses* are parallel."""
+        if len(experts):
+            of = dict(zip(experts, uses, strict=True))
+            hits = sum(of[expert] for expert in plan.hits)
+            self.add_request(
+                layer,
+                sum(uses),
+                hits,
+                len(plan.loads),
+                elsewhere=len(elsewhere),
+                first_uses=plan.first_uses,
+            )
 
     def add_stream(
         self, layer: int, experts: Sequence[int], uses: Sequence[int], stream: Stream
@@ -144,7 +185,7 @@ class Counters:
         if len(experts):
             of = dict(zip(experts, uses, strict=True))
             hits = sum(of[expert] for expert in stream.hits)
-            self.add_request(layer, sum(uses), hits, stream.loads)
+            self.add_request(layer, sum(uses), hits, stream.loads, first_uses=stream.first_uses)
 
     def add_prefetch(self, layer: int, loads: int) -> None:
         """Count experts copied in ahead of need; belongs to no phase."""
@@ -157,7 +198,7 @@ class Counters:
             raise ValueError("a forward pass was ended that had not begun")
         self._forwards[phase] += 1
         self._tokens[phase] += self._now_tokens
-        if not self._now_loads:
+        if not self._now_misses:
             self._zero_miss_forwards[phase] += 1
             self._zero_miss_tokens[phase] += self._now_tokens
         self._now = None
@@ -189,6 +230,44 @@ class Counters:
         tokens = self._tokens[COMPLETION]
         return sum(self._prefetch_loads) / tokens if tokens else None
 
+    def prefetch_precision(self) -> float | None:
+        """
+        Share of the experts copied ahead that a request asked for before they left.
+
+        What is resident still and waits for its first use counts as not used. The literature on
+        hardware prefetchers calls it accuracy. None if nothing was copied ahead.
+        """
+        loads = sum(self._prefetch_loads)
+        return self._sum("prefetch_used", None) / loads if loads else None
+
+    def prefetch_recall(self) -> float | None:
+        """
+        Share of what the completion's passes would have missed that was copied ahead in time.
+
+        Those copied ahead whose first use came in a pass of the completion, over the same and all
+        that such passes still missed: loaded on demand or computed elsewhere. What a prefetch
+        displaced and made to be loaded again is in the latter. The literature on hardware
+        prefetchers calls it coverage. None if the completion would have missed nothing.
+        """
+        used = self._sum("prefetch_used", COMPLETION)
+        missed = self._sum("loads", COMPLETION) + self._sum("elsewhere", COMPLETION)
+        return used / (used + missed) if used + missed else None
+
+    @property
+    def prefetch_unused(self) -> np.ndarray:
+        """Waste: experts copied ahead and not used so far, int64 (layers,)."""
+        return self.prefetch_loads - self.prefetch_used.sum(axis=0)
+
+    def prefetch_waste_per_token(self) -> float | None:
+        """Experts copied ahead and not used, per completion token; None if there was none."""
+        tokens = self._tokens[COMPLETION]
+        return int(self.prefetch_unused.sum()) / tokens if tokens else None
+
+    def elsewhere_per_token(self, phase: int | str = "completion") -> float | None:
+        """Experts of all layers computed where they live, per token; None if there was none."""
+        tokens = self._sum("tokens", phase)
+        return self._sum("elsewhere", phase) / tokens if tokens else None
+
     def zero_miss_share(self, phase: int | str = "completion") -> float | None:
         """Share of the tokens of *phase* that waited for no expert; None if it had none."""
         tokens = self._sum("tokens", phase)
@@ -201,6 +280,9 @@ class Counters:
             "adjusted_hit_rate": self.adjusted_hit_rate("completion"),
             "transfers_per_token": self.transfers_per_token("completion"),
             "prefetch_per_token": self.prefetch_per_token(),
+            "prefetch_precision": self.prefetch_precision(),
+            "prefetch_recall": self.prefetch_recall(),
+            "prefetch_waste_per_token": self.prefetch_waste_per_token(),
             "zero_miss_tokens": self.zero_miss_share("completion"),
             "prompt_hit_rate": self.hit_rate("prompt"),
             "prompt_transfers_per_token": self.transfers_per_token("prompt"),

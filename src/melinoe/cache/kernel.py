@@ -162,7 +162,8 @@ def replay(  # type: ignore[no-untyped-def]
         event_pass: int64 (events,), ascending: before which pass each prefetch comes.
         event_begin: int64 (events * layers + 1,), where the ids of each (event, layer) begin.
         event_ids: int64, the most wanted first.
-        counts: int64 (units, 2, 5, layers), filled: uses, hits, loads, requests, chunked.
+        counts: int64 (units, 2, 6, layers), filled: uses, hits, loads, requests, chunked, and
+            experts of prefetches that were used.
         prefetched: int64 (units, layers), filled.
         waited: int64 (passes,), filled: demand loads of all layers.
         loads_of, experts_of, ahead_of: int32 (passes, layers), filled unless empty: demand loads,
@@ -177,6 +178,7 @@ def replay(  # type: ignore[no-untyped-def]
     place = np.empty(num_experts, np.int64)
     mark = np.zeros(num_experts, np.int64)
     following = np.zeros(num_experts, np.int64)
+    unused = np.zeros(num_experts, np.bool_)  # of residents: by a prefetch, and not requested since
     state = np.empty((3, num_experts), np.float64)
     wide = experts.shape[0] if rule == BELADY else 0
     upcoming = np.empty((wide, experts.shape[2]), np.int64)
@@ -223,6 +225,8 @@ def replay(  # type: ignore[no-untyped-def]
                     rule, missing, 0, absent, resident, place, filled, capacity, mark, now, state,
                     clock,
                 )  # fmt: skip
+                for i in range(absent):
+                    unused[missing[i]] = True
                 prefetched[unit_of[step], layer] += absent
                 if detailed:
                     ahead_of[step, layer] += absent
@@ -238,11 +242,13 @@ def replay(  # type: ignore[no-untyped-def]
                 uses += count[expert]
                 if place[expert] >= 0:
                     hits += count[expert]
+                    own[5, layer] += unused[expert]
                     order[present] = expert
                     present += 1
                 else:
                     missing[absent] = expert
                     absent += 1
+                unused[expert] = False
             if found <= capacity:
                 now += 1
                 for i in range(found):

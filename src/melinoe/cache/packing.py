@@ -1,9 +1,11 @@
 """
 A residency as one row of numbers, so that it can be kept on a device, and back.
 
-The row is int64: ``clock | keys (num_experts,) | slot_of (num_experts,) | expert_of (capacity,)``.
-LRU packs its next stamp and its stamps; decayed LFU its unit and its scores, as the bits of the
-doubles. Packing and unpacking lose nothing, so plans made before, between and after are the same.
+The row is int64: ``clock | keys (num_experts,) | slot_of (num_experts,) | expert_of (capacity,) |
+unused (num_experts,)``. LRU packs its next stamp and its stamps; decayed LFU its unit and its
+scores, as the bits of the doubles; *unused* is 1 for experts that a prefetch brought and nobody has
+requested since. Packing and unpacking lose nothing, so plans made before, between and after are
+the same.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ PACKABLE = ("lru", "lfu")
 
 def packed_length(num_experts: int, capacity: int) -> int:
     """Numbers in a row."""
-    return 1 + 2 * num_experts + capacity
+    return 1 + 3 * num_experts + capacity
 
 
 def pack(residency: Residency) -> np.ndarray:
@@ -44,7 +46,10 @@ def pack(residency: Residency) -> np.ndarray:
             f"{', '.join(PACKABLE)}, or the reference engine"
         )
     row[1 + experts : 1 + 2 * experts] = residency.slot_of
-    row[1 + 2 * experts :] = residency.expert_of
+    end = 1 + 2 * experts + residency.capacity
+    row[1 + 2 * experts : end] = residency.expert_of
+    row[end:] = 0
+    row[[end + expert for expert in residency._unused]] = 1
     return row
 
 
@@ -69,7 +74,9 @@ def unpack(row: np.ndarray, residency: Residency) -> None:
     else:
         pack(residency)  # raises
     residency.slot_of[:] = row[1 + experts : 1 + 2 * experts]
-    residency.expert_of[:] = row[1 + 2 * experts :]
+    end = 1 + 2 * experts + residency.capacity
+    residency.expert_of[:] = row[1 + 2 * experts : end]
+    residency._unused = set(np.flatnonzero(row[end:]).tolist())
     residency._slot.clear()
     # In the order of slots, which is the order in which a fresh residency fills them.
     residency._slot.update({int(e): slot for slot, e in enumerate(residency.expert_of) if e >= 0})

@@ -21,11 +21,13 @@ class Stream(NamedTuple):
         hits: Experts that are resident, ids ascending.
         admitted: Experts copied into slots, the most used first.
         passing: Experts that only pass through, the most used first.
+        first_uses: As `Plan.first_uses`.
     """
 
     hits: tuple[int, ...]
     admitted: tuple[Load, ...]
     passing: tuple[int, ...]
+    first_uses: int = 0
 
     @property
     def loads(self) -> int:
@@ -86,8 +88,9 @@ class StreamedPrefill:
         if scores is not None:
             residency.policy.weigh(experts, scores)
         residency.policy.use(sorted(experts, key=lambda expert: (count[expert], expert)))
+        first = residency.first_uses(experts)
         free = residency.capacity - len(residency)
         replaceable = len(residency) - len(hits)
         room = free + (replaceable if self.admit is None else min(self.admit, replaceable))
         admitted = residency._admit(missing[:room], needed) if missing[:room] else ()
-        return Stream(hits, admitted, tuple(missing[room:]))
+        return Stream(hits, admitted, tuple(missing[room:]), first)

@@ -5,7 +5,7 @@ It decides and remembers; it moves no bytes. The simulator and the runtime drive
 with the same calls, which is why their counts agree.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +24,18 @@ class Load(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Experts that were resident, and the transfers that make the others so."""
+    """
+    Experts that were resident, and the transfers that make the others so.
+
+    Attributes:
+        hits: Ids that were resident.
+        loads: One for each that was not.
+        first_uses: How many of the hits had been prefetched, and were not requested since.
+    """
 
     hits: tuple[int, ...]
     loads: tuple[Load, ...]
+    first_uses: int = 0
 
 
 _NOTHING: tuple[Load, ...] = ()
@@ -80,6 +88,7 @@ class Residency:
         self.expert_of = np.full(capacity, -1, dtype=np.int64)
         # The same facts again as a dictionary: looking one id up in an array costs five times more.
         self._slot: dict[int, int] = {}
+        self._unused: set[int] = set()  # resident by a prefetch, and not requested since
         self._all = frozenset(range(num_experts))
         self.policy.reset(num_experts)
         self._use = self.policy.use
@@ -123,7 +132,8 @@ class Residency:
                 if scores is not None:
                     self.policy.weigh(experts, scores)
                 self._use(experts)
-            return Plan(tuple(experts), _NOTHING)
+            first = self.first_uses(experts) if self._unused else 0
+            return Plan(tuple(experts), _NOTHING, first)
         if len(experts) > self.capacity:
             raise CacheTooSmallError(
                 f"one request needs {len(experts)} experts of a layer that has {self.capacity} "
@@ -135,7 +145,8 @@ class Residency:
         if scores is not None:
             self.policy.weigh(experts, scores)
         self._use(experts)
-        return Plan(hits, self._admit(missing, needed))
+        first = self.first_uses(experts) if self._unused else 0
+        return Plan(hits, self._admit(missing, needed), first)
 
     def plans(
         self,
@@ -181,9 +192,11 @@ class Residency:
         if scores is not None:
             self.policy.weigh(experts, scores)
         self._use(hits + missing)
+        first_uses = self.first_uses(experts) if self._unused else 0
         room = self.capacity - len(hits)
         first = missing[:room]
-        yield Plan(tuple(hits), self._admit(first, {*hits, *first}) if first else _NOTHING)
+        loads = self._admit(first, {*hits, *first}) if first else _NOTHING
+        yield Plan(tuple(hits), loads, first_uses)
         for start in range(room, len(missing), self.capacity):
             part = missing[start : start + self.capacity]
             yield Plan((), self._admit(part, set(part)))
@@ -194,7 +207,7 @@ class Residency:
         uses: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
         *,
-        load: Callable[[int], int],
+        load: Callable[[Sequence[int]], int],
     ) -> tuple[Plan, tuple[int, ...]]:
         """
         Serve a request of any size by loading some of the missing, and computing the rest there.
@@ -205,7 +218,8 @@ class Residency:
 
         Args:
             experts, uses, scores: As in `plans`.
-            load: How many of so many missing experts to load; cut to the slots beside the hits.
+            load: From the *uses* of each missing expert, ascending, to how many of them to load;
+                cut to the slots beside the hits.
 
         Returns:
             The plan, and the ids that were neither resident nor loaded, least used first.
@@ -219,14 +233,17 @@ class Residency:
         if not experts:
             return Plan((), _NOTHING), ()
         hits, missing = self._sorted(experts, uses)
+        of = {} if uses is None else dict(zip(experts, uses, strict=True))
         if scores is not None:
             self.policy.weigh(experts, scores)
         # In the order of `plans`, so that to load everything is to be served by it.
         self._use(list(experts) if len(experts) <= self.capacity else hits + missing)
-        count = max(0, min(load(len(missing)) if missing else 0, self.capacity - len(hits)))
+        wanted = load([of.get(expert, 1) for expert in missing]) if missing else 0
+        count = max(0, min(wanted, self.capacity - len(hits)))
         there, here = missing[: len(missing) - count], missing[len(missing) - count :]
+        first = self.first_uses(experts) if self._unused else 0
         loads = self._admit(here, {*hits, *here}) if here else _NOTHING
-        return Plan(tuple(hits), loads), tuple(there)
+        return Plan(tuple(hits), loads, first), tuple(there)
 
     def _sorted(
         self, experts: Sequence[int], uses: Sequence[int] | None
@@ -242,7 +259,13 @@ class Residency:
         )
         return hits, missing
 
-    def prefetch(self, experts: Sequence[int]) -> Plan:
+    def first_uses(self, experts: Sequence[int]) -> int:
+        """Note that a request needs *experts*; how many a prefetch had brought for the first."""
+        used = self._unused.intersection(experts)
+        self._unused -= used
+        return len(used)
+
+    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Plan:
         """
         Load experts ahead of need.
 
@@ -252,6 +275,7 @@ class Residency:
 
         Args:
             experts: Distinct ids, the most wanted first; those beyond `capacity` are dropped.
+            spare: Ids that are not evicted for them; what then finds no slot is dropped too.
 
         Raises:
             ValueError: an id is out of range or given twice. Nothing has changed.
@@ -260,16 +284,26 @@ class Residency:
             experts = experts.tolist()
         self.check(experts)
         kept = experts[: self.capacity]
+        needed = set(kept)
+        if spare:
+            needed.update(spare)
+            room = self.capacity - sum(expert in needed for expert in self._slot)
+            absent = [expert for expert in kept if expert not in self._slot]
+            dropped = set(absent[max(room, 0) :])
+            kept = [expert for expert in kept if expert not in dropped]
         if not kept:
             return Plan((), _NOTHING)
         hits = tuple([expert for expert in kept if expert in self._slot])
         missing = [expert for expert in kept if expert not in self._slot]
         self.policy.prefetched(kept[::-1])
-        return Plan(hits, self._admit(missing, set(kept)) if missing else _NOTHING)
+        loads = self._admit(missing, needed) if missing else _NOTHING
+        self._unused.update(missing)
+        return Plan(hits, loads)
 
     def reset(self) -> None:
         """Empty all slots, and let the policy forget."""
         self._slot.clear()
+        self._unused.clear()
         self.slot_of.fill(-1)
         self.expert_of.fill(-1)
         self.policy.reset(self.num_experts)
@@ -294,6 +328,7 @@ class Residency:
                 evicted = victims[number - free]
                 place = slot.pop(evicted)
                 slot_of[evicted] = -1
+                self._unused.discard(evicted)
             slot[expert] = place
             slot_of[expert] = place
             expert_of[place] = expert
@@ -324,4 +359,5 @@ class Residency:
             s: e for e, s in resident.items()
         }
         assert len(resident) <= self.capacity
+        assert self._unused <= resident.keys()
         assert sorted(resident.values()) == list(range(len(resident)))

@@ -1,6 +1,6 @@
 """One cache for the experts of all layers: the same residency, seen by each layer as its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import Load, Plan, Residency
@@ -54,15 +54,15 @@ class SharedLayer:
         uses: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
         *,
-        load: Callable[[int], int],
+        load: Callable[[Sequence[int]], int],
     ) -> tuple[Plan, tuple[int, ...]]:
         """As `Residency.partly`."""
         plan, there = self._whole.partly(self._keys(experts), uses, scores, load=load)
         return self._own(plan), tuple([expert - self.key for expert in there])
 
-    def prefetch(self, experts: Sequence[int]) -> Plan:
-        """As `Residency.prefetch`."""
-        return self._own(self._whole.prefetch(self._keys(experts)))
+    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Plan:
+        """As `Residency.prefetch`; ids to spare are those of the whole cache."""
+        return self._own(self._whole.prefetch(self._keys(experts), spare))
 
     def reset(self) -> None:
         """Empty the whole cache: all layers' slots, and the policy's memory."""
@@ -88,6 +88,7 @@ class SharedLayer:
         return Plan(
             tuple([expert - key for expert in plan.hits]),
             tuple([Load(load.expert - key, load.slot, load.evicted) for load in plan.loads]),
+            plan.first_uses,
         )
 
 

@@ -1,14 +1,10 @@
-"""What a simulation is told and what it tells: prefetches in, counts and steps out."""
+"""What a simulation tells: counts, and what happened in each forward pass."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from melinoe.cache.counters import Counters
-
-ByLayer = Sequence[Sequence[int]]
-Prefetch = Callable[[int], ByLayer] | Mapping[int, ByLayer]
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,9 @@ class Steps:
         ahead: int32 (passes, layers), experts copied by prefetches right before the pass.
         elsewhere: int32 (passes, layers), missing experts that were not copied but computed where
             they were.
+        elsewhere_uses: int32 (passes, layers), (token, choice) pairs that those were computed for.
+        between: int32 (passes, layers), experts of the layer copied by a prefetch that was issued
+            within the pass, when the layer before it had its experts and began to compute.
     """
 
     phase: np.ndarray
@@ -34,6 +33,8 @@ class Steps:
     experts: np.ndarray
     ahead: np.ndarray
     elsewhere: np.ndarray
+    elsewhere_uses: np.ndarray
+    between: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Simulation:
         slots: Slots of each layer; of a shared cache, what each layer brought in.
         policy: Its name.
         shared: Whether all layers shared one cache of ``sum(slots)``.
+        prefetch: Name of the prefetcher; ``none`` without one.
         engine: ``residency`` or ``compiled``.
         steps: Pass by pass, if that was asked for.
     """
@@ -61,18 +63,4 @@ class Simulation:
     shared: bool = False
     engine: str = "residency"
     steps: Steps | None = None
-
-
-def wanted_by(prefetch: Prefetch | None, sequence: int, num_layers: int) -> ByLayer | None:
-    """
-    What a prefetch names for a sequence, or None.
-
-    Raises:
-        ValueError: it does not name every layer.
-    """
-    if prefetch is None:
-        return None
-    wanted = prefetch.get(sequence) if isinstance(prefetch, Mapping) else prefetch(sequence)
-    if wanted is not None and len(wanted) != num_layers:
-        raise ValueError(f"a prefetch names {len(wanted)} layers of {num_layers}")
-    return wanted
+    prefetch: str = "none"

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache.ahead import Replay, as_prefetcher
 from melinoe.cache.counters import PHASES, PROMPT, Counters
 from melinoe.cache.locality import popularity
 from melinoe.cache.policy import Policy, policy_class, policy_makers
+from melinoe.cache.prefetcher import Prefetch, Prefetcher
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Plan, Residency
 from melinoe.cache.shared import SharedLayer, share
-from melinoe.cache.simulation import Prefetch, Simulation, Steps, wanted_by
+from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.trace import Trace
 from melinoe.cache.units import units_of
 from melinoe.errors import MelinoeError, TraceError
@@ -35,12 +37,13 @@ def simulate(
     slots: int | Sequence[int],
     policy: str | Callable[[], Policy] = "lru",
     *,
-    prefetch: Prefetch | None = None,
+    prefetch: Prefetcher | Prefetch | None = None,
     prefetch_at: str = "prompt",
+    prompts: Sequence[Sequence[int]] | None = None,
     reset_between_sequences: bool = False,
     policy_options: Mapping[str, Any] | None = None,
     shared: bool | None = None,
-    load: Callable[[int], int] | None = None,
+    load: Callable[[Sequence[int]], int] | None = None,
     steps: bool = False,
     engine: str = "auto",
     prefill: StreamedPrefill | None = None,
@@ -52,17 +55,21 @@ def simulate(
         trace: What the model chose.
         slots: Slots of every layer, or of each.
         policy: A known name, or a function that makes a new `Policy` for each layer.
-        prefetch: Sequence number to the experts to load per layer, the most wanted first; called
-            once for each sequence, ascending where a batch begins. A mapping may leave some out.
-        prefetch_at: ``prompt``: before the sequence's first forward pass; ``completion``: before
-            its first forward pass of that phase.
+        prefetch: A `Prefetcher`, which says itself when it loads what (`melinoe.prefetch` makes
+            them by name). Or a function or mapping from a sequence's number to the experts to
+            load per layer, the most wanted first; asked once for each sequence, ascending where a
+            batch begins. A mapping may leave some out.
+        prefetch_at: Of a function or mapping. ``prompt``: before the sequence's first forward
+            pass; ``completion``: before its first forward pass of that phase.
+        prompts: Token ids of each sequence's prompt, for prefetchers that read them.
         reset_between_sequences: Empty the cache before each unit's first forward pass.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
             ``static`` counts its popularity from this very trace unless one is given here.
         shared: Whether all layers share one cache of as many slots as they would have together;
             absent, as the policy needs it.
-        load: How many of a request's missing experts are loaded, if not all of them; the rest is
-            computed where it is (`Residency.partly`). They are misses, but no loads.
+        load: How many of a request's missing experts are loaded, if not all of them, as
+            `melinoe.cache.misses.loads_when` or ``Handle.load_rule`` say it; the rest is computed
+            where it is (`Residency.partly`). They are misses, but no loads.
         steps: Also keep what happened in each forward pass and layer.
         engine: ``residency``: drive the runtime's own class. ``compiled``: the compiled rules, for
             lru, lfu, lfru, static and belady by name with slots per layer. ``auto``: compiled
@@ -72,7 +79,8 @@ def simulate(
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
-        TraceError: the policy needs the router's weights, and the trace has none.
+        TraceError: the policy needs the router's weights, or the prefetch the next router's
+            guesses or the prompts, and they are not there; prompts that are not the trace's.
         ValueError: *slots* or a prefetch does not name every layer; an unknown *prefetch_at* or
             *engine*, or compiled rules where there are none, or *prefill* in a shared cache.
     """
@@ -98,14 +106,16 @@ def simulate(
             f"policy {name!r} needs the router's weights, which the trace does not hold; record "
             "one with scores, or choose lfu with gamma 0.5, the same rule on choices alone"
         )
-    earliest = PHASES.index(prefetch_at)
+    prefetcher = as_prefetcher(prefetch, prefetch_at)
+    between = prefetcher is not None and prefetcher.between_layers
     if prefill is not None and (shared or engine == "compiled"):
         raise ValueError("prompts are streamed into slots per layer only, and not compiled")
-    if prefill is None and _compiles(engine, policy, shared or load is not None, trace):
+    special = shared or between or load is not None
+    if prefill is None and _compiles(engine, policy, special, trace):
         from melinoe.cache.compiled import run
 
         return run(
-            trace, per_layer, name, options, prefetch, earliest, reset_between_sequences, steps
+            trace, per_layer, name, options, prefetcher, prompts, reset_between_sequences, steps
         )
     makers = _makers(trace, policy, options, shared)
     residencies: Sequence[Residency | SharedLayer]
@@ -120,7 +130,9 @@ def simulate(
     unit_of = {sequence: number for number, unit in enumerate(units) for sequence in unit}
     per_unit = [Counters(trace.num_layers) for _ in units]
     begun_units: set[int] = set()
-    begun: set[int] = set()
+    replay = None
+    if prefetcher is not None:
+        replay = Replay(prefetcher, trace, per_layer, residencies, prompts)
     record: list[tuple[Any, ...]] = []
 
     for forward in trace.passes():
@@ -131,23 +143,28 @@ def simulate(
                 residency.reset()
         begun_units.add(number)
         ahead = [0] * trace.num_layers
-        if forward.phase >= earliest and not begun.issuperset(forward.sequences):
-            for sequence in forward.sequences:
-                if sequence not in begun:
-                    begun.add(sequence)
-                    for layer, loads in enumerate(_prefetch(residencies, prefetch, sequence)):
-                        counters.add_prefetch(layer, loads)
-                        ahead[layer] += loads
+        if replay is not None:
+            ahead = replay.before_pass(forward, counters)
         rule = prefill if forward.phase == PROMPT else None
-        served = _serve(residencies, counters, forward, rule, load)
+        served = _serve(residencies, counters, forward, rule, load, replay)
         if steps:
             distinct = [len(experts) for experts, _ in forward.requests]
             pass_of = (forward.phase, forward.tokens, number)
-            record.append((*pass_of, served[0], distinct, ahead, served[1]))
+            record.append((*pass_of, served[0], distinct, ahead, *served[1:]))
 
     whole = reduce(Counters.plus, per_unit, Counters(trace.num_layers))
     kept = _steps(record, trace.num_layers) if steps else None
-    return Simulation(whole, per_unit, units, per_layer, name, shared, "residency", kept)
+    return Simulation(
+        whole,
+        per_unit,
+        units,
+        per_layer,
+        name,
+        shared,
+        "residency",
+        kept,
+        "none" if prefetcher is None else prefetcher.name,
+    )
 
 
 def _compiles(engine: str, policy: str | Callable[[], Policy], special: bool, trace: Trace) -> bool:
@@ -155,8 +172,8 @@ def _compiles(engine: str, policy: str | Callable[[], Policy], special: bool, tr
     able = isinstance(policy, str) and policy in rules and not special
     if engine == "compiled" and not able:
         raise ValueError(
-            f"compiled rules are {', '.join(rules)} by name with slots per layer, loading all; "
-            "use engine='residency' for others"
+            f"compiled rules are {', '.join(rules)} by name with slots per layer, loading all and "
+            "prefetching nothing between layers; use engine='residency' for others"
         )
     # Rows, not passes, because counting those takes longer; a prompt's rows are few in a long one.
     large = len(trace) * trace.num_layers >= COMPILED_FROM
@@ -187,10 +204,11 @@ def _serve(
     counters: Counters,
     forward: ForwardPass,
     prefill: StreamedPrefill | None,
-    load: Callable[[int], int] | None,
-) -> tuple[list[int], list[int]]:
-    """Serve one pass; returns each layer's loads, and what was computed elsewhere."""
-    loads, elsewhere = [], []
+    load: Callable[[Sequence[int]], int] | None,
+    replay: Replay | None,
+) -> tuple[list[int], ...]:
+    """Serve one pass; what `Steps` keeps of each layer: loads, and from ``elsewhere`` on."""
+    loads, elsewhere, elsewhere_uses, between = [], [], [], [0]
     counters.begin_forward(forward.phase, forward.tokens)
     for layer, (experts, uses) in enumerate(forward.requests):
         scores = None if forward.scores is None else forward.scores[layer]
@@ -202,13 +220,14 @@ def _serve(
             counters.add_stream(layer, experts, uses, stream)
             loads.append(stream.loads)
             elsewhere.append(0)
+            elsewhere_uses.append(0)
+            between.append(0)
+            if replay is not None:
+                replay.streamed(layer, forward)
             continue
         if load is not None:
             plan, there = residencies[layer].partly(experts, uses, scores, load=load)
-            of = dict(zip(experts, uses, strict=True))
-            if experts:
-                hits = sum(of[expert] for expert in plan.hits)
-                counters.add_request(layer, sum(uses), hits, len(plan.loads))
+            counters.add_partly(layer, experts, uses, plan, there)
             plans: tuple[Plan, ...] = (plan,)
         elif scores is None:
             plans = tuple(residencies[layer].plans(experts, uses))
@@ -218,24 +237,17 @@ def _serve(
             counters.add_plans(layer, experts, uses, plans)
         loads.append(sum(len(plan.loads) for plan in plans))
         elsewhere.append(len(there))
+        of = dict(zip(experts, uses, strict=True)) if there else {}
+        elsewhere_uses.append(sum(of[expert] for expert in there))
+        between.append(
+            0 if replay is None else replay.after_request(layer, forward, plans, counters)
+        )
     counters.end_forward()
-    return loads, elsewhere
-
-
-def _prefetch(
-    residencies: Sequence[Residency | SharedLayer], prefetch: Prefetch | None, sequence: int
-) -> list[int]:
-    wanted = wanted_by(prefetch, sequence, len(residencies))
-    if wanted is None:
-        return []
-    return [
-        len(residency.prefetch(experts).loads)
-        for residency, experts in zip(residencies, wanted, strict=True)
-    ]
+    return loads, elsewhere, elsewhere_uses, between[:-1]
 
 
 def _steps(record: list[tuple[Any, ...]], num_layers: int) -> Steps:
-    columns = list(zip(*record, strict=True)) if record else [()] * 7
+    columns = list(zip(*record, strict=True)) if record else [()] * 9
     phase, tokens, unit, *by_layer = columns
     shape = (len(record), num_layers)
     return Steps(

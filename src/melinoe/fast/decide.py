@@ -8,10 +8,12 @@ it is launched once per layer and step and can be captured in a CUDA graph.
 The state of one layer is one row of int64, laid out as
 
     clock | keys (num_experts,) | slot_of (num_experts,) | expert_of (capacity,)
+          | unused (num_experts,)
 
 LRU: *clock* is the next stamp and *keys* are the stamps of last uses. LFU: *clock* is the unit and
 *keys* are the scores, both doubles seen as int64; none is negative, so their bits order as they do
-and one comparison of integers serves both policies.
+and one comparison of integers serves both policies. *unused* is 1 for experts that a prefetch
+brought and that no request has asked for since.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ _TWICE = tl.constexpr(2045)
 _NEVER = tl.constexpr((1 << 63) - 1)
 
 # Fields of a row of the counters.
-USES, HITS, LOADS, REQUESTS = range(4)
-NUM_COUNTERS = 4
+USES, HITS, LOADS, REQUESTS, PREFETCH_USED = range(5)
+NUM_COUNTERS = 5
+_FIELDS = tl.constexpr(NUM_COUNTERS)
 
 
 @triton.jit(do_not_specialize=["layer", "num_pairs"])
@@ -64,6 +67,7 @@ def _decide(
     key_at = clock_ptr[:, None] + 1 + experts
     slot_at = key_at + num_experts
     expert_of_at = clock_ptr + 1 + 2 * num_experts
+    unused_at = expert_of_at[:, None] + capacity + experts
     pairs = lane[:, None] * num_pairs + tl.arange(0, BLOCK_P)[None, :]
 
     # Who is needed, and by how many (token, choice) pairs.
@@ -86,6 +90,10 @@ def _decide(
     num_missing = (sums >> 10 & 1023).to(tl.int32)
     filled = (sums >> 20 & 1023).to(tl.int32)
     hit_uses, num_uses = sums >> 30 & 65535, sums >> 46
+
+    # Whom a prefetch brought, and this request is the first to ask for.
+    unused = tl.load(unused_at, mask=exists, other=0)
+    first_uses = tl.sum(tl.where(needed, unused, 0), axis=1)
 
     # Tell the policy; without a needed expert there is no request and nothing changes.
     key = tl.load(key_at, mask=exists, other=0)
@@ -131,13 +139,15 @@ def _decide(
         tl.store(load_slot_ptr + entry, place.to(tl.int32), mask=active)
         tl.store(expert_of_at + place, expert.to(tl.int64), mask=active)
     tl.store(slot_at, slot, mask=exists)
+    tl.store(unused_at, tl.where(needed | (slot < 0), 0, unused), mask=exists)
     tl.store(num_loads_ptr + row, num_missing)
 
-    counted = counters_ptr + row * 4
+    counted = counters_ptr + row * _FIELDS
     tl.store(counted, tl.load(counted) + num_uses)
     tl.store(counted + 1, tl.load(counted + 1) + hit_uses)
     tl.store(counted + 2, tl.load(counted + 2) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + (num_needed > 0).to(tl.int64))
+    tl.store(counted + 4, tl.load(counted + 4) + first_uses)
 
     # Renumber the pairs. "No expert" computes some loaded slot with weight zero.
     first = tl.min(tl.where(needed, experts, BLOCK_E), axis=1)
@@ -185,12 +195,13 @@ def decide(
     The caller guarantees that no more than *capacity* distinct experts are chosen.
 
     Args:
-        state: int64 ``(layers, 1 + 2 * num_experts + capacity)`` or wider; changed in place.
+        state: int64 ``(layers, 1 + 3 * num_experts + capacity)`` or wider; changed in place.
         gamma: float64 ``(1,)``, the decay of LFU; None for LRU.
         load_expert: int32 ``(layers, capacity)`` or wider; the experts to load, ascending.
         load_slot: int32, as *load_expert*; the slots they go to.
         num_loads: int32 ``(layers,)``; how many entries of the two lists hold.
-        counters: int64 ``(layers, 4)``: uses, hits, loads, requests; added to.
+        counters: int64 ``(layers, 5)``: uses, hits, loads, requests, first uses of what was
+            prefetched; added to.
         layer: row of all those.
         num_experts: of this layer, at most 512.
         capacity: slots of this layer.
@@ -241,7 +252,8 @@ def close_step(num_loads: Tensor, step: Tensor, tokens: int) -> None:
 
     Args:
         num_loads: int32 ``(layers,)``, as the layers left it.
-        step: int64 ``(4,)``: tokens, passes, passes without a load, tokens of those; added to.
+        step: int64 ``(4,)`` or longer: tokens, passes, passes without a load, tokens of those;
+            added to.
         tokens: rows of the pass.
     """
     layers = num_loads.shape[0]

@@ -166,9 +166,11 @@ class FastHandle(Handle):
         self._seen, self._latest = None, np.zeros_like(self._latest)
 
     @contextmanager
-    def record(self, model_name: str = "", scores: bool = False) -> Iterator[Recorder]:
+    def record(
+        self, model_name: str = "", scores: bool = False, guesses: bool = False
+    ) -> Iterator[Recorder]:
         """As `Handle.record`; steps are not replayed from graphs meanwhile, so that all show."""
-        with self.graphs.paused(), super().record(model_name, scores) as recorder:
+        with self.graphs.paused(), super().record(model_name, scores, guesses) as recorder:
             yield recorder
 
     @contextmanager

@@ -83,8 +83,7 @@ class FastPasses(ForwardPasses):
             self._completion_begins()
         if self.mode != DEVICE:
             self.counters.begin_forward(phase, tokens)
-        if self.recorder is not None:
-            self.recorder.begin(phase, tokens, call)
+        self._tell(phase, tokens)
 
     def _note_fallback(self, tokens: int) -> None:
         if not self.fallbacks:

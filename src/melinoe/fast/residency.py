@@ -14,7 +14,16 @@ from melinoe.cache.packing import pack, packed_length, unpack
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import Residency
 from melinoe.errors import AttachError
-from melinoe.fast.decide import HITS, LOADS, NUM_COUNTERS, REQUESTS, USES, close_step, decide
+from melinoe.fast.decide import (
+    HITS,
+    LOADS,
+    NUM_COUNTERS,
+    PREFETCH_USED,
+    REQUESTS,
+    USES,
+    close_step,
+    decide,
+)
 
 MOST_EXPERTS = 512
 
@@ -135,12 +144,18 @@ def to_counters(counts: np.ndarray) -> Counters:
     What the device counted, all of it in the completion's phase.
 
     Args:
-        counts: int64 ``(layers + 1, 4)``, as `DeviceResidency.counts`.
+        counts: int64 ``(layers + 1, 5)``, as `DeviceResidency.counts`.
     """
     layers = counts.shape[0] - 1
     values = Counters(layers).to_dict()
     by_layer, by_pass = counts[:-1], counts[-1]
-    for name, field in (("uses", USES), ("hits", HITS), ("loads", LOADS), ("requests", REQUESTS)):
+    for name, field in (
+        ("uses", USES),
+        ("hits", HITS),
+        ("loads", LOADS),
+        ("requests", REQUESTS),
+        ("prefetch_used", PREFETCH_USED),
+    ):
         values[name][COMPLETION] = by_layer[:, field].tolist()
     for field, name in enumerate(("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")):
         values[name][COMPLETION] = int(by_pass[field])

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW
 
 
 @dataclass
@@ -67,6 +69,33 @@ class Batch:
         if self.mask.dim() == 2:
             return ~self.mask[:, -self.length :].bool()
         return _padding_of(self.mask[:, 0], self.start)
+
+
+def rows_of(call: Batch | None, phase: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Whose each row of a pass is, and what it is.
+
+    Args:
+        call: The call that the pass belongs to; None if the model was not called as a whole.
+        phase: Of the pass.
+        tokens: Rows of the pass.
+
+    Returns:
+        int32 (tokens,), number of the batch's row that each belongs to; uint8 (tokens,), its kind
+        as a trace has it.
+    """
+    kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
+    rows = np.zeros(tokens, dtype=np.int32)
+    # Some models compute other tokens than they are given (images); then rows stay unassigned.
+    if call is not None and tokens == call.batch * call.length:
+        rows = np.repeat(np.arange(call.batch, dtype=np.int32), call.length)
+        by_row = kinds.reshape(call.batch, call.length)
+        by_row[:, call.prompt :] = COMPLETION_ROW
+        padding = call.padding()
+        # Rows of padding alone would be read as a prompt's, so they stay the completion's.
+        if padding is not None and (phase == PROMPT or not padding.all()):
+            by_row[padding.cpu().numpy()] = PADDING_ROW
+    return rows, kinds
 
 
 def describe_call(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from melinoe.cache.misses import LoadRule
 from melinoe.cache.policy import Policy
-from melinoe.cache.requests import mean_scores
 from melinoe.cache.residency import Load, Plan, Residency
 from melinoe.cache.shared import SharedLayer
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.runtime.chosen import request_of, scores_of
 from melinoe.runtime.common_slots import CommonSlots
 from melinoe.runtime.guard import Guard
 from melinoe.runtime.host_experts import HostExperts
@@ -125,8 +125,10 @@ class ExpertCache:
             raise
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        experts, uses, whole = self._request(top_k_index)
-        scores = self._scores(experts, top_k_index, top_k_weights) if self._uses_scores else None
+        experts, uses, whole = request_of(top_k_index, self._num_experts)
+        scores = None
+        if self._uses_scores:
+            scores = scores_of(experts, top_k_index, top_k_weights, self._num_experts)
         if self._rule is not None:
             return self._partly(
                 experts, uses, scores, whole, hidden_states, top_k_index, top_k_weights
@@ -254,29 +256,6 @@ class ExpertCache:
         present = torch.tensor([*plan.hits, *(load.expert for load in plan.loads)]).long()
         due[present] = self._host_slot_of[present]
         pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
-
-    def _request(self, top_k_index: Tensor) -> tuple[list[int], list[int], bool]:
-        """Distinct ids ascending, how often each is used, and whether every choice is one."""
-        if top_k_index.shape[0] == 1:
-            chosen = sorted(top_k_index.tolist()[0])
-            distinct = len(set(chosen)) == len(chosen)
-            if distinct and chosen[0] >= 0 and chosen[-1] < self._num_experts:
-                return chosen, [1] * len(chosen), True
-        ids = top_k_index.reshape(-1).cpu().numpy()
-        known = ids[(ids >= 0) & (ids < self._num_experts)]
-        counts = np.bincount(known, minlength=self._num_experts)
-        experts = counts.nonzero()[0]
-        return experts.tolist(), counts[experts].tolist(), known.size == ids.size
-
-    def _scores(
-        self, experts: list[int], top_k_index: Tensor, top_k_weights: Tensor
-    ) -> list[float]:
-        """How much the router wanted each of *experts*, the number that a trace would give."""
-        ids = top_k_index.reshape(-1).cpu().numpy()
-        weights = top_k_weights.reshape(-1).to(torch.float16).cpu().numpy()
-        known = (ids >= 0) & (ids < self._num_experts)
-        rows = top_k_index.shape[0]
-        return mean_scores(ids[known], weights[known], rows, self._num_experts)[experts].tolist()
 
     def _load(self, loads: Sequence[Load]) -> None:
         self._make_way(loads)

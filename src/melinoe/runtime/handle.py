@@ -12,17 +12,22 @@ from torch import nn
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
+from melinoe.cache.prefetcher import Prefetcher
 from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
-from melinoe.moe.routing import fingerprint
+from melinoe.moe.next_router import NextRouters
+from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.choosing import Choosing
 from melinoe.runtime.common_slots import CommonSlots
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.generating import watch_generate
+from melinoe.runtime.host_experts import HostExperts
+from melinoe.runtime.misses import Misses
 from melinoe.runtime.passes import ForwardPasses
+from melinoe.runtime.prefetching import Prefetching
 from melinoe.runtime.record import Recorder
 from melinoe.runtime.store import Store
 from melinoe.runtime.transfer import EmulatedLink, transfer_for
@@ -43,6 +48,7 @@ class Handle:
         policy: name of the cache policy.
         store: where the experts are that are not resident.
         link: the emulated link, or None where experts come over the real one.
+        misses: what is done about a miss, and the figures that decide it.
         layers: the MoE layers, in order.
     """
 
@@ -56,10 +62,12 @@ class Handle:
         link: EmulatedLink | None,
         device: torch.device,
         at_detach: Callable[[], None] | None = None,
+        misses: Misses | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.store = store
         self.link = link
+        self.misses = misses or Misses()
         self._at_detach = at_detach
         self.slots_by_layer = slots_by_layer(slots, layers)
         self.slots = slots if isinstance(slots, int) else max(slots)
@@ -68,6 +76,8 @@ class Handle:
         self._transfer = transfer_for(store, device, link)
         self._undo = ExitStack()
         self._choosing: Choosing | None = None
+        self._prefetching: Prefetching | None = None
+        self._askers = 0
         self._origins = [_origin(layer, device) for layer in layers]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             self._passes = self._follow(model)
@@ -100,10 +110,14 @@ class Handle:
         if first.scope == "model":
             makers = [lambda: first] * len(self.layers)
             common = CommonSlots(self.layers, sum(self.slots_by_layer), first, device)
+        rule, threads = self.misses.rule, self.misses.threads
         return [
-            ExpertCache(layer, count, make(), self._transfer, self._passes, device, common)
+            ExpertCache(
+                layer, count, make(), self._transfer, self._passes, device, common, rule,
+                HostExperts(layer, self.store, threads, device, self._transfer) if rule else None,
+            )
             for layer, count, make in zip(self.layers, self.slots_by_layer, makers, strict=True)
-        ]
+        ]  # fmt: skip
 
     def _plug_in(self, model: nn.Module) -> Callable[[], None]:
         """Fit `generate` to this engine; returns what undoes it."""
@@ -120,6 +134,11 @@ class Handle:
     def stall_s(self) -> float:
         """Seconds for which forward passes waited for experts."""
         return self._transfer.stall_s
+
+    @property
+    def host_s(self) -> float:
+        """Seconds for which the host computed missing experts, activations' ways included."""
+        return self._transfer.host_s
 
     @property
     def transferred_bytes(self) -> int:
@@ -172,6 +191,11 @@ class Handle:
             raise ValueError(
                 f"a prefetch names {len(experts_by_layer)} layers of {len(self._caches)}"
             )
+        if at == "completion" and self._prefetching is not None:
+            raise AttachError(
+                "a prefetcher decides what is loaded for this completion already; end its `with` "
+                "statement first"
+            )
         if at not in ("now", "completion"):
             raise ValueError(f"a prefetch is at now or completion, not at {at!r}")
         wanted = [list(map(int, experts)) for experts in experts_by_layer]
@@ -189,6 +213,72 @@ class Handle:
     def _prefetch(self, wanted: list[list[int]]) -> None:
         for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
             self._counters.add_prefetch(index, cache.prefetch(experts))
+
+    @contextmanager
+    def prefetching(
+        self, prefetcher: Prefetcher, ids: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """
+        Load ahead what *prefetcher* names, for the one sequence that the body generates.
+
+        It is asked at once for what to load before the prompt; when the first pass of the
+        completion begins; and in each pass of the completion with few rows
+        (`melinoe.cache.prefetcher.MOST_ROWS`) between layers. One that only speaks between layers
+        serves any number of sequences, batches too. What the model says stays the same.
+
+        Args:
+            prefetcher: Bound to the model, if it reads prompts (`Prefetcher.bind`).
+            ids: Token ids of the prompt, for one that reads them.
+
+        Raises:
+            AttachError: detached; another prefetcher is at work; or this engine cannot ask between
+                layers. From the body: several prompts came together.
+            UnsupportedModelError: it asks the next router, and this model's cannot be asked.
+            ValueError: it reads prompts and there is none; an answer that does not name every
+                layer, or an id that is out of range or given twice.
+        """
+        self._check_attached()
+        if self._prefetching is not None:
+            raise AttachError("a prefetcher is at work already; end it before you begin another")
+        if prefetcher.uses_ids and ids is None:
+            raise ValueError(f"prefetch {prefetcher.name!r} reads prompts; give its token ids")
+        if prefetcher.between_layers and not all(type(one) is ExpertCache for one in self._caches):
+            raise AttachError(
+                f"this engine cannot ask prefetch {prefetcher.name!r} between layers, because its "
+                'steps never return to the host; load the model with engine="reference"'
+            )
+        experts = [layer.num_experts for layer in self.layers]
+        work = Prefetching(
+            prefetcher,
+            self._caches,
+            self._passes,
+            self._counters,
+            self.slots_by_layer,
+            experts,
+            ids,
+        )
+        with ExitStack() as stack:
+            if prefetcher.uses_guesses:
+                stack.enter_context(self._asking_next_routers())
+            self._prefetching = work
+            stack.callback(setattr, self, "_prefetching", None)
+            stack.callback(work.close)
+            work.begin()
+            yield
+
+    @contextmanager
+    def _asking_next_routers(self) -> Iterator[None]:
+        """Have the next router asked early; recording and prefetching may both want it."""
+        if self._passes.next_routers is None:
+            self._passes.next_routers = NextRouters(find_routers(self._model))
+        self._askers += 1
+        try:
+            yield
+        finally:
+            self._askers -= 1
+            if not self._askers:
+                self._passes.next_routers.close()
+                self._passes.next_routers = self._passes.guess = None
 
     @property
     def choice(self) -> ChoiceSettings:
@@ -225,18 +315,22 @@ class Handle:
         self._choosing = Choosing(self._model, self._caches, self._passes, settings)
 
     @contextmanager
-    def record(self, model_name: str = "", scores: bool = False) -> Iterator[Recorder]:
+    def record(
+        self, model_name: str = "", scores: bool = False, guesses: bool = False
+    ) -> Iterator[Recorder]:
         """
         Record what the routers choose in the body of the ``with`` statement.
 
         Args:
             model_name: for the trace's header; absent means the configuration's name.
             scores: also the weight that each choice was given, as the policy ``score`` needs it.
+            guesses: also what each layer's router says one layer early while decoding, as the
+                prefetch ``next-router`` needs it.
 
         Raises:
             AttachError: something is being recorded already, or the runtime is detached.
             UnsupportedModelError: no router is found, by which a trace is told from another
-                model's.
+                model's; or guesses are wanted of one that cannot be asked.
         """
         self._check_attached()
         if self._passes.recorder is not None:
@@ -252,13 +346,14 @@ class Handle:
             ) from None
         experts = [layer.num_experts for layer in self.layers]
         note = "" if self._choosing is None else self._choosing.note(self.policy, self.slots)
-        recorder = Recorder(experts, name, which, scores=scores, note=note)
-        self._passes.recorder = recorder
-        try:
+        recorder = Recorder(experts, name, which, scores=scores, guesses=guesses, note=note)
+        with ExitStack() as stack:
+            if guesses:
+                stack.enter_context(self._asking_next_routers())
+            self._passes.recorder = recorder
+            stack.callback(setattr, self._passes, "recorder", None)
+            stack.callback(self._passes.settle)
             yield recorder
-        finally:
-            self._passes.settle()
-            self._passes.recorder = None
 
     @contextmanager
     def measure_uses(self) -> Iterator[UseMeter]:

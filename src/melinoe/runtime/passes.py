@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.cache.prefetcher import MOST_ROWS
 from melinoe.errors import TraceError
+from melinoe.moe.next_router import NextRouters
 from melinoe.runtime.calls import Batch, Generating, describe_call
 
 _log = logging.getLogger("melinoe")
 
 if TYPE_CHECKING:
+    from melinoe.runtime.prompt_uses import PromptUses
     from melinoe.runtime.record import Recorder
     from melinoe.runtime.usage import UseMeter
 
@@ -41,12 +44,23 @@ class ForwardPasses:
         recorder: told of every pass, if there is one.
         before_completion: called once, when the next pass of the completion begins and before it
             asks for any expert; then forgotten.
+        prompt_uses: counts which experts a prompt's tokens choose, if somebody wants to know.
+        next_routers: asked early in passes of the completion with few rows, if somebody wants to
+            know.
+        guess: what the next layer's router said in the layer entered last; None if it was not
+            asked.
+        phase: of the open pass, or of the last one.
     """
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         self.counters = counters
         self.recorder: Recorder | UseMeter | None = None
         self.before_completion: Callable[[], None] | None = None
+        self.prompt_uses: PromptUses | None = None
+        self.next_routers: NextRouters | None = None
+        self.guess: Tensor | None = None
+        self.phase = PROMPT
+        self.tokens = 0
         self._call: Batch | None = None
         self._generating: Generating | None = None
         self._inside = False  # a call of the model has begun and not returned
@@ -64,6 +78,10 @@ class ForwardPasses:
         self._seen |= bit
         if self.recorder is not None:
             self.recorder.add(layer, top_k_index, top_k_weights)
+        if self.prompt_uses is not None and self.phase == PROMPT:
+            self.prompt_uses.add(layer, top_k_index)
+        if self.next_routers is not None:
+            self._ask_early(self.next_routers, layer, *top_k_index.shape)
 
     def end(self) -> None:
         """End the open pass, if one is open."""
@@ -117,15 +135,36 @@ class ForwardPasses:
             return self._call.phase
         return COMPLETION if tokens == 1 else PROMPT
 
+    @property
+    def decodes_few(self) -> bool:
+        """Whether the open pass is one in which prefetchers are asked between layers."""
+        return self.phase == COMPLETION and self.tokens <= MOST_ROWS
+
     def _begin(self, tokens: int) -> None:
         self.end()
-        call = self._call
         phase = self.phase_of_next(tokens)
         if phase == COMPLETION:
             self._completion_begins()  # of a submodule; a call of the model said so earlier
         self.counters.begin_forward(phase, tokens)
+        self._tell(phase, tokens)
+
+    def _tell(self, phase: int, tokens: int) -> None:
+        """Tell whoever follows that a pass has begun."""
+        self.phase, self.tokens = phase, tokens
         if self.recorder is not None:
-            self.recorder.begin(phase, tokens, call)
+            self.recorder.begin(phase, tokens, self._call)
+        if self.prompt_uses is not None and phase == PROMPT:
+            self.prompt_uses.begin(phase, tokens, self._call)
+
+    def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
+        if not self.decodes_few:
+            self.guess = None
+            routers.forget(layer)
+            return
+        self.guess = routers.guess(layer, rows, top_k)
+        tell = getattr(self.recorder, "add_guess", None)
+        if self.guess is not None and tell is not None:
+            tell(layer + 1, self.guess)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.settle()

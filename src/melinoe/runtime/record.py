@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.counters import PROMPT
-from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace, known_ids
+from melinoe.cache.trace import Trace, known_ids
 from melinoe.errors import TraceError
-from melinoe.runtime.calls import Batch
+from melinoe.runtime.calls import Batch, rows_of
 
 
 class Recorder:
@@ -26,6 +26,7 @@ class Recorder:
         model: its name, for people.
         fingerprint: of the weights that choose.
         scores: whether to keep the weight that each choice was given.
+        guesses: whether to keep what the next layer's router said early.
         note: what a reader of the trace must know of how it came about.
     """
 
@@ -36,17 +37,20 @@ class Recorder:
         fingerprint: str,
         *,
         scores: bool = False,
+        guesses: bool = False,
         note: str = "",
     ) -> None:
         self._note = note
         self._num_experts = tuple(num_experts)
         self._model = model
         self._fingerprint = fingerprint
-        self._keeps_scores = scores
+        self._keeps_scores, self._keeps_guesses = scores, guesses
         self._chosen: dict[int, Tensor] = {}
+        self._early: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
         self._passes: list[np.ndarray] = []
         self._scores: list[np.ndarray] = []
+        self._guesses: list[np.ndarray] = []
         self._sequences: list[np.ndarray] = []
         self._kinds: list[np.ndarray] = []
         self._now: tuple[np.ndarray, np.ndarray] | None = None
@@ -59,20 +63,9 @@ class Recorder:
         if phase == PROMPT and not (call is not None and call.continues and self._batch == batch):
             self._base += self._batch
             self._batch = batch
-        kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
-        rows = np.zeros(tokens, dtype=np.int32)
-        # Some models compute other tokens than they are given (images); then rows stay unassigned.
-        if call is not None and tokens == call.batch * call.length:
-            rows = np.repeat(np.arange(batch, dtype=np.int32), call.length)
-            by_row = kinds.reshape(batch, call.length)
-            by_row[:, call.prompt :] = COMPLETION_ROW
-            padding = call.padding()
-            # Rows of padding alone would be read as a prompt's, so they stay the completion's.
-            if padding is not None and (phase == PROMPT or not padding.all()):
-                by_row[padding.cpu().numpy()] = PADDING_ROW
+        rows, kinds = rows_of(call, phase, tokens)
         self._now = (rows + np.int32(self._base), kinds)
-        self._chosen = {}
-        self._weights = {}
+        self._chosen, self._weights, self._early = {}, {}, {}
 
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """The rows of the open pass chose ``top_k_index`` ``(tokens, top_k)`` in *layer*."""
@@ -83,6 +76,11 @@ class Recorder:
         if self._now is not None:
             # A copy on the device; brought to the host at the end of the pass, not layer by layer.
             self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
+
+    def add_guess(self, layer: int, guess: Tensor) -> None:
+        """The router of *layer* was asked early, and said *guess* ``(tokens, top_k)``."""
+        if self._now is not None and self._keeps_guesses:
+            self._early[layer] = guess.detach().to(torch.int32, copy=True)
 
     def end(self) -> None:
         """
@@ -95,7 +93,7 @@ class Recorder:
             return  # recording began in the middle of it
         (sequences, kinds), self._now = self._now, None
         rows = len(kinds)
-        top_k = max(chosen.shape[1] for chosen in self._chosen.values())
+        top_k = max(one.shape[1] for one in (*self._chosen.values(), *self._early.values()))
         experts = np.full((rows, len(self._num_experts), top_k), -1, dtype=np.int16)
         scores = np.zeros(experts.shape if self._keeps_scores else (0, 0, 0), dtype=np.float16)
         for layer, chosen in self._chosen.items():
@@ -109,6 +107,11 @@ class Recorder:
             if self._keeps_scores:
                 weights = self._weights[layer].cpu().numpy()
                 scores[:, layer, : ids.shape[1]] = np.where(ids >= 0, weights, 0)
+        early = np.full(experts.shape if self._keeps_guesses else (0, 0, 0), -1, dtype=np.int16)
+        for layer, guess in self._early.items():
+            ids = known_ids(guess.cpu().numpy(), self._num_experts[layer])
+            early[:, layer, : ids.shape[1]] = ids
+        self._guesses.append(early)
         self._passes.append(experts)
         self._scores.append(scores)
         self._sequences.append(sequences)
@@ -139,6 +142,7 @@ class Recorder:
         return Trace(
             experts=pad(self._passes, -1),
             scores=pad(self._scores, 0) if self._keeps_scores else None,
+            guesses=pad(self._guesses, -1) if self._keeps_guesses else None,
             forward=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
             sequence=np.concatenate(self._sequences).astype(np.int32),
             kind=np.concatenate(self._kinds),

@@ -1,0 +1,166 @@
+"""
+Ask the next layer's router early, of what this layer's router sees.
+
+Hidden states change little from one layer to the next, so the router of layer l + 1, shown what
+the router of layer l is shown, often names the experts that layer l + 1 will ask for. The router
+module itself is run on the same inputs, whatever it makes of them; nothing here repeats a family's
+way of choosing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melinoe.errors import UnsupportedModelError
+from melinoe.moe.routing import Router
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class NextRouters:
+    """
+    The routers of a model, each asked about what the one before it saw.
+
+    While it is open, a hook on each router keeps its latest inputs. The modules asked are the
+    model's own without their hooks, so that whoever listens to the routers hears nothing of it;
+    they share the model's parameters.
+
+    The experts named are the router's own choice where it returns one (an integer tensor beside
+    its logits), so that correction biases and groups count; else its highest logits.
+
+    Cost: one router's forward pass per question.
+
+    Args:
+        routers: Of all MoE layers, in order.
+
+    Raises:
+        UnsupportedModelError: a router reads vectors of another width than the one before it.
+
+    Source:
+        Speculative loading: Eliseev and Mazur, arXiv:2312.17238, who apply the next layer's gate
+        to the current hidden state; their code is Mixtral's, this is any family's.
+    """
+
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self._routers = list(routers)
+        for one, other in zip(self._routers, self._routers[1:], strict=False):
+            if one.weight.shape[1] != other.weight.shape[1]:
+                raise UnsupportedModelError(
+                    f"the router {other.name} reads vectors of {other.weight.shape[1]} numbers and "
+                    f"{one.name} of {one.weight.shape[1]}, so it cannot be asked early; choose "
+                    "another prefetch than next-router"
+                )
+        self._bare = [_without_hooks(router.module) for router in self._routers]
+        self._logits: list[Tensor] = []
+        for bare, router in zip(self._bare, self._routers, strict=True):
+            bare.get_submodule(router.source).register_forward_hook(self._see_logits)
+        self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._handles = [
+            router.module.register_forward_pre_hook(
+                self._see_inputs(router.index), with_kwargs=True
+            )
+            for router in self._routers[:-1]
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs.clear()
+
+    def forget(self, layer: int) -> None:
+        """Nobody will ask about what the router of *layer* saw."""
+        self._inputs.pop(layer, None)
+
+    @torch.no_grad()
+    def guess(self, layer: int, rows: int, top_k: int) -> Tensor | None:
+        """
+        What the router of ``layer + 1`` says of what the router of *layer* saw last.
+
+        Args:
+            layer: MoE layer whose router has run.
+            rows: Tokens that its experts are about to compute.
+            top_k: Ids to name for each, where the router itself does not say how many.
+
+        Returns:
+            Integers ``(rows, top_k)``, the likeliest first where logits were sorted; ids outside
+            the experts mean none. None for the last layer.
+
+        Raises:
+            UnsupportedModelError: the router cannot take these inputs, or says nothing that can be
+                read.
+        """
+        if layer + 1 >= len(self._routers):
+            return None
+        router = self._routers[layer + 1]
+        given = self._inputs.pop(layer, None)
+        if given is None:
+            raise self._refusal(router, f"{self._routers[layer].name} did not run before it")
+        self._logits.clear()
+        try:
+            output = self._bare[layer + 1](*given[0], **given[1])
+        except Exception as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise self._refusal(router, f"it does not take its inputs ({what})") from error
+        chosen = _own_choice(output, rows)
+        if chosen is not None:
+            return chosen
+        logits = self._logits[0] if self._logits else None
+        if logits is None or logits.shape[0] != rows:
+            raise self._refusal(router, "it gives no logits for each token")
+        count = min(router.top_k or top_k, router.num_experts)
+        return logits[:, : router.num_experts].topk(count).indices
+
+    def _refusal(self, router: Router, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the router {router.name} cannot be asked early: {why}; choose another prefetch than "
+            "next-router"
+        )
+
+    def _see_inputs(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inputs[layer] = (args, kwargs)
+
+        return hook
+
+    def _see_logits(self, module: nn.Module, args: Any, output: Any) -> None:
+        logits = output if isinstance(output, Tensor) else output[0]
+        self._logits.append(logits.reshape(-1, logits.shape[-1]))
+
+
+def _own_choice(output: Any, rows: int) -> Tensor | None:
+    """The ids that a router chose, if it says so itself."""
+    for part in output if isinstance(output, tuple | list) else ():
+        if isinstance(part, Tensor) and part.dtype in (torch.int64, torch.int32):
+            ids = part.reshape(-1, part.shape[-1])
+            if ids.shape[0] == rows:
+                return ids
+    return None
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same module, parameters and buffers shared, whose calls nobody listens to."""
+    bare = copy.copy(module)
+    bare.__dict__ = dict(module.__dict__)
+    for name in _HOOKS:
+        bare.__dict__[name] = OrderedDict()
+    bare.__dict__["_modules"] = {
+        name: None if child is None else _without_hooks(child)
+        for name, child in module._modules.items()
+    }
+    return bare

@@ -1,0 +1,97 @@
+"""
+Prefetchers by name: ours, registered ones, and those that an installed package declares.
+
+To add one, subclass `Prefetcher`; then either decorate the class with `register`, or let the
+package that holds it declare an entry point, and melinoe finds it wherever prefetches are named:
+
+    [project.entry-points."melinoe.prefetchers"]
+    pairs = "my_package.pairs:Pairs"
+"""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from melinoe.cache.prefetcher import Given, Prefetcher
+from melinoe.errors import MelinoeError
+
+ENTRY_POINTS = "melinoe.prefetchers"
+NONE = "none"
+
+# Ours are found as those from outside are: by name, loaded when first asked for.
+_BUILT_IN = {
+    "popularity": "melinoe.prefetch.counted:Popularity",
+    "prefill": "melinoe.prefetch.counted:Prefill",
+    "predictor": "melinoe.prefetch.predicted:Predicted",
+    "next-router": "melinoe.prefetch.routed:NextRouter",
+    "nearest": "melinoe.prefetch.nearest:Nearest",
+}
+_known: dict[str, type[Prefetcher]] = {}
+_Class = TypeVar("_Class", bound=type[Prefetcher])
+
+
+def register(cls: _Class) -> _Class:
+    """Make a prefetcher known by its `name` in this process; a decorator."""
+    if not cls.name or cls.name == NONE or cls.name in _known or cls.name in _BUILT_IN:
+        raise ValueError(f"a prefetcher needs a name of its own, and {cls.name!r} is not one")
+    _known[cls.name] = cls
+    return cls
+
+
+def prefetcher_names() -> list[str]:
+    """All that can be named: ``none``, ours, then registered ones and installed entry points."""
+    ours = (NONE, *_BUILT_IN)
+    outside = {point.name for point in entry_points(group=ENTRY_POINTS)}
+    return [*ours, *sorted({*_known, *outside}.difference(ours))]
+
+
+def prefetcher_class(name: str) -> type[Prefetcher]:
+    """
+    Look a prefetcher up; a name of ours always means ours.
+
+    Raises:
+        MelinoeError: unknown name (the message lists the known ones), or an installed package that
+            declares it cannot be loaded or declares something else.
+    """
+    if name in _known:
+        return _known[name]
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        _known[name] = getattr(import_module(module), attribute)
+        return _known[name]
+    points = entry_points(group=ENTRY_POINTS, name=name)
+    if not points or name == NONE:
+        raise MelinoeError(
+            f"there is no prefetch {name!r}; choose one of {', '.join(prefetcher_names())}"
+        )
+    point = next(iter(points))
+    try:
+        cls = point.load()
+    except Exception as error:  # whatever a stranger's module raises when it is imported
+        raise MelinoeError(
+            f"the prefetch {name!r} of {point.value} cannot be loaded ({error}); "
+            "repair or uninstall the package that declares it"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Prefetcher) and cls.name == name):
+        raise MelinoeError(
+            f"the entry point {name!r} is {point.value}, which is no prefetcher of that name; "
+            "repair or uninstall the package that declares it"
+        )
+    _known[name] = cls
+    return cls
+
+
+def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
+    """
+    Make a prefetcher; None for ``none``.
+
+    Args:
+        name: One of `prefetcher_names`.
+        given: What it may be made of.
+
+    Raises:
+        MelinoeError: unknown name, or what it is made of is missing.
+    """
+    if name == NONE:
+        return None
+    return prefetcher_class(name).make(given or Given())
