@@ -214,7 +214,7 @@ def test_a_predictor_of_another_model_is_refused():
 def test_a_predictor_without_the_runtime_is_refused():
     """A plain model has no slots to prefetch into."""
     model = tiny_model()
-    with pytest.raises(AttachError, match="prefetch through"):
+    with pytest.raises(AttachError, match="load through"):
         generate(model, None, words_tokenizer(), PROMPT_TEXT, 2, always(model, [1]))
 
 

@@ -1,13 +1,13 @@
 """
 Prompt to text on a model that runs with few resident experts, and what each call cost.
 
-transformers' own `generate` does the work. Around it: the predictor's experts are prefetched, and a
-stopping criterion that never stops takes the time of each token.
+transformers' own `generate` does the work. Around it: a prefetcher is asked what to load ahead, and
+a stopping criterion that never stops takes the time of each token.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.cache.counters import Counters
+from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.trace import Trace
 from melinoe.data import pad_token_id
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.predictor import AdaptivePredictor, Predictor
+from melinoe.prefetch.predicted import Predicted
 from melinoe.runtime.attach import Handle
 
 Prompt = str | Sequence[int]
@@ -35,8 +37,8 @@ class Generation:
         ids: Generated token ids, end-of-text included if it was reached.
         prompt_ids: The prompt's token ids.
         counters: Of this call alone; ``None`` for a plain model.
-        predictor_s: Predicting, and issuing a prefetch before the prompt, seconds; part of
-            *ttft_s*.
+        predictor_s: Asking the prefetcher before the prompt, and issuing what it named then,
+            seconds; part of *ttft_s*. One that loads for the completion is asked when it begins.
         ttft_s: From the call to the first new token, seconds.
         seconds: From the call to the last new token.
         stall_s: Waited for experts while decoding, the prompt's forward pass left out.
@@ -112,6 +114,8 @@ def generate(
     predictor: Predictor | AdaptivePredictor | None = None,
     prefetch_at: PrefetchAt = "prompt",
     streamer: Any = None,
+    *,
+    prefetch: Prefetcher | None = None,
     **sampling: Any,
 ) -> Generation:
     """
@@ -126,32 +130,39 @@ def generate(
         prompt: Text, or token ids.
         max_new_tokens: At most so many; end-of-text may come first.
         predictor: Names experts to prefetch, as many per layer as there are slots; an
-            `AdaptivePredictor` that learns is then told of the completion's uses.
-        prefetch_at: ``prompt``: before the prompt's forward pass, which then waits for fewer
-            loads, but evicts what was prefetched if it uses more experts than there are slots.
-            ``completion``: when the forward pass after the prompt's begins, on the clock of the
-            tokens after the first; never if the first token is the last.
+            `AdaptivePredictor` that learns is then told of the completion's uses. Short for
+            ``prefetch=Predicted(predictor, prefetch_at)``.
+        prefetch_at: Of *predictor*. ``prompt``: before the prompt's forward pass, which then waits
+            for fewer loads, but evicts what was prefetched if it uses more experts than there are
+            slots. ``completion``: when the forward pass after the prompt's begins, on the clock of
+            the tokens after the first; never if the first token is the last.
         streamer: Gets tokens as they come; see transformers.
+        prefetch: What is loaded ahead of need, and when; see `melinoe.prefetch`.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
     Raises:
         DataError: an empty prompt.
         TokenizerError: ids that the model does not know.
-        ModelError: the predictor belongs to another model.
-        AttachError: a predictor without a handle to prefetch through; one that learns while
-            something is being recorded.
-        ValueError: *max_new_tokens* below 1, or an unknown *prefetch_at*.
+        ModelError: the predictor or the stored prompts belong to another model.
+        AttachError: a prefetch without a handle to load through, or that its engine cannot do; a
+            predictor that learns while something is being recorded.
+        UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
+        ValueError: *max_new_tokens* below 1; an unknown *prefetch_at*; *predictor* and *prefetch*.
     """
     if prefetch_at not in ("prompt", "completion"):
         raise ValueError(f"prefetch_at must be prompt or completion, got {prefetch_at!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     if predictor is not None:
+        if prefetch is not None:
+            raise ValueError("give either a predictor or a prefetch, and not both")
+        prefetch = Predicted(predictor, prefetch_at)
+    if prefetch is not None:
         if handle is None:
             raise AttachError(
-                "a predictor needs the runtime to prefetch through; attach it, or leave it out"
+                "a prefetch needs the runtime to load through; attach it, or leave it out"
             )
-        predictor.bind(model, tokenizer)
+        prefetch.bind(model, tokenizer)
     ids = prompt_ids(tokenizer, prompt)
     _check_ids(model, ids)
     device = model.get_input_embeddings().weight.device
@@ -164,26 +175,25 @@ def generate(
     stall_before_s = handle.stall_s if handle is not None else 0.0
     input_ids = torch.tensor([ids], device=device)
 
+    asked = prefetch.predictor if isinstance(prefetch, Predicted) else None
+    learner = asked if isinstance(asked, AdaptivePredictor) and asked.learns else None
+    meter = None
     start_s = time.perf_counter()
-    if predictor is not None and handle is not None:
-        ahead = predictor.top(ids, handle.slots)
-        handle.prefetch(ahead, at="now" if prefetch_at == "prompt" else "completion")
-    predictor_s = time.perf_counter() - start_s
-    learner = predictor if isinstance(predictor, AdaptivePredictor) and predictor.learns else None
-    measured = handle.measure_uses() if learner is not None and handle is not None else None
-    try:
-        with torch.inference_mode(), measured or nullcontext() as meter:
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=max_new_tokens,
-                stopping_criteria=StoppingCriteriaList([watch]),
-                streamer=streamer,
-                **(options | sampling),
-            )
-    finally:
-        if handle is not None:
-            handle.drop_prefetch()  # this prompt's, not the next one's
+    with ExitStack() as stack:
+        if prefetch is not None and handle is not None:
+            stack.enter_context(handle.prefetching(prefetch, ids))
+        predictor_s = time.perf_counter() - start_s
+        if learner is not None and handle is not None:
+            meter = stack.enter_context(handle.measure_uses())
+        stack.enter_context(torch.inference_mode())
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            streamer=streamer,
+            **(options | sampling),
+        )
     if learner is not None and meter is not None:
         learner.observe(meter.counts())
     new = output[0, len(ids) :].tolist()
@@ -192,7 +202,7 @@ def generate(
         ids=new,
         prompt_ids=ids,
         counters=handle.counters.minus(before) if handle is not None and before else None,
-        predictor_s=predictor_s if predictor is not None else 0.0,
+        predictor_s=predictor_s if prefetch is not None else 0.0,
         ttft_s=watch.first_s - start_s,
         seconds=watch.last_s - start_s,
         stall_s=handle.stall_s - watch.stall_at_first_s if handle is not None else 0.0,
@@ -209,6 +219,8 @@ def trace_prompts(
     progress: Callable[[str], None] | None = None,
     *,
     scores: bool = False,
+    guesses: bool = False,
+    prefetch: Prefetcher | None = None,
     **sampling: Any,
 ) -> Trace:
     """
@@ -225,6 +237,8 @@ def trace_prompts(
         max_new_tokens: At most so many for each.
         progress: Told in words after each tenth of the prompts.
         scores: Also record the weight that each choice was given.
+        guesses: Also record what each layer's router says one layer early while decoding.
+        prefetch: As in `generate`.
         sampling: As in `generate`.
 
     Raises:
@@ -234,9 +248,11 @@ def trace_prompts(
     if not prompts:
         raise DataError("there are no prompts to trace; give at least one")
     step = max(1, len(prompts) // 10)
-    with handle.record(scores=scores) as recorder:
+    with handle.record(scores=scores, guesses=guesses) as recorder:
         for number, prompt in enumerate(prompts, start=1):
-            generate(model, handle, tokenizer, prompt, max_new_tokens, **sampling)
+            generate(
+                model, handle, tokenizer, prompt, max_new_tokens, prefetch=prefetch, **sampling
+            )
             if progress is not None and (number % step == 0 or number == len(prompts)):
                 progress(f"traced {number} of {len(prompts)} prompts")
     return recorder.trace()
