@@ -26,6 +26,23 @@ def command(
             "evict what was prefetched."
         ),
     ] = "prompt",
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prefetch what was used lately, and learn from this completion: a file, made if "
+            "it is absent. With --predictor, it corrects that; alone, it stands for itself."
+        ),
+    ] = None,
+    user: Annotated[
+        str, typer.Option(help="With --prior: whose request this is; users are kept apart.")
+    ] = "",
+    half_life: Annotated[
+        float | None,
+        typer.Option(help="Of a new --prior: requests after which a request counts half."),
+    ] = None,
+    learn: Annotated[
+        bool, typer.Option(help="With --prior: let this completion change it.")
+    ] = True,
     choice: options.Choice = "exact",
     choice_strength: options.ChoiceStrength = 0.1,
     choice_keep: options.ChoiceKeep = 1,
@@ -48,14 +65,23 @@ def command(
     import torch
 
     from melinoe.generate import PrefetchAt, generate
-    from melinoe.predictor import Predictor
+    from melinoe.predictor import AdaptivePredictor, Predictor, Prior, open_prior
 
     if prefetch_at not in get_args(PrefetchAt):
         raise typer.BadParameter(
             f"{prefetch_at!r} is not one of {', '.join(get_args(PrefetchAt))}",
             param_hint="--prefetch-at",
         )
-    guess = Predictor.load(predictor) if predictor else None
+    if prior is None and (user or half_life is not None):
+        raise typer.BadParameter("it belongs to --prior", param_hint="--user, --half-life")
+    guess: Predictor | AdaptivePredictor | None = Predictor.load(predictor) if predictor else None
+    if prior is not None and prior.exists():
+        if half_life is not None:
+            raise typer.BadParameter(
+                f"{prior} exists and has one; leave it out, or name a new file",
+                param_hint="--half-life",
+            )
+        Prior.load(prior)  # what is wrong with it shows before the model is opened
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
@@ -63,6 +89,11 @@ def command(
         compression=compression, gpu_memory=gpu_memory, context=context,
     )  # fmt: skip
     handle.choose(wanted)
+    kept = None
+    if prior is not None:
+        kept = open_prior(prior, loaded, half_life)
+        assert guess is None or isinstance(guess, Predictor)
+        guess = AdaptivePredictor(kept, guess, user, learns=learn)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     streamer = None
@@ -81,6 +112,8 @@ def command(
         streamer=streamer,
         **sampling,
     )
+    if kept is not None and prior is not None and learn:
+        kept.save(prior)
     assert result.counters is not None  # there is a handle
     cost = {
         "slots": handle.slots,
@@ -89,6 +122,7 @@ def command(
         "changed_choices": handle.changed_choices,
         "hit_rate": result.counters.hit_rate("completion"),
         "transfers_per_token": result.counters.transfers_per_token(),
+        "prefetch_per_token": result.counters.prefetch_per_token(),
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,
     }

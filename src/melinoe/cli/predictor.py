@@ -1,4 +1,4 @@
-"""`melinoe predictor`: learn which experts a prompt will need, and whether learning pays."""
+"""`melinoe predictor`: learn which experts a prompt will need, and keep what was served lately."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,23 +8,34 @@ import typer
 from melinoe.cli import options
 
 app = typer.Typer(
-    help="Learn from a trace which experts a prompt will need.",
+    help="Learn from a trace which experts a prompt will need, and from what is served.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `fit` a subcommand while it is the only one."""
+PriorFile = Annotated[Path, typer.Argument(help="A file that `melinoe generate --prior` keeps.")]
 
 
 @app.command("fit")
 def fit_command(
     trace: Annotated[Path, typer.Argument(help="A trace file written by `melinoe trace`.")],
-    model: Annotated[str, typer.Option(help="The traced model; `tiny` is the one that ships.")],
-    data: Annotated[str, typer.Option(help="The prompts that were traced.")],
     out: options.Out,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The traced model; `tiny` is the one that ships. Default: as the trace says."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="The prompts that were traced. Default: those beside the trace."),
+    ] = None,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="What reads prompts: embeddings (the model's own), or the name of a "
+            "sentence-transformers model, such as BAAI/bge-base-en-v1.5."
+        ),
+    ] = "embeddings",
     slots: options.Slots = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the split and the start.")] = 0,
@@ -35,35 +46,99 @@ def fit_command(
     from melinoe.checkpoint import check_output, load_backbone, load_tokenizer, open_checkpoint
     from melinoe.config import ServeSettings, experts_in_share
     from melinoe.data import encode_prompt, load_examples
-    from melinoe.errors import TraceError
+    from melinoe.errors import BudgetError, TraceError
     from melinoe.moe.routing import fingerprint
-    from melinoe.predictor import compare, fit
+    from melinoe.predictor import EmbeddingEncoder, SentenceEncoder, compare, fit, load_prompts
+    from melinoe.predictor.encoders import EMBEDDINGS, token_embeddings
 
     options.quiet()
     check_output(out)
     loaded = Trace.load(trace)
+    prompts = load_prompts(trace, loaded) if data is None else None
+    name = model or loaded.model
+    if not name:
+        raise TraceError(f"{trace} does not say which model it is of; name it with --model")
     size = slots or experts_in_share(ServeSettings().slots, loaded.num_experts)
-    with open_checkpoint(options.resolve(model)) as checkpoint:
+    if size > loaded.num_experts:
+        raise BudgetError(
+            f"{size} slots cannot be in layers of {loaded.num_experts} experts; choose from 1 to "
+            f"{loaded.num_experts}"
+        )
+    with open_checkpoint(options.resolve(name)) as checkpoint:
         backbone = load_backbone(checkpoint)
-        tokenizer = load_tokenizer(options.resolve(model), backbone.config)
+        tokenizer = load_tokenizer(options.resolve(name), backbone.config)
     if (found := fingerprint(backbone)) != loaded.fingerprint:
         raise TraceError(
-            f"{trace} is of another model ({loaded.fingerprint[:12]}) than {model} ({found[:12]}); "
+            f"{trace} is of another model ({loaded.fingerprint[:12]}) than {name} ({found[:12]}); "
             "name the model that was traced, or trace this one"
         )
-    examples = load_examples(data, split=split, limit=loaded.num_sequences)
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
-    embeddings = backbone.get_input_embeddings().weight
-    comparison = compare(loaded, prompts, embeddings, size, seed=seed)
-    predictor = fit(loaded, prompts, embeddings, size, seed=seed)
-    predictor.comparison = comparison.to_record(model)
+    if prompts is None:
+        assert data is not None
+        examples = load_examples(data, split=split, limit=loaded.num_sequences)
+        prompts = [encode_prompt(example, tokenizer) for example in examples]
+    reader = (
+        EmbeddingEncoder(token_embeddings(backbone))
+        if encoder == EMBEDDINGS
+        else SentenceEncoder.load(encoder, tokenizer)
+    )
+    comparison = compare(loaded, prompts, reader, size, seed=seed)
+    predictor = fit(loaded, prompts, reader, size, seed=seed)
+    predictor.comparison = comparison.to_record(name)
     predictor.save(out)
     rows = [
-        {"strategy": name, "recall": value.mean, "low": value.low, "high": value.high}
-        for name, value in comparison.recall.items()
+        {"strategy": strategy, "recall": value.mean, "low": value.low, "high": value.high}
+        for strategy, value in (*comparison.recall.items(), ("ceiling", comparison.ceiling))
     ]
     if as_json:
-        options.show_json(comparison.to_record(model))
+        options.show_json(comparison.to_record(name))
     else:
         options.show_table(f"recall of the experts used, {size} slots a layer", rows)
     options.say(f"wrote {out}; the better choice here: {comparison.winner}")
+
+
+@app.command("prior")
+def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
+    """Show whose requests a prior has learned from, the latest first."""
+    from melinoe.predictor import Prior
+
+    found = Prior.load(prior)
+    rows = [{"user": key, "requests": found.requests(key)} for key in found.keys()[::-1]]
+    if as_json:
+        settings = found.settings
+        options.show_json(
+            {
+                "fingerprint": found.fingerprint,
+                "half_life": settings.half_life,
+                "strength": settings.strength,
+                "max_keys": settings.max_keys,
+                "users": rows,
+            }
+        )
+    elif rows:
+        title = f"requests that still count, half-life {found.settings.half_life:g} requests"
+        options.show_table(title, [{**row, "user": row["user"] or "(all)"} for row in rows])
+    else:
+        options.say(f"{prior} has learned nothing yet")
+
+
+@app.command("reset")
+def reset_command(
+    prior: PriorFile,
+    user: Annotated[
+        str | None, typer.Option(help="Forget this user alone. Default: everybody.")
+    ] = None,
+) -> None:
+    """Forget what a prior has learned."""
+    from melinoe.errors import DataError
+    from melinoe.predictor import Prior
+
+    found = Prior.load(prior)
+    known = found.keys()
+    if user is not None and user not in known:
+        raise DataError(
+            f"{prior} knows nothing of user {user!r}; see `melinoe predictor prior {prior}` for "
+            "those it knows"
+        )
+    found.reset(user)
+    found.save(prior)
+    options.say(f"forgot {len(known) - len(found.keys())} of {len(known)} users")

@@ -27,6 +27,10 @@ def command(
     scores: Annotated[
         bool, typer.Option(help="Also record each choice's weight, for the policy score.")
     ] = False,
+    keep_prompts: Annotated[
+        bool,
+        typer.Option(help="Write the prompts' token ids beside the trace, for `predictor fit`."),
+    ] = True,
 ) -> None:
     """Generate from prompts, and record which experts every token chose."""
     from melinoe.data import encode_prompt, load_examples
@@ -47,4 +51,8 @@ def command(
         loaded, handle, tokenizer, prompts, max_new_tokens, progress=options.say, scores=scores
     )
     trace.save(out)
+    if keep_prompts:
+        from melinoe.predictor import save_prompts
+
+        options.say(f"prompts -> {save_prompts(out, trace.fingerprint, prompts)}")
     options.say(f"{trace.num_sequences} prompts, {len(trace)} tokens -> {out}")

@@ -11,7 +11,7 @@ Prompt in, experts out: which experts each layer will use, known before the firs
     compare.py   the learned predictor against rivals that cost nothing, and which one to use
 """
 
-from melinoe.predictor.adaptive import AdaptivePredictor
+from melinoe.predictor.adaptive import AdaptivePredictor, open_prior
 from melinoe.predictor.compare import RIVALS, Comparison, compare
 from melinoe.predictor.encoders import EmbeddingEncoder, Encoder, SentenceEncoder
 from melinoe.predictor.fit import FitSettings, fit
@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "fit",
     "load_prompts",
+    "open_prior",
     "recall_at",
     "save_prompts",
     "use_counts",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import nn
 
-from melinoe.errors import ModelError
-from melinoe.moe.routing import fingerprint
+from melinoe.errors import DataError, ModelError
+from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.predictor.model import Predictor
-from melinoe.predictor.prior import DEPLOYMENT, Prior
+from melinoe.predictor.prior import DEPLOYMENT, Prior, PriorSettings
 from melinoe.predictor.targets import top_ids
 
 
@@ -91,3 +92,31 @@ class AdaptivePredictor:
         """Learn from a completion: its uses ``(layers, num_experts)``, as `Prior.observe`."""
         if self.learns:
             self.prior.observe(self.key, usage)
+
+
+def open_prior(path: str | Path, model: nn.Module, half_life: float | None = None) -> Prior:
+    """
+    Load a model's prior, or begin one where there is no file; nothing is written.
+
+    Args:
+        path: Where `Prior.save` will be told to write.
+        model: The served one.
+        half_life: Of a new one, in requests; ``None`` means the default.
+
+    Raises:
+        ModelError: the file is another model's.
+        CheckpointError: the file is damaged.
+        DataError: *half_life* makes no sense.
+    """
+    routers = find_routers(model)
+    shape = len(routers), max(router.num_experts for router in routers)
+    name = fingerprint(model)
+    if Path(path).exists():
+        prior = Prior.load(path)
+        prior.check_model(name, *shape)
+        return prior
+    try:
+        settings = PriorSettings() if half_life is None else PriorSettings(half_life=half_life)
+    except ValueError as error:
+        raise DataError(f"a prior cannot be begun: {error}; choose another half-life") from None
+    return Prior(*shape, name, settings)

@@ -1,0 +1,151 @@
+"""The predictor and the prior on the command line."""
+
+import json
+
+import pytest
+from small_olmoe import tiny_model, words_tokenizer
+
+from melinoe.cli import main
+from melinoe.predictor import Prior
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random OLMoE in the hub's layout."""
+    path = tmp_path_factory.mktemp("model") / "olmoe"
+    tiny_model().save_pretrained(path)
+    words_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def melinoe(monkeypatch, capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["melinoe", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def trace(checkpoint, tmp_path, melinoe):
+    """Twenty-five prompts, traced; their ids lie beside the trace."""
+    data = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 27)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "trace.safetensors"
+    code, _, err = melinoe(
+        "trace", checkpoint, "--data", data, "--out", path, "--max-new-tokens", 4
+    )
+    assert code == 0, err
+    return path
+
+
+def refused(result, *words):
+    """One line on stderr, no traceback, exit 1."""
+    code, _, err = result
+    assert code == 1 and err.startswith("melinoe: ") and err.count("\n") == 1, err
+    assert all(str(word) in err for word in words), err
+
+
+def test_a_trace_alone_is_enough_to_fit(trace, tmp_path, melinoe):
+    """`melinoe predictor fit TRACE --out DIR`: the trace knows its model and its prompts."""
+    code, out, err = melinoe("predictor", "fit", trace, "--out", tmp_path / "p", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["recall"]) == {"empty", "popularity", "prefill", "learned"}
+    header = json.loads((tmp_path / "p" / "predictor.json").read_text())
+    assert header["encoder"]["kind"] == "embeddings" and header["slots"] == 2
+    code, out, _ = melinoe("predictor", "fit", trace, "--out", tmp_path / "q")
+    assert code == 0 and "ceiling" in out
+
+
+def test_prompts_that_were_not_kept_are_asked_for(trace, tmp_path, melinoe):
+    """With the option that names them."""
+    (tmp_path / "trace.prompts.json").unlink()
+    refused(melinoe("predictor", "fit", trace, "--out", tmp_path / "p"), "--data")
+    data = tmp_path / "prompts.jsonl"
+    code, _, err = melinoe("predictor", "fit", trace, "--data", data, "--out", tmp_path / "p")
+    assert code == 0, err
+
+
+def test_an_encoder_without_its_library_is_refused(trace, tmp_path, melinoe, monkeypatch):
+    """And nothing is written."""
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    result = melinoe(
+        "predictor", "fit", trace, "--encoder", "BAAI/bge-base-en-v1.5", "--out", tmp_path / "p"
+    )
+    refused(result, "melinoe[predictor]", "BAAI/bge-base-en-v1.5")
+    assert not (tmp_path / "p").exists()
+
+
+def test_more_slots_than_experts_are_refused(trace, tmp_path, melinoe):
+    """Nine of eight."""
+    result = melinoe("predictor", "fit", trace, "--slots", 9, "--out", tmp_path / "p")
+    refused(result, "1 to 8")
+
+
+def test_a_prior_is_begun_learns_by_user_and_is_reset(checkpoint, tmp_path, melinoe):
+    """Two requests of Ada, one of Bob, one that only reads; then Ada is forgotten, then all."""
+    file = tmp_path / "prior.safetensors"
+
+    def ask(*more):
+        result = melinoe(
+            "generate", checkpoint, "w3 w4 w5", "--slots", 3, "--max-new-tokens", 5, "--json",
+            "--prior", file, *more,
+        )  # fmt: skip
+        assert result[0] == 0, result[2]
+        return json.loads(result[1])
+
+    first = ask("--user", "ada", "--half-life", 4)
+    assert first["prefetch_per_token"] == 0
+    second = ask("--user", "ada")
+    assert second["prefetch_per_token"] > 0 and second["ids"] == first["ids"]
+    ask("--user", "bob")
+    before = file.read_bytes()
+    ask("--user", "cyd", "--no-learn")
+    assert file.read_bytes() == before
+    code, out, _ = melinoe("predictor", "prior", file, "--json")
+    shown = json.loads(out)
+    assert code == 0 and shown["half_life"] == 4
+    assert [row["user"] for row in shown["users"]] == ["bob", "ada"]
+    assert shown["users"][1]["requests"] == pytest.approx(1 + 0.5**0.25)
+    refused(melinoe("predictor", "reset", file, "--user", "cyd"), "'cyd'", "predictor prior")
+    assert melinoe("predictor", "reset", file, "--user", "ada")[0] == 0
+    assert Prior.load(file).keys() == ["bob"]
+    assert "bob" in melinoe("predictor", "prior", file)[1]
+    assert melinoe("predictor", "reset", file)[0] == 0
+    assert Prior.load(file).keys() == []
+    assert "nothing yet" in melinoe("predictor", "prior", file)[2]
+
+
+def test_a_prior_corrects_a_predictor(checkpoint, trace, tmp_path, melinoe):
+    """Both at once; what they name is loaded ahead."""
+    assert melinoe("predictor", "fit", trace, "--out", tmp_path / "p")[0] == 0
+    code, out, err = melinoe(
+        "generate", checkpoint, "w3 w4", "--predictor", tmp_path / "p", "--prior",
+        tmp_path / "prior", "--max-new-tokens", 4, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["prefetch_per_token"] > 0
+    assert Prior.load(tmp_path / "prior").keys() == [""]
+
+
+def test_bad_priors_are_refused_in_one_sentence(checkpoint, tmp_path, melinoe):
+    """Of another model, damaged, absent, a half-life of nothing."""
+    Prior(2, 8, "another").save(tmp_path / "other")
+    (tmp_path / "torn").write_bytes(b"no prior")
+    ask = ("generate", checkpoint, "w3", "--max-new-tokens", 2, "--prior")
+    refused(melinoe(*ask, tmp_path / "other"), "another", "start another one")
+    refused(melinoe(*ask, tmp_path / "torn"), "torn", "begin another one")
+    refused(melinoe("predictor", "reset", tmp_path / "absent"), "absent", "check the path")
+    refused(melinoe(*ask, tmp_path / "new", "--half-life", 0), "half_life")
+    assert not (tmp_path / "new").exists()
+    assert melinoe("generate", checkpoint, "w3", "--user", "ada")[0] == 2
+    assert melinoe(*ask, tmp_path / "torn", "--half-life", 3)[0] == 2
