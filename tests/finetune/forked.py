@@ -100,7 +100,7 @@ def shard_on_cpu():
     AcceleratorState.__init__ = patched
 
 
-def finetuned(place, out, kill_at=None, resume=False, callbacks=(), **changes):
+def finetuned(place, out, kill_at=None, resume=False, callbacks=(), teacher=None, **changes):
     """`finetune` on the files of the ``checkpoint`` fixture; the log goes to ``<out>.json``."""
     held_out = load_examples(place / "data.jsonl")
     kill = [] if kill_at is None else [KillAt(kill_at)]
@@ -110,6 +110,7 @@ def finetuned(place, out, kill_at=None, resume=False, callbacks=(), **changes):
         place / out,
         settings(**{"log_every": 2, "eval_every": 3, "save_every": 2} | changes),
         eval_examples=held_out,
+        teacher=teacher,
         callbacks=[*kill, *callbacks],
         resume=resume,
     )

@@ -56,32 +56,34 @@ def weights(path):
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_give_the_curve_and_the_model_of_one(place, sharded):
     """Every term, the gradient's norm and every measurement; then killed, resumed, and the same."""
-    finetuned(place, "one", **ALONE)
+    finetuned(place, "taught", save="adapter", steps=2)
+    learn = {"teacher": place / "taught", "lambda_match": 0.5}
+    finetuned(place, "one", **ALONE, **learn)
     given = {"processes": 2, "sharded": sharded}
-    look = Look(place)
-    assert run(lambda: finetuned(place, "two", callbacks=[look], **SHARED), **given) == [0, 0]
+    look, shared = [Look(place)], SHARED | learn
+    assert run(lambda: finetuned(place, "two", callbacks=look, **shared), **given) == [0, 0]
     for rank in (0, 1):
         kinds = json.loads((place / f"kinds-{rank}.json").read_text())
         assert kinds == (["DTensor"] if sharded else ["Tensor"])
     one, two = log_of(place, "one"), log_of(place, "two")
     assert [row["step"] for row in one] == [0, 1, 2, 3, 3]
     clean = without_norms if sharded else dict
-    assert {"nll", "cache", "anchor", "reuse", "total", "grad_norm"} <= two[1].keys()
+    assert {"nll", "cache", "anchor", "reuse", "match", "total", "grad_norm"} <= two[1].keys()
     for ours, theirs in zip(two, one, strict=True):
         assert clean(ours) == pytest.approx(clean(theirs), rel=2e-5, abs=1e-7)
     wanted = weights(place / "one")
     for name, tensor in weights(place / "two").items():
         assert torch.allclose(tensor.float(), wanted[name].float(), rtol=1e-2, atol=1e-4), name
 
-    killed = run(lambda: finetuned(place, "cut", kill_at=2, **SHARED), **given)
+    killed = run(lambda: finetuned(place, "cut", kill_at=2, **shared), **given)
     assert killed == [-signal.SIGKILL] * 2
     assert [path.name for path in (place / "cut.checkpoints").iterdir()] == ["step-000002"]
-    assert run(lambda: finetuned(place, "cut", resume=True, **SHARED), **given) == [0, 0]
+    assert run(lambda: finetuned(place, "cut", resume=True, **shared), **given) == [0, 0]
     assert log_of(place, "cut") == two
     resumed, uninterrupted = weights(place / "cut"), weights(place / "two")
     assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
     assert sorted(path.name for path in place.iterdir() if path.is_dir()) == [
-        "base", "cut", "one", "two"
+        "base", "cut", "one", "taught", "two"
     ]  # fmt: skip
 
 

@@ -72,6 +72,8 @@ METADATA: Schema = {
     "fingerprint?": "text",
     "license?": "text",
     "settings?": "object",
+    # The earlier run that this one learned from beside its data.
+    "teacher?": {"source": "text", "fingerprint": "text"},
     "data?": {
         "source?": "text",
         "split?": "text",

@@ -29,7 +29,8 @@ PANELS = {
     ),
     "Finer points of the objective": (
         "rho", "rank_reduce", "reference", "cache_gradient", "swap_margin", "capacity_curriculum",
-        "layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_replay",
+        "layer_capacity", "layer_weight", "lambda_reuse", "lambda_match", "lambda_distill",
+        "lambda_replay",
         "replay_loss", "replay_batch_size", "own_texts",
     ),
 }  # fmt: skip
@@ -92,6 +93,15 @@ def command(
             rich_help_panel=_DATA,
         ),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Whom --lambda-match and --lambda-distill mean: the directory of an earlier run "
+            "on this base (--save adapter or both), or control: train the NLL-only run first. "
+            "Absent: the base model.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -141,11 +151,12 @@ def command(
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)
     if control:
-        settings = settings.control()
+        settings, teacher = settings.control(), None
     from melinoe.checkpoint import check_output
     from melinoe.data import load_examples
-    from melinoe.finetune import finetune
+    from melinoe.finetune import finetune, finetune_taught
     from melinoe.finetune.processes import leave
+    from melinoe.finetune.terms.teacher import CONTROL
 
     options.quiet()
     check_output(out)
@@ -163,9 +174,12 @@ def command(
             "callbacks": progress.callbacks,
             "resume": resume,
         }
+        if teacher is not None and (price is not None or teacher != CONTROL):
+            common["teacher"] = teacher
         place = (options.resolve(model), held_out.train, out, settings)
         if price is None:
-            result = finetune(*place, **common)
+            run = finetune_taught if teacher == CONTROL else finetune
+            result = run(*place, **common)
         else:
             from melinoe.finetune.price.search import finetune_within
 

@@ -15,10 +15,12 @@ Fine-tune a mixture-of-experts model so that it needs few experts at a time, and
     processes.py   what several processes do together
     training.py    train(): a model in memory and encoded examples in
     run.py         finetune(): checkpoint and examples in, checkpoint and log out
+    taught.py      finetune_taught(): the NLL-only run first, as the teacher of the one for locality
 """
 
 from melinoe.finetune.held_out import held_out_terms
 from melinoe.finetune.run import FinetuneResult, finetune
+from melinoe.finetune.taught import finetune_taught
 from melinoe.finetune.training import train
 
-__all__ = ["FinetuneResult", "finetune", "held_out_terms", "train"]
+__all__ = ["FinetuneResult", "finetune", "finetune_taught", "held_out_terms", "train"]

@@ -25,6 +25,7 @@ from melinoe.finetune.parts.saving import KeptParts, write_result
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
 from melinoe.finetune.resume.checkpoints import list_checkpoints, remove_checkpoints
 from melinoe.finetune.terms.own_text import write_own_text
+from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
 from melinoe.finetune.trainer import Progress
 from melinoe.finetune.training import run_training
 from melinoe.moe.routing import find_routers, fingerprint
@@ -54,6 +55,7 @@ def finetune(
     *,
     eval_examples: Sequence[Example] | None = None,
     anchor_examples: Sequence[Example] | str | None = None,
+    teacher: str | Path | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
@@ -73,6 +75,9 @@ def finetune(
         anchor_examples: Text of other kinds whose quality the run should keep; replayed beside the
             data where ``settings.lambda_replay`` is above 0. ``"own"``: what the base model writes
             from an empty prompt, ``settings.own_texts`` of them.
+        teacher: Directory of an adapter that an earlier run on the same base wrote (``save``), whom
+            ``lambda_distill`` and ``lambda_match`` mean; see also `finetune_taught`. ``None``: they
+            mean the base model.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
         callbacks: As in `train`. What one's ``metadata()`` gives, if it has such a method, goes
             into the record of the run.
@@ -82,7 +87,7 @@ def finetune(
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
         DataError: unusable data.
-        CheckpointError, TokenizerError: *model_path* cannot be read.
+        CheckpointError, TokenizerError: *model_path* or *teacher* cannot be read.
         UnsupportedModelError: no experts, or routers that cannot be trained.
         TrainingError: settings that do not fit the model, a checkpoint of another run, or too many
             non-finite losses; what was trained before those is in the run's checkpoints.
@@ -119,6 +124,7 @@ def finetune(
     if settings.save != "adapter":
         check_room(path, sum(p.nbytes for p in model.parameters()))
     base_fingerprint = fingerprint(model)
+    taught_by = read_teacher(teacher, model) if teacher is not None else None
     kept = KeptParts(model, settings)
     started = time.monotonic()
     try:
@@ -129,6 +135,7 @@ def finetune(
             pad_token_id=pad_token_id(tokenizer),
             eval_data=held_out,
             anchor_data=anchor,
+            teacher=taught_by,
             progress=progress,
             callbacks=callbacks,
             before_merge=kept,
@@ -149,6 +156,9 @@ def finetune(
             "base_fingerprint": base_fingerprint,
             "fingerprint": fingerprint(model),
             "settings": asdict(settings),
+            "teacher": None
+            if taught_by is None
+            else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},
             "data": {"source": str(data) if from_name else None, "examples": len(encoded)},
             "log": trained.rows,
             "skipped_steps": trained.skipped_steps,

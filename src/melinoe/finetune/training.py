@@ -25,6 +25,7 @@ from melinoe.finetune.resume.interrupt import StopRequest
 from melinoe.finetune.resume.state import check_same_run, identity, put
 from melinoe.finetune.terms.objective import Objective
 from melinoe.finetune.terms.replay import Replay
+from melinoe.finetune.terms.teacher import Teacher, teacher_fingerprint
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import family, find_experts
@@ -62,6 +63,7 @@ def train(
     pad_token_id: int,
     eval_data: Sequence[Encoded] | None = None,
     anchor_data: Sequence[Encoded] | None = None,
+    teacher: Adapter | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     before_merge: Callable[[TrainedParts], None] | None = None,
@@ -77,6 +79,8 @@ def train(
         pad_token_id: Any id; padding is masked.
         eval_data: Measured before the first step, each ``eval_every``, and after the last.
         anchor_data: Text to replay beside *data*, for ``settings.lambda_replay``.
+        teacher: Of the same base, from `read_teacher`: whom ``settings.lambda_distill`` and
+            ``lambda_match`` mean, in place of the base model.
         progress: Called with each log row.
         callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
             ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
@@ -99,6 +103,7 @@ def train(
         pad_token_id=pad_token_id,
         eval_data=eval_data,
         anchor_data=anchor_data,
+        teacher=teacher,
         progress=progress,
         callbacks=callbacks,
         before_merge=before_merge,
@@ -114,6 +119,7 @@ def run_training(
     pad_token_id: int,
     eval_data: Sequence[Encoded] | None = None,
     anchor_data: Sequence[Encoded] | None = None,
+    teacher: Adapter | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     before_merge: Callable[[TrainedParts], None] | None = None,
@@ -135,6 +141,11 @@ def run_training(
     """
     _check_held_out(settings, eval_data)
     _check_data(settings, data)
+    if teacher is not None and not settings.is_taught:
+        raise TrainingError(
+            "a teacher does nothing while lambda_distill and lambda_match are 0; set one of them, "
+            "or give no teacher"
+        )
     with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
         arguments = arguments or training_arguments(settings, checkpoints or work)
         processes = arguments.world_size
@@ -158,6 +169,8 @@ def run_training(
             changed.append((model.config, {"use_cache": model.config.use_cache}))
         parts = make_trainable(model, routers, layers, settings)
         objective.updates = parts.updates
+        if teacher is not None:
+            objective.teacher = Teacher(teacher, routers, layers, parts.updates, arguments.device)
         if processes > 1:
             freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False
@@ -169,7 +182,8 @@ def run_training(
             _fill_up(dataset, settings.batch_size * processes)
         padding = Collator(pad_token_id)
         per_step = settings.batch_size * settings.gradient_accumulation * processes
-        ours = identity(settings, data, per_step, base)
+        taught = None if teacher is None else teacher_fingerprint(teacher)
+        ours = identity(settings, data, per_step, base, taught)
         start = newest_checkpoint(checkpoints) if resume and checkpoints is not None else None
         if start is not None:
             check_same_run(start, ours)

@@ -15,6 +15,8 @@ For one MoE layer and token t, K = top_k, C = cache capacity in experts, E exper
     KL anchor          mean_t KL(p_b || p_f)               `kl_anchor_loss`
     distillation       mean_t KL of the base model's next-token distribution to this model's
                                                            `distillation_loss`
+    match              mean_t of |h - t|^2 / |t|^2, hidden states h of this model and t of a
+                       teacher                             `match_loss`
 
 The mean runs over completion tokens; the prompt only fills the imagined cache, and padding does not
 even that. The first token of a sequence meets an empty cache: c = 0, its loss is K.
@@ -30,6 +32,7 @@ from melinoe.losses.anchors import kl_anchor_loss, rank_matching_loss
 from melinoe.losses.cache import cache_simulation_loss, missing_share
 from melinoe.losses.distill import distillation_loss
 from melinoe.losses.filter import CausalFilter, choices_of, segments_of
+from melinoe.losses.match import match_loss
 from melinoe.losses.select import completion_positions
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "completion_positions",
     "distillation_loss",
     "kl_anchor_loss",
+    "match_loss",
     "missing_share",
     "rank_matching_loss",
     "segments_of",

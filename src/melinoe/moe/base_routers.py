@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,22 @@ class BaseRouters:
 
     They compute in float32, whatever the model computes in, except within an autocast.
 
+    Args:
+        routers: Of the model, as they are now.
+        states: Router name to another state that its copy gets: routers of an earlier run.
+
     Cost: the routers' parameters once more in float32; a router's forward pass per question.
     """
 
-    def __init__(self, routers: list[Router]):
+    def __init__(
+        self, routers: list[Router], states: Mapping[str, Mapping[str, Tensor]] | None = None
+    ):
         self.routers = routers
         self._copies = {}
         for router in routers:
             frozen = copy.deepcopy(router.module).float().eval().requires_grad_(False)
+            if states is not None and router.name in states:
+                frozen.load_state_dict(states[router.name])
             self._copies[router.index] = frozen
 
     @torch.no_grad()

@@ -42,6 +42,7 @@ class LowRank(nn.Module):
         lora_A: Per projection, float32 ``(num_experts, rank, in)``; starts as PEFT's, uniform
             within ``1 / sqrt(in)``.
         enabled: Whether forward passes add them.
+        instead: Other updates that act in place of these, or none of them, in a tuple of one.
         lora_B: Per projection, float32 ``(num_experts, out, rank)``; starts at zero.
     """
 
@@ -50,6 +51,8 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.rank, self.scaling, self.enabled = rank, alpha / rank, True
+        # In a tuple, so that it is no submodule, whose parameters would be this module's own.
+        self.instead: tuple[LowRank | None] | None = None
         self.is_transposed = bool(getattr(layer.module, "is_transposed", False))
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for tensor in layer.tensors:
@@ -166,6 +169,24 @@ class LowRankUpdates:
             for module, enabled in zip(modules, before, strict=True):
                 module.enabled = enabled
 
+    @contextmanager
+    def replaced(self, others: Sequence[LowRank | None]) -> Iterator[None]:
+        """
+        Within it, other updates act in place of these.
+
+        Args:
+            others: One for each layer, on its device; ``None``: that layer has no update.
+        """
+        modules = [self.of(layer) for layer in self.layers]
+        before = [module.instead for module in modules]
+        for module, other in zip(modules, others, strict=True):
+            module.instead = (other,)
+        try:
+            yield
+        finally:
+            for module, instead in zip(modules, before, strict=True):
+                module.instead = instead
+
     def remove(self, *, merge: bool) -> None:
         """Take the updates off the model; with *merge*, add them to its weights before."""
         merged: set[LowRank] = set()
@@ -191,4 +212,6 @@ def _forward(
 ) -> Tensor:
     update = getattr(module, ADAPTER)
     addition = update if update.enabled else None
+    if update.instead is not None:
+        (addition,) = update.instead
     return grouped_experts(module, hidden_states, top_k_index, top_k_weights, addition)

@@ -26,7 +26,8 @@ NAME = "price_reference"
 _FREE = (
     {"lambda_cache", "lambda_rank", "gamma", "rho", "cache_loss", "cache_gradient"}
     | {"anchor", "rank_reduce", "reference", "swap_margin", "capacity_curriculum"}
-    | {"layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_replay"}
+    | {"layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_match"}
+    | {"lambda_replay"}
     | {"replay_loss", "replay_batch_size", "log_every", "eval_every", "save_every", "keep"}
     | {"keep_checkpoints", "save", "report_to", "max_bad_steps", "gradient_checkpointing"}
 )

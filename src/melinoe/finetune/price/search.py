@@ -31,6 +31,7 @@ from melinoe.finetune.price.reference import Reference, ReferenceCallback, ident
 from melinoe.finetune.price.steering import Price, PriceCallback
 from melinoe.finetune.price.strength import next_strength
 from melinoe.finetune.run import FinetuneResult, finetune
+from melinoe.finetune.terms.teacher import CONTROL
 from melinoe.finetune.trainer import Progress
 
 # A search ends with a run within the price that has spent so much of it.
@@ -73,6 +74,7 @@ def finetune_within(
     eval_examples: Sequence[Example],
     other_examples: Sequence[Example] | None = None,
     anchor_examples: Sequence[Example] | str | None = None,
+    teacher: str | Path | None = None,
     reference: str | Path | None = None,
     runs: int = 4,
     steered: bool = False,
@@ -95,6 +97,7 @@ def finetune_within(
         other_examples: Text of other domains, used likewise; it bounds the run only where the price
             says so.
         anchor_examples: As in `finetune`.
+        teacher: As in `finetune`; ``"control"``: the NLL-only reference.
         reference: Directory that an earlier call wrote as its reference, for the same base, data,
             texts and settings.
         runs: Trained at most, the reference not counted.
@@ -112,6 +115,7 @@ def finetune_within(
     Raises:
         OutputExistsError: *out* or the reference's place is taken; nothing was trained.
         DataError: as `finetune`, or too few held-out texts.
+        CheckpointError: as `finetune`; also a *reference* without an adapter that shall teach.
         TrainingError: as `finetune`; settings that a price cannot be kept with, a bound on other
             domains without their text, or a *reference* of another run.
 
@@ -131,7 +135,7 @@ def finetune_within(
         raise TrainingError(
             "a bound on other domains needs text of theirs; give other data, or leave the bound out"
         )
-    path, name = check_output(out), str(model_path)
+    path, name, teaches = check_output(out), str(model_path), teacher == CONTROL
     directory = _place_of(path, reference, resume)
     # A reference that was named must be there; one that an interrupted call wrote may be.
     found = Reference.load(directory) if reference is not None or is_reference(directory) else None
@@ -148,7 +152,7 @@ def finetune_within(
             name,
             examples,
             directory,
-            settings.control(),
+            replace(settings.control(), save="both") if teaches else settings.control(),
             eval_examples=eval_examples,
             progress=progress,
             callbacks=[watch, *callbacks],
@@ -158,6 +162,8 @@ def finetune_within(
         if _is_main():
             found.save(directory)
     found.check(wanted, directory)
+    if teaches:
+        teacher = directory
     work = path.with_name(f"{path.name}.runs")
     if _is_main() and work.exists() and not resume:
         raise OutputExistsError(
@@ -175,6 +181,7 @@ def finetune_within(
             [callback, *callbacks],
             eval_examples=eval_examples,
             anchor_examples=anchor_examples,
+            teacher=teacher,
             progress=progress,
             resume=resume,
         )

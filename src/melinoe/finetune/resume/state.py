@@ -44,7 +44,11 @@ _FREE = (
 
 
 def identity(
-    settings: FinetuneSettings, data: Sequence[Encoded], rows_per_step: int, base: str
+    settings: FinetuneSettings,
+    data: Sequence[Encoded],
+    rows_per_step: int,
+    base: str,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on from the other's checkpoint; JSON."""
     digest = hashlib.sha256()
@@ -56,6 +60,7 @@ def identity(
         "rows_per_step": rows_per_step,
         "data": digest.hexdigest(),
         "base": base,
+        "teacher": teacher,
     }
 
 
@@ -71,7 +76,9 @@ def check_same_run(path: Path, ours: dict[str, Any]) -> None:
     if not differ:
         return
     named = ", ".join(
-        key if key in ("data", "base") else f"{key} {theirs.get(key)} there and {ours[key]} here"
+        key
+        if key in ("data", "base", "teacher")
+        else f"{key} {theirs.get(key)} there and {ours[key]} here"
         for key in differ
     )
     raise TrainingError(

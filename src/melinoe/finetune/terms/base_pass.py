@@ -1,13 +1,14 @@
-"""A second pass over the same tokens, by the model as it was before training."""
+"""A second pass over the same tokens, by the base model or by another run's."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.hidden import HiddenRecorder
 
 # What a batch holds for the losses, and a model does not take.
 _NOT_INPUTS = ("labels", "segment_ids", "num_items_in_batch")
@@ -17,21 +18,23 @@ class Switchable(Protocol):
     """Updates on a model that can be left out of its passes for a while."""
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Within it, the model computes as if it had no updates."""
+        """Within it, the updates in training do not act: none do, or a teacher's."""
 
 
 @dataclass(frozen=True)
 class BaseOutputs:
     """
-    What the base model said about a batch.
+    What the base model, or a teacher, said about a batch.
 
     Attributes:
         logits: Next-token logits ``(batch, tokens, vocabulary)``.
         router_logits: Layer index to ``(tokens, num_logits)``, tokens flat in the batch's order.
+        hidden: Place to hidden states, as `HiddenRecorder` has them; empty if nobody asked.
     """
 
     logits: Tensor
     router_logits: dict[int, Tensor]
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -40,6 +43,7 @@ def base_pass(
     inputs: dict[str, Any],
     routers: BaseRouters,
     updates: Switchable | None,
+    hidden: HiddenRecorder | None = None,
 ) -> BaseOutputs:
     """
     Run the base model on a batch, in the place of the model in training.
@@ -51,13 +55,14 @@ def base_pass(
     Args:
         model: In training, wrapped for several devices or not.
         inputs: Of a forward pass; labels and segments are left out.
-        routers: Copies of the routers before training.
+        routers: Copies of the routers before training, or of a teacher's.
         updates: Of the experts; ``None`` if only routers are trained.
+        hidden: Records the pass, if its hidden states are wanted.
 
     Cost: one forward pass, and its next-token logits.
     """
     taken = {key: value for key, value in inputs.items() if key not in _NOT_INPUTS}
     off = updates.disabled() if updates is not None else nullcontext()
-    with off, routers.in_place() as router_logits:
+    with off, routers.in_place() as router_logits, hidden or nullcontext():
         logits = model(**taken, use_cache=False).logits
-    return BaseOutputs(logits, router_logits)
+    return BaseOutputs(logits, router_logits, hidden.take() if hidden is not None else {})

@@ -7,6 +7,7 @@ reuse term, are computed only if they weigh something.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from melinoe.errors import TrainingError
 from melinoe.finetune.terms.base_pass import BaseOutputs, Switchable, base_pass
 from melinoe.finetune.terms.batch_terms import Layout, Terms, stacks_of, weighing
 from melinoe.finetune.terms.replay import Replay, to_device
-from melinoe.losses import distillation_loss
+from melinoe.finetune.terms.teacher import Teacher
+from melinoe.losses import completion_positions, distillation_loss, match_loss
 from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.hidden import HiddenRecorder
 from melinoe.moe.routing import Router, Routing, RoutingRecorder
 
 
@@ -33,6 +36,8 @@ class Objective:
         settings: The weights and forms of the terms.
         updates: Of the experts, for passes of the base model; may be set later.
         replay: Anchor text; without it there is no replay term.
+        teacher: Whose words and hidden states are learned, where a term asks for them; may be set
+            later. ``None``: the base model's.
 
     Attributes:
         lambda_cache: Weight of the cache term; may be changed between steps.
@@ -51,8 +56,10 @@ class Objective:
         *,
         updates: Switchable | None = None,
         replay: Replay | None = None,
+        teacher: Teacher | None = None,
     ):
         self.settings, self.updates, self.replay = settings, updates, replay
+        self.teacher = teacher
         self.lambda_cache = settings.lambda_cache
         self.progress = 0.0
         self.base = BaseRouters(routers)
@@ -126,17 +133,26 @@ class Objective:
         replay: bool,
     ) -> tuple[Terms, Any]:
         base = self.base_pass(model, inputs)
-        with self.recorder:
+        taught = self.teacher_pass(model, inputs, base)
+        hidden = self._hidden(model)
+        with self.recorder, hidden or nullcontext():
             nll, outputs = forward()
             routings = self.recorder.take()
         labels = inputs["labels"]
         more = {}
-        if base is not None and self.settings.lambda_distill > 0:
+        if taught is not None and self.settings.lambda_distill > 0:
             more["distill"] = distillation_loss(
                 outputs["logits"] if isinstance(outputs, dict) else outputs.logits,
-                base.logits,
+                taught.logits,
                 labels,
                 ignored=IGNORED,
+                denominator=denominator,
+            )
+        if taught is not None and hidden is not None:
+            more["match"] = match_loss(
+                hidden.take(),
+                taught.hidden,
+                completion_positions(labels != IGNORED),
                 denominator=denominator,
             )
         if replay and self.settings.lambda_replay > 0:
@@ -149,11 +165,29 @@ class Objective:
         return terms, outputs
 
     def base_pass(self, model: Any, inputs: dict[str, Any]) -> BaseOutputs | None:
-        """What the base model says about a batch, where a term asks for it."""
-        anchored = self.settings.reference == "pass" and self.settings.anchor != "none"
-        if not anchored and not self.settings.lambda_distill > 0:
+        """What the base model says about a batch, where the anchor asks for it."""
+        if self.settings.reference != "pass" or self.settings.anchor == "none":
             return None
-        return base_pass(model, inputs, self.base, self.updates)
+        hidden = None if self.teacher is not None else self._hidden(model)
+        return base_pass(model, inputs, self.base, self.updates, hidden)
+
+    def teacher_pass(
+        self, model: Any, inputs: dict[str, Any], base: BaseOutputs | None = None
+    ) -> BaseOutputs | None:
+        """What the teacher says about a batch, where a term asks; without one, *base* if given."""
+        if not self.settings.is_taught:
+            return None
+        if self.teacher is None:
+            if base is not None:
+                return base
+            return base_pass(model, inputs, self.base, self.updates, self._hidden(model))
+        return base_pass(model, inputs, self.teacher.routers, self.teacher, self._hidden(model))
+
+    def _hidden(self, model: Any) -> HiddenRecorder | None:
+        """A recorder of hidden states, where they are wanted; of the model within any wrapper."""
+        if not self.settings.lambda_match > 0:
+            return None
+        return HiddenRecorder(self.base.routers, getattr(model, "module", model))
 
     def _replayed(self, model: Any, device: torch.device) -> Tensor:
         """The loss on the next batch of anchor text."""

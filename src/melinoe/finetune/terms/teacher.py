@@ -1,0 +1,124 @@
+"""Whom a run learns from beside its data: an earlier run on the same base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from melinoe.checkpoint.metadata import read_metadata
+from melinoe.errors import TrainingError
+from melinoe.finetune.parts.adapter_files import CONFIG, Adapter, read_adapter
+from melinoe.finetune.parts.low_rank import LowRank, LowRankUpdates
+from melinoe.finetune.parts.saving import ADAPTER_DIRECTORY
+from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.experts import ExpertsLayer
+from melinoe.moe.routing import Router, fingerprint
+
+CONTROL = "control"  # in place of a directory: train the NLL-only run first, and learn from it
+
+
+class Teacher:
+    """
+    An adapter of the same base, put in the place of what is being trained for a pass.
+
+    Both share every frozen weight, so a teacher costs the memory of its routers and updates, and a
+    forward pass without gradients per batch.
+
+    Args:
+        adapter: From `read_teacher`.
+        routers: Of the model in training, before or after any step.
+        layers: Of the same.
+        updates: Of the same; ``None`` if only routers are trained.
+        device: Where passes will run.
+
+    Raises:
+        TrainingError: the teacher changes experts, and this run does not.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        routers: list[Router],
+        layers: Sequence[ExpertsLayer],
+        updates: LowRankUpdates | None,
+        device: torch.device,
+    ) -> None:
+        if adapter.factors and updates is None:
+            raise TrainingError(
+                "the teacher's experts were trained, but this run trains routers alone; train the "
+                "experts too, or give a teacher whose routers alone were trained"
+            )
+        self.routers = BaseRouters(routers, adapter.routers)
+        self._updates = updates
+        self._theirs = [_frozen(layer, adapter, device) for layer in layers]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it, the teacher's updates of experts act in place of those in training."""
+        if self._updates is None:
+            yield
+            return
+        with self._updates.replaced(self._theirs):
+            yield
+
+
+def read_teacher(directory: str | Path, model: object) -> Adapter:
+    """
+    The trained parts of an earlier run on the base *model*.
+
+    Args:
+        directory: What ``melinoe finetune --save adapter`` or ``both`` wrote, or PEFT.
+        model: The base, loaded; not changed.
+
+    Raises:
+        CheckpointError: no adapter there, or none of this base's shapes.
+        TrainingError: it was trained on another base.
+    """
+    path = Path(directory).expanduser()
+    if (path / ADAPTER_DIRECTORY / CONFIG).is_file():
+        path = path / ADAPTER_DIRECTORY
+    adapter = read_adapter(path, model)  # type: ignore[arg-type]
+    wanted = read_metadata(path).get("base_fingerprint")
+    if wanted is not None and wanted != fingerprint(model):  # type: ignore[arg-type]
+        raise TrainingError(
+            f"the teacher in {path} was trained on another base model: their routers differ; give "
+            "a run on this base, or none"
+        )
+    return adapter
+
+
+def teacher_fingerprint(adapter: Adapter) -> str:
+    """Name an adapter's numbers: sha256, 64 hexadecimal digits."""
+    digest = hashlib.sha256(f"{adapter.scaling}".encode())
+    tensors = {
+        **{f"{n}.{k}": t for n, state in adapter.routers.items() for k, t in state.items()},
+        **{
+            f"{n}.{p}.{i}": t
+            for n, projections in adapter.factors.items()
+            for p, pair in projections.items()
+            for i, t in enumerate(pair)
+        },
+    }
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _frozen(layer: ExpertsLayer, adapter: Adapter, device: torch.device) -> LowRank | None:
+    """The teacher's update of one layer, or none where it leaves the experts alone."""
+    factors = adapter.factors.get(layer.name)
+    if factors is None:
+        return None
+    alpha = adapter.scaling * adapter.rank
+    made = LowRank(layer, adapter.rank, alpha, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name in made.names:
+            if name in factors:
+                made.lora_A[name].copy_(factors[name][0])
+                made.lora_B[name].copy_(factors[name][1])
+    return made.requires_grad_(False).to(device)
