@@ -127,8 +127,13 @@ class FinetuneSettings:
     )
     lambda_distill: float = setting(
         0.0,
-        "weight of the divergence of next-token distributions from the base model's; "
-        "0 leaves it out, and saves a pass of the base model",
+        "weight of the divergence of next-token distributions from the teacher's, the base "
+        "model's if there is none; 0 leaves it out",
+    )
+    lambda_match: float = setting(
+        0.0,
+        "weight of the relative squared difference of hidden states from the teacher's, the base "
+        "model's if there is none; 0 leaves it out, and with distillation a pass of the teacher",
     )
     lambda_replay: float = setting(
         0.0, "weight of the loss on anchor text beside the data; 0 leaves it out"
@@ -210,6 +215,7 @@ class FinetuneSettings:
             ("rho", self.rho >= 0, "0 or more"),
             ("lambda_reuse", self.lambda_reuse >= 0, "0 or more"),
             ("lambda_distill", self.lambda_distill >= 0, "0 or more"),
+            ("lambda_match", self.lambda_match >= 0, "0 or more"),
             ("lambda_replay", self.lambda_replay >= 0, "0 or more"),
             ("swap_margin", self.swap_margin is None or self.swap_margin > 0, "above 0"),
             ("capacity_curriculum", 0 <= self.capacity_curriculum <= 1, "in [0, 1]"),
@@ -242,6 +248,11 @@ class FinetuneSettings:
                 raise TrainingError(f"{name} cannot be {getattr(self, name)}; it must be {want}")
 
     @property
+    def is_taught(self) -> bool:
+        """Whether a term compares with a teacher."""
+        return self.lambda_distill > 0 or self.lambda_match > 0
+
+    @property
     def is_control(self) -> bool:
         """Whether the run trains on next tokens alone."""
         anchored = self.lambda_rank > 0 and self.anchor != "none"
@@ -253,7 +264,13 @@ class FinetuneSettings:
         return replace(self, **off)
 
 
-_OTHER_WEIGHTS = ("lambda_cache", "lambda_reuse", "lambda_distill", "lambda_replay")
+_OTHER_WEIGHTS = (
+    "lambda_cache",
+    "lambda_reuse",
+    "lambda_distill",
+    "lambda_match",
+    "lambda_replay",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
