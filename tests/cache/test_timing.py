@@ -152,6 +152,23 @@ def test_parts_are_paid_by_their_number():
     assert predict(done, machine, WORK).pass_s == pytest.approx(expected)
 
 
+def test_what_follows_a_wait_is_slower_by_how_long_it_was():
+    """
+    After 10 ms 2 more, after 20 and longer 3 more; layers wait 11, 0 and 22 ms.
+
+    Of 11 ms the copy took 4: 7 of idleness, 1.4 more. Of 22 the copies took 8: 14, and 2.4 more.
+    """
+    curve = ((0.010, 0.002), (0.020, 0.003))
+    plain, cold = Machine(**SLOW, copy_s=0.004), Machine(**SLOW, copy_s=0.004, after_wait_s=curve)
+    assert [cold.colder_s(1e-3 * ms) for ms in (0, 5, 10, 15, 99)] == pytest.approx(
+        [0, 0.001, 0.002, 0.0025, 0.003]
+    )
+    done = run([[1, 0, 2]], [[4, 4, 4]])
+    before, after = predict(done, plain, WORK), predict(done, cold, WORK)
+    assert after.pass_s - before.pass_s == pytest.approx([0.0014 + 0.0024])
+    assert (after.link_s == before.link_s).all()
+
+
 def test_a_prefetch_travels_while_layers_compute():
     """
     Two prefetches before the pass, one per layer, copies of 1 ms: 2 ms are spent issuing.
@@ -245,6 +262,7 @@ def test_handling_misses_on_the_host_is_simulated_as_it_is_timed():
         {"link_bytes_per_s": 1e9, "device_bytes_per_s": float("inf")},
         {"link_bytes_per_s": 1e9, "experts_share": 1.5},
         {"link_bytes_per_s": 1e9, "overlap": "all"},
+        {"link_bytes_per_s": 1e9, "after_wait_s": ((2.0, 0.1), (1.0, 0.2))},
     ],
 )
 def test_impossible_machines_are_refused(figures):

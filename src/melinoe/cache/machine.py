@@ -32,6 +32,9 @@ class Machine:
         call_s: Of that, by layer, what does not depend on how many experts are computed.
         parts_s: What a request costs more for being computed in parts, and is then put together.
         part_s: What each part after the first costs more.
+        after_wait_s: How much longer what follows a wait takes, for it finds caches and clock cold:
+            pairs of seconds waited and seconds more, waits ascending; nothing more after no wait,
+            between them in a straight line, beyond the last as after it.
         overlap: ``none`` or ``hits``, see the module.
 
     Raises:
@@ -54,12 +57,13 @@ class Machine:
     call_s: float = 0.0
     parts_s: float = 0.0
     part_s: float = 0.0
+    after_wait_s: tuple[tuple[float, float], ...] = ()
     overlap: str = "none"
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name == "overlap" or value is None:
+            if one.name in ("overlap", "after_wait_s") or value is None:
                 continue
             positive = one.name.endswith("_per_s")
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
@@ -69,10 +73,28 @@ class Machine:
                 )
         if self.experts_share > 1:
             raise HardwareError(f"experts_share cannot be {self.experts_share}; it is at most 1")
+        waits = [waited for waited, _ in self.after_wait_s]
+        if waits != sorted(set(waits)) or any(
+            not math.isfinite(value) or value < 0 for pair in self.after_wait_s for value in pair
+        ):
+            raise HardwareError(
+                f"after_wait_s cannot be {self.after_wait_s}; give pairs of seconds, waits "
+                "ascending"
+            )
         if self.overlap not in OVERLAPS:
             raise HardwareError(
                 f"overlap cannot be {self.overlap!r}; choose one of {', '.join(OVERLAPS)}"
             )
+
+    def colder_s(self, waited_s: float) -> float:
+        """Seconds more that what follows takes after so long a wait."""
+        before, slower = 0.0, 0.0
+        for wait, more in self.after_wait_s:
+            if waited_s <= wait:
+                share = (waited_s - before) / (wait - before) if wait > before else 1.0
+                return slower + share * (more - slower)
+            before, slower = wait, more
+        return slower
 
 
 @dataclass(frozen=True, kw_only=True)

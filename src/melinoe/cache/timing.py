@@ -21,9 +21,10 @@ one layer of one pass takes
     F   = f + (backbone + KV) / (L D) + P         all else, f host seconds per layer
     P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below
     w   = what is left until this layer's prefetch has arrived, if it is used
+    G   = g(w + T - max(U, n c))                  what follows a wait takes longer, ``after_wait_s``
 
-    overlap none:   F + w + max(T, U) + H + N     wait, then compute
-    overlap hits:   F + w + max(T, U, H) + N      hits are computed while misses come
+    overlap none:   F + w + max(T, U) + G + H + N    wait, then compute
+    overlap hits:   F + w + max(T, U, H) + G + N     hits are computed while misses come
 
 and a pass its layers' sum plus the host's seconds per pass. Where a pass with all experts resident
 was measured (``pass_s``, and ``row_s`` for each row more), that replaces F + H + N, of which
@@ -40,7 +41,7 @@ on each, and the link carries them while layers compute. They delay later loads 
 Those of a prefetch between layers are issued when the layer before has its experts, before H + N;
 w is as if the last of a layer's were used.
 
-Stall is what the layers take beyond F + H + N: by the link (w, or T where it is longest) or by the
+Stall is what the layers take beyond F + G + H + N: by the link (w, or T where it is longest) or by the
 host's computing (U). Nothing is said about what shares the machine.
 
 Source:
@@ -170,6 +171,9 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
             longest = max(link, cpu)
             hidden = min(longest, resident[step][layer]) if machine.overlap == "hits" else 0.0
             now += longest - hidden
+            if machine.after_wait_s:
+                idle = late + max(0.0, link - max(cpu, count * machine.copy_s))
+                now += machine.colder_s(idle)
             if layer + 1 < layers and (early := between[step][layer + 1]):
                 for _ in range(early):
                     free = max(free, now) + carried
