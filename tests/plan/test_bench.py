@@ -8,7 +8,6 @@ import pytest
 from melinoe.errors import BudgetError, MelinoeError
 from melinoe.plan.predicted import machine_of, seconds_of
 from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, strategies
-from melinoe.predictor.model import Predictor
 from melinoe.report import render_table
 from tests.small_olmoe import EXPERTS, always, tiny_model, words_tokenizer
 
@@ -35,7 +34,7 @@ def bench(melinoe, place, *more):
 
 def test_all_combinations_between_the_two_extremes():
     """2 slots x 2 policies x 2 prefetches, between loading everything and holding everything."""
-    chosen = strategies(8, [2, 4], ["lru", "lfu"], ["none", "learned"])
+    chosen = strategies(8, [2, 4], ["lru", "lfu"], ["none", "predictor"])
     assert len(chosen) == 2 + 8
     assert (chosen[0].name, chosen[0].slots) == (ON_DEMAND, 1)
     assert (chosen[-1].name, chosen[-1].slots, chosen[-1].warm) == (ALL_RESIDENT, 8, True)
@@ -76,7 +75,7 @@ def test_simulated_counts_equal_measured_ones_for_every_strategy(when, melinoe, 
         assert sum(record["per_prompt"]["uses"]) == 3 * 7 * 2 * 2  # tokens x layers x top-2
     by_name = {(one["strategy"], one["slots"]): one for one in records}
     assert sum(by_name[ALL_RESIDENT, EXPERTS]["per_prompt"]["loads"]) <= 2 * EXPERTS
-    ahead = by_name["lfu + learned prefetch", 4]["per_prompt"]["prefetch_loads"]
+    ahead = by_name["lfu + predictor prefetch", 4]["per_prompt"]["prefetch_loads"]
     assert sum(ahead) > 0 and by_name["lfu", 4]["prefetch"] == "none"
 
 
@@ -120,7 +119,9 @@ def test_the_records_make_a_report(melinoe, place, tmp_path):
         (("--policy", "belady"), 1, "future"),
         (("--policy", "fifo-ish"), 1, "lru"),
         (("--link", "25TB/s"), 1, "check the unit"),
-        (("--prefetch", "learned"), 1, "--predictor"),
+        (("--prefetch", "predictor"), 1, "--predictor"),
+        (("--prefetch", "nearest"), 1, "--nearest"),
+        (("--prefetch", "popularity"), 1, "--popularity"),
         (("--prefetch", "psychic"), 2, "popularity"),
         (("--prefetch-at", "never"), 2, "completion"),
     ],
@@ -165,11 +166,3 @@ def test_a_link_s_transfers_are_predicted_by_hand():
     before, after = seconds_of(done, machine, Work(expert_bytes=1000))
     assert before[0] == pytest.approx(0.001 + 2 * 0.002)
     assert after[0] == pytest.approx(0.001 + 0.002)
-
-
-def test_popularity_is_the_predictor_s_whatever_the_prompt(place):
-    """Its top experts do not depend on the tokens."""
-    from melinoe.plan.strategies import Popularity
-
-    rival = Popularity(Predictor.load(place / "predictor"))
-    assert rival.top([3, 4], 2) == rival.top([9], 2)

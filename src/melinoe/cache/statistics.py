@@ -59,6 +59,23 @@ def load_statistics(path: str | os.PathLike, trace: Trace) -> np.ndarray:
     Raises:
         TraceError: it is neither, or of another model's shape.
     """
+    counts = load_counts(path)
+    shape = (trace.num_layers, trace.num_experts)
+    if counts.shape != shape:
+        raise TraceError(
+            "{} is of another model: it has {} layers of {} experts, and the trace {} of {}; "
+            "count this model's".format(path, *counts.shape, *shape)
+        )
+    return counts
+
+
+def load_counts(path: str | os.PathLike) -> np.ndarray:
+    """
+    As `load_statistics`, of whatever model.
+
+    Raises:
+        TraceError: it is neither.
+    """
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
@@ -66,12 +83,6 @@ def load_statistics(path: str | os.PathLike, trace: Trace) -> np.ndarray:
             f"the statistics {path} cannot be read: {error.strerror}; check the path"
         ) from error
     counts = _counts(path, blob) if blob[:1] == b"{" else popularity(Trace.load(path))
-    shape = (trace.num_layers, trace.num_experts)
-    if counts.shape != shape:
-        raise TraceError(
-            "{} is of another model: it has {} layers of {} experts, and the trace {} of {}; "
-            "count this model's".format(path, *counts.shape, *shape)
-        )
     return np.asarray(counts, np.float64)
 
 

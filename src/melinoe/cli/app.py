@@ -18,6 +18,7 @@ from melinoe.cli import (
     merge,
     plan,
     predictor,
+    prefetch,
     report,
     simulate,
     trace,
@@ -43,6 +44,7 @@ app.command("merge")(merge.command)
 app.command("card")(card.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
+app.add_typer(prefetch.app, name="prefetch")
 app.command("generate")(generate.command)
 app.command("import-trace")(import_trace.command)
 app.command("simulate")(simulate.command)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import options, prefetching
 
 
 def command(
@@ -21,16 +21,14 @@ def command(
     prefetch: Annotated[
         list[str] | None,
         typer.Option(
-            help="none, learned, popularity; may be repeated. Default: none, and with --predictor "
-            "all three."
+            help=f"What is loaded ahead of need: {prefetching.NAMES}; may be repeated. Default: "
+            "none, and what the files given are for."
         ),
     ] = None,
-    predictor: Annotated[
-        Path | None, typer.Option(help="What `melinoe predictor fit` wrote, for prefetches.")
-    ] = None,
-    prefetch_at: Annotated[
-        str, typer.Option(help="prompt, before it is read; or completion, after it.")
-    ] = "completion",
+    predictor: prefetching.PredictorDir = None,
+    popularity: prefetching.PopularityFile = None,
+    nearest: prefetching.NearestFile = None,
+    prefetch_at: prefetching.Moment = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Tokens to generate for each prompt.", min=2)
     ] = 64,
@@ -54,22 +52,15 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Run strategies for real, in turn, and print what the simulator predicted beside each."""
-    from typing import get_args
-
-    from melinoe.generate import PrefetchAt
     from melinoe.plan.units import parse_bandwidth, parse_seconds
 
-    kinds = ("none", "learned", "popularity")
-    wanted = prefetch or (list(kinds) if predictor else ["none"])
-    if unknown := [one for one in wanted if one not in kinds]:
-        raise typer.BadParameter(
-            f"{unknown[0]!r} is not one of {', '.join(kinds)}", param_hint="--prefetch"
-        )
-    if prefetch_at not in get_args(PrefetchAt):
-        raise typer.BadParameter(
-            f"{prefetch_at!r} is not one of {', '.join(get_args(PrefetchAt))}",
-            param_hint="--prefetch-at",
-        )
+    wanted = prefetching.names_of(
+        prefetch, prefetch_at, predictor=predictor, popularity=popularity, nearest=nearest
+    )
+    if not prefetch and wanted != ("none",):
+        # A predictor also knows what is popular, which is its first rival.
+        also = ("popularity",) if predictor and popularity is None else ()
+        wanted = ("none", *also, *wanted)
     emulated = None
     if link is not None:
         emulated = (parse_bandwidth(link, "link"), parse_seconds(link_latency))
@@ -86,6 +77,8 @@ def command(
     from melinoe.report import render_table
 
     options.quiet()
+    guess = Predictor.load(predictor) if predictor else None
+    made_of = prefetching.given(guess, popularity, nearest, prefetch_at)
     path = options.resolve(model)
     about = describe(path)
     if not about.supported:
@@ -106,12 +99,11 @@ def command(
             store=store,
             link=emulated,
             max_new_tokens=max_new_tokens,
-            prefetch_at=prefetch_at,  # type: ignore[arg-type]
             repeat=repeat,
         ),
         chosen,
         [encode_prompt(example, tokenizer) for example in examples],
-        Predictor.load(predictor) if predictor else None,
+        made_of,
         label=model,
         say=options.say,
     )

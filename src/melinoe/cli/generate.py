@@ -1,11 +1,11 @@
 """`melinoe generate`: prompt to text, with few experts resident."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import options, prefetching
 
 
 def command(
@@ -16,16 +16,17 @@ def command(
     expert_memory: options.ExpertMemory = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
-    predictor: Annotated[
-        Path | None, typer.Option(help="Prefetch the experts that this predictor names.")
-    ] = None,
-    prefetch_at: Annotated[
-        str,
+    prefetch: Annotated[
+        str | None,
         typer.Option(
-            help="When: prompt, before it is read; completion, after it, where a long prompt would "
-            "evict what was prefetched."
+            help=f"What is loaded ahead of need: {prefetching.NAMES}. Default: what --predictor, "
+            "--prior, --popularity or --nearest is for, else none."
         ),
-    ] = "prompt",
+    ] = None,
+    predictor: prefetching.PredictorDir = None,
+    popularity: prefetching.PopularityFile = None,
+    nearest: prefetching.NearestFile = None,
+    prefetch_at: prefetching.Moment = None,
     prior: Annotated[
         Path | None,
         typer.Option(
@@ -60,21 +61,29 @@ def command(
 ) -> None:
     """Generate text with few experts resident; the text to stdout, what it cost to stderr."""
     import sys
-    from typing import get_args
+    from dataclasses import replace
 
     import torch
 
-    from melinoe.generate import PrefetchAt, generate
+    from melinoe.generate import generate
     from melinoe.predictor import AdaptivePredictor, Predictor, Prior, open_prior
+    from melinoe.prefetch import prefetcher
 
-    if prefetch_at not in get_args(PrefetchAt):
-        raise typer.BadParameter(
-            f"{prefetch_at!r} is not one of {', '.join(get_args(PrefetchAt))}",
-            param_hint="--prefetch-at",
-        )
+    names = prefetching.names_of(
+        None if prefetch is None else [prefetch],
+        prefetch_at,
+        predictor=predictor or prior,
+        popularity=popularity,
+        nearest=nearest,
+    )
+    if len(names) > 1:
+        raise typer.BadParameter(f"name one of {', '.join(names)}", param_hint="--prefetch")
     if prior is None and (user or half_life is not None):
         raise typer.BadParameter("it belongs to --prior", param_hint="--user, --half-life")
     guess: Predictor | AdaptivePredictor | None = Predictor.load(predictor) if predictor else None
+    # What is missing or wrong shows before the model is opened; a prior is opened with it.
+    made_of = prefetching.given(guess, popularity, nearest, prefetch_at)
+    ahead = None if prior is not None else prefetcher(names[0], made_of)
     if prior is not None and prior.exists():
         if half_life is not None:
             raise typer.BadParameter(
@@ -94,8 +103,11 @@ def command(
         kept = open_prior(prior, loaded, half_life)
         assert guess is None or isinstance(guess, Predictor)
         guess = AdaptivePredictor(kept, guess, user, learns=learn)
+        ahead = prefetcher(names[0], replace(made_of, predictor=guess))
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature else {}
+    )
     streamer = None
     if not as_json:
         from transformers import TextStreamer
@@ -107,14 +119,15 @@ def command(
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,
-        predictor=guess,
-        prefetch_at=prefetch_at,  # type: ignore[arg-type]
+        prefetch=ahead,
         streamer=streamer,
         **sampling,
     )
     if kept is not None and prior is not None and learn:
         kept.save(prior)
     assert result.counters is not None  # there is a handle
+    blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]
+    wasted = result.counters.prefetch_unused * blocks
     cost = {
         "slots": handle.slots,
         "expert_memory_bytes": handle.expert_memory_bytes,
@@ -122,7 +135,12 @@ def command(
         "changed_choices": handle.changed_choices,
         "hit_rate": result.counters.hit_rate("completion"),
         "transfers_per_token": result.counters.transfers_per_token(),
+        "prefetch": names[0],
         "prefetch_per_token": result.counters.prefetch_per_token(),
+        "prefetch_precision": result.counters.prefetch_precision(),
+        "prefetch_recall": result.counters.prefetch_recall(),
+        "prefetch_waste_bytes": int(wasted.sum()),
+        "adjusted_hit_rate": result.counters.adjusted_hit_rate("completion"),
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,
     }

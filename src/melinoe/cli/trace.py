@@ -27,6 +27,13 @@ def command(
     scores: Annotated[
         bool, typer.Option(help="Also record each choice's weight, for the policy score.")
     ] = False,
+    guesses: Annotated[
+        bool,
+        typer.Option(
+            help="Also record what each layer's router says one layer early, for the prefetch "
+            "next-router."
+        ),
+    ] = False,
     keep_prompts: Annotated[
         bool,
         typer.Option(help="Write the prompts' token ids beside the trace, for `predictor fit`."),
@@ -48,7 +55,14 @@ def command(
     handle.choose(wanted)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     trace = trace_prompts(
-        loaded, handle, tokenizer, prompts, max_new_tokens, progress=options.say, scores=scores
+        loaded,
+        handle,
+        tokenizer,
+        prompts,
+        max_new_tokens,
+        progress=options.say,
+        scores=scores,
+        guesses=guesses,
     )
     trace.save(out)
     if keep_prompts:

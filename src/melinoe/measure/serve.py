@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.prefetcher import Prefetcher
 from melinoe.errors import DataError
 from melinoe.generate import Generation, PrefetchAt, Prompt, generate
 from melinoe.measure.link import link_fields
@@ -27,6 +28,7 @@ _ESTIMATES: dict[str, tuple[str, str | None]] = {
     "zero_miss_tokens": ("zero_miss", "tokens"),
     "transfers_per_token": ("loads", "tokens"),
     "prefetch_transfers_per_token": ("prefetch_loads", "tokens"),
+    "prefetch_waste_per_token": ("prefetch_unused", "tokens"),
     "prefill_transfers": ("prefill_loads", None),
     "tokens_per_s": ("new_tokens", "seconds"),
     "tpot_s": ("decode_s", "tokens"),
@@ -43,6 +45,7 @@ def serving(
     max_new_tokens: int = 64,
     predictor: Predictor | None = None,
     *,
+    prefetch: Prefetcher | None = None,
     label: str,
     strategy: str = "",
     prefetch_at: PrefetchAt = "prompt",
@@ -65,6 +68,10 @@ def serving(
       also where they serve the prompt's forward pass.
     - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
     - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart.
+    - ``prefetch_precision``: share of the experts copied ahead that were used before they left;
+      ``prefetch_recall``: copied ahead in time, of what the completion would have missed;
+      ``prefetch_waste_per_token``: copied ahead and not used; see `melinoe.cache.counters`. The
+      first two stand only where something was copied ahead.
     - ``prefill_transfers``: demand loads of the prompt's forward pass, per prompt.
     - ``tokens_per_s``: new tokens over the whole call; ``tpot_s``: time per token after the
       first; ``ttft_s``: to the first token, predictor included; ``stall_ms_per_token``.
@@ -78,10 +85,11 @@ def serving(
         tokenizer: The model's.
         prompts: At least one.
         max_new_tokens: At most so many for each; at least 2.
-        predictor: Names experts to prefetch for each prompt.
+        predictor: Names experts to prefetch for each prompt: short for a *prefetch*.
+        prefetch: What is loaded ahead of need.
         label: The model's name in tables.
         strategy: What is done about misses, for tables; ``""`` names policy and prefetch.
-        prefetch_at: As in `melinoe.generate.generate`.
+        prefetch_at: Of *predictor*, as in `melinoe.generate.generate`.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
         repeat: Runs per prompt, for steadier times.
         warmup: Runs of the first prompt before anything is measured.
@@ -117,6 +125,7 @@ def serving(
             max_new_tokens,
             predictor=predictor,
             prefetch_at=prefetch_at,
+            prefetch=prefetch,
             **sampling,
         )
 
@@ -130,15 +139,18 @@ def serving(
         yield
         if progress is not None and (number % step == 0 or number == len(prompts)):
             progress(f"{label}: served {number} of {len(prompts)} prompts")
-    default = handle.policy if predictor is None else f"{handle.policy}, prefetch"
+    moment = prefetch_at if predictor is not None else None if prefetch is None else prefetch.when
+    what = "predictor" if predictor is not None else "none" if prefetch is None else prefetch.name
+    default = handle.policy if moment is None else f"{handle.policy}, prefetch"
     first = handle.layers[0]
     return serve_record(
         generations,
         kind="serve",
         model=label,
         strategy=strategy or default,
-        prefetch="none" if predictor is None else "learned",
-        prefetch_at=None if predictor is None else prefetch_at,
+        prefetch=what,
+        prefetch_at=moment,
+        block_bytes=[handle.store.block_bytes(layer) for layer in range(len(handle.layers))],
         slots=handle.slots,
         num_experts=first.num_experts,
         top_k=_top_k(generations),
@@ -199,6 +211,7 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
             name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
             for name, (top, bottom) in _ESTIMATES.items()
         },
+        **_of_prefetches(columns),
         "hit_rate_by_layer": _by_layer([runs[0] for runs in generations]),
         "per_prompt": columns,
         "machine": machine(),
@@ -221,6 +234,10 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "hits": int(counters.hits[COMPLETION].sum()),
         "loads": loads,
         "prefetch_loads": prefetches,
+        "prefetch_used": int(counters.prefetch_used.sum()),
+        "prefetch_used_decoding": int(counters.prefetch_used[COMPLETION].sum()),
+        "prefetch_unused": int(counters.prefetch_unused.sum()),
+        "missed": loads + int(counters.elsewhere[COMPLETION].sum()),
         "uses_not_paid": uses - loads - prefetches,
         "prefill_loads": int(counters.loads[PROMPT].sum()),
         "zero_miss": int(counters.zero_miss_tokens[COMPLETION]),
@@ -231,6 +248,17 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "stall_ms": _median(run.stall_s * 1e3 for run in runs),
         "prompt_stall_ms": _median(run.prompt_stall_s * 1e3 for run in runs),
     }
+
+
+def _of_prefetches(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """Precision and recall over prompts, where something was copied ahead."""
+    if not any(columns["prefetch_loads"]):
+        return {}
+    used, missed = np.array(columns["prefetch_used_decoding"]), np.array(columns["missed"])
+    found = {"prefetch_precision": bootstrap(columns["prefetch_used"], columns["prefetch_loads"])}
+    if (used + missed).any():
+        found["prefetch_recall"] = bootstrap(used, used + missed)
+    return {name: value.to_dict() for name, value in found.items()}
 
 
 def _by_layer(generations: Sequence[Generation]) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from melinoe.errors import BudgetError
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side
 from melinoe.plan.predicted import (
@@ -30,19 +29,20 @@ from melinoe.plan.predicted import (
     time_load,
     work_of,
 )
-from melinoe.plan.runtimes import Runtimes, Setting, open_runtimes
-from melinoe.plan.strategies import ALL_RESIDENT, Popularity, Strategy
-from melinoe.predictor import Predictor
+from melinoe.plan.runtimes import Setting, open_runtimes
+from melinoe.plan.strategies import ALL_RESIDENT, Strategy, prefetcher_of
+from melinoe.prefetch import Given
 from melinoe.stats import bootstrap
 
 Say = Callable[[str], None]
+_OF_PREFETCHES = ("prefetch_precision", "prefetch_recall")
 
 
 def bench(
     setting: Setting,
     chosen: Sequence[Strategy],
     prompts: Sequence[Any],
-    predictor: Predictor | None = None,
+    given: Given | None = None,
     *,
     label: str,
     say: Say = lambda text: None,
@@ -54,7 +54,7 @@ def bench(
         setting: What all have in common.
         chosen: From `strategies`; one of them holds every expert.
         prompts: Texts or token ids.
-        predictor: For ``learned`` and ``popularity`` prefetches.
+        given: What their prefetches are made of.
         label: The model's name in tables.
         say: Told of progress.
 
@@ -63,23 +63,28 @@ def bench(
         benchmark record with a row for each.
 
     Raises:
-        BudgetError, MelinoeError: as `open_runtimes`.
+        BudgetError, MelinoeError: as `open_runtimes`; or what a prefetch is made of is missing.
         DataError: no prompts, or none that got a second token.
     """
-    guesses = [_prefetcher(one, predictor) for one in chosen]  # refused before anything is read
+    ahead = [prefetcher_of(one, given) for one in chosen]  # refused before anything is read
     runtimes = open_runtimes(setting, chosen)
     resident = next(one for one in chosen if one.name == ALL_RESIDENT)
     model, handle = runtimes[resident]
     say(f"tracing {len(prompts)} prompts with every expert resident")
-    trace = trace_prompts(model, handle, runtimes.tokenizer, prompts, setting.max_new_tokens)
+    guesses = any(one is not None and one.uses_guesses for one in ahead)
+    trace = trace_prompts(
+        model, handle, runtimes.tokenizer, prompts, setting.max_new_tokens, guesses=guesses
+    )
+    ids = [prompt_ids(runtimes.tokenizer, one) for one in prompts]
     say("timing the store")
     read_s = time_load(handle, torch.device(model.device))
 
     servings, replays = [], []
-    for strategy, guess in zip(chosen, guesses, strict=True):
+    for strategy, prefetch in zip(chosen, ahead, strict=True):
         model, handle = runtimes[strategy]
-        replays.append(replay(trace, strategy, _ahead(guess, runtimes, strategy, prompts),
-                              setting.prefetch_at))  # fmt: skip
+        if prefetch is not None:
+            prefetch.bind(model, runtimes.tokenizer)
+        replays.append(replay(trace, strategy, prefetch, ids))
         servings.append(
             serving(
                 model,
@@ -87,10 +92,9 @@ def bench(
                 runtimes.tokenizer,
                 prompts,
                 setting.max_new_tokens,
-                guess,  # type: ignore[arg-type]
+                prefetch=prefetch,
                 label=label,
                 strategy=strategy.name,
-                prefetch_at=setting.prefetch_at,
                 cold=not strategy.warm,
                 repeat=1 if strategy.warm else setting.repeat,
                 progress=None,
@@ -102,34 +106,9 @@ def bench(
     figures, work = machine_of(handle, read_s, measured), work_of(handle)
     rows = []
     for strategy, record, done in zip(chosen, records, replays, strict=True):
-        record["prefetch"] = strategy.prefetch
         record["predicted"] = _predicted(record, counts_of(done), seconds_of(done, figures, work))
         rows.append(_row(strategy, record))
     return records, _benchmark(rows, setting, read_s, label, len(prompts))
-
-
-def _prefetcher(strategy: Strategy, predictor: Predictor | None) -> Predictor | Popularity | None:
-    if strategy.prefetch == "none":
-        return None
-    if predictor is None:
-        raise BudgetError(
-            f"a {strategy.prefetch} prefetch needs a predictor; give --predictor, or leave it out"
-        )
-    return predictor if strategy.prefetch == "learned" else Popularity(predictor)
-
-
-def _ahead(
-    guess: Predictor | Popularity | None,
-    runtimes: Runtimes,
-    strategy: Strategy,
-    prompts: Sequence[Any],
-) -> list[list[list[int]]] | None:
-    """What the prefetch will name for each prompt: the same calls that `generate` makes."""
-    if guess is None:
-        return None
-    model, handle = runtimes[strategy]
-    guess.bind(model)
-    return [guess.top(prompt_ids(runtimes.tokenizer, one), handle.slots) for one in prompts]
 
 
 def _predicted(
@@ -165,6 +144,8 @@ def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
         "hit_rate": record["hit_rate"]["mean"],
         "transfers_per_token_predicted": sum(predicted["counts"]["loads"]) / tokens,
         "transfers_per_token_measured": record["transfers_per_token"]["mean"],
+        "adjusted_hit_rate": record["adjusted_hit_rate"]["mean"],
+        **{name: (record.get(name) or {}).get("mean") for name in _OF_PREFETCHES},
         "counts_equal": predicted["counts_equal"],
         "predicted_ms": 1e3 * predicted["tpot_s"],
         "measured_ms": {key: 1e3 * measured[key] for key in ("mean", "low", "high")}

@@ -17,21 +17,31 @@ import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.machine import Machine, Work
+from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.simulator import Simulation, simulate
 from melinoe.cache.timing import predict
 from melinoe.cache.trace import Trace
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.handle import Handle
 
-COUNTS = ("tokens", "uses", "hits", "loads", "prefetch_loads", "prefill_loads", "zero_miss")
+COUNTS = (
+    "tokens",
+    "uses",
+    "hits",
+    "loads",
+    "prefetch_loads",
+    "prefetch_used",
+    "prefill_loads",
+    "zero_miss",
+)
 _NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
 
 
 def replay(
     trace: Trace,
     strategy: Strategy,
-    ahead: Sequence[Sequence[Sequence[int]]] | None,
-    prefetch_at: str,
+    prefetch: Prefetcher | None,
+    prompts: Sequence[Sequence[int]],
 ) -> Simulation:
     """
     Simulate one strategy on what the model chose.
@@ -39,15 +49,15 @@ def replay(
     Args:
         trace: One sequence per prompt, in order.
         strategy: The strategy.
-        ahead: Per prompt and layer the experts to prefetch, most wanted first; None for none.
-        prefetch_at: As in `melinoe.generate.generate`.
+        prefetch: What it loads ahead, bound to the model.
+        prompts: Token ids, as in the trace.
     """
     return simulate(
         trace,
         strategy.slots,
         strategy.policy,
-        prefetch=None if ahead is None else dict(enumerate(ahead)),
-        prefetch_at=prefetch_at,
+        prefetch=prefetch,
+        prompts=prompts,
         reset_between_sequences=not strategy.warm,
         steps=True,
         engine="residency",
@@ -64,6 +74,7 @@ def counts_of(done: Simulation) -> dict[str, list[int]]:
             one.hits[COMPLETION].sum(),
             one.loads[COMPLETION].sum(),
             one.prefetch_loads.sum(),
+            one.prefetch_used.sum(),
             one.loads[PROMPT].sum(),
             one.zero_miss_tokens[COMPLETION],
         )

@@ -9,7 +9,6 @@ from typing import Any
 from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
 from melinoe.checkpoint.backbone import layers_of
 from melinoe.errors import BudgetError
-from melinoe.generate import PrefetchAt
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.attach import attach_stores
 from melinoe.runtime.budget import format_bytes
@@ -31,7 +30,6 @@ class Setting:
         store: As `melinoe.runtime.load.load`.
         link: Bandwidth in bytes a second and latency of an emulated link; None for the real one.
         max_new_tokens: For each prompt.
-        prefetch_at: ``prompt`` or ``completion``.
         repeat: Runs of each prompt, for steadier times; strategies with a warm cache run once.
     """
 
@@ -41,7 +39,6 @@ class Setting:
     store: str = "auto"
     link: tuple[float, float] | None = None
     max_new_tokens: int = 64
-    prefetch_at: PrefetchAt = "completion"
     repeat: int = 1
 
     def new_link(self) -> EmulatedLink | None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from melinoe.cache.policy import policy_class
 from melinoe.errors import BudgetError, MelinoeError
-from melinoe.predictor import Predictor
+from melinoe.prefetch import (
+    NONE,
+    Given,
+    Prefetcher,
+    Timed,
+    prefetcher,
+    prefetcher_class,
+)
 
 ON_DEMAND, ALL_RESIDENT = "on demand", "all resident"
 
@@ -22,7 +28,7 @@ class Strategy:
         name: For tables.
         slots: Experts of each layer.
         policy: Which leaves.
-        prefetch: What is loaded ahead of need: ``none``, ``learned``, ``popularity``.
+        prefetch: What is loaded ahead of need; a name that `melinoe.prefetch` knows.
         warm: Whether the cache keeps what the prompt before left; with every expert resident
             nothing else would make sense.
     """
@@ -30,7 +36,7 @@ class Strategy:
     name: str
     slots: int
     policy: str
-    prefetch: str = "none"
+    prefetch: str = NONE
     warm: bool = False
 
     @property
@@ -39,26 +45,26 @@ class Strategy:
         return self.slots, self.policy, self.warm
 
 
-class Popularity:
-    """A predictor's rival: experts that were popular where it was fitted, whatever the prompt."""
+def prefetcher_of(strategy: Strategy, given: Given | None) -> Prefetcher | None:
+    """
+    What a strategy loads ahead, made of *given*; its moment is for those that have a choice.
 
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
-
-    def bind(self, model: Any, tokenizer: Any = None) -> None:
-        """As `Predictor.bind`."""
-        self._predictor.bind(model, tokenizer)
-
-    def top(self, token_ids: Sequence[int], slots: int | None = None) -> list[list[int]]:
-        """As `Predictor.top`; *token_ids* make no difference."""
-        return self._predictor.top((), slots)
+    Raises:
+        MelinoeError: what it is made of is missing.
+    """
+    if strategy.prefetch == NONE:
+        return None
+    given = given or Given()
+    if not issubclass(prefetcher_class(strategy.prefetch), Timed):
+        given = replace(given, at=None)
+    return prefetcher(strategy.prefetch, given)
 
 
 def strategies(
     num_experts: int,
     slots: Sequence[int],
     policies: Sequence[str],
-    prefetches: Sequence[str] = ("none",),
+    prefetches: Sequence[str] = (NONE,),
 ) -> list[Strategy]:
     """
     All combinations, between loading every expert that is asked for and holding all of them.
@@ -67,11 +73,11 @@ def strategies(
         num_experts: Of a layer.
         slots: Numbers to try; each in ``[1, num_experts]``.
         policies: Names; those that look ahead cannot serve.
-        prefetches: ``none``, ``learned``, ``popularity``.
+        prefetches: Names that `melinoe.prefetch` knows.
 
     Raises:
         BudgetError: a number of slots that the model cannot have.
-        MelinoeError: an unknown policy, or one that needs the future.
+        MelinoeError: an unknown policy or prefetch, or a policy that needs the future.
     """
     for count in slots:
         if not 1 <= count <= num_experts:
@@ -85,10 +91,13 @@ def strategies(
                 f"policy {name!r} needs the future, which nobody has while serving; "
                 "use `melinoe simulate` for it"
             )
+    for name in prefetches:
+        if name != NONE:
+            prefetcher_class(name)
     out = [Strategy(ON_DEMAND, 1, "lru")]
     for count in dict.fromkeys(slots):
         for policy in dict.fromkeys(policies):
             for prefetch in dict.fromkeys(prefetches):
-                name = policy if prefetch == "none" else f"{policy} + {prefetch} prefetch"
+                name = policy if prefetch == NONE else f"{policy} + {prefetch} prefetch"
                 out.append(Strategy(name, count, policy, prefetch))
     return [*out, Strategy(ALL_RESIDENT, num_experts, "lru", warm=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Nearest(Timed):
         totals = store.uses.sum(axis=2, keepdims=True)
         self._shares = store.uses / np.maximum(totals, 1)
         self._embed: Callable[[Sequence[int]], np.ndarray] | None = None
+        self._model: weakref.ref[Any] | None = None
 
     @classmethod
     def make(cls, given: Given) -> Nearest:
@@ -71,6 +73,8 @@ class Nearest(Timed):
         Raises:
             ModelError: the store is of another model.
         """
+        if self._model is not None and self._model() is model:
+            return
         from melinoe.moe.routing import fingerprint
 
         found = fingerprint(model)
@@ -81,6 +85,7 @@ class Nearest(Timed):
             )
         weight = model.get_input_embeddings().weight
         self._embed = lambda ids: prompt_embedding(weight, ids)
+        self._model = weakref.ref(model)
 
     def neighbours(self, ids: Sequence[int]) -> list[int]:
         """
