@@ -34,14 +34,15 @@ def increase(study: Study, setting: Setting, in_domain: bool) -> Estimate | None
 
     def statistic(sums: list[Floats]) -> Floats:
         gaps = [(ours - theirs) / tokens for ours, theirs, tokens in sums]
-        return np.asarray(np.expm1(np.mean(gaps, axis=0)))
+        return np.asarray(np.exp(np.mean(gaps, axis=0)))
 
-    return crossed(parts, statistic)
+    factor = crossed(parts, statistic, positive=True)
+    return Estimate(factor.mean - 1, factor.low - 1, factor.high - 1, factor.n)
 
 
 def transfers(setting: Setting, cache: str) -> Estimate:
     """Transfers per generated token with a cache such as ``lfu-8``, over seeds and prompts."""
-    return crossed([_moved(list(setting.runs.values()), cache)], _rate)
+    return crossed([_moved(list(setting.runs.values()), cache)], _rate, positive=True)
 
 
 def fewer(study: Study, setting: Setting, cache: str) -> Estimate | None:
@@ -55,14 +56,14 @@ def fewer(study: Study, setting: Setting, cache: str) -> Estimate | None:
         base, base_tokens, mine, my_tokens = sums[0]
         return np.asarray((base / base_tokens) / np.maximum(mine / my_tokens, 1e-12))
 
-    return crossed([columns], statistic)
+    return crossed([columns], statistic, positive=True)
 
 
 def perplexity(setting: Setting, text: str) -> Estimate:
     """Perplexity on one text, over seeds and examples."""
     runs = list(setting.runs.values())
     part = (_column(runs, text, "nll"), _column(runs, text, "tokens"))
-    return crossed([part], lambda sums: np.asarray(np.exp(_rate(sums))))
+    return crossed([part], lambda sums: np.asarray(np.exp(_rate(sums))), positive=True)
 
 
 def average(setting: Setting, key: str) -> float:

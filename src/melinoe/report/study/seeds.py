@@ -1,11 +1,11 @@
 """
-Intervals over seeds and items at once: the crossed percentile bootstrap.
+Intervals over seeds and items at once.
 
 Every seed's model was judged on the same items (examples, documents, prompts), so the measurements
-form a table of seeds by items. A resample draws rows and columns, both with replacement: the
-interval then holds what another seed and other items of the same kind would have changed. Of few
-seeds it holds too little: resampling n of them shows (n - 1)/n of their variance, two thirds of it
-with three, and none with one.
+form a table of seeds by items. Items are many: they are resampled, all seeds together. Seeds are
+few, and resampling n of them would show (n - 1)/n of their variance; so to each resample is added
+what the mean over seeds may be off by, their standard error times a draw of Student's t with n - 1
+degrees of freedom. With one seed there is none: the interval then holds items alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,15 @@ from melinoe.stats import Estimate
 
 Floats = NDArray[np.float64]
 Columns = Sequence[Floats]
-LEVEL, RESAMPLES = 0.95, 2000
+LEVEL, RESAMPLES, DRAWS_EACH = 0.95, 2000, 10
 
 
 def crossed(
-    parts: Sequence[Columns], statistic: Callable[[list[Floats]], Floats], *, seed: int = 0
+    parts: Sequence[Columns],
+    statistic: Callable[[list[Floats]], Floats],
+    *,
+    positive: bool = False,
+    seed: int = 0,
 ) -> Estimate:
     """
     Estimate a statistic of sums, with an interval over seeds and items.
@@ -32,10 +36,11 @@ def crossed(
             depend on the seed is repeated along the first axis.
         statistic: Called with one array ``(arrays, resamples)`` of sums per part; gives one value
             per resample.
+        positive: The statistic is above 0, such as a ratio: seeds are taken to differ by factors.
         seed: Of the draw.
 
     Returns:
-        Mean and the middle 95 % of 2,000 resamples; ``n`` is the number of seeds.
+        Mean and the middle 95 % of 20,000 draws; ``n`` is the number of seeds.
 
     Raises:
         ValueError: arrays of one part differ in shape, or parts in their number of seeds.
@@ -46,20 +51,26 @@ def crossed(
         raise ValueError("every part needs the same seeds")
     mean = float(statistic([part.sum(axis=(1, 2))[:, None] for part in stacked])[0])
     rng = np.random.default_rng(seed)
-    rows = rng.integers(0, seeds, size=(RESAMPLES, seeds))
-    row_counts = _counts(rows, seeds)
-    sums = []
+    sums, by_seed = [], []
     for part in stacked:
-        items = part.shape[2]
-        column_counts = _counts(rng.integers(0, items, size=(RESAMPLES, items)), items)
-        sums.append(np.einsum("rs,asi,ri->ar", row_counts, part, column_counts, optimize=True))
-    drawn = statistic(sums)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        counts = _counts(rng.integers(0, part.shape[2], size=(RESAMPLES, part.shape[2])), part)
+        sums.append(np.einsum("asi,ri->ar", part, counts, optimize=True))
+        by_seed.append(part.sum(axis=2))
+
+    def log(values: Floats) -> Floats:
+        return np.asarray(np.log(np.maximum(values, 1e-12)))  # a cache may have loaded nothing
+
+    to, back = (log, np.exp) if positive else (np.asarray, np.asarray)
+    drawn = np.repeat(to(statistic(sums)), DRAWS_EACH)
+    if seeds > 1:
+        error = float(np.std(to(statistic(by_seed)), ddof=1)) / seeds**0.5
+        drawn = drawn + error * rng.standard_t(seeds - 1, size=drawn.size)
+    low, high = back(np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     return Estimate(mean, float(low), float(high), seeds)
 
 
-def _counts(draws: NDArray[np.int64], size: int) -> Floats:
-    """How often each index was drawn: float64 (resamples, size)."""
-    counts = np.zeros((draws.shape[0], size))
+def _counts(draws: NDArray[np.int64], part: Floats) -> Floats:
+    """How often each item was drawn: float64 (resamples, items)."""
+    counts = np.zeros((draws.shape[0], part.shape[2]))
     np.add.at(counts, (np.arange(draws.shape[0])[:, None], draws), 1.0)
     return counts

@@ -14,8 +14,9 @@ NOTE = (
     "In brackets: 95 % over seeds and items together. Prices are perplexity over the control with "
     "the same seed, which is the same training without cache losses; out of domain is the "
     "geometric mean over the other corpora. Transfers are per completion token, all layers, each "
-    "text from an empty cache, simulated from what the model really chose. Resampling few seeds "
-    "shows too little of how they differ, one seed nothing: read intervals as at least so wide."
+    "text from an empty cache, simulated from what the model really chose. Items are resampled; of "
+    "seeds, which are few, the standard error of their mean counts, with Student's t. With one "
+    "seed the interval holds items alone."
 )
 
 
