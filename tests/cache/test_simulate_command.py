@@ -89,7 +89,7 @@ def test_misses_on_the_cpu_keep_the_popular_where_they_are(trace):
     """Nothing is loaded on demand, the popular ones once for each sequence and layer at most."""
     (row,) = rows(
         trace, "--policy", "static", "--slots", 4, *TIMED, "--dram-bandwidth", "2GB/s",
-        "--miss", "cpu", "--prefetch", "popular",
+        "--miss", "cpu", "--prefetch", "popularity",
     )  # fmt: skip
     assert row["transfers_per_token"] == 0 < row["hit_rate"]
     assert row["prefetch_per_token"] == 4 * 4 / 60  # 3 sequences, the same 4 experts: loaded once
@@ -106,7 +106,7 @@ def test_a_prefetch_can_come_from_prompts_or_a_file(trace, tmp_path):
     counters = simulate(loaded, 4, "lru", prefetch=wanted, prefetch_at="completion").counters
     assert row["prefetch_per_token"] == counters.prefetch_per_token()
     assert row["hit_rate"] == counters.hit_rate("completion")
-    (row,) = rows(trace, "--policy", "lru", "--slots", 4, "--prefetch", "prompt")
+    (row,) = rows(trace, "--policy", "lru", "--slots", 4, "--prefetch", "prefill")
     assert row["prefetch_per_token"] > 0
 
 

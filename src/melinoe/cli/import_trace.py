@@ -48,7 +48,7 @@ def command(
     if found.trace is None:
         raise TraceError(
             f"{file} counts how often each expert was used, but not in which order, so it is no "
-            "trace; import it with --statistics, for the policy static and --prefetch popular"
+            "trace; import it with --statistics, for the policy static and --prefetch popularity"
         )
     found.trace.save(out)
     options.say(f"{found.trace.num_sequences} prompts, {len(found.trace)} tokens -> {out}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli import options, simulate_inputs
+from melinoe.cli import options, prefetching, simulate_inputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 # Tokens of a segment, in the published measures 2 to 256; ours are as long as an answer.
 SEGMENTS = (4, 16)
+_OF_PREFETCHES = (
+    "adjusted_hit_rate",
+    "prefetch_precision",
+    "prefetch_recall",
+    "prefetch_waste_per_token",
+)
 
 
 def command(
@@ -60,20 +67,21 @@ def command(
         typer.Option(help="Print what no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."),
     ] = False,
     prefetch: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="Load ahead for each sequence: none; popular, the most used experts; prompt, "
-            "those its prompt used; or a JSON file of lists, sequence -> layer -> ids."
+            help=f"What is loaded ahead of need: {prefetching.NAMES}; or a JSON file of lists, "
+            "sequence -> layer -> ids. May be repeated. Default: what --predictor or --nearest is "
+            "for, else none. next-router needs a trace recorded with --guesses."
         ),
-    ] = "none",
-    prefetch_at: Annotated[
-        str, typer.Option(help="When: prompt, before it; completion, after it.")
-    ] = "completion",
+    ] = None,
+    predictor: prefetching.PredictorDir = None,
+    nearest: prefetching.NearestFile = None,
+    prefetch_at: prefetching.Moment = None,
     popularity: Annotated[
         Path | None,
         typer.Option(
-            help="Count popularity (static, popular) from this trace or imported statistics; "
-            "default: the trace itself."
+            help="Count popularity (policy static, prefetch popularity) from this trace or "
+            "imported statistics; default: the trace itself."
         ),
     ] = None,
     miss: Annotated[
@@ -104,7 +112,11 @@ def command(
         str, typer.Option(help="none: wait, then compute; hits: compute them meanwhile.")
     ] = "none",
     model: Annotated[
-        str | None, typer.Option(help="Take sizes from this model's config; `tiny` is ours.")
+        str | None,
+        typer.Option(
+            help="Take sizes from this model's config; `tiny` is ours. Its embeddings read prompts "
+            "for --prefetch predictor and nearest; default there: the model the trace names."
+        ),
     ] = None,
     expert_size: Annotated[
         str | None, typer.Option(help="Bytes of one expert instead, as in 12.6MB.")
@@ -121,7 +133,7 @@ def command(
     from melinoe.cache.timing import predict
     from melinoe.cache.trace import Trace
 
-    _check_words(miss, overlap, prefetch_at)
+    _check_words(miss, overlap)
     loaded = Trace.load(trace)
     popular = simulate_inputs.read_popularity(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
@@ -134,16 +146,18 @@ def command(
         simulate_inputs.read_slots(text, loaded)
         for text in slots or [str(max(1, loaded.num_experts // 4))]
     ]
-    ahead = simulate_inputs.read_prefetch(prefetch, loaded, popular, sizes)
+    ahead, prompts = simulate_inputs.read_prefetches(
+        prefetch, prefetch_at, loaded, trace, popular, model, predictor, nearest
+    )
     figures = simulate_inputs.read_figures(
         loaded, link, link_latency, copy_time, device_bandwidth, dram_bandwidth, pass_time,
         overlap, model, expert_size, backbone_size,
     )  # fmt: skip
     if miss != "wait" and figures is None:
         raise typer.BadParameter(f"{miss} needs --link and its figures", param_hint="--miss")
-    if miss == "cpu" and ahead is None:
+    if miss == "cpu" and None in ahead:
         raise typer.BadParameter(
-            "cpu loads nothing on demand, so say what is resident: --prefetch popular",
+            "cpu loads nothing on demand, so say what is resident: --prefetch popularity",
             param_hint="--miss",
         )
     split = allocate or allocate_from is not None
@@ -157,7 +171,7 @@ def command(
                 wanted.append(
                     ("allocated", _allocated(loaded, name, size, chosen, allocate_from, cold))
                 )
-            for how, one in wanted:
+            for (how, one), prefetcher in product(wanted, ahead):
                 done = simulate(
                     loaded,
                     one,
@@ -165,8 +179,8 @@ def command(
                     policy_options=_with_popularity(name, own, popular),
                     reset_between_sequences=cold,
                     shared=not alone,
-                    prefetch=ahead,
-                    prefetch_at=prefetch_at,
+                    prefetch=prefetcher,
+                    prompts=prompts,
                     load=None if figures is None else loads_when(miss, *figures),
                     steps=figures is not None,
                 )
@@ -179,11 +193,18 @@ def command(
             [row | (times[number] if times else {}) for number, row in enumerate(counts)]
         )
         return
+    hidden = _OF_PREFETCHES if any(ahead) else ("prefetch", *_OF_PREFETCHES)
     options.show_table(
         f"{loaded.num_sequences} sequences, {loaded.num_experts} experts, "
         f"top-{loaded.top_k}, {loaded.num_layers} layers",
-        counts,
+        [{k: v for k, v in row.items() if k not in hidden} for row in counts],
     )
+    if any(ahead):
+        who_first = ("policy", "slots", "split", "prefetch", "prefetch_per_token")
+        options.show_table(
+            "what was loaded ahead",
+            [{k: row[k] for k in (*who_first, *_OF_PREFETCHES) if k in row} for row in counts],
+        )
     if times:
         options.show_table(f"predicted time over {link}", [_short(row) for row in times])
 
@@ -203,6 +224,7 @@ def _who(done: Simulation, how: str | None) -> dict[str, Any]:
         "policy": f"{done.policy}, shared" if done.shared else done.policy,
         "slots": done.slots[0] if alike else ",".join(map(str, done.slots)),
         **({"split": how} if how is not None else {}),
+        "prefetch": done.prefetch,
     }
 
 
@@ -214,18 +236,17 @@ def _counts(done: Simulation) -> dict[str, Any]:
         "transfers_per_token": counters.transfers_per_token(),
         "prefetch_per_token": counters.prefetch_per_token(),
         "prefill_transfers_per_token": counters.transfers_per_token("prompt"),
+        **{name: counters.metrics()[name] for name in _OF_PREFETCHES},
     }
 
 
-def _check_words(miss: str, overlap: str, prefetch_at: str) -> None:
-    from melinoe.cache.counters import PHASES
+def _check_words(miss: str, overlap: str) -> None:
     from melinoe.cache.machine import OVERLAPS
     from melinoe.cache.misses import MISSES
 
     for name, value, known in (
         ("--miss", miss, MISSES),
         ("--overlap", overlap, OVERLAPS),
-        ("--prefetch-at", prefetch_at, PHASES),
     ):
         if value not in known:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=name)

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import options, prefetching
 
 if TYPE_CHECKING:
     import numpy as np
 
     from melinoe.cache.machine import Machine, Work
     from melinoe.cache.trace import Trace
-
-PREFETCHES = ("none", "popular", "prompt")
+    from melinoe.prefetch import Prefetcher
 
 
 def read_slots(text: str, trace: Trace) -> int | list[int]:
@@ -70,42 +69,52 @@ def read_popularity(path: Path | None, trace: Trace) -> np.ndarray:
     return popularity(trace) if path is None else load_statistics(path, trace)
 
 
-def read_prefetch(
-    text: str, trace: Trace, popular: np.ndarray, sizes: list[int | list[int]]
-) -> dict[int, list[list[int]]] | None:
-    """Sequence to layer to ids, the most wanted first."""
-    import numpy as np
+def read_prefetches(
+    named: list[str] | None,
+    at: str | None,
+    trace: Trace,
+    path: Path,
+    popular: np.ndarray,
+    model: str | None,
+    predictor: Path | None,
+    nearest: Path | None,
+) -> tuple[list[Prefetcher | None], list[list[int]] | None]:
+    """What each --prefetch stands for, None for none; and the prompts, if one reads them."""
+    from dataclasses import replace
 
-    if text == "none":
-        return None
-    most = max(max(size) if isinstance(size, list) else size for size in sizes)
-    sequences = range(trace.num_sequences)
-    if text == "popular":
-        best = np.argsort(-popular, axis=1, kind="stable")[:, :most].tolist()
-        return dict.fromkeys(sequences, best)
-    if text == "prompt":
-        from melinoe.cache.locality import popularity
+    from melinoe.cache.prefetcher import Listed
+    from melinoe.prefetch import Timed, prefetcher, prefetcher_class
 
-        found = {}
-        for sequence in np.unique(trace.sequence).tolist():
-            used = popularity(trace.select([sequence]), prompts_only=True)
-            order = np.argsort(-used, axis=1, kind="stable")
-            found[sequence] = [
-                [e for e in row if used[layer, e]][:most]
-                for layer, row in enumerate(order.tolist())
-            ]
-        return found
-    return _from_file(Path(text), trace)
+    files = [text for text in named or [] if text.endswith(".json")]
+    known = [text for text in named or [] if text not in files]
+    if files and not known:
+        known = ["none"]
+    names = prefetching.names_of(known, at, predictor=predictor, nearest=nearest)
+    guess = None
+    if predictor is not None:
+        from melinoe.predictor import Predictor
+
+        guess = Predictor.load(predictor)
+    made_of = prefetching.given(guess, popular, nearest, at)
+    found: list[Prefetcher | None] = []
+    for text in named or names:
+        if text in files:
+            found.append(Listed(_from_file(Path(text), trace), at or "completion"))
+            continue
+        fits = text == "none" or issubclass(prefetcher_class(text), Timed) or len(names) == 1
+        found.append(prefetcher(text, made_of if fits else replace(made_of, at=None)))
+    return found, prefetching.bound_to(found, trace, path, model)
 
 
 def _from_file(path: Path, trace: Trace) -> dict[int, list[list[int]]]:
     import json
 
     from melinoe.errors import DataError
+    from melinoe.prefetch import prefetcher_names
 
     way_out = (
         f"write sequence -> {trace.num_layers} lists of ids below {trace.num_experts} as JSON, "
-        f"or name one of {', '.join(PREFETCHES)}"
+        f"or name one of {', '.join(prefetcher_names())}"
     )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
