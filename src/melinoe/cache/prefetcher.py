@@ -301,8 +301,9 @@ class LoadsAhead:
         return [self._one(layer, experts, ()) for layer, experts in enumerate(wanted)]
 
     def _one(self, layer: int, experts: Sequence[int], spared: Collection[int]) -> int:
+        experts = [int(expert) for expert in experts]
         loads = self._load(layer, experts, spared)
-        self._waiting[layer].update(map(int, experts))
+        self._waiting[layer].update(experts)
         return loads
 
 

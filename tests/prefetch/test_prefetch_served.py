@@ -1,0 +1,181 @@
+"""Every prefetch on real models: the same text, and counts that are simulated to the last one."""
+
+import pytest
+import torch
+
+from melinoe.cache.locality import popularity
+from melinoe.cache.prefetcher import Given, Prefetcher, Timed
+from melinoe.cache.prefill import StreamedPrefill
+from melinoe.cache.simulator import simulate
+from melinoe.checkpoint import load_tokenizer
+from melinoe.errors import AttachError, ModelError
+from melinoe.fast.attach import attach as attach_fast
+from melinoe.generate import generate, prompt_ids, trace_prompts
+from melinoe.prefetch import prefetcher, prefetcher_names
+from melinoe.prefetch.store import PromptStore
+from melinoe.runtime.attach import attach
+from melinoe.runtime.load import load
+from melinoe.shipped import TINY_OLMOE
+from tests.small_olmoe import tiny_model, words_tokenizer
+
+PROMPTS = ["Natalia sold 48 clips in April.", "How many apples does Tom have?", "The river"]
+TOKENS, SLOTS, EXPERTS = 8, 6, 32
+OURS = prefetcher_names()[:6]
+
+
+class Stub:
+    """Stands for a predictor: names experts by a sum over the prompt."""
+
+    def bind(self, model, tokenizer=None):
+        pass
+
+    def top(self, ids, slots):
+        return [[(sum(ids) + 5 * i + layer) % EXPERTS for i in range(slots)] for layer in range(4)]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The shipped model with every expert resident: its texts, a trace of them, and the prompts."""
+    model, handle = load(TINY_OLMOE, "cpu", slots=EXPERTS)
+    tokenizer = load_tokenizer(str(TINY_OLMOE), model.config)
+    with handle:
+        texts = [generate(model, handle, tokenizer, one, TOKENS).ids for one in PROMPTS]
+        trace = trace_prompts(model, handle, tokenizer, PROMPTS, TOKENS, guesses=True)
+    ids = [prompt_ids(tokenizer, one) for one in PROMPTS]
+    return model, tokenizer, texts, trace, ids
+
+
+def made(name, shipped, at=None):
+    model, _, _, trace, ids = shipped
+    store = PromptStore.build(trace, ids, model.get_input_embeddings().weight)
+    return prefetcher(name, Given(popularity(trace), Stub(), store, at))
+
+
+CASES = [(name, "lfu", SLOTS, None) for name in OURS]
+CASES += [(name, "lru", 3, "prompt") for name in ("popularity", "predictor", "nearest")]
+# One cache of all layers with barely more slots than one token of one layer needs.
+CASES += [("next-router", "least-stale", [2, 1, 2, 1], None), ("prefill", "least-stale", 2, None)]
+
+
+@pytest.mark.parametrize(("name", "policy", "slots", "at"), CASES)
+def test_the_text_stays_and_every_count_is_simulated(name, policy, slots, at, shipped):
+    """A trace taken with all experts resident tells what any prefetch then costs, to the load."""
+    model, tokenizer, texts, trace, ids = shipped
+    chosen = made(name, shipped, at)
+    with attach(model, slots=slots, policy=policy) as handle:
+        served = [
+            generate(model, handle, tokenizer, one, TOKENS, prefetch=chosen).ids for one in PROMPTS
+        ]
+        counted, moved = handle.counters, handle.transferred_bytes
+        blocks = handle.store.block_bytes(0)
+    assert served == texts
+    done = simulate(trace, slots, policy, prefetch=chosen, prompts=ids)
+    assert done.counters == counted
+    assert (name == "none") == (counted.prefetch_loads.sum() == 0)
+    assert moved == blocks * (counted.loads.sum() + counted.prefetch_loads.sum())
+    assert 0 <= counted.prefetch_used.sum() <= counted.prefetch_loads.sum()
+
+
+def test_what_is_recorded_while_it_prefetches_replays_the_same(shipped):
+    """The guesses of a run on few slots are those of the run on all of them."""
+    model, tokenizer, _, trace, _ = shipped
+    chosen = prefetcher("next-router")
+    with attach(model, slots=SLOTS) as handle:
+        own = trace_prompts(
+            model, handle, tokenizer, PROMPTS, TOKENS, guesses=True, prefetch=chosen
+        )
+    assert (own.guesses == trace.guesses).all()
+    prompts = trace.kind == 0
+    assert (trace.guesses[prompts] == -1).all() and (trace.guesses[:, 0] == -1).all()
+    assert (trace.guesses[~prompts][:, 1:] >= 0).all()
+
+
+def test_a_guess_is_worth_more_than_chance(shipped):
+    """Of the experts that the next layer's router names early, far more than 4 in 32 are chosen."""
+    *_, trace, _ = shipped
+    rows = trace.kind == 1
+    early, chosen = trace.guesses[rows][:, 1:], trace.experts[rows][:, 1:]
+    assert (early[..., :, None] == chosen[..., None, :]).any(-1).mean() > 0.3
+
+
+def test_a_batch_is_prefetched_between_layers_and_simulated():
+    """Three rows decode together, with padding; what all rows guess is merged, on both sides."""
+    model = tiny_model()
+    batch = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    mask = (batch != 0).long()
+    plain = model.generate(batch, attention_mask=mask, **options)
+    chosen = prefetcher("next-router")
+    with attach(model, slots=4, policy="lfu") as handle:
+        with handle.record(guesses=True) as recorder, handle.prefetching(chosen):
+            served = model.generate(batch, attention_mask=mask, **options)
+        counted = handle.counters
+    assert torch.equal(served, plain)
+    assert simulate(recorder.trace(), 4, "lfu", prefetch=chosen).counters == counted
+    assert counted.prefetch_loads[1] > 0
+
+
+def test_several_prompts_at_once_are_refused_where_each_has_experts_of_its_own():
+    """Prefill serves one sequence at a time, and says so rather than mix two prompts."""
+    model = tiny_model()
+    with (
+        attach(model, slots=3) as handle,
+        handle.prefetching(prefetcher("prefill")),
+        pytest.raises(AttachError, match="one sequence at a time"),
+    ):
+        model.generate(torch.tensor([[5, 6], [7, 8]]), max_new_tokens=2, do_sample=False)
+
+
+def test_one_prefetcher_is_at_work_at_a_time_and_leaves_nothing():
+    """A second one, and a list for the same completion, are refused; then nothing is asked."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=3) as handle:
+        with handle.prefetching(prefetcher("prefill")):
+            with (
+                pytest.raises(AttachError, match="at work already"),
+                handle.prefetching(Prefetcher()),
+            ):
+                pass
+            with pytest.raises(AttachError, match="decides what is loaded"):
+                handle.prefetch([[0], [0]], at="completion")
+        with pytest.raises(ValueError, match="reads prompts"), handle.prefetching(Reader()):
+            pass
+        generate(model, handle, tokenizer, [3, 4, 5], 4, prefetch=prefetcher("next-router"))
+        before = handle.counters
+        generate(model, handle, tokenizer, [3, 4, 5], 4)
+        assert (handle.counters.minus(before).prefetch_loads == 0).all()
+        assert not any(router._forward_pre_hooks for router in routers_of(model))
+
+
+class Reader(Timed):
+    name, uses_ids = "reader", True
+
+
+def routers_of(model):
+    return [layer.mlp.gate for layer in model.model.layers]
+
+
+def test_the_fast_engine_prefetches_for_prompts_and_refuses_between_layers():
+    """Prefill and popularity count as simulated with streamed prompts; next-router is refused."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    prompts = [[3, 4, 5, 6], [9, 8]]
+    with attach_fast(model, slots=4, policy="lfu") as handle:
+        for name in ("prefill", "popularity"):
+            chosen = prefetcher(name, Given([[1, 2, 3, 4, 5, 6, 7, 8]] * 2))
+            handle.reset_cache()
+            handle.reset_counters()
+            trace = trace_prompts(model, handle, tokenizer, prompts, 4, prefetch=chosen)
+            done = simulate(trace, 4, "lfu", prefetch=chosen, prefill=StreamedPrefill())
+            assert done.counters == handle.counters
+            # A streamed prompt leaves what it used most, so that nothing is left to bring back.
+            assert (handle.counters.prefetch_loads.sum() > 0) == (name == "popularity")
+        with pytest.raises(AttachError, match="reference"):
+            generate(model, handle, tokenizer, [3], 2, prefetch=prefetcher("next-router"))
+
+
+def test_stored_prompts_of_another_model_are_refused(shipped):
+    """By the fingerprint of its routers, before anything is loaded."""
+    nearest = made("nearest", shipped)
+    model = tiny_model()
+    with attach(model, slots=3) as handle, pytest.raises(ModelError, match="trace this model"):
+        generate(model, handle, words_tokenizer(), [3], 2, prefetch=nearest)
