@@ -33,13 +33,14 @@ LENGTH = 512
 COMPLETION = PHASES.index("completion")
 
 
-def judge(path: Path, held_out: list[Example]) -> dict[str, Any]:
+def judge(path: Path, held_out: list[Example], *, written: bool = True) -> dict[str, Any]:
     """
     Measure the checkpoint at *path* with all experts resident; caches are simulated.
 
     Args:
         path: Checkpoint directory.
         held_out: In-domain examples; the first `PROMPTS` are also generated from, greedily.
+        written: Whether they are.
     """
     everything = describe(str(path)).num_experts
     model, handle = load(str(path), slots=everything, dtype=torch.float32)
@@ -55,7 +56,7 @@ def judge(path: Path, held_out: list[Example]) -> dict[str, Any]:
     read = reading_trace(model, handle, ours)
     elsewhere = reading_trace(model, handle, [text for texts in others.values() for text in texts])
     prompts = [example.prompt for example in held_out[:PROMPTS]]
-    written = trace_prompts(model, handle, tokenizer, prompts, NEW_TOKENS)
+    own = trace_prompts(model, handle, tokenizer, prompts, NEW_TOKENS) if written else None
     handle.detach()
     return {
         "num_experts": read.num_experts,
@@ -64,7 +65,7 @@ def judge(path: Path, held_out: list[Example]) -> dict[str, Any]:
         "experts_per_sequence": np.round(experts_per_sequence(read), 3).tolist(),
         "reuse": np.round(reuse(read), 4).tolist(),
         "distinct_experts": distinct_experts(read).tolist(),
-        "written": caches(written, (8,)),
+        **({} if own is None else {"written": caches(own, (8,))}),
         "elsewhere": caches(elsewhere, (8,)),
     }
 

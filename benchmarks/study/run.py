@@ -3,7 +3,8 @@ Does training for locality cost quality, and how much for how many transfers sav
 
 Runs the plan (`plan.py`), one fine-tuning of the shipped model after the other, judges each
 (`judge.py`) and appends one JSON line a run; what is there already is left alone, so the study can
-be interrupted and gone on with. `melinoe report` draws tables and figures from the file.
+be interrupted and gone on with. `melinoe report` draws tables and figures from the file. Controls,
+which teach others, and the runs of group ``goals`` leave their checkpoints in ``--keep``.
 
 Bad news would be: no strength that saves transfers without raising perplexity over the control with
 the same seed; or savings that come from the whole data set sharing a few experts (collapse).
@@ -14,10 +15,9 @@ Not measured here: speed (other benchmarks), and models larger than the shipped 
 import argparse
 import json
 import logging
-import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,9 @@ import transformers
 from judge import judge
 from plan import JUDGED_FROM, SEEDS, Run, all_runs
 
+from melinoe.checkpoint.metadata import read_metadata
 from melinoe.data import load_examples
-from melinoe.finetune import finetune
+from melinoe.finetune import FinetuneResult, finetune
 from melinoe.finetune.terms.own_text import OWN
 from melinoe.measure import append_jsonl, machine
 from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
@@ -34,17 +35,37 @@ from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
 JUDGED = 128
 
 
-def one_run(run: Run, out: Path) -> dict:
-    """Train, judge, and write the result of *run*; the checkpoint is thrown away."""
+def train(run: Run, out: Path, keep: Path) -> FinetuneResult:
+    """Train *run* into *out*; a taught one by its control, trained before if it is not there."""
+    examples = load_examples(GSM8K_TRAIN)[: run.examples]
+    teacher = None
+    if run.taught:
+        (control,) = [one for one in all_runs((run.seed,)) if one.name == run.control]
+        teacher = kept_at(keep, control)
+        if not teacher.exists():
+            train(control, teacher, keep)
+    settings = run.settings if run.group != "control" else replace(run.settings, save="both")
+    anchor = OWN if run.own_text else None
+    return finetune(TINY_OLMOE, examples, out, settings, anchor_examples=anchor, teacher=teacher)
+
+
+def kept_at(keep: Path, run: Run) -> Path:
+    """Where a run's checkpoint stays, if it does."""
+    return keep / f"{run.name.replace(' ', '-').replace(',', '')}-{run.seed}"
+
+
+def one_run(run: Run, out: Path, keep: Path) -> dict:
+    """Train *run* if its checkpoint is not kept from before, judge it, and write the result."""
     began = time.monotonic()
-    everything = load_examples(GSM8K_TRAIN)
+    stays = run.group in ("control", "goals")
     with tempfile.TemporaryDirectory() as work:
-        checkpoint = Path(work) / "model"
-        anchor = OWN if run.own_text else None
-        data = everything[: run.examples]
-        done = finetune(TINY_OLMOE, data, checkpoint, run.settings, anchor_examples=anchor)
-        found = judge(checkpoint, everything[JUDGED_FROM : JUDGED_FROM + JUDGED])
-        shutil.rmtree(checkpoint)
+        checkpoint = kept_at(keep, run) if stays else Path(work) / "model"
+        if checkpoint.exists():
+            log = read_metadata(checkpoint)["log"]
+        else:
+            log = train(run, checkpoint, keep).log
+        held_out = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + JUDGED]
+        found = judge(checkpoint, held_out, written=run.full)
     result = {
         "kind": "study",
         "group": run.group,
@@ -56,7 +77,7 @@ def one_run(run: Run, out: Path) -> dict:
         "changes": run.changes,
         "settings": asdict(run.settings),
         "examples": run.examples,
-        "log": done.log,
+        "log": log,
         **found,
         "seconds": round(time.monotonic() - began, 1),
         "machine": machine(),
@@ -82,13 +103,11 @@ def done_already(out: Path) -> set[tuple[str, int]]:
 def summary(result: dict) -> str:
     """One line of a run."""
     transfers = result["transfers"]["lfu-8"]["transfers_per_token"]
-    written = result["written"]["transfers"]["lfu-8"]["transfers_per_token"]
     return json.dumps(
         {
             "run": f"{result['group']}/{result['name']}/{result['seed']}",
             "perplexity": round(result["quality"]["gsm8k"]["perplexity"]["mean"], 3),
             "transfers_lfu_8": round(transfers, 3),
-            "written_lfu_8": round(written, 3),
             "seconds": result["seconds"],
         }
     )
@@ -99,6 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", help="run only groups or names that contain this")
+    parser.add_argument("--keep", type=Path, default=Path("study-checkpoints"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -111,7 +131,7 @@ def main() -> None:
     for run in all_runs(tuple(arguments.seeds)):
         wanted = not arguments.only or arguments.only in f"{run.group}/{run.name}"
         if wanted and (run.name, run.seed) not in there:
-            print(summary(one_run(run, arguments.out)), flush=True)
+            print(summary(one_run(run, arguments.out, arguments.keep)), flush=True)
 
 
 if __name__ == "__main__":
