@@ -86,7 +86,7 @@ def test_switched_off_or_not_learning_nothing_changes():
     """The predictor's own experts, and a prior that stays as it was."""
     model, tokenizer = tiny_model(), words_tokenizer()
     prior, base = new_prior(model), unsure(model, [6, 1, 4])
-    prior.observe("", spikes(0, 2))
+    prior.observe("", spikes(0, 2), base.predict([3]))
     frozen = AdaptivePredictor(prior, base, learns=False)
     assert frozen.top([3], 3) != base.top([3], 3)
     with attach(model, slots=3) as handle:
@@ -109,6 +109,7 @@ def test_traffic_overrules_the_predictor_and_a_reset_gives_it_back():
     assert [layer[0] for layer in base.top([3], 3)] == [6, 6]
     assert both.top([3], 3) == base.top([3], 3)
     for _ in range(20):
+        both.top([3], 3)
         both.observe(spikes(0, 2))
     assert [layer[0] for layer in both.top([3], 3)] == [0, 2]
     assert AdaptivePredictor(prior, base, key="bob").top([3], 3) == base.top([3], 3)

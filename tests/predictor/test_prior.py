@@ -16,36 +16,43 @@ def prior(layers=1, experts=4, **settings):
     return Prior(layers, experts, "m", PriorSettings(**settings))
 
 
-UNIFORM = np.full((1, 4), 0.25)
+FLAT = np.full((1, 4), 0.25)
+
+
+def corrected(one, key="", predicted=FLAT):
+    """By how much each expert's probability is multiplied, up to one factor a layer."""
+    found = one.adjust(predicted, key) / predicted
+    return found / found[:, -1:]
 
 
 def test_a_request_of_one_half_life_ago_counts_half():
-    """Half-life 1: shares (1, 0, 0, 0) and then (0, 1, 0, 0) leave 1/2 and 1, weight 3/2."""
-    one = prior(half_life=1.0, strength=1.5)
-    one.observe("", np.array([[7, 0, 0, 0]]))
-    one.observe("", np.array([[0, 3, 0, 0]]))
+    """Half-life 1, strength 2: s = (.5, 1, 0, 0), q = 1.5 x (1/4), known = .5 + 3.5 / 128."""
+    one = prior(half_life=1.0, strength=2.0)
+    one.observe("", np.array([[7, 0, 0, 0]]), FLAT)
+    one.observe("", np.array([[0, 3, 0, 0]]), FLAT)
     assert one.requests("") == pytest.approx(1.5)
-    # (s + strength p) / (n + strength) with p = 1/4: (.5, 1, 0, 0) + .375, over 3.
-    expected = [[0.875 / 3, 1.375 / 3, 0.125, 0.125]]
-    assert one.adapted("", UNIFORM) == pytest.approx(np.array(expected))
+    known = 2.0 * 0.25 + (1.5 + 2.0) / (32 * 4)
+    scores = 0.25 * (np.array([[0.5, 1, 0, 0]]) + known) / (1.5 * 0.25 + known)
+    assert one.adjust(FLAT, "") == pytest.approx(scores / scores.sum())
 
 
 def test_each_completion_counts_alike_however_long_it_was():
     """Ten tokens or a thousand: what is added are shares."""
     short, long = prior(), prior()
-    short.observe("", np.array([[6, 4, 0, 0]]))
-    long.observe("", np.array([[600, 400, 0, 0]]))
-    assert np.array_equal(short.adapted("", UNIFORM), long.adapted("", UNIFORM))
+    short.observe("", np.array([[6, 4, 0, 0]]), FLAT)
+    long.observe("", np.array([[600, 400, 0, 0]]), FLAT)
+    assert np.array_equal(short.adjust(FLAT, ""), long.adjust(FLAT, ""))
 
 
 def test_a_layer_that_was_not_used_keeps_what_it_knew():
     """Two layers, one request of both and one of the first alone: the second still weighs 1."""
     one = prior(layers=2, half_life=1.0, strength=1.0)
     flat = np.full((2, 4), 0.25)
-    one.observe("", np.array([[1, 0, 0, 0], [0, 0, 0, 1]]))
-    before = one.adapted("", flat)[1]
-    one.observe("", np.array([[1, 0, 0, 0], [0, 0, 0, 0]]))
-    assert np.array_equal(one.adapted("", flat)[1], before)
+    one.observe("", np.array([[1, 0, 0, 0], [0, 0, 0, 1]]), flat)
+    before = one.adjust(flat, "")
+    one.observe("", np.array([[1, 0, 0, 0], [0, 0, 0, 0]]), flat)
+    after = one.adjust(flat, "")
+    assert np.array_equal(after[1], before[1]) and after[0, 0] > before[0, 0]
     one.observe("", np.zeros((2, 4)))  # a completion of one token: nothing was decoded
     assert one.requests("") == pytest.approx(1.5)
 
@@ -84,40 +91,42 @@ def test_an_unseen_key_changes_no_prediction():
     """The learned distribution comes back as it went in."""
     predicted = np.array([[0.4, 0.3, 0.2, 0.1]])
     one = prior()
-    one.observe("ada", np.array([[0, 0, 0, 5]]))
-    assert one.adjust(predicted, "bob", UNIFORM) == pytest.approx(predicted)
+    one.observe("ada", np.array([[0, 0, 0, 5]]), predicted)
+    assert one.adjust(predicted, "bob") == pytest.approx(predicted)
 
 
-def test_traffic_like_the_popularity_changes_no_prediction():
-    """The correction is by what is new: served as popular, so predicted as before."""
-    popularity = np.array([[0.5, 0.3, 0.15, 0.05]])
-    predicted = np.array([[0.1, 0.2, 0.3, 0.4]])
+def test_a_predictor_that_was_right_is_left_alone():
+    """Served as predicted, five times, each prompt another: the sixth prediction is kept."""
+    rng = np.random.default_rng(0)
     one = prior()
     for _ in range(5):
-        one.observe("", popularity * 100)
-    assert one.adjust(predicted, "", popularity) == pytest.approx(predicted)
+        said = rng.dirichlet(np.ones(4))[None]
+        one.observe("", said * 100, said)
+    predicted = np.array([[0.1, 0.2, 0.3, 0.4]])
+    assert one.adjust(predicted, "") == pytest.approx(predicted)
 
 
-def test_the_correction_is_the_ratio_of_served_to_popular():
-    """Strength 1, one request of (1, 0, 0, 0) on uniform popularity: ratios 2.5 and .5."""
-    one = prior(strength=1.0)
+def test_what_nobody_predicted_corrects_nothing():
+    """A prior that stood alone and then gets a predictor begins to correct with its first one."""
+    predicted = np.array([[0.1, 0.2, 0.3, 0.4]])
+    one = prior()
     one.observe("", np.array([[9, 0, 0, 0]]))
-    rare = 1 / (32 * 4)
-    ratio = (np.array([0.625, 0.125, 0.125, 0.125]) + rare) / (0.25 + rare)
-    scores = np.array([0.1, 0.2, 0.3, 0.4]) * ratio
-    found = one.adjust(np.array([[0.1, 0.2, 0.3, 0.4]]), "", UNIFORM)
-    assert found == pytest.approx((scores / scores.sum())[None])
+    assert one.adjust(predicted, "") == pytest.approx(predicted)
+    assert one.top("", 1) == [[0]]
+    one.observe("", np.array([[9, 0, 0, 0]]), predicted)
+    ratio = corrected(one, predicted=predicted)
+    assert ratio[0, 0] > 1.5 and (ratio[0, 1:] > ratio[0, 0]).sum() == 0
 
 
 def test_switched_off_it_neither_learns_nor_speaks_and_forgets_nothing():
     """Off: no new key, predictions untouched. On again: what it knew is there."""
     one, predicted = prior(), np.array([[0.4, 0.3, 0.2, 0.1]])
-    one.observe("ada", np.array([[0, 0, 0, 1]]))
+    one.observe("ada", np.array([[0, 0, 0, 1]]), FLAT)
     one.enabled = False
     one.observe("ada", np.array([[1, 0, 0, 0]]))
     one.observe("bob", np.array([[1, 0, 0, 0]]))
     assert one.top("ada", 1) == [[]]
-    assert one.adjust(predicted, "ada", UNIFORM) == pytest.approx(predicted)
+    assert one.adjust(predicted, "ada") == pytest.approx(predicted)
     one.enabled = True
     assert one.top("ada", 1) == [[3]] and one.keys() == ["ada"]
 
@@ -135,12 +144,14 @@ def test_it_holds_so_many_keys_and_lets_the_longest_unused_go():
     assert one.keys() == ["ada", "cyd"]
 
 
-@pytest.mark.parametrize("usage", [np.zeros((2, 4)), np.array([[1, -1, 0, 0]]), [[np.nan] * 4]])
-def test_uses_that_cannot_be_are_the_callers_mistake(usage):
-    """Another shape, less than nothing, no number."""
+@pytest.mark.parametrize("wrong", [np.zeros((2, 4)), np.array([[1, -1, 0, 0]]), [[np.nan] * 4]])
+def test_uses_that_cannot_be_are_the_callers_mistake(wrong):
+    """Another shape, less than nothing, no number; of uses and of predictions."""
     one = prior()
     with pytest.raises(ValueError, match="usage"):
-        one.observe("", usage)
+        one.observe("", wrong)
+    with pytest.raises(ValueError, match="predicted"):
+        one.observe("", FLAT, wrong)
     assert one.keys() == []
 
 
@@ -156,7 +167,7 @@ def test_a_saved_prior_goes_on_as_if_nothing_had_happened(tmp_path):
     rng = np.random.default_rng(0)
     one = prior(layers=3, experts=8, half_life=5.0, strength=0.5, max_keys=3)
     for number in range(7):
-        one.observe(f"user {number % 4} é\n", rng.integers(0, 9, (3, 8)))
+        one.observe(f"user {number % 4} é\n", rng.integers(0, 9, (3, 8)), rng.random((3, 8)))
     path = tmp_path / "new folder" / "prior.safetensors"
     one.save(path)
     again = Prior.load(path)
@@ -164,10 +175,10 @@ def test_a_saved_prior_goes_on_as_if_nothing_had_happened(tmp_path):
     assert again.settings == one.settings and again.fingerprint == "m" and again.enabled
     uses, flat = rng.integers(0, 9, (3, 8)), np.full((3, 8), 1 / 8)
     for each in (one, again):
-        each.observe("user 0 é\n", uses)
-    assert again.adapted("user 0 é\n", flat) == pytest.approx(
-        one.adapted("user 0 é\n", flat), abs=1e-6
-    )
+        each.observe("user 0 é\n", uses, flat)
+    found = again.adjust(flat, "user 0 é\n")
+    assert found == pytest.approx(one.adjust(flat, "user 0 é\n"), abs=1e-6)
+    assert again.top("user 0 é\n", 8) == one.top("user 0 é\n", 8)
     assert [file.name for file in path.parent.iterdir()] == ["prior.safetensors"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600  # it names users
 
@@ -226,6 +237,7 @@ DAMAGES = {
     "half a key": lambda h, a, m: h.update(max_keys=2.5),
     "no table": lambda h, a, m: a.pop("weight"),
     "another shape": lambda h, a, m: a.update(weight=a["weight"][:, :0]),
+    "another shape of predictions": lambda h, a, m: a.update(expected=a["expected"][:, :, :3]),
     "another type": lambda h, a, m: a.update(total=a["total"].astype(np.float64)),
     "no number": lambda h, a, m: a["total"].__setitem__((0, 0, 0), np.nan),
     "a negative use": lambda h, a, m: a["total"].__setitem__((0, 0, 0), -1),

@@ -44,6 +44,7 @@ class AdaptivePredictor:
         if base is not None:
             prior.check_model(base.fingerprint, base.num_layers, base.num_experts)
         self._model: weakref.ref[nn.Module] | None = None
+        self._predicted: NDArray | None = None  # what the base said of the prompt in hand
 
     @property
     def learns(self) -> bool:
@@ -85,13 +86,15 @@ class AdaptivePredictor:
             return self.prior.top(self.key, slots)
         if not self.prior.enabled:
             return self.base.top(token_ids, slots)
-        scores = self.prior.adjust(self.base.predict(token_ids), self.key, self.base.popularity)
+        self._predicted = self.base.predict(token_ids)
+        scores = self.prior.adjust(self._predicted, self.key)
         return top_ids(scores, self.base.slots if slots is None else slots).tolist()
 
     def observe(self, usage: NDArray) -> None:
-        """Learn from a completion: its uses ``(layers, num_experts)``, as `Prior.observe`."""
+        """Learn from the completion of the prompt that `top` was last asked about."""
+        predicted, self._predicted = self._predicted, None
         if self.learns:
-            self.prior.observe(self.key, usage)
+            self.prior.observe(self.key, usage, predicted)
 
 
 def open_prior(path: str | Path, model: nn.Module, half_life: float | None = None) -> Prior:

@@ -50,12 +50,13 @@ class Prior:
     """
     Exponentially decayed use of the experts, by key and layer.
 
-    Per key and layer it holds a sum of shares ``s`` and a weight ``n``, both zero at first. A
-    served completion with shares of use ``u`` makes them ``d s + u`` and ``d n + 1``, where
+    Per key and layer it holds sums of shares that were used, ``s``, and that were predicted, ``q``,
+    and a weight ``n``, all zero at first. A served completion with shares of use ``u``, for which
+    ``p`` was predicted, makes them ``d s + u``, ``d q + p`` and ``d n + 1``, where
     ``d = 2 ** (-1 / half_life)``; a layer that the completion did not use stays as it is.
 
-    Like the model, it serves one thread at a time. A key costs ``layers x experts`` numbers, and
-    there are never more than ``settings.max_keys``.
+    Like the model, it serves one thread at a time. A key costs ``2 x layers x experts`` numbers,
+    and there are never more than ``settings.max_keys``.
 
     Args:
         num_layers: MoE layers.
@@ -79,11 +80,12 @@ class Prior:
         self.fingerprint = fingerprint
         self.settings = settings or PriorSettings()
         self.enabled = True
-        self._known: OrderedDict[str, tuple[Floats, Floats]] = OrderedDict()  # oldest first
+        # s, q and n of each key, the longest unused first.
+        self._known: OrderedDict[str, tuple[Floats, Floats, Floats]] = OrderedDict()
 
     # --- learning -------------------------------------------------------------------------------
 
-    def observe(self, key: str, usage: NDArray) -> None:
+    def observe(self, key: str, usage: NDArray, predicted: NDArray | None = None) -> None:
         """
         Learn from a completion that was served for *key*.
 
@@ -91,24 +93,26 @@ class Prior:
             key: Whose; ``""`` where users are not told apart.
             usage: How often it chose each expert, ``(layers, num_experts)``, 0 or more; one that
                 chose none, having only one token, teaches nothing.
+            predicted: What a predictor said of it, distributions of the same shape; absent, there
+                was none, and this completion will correct none.
 
         Raises:
-            ValueError: *usage* of another shape, negative or no number.
+            ValueError: either of another shape, negative or no number.
         """
-        counts = np.asarray(usage, np.float64)
-        if counts.shape != (self.num_layers, self.num_experts):
-            raise ValueError(
-                f"usage must be of shape {(self.num_layers, self.num_experts)}, got {counts.shape}"
-            )
-        if not np.isfinite(counts).all() or (counts < 0).any():
-            raise ValueError("usage must be numbers of 0 or more")
+        counts = self._checked(usage, "usage")
+        used_shares = shares(counts)
+        said = used_shares if predicted is None else shares(self._checked(predicted, "predicted"))
         used = counts.sum(axis=1) > 0
         if not self.enabled or not used.any():
             return
-        total, weight = self._known.get(key) or self._nothing()
+        total, expected, weight = self._known.get(key) or self._nothing()
         decay = 0.5 ** (1 / self.settings.half_life)
         factor = np.where(used, decay, 1.0)
-        self._known[key] = (total * factor[:, None] + shares(counts), weight * factor + used)
+        self._known[key] = (
+            total * factor[:, None] + used_shares,
+            expected * factor[:, None] + said * used[:, None],
+            weight * factor + used,
+        )
         self._known.move_to_end(key)
         while len(self._known) > self.settings.max_keys:
             self._known.popitem(last=False)
@@ -122,40 +126,27 @@ class Prior:
 
     # --- predicting -----------------------------------------------------------------------------
 
-    def adapted(self, key: str, popularity: NDArray) -> Floats:
+    def adjust(self, predicted: NDArray, key: str) -> Floats:
         """
-        What *key* will use, whatever the prompt: ``(s + strength p) / (n + strength)``.
+        Correct what a predictor says of a prompt by how wrong it lately was for *key*.
 
-        Args:
-            key: Whose.
-            popularity: ``p``, what is known without the traffic, ``(layers, num_experts)``.
-
-        Returns:
-            float64 ``(layers, num_experts)``; *popularity* itself where nothing was observed.
-        """
-        strength = self.settings.strength
-        total, weight = self._of(key)
-        return (total + strength * np.asarray(popularity)) / (weight + strength)[:, None]
-
-    def adjust(self, predicted: NDArray, key: str, popularity: NDArray) -> Floats:
-        """
-        Correct what a predictor says by what the traffic says.
-
-        *predicted* is multiplied by ``adapted / popularity``: what the prompt told beyond the
-        predictor's own popularity stays, that popularity is replaced. Where nothing was observed
-        nothing changes.
+        *predicted* ``p`` is multiplied by ``(s + strength p) / (q + strength p)``, what was used
+        over what was predicted, and scaled to sum to 1 again. So a predictor that knows its traffic
+        is left alone, and where nothing was observed nothing changes.
 
         Args:
             predicted: Distributions ``(layers, num_experts)``.
             key: Whose.
-            popularity: The predictor's.
 
         Returns:
             float64 ``(layers, num_experts)``; each layer sums to 1.
         """
-        rare = 1 / (32 * self.num_experts)  # keeps experts that were never seen from exploding
-        known = np.asarray(popularity, np.float64)
-        scores = np.asarray(predicted) * (self.adapted(key, known) + rare) / (known + rare)
+        said, strength = np.asarray(predicted, np.float64), self.settings.strength
+        total, expected, weight = self._of(key)
+        # Keeps experts that were neither used nor predicted from exploding.
+        rare = (weight + strength)[:, None] / (32 * self.num_experts)
+        known = strength * said + rare
+        scores = said * (total + known) / (expected + known)
         return scores / scores.sum(axis=1, keepdims=True)
 
     def top(self, key: str, slots: int) -> list[list[int]]:
@@ -164,7 +155,7 @@ class Prior:
 
         An expert that it has not used is not named, so a new key gets empty lists.
         """
-        total, _ = self._of(key)
+        total, _, _ = self._of(key)
         best = top_ids(total, slots)
         return [[int(e) for e in row if total[layer, e] > 0] for layer, row in enumerate(best)]
 
@@ -174,12 +165,21 @@ class Prior:
 
     def requests(self, key: str) -> float:
         """How many requests of *key* still count, each by its weight; 0 for an unknown key."""
-        return float(self._of(key)[1].max(initial=0.0))
+        return float(self._of(key)[2].max(initial=0.0))
 
-    def _nothing(self) -> tuple[Floats, Floats]:
-        return np.zeros((self.num_layers, self.num_experts)), np.zeros(self.num_layers)
+    def _checked(self, table: NDArray, name: str) -> Floats:
+        found, shape = np.asarray(table, np.float64), (self.num_layers, self.num_experts)
+        if found.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {found.shape}")
+        if not np.isfinite(found).all() or (found < 0).any():
+            raise ValueError(f"{name} must be numbers of 0 or more")
+        return found
 
-    def _of(self, key: str) -> tuple[Floats, Floats]:
+    def _nothing(self) -> tuple[Floats, Floats, Floats]:
+        shape = (self.num_layers, self.num_experts)
+        return np.zeros(shape), np.zeros(shape), np.zeros(self.num_layers)
+
+    def _of(self, key: str) -> tuple[Floats, Floats, Floats]:
         if not self.enabled or key not in self._known:
             return self._nothing()
         self._known.move_to_end(key)
@@ -210,20 +210,22 @@ class Prior:
             WriteError: the place cannot be written to.
         """
         settings = self.settings
+        # With nothing in front the tables have their shapes where there are no keys, too.
+        total, expected, weight = (
+            np.stack([empty, *(one[table] for one in self._known.values())])[1:]
+            for table, empty in enumerate(self._nothing())
+        )
         write_prior(
             path,
             PriorContents(
-                fingerprint=self.fingerprint,
-                half_life=settings.half_life,
-                strength=settings.strength,
-                max_keys=settings.max_keys,
-                keys=self.keys(),
-                total=np.stack([t for t, _ in self._known.values()])
-                if self._known
-                else np.zeros((0, self.num_layers, self.num_experts)),
-                weight=np.stack([w for _, w in self._known.values()])
-                if self._known
-                else np.zeros((0, self.num_layers)),
+                self.fingerprint,
+                settings.half_life,
+                settings.strength,
+                settings.max_keys,
+                self.keys(),
+                total,
+                expected,
+                weight,
             ),
         )
 
@@ -240,6 +242,8 @@ class Prior:
         settings = PriorSettings(found.half_life, found.strength, found.max_keys)
         _, num_layers, num_experts = found.total.shape
         prior = cls(num_layers, num_experts, found.fingerprint, settings)
-        for key, total, weight in zip(found.keys, found.total, found.weight, strict=True):
-            prior._known[key] = (total.astype(np.float64), weight.astype(np.float64))
+        tables = zip(found.keys, found.total, found.expected, found.weight, strict=True)
+        for key, *three in tables:
+            total, expected, weight = (table.astype(np.float64) for table in three)
+            prior._known[key] = (total, expected, weight)
         return prior

@@ -18,6 +18,7 @@ from safetensors.numpy import save as save_tensors
 from melinoe.errors import CheckpointError, DataError, WriteError
 
 FORMAT, VERSION = "melinoe-prior", 1
+TABLES = ("total", "expected", "weight")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class PriorContents:
         fingerprint: Of the model.
         half_life, strength, max_keys: As in `melinoe.predictor.PriorSettings`.
         keys: The longest unused first.
-        total: ``(keys, layers, experts)``, sums of shares.
+        total: ``(keys, layers, experts)``, sums of shares that were used.
+        expected: The same of what was predicted.
         weight: ``(keys, layers)``, how many requests those are.
     """
 
@@ -39,6 +41,7 @@ class PriorContents:
     max_keys: int
     keys: list[str]
     total: np.ndarray
+    expected: np.ndarray
     weight: np.ndarray
 
 
@@ -57,10 +60,7 @@ def write_prior(path: str | Path, contents: PriorContents) -> None:
         "max_keys": contents.max_keys,
         "keys": contents.keys,
     }
-    arrays = {
-        "total": np.ascontiguousarray(contents.total, np.float32),
-        "weight": np.ascontiguousarray(contents.weight, np.float32),
-    }
+    arrays = {name: np.ascontiguousarray(getattr(contents, name), np.float32) for name in TABLES}
     blob = save_tensors(arrays, metadata={"format": FORMAT, "header": json.dumps(header)})
     target, temporary = Path(path), None
     try:
@@ -118,20 +118,21 @@ def read_prior(path: str | Path) -> PriorContents:
 
 def _checked(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PriorContents:
     """What a file says, if it is consistent; ValueError says what is not."""
-    if arrays.keys() != {"total", "weight"}:
+    if arrays.keys() != set(TABLES):
         raise ValueError(f"it holds {', '.join(sorted(arrays)) or 'nothing'}")
-    keys, total, weight = header["keys"], arrays["total"], arrays["weight"]
+    keys, (total, expected, weight) = header["keys"], (arrays[name] for name in TABLES)
     if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise ValueError("its keys are no list of words")
     if len(set(keys)) != len(keys) or len(keys) > header["max_keys"]:
         raise ValueError("a key occurs twice, or there are more than it may hold")
-    if total.ndim != 3 or weight.shape != total.shape[:2] or len(total) != len(keys):
+    shapes = (total.shape, total.shape[:2])
+    if total.ndim != 3 or (expected.shape, weight.shape) != shapes or len(total) != len(keys):
         raise ValueError("its tables do not fit its keys")
     if total.shape[1] < 1 or total.shape[2] < 1:
         raise ValueError("it knows no experts")
-    if total.dtype != np.float32 or weight.dtype != np.float32:
+    if any(table.dtype != np.float32 for table in arrays.values()):
         raise ValueError("its tables are of another type")
-    for table in (total, weight):
+    for table in (total, expected, weight):
         if not np.isfinite(table).all() or (table < 0).any():
             raise ValueError("a use is negative or no number")
     if not isinstance(header["fingerprint"], str):
@@ -151,5 +152,6 @@ def _checked(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> PriorCont
         header["max_keys"],
         keys,
         total,
+        expected,
         weight,
     )

@@ -1,0 +1,170 @@
+"""
+What each strategy would load before the completion, for every request of some traffic.
+
+A guess is an array of scores ``(requests, layers, experts)``; only experts with a score above 0
+are named, the highest first. What learns is judged on documents that it was not fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from traffic import Item, Model
+
+from melinoe.cache.prefetcher import Prompt
+from melinoe.cache.trace import COMPLETION_ROW, Trace
+from melinoe.predictor import AdaptivePredictor, EmbeddingEncoder, Prior, PriorSettings
+from melinoe.predictor.fit import fit_shares
+from melinoe.predictor.targets import Floats, completion_shares, top_ids, use_counts
+from melinoe.prefetch.nearest import Nearest
+from melinoe.prefetch.store import PromptStore, prompt_embedding
+
+FOLDS = 5
+RIVALS = ("popularity", "prefill")  # what costs nothing, beside an empty start
+
+
+@dataclass
+class Traffic:
+    """
+    Requests in the order in which they come, with what they used.
+
+    Attributes:
+        prompts: Token ids.
+        source: Of each request; also its user.
+        document: int64, a number for each document; intervals are over those.
+        used: Shares of use of the completion ``(requests, layers, experts)``.
+        counts: The same as counts.
+        own: Shares of use of the prompt.
+        trace: One sequence a request, in the same order.
+        folds: int64; requests of one document are in one fold.
+    """
+
+    model: Model
+    prompts: list[list[int]]
+    source: list[str]
+    document: np.ndarray
+    used: Floats
+    counts: Floats
+    own: Floats
+    trace: Trace
+    folds: np.ndarray
+
+
+def traffic_of(model: Model, trace: Trace, items: Sequence[Item], seed: int = 0) -> Traffic:
+    """Make traffic of a trace and the items that it is of, in their order."""
+    prompts = [one.prompt for one in items]
+    used, own = completion_shares(trace, prompts)
+    names: dict[tuple[str, int], int] = {}
+    document = np.array([names.setdefault((one.source, one.document), len(names)) for one in items])
+    folds = np.random.default_rng(seed).permutation(len(names))[document] % FOLDS
+    counts = use_counts(trace, COMPLETION_ROW, len(prompts))
+    return Traffic(
+        model, prompts, [one.source for one in items], document, used, counts, own, trace, folds
+    )
+
+
+def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
+    """``popularity``, ``learned`` and ``nearest``, each fitted to the other folds' documents."""
+    model, found = traffic.model, {}
+    encoder = EmbeddingEncoder(model.embeddings)
+    features = encoder.features(traffic.prompts)
+    shape = traffic.used.shape
+    for name in ("popularity", "learned", "nearest"):
+        found[name] = np.zeros(shape)
+    embedded = np.stack([prompt_embedding(model.embeddings, one) for one in traffic.prompts])
+    for fold in range(FOLDS):
+        test, train = np.flatnonzero(traffic.folds == fold), np.flatnonzero(traffic.folds != fold)
+        predictor = fit_shares(
+            traffic.used[train],
+            [traffic.prompts[k] for k in train],
+            encoder,
+            slots,
+            model.fingerprint,
+            seed,
+            features=features[torch.from_numpy(train)],
+            groups=traffic.document[train],
+        )
+        found["popularity"][test] = traffic.used[train].mean(axis=0)
+        found["learned"][test] = predictor.distributions(features[torch.from_numpy(test)])
+        store = PromptStore(
+            embedded[train].astype(np.float32),
+            traffic.counts[train].astype(np.uint32),
+            model.fingerprint,
+        )
+        nearest = nearest_of(store, model.embeddings)
+        for row in test:
+            found["nearest"][row] = scores_of(ask(nearest, traffic.prompts[row], shape), shape[2])
+    return found
+
+
+def nearest_of(store: PromptStore, embeddings: torch.Tensor) -> Nearest:
+    """The package's own nearest-prompt strategy, reading with these embeddings."""
+    nearest = Nearest(store)
+    nearest._embed = lambda ids: prompt_embedding(embeddings, ids)  # as its `bind` would
+    return nearest
+
+
+def ask(nearest: Nearest, ids: Sequence[int], shape: tuple[int, ...]) -> list[list[int]]:
+    """All experts that it names, the most wanted first."""
+    named = nearest.named(Prompt((shape[2],) * shape[1], shape[2], tuple(ids)))
+    return [list(layer) for layer in named]
+
+
+def scores_of(named: Sequence[Sequence[int]], experts: int) -> Floats:
+    """Lists by layer, best first, to scores above 0; who is not named gets 0."""
+    scores = np.zeros((len(named), experts))
+    for layer, ids in enumerate(named):
+        scores[layer, list(ids)] = experts - np.arange(len(ids))
+    return scores
+
+
+def adaptive(
+    traffic: Traffic,
+    base: Floats | None = None,
+    keys: Sequence[str] | None = None,
+    settings: PriorSettings | None = None,
+    reset_at: Iterable[int] = (),
+) -> Floats:
+    """
+    Follow the traffic with a prior: each request is guessed from those before it, then learned.
+
+    Args:
+        traffic: In its order.
+        base: A predictor's distributions, to correct; absent, the prior stands alone.
+        keys: Whose each request is; absent, all one deployment's.
+        settings: The prior's.
+        reset_at: Requests before which somebody resets it.
+    """
+    shape, resets = traffic.used.shape, set(reset_at)
+    prior = Prior(shape[1], shape[2], traffic.model.fingerprint, settings)
+    everybody = [""] * shape[0] if keys is None else keys
+    out = np.zeros(shape)
+    for row, key in enumerate(everybody):
+        if row in resets:
+            prior.reset()
+        if base is None:
+            named = AdaptivePredictor(prior, key=key).top((), shape[2])
+            out[row] = scores_of(named, shape[2])
+        else:
+            out[row] = prior.adjust(base[row], key)
+        prior.observe(key, traffic.counts[row], None if base is None else base[row])
+    return out
+
+
+def recall(used: Floats, scores: Floats, slots: int) -> Floats:
+    """Share of the uses that those named would have served; ``(requests,)``, mean over layers."""
+    chosen = top_ids(scores, slots)
+    named = np.take_along_axis(scores, chosen, axis=-1) > 0
+    return (np.take_along_axis(used, chosen, axis=-1) * named).sum(axis=-1).mean(axis=-1)
+
+
+def lists(scores: Floats, slots: int) -> dict[int, list[list[int]]]:
+    """What the simulator prefetches: sequence to layer to ids."""
+    best = top_ids(scores, slots)
+    return {
+        row: [[int(e) for e in ids if scores[row, layer, e] > 0] for layer, ids in enumerate(one)]
+        for row, one in enumerate(best)
+    }
