@@ -1,149 +1,195 @@
 """
-Does the time model predict what decoding over the emulated link takes?
+Does the time model predict what decoding over the emulated link takes, whatever is done on a miss?
 
-Question: predicted against measured milliseconds per decoded token, for several slots, link
-bandwidths and policies, on the shipped model. The model is told four figures of this machine and
-engine, measured in the same process on other configurations than those it predicts: the time per
-token with all experts resident, the host time of one copy, what else a load costs the host (both
-from a run without a link), and the bytes of an expert. Loads per layer and token come from
-simulating one trace.
+Question: predicted against measured milliseconds per decoded token, for several slots, bandwidths,
+policies and ways to handle misses, on the shipped model. The model is told figures of this machine
+and engine, measured in the same process on none of the configurations that it predicts: a runtime
+with every expert resident goes through the motions of misses, one kind at a time
+(`melinoe.runtime.rehearsal`). Loads per layer and token come from simulating one trace.
 
 The answer that would be bad news: an error beyond 10 % in any configuration; then time in the
 simulator's tables would be no better than a guess.
 
 Floor: what the link alone takes, loads x (latency + bytes / bandwidth).
 
-Configurations run prompt by prompt in turn, each round beginning with another one, so that what the
-machine does meanwhile falls on all alike; a prompt's time is the median of its repeats.
+Motions and configurations run prompt by prompt in turn, each round beginning with another one, so
+that what the machine does meanwhile falls on all alike. Each decoding step is timed by itself and
+counts as the median of its repeats, so that a burst of other work in one run is left out; the last
+step of a prompt has no end of its own and counts nowhere.
 
 Not measured: real links, where copies and computing share memory bandwidth; prompts (their time is
 predicted from rows by a straight line, which is not what this is about).
 
-    python benchmarks/predicted_time.py [--prompts 8] [--tokens 48] [--repeat 3] [--out FILE]
+    python benchmarks/predicted_time.py [--prompts 4] [--tokens 32] [--repeat 5] [--out FILE]
 """
 
 import argparse
 import json
-import statistics
 import sys
-from dataclasses import replace
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from melinoe.cache.machine import Machine, Work
 from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import predict
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode_prompt, load_examples
-from melinoe.generate import generate
+from melinoe.generate import generate, trace_prompts
 from melinoe.measure import machine, write_json
 from melinoe.runtime.load import load
+from melinoe.runtime.misses import Misses
+from melinoe.runtime.rehearsal import LOADS, MOTIONS, Rehearsal, figures_from, over, time_calls
 from melinoe.runtime.transfer import EmulatedLink
 from melinoe.shipped import GSM8K_TEST, TINY_OLMOE
 
 EXPERTS = 32
 LATENCY_S = 20e-6
-CALIBRATION = (EXPERTS, None, "lru"), (8, None, "lru")
-# Slots, bytes/s, policy. A transfer of the shipped model's expert takes .2 to 2 ms on these links.
+# Slots, bytes/s, policy, on a miss. A transfer of the shipped model's expert takes .1 to 2.5 ms.
 CASES = [
-    (8, 1000e6, "lru"),
-    (8, 300e6, "lru"),
-    (8, 100e6, "lru"),
-    (8, 300e6, "lfu"),
-    (16, 300e6, "lru"),
-    (16, 100e6, "lfu"),
-    (24, 30e6, "lru"),
-    (8, 30e6, "lfu"),
+    (8, 1000e6, "lru", "wait"),
+    (8, 300e6, "lru", "wait"),
+    (8, 100e6, "lru", "wait"),
+    (8, 300e6, "lfu", "wait"),
+    (16, 300e6, "lru", "wait"),
+    (16, 100e6, "lfu", "wait"),
+    (24, 30e6, "lru", "wait"),
+    (8, 30e6, "lfu", "wait"),
+    (1, 300e6, "lru", "wait"),
+    (8, 300e6, "lru", "cpu"),
+    (8, 100e6, "lru", "split"),
+    (8, 30e6, "lfu", "split"),
+    (16, 300e6, "lru", "split"),
 ]
 
 
-def open_case(slots, bandwidth, policy):
-    link = None if bandwidth is None else EmulatedLink(bandwidth, LATENCY_S)
-    return load(TINY_OLMOE, slots=slots, policy=policy, store="ram", link=link)
+class Steps:
+    """When each forward pass of a model began."""
+
+    def __init__(self, model):
+        self.began = []
+        model.register_forward_pre_hook(lambda *_: self.began.append(time.perf_counter()))
+
+    @contextmanager
+    def of(self, into):
+        """Append to *into* the seconds of each decoding step but the last."""
+        self.began.clear()
+        yield
+        into.append(np.diff(self.began)[1:])
+
+
+def open_case(slots, bandwidth, policy, miss):
+    """A runtime; misses are handled by what was measured for it, which the simulator is told."""
+    link = EmulatedLink(bandwidth, LATENCY_S)
+    return load(TINY_OLMOE, slots=slots, policy=policy, store="ram", link=link, miss=miss)
 
 
 def serve(cases, prompts, tokenizer, tokens, repeat):
-    """Per case: decode seconds and tokens, stall and loads, medians over repeats, all prompts."""
-    rows = {case: {"seconds": 0.0, "tokens": 0, "stall": 0.0, "loads": 0} for case in cases}
+    """Per case: seconds of each step, medians over repeats, and what was loaded and computed."""
+    steps = {case: [] for case in cases}
+    counts = {case: np.zeros(2) for case in cases}
     order = list(cases)
     for number, prompt in enumerate(prompts):
         runs = {case: [] for case in cases}
-        for _ in range(repeat):
+        for turn in range(repeat):
             order = order[1:] + order[:1]
             for case in order:
-                model, handle = cases[case]
-                handle.reset_cache()
-                runs[case].append(generate(model, handle, tokenizer, prompt, tokens))
-        for case, done in runs.items():
-            row = rows[case]
-            row["seconds"] += statistics.median(one.seconds - one.ttft_s for one in done)
-            row["stall"] += statistics.median(one.stall_s for one in done)
-            row["tokens"] += done[0].decode_tokens
-            row["loads"] += int(done[0].counters.loads[1].sum())
+                model, handle, clock, motion = cases[case]
+                if handle.slots < EXPERTS:
+                    handle.reset_cache()
+                with motion(), clock.of(runs[case]):
+                    done = generate(model, handle, tokenizer, prompt, tokens)
+                if not turn:
+                    counted = done.counters
+                    counts[case] += counted.loads[1].sum(), counted.elsewhere[1].sum()
+        for case, times in runs.items():
+            steps[case].append(np.median(times, axis=0))
         print(f"prompt {number + 1} of {len(prompts)}", file=sys.stderr)
-    return rows
+    return {case: np.concatenate(times) for case, times in steps.items()}, counts
+
+
+def predicted_steps(simulation, figures, work):
+    """Predicted seconds of the decoding steps that were measured: all but each prompt's last."""
+    timing = predict(simulation, figures, work)
+    decoding = simulation.steps.phase == 1
+    of_unit = simulation.steps.unit
+    last = np.append(of_unit[1:] != of_unit[:-1], True)
+    return timing.pass_s[decoding & ~last]
+
+
+def row_of(case, handle, trace, figures, work, measured, counted):
+    slots, bandwidth, policy, miss = case
+    rule = handle.misses.rule
+    simulation = simulate(trace, slots, policy, load=rule, reset_between_sequences=True, steps=True)
+    counters = simulation.counters
+    found = counters.loads[1].sum(), counters.elsewhere[1].sum()
+    assert tuple(counted) == found, f"simulated {found}, measured {tuple(counted)}"
+    seconds = predicted_steps(simulation, over(figures, handle), work)
+    assert len(seconds) == len(measured), "not the same steps"
+    tokens = counters.tokens[1]
+    predicted_ms, measured_ms = 1e3 * float(seconds.mean()), 1e3 * float(measured.mean())
+    floor = 1e3 * found[0] / tokens * (LATENCY_S + work.expert_bytes / bandwidth)
+    row = {
+        "slots": slots,
+        "policy": policy,
+        "miss": miss,
+        "link_gb_s": bandwidth / 1e9,
+        "transfers_per_token": round(found[0] / tokens, 3),
+        "computed_there_per_token": round(found[1] / tokens, 3),
+        "link_floor_ms": round(floor, 3),
+        "predicted_ms": round(predicted_ms, 3),
+        "measured_ms": round(measured_ms, 3),
+        "error": round(predicted_ms / measured_ms - 1, 4),
+    }
+    print(
+        f"{policy} {slots:2} slots {bandwidth / 1e6:5.0f} MB/s {miss:5}: predicted "
+        f"{predicted_ms:7.3f} ms, measured {measured_ms:7.3f} ({row['error']:+.1%})",
+        file=sys.stderr,
+    )
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    cases = {case: open_case(*case) for case in (*CALIBRATION, *CASES)}
-    resident, handle = cases[CALIBRATION[0]]
+    resident, handle = load(TINY_OLMOE, slots=EXPERTS, store="ram")
     tokenizer = load_tokenizer(TINY_OLMOE, resident.config)
     examples = load_examples(str(GSM8K_TEST), limit=args.prompts)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
-    with handle.record() as recorder:
-        for prompt in prompts:
-            generate(resident, handle, tokenizer, prompt, args.tokens)
-    trace = recorder.trace()
-    for model, other in cases.values():  # warm-up
-        generate(model, other, tokenizer, prompts[0], 4)
+    trace = trace_prompts(resident, handle, tokenizer, prompts, args.tokens)
+    rehearsal, clock = Rehearsal(handle), Steps(resident)
+    cases = {
+        motion: (resident, handle, clock, lambda motion=motion: rehearsal.doing(motion))
+        for motion in MOTIONS
+    }
+    for case in CASES:
+        model, other = open_case(*case)
+        cases[case] = (model, other, Steps(model), nullcontext)
+    for model, other, _, motion in cases.values():  # warm-up
+        with motion():
+            generate(model, other, tokenizer, prompts[0], 4)
 
-    measured = serve(cases, prompts, tokenizer, args.tokens, args.repeat)
-    base, bare = (measured[case] for case in CALIBRATION)
-    pass_s = base["seconds"] / base["tokens"]
-    copy_s = bare["stall"] / bare["loads"]
-    # Deciding, renumbering and slicing: what a load costs beside its copy.
-    extra_s = (bare["seconds"] - bare["stall"] - pass_s * bare["tokens"]) / bare["loads"]
-    work = Work(expert_bytes=handle.expert_memory_bytes / (EXPERTS * len(handle.layers)))
-    rows = []
-    for slots, bandwidth, policy in CASES:
-        case = measured[slots, bandwidth, policy]
-        simulation = simulate(trace, slots, policy, reset_between_sequences=True, steps=True)
-        assert int(simulation.counters.loads[1].sum()) == case["loads"], "simulated != measured"
-        host = Machine(link_bytes_per_s=bandwidth, link_latency_s=LATENCY_S, copy_s=copy_s)
-        loads_per_token = case["loads"] / case["tokens"]
-        host = replace(host, pass_s=pass_s + max(0.0, extra_s) * loads_per_token)
-        metrics = predict(simulation, host, work).metrics()
-        seen = 1e3 * case["seconds"] / case["tokens"]
-        floor = 1e3 * loads_per_token * (LATENCY_S + work.expert_bytes / bandwidth)
-        rows.append(
-            {
-                "slots": slots,
-                "policy": policy,
-                "link_gb_s": bandwidth / 1e9,
-                "transfers_per_token": round(loads_per_token, 3),
-                "link_floor_ms": round(floor, 3),
-                "predicted_ms": round(metrics["ms_per_token"], 3),
-                "measured_ms": round(seen, 3),
-                "error": round(metrics["ms_per_token"] / seen - 1, 4),
-                "predicted_stall_ms": round(metrics["stall_ms_per_token"], 3),
-                "measured_stall_ms": round(1e3 * case["stall"] / case["tokens"], 3),
-            }
-        )
-        print(
-            f"{policy} {slots:2} slots {bandwidth / 1e6:5.0f} MB/s: predicted "
-            f"{rows[-1]['predicted_ms']:7.3f} ms, measured {seen:7.3f} ({rows[-1]['error']:+.1%})",
-            file=sys.stderr,
-        )
+    steps, counts = serve(cases, prompts, tokenizer, args.tokens, args.repeat)
+    passes = sum(int(one) for one in simulate(trace, EXPERTS).counters.tokens[1:])
+    calibration = {motion: float(steps[motion].mean()) for motion in MOTIONS}
+    figures = figures_from(calibration, handle, counts[LOADS][0] / passes, time_calls(handle))
+    work = open_work(cases)
+    figures = replace(figures, host_row_s=0.0)
+    rows = [
+        row_of(case, cases[case][1], trace, figures, work, steps[case], counts[case])
+        for case in CASES
+    ]
     worst = max(abs(row["error"]) for row in rows)
+    print({k: round(1e3 * v, 3) for k, v in calibration.items()}, file=sys.stderr)
     record = {
         "benchmark": "predicted_time",
         "title": "Predicted and measured time per decoded token over the emulated link",
@@ -152,9 +198,8 @@ def main() -> None:
         "goal": 0.10,
         "goal_met": worst <= 0.10,
         "calibration": {
-            "resident_ms": round(1e3 * pass_s, 3),
-            "copy_us": round(1e6 * copy_s, 1),
-            "other_us_per_load": round(1e6 * extra_s, 1),
+            "motions_ms": {str(name): round(1e3 * value, 4) for name, value in calibration.items()},
+            "figures": asdict(figures),
             "expert_bytes": work.expert_bytes,
             "latency_us": LATENCY_S * 1e6,
         },
@@ -164,6 +209,14 @@ def main() -> None:
     print(json.dumps(record))
     if args.out is not None:
         write_json(args.out, record)
+
+
+def open_work(cases):
+    """Bytes of an expert and of a token, as a runtime that computes misses measured them."""
+    misses: Misses = next(
+        handle.misses for _, handle, _, _ in cases.values() if handle.misses.work is not None
+    )
+    return misses.work
 
 
 if __name__ == "__main__":

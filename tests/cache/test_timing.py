@@ -163,10 +163,21 @@ def test_what_follows_a_wait_is_slower_by_how_long_it_was():
     assert [cold.colder_s(1e-3 * ms) for ms in (0, 5, 10, 15, 99)] == pytest.approx(
         [0, 0.001, 0.002, 0.0025, 0.003]
     )
-    done = run([[1, 0, 2]], [[4, 4, 4]])
+    done = replace(run([[1, 0, 2]], [[4, 4, 4]]), slots=(4, 4, 4))
     before, after = predict(done, plain, WORK), predict(done, cold, WORK)
     assert after.pass_s - before.pass_s == pytest.approx([0.0014 + 0.0024])
     assert (after.link_s == before.link_s).all()
+
+
+def test_each_part_waits_for_itself():
+    """Four experts through one slot: 4 waits of 7 ms, 1.4 more each; two through two: one of 14."""
+    machine = Machine(**SLOW, copy_s=0.004, after_wait_s=((0.010, 0.002), (0.020, 0.003)))
+    plain = Machine(**SLOW, copy_s=0.004)
+    four = run([[4]], [[4]])
+    two = replace(run([[2]], [[2]]), slots=(2,))
+    for done, more in ((four, 4 * 0.0014), (two, 0.0024)):
+        difference = predict(done, machine, WORK).pass_s - predict(done, plain, WORK).pass_s
+        assert difference == pytest.approx([more])
 
 
 def test_a_prefetch_travels_while_layers_compute():

@@ -7,8 +7,9 @@ import pytest
 
 from melinoe.errors import BudgetError, MelinoeError
 from melinoe.plan.predicted import machine_of, seconds_of
-from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, strategies
+from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
 from melinoe.report import render_table
+from melinoe.runtime.misses import Misses
 from tests.small_olmoe import EXPERTS, always, tiny_model, words_tokenizer
 
 
@@ -79,6 +80,80 @@ def test_simulated_counts_equal_measured_ones_for_every_strategy(when, melinoe, 
     assert sum(ahead) > 0 and by_name["lfu", 4]["prefetch"] == "none"
 
 
+def test_misses_are_a_dimension_of_strategies():
+    """2 policies: both wait, split and compute beside a prefetch; without one the CPU's are one."""
+    chosen = strategies(8, [2], ["lru", "lfu"], ["none", "popularity"], ["wait", "cpu", "split"])
+    assert len(chosen) == 2 + 4 + 4 + (2 + 1)
+    assert [one.miss for one in chosen].count("cpu") == 3
+    assert len({one.name for one in chosen}) == len(chosen)
+    assert len({one.runtime for one in chosen}) == 2 + 3 * 2  # prefetches share runtimes
+    both = strategies(8, [2], ["lru"], misses=["wait", "cpu"], engines=["reference", "fast"])
+    fast = [one for one in both if one.engine == "fast"]
+    assert [(one.slots, one.miss, one.warm) for one in fast] == [
+        (2, "wait", False),
+        (8, "wait", True),
+    ]
+    with pytest.raises(MelinoeError, match="--engine reference"):
+        strategies(8, [2], ["lru"], misses=["split"], engines=["fast"])
+
+
+def test_computed_misses_are_counted_as_simulated(melinoe, place):
+    """On the CPU, split by measured costs, and beside a prefetch: to the last expert."""
+    code, out, err = bench(
+        melinoe, place, "--slots", 3, "--policy", "lru", "--miss", "cpu", "--miss", "split",
+        "--predictor", place / "predictor", "--prefetch", "none", "--prefetch", "predictor",
+        "--link", "0.001GB/s", "--link-latency", "50us", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    done = json.loads(out)
+    records = {one["strategy"]: one for one in done["records"]}
+    assert len(records) == 2 + 2 + 2
+    for record in records.values():
+        assert record["predicted"]["counts_that_differ"] == [], record["strategy"]
+    alone = records[ON_THE_CPU]["per_prompt"]
+    assert alone["elsewhere"] == alone["uses"] and not any(alone["loads"] + alone["hits"])
+    helped = records["lru + predictor prefetch, misses by the CPU"]
+    assert helped["hit_rate"]["mean"] > 0 and helped["miss"] == "cpu"
+    split = records["lru, misses split"]
+    assert split["miss_figures"]["machine"]["link_bytes_per_s"] == 1e6
+    # At 1 MB/s an expert takes milliseconds: the CPU computes what it can meanwhile.
+    assert sum(split["per_prompt"]["elsewhere"]) > 0
+    assert done["table"]["figures"]["pass_s"] > 0
+
+
+def test_the_fast_engine_is_refused_where_it_cannot_run(melinoe, place, monkeypatch):
+    """In one sentence, before a model is read; with an unknown engine the known ones."""
+    from melinoe.fast import support
+
+    code, _, err = bench(melinoe, place, "--engine", "both", "--link", "1GB/s")
+    assert code == 1 and "no emulated link" in err
+    monkeypatch.setattr(support, "why_not", lambda device: f"it needs a GPU, not the {device}")
+    for engine in ("fast", "both"):
+        code, out, err = bench(melinoe, place, "--slots", 2, "--engine", engine)
+        assert (code, out) == (1, "") and "not the cpu; give --engine reference" in err
+    code, _, err = bench(melinoe, place, "--engine", "warp")
+    assert code == 2 and "both" in err
+
+
+def test_both_engines_stand_in_one_table_and_count_as_simulated(melinoe, place):
+    """The fast engine's prompts are streamed, which the simulator is told; kernels interpreted."""
+    code, out, err = bench(
+        melinoe, place, "--slots", 4, "--policy", "lru", "--engine", "both", "--json"
+    )
+    assert code == 0, err
+    records = json.loads(out)["records"]
+    names = [(one["strategy"], one["engine"]) for one in records]
+    assert names == [
+        (ON_DEMAND, "reference"),
+        ("lru", "reference"),
+        (ALL_RESIDENT, "reference"),
+        ("lru, fast engine", "fast"),
+        (f"{ALL_RESIDENT}, fast engine", "fast"),
+    ]
+    assert all(one["predicted"]["counts_equal"] for one in records)
+    assert sum(records[3]["per_prompt"]["loads"]) > 0
+
+
 def test_a_count_that_differs_is_an_error(melinoe, place, monkeypatch):
     """If the simulator were wrong by one load, the command would say where, and exit with 1."""
     import melinoe.plan.bench as module
@@ -124,6 +199,7 @@ def test_the_records_make_a_report(melinoe, place, tmp_path):
         (("--prefetch", "popularity"), 1, "--popularity"),
         (("--prefetch", "psychic"), 2, "popularity"),
         (("--prefetch-at", "never"), 2, "completion"),
+        (("--miss", "hope"), 2, "split"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(more, code, words, melinoe, place):
@@ -150,9 +226,11 @@ def test_a_link_s_transfers_are_predicted_by_hand():
     class Handle:
         link = Link()
         layers = (None, None)
+        misses = Misses()
 
         class store:
             kind = "disk"
+            num_layers = 2
 
             @staticmethod
             def block_bytes(layer):

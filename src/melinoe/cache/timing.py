@@ -21,7 +21,8 @@ one layer of one pass takes
     F   = f + (backbone + KV) / (L D) + P         all else, f host seconds per layer
     P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below
     w   = what is left until this layer's prefetch has arrived, if it is used
-    G   = g(w + T - max(U, n c))                  what follows a wait takes longer, ``after_wait_s``
+    G   = k g((w + T - max(U, n c)) / k)          what follows a wait takes longer, g is
+                                                  ``after_wait_s``; k waits, one a part: min(m, n)
 
     overlap none:   F + w + max(T, U) + G + H + N    wait, then compute
     overlap hits:   F + w + max(T, U, H) + G + N     hits are computed while misses come
@@ -41,8 +42,8 @@ on each, and the link carries them while layers compute. They delay later loads 
 Those of a prefetch between layers are issued when the layer before has its experts, before H + N;
 w is as if the last of a layer's were used.
 
-Stall is what the layers take beyond F + G + H + N: by the link (w, or T where it is longest) or by the
-host's computing (U). Nothing is said about what shares the machine.
+Stall is what the layers take beyond F + G + H + N: by the link (w, or T where it is longest) or by
+the host's computing (U). Nothing is said about what shares the machine.
 
 Source:
     The limits of docs/method.md, taken apart by layer. Copies on one link follow one another and
@@ -133,7 +134,9 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     if steps.elsewhere.any() and machine.dram_bytes_per_s is None:
         raise HardwareError("misses are computed on the host, so give its memory's bandwidth")
     passes, layers = steps.loads.shape
-    other, resident, fresh = _computing(simulation, steps, machine, work)
+    in_parts = _parts(simulation, steps)
+    other, resident, fresh = _computing(in_parts, steps, machine, work)
+    parts = in_parts.tolist()
     each, carried = transfer_s(machine, work), work.expert_bytes / machine.link_bytes_per_s
     carried += machine.link_latency_s
     pass_s, link_s, host_s, ahead_s = (np.zeros(passes) for _ in range(4))
@@ -173,7 +176,8 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
             now += longest - hidden
             if machine.after_wait_s:
                 idle = late + max(0.0, link - max(cpu, count * machine.copy_s))
-                now += machine.colder_s(idle)
+                waits = max(1, min(parts[step][layer], count))
+                now += waits * machine.colder_s(idle / waits)
             if layer + 1 < layers and (early := between[step][layer + 1]):
                 for _ in range(early):
                     free = max(free, now) + carried
@@ -193,12 +197,14 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
 
 
 def _computing(
-    simulation: Simulation, steps: Steps, machine: Machine, work: Work
+    parts: np.ndarray, steps: Steps, machine: Machine, work: Work
 ) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
     """F, H and N by pass and layer; a measured pass is shared out evenly over its layers."""
     layers = steps.loads.shape[1]
     here = (steps.experts - steps.loads - steps.elsewhere).astype(float)
-    other = machine.host_s_per_layer + _in_parts(simulation, steps, machine)
+    extra = machine.parts_s + np.maximum(parts - 1, 0) * machine.part_s
+    put_together = (parts > 1) | (steps.elsewhere > 0)
+    other = machine.host_s_per_layer + np.where(put_together, extra, 0.0)
     if machine.pass_s is not None:
         of_layer = (machine.pass_s + machine.row_s * (steps.tokens - 1))[:, None] / layers
         by_expert = np.maximum(machine.experts_share * of_layer - machine.call_s, 0.0)
@@ -220,11 +226,8 @@ def _computing(
     return other.tolist(), resident.tolist(), fresh.tolist()
 
 
-def _in_parts(simulation: Simulation, steps: Steps, machine: Machine) -> np.ndarray:
-    """P by pass and layer."""
+def _parts(simulation: Simulation, steps: Steps) -> np.ndarray:
+    """m by pass and layer."""
     slots = np.array(simulation.slots)
     capacity = np.full_like(slots, slots.sum()) if simulation.shared else slots
-    host = steps.elsewhere > 0
-    parts = np.where(host, 1, -(-steps.experts // capacity))
-    extra = machine.parts_s + np.maximum(parts - 1, 0) * machine.part_s
-    return np.where(host | (parts > 1), extra, 0.0)
+    return np.where(steps.elsewhere > 0, 1, -(-steps.experts // capacity))

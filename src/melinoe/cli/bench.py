@@ -18,6 +18,20 @@ def command(
     policy: Annotated[
         list[str] | None, typer.Option(help="May be repeated. Default: lru and lfu.")
     ] = None,
+    miss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is done about a miss: wait, until the expert is there; cpu, compute it "
+            "where it is; split, by measured costs; may be repeated. Default: wait."
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="reference: runs everywhere; fast: needs a GPU, lru or lfu, and waits for misses; "
+            "both, one beside the other."
+        ),
+    ] = "reference",
     prefetch: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,6 +75,12 @@ def command(
         # A predictor also knows what is popular, which is its first rival.
         also = ("popularity",) if predictor and popularity is None else ()
         wanted = ("none", *also, *wanted)
+    options.check_misses(miss or [])
+    if engine not in ("reference", "fast", "both"):
+        raise typer.BadParameter(
+            f"{engine!r} is not one of reference, fast, both", param_hint="--engine"
+        )
+    engines = ("reference", "fast") if engine == "both" else (engine,)
     emulated = None
     if link is not None:
         emulated = (parse_bandwidth(link, "link"), parse_seconds(link_latency))
@@ -72,6 +92,7 @@ def command(
     from melinoe.errors import MelinoeError, UnsupportedModelError
     from melinoe.measure import append_jsonl
     from melinoe.plan.bench import Setting, bench
+    from melinoe.plan.runtimes import check_fast
     from melinoe.plan.strategies import strategies
     from melinoe.predictor import Predictor
     from melinoe.report import render_table
@@ -88,13 +109,18 @@ def command(
         slots or [experts_in_share(ServeSettings().slots, about.num_experts)],
         policy or ["lru", "lfu"],
         wanted,
+        miss or ["wait"],
+        engines,
     )
+    target = options.resolve_device(device)
+    if "fast" in engines:
+        check_fast(target, emulated is not None)
     examples = load_examples(prompts, split=split, limit=limit)
     tokenizer = load_tokenizer(path, read_config(path))
     records, table = bench(
         Setting(
             path,
-            device=options.resolve_device(device),
+            device=target,
             dtype=dtype,
             store=store,
             link=emulated,

@@ -82,6 +82,8 @@ def command(
     expert_memory: options.ExpertMemory = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
+    miss: options.Miss = "wait",
+    miss_threads: options.MissThreads = None,
     choice: Annotated[
         str,
         typer.Option(
@@ -122,8 +124,9 @@ def command(
     for name, label in names.items():
         one = _Found()
         loaded, handle, tokenizer = options.open_model(
-            name, device, dtype, slots, expert_memory, policy, store
-        )
+            name, device, dtype, slots, expert_memory, policy, store,
+            miss=miss, miss_threads=miss_threads,
+        )  # fmt: skip
         for domain, (examples, in_domain) in texts.items():
             options.say(f"{label}: {domain}, {len(examples)} examples")
             one.scores.append(

@@ -16,6 +16,8 @@ def command(
     expert_memory: options.ExpertMemory = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
+    miss: options.Miss = "wait",
+    miss_threads: options.MissThreads = None,
     prefetch: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +97,8 @@ def command(
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store, engine,
-        compression=compression, gpu_memory=gpu_memory, context=context,
+        miss=miss, miss_threads=miss_threads, compression=compression, gpu_memory=gpu_memory,
+        context=context,
     )  # fmt: skip
     handle.choose(wanted)
     kept = None

@@ -33,6 +33,18 @@ StoreKind = Annotated[
         "else disk."
     ),
 ]
+Miss = Annotated[
+    str,
+    typer.Option(
+        help="On a miss: wait, until the expert is there; cpu, compute it where it is, so that "
+        "slots hold only what a prefetch brings; split, by costs measured at the start. With the "
+        "reference engine."
+    ),
+]
+MissThreads = Annotated[
+    int | None,
+    typer.Option(help="Threads of the CPU for that. Default: the fewest that are fast.", min=1),
+]
 Choice = Annotated[
     str,
     typer.Option(
@@ -158,6 +170,21 @@ def choice_of(kind: str, strength: float, keep: int) -> Any:
     return ChoiceSettings(kind, strength if kind != "exact" else 0.0, keep)
 
 
+def check_misses(named: list[str]) -> None:
+    """
+    Refuse a way to handle misses that there is none of.
+
+    Raises:
+        BadParameter: an unknown name.
+    """
+    from melinoe.cache.misses import MISSES
+
+    if unknown := [one for one in named if one not in MISSES]:
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is not one of {', '.join(MISSES)}", param_hint="--miss"
+        )
+
+
 def open_model(
     model: str,
     device: str,
@@ -167,9 +194,11 @@ def open_model(
     policy: str,
     store: str,
     engine: str = "reference",
+    miss: str = "wait",
     **more: Any,
 ) -> tuple[Any, Any, Any]:
     """A model with few resident experts, its handle and its tokenizer; a quarter if not told."""
+    check_misses([miss])
     import torch
 
     from melinoe.checkpoint import describe, load_tokenizer
@@ -196,6 +225,9 @@ def open_model(
         engine=engine,
         # Only the reference engine has a choice of stores; "auto" is no choice.
         store=None if engine != "reference" and store == "auto" else store,
+        miss=miss,
         **more,
     )
+    if miss == "cpu":
+        say("misses are computed on the CPU; slots hold what a prefetch brings, nothing else")
     return loaded, handle, load_tokenizer(path, loaded.config)

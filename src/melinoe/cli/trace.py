@@ -21,6 +21,8 @@ def command(
     expert_memory: options.ExpertMemory = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
+    miss: options.Miss = "wait",
+    miss_threads: options.MissThreads = None,
     choice: options.Choice = "exact",
     choice_strength: options.ChoiceStrength = 0.1,
     choice_keep: options.ChoiceKeep = 1,
@@ -50,8 +52,9 @@ def command(
     examples = load_examples(data, split=split, limit=limit)
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
-        model, device, dtype, slots, expert_memory, policy, store
-    )
+        model, device, dtype, slots, expert_memory, policy, store,
+        miss=miss, miss_threads=miss_threads,
+    )  # fmt: skip
     handle.choose(wanted)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     trace = trace_prompts(

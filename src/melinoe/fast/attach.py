@@ -109,6 +109,7 @@ def load(
     gpu_memory: str | int | None = None,
     batch: int | None = None,
     context: int | None = None,
+    store: FastStore | None = None,
 ) -> tuple[Any, FastHandle]:
     """
     Load a checkpoint for the fast engine: the backbone on *device*, the experts in pinned memory.
@@ -123,6 +124,7 @@ def load(
             on the device, such as ``"8GiB"``, kept as a contract; see `melinoe.fast.budget`.
         batch: sequences at once that *gpu_memory* is to hold; absent: 1.
         context: tokens of a sequence that it is to hold; absent: 2,048.
+        store: holds this checkpoint's experts already, of another handle on the same device.
 
     Returns:
         The transformers model, in evaluation mode, and its handle.
@@ -153,7 +155,7 @@ def load(
             _log.info("GPU memory of %s", budget)
             enforce(budget, target)
             count = budget.slots_per_layer
-        filled = _from_checkpoint(checkpoint, compression, target)
+        filled = store or _from_checkpoint(checkpoint, compression, target)
         handle = FastHandle(
             model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
             target.type == "cuda" if graphs is None else graphs,

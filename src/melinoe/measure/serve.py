@@ -29,6 +29,7 @@ _ESTIMATES: dict[str, tuple[str, str | None]] = {
     "transfers_per_token": ("loads", "tokens"),
     "prefetch_transfers_per_token": ("prefetch_loads", "tokens"),
     "prefetch_waste_per_token": ("prefetch_unused", "tokens"),
+    "computed_there_per_token": ("elsewhere", "tokens"),
     "prefill_transfers": ("prefill_loads", None),
     "tokens_per_s": ("new_tokens", "seconds"),
     "tpot_s": ("decode_s", "tokens"),
@@ -67,7 +68,8 @@ def serving(
     - ``adjusted_hit_rate``: 1 - (demand + prefetch loads) / uses. Prefetches are charged in full,
       also where they serve the prompt's forward pass.
     - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
-    - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart.
+    - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart;
+      ``computed_there_per_token``: missing experts that the host computed instead.
     - ``prefetch_precision``: share of the experts copied ahead that were used before they left;
       ``prefetch_recall``: copied ahead in time, of what the completion would have missed;
       ``prefetch_waste_per_token``: copied ahead and not used; see `melinoe.cache.counters`. The
@@ -156,6 +158,8 @@ def serving(
         top_k=_top_k(generations),
         layers=len(handle.layers),
         policy=handle.policy,
+        miss=handle.misses.kind,
+        miss_figures=None if handle.misses.machine is None else handle.misses.to_dict(),
         store=handle.store.kind,
         expert_memory_bytes=handle.expert_memory_bytes,
         link=link_fields(handle.link),
@@ -226,6 +230,7 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         raise ValueError("a plain model has no cache to count; attach the runtime first")
     uses, loads = int(counters.uses[COMPLETION].sum()), int(counters.loads[COMPLETION].sum())
     prefetches = int(counters.prefetch_loads.sum())
+    elsewhere = int(counters.elsewhere[COMPLETION].sum())
     return {
         "prompt_tokens": len(one.prompt_ids),
         "new_tokens": len(one.ids),
@@ -237,7 +242,9 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "prefetch_used": int(counters.prefetch_used.sum()),
         "prefetch_used_decoding": int(counters.prefetch_used[COMPLETION].sum()),
         "prefetch_unused": int(counters.prefetch_unused.sum()),
-        "missed": loads + int(counters.elsewhere[COMPLETION].sum()),
+        "elsewhere": elsewhere,
+        "prefill_elsewhere": int(counters.elsewhere[PROMPT].sum()),
+        "missed": loads + elsewhere,
         "uses_not_paid": uses - loads - prefetches,
         "prefill_loads": int(counters.loads[PROMPT].sum()),
         "zero_miss": int(counters.zero_miss_tokens[COMPLETION]),

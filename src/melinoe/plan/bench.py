@@ -5,7 +5,8 @@ Run the strategies for real, in turn, and set what the simulator predicted besid
     2. trace the prompts once, all experts resident: what the model chooses does not depend on slots
     3. simulate every strategy on that trace
     4. serve all strategies side by side, prompt by prompt, in one process
-    5. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
+    5. on the CPU: time what a miss costs the engine beside its transfer, every expert resident
+    6. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
 
 A runtime holds its own backbone and slots; experts in RAM are held once, for all.
 """
@@ -13,25 +14,21 @@ A runtime holds its own backbone and slots; experts in RAM are held once, for al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from melinoe.cache.machine import Machine
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side
-from melinoe.plan.predicted import (
-    COUNTS,
-    counts_of,
-    machine_of,
-    replay,
-    seconds_of,
-    time_load,
-    work_of,
-)
+from melinoe.plan.predicted import COUNTS, counts_of, machine_of, replay, seconds_of, work_of
+from melinoe.plan.rehearsing import rehearse
 from melinoe.plan.runtimes import Setting, open_runtimes
-from melinoe.plan.strategies import ALL_RESIDENT, Strategy, prefetcher_of
+from melinoe.plan.strategies import Strategy, prefetcher_of
 from melinoe.prefetch import Given
+from melinoe.runtime.misses import time_read
 from melinoe.stats import bootstrap
 
 Say = Callable[[str], None]
@@ -52,7 +49,7 @@ def bench(
 
     Args:
         setting: What all have in common.
-        chosen: From `strategies`; one of them holds every expert.
+        chosen: From `strategies`; for each engine one of them holds every expert.
         prompts: Texts or token ids.
         given: What their prefetches are made of.
         label: The model's name in tables.
@@ -68,8 +65,8 @@ def bench(
     """
     ahead = [prefetcher_of(one, given) for one in chosen]  # refused before anything is read
     runtimes = open_runtimes(setting, chosen)
-    resident = next(one for one in chosen if one.name == ALL_RESIDENT)
-    model, handle = runtimes[resident]
+    resident = {one.engine: one for one in chosen if one.warm}
+    model, handle = runtimes[next(iter(resident.values()))]
     say(f"tracing {len(prompts)} prompts with every expert resident")
     guesses = any(one is not None and one.uses_guesses for one in ahead)
     trace = trace_prompts(
@@ -77,14 +74,14 @@ def bench(
     )
     ids = [prompt_ids(runtimes.tokenizer, one) for one in prompts]
     say("timing the store")
-    read_s = time_load(handle, torch.device(model.device))
+    read_s = time_read(handle.layers, handle.store, torch.device(model.device))
 
     servings, replays = [], []
     for strategy, prefetch in zip(chosen, ahead, strict=True):
         model, handle = runtimes[strategy]
         if prefetch is not None:
             prefetch.bind(model, runtimes.tokenizer)
-        replays.append(replay(trace, strategy, prefetch, ids))
+        replays.append(replay(trace, strategy, prefetch, ids, handle))
         servings.append(
             serving(
                 model,
@@ -102,13 +99,20 @@ def bench(
         )
     say(f"serving {len(prompts)} prompts by {len(chosen)} strategies in turn")
     records = side_by_side(servings)
-    measured = records[list(chosen).index(resident)]["per_prompt"]
-    figures, work = machine_of(handle, read_s, measured), work_of(handle)
+    rehearsed = None
+    if "reference" in resident:
+        say("timing the parts of a miss")
+        rehearsed = rehearse(*runtimes[resident["reference"]], runtimes.tokenizer, prompts)
     rows = []
     for strategy, record, done in zip(chosen, records, replays, strict=True):
+        _, handle = runtimes[strategy]
+        measured = records[list(chosen).index(resident[strategy.engine])]["per_prompt"]
+        costs = rehearsed if strategy.engine == "reference" else None
+        figures, work = machine_of(handle, read_s, measured, costs), work_of(handle)
+        record["engine"] = strategy.engine
         record["predicted"] = _predicted(record, counts_of(done), seconds_of(done, figures, work))
         rows.append(_row(strategy, record))
-    return records, _benchmark(rows, setting, read_s, label, len(prompts))
+    return records, _benchmark(rows, setting, read_s, label, len(prompts), rehearsed)
 
 
 def _predicted(
@@ -144,6 +148,7 @@ def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
         "hit_rate": record["hit_rate"]["mean"],
         "transfers_per_token_predicted": sum(predicted["counts"]["loads"]) / tokens,
         "transfers_per_token_measured": record["transfers_per_token"]["mean"],
+        "computed_there_per_token": record["computed_there_per_token"]["mean"],
         "adjusted_hit_rate": record["adjusted_hit_rate"]["mean"],
         **{name: (record.get(name) or {}).get("mean") for name in _OF_PREFETCHES},
         "counts_equal": predicted["counts_equal"],
@@ -155,7 +160,12 @@ def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _benchmark(
-    rows: list[dict[str, Any]], setting: Setting, read_s: float, label: str, prompts: int
+    rows: list[dict[str, Any]],
+    setting: Setting,
+    read_s: float,
+    label: str,
+    prompts: int,
+    rehearsed: Machine | None,
 ) -> dict[str, Any]:
     """The record that `melinoe report` shows as a table."""
     link = (
@@ -174,7 +184,11 @@ def _benchmark(
             f"Reading one expert took {1e3 * read_s:.3f} ms alone. Computing is "
             "taken from the run with every expert resident, so its own time is no prediction.",
             "With fewer slots than a token uses experts, as on demand, requests are computed in "
-            "pieces; what that costs beyond the loads is not predicted.",
+            "pieces; what that costs beyond the loads is not predicted."
+            if rehearsed is None
+            else "What a load, a part of a request, an expert on the CPU and a wait cost the "
+            "engine was timed with every expert resident.",
         ],
+        "figures": None if rehearsed is None else asdict(rehearsed),
         "machine": machine(),
     }

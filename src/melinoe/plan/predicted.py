@@ -8,12 +8,11 @@ expert from the store alone, and the emulated link's own.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.machine import Machine, Work
@@ -23,6 +22,7 @@ from melinoe.cache.timing import predict
 from melinoe.cache.trace import Trace
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.handle import Handle
+from melinoe.runtime.misses import activation_bytes, link_figures, mean_block_bytes
 
 COUNTS = (
     "tokens",
@@ -32,9 +32,11 @@ COUNTS = (
     "prefetch_loads",
     "prefetch_used",
     "prefill_loads",
+    "elsewhere",
+    "prefill_elsewhere",
     "zero_miss",
 )
-_NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
+_REHEARSED = ("copy_s", "dram_bytes_per_s", "call_s", "parts_s", "part_s")
 
 
 def replay(
@@ -42,6 +44,7 @@ def replay(
     strategy: Strategy,
     prefetch: Prefetcher | None,
     prompts: Sequence[Sequence[int]],
+    handle: Handle | None = None,
 ) -> Simulation:
     """
     Simulate one strategy on what the model chose.
@@ -51,6 +54,7 @@ def replay(
         strategy: The strategy.
         prefetch: What it loads ahead, bound to the model.
         prompts: Token ids, as in the trace.
+        handle: The strategy's runtime: its rule for misses, and for prompts that are streamed.
     """
     return simulate(
         trace,
@@ -59,6 +63,8 @@ def replay(
         prefetch=prefetch,
         prompts=prompts,
         reset_between_sequences=not strategy.warm,
+        load=None if handle is None else handle.misses.rule,
+        prefill=getattr(handle, "prefill", None),
         steps=True,
         engine="residency",
     )
@@ -76,6 +82,8 @@ def counts_of(done: Simulation) -> dict[str, list[int]]:
             one.prefetch_loads.sum(),
             one.prefetch_used.sum(),
             one.loads[PROMPT].sum(),
+            one.elsewhere[COMPLETION].sum(),
+            one.elsewhere[PROMPT].sum(),
             one.zero_miss_tokens[COMPLETION],
         )
         for name, value in zip(COUNTS, row, strict=True):
@@ -103,60 +111,47 @@ def seconds_of(done: Simulation, machine: Machine, work: Work) -> tuple[np.ndarr
     return out[0], out[1]
 
 
-def machine_of(handle: Handle, read_s: float, resident: Mapping[str, Any]) -> Machine:
+def machine_of(
+    handle: Handle, read_s: float, resident: Mapping[str, Any], rehearsed: Machine | None = None
+) -> Machine:
     """
     The figures that predictions rest on, none of them from the strategies themselves.
 
     Args:
         handle: Any of the runtimes: they share link and store.
-        read_s: From `time_load`.
+        read_s: From `melinoe.runtime.misses.time_read`.
         resident: ``per_prompt`` of the record with every expert resident: computing is what it
             took less what it waited.
+        rehearsed: From `melinoe.plan.rehearsing.rehearse`, where it could be: what else a miss
+            costs the engine.
     """
     rows = {name: np.array(values, dtype=float) for name, values in resident.items()}
     pass_s = (rows["decode_s"] - rows["stall_ms"] / 1e3).sum() / rows["tokens"].sum()
     prompt_s = (rows["ttft_s"] - rows["predictor_s"] - rows["prompt_stall_ms"] / 1e3).mean()
     more = max(rows["prompt_tokens"].mean() - 1, 1)
-    link, size = handle.link, _expert_bytes(handle)
-    if link is not None:
-        speed, latency_s, copy_s = link.bandwidth_bytes_per_s, link.latency_s, read_s
-    elif handle.store.kind == "pinned":
-        speed, latency_s, copy_s = size / read_s, 0.0, 0.0
-    else:
-        speed, latency_s, copy_s = _NO_LINK, 0.0, read_s
-    return Machine(
-        link_bytes_per_s=speed,
-        link_latency_s=latency_s,
-        copy_s=copy_s,
+    found = replace(
+        link_figures(handle.store, handle.link, read_s),
         pass_s=float(pass_s),
         row_s=float(max(prompt_s - pass_s, 0) / more),
+    )
+    costs = handle.misses.machine
+    if costs is not None:
+        found = replace(found, dram_bytes_per_s=costs.dram_bytes_per_s, host_row_s=costs.host_row_s)
+    if rehearsed is None:
+        return found
+    assert rehearsed.pass_s is not None
+    share = min(1.0, rehearsed.experts_share * rehearsed.pass_s / float(pass_s))
+    return replace(
+        found,
+        experts_share=share,
+        **{name: getattr(rehearsed, name) for name in _REHEARSED},
+        after_wait_s=rehearsed.after_wait_s if handle.link is not None else (),
     )
 
 
 def work_of(handle: Handle) -> Work:
-    """Bytes of one expert, the mean over layers."""
-    return Work(expert_bytes=_expert_bytes(handle))
-
-
-def time_load(handle: Handle, device: torch.device, reads: int = 64, seed: int = 0) -> float:
-    """Seconds of reading one expert from the store, alone: the median of *reads* random ones."""
-    rng = np.random.default_rng(seed)
-    into = [
-        {t.name: torch.empty(t.shape, dtype=t.dtype, device=device) for t in layer.tensors}
-        for layer in handle.layers
-    ]
-    taken = []
-    for number in range(reads + 4):
-        layer = int(rng.integers(len(handle.layers)))
-        expert = int(rng.integers(handle.layers[layer].num_experts))
-        begin = time.perf_counter()
-        handle.store.read(layer, expert, into[layer])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if number >= 4:  # warm-up
-            taken.append(time.perf_counter() - begin)
-    return float(np.median(taken))
-
-
-def _expert_bytes(handle: Handle) -> float:
-    return float(np.mean([handle.store.block_bytes(n) for n in range(len(handle.layers))]))
+    """Bytes of one expert, the mean over layers, and of a token on its way to the host."""
+    return Work(
+        expert_bytes=mean_block_bytes(handle.store),
+        activation_bytes=activation_bytes(handle.layers[0]),
+    )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
 from melinoe.checkpoint.backbone import layers_of
-from melinoe.errors import BudgetError
+from melinoe.errors import AttachError, BudgetError
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.attach import attach_stores
 from melinoe.runtime.budget import format_bytes
 from melinoe.runtime.handle import Handle
 from melinoe.runtime.host_memory import free_host_bytes
 from melinoe.runtime.load import load
+from melinoe.runtime.misses import Misses
 from melinoe.runtime.transfer import EmulatedLink
 
 
@@ -51,7 +55,7 @@ class Runtimes:
     """A model and its handle for each cache, and the tokenizer."""
 
     tokenizer: Any
-    opened: dict[tuple[int, str, bool], tuple[Any, Handle]] = field(default_factory=dict)
+    opened: dict[Strategy, tuple[Any, Handle]] = field(default_factory=dict)
 
     def __getitem__(self, strategy: Strategy) -> tuple[Any, Handle]:
         return self.opened[strategy.runtime]
@@ -66,26 +70,34 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
         MelinoeError: as `melinoe.runtime.load.load`.
     """
     kinds = list(dict.fromkeys(one.runtime for one in chosen))
-    kinds.sort(key=lambda kind: -kind[0])
+    kinds.sort(key=lambda kind: -kind.slots)
     with open_checkpoint(setting.model, setting.dtype) as checkpoint:
         backbone = sum(place.info.nbytes for place in checkpoint.backbone)
         experts = [(layer.num_experts, layer.block_bytes) for layer in checkpoint.layers]
         config = checkpoint.config
-    slots = sum(min(kind[0], n) * size for kind in kinds for n, size in experts)
+    slots = sum(min(kind.slots, n) * size for kind in kinds for n, size in experts)
     if setting.device == "cpu":
         _check_room(len(kinds) * backbone + slots, len(kinds))
     runtimes = Runtimes(load_tokenizer(setting.model, config))
     first: Handle | None = None
-    for count, policy, warm in kinds:
+    fast: Handle | None = None
+    measured: dict[str, Misses] = {}
+    for kind in kinds:
+        if kind.engine == "fast":
+            runtimes.opened[kind] = _open_fast(setting, kind, fast)
+            fast = runtimes.opened[kind][1]
+            continue
+        miss = measured.get(kind.miss, kind.miss)
         if first is None or first.store.kind == "disk":
             model, handle = load(
                 setting.model,
                 setting.device,
-                slots=count,
-                policy=policy,
+                slots=kind.slots,
+                policy=kind.policy,
                 store=setting.store,
                 dtype=setting.dtype,
                 link=setting.new_link(),
+                miss=miss,
             )
             first = first or handle
         else:
@@ -96,13 +108,46 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
                 model,
                 layers,
                 first.store,
-                slots=count,
-                policy=policy,
+                slots=kind.slots,
+                policy=kind.policy,
                 link=setting.new_link(),
+                miss=miss,
                 device=setting.device,
             )
-        runtimes.opened[count, policy, warm] = (model, handle)
+        if handle.misses.machine is not None:  # measured once, for all
+            measured |= {way: replace(handle.misses, kind=way) for way in ("cpu", "split")}
+        runtimes.opened[kind] = (model, handle)
     return runtimes
+
+
+def check_fast(device: str, emulated: bool) -> None:
+    """
+    Refuse the fast engine where it cannot run, before anything is read.
+
+    Raises:
+        AttachError: it cannot, or an emulated link is asked for, which it does not know.
+    """
+    if find_spec("triton") is None:
+        reason: str | None = "Triton is not installed"
+    else:
+        from melinoe.fast.support import why_not
+
+        reason = why_not(torch.device(device))
+    if reason is None and emulated:
+        reason = "it has no emulated link"
+    if reason is not None:
+        raise AttachError(f"the fast engine cannot run here: {reason}; give --engine reference")
+
+
+def _open_fast(setting: Setting, kind: Strategy, first: Handle | None) -> tuple[Any, Handle]:
+    """A runtime of the fast engine; its experts in host memory are shared as well."""
+    from melinoe.fast.attach import load as load_fast
+
+    store: Any = None if first is None else first.store
+    return load_fast(
+        setting.model, setting.device, slots=kind.slots, policy=kind.policy, dtype=setting.dtype,
+        store=store,
+    )  # fmt: skip
 
 
 def _check_room(needed: int, runtimes: int) -> None:

@@ -1,4 +1,4 @@
-"""The strategies that `melinoe bench` runs: policies x slots x prefetch, and the two extremes."""
+"""What `melinoe bench` runs: policies x slots x prefetch x misses x engines, and two extremes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from melinoe.prefetch import (
     prefetcher_class,
 )
 
-ON_DEMAND, ALL_RESIDENT = "on demand", "all resident"
+ON_DEMAND, ON_THE_CPU, ALL_RESIDENT = "on demand", "all misses by the CPU", "all resident"
+_MISSES = {"wait": "", "cpu": ", misses by the CPU", "split": ", misses split"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Strategy:
         prefetch: What is loaded ahead of need; a name that `melinoe.prefetch` knows.
         warm: Whether the cache keeps what the prompt before left; with every expert resident
             nothing else would make sense.
+        miss: What is done about a miss: ``wait``, ``cpu``, ``split``.
+        engine: ``reference`` or ``fast``.
     """
 
     name: str
@@ -38,11 +41,13 @@ class Strategy:
     policy: str
     prefetch: str = NONE
     warm: bool = False
+    miss: str = "wait"
+    engine: str = "reference"
 
     @property
-    def runtime(self) -> tuple[int, str, bool]:
-        """Strategies alike in this share a runtime: slots, policy, and whether it stays warm."""
-        return self.slots, self.policy, self.warm
+    def runtime(self) -> Strategy:
+        """Strategies alike in all but prefetch share a runtime."""
+        return replace(self, name="", prefetch=NONE)
 
 
 def prefetcher_of(strategy: Strategy, given: Given | None) -> Prefetcher | None:
@@ -65,19 +70,27 @@ def strategies(
     slots: Sequence[int],
     policies: Sequence[str],
     prefetches: Sequence[str] = (NONE,),
+    misses: Sequence[str] = ("wait",),
+    engines: Sequence[str] = ("reference",),
 ) -> list[Strategy]:
     """
     All combinations, between loading every expert that is asked for and holding all of them.
+
+    Where the CPU computes all misses and nothing is loaded ahead, slots stay empty, so that is one
+    strategy whatever the slots and the policy. The fast engine waits for misses, always.
 
     Args:
         num_experts: Of a layer.
         slots: Numbers to try; each in ``[1, num_experts]``.
         policies: Names; those that look ahead cannot serve.
         prefetches: Names that `melinoe.prefetch` knows.
+        misses: ``wait``, ``cpu``, ``split``.
+        engines: ``reference``, ``fast``; each has its own run with every expert resident.
 
     Raises:
         BudgetError: a number of slots that the model cannot have.
-        MelinoeError: an unknown policy or prefetch, or a policy that needs the future.
+        MelinoeError: an unknown policy or prefetch, or a policy that needs the future; or the fast
+            engine alone is to compute misses on the CPU.
     """
     for count in slots:
         if not 1 <= count <= num_experts:
@@ -94,10 +107,33 @@ def strategies(
     for name in prefetches:
         if name != NONE:
             prefetcher_class(name)
-    out = [Strategy(ON_DEMAND, 1, "lru")]
-    for count in dict.fromkeys(slots):
-        for policy in dict.fromkeys(policies):
-            for prefetch in dict.fromkeys(prefetches):
-                name = policy if prefetch == NONE else f"{policy} + {prefetch} prefetch"
-                out.append(Strategy(name, count, policy, prefetch))
-    return [*out, Strategy(ALL_RESIDENT, num_experts, "lru", warm=True)]
+    if "reference" not in engines and set(misses) != {"wait"}:
+        raise MelinoeError(
+            "the fast engine waits for missing experts and cannot have the CPU compute them; leave "
+            "--miss out, or add --engine reference"
+        )
+    out = []
+    for engine in dict.fromkeys(engines):
+        suffix = "" if engine == "reference" else f", {engine} engine"
+        if engine == "reference":
+            out.append(Strategy(ON_DEMAND, 1, "lru"))
+        for miss in dict.fromkeys(misses) if engine == "reference" else ("wait",):
+            for count in dict.fromkeys(slots):
+                for policy in dict.fromkeys(policies):
+                    out += [
+                        Strategy(
+                            _name(policy, prefetch, miss) + suffix, count, policy, prefetch,
+                            miss=miss, engine=engine,
+                        )
+                        for prefetch in dict.fromkeys(prefetches)
+                        if (miss, prefetch) != ("cpu", NONE)
+                    ]  # fmt: skip
+            if miss == "cpu" and NONE in prefetches:
+                out.append(Strategy(ON_THE_CPU, slots[0], policies[0], miss=miss))
+        out.append(Strategy(ALL_RESIDENT + suffix, num_experts, "lru", warm=True, engine=engine))
+    return out
+
+
+def _name(policy: str, prefetch: str, miss: str) -> str:
+    ahead = "" if prefetch == NONE else f" + {prefetch} prefetch"
+    return policy + ahead + _MISSES[miss]

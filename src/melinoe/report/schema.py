@@ -92,6 +92,7 @@ SERVE_ESTIMATES = (
     "prefetch_precision",
     "prefetch_recall",
     "prefetch_waste_per_token",
+    "computed_there_per_token",
     "prefill_transfers",
     "tokens_per_s",
     "tpot_s",
@@ -106,6 +107,7 @@ TRAINING_TERMS = {
     "anchor": "anchor loss",
     "reuse": "reuse loss",
     "distill": "distillation loss",
+    "match": "distance from the teacher's hidden states",
     "replay": "replay loss (nats)",
 }
 
@@ -117,6 +119,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "slots?": _count,
         "num_experts": _count,
         "policy?": _text,
+        "miss?": _text,
         "prefetch?": _text,
         "link?": _link,
         "hit_rate_by_layer?": _list_of(_estimate),
@@ -146,6 +149,14 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "num_experts": _count,
         "reuse?": _estimate,
         "distinct_experts?": _number,
+    },
+    "reading": {
+        "model": _text,
+        "slots": _count,
+        "policy": _text,
+        "num_experts": _count,
+        "transfers_per_token": _estimate,
+        "per_prompt?": _mapping,
     },
     "curve": {
         "model": _text,

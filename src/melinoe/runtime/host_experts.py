@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from melinoe.moe.compute import Pairs, StandIn
+from melinoe.moe.compute import Forward, Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.ram_store import RamStore
@@ -38,6 +38,7 @@ class HostExperts:
         threads: torch's threads while it computes; None leaves them as they are.
         device: where the slots are.
         transfer: told what travels, and how long it took; absent while costs are measured.
+        forward: transformers' function; absent: the one that the module would use.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class HostExperts:
         threads: int | None,
         device: torch.device,
         transfer: Transfer | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.layer = layer
         self.threads = threads
         self._store = store
         self._transfer = transfer
         self._device = device
-        self._forward = transformers_function(layer.module)
+        self._forward = forward or transformers_function(layer.module)
         self._stand_ins: dict[int, StandIn] = {}
         self._buffer: dict[str, Tensor] | None = None
         if not isinstance(store, RamStore):

@@ -128,7 +128,9 @@ def measure_misses(
             "host_threads": best,
         }
     )
-    return Misses(kind, machine, Work(expert_bytes=size, activation_bytes=_activation(layers[0])))
+    return Misses(
+        kind, machine, Work(expert_bytes=size, activation_bytes=activation_bytes(layers[0]))
+    )
 
 
 def link_figures(store: Store, link: EmulatedLink | None, read_s: float) -> Machine:
@@ -175,7 +177,7 @@ def mean_block_bytes(store: Store) -> float:
 def _time_host(hosts: Sequence[HostExperts], threads: int, rows: int) -> float:
     """Seconds in which the host computes one expert for so many rows."""
     layers = [host.layer for host in hosts]
-    hidden = torch.randn(rows, _hidden(layers[0])).to(layers[0].tensors[0].dtype)
+    hidden = torch.randn(rows, hidden_size(layers[0])).to(layers[0].tensors[0].dtype)
     place = np.arange(rows)
 
     def compute(layer: int, expert: int) -> None:
@@ -208,12 +210,13 @@ def _candidates() -> list[int]:
     return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
 
 
-def _hidden(layer: ExpertsLayer) -> int:
+def hidden_size(layer: ExpertsLayer) -> int:
     """Width of what goes into the experts."""
     name = "gate_up_proj" if getattr(layer.module, "has_gate", True) else "up_proj"
     shape = next(t.shape for t in layer.tensors if t.name == name)
     return shape[0] if getattr(layer.module, "is_transposed", False) else shape[1]
 
 
-def _activation(layer: ExpertsLayer) -> int:
-    return _hidden(layer) * layer.tensors[0].dtype.itemsize
+def activation_bytes(layer: ExpertsLayer) -> int:
+    """Bytes of one token on its way to the host."""
+    return hidden_size(layer) * layer.tensors[0].dtype.itemsize

@@ -1,0 +1,210 @@
+"""Let a runtime that holds every expert go through the motions of misses, to time each by itself.
+
+What a miss costs beside its transfer cannot be timed alone: a call in a tight loop finds its code
+and data in the processor's caches, a call in a forward pass does not. So the model generates as
+always, every expert resident, and one thing is added to each layer of each decoding pass. The
+outputs stay the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from melinoe.cache.counters import COMPLETION
+from melinoe.cache.machine import Machine
+from melinoe.cache.residency import Load, Plan, Residency
+from melinoe.runtime.expert_cache import ExpertCache
+from melinoe.runtime.handle import Handle
+from melinoe.runtime.host_experts import HostExperts
+from melinoe.runtime.misses import hidden_size
+
+PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_ALL = (
+    "plain", "one part", "parts", "loads", "one on the host", "all on the host",
+)  # fmt: skip
+# Seconds of a wait in each layer; what follows is slower the longer it was, up to a point.
+PAUSES = (0.0003, 0.001, 0.003)
+MOTIONS: tuple[str | float, ...] = (PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_ALL, *PAUSES)
+
+
+class _Resident:
+    """In a residency's place: every expert is there, and decoding passes are served oddly."""
+
+    def __init__(self, motion: str, cache: ExpertCache, decodes: Callable[[], bool]) -> None:
+        self._motion, self._decodes = motion, decodes
+        self._slot_of = cache.residency.slot_of
+        experts = cache.layer.num_experts
+        # Decides as a cache of a quarter of the experts would, at the cost of deciding.
+        self._shadow = Residency(experts, max(1, experts // 4))
+
+    def request(self, experts: list[int], *_: Any) -> Plan:
+        if self._motion != LOADS or not self._decodes() or len(experts) > self._shadow.capacity:
+            return Plan(tuple(experts), ())
+        plan = self._shadow.request(experts)
+        loads = [Load(one.expert, int(self._slot_of[one.expert]), None) for one in plan.loads]
+        return Plan(plan.hits, tuple(loads))
+
+    def plans(self, experts: list[int], *_: Any) -> list[Plan]:
+        if self._motion != PARTS or not self._decodes():
+            return [Plan(tuple(experts), ())]
+        return [Plan((expert,), ()) for expert in experts]
+
+    def partly(self, experts: list[int], *_: Any, **__: Any) -> tuple[Plan, tuple[int, ...]]:
+        there = 0 if not self._decodes() else 1 if self._motion == HOST_ONE else len(experts)
+        return Plan(tuple(experts[there:]), ()), tuple(experts[:there])
+
+
+class Rehearsal:
+    """
+    A runtime that can be told what to go through.
+
+    Args:
+        handle: of the reference engine on the CPU, with a slot for every expert; they are filled.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._caches: list[ExpertCache] = handle._caches
+        self._hosts = [
+            HostExperts(
+                layer,
+                handle.store,
+                handle.misses.threads,
+                cache._device,
+                handle._transfer,
+                cache._forward,
+            )
+            for layer, cache in zip(handle.layers, self._caches, strict=True)
+        ]
+        self._waited_s = 0.0
+        handle.prefetch([range(layer.num_experts) for layer in handle.layers])
+
+    @contextmanager
+    def doing(self, motion: str | float) -> Iterator[None]:
+        """
+        Add *motion* to each decoding pass in the body of the ``with`` statement.
+
+        Args:
+            motion: one of `MOTIONS`; a number is a wait of so many seconds in each layer.
+        """
+        with ExitStack() as undo:
+            _swap(undo, self._handle._transfer, "_link", None)
+            for cache, host in zip(self._caches, self._hosts, strict=True):
+                if not isinstance(motion, str):
+                    self._waited_s = motion
+                    _swap(undo, cache, "_compute", self._after_a_wait(cache._compute))
+                elif motion != PLAIN:
+                    _swap(undo, cache, "residency", _Resident(motion, cache, self._decodes))
+                    if motion in (ONE_PART, PARTS):
+                        _swap(undo, cache, "_num_slots", 0)
+                    elif motion in (HOST_ONE, HOST_ALL):
+                        _swap(undo, cache, "_host", host)
+                        _swap(undo, cache, "_rule", len)
+            yield
+
+    def _decodes(self) -> bool:
+        return self._handle._passes.phase == COMPLETION
+
+    def _after_a_wait(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def waited(*arguments: Any) -> Tensor:
+            if self._decodes():
+                self._handle._transfer.wait(time.perf_counter() + self._waited_s)
+            return compute(*arguments)
+
+        return waited
+
+
+def figures_from(
+    seconds: Mapping[str | float, float], handle: Handle, loads: float, direct: tuple[float, float]
+) -> Machine:
+    """
+    The engine's own figures, from how long a decoding pass took with each motion.
+
+    Args:
+        seconds: of a pass, by motion.
+        handle: the runtime.
+        loads: of a pass, all layers, in the motion `LOADS`.
+        direct: from `time_calls`: seconds of a call on one expert, and on a token's.
+
+    Returns:
+        A machine without a link: what depends on the link is the caller's to add.
+    """
+    layers, plain = len(handle.layers), seconds[PLAIN]
+    chosen = _chosen(handle)
+    more = {motion: (value - plain) / layers for motion, value in seconds.items()}
+    each = max(direct[1] - direct[0], 0.0) / max(chosen - 1, 1)
+    parts_s = max(more[ONE_PART], 0.0)
+    host_s = more[HOST_ONE] - parts_s + each
+    host_s = max(host_s, 1e-9)
+    call_s = max(parts_s + chosen * (host_s - each) - more[HOST_ALL], 0.0)
+    waits = [motion for motion in more if not isinstance(motion, str)]
+    size = float(np.mean([layer.block_bytes for layer in handle.layers]))
+    return Machine(
+        link_bytes_per_s=1e15,
+        copy_s=max(seconds[LOADS] - plain, 0.0) / loads,
+        dram_bytes_per_s=size / host_s,
+        pass_s=plain,
+        experts_share=min(1.0, layers * (call_s + chosen * each) / plain),
+        call_s=call_s,
+        parts_s=parts_s,
+        part_s=max(more[PARTS] - more[ONE_PART], 0.0) / max(chosen - 1, 1),
+        after_wait_s=tuple((wait, max(more[wait] - wait, 0.0)) for wait in sorted(waits)),
+    )
+
+
+def over(machine: Machine, handle: Handle) -> Machine:
+    """*machine* with the link of *handle*, if it has one."""
+    if handle.link is None:
+        return machine
+    link = handle.link
+    return replace(
+        machine,
+        link_bytes_per_s=link.bandwidth_bytes_per_s,
+        link_latency_s=link.latency_s,
+    )
+
+
+def time_calls(handle: Handle, repeats: int = 60) -> tuple[float, float]:
+    """Median seconds of transformers' function on one expert, and on as many as a token chooses."""
+    rng = np.random.default_rng(0)
+    taken: tuple[list[float], list[float]] = ([], [])
+    with torch.inference_mode():
+        for _ in range(repeats):
+            cache = handle._caches[int(rng.integers(len(handle._caches)))]
+            hidden = torch.zeros(1, hidden_size(cache.layer), dtype=cache._dtype)
+            for times, count in zip(taken, (1, _chosen(handle)), strict=True):
+                index = torch.from_numpy(rng.permutation(cache.layer.num_experts)[None, :count])
+                weights = hidden.new_ones((1, count))
+                begin = time.perf_counter()
+                cache._forward(cache._stand_in, hidden, index, weights)
+                times.append(time.perf_counter() - begin)
+    return float(np.median(taken[0])), float(np.median(taken[1]))
+
+
+# --- inner --------------------------------------------------------------------------------------
+
+
+def _swap(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, and put back at the end what was there."""
+    own = vars(owner)
+    if name in own:
+        undo.callback(setattr, owner, name, own[name])
+    else:
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def _chosen(handle: Handle) -> int:
+    """Experts that a token chooses in a layer, from what was counted while decoding."""
+    counted = handle.counters
+    requests = int(counted.requests[COMPLETION].sum())
+    uses = int(counted.uses[COMPLETION].sum())
+    tokens = int(counted.tokens[COMPLETION])
+    return max(1, round(uses / max(tokens * len(handle.layers), requests, 1)))
