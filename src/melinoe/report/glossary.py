@@ -23,6 +23,12 @@ GLOSSARY: list[tuple[str, str]] = [
         "Prefetched ones and those of the prefill are counted apart. Evicting copies nothing.",
     ),
     (
+        "precision, recall, waste of a prefetch",
+        "Of the experts copied ahead of need, the share that was used before it left. Of what the "
+        "completion would have missed, the share that was copied ahead in time. And the experts "
+        "copied ahead that nobody used.",
+    ),
+    (
         "perplexity",
         "e to the mean negative log-likelihood per token on held-out text; lower is better. Where "
         "text has a prompt, such as a question, only the tokens of its answer count. In domain: "
