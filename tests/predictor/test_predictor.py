@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, TraceBuilder
 from melinoe.errors import (
     CheckpointError,
@@ -20,6 +21,7 @@ from melinoe.errors import (
 )
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import (
+    Comparison,
     FitSettings,
     Predictor,
     compare,
@@ -29,6 +31,7 @@ from melinoe.predictor import (
 )
 from melinoe.predictor.encoders import token_embeddings
 from melinoe.predictor.fit import fit_shares
+from melinoe.stats import bootstrap, paired_difference
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 16, 2, 32
 QUICK = FitSettings(epochs=60, patience=20)
@@ -101,6 +104,48 @@ def test_a_planted_mapping_is_learned_and_popularity_is_not_enough():
     assert comparison.recall["empty"].mean == 0
     assert comparison.ceiling.mean == pytest.approx(1)
     assert comparison.winner == "learned"
+
+
+def test_loading_the_right_experts_ahead_saves_what_it_costs_and_no_more():
+    """
+    Four topics of four experts, four slots, six random prompt tokens before.
+
+    The planted experts are all used by nearly every completion: named ahead they are loaded once,
+    as they would have been on demand, so the loads of a perfect guess are those of no guess, and
+    whatever a guess names wrongly is paid on top.
+    """
+    trace, prompts = planted()
+    found = compare(trace, prompts, embeddings(), slots=4, settings=QUICK)
+    empty, right = found.transfers["empty"].mean, found.transfers["learned"].mean
+    assert right == pytest.approx(empty, abs=0.05)
+    assert found.transfers["popularity"].mean > empty + 0.3
+    assert found.saved["popularity"].high < 0
+    assert found.winner == "learned"
+    record = found.to_record("tiny")
+    assert record["prefetch"] == found.prefetch and set(record["saved"]) == {
+        "popularity",
+        "prefill",
+        "learned",
+    }
+
+
+def test_a_prefetch_that_saves_is_recommended():
+    """Twenty loads of an empty start against ten, whole interval above 0; against thirty, not."""
+    recall = {name: bootstrap([0.5, 0.5]) for name in ("empty", "popularity", "prefill")}
+    recall["learned"] = bootstrap([0.9, 0.9])
+    for ours, wanted in ((10.0, "learned"), (20.0, "none"), (30.0, "none")):
+        saved = {"learned": paired_difference([20.0, 20.0], [ours, ours])}
+        one = Comparison(4, recall, bootstrap([1.0, 1.0]), bootstrap([0.4, 0.4]), {}, saved)
+        assert one.winner == "learned" and one.prefetch == wanted
+
+
+def test_transfers_are_those_of_the_simulator():
+    """Popularity of the other folds, written out: loads and prefetch loads over tokens."""
+    trace, prompts = planted(20)
+    found = compare(trace, prompts, embeddings(), slots=4, settings=QUICK, folds=2)
+    plain = simulate(trace, 4, "lru", reset_between_sequences=True).counters
+    assert found.transfers["empty"].mean == pytest.approx(plain.transfers_per_token())
+    assert found.transfers["popularity"].mean > plain.transfers_per_token()
 
 
 def test_the_prefills_experts_win_where_they_tell_and_tokens_do_not():

@@ -86,14 +86,26 @@ def fit_command(
     predictor.comparison = comparison.to_record(name)
     predictor.save(out)
     rows = [
-        {"strategy": strategy, "recall": value.mean, "low": value.low, "high": value.high}
+        {
+            "strategy": strategy,
+            "recall": value.mean,
+            "low": value.low,
+            "high": value.high,
+            "loads per token": loads.mean
+            if (loads := comparison.transfers.get(strategy)) is not None
+            else None,
+        }
         for strategy, value in (*comparison.recall.items(), ("ceiling", comparison.ceiling))
     ]
     if as_json:
         options.show_json(comparison.to_record(name))
     else:
-        options.show_table(f"recall of the experts used, {size} slots a layer", rows)
-    options.say(f"wrote {out}; the better choice here: {comparison.winner}")
+        options.show_table(f"experts of the completion, {size} slots a layer", rows)
+    options.say(
+        f"wrote {out}; the best guess here: {comparison.winner}; what to load ahead of need: "
+        f"{comparison.prefetch}"
+        + (" (its own loads cost what it saves)" if comparison.prefetch == "none" else "")
+    )
 
 
 @app.command("prior")

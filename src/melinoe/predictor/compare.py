@@ -1,20 +1,23 @@
 """The learned predictor against rivals that cost nothing, on prompts none of them has seen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from melinoe.cache.counters import COMPLETION
+from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
 from melinoe.predictor.encoders import Encoder, as_encoder
 from melinoe.predictor.fit import FitSettings, fit_shares, same_prompts, usable
-from melinoe.predictor.targets import Floats, completion_shares, recall_at
+from melinoe.predictor.targets import Floats, completion_shares, recall_at, top_ids
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
 RIVALS = ("empty", "popularity", "prefill")  # what costs nothing
+NAMED = ("popularity", "prefill", "learned")  # those of all that load anything
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,33 @@ class Comparison:
             holds nothing, so its recall is 0.
         ceiling: The best that *slots* unchanging experts per layer could reach on each prompt.
         gain: Recall of the learned predictor minus that of the best rival, paired.
+        transfers: Loads per token of the completion, on demand and by the prefetch together, of
+            each strategy; ``empty`` loads nothing ahead.
+        saved: Loads per token of an empty start minus those of each other strategy, paired.
     """
 
     slots: int
     recall: Mapping[str, Estimate]
     ceiling: Estimate
     gain: Estimate
+    transfers: Mapping[str, Estimate] = field(default_factory=dict)
+    saved: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def winner(self) -> str:
-        """The strategy to use: learned only if the whole interval of its gain is above 0."""
+        """The best guess: learned only if the whole interval of its gain is above 0."""
         rival = max(RIVALS, key=lambda name: self.recall[name].mean)
         return "learned" if self.gain.low > 0 else rival
+
+    @property
+    def prefetch(self) -> str:
+        """
+        What to load ahead: the winner, if that saves transfers; else ``none``.
+
+        Whatever its recall, a prefetch whose own loads cost what it saves is of no use to a link.
+        """
+        saved = self.saved.get(self.winner)
+        return self.winner if saved is not None and saved.low > 0 else "none"
 
     def to_record(self, model: str) -> dict[str, Any]:
         """Return the record of kind ``predictor`` that reports read."""
@@ -51,6 +69,9 @@ class Comparison:
             "ceiling": self.ceiling.to_dict(),
             "gain": self.gain.to_dict(),
             "winner": self.winner,
+            "transfers": {name: value.to_dict() for name, value in self.transfers.items()},
+            "saved": {name: value.to_dict() for name, value in self.saved.items()},
+            "prefetch": self.prefetch,
         }
 
 
@@ -62,13 +83,17 @@ def compare(
     seed: int = 0,
     folds: int = 5,
     settings: FitSettings | None = None,
+    policy: str = "lru",
 ) -> Comparison:
     """
-    Measure recall of the learned predictor and its rivals by cross-validation.
+    Measure the learned predictor and its rivals by cross-validation: recall, and what they save.
 
     Every prompt is judged by a predictor, and a popularity, that never saw it; equal prompts
     fall into one fold. ``prefill`` is the experts that the prompt's own forward pass used most,
     ties and gaps filled by popularity: it is known only once the prompt has been computed.
+
+    Transfers are simulated: a cold cache for each sequence, and what a strategy names loaded
+    between prompt and completion, because a prompt evicts what is loaded before it.
 
     Args:
         trace: As in `fit`.
@@ -78,6 +103,7 @@ def compare(
         seed: As in `fit`; also decides the folds.
         folds: How many predictors are fitted.
         settings: As in `fit`.
+        policy: Who leaves the cache in which transfers are counted.
 
     Raises:
         DataError: too few different prompts.
@@ -94,6 +120,7 @@ def compare(
     found: dict[str, Floats] = {
         name: np.zeros(kept.size) for name in (*RIVALS, "learned", "ceiling")
     }
+    named: dict[str, dict[int, list[list[int]]]] = {name: {} for name in NAMED}
     for fold in range(folds):
         test, train = kept[fold_of == fold], kept[fold_of != fold]
         if test.size == 0:
@@ -122,10 +149,36 @@ def compare(
             ("ceiling", target[test]),
         ):
             found[name][rows] = recall_at(target[test], scores, slots)
+            if name in named:
+                wanted = top_ids(np.broadcast_to(scores, target[test].shape), slots).tolist()
+                named[name].update(zip(test.tolist(), wanted, strict=True))
     best = max(RIVALS, key=lambda name: float(found[name].mean()))
+    loads, tokens = _loads(trace, None, slots, policy)
+    others = {name: _loads(trace, named[name], slots, policy)[0] for name in NAMED}
     return Comparison(
         slots,
         {name: bootstrap(found[name]) for name in (*RIVALS, "learned")},
         bootstrap(found["ceiling"]),
         paired_difference(found["learned"], found[best]),
+        {name: bootstrap(one, tokens) for name, one in {"empty": loads, **others}.items()},
+        {name: paired_difference(loads, one, tokens, tokens) for name, one in others.items()},
     )
+
+
+def _loads(
+    trace: Trace, named: dict[int, list[list[int]]] | None, slots: int, policy: str
+) -> tuple[Floats, Floats]:
+    """Loads of each unit's completion, its prefetch included, and its tokens."""
+    done = simulate(
+        trace,
+        slots,
+        policy,
+        prefetch=named,
+        prefetch_at="completion",
+        reset_between_sequences=True,
+    )
+    loads = [
+        int(one.loads[COMPLETION].sum() + one.prefetch_loads.sum()) for one in done.per_sequence
+    ]
+    tokens = [int(one.tokens[COMPLETION]) for one in done.per_sequence]
+    return np.asarray(loads, np.float64), np.asarray(tokens, np.float64)
