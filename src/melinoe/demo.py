@@ -4,7 +4,8 @@ The main job on the shipped model, from text to table: what `make demo` runs.
 Nothing here is canned: every figure is measured in this run, by the stages that everybody uses.
 
     1. fine-tune the shipped model twice on GSM8K: next token only (the control), and for locality
-    2. perplexity of all three on held-out GSM8K and on six other kinds of text
+    2. perplexity of all three on held-out GSM8K and on six other kinds of text, and what a cache
+       would move while each reads the same answers
     3. trace their routing on held-out prompts; fit the predictor on prompts of its own, which
        neither the fine-tuning nor the serving sees
     4. serve with few experts resident, the rest on disk: as the link is, and on an emulated one
@@ -32,6 +33,8 @@ from melinoe.measure import (
     curve_record,
     locality_record,
     machine,
+    reading_record,
+    reading_trace,
     serving,
     side_by_side,
     timeline_record,
@@ -180,7 +183,9 @@ class Demo:
                 if domain not in encoded:
                     encoded[domain] = encode(examples, tokenizer, self.settings.eval_length)
                 measured[name, domain] = perplexity(model, encoded[domain])
+            read = reading_trace(model, handle, encoded[IN_DOMAIN])
             handle.detach()
+            self._write(reading_record(read, name, self.slots, self.settings.policy))
         for (name, domain), found in measured.items():
             more = {}
             if name == TUNED:

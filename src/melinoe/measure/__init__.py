@@ -8,14 +8,14 @@ Run one configuration over prompts, count and time; records that `report` reads.
     usage.py     a trace to a record of kind ``usage``: experts by sequence and layer
     timeline.py  one generation token by token, a record of kind ``timeline``
     link.py      how records name an emulated link
-    reading.py   reading_trace: what a model chooses while it reads given text
+    reading.py   reading_trace: what a model chooses while it reads given text; its record
     training.py  a training log to a record of kind ``training``
 """
 
 from melinoe.measure.files import append_jsonl, write_json
 from melinoe.measure.locality import completion_counts, curve_record, locality_record
 from melinoe.measure.machine import machine
-from melinoe.measure.reading import reading_trace
+from melinoe.measure.reading import reading_record, reading_trace
 from melinoe.measure.serve import serve, serve_record, serving, side_by_side
 from melinoe.measure.timeline import timeline_record
 from melinoe.measure.training import training_record
@@ -27,6 +27,7 @@ __all__ = [
     "curve_record",
     "locality_record",
     "machine",
+    "reading_record",
     "reading_trace",
     "serve",
     "serve_record",

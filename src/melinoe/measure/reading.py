@@ -15,7 +15,9 @@ import torch
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.data import Encoded
 from melinoe.errors import DataError
+from melinoe.measure.locality import completion_counts
 from melinoe.runtime.attach import Handle
+from melinoe.stats import bootstrap
 
 
 def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Trace:
@@ -62,3 +64,35 @@ def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Tra
         sequence=(np.cumsum(starts) - 1).astype(np.int32),
         kind=np.where(is_completion, COMPLETION_ROW, PROMPT_ROW).astype(np.uint8),
     )
+
+
+def reading_record(trace: Trace, model: str, slots: int, policy: str) -> dict[str, Any]:
+    """
+    Return the record of kind ``reading``: transfers per token of texts that were read, simulated.
+
+    Every text starts from an empty cache; what its prompt loads is not counted.
+
+    Args:
+        trace: From `reading_trace`.
+        model: Label of the model.
+        slots: Slots of each layer.
+        policy: ``lru``, ``lfu``, ...
+    """
+    counts = completion_counts(trace, slots, policy)
+    prompts = [
+        int(((trace.sequence == one) & (trace.kind == PROMPT_ROW)).sum())
+        for one in np.unique(trace.sequence)
+    ]
+    return {
+        "kind": "reading",
+        "model": model,
+        "slots": slots,
+        "policy": policy,
+        "num_experts": trace.num_experts,
+        "transfers_per_token": bootstrap(counts["loads"], counts["tokens"]).to_dict(),
+        "per_prompt": {
+            "prompt_tokens": prompts,
+            "loads": counts["loads"],
+            "tokens": counts["tokens"],
+        },
+    }

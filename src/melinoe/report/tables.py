@@ -169,7 +169,13 @@ def quality(found: Measurements, model: str, in_domain: bool) -> list[Record]:
 
 def main_table(found: Measurements, serving: Serving) -> Table:
     """One row per strategy: what it hits, moves, answers and how fast, beside the base."""
+    read = {
+        record["model"]: record
+        for record in found.of("reading")
+        if (record["slots"], record["policy"]) == (serving.slots, serving.policy)
+    }
     columns = ["strategy", "hit rate", "zero-miss tokens", "transfers / token"]
+    columns += ["transfers / token, reading the same text"] if read else []
     columns += ["perplexity in domain", "perplexity out of domain"]
     columns += [f"tokens/s, {link_text(link)}" for link in serving.links]
     base = serving.run("base")
@@ -182,6 +188,10 @@ def main_table(found: Measurements, serving: Serving) -> Table:
         less = "" if is_base else factor(run, base, "transfers_per_token", "÷")
         row = [Cell(strategy), cell(estimate(run, "hit_rate"), "%")]
         row += [cell(estimate(run, "zero_miss_tokens"), "%"), cell(moved, remark=less)]
+        if read:
+            own = read.get(run["model"])
+            less = "" if is_base else factor(own, read.get("base"), "transfers_per_token", "÷")
+            row.append(cell(estimate(own, "transfers_per_token"), remark=less))
         for in_domain in (True, False):
             remark = ""
             if run["model"] != "base":
@@ -199,6 +209,12 @@ def main_table(found: Measurements, serving: Serving) -> Table:
         "÷: times fewer than base; ×: times as fast as base; +, −: change from base; in brackets "
         "their intervals, paired by prompt or text where the records list those."
     ]
+    if read:
+        notes.append(
+            "Transfers per token are of the text that each model writes, greedily. Where all read "
+            "the same held-out answers, nothing is prefetched, and a model that repeats itself "
+            "gains nothing by it."
+        )
     for strategy in serving.strategies:
         ahead = estimate(serving.run(strategy), "prefetch_transfers_per_token")
         if ahead is not None and ahead.mean > 0:
@@ -221,6 +237,9 @@ TRANSFERS = {
     "adjusted_hit_rate": ("adjusted hit rate", "%"),
     "transfers_per_token": ("demanded / token", ""),
     "prefetch_transfers_per_token": ("prefetched / token", ""),
+    "prefetch_precision": ("precision of prefetch", "%"),
+    "prefetch_recall": ("recall of prefetch", "%"),
+    "prefetch_waste_per_token": ("prefetched in vain / token", ""),
     "prefill_transfers": ("transfers in prefill", ""),
 }
 
@@ -238,11 +257,17 @@ def time_table(serving: Serving) -> Table:
 def transfer_table(serving: Serving) -> Table:
     """What was moved and when, one row per strategy; the link changes none of it."""
     rows = []
+    ahead = any(estimate(serving.run(one), "prefetch_precision") for one in serving.strategies)
+    shown = {
+        key: about
+        for key, about in TRANSFERS.items()
+        if ahead or key not in ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
+    }
     for strategy in serving.strategies:
         run = serving.run(strategy)
-        values = [cell(estimate(run, key), unit) for key, (_, unit) in TRANSFERS.items()]
+        values = [cell(estimate(run, key), unit) for key, (_, unit) in shown.items()]
         rows.append([Cell(strategy), *values])
-    columns = ["strategy", *(text for text, _ in TRANSFERS.values())]
+    columns = ["strategy", *(text for text, _ in shown.values())]
     return Table("transfers", f"Transfers: {serving.title}", columns, rows)
 
 
