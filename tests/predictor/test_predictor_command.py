@@ -149,3 +149,5 @@ def test_bad_priors_are_refused_in_one_sentence(checkpoint, tmp_path, melinoe):
     assert not (tmp_path / "new").exists()
     assert melinoe("generate", checkpoint, "w3", "--user", "ada")[0] == 2
     assert melinoe(*ask, tmp_path / "torn", "--half-life", 3)[0] == 2
+    code, _, err = melinoe(*ask, tmp_path / "new", "--prefetch", "prefill")
+    assert code == 2 and "--prefetch predictor" in err
