@@ -92,9 +92,9 @@ def _goals() -> Iterator[Run]:
     yield _run("control", control, lambda_cache=0.0, **LONG)
     for strength in (2.0, 4.0):
         taught = {"control": control, "lambda_cache": strength, **TAUGHT, **LONG}
-        yield _run("goals", "taught", strength, **taught)
         yield _run("goals", "taught, own text", strength, **taught, **OWN)
-    yield _run("goals", "700 steps, clipped", 1.0, control=control, lambda_cache=1.0, **LONG)
+    yield _run("goals", "taught", 2.0, control=control, lambda_cache=2.0, **TAUGHT, **LONG)
+    yield _run("goals", "clipped, 700 steps", 1.0, control=control, lambda_cache=1.0, **LONG)
 
 
 def _beyond() -> Iterator[Run]:
