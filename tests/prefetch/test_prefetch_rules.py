@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from melinoe.cache.prefetcher import Given, LoadsAhead, Prefetcher, Prompt, Timed
+from melinoe.cache.loads_ahead import LoadsAhead
+from melinoe.cache.prefetcher import Given, Prefetcher, Prompt, Timed
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate

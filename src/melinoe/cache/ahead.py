@@ -5,14 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, Counters
-from melinoe.cache.prefetcher import (
-    MOST_ROWS,
-    Listed,
-    LoadsAhead,
-    Prefetch,
-    Prefetcher,
-    Prompt,
-)
+from melinoe.cache.loads_ahead import LoadsAhead
+from melinoe.cache.prefetcher import MOST_ROWS, Listed, Prefetch, Prefetcher, Prompt
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Plan, Residency
 from melinoe.cache.shared import SharedLayer

@@ -8,8 +8,9 @@ import numpy as np
 
 from melinoe.cache.ahead import Prompts, check_prefetcher
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.cache.loads_ahead import check_layers
 from melinoe.cache.policy import policy_class
-from melinoe.cache.prefetcher import Prefetcher, check_layers
+from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.residency import Residency, check_capacity
 from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace

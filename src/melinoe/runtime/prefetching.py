@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.prefetcher import LoadsAhead, Prefetcher, Prompt
+from melinoe.cache.loads_ahead import LoadsAhead
+from melinoe.cache.prefetcher import Prefetcher, Prompt
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.residency import Plan
 from melinoe.cache.trace import known_ids
