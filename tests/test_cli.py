@@ -146,6 +146,24 @@ def test_generate_is_the_same_at_every_budget(checkpoint, melinoe):
     assert ids[0] == ids[1] and len(ids[0]) == 6
 
 
+def test_generate_is_the_same_wherever_misses_are_computed(checkpoint, melinoe):
+    """On the CPU nothing is transferred, which stderr says; an unknown way is wrong usage."""
+    command = ("generate", checkpoint, "w3 w4 w5", "--slots", 2, "--max-new-tokens", 6, "--json")
+    found = {}
+    for miss in ("wait", "cpu", "split"):
+        code, out, err = melinoe(*command, "--miss", miss)
+        assert code == 0, err
+        assert ("slots hold what a prefetch brings" in err) == (miss == "cpu")
+        found[miss] = json.loads(out)
+    assert found["wait"]["ids"] == found["cpu"]["ids"] == found["split"]["ids"]
+    assert found["cpu"]["transfers_per_token"] == 0 < found["wait"]["transfers_per_token"]
+    assert found["cpu"]["computed_there_per_token"] == 2 * 2  # layers x experts a token
+    assert found["wait"]["computed_there_per_token"] == 0
+    code, out, err = melinoe(*command, "--miss", "hope")
+    assert (code, out) == (2, "") and "hope" in err
+    refused(melinoe(*command, "--miss", "cpu", "--engine", "fast"), "reference")
+
+
 def test_trace_predict_simulate_and_generate_in_a_row(checkpoint, prompts, tmp_path, melinoe):
     """Each stage reads what the one before wrote."""
     trace, predictor = tmp_path / "trace.safetensors", tmp_path / "predictor"
