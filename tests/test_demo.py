@@ -43,6 +43,18 @@ def test_what_was_served_is_what_the_trace_simulates_to(demo, model):
         assert record["per_prompt"]["loads"] == loads
 
 
+def test_all_models_read_the_same_answers(demo):
+    """One record each, of the slots and the policy that serve; as many tokens of each answer."""
+    _, kinds, _ = demo
+    read = {record["model"]: record for record in kinds["reading"]}
+    assert set(read) == {"base", "control", "fine-tuned"}
+    assert len({str(record["per_prompt"]["tokens"]) for record in read.values()}) == 1
+    served = kinds["serve"][0]
+    assert all(
+        (r["slots"], r["policy"]) == (served["slots"], served["policy"]) for r in read.values()
+    )
+
+
 def test_the_control_saw_the_same_examples_and_no_cache_loss(demo):
     """Equal next-token loss at the first step, before any update; different settings."""
     _, kinds, _ = demo

@@ -3,7 +3,8 @@ The main job on the shipped model, from text to table: what `make demo` runs.
 
 Nothing here is canned: every figure is measured in this run, by the stages that everybody uses.
 
-    1. fine-tune the shipped model twice on GSM8K: next token only (the control), and for locality
+    1. fine-tune the shipped model twice on GSM8K: next token only (the control), and for locality,
+       with the control as its teacher and text of the model's own to keep what it knew
     2. perplexity of all three on held-out GSM8K and on six other kinds of text, and what a cache
        would move while each reads the same answers
     3. trace their routing on held-out prompts; fit the predictor on prompts of its own, which
@@ -27,6 +28,7 @@ from melinoe.config import DemoSettings, experts_in_share
 from melinoe.data import Example, encode, load_examples
 from melinoe.evaluate import perplexity, perplexity_increase, quality_record
 from melinoe.finetune import finetune
+from melinoe.finetune.terms.own_text import OWN
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import (
     append_jsonl,
@@ -57,6 +59,7 @@ def quick_settings() -> DemoSettings:
     return DemoSettings(
         train_examples=64,
         steps=6,
+        own_texts=8,
         eval_examples=8,
         prompts=4,
         predictor_prompts=16,
@@ -151,16 +154,26 @@ class Demo:
     def _finetune(self) -> None:
         examples = load_examples(GSM8K_TRAIN, limit=self.settings.train_examples)
         ours = self.settings.finetune()
-        for name, settings in ((CONTROL, ours.control()), (TUNED, ours)):
+        control = replace(ours.control(), save="both")  # its adapter teaches
+        more: dict[str, dict[str, Any]] = {
+            CONTROL: {},
+            TUNED: {"teacher": self.paths[CONTROL], "anchor_examples": OWN},
+        }
+        for name, settings in ((CONTROL, control), (TUNED, ours)):
 
             def progress(row: dict[str, Any], name: str = name) -> None:
                 terms = "  ".join(
-                    f"{term} {row[term]:.3f}" for term in ("nll", "cache", "anchor") if term in row
+                    f"{term} {row[term]:.3f}" for term in ("nll", "cache", "match") if term in row
                 )
                 self.say(f"   {name}: step {row['step']} of {row['steps']}  {terms}")
 
             result = finetune(
-                self.paths[BASE], examples, self.paths[name], settings, progress=progress
+                self.paths[BASE],
+                examples,
+                self.paths[name],
+                settings,
+                progress=progress,
+                **more[name],
             )
             self._write(training_record(name, result.log, asdict(settings)))
 
