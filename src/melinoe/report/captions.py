@@ -118,6 +118,11 @@ def predictor(records: Mapping[str, Record]) -> str:
         if (gain := read_estimate(record.get("gain"))) is not None:
             text += f"; learned minus best rival, paired: {signed(gain).replace(' %', ' points')}"
             text += "" if gain.low > 0 else ", so learning did not measurably pay"
+        winner = str(record.get("winner"))
+        if (saved := read_estimate((record.get("saved") or {}).get(winner))) is not None:
+            text += f"; loaded ahead, {PREDICTIONS.get(winner, winner)} saves {inline(saved)} "
+            text += "transfers a token"
+            text += "" if saved.low > 0 else ", so loading ahead was not shown to save any"
         sentences.append(text)
     slots = next(iter(records.values()))["slots"]
     return f"Recall with {slots} experts named per layer. {'. '.join(sentences)}."

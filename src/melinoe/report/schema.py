@@ -173,6 +173,9 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "ceiling?": _estimate,
         "gain?": _estimate,
         "winner?": _text,
+        "transfers?": _estimates_by_name,
+        "saved?": _estimates_by_name,
+        "prefetch?": _text,
     },
     "training": {"model": _text, "log": _list_of(_mapping), "settings?": _mapping},
     "usage": {
