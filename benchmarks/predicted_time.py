@@ -12,10 +12,11 @@ simulator's tables would be no better than a guess.
 
 Floor: what the link alone takes, loads x (latency + bytes / bandwidth).
 
-Motions and configurations run prompt by prompt in turn, each round beginning with another one, so
-that what the machine does meanwhile falls on all alike. Each decoding step is timed by itself and
-counts as the median of its repeats, so that a burst of other work in one run is left out; the last
-step of a prompt has no end of its own and counts nowhere.
+Motions and configurations run prompt by prompt in turn, each round in another random order, so
+that what the machine does meanwhile, and what the one before left in its caches, falls on all
+alike. Each decoding step is timed by itself and counts as the median of its repeats, so that a
+burst of other work in one run is left out; the last step of a prompt has no end of its own and
+counts nowhere.
 
 Not measured: real links, where copies and computing share memory bandwidth; prompts (their time is
 predicted from rows by a straight line, which is not what this is about).
@@ -30,6 +31,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -91,11 +93,11 @@ def serve(cases, prompts, tokenizer, tokens, repeat):
     """Per case: seconds of each step, medians over repeats, and what was loaded and computed."""
     steps = {case: [] for case in cases}
     counts = {case: np.zeros(2) for case in cases}
-    order = list(cases)
+    order, shuffle = list(cases), Random(0)
     for number, prompt in enumerate(prompts):
         runs = {case: [] for case in cases}
         for turn in range(repeat):
-            order = order[1:] + order[:1]
+            shuffle.shuffle(order)
             for case in order:
                 model, handle, clock, motion = cases[case]
                 if handle.slots < EXPERTS:

@@ -117,14 +117,16 @@ def test_activations_travel_both_ways_and_rows_are_computed_one_by_one():
     Two experts of 100 B at 20 kB/s: 10 ms; chosen 5 times by 3 tokens: 3 more rows of 1 ms.
 
     3 rows of 50 B go over and 5 come back: 400 B on 10 kB/s are 40 ms, and twice 1 ms of latency.
-    The one load's copy, 3 ms, is made by the same thread.
+    The one load's copy, 3 ms, is made by the same thread, which also takes 4 once.
     """
-    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3, copy_s=3e-3)
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3, copy_s=3e-3, host_call_s=4e-3)
     work = Work(expert_bytes=100, activation_bytes=50, backbone_bytes=300, kv_bytes=100)
-    assert computed_s(machine, work, 2, 5, 3) == pytest.approx(0.010 + 0.003 + 0.040 + 0.002)
+    assert computed_s(machine, work, 2, 5, 3) == pytest.approx(
+        0.004 + 0.010 + 0.003 + 0.040 + 0.002
+    )
     done = run([[1]], [[4]], elsewhere=[[2]], tokens=[3])
     done.steps.elsewhere_uses[:] = 5
-    assert predict(done, machine, work).host_s == pytest.approx([0.055 + 0.003])
+    assert predict(done, machine, work).host_s == pytest.approx([0.059 + 0.003])
 
 
 def test_a_prompt_s_misses_are_loaded_where_a_token_s_are_computed():

@@ -11,6 +11,7 @@ from melinoe.runtime.attach import attach
 from melinoe.runtime.host_experts import HostExperts
 from melinoe.runtime.rehearsal import (
     HOST_ALL,
+    HOST_MOST,
     HOST_ONE,
     LOADS,
     MOTIONS,
@@ -58,7 +59,7 @@ def test_each_motion_does_what_its_name_says(model, monkeypatch):
     with attach(model, slots=8) as handle:
         rehearsal = Rehearsal(handle)
         found = {}
-        for motion in (PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_ALL):
+        for motion in (PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_MOST, HOST_ALL):
             handle.reset_counters()
             computed.clear()
             with rehearsal.doing(motion):
@@ -77,36 +78,54 @@ def test_each_motion_does_what_its_name_says(model, monkeypatch):
         PARTS: (False, 7 * 2, 0, set()),  # passes x layers
         LOADS: (True, 0, 0, set()),
         HOST_ONE: (False, 0, 7 * 2, {1}),
+        HOST_MOST: (False, 0, 7 * 2, {1}),  # of two
         HOST_ALL: (False, 0, 7 * 2 * 2, {2}),
     }
 
 
-def test_figures_are_taken_apart_as_they_were_put_together(model):
+@pytest.mark.parametrize("chosen", [2, 4])
+def test_figures_are_taken_apart_as_they_were_put_together(model, chosen, monkeypatch):
     """
-    Two layers, 2 experts a token, a pass of 10 ms. By layer: parts 0.4 ms and 0.3 each further, an
-    expert on the host 0.5, a call on slots 0.2 and 0.05 an expert; a load 0.1; after 1 ms 0.25.
+    Two layers, a pass of 10 ms. By layer: parts 0.4 ms and 0.3 each further; the host 0.1 and 0.5 an
+    expert; a call on slots 0.2 and 0.05 an expert; a load 0.1; a wait of 1 ms 0.25.
+
+    With two experts a token, one of them is all but one, so what the host takes once is in each.
     """
-    parts, part, host, call, each = 0.4e-3, 0.3e-3, 0.5e-3, 0.2e-3, 0.05e-3
+    import melinoe.runtime.rehearsal as module
+
+    parts, part, once, host, call, each = 0.4e-3, 0.3e-3, 0.1e-3, 0.5e-3, 0.2e-3, 0.05e-3
+    if chosen == 2:
+        once = 0.0
+    monkeypatch.setattr(module, "_chosen", lambda handle: chosen)
+
+    def on_the_host(count):
+        called = call if count == chosen else 0.0
+        return 0.010 + 2 * (parts + once + count * (host - each) - called)
+
     seconds = {
         PLAIN: 0.010,
         ONE_PART: 0.010 + 2 * parts,
-        PARTS: 0.010 + 2 * (parts + part),
+        PARTS: 0.010 + 2 * (parts + (chosen - 1) * part),
         LOADS: 0.010 + 3 * 0.1e-3,
-        HOST_ONE: 0.010 + 2 * (parts + host - each),
-        HOST_ALL: 0.010 + 2 * (parts + 2 * host - call - 2 * each),
+        HOST_ONE: on_the_host(1),
+        HOST_MOST: on_the_host(chosen - 1),
+        HOST_ALL: on_the_host(chosen),
         0.001: 0.010 + 2 * (0.001 + 0.25e-3),
+        0.002: 0.010 + 2 * (0.002 + 0.5e-3),
+        0.003: 0.010 + 2 * (0.003 + 0.3e-3),  # less than after 2 ms: both are .4
     }
     with attach(model, slots=8, link=EmulatedLink(1e6, 1e-3)) as handle:
-        generate(model, "greedy")
-        found = figures_from(seconds, handle, 3, (call + each, call + 2 * each))
+        found = figures_from(seconds, handle, 3, (call + each, call + chosen * each))
         assert over(found, handle).link_bytes_per_s == 1e6
-        one, two = time_calls(handle, repeats=3)
-        assert min(one, two) > 0
+        assert min(time_calls(handle, repeats=3)) > 0
     size = 4 * block_floats(model)
     assert isinstance(found, Machine) and found.pass_s == 0.010
     assert size / found.dram_bytes_per_s == pytest.approx(host)
+    assert found.host_call_s == pytest.approx(once, abs=1e-12)
     assert (found.parts_s, found.part_s) == (pytest.approx(parts), pytest.approx(part))
     assert found.copy_s == pytest.approx(0.1e-3)
     assert found.call_s == pytest.approx(call)
-    assert found.experts_share == pytest.approx(2 * (call + 2 * each) / 0.010)
-    assert found.after_wait_s == ((0.001, pytest.approx(0.25e-3)),)
+    assert found.experts_share == pytest.approx(2 * (call + chosen * each) / 0.010)
+    waits, more = zip(*found.after_wait_s, strict=True)
+    assert waits == (0.001, 0.002, 0.003)
+    assert more == pytest.approx((0.25e-3, 0.4e-3, 0.4e-3))

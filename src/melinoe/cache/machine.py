@@ -21,6 +21,7 @@ class Machine:
         dram_bytes_per_s: At what rate the host computes missing experts from its memory, one row
             each, what a call of its own costs included.
         host_row_s: What each further row of such an expert takes.
+        host_call_s: What it takes once for all experts of a request that it computes.
         host_threads: Threads that figure was measured with; the model does not depend on it.
         flops_per_s: Arithmetic of the device; None: never the bound.
         host_s_per_layer: Host work of each layer that nothing hides.
@@ -47,6 +48,7 @@ class Machine:
     device_bytes_per_s: float | None = None
     dram_bytes_per_s: float | None = None
     host_row_s: float = 0.0
+    host_call_s: float = 0.0
     host_threads: int | None = None
     flops_per_s: float | None = None
     host_s_per_layer: float = 0.0

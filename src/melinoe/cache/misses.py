@@ -86,7 +86,8 @@ def computed_s(
     rows = -(-pairs // experts) if rows is None else min(rows, pairs)
     weights = experts * work.expert_bytes / machine.dram_bytes_per_s
     return (
-        weights
+        machine.host_call_s
+        + weights
         + (pairs - experts) * machine.host_row_s
         + 2 * machine.link_latency_s
         + (rows + pairs) * work.activation_bytes / machine.link_bytes_per_s

@@ -13,10 +13,11 @@ one layer of one pass takes
 
     x   = max(l + B / W, c)                       one transfer; they follow one another
     T   = q + n x                                 q: the link is still busy with a prefetch
-    U   = n c + e B / R + (p - e) s + 2 l + (t + p) a / W          (0 if e = 0)
+    U   = n c + o + e B / R + (p - e) s + 2 l + (t + p) a / W      (0 if e = 0)
                                                   p (token, choice) pairs of t tokens, s seconds
-                                                  for each further row of an expert; activations
-                                                  of a bytes go over, and come back by pairs
+                                                  for each further row of an expert, o once;
+                                                  activations of a bytes go over, and come back
+                                                  by pairs
     H   = h B / D,  N = n B / D                   experts read through device memory
     F   = f + (backbone + KV) / (L D) + P         all else, f host seconds per layer
     P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below

@@ -36,7 +36,7 @@ COUNTS = (
     "prefill_elsewhere",
     "zero_miss",
 )
-_REHEARSED = ("copy_s", "dram_bytes_per_s", "call_s", "parts_s", "part_s")
+_REHEARSED = ("copy_s", "dram_bytes_per_s", "host_call_s", "call_s", "parts_s", "part_s")
 
 
 def replay(

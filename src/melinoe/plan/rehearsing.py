@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ def rehearse(model: Any, handle: Handle, tokenizer: Any, prompts: Sequence[Any])
     """
     Go through the motions of misses with every expert resident (`melinoe.runtime.rehearsal`).
 
-    Two prompts of up to 16 tokens, three times each, all motions in turn; a motion's time is the
-    mean over prompts of the medians.
+    Two prompts of up to 16 tokens, three times each, all motions in random order; a motion's time
+    is the mean over prompts of the medians.
 
     Args:
         model, handle: With a slot for every expert.
@@ -44,10 +45,11 @@ def rehearse(model: Any, handle: Handle, tokenizer: Any, prompts: Sequence[Any])
     motions = list(MOTIONS)
     times: dict[str | float, list[float]] = {motion: [] for motion in motions}
     loads = passes = 0
+    order = Random(0)
     for prompt in prompts[:_PROMPTS]:
         runs: dict[str | float, list[float]] = {motion: [] for motion in motions}
         for _ in range(_REPEATS):
-            motions = motions[1:] + motions[:1]
+            order.shuffle(motions)
             for motion in motions:
                 with rehearsal.doing(motion):
                     done = generate(model, handle, tokenizer, prompt, _TOKENS)

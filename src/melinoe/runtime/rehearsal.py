@@ -26,12 +26,13 @@ from melinoe.runtime.handle import Handle
 from melinoe.runtime.host_experts import HostExperts
 from melinoe.runtime.misses import hidden_size
 
-PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_ALL = (
-    "plain", "one part", "parts", "loads", "one on the host", "all on the host",
+PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_MOST, HOST_ALL = (
+    "plain", "one part", "parts", "loads", "one on the host", "all but one", "all on the host",
 )  # fmt: skip
 # Seconds of a wait in each layer; what follows is slower the longer it was, up to a point.
 PAUSES = (0.0003, 0.001, 0.003)
-MOTIONS: tuple[str | float, ...] = (PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_ALL, *PAUSES)
+_ON_THE_HOST = (HOST_ONE, HOST_MOST, HOST_ALL)
+MOTIONS: tuple[str | float, ...] = (PLAIN, ONE_PART, PARTS, LOADS, *_ON_THE_HOST, *PAUSES)
 
 
 class _Resident:
@@ -57,7 +58,8 @@ class _Resident:
         return [Plan((expert,), ()) for expert in experts]
 
     def partly(self, experts: list[int], *_: Any, **__: Any) -> tuple[Plan, tuple[int, ...]]:
-        there = 0 if not self._decodes() else 1 if self._motion == HOST_ONE else len(experts)
+        count = {HOST_ONE: 1, HOST_MOST: len(experts) - 1}.get(self._motion, len(experts))
+        there = count if self._decodes() else 0
         return Plan(tuple(experts[there:]), ()), tuple(experts[:there])
 
 
@@ -104,7 +106,7 @@ class Rehearsal:
                     _swap(undo, cache, "residency", _Resident(motion, cache, self._decodes))
                     if motion in (ONE_PART, PARTS):
                         _swap(undo, cache, "_num_slots", 0)
-                    elif motion in (HOST_ONE, HOST_ALL):
+                    elif motion in _ON_THE_HOST:
                         _swap(undo, cache, "_host", host)
                         _swap(undo, cache, "_rule", len)
             yield
@@ -141,22 +143,39 @@ def figures_from(
     more = {motion: (value - plain) / layers for motion, value in seconds.items()}
     each = max(direct[1] - direct[0], 0.0) / max(chosen - 1, 1)
     parts_s = max(more[ONE_PART], 0.0)
-    host_s = more[HOST_ONE] - parts_s + each
-    host_s = max(host_s, 1e-9)
-    call_s = max(parts_s + chosen * (host_s - each) - more[HOST_ALL], 0.0)
+    # Of e experts on the host: parts + o + e (u - each), of all of them also minus the call.
+    dearer = more[HOST_ONE] - parts_s  # o + (u - each), with o = 0 where two points are one
+    if chosen > 2:
+        dearer = (more[HOST_MOST] - more[HOST_ONE]) / (chosen - 2)
+    host_s = max(dearer + each, 1e-9)
+    once_s = max(more[HOST_ONE] - parts_s - (host_s - each), 0.0)
+    call_s = max(parts_s + once_s + chosen * (host_s - each) - more[HOST_ALL], 0.0)
     waits = [motion for motion in more if not isinstance(motion, str)]
     size = float(np.mean([layer.block_bytes for layer in handle.layers]))
     return Machine(
         link_bytes_per_s=1e15,
         copy_s=max(seconds[LOADS] - plain, 0.0) / loads,
         dram_bytes_per_s=size / host_s,
+        host_call_s=once_s,
         pass_s=plain,
         experts_share=min(1.0, layers * (call_s + chosen * each) / plain),
         call_s=call_s,
         parts_s=parts_s,
         part_s=max(more[PARTS] - more[ONE_PART], 0.0) / max(chosen - 1, 1),
-        after_wait_s=tuple((wait, max(more[wait] - wait, 0.0)) for wait in sorted(waits)),
+        after_wait_s=_rising([(wait, max(more[wait] - wait, 0.0)) for wait in sorted(waits)]),
     )
+
+
+def _rising(curve: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The nearest curve that never falls, in squares: what falls is noise, and is pooled."""
+    pools: list[list[float]] = []
+    for _, value in curve:
+        pools.append([value])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    level = [float(np.mean(pool)) for pool in pools for _ in pool]
+    return tuple((wait, value) for (wait, _), value in zip(curve, level, strict=True))
 
 
 def over(machine: Machine, handle: Handle) -> Machine:
