@@ -86,7 +86,7 @@ def test_each_motion_does_what_its_name_says(model, monkeypatch):
 @pytest.mark.parametrize("chosen", [2, 4])
 def test_figures_are_taken_apart_as_they_were_put_together(model, chosen, monkeypatch):
     """
-    Two layers, a pass of 10 ms. By layer: parts 0.4 ms and 0.3 each further; the host 0.1 and 0.5 an
+    Two layers, a pass of 10 ms. By layer: parts 0.4 ms, 0.3 each further; the host 0.1 and 0.5 an
     expert; a call on slots 0.2 and 0.05 an expert; a load 0.1; a wait of 1 ms 0.25.
 
     With two experts a token, one of them is all but one, so what the host takes once is in each.
