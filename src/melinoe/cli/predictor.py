@@ -127,7 +127,7 @@ def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
             }
         )
     elif rows:
-        title = f"requests that still count, half-life {found.settings.half_life:g} requests"
+        title = f"half-life {found.settings.half_life:g} requests"
         options.show_table(title, [{**row, "user": row["user"] or "(all)"} for row in rows])
     else:
         options.say(f"{prior} has learned nothing yet")
