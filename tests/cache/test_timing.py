@@ -41,6 +41,19 @@ SLOW = {"link_bytes_per_s": 1e4, "link_latency_s": 1e-3, "device_bytes_per_s": 1
 WORK = Work(expert_bytes=100, backbone_bytes=300, kv_bytes=100)
 
 
+def test_a_prefetch_between_layers_comes_while_the_layer_before_computes():
+    """
+    Two layers of one resident expert each, the second's on its way for 11 ms since 2 ms.
+
+    Layer 0: 2 ms, then the prefetch is issued, then 1 ms. Layer 1: 2 ms until 5, 8 more until it
+    has arrived, 1 to compute.
+    """
+    timing = predict(run([[0, 0]], [[1, 1]], between=[[0, 1]]), Machine(**SLOW), WORK)
+    assert timing.pass_s == pytest.approx([0.014])
+    assert timing.link_s == pytest.approx([0.008])
+    assert timing.transferred_bytes == 100
+
+
 def test_waiting_for_loads_worked_by_hand():
     """Two layers, 4 experts each, 2 and 0 loads: (2 + 22 + 2 + 2) + (2 + 4) ms."""
     timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW), WORK)
