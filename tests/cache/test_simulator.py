@@ -252,6 +252,7 @@ def test_what_is_computed_elsewhere_is_a_miss_but_no_load():
     assert simulation.steps.elsewhere.tolist() == [[1], [1], [0]]
     assert simulation.steps.elsewhere_uses.tolist() == [[1], [1], [0]]
     assert simulation.counters.elsewhere.sum() == 2
+    assert simulation.counters.adjusted_hit_rate() == 1 - (2 + 2) / 6  # two prefetched, two there
     assert simulation.counters.zero_miss_tokens.sum() == 1  # who is computed there waits, too
     assert simulation.steps.experts.tolist() == [[2], [2], [2]]
     assert simulation.steps.ahead.tolist() == [[2], [0], [0]]

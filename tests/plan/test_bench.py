@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from melinoe.cache.machine import Machine
 from melinoe.errors import BudgetError, MelinoeError
 from melinoe.plan.predicted import machine_of, seconds_of
 from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
@@ -244,3 +245,12 @@ def test_a_link_s_transfers_are_predicted_by_hand():
     before, after = seconds_of(done, machine, Work(expert_bytes=1000))
     assert before[0] == pytest.approx(0.001 + 2 * 0.002)
     assert after[0] == pytest.approx(0.001 + 0.002)
+    # Rehearsed when passes took 2 ms: what else was timed then is halved, too.
+    slow = Machine(
+        link_bytes_per_s=1e15, pass_s=0.002, copy_s=2e-3, parts_s=4e-4, dram_bytes_per_s=1e6,
+        after_wait_s=((1e-3, 2e-4),),
+    )  # fmt: skip
+    scaled = machine_of(Handle, 1e-5, resident, slow)
+    assert (scaled.pass_s, scaled.copy_s, scaled.parts_s) == pytest.approx((1e-3, 1e-3, 2e-4))
+    assert scaled.dram_bytes_per_s == pytest.approx(2e6)
+    assert scaled.after_wait_s == ((1e-3, pytest.approx(1e-4)),)

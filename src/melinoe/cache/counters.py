@@ -215,9 +215,14 @@ class Counters:
         return self._sum("hits", phase) / uses if uses else None
 
     def adjusted_hit_rate(self, phase: int | str | None = None) -> float | None:
-        """1 - (demand + prefetch loads) / uses; prefetches are charged in full to any phase."""
+        """
+        1 - (demand + prefetch loads + experts computed elsewhere) / uses.
+
+        Prefetches are charged in full to any phase.
+        """
         uses = self._sum("uses", phase)
-        loads = self._sum("loads", phase) + sum(self._prefetch_loads)
+        loads = self._sum("loads", phase) + self._sum("elsewhere", phase)
+        loads += sum(self._prefetch_loads)
         return 1 - loads / uses if uses else None
 
     def transfers_per_token(self, phase: int | str = "completion") -> float | None:

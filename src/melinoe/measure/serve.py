@@ -65,8 +65,8 @@ def serving(
     says else:
 
     - ``hit_rate``: share of uses (token x choice) whose expert was resident.
-    - ``adjusted_hit_rate``: 1 - (demand + prefetch loads) / uses. Prefetches are charged in full,
-      also where they serve the prompt's forward pass.
+    - ``adjusted_hit_rate``: 1 - (demand + prefetch loads + computed there) / uses. Prefetches are
+      charged in full, also where they serve the prompt's forward pass.
     - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
     - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart;
       ``computed_there_per_token``: missing experts that the host computed instead.
@@ -245,7 +245,7 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "elsewhere": elsewhere,
         "prefill_elsewhere": int(counters.elsewhere[PROMPT].sum()),
         "missed": loads + elsewhere,
-        "uses_not_paid": uses - loads - prefetches,
+        "uses_not_paid": uses - loads - prefetches - elsewhere,
         "prefill_loads": int(counters.loads[PROMPT].sum()),
         "zero_miss": int(counters.zero_miss_tokens[COMPLETION]),
         "seconds": _median(run.seconds for run in runs),

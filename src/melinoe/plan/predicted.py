@@ -36,7 +36,7 @@ COUNTS = (
     "prefill_elsewhere",
     "zero_miss",
 )
-_REHEARSED = ("copy_s", "dram_bytes_per_s", "host_call_s", "call_s", "parts_s", "part_s")
+_REHEARSED = ("copy_s", "host_call_s", "call_s", "parts_s", "part_s")  # seconds
 
 
 def replay(
@@ -140,12 +140,17 @@ def machine_of(
     if rehearsed is None:
         return found
     assert rehearsed.pass_s is not None
-    share = min(1.0, rehearsed.experts_share * rehearsed.pass_s / float(pass_s))
+    # Rehearsed at another time, when the machine may have been faster or slower: by as much as a
+    # pass with every expert resident was.
+    times = float(pass_s) / rehearsed.pass_s
+    cold = tuple((wait, more * times) for wait, more in rehearsed.after_wait_s)
+    assert rehearsed.dram_bytes_per_s is not None
     return replace(
         found,
-        experts_share=share,
-        **{name: getattr(rehearsed, name) for name in _REHEARSED},
-        after_wait_s=rehearsed.after_wait_s if handle.link is not None else (),
+        experts_share=rehearsed.experts_share,
+        dram_bytes_per_s=rehearsed.dram_bytes_per_s / times,
+        **{name: getattr(rehearsed, name) * times for name in _REHEARSED},
+        after_wait_s=cold if handle.link is not None else (),
     )
 
 
