@@ -17,18 +17,16 @@ Bad news would be: a ratio to the base model near 1 where the study's own measur
 Not measured here: quality (the study has it), speed.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from judge import COMPLETION
+from kept import done, given, parser
 from plan import JUDGED_FROM
 
 from melinoe.cache.simulator import simulate
@@ -38,7 +36,7 @@ from melinoe.data import Encoded, Example, encode, load_examples
 from melinoe.generate import trace_prompts
 from melinoe.measure import append_jsonl, machine, reading_trace
 from melinoe.runtime.load import load
-from melinoe.shipped import GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
+from melinoe.shipped import GSM8K_TRAIN, HELD_OUT
 
 CONTEXT, TRAINED = 512, 200
 ANSWERS, LONG, PROMPTS, ON = 128, 32, 24, 6
@@ -153,30 +151,18 @@ def caches(trace: Trace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoints", type=Path, nargs="*", help="as NAME=PATH")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/survival.jsonl"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    there = {
-        (one["name"], one["seed"])
-        for one in map(
-            json.loads, arguments.out.read_text().splitlines() if arguments.out.exists() else []
-        )
-    }
-    given = [("base", str(TINY_OLMOE)), *(str(one).split("=", 1) for one in arguments.checkpoints)]
-    for name, path in given:
-        if (name, arguments.seed) in there:
+    arguments = parser(__doc__, "survival.jsonl").parse_args()
+    there = done(arguments.out, "name", "seed")
+    for name, seed, path in given(arguments.checkpoints):
+        if (name, seed) in there:
             continue
-        result = measure(path, arguments.seed, name)
+        result = measure(path, seed, name)
         append_jsonl(arguments.out, result)
         rates = {
             condition: round(sum(one["lfu-8"]) / sum(one["tokens"]), 3)
             for condition, one in result["conditions"].items()
         }
-        print(json.dumps({"name": name, "seed": arguments.seed, **rates}), flush=True)
+        print(json.dumps({"name": name, "seed": seed, **rates}), flush=True)
 
 
 if __name__ == "__main__":

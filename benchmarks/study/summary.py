@@ -1,0 +1,194 @@
+"""
+The study's goals, met or not, and whether locality survives: tables from raw records.
+
+Reads the study's runs, `stacked.py`'s and `survives.py`'s, and writes two benchmark results that
+`melinoe report` makes tables of. Intervals are over seeds and items, as in the study's own tables.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melinoe.measure import machine, write_json
+from melinoe.report.records import read_records
+from melinoe.report.study.compare import fewer, increase, transfers
+from melinoe.report.study.runs import gather
+from melinoe.report.study.seeds import crossed
+from melinoe.stats import Estimate
+
+CACHE, SHARE = "lfu-8", "LFU, 8 of 32 experts resident, reading held-out answers"
+RESULTS = Path("benchmarks/results")
+Verdict = Callable[[Estimate, float], bool]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a file, or none."""
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def verdict(*bounds: tuple[Estimate, float, str]) -> str:
+    """Met: all intervals lie on their side of the bound. Missed: one lies on the other."""
+    good, bad = True, False
+    for found, bound, side in bounds:
+        sign = 1 if side == "at least" else -1
+        ends = sorted(sign * (end - bound) for end in (found.low, found.high))
+        good &= ends[0] >= 0
+        bad |= ends[1] < 0
+    return "met" if good else "missed" if bad else "not shown either way"
+
+
+def percent(found: Estimate) -> dict[str, float]:
+    return {"mean": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
+
+
+def goals(study_file: Path, stacked_file: Path) -> dict[str, Any]:
+    """One row per setting of the goals' runs, and one per strength of the cache prior on it."""
+    study = gather(read_records([study_file]))
+    assert study is not None and study.base is not None
+    rows = []
+    for setting in study.tried("goals"):
+        times, own = fewer(study, setting, CACHE), increase(study, setting, True)
+        other = increase(study, setting, False)
+        assert times is not None and own is not None and other is not None
+        quality = [run["quality"]["gsm8k"]["perplexity"]["mean"] for run in setting.runs.values()]
+        better = max(quality) < study.base["quality"]["gsm8k"]["perplexity"]["mean"]
+        rows.append(
+            {
+                "setting": setting.name,
+                "choice": "exact",
+                "seeds": times.n,
+                "price in domain (%)": percent(own),
+                "price out of domain (%)": percent(other),
+                "transfers / token": transfers(setting, CACHE).to_dict(),
+                "times fewer than base": times.to_dict(),
+                "(a) 3 times, better than base": verdict((times, 3.0, "at least"))
+                if better
+                else "missed",
+                "(b) 3 times at 1 % and 3 %": verdict(
+                    (times, 3.0, "at least"), (own, 0.01, "at most"), (other, 0.03, "at most")
+                ),
+                "(c) 5 times at 2 %": "",
+            }
+        )
+        rows += stacked(study, setting.name, setting.control, lines(stacked_file))
+    return {
+        "benchmark": "study_goals",
+        "title": f"The goals: {SHARE}",
+        "notes": [
+            "Prices are perplexity over the NLL-only control with the same data, steps and seed. "
+            "(b) asks for at most 1 % in domain and 3 % out of it. A goal is met if the whole "
+            "interval is on its side, missed if all of it is on the other.",
+            "Cache prior: the choice itself prefers resident experts while decoding; read token by "
+            "token, on fewer texts than the exact rows.",
+        ],
+        "result": rows,
+        "machine": machine(),
+    }
+
+
+def stacked(
+    study: Any, name: str, control: str, records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of the cache prior on one setting, against the base's own choices on the same texts."""
+    base = next((one for one in records if one["name"] == "base"), None)
+    if base is None:
+        return []
+    texts = len(base["tokens"])
+    rows = []
+    for strength in sorted({one["strength"] for one in records if one["name"] == name}):
+        runs = {
+            one["seed"]: one
+            for one in records
+            if (one["name"], one["strength"]) == (name, strength)
+        }
+        seeds = sorted(seed for seed in runs if seed in study.settings[control].runs)
+        if not seeds or not strength:
+            continue
+        ours = [runs[seed] for seed in seeds]
+        theirs = [study.settings[control].runs[seed]["quality"]["gsm8k"] for seed in seeds]
+        loss = [
+            np.array([one["nll"] for one in ours]),
+            np.array([one["nll"][:texts] for one in theirs]),
+            np.array([one["predicted"] for one in ours], dtype=float),
+        ]
+        factor = crossed([loss], lambda s: np.exp((s[0][0] - s[0][1]) / s[0][2]), positive=True)
+        price = Estimate(factor.mean - 1, factor.low - 1, factor.high - 1, factor.n)
+        moved = [
+            np.array([one[key] for one in side], dtype=float)
+            for side in ([base] * len(ours), ours)
+            for key in ("loads", "tokens")
+        ]
+        times = crossed([moved], lambda s: (s[0][0] / s[0][1]) / (s[0][2] / s[0][3]), positive=True)
+        rate = crossed([moved[2:]], lambda s: s[0][0] / s[0][1], positive=True)
+        rows.append(
+            {
+                "setting": name,
+                "choice": f"cache prior {strength:g}",
+                "seeds": len(seeds),
+                "price in domain (%)": percent(price),
+                "price out of domain (%)": None,
+                "transfers / token": rate.to_dict(),
+                "times fewer than base": times.to_dict(),
+                "(a) 3 times, better than base": "",
+                "(b) 3 times at 1 % and 3 %": "",
+                "(c) 5 times at 2 %": verdict((times, 5.0, "at least"), (price, 0.02, "at most")),
+            }
+        )
+    return rows
+
+
+def survival(path: Path) -> dict[str, Any]:
+    """How many times fewer transfers than the base, under each condition, by setting."""
+    records = lines(path)
+    base = next(one for one in records if one["name"] == "base")
+    rows = []
+    for name in dict.fromkeys(one["name"] for one in records if one["name"] != "base"):
+        runs = [one for one in records if one["name"] == name]
+        for condition, theirs in base["conditions"].items():
+            ours = [one["conditions"][condition] for one in runs]
+            row = {"setting": name, "condition": condition, "seeds": len(runs)}
+            row |= {
+                "base": sum(theirs[CACHE]) / sum(theirs["tokens"]),
+                "this": sum(sum(one[CACHE]) for one in ours) / sum(sum(o["tokens"]) for o in ours),
+            }
+            columns = [
+                np.array([one[key] for one in side], dtype=float)
+                for side in ([theirs] * len(ours), ours)
+                for key in (CACHE, "tokens")
+            ]
+            times = crossed(
+                [columns], lambda s: (s[0][0] / s[0][1]) / (s[0][2] / s[0][3]), positive=True
+            )
+            rows.append({**row, "times fewer than base": times.to_dict()})
+    return {
+        "benchmark": "study_survival",
+        "title": f"Transfers per token under other conditions ({CACHE.replace('-', ', ').upper()})",
+        "notes": [
+            "answers: as in the study. long: questions and answers to the end of the context, "
+            "beyond the length trained on. mixed: each followed by a piece of another corpus. "
+            "batch of 4: per token of four decoded together. greedy, sampled: written by each "
+            "model itself. written on: sampled, not allowed to end, past the length trained on."
+        ],
+        "result": rows,
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    results = parser.parse_args().results
+    raw = results / "raw"
+    write_json(results / "study_goals.json", goals(results / "study.jsonl", raw / "stacked.jsonl"))
+    if (raw / "survival.jsonl").exists():
+        write_json(results / "study_survival.json", survival(raw / "survival.jsonl"))
+
+
+if __name__ == "__main__":
+    main()
