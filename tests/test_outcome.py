@@ -66,15 +66,18 @@ def tuned(checkpoints):
 
 
 def test_reading_gives_what_decoding_the_same_text_chooses():
-    """Token by token with a key-value cache, on the same ids: equal experts in every row."""
+    """Token by token with a key-value cache, on the same ids: equal experts in every row.
+
+    So do weights, and what the next router said of every decoded token and of no other.
+    """
     model = tiny_model()
     encoded = [
         Encoded([3, 4, 5, 6, 7], [False, False, True, True, True]),
         Encoded([8, 9], [False, True]),
     ]
     handle = attach(model, slots=EXPERTS)
-    trace = reading_trace(model, handle, encoded)
-    with handle.record() as recorder, torch.no_grad():
+    trace = reading_trace(model, handle, encoded, scores=True, guesses=True)
+    with handle.record(scores=True, guesses=True) as recorder, torch.no_grad():
         for one in encoded:
             start = one.completion_mask.index(True)
             ids = torch.tensor([one.input_ids])
@@ -84,6 +87,9 @@ def test_reading_gives_what_decoding_the_same_text_chooses():
     decoded = recorder.trace()
     handle.detach()
     assert np.array_equal(np.sort(trace.experts), np.sort(decoded.experts))
+    assert np.array_equal(np.sort(trace.guesses), np.sort(decoded.guesses))
+    assert (trace.guesses[3:5, 1:] >= 0).all() and (trace.guesses[:2] == -1).all()
+    assert np.allclose(np.sort(trace.scores), np.sort(decoded.scores), atol=2e-3)
     assert trace.forward.tolist() == decoded.forward.tolist() == [0, 0, 1, 2, 3, 4, 5]
     assert trace.sequence.tolist() == [0, 0, 0, 0, 0, 1, 1]
     kinds = [PROMPT_ROW, PROMPT_ROW, *[COMPLETION_ROW] * 3, PROMPT_ROW, COMPLETION_ROW]

@@ -6,21 +6,32 @@ repeats itself needs few experts. Reading the same text, two models differ in ro
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, known_ids
 from melinoe.data import Encoded
 from melinoe.errors import DataError
 from melinoe.measure.locality import completion_counts
+from melinoe.moe.next_router import NextRouters
+from melinoe.moe.routing import Router, find_routers
 from melinoe.runtime.attach import Handle
 from melinoe.stats import bootstrap
 
 
-def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Trace:
+def reading_trace(
+    model: Any,
+    handle: Handle,
+    encoded: Sequence[Encoded],
+    *,
+    scores: bool = False,
+    guesses: bool = False,
+) -> Trace:
     """
     Record what every token of *encoded* chose, and lay it out as generation would have.
 
@@ -32,12 +43,16 @@ def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Tra
         model: A causal language model that *handle* is attached to; any number of slots.
         handle: What `attach` or `load` gave for it.
         encoded: At least one example, with at least one completion token.
+        scores: Also record the weight that each choice was given, as the policy ``score`` needs it.
+        guesses: Also record what each layer's router says one layer early of each completion
+            token, as the prefetch ``next-router`` needs it.
 
     Returns:
         One sequence per example, in order.
 
     Raises:
         DataError: nothing to read.
+        UnsupportedModelError: guesses are wanted of a model whose routers cannot be asked early.
     """
     if not encoded:
         raise DataError("there is no text to read; give at least one example")
@@ -45,9 +60,14 @@ def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Tra
     was_training = model.training
     model.eval()
     try:
-        with handle.record() as recorder, torch.inference_mode():
+        with ExitStack() as stack:
+            asked = _Early(model, stack) if guesses else None
+            recorder = stack.enter_context(handle.record(scores=scores))
+            stack.enter_context(torch.inference_mode())
             for one in encoded:
                 ids = torch.tensor([one.input_ids], device=device)
+                if asked is not None:
+                    asked.rows = len(one)
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         trace = recorder.trace("read, not written")
     finally:
@@ -58,12 +78,52 @@ def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Tra
     # A pass begins with each example, each completion token, and the prompt's turn after one.
     follows = np.concatenate([[False], is_completion[:-1]])
     forward = np.cumsum(starts | is_completion | follows) - 1
+    if asked is not None:
+        trace = replace(trace, guesses=asked.guesses(trace, is_completion))
     return replace(
         trace,
         forward=forward.astype(np.int32),
         sequence=(np.cumsum(starts) - 1).astype(np.int32),
         kind=np.where(is_completion, COMPLETION_ROW, PROMPT_ROW).astype(np.uint8),
     )
+
+
+class _Early:
+    """
+    Asks each router about what the one before it saw, for all tokens of a text at once.
+
+    A recording asks only where few tokens are decoded, because that is where a prefetch would; to
+    read a text in one pass is to decode it, so here all of them are asked.
+    """
+
+    def __init__(self, model: Any, stack: ExitStack) -> None:
+        routers = find_routers(model)
+        self.rows = 0  # tokens of the text that is being read
+        self._next = NextRouters(routers)
+        stack.callback(self._next.close)
+        self._said: list[list[np.ndarray]] = [[] for _ in routers]
+        for router in routers[:-1]:
+            hook = router.module.register_forward_hook(self._ask(router))
+            stack.callback(hook.remove)
+
+    def _ask(self, router: Router) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            said = self._next.guess(router.index, self.rows, router.top_k or router.num_experts)
+            assert said is not None
+            known = known_ids(said.cpu().numpy(), router.num_experts)
+            self._said[router.index + 1].append(known)
+
+        return hook
+
+    def guesses(self, trace: Trace, is_completion: np.ndarray) -> np.ndarray:
+        """As a `Trace` keeps them, int16: -1 in prompts, and in the first layer."""
+        out = np.full_like(trace.experts, -1)
+        for layer, said in enumerate(self._said):
+            if said:
+                found = np.concatenate(said)[:, : trace.top_k]
+                out[:, layer, : found.shape[1]] = found
+        out[~is_completion] = -1
+        return out
 
 
 def reading_record(trace: Trace, model: str, slots: int, policy: str) -> dict[str, Any]:
