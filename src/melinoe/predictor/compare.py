@@ -69,8 +69,8 @@ class Comparison:
             "ceiling": self.ceiling.to_dict(),
             "gain": self.gain.to_dict(),
             "winner": self.winner,
-            "transfers": {name: value.to_dict() for name, value in self.transfers.items()},
-            "saved": {name: value.to_dict() for name, value in self.saved.items()},
+            "transfers": _by_name(self.transfers),
+            "saved": _by_name(self.saved),
             "prefetch": self.prefetch,
         }
 
@@ -182,3 +182,8 @@ def _loads(
     ]
     tokens = [int(one.tokens[COMPLETION]) for one in done.per_sequence]
     return np.asarray(loads, np.float64), np.asarray(tokens, np.float64)
+
+
+def _by_name(estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
+    """For a record: nothing where nothing was measured."""
+    return {name: value.to_dict() for name, value in estimates.items()} or None
