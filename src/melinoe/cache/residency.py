@@ -265,6 +265,10 @@ class Residency:
         self._unused -= used
         return len(used)
 
+    def forget_prefetches(self) -> None:
+        """Nobody counts any longer whether what prefetches brought so far is used."""
+        self._unused.clear()
+
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Plan:
         """
         Load experts ahead of need.

@@ -160,10 +160,13 @@ class FastHandle(Handle):
     # --- acting ---------------------------------------------------------------------------------
 
     def reset_counters(self) -> None:
-        """Set all counters to zero."""
+        """As `Handle.reset_counters`."""
         super().reset_counters()
         self._who.counts.zero_()
         self._seen, self._latest = None, np.zeros_like(self._latest)
+
+    def _forget_prefetches(self) -> None:
+        self._who.forget_prefetches()
 
     @contextmanager
     def record(

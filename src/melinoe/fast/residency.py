@@ -125,6 +125,13 @@ class DeviceResidency:
         row = torch.from_numpy(pack(self.on_host[layer]))
         self.state[layer, : row.shape[0]].copy_(row)
 
+    def forget_prefetches(self) -> None:
+        """As `Residency.forget_prefetches`, in all layers."""
+        for layer, (experts, slots) in enumerate(zip(self.num_experts, self.capacity, strict=True)):
+            self.on_host[layer].forget_prefetches()
+            end = packed_length(experts, slots)
+            self.state[layer, end - experts : end].zero_()
+
     def reset(self) -> None:
         """Empty all slots, and let the policies forget; the counters stay."""
         for layer, residency in enumerate(self.on_host):

@@ -153,9 +153,18 @@ class Handle(Following):
     # --- acting ---------------------------------------------------------------------------------
 
     def reset_counters(self) -> None:
-        """Set counters, stall time and transferred bytes to zero."""
+        """
+        Set counters, stall time and transferred bytes to zero.
+
+        What was prefetched before then, and is used later, counts as a prefetch no more.
+        """
         self._counters.reset()
         self._transfer.reset()
+        self._forget_prefetches()
+
+    def _forget_prefetches(self) -> None:
+        for cache in self._caches:
+            cache.residency.forget_prefetches()
 
     def reset_cache(self) -> None:
         """Empty all slots, and let a choice forget earlier texts; the counters stay."""
