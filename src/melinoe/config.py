@@ -60,6 +60,12 @@ def _check_choices(settings: Any, error: type[Exception]) -> None:
             raise error(f"{one.name} cannot be {value!r}; choose one of {', '.join(choices)}")
 
 
+# In place of a teacher's directory: the NLL-only run, trained first.
+CONTROL = "control"
+# What hidden states weigh where a command line names a teacher and no weight.
+MATCH = 10.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings:
     """

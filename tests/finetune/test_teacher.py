@@ -218,9 +218,26 @@ def test_a_teacher_that_cannot_teach_is_refused(checkpoint, tmp_path):
 def test_the_command_trains_both_runs(checkpoint):
     """``--teacher control``: two directories, and the record names the teacher."""
     words = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
-    options = "--steps 2 --lambda-match 1 --teacher control --capacity 0.5 --no-measure"
+    options = "--steps 2 --teacher control --capacity 0.5 --no-measure"
     done = CliRunner().invoke(app, [*words.split(), *options.split(), "--hold-out", "0"])
     assert done.exit_code == 0, done.output
     assert (checkpoint / "o.control" / "adapter_config.json").is_file()
     record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
     assert record["teacher"]["source"] == f"{checkpoint}/o.control"
+    assert record["settings"]["lambda_match"] == 10.0
+
+
+@pytest.mark.parametrize(("words", "taught"), [("", True), ("--teacher none", False)])
+def test_where_a_price_is_named_its_reference_teaches(checkpoint, words, taught):
+    """It is trained anyway; unless the user says none."""
+    held = checkpoint / "held.jsonl"
+    rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abcdefgh"]
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
+    price = f"--max-ppl-increase 1% --price-runs 1 --eval-data {held} {words}"
+    options = "--steps 2 --capacity 0.5 --no-measure"
+    done = CliRunner().invoke(app, f"{command} {price} {options}".split())
+    assert done.exit_code == 0, done.output
+    record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
+    assert (record["teacher"] is not None) == taught
+    assert (record["settings"]["lambda_match"] > 0) == taught

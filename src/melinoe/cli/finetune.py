@@ -1,5 +1,6 @@
 """`melinoe finetune`: teach a model to prefer few experts per sequence."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from melinoe.cli import measuring, options
 from melinoe.cli.progress import training_progress
 from melinoe.cli.settings import with_settings
-from melinoe.config import FinetuneSettings, OutcomeSettings
+from melinoe.config import CONTROL, MATCH, FinetuneSettings, OutcomeSettings
 from melinoe.errors import TrainingError
 
 _DATA, _PRICE, _RUN = "Data", "The price", "The run on its way"
@@ -96,9 +97,9 @@ def command(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Whom --lambda-match and --lambda-distill mean: the directory of an earlier run "
-            "on this base (--save adapter or both), or control: train the NLL-only run first. "
-            "Absent: the base model.",
+            help="Learn from an earlier run too, at --lambda-match (10 unless you set it or "
+            "--lambda-distill). control: the NLL-only run, trained first; or the directory of a "
+            "run on this base (--save adapter or both). Default: none; with a price: control.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -150,13 +151,18 @@ def command(
     """
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)
+    if price is not None and teacher is None:
+        teacher = CONTROL  # it is trained anyway
+    if control or teacher == "none":
+        teacher = None
     if control:
-        settings, teacher = settings.control(), None
+        settings = settings.control()
+    elif teacher is not None and not settings.is_taught:
+        settings = replace(settings, lambda_match=MATCH)
     from melinoe.checkpoint import check_output
     from melinoe.data import load_examples
     from melinoe.finetune import finetune, finetune_taught
     from melinoe.finetune.processes import leave
-    from melinoe.finetune.terms.teacher import CONTROL
 
     options.quiet()
     check_output(out)

@@ -23,7 +23,7 @@ from melinoe.checkpoint.files import read_config
 from melinoe.checkpoint.metadata import read_metadata, write_metadata
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output
-from melinoe.config import FinetuneSettings
+from melinoe.config import CONTROL, FinetuneSettings
 from melinoe.data import Example, encode, load_examples
 from melinoe.errors import OutputExistsError, TrainingError
 from melinoe.finetune.price.panel import OWN, Panel
@@ -31,7 +31,6 @@ from melinoe.finetune.price.reference import Reference, ReferenceCallback, ident
 from melinoe.finetune.price.steering import Price, PriceCallback
 from melinoe.finetune.price.strength import next_strength
 from melinoe.finetune.run import FinetuneResult, finetune
-from melinoe.finetune.terms.teacher import CONTROL
 from melinoe.finetune.trainer import Progress
 
 # A search ends with a run within the price that has spent so much of it.

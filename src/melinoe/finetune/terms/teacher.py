@@ -18,8 +18,6 @@ from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import Router, fingerprint
 
-CONTROL = "control"  # in place of a directory: train the NLL-only run first, and learn from it
-
 
 class Teacher:
     """
