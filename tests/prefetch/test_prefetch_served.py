@@ -173,6 +173,32 @@ def test_the_fast_engine_prefetches_for_prompts_and_refuses_between_layers():
             generate(model, handle, tokenizer, [3], 2, prefetch=prefetcher("next-router"))
 
 
+@pytest.mark.parametrize("engine", [attach, attach_fast])
+def test_counters_that_were_reset_know_nothing_of_prefetches_before(engine):
+    """Four experts of each layer are copied ahead, then counters are reset: no use of them counts,
+    so what is wasted is 0 and not below it."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with engine(model, slots=4, policy="lfu") as handle:
+        handle.prefetch([[0, 1, 2, 3]] * 2)
+        handle.reset_counters()
+        generate(model, handle, tokenizer, [3, 4], 4)
+        assert handle.counters.hits.sum() > 0
+        assert handle.counters.prefetch_unused.tolist() == [0, 0]
+
+
+def test_a_prefetcher_and_a_prefetch_that_waits_are_not_mixed():
+    """A wish for the completion is not dropped in silence when a prefetcher would replace it."""
+    model = tiny_model()
+    counted = prefetcher("popularity", Given([[1, 2, 3, 4, 5, 6, 7, 8]] * 2))
+    with attach(model, slots=4) as handle:
+        handle.prefetch([[0]] * 2, at="completion")
+        with pytest.raises(AttachError, match="drop_prefetch"), handle.prefetching(counted):
+            pass
+        handle.drop_prefetch()
+        with handle.prefetching(counted), pytest.raises(AttachError, match="end its `with`"):
+            handle.prefetch([[0]] * 2, at="completion")
+
+
 def test_stored_prompts_of_another_model_are_refused(shipped):
     """By the fingerprint of its routers, before anything is loaded."""
     nearest = made("nearest", shipped)

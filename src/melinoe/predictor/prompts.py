@@ -18,7 +18,9 @@ FORMAT, VERSION = "melinoe-prompts", 1
 
 def prompts_path(trace: str | Path) -> Path:
     """``trace.safetensors`` has its prompts in ``trace.prompts.json``."""
-    return Path(trace).with_suffix(".prompts.json")
+    # Of another ending nothing is cut off: run.1 and run.2 must not share their prompts.
+    path = Path(trace)
+    return path.with_name(path.name.removesuffix(".safetensors") + ".prompts.json")
 
 
 def save_prompts(

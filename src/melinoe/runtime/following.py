@@ -57,8 +57,9 @@ class Following:
             ids: Token ids of the prompt, for one that reads them.
 
         Raises:
-            AttachError: detached; another prefetcher is at work; or this engine cannot ask between
-                layers. From the body: several prompts came together.
+            AttachError: detached; another prefetcher is at work, or `Handle.prefetch` waits for a
+                completion that this one would speak for; or this engine cannot ask between layers.
+                From the body: several prompts came together.
             UnsupportedModelError: it asks the next router, and this model's cannot be asked.
             ValueError: it reads prompts and there is none; an answer that does not name every
                 layer, or an id that is out of range or given twice.
@@ -66,6 +67,11 @@ class Following:
         self._check_attached()
         if self._prefetching is not None:
             raise AttachError("a prefetcher is at work already; end it before you begin another")
+        if prefetcher.for_prompt and self._passes.before_completion is not None:
+            raise AttachError(
+                "a prefetch waits for the next completion already, and a prefetcher would take its "
+                "place; call drop_prefetch() first"
+            )
         if prefetcher.uses_ids and ids is None:
             raise ValueError(f"prefetch {prefetcher.name!r} reads prompts; give its token ids")
         if prefetcher.between_layers and not all(type(one) is ExpertCache for one in self._caches):

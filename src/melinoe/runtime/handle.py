@@ -190,6 +190,7 @@ class Handle(Following):
         Raises:
             ValueError: not one entry per layer, or an id that is out of range or given twice; an
                 unknown *at*.
+            AttachError: detached; or *at* is ``completion`` and a prefetcher is at work.
         """
         self._check_attached()
         if len(experts_by_layer) != len(self._caches):
