@@ -1,9 +1,10 @@
 """
 What cache-aware choice at run time adds to a model that was trained for locality.
 
-Takes checkpoints that the study kept, and the shipped model, and reads held-out answers token by
-token with a quarter of the experts resident (LFU): with each router's own choices, and with the
-cache prior at several strengths. `summary.py` sets the result beside the study's controls.
+Takes checkpoints that the study kept and reads held-out answers token by token with a quarter of the
+experts resident (LFU), choices preferring resident experts by the cache prior at several strengths;
+beside them the shipped model with its own choices. `summary.py` sets them against the study's
+controls.
 
 Bad news would be: perplexity that rises as fast as transfers fall.
 
@@ -24,7 +25,7 @@ from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN
 
 TEXTS, SLOTS, POLICY, LENGTH = 32, 8, "lfu", 512
-STRENGTHS = (0.0, 0.05, 0.1)
+STRENGTHS = (0.05, 0.1)
 
 
 def measure(name: str, seed: int, path: str, strength: float) -> dict:

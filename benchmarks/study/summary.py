@@ -78,7 +78,7 @@ def goals(study_file: Path, stacked_file: Path) -> dict[str, Any]:
         )
         rows += stacked(study, setting.name, setting.control, lines(stacked_file))
     return {
-        "benchmark": "study_goals",
+        "benchmark": "goals",
         "title": f"The goals: {SHARE}",
         "notes": [
             "Prices are perplexity over the NLL-only control with the same data, steps and seed. "
@@ -167,7 +167,7 @@ def survival(path: Path) -> dict[str, Any]:
             )
             rows.append({**row, "times fewer than base": times.to_dict()})
     return {
-        "benchmark": "study_survival",
+        "benchmark": "survival",
         "title": f"Transfers per token under other conditions ({CACHE.replace('-', ', ').upper()})",
         "notes": [
             "answers: as in the study. long: questions and answers to the end of the context, "
@@ -185,9 +185,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args().results
     raw = results / "raw"
-    write_json(results / "study_goals.json", goals(results / "study.jsonl", raw / "stacked.jsonl"))
+    write_json(results / "goals.json", goals(results / "study.jsonl", raw / "stacked.jsonl"))
     if (raw / "survival.jsonl").exists():
-        write_json(results / "study_survival.json", survival(raw / "survival.jsonl"))
+        write_json(results / "survival.json", survival(raw / "survival.jsonl"))
 
 
 if __name__ == "__main__":
