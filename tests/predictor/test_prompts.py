@@ -7,6 +7,7 @@ import pytest
 from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import DataError
 from melinoe.predictor import load_prompts, save_prompts
+from melinoe.predictor.prompts import prompts_path
 
 
 def trace(fingerprint="m") -> Trace:
@@ -14,7 +15,8 @@ def trace(fingerprint="m") -> Trace:
 
 
 def test_prompts_come_back_as_they_were(tmp_path):
-    """Beside trace.safetensors lies trace.prompts.json."""
+    """Beside trace.safetensors lies trace.prompts.json; names with other endings share none."""
+    assert prompts_path("a/run.1") != prompts_path("a/run.2")
     path = tmp_path / "trace.safetensors"
     assert save_prompts(path, "m", [[1, 2], [], [3]]) == tmp_path / "trace.prompts.json"
     assert load_prompts(path, trace()) == [[1, 2], [], [3]]

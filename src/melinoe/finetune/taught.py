@@ -10,6 +10,8 @@ from melinoe.checkpoint.writing import check_output
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import TrainingError
+from melinoe.finetune.price.reference import FREE_OF_CONTROL
+from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
 
 
@@ -35,7 +37,8 @@ def finetune_taught(
         options: Others of `finetune`. The control gets no anchor text.
 
     Raises:
-        TrainingError: as `finetune`, or no term that learns from a teacher.
+        TrainingError: as `finetune`; no term that learns from a teacher; or, resumed, a control
+            that other settings gave.
 
     Cost: two trainings, of which the second has a forward pass more per batch.
     """
@@ -46,8 +49,11 @@ def finetune_taught(
         )
     path = check_output(out)
     place = path.with_name(f"{path.name}.control")
-    if not (resume and read_metadata(place)):
-        plain = replace(settings.control(), save="adapter")
+    plain = replace(settings.control(), save="adapter")
+    if resume and (done := read_metadata(place)):
+        free = FREE_OF_CONTROL | {"capacity", "own_texts"}
+        check_same_settings(place, done.get("settings") or {}, plain, free)
+    else:
         own = {key: value for key, value in options.items() if key != "anchor_examples"}
         finetune(model_path, data, place, plain, resume=resume, **own)
     return finetune(model_path, data, path, settings, teacher=place, resume=resume, **options)

@@ -23,7 +23,7 @@ from melinoe.finetune.price.reading import Cost, Loads, read
 
 NAME = "price_reference"
 # What may differ between a run and its reference: it changes no weight of the reference.
-_FREE = (
+FREE_OF_CONTROL = (
     {"lambda_cache", "lambda_rank", "gamma", "rho", "cache_loss", "cache_gradient"}
     | {"anchor", "rank_reduce", "reference", "swap_margin", "capacity_curriculum"}
     | {"layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_match"}
@@ -37,7 +37,7 @@ def identity(
     settings: FinetuneSettings, panel: Panel, base_fingerprint: str, data_fingerprint: str
 ) -> dict[str, Any]:
     """What a run and its reference must have in common."""
-    kept = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    kept = {name: value for name, value in asdict(settings).items() if name not in FREE_OF_CONTROL}
     return {
         "settings": json.loads(json.dumps(kept, default=str)),
         "texts": panel.fingerprint(),

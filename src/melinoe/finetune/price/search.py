@@ -30,6 +30,7 @@ from melinoe.finetune.price.panel import OWN, Panel
 from melinoe.finetune.price.reference import Reference, ReferenceCallback, identity, is_reference
 from melinoe.finetune.price.steering import Price, PriceCallback
 from melinoe.finetune.price.strength import next_strength
+from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
 from melinoe.finetune.trainer import Progress
 
@@ -207,19 +208,33 @@ def _one_run(
     settings: FinetuneSettings,
     callbacks: Sequence[TrainerCallback],
     *,
+    teacher: str | Path | None,
     resume: bool,
     **options: Any,
 ) -> FinetuneResult:
     """Train once; or read what an interrupted search has trained already."""
     if resume and out.exists():
         metadata = read_metadata(out) or {}
-        if metadata.get("settings", {}).get("lambda_cache") == settings.lambda_cache:
-            return FinetuneResult(out, metadata["log"], metadata)
-        raise TrainingError(
-            f"{out} is a run with another strength than this search would try, so the search began "
-            f"otherwise; delete {out.parent} and start again"
-        )
-    return finetune(name, examples, out, settings, callbacks=callbacks, resume=resume, **options)
+        theirs, taught_by = metadata.get("settings") or {}, metadata.get("teacher") or {}
+        same = theirs.get("lambda_cache") == settings.lambda_cache
+        if not same or taught_by.get("source") != (None if teacher is None else str(teacher)):
+            what = "teacher" if same else "strength"
+            raise TrainingError(
+                f"{out} is a run with another {what} than this search would try, so the search "
+                f"began otherwise; delete {out.parent} and start again"
+            )
+        check_same_settings(out, theirs, settings)
+        return FinetuneResult(out, metadata["log"], metadata)
+    return finetune(
+        name,
+        examples,
+        out,
+        settings,
+        callbacks=callbacks,
+        teacher=teacher,
+        resume=resume,
+        **options,
+    )
 
 
 def _is_near(outcome: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ processes, as long as each optimiser step takes as many rows.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,31 @@ def check_same_run(path: Path, ours: dict[str, Any]) -> None:
         f"{path} belongs to another run ({named}); give what that run was given, or start anew "
         "without --resume"
     )
+
+
+def check_same_settings(
+    path: Path, recorded: Mapping[str, Any], settings: FinetuneSettings, more: Collection[str] = ()
+) -> None:
+    """
+    Refuse a finished run that other settings gave, where a resumed call would take it for its own.
+
+    Args:
+        path: Of the run.
+        recorded: Its settings, from its ``melinoe.json``.
+        settings: Now.
+        more: Names of settings that may be others, beside those that may when a run goes on.
+
+    Raises:
+        TrainingError: names what differs.
+    """
+    kept = {k: v for k, v in asdict(settings).items() if k not in _FREE and k not in more}
+    now = json.loads(json.dumps(kept))
+    differ = [key for key in now if recorded.get(key, now[key]) != now[key]]
+    if differ:
+        named = ", ".join(f"{key} {recorded[key]} there and {now[key]} here" for key in differ)
+        raise TrainingError(
+            f"{path} is a run with other settings ({named}); give what it was given, or delete it"
+        )
 
 
 def trained_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
