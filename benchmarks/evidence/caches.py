@@ -20,7 +20,6 @@ from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 POLICIES = ("lru", "lfu", "lfru", "score", "least-stale", "static", "belady")
 PREFETCHES = ("none", "popularity", "prefill", "predictor", "next-router", "nearest")
 COMPILED = ("lru", "lfu", "lfru", "static", "belady")  # equal counts, and far faster
-SLOTS = (4, 8, 16)
 FIGURES = ("tokens", "uses", "hits", "loads", "ahead", "used", "used_decoding")
 
 Sums = dict[str, np.ndarray]
@@ -63,7 +62,7 @@ def replay(seen: Seen, slots: int | Sequence[int], policy: str, prefetch: Any = 
     return sums(done, seen.documents)
 
 
-def table(seen: Seen, model: Any, tokenizer: Any, slots: Sequence[int] = SLOTS) -> Cells:
+def table(seen: Seen, model: Any, tokenizer: Any, slots: Sequence[int]) -> Cells:
     """All cells of one model in one domain."""
     cells: Cells = {}
     for size in slots:
@@ -75,6 +74,11 @@ def table(seen: Seen, model: Any, tokenizer: Any, slots: Sequence[int] = SLOTS) 
             for policy in POLICIES:
                 cells[size, policy, name] = replay(seen, size, policy, chosen)
     return cells
+
+
+def sizes(cells: Cells) -> list[int]:
+    """The numbers of slots that were replayed."""
+    return sorted({slots for slots, _, _ in cells})
 
 
 def rate(found: Sums, top: str = "copies", bottom: str = "tokens") -> Estimate:
@@ -92,7 +96,7 @@ def times(ours: Sums, theirs: Sums) -> Estimate:
     return paired_ratio(ours["copies"], theirs["copies"])
 
 
-def allocations(seen: Seen, slots: Sequence[int] = SLOTS) -> list[dict[str, Any]]:
+def allocations(seen: Seen, slots: Sequence[int]) -> list[dict[str, Any]]:
     """
     Slots given to layers by the miss curves of other texts, against as many for each.
 

@@ -14,7 +14,8 @@ prompts, slots by layer) comes from other documents of the same domain, its best
 from what the model really chose; that these counts are the runtime's is a test. Not measured: time.
 
     python benchmarks/evidence/run.py --tuned runs/demo/fine-tuned [--tuned-name NAME]
-        [--judged 72] [--learned 144] [--texts 8] [--out FILE]
+        [--judged 72] [--learned 144] [--slots 4 8 16]
+        [--texts 8] [--out FILE]
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 
 import torch
 import transformers
-from caches import POLICIES, PREFETCHES, SLOTS, Cells, allocations, minus, rate, table, times
+from caches import POLICIES, PREFETCHES, Cells, allocations, minus, rate, sizes, table, times
 from choices import POLICY, QUARTER, prices
+from counts import CAUSAL, counts
 from texts import Seen, see, texts
 
 from melinoe.checkpoint import describe, load_tokenizer
@@ -38,7 +40,7 @@ from melinoe.runtime.load import load
 from melinoe.shipped import TINY_OLMOE
 from melinoe.stats import Estimate
 
-CAUSAL = tuple(policy for policy in POLICIES if policy != "belady")
+FULL = 72  # texts of each domain from which on a run is no trial
 
 Rows = list[dict[str, Any]]
 
@@ -47,8 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--tuned", type=Path, required=True, help="a fine-tuned checkpoint")
     parser.add_argument("--tuned-name", default="fine-tuned", help="its name in the tables")
-    parser.add_argument("--judged", type=int, default=72, help="texts of each domain")
+    parser.add_argument("--judged", type=int, default=FULL, help="texts of each domain")
     parser.add_argument("--learned", type=int, default=144, help="others of each, to learn from")
+    parser.add_argument("--slots", type=int, nargs="+", default=[4, 8, 16], help="8 among them")
     parser.add_argument("--texts", type=int, default=8, help="of each, read token by token")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evidence.jsonl"))
     parser.add_argument("--threads", type=int, default=1)
@@ -74,18 +77,25 @@ def main() -> None:
         for of in domains:
             seen = see(name, model, handle, of)
             say(f"{name} read {of.domain}")
-            found.append((seen, table(seen, model, tokenizer)))
-            split += allocations(seen)
+            found.append((seen, table(seen, model, tokenizer, args.slots)))
+            split += allocations(seen, args.slots)
             say(f"{name}, {of.domain}: {len(found[-1][1])} cells")
         handle.detach()
         priced += prices(name, path, domains, args.texts)
         say(f"{name}: price of other choices")
 
-    settings = {"judged": args.judged, "learned": args.learned, "texts": args.texts}
+    settings = {
+        "judged": args.judged,
+        "learned": args.learned,
+        "texts": args.texts,
+        "slots": args.slots,
+    }
     about = {"settings": {**settings, "fine-tuned": args.tuned_name}, "machine": machine()}
     args.out.unlink(missing_ok=True)
+    trial = [] if args.judged >= FULL else [f"A trial with {args.judged} texts: shows no result."]
     for record in records(found, split, priced):
-        append_jsonl(args.out, plain({**record, **about}))
+        notes = [*trial, *record["notes"]]
+        append_jsonl(args.out, plain({**record, **about, "notes": notes}))
 
 
 def records(found: list[tuple[Seen, Cells]], split: Rows, priced: Rows) -> Rows:
@@ -102,6 +112,12 @@ def records(found: list[tuple[Seen, Cells]], split: Rows, priced: Rows) -> Rows:
             }
         )
     return [
+        {
+            "benchmark": "evidence-counts",
+            "title": "In how many cases one loads less than another",
+            "result": counts([cells for _, cells in found], split),
+            "notes": [_COUNTS],
+        },
         {
             "benchmark": "evidence-policies",
             "title": "Policies without prefetch: transfers a token",
@@ -150,7 +166,7 @@ def matrix(cells: Cells, slots: int) -> Rows:
 def by_slots(seen: Seen, cells: Cells) -> Rows:
     """A row for each number of slots: every policy on demand, and the best against others."""
     rows = []
-    for slots in SLOTS:
+    for slots in sizes(cells):
         of = {policy: cells[slots, policy, "none"] for policy in POLICIES}
         means = {policy: rate(of[policy]) for policy in POLICIES}
         best = min(CAUSAL, key=lambda policy: means[policy].mean)
@@ -228,6 +244,11 @@ _READ = (
     "Per token of held-out completions that every model reads; a quarter of the experts is 8 "
     "slots; from an empty cache each, the prompt first; 95 % intervals over documents, differences "
     "and ratios paired."
+)
+_COUNTS = (
+    "A case: one model, domain and number of slots; of prefetches also one policy that knows no "
+    "future; of slots by layer one policy of two. Fewer and more: the whole interval is on that "
+    "side of 0; with so many cases a few are there by chance."
 )
 _MATRIX = (
     "Columns: the prefetch, its loads charged. Belady is a bound without prefetch alone. Whatever "
