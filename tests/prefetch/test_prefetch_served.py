@@ -186,6 +186,23 @@ def test_counters_that_were_reset_know_nothing_of_prefetches_before(engine):
         assert handle.counters.prefetch_unused.tolist() == [0, 0]
 
 
+def test_what_was_copied_counts_where_a_later_answer_is_wrong():
+    """Two of layer 0 are copied, then layer 1 is told of an expert that it does not have."""
+
+    class Wrong(Timed):
+        name = "wrong"
+
+        def named(self, prompt):
+            return [[0, 1], [8]]
+
+    with attach(tiny_model(), slots=4) as handle:
+        with pytest.raises(ValueError, match="outside"), handle.prefetching(Wrong("prompt")):
+            pass
+        assert handle.counters.prefetch_loads.tolist() == [2, 0]
+        with handle.prefetching(prefetcher("prefill")):  # the one before is gone
+            pass
+
+
 def test_a_prefetcher_and_a_prefetch_that_waits_are_not_mixed():
     """A wish for the completion is not dropped in silence when a prefetcher would replace it."""
     model = tiny_model()

@@ -52,7 +52,7 @@ class Prefetching:
 
     def begin(self) -> None:
         """Ask for what comes before the prompt, and wait for the other moments."""
-        self._count(self._ahead.before_prompt(self._prompt))
+        self._ahead.before_prompt(self._prompt)
         if self._for_prompt:
             self._passes.prompt_uses = PromptUses(self._num_experts)
             self._passes.before_completion = self._completion_begins
@@ -72,7 +72,7 @@ class Prefetching:
         uses = self._passes.prompt_uses.counts()
         self._passes.prompt_uses = None
         known = Prompt(self._prompt.slots, self._prompt.num_experts, self._prompt.ids, uses)
-        self._count(self._ahead.before_completion(known))
+        self._ahead.before_completion(known)
 
     def _after_request(self, layer: int, experts: list[int], plan: Plan) -> None:
         self._ahead.requested(layer)
@@ -84,14 +84,11 @@ class Prefetching:
             early = merge_guesses(
                 known_ids(guess.cpu().numpy(), self._num_experts[layer + 1]).tolist()
             )
-        loads = self._ahead.after_router(layer, experts, early, plan)
-        if loads:
-            self._counters.add_prefetch(layer + 1, loads)
-
-    def _count(self, loads: Sequence[int]) -> None:
-        for layer, count in enumerate(loads):
-            self._counters.add_prefetch(layer, count)
+        self._ahead.after_router(layer, experts, early, plan)
 
     def _load(self, layer: int, experts: Sequence[int], spare: Collection[int]) -> int:
         cache = self._caches[layer]
-        return cache.prefetch(experts, spare) if spare else cache.prefetch(experts)
+        loads = cache.prefetch(experts, spare) if spare else cache.prefetch(experts)
+        # At once: should a later layer's answer be wrong, these have been copied all the same.
+        self._counters.add_prefetch(layer, loads)
+        return loads
