@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evidence.jsonl"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if QUARTER not in args.slots:
+        parser.error(f"the tables are about {QUARTER} slots; name {QUARTER} among --slots")
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -101,7 +103,8 @@ def main() -> None:
 def records(found: list[tuple[Seen, Cells]], split: Rows, priced: Rows) -> Rows:
     """Everything measured, as tables for `melinoe report` and as the full table beside them."""
     matrices = []
-    for (seen, cells), name in zip(found, ("base-in", "base-out", "tuned-in", "tuned-out")):  # noqa: B905
+    names = ("base-in", "base-out", "tuned-in", "tuned-out")
+    for (seen, cells), name in zip(found, names, strict=True):
         matrices.append(
             {
                 "benchmark": f"evidence-{name}",
