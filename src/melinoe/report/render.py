@@ -87,7 +87,11 @@ def html(table: Table) -> str:
             if cell.interval:
                 inner += f' <span class="interval">{escape(cell.interval)}</span>'
             if cell.remark:
-                inner += f' <span class="remark">{escape(cell.remark)}</span>'
+                # It may break before its interval, and nowhere else, so that the column stays narrow.
+                ratio, bracket, rest = cell.remark.partition(" [")
+                parts = [ratio, *([f"[{rest}"] if bracket else [])]
+                remark = " ".join(escape(part).replace(" ", "&nbsp;") for part in parts)
+                inner += f' <span class="remark">{remark}</span>'
             body_cell = f'<td data-label="{escape(column)}"><span class="value">{inner}</span></td>'
             cells.append(body_cell)
         body.append(f"<tr>{''.join(cells)}</tr>")
