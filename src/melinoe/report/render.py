@@ -87,7 +87,7 @@ def html(table: Table) -> str:
             if cell.interval:
                 inner += f' <span class="interval">{escape(cell.interval)}</span>'
             if cell.remark:
-                # It may break before its interval, and nowhere else, so that the column stays narrow.
+                # It may break before its interval alone, so that the column stays narrow.
                 ratio, bracket, rest = cell.remark.partition(" [")
                 parts = [ratio, *([f"[{rest}"] if bracket else [])]
                 remark = " ".join(escape(part).replace(" ", "&nbsp;") for part in parts)
