@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
+from melinoe.cache.declared import declared_class
 from melinoe.errors import MelinoeError
 
 ENTRY_POINTS = "melinoe.policies"
@@ -132,23 +133,10 @@ def policy_class(name: str) -> type[Policy]:
         module, _, attribute = _BUILT_IN[name].partition(":")
         _known[name] = getattr(import_module(module), attribute)
         return _known[name]
-    points = entry_points(group=ENTRY_POINTS, name=name)
-    if not points:
+    cls = declared_class(ENTRY_POINTS, name, Policy, "cache policy", "cache policy")
+    if cls is None:
         raise MelinoeError(
             f"there is no cache policy {name!r}; choose one of {', '.join(policy_names())}"
-        )
-    point = next(iter(points))
-    try:
-        cls = point.load()
-    except Exception as error:  # whatever a stranger's module raises when it is imported
-        raise MelinoeError(
-            f"the cache policy {name!r} of {point.value} cannot be loaded ({error}); "
-            "repair or uninstall the package that declares it"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Policy) and cls.name == name):
-        raise MelinoeError(
-            f"the entry point {name!r} is {point.value}, which is no cache policy of that name; "
-            "repair or uninstall the package that declares it"
         )
     _known[name] = cls
     return cls

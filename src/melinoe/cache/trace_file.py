@@ -7,17 +7,15 @@ goes.
 
 import json
 import os
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from melinoe.cache.tensor_file import parse_tensors
 from melinoe.errors import TraceError
 
 FORMAT = "melinoe-trace"
@@ -99,10 +97,8 @@ def read_trace_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
             f"the trace {path} cannot be read: {error.strerror}; check the path"
         ) from error
     try:
-        arrays = load_tensors(blob)
-        (length,) = struct.unpack_from("<Q", blob)
-        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, KeyError, ValueError, struct.error) as error:
+        arrays, metadata = parse_tensors(blob)
+    except ValueError as error:
         raise TraceError(
             f"the trace {path} is torn, or no trace ({error}); copy or record it again"
         ) from error

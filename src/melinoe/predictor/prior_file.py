@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from melinoe.cache.tensor_file import parse_tensors
 from melinoe.errors import CheckpointError, DataError, WriteError
 
 FORMAT, VERSION = "melinoe-prior", 1
@@ -98,9 +96,7 @@ def read_prior(path: str | Path) -> PriorContents:
             f"the prior {path} cannot be read ({error.strerror}); check the path"
         ) from None
     try:
-        arrays = load_tensors(blob)
-        (length,) = struct.unpack_from("<Q", blob)
-        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+        arrays, metadata = parse_tensors(blob)
         if metadata.get("format") != FORMAT:
             raise ValueError("it is a file of another kind")
         header = json.loads(metadata["header"])
@@ -110,9 +106,7 @@ def read_prior(path: str | Path) -> PriorContents:
                 f"{VERSION}; {way_out}"
             )
         return _checked(header, arrays)
-    except (
-        SafetensorError, AttributeError, KeyError, TypeError, ValueError, struct.error,
-    ) as error:  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the prior {path} is malformed ({error}); {way_out}") from error
 
 

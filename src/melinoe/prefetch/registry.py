@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from melinoe.cache.declared import declared_class
 from melinoe.cache.prefetcher import Given, Prefetcher
 from melinoe.errors import MelinoeError
 
@@ -59,23 +60,12 @@ def prefetcher_class(name: str) -> type[Prefetcher]:
         module, _, attribute = _BUILT_IN[name].partition(":")
         _known[name] = getattr(import_module(module), attribute)
         return _known[name]
-    points = entry_points(group=ENTRY_POINTS, name=name)
-    if not points or name == NONE:
+    cls = None
+    if name != NONE:
+        cls = declared_class(ENTRY_POINTS, name, Prefetcher, "prefetch", "prefetcher")
+    if cls is None:
         raise MelinoeError(
             f"there is no prefetch {name!r}; choose one of {', '.join(prefetcher_names())}"
-        )
-    point = next(iter(points))
-    try:
-        cls = point.load()
-    except Exception as error:  # whatever a stranger's module raises when it is imported
-        raise MelinoeError(
-            f"the prefetch {name!r} of {point.value} cannot be loaded ({error}); "
-            "repair or uninstall the package that declares it"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Prefetcher) and cls.name == name):
-        raise MelinoeError(
-            f"the entry point {name!r} is {point.value}, which is no prefetcher of that name; "
-            "repair or uninstall the package that declares it"
         )
     _known[name] = cls
     return cls

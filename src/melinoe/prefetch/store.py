@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from melinoe.cache.ahead import Prompts
+from melinoe.cache.tensor_file import parse_tensors
 from melinoe.cache.trace import COMPLETION_ROW, Trace
 from melinoe.cache.trace_file import write_whole
 from melinoe.errors import DataError, TokenizerError
@@ -149,10 +147,8 @@ class PromptStore:
                 f"the stored prompts {path} cannot be read: {error.strerror}; check the path"
             ) from error
         try:
-            arrays = load_tensors(blob)
-            (length,) = struct.unpack_from("<Q", blob)
-            metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-        except (SafetensorError, KeyError, ValueError, struct.error) as error:
+            arrays, metadata = parse_tensors(blob)
+        except ValueError as error:
             raise DataError(
                 f"the stored prompts {path} are torn, or something else ({error}); {_WAY_OUT}"
             ) from error
