@@ -107,7 +107,7 @@ TRAINING_TERMS = {
     "anchor": "anchor loss",
     "reuse": "reuse loss",
     "distill": "distillation loss",
-    "match": "distance from the teacher's hidden states",
+    "match": "hidden-state distance",
     "replay": "replay loss (nats)",
 }
 
