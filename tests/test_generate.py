@@ -1,5 +1,7 @@
 """Generation on few slots: the plain model's tokens, its cost, the prefetch before the prompt."""
 
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from transformers import TextStreamer
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
+from melinoe.cli.prefetching import Moment
+from melinoe.config import PREFETCH_AT
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
+from melinoe.prefetch import prefetcher_class
 from melinoe.runtime.attach import attach
 
 
@@ -44,7 +49,7 @@ def test_times_add_up():
     """The predictor is part of the time to the first token, and that part of the whole."""
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=3) as handle:
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 5, predictor=always(model, [1, 2]))
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 5, always(model, [1, 2]), "prompt")
     assert 0 < one.predictor_s < one.ttft_s < one.seconds
     assert one.tpot_s == pytest.approx((one.seconds - one.ttft_s) / 4)
     assert one.tokens_per_s == pytest.approx(5 / one.seconds)
@@ -60,13 +65,14 @@ def test_a_single_token_has_no_time_per_token():
     assert len(one.ids) == 1 and one.tpot_s is None and one.decode_tokens == 0
 
 
-def test_the_prefetch_comes_before_the_prompts_forward_pass():
+def test_a_prefetch_for_the_prompt_comes_before_its_forward_pass():
     """What the prompt's first layer reads: experts named by the predictor are resident by then."""
     model, tokenizer = tiny_model(), words_tokenizer()
     seen = []
     with attach(model, slots=3) as handle:
         hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor=always(model, [6, 1, 4]))
+        predictor = always(model, [6, 1, 4])
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor, prefetch_at="prompt")
         hook.remove()
     assert seen[0] == [[1, 4, 6]] * LAYERS
     assert one.counters.prefetch_loads.tolist() == [3, 3]
@@ -79,10 +85,22 @@ def test_a_prefetch_for_the_completion_comes_after_the_prompts_forward_pass():
     with attach(model, slots=3) as handle:
         hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
         predictor = always(model, [6, 1, 4])
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor, "completion")
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor)
         hook.remove()
     assert seen == [[[], []], [[1, 4, 6]] * LAYERS]
     assert one.counters.loads[PROMPT].sum() > 0
+
+
+def test_without_a_word_experts_are_loaded_for_the_completion():
+    """Every place that takes a moment, and the command line, means the same one by default."""
+    from melinoe.measure.serve import serving
+
+    for place in (generate, serving, simulate):
+        assert signature(place).parameters["prefetch_at"].default == PREFETCH_AT == "completion"
+    for name in ("popularity", "predictor", "nearest"):
+        made = signature(prefetcher_class(name).__init__)
+        assert made.parameters["at"].default == PREFETCH_AT
+    assert f"Default: {PREFETCH_AT}." in Moment.__metadata__[0].help
 
 
 def test_an_unknown_moment_of_prefetch_is_the_callers_mistake():
@@ -132,9 +150,10 @@ def test_simulating_the_trace_counts_what_the_calls_counted():
         predictor = always(model, wanted)
         with handle.record() as recorder:
             for prompt in prompts:
-                generate(model, handle, tokenizer, prompt, 6, predictor=predictor)
+                generate(model, handle, tokenizer, prompt, 6, predictor, "prompt")
         counted, trace = handle.counters, recorder.trace()
-    assert simulate(trace, 3, prefetch=lambda _: [wanted] * LAYERS).counters == counted
+    ahead = simulate(trace, 3, prefetch=lambda _: [wanted] * LAYERS, prefetch_at="prompt")
+    assert ahead.counters == counted
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 6])

@@ -9,13 +9,18 @@ and the checkpoint's record writes them down, so no default is typed twice.
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal, get_args
 
 from melinoe.errors import BudgetError, TrainingError
 
 # Those of ours that run a model by name alone; a test holds them against the registry.
 POLICIES = ("lru", "lfu", "lfru", "score", "least-stale")
 STORES = ("auto", "ram", "pinned", "disk")
+# When experts known before the prompt are loaded: a prompt that uses more experts than there are
+# slots would evict them again, so after it unless told otherwise.
+PrefetchAt = Literal["prompt", "completion"]
+PREFETCH_MOMENTS: tuple[str, ...] = get_args(PrefetchAt)
+PREFETCH_AT: PrefetchAt = "completion"
 
 
 def policies() -> tuple[str, ...]:

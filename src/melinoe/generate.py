@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from melinoe.cache.counters import Counters
 from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.trace import Trace
+from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 from melinoe.data import pad_token_id
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.predictor import AdaptivePredictor, Predictor
@@ -24,7 +25,6 @@ from melinoe.prefetch.predicted import Predicted
 from melinoe.runtime.attach import Handle
 
 Prompt = str | Sequence[int]
-PrefetchAt = Literal["prompt", "completion"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def generate(
     prompt: Prompt,
     max_new_tokens: int = 64,
     predictor: Predictor | AdaptivePredictor | None = None,
-    prefetch_at: PrefetchAt = "prompt",
+    prefetch_at: PrefetchAt = PREFETCH_AT,
     streamer: Any = None,
     *,
     prefetch: Prefetcher | None = None,
@@ -132,10 +132,10 @@ def generate(
         predictor: Names experts to prefetch, as many per layer as there are slots; an
             `AdaptivePredictor` that learns is then told of the completion's uses. Short for
             ``prefetch=Predicted(predictor, prefetch_at)``.
-        prefetch_at: Of *predictor*. ``prompt``: before the prompt's forward pass, which then waits
-            for fewer loads, but evicts what was prefetched if it uses more experts than there are
-            slots. ``completion``: when the forward pass after the prompt's begins, on the clock of
-            the tokens after the first; never if the first token is the last.
+        prefetch_at: Of *predictor*. ``completion``: when the forward pass after the prompt's
+            begins, on the clock of the tokens after the first; never if the first token is the
+            last. ``prompt``: before the prompt's forward pass, which then waits for fewer loads,
+            but evicts what was prefetched if it uses more experts than there are slots.
         streamer: Gets tokens as they come; see transformers.
         prefetch: What is loaded ahead of need, and when; see `melinoe.prefetch`.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
@@ -149,7 +149,7 @@ def generate(
         UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
         ValueError: *max_new_tokens* below 1; an unknown *prefetch_at*; *predictor* and *prefetch*.
     """
-    if prefetch_at not in ("prompt", "completion"):
+    if prefetch_at not in PREFETCH_MOMENTS:
         raise ValueError(f"prefetch_at must be prompt or completion, got {prefetch_at!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")

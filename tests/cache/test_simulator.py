@@ -139,8 +139,8 @@ def test_a_prefetch_at_the_completion_comes_after_the_prompt_has_evicted():
     builder.add_forward(np.array([[[0, 1]]]), 0, 1)
     trace = builder.trace()
     wanted = {0: [[0, 1]]}
-    early = simulate(trace, 2, prefetch=wanted).counters
-    late = simulate(trace, 2, prefetch=wanted, prefetch_at="completion").counters
+    early = simulate(trace, 2, prefetch=wanted, prefetch_at="prompt").counters
+    late = simulate(trace, 2, prefetch=wanted).counters
     # The prompt: hits {0,1} after the early prefetch and streams 2 over 0, the older; without it,
     # 0 and 2 come first and 1, used twice, last, over 0.
     assert early.loads.tolist() == [[1], [1]] and early.prefetch_loads.tolist() == [2]

@@ -73,7 +73,7 @@ def test_what_was_served_is_what_is_prefetched_next():
         handle.reset_cache()
         seen = []
         hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
-        second = generate(model, handle, tokenizer, PROMPT_TEXT, 8, learner)
+        second = generate(model, handle, tokenizer, PROMPT_TEXT, 8, learner, "prompt")
         hook.remove()
         plain = generate(model, handle, tokenizer, PROMPT_TEXT, 8)
     named = prior.top("ada", 3)

@@ -98,7 +98,7 @@ def test_a_prefetch_into_one_cache_of_all_layers_counts_as_simulated():
         assert sum(map(len, handle.resident())) == 2 * LAYERS
         handle.reset_cache()
         assert handle.resident() == [[]] * LAYERS
-    simulated = simulate(trace, 2, "least-stale", prefetch=lambda _: wanted)
+    simulated = simulate(trace, 2, "least-stale", prefetch=lambda _: wanted, prefetch_at="prompt")
     assert simulated.counters == counted
 
 

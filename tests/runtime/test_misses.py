@@ -91,7 +91,9 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, miss):
             assert torch.equal(generate(model, way), expected)
         counted, rule = handle.counters, handle.misses.rule
     # The sequences of a batch share the passes, so the one prefetch before them is the first's.
-    simulated = simulate(recorder.trace(), 3, policy, load=rule, prefetch=wanted)
+    simulated = simulate(
+        recorder.trace(), 3, policy, load=rule, prefetch=wanted, prefetch_at="prompt"
+    )
     assert simulated.counters == counted
     assert counted.elsewhere.sum() > 0 and counted.requests.sum() > 0
 

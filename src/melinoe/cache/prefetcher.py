@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS
 from melinoe.errors import MelinoeError
 
 ByLayer = Sequence[Sequence[int]]
@@ -178,8 +179,8 @@ class Timed(Prefetcher):
         """As `Prefetcher.make`."""
         return cls() if given.at is None else cls(at=given.at)
 
-    def __init__(self, at: str = "completion") -> None:
-        if at not in ("prompt", "completion"):
+    def __init__(self, at: str = PREFETCH_AT) -> None:
+        if at not in PREFETCH_MOMENTS:
             raise ValueError(f"a prefetch is at prompt or completion, not at {at!r}")
         self.at = at
 
@@ -216,7 +217,7 @@ class Listed(Timed):
 
     name = "listed"
 
-    def __init__(self, wanted: Prefetch, at: str = "completion") -> None:
+    def __init__(self, wanted: Prefetch, at: str = PREFETCH_AT) -> None:
         super().__init__(at)
         self._wanted = wanted
 

@@ -25,6 +25,7 @@ from melinoe.cache.shared import SharedLayer, share
 from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.trace import Trace
 from melinoe.cache.units import units_of
+from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError, TraceError
 
 ENGINES = ("auto", "residency", "compiled")
@@ -38,7 +39,7 @@ def simulate(
     policy: str | Callable[[], Policy] = "lru",
     *,
     prefetch: Prefetcher | Prefetch | None = None,
-    prefetch_at: str = "prompt",
+    prefetch_at: str = PREFETCH_AT,
     prompts: Sequence[Sequence[int]] | None = None,
     reset_between_sequences: bool = False,
     policy_options: Mapping[str, Any] | None = None,
@@ -59,8 +60,8 @@ def simulate(
             them by name). Or a function or mapping from a sequence's number to the experts to
             load per layer, the most wanted first; asked once for each sequence, ascending where a
             batch begins. A mapping may leave some out.
-        prefetch_at: Of a function or mapping. ``prompt``: before the sequence's first forward
-            pass; ``completion``: before its first forward pass of that phase.
+        prefetch_at: Of a function or mapping. ``completion``: before the sequence's first forward
+            pass of that phase; ``prompt``: before its first forward pass of all.
         prompts: Token ids of each sequence's prompt, for prefetchers that read them.
         reset_between_sequences: Empty the cache before each unit's first forward pass.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.

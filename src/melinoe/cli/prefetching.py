@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melinoe.cli import options
+from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS
 
 if TYPE_CHECKING:
     from melinoe.cache.trace import Trace
@@ -36,7 +37,7 @@ Moment = Annotated[
     str | None,
     typer.Option(
         help="When popularity, predictor and nearest load: prompt, before it is read, where a long "
-        "one evicts them again; completion, after it. Default: completion."
+        f"one evicts them again; completion, after it. Default: {PREFETCH_AT}."
     ),
 ]
 
@@ -55,9 +56,9 @@ def names_of(named: Sequence[str] | None, at: str | None, **material: Any) -> tu
     """
     from melinoe.prefetch import prefetcher_names
 
-    if at not in (None, "prompt", "completion"):
+    if at is not None and at not in PREFETCH_MOMENTS:
         raise typer.BadParameter(
-            f"{at!r} is not one of prompt, completion", param_hint="--prefetch-at"
+            f"{at!r} is not one of {', '.join(PREFETCH_MOMENTS)}", param_hint="--prefetch-at"
         )
     there = [name for name, value in material.items() if value is not None]
     if not named:

@@ -7,8 +7,9 @@ import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetcher import Prefetcher
+from melinoe.config import PREFETCH_AT, PrefetchAt
 from melinoe.errors import DataError
-from melinoe.generate import Generation, PrefetchAt, Prompt, generate
+from melinoe.generate import Generation, Prompt, generate
 from melinoe.measure.link import link_fields
 from melinoe.measure.machine import machine
 from melinoe.predictor import Predictor
@@ -49,7 +50,7 @@ def serving(
     prefetch: Prefetcher | None = None,
     label: str,
     strategy: str = "",
-    prefetch_at: PrefetchAt = "prompt",
+    prefetch_at: PrefetchAt = PREFETCH_AT,
     cold: bool = True,
     repeat: int = 1,
     warmup: int = 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from melinoe.cache.prefetcher import ByLayer, Given, Prefetcher, Prompt, Timed
+from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError
 
 
@@ -25,7 +26,7 @@ class Popularity(Timed):
 
     name = "popularity"
 
-    def __init__(self, popularity: np.ndarray, at: str = "completion") -> None:
+    def __init__(self, popularity: np.ndarray, at: str = PREFETCH_AT) -> None:
         super().__init__(at)
         counts = np.asarray(popularity)
         if counts.ndim != 2:
@@ -40,7 +41,7 @@ class Popularity(Timed):
                 "prefetch 'popularity' needs to know which experts are popular; give --popularity "
                 "(a trace or statistics) or --predictor"
             )
-        return cls(given.popularity, given.at or "completion")
+        return cls(given.popularity, given.at or PREFETCH_AT)
 
     def named(self, prompt: Prompt) -> ByLayer:
         """As many of each layer as it has slots."""

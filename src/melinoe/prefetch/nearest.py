@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.prefetcher import ByLayer, Given, Prompt, Timed
+from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError, ModelError
 from melinoe.prefetch.store import PromptStore, prompt_embedding
 
@@ -41,7 +42,7 @@ class Nearest(Timed):
     uses_ids = True
 
     def __init__(
-        self, store: PromptStore, at: str = "completion", neighbours: int = NEIGHBOURS
+        self, store: PromptStore, at: str = PREFETCH_AT, neighbours: int = NEIGHBOURS
     ) -> None:
         super().__init__(at)
         if neighbours < 1:
@@ -64,7 +65,7 @@ class Nearest(Timed):
                 "prefetch store`)"
             )
         store = given.store if isinstance(given.store, PromptStore) else None
-        return cls(store or PromptStore.load(Path(given.store)), given.at or "completion")
+        return cls(store or PromptStore.load(Path(given.store)), given.at or PREFETCH_AT)
 
     def bind(self, model: Any, tokenizer: Any = None) -> None:
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from melinoe.cache.prefetcher import ByLayer, Given, Prompt, Timed
+from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError
 
 
@@ -24,7 +25,7 @@ class Predicted(Timed):
     name = "predictor"
     uses_ids = True
 
-    def __init__(self, predictor: Any, at: str = "completion") -> None:
+    def __init__(self, predictor: Any, at: str = PREFETCH_AT) -> None:
         super().__init__(at)
         self.predictor = predictor
 
@@ -35,7 +36,7 @@ class Predicted(Timed):
             raise MelinoeError(
                 "prefetch 'predictor' needs one; give --predictor (see `melinoe predictor fit`)"
             )
-        return cls(given.predictor, given.at or "completion")
+        return cls(given.predictor, given.at or PREFETCH_AT)
 
     def bind(self, model: Any, tokenizer: Any = None) -> None:
         """As `Prefetcher.bind`."""
