@@ -39,7 +39,7 @@ def command(
         )
     if out.exists():
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
-    found = read_foreign(file, format, num_experts=num_experts, model=model)
+    found = read_foreign(file, format, num_experts=num_experts, model=model, statistics=statistics)
     layers, experts = found.counts.shape
     if statistics:
         save_statistics(out, found.counts, model=model, note=f"imported from {file.name}")

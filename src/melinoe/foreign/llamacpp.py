@@ -1,13 +1,15 @@
 """
-llama.cpp's importance matrix in GGUF (``llama-imatrix --output-format gguf``, the default since
-mid-2025): beside the activations it counts how often each expert was used.
+llama.cpp's importance matrix in GGUF (``llama-imatrix``; ``--output-format gguf`` is the default
+since that form exists, mid-2025): beside the activations it counts how often each expert was used.
 
-A tensor of experts, such as ``blk.3.ffn_down_exps.weight``, has a companion ``...counts``,
-float32, one number per expert: tokens x choices that were routed there. That is popularity on the
-calibration text, and no trace: llama.cpp writes no order. The older ``.dat`` form has one number
-per tensor, not per expert, and is refused.
+Of a tensor of experts, such as ``blk.3.ffn_down_exps.weight``, it holds, all float32,
+``....in_sum2`` and in newer versions ``....in_sum`` (experts, columns), and ``....counts``
+(experts, 1): the tokens x choices routed to each. That is popularity on the calibration text, no
+trace: llama.cpp writes no order. The older ``.dat`` form has one number per tensor, not per expert;
+it is refused, and so is a GGUF file that was converted from it.
 """
 
+import math
 import os
 import re
 import struct
@@ -18,7 +20,7 @@ import numpy as np
 
 from melinoe.errors import TraceError
 
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_\w*exps\.weight\.counts")
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight\.counts")
 # GGUF's types of metadata values by number, and how many bytes each takes.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 0
@@ -38,28 +40,47 @@ def read_imatrix(path: str | os.PathLike) -> np.ndarray:
     try:
         with Path(path).open("rb") as file:
             tensors, start = _header(path, file)
-            counts: dict[int, np.ndarray] = {}
+            found: dict[int, np.ndarray] = {}
             for name, (kind, shape, offset) in tensors.items():
                 match = _EXPERTS.fullmatch(name)
-                if match is None or int(match[1]) in counts:
-                    continue
+                if match is None or int(match[1]) in found:
+                    continue  # a layer's tensors count the same tokens
                 if kind != _FLOAT32:
                     raise ValueError(f"{name} is not float32")
                 file.seek(start + offset)
-                number = int(np.prod(shape))
-                counts[int(match[1])] = np.frombuffer(_take(file, 4 * number), "<f4")
-            rows = [counts[layer] for layer in sorted(counts)]
-            if not rows:
-                raise TraceError(
-                    f"the importance matrix {path} counts no experts; make it from an MoE model"
-                )
-            return np.stack(rows).astype(np.float64)
+                number = math.prod(shape)
+                counts = np.frombuffer(_take(file, 4 * number), "<f4")
+                if not (np.isfinite(counts) & (counts >= 0)).all():
+                    raise ValueError(f"{name} holds what counts nothing")
+                found[int(match[1])] = counts
+            return _together(path, [found[layer] for layer in sorted(found)])
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}; check the path") from error
     except (ValueError, struct.error, OverflowError) as error:
         raise TraceError(
             f"{path} is a torn GGUF file, or none that is known ({error}); make it again"
         ) from error
+
+
+def _together(path: str | os.PathLike, rows: list[np.ndarray]) -> np.ndarray:
+    """All layers as one table, if they are counted expert by expert and alike."""
+    if not rows:
+        raise TraceError(
+            f"the importance matrix {path} counts no experts; make it from an MoE model"
+        )
+    sizes = {len(row) for row in rows}
+    if 1 in sizes:
+        raise TraceError(
+            f"the importance matrix {path} has one number for all experts of a layer, as one "
+            "converted from the older .dat form; make it again with llama-imatrix"
+        )
+    if len(sizes) > 1:
+        named = " and ".join(map(str, sorted(sizes)))
+        raise TraceError(
+            f"the importance matrix {path} is of layers with {named} experts, and statistics are "
+            "of layers alike; use a model whose layers are"
+        )
+    return np.stack(rows).astype(np.float64)
 
 
 def _take(file: BinaryIO, size: int) -> bytes:

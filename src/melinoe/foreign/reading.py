@@ -36,6 +36,7 @@ def read_foreign(
     *,
     num_experts: int | None = None,
     model: str = "",
+    statistics: bool = False,
 ) -> Imported:
     """
     Read a file of another tool; which forms, `melinoe.foreign`'s modules say.
@@ -45,9 +46,12 @@ def read_foreign(
         format: One of `FORMATS`; ``auto`` goes by the suffix.
         num_experts: Experts of each layer, where the file does not say.
         model: For people.
+        statistics: Counts are enough: what holds choices in no order that is known is counted
+            rather than refused.
 
     Raises:
-        TraceError: an unknown suffix, an unreadable file, or no number of experts for a table.
+        TraceError: an unknown suffix, an unreadable file, no number of experts for a table, or
+            one that the file contradicts.
         ValueError: an unknown format.
     """
     if format not in FORMATS:
@@ -63,21 +67,32 @@ def read_foreign(
         format = _BY_SUFFIX[Path(path).suffix]
     found: Trace | np.ndarray
     if format == "table":
+        from melinoe.foreign.columns import read_columns
+        from melinoe.foreign.counts import is_counts, read_counts
         from melinoe.foreign.tables import read_table
 
         if num_experts is None:
             raise TraceError(
                 f"the table {path} does not say how many experts a layer has; give --num-experts"
             )
-        found = read_table(path, num_experts, model)
+        columns = read_columns(path)
+        if is_counts(columns):
+            found = read_counts(path, columns, num_experts)
+        else:
+            found = read_table(path, columns, num_experts, model)
     elif format == "sglang":
         from melinoe.foreign.sglang import read_sglang
 
-        found = read_sglang(path, num_experts, model)
+        found = read_sglang(path, num_experts, model, statistics=statistics)
     else:
         from melinoe.foreign.llamacpp import read_imatrix
 
         found = read_imatrix(path)
+        if num_experts not in (None, found.shape[1]):
+            raise TraceError(
+                f"{path} counts {found.shape[1]} experts a layer, not {num_experts}; leave "
+                "--num-experts out"
+            )
     if isinstance(found, Trace):
         return Imported(format, found, popularity(found).astype(np.float64))
     return Imported(format, None, found)

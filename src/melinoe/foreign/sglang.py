@@ -1,14 +1,18 @@
 """
 SGLang's expert distribution recorder: the ``.pt`` files that ``/dump_expert_distribution_record``
-writes, as `python/sglang/srt/eplb/expert_distribution.py` of SGLang 0.5 has them.
+writes, ``expert_distribution_recorder_<time>[_<rank>].pt``, as
+`python/sglang/srt/eplb/expert_distribution.py` of SGLang 0.5.23 has them; the keys are the same
+since 0.4.7.
 
-They are torch files. They are read with ``weights_only=True``, so that nothing in them is run.
+They are torch files, which are pickles. They are read with ``weights_only=True``: torch's
+unpickler then builds numbers, texts, lists, dicts and tensors, and refuses whatever else a file
+names, so that nothing in it is run.
 
 - ``--expert-distribution-recorder-mode per_token``: a dict with ``records``, one per forward pass,
   each with ``topk_ids_of_layer`` (layers, tokens, 8), ``extend_seq_lens`` (a list in passes that
-  read prompts), ``positions``; and ``last_physical_to_logical_map``. That is a trace, if one
-  request ran at a time (``--max-running-requests 1``): the recorder does not say whose tokens are
-  whose.
+  read prompts), ``positions``, ``forward_mode``; and ``last_physical_to_logical_map``. That is a
+  trace, if one request ran at a time (``--max-running-requests 1``): the recorder does not say
+  whose tokens are whose.
 - ``stat`` and ``stat_approx``: ``logical_count`` (steps, layers, experts); ``per_pass``: records
   with ``global_physical_count``. Counts without the experts of each token: statistics, no trace.
 
@@ -23,9 +27,16 @@ import numpy as np
 from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import TraceError
 
+# `ForwardMode` of SGLang: a prompt, one token of each answer, nothing.
+_PLAIN_PASSES = {1, 2, 4}
+
 
 def read_sglang(
-    path: str | os.PathLike, num_experts: int | None = None, model: str = ""
+    path: str | os.PathLike,
+    num_experts: int | None = None,
+    model: str = "",
+    *,
+    statistics: bool = False,
 ) -> Trace | np.ndarray:
     """
     Read one recorder file.
@@ -34,23 +45,36 @@ def read_sglang(
         path: The file; of several ranks, rank 0's.
         num_experts: Experts of each layer; absent, as many as the file's map names.
         model: For people.
+        statistics: Count, even where each token's choices are recorded, whosever they are.
 
     Returns:
         A trace where the order is recorded, else counts, float64 (layers, num_experts).
 
     Raises:
-        TraceError: another file, or several requests at a time.
+        TraceError: another file, one without a pass, another number of experts, or passes whose
+            tokens belong to nobody knows whom.
     """
     content = _load(path)
     try:
         if "logical_count" in content:
-            return _with_experts(_array(content["logical_count"]).sum(axis=0))
+            counts = _array(content["logical_count"]).sum(axis=0)
+            _check_experts(path, num_experts, counts.shape[1])
+            return _with_experts(path, counts)
         records = content["records"]
+        if not records:
+            raise TraceError(
+                f"{path} holds no forward pass; send requests between "
+                "/start_expert_distribution_record and /dump_expert_distribution_record"
+            )
         physical = _array(content["last_physical_to_logical_map"])
-        experts = int(physical.max()) + 1 if num_experts is None else num_experts
-        if records and "topk_ids_of_layer" not in records[0]:
-            return _counts(records, physical, experts)
-        return _trace(path, records, physical, experts, model)
+        experts = int(physical.max()) + 1
+        _check_experts(path, num_experts, experts)
+        if "topk_ids_of_layer" not in records[0]:
+            return _counts(path, records, physical, experts)
+        chosen = [_logical(path, record, physical) for record in records]
+        if statistics:
+            return _with_experts(path, _count(np.concatenate(chosen), experts))
+        return _trace(path, records, chosen, experts, model)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise TraceError(
             f"{path} is not what SGLang's recorder writes ({type(error).__name__}: {error}); "
@@ -80,32 +104,60 @@ def _array(value: Any) -> np.ndarray:
     return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
 
 
-def _with_experts(counts: np.ndarray) -> np.ndarray:
+def _check_experts(path: str | os.PathLike, told: int | None, found: int) -> None:
+    if told not in (None, found):
+        raise TraceError(
+            f"{path} is of a model of {found} experts a layer, not {told}; leave --num-experts out"
+        )
+
+
+def _with_experts(path: str | os.PathLike, counts: np.ndarray) -> np.ndarray:
     """Layers that counted anything."""
-    return counts[counts.sum(axis=1) > 0].astype(np.float64)
+    found = counts[counts.sum(axis=1) > 0].astype(np.float64)
+    if not len(found):
+        raise TraceError(f"{path} counts no choice; send requests while it records")
+    return found
 
 
-def _counts(records: list[dict[str, Any]], physical: np.ndarray, experts: int) -> np.ndarray:
+def _counts(
+    path: str | os.PathLike, records: list[dict[str, Any]], physical: np.ndarray, experts: int
+) -> np.ndarray:
+    """Counts of physical experts, added up by the logical ones they are copies of."""
     counts = [_array(record["global_physical_count"]).astype(np.float64) for record in records]
     total = np.sum(counts, axis=0)
     logical = np.zeros((len(total), experts))
     for layer, row in enumerate(total):
         np.add.at(logical[layer], physical[layer], row)
-    return _with_experts(logical)
+    return _with_experts(path, logical)
+
+
+def _logical(path: str | os.PathLike, record: dict[str, Any], physical: np.ndarray) -> np.ndarray:
+    """One pass's choices by logical ids, int64 (tokens, layers, 8), -1 for none."""
+    ids = _array(record["topk_ids_of_layer"]).astype(np.int64).transpose(1, 0, 2)
+    if ids.size and ids.max() >= physical.shape[1]:
+        raise TraceError(
+            f"{path} names expert {ids.max()} of {physical.shape[1]}, as SGLang does when it "
+            "counts shared experts among the chosen ones; record it with "
+            "--disable-shared-experts-fusion"
+        )
+    layer = np.arange(ids.shape[1])[None, :, None]
+    return np.where(ids < 0, -1, physical[layer, np.maximum(ids, 0)])
+
+
+def _count(chosen: np.ndarray, experts: int) -> np.ndarray:
+    """How often each expert of each layer was chosen, (layers, experts)."""
+    return np.stack(
+        [np.bincount(ids[ids >= 0], minlength=experts) for ids in chosen.transpose(1, 0, 2)]
+    )
 
 
 def _trace(
     path: str | os.PathLike,
     records: list[dict[str, Any]],
-    physical: np.ndarray,
+    passes: list[np.ndarray],
     experts: int,
     model: str,
 ) -> Trace:
-    passes = []
-    for record in records:
-        ids = _array(record["topk_ids_of_layer"]).astype(np.int64).transpose(1, 0, 2)
-        layer = np.arange(ids.shape[1])[None, :, None]
-        passes.append(np.where(ids < 0, -1, physical[layer, np.maximum(ids, 0)]))
     everything = np.concatenate(passes)
     used = everything >= 0
     layers, top_k = used.any(axis=(0, 2)), int(used.any(axis=(0, 1)).sum())
@@ -116,6 +168,12 @@ def _trace(
         prompt = bool(lengths)
         if not len(chosen):
             continue
+        if record.get("forward_mode", 1) not in _PLAIN_PASSES:
+            raise TraceError(
+                f"{path} has passes that guess tokens or mix prompts with answers (forward mode "
+                f"{record['forward_mode']}); record it without speculative decoding and "
+                "--enable-mixed-chunk, or import its counts with --statistics"
+            )
         if (len(lengths) if prompt else len(chosen)) > 1:
             raise TraceError(
                 f"{path} has passes of several requests, and does not say whose tokens are whose; "

@@ -17,7 +17,6 @@ and each token of a completion is one of its own. Other columns are refused, not
 """
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,27 @@ import numpy as np
 
 from melinoe.cache.trace import Trace
 from melinoe.errors import TraceError
+from melinoe.foreign.columns import Columns, whole
 
 KINDS = {"prompt": 0, "completion": 1, "padding": 2}
 _REQUIRED = ("token", "layer", "sequence", "kind")
 
 
-def read_table(path: str | os.PathLike, num_experts: int, model: str = "") -> Trace:
+def read_table(
+    path: str | os.PathLike, columns: Columns, num_experts: int, model: str = ""
+) -> Trace:
     """
     Read a trace from a table.
 
     Args:
-        path: ``.csv`` with a header line, or ``.parquet``.
+        path: For sentences and the note.
+        columns: Of the table, as `melinoe.foreign.columns.read_columns` gives them.
         num_experts: Experts of each layer; a table does not say how many were never chosen.
         model: For people.
 
     Raises:
-        TraceError: the file cannot be read, or is not the form above; the sentence says what is
-            missing.
+        TraceError: it is not the form above; the sentence says what is missing.
     """
-    columns = _columns(path)
 
     def refuse(fault: str) -> TraceError:
         return TraceError(f"the table {path} is no trace: {fault}; see docs/traces.md for the form")
@@ -60,9 +61,7 @@ def read_table(path: str | os.PathLike, num_experts: int, model: str = "") -> Tr
     rows = len(columns["token"])
     try:
         numbers = {
-            name: _whole(values)
-            for name, values in columns.items()
-            if name in _whole_columns(top_k)
+            name: whole(values) for name, values in columns.items() if name in _whole_columns(top_k)
         }
         kind = np.array([KINDS.get(str(k), k) for k in columns["kind"]]).astype(np.uint8)
         scores = [np.asarray(columns[f"score_{k}"], np.float16) for k in range(top_k * scored)]
@@ -137,31 +136,8 @@ def write_table(trace: Trace, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _columns(path: str | os.PathLike) -> Mapping[str, Sequence[Any]]:
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    read = {".csv": csv.read_csv, ".parquet": parquet.read_table}.get(Path(path).suffix)
-    if read is None:
-        raise TraceError(f"{path} is neither .csv nor .parquet; name a table, or its --format")
-    try:
-        table = read(path)
-    except (OSError, pa.ArrowException) as error:
-        said = str(error).splitlines()[0]
-        raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
-    return {name: table.column(name).to_pylist() for name in table.column_names}
-
-
 def _whole_columns(top_k: int) -> set[str]:
     return {"token", "layer", "sequence", "forward", *(f"expert_{k}" for k in range(top_k))}
-
-
-def _whole(values: Sequence[Any]) -> np.ndarray:
-    """Whole numbers as int64; an empty one is -1."""
-    numbers = np.array([-1 if value in (None, "") else value for value in values], np.float64)
-    if (numbers != np.floor(numbers)).any():
-        raise ValueError("a fraction where a whole number belongs")
-    return numbers.astype(np.int64)
 
 
 def _small(experts: np.ndarray, path: str | os.PathLike) -> np.ndarray:
