@@ -54,6 +54,16 @@ def test_a_prefetch_between_layers_comes_while_the_layer_before_computes():
     assert timing.transferred_bytes == 100
 
 
+def test_a_prefetch_over_a_layer_that_is_left_out_comes_while_the_one_before_it_computes():
+    """
+    Three layers, the second without a request; the third's expert is on its way for 11 ms.
+
+    All else takes 4/3 ms a layer. It is issued then, and computed with once it is there, for 1 ms.
+    """
+    timing = predict(run([[0, 0, 0]], [[1, 0, 1]], between=[[0, 0, 1]]), Machine(**SLOW), WORK)
+    assert timing.pass_s == pytest.approx([0.001 * (4 / 3 + 11 + 1)])
+
+
 def test_waiting_for_loads_worked_by_hand():
     """Two layers, 4 experts each, 2 and 0 loads: (2 + 22 + 2 + 2) + (2 + 4) ms."""
     timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW), WORK)

@@ -37,7 +37,7 @@ def test_a_router_shown_its_own_inputs_says_what_then_ran(family):
         if layer:
             asked._inputs[layer - 1] = routing.inputs
             rows, top_k = routing.top_k_index.shape
-            guess = asked.guess(layer - 1, rows, top_k)
+            guess = asked.guess(layer - 1, layer, rows, top_k)
             assert guess.shape == (rows, top_k)
             assert torch.equal(guess.sort().values, routing.top_k_index.sort().values)
     asked.close()
@@ -51,7 +51,7 @@ def test_a_guess_is_the_next_gate_on_this_layer_s_hidden_state():
     asked = NextRouters(find_routers(model))
     with torch.no_grad():
         model(input_ids=ids())
-        guess = asked.guess(0, TOKENS, 2)
+        guess = asked.guess(0, 1, TOKENS, 2)
         logits = seen[0].reshape(TOKENS, -1) @ gates[1].weight.T
     hook.remove()
     asked.close()
@@ -67,9 +67,8 @@ def test_nobody_who_listens_to_the_routers_hears_of_it():
     asked = NextRouters(routers)
     with torch.no_grad():
         model(input_ids=ids())
-        asked.guess(0, TOKENS, 2)
+        asked.guess(0, 1, TOKENS, 2)
     assert heard == [0, 1]
-    assert asked.guess(1, TOKENS, 2) is None  # the last layer has no next
     for hook in hooks:
         hook.remove()
     asked.close()
@@ -85,7 +84,7 @@ def test_the_model_s_own_parameters_are_asked():
         gate.weight.data = new
         state = torch.ones(TOKENS, 32)
         asked._inputs[0] = ((state,), {})
-        assert (asked.guess(0, TOKENS, 1)[:, 0] == 3).all()
+        assert (asked.guess(0, 1, TOKENS, 1)[:, 0] == 3).all()
     asked.close()
 
 
@@ -108,7 +107,7 @@ def test_a_router_that_cannot_be_asked_is_refused_by_name(break_it, words):
         model(input_ids=ids())
     break_it(asked)
     with pytest.raises(UnsupportedModelError, match=rf"layers\.1\.mlp\.gate.*{words}.*another"):
-        asked.guess(0, TOKENS, 2)
+        asked.guess(0, 1, TOKENS, 2)
     asked.close()
 
 

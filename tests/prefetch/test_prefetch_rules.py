@@ -14,6 +14,7 @@ from melinoe.cache.loads_ahead import LoadsAhead
 from melinoe.cache.prefetcher import Given, Prefetcher, Prompt, Timed
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.residency import Residency
+from melinoe.cache.route import Route
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
@@ -383,7 +384,7 @@ def test_the_prefetch_on_the_page_of_traces_works():
 
 def test_wishes_must_name_every_layer():
     """One list for two layers is the prefetcher's mistake."""
-    ahead = LoadsAhead(Popularity(np.ones((1, 4))), 2, lambda *_: 0)
+    ahead = LoadsAhead(Popularity(np.ones((1, 4))), Route(2), 2, lambda *_: 0)
     with pytest.raises((ValueError, MelinoeError), match="layer"):
         ahead.before_completion(Prompt((2, 2), 4))
 

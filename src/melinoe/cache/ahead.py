@@ -9,6 +9,7 @@ from melinoe.cache.loads_ahead import LoadsAhead
 from melinoe.cache.prefetcher import MOST_ROWS, Listed, Prefetch, Prefetcher, Prompt
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Plan, Residency
+from melinoe.cache.route import Route
 from melinoe.cache.shared import SharedLayer
 from melinoe.cache.trace import PROMPT_ROW, Trace
 from melinoe.errors import TraceError
@@ -123,8 +124,10 @@ class Replay:
         check_prefetcher(prefetcher, trace, ids)
         self._prompts = Prompts(trace, slots, ids)
         keys = [one.key for one in residencies if isinstance(one, SharedLayer)]
+        self._route = Route(len(residencies))
         self._ahead = LoadsAhead(
             prefetcher,
+            self._route,
             len(residencies),
             lambda layer, experts, spare: len(residencies[layer].prefetch(experts, spare).loads),
             keys or None,
@@ -134,6 +137,7 @@ class Replay:
 
     def before_pass(self, forward: ForwardPass, counters: Counters) -> list[int]:
         """What comes right before a pass; how many loads of each layer that takes."""
+        self._route.end_pass()
         total = np.zeros(len(counters.prefetch_loads), np.int64)
         for sequence in self._new(forward, 0):
             total += self._ahead.before_prompt(self._prompts.before(sequence))
@@ -148,24 +152,35 @@ class Replay:
     def streamed(self, layer: int, forward: ForwardPass) -> None:
         """A prompt's request of *layer* was streamed."""
         if forward.requests[layer][0]:
-            self._ahead.requested(layer)
+            self._requested(layer)
 
     def after_request(
         self, layer: int, forward: ForwardPass, plans: Sequence[Plan], counters: Counters
-    ) -> int:
-        """What comes once a layer has its experts; how many loads of the next layer that takes."""
+    ) -> tuple[int, int]:
+        """
+        What comes once a layer has its experts.
+
+        Returns:
+            The layer that is loaded for, and how many loads that takes.
+        """
         chosen = forward.requests[layer][0]
         if not chosen:
-            return 0
-        self._ahead.requested(layer)
+            return layer, 0
+        self._requested(layer)
         if not self._between or forward.phase != COMPLETION or forward.tokens > MOST_ROWS:
-            return 0
-        last = layer + 1 >= len(forward.requests)
-        guess = [] if last or forward.guesses is None else forward.guesses[layer + 1]
+            return layer, 0
+        target = self._route.after(layer)
+        if target is None:
+            return layer, 0
+        guess = [] if forward.guesses is None else forward.guesses[target]
         loads = self._ahead.after_router(layer, chosen, guess, plans[-1])
         if loads:
-            counters.add_prefetch(layer + 1, loads)
-        return loads
+            counters.add_prefetch(target, loads)
+        return target, loads
+
+    def _requested(self, layer: int) -> None:
+        self._route.reached(layer)
+        self._ahead.requested(layer)
 
     def _new(self, forward: ForwardPass, moment: int) -> Iterator[int]:
         begun = self._begun[moment]

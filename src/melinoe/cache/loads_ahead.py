@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from melinoe.cache.prefetcher import ByLayer, Prefetcher, Prompt
 from melinoe.cache.residency import Plan
+from melinoe.cache.route import Route
 
 
 class LoadsAhead:
@@ -20,6 +21,7 @@ class LoadsAhead:
 
     Args:
         prefetcher: Asked.
+        route: Says which layer comes next; told of the requests by whoever serves them.
         num_layers: MoE layers.
         load: Begins to load experts of a layer, sparing some residents, and returns how many loads
             that takes: `Residency.prefetch`, and in the runtime the copies too.
@@ -31,11 +33,13 @@ class LoadsAhead:
     def __init__(
         self,
         prefetcher: Prefetcher,
+        route: Route,
         num_layers: int,
         load: Callable[[int, Sequence[int], Collection[int]], int],
         keys: Sequence[int] | None = None,
     ) -> None:
         self.prefetcher = prefetcher
+        self._route = route
         self._load = load
         self._keys = keys
         # By layer: named by a prefetch, and no request of that layer has come since.
@@ -56,21 +60,28 @@ class LoadsAhead:
     def after_router(
         self, layer: int, chosen: Sequence[int], guess: Sequence[int], plan: Plan
     ) -> int:
-        """Ask and load for the next layer; *plan*: what holds slots for *layer* right now."""
-        if layer + 1 >= len(self._waiting):
+        """
+        Ask and load for the layer that comes next; how many loads of it that takes.
+
+        Args:
+            layer, chosen, guess: As in `Prefetcher.after_router`.
+            plan: What holds slots for *layer* right now.
+        """
+        target = self._route.after(layer)
+        if target is None:
             return 0
         wanted = self.prefetcher.after_router(layer, chosen, guess)
         if not len(wanted):
             return 0
         needed = [*plan.hits, *(load.expert for load in plan.loads)]
-        spared: set[int] = self._waiting[layer + 1]
+        spared: set[int] = self._waiting[target]
         if self._keys is not None:
             spared = {
                 self._keys[other] + expert
                 for other, waiting in enumerate(self._waiting)
                 for expert in (*waiting, *(needed if other == layer else ()))
             }
-        return self._one(layer + 1, wanted, spared)
+        return self._one(target, wanted, spared)
 
     def _all(self, wanted: ByLayer | None) -> list[int]:
         if wanted is None:

@@ -122,15 +122,19 @@ class Prefetcher:
         self, layer: int, chosen: Sequence[int], guess: Sequence[int]
     ) -> Sequence[int]:
         """
-        Name experts of layer ``layer + 1`` while decoding, before those of *layer* are computed.
+        Name experts of the layer that comes next while decoding, before those of *layer* are
+        computed.
 
-        Asked in each forward pass of the completion with at most `MOST_ROWS` rows, for every
-        layer but the last whose tokens chose some expert.
+        That is ``layer + 1``, but in models whose passes leave layers out, such as those with one
+        stack of experts for text and another for images in a decoder layer: there it is the layer
+        that asked next in the pass before (`melinoe.cache.route.Route`). Asked in each forward
+        pass of the completion with at most `MOST_ROWS` rows, for every layer whose tokens chose
+        some expert and that another follows.
 
         Args:
             layer: MoE layer whose router has just chosen.
             chosen: Distinct ids that its tokens chose, ascending.
-            guess: What the router of ``layer + 1`` says of what this one's router saw, the most
+            guess: What the next layer's router says of what this one's router saw, the most
                 wanted first; empty unless `uses_guesses`.
         """
         return ()

@@ -23,7 +23,7 @@ class Steps:
             they were.
         elsewhere_uses: int32 (passes, layers), (token, choice) pairs that those were computed for.
         between: int32 (passes, layers), experts of the layer copied by a prefetch that was issued
-            within the pass, when the layer before it had its experts and began to compute.
+            within the pass, when the layer reached before it had its experts and began to compute.
     """
 
     phase: np.ndarray

@@ -209,7 +209,8 @@ def _serve(
     replay: Replay | None,
 ) -> tuple[list[int], ...]:
     """Serve one pass; what `Steps` keeps of each layer: loads, and from ``elsewhere`` on."""
-    loads, elsewhere, elsewhere_uses, between = [], [], [], [0]
+    loads, elsewhere, elsewhere_uses = [], [], []
+    between = [0] * len(residencies)
     counters.begin_forward(forward.phase, forward.tokens)
     for layer, (experts, uses) in enumerate(forward.requests):
         scores = None if forward.scores is None else forward.scores[layer]
@@ -222,7 +223,6 @@ def _serve(
             loads.append(stream.loads)
             elsewhere.append(0)
             elsewhere_uses.append(0)
-            between.append(0)
             if replay is not None:
                 replay.streamed(layer, forward)
             continue
@@ -240,11 +240,11 @@ def _serve(
         elsewhere.append(len(there))
         of = dict(zip(experts, uses, strict=True)) if there else {}
         elsewhere_uses.append(sum(of[expert] for expert in there))
-        between.append(
-            0 if replay is None else replay.after_request(layer, forward, plans, counters)
-        )
+        if replay is not None:
+            target, early = replay.after_request(layer, forward, plans, counters)
+            between[target] += early
     counters.end_forward()
-    return loads, elsewhere, elsewhere_uses, between[:-1]
+    return loads, elsewhere, elsewhere_uses, between
 
 
 def _steps(record: list[tuple[Any, ...]], num_layers: int) -> Steps:

@@ -179,11 +179,13 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
                 idle = late + max(0.0, link - max(cpu, count * machine.copy_s))
                 waits = max(1, min(parts[step][layer], count))
                 now += waits * machine.colder_s(idle / waits)
-            if layer + 1 < layers and (early := between[step][layer + 1]):
+            target = _loaded_for(layer, between[step], experts[step])
+            if target is not None:
+                early = between[step][target]
                 for _ in range(early):
                     free = max(free, now) + carried
                     now += machine.copy_s
-                arrives[layer + 1] = free
+                arrives[target] = free
                 ahead_s[step] += early * machine.copy_s
             now += resident[step][layer] + fresh[step][layer]
             link_s[step] += late
@@ -195,6 +197,17 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     copied = steps.loads.sum() + steps.ahead.sum() + steps.between.sum()
     carried_bytes = float(copied) * work.expert_bytes
     return Timing(pass_s, link_s, host_s, ahead_s, steps, carried_bytes)
+
+
+def _loaded_for(layer: int, between: list[int], experts: list[int]) -> int | None:
+    """For which layer a prefetch was issued while *layer* was at work; None if none was."""
+    if experts[layer]:
+        for target in range(layer + 1, len(between)):
+            if between[target]:
+                return target
+            if experts[target]:  # which is where one for a later layer came from
+                break
+    return None
 
 
 def _computing(

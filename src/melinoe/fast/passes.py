@@ -52,6 +52,7 @@ class FastPasses(ForwardPasses):
             self.end()  # an encoder's and a decoder's, say: what fits one may not fit the other
         self._tokens = tokens
         super().enter(layer, top_k_index, top_k_weights)
+        self.route.reached(layer)  # who was chosen only the device knows; somebody was, as a rule
 
     def end(self) -> None:
         """End the open pass; one that the device planned, the device has counted."""
@@ -59,6 +60,7 @@ class FastPasses(ForwardPasses):
             super().end()
         elif self._seen:
             self._seen = 0
+            self.route.end_pass()
             if self.recorder is not None:
                 self.recorder.end()
 

@@ -102,16 +102,20 @@ class _Early:
         self._next = NextRouters(routers)
         stack.callback(self._next.close)
         self._said: list[list[np.ndarray]] = [[] for _ in routers]
-        for router in routers[:-1]:
+        self._before: Router | None = None  # whose inputs the router that runs now is asked about
+        for router in routers:
             hook = router.module.register_forward_hook(self._ask(router))
             stack.callback(hook.remove)
 
     def _ask(self, router: Router) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            said = self._next.guess(router.index, self.rows, router.top_k or router.num_experts)
-            assert said is not None
+            before, self._before = self._before, router
+            if before is None or before.index >= router.index:  # a text begins
+                return
+            top_k = router.top_k or router.num_experts
+            said = self._next.guess(before.index, router.index, self.rows, top_k)
             known = known_ids(said.cpu().numpy(), router.num_experts)
-            self._said[router.index + 1].append(known)
+            self._said[router.index].append(known)
 
         return hook
 

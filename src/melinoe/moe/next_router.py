@@ -1,8 +1,8 @@
 """
 Ask the next layer's router early, of what this layer's router sees.
 
-Hidden states change little from one layer to the next, so the router of layer l + 1, shown what
-the router of layer l is shown, often names the experts that layer l + 1 will ask for. The router
+Hidden states change little from one layer to the next, so the next layer's router, shown what the
+router of this one is shown, often names the experts that the next layer will ask for. The router
 module itself is run on the same inputs, whatever it makes of them; nothing here repeats a family's
 way of choosing.
 """
@@ -88,32 +88,31 @@ class NextRouters:
         self._inputs.pop(layer, None)
 
     @torch.no_grad()
-    def guess(self, layer: int, rows: int, top_k: int) -> Tensor | None:
+    def guess(self, layer: int, target: int, rows: int, top_k: int) -> Tensor:
         """
-        What the router of ``layer + 1`` says of what the router of *layer* saw last.
+        What the router of *target* says of what the router of *layer* saw last.
 
         Args:
             layer: MoE layer whose router has run.
+            target: The layer that comes next (`melinoe.cache.route.Route`).
             rows: Tokens that its experts are about to compute.
             top_k: Ids to name for each, where the router itself does not say how many.
 
         Returns:
             Integers ``(rows, top_k)``, the likeliest first where logits were sorted; ids outside
-            the experts mean none. None for the last layer.
+            the experts mean none.
 
         Raises:
             UnsupportedModelError: the router cannot take these inputs, or says nothing that can be
                 read.
         """
-        if layer + 1 >= len(self._routers):
-            return None
-        router = self._routers[layer + 1]
+        router = self._routers[target]
         given = self._inputs.pop(layer, None)
         if given is None:
             raise self._refusal(router, f"{self._routers[layer].name} did not run before it")
         self._logits.clear()
         try:
-            output = self._bare[layer + 1](*given[0], **given[1])
+            output = self._bare[target](*given[0], **given[1])
         except Exception as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise self._refusal(router, f"it does not take its inputs ({what})") from error

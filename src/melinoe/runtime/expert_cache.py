@@ -169,7 +169,10 @@ class ExpertCache:
 
     def _served(self, experts: list[int], plan: Plan) -> None:
         """The loads of a request are under way: now others may follow them over the link."""
-        if self.after_request is not None and experts:
+        if not experts:
+            return
+        self._passes.route.reached(self._index)
+        if self.after_request is not None:
             self.after_request(self._index, experts, plan)
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.prefetcher import MOST_ROWS
+from melinoe.cache.route import Route
 from melinoe.errors import TraceError
 from melinoe.moe.next_router import NextRouters
 from melinoe.runtime.calls import Batch, Generating, describe_call
@@ -49,6 +50,7 @@ class ForwardPasses:
             know.
         guess: what the next layer's router said in the layer entered last; None if it was not
             asked.
+        route: which layer comes next; whoever serves a request tells it.
         phase: of the open pass, or of the last one.
     """
 
@@ -59,6 +61,7 @@ class ForwardPasses:
         self.prompt_uses: PromptUses | None = None
         self.next_routers: NextRouters | None = None
         self.guess: Tensor | None = None
+        self.route = Route(counters.num_layers)
         self.phase = PROMPT
         self.tokens = 0
         self._call: Batch | None = None
@@ -87,6 +90,7 @@ class ForwardPasses:
         """End the open pass, if one is open."""
         if self._seen:
             self._seen = 0
+            self.route.end_pass()
             self.counters.end_forward()
             if self.recorder is not None:
                 self.recorder.end()
@@ -102,6 +106,7 @@ class ForwardPasses:
             self.end()  # a submodule was called directly
         elif self._seen:
             self._seen = 0
+            self.route.drop_pass()
             if self.recorder is not None:
                 self.recorder.drop()
         self._inside = False
@@ -157,14 +162,15 @@ class ForwardPasses:
             self.prompt_uses.begin(phase, tokens, self._call)
 
     def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
-        if not self.decodes_few:
+        target = self.route.after(layer) if self.decodes_few else None
+        if target is None:
             self.guess = None
             routers.forget(layer)
             return
-        self.guess = routers.guess(layer, rows, top_k)
+        self.guess = routers.guess(layer, target, rows, top_k)
         tell = getattr(self.recorder, "add_guess", None)
-        if self.guess is not None and tell is not None:
-            tell(layer + 1, self.guess)
+        if tell is not None:
+            tell(target, self.guess)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.settle()

@@ -45,7 +45,7 @@ class Prefetching:
         self._prompt = Prompt(tuple(slots), max(num_experts), given)
         keys = [key for cache in caches if (key := getattr(cache, "key", None)) is not None]
         self._ahead = LoadsAhead(
-            prefetcher, len(caches), self._load, keys or None
+            prefetcher, passes.route, len(caches), self._load, keys or None
         )  # fmt: skip
         self._between = prefetcher.between_layers
         self._for_prompt = prefetcher.for_prompt
@@ -76,13 +76,14 @@ class Prefetching:
 
     def _after_request(self, layer: int, experts: list[int], plan: Plan) -> None:
         self._ahead.requested(layer)
-        if not self._passes.decodes_few or layer + 1 >= len(self._caches):
+        target = self._passes.route.after(layer)
+        if target is None or not self._passes.decodes_few:
             return
         guess = self._passes.guess
         early: list[int] = []
         if guess is not None:
             early = merge_guesses(
-                known_ids(guess.cpu().numpy(), self._num_experts[layer + 1]).tolist()
+                known_ids(guess.cpu().numpy(), self._num_experts[target]).tolist()
             )
         self._ahead.after_router(layer, experts, early, plan)
 
