@@ -133,6 +133,11 @@ class FinetuneSettings:
     layer_weight: tuple[float, ...] | None = setting(
         None, "factor on each MoE layer's cache and reuse terms, in turn; absent: 1"
     )
+    cache_prior: float = setting(
+        0.0,
+        "strength of the cache prior under which completions are computed while training, so that "
+        "experts learn to stand in for missing ones; 0: the routers' own choices",
+    )
     lambda_reuse: float = setting(
         0.0, "weight of the reuse of the previous token's experts; 0 leaves it out"
     )
@@ -224,6 +229,7 @@ class FinetuneSettings:
             ("lambda_rank", self.lambda_rank >= 0, "0 or more"),
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
             ("rho", self.rho >= 0, "0 or more"),
+            ("cache_prior", self.cache_prior >= 0, "0 or more"),
             ("lambda_reuse", self.lambda_reuse >= 0, "0 or more"),
             ("lambda_distill", self.lambda_distill >= 0, "0 or more"),
             ("lambda_match", self.lambda_match >= 0, "0 or more"),
@@ -277,6 +283,7 @@ class FinetuneSettings:
 
 _OTHER_WEIGHTS = (
     "lambda_cache",
+    "cache_prior",
     "lambda_reuse",
     "lambda_distill",
     "lambda_match",

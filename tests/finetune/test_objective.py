@@ -169,15 +169,15 @@ def test_the_cache_shrinks_from_all_experts_to_its_size():
     layers = Layers(3)
     objective = Objective(layers.routers, FinetuneSettings(capacity=0.3, capacity_curriculum=0.5))
     sizes = []
-    for objective.progress in (0.0, 0.25, 0.5, 1.0):
-        sizes.append(objective.capacity_of(layers.routers[2]))
+    for objective.caches.progress in (0.0, 0.25, 0.5, 1.0):
+        sizes.append(objective.caches.capacity_of(layers.routers[2]))
     assert sizes == [12.0, 8.0, 4, 4]
     objective.begin_step(25, 100, 0)
-    assert objective.progress == 0.25
+    assert objective.caches.progress == 0.25
     segments, labels = segments_and_labels()
     caches = {}
     for progress in (0.25, 1.0):
-        objective.progress = progress
+        objective.caches.progress = progress
         terms = objective(torch.zeros(()), layers.routings(), labels, segments)
         caches[progress] = float(terms.cache.detach())
     assert caches[0.25] < caches[1.0]

@@ -129,7 +129,7 @@ def test_the_rule_is_read_off_the_weights(name, dtype):
     given = Weighting(function, normalised, scale).weights(z, index).to(dtype)
     found = find_weighting(z, index, given)
     assert (found.function, found.normalised) == (function, normalised)
-    assert found.scale == pytest.approx(scale, rel=1e-2)
+    assert found.scale == scale  # whatever tokens are seen
 
 
 def test_an_unknown_rule_is_refused_and_a_changed_one_noticed():

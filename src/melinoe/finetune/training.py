@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import family, find_experts
 from melinoe.moe.routing import find_routers, fingerprint
+from melinoe.moe.under_prior import PriorRouting
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +148,8 @@ def run_training(
             "a teacher does nothing while lambda_distill and lambda_match are 0; set one of them, "
             "or give no teacher"
         )
-    with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
+    # The Trainer makes a directory even if it saves nothing.
+    with tempfile.TemporaryDirectory() as work, ExitStack() as undo:
         arguments = arguments or training_arguments(settings, checkpoints or work)
         processes = arguments.world_size
         sharded = is_sharded(arguments)
@@ -158,6 +161,9 @@ def run_training(
         if anchor_data:
             replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
         objective = Objective(routers, settings, replay=replay)
+        if settings.cache_prior > 0:
+            objective.prior = PriorRouting(routers, settings.cache_prior, settings.gamma)
+            undo.callback(objective.prior.close)
         stored = {name: tensor.dtype for name, tensor in _tensors(model)}
         if not torch.cuda.is_available():
             keep_freed_memory()

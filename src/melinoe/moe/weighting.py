@@ -78,6 +78,15 @@ def _tolerance(weights: Tensor) -> float:
     return 2e-4 if weights.dtype == torch.float32 else 3e-2
 
 
+def _plain(scale: float, tolerance: float) -> float:
+    """The number of fewest digits near *scale*: configs say 2.5 or 1, whatever tokens are seen."""
+    for digits in range(1, 5):
+        short = float(f"{scale:.{digits}g}")
+        if abs(short - scale) <= tolerance * abs(scale):
+            return short
+    return scale
+
+
 def find_weighting(logits: Tensor, index: Tensor, weights: Tensor) -> Weighting:
     """
     The rule that gave *weights*.
@@ -98,7 +107,8 @@ def find_weighting(logits: Tensor, index: Tensor, weights: Tensor) -> Weighting:
     for name in _FUNCTIONS:
         for normalised in (False, True):
             sums = Weighting(name, normalised, 1.0).weights(logits, index).sum()
-            rule = Weighting(name, normalised, float(total / sums.clamp(min=1e-20)))
+            scale = _plain(float(total / sums.clamp(min=1e-20)), _tolerance(weights) / 20)
+            rule = Weighting(name, normalised, scale)
             error = rule.error(logits, index, weights)
             if error <= _tolerance(weights) and (best is None or error < best[0]):
                 best = error, rule

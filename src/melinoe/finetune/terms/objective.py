@@ -7,24 +7,26 @@ reuse term, are computed only if they weigh something.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from melinoe.config import FinetuneSettings, experts_in_share
+from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED
 from melinoe.errors import TrainingError
 from melinoe.finetune.terms.base_pass import BaseOutputs, Switchable, base_pass
 from melinoe.finetune.terms.batch_terms import Layout, Terms, stacks_of, weighing
+from melinoe.finetune.terms.capacity import ImaginedCaches
 from melinoe.finetune.terms.replay import Replay, to_device
 from melinoe.finetune.terms.teacher import Teacher
 from melinoe.losses import completion_positions, distillation_loss, match_loss
 from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.hidden import HiddenRecorder
 from melinoe.moe.routing import Router, Routing, RoutingRecorder
+from melinoe.moe.under_prior import PriorRouting, Texts
 
 
 class Objective:
@@ -38,10 +40,11 @@ class Objective:
         replay: Anchor text; without it there is no replay term.
         teacher: Whose words and hidden states are learned, where a term asks for them; may be set
             later. ``None``: the base model's.
+        prior: Changes choices while a batch is trained on; may be set later.
 
     Attributes:
         lambda_cache: Weight of the cache term; may be changed between steps.
-        progress: Share of the run that is done, in [0, 1]; shrinks the imagined cache.
+        caches: The imagined caches, and how far the run has come.
         recorder: Sees the passes of `measure`.
 
     Raises:
@@ -57,29 +60,19 @@ class Objective:
         updates: Switchable | None = None,
         replay: Replay | None = None,
         teacher: Teacher | None = None,
+        prior: PriorRouting | None = None,
     ):
         self.settings, self.updates, self.replay = settings, updates, replay
-        self.teacher = teacher
+        self.teacher, self.prior = teacher, prior
         self.lambda_cache = settings.lambda_cache
-        self.progress = 0.0
+        self.caches = ImaginedCaches(routers, settings)
         self.base = BaseRouters(routers)
         self.recorder = RoutingRecorder(routers)
         self._batch_number = 0
-        for name in ("layer_capacity", "layer_weight"):
-            values = getattr(settings, name)
-            if values is not None and len(values) != len(routers):
-                raise TrainingError(
-                    f"{name} has {len(values)} values but the model has {len(routers)} MoE layers; "
-                    "give one for each"
-                )
         if settings.lambda_replay > 0 and replay is None:
             raise TrainingError(
                 "lambda_replay is above 0 but there is no anchor text; give some, or leave it at 0"
             )
-        self._place = {router.index: place for place, router in enumerate(routers)}
-        for router in routers:
-            if router.top_k is not None:
-                self._check_capacity(router, int(router.top_k))
 
     # ---- one batch, all passes that its terms need ----
 
@@ -92,7 +85,7 @@ class Objective:
             steps: Of the whole run.
             first_batch: Number of the next batch of anchor text on this device.
         """
-        self.progress = min(1.0, step / max(1, steps))
+        self.caches.progress = min(1.0, step / max(1, steps))
         self._batch_number = first_batch
 
     def measure(
@@ -112,16 +105,17 @@ class Objective:
             inputs: The batch, with ``labels`` and ``segment_ids``.
             forward: Gives the mean next-token loss with its graph, and the outputs with ``logits``.
             denominator: Completion tokens of the whole step; default: of this batch.
-            training: Whether anchor text is replayed beside the batch, and the imagined cache has
-                the size of this point of the run; else there is none, and it has its final size.
+            training: Whether anchor text is replayed beside the batch, choices are made under the
+                prior, and the imagined cache has the size of this point of the run; else there is
+                no such text, choices are the routers' own, and it has its final size.
         """
         if not training:
-            progress, self.progress = self.progress, 1.0
+            progress, self.caches.progress = self.caches.progress, 1.0
             try:
-                return self._measure(model, inputs, forward, denominator, replay=False)
+                return self._measure(model, inputs, forward, denominator, training=False)
             finally:
-                self.progress = progress
-        return self._measure(model, inputs, forward, denominator, replay=True)
+                self.caches.progress = progress
+        return self._measure(model, inputs, forward, denominator, training=True)
 
     def _measure(
         self,
@@ -130,15 +124,16 @@ class Objective:
         forward: Callable[[], tuple[Tensor, Any]],
         denominator: Tensor | float | None,
         *,
-        replay: bool,
+        training: bool,
     ) -> tuple[Terms, Any]:
         base = self.base_pass(model, inputs)
         taught = self.teacher_pass(model, inputs, base)
         hidden = self._hidden(model)
-        with self.recorder, hidden or nullcontext():
+        labels = inputs["labels"]
+        under = self._under_prior(inputs) if training else nullcontext()
+        with under, self.recorder, hidden or nullcontext():
             nll, outputs = forward()
             routings = self.recorder.take()
-        labels = inputs["labels"]
         more = {}
         if taught is not None and self.settings.lambda_distill > 0:
             more["distill"] = distillation_loss(
@@ -155,7 +150,7 @@ class Objective:
                 completion_positions(labels != IGNORED),
                 denominator=denominator,
             )
-        if replay and self.settings.lambda_replay > 0:
+        if training and self.settings.lambda_replay > 0:
             # The batch's share of the step, so that batches and devices add up to one mean.
             share = 1.0 if denominator is None else (labels != IGNORED).sum() / denominator
             more["replay"] = self._replayed(model, labels.device) * share
@@ -188,6 +183,14 @@ class Objective:
         if not self.settings.lambda_match > 0:
             return None
         return HiddenRecorder(self.base.routers, getattr(model, "module", model))
+
+    def _under_prior(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Choices of this batch's completions as decoding with the cache prior would make them."""
+        if self.prior is None:
+            return nullcontext()
+        capacity = {one.index: self.caches.final(one) for one in self.recorder.routers}
+        completion = inputs["labels"] != IGNORED
+        return self.prior.during(Texts(inputs["segment_ids"], completion, capacity))
 
     def _replayed(self, model: Any, device: torch.device) -> Tensor:
         """The loss on the next batch of anchor text."""
@@ -236,7 +239,9 @@ class Objective:
         layout = Layout.of(labels != IGNORED, segment_ids, settings, denominator)
         by_layer: dict[str, list[Tensor]] = {"cache": [], "anchor": [], "reuse": []}
         for stack in stacks_of(routings, layout):
-            capacities = [self.capacity_of(one.router, stack.top_k) for one in stack.routings]
+            capacities = [
+                self.caches.capacity_of(one.router, stack.top_k) for one in stack.routings
+            ]
             weight = self._layer_weights(stack.routings)
             with weighing(self.lambda_cache):
                 cache = stack.cache(capacities, settings)
@@ -275,36 +280,5 @@ class Objective:
         weights = self.settings.layer_weight
         if weights is None:
             return None
-        own = [weights[self._place[one.router.index]] for one in routings]
+        own = [weights[self.caches.place[one.router.index]] for one in routings]
         return torch.tensor(own, device=routings[0].logits.device)
-
-    # ---- the size of the imagined cache ----
-
-    def capacity_of(self, router: Router, top_k: int | None = None) -> float:
-        """
-        Experts that the imagined cache of a layer holds at this point of the run.
-
-        Raises:
-            TrainingError: fewer than *top_k*.
-        """
-        if top_k is not None:
-            self._check_capacity(router, top_k)
-        final = experts_in_share(self._share(router), router.num_experts)
-        curriculum = self.settings.capacity_curriculum
-        if self.progress >= curriculum:
-            return final
-        return router.num_experts + (final - router.num_experts) * self.progress / curriculum
-
-    def _share(self, router: Router) -> float:
-        each = self.settings.layer_capacity
-        return self.settings.capacity if each is None else each[self._place[router.index]]
-
-    def _check_capacity(self, router: Router, top_k: int) -> None:
-        share = self._share(router)
-        capacity = experts_in_share(share, router.num_experts)
-        if capacity < top_k:
-            raise TrainingError(
-                f"a capacity of {share} is {capacity} of {router.num_experts} "
-                f"experts, fewer than the {top_k} that each token uses; "
-                f"raise it to {top_k / router.num_experts:.3g} or more"
-            )

@@ -1,0 +1,238 @@
+"""
+Cache-aware choice over whole texts, compiled: who would run if each token were decoded in turn.
+
+A token's choice depends on who is resident, and that on every choice before it, so nothing here can
+be computed for all tokens at once; but a layer's choices depend on its router's logits alone, so a
+layer is walked through without the model. Import it only when it is used: numba takes a good second
+to load.
+
+The rule is that of `melinoe.moe.choice` (the cache prior) over a cache as `Residency` keeps it
+under decayed LFU, in the same arithmetic; a test holds them against each other.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+MEMORY = 0.99  # of the running mean of the logits' spread, per token
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return numba.njit(cache=True, boundscheck=False)(function)
+    except RuntimeError:  # nowhere to keep the result: compile anew in each process
+        return numba.njit(boundscheck=False)(function)
+
+
+@_compiled
+def _use(order, found, score, unit, gamma):  # type: ignore[no-untyped-def]
+    """Tell decayed LFU of one request; returns the new unit (see `DecayedLFU`)."""
+    unit = unit / gamma
+    if unit > 2.0**512:
+        shift = math.frexp(unit)[1]
+        for expert in range(len(score)):
+            score[expert] = math.ldexp(score[expert], -shift)
+        unit = math.ldexp(unit, -shift)
+    for i in range(found):
+        score[order[i]] += unit
+    return unit
+
+
+@_compiled
+def _admit(missing, begin, end, resident, filled, capacity, needed, now, score):  # type: ignore[no-untyped-def]
+    """Make ``missing[begin:end]`` resident, evicting nobody needed *now*; returns residents."""
+    for i in range(begin, end):
+        if filled == capacity:
+            victim = -1
+            for expert in range(len(score)):
+                may_leave = resident[expert] and needed[expert] != now
+                if may_leave and (victim < 0 or score[expert] < score[victim]):
+                    victim = expert
+            resident[victim] = False
+        else:
+            filled += 1
+        resident[missing[i]] = True
+    return filled
+
+
+@_compiled
+def _prefer(z, chosen, resident, gain, keep, wanted, stays, taken):  # type: ignore[no-untyped-def]
+    """
+    Choose for one token; returns how many places of *chosen* (top_k,) are given to others.
+
+    Residents rank by their logit and *gain* (above the least of the chosen only the order counts),
+    others by their logit; who is resident, or among the *keep* most wanted, stays.
+    """
+    top_k = len(chosen)
+    least = z[chosen[0]]
+    for k in range(top_k):
+        least = min(least, z[chosen[k]])
+        stays[k] = resident[chosen[k]]
+        wanted[k] = chosen[k]
+    taken[:] = False
+    for _ in range(min(keep, top_k)):
+        first = -1
+        for k in range(top_k):
+            if not taken[chosen[k]] and (first < 0 or z[chosen[k]] > z[chosen[first]]):
+                first = k
+        taken[chosen[first]] = True
+        stays[first] = True
+    # From here on: who may not be taken any more.
+    taken[:] = False
+    places = 0
+    for k in range(top_k):
+        if stays[k]:
+            taken[chosen[k]] = True
+        else:
+            places += 1
+    came = 0
+    for _ in range(places):
+        best, height, is_new = -1, np.float32(0), False
+        for expert in range(len(resident)):
+            if taken[expert]:
+                continue
+            own = False
+            for k in range(top_k):
+                if chosen[k] == expert:
+                    own = True
+            if own:
+                rank = z[expert]
+            elif resident[expert]:
+                over = max(z[expert] - least, np.float32(0))
+                rank = z[expert] - np.float32(0.999) * over + gain
+            else:
+                continue
+            if best < 0 or rank > height:
+                best, height, is_new = expert, rank, not own
+        taken[best] = True
+        if is_new:
+            wanted[top_k + came] = best
+            came += 1
+        else:
+            for k in range(top_k):
+                if chosen[k] == best:
+                    stays[k] = True
+    at = 0
+    for k in range(top_k):
+        if not stays[k]:
+            wanted[k] = wanted[top_k + at]
+            at += 1
+    for k in range(top_k):
+        chosen[k] = wanted[k]
+    return came
+
+
+@_compiled
+def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, memory):  # type: ignore[no-untyped-def]
+    """
+    Replace choices as decoding the texts with the cache prior would, each from an empty cache.
+
+    Args:
+        logits: float32 (rows, tokens, num_experts).
+        chosen: int64 (rows, tokens, top_k), the router's choices, changed in place; ids outside the
+            experts mean none, and a token that has one keeps its choices.
+        segment: int64 (rows, tokens), as the collators of `melinoe.data` give it.
+        decoded: bool (rows, tokens): tokens that are decoded one by one; each run of others in a
+            text is one request, as a prompt is, and keeps its choices.
+        capacity: Slots; the experts of one token fit.
+        gamma: Decay per request.
+        strength: Of the prior.
+        keep: The first so many choices of a token stay.
+        memory: `MEMORY`.
+
+    Returns:
+        Choices replaced, and choices of decoded tokens in all.
+    """
+    rows, tokens, top_k = chosen.shape
+    num_experts = logits.shape[2]
+    score = np.zeros(num_experts, np.float64)
+    resident = np.zeros(num_experts, np.bool_)
+    needed = np.zeros(num_experts, np.int64)
+    count = np.zeros(num_experts, np.int64)
+    order = np.empty(num_experts, np.int64)
+    missing = np.empty(num_experts, np.int64)
+    wanted = np.empty(2 * top_k, np.int64)
+    stays = np.empty(top_k, np.bool_)
+    taken = np.empty(num_experts, np.bool_)
+    now, replaced, uses = 0, 0, 0
+    for row in range(rows):
+        filled, unit, spread, t = 0, 1.0, -1.0, 0
+        while t < tokens:
+            if segment[row, t] < 0:
+                t += 1
+                continue
+            if t == 0 or segment[row, t] != segment[row, t - 1]:
+                score[:] = 0.0
+                resident[:] = False
+                filled, unit, spread = 0, 1.0, -1.0
+            end = t + 1
+            if decoded[row, t]:
+                z = logits[row, t]
+                whole = True
+                for k in range(top_k):
+                    if chosen[row, t, k] < 0 or chosen[row, t, k] >= num_experts:
+                        whole = False
+                high, low = z[0], z[0]
+                for expert in range(num_experts):
+                    high, low = max(high, z[expert]), min(low, z[expert])
+                apart = float(high - low)
+                spread = apart if spread < 0 else memory * spread + (1 - memory) * apart
+                uses += top_k
+                if whole:
+                    gain = np.float32(strength * spread)
+                    replaced += _prefer(
+                        z, chosen[row, t], resident, gain, keep, wanted, stays, taken
+                    )
+            else:
+                while (
+                    end < tokens and not decoded[row, end] and segment[row, end] == segment[row, t]
+                ):
+                    end += 1
+            # One request: its distinct experts, ascending.
+            found, present, absent = 0, 0, 0
+            for at in range(t, end):
+                for k in range(top_k):
+                    expert = chosen[row, at, k]
+                    if 0 <= expert < num_experts:
+                        count[expert] += 1
+            for expert in range(num_experts):
+                if count[expert]:
+                    found += 1
+                    if resident[expert]:
+                        order[present] = expert
+                        present += 1
+                    else:
+                        missing[absent] = expert
+                        absent += 1
+            if found > capacity:
+                # The least used first, of equally used ones the lowest id.
+                for i in range(1, absent):
+                    expert = missing[i]
+                    j = i - 1
+                    while j >= 0 and count[missing[j]] > count[expert]:
+                        missing[j + 1] = missing[j]
+                        j -= 1
+                    missing[j + 1] = expert
+            for i in range(absent):
+                order[present + i] = missing[i]
+            if found:
+                unit = _use(order, found, score, unit, gamma)
+            now += 1
+            for i in range(present):
+                needed[order[i]] = now
+            begin, until = 0, min(absent, capacity - present)
+            while begin < absent:
+                for i in range(begin, until):
+                    needed[missing[i]] = now
+                filled = _admit(
+                    missing, begin, until, resident, filled, capacity, needed, now, score
+                )
+                begin, until = until, min(until + capacity, absent)
+                now += 1
+            for i in range(found):
+                count[order[i]] = 0
+            t = end
+    return replaced, uses
