@@ -114,6 +114,7 @@ def test_experts_that_are_resident_are_not_prefetched_again():
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=EXPERTS) as handle:
         handle.prefetch([list(range(EXPERTS))] * LAYERS)
+        handle.reset_counters()
         one = generate(model, handle, tokenizer, PROMPT_TEXT, 3, predictor=always(model, [6, 1]))
     assert one.counters.prefetch_loads.sum() == 0 and one.counters.loads.sum() == 0
 

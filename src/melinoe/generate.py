@@ -171,7 +171,7 @@ def generate(
         # A checkpoint may carry these; greedy decoding would only warn about them.
         options |= {"temperature": None, "top_p": None, "top_k": None}
     watch = _Watch(device, handle)
-    before = handle.counters if handle is not None else None
+    before = handle.counters_before_text if handle is not None else None
     stall_before_s = handle.stall_s if handle is not None else 0.0
     input_ids = torch.tensor([ids], device=device)
 

@@ -51,9 +51,9 @@ def run(
     for number, unit in enumerate(units):
         unit_of_sequence[list(unit)] = number
     unit = unit_of_sequence[trace.sequence[bounds[:-1]]]
-    resets = np.zeros(passes, bool)
-    if reset_between_sequences:
-        resets[np.unique(unit, return_index=True)[1]] = True
+    begins = np.zeros(passes, bool)
+    begins[np.unique(unit, return_index=True)[1]] = True
+    resets = begins if reset_between_sequences else np.zeros(passes, bool)
     events = _events(trace, slots, bounds, phase, prefetcher, prompts)
 
     counts = np.zeros((len(units), 2, 6, layers), np.int64)
@@ -66,6 +66,7 @@ def run(
             bounds,
             phase,
             unit,
+            begins,
             resets,
             np.array(slots, np.int64),
             trace.num_experts,

@@ -49,7 +49,7 @@ class Counters:
     - ``elsewhere``: experts that were missing and were not copied in, but computed where they live.
 
     - ``prefetch_used``: experts copied in ahead of need that a request of that phase was the first
-      to ask for, before they left.
+      to ask for, before they left, and in the text that they were copied for.
 
     By layer, int64 (layers,): ``prefetch_loads``, experts copied in ahead of need.
 

@@ -142,7 +142,7 @@ def _look_ahead(experts, bounds, layer, upcoming, following):  # type: ignore[no
 
 @_compiled
 def replay(  # type: ignore[no-untyped-def]
-    experts, bounds, phase, unit_of, resets, slots, num_experts, rule, gamma, popularity,
+    experts, bounds, phase, unit_of, begins, resets, slots, num_experts, rule, gamma, popularity,
     event_pass, event_begin, event_ids, counts, prefetched, waited, loads_of, experts_of, ahead_of,
 ):  # fmt: skip
     """
@@ -153,6 +153,7 @@ def replay(  # type: ignore[no-untyped-def]
         bounds: int64 (passes + 1,), where each pass's rows begin.
         phase: uint8 (passes,).
         unit_of: int64 (passes,), whose counters the pass belongs to.
+        begins: bool (passes,), whether the pass is the first of its unit.
         resets: bool (passes,), whether the cache is emptied before the pass.
         slots: int64 (layers,).
         num_experts: Experts of each layer.
@@ -178,7 +179,8 @@ def replay(  # type: ignore[no-untyped-def]
     place = np.empty(num_experts, np.int64)
     mark = np.zeros(num_experts, np.int64)
     following = np.zeros(num_experts, np.int64)
-    unused = np.zeros(num_experts, np.bool_)  # of residents: by a prefetch, and not requested since
+    # Of residents: by a prefetch for this unit, and not requested since.
+    unused = np.zeros(num_experts, np.bool_)
     state = np.empty((3, num_experts), np.float64)
     wide = experts.shape[0] if rule == BELADY else 0
     upcoming = np.empty((wide, experts.shape[2]), np.int64)
@@ -203,6 +205,8 @@ def replay(  # type: ignore[no-untyped-def]
                 clock, unit = 0, 1.0
                 if rule != STATIC and rule != BELADY:
                     state[:] = 0.0
+            if begins[step]:
+                unused[:] = False
             own = counts[unit_of[step], phase[step]]
             while event < len(event_pass) and event_pass[event] == step:
                 begin = event_begin[event * layers + layer]

@@ -265,9 +265,23 @@ class Residency:
         self._unused -= used
         return len(used)
 
-    def forget_prefetches(self) -> None:
-        """Nobody counts any longer whether what prefetches brought so far is used."""
-        self._unused.clear()
+    def forget_prefetches(
+        self, of: Collection[int] | None = None, but: Collection[int] = ()
+    ) -> None:
+        """
+        Count no longer whether what prefetches brought so far is used.
+
+        That is done when a text begins: what was brought for the one before, and not used by it,
+        was wasted, whatever the next one finds.
+
+        Args:
+            of: Only these ids; absent: all.
+            but: Not these.
+        """
+        kept = [expert for expert in self._unused if expert in but]
+        if of is not None:
+            kept += [expert for expert in self._unused if expert not in of]
+        self._unused = set(kept)
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Plan:
         """

@@ -64,9 +64,10 @@ class SharedLayer:
         """As `Residency.prefetch`; ids to spare are those of the whole cache."""
         return self._own(self._whole.prefetch(self._keys(experts), spare))
 
-    def forget_prefetches(self) -> None:
-        """As `Residency.forget_prefetches`, for all layers."""
-        self._whole.forget_prefetches()
+    def forget_prefetches(self, *, but: Collection[int] = ()) -> None:
+        """As `Residency.forget_prefetches`, of this layer's experts."""
+        own = range(self.key, self.key + self.num_experts)
+        self._whole.forget_prefetches(own, self._keys(list(but)))
 
     def reset(self) -> None:
         """Empty the whole cache: all layers' slots, and the policy's memory."""

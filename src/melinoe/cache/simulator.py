@@ -139,10 +139,12 @@ def simulate(
     for forward in trace.passes():
         number = unit_of[forward.sequences[0]]
         counters = per_unit[number]
-        if reset_between_sequences and number not in begun_units:
+        if number not in begun_units:
+            begun_units.add(number)
             for residency in residencies:
-                residency.reset()
-        begun_units.add(number)
+                residency.forget_prefetches()
+                if reset_between_sequences:
+                    residency.reset()
         ahead = [0] * trace.num_layers
         if replay is not None:
             ahead = replay.before_pass(forward, counters)

@@ -115,6 +115,7 @@ class FastExperts:
         except BaseException:
             self._who.reset()
             raise
+        self._passes.prefetched(self._index, [load.expert for load in plan.loads])
         return len(plan.loads)
 
     def reset(self) -> None:

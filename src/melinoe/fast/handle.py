@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -165,8 +165,8 @@ class FastHandle(Handle):
         self._who.counts.zero_()
         self._seen, self._latest = None, np.zeros_like(self._latest)
 
-    def _forget_prefetches(self) -> None:
-        self._who.forget_prefetches()
+    def _forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        self._who.forget_prefetches(but)
 
     @contextmanager
     def record(

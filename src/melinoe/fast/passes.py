@@ -67,6 +67,7 @@ class FastPasses(ForwardPasses):
     def completion_begins(self) -> None:
         """A pass of the completion is about to be replayed; nothing else will say so."""
         self._completion_begins()
+        self.ahead.pass_begins()
 
     def _begin(self, tokens: int) -> None:
         self.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -125,12 +125,15 @@ class DeviceResidency:
         row = torch.from_numpy(pack(self.on_host[layer]))
         self.state[layer, : row.shape[0]].copy_(row)
 
-    def forget_prefetches(self) -> None:
-        """As `Residency.forget_prefetches`, in all layers."""
+    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        """As `Residency.forget_prefetches`, in all layers; *but* by layer."""
         for layer, (experts, slots) in enumerate(zip(self.num_experts, self.capacity, strict=True)):
-            self.on_host[layer].forget_prefetches()
             end = packed_length(experts, slots)
-            self.state[layer, end - experts : end].zero_()
+            unused = self.state[layer, end - experts : end]
+            spared = list(but[layer])
+            kept = unused[spared]
+            unused.zero_()
+            unused[spared] = kept
 
     def reset(self) -> None:
         """Empty all slots, and let the policies forget; the counters stay."""

@@ -165,6 +165,7 @@ class ExpertCache:
                 if ticket is not None:
                     self._in_flight[self._key + load.expert] = ticket
             self._renumber()
+            self._passes.prefetched(self._index, [load.expert for load in plan.loads])
         return len(plan.loads)
 
     def _served(self, experts: list[int], plan: Plan) -> None:

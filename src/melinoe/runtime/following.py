@@ -40,6 +40,23 @@ class Following:
     def _check_attached(self) -> None:
         raise NotImplementedError
 
+    @property
+    def counters(self) -> Counters:
+        """What was counted since the start or `reset_counters`; a copy."""
+        return self._counters.copy()
+
+    @property
+    def counters_before_text(self) -> Counters:
+        """
+        As `counters`, without the prefetches that wait for the text to come.
+
+        Those are part of its cost, so this is what to subtract from the counters after it.
+        """
+        counters = self.counters
+        for layer, count in enumerate(self._passes.ahead.waiting):
+            counters.add_prefetch(layer, -count)
+        return counters
+
     @contextmanager
     def prefetching(
         self, prefetcher: Prefetcher, ids: Sequence[int] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class Handle(Following):
         self._origins = [_origin(layer, device) for layer in layers]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             self._passes = self._follow(model)
+            self._passes.ahead.forget = self._forget_prefetches
             undo.callback(self._passes.close)
             self._caches = self._make_caches(policy, device)
             self.policy = self._caches[0].residency.policy.name
@@ -122,11 +123,6 @@ class Handle(Following):
     # --- reading --------------------------------------------------------------------------------
 
     @property
-    def counters(self) -> Counters:
-        """What was counted since the start or `reset_counters`; a copy."""
-        return self._counters.copy()
-
-    @property
     def stall_s(self) -> float:
         """Seconds for which forward passes waited for experts."""
         return self._transfer.stall_s
@@ -160,11 +156,11 @@ class Handle(Following):
         """
         self._counters.reset()
         self._transfer.reset()
-        self._forget_prefetches()
+        self._passes.ahead.reset()
 
-    def _forget_prefetches(self) -> None:
-        for cache in self._caches:
-            cache.residency.forget_prefetches()
+    def _forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        for cache, spared in zip(self._caches, but, strict=True):
+            cache.residency.forget_prefetches(but=spared)
 
     def reset_cache(self) -> None:
         """Empty all slots, and let a choice forget earlier texts; the counters stay."""

@@ -8,7 +8,7 @@ the batch, its padding, and whether anything came before; `melinoe.runtime.gener
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from melinoe.cache.prefetcher import MOST_ROWS
 from melinoe.cache.route import Route
 from melinoe.errors import TraceError
 from melinoe.moe.next_router import NextRouters
+from melinoe.runtime.ahead import Ahead
 from melinoe.runtime.calls import Batch, Generating, describe_call
 
 _log = logging.getLogger("melinoe")
@@ -51,6 +52,7 @@ class ForwardPasses:
         guess: what the next layer's router said in the layer entered last; None if it was not
             asked.
         route: which layer comes next; whoever serves a request tells it.
+        ahead: which prefetches belong to the text to come.
         phase: of the open pass, or of the last one.
     """
 
@@ -62,8 +64,10 @@ class ForwardPasses:
         self.next_routers: NextRouters | None = None
         self.guess: Tensor | None = None
         self.route = Route(counters.num_layers)
+        self.ahead = Ahead(counters.num_layers)
         self.phase = PROMPT
         self.tokens = 0
+        self._batch = 0  # sequences of the text that began last
         self._call: Batch | None = None
         self._generating: Generating | None = None
         self._inside = False  # a call of the model has begun and not returned
@@ -85,6 +89,10 @@ class ForwardPasses:
             self.prompt_uses.add(layer, top_k_index)
         if self.next_routers is not None:
             self._ask_early(self.next_routers, layer, *top_k_index.shape)
+
+    def prefetched(self, layer: int, experts: Sequence[int]) -> None:
+        """*experts* of *layer* have been loaded ahead."""
+        self.ahead.loaded(layer, experts, waits=not self._seen)
 
     def end(self) -> None:
         """End the open pass, if one is open."""
@@ -156,6 +164,12 @@ class ForwardPasses:
     def _tell(self, phase: int, tokens: int) -> None:
         """Tell whoever follows that a pass has begun."""
         self.phase, self.tokens = phase, tokens
+        call, batch = self._call, 1 if self._call is None else self._call.batch
+        # As a recording tells sequences apart.
+        if phase == PROMPT and not (call is not None and call.continues and batch == self._batch):
+            self._batch = batch
+            self.ahead.text_begins()
+        self.ahead.pass_begins()
         if self.recorder is not None:
             self.recorder.begin(phase, tokens, self._call)
         if self.prompt_uses is not None and phase == PROMPT:
