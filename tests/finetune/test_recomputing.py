@@ -34,6 +34,7 @@ def rows_and_passes(family, **changes):
         ("olmoe", {"gradient_accumulation": 2, "cache_gradient": True}),
         ("gpt_oss", {}),
         ("qwen3_next", {}),
+        ("olmoe", {"cache_prior": 0.5}),
     ],
 )
 def test_recomputing_activations_changes_no_term_and_no_gradient(family, changes):
@@ -53,7 +54,7 @@ def test_recomputing_activations_changes_no_term_and_no_gradient(family, changes
 
 def test_packed_recomputed_and_accumulated_is_still_the_same():
     """All at once against packing alone: two passes of two rows are one of four."""
-    changes = {"packing": True, "max_length": 24}
+    changes = {"packing": True, "max_length": 24, "cache_prior": 0.5}
     plain, _ = rows_and_passes("olmoe", batch_size=4, **changes)
     both, _ = rows_and_passes(
         "olmoe", batch_size=2, gradient_accumulation=2, gradient_checkpointing=True, **changes

@@ -44,7 +44,9 @@ def names(place):
     return sorted(path.name for path in place.iterdir())
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True, "gradient_accumulation": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": True, "gradient_accumulation": 2}, {"cache_prior": 0.5}]
+)
 def test_a_killed_run_goes_on_to_the_same_curve_bit_for_bit(checkpoint, changes):
     """SIGKILL in the middle, then the same command with resume: equal rows, equal weights."""
     given = STEPS | changes

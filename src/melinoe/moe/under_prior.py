@@ -141,7 +141,13 @@ class PriorRouting:
 
         assert self._texts is not None
         known, texts = self._known[router.index], self._texts
-        known.observe(logits, before, weights)
+        try:
+            known.observe(logits, before, weights)
+        except UnsupportedModelError:
+            raise UnsupportedModelError(
+                f"{router.name} weighs experts by a rule that is not known here, so another "
+                "expert's weight cannot be told; train with cache_prior 0"
+            ) from None
         if known.weighting is None:  # too few tokens so far to tell the rule of the weights
             return before
         shape = texts.segment_ids.shape
