@@ -180,6 +180,10 @@ def test_from_a_trace_to_a_store_to_text(melinoe, place):
         (("--prefetch", "prefill", "--nearest", "s.safetensors"), 2, "--prefetch nearest"),
         (("--nearest", "absent.safetensors"), 1, "cannot be read"),
         (("--nearest", "s", "--predictor", "p"), 2, "name one of"),
+        (("--prefetch", "prefill", "--prior", "p"), 2, "for --prior"),
+        (("--prefetch", "popularity", "--prior", "p"), 2, "for --prior"),
+        (("--prefetch", "prefill", "--predictor", "p"), 2, "for --predictor"),
+        (("--nearest", "s", "--prior", "p"), 2, "name one of predictor, nearest"),
     ],
 )
 def test_bad_words_are_refused_before_a_model_is_read(more, code, words, melinoe):

@@ -74,7 +74,8 @@ def command(
     names = prefetching.names_of(
         None if prefetch is None else [prefetch],
         prefetch_at,
-        predictor=predictor or prior,
+        prior=prior,
+        predictor=predictor,
         popularity=popularity,
         nearest=nearest,
     )

@@ -42,13 +42,16 @@ Moment = Annotated[
 ]
 
 
-def names_of(named: Sequence[str] | None, at: str | None, **material: Any) -> tuple[str, ...]:
+def names_of(
+    named: Sequence[str] | None, at: str | None, *, prior: Any = None, **material: Any
+) -> tuple[str, ...]:
     """
     The prefetches meant, each once.
 
     Args:
         named: As given; absent: what the material is for, or ``none``.
         at: As given.
+        prior: What was given for --prior, None if nothing was; it takes part in `predictor`.
         material: Name of a prefetch to what was given for it, None if nothing was.
 
     Raises:
@@ -62,6 +65,8 @@ def names_of(named: Sequence[str] | None, at: str | None, **material: Any) -> tu
         )
     there = [name for name, value in material.items() if value is not None]
     if not named:
+        if prior is not None and "predictor" not in there:
+            there.insert(0, "predictor")
         return tuple(there) or ("none",)
     known = prefetcher_names()
     for name in named:
@@ -69,6 +74,10 @@ def names_of(named: Sequence[str] | None, at: str | None, **material: Any) -> tu
             raise typer.BadParameter(
                 f"{name!r} is not one of {', '.join(known)}", param_hint="--prefetch"
             )
+    if prior is not None and "predictor" not in named:
+        raise typer.BadParameter(
+            "it is for --prefetch predictor, which is not named", param_hint="--prior"
+        )
     for name in there:
         # A predictor also knows what is popular.
         if name not in named and not (name == "predictor" and "popularity" in named):
