@@ -111,6 +111,9 @@ def _beyond() -> Iterator[Run]:
     """Ideas that are not in the paper, in the frontier's short runs."""
     for strength in (2.0, 5.0):
         yield _run("beyond", "taught, 200 steps", strength, lambda_cache=strength, **TAUGHT)
+    yield _run("beyond", "taught, under the prior", 1.0, lambda_cache=1.0, **TAUGHT, **UNDER)
+    yield _run("beyond", "under the prior", 1.0, lambda_cache=1.0, **UNDER)
+    yield _run("beyond", "under the prior alone", lambda_cache=0.0, **UNDER)
     yield _run("beyond", "own text alone", lambda_cache=0.0, **OWN)
     yield _run("beyond", "own text", 1.0, lambda_cache=1.0, **OWN)
     yield _run("beyond", "distilled", 1.0, lambda_cache=1.0, lambda_distill=0.5)

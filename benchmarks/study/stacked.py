@@ -25,7 +25,7 @@ from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN
 
 TEXTS, SLOTS, POLICY, LENGTH = 32, 8, "lfu", 512
-STRENGTHS = (0.05, 0.1)
+STRENGTHS = (0.05, 0.1, 0.2)
 
 
 def measure(name: str, seed: int, path: str, strength: float) -> dict:

@@ -1,8 +1,9 @@
 """
 The study's goals, met or not, and whether locality survives: tables from raw records.
 
-Reads the study's runs, `stacked.py`'s and `survives.py`'s, and writes two benchmark results that
-`melinoe report` makes tables of. Intervals are over seeds and items, as in the study's own tables.
+Reads the study's runs, `stacked.py`'s, `by_layer.py`'s and `survives.py`'s, and writes two
+benchmark results that `melinoe report` makes tables of. Intervals are over seeds and items, as in
+the study's own tables.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def percent(found: Estimate) -> dict[str, float]:
     return {"mean": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
 
 
-def goals(study_file: Path, stacked_file: Path) -> dict[str, Any]:
-    """One row per setting of the goals' runs, and one per strength of the cache prior on it."""
+def goals(study_file: Path, stacked_file: Path, by_layer_file: Path) -> dict[str, Any]:
+    """Of each setting of the goals' runs: even slots, slots by layer, and cache priors on it."""
     study = gather(read_records([study_file]))
     assert study is not None and study.base is not None
     rows = []
@@ -58,24 +59,32 @@ def goals(study_file: Path, stacked_file: Path) -> dict[str, Any]:
         assert times is not None and own is not None and other is not None
         quality = [run["quality"]["gsm8k"]["perplexity"]["mean"] for run in setting.runs.values()]
         better = max(quality) < study.base["quality"]["gsm8k"]["perplexity"]["mean"]
-        rows.append(
-            {
-                "setting": setting.name,
-                "choice": "exact",
-                "seeds": times.n,
-                "price in domain (%)": percent(own),
-                "price out of domain (%)": percent(other),
-                "transfers / token": transfers(setting, CACHE).to_dict(),
-                "times fewer than base": times.to_dict(),
-                "(a) 3 times, better than base": verdict((times, 3.0, "at least"))
-                if better
-                else "missed",
-                "(b) 3 times at 1 % and 3 %": verdict(
-                    (times, 3.0, "at least"), (own, 0.01, "at most"), (other, 0.03, "at most")
-                ),
-                "(c) 5 times at 2 %": "",
-            }
-        )
+        for slots, saved in (
+            ("even", (times, transfers(setting, CACHE))),
+            ("by layer", by_layer(setting.name, lines(by_layer_file))),
+        ):
+            if saved is None:
+                continue
+            times, rate = saved
+            rows.append(
+                {
+                    "setting": setting.name,
+                    "choice": "exact",
+                    "slots": slots,
+                    "seeds": times.n,
+                    "price in domain (%)": percent(own),
+                    "price out of domain (%)": percent(other),
+                    "transfers / token": rate.to_dict(),
+                    "times fewer than base": times.to_dict(),
+                    "(a) 3 times, better than base": verdict((times, 3.0, "at least"))
+                    if better
+                    else "missed",
+                    "(b) 3 times at 1 % and 3 %": verdict(
+                        (times, 3.0, "at least"), (own, 0.01, "at most"), (other, 0.03, "at most")
+                    ),
+                    "(c) 5 times at 2 %": "",
+                }
+            )
         rows += stacked(study, setting.name, setting.control, lines(stacked_file))
     return {
         "benchmark": "goals",
@@ -84,12 +93,29 @@ def goals(study_file: Path, stacked_file: Path) -> dict[str, Any]:
             "Prices are perplexity over the NLL-only control with the same data, steps and seed. "
             "(b) asks for at most 1 % in domain and 3 % out of it. A goal is met if the whole "
             "interval is on its side, missed if all of it is on the other.",
+            "Slots by layer: as many in all, split by the miss curves of other held-out texts; the "
+            "base's are split by its own.",
             "Cache prior: the choice itself prefers resident experts while decoding; read token by "
-            "token, on fewer texts than the exact rows.",
+            "token, on fewer texts than the exact rows, with even slots.",
         ],
         "result": rows,
         "machine": machine(),
     }
+
+
+def by_layer(name: str, records: Sequence[dict[str, Any]]) -> tuple[Estimate, Estimate] | None:
+    """Times fewer transfers than the base's, and transfers per token, if both were measured."""
+    base = next((one for one in records if one["name"] == "base"), None)
+    ours = [one for one in records if one["name"] == name]
+    if base is None or not ours:
+        return None
+    moved = [
+        np.array([one[key] for one in side], dtype=float)
+        for side in ([base] * len(ours), ours)
+        for key in ("loads", "tokens")
+    ]
+    times = crossed([moved], lambda s: (s[0][0] / s[0][1]) / (s[0][2] / s[0][3]), positive=True)
+    return times, crossed([moved[2:]], lambda s: s[0][0] / s[0][1], positive=True)
 
 
 def stacked(
@@ -130,6 +156,7 @@ def stacked(
             {
                 "setting": name,
                 "choice": f"cache prior {strength:g}",
+                "slots": "even",
                 "seeds": len(seeds),
                 "price in domain (%)": percent(price),
                 "price out of domain (%)": None,
@@ -185,7 +212,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args().results
     raw = results / "raw"
-    write_json(results / "goals.json", goals(results / "study.jsonl", raw / "stacked.jsonl"))
+    found = goals(results / "study.jsonl", raw / "stacked.jsonl", raw / "by_layer.jsonl")
+    write_json(results / "goals.json", found)
     if (raw / "survival.jsonl").exists():
         write_json(results / "survival.json", survival(raw / "survival.jsonl"))
 
