@@ -24,6 +24,24 @@ Prefetch = Callable[[int], ByLayer | None] | Mapping[int, ByLayer]
 MOST_ROWS = 8
 
 
+def most_wanted(wanted: np.ndarray, slots: int, known: np.ndarray | None = None) -> list[list[int]]:
+    """
+    Name the experts of each layer that are wanted most, the most wanted first.
+
+    Layers may have different numbers of experts while all have one row length here, so what nobody
+    ever chose may not exist at all; it is not named.
+
+    Args:
+        wanted: (layers, num_experts), more where more; ties go to the lower id.
+        slots: At most so many of each layer.
+        known: Bool, as *wanted*: those that may be named; absent, those above 0.
+    """
+    known = np.asarray(wanted) > 0 if known is None else known
+    order = np.argsort(-np.where(known, wanted, -np.inf), axis=1, kind="stable")[:, :slots]
+    counts = np.minimum(known.sum(axis=1), slots).tolist()
+    return [ids[:count] for ids, count in zip(order.tolist(), counts, strict=True)]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """
@@ -31,7 +49,7 @@ class Prompt:
 
     Attributes:
         slots: Of each layer.
-        num_experts: Of each layer; ids lie below it.
+        num_experts: Of each layer, the most where layers differ; ids lie below it.
         ids: Token ids of the prompt; None where the prefetcher does not ask for them
             (`Prefetcher.uses_ids`) or nobody knows them.
         uses: int64 (layers, num_experts), how many (token, choice) pairs of the prompt's own

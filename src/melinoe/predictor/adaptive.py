@@ -10,11 +10,11 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
+from melinoe.cache.prefetcher import most_wanted
 from melinoe.errors import DataError, ModelError
 from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.predictor.model import Predictor
 from melinoe.predictor.prior import DEPLOYMENT, Prior, PriorSettings
-from melinoe.predictor.targets import top_ids
 
 
 class AdaptivePredictor:
@@ -88,7 +88,8 @@ class AdaptivePredictor:
             return self.base.top(token_ids, slots)
         self._predicted = self.base.predict(token_ids)
         scores = self.prior.adjust(self._predicted, self.key)
-        return top_ids(scores, self.base.slots if slots is None else slots).tolist()
+        known = (self.base.popularity > 0) | self.prior.used(self.key)
+        return most_wanted(scores, self.base.slots if slots is None else slots, known)
 
     def observe(self, usage: NDArray) -> None:
         """Learn from the completion of the prompt that `top` was last asked about."""

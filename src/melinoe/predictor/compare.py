@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from melinoe.cache.counters import COMPLETION
+from melinoe.cache.prefetcher import most_wanted
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
 from melinoe.predictor.encoders import Encoder, as_encoder
 from melinoe.predictor.fit import FitSettings, fit_shares, same_prompts, usable
-from melinoe.predictor.targets import Floats, completion_shares, recall_at, top_ids
+from melinoe.predictor.targets import Floats, completion_shares, recall_at
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
 RIVALS = ("empty", "popularity", "prefill")  # what costs nothing
@@ -150,8 +151,12 @@ def compare(
         ):
             found[name][rows] = recall_at(target[test], scores, slots)
             if name in named:
-                wanted = top_ids(np.broadcast_to(scores, target[test].shape), slots).tolist()
-                named[name].update(zip(test.tolist(), wanted, strict=True))
+                # Of a layer with fewer experts than others, only those that it has.
+                there = predictor.popularity > 0 if name == "learned" else scores > 0
+                shape = target[test].shape
+                by_prompt = np.broadcast_to(scores, shape), np.broadcast_to(there, shape)
+                for index, one, known in zip(test.tolist(), *by_prompt, strict=True):
+                    named[name][index] = most_wanted(one, slots, known)
     best = max(RIVALS, key=lambda name: float(found[name].mean()))
     loads, tokens = _loads(trace, None, slots, policy)
     others = {name: _loads(trace, named[name], slots, policy)[0] for name in NAMED}

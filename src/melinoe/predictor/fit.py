@@ -84,10 +84,15 @@ def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64
     """
     Indices of the sequences that can teach: a prompt and at least one completion token.
 
+    Layers that no sequence uses (of a model that sends images through other experts than text)
+    are not asked for.
+
     Raises:
         DataError: too few.
     """
-    found = np.flatnonzero((target.sum(axis=-1) > 0).all(axis=-1) & [len(p) > 0 for p in prompts])
+    used = target.sum(axis=-1) > 0
+    teaches = used.any(axis=-1) & (used | ~used.any(axis=0)).all(axis=-1)
+    found = np.flatnonzero(teaches & [len(prompt) > 0 for prompt in prompts])
     if found.size < FEWEST_PROMPTS:
         raise DataError(
             f"a predictor needs at least {FEWEST_PROMPTS} prompts with a completion and the "

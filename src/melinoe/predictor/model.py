@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from melinoe.cache.prefetcher import most_wanted
 from melinoe.errors import (
     CheckpointError,
     DataError,
@@ -131,12 +132,14 @@ class Predictor:
         """
         Name the *slots* likeliest experts of each layer, likeliest first; ready for `prefetch`.
 
+        Those that no completion used that it was fitted to are not named: a layer may have fewer
+        experts than others, and then they do not exist.
+
         Raises:
             TokenizerError, ModelError: as `predict`.
         """
         count = self.slots if slots is None else slots
-        order = np.argsort(-self.predict(token_ids), axis=-1, kind="stable")
-        return order[:, :count].tolist()
+        return most_wanted(self.predict(token_ids), count, self.popularity > 0)
 
     def bind(self, model: nn.Module, tokenizer: Any = None) -> None:
         """

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from melinoe.cache.prefetcher import most_wanted
 from melinoe.errors import ModelError
 from melinoe.predictor.prior_file import PriorContents, read_prior, write_prior
-from melinoe.predictor.targets import Floats, shares, top_ids
+from melinoe.predictor.targets import Floats, shares
 
 DEPLOYMENT = ""  # the key of those who tell no users apart
 
@@ -155,9 +156,11 @@ class Prior:
 
         An expert that it has not used is not named, so a new key gets empty lists.
         """
-        total, _, _ = self._of(key)
-        best = top_ids(total, slots)
-        return [[int(e) for e in row if total[layer, e] > 0] for layer, row in enumerate(best)]
+        return most_wanted(self._of(key)[0], slots)
+
+    def used(self, key: str) -> NDArray[np.bool_]:
+        """Which experts *key* has used lately, ``(layers, num_experts)``."""
+        return self._of(key)[0] > 0
 
     def keys(self) -> list[str]:
         """Known keys, the longest unused first."""

@@ -87,10 +87,12 @@ def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
     """
     Share of the uses that the *slots* best-scored experts of each layer would have served.
 
-    That is the hit rate of a cache that holds those experts and never changes. Mean over layers.
+    That is the hit rate of a cache that holds those experts and never changes. Mean over the
+    layers that the sequence used.
 
     Args:
-        target: Shares ``(sequences, layers, num_experts)``, each layer summing to 1.
+        target: Shares ``(sequences, layers, num_experts)``, each layer summing to 1, or to 0 where
+            the sequence did not use it.
         scores: Any scores of the same shape, or one that broadcasts to it; higher is likelier.
         slots: Experts taken from each layer.
 
@@ -98,4 +100,5 @@ def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
         float64 ``(sequences,)``.
     """
     chosen = top_ids(np.broadcast_to(scores, target.shape), slots)
-    return np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).mean(axis=-1)
+    served = np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).sum(axis=-1)
+    return served / np.maximum((target.sum(axis=-1) > 0).sum(axis=-1), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from melinoe.cache.prefetcher import ByLayer, Given, Prefetcher, Prompt, Timed
+from melinoe.cache.prefetcher import ByLayer, Given, Prefetcher, Prompt, Timed, most_wanted
 from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError
 
@@ -12,6 +12,8 @@ from melinoe.errors import MelinoeError
 class Popularity(Timed):
     """
     The experts that were chosen most often elsewhere, whatever the prompt; ties to the lower id.
+
+    Those that were never chosen there are not named.
 
     Args:
         popularity: How often, (layers, num_experts).
@@ -31,7 +33,7 @@ class Popularity(Timed):
         counts = np.asarray(popularity)
         if counts.ndim != 2:
             raise ValueError(f"a popularity has layers and experts, not the shape {counts.shape}")
-        self._order = np.argsort(-counts, axis=1, kind="stable")
+        self._counts = counts
 
     @classmethod
     def make(cls, given: Given) -> Popularity:
@@ -44,14 +46,14 @@ class Popularity(Timed):
         return cls(given.popularity, given.at or PREFETCH_AT)
 
     def named(self, prompt: Prompt) -> ByLayer:
-        """As many of each layer as it has slots."""
-        layers, experts = self._order.shape
+        """At most as many of each layer as there are slots."""
+        layers, experts = self._counts.shape
         if layers != len(prompt.slots) or experts != prompt.num_experts:
             raise MelinoeError(
                 f"the popularity is of another model: it has {layers} layers of {experts} experts, "
                 f"and the model {len(prompt.slots)} of {prompt.num_experts}; count this model's"
             )
-        return self._order[:, : max(prompt.slots)].tolist()
+        return most_wanted(self._counts, max(prompt.slots))
 
 
 class Prefill(Prefetcher):
@@ -71,9 +73,4 @@ class Prefill(Prefetcher):
     def before_completion(self, prompt: Prompt) -> ByLayer:
         """At most as many of each layer as there are slots."""
         assert prompt.uses is not None
-        order = np.argsort(-prompt.uses, axis=1, kind="stable")
-        most = max(prompt.slots)
-        return [
-            [expert for expert in ids[:most] if uses[expert]]
-            for ids, uses in zip(order.tolist(), prompt.uses.tolist(), strict=True)
-        ]
+        return most_wanted(prompt.uses, max(prompt.slots))

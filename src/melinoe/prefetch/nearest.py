@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.prefetcher import ByLayer, Given, Prompt, Timed
+from melinoe.cache.prefetcher import ByLayer, Given, Prompt, Timed, most_wanted
 from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError, ModelError
 from melinoe.prefetch.store import PromptStore, prompt_embedding
@@ -105,11 +105,7 @@ class Nearest(Timed):
         """At most as many of each layer as there are slots."""
         assert prompt.ids is not None
         wanted = self._shares[self.neighbours(prompt.ids)].sum(axis=0)
-        order = np.argsort(-wanted, axis=1, kind="stable")[:, : max(prompt.slots)]
-        return [
-            [expert for expert in ids if shares[expert]]
-            for ids, shares in zip(order.tolist(), wanted.tolist(), strict=True)
-        ]
+        return most_wanted(wanted, max(prompt.slots))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

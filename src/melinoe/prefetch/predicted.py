@@ -43,6 +43,6 @@ class Predicted(Timed):
         self.predictor.bind(model, tokenizer)
 
     def named(self, prompt: Prompt) -> ByLayer:
-        """As many of each layer as it has slots."""
+        """At most as many of each layer as there are slots."""
         assert prompt.ids is not None
         return self.predictor.top(prompt.ids, max(prompt.slots))
