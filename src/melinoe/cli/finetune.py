@@ -16,7 +16,7 @@ _DATA, _PRICE, _RUN = "Data", "The price", "The run on its way"
 
 PANELS = {
     "What is trained for": (
-        "capacity", "lambda_cache", "lambda_rank", "gamma", "cache_loss", "anchor",
+        "capacity", "lambda_cache", "cache_prior", "lambda_rank", "gamma", "cache_loss", "anchor",
     ),
     "How it is trained": (
         "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "steps",

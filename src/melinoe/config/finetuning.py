@@ -1,69 +1,10 @@
-"""
-Each setting once: its default, what it means, its unit.
+"""How a model is fine-tuned."""
 
-A setting is a dataclass field whose metadata holds ``help`` (one sentence), ``unit`` (or ``None``)
-and, where only some words are allowed, ``choices``. The command line builds its options from them
-and the checkpoint's record writes them down, so no default is typed twice.
-"""
+from dataclasses import dataclass, replace
+from typing import Any
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import entry_points
-from typing import Any, Literal, get_args
-
-from melinoe.errors import BudgetError, TrainingError
-
-# Those of ours that run a model by name alone; a test holds them against the registry.
-POLICIES = ("lru", "lfu", "lfru", "score", "least-stale")
-STORES = ("auto", "ram", "pinned", "disk")
-# When experts known before the prompt are loaded: a prompt that uses more experts than there are
-# slots would evict them again, so after it unless told otherwise.
-PrefetchAt = Literal["prompt", "completion"]
-PREFETCH_MOMENTS: tuple[str, ...] = get_args(PrefetchAt)
-PREFETCH_AT: PrefetchAt = "completion"
-
-
-def policies() -> tuple[str, ...]:
-    """Cache policies that can be named to run a model: ours, and those of installed packages."""
-    outside = {point.name for point in entry_points(group="melinoe.policies")}
-    return (*POLICIES, *sorted(outside.difference(POLICIES)))
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    unit: str | None = None,
-    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
-) -> Any:
-    """One dataclass field that carries its own documentation."""
-    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
-
-
-def describe(settings: type) -> list[tuple[str, Any, str, str | None]]:
-    """``(name, default, help, unit)`` for each field of a settings class, in order."""
-    return [
-        (one.name, one.default, one.metadata["help"], one.metadata["unit"])
-        for one in fields(settings)
-    ]
-
-
-def experts_in_share(share: float, num_experts: int) -> int:
-    """
-    How many experts a share of a layer's experts is: rounded to the nearest, at least one.
-
-    Halves round up, so 0.25 of 6 experts is 2 and 0.25 of 64 is 16.
-    """
-    return max(1, min(num_experts, int(share * num_experts + 0.5)))
-
-
-def _check_choices(settings: Any, error: type[Exception]) -> None:
-    for one in fields(settings):
-        choices, value = one.metadata["choices"], getattr(settings, one.name)
-        choices = choices() if callable(choices) else choices
-        if choices is not None and value not in choices:
-            raise error(f"{one.name} cannot be {value!r}; choose one of {', '.join(choices)}")
-
+from melinoe.config.setting import check_choices, setting
+from melinoe.errors import TrainingError
 
 # In place of a teacher's directory: the NLL-only run, trained first.
 CONTROL = "control"
@@ -221,7 +162,7 @@ class FinetuneSettings:
                 object.__setattr__(self, name, tuple(float(one) for one in value))
         if self.report_to is not None:
             object.__setattr__(self, "report_to", tuple(self.report_to))
-        _check_choices(self, TrainingError)
+        check_choices(self, TrainingError)
         capacities, weights = self.layer_capacity or (), self.layer_weight or ()
         for name, holds, want in (
             ("capacity", 0 < self.capacity <= 1, "in (0, 1], a share of a layer's experts"),
@@ -289,87 +230,3 @@ _OTHER_WEIGHTS = (
     "lambda_match",
     "lambda_replay",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """
-    How a model is served with few resident experts.
-
-    Raises:
-        BudgetError: a value that no run could use; the sentence names it.
-    """
-
-    slots: float = setting(
-        0.25, "resident experts of each layer", unit="share of a layer's experts"
-    )
-    policy: str = setting("lru", "which resident expert leaves first", choices=policies)
-    store: str = setting("auto", "where the other experts live", choices=STORES)
-    max_new_tokens: int = setting(64, "generated per prompt at most", unit="tokens")
-
-    def __post_init__(self) -> None:
-        _check_choices(self, BudgetError)
-        if not 0 < self.slots <= 1:
-            raise BudgetError(f"slots cannot be {self.slots}; it must be in (0, 1], a share")
-        if self.max_new_tokens < 1:
-            raise BudgetError(
-                f"max_new_tokens cannot be {self.max_new_tokens}; it must be 1 or more"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutcomeSettings:
-    """How much is measured of a fine-tuned model and its base, for ``melinoe.json``."""
-
-    examples: int = setting(128, "held-out examples behind each perplexity")
-    prompts: int = setting(32, "held-out prompts that are answered and traced")
-    max_new_tokens: int = setting(64, "generated per prompt at most", unit="tokens")
-    max_length: int = setting(512, "longest text behind a perplexity", unit="tokens")
-    batch_size: int = setting(8, "sequences per forward pass of a perplexity")
-    held_out: float = setting(
-        0.05, "kept out of the training data where no held-out data is given", unit="share"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """What ``melinoe demo`` runs; sized for two CPU cores and ten minutes, set-up included."""
-
-    train_examples: int = setting(1600, "question and answer pairs to fine-tune on")
-    steps: int = setting(200, "optimiser steps of each of the two fine-tunings")
-    batch_size: int = setting(8, "sequences per step")
-    max_length: int = setting(200, "longest training sequence", unit="tokens")
-    own_texts: int = setting(256, "texts that the base model writes to keep what it knew")
-    eval_examples: int = setting(96, "held-out examples behind each perplexity")
-    prompts: int = setting(24, "held-out prompts that are generated from")
-    max_new_tokens: int = setting(64, "generated per prompt", unit="tokens")
-    slots: float = setting(0.25, "resident experts", unit="share of a layer's experts")
-    # The stronger policy for every model of the demo, the base included: see docs/log.md.
-    policy: str = setting("lfu", "which resident expert leaves first", choices=policies)
-    eval_length: int = setting(512, "longest text behind a perplexity", unit="tokens")
-    other_documents: int = setting(16, "documents of each other corpus behind its perplexity")
-    predictor_prompts: int = setting(160, "training prompts that the predictor learns from")
-    predictor_tokens: int = setting(48, "generated for each of those", unit="tokens")
-    # Earlier settings of the fine-tuning were tried on the first 64 test examples.
-    first_test_example: int = setting(128, "held-out examples start at this row of the test part")
-    # One expert of the shipped model in float32 is 85 times smaller than OLMoE-1B-7B's in bfloat16.
-    # At this bandwidth its transfer takes as long as that one's over 25 GB/s (PCIe 4): 0.5 ms.
-    link_bytes_per_s: float = setting(293e6, "bandwidth of the emulated link", unit="bytes/s")
-    link_latency_s: float = setting(10e-6, "latency of the emulated link per transfer", unit="s")
-    seed: int = setting(0, "decides everything that is random")
-
-    def finetune(self) -> FinetuneSettings:
-        """The fine-tuning of the demo; its control is ``.finetune().control()``."""
-        return FinetuneSettings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            # Chosen on examples of the training part that neither run sees; see docs/log.md.
-            learning_rate=2e-3,
-            lambda_cache=3.0,
-            lambda_match=10.0,
-            lambda_replay=0.25,
-            replay_loss="nll",
-            own_texts=self.own_texts,
-            seed=self.seed,
-        )

@@ -1,0 +1,39 @@
+"""
+Each setting once: its default, what it means, its unit.
+
+A setting is a dataclass field whose metadata holds ``help`` (one sentence), ``unit`` (or ``None``)
+and, where only some words are allowed, ``choices``. The command line builds its options from them
+and the checkpoint's record writes them down, so no default is typed twice.
+"""
+
+from melinoe.config.demo import DemoSettings
+from melinoe.config.finetuning import CONTROL, MATCH, FinetuneSettings
+from melinoe.config.names import (
+    POLICIES,
+    PREFETCH_AT,
+    PREFETCH_MOMENTS,
+    STORES,
+    PrefetchAt,
+    policies,
+)
+from melinoe.config.outcome import OutcomeSettings
+from melinoe.config.serving import ServeSettings, experts_in_share
+from melinoe.config.setting import describe, setting
+
+__all__ = [
+    "CONTROL",
+    "MATCH",
+    "POLICIES",
+    "PREFETCH_AT",
+    "PREFETCH_MOMENTS",
+    "STORES",
+    "DemoSettings",
+    "FinetuneSettings",
+    "OutcomeSettings",
+    "PrefetchAt",
+    "ServeSettings",
+    "describe",
+    "experts_in_share",
+    "policies",
+    "setting",
+]

@@ -1,0 +1,19 @@
+"""Words that settings and commands share: policies, stores, moments."""
+
+from importlib.metadata import entry_points
+from typing import Literal, get_args
+
+# Those of ours that run a model by name alone; a test holds them against the registry.
+POLICIES = ("lru", "lfu", "lfru", "score", "least-stale")
+STORES = ("auto", "ram", "pinned", "disk")
+# When experts known before the prompt are loaded: a prompt that uses more experts than there are
+# slots would evict them again, so after it unless told otherwise.
+PrefetchAt = Literal["prompt", "completion"]
+PREFETCH_MOMENTS: tuple[str, ...] = get_args(PrefetchAt)
+PREFETCH_AT: PrefetchAt = "completion"
+
+
+def policies() -> tuple[str, ...]:
+    """Cache policies that can be named to run a model: ours, and those of installed packages."""
+    outside = {point.name for point in entry_points(group="melinoe.policies")}
+    return (*POLICIES, *sorted(outside.difference(POLICIES)))
