@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,8 @@ def library(monkeypatch):
     def make(name, **options):
         if name == "absent":
             raise OSError("absent is not a local folder.\nAnd much more.")
+        if str(name).endswith(".bin"):  # as the library does where there are no safetensors
+            torch.load(name, map_location="cpu", weights_only=False)
         loaded.append(Sentences(name, **options))
         return loaded[-1]
 
@@ -106,6 +109,7 @@ def test_a_saved_predictor_loads_its_encoder_again(tmp_path, library):
     trace, prompts = by_topic(fingerprint(model))
     encoder = SentenceEncoder.load("some/encoder", tokenizer)
     assert library[0].options["model_kwargs"] == {"use_safetensors": True}
+    assert library[0].options["trust_remote_code"] is False
     predictor = fit(trace, prompts, encoder, slots=2, settings=QUICK)
     predictor.save(tmp_path / "predictor")
     header = json.loads((tmp_path / "predictor" / "predictor.json").read_text())
@@ -132,6 +136,27 @@ def test_an_encoder_that_cannot_be_loaded_is_named(library):
     """The library's first line, and the way out."""
     with pytest.raises(ModelError, match=r"\(absent is not a local folder\); name a"):
         SentenceEncoder.load("absent", words_tokenizer())
+
+
+class Trap:
+    """What makes a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_an_encoder_with_pickled_weights_is_refused_before_they_are_opened(tmp_path, library):
+    """A file that would run code leaves no mark; afterwards `torch.load` is what it was."""
+    mark, file, read = tmp_path / "mark", tmp_path / "weights.bin", torch.load
+    torch.save(Trap(mark), file)
+    with pytest.raises(ModelError, match=r"pickle file.*all safetensors, or use the model's own"):
+        SentenceEncoder.load(str(file), words_tokenizer())
+    assert not mark.exists() and torch.load is read
+    torch.load(file, weights_only=False)
+    assert mark.exists()  # the trap works
 
 
 def test_an_encoder_of_another_width_is_refused():

@@ -7,7 +7,8 @@ Encoders: a prompt's token ids to the numbers that a predictor reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -102,9 +103,14 @@ class SentenceEncoder:
         """
         Load a directory or a model of the hub; safetensors alone, and no code of its own.
 
+        The library falls back to pickled weights where a part of the model has no others; such a
+        model is refused before the file is opened. Until it is loaded nobody else in the process
+        can call `torch.load`.
+
         Raises:
             DependencyError: sentence-transformers is not installed.
-            ModelError: there is no such model, or none that can be loaded.
+            ModelError: there is no such model, or none that can be loaded, or its weights are not
+                all safetensors.
         """
         try:
             from sentence_transformers import SentenceTransformer
@@ -114,9 +120,13 @@ class SentenceEncoder:
                 "pip install 'melinoe[predictor]', or use the model's own embeddings"
             ) from None
         try:
-            model = SentenceTransformer(
-                name, device=device, model_kwargs={"use_safetensors": True}
-            )  # fmt: skip
+            with _no_pickle(name):
+                model = SentenceTransformer(
+                    name,
+                    device=device,
+                    trust_remote_code=False,
+                    model_kwargs={"use_safetensors": True},
+                )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ModelError(
@@ -136,6 +146,23 @@ class SentenceEncoder:
     def describe(self) -> dict[str, Any]:
         """As `Encoder.describe`."""
         return {"kind": SENTENCES, "name": self.name}
+
+
+@contextmanager
+def _no_pickle(name: str) -> Iterator[None]:
+    """In the body nothing is read by `torch.load`, which reads pickles whatever it is told."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ModelError(
+            f"the encoder {name} keeps weights in a pickle file, which Melinoe never opens; name "
+            "one whose weights are all safetensors, or use the model's own embeddings"
+        )
+
+    read, torch.load = torch.load, refuse
+    try:
+        yield
+    finally:
+        torch.load = read
 
 
 def as_encoder(given: Encoder | torch.Tensor) -> Encoder:
