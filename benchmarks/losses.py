@@ -16,6 +16,9 @@ makes their share look larger: the share at full size is below it by the ratio o
 is printed, times the ratio of rates at which the two steps run, which is near 1 or above where
 larger products run faster.
 
+Beside the terms stands what training under the cache prior adds to a forward pass: a walk over the
+tokens on the host, from logits on the device and back. Random routing is its worst case.
+
 The order of the ways rotates; the first round is discarded. Two clocks: wall time, and the
 processor time of this process, which is the one to read on a machine that others use. Memory is of
 tensors beyond the logits, summed over the profiler's record of one more round (on a GPU, the
@@ -41,7 +44,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from melinoe.config import FinetuneSettings
+from melinoe.cache import prior_kernel
+from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.finetune.forward import forward_terms
 from melinoe.finetune.parts.adapters import make_trainable
 from melinoe.finetune.terms.objective import Objective
@@ -64,6 +68,7 @@ OBJECTIVES = {
     },
 }
 ALL = "resident, swap margin, reuse, rank mean"
+WALK = "choices under the cache prior, walked on one processor core"
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,28 @@ class Terms:
         total = self.objective(nll, self.routings, self.labels, self.segments).total
         total.backward()
         return total
+
+
+class Walk:
+    """Whom decoding under the cache prior would choose, for the routing of `Terms`."""
+
+    def __init__(self, shape: Shape, terms: Terms):
+        self.given = [
+            (one.logits.detach(), one.top_k_index.view(shape.batch, shape.tokens, shape.top_k))
+            for one in terms.routings
+        ]
+        self.shape = (shape.batch, shape.tokens, shape.experts)
+        self.texts = terms.segments.cpu().numpy(), (terms.labels > 0).cpu().numpy()
+        self.capacity = experts_in_share(FinetuneSettings().capacity, shape.experts)
+
+    def run(self) -> None:
+        for logits, chosen in self.given:
+            scores = logits.float().view(self.shape).cpu().numpy()
+            after = chosen.cpu().numpy().copy()
+            prior_kernel.choose(
+                scores, after, *self.texts, self.capacity, 0.9, 0.2, 1, prior_kernel.MEMORY
+            )
+            torch.from_numpy(after).to(chosen.device)
 
 
 class Step:
@@ -246,6 +273,7 @@ def main() -> None:
     hidden = torch.randn(full.batch * full.tokens, full.hidden, device=device)
     terms = {name: Terms(full, changes, hidden) for name, changes in OBJECTIVES.items()}
     ways: dict[str, Callable[[], Any]] = {name: one.run for name, one in terms.items()}
+    ways[WALK] = Walk(full, next(iter(terms.values()))).run
     seconds = timed({**ways, "product": lambda: left @ right}, arguments.repeats, device)
     rows = []
     for name, run in ways.items():
