@@ -48,7 +48,8 @@ def test_the_timeline_adds_up_to_the_counters():
     assert record["prompt_loads"] == counters.loads[PROMPT].tolist()
     assert np.sum(record["loads"], axis=0).tolist() == counters.loads[COMPLETION].tolist()
     assert len(record["ms"]) == len(record["loads"]) == len(record["tokens"]) == 5
-    assert np.shape(record["loads"]) == (5, LAYERS)
+    assert np.shape(record["loads"]) == np.shape(record["hits"]) == (5, LAYERS)
+    assert np.sum(record["hits"], axis=0).tolist() == counters.hits[COMPLETION].tolist()
     assert sum(record["stall_ms"]) <= sum(record["ms"])
     # Each load takes at least the latency of the emulated link.
     for stall_ms, loads in zip(record["stall_ms"], record["loads"], strict=True):

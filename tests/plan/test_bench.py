@@ -180,11 +180,11 @@ def test_the_records_make_a_report(melinoe, place, tmp_path):
         "50us", "--out", out,
     )  # fmt: skip
     assert code == 0
-    for words in (ON_DEMAND, ALL_RESIDENT, "counts equal", "predicted (ms)", "emulated link"):
+    for words in (ON_DEMAND, ALL_RESIDENT, "counts are equal", "predicted (ms)", "emulated link"):
         assert words in text
     assert "of the measured one" in text or "from the measured one" in text
     kinds = [json.loads(line).get("kind", "benchmark") for line in out.read_text().splitlines()]
-    assert kinds == ["serve"] * 3 + ["benchmark"]
+    assert kinds == ["serve"] * 3 + ["timeline", "benchmark"]
     assert "lru" in render_table([out], "text", 200)
 
 

@@ -96,7 +96,7 @@ def test_the_command_s_record_makes_a_table(melinoe, tmp_path):
     assert render_table([out], "text", 200).strip() == text.strip()
     for word in ("OLMoE-1B-7B", "1,307", "50 GB/s", "datasheet", "nothing measured"):
         assert word in text
-    assert "In brackets" not in text  # nothing was measured, so there is no range
+    assert "in brackets" not in text  # nothing was measured, so there is no range
 
 
 def test_limits_of_one_model_on_another_machine(melinoe, published):

@@ -1,6 +1,6 @@
 """Experts by sequence and layer, hit rate by layer, and one generation token by token."""
 
-from conftest import estimate, serve_record
+from report_records import estimate, serve_record
 
 from melinoe.report import read_records, write_report
 from melinoe.report.figures.layers import layers

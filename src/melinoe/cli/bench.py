@@ -1,7 +1,7 @@
 """`melinoe bench`: the strategies for real on this machine, predicted beside measured."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -117,7 +117,7 @@ def command(
         check_fast(target, emulated is not None)
     examples = load_examples(prompts, split=split, limit=limit)
     tokenizer = load_tokenizer(path, read_config(path))
-    records, table = bench(
+    records, moments, table = bench(
         Setting(
             path,
             device=target,
@@ -134,13 +134,13 @@ def command(
         say=options.say,
     )
     if out is not None:
-        for record in (*records, table):
+        for record in (*records, moments, table):
             append_jsonl(out, record)
-        options.say(f"wrote {len(records) + 1} records to {out}")
+        options.say(f"wrote {len(records) + 2} records to {out}")
     if as_json:
-        options.show_json({"records": records, "table": table})
+        options.show_json({"records": records, "timeline": moments, "table": table})
     else:
-        print(render_table([table]))
+        print(render_table([_short(table)]))
         far = [row for row in table["result"] if abs(row["error_percent"]) > 100 * tolerance]
         say = ", ".join(f"{row['strategy']} at {row['slots']}" for row in far)
         print(
@@ -148,6 +148,8 @@ def command(
             if far
             else f"Every predicted time is within {tolerance:.0%} of the measured one."
         )
+        if all(row["counts_equal"] for row in table["result"]):
+            print("Predicted and measured counts are equal, prompt by prompt, for every strategy.")
     wrong = [row for row in table["result"] if not row["counts_equal"]]
     if wrong:
         names = ", ".join(f"{row['strategy']} at {row['slots']}" for row in wrong)
@@ -155,3 +157,21 @@ def command(
             f"simulated and measured counts differ for {names}, which should be impossible with "
             "greedy decoding; please report it with the records (--out)"
         )
+
+
+def _short(table: dict[str, Any]) -> dict[str, Any]:
+    """The table in columns that a terminal has room for; the record has all of them."""
+    rows = [
+        {
+            "strategy": row["strategy"],
+            "slots": row["slots"],
+            "hit rate": row["hit_rate"],
+            "loads / token": row["transfers_per_token_measured"],
+            "computed there": row["computed_there_per_token"],
+            "predicted_ms": row["predicted_ms"],
+            "measured_ms": row["measured_ms"],
+            "error_percent": row["error_percent"],
+        }
+        for row in table["result"]
+    ]
+    return {**table, "result": rows}

@@ -1,14 +1,18 @@
-"""`melinoe report`: tables and figures from measurement files."""
+"""`melinoe report`: tables and figures from measurement files and traces."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def command(
     runs: Annotated[
-        list[Path], typer.Argument(help="Measurement files (.json, .jsonl) or directories of them.")
+        list[Path],
+        typer.Argument(
+            help="Measurement files (.json, .jsonl), directories of them, or traces "
+            "(.safetensors), which are replayed with every policy."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="The page to write; a .md twin stands beside it.")
@@ -26,7 +30,7 @@ def command(
     from melinoe.report import update_readme, write_report
 
     if readme is None:
-        write_report(list(runs), out)
+        write_report(_with_traces(runs), out)
         options.say(f"wrote {out} and {out.with_suffix('.md')}")
         return
     stale = update_readme(readme, list(runs), check=check)
@@ -35,3 +39,21 @@ def command(
             f"{readme} is out of date in {', '.join(stale)}; run the same without --check"
         )
     options.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
+
+
+def _with_traces(runs: list[Path]) -> list[Any]:
+    """The files, each trace among them as the records that a report shows of it."""
+    traces = [run for run in runs if run.suffix == ".safetensors"]
+    if not traces:
+        return list(runs)
+    from melinoe.cache.trace import Trace
+    from melinoe.cli import options
+    from melinoe.measure import trace_records
+
+    alike = len({run.stem for run in traces}) < len(traces)
+    found: list[Any] = [run for run in runs if run not in traces]
+    for run in traces:
+        options.say(f"replaying {run}")
+        label = f"{run.parent.name}/{run.stem}" if alike else run.stem
+        found += trace_records(Trace.load(run), label)
+    return found

@@ -5,6 +5,7 @@ Run one configuration over prompts, count and time; records that `report` reads.
     files.py     records to JSON and JSON lines, whole or not at all
     serve.py     serve(model, handle, ...) -> a record of kind ``serve``; several side by side
     locality.py  a trace to records of kind ``locality`` and ``curve``
+    traces.py    a trace to all records that a report shows of one
     usage.py     a trace to a record of kind ``usage``: experts by sequence and layer
     timeline.py  one generation token by token, a record of kind ``timeline``
     link.py      how records name an emulated link
@@ -18,6 +19,7 @@ from melinoe.measure.machine import machine
 from melinoe.measure.reading import reading_record, reading_trace
 from melinoe.measure.serve import serve, serve_record, serving, side_by_side
 from melinoe.measure.timeline import timeline_record
+from melinoe.measure.traces import trace_records
 from melinoe.measure.training import training_record
 from melinoe.measure.usage import usage_record
 
@@ -34,6 +36,7 @@ __all__ = [
     "serving",
     "side_by_side",
     "timeline_record",
+    "trace_records",
     "training_record",
     "usage_record",
     "write_json",

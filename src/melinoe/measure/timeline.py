@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.errors import DataError
 from melinoe.generate import Prompt, generate
 from melinoe.measure.link import link_fields
@@ -14,12 +13,13 @@ from melinoe.runtime.attach import Handle
 
 
 class _Stamps:
-    """A streamer that notes the clock, the stall and the loads so far at each new token."""
+    """A streamer that notes the clock, the stall, hits and loads so far at each new token."""
 
     def __init__(self, handle: Handle, device: torch.device) -> None:
         self.handle, self.device = handle, device
         self.clock_s: list[float] = []
         self.stall_s: list[float] = []
+        self.hits: list[list[int]] = []
         self.loads: list[list[int]] = []
         self.at_prompt = False
 
@@ -31,8 +31,9 @@ class _Stamps:
             torch.cuda.synchronize(self.device)
         self.clock_s.append(time.perf_counter())
         self.stall_s.append(self.handle.stall_s)
-        counters = self.handle.counters
-        self.loads.append((counters.loads[COMPLETION] + counters.loads[PROMPT]).tolist())
+        hits, loads = _hits_and_loads(self.handle)
+        self.hits.append(hits)
+        self.loads.append(loads)
 
     def end(self) -> None:
         pass
@@ -52,8 +53,9 @@ def timeline_record(
     Generate once, from an empty cache, and return the record of kind ``timeline``.
 
     Its lists have one entry per token after the first: ``ms`` from the token before to this one,
-    ``stall_ms`` of it waiting for experts, ``loads`` on demand by layer, and ``tokens``, the text
-    of each. What the prompt took stands apart: ``ttft_s`` and ``prompt_loads``.
+    ``stall_ms`` of it waiting for experts, ``hits`` and ``loads`` by layer (uses whose expert was
+    resident, experts copied on demand), and ``tokens``, the text of each. What the prompt took
+    stands apart: ``ttft_s`` and ``prompt_loads``.
 
     Args:
         model: As in `melinoe.generate.generate`.
@@ -69,16 +71,12 @@ def timeline_record(
     """
     stamps = _Stamps(handle, model.get_input_embeddings().weight.device)
     handle.reset_cache()
-    before = handle.counters
+    first_hits, first_loads = _hits_and_loads(handle)
     done = generate(model, handle, tokenizer, prompt, max_new_tokens, streamer=stamps, **options)
     if len(stamps.clock_s) < 2:
         raise DataError("the prompt got fewer than two tokens; take another for a timeline")
-    first = (before.loads[COMPLETION] + before.loads[PROMPT]).tolist()
-    loads = [first, *stamps.loads]
-    steps = [
-        [now - then for now, then in zip(after, earlier, strict=True)]
-        for earlier, after in pairwise(loads)
-    ]
+    hits = _steps([first_hits, *stamps.hits])
+    loads = _steps([first_loads, *stamps.loads])
     return {
         "kind": "timeline",
         "model": label,
@@ -88,12 +86,27 @@ def timeline_record(
         "link": link_fields(handle.link),
         "ttft_s": done.ttft_s,
         "prompt_tokens": len(done.prompt_ids),
-        "prompt_loads": steps[0],
+        "prompt_loads": loads[0],
         "ms": _steps_ms(stamps.clock_s),
         "stall_ms": _steps_ms(stamps.stall_s),
-        "loads": steps[1:],
+        "hits": hits[1:],
+        "loads": loads[1:],
         "tokens": [tokenizer.decode([token]) for token in done.ids[1:]],
     }
+
+
+def _hits_and_loads(handle: Handle) -> tuple[list[int], list[int]]:
+    """Of each layer, in prompt and completion so far."""
+    counters = handle.counters
+    return counters.hits.sum(axis=0).tolist(), counters.loads.sum(axis=0).tolist()
+
+
+def _steps(sums: list[list[int]]) -> list[list[int]]:
+    """What each token added to sums by layer."""
+    return [
+        [now - then for now, then in zip(after, before, strict=True)]
+        for before, after in pairwise(sums)
+    ]
 
 
 def _steps_ms(stamps: list[float]) -> list[float]:

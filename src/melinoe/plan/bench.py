@@ -7,6 +7,7 @@ Run the strategies for real, in turn, and set what the simulator predicted besid
     4. serve all strategies side by side, prompt by prompt, in one process
     5. on the CPU: time what a miss costs the engine beside its transfer, every expert resident
     6. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
+    7. serve the first prompt once more by the first strategy, token by token, for a timeline
 
 A runtime holds its own backbone and slots; experts in RAM are held once, for all.
 """
@@ -22,12 +23,12 @@ import torch
 
 from melinoe.cache.machine import Machine
 from melinoe.generate import prompt_ids, trace_prompts
-from melinoe.measure import machine, serving, side_by_side
+from melinoe.measure import machine, serving, side_by_side, timeline_record
 from melinoe.plan.predicted import COUNTS, counts_of, machine_of, replay, seconds_of, work_of
 from melinoe.plan.rehearsing import rehearse
-from melinoe.plan.runtimes import Setting, open_runtimes
+from melinoe.plan.runtimes import Runtimes, Setting, open_runtimes
 from melinoe.plan.strategies import Strategy, prefetcher_of
-from melinoe.prefetch import Given
+from melinoe.prefetch import Given, Prefetcher
 from melinoe.runtime.misses import time_read
 from melinoe.stats import bootstrap
 
@@ -43,7 +44,7 @@ def bench(
     *,
     label: str,
     say: Say = lambda text: None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     """
     Serve *prompts* by every strategy, and compare with the simulator.
 
@@ -56,8 +57,8 @@ def bench(
         say: Told of progress.
 
     Returns:
-        The records of kind ``serve``, in the order of *chosen*, each with ``predicted``; and a
-        benchmark record with a row for each.
+        The records of kind ``serve``, in the order of *chosen*, each with ``predicted``; one of
+        kind ``timeline``; and a benchmark record with a row for each strategy.
 
     Raises:
         BudgetError, MelinoeError: as `open_runtimes`; or what a prefetch is made of is missing.
@@ -112,7 +113,27 @@ def bench(
         record["engine"] = strategy.engine
         record["predicted"] = _predicted(record, counts_of(done), seconds_of(done, figures, work))
         rows.append(_row(strategy, record))
-    return records, _benchmark(rows, setting, read_s, label, len(prompts), rehearsed)
+    say("serving one prompt token by token")
+    moments = _timeline(runtimes, chosen, ahead, prompts[0], setting, label)
+    return records, moments, _benchmark(rows, setting, read_s, label, len(prompts), rehearsed)
+
+
+def _timeline(
+    runtimes: Runtimes,
+    chosen: Sequence[Strategy],
+    ahead: Sequence[Prefetcher | None],
+    prompt: Any,
+    setting: Setting,
+    label: str,
+) -> dict[str, Any]:
+    """One generation by the first strategy between the two extremes."""
+    between = [one for one in zip(chosen, ahead, strict=True) if one[0].between_extremes]
+    strategy, prefetch = (between or [(chosen[0], ahead[0])])[0]
+    model, handle = runtimes[strategy]
+    return timeline_record(
+        model, handle, runtimes.tokenizer, prompt, setting.max_new_tokens,
+        label=f"{label}, {strategy.name}", prefetch=prefetch,
+    )  # fmt: skip
 
 
 def _predicted(
@@ -167,7 +188,9 @@ def _benchmark(
     prompts: int,
     rehearsed: Machine | None,
 ) -> dict[str, Any]:
-    """The record that `melinoe report` shows as a table."""
+    """The record that `melinoe report` shows as a table; what no strategy does has no column."""
+    if not any(row["computed_there_per_token"] for row in rows):
+        rows = [{**row, "computed_there_per_token": None} for row in rows]
     link = (
         "the machine's own link"
         if setting.link is None

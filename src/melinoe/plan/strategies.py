@@ -45,6 +45,11 @@ class Strategy:
     engine: str = "reference"
 
     @property
+    def between_extremes(self) -> bool:
+        """Whether it neither loads everything that is asked for nor holds everything."""
+        return not self.name.startswith((ON_DEMAND, ON_THE_CPU, ALL_RESIDENT))
+
+    @property
     def runtime(self) -> Strategy:
         """Strategies alike in all but prefetch share a runtime."""
         return replace(self, name="", prefetch=NONE)

@@ -25,6 +25,14 @@ RANGES = tuple(
 )
 
 
+INTERVALS = "Below or in brackets: a 95 % interval."
+SEEN = "Below or in brackets: the range that the benchmark saw."
+BOTH = (
+    "Below or in brackets: a 95 % interval for a mean, "
+    "the range that the benchmark saw for a median."
+)
+
+
 def spread_of(value: Any) -> Estimate | None:
     """Take an estimate, or a median with its range, from a mapping that is one."""
     if isinstance(value, Mapping):
@@ -34,6 +42,27 @@ def spread_of(value: Any) -> Estimate | None:
                 centre, low, high = (float(end) for end in ends if end is not None)
                 return Estimate(centre, low, high, int(value.get("n", 0)))
     return None
+
+
+def brackets(value: Any) -> str | None:
+    """
+    Say what the brackets of a table mean: intervals of means, ranges that were seen, or both.
+
+    A mean between ``low`` and ``high`` is an estimate with its interval.
+    """
+    kinds = set(_kinds_of_ranges(value))
+    if not kinds:
+        return None
+    return BOTH if len(kinds) == 2 else INTERVALS if kinds == {True} else SEEN
+
+
+def _kinds_of_ranges(value: Any) -> Iterator[bool]:
+    """For each range within *value*, whether it is an interval."""
+    if spread_of(value) is not None:
+        yield {"mean", "low", "high"} <= value.keys()
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _kinds_of_ranges(one)
 
 
 def value_cell(key: str, value: Any) -> Cell:
@@ -82,6 +111,7 @@ def benchmark_table(record: Record) -> Table:
     ``result`` (without it, every figure of the record) may be a list of rows or
     a mapping of figures, nested as deep as it likes; ``{mean, low, high}``, ``{median, min, max}``
     and ``{median, p5, p95}`` are one value with its range. Sentences in ``notes`` stand below it.
+    Columns that hold nothing in any row are left out.
     """
     result = record.get("result")
     if result is None:
@@ -90,21 +120,16 @@ def benchmark_table(record: Record) -> Table:
     machine = hardware(record.get("machine") or {})
     notes = [str(note) for note in record.get("notes") or []]
     notes += [f"Machine: {machine}."] if machine else []
-    ranges = "In brackets: the range that the benchmark saw."
+    notes = [note for note in (brackets(result),) if note is not None] + notes
     title = str(record.get("title") or name.replace("-", " ").capitalize())
     if isinstance(result, list) and result and all(isinstance(row, Mapping) for row in result):
-        columns = list(dict.fromkeys(key for row in result for key in row))
+        told = {key for row in result for key, value in row.items() if value is not None}
+        columns = [key for key in dict.fromkeys(k for row in result for k in row) if key in told]
         cells = [[value_cell(key, row.get(key)) for key in columns] for row in result]
-        notes = [ranges, *notes] if _any_range(cells) else notes
         return Table(name, title, [label(key) for key in columns], cells, notes)
     figures = result if isinstance(result, Mapping) else {"result": result}
     rows = [[Cell(text), value] for text, value in figures_of(figures)]
-    notes = [ranges, *notes] if _any_range(rows) else notes
     return Table(name, title, ["figure", "value"], rows, notes)
-
-
-def _any_range(rows: list[list[Cell]]) -> bool:
-    return any(cell.interval or "[" in cell.text for row in rows for cell in row)
 
 
 def benchmark_tables(found: Measurements) -> list[Table]:

@@ -58,22 +58,31 @@ def locality(means: Mapping[str, Estimate], num_experts: int) -> str:
     return text + "."
 
 
+def policy_name(policy: str) -> str:
+    """Write a policy's name as people do: ``LRU``, ``least-stale``."""
+    return policy.upper() if policy in ("lru", "lfu", "lfru") else policy
+
+
 def curves(records: Mapping[tuple[str, ...], Record], slots: int) -> str:
     """Say what each policy hits at the measured number of slots nearest to *slots*."""
     some = next(iter(records.values()))
     at = min(some["slots"], key=lambda count: abs(count - slots))
     models = ordered_models(model for model, _ in records)
     parts = []
-    for policy in sorted({policy for _, policy in records}, key=lambda name: name == "belady"):
+    policies = dict.fromkeys(policy for _, policy in records)
+    for policy in sorted(policies, key=lambda name: name == "belady"):
         hits = [
-            f"{inline(value, '%')} {model}"
+            inline(value, "%") + (f" {model}" if len(models) > 1 else "")
             for model in models
             if (value := _hit_rate(records.get((model, policy)), at)) is not None
         ]
-        name = "Belady, which knows the future," if policy == "belady" else policy.upper()
+        name = "Belady, which knows the future," if policy == "belady" else policy_name(policy)
         if hits:
             parts.append(f"{name} hits {join(hits)}")
-    return f"With {at} of {some['num_experts']} experts resident, {'; '.join(parts)}."
+    return (
+        f"With {at} of {some['num_experts']} experts resident, {'; '.join(parts)}. What is missing "
+        "to 100 % is the miss ratio."
+    )
 
 
 def _hit_rate(record: Record | None, slots: int) -> Estimate | None:

@@ -62,6 +62,12 @@ GLOSSARY: list[tuple[str, str]] = [
         "less; the one needed latest, which takes knowledge of the future and so is a bound.",
     ),
     (
+        "LFRU, score, static, least-stale",
+        "More of them: the one with the least uses over the time since the last; with the least of "
+        "the router's weight lately; the least popular elsewhere, whatever is used now; and, in "
+        "one cache of all layers, one that this token has passed and did not use.",
+    ),
+    (
         "intervals",
         "Every mean stands with its 95 % interval over prompts, sequences or documents. A ratio's "
         "range is paired over prompts where both runs list them, else the widest its two intervals "

@@ -166,6 +166,13 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "transfers_per_token?": _list_of(_estimate),
         "num_experts": _count,
     },
+    "layers": {
+        "model": _text,
+        "policy": _text,
+        "slots": _count,
+        "num_experts": _count,
+        "hit_rate_by_layer": _list_of(_estimate),
+    },
     "predictor": {
         "model": _text,
         "slots": _count,
@@ -192,6 +199,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "ms": _list_of(_number),
         "stall_ms": _list_of(_number),
         "loads": _list_of(_list_of(_count)),
+        "hits?": _list_of(_list_of(_count)),
     },
     "study": {
         "group": _text,

@@ -124,10 +124,11 @@ def assemble(found: Measurements) -> Report:
         else:
             missing.append(f"{section.title}: no records of kind {kind!r}, so left out.")
 
-    add(
-        Section("strategies", "Strategies", tables=[main_table(found, c) for c in configurations]),
-        "serve",
-    )
+    measured = benchmark_tables(found)
+    # Without a comparison of models, the strategies that were run side by side are the first thing.
+    compared = [main_table(found, c) for c in configurations]
+    compared = compared or [table for table in measured if table.name == "bench"]
+    add(Section("strategies", "Strategies", tables=compared), "serve")
     per_corpus = corpus_table(found)
     slots = first.slots if first else None
     for name, title, kind, drawn in (
@@ -146,9 +147,8 @@ def assemble(found: Measurements) -> Report:
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
     moments = [one for one in (timeline(found),) if one]
     add(Section("times", "Where the time goes", tables=times, figures=moments), "serve")
-    measured = benchmark_tables(found)
-    if measured:
-        sections.append(Section("benchmarks", "Benchmarks", tables=measured))
+    if others := [table for table in measured if table not in compared]:
+        sections.append(Section("benchmarks", "Benchmarks", tables=others))
     add(Section("run", "How it was run", facts=_run(found)), "demo")
     return Report(
         title=_title(found),

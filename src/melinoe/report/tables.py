@@ -109,9 +109,10 @@ def servings(found: Measurements) -> list[Serving]:
     """
     Sort the serve records into configurations; where two say the same, the later one stands.
 
-    The all-resident run joins every configuration, as it is what each is compared with.
+    The all-resident run joins every configuration, as it is what each is compared with. Runs of
+    `melinoe bench`, which are of one model and have a table of their own, are not among them.
     """
-    records = found.of("serve")
+    records = [record for record in found.of("serve") if "predicted" not in record]
     bounded = [record for record in records if record["strategy"] != "all resident"]
     configurations: dict[tuple[int | None, str | None], Serving] = {}
     for record in bounded or records:

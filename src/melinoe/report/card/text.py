@@ -98,7 +98,11 @@ def _purpose(settings: Mapping[str, Any]) -> tuple[bool, str]:
 
 def _named(base: str, metadata: Mapping[str, Any]) -> str:
     model = metadata.get("base_model")
-    return f"[{literal(base)}](https://huggingface.co/{model})" if model else literal(base)
+    if not model:
+        return literal(base)
+    commit = metadata.get("base_commit")
+    link = f"https://huggingface.co/{model}" + (f"/tree/{commit}" if commit else "")
+    return f"[{literal(base)}]({link})"
 
 
 def _estimate(value: Mapping[str, Any]) -> Estimate:

@@ -25,6 +25,15 @@ def colour_of(model: str) -> str:
     return COLOUR[known.get(model, "other")]
 
 
+def colours_of(names: list[str]) -> list[str]:
+    """Give colours to what is drawn in one panel: models their own, others one after the other."""
+    others = ("other", "base", "tuned", "rose", "olive", "slate")
+    own = [colour_of(name) for name in names]
+    if len(set(own)) == len(own):
+        return own
+    return [COLOUR[others[index % len(others)]] for index in range(len(names))]
+
+
 def last(records: list[Record], *keys: str) -> dict[tuple[str, ...], Record]:
     """Records by these fields; where several agree in them, the last stands."""
     return {tuple(record[key] for key in keys): record for record in records}

@@ -1,30 +1,37 @@
 """Hit rate of each MoE layer, to see where the misses come from."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from melinoe.report.amounts import inline
-from melinoe.report.figures.base import Figure, colour_of, marker
+from melinoe.report.figures.base import Figure, colours_of, marker
 from melinoe.report.figures.svg import finish, panel
 from melinoe.report.records import Measurements
 from melinoe.report.schema import read_estimate
 from melinoe.report.tables import Cell, Serving, Table, cell
 from melinoe.stats import Estimate
 
+# More lines than that cannot be told apart.
+LINES = 6
+
 
 def layers(found: Measurements, serving: Serving | None) -> Figure | None:
     """Hit rate by layer, one line per strategy; ``None`` where no serve record holds it."""
-    if serving is None:
-        return None
+    title, runs = _compared(found, serving)
     rates: dict[str, list[Estimate]] = {}
-    for strategy in serving.strategies:
-        listed = (serving.run(strategy) or {}).get("hit_rate_by_layer") or []
+    for strategy, run in runs.items():
+        listed = run.get("hit_rate_by_layer") or []
         estimates = [one for item in listed if (one := read_estimate(item)) is not None]
-        if estimates and strategy != "all resident":
+        if estimates and not strategy.startswith("all resident"):
             rates[strategy] = estimates
+    rates = dict(list(rates.items())[:LINES])
     if not rates:
         return None
-    caption = _caption(rates, serving)
+    caption = _caption(rates, title)
+    colours = dict(zip(rates, colours_of(list(rates)), strict=True))
     with panel(2.9) as (figure, axes):
         for index, (strategy, estimates) in enumerate(rates.items()):
-            colour = colour_of(strategy)
+            colour = colours[strategy]
             at = list(range(len(estimates)))
             axes.fill_between(
                 at,
@@ -51,10 +58,27 @@ def layers(found: Measurements, serving: Serving | None) -> Figure | None:
     return Figure("layers", "Hit rate by layer", [drawing], caption, table)
 
 
-def _caption(rates: dict[str, list[Estimate]], serving: Serving) -> str:
+def _compared(
+    found: Measurements, serving: Serving | None
+) -> tuple[str, dict[str, Mapping[str, Any]]]:
+    """Whose layers are drawn: one configuration's, a bench's with as many slots, or a trace's."""
+    if serving is not None:
+        return serving.title, {one: serving.run(one) or {} for one in serving.strategies}
+    benched = [run for run in found.of("serve") if "predicted" in run]
+    between = [run for run in benched if 1 < (run.get("slots") or 0) < run["num_experts"]]
+    named = {f"{run['model']}, {run['policy']}": run for run in found.of("layers")}
+    if not between and not named:
+        return "", {}
+    first = (between or list(named.values()))[0]
+    slots, experts = first["slots"], first["num_experts"]
+    runs = {run["strategy"]: run for run in between if run["slots"] == slots} or named
+    return f"{slots} of {experts} experts per layer resident", runs
+
+
+def _caption(rates: dict[str, list[Estimate]], title: str) -> str:
     """Say which layer each strategy hits least in."""
     said = []
     for strategy, estimates in rates.items():
         worst = min(range(len(estimates)), key=lambda layer: estimates[layer].mean)
         said.append(f"{strategy} layer {worst}, {inline(estimates[worst], '%')}")
-    return f"{serving.title}. Lowest hit rate: {'; '.join(said)}."
+    return f"{title}. Lowest hit rate: {'; '.join(said)}."

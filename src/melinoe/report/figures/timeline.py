@@ -11,6 +11,8 @@ from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
 from melinoe.report.tables import Cell, Table, link_of, link_text, ordered_models
 
+_PALE = "; pale behind them, those that it found there"
+
 
 def timeline(found: Measurements) -> Figure | None:
     """One panel per model: time of each token above, loads of each layer below."""
@@ -24,15 +26,18 @@ def timeline(found: Measurements) -> Figure | None:
         record = records[model]
         free = sum(not any(step) for step in record["loads"])
         loads = sum(map(sum, record["loads"]))
+        hits = sum(map(sum, record.get("hits") or []))
+        found_there = f"found {hits:,} experts resident and " if hits else ""
         said.append(
-            f"{model} loaded {loads:,} experts for {len(record['loads'])} tokens, "
+            f"{model} {found_there}loaded {loads:,} experts for {len(record['loads'])} tokens, "
             f"{free} of which waited for none"
         )
     caption = (
         f"The same prompt from an empty cache over the {link_text(link_of(some))}, "
         f"{some['slots']} of {some['num_experts']} experts resident. Bars: time of each token, "
-        "the dark part waiting for experts. Dots: experts that a layer loaded for it, larger for "
-        f"more. {'; '.join(said)}."
+        "the solid part waiting for experts. Dots: experts that a layer loaded for it, larger for "
+        f"more{_PALE if any(record.get('hits') for record in records.values()) else ''}. "
+        f"{'; '.join(said)}."
     )
     # A single hiccup of the machine must not flatten all other bars: it runs out of the picture.
     every = np.concatenate([record["ms"] for record in records.values()])
@@ -69,10 +74,16 @@ def _draw(axes: Any, record: Record, colour: str, longest: float) -> None:
     axes.bar(at, ms, width=0.85, color=colour, alpha=0.35, linewidth=0)
     axes.bar(at, np.minimum(stall, ms), width=0.85, color=colour, linewidth=0)
     layers = loads.shape[1]
+    hits = np.asarray(record.get("hits") or np.zeros_like(loads))
     # Below the axis, one row of dots per layer, a quarter of the bars' height in all.
     row = 0.42 * longest / layers
     for layer in range(layers):
         y = -row * (layer + 0.9)
+        there = hits[:, layer] > 0
+        size = 5.0 * (hits + loads)[there, layer]
+        axes.scatter(
+            at[there], np.full(there.sum(), y), s=size, color=colour, alpha=0.25, linewidths=0
+        )
         some = loads[:, layer] > 0
         size = 5.0 * loads[some, layer]
         axes.scatter(at[some], np.full(some.sum(), y), s=size, color=colour, linewidths=0)

@@ -25,11 +25,11 @@ def usage(found: Measurements) -> Figure | None:
     num_experts = int(records[models[0]]["num_experts"])
     said = [f"{model} {plain(halves[model])} and {plain(most[model])}" for model in models]
     caption = (
-        "Each row is a sequence, each column an expert; the darker, the more of the sequence's "
-        "choices in that layer fell on it. A model that prefers few experts per sequence, and "
-        "others in other sequences, shows few dark cells per row in changing places; dark columns "
-        "are experts that all sequences share. Experts that take half and nine tenths of a "
-        f"sequence's choices, mean over layers and sequences: {'; '.join(said)}."
+        "Each row is a sequence, each column an expert; the stronger its colour, the more of the "
+        "sequence's choices in that layer fell on it. A model that prefers few experts per "
+        "sequence, and others in other sequences, shows few strong cells per row in changing "
+        "places; strong columns are experts that all sequences share. Experts that take half and "
+        f"nine tenths of a sequence's choices, mean over layers and sequences: {'; '.join(said)}."
     )
     panels: list[str] = []
     for model in models:

@@ -1,0 +1,89 @@
+"""A trace to all that a report shows of one: locality, usage, curves by policy, rates by layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from melinoe.cache.counters import COMPLETION
+from melinoe.cache.locality import popularity
+from melinoe.cache.policy import policy_class, policy_names
+from melinoe.cache.simulator import simulate
+from melinoe.cache.trace import Trace
+from melinoe.config import ServeSettings, experts_in_share
+from melinoe.measure.locality import curve_record, locality_record
+from melinoe.measure.usage import usage_record
+from melinoe.stats import bootstrap
+
+# A curve is drawn through so many numbers of slots at most.
+_POINTS = 16
+
+
+def trace_records(
+    trace: Trace, model: str, policies: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """
+    Return records of kind ``locality``, ``usage``, ``curve`` and ``layers``, all of completions.
+
+    Every sequence starts from an empty cache. Popularity, which the policy ``static`` goes by, is
+    counted on the trace itself, which is that policy's best case.
+
+    Args:
+        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
+        model: Label of the model.
+        policies: Names; None takes all that are known and that this trace can be replayed with.
+
+    Raises:
+        DataError: the trace has no completion tokens.
+        MelinoeError: no such policy, or one that needs weights the trace does not hold.
+    """
+    found = [locality_record(trace, model), usage_record(trace, model)]
+    names = _replayable(trace) if policies is None else list(policies)
+    options = {name: _options(trace, name) for name in names}
+    sizes = np.unique(np.linspace(min(trace.top_k, trace.num_experts), trace.num_experts, _POINTS))
+    quarter = experts_in_share(ServeSettings().slots, trace.num_experts)
+    slots = sorted({int(size) for size in sizes} | {quarter})
+    for name in names:
+        found.append(curve_record(trace, model, name, slots, **options[name]))
+        found[-1].pop("policy_options")  # popularity is long, and no record's business
+    for name in names:
+        if policy_class(name).scope == "layer":
+            found.append(_layers_record(trace, model, name, quarter, options[name]))
+    return found
+
+
+def _replayable(trace: Trace) -> list[str]:
+    """Policies that need no more than the trace holds; offline ones last."""
+    names = [
+        name
+        for name in policy_names()
+        if trace.scores is not None or not policy_class(name).uses_scores
+    ]
+    return sorted(names, key=lambda name: policy_class(name).offline)
+
+
+def _options(trace: Trace, policy: str) -> dict[str, Any]:
+    return {"popularity": popularity(trace)} if policy == "static" else {}
+
+
+def _layers_record(
+    trace: Trace, model: str, policy: str, slots: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Hit rate of each layer over sequences, as the record of kind ``layers``."""
+    done = simulate(
+        trace, slots, policy, reset_between_sequences=True, policy_options=options or None
+    )
+    hits = np.array([one.hits[COMPLETION] for one in done.per_sequence])
+    uses = np.array([one.uses[COMPLETION] for one in done.per_sequence])
+    return {
+        "kind": "layers",
+        "model": model,
+        "policy": policy,
+        "slots": slots,
+        "num_experts": trace.num_experts,
+        "hit_rate_by_layer": [
+            bootstrap(hits[:, layer], uses[:, layer]).to_dict()
+            for layer in range(trace.num_layers)
+            if uses[:, layer].any()
+        ],
+    }

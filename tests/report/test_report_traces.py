@@ -1,0 +1,145 @@
+"""Traces and benches in a report: what is replayed, where it stands, and that it repeats itself."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from report_records import estimate, serve_record
+
+from melinoe.cache.trace import TraceBuilder
+from melinoe.measure import trace_records
+from melinoe.report import read_records, write_report
+from melinoe.report.benchmarks import benchmark_table
+from melinoe.report.figures.layers import layers
+from melinoe.report.sections import assemble
+from melinoe.report.tables import servings
+
+
+def two_sequences():
+    """Two layers of four experts, top-1: layer 0 always chooses 0, layer 1 goes round 0 1 2 3 0."""
+    builder = TraceBuilder(2, 4, 1)
+    for sequence in range(2):
+        for token in range(5):
+            chosen = np.array([[[0], [token % 4]]])
+            builder.add_forward(chosen, sequence, int(token > 0), np.ones(chosen.shape))
+    return builder.trace()
+
+
+def test_a_trace_is_replayed_with_every_policy():
+    """One slot of four: layer 0 always hits, layer 1 never; four: its fourth token comes back."""
+    records = trace_records(two_sequences(), "mine")
+    curves = {one["policy"]: one for one in records if one["kind"] == "curve"}
+    assert {"lru", "lfu", "lfru", "score", "static", "least-stale", "belady"} <= set(curves)
+    assert curves["lru"]["slots"] == [1, 2, 3, 4]
+    rates = [one["mean"] for one in curves["lru"]["hit_rate"]]
+    assert rates == pytest.approx([8 / 16, 8 / 16, 8 / 16, 10 / 16])
+    by_layer = {one["policy"]: one for one in records if one["kind"] == "layers"}
+    assert by_layer["lru"]["slots"] == 1
+    assert [one["mean"] for one in by_layer["lru"]["hit_rate_by_layer"]] == [1, 0]
+    assert "least-stale" not in by_layer  # its slots are no layer's
+    assert {"locality", "usage"} <= {one["kind"] for one in records}
+
+
+def test_a_policy_that_needs_weights_is_left_out_where_there_are_none():
+    """A trace recorded without scores is replayed with the others."""
+    builder = TraceBuilder(1, 4, 1)
+    for token in range(3):
+        builder.add_forward(np.array([[[token]]]), 0, int(token > 0))
+    records = trace_records(builder.trace(), "mine")
+    names = {one["policy"] for one in records if one["kind"] == "curve"}
+    assert "score" not in names and "static" in names
+
+
+def test_the_command_reports_traces(tmp_path):
+    """Three figures in both twins; two traces of one name told apart; the same bytes again."""
+    paths = [tmp_path / place / "t.safetensors" for place in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        two_sequences().save(path)
+    out = tmp_path / "r.html"
+    command = [sys.executable, "-m", "melinoe", "report", *paths, "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    text, twin = out.read_text(), out.with_suffix(".md").read_text()
+    for words in ("Hit rate against slots", "Hit rate by layer", "Experts by sequence and layer"):
+        assert words in text
+    for words in ("Each row is a sequence", "least-stale hits", "Lowest hit rate", "a/t", "b/t"):
+        assert words in text and words in twin
+    # Another process hashes names in another order.
+    subprocess.run(command, check=True, capture_output=True)
+    assert out.read_text() == text
+
+
+def benched(strategy, slots, **changes):
+    """A serve record of `melinoe bench`."""
+    record = serve_record("base", slots=slots, **changes)
+    return {**record, "strategy": strategy, "predicted": {"counts_equal": True}}
+
+
+BENCH = {
+    "benchmark": "bench",
+    "title": "Predicted and measured",
+    "result": [{"strategy": "lru", "slots": 8, "measured_ms": estimate(5, 1)}],
+}
+
+
+def test_a_bench_stands_beside_a_demo_and_changes_none_of_its_tables():
+    """Its runs are of one model by several strategies: no rows of a comparison of models."""
+    demo = [serve_record("base"), serve_record("fine-tuned")]
+    more = [benched("lru", 8), benched("lfu", 16)]
+    assert servings(read_records(demo)) == servings(read_records([*demo, *more, BENCH]))
+    report = assemble(read_records([*demo, *more, BENCH]))
+    where = {s.name: [table.name for table in s.tables] for s in report.sections}
+    assert where["strategies"] == ["main"] and where["benchmarks"] == ["bench"]
+
+
+def test_a_bench_alone_is_the_report_s_first_table_and_draws_its_layers():
+    """Strategies with as many slots as the first, without the one that holds everything."""
+    listed = [estimate(0.5, 0.1), estimate(0.7, 0.1)]
+    records = [
+        benched("on demand", 1, hit_rate_by_layer=listed),
+        benched("lru", 8, hit_rate_by_layer=listed),
+        benched("lfu", 8, hit_rate_by_layer=listed[::-1]),
+        benched("lfu", 16, hit_rate_by_layer=listed),
+        benched("all resident", 32, hit_rate_by_layer=listed),
+    ]
+    found = read_records([*records, BENCH])
+    assert [table.name for table in assemble(found).sections[0].tables] == ["bench"]
+    figure = layers(found, None)
+    assert [row[0].text for row in figure.table.rows] == ["lru", "lfu"]
+    assert "8 of 32" in figure.caption and "lfu layer 1, 50.0 %" in figure.caption
+
+
+def test_what_brackets_mean_is_said_of_each_table():
+    """Means have intervals, medians the range that was seen; empty columns are left out."""
+    rows = {
+        "95 % interval.": {"a_ms": {"mean": 1, "low": 0, "high": 2, "n": 4}, "b": None},
+        "saw.": {"a_ms": {"median": 1, "min": 0, "max": 2}},
+        "for a median.": {
+            "a_ms": {"median": 1, "p5": 0, "p95": 2},
+            "c_ms": {"mean": 1, "low": 0, "high": 2},
+        },
+    }
+    for words, row in rows.items():
+        table = benchmark_table({"benchmark": "x", "result": [row]})
+        assert table.notes[0].startswith("Below or in brackets") and table.notes[0].endswith(words)
+        assert "b" not in table.columns
+    assert benchmark_table({"benchmark": "x", "result": [{"a": 1}]}).notes == []
+
+
+def test_the_timeline_shows_what_it_found_and_what_it_loaded(tmp_path):
+    """Hits are counted in the sentence where a record holds them; older ones hold none."""
+    record = {
+        "kind": "timeline",
+        "model": "lru",
+        "slots": 2,
+        "num_experts": 4,
+        "link": None,
+        "ms": [1.0, 2.0],
+        "stall_ms": [0.5, 0.0],
+        "loads": [[1, 0], [0, 0]],
+    }
+    write_report([record], tmp_path / "old.html")
+    write_report([{**record, "hits": [[1, 2], [2, 2]]}], tmp_path / "new.html")
+    assert "lru loaded 1 experts for 2 tokens" in (tmp_path / "old.md").read_text()
+    assert "lru found 7 experts resident and loaded 1" in (tmp_path / "new.md").read_text()
