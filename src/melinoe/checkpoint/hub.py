@@ -43,6 +43,11 @@ def pinned(name: str, path: Path) -> str:
     return f"{split_revision(name)[0]}@{path.parent.name}"
 
 
+def commit_of(source: str) -> str | None:
+    """The commit in a name that `pinned` gave; None for a directory."""
+    return None if is_directory(source) else split_revision(source)[1]
+
+
 def locate(name: str, filename: str, download: bool = True) -> Path | None:
     """
     One file of a checkpoint, or None where the checkpoint has no such file.

@@ -68,6 +68,8 @@ OUTCOME: Schema = {
 METADATA: Schema = {
     "base?": "text",
     "base_model?": "text",
+    # Of the hub's repository, at the time of the run; null for a directory.
+    "base_commit?": "text",
     "base_fingerprint?": "text",
     "fingerprint?": "text",
     "license?": "text",

@@ -13,7 +13,7 @@ import transformers
 from transformers import TrainerCallback
 
 from melinoe.checkpoint.files import read_config
-from melinoe.checkpoint.hub import hub_arguments
+from melinoe.checkpoint.hub import commit_of, hub_arguments
 from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, check_room
@@ -153,6 +153,7 @@ def finetune(
             trained.adapter.apply(model)
         metadata = {
             "base": name,
+            "base_commit": commit_of(source),
             "base_fingerprint": base_fingerprint,
             "fingerprint": fingerprint(model),
             "settings": asdict(settings),

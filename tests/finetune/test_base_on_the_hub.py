@@ -1,0 +1,37 @@
+"""Fine-tuning a base that is named as on the hub, out of a cache in the hub's own layout."""
+
+import pytest
+from checkpoint.hub_cache import add_snapshot, commit_id
+from small_runs import settings
+
+from melinoe.checkpoint import describe_base
+from melinoe.checkpoint.metadata import read_metadata, update_metadata
+from melinoe.data import load_examples
+from melinoe.finetune import finetune
+from melinoe.report.card.text import _named
+
+NAME = "org/tiny"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, where transformers and the hub's client look for it."""
+    from huggingface_hub import constants
+
+    found = tmp_path / "cache"
+    found.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(found))
+    return found
+
+
+def test_the_record_names_the_commit_that_was_trained(checkpoint, cache):
+    """Of a branch, the commit that it meant then; of a directory, none. The card links to it."""
+    add_snapshot(cache, NAME, checkpoint / "base", commit_id(3))
+    data = load_examples(checkpoint / "data.jsonl")
+    for base, out, commit in ((NAME, "hub", commit_id(3)), (checkpoint / "base", "local", None)):
+        finetune(base, data, checkpoint / out, settings(steps=1))
+        update_metadata(checkpoint / out, **describe_base(base))
+        assert read_metadata(checkpoint / out)["base_commit"] == commit
+    link = _named(NAME, read_metadata(checkpoint / "hub"))
+    assert link == f"[{NAME}](https://huggingface.co/{NAME}/tree/{commit_id(3)})"
+    assert _named("base", read_metadata(checkpoint / "local")) == "base"
