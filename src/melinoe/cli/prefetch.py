@@ -21,8 +21,10 @@ def list_command(as_json: options.AsJson = False) -> None:
     for name in prefetcher_names():
         about = "Nothing is loaded ahead."
         if name != NONE:
-            words = (prefetcher_class(name).__doc__ or "").strip().split("\n\n")[0]
+            cls = prefetcher_class(name)
+            words = (cls.__doc__ or "").strip().split("\n\n")[0]
             about = " ".join(words.split())
+            about = about or f"{cls.__module__}:{cls.__qualname__}, which does not say."
         rows.append({"prefetch": name, "what it loads": about})
     if as_json:
         options.show_json(rows)
