@@ -40,11 +40,19 @@ MEASURED: Schema = {
 
 LOCALITY_CHANGE: Schema = {
     "experts_per_sequence": ESTIMATE,
-    # Before over after: how many times fewer.
+    # The other model's over the fine-tuned one's: how many times fewer.
     "transfers_per_token": {"*": {"slots": ["count"], "ratio": [ESTIMATE]}},
 }
 
-# What fine-tuning bought and cost: both models on the same held-out examples.
+# The fine-tuned model against another, paired by example.
+CHANGE: Schema = {
+    "perplexity": {"*": ESTIMATE},
+    "writing": LOCALITY_CHANGE,
+    "reading": LOCALITY_CHANGE,
+}
+
+# What fine-tuning bought and cost: both models on the same held-out examples; and the NLL-only
+# control, where there was one, which tells apart what plain fine-tuning does by itself.
 OUTCOME: Schema = {
     "examples": "count",
     "prompts": "count",
@@ -55,14 +63,22 @@ OUTCOME: Schema = {
     "layers": "count",
     "before": MEASURED,
     "after": MEASURED,
-    "change": {
-        "perplexity": {"*": ESTIMATE},
-        "writing": LOCALITY_CHANGE,
-        "reading": LOCALITY_CHANGE,
-    },
+    "change": CHANGE,
+    "control?": MEASURED,
+    "change_from_control?": CHANGE,
+    "control_run?": {"name": "text", "fingerprint?": "text"},
     "machine?": "object",
     "date?": "text",
     "seconds?": "number",
+}
+
+# Of a search for the strongest run within a price: what was asked for, and what was paid on texts
+# that chose nothing, as shares of the NLL-only reference's perplexity.
+PRICE: Schema = {
+    "bounds?": {"*": "number"},
+    "paid?": {"*": ESTIMATE},
+    "met?": "flag",
+    "met_by_the_whole_interval?": "flag",
 }
 
 METADATA: Schema = {
@@ -81,11 +97,14 @@ METADATA: Schema = {
         "split?": "text",
         "examples?": "count",
         "sha256?": "text",
+        # Of the token ids that were trained on, and which of them are completion.
+        "tokens_sha256?": "text",
     },
     "log?": [{"step?": "count"}],
     "skipped_steps?": "count",
     "seconds?": "number",
     "versions?": "object",
+    "price?": PRICE,
     "outcome?": OUTCOME,
 }
 

@@ -24,6 +24,7 @@ from melinoe.finetune.arguments import training_arguments
 from melinoe.finetune.parts.saving import KeptParts, write_result
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
 from melinoe.finetune.resume.checkpoints import list_checkpoints, remove_checkpoints
+from melinoe.finetune.resume.state import data_fingerprint
 from melinoe.finetune.terms.own_text import write_own_text
 from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
 from melinoe.finetune.trainer import Progress
@@ -160,7 +161,11 @@ def finetune(
             "teacher": None
             if taught_by is None
             else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},
-            "data": {"source": str(data) if from_name else None, "examples": len(encoded)},
+            "data": {
+                "source": str(data) if from_name else None,
+                "examples": len(encoded),
+                "tokens_sha256": data_fingerprint(encoded),
+            },
             "log": trained.rows,
             "skipped_steps": trained.skipped_steps,
             "kept_step": trained.step,

@@ -51,17 +51,22 @@ def identity(
     teacher: str | None = None,
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on from the other's checkpoint; JSON."""
-    digest = hashlib.sha256()
-    for one in data:
-        digest.update(json.dumps([one.input_ids, one.completion_mask]).encode())
     kept = {key: value for key, value in asdict(settings).items() if key not in _FREE}
     return {
         **json.loads(json.dumps(kept)),
         "rows_per_step": rows_per_step,
-        "data": digest.hexdigest(),
+        "data": data_fingerprint(data),
         "base": base,
         "teacher": teacher,
     }
+
+
+def data_fingerprint(data: Sequence[Encoded]) -> str:
+    """Name token ids, and which of them are completion: sha256, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for one in data:
+        digest.update(json.dumps([one.input_ids, one.completion_mask]).encode())
+    return digest.hexdigest()
 
 
 def check_same_run(path: Path, ours: dict[str, Any]) -> None:
