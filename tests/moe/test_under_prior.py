@@ -7,7 +7,7 @@ import torch
 from melinoe.cache import prior_kernel
 from melinoe.cache.residency import Residency
 from melinoe.errors import UnsupportedModelError
-from melinoe.finetune.training import _recompute
+from melinoe.finetune.preparing import recompute
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
 from melinoe.moe.routing import RoutingRecorder, find_routers
 from melinoe.moe.under_prior import PriorRouting, Texts
@@ -159,9 +159,9 @@ def test_recomputed_activations_run_the_same_choices(prior_model):
     model, routers, ids, texts = prior_model
     prior = PriorRouting(routers, 1.0, 0.9)
     gradients = []
-    for recompute in (False, True):
-        if recompute:
-            _recompute(model, True)
+    for again in (False, True):
+        if again:
+            recompute(model, True)
         model.train()
         model.zero_grad()
         with prior.during(texts):

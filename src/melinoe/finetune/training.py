@@ -2,14 +2,13 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from melinoe.config import FinetuneSettings
@@ -20,6 +19,7 @@ from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
 from melinoe.finetune.parts.adapter_files import Adapter, adapter_of
 from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
+from melinoe.finetune.preparing import recompute, switch_off_balancing, tensors
 from melinoe.finetune.processes import freeze_unreached, is_sharded
 from melinoe.finetune.resume.checkpoints import newest_checkpoint
 from melinoe.finetune.resume.interrupt import StopRequest
@@ -29,7 +29,7 @@ from melinoe.finetune.terms.replay import Replay
 from melinoe.finetune.terms.teacher import Teacher, teacher_fingerprint
 from melinoe.finetune.trainer import LocalityTrainer, Progress
 from melinoe.malloc import keep_freed_memory
-from melinoe.moe.experts import family, find_experts
+from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.moe.under_prior import PriorRouting
 
@@ -164,12 +164,12 @@ def run_training(
         if settings.cache_prior > 0:
             objective.prior = PriorRouting(routers, settings.cache_prior, settings.gamma)
             undo.callback(objective.prior.close)
-        stored = {name: tensor.dtype for name, tensor in _tensors(model)}
+        stored = {name: tensor.dtype for name, tensor in tensors(model)}
         if not torch.cuda.is_available():
             keep_freed_memory()
         if not settings.bf16:
             model.float()
-        changed = _switch_off_balancing(model)
+        changed = switch_off_balancing(model)
         # The Trainer switches the key-value cache off in the config, and would leave it so.
         if hasattr(model.config, "use_cache"):
             changed.append((model.config, {"use_cache": model.config.use_cache}))
@@ -196,7 +196,7 @@ def run_training(
         elif resume and arguments.process_index == 0:
             log.warning("%s has no checkpoint to go on from: the run begins anew", checkpoints)
         if settings.gradient_checkpointing:
-            _recompute(model, True)
+            recompute(model, True)
         stop = StopRequest()
         trainer = LocalityTrainer(
             settings=settings,
@@ -244,14 +244,14 @@ def run_training(
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
     if settings.gradient_checkpointing:
-        _recompute(model, False)
+        recompute(model, False)
     for config, values in changed:
         for key, value in values.items():
             setattr(config, key, value)
     if not sharded:
         parts.merge(model)
         model.requires_grad_(True).eval()
-        for name, tensor in _tensors(model):
+        for name, tensor in tensors(model):
             tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
     return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter)
 
@@ -287,37 +287,3 @@ def _fill_up(dataset: list[list[Encoded]], multiple: int) -> None:
     """
     empty = [Encoded(one.input_ids, [False] * len(one)) for one in dataset[0]]
     dataset += [empty] * (-len(dataset) % multiple)
-
-
-def _recompute(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing, by the name that this version of transformers has for it."""
-    word = "enable" if on else "disable"
-    switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
-        model, f"gradient_checkpointing_{word}"
-    )
-    try:
-        # Not reentrant: what a layer records inside must stay in the graph.
-        switch(*([{"use_reentrant": False}] if on else []))
-    except ValueError:
-        raise TrainingError(
-            f"{family(model)} cannot recompute its activations; leave gradient_checkpointing out"
-        ) from None
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _switch_off_balancing(model: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """Keep transformers from adding its load-balancing loss; what the configs said before."""
-    before, pending = [], [model.config]
-    while pending:
-        config = pending.pop()
-        pending += [getattr(config, key) for key in config.sub_configs if hasattr(config, key)]
-        off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
-        present = {key: getattr(config, key) for key in off if hasattr(config, key)}
-        before.append((config, present))
-        for key in present:
-            setattr(config, key, off[key])
-    return before
