@@ -106,10 +106,19 @@ def command(
     measure: Annotated[
         bool,
         typer.Option(
-            help="Measure quality and locality before and after, for melinoe.json.",
+            help="Measure quality and locality before and after, and of the NLL-only run if there "
+            "is one, for melinoe.json and the card.",
             rich_help_panel=_DATA,
         ),
     ] = True,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="The NLL-only run to state price and saving against: what --control wrote from "
+            "the same data and settings. Default: the one that --teacher or a price has.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     max_ppl_increase: Annotated[
         str | None,
         typer.Option(
@@ -166,6 +175,8 @@ def command(
 
     options.quiet()
     check_output(out)
+    if against is not None:
+        _check_against(against, settings, measure)
     examples = load_examples(data, split=split, limit=limit)
     # Before any training, so that bad held-out data costs no time.
     held_out = measuring.hold_out(
@@ -207,7 +218,32 @@ def command(
     if measure and settings.save == "adapter":
         options.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
-    measuring.finish(result.out, options.resolve(model), data, split, held_out, measure)
+    base = options.resolve(model)
+    if measure and price is not None:
+        held_out = measuring.judges(held_out, base, settings.max_length)
+
+    def plain() -> Path | None:
+        if control or against is not None:
+            return against
+        return measuring.control_of(result.out, teacher, price_reference, price is not None)
+
+    measuring.finish(result.out, base, data, split, held_out, measure, plain)
+
+
+def _check_against(against: Path, settings: FinetuneSettings, measure: bool) -> None:
+    """Refuse what cannot be this run's control, before it is trained."""
+    from dataclasses import asdict
+
+    from melinoe.outcome import check_control
+
+    if not measure or settings.save == "adapter":
+        raise TrainingError(
+            "--against names a run to measure beside this one, but nothing will be measured; "
+            "leave out --no-measure and --save adapter, or --against"
+        )
+    if settings.is_control:
+        raise TrainingError("--against is for a run with locality terms; leave out it or --control")
+    check_control(against, {"settings": asdict(settings)})
 
 
 def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings) -> Any:

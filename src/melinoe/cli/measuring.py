@@ -1,8 +1,8 @@
 """What `melinoe finetune` measures besides training: held-out data chosen before, used after."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +71,85 @@ def hold_out(
     return HeldOut(kept, domain, [examples[index] for index in sorted(chosen)], others)
 
 
+def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
+    """
+    What of the held-out text a search for a price did not choose by: only that may say the price.
+
+    Args:
+        held_out: What the search was given.
+        base: The checkpoint, for its tokenizer.
+        max_length: Of the search; it leaves out what has no completion within it.
+    """
+    from melinoe.checkpoint import load_tokenizer
+    from melinoe.checkpoint.files import read_config
+    from melinoe.finetune.price.panel import judging
+
+    tokenizer = load_tokenizer(base, read_config(base))
+    joined = [(name, one) for name, some in held_out.others.items() for one in some]
+    rest = judging([one for _, one in joined], tokenizer, max_length)
+    others: dict[str, Sequence[Any]] = {
+        name: [joined[index][1] for index in rest if joined[index][0] == name]
+        for name in held_out.others
+    }
+    chosen = judging(held_out.examples, tokenizer, max_length)
+    return replace(
+        held_out,
+        examples=[held_out.examples[index] for index in chosen],
+        others={name: some for name, some in others.items() if some},
+    )
+
+
+def control_of(out: Path, teacher: str | None, reference: Path | None, priced: bool) -> Path | None:
+    """
+    The NLL-only run that a finished run can be held against, if there is one.
+
+    Args:
+        out: The finished run.
+        teacher: Whom it learned from: a directory, ``control``, or nobody.
+        reference: Of its price, where one was given.
+        priced: Whether there was a price.
+    """
+    from melinoe.checkpoint import read_metadata
+    from melinoe.config import CONTROL
+    from melinoe.finetune.price.search import reference_place
+    from melinoe.finetune.taught import control_place
+    from melinoe.outcome import why_no_control
+
+    if priced:
+        return reference_place(out) if reference is None else reference
+    if teacher == CONTROL:
+        return control_place(out)
+    if teacher is None or why_no_control(read_metadata(teacher), read_metadata(out)):
+        return None
+    return Path(teacher)
+
+
 def finish(
-    out: Path, base: str, data: str, split: str, held_out: HeldOut, measure: bool = True
+    out: Path,
+    base: str,
+    data: str,
+    split: str,
+    held_out: HeldOut,
+    measure: bool = True,
+    control: Callable[[], Path | None] = lambda: None,
 ) -> None:
     """
     Complete a fine-tuned checkpoint: its origin, its measured outcome, its card.
 
     Only the first process of a distributed run does it.
 
+    Args:
+        out: The checkpoint.
+        base: What it was fine-tuned from.
+        data: As it was given.
+        split: Of a hub data set.
+        held_out: What to measure on.
+        measure: Whether to.
+        control: Finds the NLL-only run to state the price against, or none.
+
     Raises:
-        TrainingError: measuring failed; the checkpoint itself is whole.
+        TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
+            measured.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -88,25 +157,44 @@ def finish(
     from melinoe.report.card import write_card
 
     record_origin(out, base, data, held_out.train, split, held_out=len(held_out.examples))
+    failed: TrainingError | None = None
     if measure and not held_out.examples:
         options.say(
             "too few examples to hold some out, so nothing was measured before and after; give "
             "--eval-data"
         )
     elif measure:
+        against = control()
         try:
             record_outcome(
                 out,
                 base,
                 {held_out.domain: held_out.examples},
                 held_out.others,
+                control=against,
                 device=options.resolve_device("auto"),
                 say=options.say,
             )
         except MelinoeError as error:
-            raise TrainingError(
-                f"{out} is written and whole, but could not be measured ({error}); measure it with "
-                "`melinoe evaluate`"
-            ) from error
+            failed = _unmeasured(out, against, error)
+            failed.__cause__ = error
     write_card(out)
     options.say(f"wrote {out}/README.md and its figures")
+    if failed is not None:
+        raise failed
+
+
+def _unmeasured(out: Path, control: Path | None, error: MelinoeError) -> TrainingError:
+    """What is there and what is not, after an error on the way to the outcome."""
+    from melinoe.checkpoint import read_metadata
+
+    if control is not None and read_metadata(out).get("outcome"):
+        return TrainingError(
+            f"{out} is written, whole and measured beside its base, but not beside the control "
+            f"({error}); `melinoe evaluate {out} CONTROL` compares it with a checkpoint of one, "
+            "which `melinoe merge` makes of an adapter"
+        )
+    return TrainingError(
+        f"{out} is written and whole, but could not be measured ({error}); measure it with "
+        "`melinoe evaluate`"
+    )

@@ -48,7 +48,7 @@ def finetune_taught(
             "set lambda_match"
         )
     path = check_output(out)
-    place = path.with_name(f"{path.name}.control")
+    place = control_place(path)
     plain = replace(settings.control(), save="adapter")
     if resume and (done := read_metadata(place)):
         free = FREE_OF_CONTROL | {"capacity", "own_texts"}
@@ -57,3 +57,9 @@ def finetune_taught(
         own = {key: value for key, value in options.items() if key != "anchor_examples"}
         finetune(model_path, data, place, plain, resume=resume, **own)
     return finetune(model_path, data, path, settings, teacher=place, resume=resume, **options)
+
+
+def control_place(out: str | Path) -> Path:
+    """Where `finetune_taught` writes the control of the run *out*."""
+    path = Path(out).expanduser()
+    return path.with_name(f"{path.name}.control")

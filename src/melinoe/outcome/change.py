@@ -1,4 +1,4 @@
-"""After against before, paired by example: what fine-tuning bought, and its price."""
+"""After against before or control, paired by example: what fine-tuning bought, and its price."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,17 @@ from melinoe.stats import Estimate, paired_difference, paired_ratio
 
 
 def change_of(before: Measured, after: Measured, sizes: Sequence[int]) -> dict[str, Any]:
-    """After against before, paired by example, text by text and cache by cache."""
+    """
+    After against before, paired by example, text by text and cache by cache.
+
+    Args:
+        before: The base model; or the control, for what fine-tuning for locality alone did.
+        after: The fine-tuned model.
+        sizes: Slots of the caches to compare at.
+
+    Raises:
+        DataError: no prompt got a completion from both.
+    """
     return {
         "perplexity": {
             name: perplexity_increase(one, before.perplexities[name]).to_dict()

@@ -1,7 +1,7 @@
-"""Both models measured alike, and the result in the fine-tuned one's ``melinoe.json``."""
+"""All models measured alike, and the result in the fine-tuned one's ``melinoe.json``."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from melinoe.checkpoint import (
 )
 from melinoe.config import FinetuneSettings, OutcomeSettings, experts_in_share
 from melinoe.data import Example
-from melinoe.errors import DataError
+from melinoe.errors import CheckpointError, DataError
 from melinoe.measure import machine
 from melinoe.outcome.change import change_of
-from melinoe.outcome.model import Say, Texts, measure_model, record_of
+from melinoe.outcome.control import as_checkpoint, check_control
+from melinoe.outcome.model import Measured, Say, Texts, measure_model, record_of
 
 _CURVE_POINTS = 16
 
@@ -28,6 +29,7 @@ def record_outcome(
     held_out: Texts,
     others: Texts | None = None,
     *,
+    control: str | Path | None = None,
     settings: OutcomeSettings | None = None,
     device: str = "cpu",
     say: Say | None = None,
@@ -35,12 +37,16 @@ def record_outcome(
     """
     Measure a fine-tuned checkpoint and its base, and write the outcome into its ``melinoe.json``.
 
+    With a *control*, what was paid and bought is stated against plain fine-tuning too.
+
     Args:
         directory: The fine-tuned checkpoint, with the ``melinoe.json`` that fine-tuning wrote.
         base: The checkpoint it was fine-tuned from: a directory or hub name.
         held_out: One name to examples of the kind that it was fine-tuned on and never saw; their
             prompts are also answered and traced.
         others: Names to other texts, for what was lost outside the domain.
+        control: Directory of the NLL-only run of the same base, data and settings: a checkpoint, or
+            an adapter alone, which is merged for a while into a directory beside *directory*.
         settings: How much to measure.
         device: Where the models run.
         say: Told of progress.
@@ -50,12 +56,25 @@ def record_outcome(
 
     Raises:
         DataError: no held-out text, or one whose prompts get no completion.
-        CheckpointError: a checkpoint or its ``melinoe.json`` cannot be read.
+        CheckpointError: a checkpoint or its ``melinoe.json`` cannot be read, or *control* is none
+            of this run. If it is the control that fails, the outcome of the other two is recorded.
+        WriteError: no room to merge the control; likewise.
     """
     sized = settings or OutcomeSettings()
     metadata = read_metadata(directory)
     capacity = float(metadata.get("settings", {}).get("capacity", FinetuneSettings().capacity))
-    outcome = measure_outcome(base, directory, held_out, others, capacity, sized, device, say)
+    outcome = measure_outcome(
+        base,
+        directory,
+        held_out,
+        others,
+        capacity,
+        sized,
+        device,
+        say,
+        control=control,
+        keep=lambda known: update_metadata(directory, outcome=known),
+    )
     return update_metadata(directory, outcome=outcome)
 
 
@@ -95,9 +114,12 @@ def measure_outcome(
     settings: OutcomeSettings | None = None,
     device: str = "cpu",
     say: Say | None = None,
+    *,
+    control: str | Path | None = None,
+    keep: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """
-    Measure both models with every expert resident, and simulate smaller caches from their traces.
+    Measure the models with every expert resident, and simulate smaller caches from their traces.
 
     Args:
         base: The model before.
@@ -109,12 +131,14 @@ def measure_outcome(
         settings: How much to measure.
         device: Where the models run.
         say: Told of progress.
+        control: As in `record_outcome`.
+        keep: Told what is known before the control is measured, lest that fail.
 
     Returns:
         What ``melinoe.json`` keeps as ``outcome``; see `melinoe.checkpoint.metadata_schema`.
 
     Raises:
-        DataError, CheckpointError: as `record_outcome`.
+        DataError, CheckpointError, WriteError: as `record_outcome`.
     """
     if len(held_out) != 1:
         raise DataError("name exactly one held-out text of the kind the model was fine-tuned on")
@@ -123,22 +147,47 @@ def measure_outcome(
     about = describe(str(tuned))
     slots = experts_in_share(capacity, about.num_experts)
     sizes = cache_sizes(slots, about.num_experts)
-    found = {}
-    for name, path in (("before", base), ("after", tuned)):
+
+    def measure(path: str | Path, what: str) -> Measured:
         if say is not None:
-            say(f"measuring the model {name} fine-tuning")
-        found[name] = measure_model(path, held_out, others or {}, sizes, settings, device, say)
-    before, after = found["before"], found["after"]
-    return {
+            say(f"measuring {what}")
+        return measure_model(path, held_out, others or {}, sizes, settings, device, say)
+
+    before = measure(base, "the model before fine-tuning")
+    after = measure(tuned, "the model after fine-tuning")
+    compared = around(slots, about.num_experts)
+    outcome = {
         "examples": min(settings.examples, len(next(iter(held_out.values())))),
         "prompts": len(after.localities["writing"].experts),
         "max_new_tokens": settings.max_new_tokens,
         "slots": slots,
         **after.shape,
-        **{side: record_of(found[side], held_out) for side in found},
-        "change": change_of(before, after, around(slots, about.num_experts)),
+        "before": record_of(before, held_out),
+        "after": record_of(after, held_out),
+        "change": change_of(before, after, compared),
         "machine": machine(),
         "date": machine()["date"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if control is None:
+        return outcome
+    if keep is not None:
+        keep(outcome)
+    known = check_control(control, read_metadata(tuned))
+    with as_checkpoint(control, base, tuned) as path:
+        plain = measure(path, "its control")
+    if plain.shape != after.shape:
+        raise CheckpointError(
+            f"{control} is of another shape than {tuned}; give a control of the same base"
+        )
+    return {
+        **outcome,
+        "control": record_of(plain, held_out),
+        "change_from_control": change_of(plain, after, compared),
+        "control_run": {
+            "name": Path(control).expanduser().resolve().name,
+            "fingerprint": known.get("fingerprint"),
+        },
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -1,10 +1,12 @@
 """Held-out texts in two halves: one to choose by, one to judge by."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
-from melinoe.data import Encoded
+from melinoe.data import Encoded, Example, encode
 from melinoe.errors import DataError
 
 OWN, OTHER = "own", "other"
@@ -66,3 +68,29 @@ class Panel:
                 for text in half[name]:
                     digest.update(f"{name} {text.input_ids} {text.completion_mask}".encode())
         return digest.hexdigest()
+
+
+def judging(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[int]:
+    """
+    Which of *examples* are among the texts that judge, once they are encoded.
+
+    Args:
+        examples: As the search is given them; those without a completion within *max_length*
+            tokens are in no half.
+        tokenizer: Of the model.
+        max_length: Of the search.
+
+    Returns:
+        Their places, in order.
+    """
+    kept = [place for place, one in enumerate(examples) if _has_room(one, tokenizer, max_length)]
+    return kept[1::2]
+
+
+def _has_room(example: Example, tokenizer: Any, max_length: int) -> bool:
+    """Whether `encode` would keep it; it is not asked for that length, lest it warn of each."""
+    try:
+        (whole,) = encode([example], tokenizer, sys.maxsize)
+    except DataError:
+        return False
+    return any(whole.completion_mask[:max_length])

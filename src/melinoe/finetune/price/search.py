@@ -255,11 +255,16 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"  # one of several processes writes
 
 
+def reference_place(out: Path) -> Path:
+    """Where `finetune_within` writes the reference of the run *out*, unless it is given one."""
+    return out.with_name(f"{out.name}.reference")
+
+
 def _place_of(out: Path, reference: str | Path | None, resume: bool) -> Path:
     """Where the reference is, or will be."""
     if reference is not None:
         return Path(reference).expanduser()
-    beside = out.with_name(f"{out.name}.reference")
+    beside = reference_place(out)
     return beside if resume and is_reference(beside) else check_output(beside)
 
 
