@@ -1,15 +1,26 @@
 """`melinoe doctor`: what a model is, and what fits."""
 
+from __future__ import annotations
+
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from melinoe.cli import options
 
+if TYPE_CHECKING:
+    from melinoe.checkpoint import Description
+
 
 def command(
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint directory, config.json, or hub name; `tiny` is the model that ships."
+        ),
+    ],
     expert_memory: Annotated[
         list[str] | None,
         typer.Option(help="A memory budget for resident experts, as in 8GiB; may be repeated."),
@@ -17,12 +28,11 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
-    from melinoe.checkpoint import describe
     from melinoe.errors import UnsupportedModelError
     from melinoe.runtime.budget import format_bytes, memory_of, slots_for
 
     options.quiet()
-    about = describe(options.resolve(model))
+    about = _describe(options.resolve(model))
     if not about.supported:
         raise UnsupportedModelError(about.reason)
     layers: Any = [
@@ -63,3 +73,21 @@ def command(
             }
         )
     options.show_table(model, rows)
+
+
+def _describe(model: str) -> Description:
+    """Of a file, what it tells as the config of a checkpoint without weights, as in a plan."""
+    from dataclasses import replace
+    from shutil import copyfile
+    from tempfile import TemporaryDirectory
+
+    from melinoe.checkpoint import describe
+    from melinoe.checkpoint.files import read_object
+
+    path = Path(model).expanduser()
+    if not path.is_file():
+        return describe(model)
+    read_object(path)  # what is wrong with it is said of its own name
+    with TemporaryDirectory() as alone:
+        copyfile(path, Path(alone) / "config.json")
+        return replace(describe(alone), name=model)
