@@ -11,8 +11,9 @@ from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.loads_ahead import check_layers
 from melinoe.cache.policy import policy_class
 from melinoe.cache.prefetcher import Prefetcher
-from melinoe.cache.residency import Residency, check_capacity
+from melinoe.cache.residency import Residency
 from melinoe.cache.simulation import Simulation, Steps
+from melinoe.cache.slots import check_capacity
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.cache.units import units_of
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache.metrics import COMPLETION, PHASES, PROMPT, Metrics, phase_number
+from melinoe.cache.plan import Plan
 from melinoe.cache.prefill import Stream
-from melinoe.cache.residency import Plan
 
-PHASES = ("prompt", "completion")
-PROMPT, COMPLETION = 0, 1
+__all__ = ["COMPLETION", "PHASES", "PROMPT", "Counters"]
 
 _PER_LAYER = ("uses", "hits", "loads", "requests", "chunked", "elsewhere", "prefetch_used")
 _PER_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
@@ -30,11 +30,7 @@ class _Count:
         return np.array(getattr(instance, self._name), dtype=np.int64)
 
 
-def _phase(phase: int | str) -> int:
-    return PHASES.index(phase) if isinstance(phase, str) else phase
-
-
-class Counters:
+class Counters(Metrics):
     """
     Counts of one run, all of them whole numbers.
 
@@ -56,14 +52,11 @@ class Counters:
     By phase, int64 (2,): ``tokens``, rows that finished forward passes computed, padding too;
     ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand or
     had an expert computed elsewhere; ``zero_miss_tokens``, the rows of those.
-
-    Source:
-        Metrics as defined once for the project; hit rates count uses, transfers count copies,
-        and an eviction copies nothing.
     """
 
     uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
-    elsewhere, prefetch_loads, prefetch_used = _Count(), _Count(), _Count()
+    elsewhere = _Count()
+    prefetch_loads, prefetch_used = _Count(), _Count()  # type: ignore[assignment]
     tokens, forwards = _Count(), _Count()
     zero_miss_forwards, zero_miss_tokens = _Count(), _Count()
 
@@ -101,7 +94,7 @@ class Counters:
         A pass left open (an exception ended it) is dropped: its requests stay counted, the pass
         and its tokens do not.
         """
-        self._now = _phase(phase)
+        self._now = phase_number(phase)
         self._now_tokens = tokens
         self._now_misses = 0
 
@@ -202,96 +195,6 @@ class Counters:
             self._zero_miss_forwards[phase] += 1
             self._zero_miss_tokens[phase] += self._now_tokens
         self._now = None
-
-    # --- reading --------------------------------------------------------------------------------
-
-    def _sum(self, name: str, phase: int | str | None) -> int:
-        values = getattr(self, name)
-        return int(values.sum() if phase is None else values[_phase(phase)].sum())
-
-    def hit_rate(self, phase: int | str | None = None) -> float | None:
-        """Share of uses whose expert was resident; None if there was no use."""
-        uses = self._sum("uses", phase)
-        return self._sum("hits", phase) / uses if uses else None
-
-    def adjusted_hit_rate(self, phase: int | str | None = None) -> float | None:
-        """
-        1 - (demand + prefetch loads + experts computed elsewhere) / uses.
-
-        Prefetches are charged in full to any phase.
-        """
-        uses = self._sum("uses", phase)
-        loads = self._sum("loads", phase) + self._sum("elsewhere", phase)
-        loads += sum(self._prefetch_loads)
-        return 1 - loads / uses if uses else None
-
-    def transfers_per_token(self, phase: int | str = "completion") -> float | None:
-        """Demand loads of all layers per token of *phase*; None if it had no token."""
-        tokens = self._sum("tokens", phase)
-        return self._sum("loads", phase) / tokens if tokens else None
-
-    def prefetch_per_token(self) -> float | None:
-        """Prefetch loads of all layers per completion token; None if there was none."""
-        tokens = self._tokens[COMPLETION]
-        return sum(self._prefetch_loads) / tokens if tokens else None
-
-    def prefetch_precision(self) -> float | None:
-        """
-        Share of the experts copied ahead that a request asked for before they left.
-
-        What is resident still and waits for its first use counts as not used. The literature on
-        hardware prefetchers calls it accuracy. None if nothing was copied ahead.
-        """
-        loads = sum(self._prefetch_loads)
-        return self._sum("prefetch_used", None) / loads if loads else None
-
-    def prefetch_recall(self) -> float | None:
-        """
-        Share of what the completion's passes would have missed that was copied ahead in time.
-
-        Those copied ahead whose first use came in a pass of the completion, over the same and all
-        that such passes still missed: loaded on demand or computed elsewhere. What a prefetch
-        displaced and made to be loaded again is in the latter. The literature on hardware
-        prefetchers calls it coverage. None if the completion would have missed nothing.
-        """
-        used = self._sum("prefetch_used", COMPLETION)
-        missed = self._sum("loads", COMPLETION) + self._sum("elsewhere", COMPLETION)
-        return used / (used + missed) if used + missed else None
-
-    @property
-    def prefetch_unused(self) -> np.ndarray:
-        """Waste: experts copied ahead and not used so far, int64 (layers,)."""
-        return self.prefetch_loads - self.prefetch_used.sum(axis=0)
-
-    def prefetch_waste_per_token(self) -> float | None:
-        """Experts copied ahead and not used, per completion token; None if there was none."""
-        tokens = self._tokens[COMPLETION]
-        return int(self.prefetch_unused.sum()) / tokens if tokens else None
-
-    def elsewhere_per_token(self, phase: int | str = "completion") -> float | None:
-        """Experts of all layers computed where they live, per token; None if there was none."""
-        tokens = self._sum("tokens", phase)
-        return self._sum("elsewhere", phase) / tokens if tokens else None
-
-    def zero_miss_share(self, phase: int | str = "completion") -> float | None:
-        """Share of the tokens of *phase* that waited for no expert; None if it had none."""
-        tokens = self._sum("tokens", phase)
-        return self._sum("zero_miss_tokens", phase) / tokens if tokens else None
-
-    def metrics(self) -> dict[str, float | None]:
-        """The measures by their names in reports; of the completion unless the name says else."""
-        return {
-            "hit_rate": self.hit_rate("completion"),
-            "adjusted_hit_rate": self.adjusted_hit_rate("completion"),
-            "transfers_per_token": self.transfers_per_token("completion"),
-            "prefetch_per_token": self.prefetch_per_token(),
-            "prefetch_precision": self.prefetch_precision(),
-            "prefetch_recall": self.prefetch_recall(),
-            "prefetch_waste_per_token": self.prefetch_waste_per_token(),
-            "zero_miss_tokens": self.zero_miss_share("completion"),
-            "prompt_hit_rate": self.hit_rate("prompt"),
-            "prompt_transfers_per_token": self.transfers_per_token("prompt"),
-        }
 
     # --- as values ------------------------------------------------------------------------------
 

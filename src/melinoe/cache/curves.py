@@ -87,7 +87,7 @@ def miss_curves(
     Raises:
         MelinoeError, TraceError: as `simulate`.
     """
-    from melinoe.cache import kernel
+    from melinoe.cache.kernel_rules import RULES
 
     options = dict(policy_options or {})
     layers, experts = trace.num_layers, trace.num_experts
@@ -95,7 +95,7 @@ def miss_curves(
     loads = np.zeros((2, layers, experts), np.int64)
     hits = np.zeros_like(loads)
     uses = np.zeros((2, layers), np.int64)
-    if isinstance(policy, str) and policy in kernel.RULES:
+    if isinstance(policy, str) and policy in RULES:
         if policy == "static":
             options.setdefault("popularity", popularity(trace))
         loads_at, uses_at, exact_from = _distances(trace, policy, options, reset_between_sequences)
@@ -120,7 +120,8 @@ def miss_curves(
 def _distances(
     trace: Trace, policy: str, options: Mapping[str, Any], reset_between_sequences: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from melinoe.cache import kernel
+    from melinoe.cache.kernel_rules import RULES
+    from melinoe.cache.kernel_stack import distances
 
     bounds, phase = passes_of(trace)
     gamma, popular = settings_of(trace, policy, options)
@@ -133,13 +134,13 @@ def _distances(
     loads_at, uses_at = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     largest = np.ones(trace.num_layers, np.int64)
     if len(phase):
-        kernel.distances(
+        distances(
             trace.experts,
             bounds,
             phase,
             resets,
             trace.num_experts,
-            kernel.RULES[policy],
+            RULES[policy],
             gamma,
             popular,
             loads_at,

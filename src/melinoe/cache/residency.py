@@ -6,59 +6,21 @@ with the same calls, which is why their counts agree.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from melinoe.cache.plan import Load, Plan
 from melinoe.cache.policy import Policy
 from melinoe.cache.policy import policy as make_policy
-from melinoe.errors import CacheTooSmallError, MelinoeError
+from melinoe.cache.slots import Slots
+from melinoe.errors import CacheTooSmallError
 
-
-class Load(NamedTuple):
-    """Copy *expert* into *slot*, where *evicted* was (None: the slot was free)."""
-
-    expert: int
-    slot: int
-    evicted: int | None
-
-
-class Plan(NamedTuple):
-    """
-    Experts that were resident, and the transfers that make the others so.
-
-    Attributes:
-        hits: Ids that were resident.
-        loads: One for each that was not.
-        first_uses: How many of the hits had been prefetched, and were not requested since.
-    """
-
-    hits: tuple[int, ...]
-    loads: tuple[Load, ...]
-    first_uses: int = 0
-
+__all__ = ["Load", "Plan", "Residency"]
 
 _NOTHING: tuple[Load, ...] = ()
 
 
-def check_capacity(num_experts: int, capacity: int) -> None:
-    """
-    Make sure that a layer can have so many slots.
-
-    Raises:
-        CacheTooSmallError: *capacity* is below 1.
-        MelinoeError: it is above *num_experts*.
-    """
-    if capacity < 1:
-        raise CacheTooSmallError(f"a layer was given {capacity} slots; it needs at least 1")
-    if capacity > num_experts:
-        raise MelinoeError(
-            f"a layer was given {capacity} slots, but has {num_experts} experts; "
-            f"give it at most {num_experts} slots"
-        )
-
-
-class Residency:
+class Residency(Slots):
     """
     The slots of one layer.
 
@@ -80,24 +42,11 @@ class Residency:
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = "lru"):
-        check_capacity(num_experts, capacity)
-        self.num_experts = num_experts
-        self.capacity = capacity
+        super().__init__(num_experts, capacity)
         self.policy: Policy = make_policy(policy) if isinstance(policy, str) else policy
-        self.slot_of = np.full(num_experts, -1, dtype=np.int64)
-        self.expert_of = np.full(capacity, -1, dtype=np.int64)
-        # The same facts again as a dictionary: looking one id up in an array costs five times more.
-        self._slot: dict[int, int] = {}
         self._unused: set[int] = set()  # resident by a prefetch, and not requested since
-        self._all = frozenset(range(num_experts))
         self.policy.reset(num_experts)
         self._use = self.policy.use
-
-    def __len__(self) -> int:
-        return len(self._slot)
-
-    def __contains__(self, expert: int) -> bool:
-        return expert in self._slot
 
     def request(
         self,
@@ -320,62 +269,21 @@ class Residency:
 
     def reset(self) -> None:
         """Empty all slots, and let the policy forget."""
-        self._slot.clear()
+        self.clear()
         self._unused.clear()
-        self.slot_of.fill(-1)
-        self.expert_of.fill(-1)
         self.policy.reset(self.num_experts)
 
     def _admit(self, missing: Sequence[int], needed: set[int]) -> tuple[Load, ...]:
         """Put *missing* into slots, evicting nobody in *needed*."""
-        slot_of, expert_of, slot = self.slot_of, self.expert_of, self._slot
-        # A slot once filled never falls free but by reset, so the free ones are the last ones.
-        filled = len(slot)
-        free = self.capacity - filled
-        short = len(missing) - free
-        victims: Sequence[int] = ()
-        if short > 0:
-            candidates = sorted([expert for expert in slot if expert not in needed])
-            victims = self.policy.victims(candidates, short)
-        loads = []
-        for number, expert in enumerate(missing):
-            evicted: int | None = None
-            if number < free:
-                place = filled + number
-            else:
-                evicted = victims[number - free]
-                place = slot.pop(evicted)
-                slot_of[evicted] = -1
-                self._unused.discard(evicted)
-            slot[expert] = place
-            slot_of[expert] = place
-            expert_of[place] = expert
-            loads.append(Load(expert, place, evicted))
-        return tuple(loads)
-
-    def check(self, experts: Sequence[int]) -> set[int]:
-        """
-        *experts* as a set; changes nothing.
-
-        Raises:
-            ValueError: an id is out of range or given twice.
-        """
-        distinct = set(experts)
-        if len(distinct) != len(experts):
-            raise ValueError(f"a request names an expert twice: {list(experts)}")
-        if not distinct <= self._all:
-            raise ValueError(
-                f"a request names an expert outside 0 to {self.num_experts - 1}: {list(experts)}"
-            )
-        return distinct
+        short = len(missing) - self.free
+        if short <= 0:
+            return self.put(missing)
+        candidates = sorted([expert for expert in self._slot if expert not in needed])
+        victims = self.policy.victims(candidates, short)
+        self._unused.difference_update(victims)
+        return self.put(missing, victims)
 
     def check_invariants(self) -> None:
-        """Assert that all views of the slots agree; for tests."""
-        resident = {int(e): int(s) for e, s in enumerate(self.slot_of) if s >= 0}
-        assert resident == self._slot
-        assert {int(s): int(e) for s, e in enumerate(self.expert_of) if e >= 0} == {
-            s: e for e, s in resident.items()
-        }
-        assert len(resident) <= self.capacity
-        assert self._unused <= resident.keys()
-        assert sorted(resident.values()) == list(range(len(resident)))
+        """As `Slots.check_invariants`; and what a prefetch brought is there."""
+        super().check_invariants()
+        assert self._unused <= self._slot.keys()
