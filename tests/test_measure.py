@@ -12,7 +12,8 @@ from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, always, tiny_model, words_
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import DataError
 from melinoe.evaluate import Perplexity, quality_record
 from melinoe.generate import Generation, trace_prompts

@@ -5,7 +5,8 @@ import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record
 from melinoe.report.schema import check

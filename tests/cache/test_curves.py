@@ -11,7 +11,7 @@ from melinoe.cache.curves import miss_curves
 from melinoe.cache.policy import policy_names
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import BudgetError, MelinoeError
 
 

@@ -10,7 +10,7 @@ from melinoe.cache.policy import policy_makers
 from melinoe.cache.residency import Residency
 from melinoe.cache.shared import share
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
 
 

@@ -6,7 +6,7 @@ from cache_traces import random_trace, trace_of
 
 from melinoe.cache.segments import sch, srp
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import MelinoeError
 
 

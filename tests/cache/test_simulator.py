@@ -9,7 +9,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import LRU, DecayedLFU
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import hit_rate_curve, simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 RULES = ["lru", "lfu", "lfru", "score", "static", "belady"]

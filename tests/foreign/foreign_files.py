@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 
 # What other tools' own code wrote; its README says how.
 WRITTEN = Path(__file__).parent / "written"

@@ -214,7 +214,7 @@ def test_a_link_s_transfers_are_predicted_by_hand():
     """Passes of 1 ms, loads of 2 ms: the prompt loads in both layers, 5 ms; the token in one, 3."""
     from melinoe.cache.machine import Work
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.trace import TraceBuilder
+    from melinoe.cache.trace_builder import TraceBuilder
 
     builder = TraceBuilder(2, 4, 1)
     builder.add_forward(np.array([[[0], [0]]]), 0, 0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import CheckpointError, DependencyError, ModelError
 from melinoe.generate import generate
 from melinoe.moe.routing import fingerprint

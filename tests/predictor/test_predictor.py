@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import (
     CheckpointError,
     DataError,

@@ -16,7 +16,8 @@ from melinoe.cache.requests import merge_guesses
 from melinoe.cache.residency import Residency
 from melinoe.cache.route import Route
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.cache.trace import Trace
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
 from melinoe.prefetch import prefetcher, prefetcher_class, prefetcher_names, register
 from melinoe.prefetch.counted import Popularity, Prefill

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.cache.trace import Trace
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.cli import app as cli
 from melinoe.errors import DataError, TokenizerError, TraceError
 from melinoe.prefetch.store import PromptStore, prompt_embedding

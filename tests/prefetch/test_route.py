@@ -7,7 +7,7 @@ import torch
 from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.route import Route
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.prefetch import prefetcher
 from melinoe.runtime.attach import attach
 from tests.tiny import tiny_model

@@ -9,7 +9,7 @@ from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
 from melinoe.cache.shared import share
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.fast.attach import attach as attach_fast
 from melinoe.generate import generate
 from melinoe.prefetch import prefetcher

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from report_records import estimate, serve_record
 
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.measure import trace_records
 from melinoe.report import read_records, write_report
 from melinoe.report.benchmarks import benchmark_table

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.cache.trace import Trace
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import TraceError
 
 # `ForwardMode` of SGLang: a prompt, one token of each answer, nothing.

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, known_ids
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
+from melinoe.cache.trace_builder import known_ids
 from melinoe.data import Encoded
 from melinoe.errors import DataError
 from melinoe.measure.locality import completion_counts

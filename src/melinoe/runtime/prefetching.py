@@ -10,7 +10,7 @@ from melinoe.cache.loads_ahead import LoadsAhead
 from melinoe.cache.prefetcher import Prefetcher, Prompt
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.residency import Plan
-from melinoe.cache.trace import known_ids
+from melinoe.cache.trace_builder import known_ids
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.prompt_uses import PromptUses
 

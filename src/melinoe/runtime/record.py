@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.counters import PROMPT
-from melinoe.cache.trace import Trace, known_ids
+from melinoe.cache.trace import Trace
+from melinoe.cache.trace_builder import known_ids
 from melinoe.errors import TraceError
 from melinoe.runtime.calls import Batch, rows_of
 

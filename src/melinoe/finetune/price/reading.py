@@ -16,7 +16,8 @@ from torch import nn
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
+from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.finetune.forward import logits_of, model_outputs
