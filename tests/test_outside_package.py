@@ -4,7 +4,6 @@ A policy and a prefetch of a package that pip installed, used everywhere that ou
 The package's modules are the code of docs/traces.md, as it stands there.
 """
 
-import importlib
 import json
 import re
 import subprocess
@@ -25,6 +24,7 @@ from melinoe.generate import generate, trace_prompts
 from melinoe.measure import serve
 from melinoe.prefetch import prefetcher
 from melinoe.runtime.attach import attach
+from tests.outside import fresh_registries
 
 PAGE = Path(__file__).parents[1] / "docs" / "traces.md"
 PROMPTS = [[3, 4, 3, 4], [9, 9, 8], [20, 3, 20]]
@@ -69,9 +69,7 @@ def site(tmp_path_factory):
 def installed(site, monkeypatch):
     """The package can be imported, and nothing of it has been looked up before."""
     monkeypatch.syspath_prepend(str(site))
-    for registry in ("melinoe.cache.policy", "melinoe.prefetch.registry"):
-        monkeypatch.setattr(f"{registry}._known", {})
-    importlib.invalidate_caches()
+    fresh_registries(monkeypatch)
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
         del sys.modules[name]

@@ -167,7 +167,7 @@ def test_belady_cannot_run_a_model():
 
 def test_a_policy_from_outside_can_be_registered(monkeypatch):
     """A small class with a name is usable by that name; the same name twice is refused."""
-    monkeypatch.setattr("melinoe.cache.policy._known", {})
+    monkeypatch.setattr("melinoe.cache.policy._registry._known", {})
     before = policy_names()
 
     @register

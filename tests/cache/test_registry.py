@@ -1,8 +1,6 @@
 """Policies by name: ours, and those that an installed package declares."""
 
-import importlib
 import json
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from melinoe import config
 from melinoe.cache.policy import policy, policy_class, policy_names
 from melinoe.cache.simulator import simulate
 from melinoe.errors import MelinoeError
+from tests.outside import installed_package
 
 MRU = '''
 """Evict the expert used last: a policy somebody wrote outside melinoe."""
@@ -44,21 +43,13 @@ class Impostor:
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """A package with entry points, installed by its metadata in a directory on sys.path."""
-    (tmp_path / "outside_policies.py").write_text(MRU)
-    info = tmp_path / "outside_policies-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-policies\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
+    points = (
         "[melinoe.policies]\n"
         "mru = outside_policies:Mru\n"
         "impostor = outside_policies:Impostor\n"
         "broken = outside_policies:Nowhere\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("melinoe.cache.policy._known", {})
-    importlib.invalidate_caches()
-    yield
-    sys.modules.pop("outside_policies", None)
+    yield from installed_package(tmp_path, monkeypatch, "outside_policies", MRU, points)
 
 
 @pytest.mark.usefixtures("installed")
@@ -126,14 +117,10 @@ def test_the_settings_name_ours_that_run_a_model_by_name_alone():
 
 def test_a_package_cannot_take_a_name_of_ours(tmp_path, monkeypatch):
     """An entry point named lru is not what lru means."""
-    info = tmp_path / "usurper-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: usurper\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[melinoe.policies]\nlru = usurper:Lru\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    assert policy_class("lru").__module__ == "melinoe.cache.eviction"
-    assert policy_names().count("lru") == 1
+    points = "[melinoe.policies]\nlru = usurper:Lru\n"
+    for _ in installed_package(tmp_path, monkeypatch, "usurper", "Lru = None\n", points):
+        assert policy_class("lru").__module__ == "melinoe.cache.eviction"
+        assert policy_names().count("lru") == 1
 
 
 def test_the_policy_on_the_page_of_traces_works():

@@ -11,11 +11,9 @@ package that holds it declare an entry point, and melinoe finds it wherever poli
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
-from melinoe.cache.declared import declared_class
+from melinoe.cache.registry import Registry
 from melinoe.errors import MelinoeError
 
 ENTRY_POINTS = "melinoe.policies"
@@ -91,32 +89,32 @@ class Policy:
         self.use(experts)
 
 
-# Ours are found as those from outside are: by name, loaded when first asked for.
-_BUILT_IN = {
-    "belady": "melinoe.cache.belady:Belady",
-    "least-stale": "melinoe.cache.least_stale:LeastStale",
-    "lfru": "melinoe.cache.eviction:LFRU",
-    "lfu": "melinoe.cache.eviction:DecayedLFU",
-    "lru": "melinoe.cache.eviction:LRU",
-    "score": "melinoe.cache.eviction:Score",
-    "static": "melinoe.cache.eviction:Static",
-}
-_known: dict[str, type[Policy]] = {}
+_registry = Registry(
+    ENTRY_POINTS,
+    Policy,
+    {
+        "belady": "melinoe.cache.belady:Belady",
+        "least-stale": "melinoe.cache.least_stale:LeastStale",
+        "lfru": "melinoe.cache.eviction:LFRU",
+        "lfu": "melinoe.cache.eviction:DecayedLFU",
+        "lru": "melinoe.cache.eviction:LRU",
+        "score": "melinoe.cache.eviction:Score",
+        "static": "melinoe.cache.eviction:Static",
+    },
+    kind="cache policy",
+    word="cache policy",
+)
 _Class = TypeVar("_Class", bound=type[Policy])
 
 
 def register(cls: _Class) -> _Class:
     """Make a policy known by its `name` in this process; a decorator."""
-    if not cls.name or cls.name in _known or cls.name in _BUILT_IN:
-        raise ValueError(f"a policy needs a name of its own, and {cls.name!r} is not one")
-    _known[cls.name] = cls
-    return cls
+    return _registry.register(cls)
 
 
 def policy_names() -> list[str]:
     """Names of all known policies, sorted: ours, registered ones, and installed entry points."""
-    outside = {point.name for point in entry_points(group=ENTRY_POINTS)}
-    return sorted({*_BUILT_IN, *_known, *outside})
+    return sorted(_registry.names())
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -127,19 +125,7 @@ def policy_class(name: str) -> type[Policy]:
         MelinoeError: unknown name (the message lists the known ones), or an installed package that
             declares it cannot be loaded or declares something else.
     """
-    if name in _known:
-        return _known[name]
-    if name in _BUILT_IN:
-        module, _, attribute = _BUILT_IN[name].partition(":")
-        _known[name] = getattr(import_module(module), attribute)
-        return _known[name]
-    cls = declared_class(ENTRY_POINTS, name, Policy, "cache policy", "cache policy")
-    if cls is None:
-        raise MelinoeError(
-            f"there is no cache policy {name!r}; choose one of {', '.join(policy_names())}"
-        )
-    _known[name] = cls
-    return cls
+    return _registry.find(name)
 
 
 def policy(name: str, **options: Any) -> Policy:
@@ -191,8 +177,7 @@ def _check_future(cls: type[Policy], options: Mapping[str, Any]) -> None:
 
 def __getattr__(name: str) -> Any:
     """Our own policies can also be imported from here, where their base is."""
-    for path in _BUILT_IN.values():
-        module, _, attribute = path.partition(":")
-        if attribute == name:
-            return getattr(import_module(module), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _registry.own(name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
