@@ -79,6 +79,8 @@ PRICE: Schema = {
     "paid?": {"*": ESTIMATE},
     "met?": "flag",
     "met_by_the_whole_interval?": "flag",
+    # By other model (reference, base) and policy.
+    "times_fewer_than?": {"*": {"*": ESTIMATE}},
 }
 
 METADATA: Schema = {
@@ -90,12 +92,17 @@ METADATA: Schema = {
     "fingerprint?": "text",
     "license?": "text",
     "settings?": "object",
+    # The strength that the run trained under; the settings may leave it to the run.
+    "cache_prior?": "number",
     # The earlier run that this one learned from beside its data.
     "teacher?": {"source": "text", "fingerprint": "text"},
     "data?": {
         "source?": "text",
         "split?": "text",
         "examples?": "count",
+        # Kept from training; and how many of them a search for a price chose by.
+        "held_out?": "count",
+        "chosen_by?": "count",
         "sha256?": "text",
         # Of the token ids that were trained on, and which of them are completion.
         "tokens_sha256?": "text",

@@ -23,12 +23,14 @@ class HeldOut:
         domain: Name of the text.
         examples: Held out of it, or given apart; empty if there are too few.
         others: Names to texts of other kinds.
+        chosen_by: How many more there are, by which a search for a price chose.
     """
 
     train: Sequence[Any]
     domain: str
     examples: Sequence[Any] = ()
     others: dict[str, Sequence[Any]] = field(default_factory=dict)
+    chosen_by: int = 0
 
 
 def hold_out(
@@ -96,6 +98,7 @@ def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
         held_out,
         examples=[held_out.examples[index] for index in chosen],
         others={name: some for name, some in others.items() if some},
+        chosen_by=len(held_out.examples) - len(chosen),
     )
 
 
@@ -156,7 +159,10 @@ def finish(
     from melinoe.outcome import record_origin, record_outcome
     from melinoe.report.card import write_card
 
-    record_origin(out, base, data, held_out.train, split, held_out=len(held_out.examples))
+    kept = {"held_out": len(held_out.examples) + held_out.chosen_by}
+    if held_out.chosen_by:
+        kept["chosen_by"] = held_out.chosen_by
+    record_origin(out, base, data, held_out.train, split, **kept)
     failed: TrainingError | None = None
     if measure and not held_out.examples:
         options.say(

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,16 @@ def _merge(adapter: Path, out: Path, base: str) -> None:
 
 
 def _settings(metadata: Mapping[str, Any]) -> FinetuneSettings | None:
-    """The settings of a run; those that this release does not know are left out."""
+    """
+    The settings of a run; those that this release does not know are left out.
+
+    A term that a record does not name was not there yet: it is off, whatever its default is now.
+    """
     known = {one.name for one in fields(FinetuneSettings)}
     found = metadata.get("settings") or {}
     try:
-        return FinetuneSettings(**{name: found[name] for name in known & found.keys()})
+        off = FinetuneSettings().control()
+        return replace(off, **{name: found[name] for name in known & found.keys()})
     except (TrainingError, TypeError, ValueError):
         return None
 

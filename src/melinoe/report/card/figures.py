@@ -23,7 +23,12 @@ PALETTE = {
     "page": "#ffffff",
 }
 DPI = 144
-_SIDES = (("before", PALETTE["base"]), ("after", PALETTE["tuned"]))
+# In the order of the legend.
+_SIDES = (
+    ("before", "before fine-tuning", PALETTE["base"]),
+    ("control", "NLL-only control", PALETTE["control"]),
+    ("after", "after fine-tuning", PALETTE["tuned"]),
+)
 _PANELS = ("nll", "cache")  # what every run logs and every reader asks for
 
 
@@ -47,6 +52,11 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _sides(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The models that were measured: key, name in a legend, colour."""
+    return [side for side in _SIDES if outcome.get(side[0])]
 
 
 def losses(log: list[Mapping[str, Any]]) -> bytes | None:
@@ -79,10 +89,10 @@ def losses(log: list[Mapping[str, Any]]) -> bytes | None:
 
 
 def experts(outcome: Mapping[str, Any]) -> bytes:
-    """Distinct experts that each sequence used, before and after: spread, mean and interval."""
-    total = outcome["num_experts"]
-    with _canvas(6.4, 2.5) as (figure, (axes,)):
-        for row, (side, colour) in zip((1, 0), _SIDES, strict=True):
+    """Distinct experts that each sequence used, by model: spread, mean and interval."""
+    total, sides = outcome["num_experts"], _sides(outcome)
+    with _canvas(6.4, 0.9 + 0.8 * len(sides)) as (figure, (axes,)):
+        for row, (side, _, colour) in enumerate(reversed(sides)):
             values = np.asarray(outcome[side]["writing"]["experts_per_sequence"], dtype=float)
             mean = outcome[side]["writing"]["experts_per_sequence_mean"]
             counts, edges = np.histogram(values, bins=np.linspace(0, total, 49))
@@ -107,7 +117,7 @@ def experts(outcome: Mapping[str, Any]) -> bytes:
                 va="center",
                 fontweight="bold",
             )
-        axes.set(xlim=(0, total), ylim=(-0.18, 1.75), yticks=[])
+        axes.set(xlim=(0, total), ylim=(-0.18, len(sides) - 0.25), yticks=[])
         axes.set_xlabel(f"distinct experts a completion uses, mean over layers (of {total})")
         axes.grid(axis="x")
         return _png(figure)
@@ -115,24 +125,24 @@ def experts(outcome: Mapping[str, Any]) -> bytes:
 
 def hit_rates(outcome: Mapping[str, Any]) -> bytes:
     """Hit rate of completions against slots per layer, one panel per policy, with intervals."""
-    policies = list(outcome["after"]["writing"]["caches"])
+    policies, sides = list(outcome["after"]["writing"]["caches"]), _sides(outcome)
     lowest = min(
         item["low"]
-        for side, _ in _SIDES
+        for side, *_ in sides
         for cache in outcome[side]["writing"]["caches"].values()
         for item in cache["hit_rate"]
     )
     bottom = 10 * int(10 * lowest)
     with _canvas(4.2 * len(policies), 3.3, len(policies)) as (figure, all_axes):
         for policy, axes in zip(policies, all_axes, strict=True):
-            for side, colour in _SIDES:
+            for side, name, colour in sides:
                 cache = outcome[side]["writing"]["caches"][policy]
                 low, mean, high = (
                     [100 * item[end] for item in cache["hit_rate"]]
                     for end in ("low", "mean", "high")
                 )
                 axes.fill_between(cache["slots"], low, high, color=colour, alpha=0.16, linewidth=0)
-                axes.plot(cache["slots"], mean, color=colour, label=f"{side} fine-tuning")
+                axes.plot(cache["slots"], mean, color=colour, label=name)
             axes.axvline(outcome["slots"], color=PALETTE["muted"], linewidth=0.8)
             axes.text(
                 outcome["slots"],

@@ -1,15 +1,13 @@
-# ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
 """The model card as Markdown, every number from ``melinoe.json``."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from melinoe.report.amounts import inline, plain, signed
+from melinoe.report.card import paid, tables
 from melinoe.report.facts import flat, hardware
 from melinoe.report.render import markdown
 from melinoe.report.render import plain as literal
-from melinoe.report.tables import Cell, Table, cell
-from melinoe.stats import Estimate
+from melinoe.report.tables import Cell, Table
 
 UNKNOWN = "unknown"  # the hub's own word for a licence that nobody named
 TAGS = ["mixture-of-experts", "moe", "expert-offloading", "melinoe"]
@@ -31,7 +29,8 @@ ANCHORED = (
     "This model was fine-tuned without locality terms, but with others that hold it near its base: "
     "it shows what those do by themselves."
 )
-_LOCALITY_WEIGHTS = ("lambda_cache", "lambda_reuse")
+UNMEASURED = "Nothing was measured of this checkpoint."
+_LOCALITY_WEIGHTS = ("lambda_cache", "cache_prior", "lambda_reuse")
 
 
 def front_matter(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,22 +59,25 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
     """
     base = metadata.get("base")
     for_locality, purpose = _purpose(metadata.get("settings") or {})
+    price = metadata.get("price")
     parts = [f"# {literal(name)}"]
     origin = f" from {_named(base, metadata)}" if base else ""
     parts.append(f"Fine-tuned with Melinoe{origin}. {ABOUT}{purpose}")
     outcome = metadata.get("outcome")
     parts += ["## What fine-tuning changed"]
     if outcome is None:
-        parts.append("Nothing was measured of this checkpoint.")
+        lines = paid.by_the_search(price)
+        parts += ["\n".join(lines), "Nothing else was measured."] if lines else [UNMEASURED]
     else:
-        parts += _outcome(outcome, for_locality)
+        lines = paid.sentences(outcome, price)
+        parts += ["\n".join(lines), paid.explained(outcome, metadata, purpose is not CONTROL)]
+        parts += tables.all_of(outcome, for_locality)
+        models = "before, control and after" if outcome.get("control") else "before and after"
         parts.append(
-            f"![Distribution over prompts of the experts a completion uses, before and after]"
+            f"![Distribution over prompts of the experts a completion uses, {models}]"
             f"({figures['experts']})"
         )
-        parts.append(
-            f"![Hit rate against slots per layer, before and after]({figures['hit_rates']})"
-        )
+        parts.append(f"![Hit rate against slots per layer, {models}]({figures['hit_rates']})")
     parts += ["## How it was made", *_training(metadata)]
     if "losses" in figures:
         parts.append(f"![Loss terms over the steps of training]({figures['losses']})")
@@ -103,117 +105,6 @@ def _named(base: str, metadata: Mapping[str, Any]) -> str:
     commit = metadata.get("base_commit")
     link = f"https://huggingface.co/{model}" + (f"/tree/{commit}" if commit else "")
     return f"[{literal(base)}]({link})"
-
-
-def _estimate(value: Mapping[str, Any]) -> Estimate:
-    return Estimate.from_dict(dict(value))
-
-
-def _outcome(outcome: Mapping[str, Any], for_locality: bool) -> list[str]:
-    slots, total = outcome["slots"], outcome["num_experts"]
-    share = f"{slots} of {total} experts per layer resident"
-    lines = []
-    # The same text first: what a model writes itself may repeat, and flatter it.
-    for name, doing in (("reading", "reading the same text"), ("writing", "writing its own")):
-        for policy, found in outcome["change"][name]["transfers_per_token"].items():
-            by_size = dict(zip(found["slots"], found["ratio"], strict=True))
-            if slots in by_size:
-                told = _times(_estimate(by_size[slots]))
-                lines.append(f"- With {share} and {policy.upper()}, {doing}: {told}.")
-    for domain, value in outcome["change"]["perplexity"].items():
-        if outcome["after"]["perplexity"][domain]["in_domain"]:
-            lines.append(
-                f"- Perplexity on held-out {literal(domain)} changed by "
-                f"**{signed(_estimate(value))}**."
-            )
-    said = (
-        "Both models got the same held-out prompts and texts; changes are paired, intervals are "
-        "95 % bootstraps over prompts or texts. Hit rates and transfers are of completion tokens, "
-        "simulated exactly from what each model chose, the cache emptied before each prompt."
-    )
-    if for_locality:
-        said += (
-            " The change is from the base model, so it contains what fine-tuning on the same data "
-            "does by itself; a control run (`melinoe finetune --control`) tells the two apart."
-        )
-    own = "What each model chose while it wrote its own greedy completions:"
-    given = (
-        "And while it read the held-out completions, the same tokens for both, so that a model "
-        "that repeats itself gains nothing by it:"
-    )
-    tables = [markdown(_locality(outcome, name, for_locality)) for name in ("writing", "reading")]
-    return [
-        "\n".join(lines),
-        said,
-        markdown(_quality(outcome)),
-        own,
-        tables[0],
-        given,
-        tables[1],
-    ]
-
-
-def _times(ratio: Estimate) -> str:
-    """Before over after, as a sentence."""
-    if ratio.n < 2:
-        return (
-            f"transfers per token before over after are {plain(ratio.mean)}, but one prompt alone "
-            "shows nothing about the next"
-        )
-    if ratio.low <= 1 <= ratio.high:
-        return (
-            f"transfers per token before over after are {inline(ratio)}, and the "
-            "interval contains 1: no difference is shown"
-        )
-    if ratio.mean < 1:
-        told = f"before over after {inline(ratio)}"
-        return f"**more** transfers per token than before ({told})"
-    return f"**{inline(ratio)} times fewer** transfers per token than before"
-
-
-def _quality(outcome: Mapping[str, Any]) -> Table:
-    before, after, change = outcome["before"], outcome["after"], outcome["change"]
-    rows = []
-    for domain, value in after["perplexity"].items():
-        where = "in domain" if value["in_domain"] else "out of domain"
-        rows.append(
-            [
-                Cell(f"{domain} ({where})"),
-                cell(_estimate(before["perplexity"][domain]["perplexity"]), digits=4),
-                cell(_estimate(value["perplexity"]), digits=4),
-                Cell(signed(_estimate(change["perplexity"][domain]))),
-            ]
-        )
-    return Table("quality", "Perplexity", ["perplexity", "before", "after", "change"], rows)
-
-
-def _locality(outcome: Mapping[str, Any], name: str, for_locality: bool) -> Table:
-    """Locality before and after, of what the models wrote or of what they read."""
-    sides = (outcome["before"][name], outcome["after"][name])
-    change, total = outcome["change"][name], outcome["num_experts"]
-    rows = []
-    means = [cell(_estimate(side["experts_per_sequence_mean"])) for side in sides]
-    fewer = inline(_estimate(change["experts_per_sequence"])).replace("-", "−")
-    rows.append([Cell("experts per sequence, mean layer"), *means, Cell(fewer)])
-    reuse = [cell(_estimate(side["reuse"]), "%") for side in sides]
-    rows.append([Cell("experts reused from the token before"), *reuse, Cell("")])
-    whole = [Cell(f"{plain(s['distinct_experts'])} of {total}") for s in sides]
-    rows.append([Cell("experts used over all prompts, mean layer"), *whole, Cell("")])
-    for policy, found in change["transfers_per_token"].items():
-        for size, ratio in zip(found["slots"], found["ratio"], strict=True):
-            label = f"{policy.upper()}, {size} slots"
-            label += " (trained for)" if for_locality and size == outcome["slots"] else ""
-            moved = [_at(side, policy, "transfers_per_token", size) for side in sides]
-            times = Cell(f"÷ {inline(_estimate(ratio))}")
-            rows.append([Cell(f"transfers per token, {label}"), *moved, times])
-            hits = [_at(side, policy, "hit_rate", size, "%") for side in sides]
-            rows.append([Cell(f"hit rate, {label}"), *hits, Cell("")])
-    return Table(name, "Locality", [name, "before", "after", "change"], rows)
-
-
-def _at(side: Mapping[str, Any], policy: str, name: str, size: int, unit: str = "") -> Cell:
-    cache = side["caches"][policy]
-    return cell(_estimate(cache[name][cache["slots"].index(size)]), unit)
 
 
 def _training(metadata: Mapping[str, Any]) -> list[str]:
