@@ -9,7 +9,11 @@ from small_runs import examples, settings, trained
 from tiny import tiny_model
 
 import melinoe.finetune.training as training_module
+from melinoe.checkpoint.metadata import read_metadata
+from melinoe.config import PRIOR
+from melinoe.data import load_examples
 from melinoe.errors import TrainingError, UnsupportedModelError
+from melinoe.finetune import finetune
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -22,8 +26,8 @@ def kept(monkeypatch):
     """Every prior that a run makes."""
     made, whole = [], training_module.PriorRouting
 
-    def remember(*arguments):
-        made.append(whole(*arguments))
+    def remember(*arguments, **options):
+        made.append(whole(*arguments, **options))
         return made[-1]
 
     monkeypatch.setattr(training_module, "PriorRouting", remember)
@@ -104,12 +108,37 @@ def test_families_with_odd_routers_train_under_the_prior(kept, family):
         assert kept_weights == (".vision_" in layer.name)
 
 
-@pytest.mark.filterwarnings("default")
-def test_a_family_whose_weights_follow_no_known_rule_is_told_to_train_without():
-    """Newcomers need the weight that the router would have given them."""
+def phimoe():
+    """Its routers mix by a rule of their own."""
     model = tiny_model("phimoe")
+    model.config.router_jitter_noise = 0.0
     with torch.no_grad():
         for one in find_routers(model):
             one.weight.normal_(std=0.5)
+    return model
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_family_whose_weights_follow_no_known_rule_is_told_to_train_without():
+    """Newcomers need the weight that the router would have given them."""
     with pytest.raises(UnsupportedModelError, match="cache_prior 0"):
-        trained(model, cache_prior=0.5)
+        trained(phimoe(), cache_prior=0.5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_unless_asked_for_the_prior_is_left_out_there_with_one_warning(kept, caplog):
+    """Absent means 0.2 where that can be; elsewhere the run is that of strength 0, and says so."""
+    rows = trained(phimoe(), cache_prior=None, steps=2)
+    assert sum("without the cache prior" in one.message for one in caplog.records) == 1
+    assert kept[0].strength == 0.0 and kept[0].replaced == 0
+    assert rows == trained(phimoe(), cache_prior=0.0, steps=2)
+
+
+def test_absent_is_the_default_strength_and_the_record_says_it(kept, checkpoint):
+    """`melinoe.json` has what the run trained under beside settings that leave it open."""
+    data = load_examples(checkpoint / "data.jsonl")
+    for given, out, effective in ((None, "a", PRIOR), (0.0, "b", 0.0)):
+        finetune(checkpoint / "base", data, checkpoint / out, settings(cache_prior=given, steps=1))
+        record = read_metadata(checkpoint / out)
+        assert (record["settings"]["cache_prior"], record["cache_prior"]) == (given, effective)
+    assert [one.strength for one in kept] == [PRIOR]

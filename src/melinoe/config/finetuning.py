@@ -10,6 +10,8 @@ from melinoe.errors import TrainingError
 CONTROL = "control"
 # What hidden states weigh where a command line names a teacher and no weight.
 MATCH = 10.0
+# The strength of the cache prior in training where none is given.
+PRIOR = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class FinetuneSettings:
         0.25, "cache size that the loss imagines", unit="share of a layer's experts"
     )
     lambda_cache: float = setting(0.5, "weight of the cache-simulation loss; 0 leaves it out")
-    lambda_rank: float = setting(0.1, "weight of the anchor to the base router; 0 leaves it out")
+    lambda_rank: float = setting(0.0, "weight of the anchor to the base router; 0 leaves it out")
     gamma: float = setting(
         0.9, "how slowly the imagined cache forgets: near 0 as LRU, 1 as LFU", unit="per token"
     )
@@ -74,10 +76,11 @@ class FinetuneSettings:
     layer_weight: tuple[float, ...] | None = setting(
         None, "factor on each MoE layer's cache and reuse terms, in turn; absent: 1"
     )
-    cache_prior: float = setting(
-        0.0,
+    cache_prior: float | None = setting(
+        None,
         "strength of the cache prior under which completions are computed while training, so that "
-        "experts learn to stand in for missing ones; 0: the routers' own choices",
+        "experts learn to stand in for missing ones; 0: the routers' own choices; absent: 0.2, or "
+        "0 with a warning where the rule of a router's weights is not known",
     )
     lambda_reuse: float = setting(
         0.0, "weight of the reuse of the previous token's experts; 0 leaves it out"
@@ -170,7 +173,7 @@ class FinetuneSettings:
             ("lambda_rank", self.lambda_rank >= 0, "0 or more"),
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
             ("rho", self.rho >= 0, "0 or more"),
-            ("cache_prior", self.cache_prior >= 0, "0 or more"),
+            ("cache_prior", (self.cache_prior or 0) >= 0, "0 or more"),
             ("lambda_reuse", self.lambda_reuse >= 0, "0 or more"),
             ("lambda_distill", self.lambda_distill >= 0, "0 or more"),
             ("lambda_match", self.lambda_match >= 0, "0 or more"),

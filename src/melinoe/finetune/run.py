@@ -158,6 +158,7 @@ def finetune(
             "base_fingerprint": base_fingerprint,
             "fingerprint": fingerprint(model),
             "settings": asdict(settings),
+            "cache_prior": trained.cache_prior,
             "teacher": None
             if taught_by is None
             else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},

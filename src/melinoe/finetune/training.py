@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from melinoe.config import FinetuneSettings
+from melinoe.config import PRIOR, FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import DataError, InterruptedRunError, TrainingError
 from melinoe.finetune.arguments import set_steps, training_arguments
@@ -48,6 +48,7 @@ class Trained:
         processes: On how many the run was.
         adapter: Where the model was sharded (FSDP2) and stays so, what was trained; else ``None``:
             it is merged into the model.
+        cache_prior: The strength of the cache prior under which it was trained; 0: none.
     """
 
     rows: list[dict[str, Any]]
@@ -55,6 +56,7 @@ class Trained:
     step: int
     processes: int
     adapter: Adapter | None
+    cache_prior: float
 
 
 def train(
@@ -161,8 +163,10 @@ def run_training(
         if anchor_data:
             replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
         objective = Objective(routers, settings, replay=replay)
-        if settings.cache_prior > 0:
-            objective.prior = PriorRouting(routers, settings.cache_prior, settings.gamma)
+        strength = PRIOR if settings.cache_prior is None else settings.cache_prior
+        if strength > 0:
+            asked_for = settings.cache_prior is not None
+            objective.prior = PriorRouting(routers, strength, settings.gamma, strict=asked_for)
             undo.callback(objective.prior.close)
         stored = {name: tensor.dtype for name, tensor in tensors(model)}
         if not torch.cuda.is_available():
@@ -253,7 +257,8 @@ def run_training(
         model.requires_grad_(True).eval()
         for name, tensor in tensors(model):
             tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
-    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter)
+    strength = 0.0 if objective.prior is None else objective.prior.strength
+    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, strength)
 
 
 def _check_held_out(settings: FinetuneSettings, eval_data: Sequence[Encoded] | None) -> None:

@@ -10,6 +10,7 @@ with their gradient.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
 from melinoe.moe.routing import Router
+
+_log = logging.getLogger("melinoe")
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,20 @@ class PriorRouting:
         routers: Of the model.
         strength: Of the prior, above 0.
         gamma: Decay of the imagined cache's LFU, in [0.001, 1].
+        strict: Whether a router whose weights follow no known rule is an error; else a warning is
+            logged, and from then on no choice is changed.
 
     Attributes:
+        strength: Of the prior; 0 where it gave up.
         replaced: Choices replaced so far.
         uses: Choices of completion tokens so far.
     """
 
-    def __init__(self, routers: Sequence[Router], strength: float, gamma: float) -> None:
+    def __init__(
+        self, routers: Sequence[Router], strength: float, gamma: float, *, strict: bool = True
+    ) -> None:
         self.settings = ChoiceSettings(kind="cache-prior", strength=strength)
+        self.strength, self.strict = strength, strict
         self.gamma = max(gamma, 0.001)  # where LFU is as good as LRU, and its scores still finite
         self.replaced = self.uses = 0
         self._texts: Texts | None = None
@@ -107,7 +116,8 @@ class PriorRouting:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             before, weights = given["top_k_index"], given["top_k_weights"]
             after = self._recalled(router, before)
-            if after is None and (self._texts is None or not torch.is_grad_enabled()):
+            off = self._texts is None or not torch.is_grad_enabled() or not self.strength
+            if after is None and off:
                 return None
             if logits is None or logits.shape[0] != before.shape[0]:
                 raise UnsupportedModelError(
@@ -144,10 +154,15 @@ class PriorRouting:
         try:
             known.observe(logits, before, weights)
         except UnsupportedModelError:
-            raise UnsupportedModelError(
+            why = (
                 f"{router.name} weighs experts by a rule that is not known here, so another "
-                "expert's weight cannot be told; train with cache_prior 0"
-            ) from None
+                "expert's weight cannot be told"
+            )
+            if self.strict:
+                raise UnsupportedModelError(f"{why}; train with cache_prior 0") from None
+            _log.warning("%s: this run trains without the cache prior", why)
+            self.strength = 0.0
+            return before
         if known.weighting is None:  # too few tokens so far to tell the rule of the weights
             return before
         shape = texts.segment_ids.shape

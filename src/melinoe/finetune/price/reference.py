@@ -24,7 +24,7 @@ from melinoe.finetune.price.reading import Cost, Loads, read
 NAME = "price_reference"
 # What may differ between a run and its reference: it changes no weight of the reference.
 FREE_OF_CONTROL = (
-    {"lambda_cache", "lambda_rank", "gamma", "rho", "cache_loss", "cache_gradient"}
+    {"lambda_cache", "cache_prior", "lambda_rank", "gamma", "rho", "cache_loss", "cache_gradient"}
     | {"anchor", "rank_reduce", "reference", "swap_margin", "capacity_curriculum"}
     | {"layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_match"}
     | {"lambda_replay"}
