@@ -23,6 +23,7 @@ BASE = FinetuneSettings(
     lambda_cache=0.5,
     anchor="none",
     lambda_rank=0.0,
+    cache_prior=0.0,
 )
 
 
@@ -98,6 +99,9 @@ def _goals() -> Iterator[Run]:
     for strength in (0.5, 1.0):
         taught = {"control": control, "lambda_cache": strength, **TAUGHT, **LONGER}
         yield _run("goals", "under the prior, own text", strength, **taught, **UNDER, **light)
+    # What the teacher and the base's own text do to quality by themselves.
+    none = {"control": control, "lambda_cache": 0.0, **TAUGHT, **LONGER}
+    yield _run("goals", "taught, own text, no cache term", **none, **light)
     control = "control, 700 steps"
     yield _run("control", control, lambda_cache=0.0, **LONG)
     for strength in (2.0, 4.0):

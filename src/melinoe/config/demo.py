@@ -41,10 +41,10 @@ class DemoSettings:
             batch_size=self.batch_size,
             max_length=self.max_length,
             # Chosen on examples of the training part that neither run sees; see docs/log.md.
-            learning_rate=2e-3,
-            lambda_cache=3.0,
+            learning_rate=4e-3,
+            lambda_cache=1.5,
             lambda_match=10.0,
-            lambda_replay=0.25,
+            lambda_replay=0.1,
             replay_loss="nll",
             own_texts=self.own_texts,
             seed=self.seed,
