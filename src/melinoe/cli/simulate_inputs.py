@@ -190,3 +190,45 @@ def read_figures(
         overlap=overlap,
     )
     return machine, work
+
+
+def check_words(miss: str, overlap: str) -> None:
+    """Refuse ways to handle misses and to overlap that are not known."""
+    from melinoe.cache.machine import OVERLAPS
+    from melinoe.cache.misses import MISSES
+
+    for name, value, known in (
+        ("--miss", miss, MISSES),
+        ("--overlap", overlap, OVERLAPS),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=name)
+
+
+def with_popularity(name: str, own: dict[str, Any], popular: np.ndarray) -> dict[str, Any]:
+    """Give the options of a policy, with popularity for the one that goes by it."""
+    return {**own, "popularity": popular} if name == "static" else own
+
+
+def allocated(
+    trace: Trace,
+    policy: str,
+    size: int | list[int],
+    chosen: dict[str, Any],
+    source: Path | None,
+    cold: bool,
+) -> tuple[int, ...]:
+    """As many slots as *size* has in all, split by the miss-ratio curves of a trace."""
+    from melinoe.cache.allocate import allocate, cost_of
+    from melinoe.cache.curves import miss_curves
+    from melinoe.cache.slots import check_capacity
+    from melinoe.cache.trace import Trace
+
+    for count in size if isinstance(size, list) else [size]:
+        check_capacity(trace.num_experts, count)
+    fitted = trace if source is None else Trace.load(source)
+    fitted.check_model(trace.fingerprint, trace.num_layers, trace.num_experts, trace.top_k)
+    curves = miss_curves(fitted, policy, policy_options=chosen, reset_between_sequences=cold)
+    return allocate(
+        cost_of(curves), sum(size) if isinstance(size, list) else size * len(curves.exact_from)
+    )

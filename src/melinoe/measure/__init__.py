@@ -5,6 +5,7 @@ Run one configuration over prompts, count and time; records that `report` reads.
     files.py     records to JSON and JSON lines, whole or not at all
     serve.py     serve(model, handle, ...) -> a record of kind ``serve``; several side by side
     locality.py  a trace to records of kind ``locality`` and ``curve``
+    replays.py   replays of a trace to a table with intervals
     traces.py    a trace to all records that a report shows of one
     usage.py     a trace to a record of kind ``usage``: experts by sequence and layer
     timeline.py  one generation token by token, a record of kind ``timeline``
@@ -17,6 +18,7 @@ from melinoe.measure.files import append_jsonl, write_json
 from melinoe.measure.locality import completion_counts, curve_record, locality_record
 from melinoe.measure.machine import machine
 from melinoe.measure.reading import reading_record, reading_trace
+from melinoe.measure.replays import replay_record
 from melinoe.measure.serve import serve, serve_record, serving, side_by_side
 from melinoe.measure.timeline import timeline_record
 from melinoe.measure.traces import trace_records
@@ -31,6 +33,7 @@ __all__ = [
     "machine",
     "reading_record",
     "reading_trace",
+    "replay_record",
     "serve",
     "serve_record",
     "serving",
