@@ -1,0 +1,148 @@
+"""The card's first lines: the price over the control, the saving over control and base."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from melinoe.checkpoint import read_metadata, write_metadata
+from melinoe.cli.app import app
+from melinoe.report.card import write_card
+
+GAP = {"mean": 0.012, "low": 0.004, "high": 0.02, "n": 20}
+SEARCHED = {
+    "bounds": {"own": 0.01, "other": 0.03},
+    "paid": {"own": GAP, "other": {"mean": 0.001, "low": -0.01, "high": 0.011, "n": 20}},
+    "met": False,
+    "met_by_the_whole_interval": False,
+    "times_fewer_than": {
+        "reference": {"lru": {"mean": 2.5, "low": 2.25, "high": 2.75, "n": 20}},
+        "base": {"lru": {"mean": 2.0, "low": 1.75, "high": 2.25, "n": 20}},
+    },
+}
+
+
+@pytest.fixture
+def held(beside_control, tmp_path):
+    """The melinoe.json of a run that was measured beside its control."""
+    path = tmp_path / "its-model"
+    path.mkdir()
+    shutil.copy(beside_control / "melinoe.json", path)
+    return path
+
+
+def body(path):
+    """The lines of the card below the heading on what fine-tuning changed."""
+    write_card(path)
+    text = (path / "README.md").read_text()
+    return text.split("## What fine-tuning changed\n\n")[1].split("\n")
+
+
+def shown(estimate):
+    """A share as a sentence has it, written here."""
+    ends = (estimate["mean"], estimate["low"], estimate["high"])
+    mean, low, high = (f"{100 * end:+.1f}".replace("-", "\N{MINUS SIGN}") for end in ends)
+    return f"{mean} % [{low}, {high}]"
+
+
+def test_the_first_line_is_the_price_over_the_control(held):
+    """In domain first, then out of domain; then what it bought; the base comes last."""
+    change = read_metadata(held)["outcome"]["change_from_control"]["perplexity"]
+    lines = body(held)
+    price = (
+        f"- Price: perplexity on held-out words **{shown(change['words'])}** against the NLL-only"
+    )
+    assert lines[0].startswith(price)
+    assert lines[1].startswith("- Price out of domain, against the control: far ")
+    assert f"**{shown(change['far'])}**" in lines[1]
+    assert lines[2].startswith("- Saving with 2 of 8 experts per layer resident and LRU, reading")
+    assert "the control" in lines[2] and "the base model" in lines[2]
+    assert lines[6].startswith("- Perplexity on held-out words changed by")
+
+
+def test_the_tables_have_a_column_of_the_control_and_one_of_the_change_from_it(held):
+    """Perplexity and both kinds of locality; as many cells in every row as there are headings."""
+    text = "\n".join(body(held))
+    for name in ("perplexity", "writing", "reading"):
+        head = f"| {name} | before | control | after | from before | from control |"
+        table = text.split(head + "\n")[1].split("\n\n")[0]
+        assert {row.count(" | ") for row in table.split("\n")} == {5}
+    control = read_metadata(held)["outcome"]["control"]["perplexity"]["words"]["perplexity"]
+    row = next(line for line in text.split("\n") if line.startswith("| words (in domain) |"))
+    assert row.split(" | ")[2].startswith(f"{control['mean']:,.4g}"[:4])
+
+
+def test_the_figures_show_the_control_in_its_colour(held, copy):
+    """A third model, which the figures of a run without a control have no trace of."""
+
+    def orange(path):
+        write_card(path)
+        found = {}
+        for name in ("experts", "hit-rates"):
+            with Image.open(path / f"melinoe-{name}.png") as image:
+                pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+            found[name] = int((pixels == (0xB3, 0x5A, 0x00)).all(axis=1).sum())
+        return found
+
+    assert all(count > 100 for count in orange(held).values())
+    assert all(count == 0 for count in orange(copy).values())
+
+
+def test_without_a_control_one_sentence_says_so_and_how_to_measure_it(copy, held):
+    """Of a run for locality; of the control itself there is nothing to ask."""
+
+    def said(path):
+        text = "\n".join(body(path))
+        return text.count("the price over plain fine-tuning was not measured")
+
+    assert said(copy) == 1 and said(held) == 0
+    text = (copy / "README.md").read_text()
+    assert all(f"`{flag}`" in text for flag in ("--teacher control", "--max-ppl-increase"))
+    off = {"lambda_cache": 0.0, "lambda_rank": 0.0}
+    write_metadata(copy, read_metadata(copy) | {"settings": off})
+    assert said(copy) == 0
+
+
+@pytest.mark.parametrize(
+    ("met", "whole", "verdict"),
+    [(False, False, "**not kept**"), (True, True, "kept, by"), (True, False, "kept by the mean")],
+)
+def test_a_bound_that_was_asked_for_is_said_with_its_verdict_and_no_second_price(
+    held, met, whole, verdict
+):
+    """The search's own figures are left out where the outcome has them of the same texts."""
+    price = SEARCHED | {"met": met, "met_by_the_whole_interval": whole}
+    data = {"held_out": 40, "chosen_by": 20}
+    write_metadata(held, read_metadata(held) | {"price": price, "data": data})
+    lines = body(held)
+    assert lines[2].startswith("- Asked for was a price of at most 1 % in domain and 3 % out of")
+    assert verdict in lines[2]
+    text = "\n".join(lines)
+    assert "+1.2 %" not in text and text.count("- Price: ") == 1
+    assert "chosen by 20 of the 40 held-out examples; only the others were measured" in text
+
+
+def test_a_search_that_was_not_measured_further_still_says_its_price(tmp_path):
+    """From the texts that judged it: price, bound, saving over the NLL-only run and the base."""
+    write_metadata(tmp_path, {"settings": {"lambda_cache": 0.5}, "price": SEARCHED})
+    lines = body(tmp_path)
+    assert "in domain, on held-out text that chose nothing, **+1.2 % [+0.4, +2.0]**" in lines[0]
+    assert "where the interval contains 0: no difference is shown" in lines[1]
+    assert "**not kept**" in lines[2]
+    assert "**2.50 [2.25, 2.75] times fewer** transfers per token than the control" in lines[3]
+    assert "**2.00 [1.75, 2.25] times fewer** transfers per token than the base" in lines[3]
+    assert "Nothing else was measured." in lines
+
+
+def test_the_card_command_writes_it_again_from_the_record_alone(held):
+    """Without a weight, a base or a control in reach: the same bytes."""
+    from typer.testing import CliRunner
+
+    write_card(held)
+    files = {path.name: path.read_bytes() for path in held.iterdir()}
+    for path in held.iterdir():
+        if path.name != "melinoe.json":
+            path.unlink()
+    assert CliRunner().invoke(app, ["card", str(held)]).exit_code == 0
+    assert {path.name: path.read_bytes() for path in held.iterdir()} == files
