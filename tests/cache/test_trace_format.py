@@ -143,7 +143,7 @@ ROWS = len(random_trace(0))
         ({"metadata": {"format": "melinoe-trace", "header": "{"}}, "not readable"),
         ({"metadata": {"format": "melinoe-trace", "header": "[1]"}}, "not readable"),
         ({"metadata": {"format": "melinoe-trace"}}, "not readable"),
-        ({"metadata": {"format": "pt"}}, "no trace"),
+        ({"metadata": {"format": "pt"}}, "holds no trace"),
     ],
 )
 def test_a_file_with_other_contents_is_refused(tmp_path, change, text):

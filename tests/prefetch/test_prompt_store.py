@@ -76,7 +76,7 @@ HEADER = {"version": 1, "fingerprint": "f", "model": "m"}
         ({}, {"version": 2}, {}, "version 2"),
         ({}, {"model": 3}, {}, "other fields"),
         ({}, {}, {"header": "{"}, "not readable"),
-        ({}, {}, {"format": "melinoe-trace"}, "holds no prompts"),
+        ({}, {}, {"format": "melinoe-trace"}, "holds no stored prompts"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_sentence(tmp_path, arrays, header, metadata, words):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
-from melinoe.cache.tensor_file import parse_tensors
+from melinoe.cache.tensor_file import FileKind
 from melinoe.errors import TraceError
 
 FORMAT = "melinoe-trace"
@@ -30,6 +30,9 @@ HEADER: dict[str, type] = {
     "versions": dict,
     "note": str,
 }
+_KIND = FileKind(
+    FORMAT, VERSIONS, "the trace {} is", "trace", "record one with `melinoe trace`", TraceError
+)
 
 
 def write_trace_file(
@@ -90,34 +93,7 @@ def read_trace_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
     Raises:
         TraceError: the file is missing, torn, no trace, or of another version.
     """
-    try:
-        blob = Path(path).read_bytes()
-    except OSError as error:
-        raise TraceError(
-            f"the trace {path} cannot be read: {error.strerror}; check the path"
-        ) from error
-    try:
-        arrays, metadata = parse_tensors(blob)
-    except ValueError as error:
-        raise TraceError(
-            f"the trace {path} is torn, or no trace ({error}); copy or record it again"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise TraceError(
-            f"{path} is a safetensors file but no trace; record one with `melinoe trace`"
-        )
-    try:
-        header = dict(json.loads(metadata["header"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise TraceError(
-            f"the trace {path} is malformed: its header is not readable; record it again"
-        ) from error
-    version = header.pop("version", None)
-    if version not in VERSIONS:
-        raise TraceError(
-            f"the trace {path} has format version {version!r}, and this melinoe reads "
-            f"{VERSIONS[-1]} at most; record it again, or install the melinoe that wrote it"
-        )
+    arrays, header, version = _KIND.read(path)
     if {name: type(value) for name, value in header.items()} != HEADER:
         raise TraceError(
             f"the trace {path} is malformed: its header does not hold {', '.join(HEADER)}; "

@@ -6,14 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from melinoe.cache.ahead import Prompts
-from melinoe.cache.tensor_file import parse_tensors
+from melinoe.cache.tensor_file import FileKind
 from melinoe.cache.trace import COMPLETION_ROW, Trace
 from melinoe.cache.trace_file import write_whole
 from melinoe.errors import DataError, TokenizerError
@@ -22,6 +21,9 @@ FORMAT = "melinoe-prompt-store"
 VERSION = 1
 _HEADER = {"fingerprint": str, "model": str}
 _WAY_OUT = "make it again with `melinoe prefetch store`"
+_KIND = FileKind(
+    FORMAT, (VERSION,), "the stored prompts {} are", "stored prompts", _WAY_OUT, DataError
+)
 
 
 def prompt_embedding(weight: Any, ids: Sequence[int]) -> np.ndarray:
@@ -140,32 +142,7 @@ class PromptStore:
         Raises:
             DataError: it is missing, torn, something else, of another version, or inconsistent.
         """
-        try:
-            blob = Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"the stored prompts {path} cannot be read: {error.strerror}; check the path"
-            ) from error
-        try:
-            arrays, metadata = parse_tensors(blob)
-        except ValueError as error:
-            raise DataError(
-                f"the stored prompts {path} are torn, or something else ({error}); {_WAY_OUT}"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise DataError(f"{path} is a safetensors file but holds no prompts; {_WAY_OUT}")
-        try:
-            header = dict(json.loads(metadata["header"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"the stored prompts {path} have a header that is not readable; {_WAY_OUT}"
-            ) from error
-        version = header.pop("version", None)
-        if version != VERSION:
-            raise DataError(
-                f"the stored prompts {path} have format version {version!r}, and this melinoe "
-                f"reads {VERSION}; {_WAY_OUT}"
-            )
+        arrays, header, _ = _KIND.read(path)
         types = {name: type(value) for name, value in header.items()}
         if types != _HEADER or arrays.keys() != {"embeddings", "uses"}:
             raise DataError(
