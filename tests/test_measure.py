@@ -1,24 +1,19 @@
 """Records: their numbers worked by hand, and equal to the simulator's on the recorded trace."""
 
-import errno
 import json
-import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, always, tiny_model, words_tokenizer
+from two_sequences import small_trace
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import DataError
 from melinoe.evaluate import Perplexity, quality_record
 from melinoe.generate import Generation, trace_prompts
 from melinoe.measure import (
-    append_jsonl,
     curve_record,
     locality_record,
     machine,
@@ -221,46 +216,6 @@ def test_no_prompts_are_refused():
         serve(model, handle, tokenizer, [], label="tiny")
 
 
-def small_trace():
-    """One layer, 4 experts, top-1: sequence 0 chooses 0 | 0 1 0, sequence 1 chooses 2 | 2 2 2."""
-    builder = TraceBuilder(1, 4, 1)
-    for sequence, (prompt, completion) in enumerate([(0, [0, 1, 0]), (2, [2, 2, 2])]):
-        builder.add_forward(np.full((1, 1, 1), prompt), sequence, PROMPT_ROW)
-        for expert in completion:
-            builder.add_forward(np.full((1, 1, 1), expert), sequence, COMPLETION_ROW)
-    return builder.trace()
-
-
-def test_locality_is_worked_by_hand():
-    """2 and 1 experts a sequence; reuse 1 of 3 and 3 of 3; three experts in all."""
-    record = locality_record(small_trace(), "m")
-    assert record["experts_per_sequence"] == [2, 1]
-    assert record["reuse"]["mean"] == pytest.approx((1 / 3 + 1) / 2)
-    assert record["distinct_experts"] == 3
-    assert (record["kind"], record["model"], record["num_experts"]) == ("locality", "m", 4)
-
-
-def test_a_curve_is_worked_by_hand():
-    """One slot, cold: of 0 1 0 the first hits (the prompt left 0), of 2 2 2 all: 4 of 6 uses.
-
-    Two slots: 1 misses once, 5 of 6.
-    """
-    record = curve_record(small_trace(), "m", "lru", [1, 2, 4])
-    assert [rate["mean"] for rate in record["hit_rate"]] == pytest.approx([4 / 6, 5 / 6, 5 / 6])
-    assert record["slots"] == [1, 2, 4] and record["cold"] is True
-    assert record["hit_rate"][0]["n"] == 2
-
-
-def test_a_trace_of_prompts_alone_has_no_locality():
-    """Locality is of the completion."""
-    builder = TraceBuilder(1, 4, 1)
-    builder.add_forward(np.zeros((2, 1, 1), int), 0, PROMPT_ROW)
-    with pytest.raises(DataError):
-        locality_record(builder.trace(), "m")
-    with pytest.raises(DataError):
-        curve_record(builder.trace(), "m", "lru", [1])
-
-
 def test_the_report_accepts_every_kind_of_record():
     """What is measured here is what is checked there, field by field."""
     perplexity = Perplexity(np.asarray([2.0, 1.0]), np.asarray([2.0, 1.0]))
@@ -293,59 +248,6 @@ def test_a_training_record_keeps_the_steps_alone():
     }
     with pytest.raises(DataError):
         training_record("control", log[2:], {})
-
-
-def test_lines_are_appended_whole(tmp_path):
-    """Two records are two lines, the folder is made, and letters stay letters."""
-    path = tmp_path / "runs" / "runs.jsonl"
-    append_jsonl(path, {"kind": "serve", "model": "Μηλινόη"})
-    append_jsonl(path, {"kind": "quality"})
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"kind": "serve", "model": "Μηλινόη"},
-        {"kind": "quality"},
-    ]
-    assert "Μηλινόη" in lines[0]
-
-
-def test_a_line_that_the_disk_holds_half_of_is_taken_back(tmp_path, monkeypatch):
-    """The system may write a part and say so; the next part finds the disk full."""
-    path = tmp_path / "runs.jsonl"
-    append_jsonl(path, {"kind": "serve"})
-    write, calls = os.write, []
-
-    def some(handle, data):
-        calls.append(len(data))
-        if len(calls) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(handle, data[:5])
-
-    monkeypatch.setattr(os, "write", some)
-    with pytest.raises(DataError, match="No space left"):
-        append_jsonl(path, {"kind": "quality"})
-    monkeypatch.undo()
-    append_jsonl(path, {"kind": "curve"})
-    lines = path.read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["serve", "curve"]
-
-
-def test_a_number_that_is_not_finite_leaves_the_file_as_it_was(tmp_path):
-    """JSON has no nan: the earlier result stays, and nothing lies beside it."""
-    path = tmp_path / "result.json"
-    write_json(path, {"value": 1})
-    for write in (write_json, append_jsonl):
-        with pytest.raises(DataError, match="not finite"):
-            write(path, {"value": math.nan})
-    assert json.loads(path.read_text()) == {"value": 1}
-    assert [found.name for found in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
-    """A file where a folder should be."""
-    (tmp_path / "taken").write_text("")
-    for write in (write_json, append_jsonl):
-        with pytest.raises(DataError, match="cannot write"):
-            write(tmp_path / "taken" / "result.json", {"value": 1})
 
 
 def test_the_machine_is_described_without_naming_it():

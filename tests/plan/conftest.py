@@ -8,59 +8,39 @@ from transformers import MixtralConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfi
 
 from melinoe.cli import app as cli
 
+
+def shaped(family, vocabulary, hidden, expert, layers, heads, key_heads, top_k, **own):
+    """A config of *family* by the numbers that all families have; *own* names the others."""
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": expert,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "num_experts_per_tok": top_k,
+        "tie_word_embeddings": False,
+    }
+    return family(**sizes | own)
+
+
 # From each repository's config.json, written down apart from what ships with the package.
 PUBLISHED = {
-    "OLMoE-1B-7B": OlmoeConfig(
-        vocab_size=50304,
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
+    "OLMoE-1B-7B": shaped(
+        OlmoeConfig, 50304, 2048, 1024, 16, 16, 16, 8, num_experts=64, max_position_embeddings=4096
     ),
-    "Qwen3-30B-A3B": Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
+    "Qwen3-30B-A3B": shaped(
+        Qwen3MoeConfig, 151936, 2048, 6144, 48, 32, 4, 8, num_experts=128, head_dim=128,
+        moe_intermediate_size=768, max_position_embeddings=40960,
     ),
-    "Phi-3.5-MoE": PhimoeConfig(
-        vocab_size=32064,
-        hidden_size=4096,
-        intermediate_size=6400,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_local_experts=16,
-        num_experts_per_tok=2,
-        attention_bias=True,
+    "Phi-3.5-MoE": shaped(
+        PhimoeConfig, 32064, 4096, 6400, 32, 32, 8, 2, num_local_experts=16, attention_bias=True,
         lm_head_bias=True,
-        tie_word_embeddings=False,
     ),
-    "Mixtral-8x7B": MixtralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        tie_word_embeddings=False,
+    "Mixtral-8x7B": shaped(
+        MixtralConfig, 32000, 4096, 14336, 32, 32, 8, 2, num_local_experts=8
     ),
-}
+}  # fmt: skip
 ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -91,20 +71,10 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """An OLMoE of 2 layers of 8 experts, top-2; one expert is 3 x 16 x 8 x 2 = 768 bytes."""
-    config = OlmoeConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
+    config = shaped(
+        OlmoeConfig, 100, 16, 8, 2, 2, 2, 2, num_experts=8, max_position_embeddings=64,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
     return write_config(tmp_path_factory.mktemp("small"), config)
 
 
