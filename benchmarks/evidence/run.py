@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from answers import answers
 from caches import POLICIES, PREFETCHES, Cells, allocations, minus, rate, sizes, table, times
 from choices import POLICY, QUARTER, prices
 from counts import CAUSAL, counts
@@ -95,7 +96,8 @@ def main() -> None:
     about = {"settings": {**settings, "fine-tuned": args.tuned_name}, "machine": machine()}
     args.out.unlink(missing_ok=True)
     trial = [] if args.judged >= FULL else [f"A trial with {args.judged} texts: shows no result."]
-    for record in records(found, split, priced):
+    done = records(found, split, priced)
+    for record in (*done, answers([plain(one) for one in done])):
         notes = [*trial, *record["notes"]]
         append_jsonl(args.out, plain({**record, **about, "notes": notes}))
 

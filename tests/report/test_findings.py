@@ -1,0 +1,87 @@
+"""Each claim of docs/findings.md against the committed evidence: no new run leaves it behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from melinoe.report import update_readme
+
+ROOT = Path(__file__).parents[2]
+EVIDENCE = ROOT / "benchmarks" / "results" / "evidence.jsonl"
+
+
+@pytest.fixture(scope="module")
+def of():
+    """Benchmark name, without its prefix -> rows."""
+    lines = map(json.loads, EVIDENCE.read_text().splitlines())
+    return {one["benchmark"].removeprefix("evidence-"): one["result"] for one in lines}
+
+
+@pytest.fixture(scope="module")
+def answer(of):
+    """Question -> its four answers, base before fine-tuned, in domain before out of it."""
+    return {row["question"]: list(row.values())[1:] for row in of["answers"]}
+
+
+def below(estimate):
+    return estimate["high"] < 0
+
+
+def above(estimate):
+    return estimate["low"] > 0
+
+
+def test_no_policy_is_best_everywhere(of, answer):
+    """LRU nowhere, static on the fine-tuned model, least-stale behind all; Belady far ahead."""
+    best = answer["the policy that can serve with the fewest transfers"]
+    assert set(best) == {"lfru", "lfu", "static"} and best[2:] == ["static", "static"]
+    for case in of["policies"]:
+        if case["slots"] == 8:
+            means = {p: case[p]["mean"] for p in ("lru", "lfu", "lfru", "score", "static")}
+            assert case["least-stale"]["low"] > max(means.values())
+            left = min(means.values()) - case["belady"]["mean"]
+            assert left > 2 * (means["lfu"] - min(means.values()))
+    assert all(one["low"] > 1.2 for one in answer["its transfers over Belady's"])
+
+
+def test_no_prefetch_lowers_the_copies_in_all(of, answer):
+    """At a quarter, each adds; the prompt's own the fewest; the next router's waits are dear."""
+    for row in of["prefetch"]:
+        assert row["prefetch"] == "none" or above(row["all copies, minus none"])
+    assert answer["the prefetch with the fewest copies in all"] == ["prefill"] * 4
+    waits = ["next-router", "next-router", "prefill", "next-router"]
+    assert answer["the prefetch that leaves the fewest to wait for"] == waits
+    saved = answer["its transfers on demand, minus none's"]
+    more = answer["and its copies in all, minus none's"]
+    for which in (0, 1, 3):
+        assert more[which]["low"] > 2 * -saved[which]["low"]
+
+
+def test_slots_by_layer_save_everywhere(of):
+    """All intervals lie below 0, furthest for the fine-tuned model in its own domain."""
+    rows = of["allocation"]
+    assert all(below(row["difference"]) for row in rows)
+    most = min(rows, key=lambda row: row["difference"]["mean"])
+    assert (most["model"], most["domain"]) == ("fine-tuned", "GSM8K")
+
+
+def test_what_cache_aware_choice_costs(answer):
+    """0.1 costs shown once, 0.3 always; rerouting changes transfers and perplexity by little."""
+    assert all(one["high"] < -25 for one in answer["cache-prior 0.1: transfers (%)"])
+    assert sum(map(above, answer["cache-prior 0.1: perplexity (%)"])) == 1
+    assert all(map(above, answer["cache-prior 0.3: perplexity (%)"]))
+    for mild, strong in zip(
+        answer["cache-prior 0.1: transfers (%)"],
+        answer["cache-prior 0.3: transfers (%)"],
+        strict=True,
+    ):
+        assert strong["high"] < mild["low"]
+    for name in ("transfers", "perplexity"):
+        for one in answer[f"reroute 0.5: {name} (%)"]:
+            assert max(abs(one["low"]), abs(one["high"])) < 5
+
+
+def test_the_page_s_tables_are_those_of_the_evidence():
+    """What `make check` asks, of this page."""
+    assert update_readme(ROOT / "docs" / "findings.md", [EVIDENCE], check=True) == []
