@@ -71,7 +71,12 @@ def test_simulated_counts_equal_measured_counts_with_prefetch(model):
                 model.generate(PROMPT + sequence, **GREEDY)
         counted, moved = handle.counters, handle.transferred_bytes
     simulated = simulate(
-        recorder.trace(), 3, "lfu", prefetch=wanted, policy_options={"gamma": 0.8}
+        recorder.trace(),
+        3,
+        "lfu",
+        prefetch=wanted,
+        prefetch_at="prompt",
+        policy_options={"gamma": 0.8},
     ).counters
     assert simulated == counted
     # Counted by hand: all of prompt 0's are new, so 3 + 2; an expert is 2*16*32 + 32*16 floats.

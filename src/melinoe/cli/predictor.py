@@ -43,11 +43,11 @@ def fit_command(
 ) -> None:
     """Fit a predictor, and compare it with rivals that cost nothing."""
     from melinoe.cache.trace import Trace
-    from melinoe.checkpoint import check_output, load_backbone, load_tokenizer, open_checkpoint
+    from melinoe.checkpoint import check_output
+    from melinoe.cli.prefetching import open_backbone
     from melinoe.config import ServeSettings, experts_in_share
     from melinoe.data import encode_prompt, load_examples
-    from melinoe.errors import BudgetError, TraceError
-    from melinoe.moe.routing import fingerprint
+    from melinoe.errors import BudgetError
     from melinoe.predictor import EmbeddingEncoder, SentenceEncoder, compare, fit, load_prompts
     from melinoe.predictor.encoders import EMBEDDINGS, token_embeddings
 
@@ -55,23 +55,14 @@ def fit_command(
     check_output(out)
     loaded = Trace.load(trace)
     prompts = load_prompts(trace, loaded) if data is None else None
-    name = model or loaded.model
-    if not name:
-        raise TraceError(f"{trace} does not say which model it is of; name it with --model")
     size = slots or experts_in_share(ServeSettings().slots, loaded.num_experts)
     if size > loaded.num_experts:
         raise BudgetError(
             f"{size} slots cannot be in layers of {loaded.num_experts} experts; choose from 1 to "
             f"{loaded.num_experts}"
         )
-    with open_checkpoint(options.resolve(name)) as checkpoint:
-        backbone = load_backbone(checkpoint)
-        tokenizer = load_tokenizer(options.resolve(name), backbone.config)
-    if (found := fingerprint(backbone)) != loaded.fingerprint:
-        raise TraceError(
-            f"{trace} is of another model ({loaded.fingerprint[:12]}) than {name} ({found[:12]}); "
-            "name the model that was traced, or trace this one"
-        )
+    backbone, tokenizer = open_backbone(loaded, trace, model)
+    name = model or loaded.model
     if prompts is None:
         assert data is not None
         examples = load_examples(data, split=split, limit=loaded.num_sequences)
