@@ -101,8 +101,14 @@ def record_origin(
         CheckpointError: as `read_metadata`.
     """
     data = {**describe_data(source, examples, split), **more}
-    kept = read_metadata(directory).get("data") or {}
-    return update_metadata(directory, **describe_base(base), data={**kept, **data})
+    known = read_metadata(directory)
+    kept, teacher = known.get("data") or {}, known.get("teacher")
+    if teacher and Path(teacher["source"]).expanduser().is_dir():  # a path is nobody's business
+        name = Path(teacher["source"]).expanduser().resolve().name
+        more_known = {"teacher": {**teacher, "source": name}}
+    else:
+        more_known = {}
+    return update_metadata(directory, **describe_base(base), **more_known, data={**kept, **data})
 
 
 def measure_outcome(

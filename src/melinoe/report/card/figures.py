@@ -109,7 +109,7 @@ def experts(outcome: Mapping[str, Any]) -> bytes:
             # On the side with more room.
             right = mean["mean"] < 0.6 * total
             axes.text(
-                values.max() + 0.02 * total if right else values.min() - 0.02 * total,
+                values.max() + edges[1] + 0.01 * total if right else values.min() - 0.02 * total,
                 row + 0.18,
                 f"{side} {plain(mean['mean'])}",
                 color=colour,
@@ -155,5 +155,5 @@ def hit_rates(outcome: Mapping[str, Any]) -> bytes:
             axes.set_xlabel(f"slots per layer (of {outcome['num_experts']} experts)")
             axes.set_title(policy.upper())
         all_axes[0].set_ylabel("hit rate (%)")
-        all_axes[-1].legend(frameon=False, loc="center right")
+        all_axes[-1].legend(frameon=False, loc="lower right")
         return _png(figure)

@@ -1,0 +1,185 @@
+"""`melinoe finetune` finds its control by itself, and says what was paid over it."""
+
+import json
+import os
+import shutil
+from functools import partial
+
+import pytest
+from small_olmoe import tiny_model, words_tokenizer
+
+from melinoe.checkpoint import load_tokenizer, read_metadata
+from melinoe.checkpoint.files import read_config
+from melinoe.cli import main
+from melinoe.config import OutcomeSettings
+from melinoe.data import encode, load_examples
+from melinoe.evaluate import perplexity, perplexity_increase
+from melinoe.finetune.parts.merging import merge_adapter
+
+STEPS = ("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01, "--lora-rank", 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, sixteen examples to train on, eight of the kind held out, six of another kind."""
+    place = tmp_path_factory.mktemp("place")
+    tiny_model().save_pretrained(place / "base")
+    words_tokenizer().save_pretrained(place / "base")
+    for name, first, count in (("train", 2, 16), ("held", 3, 8), ("far", 12, 6)):
+        rows = [
+            {"prompt": f"w{first + i} ", "completion": f"w{9 + i} w4 w{3 + i} w{20 - i}"}
+            for i in range(count)
+        ]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch):
+    """Three short completions of each model are enough here, and no figure is looked at."""
+    small = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
+    monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", small)
+    monkeypatch.setattr("melinoe.report.card.figures._png", lambda figure: b"")
+
+
+@pytest.fixture
+def finetune(place, monkeypatch, capsys):
+    """Run the command with the place's data; exit code and what went to stderr."""
+
+    def run(out, *more):
+        common = ("--data", place / "train.jsonl", "--eval-data", place / "held.jsonl")
+        arguments = ("finetune", place / "base", *common, "--out", out, *STEPS, *more)
+        monkeypatch.setattr("sys.argv", ["melinoe", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, capsys.readouterr().err
+
+    return run
+
+
+def price_by_hand(place, tuned, control, rows=slice(None)):
+    """The paired increase on the held-out file, from the two checkpoints themselves."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(str(place / "base"), read_config(str(place / "base")))
+    encoded = encode(load_examples(place / "held.jsonl")[rows], tokenizer, 512)
+    found = [
+        perplexity(AutoModelForCausalLM.from_pretrained(path), encoded) for path in (tuned, control)
+    ]
+    return perplexity_increase(*found).to_dict()
+
+
+def beside(place, tmp_path):
+    """Names of what lies where the run was written."""
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_taught_run_is_held_against_its_teacher(place, finetune, tmp_path):
+    """The adapter in OUT.control, merged here by itself, gives the price the card begins with."""
+    code, err = finetune(tmp_path / "out", "--teacher", "control", "--other", place / "far.jsonl")
+    assert code == 0 and "measuring its control" in err, err
+    assert beside(place, tmp_path) == ["out", "out.control"]
+    metadata = read_metadata(tmp_path / "out")
+    merge_adapter(tmp_path / "out.control", tmp_path / "merged", place / "base")
+    change = metadata["outcome"]["change_from_control"]
+    by_hand = price_by_hand(place, tmp_path / "out", tmp_path / "merged")
+    assert change["perplexity"]["held"] == pytest.approx(by_hand, abs=1e-6)
+    assert set(change["perplexity"]) == {"held", "far"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    first = card.split("## What fine-tuning changed\n\n")[1].split("\n")[0]
+    assert first.startswith("- Price: perplexity on held-out held **")
+    assert str(tmp_path) not in card + json.dumps(metadata)
+
+
+def test_a_search_is_held_against_its_reference_on_texts_that_chose_nothing(
+    place, finetune, tmp_path
+):
+    """Every second held-out text chose; the others alone are measured, and the card says both."""
+    price = ("--max-ppl-increase", "50%", "--price-runs", 1, "--teacher", "none")
+    code, err = finetune(tmp_path / "out", *price)
+    assert code == 0, err
+    metadata = read_metadata(tmp_path / "out")
+    outcome = metadata["outcome"]
+    assert (outcome["examples"], metadata["data"]["chosen_by"]) == (4, 4)
+    assert outcome["control_run"]["name"] == "out.reference"
+    judging = slice(1, None, 2)
+    by_hand = price_by_hand(place, tmp_path / "out", tmp_path / "out.reference", judging)
+    assert outcome["change_from_control"]["perplexity"]["held"] == pytest.approx(by_hand, abs=1e-6)
+    # What the search found out while the weights were still apart.
+    paid = metadata["price"]["paid"]["own"]["mean"]
+    assert by_hand["mean"] == pytest.approx(paid, abs=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("- Price: ") == 1 and "- Asked for was a price of at most 50 %" in card
+
+
+def test_an_earlier_control_is_named_or_found_as_the_teacher(place, finetune, tmp_path):
+    """`--against` takes it; `--teacher DIR` finds it to be one, or, of another seed, none."""
+    assert finetune(tmp_path / "c", "--control", "--save", "both")[0] == 0
+    code, err = finetune(tmp_path / "against", "--against", tmp_path / "c")
+    assert code == 0, err
+    by_hand = price_by_hand(place, tmp_path / "against", tmp_path / "c")
+    outcome = read_metadata(tmp_path / "against")["outcome"]
+    assert outcome["change_from_control"]["perplexity"]["held"] == pytest.approx(by_hand, abs=1e-6)
+    assert finetune(tmp_path / "taught", "--teacher", tmp_path / "c")[0] == 0
+    taught = read_metadata(tmp_path / "taught")
+    assert taught["outcome"]["control"] == outcome["control"]
+    assert taught["teacher"]["source"] == "c"
+    assert finetune(tmp_path / "seeded", "--teacher", tmp_path / "c", "--seed", 1)[0] == 0
+    assert "control" not in read_metadata(tmp_path / "seeded")["outcome"]
+    said = (tmp_path / "seeded" / "README.md").read_text()
+    assert "the price over plain fine-tuning was not measured" in said
+
+
+@pytest.fixture(scope="module")
+def control(place, tmp_path_factory):
+    """An adapter of the control."""
+    out = tmp_path_factory.mktemp("control") / "control"
+    arguments = (
+        *("finetune", place / "base", "--data", place / "train.jsonl", "--out", out, *STEPS),
+        *("--eval-data", place / "held.jsonl", "--control", "--save", "adapter"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["melinoe", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code
+    return out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--seed", 1), "seed 0 there and 1 here"),
+        (("--no-measure",), "nothing will be measured"),
+        (("--control",), "is for a run with locality terms"),
+    ],
+)
+def test_what_cannot_be_the_control_is_refused_before_any_training(
+    finetune, control, tmp_path, more, said
+):
+    """One sentence, exit 1, nothing written."""
+    code, err = finetune(tmp_path / "out", "--against", control, *more)
+    assert code == 1 and said in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_control_leaves_the_run_whole_with_outcome_and_card(
+    place, finetune, control, tmp_path
+):
+    """One sentence at the end, exit 1; what could be measured is in the record and on the card."""
+    torn = tmp_path / "torn"
+    shutil.copytree(control, torn)
+    weights = torn / "adapter_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    code, err = finetune(tmp_path / "out", "--against", torn)
+    last = err.rstrip("\n").split("\n")[-1]
+    assert code == 1 and last.startswith("melinoe: ") and "not beside the control" in last
+    assert "adapter_model.safetensors is not readable" in last
+    assert beside(place, tmp_path) == ["out", "torn"]
+    outcome = read_metadata(tmp_path / "out")["outcome"]
+    assert "control" not in outcome and outcome["change"]["perplexity"]["held"]["n"] == 8
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the price over plain fine-tuning was not measured" in card
