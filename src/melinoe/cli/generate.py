@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import options, prefetching
+from melinoe.cli import allocating, options, prefetching
 
 
 def command(
@@ -14,6 +14,7 @@ def command(
     max_new_tokens: options.NewTokens = 64,
     slots: options.Slots = None,
     expert_memory: options.ExpertMemory = None,
+    allocate_from: allocating.AllocateFrom = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
     miss: options.Miss = "wait",
@@ -98,8 +99,8 @@ def command(
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store, engine,
-        miss=miss, miss_threads=miss_threads, compression=compression, gpu_memory=gpu_memory,
-        context=context,
+        miss=miss, miss_threads=miss_threads, allocate_from=allocate_from,
+        compression=compression, gpu_memory=gpu_memory, context=context,
     )  # fmt: skip
     handle.choose(wanted)
     kept = None
@@ -132,8 +133,10 @@ def command(
     assert result.counters is not None  # there is a handle
     blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]
     wasted = result.counters.prefetch_unused * blocks
+    by_layer = handle.slots_by_layer
     cost = {
         "slots": handle.slots,
+        **({"slots_by_layer": list(by_layer)} if len(set(by_layer)) > 1 else {}),
         "expert_memory_bytes": handle.expert_memory_bytes,
         "choice": choice,
         "changed_choices": handle.changed_choices,

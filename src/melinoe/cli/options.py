@@ -195,10 +195,16 @@ def open_model(
     store: str,
     engine: str = "reference",
     miss: str = "wait",
+    allocate_from: Path | None = None,
     **more: Any,
 ) -> tuple[Any, Any, Any]:
     """A model with few resident experts, its handle and its tokenizer; a quarter if not told."""
     check_misses([miss])
+    if allocate_from is not None and more.get("gpu_memory") is not None:
+        raise typer.BadParameter(
+            "slots are split by --slots or --expert-memory; leave --gpu-memory out",
+            param_hint="--allocate-from",
+        )
     import torch
 
     from melinoe.checkpoint import describe, load_tokenizer
@@ -215,12 +221,17 @@ def open_model(
     if slots is None and expert_memory is None and more.get("gpu_memory") is None:
         about = describe(path)
         slots = experts_in_share(ServeSettings().slots, about.num_experts)
+    split = None
+    if allocate_from is not None:
+        from melinoe.cli.allocating import check_fingerprint, slots_from
+
+        split = slots_from(allocate_from, path, slots, expert_memory, policy)
     loaded, handle = load(
         path,
         device=resolve_device(device),
         dtype=dtype,
-        slots=slots,
-        expert_memory=expert_memory,
+        slots=split or slots,
+        expert_memory=None if split else expert_memory,
         policy=policy,
         engine=engine,
         # Only the reference engine has a choice of stores; "auto" is no choice.
@@ -228,6 +239,8 @@ def open_model(
         miss=miss,
         **more,
     )
+    if allocate_from is not None:
+        check_fingerprint(allocate_from, loaded)
     if miss == "cpu":
         say("misses are computed on the CPU; slots hold what a prefetch brings, nothing else")
     return loaded, handle, load_tokenizer(path, loaded.config)

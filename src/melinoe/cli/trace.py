@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import allocating, options
 
 
 def command(
@@ -19,6 +19,7 @@ def command(
     dtype: options.Dtype = "auto",
     slots: options.Slots = None,
     expert_memory: options.ExpertMemory = None,
+    allocate_from: allocating.AllocateFrom = None,
     policy: options.Policy = "lru",
     store: options.StoreKind = "auto",
     miss: options.Miss = "wait",
@@ -53,7 +54,7 @@ def command(
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store,
-        miss=miss, miss_threads=miss_threads,
+        miss=miss, miss_threads=miss_threads, allocate_from=allocate_from,
     )  # fmt: skip
     handle.choose(wanted)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
