@@ -28,7 +28,7 @@ def traced(tmp_path, cli):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = cli("trace", path, "--data", prompts, "--out", trace, "--max-new-tokens", 8)
     assert code == 0, err
-    return path, trace, prompts
+    return path, trace
 
 
 def generated(cli, path, *more):
@@ -40,7 +40,7 @@ def generated(cli, path, *more):
 
 def test_slots_go_where_the_trace_says_and_the_text_stays(traced, cli):
     """The best split of as many slots, given as slots or as bytes; more at random is no better."""
-    path, trace, _ = traced
+    path, trace = traced
     about, recorded = describe(str(path)), Trace.load(trace)
     layers, slots = about.moe_layers, recorded.top_k + 1
     budget = slots * layers
@@ -60,7 +60,7 @@ def test_slots_go_where_the_trace_says_and_the_text_stays(traced, cli):
 
 def test_what_does_not_go_together_is_refused(traced, cli, tmp_path):
     """A budget below the top-k of each layer; another model's trace, of this shape or not."""
-    path, trace, prompts = traced
+    path, trace = traced
     other = tmp_path / "other"
     tiny_model(seed=5).save_pretrained(other)
     words_tokenizer().save_pretrained(other)
