@@ -98,8 +98,9 @@ def command(
         str | None,
         typer.Option(
             help="Learn from an earlier run too, at --lambda-match (10 unless you set it or "
-            "--lambda-distill). control: the NLL-only run, trained first; or the directory of a "
-            "run on this base (--save adapter or both). Default: none; with a price: control.",
+            "--lambda-distill). control: the NLL-only run, trained first; the directory of a run "
+            "on this base (--save adapter or both); none: train once, and what asks for a teacher "
+            "asks the base. Default: control, or none with --against.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -160,8 +161,8 @@ def command(
     """
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)
-    if price is not None and teacher is None:
-        teacher = CONTROL  # it is trained anyway
+    if teacher is None and not settings.is_control and against is None:
+        teacher = CONTROL
     if control or teacher == "none":
         teacher = None
     if control:
@@ -183,6 +184,11 @@ def command(
         data, examples, eval_data, eval_split, other or [], hold_out, limit
     )
     anchor = _anchor(anchor_data, split, limit, settings) if anchor_data and not control else None
+    if teacher == CONTROL and price is None:
+        options.say(
+            "two runs: the NLL-only control first, which then teaches and is what the price is "
+            "measured against; --teacher none trains once"
+        )
     with training_progress() as progress:
         common: dict[str, Any] = {
             "eval_examples": held_out.examples,
