@@ -234,3 +234,23 @@ def test_early_stopping_keeps_the_pass_with_the_best_held_out_recall():
         scores = np.stack([predictor.predict(prompts[index]) for index in stop]).astype(float)
         recalls.append(recall_at(target[stop], scores, 2).mean())
     assert recalls == sorted(recalls) and recalls[-1] > recalls[0] + 0.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_fitting_only_harms_the_start_is_kept(seed):
+    """Experts that have nothing to do with the prompt: what was held out is served no worse."""
+    from melinoe.predictor.targets import recall_at
+
+    rng = np.random.default_rng(seed)
+    weights = np.arange(EXPERTS, 0, -1.0) ** 2
+    target = rng.dirichlet(weights, (40, LAYERS))
+    prompts = rng.integers(2, 32, (40, 4)).tolist()
+    table = torch.randn(32, 8, generator=torch.Generator().manual_seed(seed))
+    _, stop = _split(np.arange(40), QUICK.held_out, seed)
+    found = []
+    for epochs in (0, 60):
+        settings = FitSettings(epochs=epochs, patience=61, learning_rate=0.05)
+        predictor = fit_shares(target, prompts, table, 2, "m", seed, settings)
+        scores = np.stack([predictor.predict(prompts[index]) for index in stop]).astype(float)
+        found.append(recall_at(target[stop], scores, 2).mean())
+    assert found[1] >= found[0]
