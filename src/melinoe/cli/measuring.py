@@ -84,21 +84,21 @@ def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
     """
     from melinoe.checkpoint import load_tokenizer
     from melinoe.checkpoint.files import read_config
-    from melinoe.finetune.price.panel import judging
+    from melinoe.finetune.price.panel import halves
 
     tokenizer = load_tokenizer(base, read_config(base))
     joined = [(name, one) for name, some in held_out.others.items() for one in some]
-    rest = judging([one for _, one in joined], tokenizer, max_length)
+    _, rest = halves([one for _, one in joined], tokenizer, max_length)
     others: dict[str, Sequence[Any]] = {
         name: [joined[index][1] for index in rest if joined[index][0] == name]
         for name in held_out.others
     }
-    chosen = judging(held_out.examples, tokenizer, max_length)
+    choosing, judging = halves(held_out.examples, tokenizer, max_length)
     return replace(
         held_out,
-        examples=[held_out.examples[index] for index in chosen],
+        examples=[held_out.examples[index] for index in judging],
         others={name: some for name, some in others.items() if some},
-        chosen_by=len(held_out.examples) - len(chosen),
+        chosen_by=len(choosing),
     )
 
 

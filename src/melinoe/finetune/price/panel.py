@@ -70,21 +70,23 @@ class Panel:
         return digest.hexdigest()
 
 
-def judging(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[int]:
+def halves(
+    examples: Sequence[Example], tokenizer: Any, max_length: int
+) -> tuple[list[int], list[int]]:
     """
-    Which of *examples* are among the texts that judge, once they are encoded.
+    Which of *examples* are among the texts that choose, and which judge, once they are encoded.
 
     Args:
         examples: As the search is given them; those without a completion within *max_length*
-            tokens are in no half.
+            tokens are in neither half.
         tokenizer: Of the model.
         max_length: Of the search.
 
     Returns:
-        Their places, in order.
+        The places of each half, in order.
     """
     kept = [place for place, one in enumerate(examples) if _has_room(one, tokenizer, max_length)]
-    return kept[1::2]
+    return kept[::2], kept[1::2]
 
 
 def _has_room(example: Example, tokenizer: Any, max_length: int) -> bool:

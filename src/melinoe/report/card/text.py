@@ -72,7 +72,7 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
         lines = paid.sentences(outcome, price)
         parts += ["\n".join(lines), paid.explained(outcome, metadata, purpose is not CONTROL)]
         parts += tables.all_of(outcome, for_locality)
-        models = "before, control and after" if outcome.get("control") else "before and after"
+        models = "before, control and after" if tables.has_control(outcome) else "before and after"
         parts.append(
             f"![Distribution over prompts of the experts a completion uses, {models}]"
             f"({figures['experts']})"
