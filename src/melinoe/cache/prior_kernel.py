@@ -10,56 +10,15 @@ The rule is that of `melinoe.moe.choice` (the cache prior) over a cache as `Resi
 under decayed LFU, in the same arithmetic; a test holds them against each other.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from melinoe.cache.kernel_rules import LFU, STAMP, admit, compiled, use
 
 MEMORY = 0.99  # of the running mean of the logits' spread, per token
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(cache=True, boundscheck=False)(function)
-    except RuntimeError:  # nowhere to keep the result: compile anew in each process
-        return numba.njit(boundscheck=False)(function)
-
-
-@_compiled
-def _use(order, found, score, unit, gamma):  # type: ignore[no-untyped-def]
-    """Tell decayed LFU of one request; returns the new unit (see `DecayedLFU`)."""
-    unit = unit / gamma
-    if unit > 2.0**512:
-        shift = math.frexp(unit)[1]
-        for expert in range(len(score)):
-            score[expert] = math.ldexp(score[expert], -shift)
-        unit = math.ldexp(unit, -shift)
-    for i in range(found):
-        score[order[i]] += unit
-    return unit
-
-
-@_compiled
-def _admit(missing, begin, end, resident, filled, capacity, needed, now, score):  # type: ignore[no-untyped-def]
-    """Make ``missing[begin:end]`` resident, evicting nobody needed *now*; returns residents."""
-    for i in range(begin, end):
-        if filled == capacity:
-            victim = -1
-            for expert in range(len(score)):
-                may_leave = resident[expert] and needed[expert] != now
-                if may_leave and (victim < 0 or score[expert] < score[victim]):
-                    victim = expert
-            resident[victim] = False
-        else:
-            filled += 1
-        resident[missing[i]] = True
-    return filled
-
-
-@_compiled
-def _prefer(z, chosen, resident, gain, keep, wanted, stays, taken):  # type: ignore[no-untyped-def]
+@compiled
+def _prefer(z, chosen, place, gain, keep, wanted, stays, taken):  # type: ignore[no-untyped-def]
     """
     Choose for one token; returns how many places of *chosen* (top_k,) are given to others.
 
@@ -70,7 +29,7 @@ def _prefer(z, chosen, resident, gain, keep, wanted, stays, taken):  # type: ign
     least = z[chosen[0]]
     for k in range(top_k):
         least = min(least, z[chosen[k]])
-        stays[k] = resident[chosen[k]]
+        stays[k] = place[chosen[k]] >= 0
         wanted[k] = chosen[k]
     taken[:] = False
     for _ in range(min(keep, top_k)):
@@ -91,7 +50,7 @@ def _prefer(z, chosen, resident, gain, keep, wanted, stays, taken):  # type: ign
     came = 0
     for _ in range(places):
         best, height, is_new = -1, np.float32(0), False
-        for expert in range(len(resident)):
+        for expert in range(len(place)):
             if taken[expert]:
                 continue
             own = False
@@ -100,7 +59,7 @@ def _prefer(z, chosen, resident, gain, keep, wanted, stays, taken):  # type: ign
                     own = True
             if own:
                 rank = z[expert]
-            elif resident[expert]:
+            elif place[expert] >= 0:
                 over = max(z[expert] - least, np.float32(0))
                 rank = z[expert] - np.float32(0.999) * over + gain
             else:
@@ -125,8 +84,10 @@ def _prefer(z, chosen, resident, gain, keep, wanted, stays, taken):  # type: ign
     return came
 
 
-@_compiled
-def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, memory):  # type: ignore[no-untyped-def]
+@compiled
+def choose(  # type: ignore[no-untyped-def]
+    logits, chosen, segment, decoded, capacity, gamma, strength, keep, memory, stamp=STAMP,
+):  # fmt: skip
     """
     Replace choices as decoding the texts with the cache prior would, each from an empty cache.
 
@@ -142,15 +103,17 @@ def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, me
         strength: Of the prior.
         keep: The first so many choices of a token stay.
         memory: `MEMORY`.
+        stamp: Of the rules that are compiled in.
 
     Returns:
         Choices replaced, and choices of decoded tokens in all.
     """
     rows, tokens, top_k = chosen.shape
     num_experts = logits.shape[2]
-    score = np.zeros(num_experts, np.float64)
-    resident = np.zeros(num_experts, np.bool_)
-    needed = np.zeros(num_experts, np.int64)
+    state = np.zeros((3, num_experts), np.float64)
+    resident = np.empty(num_experts, np.int64)
+    place = np.empty(num_experts, np.int64)
+    mark = np.zeros(num_experts, np.int64)
     count = np.zeros(num_experts, np.int64)
     order = np.empty(num_experts, np.int64)
     missing = np.empty(num_experts, np.int64)
@@ -165,8 +128,8 @@ def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, me
                 t += 1
                 continue
             if t == 0 or segment[row, t] != segment[row, t - 1]:
-                score[:] = 0.0
-                resident[:] = False
+                state[:] = 0.0
+                place[:] = -1
                 filled, unit, spread = 0, 1.0, -1.0
             end = t + 1
             if decoded[row, t]:
@@ -183,9 +146,7 @@ def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, me
                 uses += top_k
                 if whole:
                     gain = np.float32(strength * spread)
-                    replaced += _prefer(
-                        z, chosen[row, t], resident, gain, keep, wanted, stays, taken
-                    )
+                    replaced += _prefer(z, chosen[row, t], place, gain, keep, wanted, stays, taken)
             else:
                 while (
                     end < tokens and not decoded[row, end] and segment[row, end] == segment[row, t]
@@ -201,7 +162,7 @@ def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, me
             for expert in range(num_experts):
                 if count[expert]:
                     found += 1
-                    if resident[expert]:
+                    if place[expert] >= 0:
                         order[present] = expert
                         present += 1
                     else:
@@ -219,17 +180,18 @@ def choose(logits, chosen, segment, decoded, capacity, gamma, strength, keep, me
             for i in range(absent):
                 order[present + i] = missing[i]
             if found:
-                unit = _use(order, found, score, unit, gamma)
+                _, unit = use(LFU, order, found, state, 0, unit, gamma, order)
             now += 1
             for i in range(present):
-                needed[order[i]] = now
+                mark[order[i]] = now
             begin, until = 0, min(absent, capacity - present)
             while begin < absent:
                 for i in range(begin, until):
-                    needed[missing[i]] = now
-                filled = _admit(
-                    missing, begin, until, resident, filled, capacity, needed, now, score
-                )
+                    mark[missing[i]] = now
+                filled = admit(
+                    LFU, missing, begin, until, resident, place, filled, capacity, mark, now, state,
+                    0,
+                )  # fmt: skip
                 begin, until = until, min(until + capacity, absent)
                 now += 1
             for i in range(found):
