@@ -8,6 +8,7 @@ from PIL import Image
 
 from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.cli.app import app
+from melinoe.errors import CheckpointError
 from melinoe.report.card import write_card
 
 GAP = {"mean": 0.012, "low": 0.004, "high": 0.02, "n": 20}
@@ -146,3 +147,12 @@ def test_the_card_command_writes_it_again_from_the_record_alone(held):
             path.unlink()
     assert CliRunner().invoke(app, ["card", str(held)]).exit_code == 0
     assert {path.name: path.read_bytes() for path in held.iterdir()} == files
+
+
+def test_a_control_that_says_half_is_named_with_its_field(held):
+    """As any other malformed record."""
+    metadata = read_metadata(held)
+    metadata["outcome"]["control"] = {"writing": {}}
+    write_metadata(held, metadata)
+    with pytest.raises(CheckpointError, match=r"outcome\.control has no 'perplexity'"):
+        write_card(held)
