@@ -89,6 +89,7 @@ def test_a_card_without_measurements_says_so(copy):
             {"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_distill": 1.0},
             "without locality terms",
         ),
+        ({"lambda_cache": 0.0, "cache_prior": 0.0, "lambda_match": 10.0}, "without locality terms"),
     ],
 )
 def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
@@ -100,6 +101,18 @@ def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
     write_metadata(copy, {"settings": settings})
     text = write_card(copy)[0].read_text()
     assert "slots=SLOTS" in text and "slots=16" not in text
+
+
+def test_a_prior_that_the_settings_leave_to_the_run_is_said(copy):
+    """Trained under it alone the model is no control, and the table has its strength."""
+    settings = {"lambda_cache": 0.0, "cache_prior": None}
+    for strength, said, cell in (
+        (0.2, "keeps to few experts", "0.2"),
+        (0.0, "it is the control", "0"),
+    ):
+        write_metadata(copy, read_metadata(copy) | {"settings": settings, "cache_prior": strength})
+        text = write_card(copy)[0].read_text()
+        assert said in text and f"| cache prior | {cell} |" in text
 
 
 def test_a_card_that_cannot_be_written_or_read_is_said_in_a_sentence(copy):

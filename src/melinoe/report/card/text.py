@@ -31,6 +31,7 @@ ANCHORED = (
 )
 UNMEASURED = "Nothing was measured of this checkpoint."
 _LOCALITY_WEIGHTS = ("lambda_cache", "cache_prior", "lambda_reuse")
+_HOLDING_WEIGHTS = ("lambda_distill", "lambda_match", "lambda_replay")
 
 
 def front_matter(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
         figures: ``losses``, ``experts`` and ``hit_rates``, as far as there are, to file names.
     """
     base = metadata.get("base")
-    for_locality, purpose = _purpose(metadata.get("settings") or {})
+    for_locality, purpose = _purpose(_settings(metadata))
     price = metadata.get("price")
     parts = [f"# {literal(name)}"]
     origin = f" from {_named(base, metadata)}" if base else ""
@@ -85,6 +86,12 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
     return "\n\n".join(parts) + "\n"
 
 
+def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run, with the strength of the prior where they leave it to the run."""
+    settings, prior = dict(metadata.get("settings") or {}), metadata.get("cache_prior")
+    return settings if not settings or prior is None else {**settings, "cache_prior": prior}
+
+
 def _purpose(settings: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether the model was trained for locality, and a sentence on what it was trained for."""
 
@@ -94,7 +101,7 @@ def _purpose(settings: Mapping[str, Any]) -> tuple[bool, str]:
     if not settings or any(weight(name) for name in _LOCALITY_WEIGHTS):
         return True, FOR_LOCALITY
     anchor = weight("lambda_rank") if settings.get("anchor") != "none" else 0.0
-    held = anchor or weight("lambda_distill") or weight("lambda_replay")
+    held = anchor or any(weight(name) for name in _HOLDING_WEIGHTS)
     return False, ANCHORED if held else CONTROL
 
 
@@ -108,7 +115,7 @@ def _named(base: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _training(metadata: Mapping[str, Any]) -> list[str]:
-    settings, data = metadata.get("settings") or {}, metadata.get("data") or {}
+    settings, data = _settings(metadata), metadata.get("data") or {}
     facts = []
     if data.get("source"):
         facts.append(("data", data["source"] + (f", {data['split']}" if data.get("split") else "")))
