@@ -182,3 +182,13 @@ def test_a_router_that_saw_other_tokens_is_refused(prior_model):
     with pytest.raises(UnsupportedModelError, match="cache_prior 0"), prior.during(texts):
         routers[0].experts(hidden, index, index.float())
     prior.close()
+
+
+def test_a_router_that_saw_another_number_of_tokens_than_the_batch_is_refused(prior_model):
+    """As many as would still fit the batch's shape, too: whose tokens they are is not known."""
+    model, routers, ids, texts = prior_model
+    prior = PriorRouting(routers, 1.0, 0.9)
+    said = "for 48 tokens of a batch of 24"
+    with pytest.raises(UnsupportedModelError, match=said), prior.during(texts):
+        model(torch.cat([ids, ids]))
+    prior.close()

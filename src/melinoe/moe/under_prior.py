@@ -166,6 +166,12 @@ class PriorRouting:
         if known.weighting is None:  # too few tokens so far to tell the rule of the weights
             return before
         shape = texts.segment_ids.shape
+        if len(before) != texts.segment_ids.numel():
+            raise UnsupportedModelError(
+                f"{router.name} chose for {len(before)} tokens of a batch of "
+                f"{texts.segment_ids.numel()}, so it cannot be told which are decoded; train with "
+                "cache_prior 0"
+            )
         after = before.reshape(*shape, -1).cpu().numpy().copy()
         scores = logits[:, : router.num_experts].float().reshape(*shape, -1).cpu().numpy()
         replaced, uses = prior_kernel.choose(
