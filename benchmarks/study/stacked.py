@@ -24,14 +24,14 @@ from melinoe.moe.choice import ChoiceSettings
 from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN
 
-TEXTS, SLOTS, POLICY, LENGTH = 32, 8, "lfu", 512
+TEXTS, SLOTS, POLICY, LENGTH = 128, 8, "lfu", 512
 STRENGTHS = (0.05, 0.1, 0.2)
 
 
-def measure(name: str, seed: int, path: str, strength: float) -> dict:
+def measure(name: str, seed: int, path: str, strength: float, count: int) -> dict:
     """Loss and loads of each text; strength 0 is the router's own choice."""
     model, handle = load(path, slots=SLOTS, policy=POLICY, dtype=torch.float32)
-    texts = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + TEXTS]
+    texts = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + count]
     encoded = encode(texts, load_tokenizer(path, model.config), LENGTH)
     if strength:
         handle.choose(ChoiceSettings(kind="cache-prior", strength=strength, keep=1))
@@ -53,12 +53,15 @@ def measure(name: str, seed: int, path: str, strength: float) -> dict:
 
 
 def main() -> None:
-    arguments = parser(__doc__, "stacked.jsonl").parse_args()
+    takes = parser(__doc__, "stacked.jsonl")
+    takes.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
+    takes.add_argument("--texts", type=int, default=TEXTS, help="the same first ones for all")
+    arguments = takes.parse_args()
     there = done(arguments.out, "name", "seed", "strength")
     for name, seed, path in given(arguments.checkpoints):
-        for strength in STRENGTHS if name != BASE else (0.0,):
+        for strength in arguments.strengths if name != BASE else (0.0,):
             if (name, seed, strength) not in there:
-                record = measure(name, seed, path, strength)
+                record = measure(name, seed, path, strength, arguments.texts)
                 append_jsonl(arguments.out, record)
                 rate = sum(record["loads"]) / sum(record["tokens"])
                 loss = sum(record["nll"]) / sum(record["predicted"])
