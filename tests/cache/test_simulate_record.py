@@ -36,3 +36,13 @@ def test_a_record_holds_what_was_printed_with_intervals_over_sequences(tmp_path)
     first = record["result"][0]["hit_rate"]
     assert min(rates) <= first["low"] < first["mean"] < first["high"] <= max(rates)
     assert "belady" in render_table([out], "text", 200)
+
+
+def test_a_record_is_refused_where_nothing_is_replayed(tmp_path):
+    """Curves and locality are no replays, so the file would quietly not be written."""
+    trace, out = tmp_path / "t.safetensors", tmp_path / "runs.jsonl"
+    random_trace(3, sequences=2).save(trace)
+    for instead in ("--curve", "--locality"):
+        done = CliRunner().invoke(app, ["simulate", str(trace), instead, "--out", str(out)])
+        assert done.exit_code == 2 and "--out" in done.output
+    assert not out.exists()

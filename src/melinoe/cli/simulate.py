@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from melinoe.cli import options, prefetching, simulate_inputs, simulate_tables
-
-if TYPE_CHECKING:
-    pass
 
 
 def command(
@@ -128,6 +125,11 @@ def command(
     from melinoe.cache.trace import Trace
 
     simulate_inputs.check_words(miss, overlap)
+    if out is not None and (curve or locality):
+        raise typer.BadParameter(
+            "a record is of replays, which --curve and --locality leave out; leave those or it out",
+            param_hint="--out",
+        )
     loaded = Trace.load(trace)
     popular = simulate_inputs.read_popularity(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
