@@ -183,3 +183,24 @@ def test_a_torn_control_leaves_the_run_whole_with_outcome_and_card(
     assert "control" not in outcome and outcome["change"]["perplexity"]["held"]["n"] == 8
     card = (tmp_path / "out" / "README.md").read_text()
     assert "the price over plain fine-tuning was not measured" in card
+
+
+def test_a_weight_of_none_asks_for_no_teacher(finetune, tmp_path):
+    """`--lambda-match 0` trains once; a teacher that is named beside it would do nothing."""
+    off = ("--lambda-match", 0, "--no-measure")
+    code, err = finetune(tmp_path / "out", *off)
+    assert code == 0 and "two runs" not in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    metadata = read_metadata(tmp_path / "out")
+    assert metadata["settings"]["lambda_match"] == 0.0 and metadata["teacher"] is None
+    code, err = finetune(tmp_path / "named", *off, "--teacher", "control")
+    assert code == 1 and "nothing to learn from the control" in err
+    assert not (tmp_path / "named").exists()
+
+
+@pytest.mark.parametrize("more", [("--steer",), ("--price-reference", "somewhere")])
+def test_what_only_a_search_reads_is_refused_without_one(finetune, tmp_path, more):
+    """Else a run that was asked to search would quietly train once."""
+    code, err = finetune(tmp_path / "out", *more)
+    assert code == 1 and "--max-ppl-increase" in err and err.count("\n") == 1
+    assert not any(tmp_path.iterdir())

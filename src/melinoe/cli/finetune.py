@@ -39,6 +39,7 @@ PANELS = {
 
 @with_settings(FinetuneSettings, PANELS)
 def command(
+    context: typer.Context,
     model: options.Model,
     data: Annotated[
         str,
@@ -161,13 +162,21 @@ def command(
     """
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)
-    if teacher is None and not settings.is_control and against is None:
+    if price is None and (price_reference is not None or steer):
+        raise TrainingError(
+            "--price-reference and --steer are for a search within --max-ppl-increase; give that, "
+            "or leave them out (an NLL-only run to compare with is named by --against)"
+        )
+    # --lambda-match 0, and no other term that asks a teacher: none is wanted.
+    source = context.get_parameter_source("lambda_match")
+    matching = settings.is_taught or source is None or source.name == "DEFAULT"
+    if teacher is None and not settings.is_control and against is None and matching:
         teacher = CONTROL
     if control or teacher == "none":
         teacher = None
     if control:
         settings = settings.control()
-    elif teacher is not None and not settings.is_taught:
+    elif teacher is not None and not settings.is_taught and matching:
         settings = replace(settings, lambda_match=MATCH)
     from melinoe.checkpoint import check_output
     from melinoe.data import load_examples
