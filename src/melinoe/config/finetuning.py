@@ -45,7 +45,8 @@ class FinetuneSettings:
     )
     anchor: str = setting(
         "rank",
-        "what holds the router near the base: rank matching, KL divergence, or nothing",
+        "what holds the router near the base, at the weight lambda_rank: rank matching, KL "
+        "divergence, or nothing",
         choices=("rank", "kl", "none"),
     )
     rank_reduce: str = setting(

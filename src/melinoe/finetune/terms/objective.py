@@ -2,8 +2,8 @@
 The training objective: next-token loss plus the weighted locality terms of every MoE layer.
 
 Terms whose weight is 0 are computed too, without gradient, where they cost little: so a control
-shows its cache loss beside the fine-tuned model's. What takes another pass of a model, and the
-reuse term, are computed only if they weigh something.
+shows its cache loss beside the fine-tuned model's. Reuse, and what learns from a teacher or from
+anchor text, are computed only if they weigh something.
 """
 
 from collections.abc import Callable, Sequence
