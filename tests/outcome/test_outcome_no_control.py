@@ -16,7 +16,9 @@ from melinoe.errors import CheckpointError, WriteError
 from melinoe.finetune import finetune
 from melinoe.outcome import record_outcome, why_no_control
 
-SETTINGS_OF = {"lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3, "batch_size": 4}
+SETTINGS_OF = {
+    "lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3, "batch_size": 4, "keep": "last",
+}  # fmt: skip
 OFF = {"lambda_cache": 0.0, "lambda_rank": 0.0}
 OURS = {
     "settings": SETTINGS_OF,
@@ -46,6 +48,10 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
         (THEIRS | {"data": {"examples": 9, "tokens_sha256": "e"}}, "other data"),
         (THEIRS | {"data": None, "processes": None, "base_fingerprint": None}, None),
         (THEIRS | {"settings": SETTINGS_OF | OFF | {"cache_prior": 1.0}}, "more than next tokens"),
+        (
+            THEIRS | {"settings": SETTINGS_OF | OFF | {"keep": "best", "save": "both"}},
+            "keep best there and last here",
+        ),
         (THEIRS | {"settings": {"seed": "three"} | OFF}, "seed three there and 3 here"),
         (THEIRS | {"settings": {"gamma": 7} | OFF}, "no melinoe.json"),
     ],

@@ -51,7 +51,7 @@ def finetune_taught(
     place = control_place(path)
     plain = replace(settings.control(), save="adapter")
     if resume and (done := read_metadata(place)):
-        free = FREE_OF_CONTROL | {"capacity", "own_texts"}
+        free = (FREE_OF_CONTROL - {"keep"}) | {"capacity", "own_texts"}
         check_same_settings(place, done.get("settings") or {}, plain, free)
     else:
         own = {key: value for key, value in options.items() if key != "anchor_examples"}

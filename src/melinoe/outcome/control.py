@@ -18,8 +18,8 @@ from melinoe.finetune.price.reference import FREE_OF_CONTROL
 
 # What may differ between a run and its control: it changes no weight of the control, or is
 # accounted for by the rows of a step.
-_FREE = FREE_OF_CONTROL | {
-    "capacity", "own_texts", "cache_prior", "batch_size", "gradient_accumulation",
+_FREE = (FREE_OF_CONTROL - {"keep"}) | {
+    "capacity", "own_texts", "batch_size", "gradient_accumulation",
 }  # fmt: skip
 
 
