@@ -16,7 +16,7 @@ LINES = 6
 
 
 def layers(found: Measurements, serving: Serving | None) -> Figure | None:
-    """Hit rate by layer, one line per strategy; ``None`` where no serve record holds it."""
+    """Hit rate by layer, one line per strategy or policy; ``None`` where no record holds it."""
     title, runs = _compared(found, serving)
     rates: dict[str, list[Estimate]] = {}
     for strategy, run in runs.items():
