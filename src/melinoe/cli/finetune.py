@@ -194,9 +194,11 @@ def command(
     )
     anchor = _anchor(anchor_data, split, limit, settings) if anchor_data and not control else None
     if teacher == CONTROL and price is None:
+        against_it = measure and settings.save != "adapter"
         options.say(
-            "two runs: the NLL-only control first, which then teaches and is what the price is "
-            "measured against; --teacher none trains once"
+            "two runs: the NLL-only control first, which then teaches"
+            f"{' and is what the price is measured against' if against_it else ''}; "
+            "--teacher none trains once"
         )
     with training_progress() as progress:
         common: dict[str, Any] = {
