@@ -151,3 +151,6 @@ def test_doctor_reads_a_bare_config_as_a_plan_does(melinoe, small, tmp_path):
     file.write_text("{")
     code, out, err = melinoe("doctor", file)
     assert (code, out) == (1, "") and f"{file} is not readable JSON" in err
+    file.write_text('{"hidden_size": 8}')
+    code, out, err = melinoe("doctor", file)
+    assert (code, out) == (1, "") and f"{file} names no model_type" in err

@@ -89,5 +89,8 @@ def _describe(model: str) -> Description:
         return describe(model)
     read_object(path)  # what is wrong with it is said of its own name
     with TemporaryDirectory() as alone:
-        copyfile(path, Path(alone) / "config.json")
-        return replace(describe(alone), name=model)
+        copy = Path(alone) / "config.json"
+        copyfile(path, copy)
+        about = describe(alone)
+        reason = about.reason and about.reason.replace(str(copy), model)
+        return replace(about, name=model, reason=reason)
