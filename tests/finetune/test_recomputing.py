@@ -23,7 +23,8 @@ def rows_and_passes(family, **changes):
     model, count = tiny_model(family), CountPasses()
     if hasattr(model.config, "router_jitter_noise"):
         model.config.router_jitter_noise = 0.0
-    given = {"steps": 3, "log_every": 1, "lambda_reuse": 0.1, "lambda_cache": 0.7} | changes
+    given = {"steps": 3, "log_every": 1, "lambda_reuse": 0.1, "lambda_cache": 0.7}
+    given |= {"lambda_rank": 0.1, **changes}
     rows, _ = train(model, examples(8), settings(**given), pad_token_id=0, callbacks=[count])
     return rows, count.passes
 

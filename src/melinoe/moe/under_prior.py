@@ -54,8 +54,8 @@ class PriorRouting:
         routers: Of the model.
         strength: Of the prior, above 0.
         gamma: Decay of the imagined cache's LFU, in [0.001, 1].
-        strict: Whether a router whose weights follow no known rule is an error; else a warning is
-            logged, and from then on no choice is changed.
+        strict: Whether it is an error if a model's choices cannot be changed; else a warning is
+            logged, and from then on none is.
 
     Attributes:
         strength: Of the prior; 0 where it gave up.
@@ -120,10 +120,8 @@ class PriorRouting:
             if after is None and off:
                 return None
             if logits is None or logits.shape[0] != before.shape[0]:
-                raise UnsupportedModelError(
-                    f"the router of {router.name} and its experts did not see the same tokens, so "
-                    "its choices cannot be changed; train with cache_prior 0"
-                )
+                self._give_up(f"{router.name} and its experts did not see the same tokens")
+                return None
             if after is None:
                 after = self._after(router, logits.detach(), before, weights.detach())
                 self._ran.setdefault(router.index, []).append((before, after))
@@ -136,6 +134,13 @@ class PriorRouting:
             return tuple(given.pop(name) for name in names), given
 
         return hook
+
+    def _give_up(self, why: str) -> None:
+        """Say that choices cannot be changed here; from now on none are, if that may be."""
+        if self.strict:
+            raise UnsupportedModelError(f"{why}; train with cache_prior 0")
+        _log.warning("%s: this run trains without the cache prior", why)
+        self.strength = 0.0
 
     def _recalled(self, router: Router, before: Tensor) -> Tensor | None:
         """What ran when these choices came first, where a backward pass computes them again."""
@@ -154,24 +159,20 @@ class PriorRouting:
         try:
             known.observe(logits, before, weights)
         except UnsupportedModelError:
-            why = (
+            self._give_up(
                 f"{router.name} weighs experts by a rule that is not known here, so another "
                 "expert's weight cannot be told"
             )
-            if self.strict:
-                raise UnsupportedModelError(f"{why}; train with cache_prior 0") from None
-            _log.warning("%s: this run trains without the cache prior", why)
-            self.strength = 0.0
             return before
         if known.weighting is None:  # too few tokens so far to tell the rule of the weights
             return before
         shape = texts.segment_ids.shape
         if len(before) != texts.segment_ids.numel():
-            raise UnsupportedModelError(
+            self._give_up(
                 f"{router.name} chose for {len(before)} tokens of a batch of "
-                f"{texts.segment_ids.numel()}, so it cannot be told which are decoded; train with "
-                "cache_prior 0"
+                f"{texts.segment_ids.numel()}, so it cannot be told which are decoded"
             )
+            return before
         after = before.reshape(*shape, -1).cpu().numpy().copy()
         scores = logits[:, : router.num_experts].float().reshape(*shape, -1).cpu().numpy()
         replaced, uses = prior_kernel.choose(
