@@ -77,9 +77,10 @@ def test_what_cache_aware_choice_costs(answer):
         strict=True,
     ):
         assert strong["high"] < mild["low"]
+    price = [one["mean"] for one in answer["cache-prior 0.3: perplexity (%)"]]
+    assert min(price) == price[2]  # fine-tuned, GSM8K: trained under a prior, on that domain
     for name in ("transfers", "perplexity"):
-        for one in answer[f"reroute 0.5: {name} (%)"]:
-            assert max(abs(one["low"]), abs(one["high"])) < 5
+        assert all(abs(one["mean"]) < 3 for one in answer[f"reroute 0.5: {name} (%)"])
 
 
 def test_the_page_s_tables_are_those_of_the_evidence():
