@@ -21,7 +21,11 @@ STEPS = ("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01, "--lora-rank"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A base, sixteen examples to train on, eight of the kind held out, six of another kind."""
+    """
+    A base, sixteen examples to train on, eight of the kind held out, six of another kind.
+
+    One more to train on is too long to be learned, so that fewer are learned than were given.
+    """
     place = tmp_path_factory.mktemp("place")
     tiny_model().save_pretrained(place / "base")
     words_tokenizer().save_pretrained(place / "base")
@@ -30,6 +34,8 @@ def place(tmp_path_factory):
             {"prompt": f"w{first + i} ", "completion": f"w{9 + i} w4 w{3 + i} w{20 - i}"}
             for i in range(count)
         ]
+        if name == "train":
+            rows.append({"prompt": "w3 " * 600, "completion": "w4"})
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 

@@ -46,6 +46,7 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
         (THEIRS | {"processes": 1}, "4 rows a step there and 8"),
         (THEIRS | {"data": {"examples": 8}}, "other data"),
         (THEIRS | {"data": {"examples": 9, "tokens_sha256": "e"}}, "other data"),
+        (THEIRS | {"data": {"examples": 8, "tokens_sha256": "d"}}, None),  # one was too long
         (THEIRS | {"data": None, "processes": None, "base_fingerprint": None}, None),
         (THEIRS | {"settings": SETTINGS_OF | OFF | {"cache_prior": 1.0}}, "more than next tokens"),
         (

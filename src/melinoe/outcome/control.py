@@ -73,9 +73,11 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
         if _differ(_rows(recorded, theirs), _rows(own, ours)):
             return f"{_rows(recorded, theirs)} rows a step there and {_rows(own, ours)} here"
     data, our_data = theirs.get("data") or {}, ours.get("data") or {}
-    for name in ("examples", "tokens_sha256"):
-        if _differ(data.get(name), our_data.get(name)):
-            return "it was trained on other data"
+    # One counts examples as they were given, the other those that were long enough to be learned.
+    hashes = data.get("tokens_sha256"), our_data.get("tokens_sha256")
+    told = hashes if all(hashes) else (data.get("examples"), our_data.get("examples"))
+    if _differ(*told):
+        return "it was trained on other data"
     return None
 
 
