@@ -15,6 +15,7 @@ from melinoe.cache.kernel_rules import (
     admit,
     compiled,
     distinct,
+    least_used_first,
     look_ahead,
     use,
     workspace,
@@ -142,14 +143,7 @@ def replay(  # type: ignore[no-untyped-def]
                     clock,
                 )  # fmt: skip
             else:
-                # The least used first, of equally used ones the lowest id.
-                for i in range(1, absent):
-                    expert = missing[i]
-                    j = i - 1
-                    while j >= 0 and count[missing[j]] > count[expert]:
-                        missing[j + 1] = missing[j]
-                        j -= 1
-                    missing[j + 1] = expert
+                least_used_first(missing, absent, count)
                 for i in range(absent):
                     order[present + i] = missing[i]
                 clock, unit = use(rule, order, found, state, clock, unit, gamma, following)

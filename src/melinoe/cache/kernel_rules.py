@@ -113,6 +113,18 @@ def admit(  # type: ignore[no-untyped-def]
 
 
 @compiled
+def least_used_first(missing, absent, count):  # type: ignore[no-untyped-def]
+    """Sort ``missing[:absent]``, ascending, by uses; of equally used ones the lowest id first."""
+    for i in range(1, absent):
+        expert = missing[i]
+        j = i - 1
+        while j >= 0 and count[missing[j]] > count[expert]:
+            missing[j + 1] = missing[j]
+            j -= 1
+        missing[j + 1] = expert
+
+
+@compiled
 def distinct(experts, low, high, layer, ids, count, following, upcoming):  # type: ignore[no-untyped-def]
     """Who is requested by rows *low* to *high*, ascending, and how often; returns how many."""
     found = 0

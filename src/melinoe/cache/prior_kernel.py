@@ -12,7 +12,7 @@ under decayed LFU, in the same arithmetic; a test holds them against each other.
 
 import numpy as np
 
-from melinoe.cache.kernel_rules import LFU, STAMP, admit, compiled, use
+from melinoe.cache.kernel_rules import LFU, STAMP, admit, compiled, least_used_first, use
 
 MEMORY = 0.99  # of the running mean of the logits' spread, per token
 
@@ -169,14 +169,7 @@ def choose(  # type: ignore[no-untyped-def]
                         missing[absent] = expert
                         absent += 1
             if found > capacity:
-                # The least used first, of equally used ones the lowest id.
-                for i in range(1, absent):
-                    expert = missing[i]
-                    j = i - 1
-                    while j >= 0 and count[missing[j]] > count[expert]:
-                        missing[j + 1] = missing[j]
-                        j -= 1
-                    missing[j + 1] = expert
+                least_used_first(missing, absent, count)
             for i in range(absent):
                 order[present + i] = missing[i]
             if found:
