@@ -1,5 +1,7 @@
 """A small trained-like model for the runtime's tests: 2 layers of 8 experts, top-2."""
 
+from copy import deepcopy
+
 import pytest
 import tiny
 import torch
@@ -14,11 +16,11 @@ def _original():
 
 @pytest.fixture
 def model(_original):
-    """Float32; a test must detach what it attaches."""
-    return _original[torch.float32]
+    """Float32; each test its own, so that one that fails while attached spoils no other."""
+    return deepcopy(_original[torch.float32])
 
 
 @pytest.fixture
 def bf16_model(_original):
-    """Bfloat16; a test must detach what it attaches."""
-    return _original[torch.bfloat16]
+    """Bfloat16; likewise."""
+    return deepcopy(_original[torch.bfloat16])

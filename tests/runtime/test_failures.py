@@ -139,7 +139,12 @@ def test_a_prompt_in_pieces_that_begin_with_padding_counts_as_simulated(model):
 def test_a_store_with_other_contents_is_refused(model):
     """Of the right size and empty, or of another seed: the model's own weights would be lost."""
     other = tiny.tiny_model("olmoe", seed=1)
-    for store in (RamStore(find_experts(model)), RamStore.from_modules(find_experts(other))):
+    empty = RamStore(find_experts(model))
+    for layer, one in enumerate(find_experts(model)):
+        for expert in range(one.num_experts):
+            for tensor in empty.views(layer, expert).values():
+                tensor.zero_()  # not whatever the memory held: an earlier store of this very model
+    for store in (empty, RamStore.from_modules(find_experts(other))):
         with pytest.raises(AttachError, match="other experts"):
             attach(model, slots=2, store=store)
     with torch.no_grad():
