@@ -31,3 +31,12 @@ def add_snapshot(
         (root / "refs").mkdir(exist_ok=True)
         (root / "refs" / ref).write_text(commit)
     return snapshot
+
+
+def empty_cache(place: Path, monkeypatch) -> Path:
+    """An empty cache at *place*, where transformers and the hub's client look for it."""
+    from huggingface_hub import constants
+
+    place.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place))
+    return place

@@ -3,7 +3,7 @@
 import damaged
 import pytest
 import torch
-from hub_cache import add_snapshot, commit_id
+from hub_cache import add_snapshot, commit_id, empty_cache
 from transformers import OlmoeForCausalLM
 
 import melinoe
@@ -26,13 +26,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, where transformers and the hub's client look for it."""
-    from huggingface_hub import constants
-
-    found = tmp_path / "hub"
-    found.mkdir()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(found))
-    return found
+    return empty_cache(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Fine-tuning a base that is named as on the hub, out of a cache in the hub's own layout."""
 
 import pytest
-from checkpoint.hub_cache import add_snapshot, commit_id
+from checkpoint.hub_cache import add_snapshot, commit_id, empty_cache
 from small_runs import settings
 
 from melinoe.checkpoint import describe_base
@@ -15,13 +15,7 @@ NAME = "org/tiny"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, where transformers and the hub's client look for it."""
-    from huggingface_hub import constants
-
-    found = tmp_path / "cache"
-    found.mkdir()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(found))
-    return found
+    return empty_cache(tmp_path / "cache", monkeypatch)
 
 
 def test_the_record_names_the_commit_that_was_trained(checkpoint, cache):

@@ -1,0 +1,93 @@
+"""Rank matching, the KL anchor and distillation against slow float64 loops, and hand work."""
+
+import math
+
+import pytest
+import torch
+from loss_checks import agree
+from slow_losses import (
+    slow_distillation,
+    slow_rank_loss,
+)
+
+from melinoe.losses import (
+    distillation_loss,
+    kl_anchor_loss,
+    rank_matching_loss,
+)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 256])
+def test_distillation_equals_the_divergence_token_by_token(tokens_at_once):
+    """With and without a denominator of the step; the first token of a row never counts."""
+    g = torch.Generator().manual_seed(2)
+    logits, base = torch.randn(2, 2, 9, 13, dtype=torch.float64, generator=g)
+    labels = torch.randint(0, 13, (2, 9), generator=g)
+    labels[torch.rand(2, 9, generator=g) < 0.4] = -100
+    for denominator in (None, 5.0):
+        agree(
+            lambda x, d=denominator: slow_distillation(x, base, labels, d),
+            lambda x, d=denominator: distillation_loss(
+                x, base.float(), labels, denominator=d, tokens_at_once=tokens_at_once
+            ),
+            logits,
+        )
+
+
+def test_distillation_without_a_token_is_zero():
+    """Nothing to predict: loss 0, gradient 0, no nan."""
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss = distillation_loss(logits, torch.randn(1, 3, 5), torch.full((1, 3), -100))
+    loss.backward()
+    assert loss.item() == 0.0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("pairs_at_once", [1, 100, 1 << 24])
+@pytest.mark.parametrize("rho", [0.0, 0.02, 0.1, 0.3, 1.5])
+@pytest.mark.parametrize("experts", [2, 7, 20])
+def test_rank_loss_and_its_gradient_equal_all_pairs_one_by_one(experts, rho, pairs_at_once, reduce):
+    """Ties in the base order included, from two to all experts; chunk sizes change nothing."""
+    g = torch.Generator().manual_seed(5)
+    logits = 2 * torch.randn(2, 5, experts, dtype=torch.float64, generator=g)
+    base = logits + torch.randn(2, 5, experts, dtype=torch.float64, generator=g)
+    base[0, :, -1] = base[0, :, 0]
+    base[1, 2], base[1, 3, : experts // 2] = 0.0, 1.0
+    mask = torch.rand(2, 5, generator=g) < 0.8
+    agree(
+        lambda x: slow_rank_loss(x, base, mask, rho, reduce),
+        lambda x: rank_matching_loss(
+            x, base.float(), mask, rho=rho, reduce=reduce, pairs_at_once=pairs_at_once
+        ),
+        logits,
+    )
+
+
+def test_experts_that_reach_rho_exactly_are_counted():
+    """Ten equal experts of p = .1 and rho = .1: each misses its margin to none of p = 0.
+
+    Base order 0 > 1 > ... > 19: the 45 pairs among the ten lack .1 each; the 45 among the rest
+    lack .1 each; the 100 pairs between the two groups are .1 apart and lack nothing.
+    """
+    logits = torch.full((1, 1, 20), -200.0)
+    logits[..., :10] = 0.0
+    base = -torch.arange(20.0)[None, None]
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss = rank_matching_loss(logits, base, mask, rho=0.1, reduce="sum")
+    assert float(loss) == pytest.approx(9.0, abs=1e-4)
+
+
+def test_rank_loss_worked_by_hand():
+    """Base prefers 0 to 1; p = (.5, .5) breaks the margin of .1 by all of it: the loss is .1."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    logits, base = torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0]]])
+    assert float(rank_matching_loss(logits, base, mask, rho=0.1)) == pytest.approx(0.1)
+
+
+def test_kl_anchor_worked_by_hand():
+    """p_b = (3/4, 1/4) against uniform: 3/4 ln(3/2) + 1/4 ln(1/2); 0 against itself."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    base = torch.tensor([[[math.log(3.0), 0.0]]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(kl_anchor_loss(torch.zeros(1, 1, 2), base, mask)) == pytest.approx(expected)
+    assert float(kl_anchor_loss(base, base, mask)) == pytest.approx(0.0, abs=1e-7)
