@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
-from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record
+from melinoe.measure.by_layer import hit_rates_by_layer
 from melinoe.report.schema import check
 from melinoe.runtime.attach import attach
 from melinoe.runtime.transfer import EmulatedLink
@@ -77,3 +78,14 @@ def test_a_serve_record_says_the_hit_rate_of_each_layer():
     counters = handle.counters
     expected = counters.hits[COMPLETION] / counters.uses[COMPLETION]
     assert [one["mean"] for one in record["hit_rate_by_layer"]] == pytest.approx(expected)
+
+
+def test_a_layer_that_served_no_token_has_no_hit_rate():
+    """Of three layers the second never ran: None in its place, so that numbers stay numbers."""
+    counters = Counters(3)
+    counters.begin_forward("completion", 1)
+    counters.add_request(0, uses=2, hits=1, loads=1)
+    counters.add_request(2, uses=4, hits=4, loads=0)
+    counters.end_forward()
+    first, second, third = hit_rates_by_layer([counters, counters])
+    assert (first["mean"], second, third["mean"]) == (0.5, None, 1.0)

@@ -100,6 +100,10 @@ def test_each_part_waits_for_itself():
     for done, more in ((four, 4 * 0.0014), (two, 0.0024)):
         difference = predict(done, machine, WORK).pass_s - predict(done, plain, WORK).pass_s
         assert difference == pytest.approx([more])
+    machine = replace(machine, part_after_wait_s=((0.010, 0.001),))  # 0.7 after 7, only in parts
+    for done, more in ((four, 4 * 0.0007), (two, 0.0024)):
+        difference = predict(done, machine, WORK).pass_s - predict(done, plain, WORK).pass_s
+        assert difference == pytest.approx([more])
 
 
 def test_a_prompt_is_bound_by_arithmetic():
@@ -152,6 +156,7 @@ def test_time_is_never_below_the_limits():
         {"link_bytes_per_s": 1e9, "experts_share": 1.5},
         {"link_bytes_per_s": 1e9, "overlap": "all"},
         {"link_bytes_per_s": 1e9, "after_wait_s": ((2.0, 0.1), (1.0, 0.2))},
+        {"link_bytes_per_s": 1e9, "part_after_wait_s": ((1.0, -0.1),)},
     ],
 )
 def test_impossible_machines_are_refused(figures):

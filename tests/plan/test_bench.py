@@ -248,9 +248,10 @@ def test_a_link_s_transfers_are_predicted_by_hand():
     # Rehearsed when passes took 2 ms: what else was timed then is halved, too.
     slow = Machine(
         link_bytes_per_s=1e15, pass_s=0.002, copy_s=2e-3, parts_s=4e-4, dram_bytes_per_s=1e6,
-        after_wait_s=((1e-3, 2e-4),),
+        after_wait_s=((1e-3, 2e-4),), part_after_wait_s=((1e-3, 1e-4),),
     )  # fmt: skip
     scaled = machine_of(Handle, 1e-5, resident, slow)
     assert (scaled.pass_s, scaled.copy_s, scaled.parts_s) == pytest.approx((1e-3, 1e-3, 2e-4))
     assert scaled.dram_bytes_per_s == pytest.approx(2e6)
     assert scaled.after_wait_s == ((1e-3, pytest.approx(1e-4)),)
+    assert scaled.part_after_wait_s == ((1e-3, pytest.approx(5e-5)),)

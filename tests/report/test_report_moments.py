@@ -66,6 +66,15 @@ def test_layers_names_the_layer_that_each_strategy_hits_least_in():
     assert [row[0].text for row in figure.table.rows] == ["base"]
 
 
+def test_layers_that_served_no_token_are_left_out_and_the_others_keep_their_numbers():
+    """A model of two stacks whose first never ran: the worst of what ran is layer 3, not 1."""
+    rates = [None, None, estimate(0.9, 0.01), estimate(0.4, 0.02)]
+    found = read_records([serve_record("base", hit_rate_by_layer=rates)])
+    figure = layers(found, servings(found)[0])
+    assert "base layer 3, 40.0 %" in figure.caption
+    assert figure.table.columns == ["strategy", "layer 2", "layer 3"]
+
+
 def test_a_page_without_these_records_says_nothing_of_them(tmp_path):
     """Older runs have neither: the page is written without the figures, and without an error."""
     write_report([serve_record("base")], tmp_path / "page.html")

@@ -19,6 +19,7 @@ from melinoe.runtime.rehearsal import (
     PARTS,
     PLAIN,
     Rehearsal,
+    Wait,
     figures_from,
     over,
     time_calls,
@@ -41,8 +42,8 @@ def test_a_motion_changes_no_bit_and_leaves_the_runtime_as_it_was(model, motion)
             took_s = time.perf_counter() - begin
         assert [dict(vars(cache)) for cache in handle._caches] == before
         assert handle.link is handle._transfer._link
-        if not isinstance(motion, str):
-            assert took_s > 7 * 2 * motion  # decoding passes x layers
+        if isinstance(motion, Wait):  # decoding passes x layers, x experts of a token
+            assert took_s > 7 * 2 * motion.seconds * (2 if motion.in_parts else 1)
         handle.reset_counters()
         with torch.no_grad():
             assert torch.equal(model(PROMPT).logits, logits)
@@ -87,7 +88,7 @@ def test_each_motion_does_what_its_name_says(model, monkeypatch):
 def test_figures_are_taken_apart_as_they_were_put_together(model, chosen, monkeypatch):
     """
     Two layers, a pass of 10 ms. By layer: parts 0.4 ms, 0.3 each further; the host 0.1 and 0.5 an
-    expert; a call on slots 0.2 and 0.05 an expert; a load 0.1; a wait of 1 ms 0.25.
+    expert; a call on slots 0.2 and 0.05 an expert; a load 0.1; a wait of 1 ms 0.25, in parts 0.1.
 
     With two experts a token, one of them is all but one, so what the host takes once is in each.
     """
@@ -110,10 +111,12 @@ def test_figures_are_taken_apart_as_they_were_put_together(model, chosen, monkey
         HOST_ONE: on_the_host(1),
         HOST_MOST: on_the_host(chosen - 1),
         HOST_ALL: on_the_host(chosen),
-        0.001: 0.010 + 2 * (0.001 + 0.25e-3),
-        0.002: 0.010 + 2 * (0.002 + 0.5e-3),
-        0.003: 0.010 + 2 * (0.003 + 0.3e-3),  # less than after 2 ms: both are .4
+        Wait(0.001): 0.010 + 2 * (0.001 + 0.25e-3),
+        Wait(0.002): 0.010 + 2 * (0.002 + 0.5e-3),
+        Wait(0.003): 0.010 + 2 * (0.003 + 0.3e-3),  # less than after 2 ms: both are .4
     }
+    for wait_s, more in ((0.001, 0.1e-3), (0.003, 0.2e-3)):
+        seconds[Wait(wait_s, in_parts=True)] = seconds[PARTS] + 2 * chosen * (wait_s + more)
     with attach(model, slots=8, link=EmulatedLink(1e6, 1e-3)) as handle:
         found = figures_from(seconds, handle, 3, (call + each, call + chosen * each))
         assert over(found, handle).link_bytes_per_s == 1e6
@@ -129,3 +132,6 @@ def test_figures_are_taken_apart_as_they_were_put_together(model, chosen, monkey
     waits, more = zip(*found.after_wait_s, strict=True)
     assert waits == (0.001, 0.002, 0.003)
     assert more == pytest.approx((0.25e-3, 0.4e-3, 0.4e-3))
+    waits, more = zip(*found.part_after_wait_s, strict=True)
+    assert waits == (0.001, 0.003)
+    assert more == pytest.approx((0.1e-3, 0.2e-3))

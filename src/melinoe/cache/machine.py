@@ -36,6 +36,8 @@ class Machine:
         after_wait_s: How much longer what follows a wait takes, for it finds caches and clock cold:
             pairs of seconds waited and seconds more, waits ascending; nothing more after no wait,
             between them in a straight line, beyond the last as after it.
+        part_after_wait_s: The same for a part of a request that is computed in several, where what
+            follows a wait is shorter; as ``after_wait_s`` where it is empty.
         overlap: ``none`` or ``hits``, see the module.
 
     Raises:
@@ -60,12 +62,16 @@ class Machine:
     parts_s: float = 0.0
     part_s: float = 0.0
     after_wait_s: tuple[tuple[float, float], ...] = ()
+    part_after_wait_s: tuple[tuple[float, float], ...] = ()
     overlap: str = "none"
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name in ("overlap", "after_wait_s") or value is None:
+            if one.name == "overlap" or value is None:
+                continue
+            if one.name in ("after_wait_s", "part_after_wait_s"):
+                _check_curve(one.name, value)
                 continue
             positive = one.name.endswith("_per_s")
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
@@ -75,28 +81,27 @@ class Machine:
                 )
         if self.experts_share > 1:
             raise HardwareError(f"experts_share cannot be {self.experts_share}; it is at most 1")
-        waits = [waited for waited, _ in self.after_wait_s]
-        if waits != sorted(set(waits)) or any(
-            not math.isfinite(value) or value < 0 for pair in self.after_wait_s for value in pair
-        ):
-            raise HardwareError(
-                f"after_wait_s cannot be {self.after_wait_s}; give pairs of seconds, waits "
-                "ascending"
-            )
         if self.overlap not in OVERLAPS:
             raise HardwareError(
                 f"overlap cannot be {self.overlap!r}; choose one of {', '.join(OVERLAPS)}"
             )
 
-    def colder_s(self, waited_s: float) -> float:
-        """Seconds more that what follows takes after so long a wait."""
+    def colder_s(self, waited_s: float, *, part: bool = False) -> float:
+        """Seconds more that what follows a wait takes; it is all of a request, or a *part*."""
         before, slower = 0.0, 0.0
-        for wait, more in self.after_wait_s:
+        for wait, more in (part and self.part_after_wait_s) or self.after_wait_s:
             if waited_s <= wait:
                 share = (waited_s - before) / (wait - before) if wait > before else 1.0
                 return slower + share * (more - slower)
             before, slower = wait, more
         return slower
+
+
+def _check_curve(name: str, curve: tuple[tuple[float, float], ...]) -> None:
+    waits = [waited for waited, _ in curve]
+    finite = all(math.isfinite(value) and value >= 0 for pair in curve for value in pair)
+    if waits != sorted(set(waits)) or not finite:
+        raise HardwareError(f"{name} cannot be {curve}; give pairs of seconds, waits ascending")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ one layer of one pass takes
     P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below
     w   = what is left until this layer's prefetch has arrived, if it is used
     G   = k g((w + T - max(U, n c)) / k)          what follows a wait takes longer, g is
-                                                  ``after_wait_s``; k waits, one a part: min(m, n)
+                                                  ``after_wait_s``; k waits, one a part: min(m, n);
+                                                  where m > 1, g is ``part_after_wait_s``
 
     overlap none:   F + w + max(T, U) + G + H + N    wait, then compute
     overlap hits:   F + w + max(T, U, H) + G + N     hits are computed while misses come
@@ -177,8 +178,9 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
             now += longest - hidden
             if machine.after_wait_s:
                 idle = late + max(0.0, link - max(cpu, count * machine.copy_s))
+                several = parts[step][layer] > 1
                 waits = max(1, min(parts[step][layer], count))
-                now += waits * machine.colder_s(idle / waits)
+                now += waits * machine.colder_s(idle / waits, part=several)
             target = _loaded_for(layer, between[step], experts[step])
             if target is not None:
                 early = between[step][target]

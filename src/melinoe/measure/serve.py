@@ -10,6 +10,7 @@ from melinoe.cache.prefetcher import Prefetcher
 from melinoe.config import PREFETCH_AT, PrefetchAt
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
+from melinoe.measure.by_layer import hit_rates_by_layer
 from melinoe.measure.link import link_fields
 from melinoe.measure.machine import machine
 from melinoe.predictor import Predictor
@@ -217,7 +218,9 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
             for name, (top, bottom) in _ESTIMATES.items()
         },
         **_of_prefetches(columns),
-        "hit_rate_by_layer": _by_layer([runs[0] for runs in generations]),
+        "hit_rate_by_layer": hit_rates_by_layer(
+            runs[0].counters for runs in generations if runs[0].counters is not None
+        ),
         "per_prompt": columns,
         "machine": machine(),
     }
@@ -267,18 +270,6 @@ def _of_prefetches(columns: dict[str, list[Any]]) -> dict[str, Any]:
     if (used + missed).any():
         found["prefetch_recall"] = bootstrap(used, used + missed)
     return {name: value.to_dict() for name, value in found.items()}
-
-
-def _by_layer(generations: Sequence[Generation]) -> list[dict[str, Any]]:
-    """Hit rate of the completion in each layer, over prompts."""
-    counters = [one.counters for one in generations if one.counters is not None]
-    hits = np.array([one.hits[COMPLETION] for one in counters])
-    uses = np.array([one.uses[COMPLETION] for one in counters])
-    return [
-        bootstrap(hits[:, layer], uses[:, layer]).to_dict()
-        for layer in range(uses.shape[1])
-        if uses[:, layer].any()
-    ]
 
 
 def _median(values: Iterable[float]) -> float:

@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.counters import COMPLETION
 from melinoe.cache.locality import popularity
 from melinoe.cache.policy import policy_class, policy_names
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.config import ServeSettings, experts_in_share
+from melinoe.measure.by_layer import hit_rates_by_layer
 from melinoe.measure.locality import curve_record, locality_record
 from melinoe.measure.usage import usage_record
-from melinoe.stats import bootstrap
 
 # A curve is drawn through so many numbers of slots at most.
 _POINTS = 16
@@ -73,17 +72,11 @@ def _layers_record(
     done = simulate(
         trace, slots, policy, reset_between_sequences=True, policy_options=options or None
     )
-    hits = np.array([one.hits[COMPLETION] for one in done.per_sequence])
-    uses = np.array([one.uses[COMPLETION] for one in done.per_sequence])
     return {
         "kind": "layers",
         "model": model,
         "policy": policy,
         "slots": slots,
         "num_experts": trace.num_experts,
-        "hit_rate_by_layer": [
-            bootstrap(hits[:, layer], uses[:, layer]).to_dict()
-            for layer in range(trace.num_layers)
-            if uses[:, layer].any()
-        ],
+        "hit_rate_by_layer": hit_rates_by_layer(done.per_sequence),
     }

@@ -143,14 +143,19 @@ def machine_of(
     # Rehearsed at another time, when the machine may have been faster or slower: by as much as a
     # pass with every expert resident was.
     times = float(pass_s) / rehearsed.pass_s
-    cold = tuple((wait, more * times) for wait, more in rehearsed.after_wait_s)
+    waits = handle.link is not None
+
+    def cold(curve: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        return tuple((wait, more * times) for wait, more in curve) if waits else ()
+
     assert rehearsed.dram_bytes_per_s is not None
     return replace(
         found,
         experts_share=rehearsed.experts_share,
         dram_bytes_per_s=rehearsed.dram_bytes_per_s / times,
         **{name: getattr(rehearsed, name) * times for name in _REHEARSED},
-        after_wait_s=cold if handle.link is not None else (),
+        after_wait_s=cold(rehearsed.after_wait_s),
+        part_after_wait_s=cold(rehearsed.part_after_wait_s),
     )
 
 

@@ -15,6 +15,7 @@ from melinoe.runtime.handle import Handle
 from melinoe.runtime.rehearsal import (
     LOADS,
     MOTIONS,
+    Motion,
     Rehearsal,
     figures_from,
     time_calls,
@@ -43,11 +44,11 @@ def rehearse(model: Any, handle: Handle, tokenizer: Any, prompts: Sequence[Any])
         return None
     rehearsal = Rehearsal(handle)
     motions = list(MOTIONS)
-    times: dict[str | float, list[float]] = {motion: [] for motion in motions}
+    times: dict[Motion, list[float]] = {motion: [] for motion in motions}
     loads = passes = 0
     order = Random(0)
     for prompt in prompts[:_PROMPTS]:
-        runs: dict[str | float, list[float]] = {motion: [] for motion in motions}
+        runs: dict[Motion, list[float]] = {motion: [] for motion in motions}
         for _ in range(_REPEATS):
             order.shuffle(motions)
             for motion in motions:

@@ -53,6 +53,10 @@ def _estimate(value: Any) -> str | None:
     return None if value["low"] <= value["high"] else "has 'low' above 'high'"
 
 
+def _estimate_or_none(value: Any) -> str | None:
+    return None if value is None else _estimate(value)
+
+
 def _list_of(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     def run(value: Any) -> str | None:
         if not isinstance(value, list) or not value:
@@ -122,7 +126,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "miss?": _text,
         "prefetch?": _text,
         "link?": _link,
-        "hit_rate_by_layer?": _list_of(_estimate),
+        "hit_rate_by_layer?": _list_of(_estimate_or_none),
         **{f"{name}?": _estimate for name in SERVE_ESTIMATES},
     },
     "quality": {
@@ -171,7 +175,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
         "policy": _text,
         "slots": _count,
         "num_experts": _count,
-        "hit_rate_by_layer": _list_of(_estimate),
+        "hit_rate_by_layer": _list_of(_estimate_or_none),
     },
     "predictor": {
         "model": _text,

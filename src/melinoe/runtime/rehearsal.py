@@ -11,12 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.machine import Machine
@@ -29,10 +28,27 @@ from melinoe.runtime.misses import hidden_size
 PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_MOST, HOST_ALL = (
     "plain", "one part", "parts", "loads", "one on the host", "all but one", "all on the host",
 )  # fmt: skip
-# Seconds of a wait in each layer; what follows is slower the longer it was, up to a point.
-PAUSES = (0.0003, 0.001, 0.003)
 _ON_THE_HOST = (HOST_ONE, HOST_MOST, HOST_ALL)
-MOTIONS: tuple[str | float, ...] = (PLAIN, ONE_PART, PARTS, LOADS, *_ON_THE_HOST, *PAUSES)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """
+    A motion: wait before each layer's experts, or *in_parts*, before each expert of `PARTS`.
+
+    What follows is slower the longer the wait was, up to a point.
+    """
+
+    seconds: float
+    in_parts: bool = False
+
+    def __str__(self) -> str:
+        return f"wait {1e3 * self.seconds:g} ms" + (", in parts" if self.in_parts else "")
+
+
+Motion = str | Wait
+WAITS = tuple(Wait(seconds, parts) for parts in (False, True) for seconds in (3e-4, 1e-3, 3e-3))
+MOTIONS: tuple[Motion, ...] = (PLAIN, ONE_PART, PARTS, LOADS, *_ON_THE_HOST, *WAITS)
 
 
 class _Resident:
@@ -88,46 +104,41 @@ class Rehearsal:
             )
             for layer, cache in zip(handle.layers, self._caches, strict=True)
         ]
-        self._waited_s = 0.0
         handle.prefetch([range(layer.num_experts) for layer in handle.layers])
 
     @contextmanager
-    def doing(self, motion: str | float) -> Iterator[None]:
-        """
-        Add *motion* to each decoding pass in the body of the ``with`` statement.
-
-        Args:
-            motion: one of `MOTIONS`; a number is a wait of so many seconds in each layer.
-        """
+    def doing(self, motion: Motion) -> Iterator[None]:
+        """Add *motion* to each decoding pass in the body of the ``with`` statement."""
+        name = (PARTS if motion.in_parts else PLAIN) if isinstance(motion, Wait) else motion
         with ExitStack() as undo:
             _swap(undo, self._handle._transfer, "_link", None)
             for cache, host in zip(self._caches, self._hosts, strict=True):
-                if not isinstance(motion, str):
-                    self._waited_s = motion
-                    _swap(undo, cache, "_compute", self._after_a_wait(cache._compute))
-                elif motion != PLAIN:
-                    _swap(undo, cache, "residency", _Resident(motion, cache, self._decodes))
-                    if motion in (ONE_PART, PARTS):
-                        _swap(undo, cache, "_num_slots", 0)
-                    elif motion in _ON_THE_HOST:
-                        _swap(undo, cache, "_host", host)
-                        _swap(undo, cache, "_rule", len)
+                if isinstance(motion, Wait):
+                    act = "_add_from_slots" if motion.in_parts else "_compute"
+                    _swap(undo, cache, act, self._after(motion.seconds, getattr(cache, act)))
+                if name != PLAIN:
+                    _swap(undo, cache, "residency", _Resident(name, cache, self._decodes))
+                if name in (ONE_PART, PARTS):
+                    _swap(undo, cache, "_num_slots", 0)
+                elif name in _ON_THE_HOST:
+                    _swap(undo, cache, "_host", host)
+                    _swap(undo, cache, "_rule", len)
             yield
 
     def _decodes(self) -> bool:
         return self._handle._passes.phase == COMPLETION
 
-    def _after_a_wait(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def waited(*arguments: Any) -> Tensor:
+    def _after(self, seconds: float, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def waited(*arguments: Any) -> Any:
             if self._decodes():
-                self._handle._transfer.wait(time.perf_counter() + self._waited_s)
+                self._handle._transfer.wait(time.perf_counter() + seconds)
             return compute(*arguments)
 
         return waited
 
 
 def figures_from(
-    seconds: Mapping[str | float, float], handle: Handle, loads: float, direct: tuple[float, float]
+    seconds: Mapping[Motion, float], handle: Handle, loads: float, direct: tuple[float, float]
 ) -> Machine:
     """
     The engine's own figures, from how long a decoding pass took with each motion.
@@ -153,7 +164,6 @@ def figures_from(
     host_s = max(dearer + each, 1e-9)
     once_s = max(more[HOST_ONE] - parts_s - (host_s - each), 0.0)
     call_s = max(parts_s + once_s + chosen * (host_s - each) - more[HOST_ALL], 0.0)
-    waits = [motion for motion in more if not isinstance(motion, str)]
     size = float(np.mean([layer.block_bytes for layer in handle.layers]))
     return Machine(
         link_bytes_per_s=1e15,
@@ -165,8 +175,21 @@ def figures_from(
         call_s=call_s,
         parts_s=parts_s,
         part_s=max(more[PARTS] - more[ONE_PART], 0.0) / max(chosen - 1, 1),
-        after_wait_s=_rising([(wait, max(more[wait] - wait, 0.0)) for wait in sorted(waits)]),
+        after_wait_s=_after_waits(more, 0.0, 1, in_parts=False),
+        part_after_wait_s=_after_waits(more, more[PARTS], chosen, in_parts=True),
     )
+
+
+def _after_waits(
+    more: Mapping[Motion, float], without: float, times: int, *, in_parts: bool
+) -> tuple[tuple[float, float], ...]:
+    """Seconds more than *without* waits, by seconds of each of so many waits in a layer."""
+    curve = [
+        (motion.seconds, max((taken - without) / times - motion.seconds, 0.0))
+        for motion, taken in more.items()
+        if isinstance(motion, Wait) and motion.in_parts == in_parts
+    ]
+    return _rising(sorted(curve))
 
 
 def _rising(curve: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

@@ -14,14 +14,21 @@ from melinoe.stats import Estimate
 # More lines than that cannot be told apart.
 LINES = 6
 
+Rates = dict[int, Estimate]
+"""By MoE layer; one that served no token has none."""
+
 
 def layers(found: Measurements, serving: Serving | None) -> Figure | None:
     """Hit rate by layer, one line per strategy or policy; ``None`` where no record holds it."""
     title, runs = _compared(found, serving)
-    rates: dict[str, list[Estimate]] = {}
+    rates: dict[str, Rates] = {}
     for strategy, run in runs.items():
         listed = run.get("hit_rate_by_layer") or []
-        estimates = [one for item in listed if (one := read_estimate(item)) is not None]
+        estimates = {
+            layer: one
+            for layer, item in enumerate(listed)
+            if (one := read_estimate(item)) is not None
+        }
         if estimates and not strategy.startswith("all resident"):
             rates[strategy] = estimates
     rates = dict(list(rates.items())[:LINES])
@@ -32,28 +39,28 @@ def layers(found: Measurements, serving: Serving | None) -> Figure | None:
     with panel(2.9) as (figure, axes):
         for index, (strategy, estimates) in enumerate(rates.items()):
             colour = colours[strategy]
-            at = list(range(len(estimates)))
+            at = list(estimates)
             axes.fill_between(
                 at,
-                [100 * one.low for one in estimates],
-                [100 * one.high for one in estimates],
+                [100 * one.low for one in estimates.values()],
+                [100 * one.high for one in estimates.values()],
                 color=colour,
                 alpha=0.14,
                 linewidth=0,
             )
-            means = [100 * one.mean for one in estimates]
+            means = [100 * one.mean for one in estimates.values()]
             axes.plot(at, means, marker(index), linestyle="-", color=colour, label=strategy)
-        deepest = max(len(estimates) for estimates in rates.values())
-        axes.set(xlabel="MoE layer", ylabel="hit rate (%)", xlim=(-0.2, deepest - 0.8))
-        axes.set_xticks(range(0, deepest, max(1, deepest // 8)))
+        used = sorted({layer for estimates in rates.values() for layer in estimates})
+        axes.set(xlabel="MoE layer", ylabel="hit rate (%)", xlim=(used[0] - 0.2, used[-1] + 0.2))
+        axes.set_xticks(range(used[0], used[-1] + 1, max(1, len(used) // 8)))
         axes.set_ylim(top=100)
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
         drawing = finish(figure, "fig-layers", caption)
-    columns = ["strategy", *(f"layer {index}" for index in range(deepest))]
-    rows = []
-    for strategy, estimates in rates.items():
-        cells = [cell(one, "%") for one in estimates]
-        rows.append([Cell(strategy), *cells, *[cell(None)] * (deepest - len(cells))])
+    columns = ["strategy", *(f"layer {layer}" for layer in used)]
+    rows = [
+        [Cell(strategy), *(cell(estimates.get(layer), "%") for layer in used)]
+        for strategy, estimates in rates.items()
+    ]
     table = Table("layers", "Hit rate by layer", columns, rows)
     return Figure("layers", "Hit rate by layer", [drawing], caption, table)
 
@@ -75,10 +82,10 @@ def _compared(
     return f"{slots} of {experts} experts per layer resident", runs
 
 
-def _caption(rates: dict[str, list[Estimate]], title: str) -> str:
+def _caption(rates: dict[str, Rates], title: str) -> str:
     """Say which layer each strategy hits least in."""
     said = []
     for strategy, estimates in rates.items():
-        worst = min(range(len(estimates)), key=lambda layer: estimates[layer].mean)
+        worst = min(estimates, key=lambda layer: estimates[layer].mean)
         said.append(f"{strategy} layer {worst}, {inline(estimates[worst], '%')}")
     return f"{title}. Lowest hit rate: {'; '.join(said)}."
