@@ -6,6 +6,9 @@ from typing import Literal
 
 from melinoe.report.tables import Cell, Table
 
+# A table of more columns does not fit on paper in full size.
+WIDE = 8
+
 
 def markdown(table: Table) -> str:
     """Write a table in GitHub's Markdown, notes below it."""
@@ -77,7 +80,12 @@ def _stacked(cell: Cell) -> str:
 
 
 def html(table: Table) -> str:
-    """Write a table as an HTML element; on narrow screens each row becomes a card."""
+    """
+    Write a table as an HTML element.
+
+    On narrow screens each row becomes a card; on paper, which does not scroll, many columns are
+    set small.
+    """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = []
     for row in table.rows:
@@ -96,8 +104,9 @@ def html(table: Table) -> str:
             cells.append(body_cell)
         body.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    kind = "data wide" if len(table.columns) > WIDE else "data"
     return (
-        f'<div class="scroll"><table class="data"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>{notes}"
     )
 

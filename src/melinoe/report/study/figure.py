@@ -33,7 +33,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
     caption = _caption(study, tried, cache)
     panels = []
     for inside in (True, False):
-        with panel(4.0) as (figure, axes):
+        with panel(4.0 + 0.22 * _rows(len(families))) as (figure, axes):
             for index, family in enumerate(families):
                 _line(axes, study, [one for one in tried if one.family == family], inside, index)
             _levels(axes, study, tried, cache)
@@ -42,7 +42,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
             axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
             axes.grid(axis="both")
             axes.set_title(f"Price {WHERE[inside]}")
-            axes.legend(frameon=False, loc="upper right", handlelength=1.6)
+            _legend(axes, len(families))
             name = f"fig-{group}-{'in' if inside else 'out'}"
             panels.append(finish(figure, name, f"Price {WHERE[inside]}. {caption}"))
     (table,) = [one for one in study_tables(found) if one.name == f"study-{group}"]
@@ -56,12 +56,27 @@ def _line(axes: Any, study: Study, family: list[Setting], inside: bool, index: i
     kept = [(price, moved) for price, moved in points if price is not None]
     if not kept:
         return
-    colour, marker = COLOUR[HUES[index % len(HUES)]], MARKERS[index % len(MARKERS)]
+    # With more families than colours, a colour comes back with another marker.
+    colour = COLOUR[HUES[index % len(HUES)]]
+    marker = MARKERS[(index + index // len(HUES)) % len(MARKERS)]
     x, y = [100 * price.mean for price, _ in kept], [moved.mean for _, moved in kept]
     spread_x = _reach([price for price, _ in kept], 100)
     spread_y = _reach([moved for _, moved in kept], 1)
     axes.errorbar(x, y, spread_y, spread_x, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.55)
     axes.plot(x, y, marker=marker, markersize=6, color=colour, label=ordered[0].family)
+
+
+def _rows(families: int) -> int:
+    """Lines of a legend in two columns."""
+    return -(-families // 2)
+
+
+def _legend(axes: Any, families: int) -> None:
+    """Below the axes, where it covers no point."""
+    below = -0.16 - 0.01 * _rows(families)
+    axes.legend(
+        frameon=False, loc="upper left", bbox_to_anchor=(-0.04, below), ncols=2, handlelength=1.6
+    )
 
 
 def _reach(estimates: list[Estimate], scale: float) -> list[list[float]]:

@@ -53,9 +53,9 @@ class Study:
         ]
 
     def pairs(self, setting: Setting) -> list[tuple[Record, Record]]:
-        """Give (run, its control) for each seed that both have."""
+        """Give (run, its control) for each seed that both have; a control has none itself."""
         control = self.settings.get(setting.control)
-        if control is None or setting is control:
+        if control is None or setting.group == CONTROL:
             return []
         seeds = [seed for seed in setting.runs if seed in control.runs]
         return [(setting.runs[seed], control.runs[seed]) for seed in sorted(seeds)]

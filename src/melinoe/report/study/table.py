@@ -95,4 +95,7 @@ def _cache_title(cache: str, experts: int) -> str:
 
 
 def _signed(price: Estimate | None) -> Cell:
-    return Cell(DASH if price is None else signed(price))
+    if price is None:
+        return Cell(DASH)
+    mean, interval = signed(price).removesuffix("]").split(" [")
+    return Cell(mean, interval)
