@@ -141,6 +141,11 @@ def _ablations() -> Iterator[Run]:
     yield _run("control", "control, 50 steps", lambda_cache=0.0, **short)
     few = {"control": "control, 50 steps", **short}
     yield _run("ablations", "50 steps, strength", 1.0, lambda_cache=1.0, **few)
+    for examples in (100, 400):  # seen 16 and 4 times, where the others see each once
+        control = f"control, {examples} examples"
+        yield _run("control", control, lambda_cache=0.0, examples=examples)
+        again = {"control": control, "examples": examples}
+        yield _run("ablations", f"{examples} examples, strength", 1.0, lambda_cache=1.0, **again)
 
 
 def all_runs(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
