@@ -119,12 +119,16 @@ def test_parts_with_other_seeds_are_refused():
 
 def test_the_table_names_base_and_control_first():
     """Base and control stand above, without a price of their own, and the notes name the cache."""
-    price, caches = study_tables(read_records(records()))
+    price, texts, caches = study_tables(read_records(records()))
     assert [row[0].text for row in price.rows] == ["base", "control", "clipped 1"]
     assert price.rows[1][2].text == DASH
     assert price.rows[2][2].text.startswith("+16.2 %")
     assert price.rows[2][4].text == "1.50"
     assert "LFU, 25 %" in price.notes[-1]
+    # .1 and .2 nats of the text trained on; .05 of the other, with both seeds alike.
+    assert texts.columns == ["setting", "maths", "prose"]
+    assert [[one.text for one in row] for row in texts.rows] == [["clipped 1", "+16.2 %", "+5.1 %"]]
+    assert texts.rows[0][2].interval == "+5.1, +5.1"
     assert caches.columns[1:] == [
         "LRU, 25 % of the experts resident",
         "LFU, 25 % of the experts resident",

@@ -165,7 +165,7 @@ def _studies(found: Measurements) -> list[Section]:
     """One section per group of a study: its tables, and its frontier where it has one."""
     sections: list[Section] = []
     for table in study_tables(found):
-        if table.name.endswith("-caches"):
+        if table.name.endswith(("-texts", "-caches")):
             sections[-1].tables.append(table)
             continue
         figure = frontier(found, table.name.removeprefix("study-"))

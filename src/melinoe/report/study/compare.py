@@ -21,8 +21,16 @@ def increase(study: Study, setting: Setting, in_domain: bool) -> Estimate | None
     if not pairs:
         return None
     texts = corpora(pairs[0][0])[0 if in_domain else 1]
-    if not texts:
-        return None
+    return _increase(pairs, texts) if texts else None
+
+
+def increase_on(study: Study, setting: Setting, text: str) -> Estimate | None:
+    """As `increase`, on one text; ``None`` without a control."""
+    pairs = study.pairs(setting)
+    return _increase(pairs, [text]) if pairs else None
+
+
+def _increase(pairs: Sequence[tuple[Record, Record]], texts: Sequence[str]) -> Estimate:
     parts = [
         (
             _column([ours for ours, _ in pairs], text, "nll"),

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from melinoe.report.amounts import DASH, plain, signed
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
-from melinoe.report.study.compare import average, fewer, increase, transfers
-from melinoe.report.study.runs import BASE, Setting, Study, gather
+from melinoe.report.study.compare import average, fewer, increase, increase_on, transfers
+from melinoe.report.study.runs import BASE, Setting, Study, corpora, gather
 from melinoe.report.tables import Cell, Table, cell
 from melinoe.stats import Estimate
 
@@ -25,7 +25,8 @@ def study_tables(found: Measurements) -> list[Table]:
     study = gather(found)
     if study is None:
         return []
-    return [make(study, group) for group in study.groups for make in (price_table, caches_table)]
+    made = (price_table, texts_table, caches_table)
+    return [make(study, group) for group in study.groups for make in made]
 
 
 def price_table(study: Study, group: str) -> Table:
@@ -52,6 +53,21 @@ def price_table(study: Study, group: str) -> Table:
         )
     notes = [NOTE, f"Transfers: {_cache_title(quarter, experts)}."]
     return Table(f"study-{group}", f"Study, {group}: what it costs and saves", columns, rows, notes)
+
+
+def texts_table(study: Study, group: str) -> Table:
+    """What each setting of a group costs on each text, the one trained on first."""
+    tried = study.tried(group)
+    inside, outside = corpora(next(iter(tried[0].runs.values())))
+    texts = [*inside, *outside]
+    rows = [
+        [Cell(one.name), *(_signed(increase_on(study, one, text)) for text in texts)]
+        for one in tried
+    ]
+    columns = ["setting", *texts]
+    title = f"Study, {group}: perplexity over the control, by text"
+    notes = [f"Trained on: {', '.join(inside)}."] if inside else []
+    return Table(f"study-{group}-texts", title, columns, rows, notes)
 
 
 def caches_table(study: Study, group: str) -> Table:
