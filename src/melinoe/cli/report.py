@@ -20,15 +20,25 @@ def command(
     readme: Annotated[
         Path | None, typer.Option(help="Instead of a page, write the tables of this Markdown file.")
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a page, write its figures into this directory, as SVG."),
+    ] = None,
     check: Annotated[
         bool, typer.Option(help="With --readme: write nothing, fail if it is out of date.")
     ] = False,
 ) -> None:
-    """Write a self-contained page with tables and figures, or the tables of a README."""
+    """Write a self-contained page with tables and figures, or these by themselves."""
     from melinoe.cli import options
     from melinoe.errors import DataError
-    from melinoe.report import update_readme, write_report
+    from melinoe.report import update_readme, write_figures, write_report
 
+    if figures is not None:
+        if readme is not None:
+            raise typer.BadParameter("--figures and --readme are two things; give one at a time")
+        written = write_figures(_with_traces(runs), figures)
+        options.say(f"{figures}: wrote {len(written)} figures")
+        return
     if readme is None:
         write_report(_with_traces(runs), out)
         options.say(f"wrote {out} and {out.with_suffix('.md')}")

@@ -9,6 +9,7 @@ Tables and figures from measurement records, and from nothing else.
     glossary.py    what words mean       sections.py  all of it in order
     render.py      a table as Markdown, text or HTML
     page.py        the page and its twin readme.py    tables between a README's markers
+    figure_files.py  drawings as files   study/       tables and frontiers of fine-tunings
     card/          a checkpoint's model card
 """
 
@@ -18,13 +19,14 @@ from typing import Literal
 from melinoe.errors import DataError
 from melinoe.report import render
 from melinoe.report.benchmarks import benchmark_tables
+from melinoe.report.figure_files import write_figures
 from melinoe.report.page import write_report
 from melinoe.report.readme import update_readme
 from melinoe.report.records import Sources, read_records
 from melinoe.report.scores import comparison_table, score_table
 from melinoe.report.tables import corpus_table, main_table, servings
 
-__all__ = ["read_records", "render_table", "update_readme", "write_report"]
+__all__ = ["read_records", "render_table", "update_readme", "write_figures", "write_report"]
 
 
 def render_table(

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from melinoe.errors import DataError
 from melinoe.report import render
@@ -56,22 +57,31 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def html_page(report: Report) -> str:
     """Write a report as one HTML document."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
+    environment = _environment()
+    # Tables and drawings arrive as markup whose texts are escaped already.
+    environment.filters["table"] = lambda table: Markup(render.html(table))
+    environment.filters["drawing"] = Markup
+    style = Markup(environment.get_template("style.css").render())
+    return str(environment.get_template("page.html").render(report=report, style=style))
+
+
+def style_sheet(name: str) -> str:
+    """Give one of the page's style sheets by the name of its file."""
+    return str(_environment().get_template(name).render())
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
         loader=PackageLoader("melinoe.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Tables and drawings arrive as markup whose texts are escaped already.
-    environment.filters["table"] = lambda table: Markup(render.html(table))
-    environment.filters["drawing"] = Markup
-    style = environment.get_template("style.css").render()
-    template = environment.get_template("page.html")
-    return template.render(report=report, style=Markup(style))
 
 
 def markdown_page(report: Report) -> str:

@@ -87,20 +87,21 @@ def _reach(estimates: list[Estimate], scale: float) -> list[list[float]]:
 
 
 def _levels(axes: Any, study: Study, tried: list[Setting], cache: str) -> None:
-    """Where base and control stand, as lines across; a name above the higher line, else below."""
+    """Where base and control stand, as lines across; the lowest has its name below it."""
     others = [study.settings[name] for name in dict.fromkeys(one.control for one in tried)]
     shown = ([study.base_setting] if study.base is not None else []) + others
     levels = sorted((transfers(one, cache).mean, one.name) for one in shown)
     for place, (level, name) in enumerate(levels):
         axes.axhline(level, color=COLOUR["muted"], linewidth=0.9, linestyle=(0, (3, 3)))
-        highest = place == len(levels) - 1
+        below, left = place == 0 and len(levels) > 1, place % 2 == 0
         axes.annotate(
             name,
-            (0.01, level),
+            (0.01 if left else 0.99, level),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 2 if highest else -3),
+            xytext=(0, -3 if below else 2),
             textcoords="offset points",
-            va="bottom" if highest else "top",
+            va="top" if below else "bottom",
+            ha="left" if left else "right",
             color=COLOUR["muted"],
             fontsize=9,
         )
