@@ -15,7 +15,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_each_panel_is_an_svg_that_needs_nothing_else(tmp_path):
-    """A frontier's two panels: valid XML, colours declared for light and dark, nothing referred to."""
+    """A frontier's two panels: valid XML, colours for light and dark, nothing referred to."""
     paths = write_figures(records(), tmp_path / "made" / "here")
     assert [path.name for path in paths] == ["study-frontier-1.svg", "study-frontier-2.svg"]
     for path in paths:
