@@ -77,6 +77,29 @@ def test_both_references_agree_before_the_first_step(anchor):
     assert last[0] != pytest.approx(last[1], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({"lambda_rank": 1.0}, 2),
+        ({"lambda_rank": 0.0}, 1),
+        ({"lambda_rank": 1.0, "anchor": "none"}, 1),
+        ({"lambda_rank": 0.0, "lambda_distill": 0.5}, 2),
+    ],
+)
+def test_the_base_model_runs_only_where_a_term_that_weighs_something_asks(changes, passes):
+    """Counted: one forward pass a step, and one more for the anchor, or for distillation."""
+    model, calls = tiny_model("olmoe"), []
+    chosen = settings(reference="pass", **changes)
+    objective = Objective(find_routers(model), chosen)
+    parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
+    objective.updates = parts.updates
+    model.register_forward_hook(lambda *_: calls.append(1))
+    terms, _ = forward_terms(model, batch_of(texts()), objective, training=True)
+    assert len(calls) == passes
+    assert (terms.anchor > 0) == (changes["lambda_rank"] > 0 and "anchor" not in changes)
+    terms.total.backward()
+
+
 def batch_of(data):
     """What the collator gives for *data*."""
     return Replay(data, len(data), 0, 0)._collate(data)

@@ -8,7 +8,7 @@ from forked import run
 from small_runs import settings
 
 from melinoe.data import load_examples
-from melinoe.errors import CheckpointError
+from melinoe.errors import TrainingError
 from melinoe.finetune.price.search import finetune_within
 from melinoe.finetune.price.steering import Price
 
@@ -78,5 +78,7 @@ def test_the_reference_teaches_the_runs(place):
     assert (place / "out.reference" / "adapter" / "adapter_config.json").is_file()
     assert result.metadata["teacher"]["source"].endswith("out.reference")
     within(place, "plain", {key: 0.0 for key in ("lambda_rank",)} | {"anchor": "none"})
-    with pytest.raises(CheckpointError, match="holds no adapter"):
-        within(place, "again", TAUGHT, teacher="control", reference=place / "plain.reference")
+    plain = {"teacher": "control", "reference": place / "plain.reference"}
+    with pytest.raises(TrainingError, match=r"holds no adapter; .*--teacher none.* start anew"):
+        within(place, "again", TAUGHT, **plain)
+    assert not (place / "again").exists() and not (place / "again.runs").exists()

@@ -227,6 +227,25 @@ def test_the_command_trains_both_runs(checkpoint):
     assert record["settings"]["lambda_match"] == 10.0
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--teacher other", "so --teacher other will not be used"),
+        ("--teacher control --anchor-data t", "so --teacher control and --anchor-data t will not"),
+        ("--teacher none", ""),
+    ],
+)
+def test_a_control_says_whom_it_does_not_learn_from(checkpoint, words, said):
+    """The words of a run with ``--control`` added: it trains, untaught, and says so."""
+    command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
+    options = "--control --steps 1 --capacity 0.5 --no-measure --save adapter"
+    done = CliRunner().invoke(app, f"{command} {options} {words}".split())
+    assert done.exit_code == 0, done.output
+    assert (said in done.output) if said else ("will not be used" not in done.output)
+    record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
+    assert record["teacher"] is None and record["settings"]["lambda_match"] == 0.0
+
+
 @pytest.mark.parametrize(("words", "taught"), [("", True), ("--teacher none", False)])
 def test_where_a_price_is_named_its_reference_teaches(checkpoint, words, taught):
     """It is trained anyway; unless the user says none."""

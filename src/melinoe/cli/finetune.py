@@ -172,7 +172,10 @@ def command(
     matching = settings.is_taught or source is None or source.name == "DEFAULT"
     if teacher is None and not settings.is_control and against is None and matching:
         teacher = CONTROL
-    if control or teacher == "none":
+    if teacher == "none":
+        teacher = None
+    if control:
+        _say_unused(teacher=teacher, anchor_data=anchor_data)
         teacher = None
     if control:
         settings = settings.control()
@@ -247,6 +250,13 @@ def command(
     measuring.finish(result.out, base, data, split, held_out, measure, plain)
 
 
+def _say_unused(**named: str | None) -> None:
+    """A control learns from nothing but its data: what else was named is not dropped in silence."""
+    if unused := [f"--{key.replace('_', '-')} {value}" for key, value in named.items() if value]:
+        which = " and ".join(unused)
+        options.say(f"--control trains on next tokens alone, so {which} will not be used")
+
+
 def _check_against(against: Path, settings: FinetuneSettings, measure: bool) -> None:
     """Refuse what cannot be this run's control, before it is trained."""
     from dataclasses import asdict
@@ -266,7 +276,6 @@ def _check_against(against: Path, settings: FinetuneSettings, measure: bool) -> 
 def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings) -> Any:
     """Anchor text, or the word that has the base model write it."""
     from melinoe.data import load_examples
-    from melinoe.errors import TrainingError
 
     if settings.lambda_replay == 0:
         raise TrainingError(

@@ -32,6 +32,7 @@ from melinoe.finetune.price.steering import Price, PriceCallback
 from melinoe.finetune.price.strength import next_strength
 from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
+from melinoe.finetune.terms.teacher import holds_adapter
 from melinoe.finetune.trainer import Progress
 
 # A search ends with a run within the price that has spent so much of it.
@@ -115,9 +116,10 @@ def finetune_within(
     Raises:
         OutputExistsError: *out* or the reference's place is taken; nothing was trained.
         DataError: as `finetune`, or too few held-out texts.
-        CheckpointError: as `finetune`; also a *reference* without an adapter that shall teach.
+        CheckpointError: as `finetune`.
         TrainingError: as `finetune`; settings that a price cannot be kept with, a bound on other
-            domains without their text, or a *reference* of another run.
+            domains without their text, or a *reference* of another run, or one without an adapter
+            that shall teach.
 
     Cost: up to *runs* + 1 trainings, and a forward pass of 48 texts at every measurement.
     Runs that were not taken are deleted.
@@ -163,6 +165,12 @@ def finetune_within(
             found.save(directory)
     found.check(wanted, directory)
     if teaches:
+        if not holds_adapter(directory):
+            raise TrainingError(
+                f"the reference in {directory} cannot teach: the search that wrote it had no "
+                "teacher, so it holds no adapter; do without one here too (--teacher none), or start "
+                "anew without this reference, and one that teaches is trained"
+            )
         teacher = directory
     work = path.with_name(f"{path.name}.runs")
     if _is_main() and work.exists() and not resume:

@@ -3,7 +3,8 @@ The training objective: next-token loss plus the weighted locality terms of ever
 
 Terms whose weight is 0 are computed too, without gradient, where they cost little: so a control
 shows its cache loss beside the fine-tuned model's. Reuse, and what learns from a teacher or from
-anchor text, are computed only if they weigh something.
+anchor text, are computed only if they weigh something; and for an anchor that weighs nothing no
+pass of the base model is run, so one that refers to such a pass stays 0 in the log.
 """
 
 from collections.abc import Callable, Sequence
@@ -160,8 +161,9 @@ class Objective:
         return terms, outputs
 
     def base_pass(self, model: Any, inputs: dict[str, Any]) -> BaseOutputs | None:
-        """What the base model says about a batch, where the anchor asks for it."""
-        if self.settings.reference != "pass" or self.settings.anchor == "none":
+        """What the base model says about a batch, where an anchor that weighs something asks."""
+        settings = self.settings
+        if settings.reference != "pass" or settings.anchor == "none" or not settings.lambda_rank:
             return None
         hidden = None if self.teacher is not None else self._hidden(model)
         return base_pass(model, inputs, self.base, self.updates, hidden)
@@ -234,7 +236,8 @@ class Objective:
             ValueError: the anchor refers to a pass of the base model, and there is none.
         """
         settings = self.settings
-        if settings.anchor != "none" and settings.reference == "pass" and base is None:
+        anchored = settings.anchor != "none" and settings.lambda_rank > 0
+        if anchored and settings.reference == "pass" and base is None:
             raise ValueError('reference="pass" needs what the base model said')
         layout = Layout.of(labels != IGNORED, segment_ids, settings, denominator)
         by_layer: dict[str, list[Tensor]] = {"cache": [], "anchor": [], "reuse": []}
@@ -249,7 +252,7 @@ class Objective:
             if settings.lambda_reuse > 0:
                 reuse = stack.reuse()
                 by_layer["reuse"].append(reuse if weight is None else reuse * weight)
-            if settings.anchor != "none":
+            if settings.anchor != "none" and (settings.reference != "pass" or base is not None):
                 with weighing(settings.lambda_rank):
                     base_logits = self._base_logits(stack.routings, base)
                     by_layer["anchor"].append(stack.anchor(base_logits, settings))

@@ -76,9 +76,7 @@ def read_teacher(directory: str | Path, model: object) -> Adapter:
         CheckpointError: no adapter there, or none of this base's shapes.
         TrainingError: it was trained on another base.
     """
-    path = Path(directory).expanduser()
-    if (path / ADAPTER_DIRECTORY / CONFIG).is_file():
-        path = path / ADAPTER_DIRECTORY
+    path = _adapter_of(directory)
     adapter = read_adapter(path, model)  # type: ignore[arg-type]
     wanted = read_metadata(path).get("base_fingerprint")
     if wanted is not None and wanted != fingerprint(model):  # type: ignore[arg-type]
@@ -87,6 +85,18 @@ def read_teacher(directory: str | Path, model: object) -> Adapter:
             "a run on this base, or none"
         )
     return adapter
+
+
+def holds_adapter(directory: str | Path) -> bool:
+    """Whether `read_teacher` finds an adapter in *directory*, torn or not."""
+    return (_adapter_of(directory) / CONFIG).is_file()
+
+
+def _adapter_of(directory: str | Path) -> Path:
+    """Where a run's directory has its adapter: in itself, or beside a checkpoint."""
+    path = Path(directory).expanduser()
+    beside = path / ADAPTER_DIRECTORY
+    return beside if (beside / CONFIG).is_file() else path
 
 
 def teacher_fingerprint(adapter: Adapter) -> str:
