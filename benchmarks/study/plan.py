@@ -127,6 +127,18 @@ def _beyond() -> Iterator[Run]:
     yield _run("beyond", "reuse", 0.5, lambda_cache=0.0, lambda_reuse=0.5)
 
 
+def _combined() -> Iterator[Run]:
+    """What won alone, on top of what won most: a teacher, and training under the prior."""
+    won = {**TAUGHT, **UNDER}
+    yield _run("combined", "taught, under the prior", 2.0, lambda_cache=2.0, **won)
+    for strength in (1.0, 2.0):
+        resident = {"lambda_cache": strength, "cache_loss": "resident"}
+        yield _run("combined", "and resident form", strength, **resident, **won)
+    through = {"lambda_cache": 1.0, "cache_gradient": True}
+    yield _run("combined", "and gradient through the cache", 1.0, **through, **won)
+    yield _run("combined", "and capacity 0.5", 1.0, lambda_cache=1.0, capacity=0.5, **won)
+
+
 def _ablations() -> Iterator[Run]:
     """One thing at a time around the default form at strength 1."""
     for gamma in (0.5, 0.8, 0.97):
@@ -150,5 +162,5 @@ def _ablations() -> Iterator[Run]:
 
 def all_runs(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     """All runs, part by part, seed by seed within: what an interrupted study has is whole."""
-    parts = [_goals, _frontier, _beyond, _ablations]
+    parts = [_goals, _frontier, _beyond, _combined, _ablations]
     return [replace(run, seed=seed) for part in parts for seed in seeds for run in part()]

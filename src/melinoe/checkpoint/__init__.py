@@ -15,6 +15,7 @@ The hub's checkpoint layout: opened and checked without its weights, read piece 
     metadata.py           melinoe.json: read, checked, written   metadata_schema.py  its fields
     origin.py             where a fine-tuned model comes from: its base's licence, its data's hash
     writing.py            write_model: whole or not at all
+    unfinished.py         a directory to fill beside what it will become; SIGTERM deletes it
 """
 
 from melinoe.checkpoint.backbone import load_backbone

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from melinoe.checkpoint.metadata import write_metadata
+from melinoe.checkpoint.unfinished import unfinished
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.moe.experts import find_experts
 
@@ -61,22 +61,17 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
         WriteError: a full disk, or another reason why it cannot be written.
     """
     path = check_output(out)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield temporary
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)  # replaces an empty directory, and no other
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise WriteError(
-                f"{path} could not be written ({reason_of(error)}); free some space there, or "
-                "choose another place"
-            ) from error
-        raise
+        with unfinished(path) as directory:
+            yield directory
+            os.chmod(directory, 0o755)
+            os.replace(directory, path)  # replaces an empty directory, and no other
+    except (OSError, SafetensorError) as error:
+        raise WriteError(
+            f"{path} could not be written ({reason_of(error)}); free some space there, or "
+            "choose another place"
+        ) from error
 
 
 def write_model(

@@ -1,15 +1,14 @@
 """The NLL-only run that a price is stated against: whether it is one, and as a checkpoint."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint import describe, read_metadata
+from melinoe.checkpoint.unfinished import unfinished
 from melinoe.checkpoint.writing import check_room
 from melinoe.config import FinetuneSettings
 from melinoe.errors import CheckpointError, TrainingError, WriteError
@@ -99,18 +98,16 @@ def as_checkpoint(control: str | Path, base: str | Path, beside: str | Path) -> 
     if (path / "config.json").is_file():
         yield path
         return
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.control.", dir=place.parent))
-    except OSError as error:
-        raise WriteError(
-            f"the control {control} cannot be merged beside {place} to be measured "
-            f"({error.strerror}); make {place.parent} writable"
-        ) from error
-    try:
+    with ExitStack() as gone:
+        try:
+            temporary = gone.enter_context(unfinished(place.with_name(f"{place.name}.control")))
+        except OSError as error:
+            raise WriteError(
+                f"the control {control} cannot be merged beside {place} to be measured "
+                f"({error.strerror}); make {place.parent} writable"
+            ) from error
         _merge(path, temporary / "merged", str(base))
         yield temporary / "merged"
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _merge(adapter: Path, out: Path, base: str) -> None:

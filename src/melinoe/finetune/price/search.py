@@ -168,8 +168,8 @@ def finetune_within(
         if not holds_adapter(directory):
             raise TrainingError(
                 f"the reference in {directory} cannot teach: the search that wrote it had no "
-                "teacher, so it holds no adapter; do without one here too (--teacher none), or start "
-                "anew without this reference, and one that teaches is trained"
+                "teacher, so it holds no adapter; do without one here too (--teacher none), or "
+                "start anew without this reference, and one that teaches is trained"
             )
         teacher = directory
     work = path.with_name(f"{path.name}.runs")

@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from melinoe.checkpoint.unfinished import remove_unfinished, unfinished
 from melinoe.checkpoint.writing import reason_of
 from melinoe.errors import WriteError
 
@@ -64,32 +64,30 @@ def write_checkpoint(
         WriteError: a full disk, or any other reason; the checkpoints before are as they were.
     """
     path = directory / f"step-{step:06d}"
-    temporary = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=directory))
-        for name, group in tensors.items():
-            if group:
-                save_file({k: v.contiguous() for k, v in group.items()}, temporary / _file(name))
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        files = {one.name: _facts(one) for one in sorted(temporary.iterdir())}
-        whole = {"format": FORMAT, "step": step, "files": files, **state}
-        text = json.dumps(whole, indent=1, allow_nan=False)
-        (temporary / STATE).write_text(text, encoding="utf-8")
-        for one in temporary.iterdir():
-            _force_to_disk(one)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-        _force_to_disk(directory)
+        with unfinished(path) as temporary:
+            for name, group in tensors.items():
+                if group:
+                    save_file(
+                        {k: v.contiguous() for k, v in group.items()}, temporary / _file(name)
+                    )
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            files = {one.name: _facts(one) for one in sorted(temporary.iterdir())}
+            whole = {"format": FORMAT, "step": step, "files": files, **state}
+            text = json.dumps(whole, indent=1, allow_nan=False)
+            (temporary / STATE).write_text(text, encoding="utf-8")
+            for one in temporary.iterdir():
+                _force_to_disk(one)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            _force_to_disk(directory)
     except (OSError, SafetensorError) as error:
         raise WriteError(
             f"the checkpoint of step {step} could not be written to {directory} "
             f"({reason_of(error)}); free some space there, or choose another place"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     for old in list_checkpoints(directory)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -144,6 +142,8 @@ def remove_checkpoints(directory: Path) -> None:
     """Delete a run's checkpoints, and its directory if nothing else is in it."""
     for path in list_checkpoints(directory):
         shutil.rmtree(path, ignore_errors=True)
+    for one in directory.glob(".step-*"):  # of a process that was killed while it wrote
+        remove_unfinished(directory / one.name.split(".")[1])
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
