@@ -1,0 +1,85 @@
+"""Directories that are filled beside what they will become, and gone if that does not happen."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+_SUFFIX = ".unfinished"
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """
+    A directory beside *path* to work in, deleted when the block ends unless it has been renamed.
+
+    An exception, Ctrl-C and SIGTERM delete it; what a process that was killed has left for the same
+    *path* is deleted first. A directory that a living process of this machine works in is kept.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    remove_unfinished(path)
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
+    handle = os.open(made, os.O_RDONLY)
+    try:
+        with _ending_on_sigterm():
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                yield made
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what processes that were killed have left beside *path* for it."""
+    if not path.parent.is_dir():
+        return
+    name = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}" + re.escape(_SUFFIX))
+    for one in path.parent.iterdir():
+        if name.fullmatch(one.name) and one.is_dir() and not _is_in_use(one):
+            shutil.rmtree(one, ignore_errors=True)
+
+
+def _is_in_use(directory: Path) -> bool:
+    """Whether a process holds the lock; the system takes it from one that ends in any way."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM ends the process as an exit does, unless somebody listens already."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is the clearing up
+    sys.exit(128 + number)
