@@ -1,6 +1,7 @@
 """From an adapter to a plain checkpoint: bit for bit what fine-tuning itself would have merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from melinoe.checkpoint import read_metadata
+from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.cli.app import app
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
@@ -20,6 +21,7 @@ from melinoe.finetune import finetune
 from melinoe.finetune.parts.adapter_files import CONFIG, WEIGHTS
 from melinoe.finetune.parts.merging import merge_adapter
 from melinoe.moe.routing import fingerprint
+from melinoe.report.card import write_card
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .?"
 DATA = [Example("what? ", f"{word} is it.", "here") for word in ("a", "the", "an")]
@@ -137,11 +139,42 @@ def test_a_taken_output_and_a_missing_base_stop_at_once(place, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_base_is_found_by_its_path_where_the_record_keeps_its_name_alone(place, tmp_path):
+    """The command line writes no path into melinoe.json; PEFT's file has it, until it moves."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(place / "adapter", adapter)
+    write_metadata(adapter, read_metadata(adapter) | {"base": "base"})
+    merged = merge_adapter(adapter, tmp_path / "out")
+    assert same_files(tmp_path / "out", place / "merged") and merged["base"] == "base"
+    config = json.loads((adapter / CONFIG).read_text())
+    moved = config | {"base_model_name_or_path": str(tmp_path / "moved" / "base")}
+    (adapter / CONFIG).write_text(json.dumps(moved))
+    with pytest.raises(CheckpointError, match=r"base that .* names cannot be opened .*--base"):
+        merge_adapter(adapter, tmp_path / "out2")
+    merged = merge_adapter(adapter, tmp_path / "out2", base=place / "base")
+    assert same_files(tmp_path / "out2", place / "merged") and merged["base"] == "base"
+
+
 def test_the_command_merges_and_fails_in_one_sentence(place, tmp_path):
-    """Exit 0 with a checkpoint; an error of ours for a directory that is no adapter."""
+    """Exit 0 with a checkpoint and its card; an error of ours for what is no adapter."""
     done = CliRunner().invoke(app, ["merge", str(place / "adapter"), "--out", str(tmp_path / "o")])
     assert done.exit_code == 0, done.output
     assert same_files(tmp_path / "o", place / "merged")
+    assert "library_name: transformers" in (tmp_path / "o" / "README.md").read_text()
     failed = CliRunner().invoke(app, ["merge", str(place / "base"), "--out", str(tmp_path / "p")])
     assert isinstance(failed.exception, CheckpointError)
     assert "holds no adapter" in str(failed.exception)
+
+
+def test_the_card_of_an_adapter_says_how_it_is_merged_and_loaded(place, tmp_path):
+    """Not that it runs by itself; with both saved the card is that of the checkpoint."""
+    shutil.copytree(place / "adapter", tmp_path / "alone")
+    shutil.copytree(place / "both", tmp_path / "both")
+    cards = []
+    for name in ("alone", "both"):
+        write_card(tmp_path / name)
+        cards.append((tmp_path / name / "README.md").read_text())
+    alone, both = cards
+    assert "library_name: peft" in alone and "library_name: transformers" in both
+    assert "melinoe merge ADAPTER" in alone and "PeftModel.from_pretrained" in alone
+    assert "melinoe.load(" not in alone and "melinoe.load(" in both

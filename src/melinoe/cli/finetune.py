@@ -158,7 +158,8 @@ def command(
     """
     Fine-tune any supported MoE checkpoint so that each sequence prefers few experts.
 
-    On several devices: accelerate launch -m melinoe finetune ...
+    On several devices: accelerate launch -m melinoe finetune ... (on the CPU with --multi_gpu; on
+    several nodes with OUT on a disk that all share).
     """
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)

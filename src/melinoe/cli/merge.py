@@ -22,5 +22,10 @@ def command(
     from melinoe.finetune.parts.merging import merge_adapter
 
     options.quiet()
-    merge_adapter(adapter, out, base=options.resolve(base) if base is not None else None)
+    made = merge_adapter(adapter, out, base=options.resolve(base) if base is not None else None)
     options.say(f"wrote {out}")
+    if made.get("settings"):  # of an adapter of ours, whose melinoe.json says what a card tells
+        from melinoe.report.card import write_card
+
+        write_card(out)
+        options.say(f"wrote {out}/README.md and its figures")

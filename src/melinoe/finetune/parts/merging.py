@@ -9,6 +9,7 @@ from melinoe.checkpoint.files import read_config
 from melinoe.checkpoint.hub import hub_arguments
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import find_model_class, open_checkpoint
+from melinoe.checkpoint.origin import describe_base
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 from melinoe.errors import CheckpointError
@@ -31,8 +32,8 @@ def merge_adapter(
         base: Checkpoint directory or hub name; absent: the one that the adapter names.
 
     Returns:
-        What the checkpoint's ``melinoe.json`` holds: the adapter's, with the names and the
-        fingerprint of now.
+        What the checkpoint's ``melinoe.json`` holds: the adapter's, with the fingerprint of now,
+        and what is known of the base where the adapter does not say it.
 
     Raises:
         OutputExistsError: *out* is taken.
@@ -43,18 +44,33 @@ def merge_adapter(
     """
     path = check_output(out)
     config, metadata = read_adapter_config(adapter), read_metadata(Path(adapter).expanduser())
-    name = str(base or metadata.get("base") or config.get("base_model_name_or_path") or "")
-    if not name:
-        raise CheckpointError(f"{adapter} does not name the model it was trained on; give --base")
-    with open_checkpoint(name) as checkpoint:
-        source = checkpoint.source  # of one commit, also where the branch moves meanwhile
-        base_config = read_config(source)
+    name = str(base) if base is not None else _base_of(str(adapter), config, metadata)
+    try:
+        with open_checkpoint(name) as checkpoint:
+            source = checkpoint.source  # of one commit, also where the branch moves meanwhile
+            base_config = read_config(source)
+    except CheckpointError as error:
+        if base is not None:
+            raise
+        raise CheckpointError(
+            f"the base that {adapter} names cannot be opened ({error}); say with --base where it is"
+        ) from error
     model = find_model_class(base_config).from_pretrained(**hub_arguments(source), dtype="auto")
     _check_fingerprint(model, metadata, str(adapter), name)
     read_adapter(adapter, model).apply(model)
-    metadata = {**metadata, "base": name, "fingerprint": fingerprint(model)}
+    metadata = {**describe_base(name), **metadata, "fingerprint": fingerprint(model)}
     write_model(model, load_tokenizer(name, base_config), path, metadata)
     return metadata
+
+
+def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """The path in PEFT's file, if there still is something; else what the run was told."""
+    path, told = config.get("base_model_name_or_path"), metadata.get("base")
+    if path and Path(path).expanduser().is_dir():
+        return str(path)  # of a directory, melinoe.json keeps the name alone
+    if not (name := told or path):
+        raise CheckpointError(f"{adapter} does not name the model it was trained on; give --base")
+    return str(name)
 
 
 def _check_fingerprint(model: nn.Module, metadata: dict[str, Any], adapter: str, base: str) -> None:

@@ -21,6 +21,11 @@ FOR_LOCALITY = (
     "its files are those of its base, so it runs wherever the base runs; the gain shows where "
     "experts are offloaded."
 )
+ADAPTER = (
+    "This is an adapter in PEFT's files: what fine-tuning trained, so that each sequence of its "
+    "base keeps to few experts. `melinoe merge` makes a checkpoint of both that runs wherever the "
+    "base runs; the gain shows where experts are offloaded."
+)
 CONTROL = (
     "This model was fine-tuned on next tokens alone: it is the control that shows what "
     "fine-tuning on the same data does without the locality terms."
@@ -34,7 +39,7 @@ _LOCALITY_WEIGHTS = ("lambda_cache", "cache_prior", "lambda_reuse")
 _HOLDING_WEIGHTS = ("lambda_distill", "lambda_match", "lambda_replay")
 
 
-def front_matter(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def front_matter(metadata: Mapping[str, Any], adapter: bool = False) -> dict[str, Any]:
     """What the hub reads at the top of a card; what is not known is left out."""
     data = metadata.get("data") or {}
     found: dict[str, Any] = {"license": metadata.get("license") or UNKNOWN}
@@ -42,14 +47,17 @@ def front_matter(metadata: Mapping[str, Any]) -> dict[str, Any]:
         found["language"] = metadata["language"]
     if metadata.get("base_model"):
         found["base_model"] = metadata["base_model"]
-        found["base_model_relation"] = "finetune"
+        found["base_model_relation"] = "adapter" if adapter else "finetune"
     if data.get("hub") and data.get("source"):
         found["datasets"] = [data["source"].partition(":")[0]]
-    found |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    library = "peft" if adapter else "transformers"
+    found |= {"library_name": library, "pipeline_tag": "text-generation", "tags": TAGS}
     return found
 
 
-def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+def card_text(
+    name: str, metadata: Mapping[str, Any], figures: Mapping[str, str], adapter: bool = False
+) -> str:
     """
     Write the card's body.
 
@@ -57,9 +65,12 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
         name: The model's name.
         metadata: What `read_metadata` gave.
         figures: ``losses``, ``experts`` and ``hit_rates``, as far as there are, to file names.
+        adapter: Whether it is of an adapter alone, which needs its base.
     """
     base = metadata.get("base")
     for_locality, purpose = _purpose(_settings(metadata))
+    if adapter and for_locality:
+        purpose = ADAPTER
     price = metadata.get("price")
     parts = [f"# {literal(name)}"]
     origin = f" from {_named(base, metadata)}" if base else ""
@@ -82,7 +93,12 @@ def card_text(name: str, metadata: Mapping[str, Any], figures: Mapping[str, str]
     parts += ["## How it was made", *_training(metadata)]
     if "losses" in figures:
         parts.append(f"![Loss terms over the steps of training]({figures['losses']})")
-    parts += ["## Use", _use(outcome), "## Limits", _limits(metadata, outcome)]
+    parts += [
+        "## Use",
+        _use_adapter() if adapter else _use(outcome),
+        "## Limits",
+        _limits(metadata, outcome),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,6 +152,23 @@ def _training(metadata: Mapping[str, Any]) -> list[str]:
     if not rows:
         return ["Its `melinoe.json` does not say."]
     return [markdown(Table("training", "Training", ["setting", "value"], rows))]
+
+
+def _use_adapter() -> str:
+    return """\
+As a checkpoint of the base's kind, for Melinoe and any other engine:
+
+```
+melinoe merge ADAPTER --base BASE --out MERGED
+```
+
+With PEFT, on the base:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")
+```"""
 
 
 def _use(outcome: Mapping[str, Any] | None) -> str:

@@ -55,11 +55,12 @@ def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
             f"{card} was not written by melinoe; keep it, or replace it with --overwrite"
         )
     _, _, below = before.partition(END)
-    header = _merged(front_matter(metadata), read_card(path) if END in before else {})
+    adapter = not (path / "config.json").is_file() and (path / "adapter_config.json").is_file()
+    header = _merged(front_matter(metadata, adapter), read_card(path) if END in before else {})
     licence = header["license"] if header["license"] != UNKNOWN else None
     drawn = _draw(metadata)
     names = {name: FILES[name] for name in drawn}
-    body = card_text(path.resolve().name, metadata | {"license": licence}, names)
+    body = card_text(path.resolve().name, metadata | {"license": licence}, names, adapter)
     try:
         for name, image in drawn.items():
             write_whole(path / FILES[name], image)
