@@ -99,6 +99,16 @@ def _goals() -> Iterator[Run]:
     for strength in (0.5, 1.0):
         taught = {"control": control, "lambda_cache": strength, **TAUGHT, **LONGER}
         yield _run("goals", "under the prior, own text", strength, **taught, **UNDER, **light)
+    resident = {
+        "control": control,
+        "lambda_cache": 2.0,
+        "cache_loss": "resident",
+        **TAUGHT,
+        **LONGER,
+    }
+    yield _run(
+        "goals", "under the prior, own text, resident form", 2.0, **resident, **UNDER, **light
+    )
     # What the teacher and the base's own text do to quality by themselves.
     none = {"control": control, "lambda_cache": 0.0, **TAUGHT, **LONGER}
     yield _run("goals", "taught, own text, no cache term", **none, **light)
