@@ -13,7 +13,7 @@ from melinoe.checkpoint.metadata import read_metadata
 from melinoe.config import PRIOR
 from melinoe.data import load_examples
 from melinoe.errors import TrainingError, UnsupportedModelError
-from melinoe.finetune import finetune
+from melinoe.finetune import finetune, train
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -142,3 +142,22 @@ def test_absent_is_the_default_strength_and_the_record_says_it(kept, checkpoint)
         record = read_metadata(checkpoint / out)
         assert (record["settings"]["cache_prior"], record["cache_prior"]) == (given, effective)
     assert [one.strength for one in kept] == [PRIOR]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_the_prior_goes_on(kept, broken):
+    """A router sees hidden states that broke, once: no other cause is named, none is given up."""
+    model, calls = tiny_model("olmoe"), []
+    router = find_routers(model)[1]
+
+    def breaking(module, args):
+        calls.extend([1] * torch.is_grad_enabled())  # a training step's pass, no measurement
+        if len(calls) == 2 and torch.is_grad_enabled():
+            return (args[0] * broken,)
+        return None
+
+    handle = router.module.register_forward_pre_hook(breaking)
+    rows, skipped = train(model, examples(), settings(cache_prior=1.0, steps=4), pad_token_id=0)
+    handle.remove()
+    assert skipped == 1 and all(math.isfinite(row["total"]) for row in rows)
+    assert kept[0].strength == 1.0 and kept[0].replaced > 0

@@ -176,6 +176,26 @@ def test_what_was_good_before_too_many_bad_steps_is_kept(monkeypatch, tmp_path):
         assert torch.equal(kept[f"{router.name}.weight"], router.weight)
 
 
+def test_checkpoints_of_before_the_loss_broke_outlive_it(monkeypatch, tmp_path):
+    """Saved each step, one kept: bad steps save nothing, and the last save gives up no good one.
+
+    Resumed, the run goes on after the bad steps but the last, whose turn comes again, and counts
+    each once.
+    """
+    where = {"checkpoints": tmp_path / "run", "pad_token_id": 0}
+    chosen = settings(steps=9, max_bad_steps=4, save_every=1, keep_checkpoints=1, train="router")
+    break_losses(monkeypatch, {4, 5, 6, 7})
+    with pytest.raises(TrainingError, match="4 steps in a row, up to step 7"):
+        run_training(tiny_model("olmoe"), examples(), chosen, **where)
+    kept = sorted((tmp_path / "run").iterdir())
+    assert [path.name for path in kept] == ["step-000003", "step-000006"]
+    before, after = (read_tensors(path, "parts") for path in kept)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    done = run_training(tiny_model("olmoe"), examples(), chosen, resume=True, **where)
+    assert done.skipped_steps == 3 and done.step == 9
+
+
 def test_routers_that_cannot_be_trained_are_refused():
     """Frozen by whoever loaded the model: one sentence, and nothing has changed."""
     model = tiny_model("olmoe")

@@ -42,5 +42,7 @@ class Steps(TrainerCallback):
         trainer.stopped = trainer.stopped and not last
         if trainer.stopped:
             control.should_training_stop = True
-        due = last or trainer.stopped or turn(settings.save_every)
+        # After a bad step the weights are those of a checkpoint before, or what made it bad.
+        good = not trainer.bad_in_a_row
+        due = last or trainer.stopped or (good and turn(settings.save_every))
         control.should_save = due and trainer.checkpoints is not None

@@ -71,6 +71,7 @@ class LocalityTrainer(Trainer):
         skipped_steps: Steps that changed nothing because of a non-finite loss.
         best: Step and total of the best measurement after the first step, if the best is kept.
         stopped: Whether the run ended early, as it was asked to.
+        bad_in_a_row: Steps skipped since the last good one.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class LocalityTrainer(Trainer):
         self.term_norms: dict[str, float] = {}
         self._pending: dict[str, Tensor] = {}  # of the step that runs
         self._gradients = TermGradients()
-        self._bad_now, self._bad_in_a_row = False, 0
+        self._bad_now, self.bad_in_a_row = False, 0
         self.add_callback(Steps(self))
 
     # ---- one step ----
@@ -153,26 +154,27 @@ class LocalityTrainer(Trainer):
         pending, self._pending = self._pending, {}
         gradients, self._gradients = self._gradients, TermGradients()
         if not self._is_bad_anywhere():
-            self._bad_in_a_row = 0
+            self.bad_in_a_row = 0
             for name, value in pending.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.good_steps += 1
             self.term_norms |= gradients.norms(self.accelerator)
             return
         self.skipped_steps += 1
-        self._bad_in_a_row += 1
+        self.bad_in_a_row += 1
         for parameter in self.parts.all():
             parameter.grad = None
         step = self.state.global_step + 1
         if self.is_world_process_zero():
             log.warning("step %d is skipped because its loss is not finite", step)
-        if self._bad_in_a_row >= self.settings.max_bad_steps:
+        if self.bad_in_a_row >= self.settings.max_bad_steps:
             kept = ""
             if self.checkpoints is not None and self.skipped_steps < step:
+                self.skipped_steps -= 1  # this one is not over, and comes again in a resumed run
                 self._save_checkpoint(self._plain_model(), None)
                 kept = f"; what was trained before is kept in {self.checkpoints}"
             raise TrainingError(
-                f"the loss was not finite {self._bad_in_a_row} steps in a row, up to step {step}; "
+                f"the loss was not finite {self.bad_in_a_row} steps in a row, up to step {step}; "
                 f"lower learning_rate or lambda_cache, or look for broken rows in the data{kept}"
             )
 
@@ -271,7 +273,11 @@ class LocalityTrainer(Trainer):
             return
         state = run_state.describe(self, finished=finished)
         texts = {"trainer_state.json": _state_text(self.state)}
-        step, keep = self.state.global_step, self.settings.keep_checkpoints
+        # What was saved before the loss broke is not given up for weights that broke it.
+        step, keep = (
+            self.state.global_step,
+            self.settings.keep_checkpoints + bool(self.bad_in_a_row),
+        )
         try:
             write_checkpoint(self.checkpoints, step, tensors, state, texts, keep=keep)
         except WriteError as error:

@@ -156,6 +156,8 @@ class PriorRouting:
 
         assert self._texts is not None
         known, texts = self._known[router.index], self._texts
+        if not bool((logits < float("inf")).all() & weights.isfinite().all()):
+            return before  # no rule shows in what is not finite; whoever trains skips such a step
         try:
             known.observe(logits, before, weights)
         except UnsupportedModelError:
