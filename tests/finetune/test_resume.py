@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections import namedtuple
 
 import pytest
 import torch
@@ -173,6 +174,28 @@ def test_a_result_that_cannot_be_written_is_not_lost(checkpoint, monkeypatch):
     assert not (checkpoint / "out.checkpoints").exists()
 
 
+def test_a_disk_full_before_the_end_is_told_by_the_step_that_is_kept(checkpoint, monkeypatch):
+    """The last checkpoint found no room either: nobody is told that all of the run is there."""
+    import melinoe.finetune.run as run_module
+    import melinoe.finetune.trainer as trainer_module
+
+    plain = trainer_module.write_checkpoint
+
+    def full(*args):
+        raise WriteError("out could not be written (No space left on device); free some space")
+
+    def full_from_step_2(directory, step, *args, **options):
+        return full() if step >= 2 else plain(directory, step, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_result", full)
+        patch.setattr(trainer_module, "write_checkpoint", full_from_step_2)
+        with pytest.raises(WriteError, match=r"up to step 1 is kept in .*--resume goes on from"):
+            finetuned(checkpoint, "out", steps=3, save_every=1)
+    finetuned(checkpoint, "out", steps=3, save_every=1, resume=True)
+    assert [row["step"] for row in log_of(checkpoint, "out")][-1] == 3
+
+
 def test_a_full_disk_at_the_end_leaves_no_half_result(tmp_path, monkeypatch):
     """An error of the operating system while the weights are written becomes one sentence."""
     model = tiny_model("olmoe")
@@ -187,11 +210,15 @@ def test_a_full_disk_at_the_end_leaves_no_half_result(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_too_small_for_the_result_is_refused_before_any_training(tmp_path):
-    """A petabyte fits nowhere; a byte does."""
+def test_a_disk_too_small_for_the_result_is_refused_before_any_training(tmp_path, monkeypatch):
+    """A petabyte fits nowhere, a byte does; and small amounts are not all 0.0 GiB."""
     check_room(tmp_path / "deep" / "out", 1)
-    with pytest.raises(WriteError, match="GiB are free there"):
+    with pytest.raises(WriteError, match=r"will take 1,048,576\.0 GiB, .* are free there"):
         check_room(tmp_path / "deep" / "out", 2**50)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 5 * 2**20))
+    with pytest.raises(WriteError, match=r"take 10\.6 MiB, but only 5\.0 MiB are free there"):
+        check_room(tmp_path / "deep" / "out", 11_095_496)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):

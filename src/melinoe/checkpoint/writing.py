@@ -41,9 +41,17 @@ def check_room(out: str | Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise WriteError(
-            f"{out} will take {needed_bytes / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
-            "free there; free some space, or choose another place for output"
+            f"{out} will take {_in_words(needed_bytes)}, but only {_in_words(free)} are free "
+            "there; free some space, or choose another place for output"
         )
+
+
+def _in_words(amount_bytes: int) -> str:
+    """In the largest unit of which there is a tenth."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if amount_bytes >= size / 10:
+            return f"{amount_bytes / size:,.1f} {unit}"
+    return f"{amount_bytes / 2**10:.1f} KiB"
 
 
 def reason_of(error: BaseException) -> str:

@@ -23,7 +23,12 @@ from melinoe.errors import OutputExistsError, WriteError
 from melinoe.finetune.arguments import training_arguments
 from melinoe.finetune.parts.saving import KeptParts, write_result
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
-from melinoe.finetune.resume.checkpoints import list_checkpoints, remove_checkpoints
+from melinoe.finetune.resume.checkpoints import (
+    list_checkpoints,
+    newest_checkpoint,
+    read_state,
+    remove_checkpoints,
+)
 from melinoe.finetune.resume.state import data_fingerprint
 from melinoe.finetune.terms.own_text import write_own_text
 from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
@@ -200,10 +205,15 @@ def _write(
     try:
         write_result(model, tokenizer, path, metadata, kept)
     except WriteError as error:
-        if not list_checkpoints(checkpoints):
+        if (newest := newest_checkpoint(checkpoints)) is None:
             raise
-        raise WriteError(
-            f"{error}; what was trained is kept in {checkpoints}, and the same command with "
-            "--resume writes it"
-        ) from error
+        state = read_state(newest)
+        done = (
+            f"what was trained is kept in {checkpoints}, and the same command with --resume writes "
+            "it"
+            if state["finished"]  # a disk that was full by then may have kept an earlier step alone
+            else f"what was trained up to step {state['step']} is kept in {checkpoints}, and the "
+            "same command with --resume goes on from there"
+        )
+        raise WriteError(f"{error}; {done}") from error
     remove_checkpoints(checkpoints)
