@@ -54,15 +54,16 @@ from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import Router, Routing, find_routers
 
 OBJECTIVES = {
-    "default: clipped": {},
-    "clipped, rank mean": {"lambda_rank": 0.1},
+    "default: resident": {},
+    "clipped": {"cache_loss": "clipped"},
+    "clipped, rank mean": {"cache_loss": "clipped", "lambda_rank": 0.1},
     "literal, rank sum, gradient through the cache": {
         "cache_loss": "literal",
         "lambda_rank": 0.1,
         "rank_reduce": "sum",
         "cache_gradient": True,
     },
-    "clipped, KL anchor": {"anchor": "kl", "lambda_rank": 0.1},
+    "clipped, KL anchor": {"cache_loss": "clipped", "anchor": "kl", "lambda_rank": 0.1},
     "resident, swap margin, reuse, rank mean": {
         "cache_loss": "resident",
         "lambda_rank": 0.1,

@@ -21,6 +21,7 @@ BASE = FinetuneSettings(
     max_length=200,
     learning_rate=2e-3,
     lambda_cache=0.5,
+    cache_loss="clipped",
     anchor="none",
     lambda_rank=0.0,
     cache_prior=0.0,

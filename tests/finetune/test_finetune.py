@@ -262,7 +262,7 @@ def test_what_is_written_is_the_trained_model(checkpoint, monkeypatch):
     assert fingerprint(reloaded) == result.metadata["fingerprint"]
     assert result.metadata["fingerprint"] != result.metadata["base_fingerprint"]
     assert read_metadata(checkpoint / "out") == result.metadata
-    assert result.metadata["settings"]["lambda_cache"] == 0.5
+    assert result.metadata["settings"]["lambda_cache"] == 1.0
     assert (checkpoint / "out" / "tokenizer.json").is_file()
     from safetensors import safe_open
 

@@ -119,7 +119,8 @@ def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
     """Layers of two shapes, packed rows, padding, prompts, skip slots; E = 7 and 12."""
     layers = Layers(1)
     settings = FinetuneSettings(
-        **{"capacity": 0.3, "lambda_rank": 0.1, "cache_prior": 0.0} | changes
+        **{"capacity": 0.3, "lambda_rank": 0.1, "cache_prior": 0.0, "cache_loss": "clipped"}
+        | changes
     )
     objective = Objective(layers.routers, settings)
     layers.move()

@@ -43,6 +43,7 @@ class DemoSettings:
             # Chosen on examples of the training part that neither run sees; see docs/log.md.
             learning_rate=4e-3,
             lambda_cache=1.5,
+            cache_loss="clipped",
             lambda_match=10.0,
             lambda_replay=0.1,
             replay_loss="nll",

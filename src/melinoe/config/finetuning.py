@@ -26,7 +26,7 @@ class FinetuneSettings:
     capacity: float = setting(
         0.25, "cache size that the loss imagines", unit="share of a layer's experts"
     )
-    lambda_cache: float = setting(0.5, "weight of the cache-simulation loss; 0 leaves it out")
+    lambda_cache: float = setting(1.0, "weight of the cache-simulation loss; 0 leaves it out")
     lambda_rank: float = setting(0.0, "weight of the anchor to the base router; 0 leaves it out")
     gamma: float = setting(
         0.9, "how slowly the imagined cache forgets: near 0 as LRU, 1 as LFU", unit="per token"
@@ -35,9 +35,9 @@ class FinetuneSettings:
         0.1, "margin by which the base router's order of two experts is kept", unit="probability"
     )
     cache_loss: str = setting(
-        "clipped",
-        "clipped: an expert counts as resident at most once; literal: as in the paper; "
-        "resident: the experts with the highest counts are there, all others are not",
+        "resident",
+        "resident: the experts with the highest counts are there, all others are not; clipped: "
+        "by parts, an expert at most once; literal: as in the paper",
         choices=("clipped", "literal", "resident"),
     )
     cache_gradient: bool = setting(
@@ -187,7 +187,7 @@ class FinetuneSettings:
             (
                 "cache_gradient",
                 not (self.cache_gradient and self.cache_loss == "resident"),
-                "off with the resident form, which has no such gradient",
+                "off with the resident form, which has no such gradient (cache_loss: clipped has)",
             ),
             ("own_texts", self.own_texts >= 1, "1 or more"),
             ("lora_rank", self.lora_rank >= 1, "1 or more"),
