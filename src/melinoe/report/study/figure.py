@@ -13,6 +13,7 @@ from melinoe.stats import Estimate
 
 HUES = ("tuned", "base", "control", "other", "rose", "olive", "slate")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+LONG_NAME, MOST_CONTROLS = 23, 2
 WHERE = {True: "in domain", False: "out of domain"}
 
 
@@ -33,7 +34,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
     caption = _caption(study, tried, cache)
     panels = []
     for inside in (True, False):
-        with panel(4.0 + 0.22 * _rows(len(families))) as (figure, axes):
+        with panel(4.0 + 0.22 * _rows(families)) as (figure, axes):
             for index, family in enumerate(families):
                 _line(axes, study, [one for one in tried if one.family == family], inside, index)
             _levels(axes, study, tried, cache)
@@ -42,7 +43,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
             axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
             axes.grid(axis="both")
             axes.set_title(f"Price {WHERE[inside]}")
-            _legend(axes, len(families))
+            _legend(axes, families)
             name = f"fig-{group}-{'in' if inside else 'out'}"
             panels.append(finish(figure, name, f"Price {WHERE[inside]}. {caption}"))
     (table,) = [one for one in study_tables(found) if one.name == f"study-{group}"]
@@ -66,16 +67,23 @@ def _line(axes: Any, study: Study, family: list[Setting], inside: bool, index: i
     axes.plot(x, y, marker=marker, markersize=6, color=colour, label=ordered[0].family)
 
 
-def _rows(families: int) -> int:
-    """Lines of a legend in two columns."""
-    return -(-families // 2)
+def _columns(families: list[str]) -> int:
+    """Of a legend: long names stand one below the other, or they would squeeze the axes."""
+    return 1 if max(map(len, families)) > LONG_NAME else 2
 
 
-def _legend(axes: Any, families: int) -> None:
+def _rows(families: list[str]) -> int:
+    return -(-len(families) // _columns(families))
+
+
+def _legend(axes: Any, families: list[str]) -> None:
     """Below the axes, where it covers no point."""
-    below = -0.16 - 0.01 * _rows(families)
     axes.legend(
-        frameon=False, loc="upper left", bbox_to_anchor=(-0.04, below), ncols=2, handlelength=1.6
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(-0.04, -0.19),
+        ncols=_columns(families),
+        handlelength=1.6,
     )
 
 
@@ -88,7 +96,10 @@ def _reach(estimates: list[Estimate], scale: float) -> list[list[float]]:
 
 def _levels(axes: Any, study: Study, tried: list[Setting], cache: str) -> None:
     """Where base and control stand, as lines across; the lowest has its name below it."""
-    others = [study.settings[name] for name in dict.fromkeys(one.control for one in tried)]
+    controls = list(dict.fromkeys(one.control for one in tried))
+    if len(controls) > MOST_CONTROLS:  # their names would cover each other; the table has them all
+        controls = controls[:1]
+    others = [study.settings[name] for name in controls]
     shown = ([study.base_setting] if study.base is not None else []) + others
     levels = sorted((transfers(one, cache).mean, one.name) for one in shown)
     for place, (level, name) in enumerate(levels):
