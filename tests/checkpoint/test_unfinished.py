@@ -11,9 +11,11 @@ import pytest
 from melinoe.checkpoint.unfinished import unfinished
 
 WORK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from melinoe.checkpoint.unfinished import unfinished
+# A shell's background job is started deaf to Ctrl-C, and so is what it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with unfinished(Path(sys.argv[1])) as directory:
     (directory / "half").write_text("a model, half of it")
     print("there", flush=True)

@@ -149,11 +149,11 @@ def test_measuring_imagines_the_final_cache():
 
 def test_distillation_keeps_the_words_nearer_to_the_base_model():
     """A heavy weight: less divergence on the training text than without it."""
-    distances = {}
+    distances, given = {}, {"steps": 12, "lambda_cache": 0.5}
     for weight in (0.0, 20.0):
         model, copy = tiny_model("olmoe"), tiny_model("olmoe")
         copy.load_state_dict(model.state_dict())
-        train(model, texts(), settings(steps=12, lambda_distill=weight), pad_token_id=0)
+        train(model, texts(), settings(**given, lambda_distill=weight), pad_token_id=0)
         batch = batch_of(texts())
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         with torch.no_grad():

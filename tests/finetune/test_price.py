@@ -176,7 +176,7 @@ def test_the_strongest_run_within_the_price_is_kept(checkpoint, monkeypatch):
     result = within(checkpoint)
     tried = result.metadata["price"]["runs"]
     assert [one["spent"] for one in tried] == [2.0, 0.3, 0.7]
-    assert tried[0]["strength"] == 0.5 > tried[2]["strength"] > tried[1]["strength"]
+    assert tried[0]["strength"] == 1.0 > tried[2]["strength"] > tried[1]["strength"]
     assert result.metadata["price"]["spent"] == 0.7
     spent = iter([9.0, 4.0])
     result = within(checkpoint, "b", reference=checkpoint / "out.reference", runs=2)
