@@ -92,7 +92,7 @@ def test_the_base_model_runs_only_where_a_term_that_weighs_something_asks(change
     chosen = settings(reference="pass", **changes)
     objective = Objective(find_routers(model), chosen)
     parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
-    objective.updates = parts.updates
+    objective.updates = parts
     model.register_forward_hook(lambda *_: calls.append(1))
     terms, _ = forward_terms(model, batch_of(texts()), objective, training=True)
     assert len(calls) == passes
@@ -113,7 +113,7 @@ def test_terms_of_other_passes_equal_their_formulas():
     chosen = settings(lambda_distill=0.3, lambda_replay=0.7, lambda_cache=0.0, anchor="none")
     objective = Objective(find_routers(model), chosen, replay=replay)
     parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
-    objective.updates = parts.updates
+    objective.updates = parts
     with torch.no_grad():
         for parameter in parts.all():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -6,7 +6,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from melinoe.finetune.parts.adapter_files import adapter_of
+from melinoe.finetune.parts.adapter import adapter_of
 from melinoe.finetune.parts.adapters import TrainedParts
 from melinoe.finetune.parts.low_rank import LowRankUpdates
 from melinoe.moe.experts import find_experts

@@ -15,7 +15,7 @@ from melinoe.data import load_examples
 from melinoe.errors import CheckpointError, TrainingError
 from melinoe.finetune import finetune, finetune_taught, train
 from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.parts.adapter_files import adapter_of
+from melinoe.finetune.parts.adapter import adapter_of
 from melinoe.finetune.parts.adapters import make_trainable
 from melinoe.finetune.terms.objective import Objective
 from melinoe.finetune.terms.replay import Replay
@@ -49,8 +49,8 @@ def student_and_teacher(family, **changes):
     routers, layers = find_routers(model), find_experts(model)
     objective = Objective(routers, chosen)
     parts = moved(make_trainable(model, routers, layers, chosen), 9)
-    objective.updates = parts.updates
-    objective.teacher = Teacher(adapter, routers, layers, parts.updates, CPU)
+    objective.updates = parts
+    objective.teacher = Teacher(adapter, parts, layers, CPU)
     return model, objective, taught, base
 
 
@@ -111,7 +111,7 @@ def test_a_teachers_pass_leaves_the_run_as_it_was():
     terms.more["match"].backward()
     got = {name for name, one in model.named_parameters() if one.grad is not None}
     assert any("lora_B" in name for name in got) and any("gate" in name for name in got)
-    assert all(one.grad is None for low in objective.teacher._theirs for one in low.parameters())
+    assert all(one.grad is None for low in objective.teacher._experts for one in low.parameters())
     assert {name for name, _ in model.named_parameters()} == names
     assert torch.equal(states_of(model, inputs)[0], before)
 
@@ -122,7 +122,7 @@ def test_without_a_teacher_the_base_model_is_matched():
     model = tiny_model("olmoe")
     objective = Objective(find_routers(model), chosen)
     parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
-    objective.updates = parts.updates
+    objective.updates = parts
     batch = batch_of(examples())
     first, _ = forward_terms(model, batch, objective, training=True)
     assert first.more["match"].item() == pytest.approx(0.0, abs=1e-9)

@@ -110,14 +110,15 @@ class FinetuneSettings:
     replay_batch_size: int = setting(2, "sequences of anchor text per forward pass")
     train: str = setting(
         "router+experts",
-        "what is trained: the routers alone, or also low-rank updates of the experts",
-        choices=("router", "router+experts"),
+        "what is trained: the routers alone, or also low-rank updates of the experts, or of "
+        "attention too",
+        choices=("router", "router+experts", "router+experts+attention"),
     )
-    lora_rank: int = setting(32, "rank of the update of each expert projection")
+    lora_rank: int = setting(32, "rank of the update of each projection")
     lora_alpha: float = setting(16.0, "the update is multiplied by this over the rank")
     learning_rate: float = setting(1e-5, "peak learning rate of the routers")
     lora_learning_rate: float | None = setting(
-        None, "peak learning rate of the expert updates; absent: that of the routers"
+        None, "peak learning rate of the low-rank updates; absent: that of the routers"
     )
     steps: int | None = setting(None, "optimiser steps; absent: as many as the epochs have")
     epochs: float = setting(1.0, "passes over the data when steps is absent")

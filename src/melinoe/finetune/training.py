@@ -17,7 +17,7 @@ from melinoe.errors import DataError, InterruptedRunError, TrainingError
 from melinoe.finetune.arguments import set_steps, training_arguments
 from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
-from melinoe.finetune.parts.adapter_files import Adapter, adapter_of
+from melinoe.finetune.parts.adapter import Adapter, adapter_of
 from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
 from melinoe.finetune.preparing import recompute, switch_off_balancing, tensors
 from melinoe.finetune.processes import freeze_unreached, is_sharded
@@ -178,9 +178,9 @@ def run_training(
         if hasattr(model.config, "use_cache"):
             changed.append((model.config, {"use_cache": model.config.use_cache}))
         parts = make_trainable(model, routers, layers, settings)
-        objective.updates = parts.updates
+        objective.updates = parts
         if teacher is not None:
-            objective.teacher = Teacher(teacher, routers, layers, parts.updates, arguments.device)
+            objective.teacher = Teacher(teacher, parts, layers, arguments.device)
         if processes > 1:
             freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False

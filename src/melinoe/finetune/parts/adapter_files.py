@@ -1,32 +1,32 @@
 """
-An adapter: what fine-tuning trained, without the model it was trained on, in PEFT's files.
+Adapters in PEFT's files, written and read.
 
-``adapter_model.safetensors`` holds the factors of the experts' updates and, whole, the routers;
-``adapter_config.json`` names the updated parameters (``target_parameters``) and the routers
-(``modules_to_save``), each by its full name. ``PeftModel.from_pretrained`` takes the directory as
-it is. Routers are kept in float32: what a checkpoint in bfloat16 must round is exact here.
+``adapter_model.safetensors`` holds the factors of all updates and, whole, the routers;
+``adapter_config.json`` names the updated stacks of experts (``target_parameters``), the updated
+linear modules (``target_modules``) and the routers (``modules_to_save``), each by its full name.
+``PeftModel.from_pretrained`` takes the directory as it is. Routers are kept in float32: what a
+checkpoint in bfloat16 must round is exact here.
 """
 
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from melinoe.errors import CheckpointError
-from melinoe.finetune.parts.adapters import TrainedParts
-from melinoe.finetune.parts.low_rank import PROJECTIONS, LowRankUpdates, add_update
+from melinoe.finetune.parts.adapter import Adapter
+from melinoe.finetune.parts.low_rank import PROJECTIONS
 from melinoe.finetune.parts.peft_layout import (
     PREFIX,
     factor_keys,
     from_peft_A,
     from_peft_B,
+    linear_keys,
     to_peft_A,
     to_peft_B,
 )
@@ -36,93 +36,8 @@ from melinoe.moe.routing import Router, find_routers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What else PEFT can put into such a file, and the values by which it says that it did not.
-_NOT_OURS = ("use_dora", "lora_bias", "bias", "target_modules", "rank_pattern", "alpha_pattern")
-_ABSENT: tuple[Any, ...] = (None, False, "none", "dummy-target-modules", [], {})
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """
-    What was trained, on the CPU.
-
-    Attributes:
-        rank: Of each update.
-        alpha: As PEFT's ``lora_alpha``.
-        scaling: Updates are ``scaling x B A``.
-        factors: Experts module -> projection -> ``(A, B)``, ``(E, r, in)`` and ``(E, out, r)``.
-        routers: Router module -> its whole state, buffers included.
-    """
-
-    rank: int
-    alpha: float
-    scaling: float
-    factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
-    routers: dict[str, dict[str, Tensor]]
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """
-        Make the adapter part of *model*'s own weights, in place, each rounded once.
-
-        Raises:
-            CheckpointError: layers that share a weight have different updates.
-        """
-        self._put_routers(model)
-        done: dict[int, tuple[Tensor, Tensor]] = {}
-        for name, projections in self.factors.items():
-            experts = model.get_submodule(name)
-            transposed = bool(getattr(experts, "is_transposed", False))
-            for projection, (down, up) in projections.items():
-                weight = experts.get_parameter(projection)
-                if (other := done.get(id(weight))) is not None:
-                    _check_shared(name, other, (down, up))
-                    continue
-                done[id(weight)] = (down, up)
-                for expert in range(weight.shape[0]):
-                    add_update(weight[expert], down[expert], up[expert], self.scaling, transposed)
-
-    @torch.no_grad()
-    def attach(self, model: nn.Module) -> LowRankUpdates:
-        """
-        Put the updates beside *model*'s weights, to train on from them; routers are replaced.
-
-        A projection that the adapter does not update gets an update of zero.
-        """
-        layers = find_experts(model)
-        self._put_routers(model)
-        alpha = self.scaling * self.rank
-        updates = LowRankUpdates(model, layers, rank=self.rank, alpha=alpha, seed=0)
-        for layer in layers:
-            own = updates.of(layer)
-            for projection, (down, up) in self.factors.get(layer.name, {}).items():
-                own.lora_A[projection].copy_(down)
-                own.lora_B[projection].copy_(up)
-        return updates
-
-    def _put_routers(self, model: nn.Module) -> None:
-        for name, state in self.routers.items():
-            model.get_submodule(name).load_state_dict(state)
-
-
-def adapter_of(parts: TrainedParts) -> Adapter:
-    """
-    A copy of what is being trained, gathered from all processes where it is sharded.
-
-    Collective under FSDP2: every process must call it, and gets all of it.
-    """
-    factors, updates = {}, parts.updates
-    if updates is not None:
-        for layer in updates.layers:
-            own = updates.of(layer)
-            factors[layer.name] = {
-                name: (_copy(own.lora_A[name]), _copy(own.lora_B[name])) for name in own.names
-            }
-    routers = {
-        router.name: {key: _copy(value) for key, value in router.module.state_dict().items()}
-        for router in parts.routers
-    }
-    rank, alpha = (updates.rank, updates.alpha) if updates is not None else (1, 1.0)
-    return Adapter(rank, alpha, alpha / rank, factors, routers)
+_NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+_ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
 
 
 def write_adapter(
@@ -147,13 +62,17 @@ def write_adapter(
             down, up = projections[projection]
             tensors[key_A], tensors[key_B] = to_peft_A(down), to_peft_B(up)
             targets.append(f"{name}.{projection}")
+    for name, (down, up) in adapter.linears.items():
+        key_A, key_B = linear_keys(name)
+        tensors[key_A], tensors[key_B] = down.contiguous(), up.contiguous()
     for name, state in adapter.routers.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
+    changes = targets or adapter.linears
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         # PEFT refuses an adapter that changes no layer, unless it is told so by this word.
-        target_modules=[] if targets else DUMMY_TARGET_MODULES,
+        target_modules=list(adapter.linears) if changes else DUMMY_TARGET_MODULES,
         target_parameters=targets,
         modules_to_save=list(adapter.routers),
         base_model_name_or_path=base,
@@ -169,7 +88,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     What ``adapter_config.json`` says, if the directory holds an adapter that can be read here.
 
     Raises:
-        CheckpointError: no adapter; one that is no LoRA, or that changes more than experts and
+        CheckpointError: no adapter; one that is no LoRA, or that changes more than projections and
             routers.
     """
     path = Path(directory).expanduser()
@@ -194,7 +113,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     odd = [key for key in _NOT_OURS if config.get(key) not in _ABSENT]
     if odd:
         raise CheckpointError(
-            f"{path} changes more than expert projections and routers, or not all alike "
+            f"{path} changes more than projections and routers, or not all alike "
             f"({', '.join(odd)}); merge it with PEFT (merge_and_unload)"
         )
     return config
@@ -232,13 +151,14 @@ def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
         for router in find_routers(model)
         if (state := _take_router(path, router, tensors))
     }
+    linears = dict(_take_linears(path, model, rank, tensors))
     if tensors:
         raise CheckpointError(
-            f"{path} also changes {next(iter(tensors)).removeprefix(PREFIX)}, which is no expert "
+            f"{path} also changes {next(iter(tensors)).removeprefix(PREFIX)}, which is no "
             "projection or router of this base model; give its own base with --base, or merge it "
             "with PEFT (merge_and_unload)"
         )
-    return Adapter(rank, alpha, scaling, factors, routers)
+    return Adapter(rank, alpha, scaling, factors, routers, linears)
 
 
 def _targeted(layer: ExpertsLayer, targets: Sequence[str]) -> list[str]:
@@ -263,6 +183,17 @@ def _take_factors(
         yield projection, (from_peft_A(down, experts), from_peft_B(up, experts))
 
 
+def _take_linears(
+    path: Path, model: nn.Module, rank: int, tensors: dict[str, Tensor]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Updates of plain linear modules, whichever they are: their keys name them."""
+    for name, module in model.named_modules():
+        key_A, key_B = linear_keys(name)
+        if isinstance(module, nn.Linear) and (key_A in tensors or key_B in tensors):
+            down = _take(path, key_A, (rank, module.in_features), tensors)
+            yield name, (down, _take(path, key_B, (module.out_features, rank), tensors))
+
+
 def _take_router(path: Path, router: Router, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A router's state, or nothing where the adapter leaves it alone."""
     own = router.module.state_dict()
@@ -281,16 +212,3 @@ def _take(path: Path, key: str, shape: tuple[int, ...], tensors: dict[str, Tenso
             f"{key.removeprefix(PREFIX)}, where {shape} is due; give its own base with --base"
         )
     return found
-
-
-def _check_shared(name: str, one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
-    if not all(map(torch.equal, one, other)):
-        raise CheckpointError(
-            f"the experts of {name} share their weights with another layer, but the adapter "
-            "updates both differently, so it cannot be merged; train with updates that are shared"
-        )
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().to("cpu", copy=True)

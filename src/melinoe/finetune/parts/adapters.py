@@ -1,17 +1,22 @@
 """
-What is trained: the routers in full, low-rank updates of the expert projections, nothing else.
+What is trained: the routers in full, low-rank updates of expert projections and, where a run asks
+for it, of attention projections; nothing else.
 
 The updates have PEFT's form and starting values, and are kept in PEFT's files; they are computed in
-`melinoe.finetune.parts.low_rank`.
+`melinoe.finetune.parts.low_rank` and `melinoe.finetune.parts.attention`.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
+from melinoe.finetune.parts.attention import AttentionUpdates
 from melinoe.finetune.parts.low_rank import LowRankUpdates, once
+from melinoe.moe.attention import find_attention
 from melinoe.moe.experts import ExpertsLayer, family
 from melinoe.moe.routing import Router
 
@@ -23,15 +28,26 @@ class TrainedParts:
 
     Attributes:
         router: Router parameters by full name.
-        lora: Parameters of the expert updates by full name; empty if only routers are trained.
+        lora: Parameters of the updates by full name; empty if only routers are trained.
         routers: The routers they belong to.
-        updates: The expert updates, as long as they are on the model.
+        updates: The updates of experts, as long as they are on the model.
+        attention: The updates of attention projections, likewise.
     """
 
     router: dict[str, nn.Parameter]
     lora: dict[str, nn.Parameter]
     routers: list[Router] = field(default_factory=list, repr=False)
     updates: LowRankUpdates | None = field(default=None, repr=False)
+    attention: AttentionUpdates | None = field(default=None, repr=False)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it, no update acts: with base routers, a pass is the base model's."""
+        with ExitStack() as stack:
+            for updates in (self.updates, self.attention):
+                if updates is not None:
+                    stack.enter_context(updates.disabled())
+            yield
 
     def all(self) -> list[nn.Parameter]:
         """Every trained parameter, routers first."""
@@ -39,13 +55,14 @@ class TrainedParts:
 
     def merge(self, model: nn.Module) -> None:
         """
-        Add the updates to the experts' weights and take them off *model*, in place.
+        Add the updates to the weights they belong to and take them off *model*, in place.
 
-        The sum is rounded to the weights' own type once.
+        The sums are rounded to the weights' own type once.
         """
-        if self.updates is not None:
-            self.updates.remove(merge=True)
-            self.updates = None
+        for updates in (self.updates, self.attention):
+            if updates is not None:
+                updates.remove(merge=True)
+        self.updates = self.attention = None
 
 
 def make_trainable(
@@ -65,6 +82,7 @@ def make_trainable(
 
     Raises:
         TrainingError: the routers' weights are frozen by the model itself, or hold integers.
+        UnsupportedModelError: attention is to be trained, and none is found.
     """
     # Some families keep constants as parameters that never need a gradient; they stay constant.
     router = once(
@@ -83,7 +101,13 @@ def make_trainable(
         parameter.requires_grad_(True)
     if settings.train == "router":
         return TrainedParts(router, {}, routers)
-    updates = LowRankUpdates(
-        model, layers, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed
-    )
-    return TrainedParts(router, updates.parameters(), routers, updates)
+    attention = None
+    if settings.train == "router+experts+attention":
+        attention = find_attention(model, layers)
+    rank, alpha, seed = settings.lora_rank, settings.lora_alpha, settings.seed
+    updates = LowRankUpdates(model, layers, rank, alpha, seed)
+    parts = TrainedParts(router, updates.parameters(), routers, updates)
+    if attention is not None:
+        parts.attention = AttentionUpdates(attention, rank, alpha, seed)
+        parts.lora |= parts.attention.parameters()
+    return parts

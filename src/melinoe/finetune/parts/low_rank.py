@@ -13,14 +13,14 @@ zeros, never none, so that distributed training finds the same gradients on each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from melinoe.finetune.parts.switching import Switching
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ADAPTER, ExpertsLayer
 from melinoe.moe.grouped import aligned_size, grouped_experts, grouped_product
@@ -110,7 +110,7 @@ def add_update(
     weight.copy_(weight.to(wide) + (update.T if is_transposed else update))
 
 
-class LowRankUpdates:
+class LowRankUpdates(Switching):
     """
     The updates of all MoE layers of a model, on the model while it trains.
 
@@ -148,6 +148,10 @@ class LowRankUpdates:
         """The updates of one layer."""
         return layer.module.get_submodule(ADAPTER)  # type: ignore[return-value]
 
+    def places(self) -> list[LowRank]:
+        """The updates of each layer."""
+        return [self.of(layer) for layer in self.layers]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Full name and parameter of every update; a shared one by its first name."""
         return once(
@@ -155,37 +159,6 @@ class LowRankUpdates:
             for layer in self.layers
             for name, parameter in self.of(layer).named_parameters()
         )
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within it, the model computes as if it had no updates: a pass of the base model."""
-        modules = [self.of(layer) for layer in self.layers]
-        before = [module.enabled for module in modules]
-        for module in modules:
-            module.enabled = False
-        try:
-            yield
-        finally:
-            for module, enabled in zip(modules, before, strict=True):
-                module.enabled = enabled
-
-    @contextmanager
-    def replaced(self, others: Sequence[LowRank | None]) -> Iterator[None]:
-        """
-        Within it, other updates act in place of these.
-
-        Args:
-            others: One for each layer, on its device; ``None``: that layer has no update.
-        """
-        modules = [self.of(layer) for layer in self.layers]
-        before = [module.instead for module in modules]
-        for module, other in zip(modules, others, strict=True):
-            module.instead = (other,)
-        try:
-            yield
-        finally:
-            for module, instead in zip(modules, before, strict=True):
-                module.instead = instead
 
     def remove(self, *, merge: bool) -> None:
         """Take the updates off the model; with *merge*, add them to its weights before."""

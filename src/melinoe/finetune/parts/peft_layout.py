@@ -50,3 +50,8 @@ def factor_keys(experts_name: str, projections: Sequence[str]) -> Iterator[tuple
         depth = ".base_layer" * (len(projections) - 1 - place)
         stem = f"{PREFIX}{experts_name}{depth}"
         yield projection, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def linear_keys(name: str) -> tuple[str, str]:
+    """Names in an adapter's file: keys of lora_A, ``(r, in)``, and lora_B of a linear module."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"

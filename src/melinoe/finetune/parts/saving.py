@@ -9,7 +9,8 @@ from torch import Tensor
 from melinoe.checkpoint.metadata import write_metadata
 from melinoe.checkpoint.writing import whole_directory, write_model
 from melinoe.config import FinetuneSettings
-from melinoe.finetune.parts.adapter_files import Adapter, adapter_of, write_adapter
+from melinoe.finetune.parts.adapter import Adapter, adapter_of
+from melinoe.finetune.parts.adapter_files import write_adapter
 from melinoe.finetune.parts.adapters import TrainedParts
 from melinoe.moe.routing import find_routers
 

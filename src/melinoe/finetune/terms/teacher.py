@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.errors import TrainingError
-from melinoe.finetune.parts.adapter_files import CONFIG, Adapter, read_adapter
-from melinoe.finetune.parts.low_rank import LowRank, LowRankUpdates
+from melinoe.finetune.parts.adapter import Adapter
+from melinoe.finetune.parts.adapter_files import CONFIG, read_adapter
+from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.parts.attention import AttentionUpdates, LinearUpdate
+from melinoe.finetune.parts.low_rank import LowRank
 from melinoe.finetune.parts.saving import ADAPTER_DIRECTORY
 from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.experts import ExpertsLayer
-from melinoe.moe.routing import Router, fingerprint
+from melinoe.moe.routing import fingerprint
 
 
 class Teacher:
@@ -28,39 +31,45 @@ class Teacher:
 
     Args:
         adapter: From `read_teacher`.
-        routers: Of the model in training, before or after any step.
+        parts: Of the model in training, before or after any step.
         layers: Of the same.
-        updates: Of the same; ``None`` if only routers are trained.
         device: Where passes will run.
 
     Raises:
-        TrainingError: the teacher changes experts, and this run does not.
+        TrainingError: the teacher changes experts or other projections, and this run does not.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        routers: list[Router],
+        parts: TrainedParts,
         layers: Sequence[ExpertsLayer],
-        updates: LowRankUpdates | None,
         device: torch.device,
     ) -> None:
-        if adapter.factors and updates is None:
+        if adapter.factors and parts.updates is None:
             raise TrainingError(
                 "the teacher's experts were trained, but this run trains routers alone; train the "
                 "experts too, or give a teacher whose routers alone were trained"
             )
-        self.routers = BaseRouters(routers, adapter.routers)
-        self._updates = updates
-        self._theirs = [_frozen(layer, adapter, device) for layer in layers]
+        trained = () if parts.attention is None else parts.attention.projections
+        if beyond := [name for name in adapter.linears if name not in trained]:
+            raise TrainingError(
+                f"the teacher's {beyond[0]} was trained, but this run does not train it; train "
+                "attention too (train: router+experts+attention), or give another teacher"
+            )
+        self.routers = BaseRouters(parts.routers, adapter.routers)
+        self._parts = parts
+        self._experts = [_frozen(layer, adapter, device) for layer in layers]
+        self._attention = _frozen_attention(parts.attention, adapter, device)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it, the teacher's updates of experts act in place of those in training."""
-        if self._updates is None:
-            yield
-            return
-        with self._updates.replaced(self._theirs):
+        """Within it, the teacher's updates act in place of those in training."""
+        with ExitStack() as stack:
+            if self._parts.updates is not None:
+                stack.enter_context(self._parts.updates.replaced(self._experts))
+            if self._parts.attention is not None:
+                stack.enter_context(self._parts.attention.replaced(self._attention))
             yield
 
 
@@ -110,6 +119,7 @@ def teacher_fingerprint(adapter: Adapter) -> str:
             for p, pair in projections.items()
             for i, t in enumerate(pair)
         },
+        **{f"{n}.{i}": t for n, pair in adapter.linears.items() for i, t in enumerate(pair)},
     }
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
@@ -130,3 +140,22 @@ def _frozen(layer: ExpertsLayer, adapter: Adapter, device: torch.device) -> LowR
                 made.lora_A[name].copy_(factors[name][0])
                 made.lora_B[name].copy_(factors[name][1])
     return made.requires_grad_(False).to(device)
+
+
+def _frozen_attention(
+    updates: AttentionUpdates | None, adapter: Adapter, device: torch.device
+) -> list[LinearUpdate | None]:
+    """The teacher's update of each projection in training, or none where it has none."""
+    if updates is None:
+        return []
+    alpha, made = adapter.scaling * adapter.rank, []
+    for name, projection in updates.projections.items():
+        factors, one = adapter.linears.get(name), None
+        if factors is not None:
+            one = LinearUpdate(projection, adapter.rank, alpha, torch.Generator())
+            with torch.no_grad():
+                one.lora_A.copy_(factors[0])
+                one.lora_B.copy_(factors[1])
+            one.requires_grad_(False).to(device)
+        made.append(one)
+    return made

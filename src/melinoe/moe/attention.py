@@ -1,0 +1,89 @@
+"""Find the attention projections of a mixture-of-experts model, whatever its family calls them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from melinoe.errors import UnsupportedModelError
+from melinoe.moe.experts import ExpertsLayer, family
+
+log = logging.getLogger(__name__)
+
+# Names of transformers' classes; "OlmoeAttention", "Qwen3NextGatedDeltaNet" (linear attention).
+_ATTENTION_CLASS = re.compile(r"Attention|DeltaNet")
+
+
+def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str, nn.Linear]:
+    """
+    The linear projections of all attention in the decoder layers that hold experts.
+
+    Decoder layers are the elements of the outermost list of modules around each experts module, so
+    those without experts count too, and towers for pictures or sound do not. Projections are those
+    that are plain ``nn.Linear``: of queries, keys, values, gates and outputs, latent or not.
+
+    Args:
+        model: Of any family.
+        layers: Of *model*, from `find_experts`.
+
+    Returns:
+        Full name and module, in the model's own order.
+
+    Raises:
+        UnsupportedModelError: there are none.
+
+    Decoder layers without any (a convolution or a state-space mixer in the place of attention) and
+    projections of another kind are named in one warning.
+    """
+    found: dict[str, nn.Linear] = {}
+    bare: set[str] = set()
+    other: set[str] = set()
+    for prefix, layer in _decoder_layers(model, layers):
+        before = len(found)
+        for name, module in _attention(prefix, layer):
+            if type(module) is nn.Linear:
+                found[name] = module
+            elif isinstance(module, nn.Linear):
+                other.add(type(module).__name__)
+        if len(found) == before:
+            bare.update(type(child).__name__ for child in layer.children())
+    if not found:
+        raise UnsupportedModelError(
+            f"no attention projection is found in {family(model)}; train its routers and experts "
+            "alone"
+        )
+    if bare or other:
+        log.warning(
+            "attention updates leave out what is not plain linear attention in %s: %s",
+            family(model),
+            ", ".join(sorted(bare | other)),
+        )
+    return found
+
+
+def _decoder_layers(
+    model: nn.Module, layers: Sequence[ExpertsLayer]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every element of the lists around the experts."""
+    lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
+    around: dict[str, None] = {}
+    for layer in layers:
+        holders = [name for name in lists if layer.name.startswith(f"{name}.")]
+        if holders:
+            around.setdefault(min(holders, key=len))
+    for holder in around:
+        for number, element in enumerate(lists[holder]):
+            yield f"{holder}.{number}", element
+
+
+def _attention(prefix: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a decoder layer that are within something whose class is called attention."""
+    inside: set[str] = set()
+    for name, module in layer.named_modules(prefix=prefix):
+        parent = name.rpartition(".")[0]
+        if parent in inside or (name != prefix and _ATTENTION_CLASS.search(type(module).__name__)):
+            inside.add(name)
+            yield name, module
