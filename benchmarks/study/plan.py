@@ -150,6 +150,24 @@ def _combined() -> Iterator[Run]:
     yield _run("combined", "and capacity 0.5", 1.0, lambda_cache=1.0, capacity=0.5, **won)
 
 
+def _attention() -> Iterator[Run]:
+    """Low-rank updates of attention beside those of the experts, with controls and teachers alike."""
+    form = {"train": "router+experts+attention", "cache_loss": "resident"}
+    control = "control, attention"
+    yield _run("control", control, lambda_cache=0.0, **form)
+    for strength in (1.0, 2.0):
+        one = {"control": control, "lambda_cache": strength, **form}
+        yield _run("attention", "attention, resident form", strength, **one)
+    taught = {"control": control, "lambda_cache": 2.0, **form, **TAUGHT, **UNDER}
+    yield _run("attention", "attention, taught, under the prior, resident form", 2.0, **taught)
+    control = "control, attention, 1400 steps"
+    yield _run("control", control, lambda_cache=0.0, **form, **LONGER)
+    long = {"control": control, "lambda_cache": 2.0, **form, **TAUGHT, **LONGER, **UNDER}
+    long |= {**OWN, "lambda_replay": 0.05}
+    name = "attention, under the prior, own text, resident form"
+    yield _run("goals", name, 2.0, **long)
+
+
 def _ablations() -> Iterator[Run]:
     """One thing at a time around the default form at strength 1."""
     for gamma in (0.5, 0.8, 0.97):
@@ -173,5 +191,5 @@ def _ablations() -> Iterator[Run]:
 
 def all_runs(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     """All runs, part by part, seed by seed within: what an interrupted study has is whole."""
-    parts = [_goals, _frontier, _beyond, _combined, _ablations]
+    parts = [_goals, _frontier, _beyond, _combined, _attention, _ablations]
     return [replace(run, seed=seed) for part in parts for seed in seeds for run in part()]
