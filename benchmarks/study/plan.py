@@ -151,7 +151,7 @@ def _combined() -> Iterator[Run]:
 
 
 def _attention() -> Iterator[Run]:
-    """Low-rank updates of attention beside those of the experts, with controls and teachers alike."""
+    """Updates of attention beside those of the experts, with controls and teachers alike."""
     form = {"train": "router+experts+attention", "cache_loss": "resident"}
     control = "control, attention"
     yield _run("control", control, lambda_cache=0.0, **form)
@@ -160,7 +160,7 @@ def _attention() -> Iterator[Run]:
         yield _run("attention", "attention, resident form", strength, **one)
     taught = {"control": control, "lambda_cache": 2.0, **form, **TAUGHT, **UNDER}
     yield _run("attention", "attention, taught, under the prior, resident form", 2.0, **taught)
-    control = "control, attention, 1400 steps"
+    control = "control, 1400 steps, attention"
     yield _run("control", control, lambda_cache=0.0, **form, **LONGER)
     long = {"control": control, "lambda_cache": 2.0, **form, **TAUGHT, **LONGER, **UNDER}
     long |= {**OWN, "lambda_replay": 0.05}
