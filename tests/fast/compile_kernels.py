@@ -1,13 +1,17 @@
 """
-Compile the kernels for an H100 (sm_90), which needs no GPU, and print their global memory accesses.
+Compile the kernels for an H100 (sm_90), which needs no GPU, and print what the compilers say.
 
 A process of its own, because Triton decides once whether it interprets. One JSON line: per kernel
-the PTX instructions that read or write global memory, and whether it divides doubles exactly.
+the PTX instructions that read or write global memory, whether it divides doubles exactly, and what
+the machine code takes: registers of a thread, bytes of its stack and of local memory (spills).
 """
 
 import json
 import os
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -29,7 +33,7 @@ _TYPES = {
 
 
 def compiled(kernel, constants, warps, **types):
-    """PTX of *kernel*; pointers are to int64 and numbers int32 unless *types* says else."""
+    """What *kernel* becomes; pointers are to int64 and numbers int32 unless *types* says else."""
     signature = {}
     for name in kernel.arg_names:
         usual = "*i64" if name.endswith("_ptr") else "i32"
@@ -37,7 +41,19 @@ def compiled(kernel, constants, warps, **types):
         if name in constants:
             signature[name] = "constexpr"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=H100, options={"num_warps": warps}).asm["ptx"]
+    return triton.compile(source, target=H100, options={"num_warps": warps}).asm
+
+
+def resources(cubin):
+    """What cuobjdump, which comes with Triton, says that a thread takes."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
 def main():
@@ -54,18 +70,24 @@ def main():
         copying._copy, {"WORD": tl.int64, "WORDS": 2048, "VECTOR": 2, "BYTES": 16}, 4
     )
     for bits in (8, 4):
-        constants = {"TYPE": tl.bfloat16, "BF16": True, "BITS": bits, "GROUPS": 128}
+        constants = {
+            "TYPE": tl.bfloat16,
+            "BF16": True,
+            "BITS": bits,
+            "GROUPS": 128,
+            "RAW": expanding.RAW_WEIGHTS,
+        }
         found[f"expand {bits}"] = compiled(expanding._expand, constants, 4)
     accesses = re.compile(r"(?:ld|st)\.global[.\w]*")
     print(
         json.dumps(
             {
                 name: {
-                    "accesses": sorted(set(accesses.findall(ptx))),
-                    "exact_division": "div.rn.f64" in ptx,
-                    "spills": ".local" in ptx,
+                    "accesses": sorted(set(accesses.findall(asm["ptx"]))),
+                    "exact_division": "div.rn.f64" in asm["ptx"],
+                    **resources(asm["cubin"]),
                 }
-                for name, ptx in found.items()
+                for name, asm in found.items()
             }
         )
     )

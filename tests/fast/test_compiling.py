@@ -27,7 +27,14 @@ def kernels(tmp_path_factory):
 def test_every_kernel_compiles_and_none_spills_registers(kernels):
     """For sm_90, without a GPU, down to machine code."""
     assert set(kernels) == {"decide lru", "decide lfu", "close", "copy", "expand 8", "expand 4"}
-    assert not any(kernel["spills"] for kernel in kernels.values())
+    for kernel in kernels.values():  # Triton 3.6 keeps a word of stack that nothing touches
+        assert kernel["local"] == 0 and kernel["stack"] <= 8
+
+
+def test_copies_leave_registers_for_many_of_them(kernels):
+    """65,536 registers serve a multiprocessor: four or more blocks of 128 threads at once."""
+    for name in ("copy", "expand 8", "expand 4"):
+        assert 0 < kernels[name]["reg"] <= 65536 // (4 * 128)
 
 
 def test_experts_are_moved_sixteen_bytes_at_a_time(kernels):

@@ -24,6 +24,7 @@ from melinoe.cli import (
     trace,
 )
 from melinoe.cli.settings import PanelCommand
+from melinoe.config.names import version_of
 from melinoe.errors import InterruptedRunError, MelinoeError
 
 app = typer.Typer(
@@ -55,9 +56,7 @@ app.command("report")(report.command)
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        print(f"melinoe {version('melinoe')}")
+        print(f"melinoe {version_of('melinoe')}")
         raise typer.Exit
 
 

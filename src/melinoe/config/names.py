@@ -1,6 +1,6 @@
-"""Words that settings and commands share: policies, stores, moments."""
+"""Words that settings and commands share: policies, stores, moments, versions."""
 
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Literal, get_args
 
 # Those of ours that run a model by name alone; a test holds them against the registry.
@@ -17,3 +17,11 @@ def policies() -> tuple[str, ...]:
     """Cache policies that can be named to run a model: ours, and those of installed packages."""
     outside = {point.name for point in entry_points(group="melinoe.policies")}
     return (*POLICIES, *sorted(outside.difference(POLICIES)))
+
+
+def version_of(package: str) -> str:
+    """What is installed of *package*; of code that runs from a checkout, that it does."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

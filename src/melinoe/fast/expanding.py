@@ -20,6 +20,8 @@ from melinoe.fast.quantize import GROUP
 
 # Groups that one program expands at a time.
 CHUNK_GROUPS = 128
+# Weights without codes that one program copies at a time.
+RAW_WEIGHTS = 1024
 _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -39,6 +41,14 @@ def _narrow(value, TYPE: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
+def _scale_and_least(pair):
+    # Little-endian: the scale is the lower half of the word.
+    scale = pair.to(tl.int16).to(tl.float16, bitcast=True)
+    least = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32)[:, None], least.to(tl.float32)[:, None]
+
+
+@triton.jit
 def _expand(
     address_ptr,
     chunk_ptr,
@@ -50,6 +60,7 @@ def _expand(
     BF16: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
+    RAW: tl.constexpr,
 ):
     programs = tl.num_programs(0)
     items = tl.load(num_loads_ptr) * num_chunks
@@ -64,22 +75,23 @@ def _expand(
         count = tl.load(chunk + 5).to(tl.int32)
         to_ptr = target.to(tl.pointer_type(TYPE))
         if tl.load(chunk) == 0:
-            offsets = tl.arange(0, GROUPS * 64)
+            # Biases, whose slots begin anywhere: a few at a time, so that registers are left.
             raw_ptr = source.to(tl.pointer_type(TYPE))
-            raw = tl.load(raw_ptr + offsets, mask=offsets < count)
-            tl.store(to_ptr + offsets, raw, mask=offsets < count)
+            for start in range(0, count, RAW):
+                offsets = start + tl.arange(0, RAW)
+                raw = tl.load(raw_ptr + offsets, mask=offsets < count)
+                tl.store(to_ptr + offsets, raw, mask=offsets < count)
         else:
             inside = group < count
-            half_ptr = (block + tl.load(chunk + 2)).to(tl.pointer_type(tl.float16))
-            scale = tl.load(half_ptr + 2 * group, mask=inside, other=0.0).to(tl.float32)[:, None]
-            least = tl.load(half_ptr + 2 * group + 1, mask=inside, other=0.0)
-            least = least.to(tl.float32)[:, None]
+            pair_ptr = (block + tl.load(chunk + 2)).to(tl.pointer_type(tl.int32))
             code_ptr = source.to(tl.pointer_type(tl.uint8))
+            # Codes and pairs are both asked for before either is used: one way over the link.
             if BITS == 8:
                 column = tl.arange(0, 64)[None, :]
                 at = group[:, None] * 64 + column
                 from_ptr = tl.multiple_of(code_ptr + at, (1, 16))
                 code = tl.load(from_ptr, mask=inside[:, None], other=0)
+                scale, least = _scale_and_least(tl.load(pair_ptr + group, mask=inside, other=0))
                 value = code.to(tl.float32) * scale + least
                 into = tl.multiple_of(to_ptr + at, (1, 16))
                 tl.store(into, _narrow(value, TYPE, BF16), mask=inside[:, None])
@@ -88,6 +100,7 @@ def _expand(
                 column = tl.arange(0, 32)[None, :]
                 from_ptr = tl.multiple_of(code_ptr + group[:, None] * 32 + column, (1, 16))
                 code = tl.load(from_ptr, mask=inside[:, None], other=0)
+                scale, least = _scale_and_least(tl.load(pair_ptr + group, mask=inside, other=0))
                 low = (code & 15).to(tl.float32) * scale + least
                 high = (code >> 4).to(tl.float32) * scale + least
                 into = tl.multiple_of(to_ptr + group[:, None] * 64 + column, (1, 16))
@@ -178,5 +191,6 @@ class ExpandPlan:
             BF16=self._type == tl.bfloat16,
             BITS=self._bits,
             GROUPS=self._groups,
+            RAW=RAW_WEIGHTS,
             num_warps=4,
         )

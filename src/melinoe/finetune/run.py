@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from melinoe.checkpoint.opening import find_model_class, open_checkpoint
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, check_room
 from melinoe.config import FinetuneSettings
+from melinoe.config.names import version_of
 from melinoe.data import Example, encode, load_examples, pad_token_id
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.finetune.arguments import training_arguments
@@ -179,7 +179,7 @@ def finetune(
             "router_rounding": kept.router_rounding(model),
             "seconds": round(time.monotonic() - started, 1),
             "versions": {
-                "melinoe": version("melinoe"),
+                "melinoe": version_of("melinoe"),
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from melinoe.cache.counters import PROMPT
 from melinoe.cache.trace import Trace
 from melinoe.cache.trace_builder import known_ids
+from melinoe.config.names import version_of
 from melinoe.errors import TraceError
 from melinoe.runtime.calls import Batch, rows_of
 
@@ -156,4 +156,4 @@ class Recorder:
 
 
 def _versions() -> Mapping[str, str]:
-    return {name: version(name) for name in ("melinoe", "torch", "transformers")}
+    return {name: version_of(name) for name in ("melinoe", "torch", "transformers")}
