@@ -11,6 +11,7 @@ from melinoe.fast.blocks import ViewedStore, addresses, segments
 from melinoe.fast.compressed import CompressedStore
 from melinoe.fast.copying import CopyPlan
 from melinoe.fast.expanding import ExpandPlan
+from melinoe.fast.residency import to_device
 
 FastStore = ViewedStore | CompressedStore
 
@@ -48,8 +49,8 @@ class Carrier:
         if not pairs:
             return
         if isinstance(self._store, CompressedStore):
-            lists = torch.tensor([*zip(*pairs, strict=True), (len(pairs),) * len(pairs)])
-            on_device = lists.to(torch.int32).to(self._device)
+            lists = [*zip(*pairs, strict=True), (len(pairs),) * len(pairs)]
+            on_device = to_device(torch.tensor(lists, dtype=torch.int32), self._device)
             self._plan.launch(on_device[0], on_device[1], on_device[2])
             return
         # Whole blocks whose addresses the host knows: the copy engine is faster than a kernel.

@@ -14,7 +14,7 @@ from melinoe.cache.residency import Residency
 from melinoe.errors import AttachError
 from melinoe.fast.carrier import Carrier, FastStore, addresses_of
 from melinoe.fast.passes import DEVICE, STREAM, FastPasses
-from melinoe.fast.residency import DeviceResidency
+from melinoe.fast.residency import DeviceResidency, to_device
 from melinoe.fast.staging import Staging
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
@@ -103,6 +103,7 @@ class FastExperts:
                 return self._with_host(hidden_states, top_k_index, top_k_weights)
         except BaseException:
             if not _capturing(self._device):  # capturing runs nothing, so nothing is half done
+                self._staging.arrive()  # a copy under way must not land on a later one
                 self._who.reset()  # what was planned may not have been copied: trust no slot
             raise
 
@@ -230,7 +231,7 @@ class FastExperts:
             begin = end
 
     def _to_device(self, table: np.ndarray) -> Tensor:
-        return torch.from_numpy(table).to(self._device)
+        return to_device(torch.from_numpy(table), self._device)
 
 
 def _capturing(device: torch.device) -> bool:

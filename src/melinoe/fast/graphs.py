@@ -9,6 +9,7 @@ step by step, after one loud warning that says why.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import weakref
@@ -51,12 +52,30 @@ class CudaStep:
 
     def __init__(self, run: Callable[[], Any], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with uncollected(), capture:
             self.output = run()
 
     def replay(self) -> None:
         """One launch."""
         self._graph.replay()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """
+    In the body Python collects no garbage, as CUDA captures a graph there.
+
+    What is collected may be a store of page-locked memory, which waits for the device before it
+    lets go; while a stream is captured that is an error, and the capture is lost.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class PlainStep:

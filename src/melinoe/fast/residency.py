@@ -122,7 +122,7 @@ class DeviceResidency:
 
     def push(self, layer: int) -> None:
         """Make the device's state of *layer* that of the host's `Residency`."""
-        row = torch.from_numpy(pack(self.on_host[layer]))
+        row = to_device(torch.from_numpy(pack(self.on_host[layer])), self.state.device)
         self.state[layer, : row.shape[0]].copy_(row)
 
     def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
@@ -147,6 +147,13 @@ class DeviceResidency:
             min(tokens * top_k, experts) <= slots
             for experts, slots in zip(self.num_experts, self.capacity, strict=True)
         )
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on *device*, in the order of its stream; the host goes on."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 def to_counters(counts: np.ndarray) -> Counters:

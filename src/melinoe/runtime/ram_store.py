@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import ClassVar, Self
 
 import torch
@@ -141,7 +143,7 @@ class PinnedStore(RamStore):
     All experts in page-locked host memory, from which a GPU copies without a detour.
 
     The memory is locked in place, not taken from torch's pinned allocator, which rounds every
-    block up to a power of two.
+    block up to a power of two. It is locked by whole pages, which no other block has a part in.
 
     Raises:
         AttachError: there is no CUDA device to pin memory for.
@@ -165,19 +167,31 @@ class PinnedStore(RamStore):
             into[name].copy_(stack[expert], non_blocking=True)
 
     def _allocate(self, num_experts: int, stride: int) -> Tensor:
-        blocks = super()._allocate(num_experts, stride)
-        runtime = torch.cuda.cudart()
+        size = num_experts * stride
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        room = super()._allocate(1, whole + mmap.PAGESIZE)[0]
+        first = -room.data_ptr() % mmap.PAGESIZE
+        # All threads bring the pages in; locking pages that are not there yet takes one thread.
+        room.zero_()
+        blocks = room[first : first + size].view(num_experts, stride)
         address = blocks.data_ptr()
-        code = runtime.cudaHostRegister(address, blocks.numel(), 0)
+        code = torch.cuda.cudart().cudaHostRegister(address, whole, 0)
         if int(code) != 0:
+            _forget_error()
             raise BudgetError(
-                f"the system refuses to pin {format_bytes(blocks.numel())} after "
+                f"the system refuses to pin {format_bytes(size)} after "
                 f"{format_bytes(self.host_bytes)} (CUDA error {int(code)}); raise the limit on "
                 'locked memory (ulimit -l) or choose store="ram"'
             )
         # The storage, not the tensor: views of it may outlive the tensor object.
         weakref.finalize(blocks.untyped_storage(), _unpin, address)
         return blocks
+
+
+def _forget_error() -> None:
+    """CUDA keeps a call's error for whoever asks next, which is torch after its next kernel."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _unpin(address: int) -> None:
