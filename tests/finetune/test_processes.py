@@ -56,8 +56,9 @@ def weights(path):
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_give_the_curve_and_the_model_of_one(place, sharded):
     """Every term, the gradient's norm and every measurement; then killed, resumed, and the same."""
-    finetuned(place, "taught", save="adapter", steps=2)
-    learn = {"teacher": place / "taught", "lambda_match": 0.5, "cache_prior": 0.5}
+    parts = {"train": "router+experts+attention"}
+    finetuned(place, "taught", save="adapter", steps=2, **parts)
+    learn = {"teacher": place / "taught", "lambda_match": 0.5, "cache_prior": 0.5, **parts}
     finetuned(place, "one", **ALONE, **learn)
     given = {"processes": 2, "sharded": sharded}
     look, shared = [Look(place)], SHARED | learn

@@ -5,8 +5,9 @@ Fine-tune a mixture-of-experts model so that it needs few experts at a time, and
     parts/         what is trained, and the files it is kept in
     price/         the user names the price, the tool finds the strength
     resume/        runs that end early go on as if they had not
-    order.py       which example is seen when; decided by the seed alone
+    rows.py        the examples as rows; order.py: which is seen when, decided by the seed alone
     packing.py     several examples in one row, for models that keep them apart
+    preparing.py   a model made ready to train, and plain again
     forward.py     one batch through the model, and what each term says of it
     gradients.py   which term pulls at the routers, and how hard
     held_out.py    means of the terms over held-out examples

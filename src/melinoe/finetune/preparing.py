@@ -6,8 +6,53 @@ from typing import Any
 import torch
 from torch import nn
 
+from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
+from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import family
+
+
+class ReadyModel:
+    """
+    A model in the types and with the switches that its training needs; it can be made plain again.
+
+    Args:
+        model: Changed in place.
+        settings: ``bf16`` and ``gradient_checkpointing`` are read.
+    """
+
+    def __init__(self, model: Any, settings: FinetuneSettings) -> None:
+        self._model, self._recomputes = model, settings.gradient_checkpointing
+        self._types = {name: tensor.dtype for name, tensor in tensors(model)}
+        if not torch.cuda.is_available():
+            keep_freed_memory()
+        if not settings.bf16:
+            model.float()
+        self._configs = switch_off_balancing(model)
+        # The Trainer switches the key-value cache off in the config, and would leave it so.
+        if hasattr(model.config, "use_cache"):
+            self._configs.append((model.config, {"use_cache": model.config.use_cache}))
+
+    def recompute(self) -> None:
+        """Let activations be recomputed from now on, if that is asked for."""
+        if self._recomputes:
+            recompute(self._model, True)
+
+    def switch_back(self) -> None:
+        """Configs and switches are as they were."""
+        if self._recomputes:
+            recompute(self._model, False)
+        for config, values in self._configs:
+            for key, value in values.items():
+                setattr(config, key, value)
+
+    def make_plain(self, parts: TrainedParts) -> None:
+        """Updates become the model's own weights; tensors get back the types they came with."""
+        parts.merge(self._model)
+        self._model.requires_grad_(True).eval()
+        for name, tensor in tensors(self._model):
+            tensor.data = tensor.data.to(self._types.get(name, tensor.dtype))
 
 
 def recompute(model: Any, on: bool) -> None:

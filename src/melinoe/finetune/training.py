@@ -8,29 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from melinoe.config import PRIOR, FinetuneSettings
 from melinoe.data import Collator, Encoded
-from melinoe.errors import DataError, InterruptedRunError, TrainingError
+from melinoe.errors import InterruptedRunError, TrainingError
 from melinoe.finetune.arguments import set_steps, training_arguments
-from melinoe.finetune.order import training_rows
 from melinoe.finetune.packing import find_packing
 from melinoe.finetune.parts.adapter import Adapter, adapter_of
 from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
-from melinoe.finetune.preparing import recompute, switch_off_balancing, tensors
+from melinoe.finetune.preparing import ReadyModel
 from melinoe.finetune.processes import freeze_unreached, is_sharded
 from melinoe.finetune.resume.checkpoints import newest_checkpoint
 from melinoe.finetune.resume.interrupt import StopRequest
 from melinoe.finetune.resume.state import check_same_run, identity, put
+from melinoe.finetune.rows import check_data, rows_of
 from melinoe.finetune.terms.objective import Objective
 from melinoe.finetune.terms.replay import Replay
 from melinoe.finetune.terms.teacher import Teacher, teacher_fingerprint
 from melinoe.finetune.trainer import LocalityTrainer, Progress
-from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import find_experts
-from melinoe.moe.routing import find_routers, fingerprint
+from melinoe.moe.routing import Router, find_routers, fingerprint
 from melinoe.moe.under_prior import PriorRouting
 
 log = logging.getLogger(__name__)
@@ -144,7 +142,7 @@ def run_training(
         InterruptedRunError: the run was asked to stop; its state is in *checkpoints*.
     """
     _check_held_out(settings, eval_data)
-    _check_data(settings, data)
+    check_data(settings, data)
     if teacher is not None and not settings.is_taught:
         raise TrainingError(
             "a teacher does nothing while lambda_distill and lambda_match are 0; set one of them, "
@@ -153,30 +151,15 @@ def run_training(
     # The Trainer makes a directory even if it saves nothing.
     with tempfile.TemporaryDirectory() as work, ExitStack() as undo:
         arguments = arguments or training_arguments(settings, checkpoints or work)
-        processes = arguments.world_size
-        sharded = is_sharded(arguments)
+        processes, sharded = arguments.world_size, is_sharded(arguments)
         if not sharded:
             model.to(arguments.device)
         base = fingerprint(model)
         routers, layers = find_routers(model), find_experts(model)
-        replay = None
-        if anchor_data:
-            replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
-        objective = Objective(routers, settings, replay=replay)
-        strength = PRIOR if settings.cache_prior is None else settings.cache_prior
-        if strength > 0:
-            asked_for = settings.cache_prior is not None
-            objective.prior = PriorRouting(routers, strength, settings.gamma, strict=asked_for)
+        objective = _objective(routers, settings, anchor_data, pad_token_id)
+        if objective.prior is not None:
             undo.callback(objective.prior.close)
-        stored = {name: tensor.dtype for name, tensor in tensors(model)}
-        if not torch.cuda.is_available():
-            keep_freed_memory()
-        if not settings.bf16:
-            model.float()
-        changed = switch_off_balancing(model)
-        # The Trainer switches the key-value cache off in the config, and would leave it so.
-        if hasattr(model.config, "use_cache"):
-            changed.append((model.config, {"use_cache": model.config.use_cache}))
+        ready = ReadyModel(model, settings)
         parts = make_trainable(model, routers, layers, settings)
         objective.updates = parts
         if teacher is not None:
@@ -184,23 +167,15 @@ def run_training(
         if processes > 1:
             freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False
-        steps, rows = training_rows([len(one) for one in data], settings, processes)
+        steps, rows = rows_of(data, settings, processes)
         set_steps(arguments, settings, steps)
         packing = find_packing(model, pad_token_id) if settings.packing else None
-        dataset: list[Any] = [[data[index] for index in row] for row in rows]
-        if processes > 1:
-            _fill_up(dataset, settings.batch_size * processes)
         padding = Collator(pad_token_id)
         per_step = settings.batch_size * settings.gradient_accumulation * processes
         taught = None if teacher is None else teacher_fingerprint(teacher)
         ours = identity(settings, data, per_step, base, taught)
-        start = newest_checkpoint(checkpoints) if resume and checkpoints is not None else None
-        if start is not None:
-            check_same_run(start, ours)
-        elif resume and arguments.process_index == 0:
-            log.warning("%s has no checkpoint to go on from: the run begins anew", checkpoints)
-        if settings.gradient_checkpointing:
-            recompute(model, True)
+        start = _start(checkpoints, ours, arguments) if resume else None
+        ready.recompute()
         stop = StopRequest()
         trainer = LocalityTrainer(
             settings=settings,
@@ -215,7 +190,7 @@ def run_training(
             stop=stop,
             model=model,
             args=arguments,
-            train_dataset=dataset if packing else [row[0] for row in dataset],
+            train_dataset=rows if packing else [row[0] for row in rows],
             data_collator=packing.collator if packing else padding,
             callbacks=list(callbacks),
         )
@@ -247,18 +222,41 @@ def run_training(
     adapter = adapter_of(parts) if sharded else None
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    if settings.gradient_checkpointing:
-        recompute(model, False)
-    for config, values in changed:
-        for key, value in values.items():
-            setattr(config, key, value)
+    ready.switch_back()
     if not sharded:
-        parts.merge(model)
-        model.requires_grad_(True).eval()
-        for name, tensor in tensors(model):
-            tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
+        ready.make_plain(parts)
     strength = 0.0 if objective.prior is None else objective.prior.strength
     return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, strength)
+
+
+def _objective(
+    routers: list[Router],
+    settings: FinetuneSettings,
+    anchor_data: Sequence[Encoded] | None,
+    pad_token_id: int,
+) -> Objective:
+    """Every term that *settings* name, under the prior if there is one."""
+    replay = None
+    if anchor_data:
+        replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
+    objective = Objective(routers, settings, replay=replay)
+    strength = PRIOR if settings.cache_prior is None else settings.cache_prior
+    if strength > 0:
+        asked_for = settings.cache_prior is not None
+        objective.prior = PriorRouting(routers, strength, settings.gamma, strict=asked_for)
+    return objective
+
+
+def _start(
+    checkpoints: Path | None, ours: dict[str, Any], arguments: TrainingArguments
+) -> Path | None:
+    """The checkpoint to go on from, of this very run; none: from the beginning, with a warning."""
+    start = None if checkpoints is None else newest_checkpoint(checkpoints)
+    if start is not None:
+        check_same_run(start, ours)
+    elif arguments.process_index == 0:
+        log.warning("%s has no checkpoint to go on from: the run begins anew", checkpoints)
+    return start
 
 
 def _check_held_out(settings: FinetuneSettings, eval_data: Sequence[Encoded] | None) -> None:
@@ -268,27 +266,3 @@ def _check_held_out(settings: FinetuneSettings, eval_data: Sequence[Encoded] | N
                 f"{name}={getattr(settings, name)} needs held-out examples to measure; give some "
                 "(--eval-data), or leave it out"
             )
-
-
-def _check_data(settings: FinetuneSettings, data: Sequence[Encoded]) -> None:
-    if not any(any(one.completion_mask) for one in data):
-        raise DataError(
-            "no example has a token to learn, all are prompt; give completions, or a larger "
-            "max_length if they were cut off"
-        )
-    longest = max(len(one) for one in data)
-    if settings.packing and longest > settings.max_length:
-        raise DataError(
-            f"an example of {longest} tokens does not fit a packed row of {settings.max_length}; "
-            "raise max_length, or cut the examples"
-        )
-
-
-def _fill_up(dataset: list[list[Encoded]], multiple: int) -> None:
-    """
-    Let all processes take as many batches: rows in which nothing is to be learned fill the last.
-
-    The terms are those of one process, which needs no such rows, since they count for nothing.
-    """
-    empty = [Encoded(one.input_ids, [False] * len(one)) for one in dataset[0]]
-    dataset += [empty] * (-len(dataset) % multiple)
