@@ -44,10 +44,8 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(record: dict[str, Any]) -> str:
     """What was measured in a few lines."""
     found = record["bandwidth_bytes_per_s"]
-    lines = [
-        "GB/s: "
-        + ", ".join(f"{k} {found[k] / 1e9:.1f}" for k in ("copy_engine", "kernel_reads", "device"))
-    ]
+    known = [k for k in ("copy_engine", "kernel_reads", "device") if k in found]
+    lines = ["GB/s: " + (", ".join(f"{k} {found[k] / 1e9:.1f}" for k in known) or "not measured")]
     for row in record["result"]:
         if row["section"] == "decode":
             share = row.get("share_of_roof")

@@ -9,17 +9,21 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "fast_engine.py"
 
 
-def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
-    """All engines on one drawn routing, whose loads the engines must count; JSON at the end."""
-    out = tmp_path / "result.json"
+def run_dry(out, *options):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out)],
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out), *options],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
+    """All engines on one drawn routing, whose loads the engines must count; JSON at the end."""
+    out = tmp_path / "result.json"
+    done = run_dry(out)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(out.read_text())
     assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == record["benchmark"]
@@ -30,9 +34,12 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
     assert engines == {
         "fast",
         "fast, all resident",
+        "fast, all resident, batched_mm",
         "reference",
         "transformers, eager",
         "transformers, in our graph",
+        "transformers, batched_mm, eager",
+        "transformers, batched_mm, in our graph",
         "transformers, static cache and compile",
         "accelerate, experts on the CPU",
     }
@@ -44,3 +51,12 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
     assert len(record["goals"]) == 6
     assert all(goal["met"] in (True, False, None) for goal in record["goals"])
     assert all("moe-policylang" in one["section"] for one in record["not_measured"])
+    assert record["bandwidth_bytes_per_s"]["gpu"] is None
+    assert {one["experts"] for one in record["stores"]} == {"bf16", "int8", "int4"}
+    # What the file has is kept: with --resume only the section that failed is tried again.
+    before = len(record["result"])
+    done = run_dry(out, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads(out.read_text())
+    assert len(again["result"]) == before and again["sections"] == record["sections"]
+    assert again["not_measured"] == record["not_measured"]

@@ -1,0 +1,127 @@
+"""The others on the same table and tokens: transformers, accelerate's offload, moe-policylang."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from typing import Any
+
+import steps
+import torch
+from sections import Bench, Setup, decode, floor, prefill
+from transformers import StaticCache
+
+from melinoe.moe.experts import find_experts
+
+
+def resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """transformers with all experts on the GPU, by both of its grouped ways."""
+    nbytes = shape.expert_weights * 2
+    plain = Setup(bench, shape, shape.experts, "plain", None)
+    for batch in (1, 4, 16):
+        decode(bench, found, plain, "transformers, eager", kind, batch, (0.0,), False, nbytes)
+    decode(bench, found, plain, "transformers, in our graph", kind, 1, (0.0,), True, nbytes)
+    prefill(bench, plain, "transformers, all resident")
+    plain.model.set_experts_implementation("batched_mm")
+    for captured, name in ((False, "eager"), (True, "in our graph")):
+        engine = f"transformers, batched_mm, {name}"
+        decode(bench, found, plain, engine, kind, 1, (0.0,), captured, nbytes)
+
+
+def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """
+    transformers' own static cache and compilation, by its own generate; routed by the model.
+
+    One cache for all calls, so that what was compiled and captured for it serves all of them.
+    """
+    setup = Setup(bench, shape, shape.experts, "plain", None)
+    for module in setup.forced.modules:
+        del module.forward  # the wrapper is not the model's
+    model, config = setup.model, setup.model.generation_config
+    config.disable_compile = False
+    ids = torch.full((1, 16), 7, device=bench.device)
+    tokens = 3 if bench.dry else 64
+    cache = StaticCache(config=model.config, max_cache_len=16 + tokens)
+    spent: dict[int, list[float]] = {1: [], tokens: []}
+    for count in (tokens, tokens, 1, tokens, 1, tokens, 1, tokens):  # the first compile
+        if cache.is_initialized:
+            cache.reset()
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model.generate(ids, past_key_values=cache, max_new_tokens=count, do_sample=False)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent[count].append(time.perf_counter() - begin)
+    config.disable_compile = True
+    first, times = spent[tokens][0], spent[tokens][2:]
+    step_s = max(statistics.median(times) - statistics.median(spent[1]), 1e-9) / (tokens - 1)
+    bench.add(section="decode", model=shape.name, layers=shape.layers, batch=1,
+              engine="transformers, static cache and compile", experts=kind, miss_rate=0.0,
+              slots=shape.experts, step_s=step_s, tokens_per_s=1 / step_s,
+              first_call_s=first)  # fmt: skip
+
+
+def accelerate_offload(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """accelerate moves the whole stack of a layer's experts for every pass."""
+    setup = Setup(bench, shape, shape.experts, "plain", None)
+    if bench.device.type == "cuda":
+        dispatch(setup.model, bench.device.index)
+    decoder = setup.decoder(1, False)
+    setup.forced.use(None, bench.device)
+    decoder.prefill()
+    begin = setup.begin(0.0, 1)
+    few = min(2, bench.steps)
+    timed = []
+    for _ in range(2):
+        decoder.rewind()
+        begin()
+        timed.append(decoder.run(few))
+    bench.add(section="decode", model=shape.name, layers=shape.layers, batch=1,
+              engine="accelerate, experts on the CPU", experts=kind, miss_rate=None, slots=0,
+              step_s=min(timed), tokens_per_s=1 / min(timed))  # fmt: skip
+
+
+def dispatch(model: Any, gpu: int) -> None:
+    """
+    Leave the experts on the CPU and let accelerate bring them, as its device maps do.
+
+    They are moved there first: accelerate keeps what it offloads where it finds it.
+    """
+    from accelerate import dispatch_model
+
+    experts = {layer.name: layer.module for layer in find_experts(model)}
+    for module in experts.values():
+        module.to("cpu")
+    leaves = [name for name, one in model.named_modules() if name and not list(one.children())]
+    places: dict[str, Any] = {
+        name: gpu for name in leaves if not name.startswith(tuple(f"{one}." for one in experts))
+    }
+    dispatch_model(model, places | dict.fromkeys(experts, "cpu"), main_device=gpu)
+
+
+def policylang(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """moe-policylang's LRU cache at the same slots, misses and tokens; it takes the experts out."""
+    if bench.dry:
+        raise LookupError("a GPU is needed")
+    if importlib.util.find_spec("moe_policylang") is None:
+        raise LookupError("it is not installed")
+    import moe_policylang
+
+    setup = Setup(bench, shape, shape.experts, "plain", None)
+    setup.slots = shape.experts // 2
+    policy = f"policy lru {{ cache {{ capacity = {setup.slots} eviction = lru }} }}"
+    moe_policylang.attach(setup.model, policy)
+    decoder = setup.decoder(1, False)
+    setup.forced.use(None, bench.device)
+    decoder.prefill()
+    few = min(8, bench.steps)
+    for rate in (0.1, 0.5):
+        begin = setup.begin(rate, 1)
+        timed = steps.measure(decoder, begin, few, 2)
+        roof = floor(bench, shape, found, setup, 1, shape.expert_weights * 2)
+        bench.add(section="decode", model=shape.name, layers=shape.layers, experts="bf16", batch=1,
+                  engine="moe-policylang", slots=setup.slots, miss_rate=rate, **timed, **roof,
+                  share_of_roof=roof["roof_s"] / timed["step_s"],
+                  note="its cache is not put into the drawn state, so misses may differ at first",
+                  )  # fmt: skip

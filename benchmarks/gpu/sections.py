@@ -1,0 +1,216 @@
+"""What is measured of the engines: one drawn routing, several ways to compute it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import shapes
+import steps
+import torch
+
+from melinoe.fast.attach import attach as attach_fast
+from melinoe.runtime.attach import attach as attach_reference
+
+RATES = (0.0, 0.05, 0.1, 0.24, 0.5, 1.0)
+
+
+class Bench:
+    """
+    What all sections share: the device, how much is measured, and where rows go.
+
+    Args:
+        dry: Tiny, on the CPU.
+        add: Takes one measured row.
+    """
+
+    def __init__(self, dry: bool, add: Callable[..., None]) -> None:
+        self.dry, self._add = dry, add
+        self.device = torch.device("cpu" if dry else "cuda", None if dry else 0)
+        self.steps = 2 if dry else 32
+        self.repeats = 1 if dry else 3
+        self.prompts = (4,) if dry else (512, 4096)
+        self.rates = (0.0, 0.5) if dry else RATES
+        self._store: tuple[tuple[str, str], Any] | None = None
+
+    def add(self, **row: Any) -> None:
+        """One measured row, with the most that PyTorch has allocated on the GPU in its section."""
+        if self.device.type == "cuda":
+            row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+        self._add(**row)
+
+    def store(self, shape: Any, kind: str) -> Any:
+        """All experts of a model, ``bf16`` or in codes; the last one made is kept."""
+        if self._store is None or self._store[0] != (shape.name, kind):
+            self._store = None  # first let go of the other: host memory holds one
+            gc.collect()
+            begin = time.monotonic()
+            layers = shapes.find_experts(shapes.on_meta(shape))
+            coded = None if kind == "bf16" else kind
+            found = shapes.fill_store(layers, coded, self.device.type == "cuda")
+            self._store = (shape.name, kind), found
+            self._add(section="store", model=shape.name, experts=kind,
+                      host_bytes=found.host_bytes, seconds=time.monotonic() - begin)  # fmt: skip
+        return self._store[1]
+
+    def settle(self) -> None:
+        """
+        Between sections: free what the last one left.
+
+        Raises:
+            RuntimeError: CUDA has failed for good in this process.
+        """
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Setup:
+    """A model with an engine, forced routing, and a decoder."""
+
+    def __init__(
+        self, bench: Bench, shape: Any, slots: int, engine: str, store: Any,
+        implementation: str = "grouped_mm",
+    ) -> None:  # fmt: skip
+        self.bench, self.shape, self.slots = bench, shape, slots
+        device = bench.device
+        plain = engine == "plain"
+        self.model = shapes.build(shape, device, with_experts=plain)
+        self.model.set_experts_implementation(implementation)
+        self.handle: Any = None
+        self.passes: Any = None
+        if engine == "fast":
+            self.handle = attach_fast(
+                self.model, slots=slots, store=store, device=device, graphs=False
+            )
+            self.passes = self.handle._passes
+        elif engine == "reference":
+            self.handle = attach_reference(self.model, slots=slots, store=store, device=device)
+        self.forced = shapes.ForcedRouting(self.model, device)
+        self.loads = 0
+
+    def decoder(self, batch: int, captured: bool, prompt: int = 16) -> steps.Decoder:
+        """A decoder whose steps advance the table."""
+        found = steps.Decoder(
+            self.model, batch, prompt, self.bench.steps + 8, captured, self.passes
+        )
+        found.after.append(lambda: self.forced.step.add_(1))
+        return found
+
+    def begin(self, rate: float, batch: int) -> Callable[[], None]:
+        """What puts engine and routing into the drawn state."""
+        drawn = shapes.draw(self.shape, self.slots, rate, self.bench.steps, batch)
+        table, ahead, self.loads = drawn
+
+        def begin() -> None:
+            if self.handle is not None:
+                self.handle.reset_cache()
+                self.handle.prefetch(ahead)
+                self.handle.reset_counters()
+            self.forced.use(table, self.bench.device)
+
+        return begin
+
+    def check(self) -> None:
+        """The engine loaded what was drawn, no more and no less."""
+        counted = int(self.handle.counters.loads.sum())
+        assert counted == self.loads, f"{counted} loads, {self.loads} drawn"
+
+
+def floor(
+    bench: Bench, shape: Any, found: dict, setup: Setup, batch: int, block_bytes: int
+) -> dict[str, float]:
+    """Seconds that link and memory need for a step, at the loads that were drawn."""
+    loads = setup.loads / bench.steps
+    backbone = (
+        sum(p.numel() * 2 for n, p in setup.model.named_parameters() if ".experts." not in n)
+        - setup.model.model.embed_tokens.weight.numel() * 2
+    )
+    distinct = min(batch * shape.top_k, setup.slots)
+    experts = shape.layers * distinct * shape.expert_weights * 2
+    keys = 2 * batch * shape.layers * 32 * shape.kv_heads * shape.head_dim * 2
+    link_s = loads * block_bytes / found["copy_engine"]
+    memory_s = (backbone + experts + keys) / found["device"]
+    return {"loads_per_step": loads, "link_s": link_s, "memory_s": memory_s,
+            "roof_s": max(link_s, memory_s)}  # fmt: skip
+
+
+def decode(bench: Bench, found: dict, setup: Setup, engine: str, kind: str, batch: int,
+           rates: tuple[float, ...], captured: bool, block_bytes: int) -> None:  # fmt: skip
+    """One decoder, measured at several miss rates."""
+    decoder = setup.decoder(batch, captured)
+    setup.forced.use(None, bench.device)  # a prompt may have as many tokens as the table has rows
+    decoder.prefill()
+    setup.begin(rates[0], batch)()
+    decoder.prepare()
+    for rate in rates:
+        begin = setup.begin(rate, batch)
+        timed = steps.measure(decoder, begin, bench.steps, bench.repeats)
+        if setup.handle is not None:
+            setup.check()
+        roof = floor(bench, setup.shape, found, setup, batch, block_bytes)
+        bench.add(
+            section="decode", model=setup.shape.name, layers=setup.shape.layers, engine=engine,
+            experts=kind, batch=batch, slots=setup.slots, miss_rate=rate,
+            graph=decoder.graph is not None, **timed, **roof,
+            share_of_roof=roof["roof_s"] / timed["step_s"],
+        )  # fmt: skip
+
+
+def half_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """Forced miss rates, the parts of a step, a batch of four, prompts."""
+    store = bench.store(shape, kind)
+    half, nbytes = shape.experts // 2, store.block_bytes(0)
+    setup = Setup(bench, shape, half, "fast", store)
+    paper = (60 / (shape.layers * shape.top_k),) if kind == "int4" else ()
+    rates = (*bench.rates, *(rate for rate in paper if rate <= 1))
+    decode(bench, found, setup, "fast", kind, 1, rates, True, nbytes)
+    parts = steps.split(
+        lambda: setup.decoder(1, True), setup.handle, setup.begin(0.1, 1), bench.steps,
+        bench.repeats,
+    )  # fmt: skip
+    bench.add(section="split", model=shape.name, layers=shape.layers, experts=kind,
+              miss_rate=0.1, **parts)  # fmt: skip
+    if kind == "bf16":
+        if 4 * shape.top_k <= half:
+            decode(bench, found, setup, "fast", kind, 4, (0.1, 0.5), True, nbytes)
+        prefill(bench, setup, "fast, half resident")
+
+
+def all_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """As many slots as experts: nothing is copied, batches of any size fit."""
+    store = bench.store(shape, kind)
+    setup = Setup(bench, shape, shape.experts, "fast", store)
+    for batch in (1, 4, 16):
+        decode(bench, found, setup, "fast, all resident", kind, batch, (0.0,), True,
+               store.block_bytes(0))  # fmt: skip
+    prefill(bench, setup, "fast, all resident")
+    del setup
+    bench.settle()
+    # What transformers' generate prefers for few tokens: it gathers each choice's weights.
+    setup = Setup(bench, shape, shape.experts, "fast", store, "batched_mm")
+    decode(bench, found, setup, "fast, all resident, batched_mm", kind, 1, (0.0,), True,
+           store.block_bytes(0))  # fmt: skip
+
+
+def reference(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """The reference engine; at a miss rate of 1 it is loading on demand without a cache."""
+    store = bench.store(shape, kind)
+    setup = Setup(bench, shape, shape.experts // 2, "reference", store)
+    decode(bench, found, setup, "reference", kind, 1, bench.rates, False, store.block_bytes(0))
+    prefill(bench, setup, "reference, half resident")
+
+
+def prefill(bench: Bench, setup: Setup, engine: str) -> None:
+    """Time to the first token of prompts, from a cache that another prompt has filled."""
+    setup.forced.use(None, bench.device)
+    for length in bench.prompts:
+        decoder = setup.decoder(1, False, prompt=length)
+        times = [decoder.prefill() for _ in range(bench.repeats + 1)][1:]
+        bench.add(section="prefill", model=setup.shape.name, layers=setup.shape.layers,
+                  engine=engine, tokens=length, ttft_s=sorted(times)[len(times) // 2],
+                  tokens_per_s=length / min(times))  # fmt: skip

@@ -1,0 +1,106 @@
+"""
+One process of the fast engine's benchmark: works off sections, and tells the supervisor by lines.
+
+    python benchmarks/gpu/worker.py --sections NAME [NAME ...] --lines FILE [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import plan
+import rivals
+import roofs
+import sections
+import shapes
+import torch
+
+PARTS = {
+    "half resident": sections.half_resident,
+    "all resident": sections.all_resident,
+    "reference engine": sections.reference,
+    "transformers, all resident": rivals.resident,
+    "accelerate offload": rivals.accelerate_offload,
+    "transformers, compiled": rivals.compiled,
+    "moe-policylang": rivals.policylang,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--sections", nargs="+", required=True)
+    parser.add_argument("--lines", type=Path, required=True)
+    parser.add_argument("--qwen-layers", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=1e9, help="until no section is begun")
+    parser.add_argument("--roofs", type=json.loads, help="measured before, in JSON")
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    with arguments.lines.open("a", encoding="utf-8", buffering=1) as lines:
+
+        def tell(event: str, **more: Any) -> None:
+            lines.write(json.dumps({"event": event} | more) + "\n")
+            print(json.dumps(more), flush=True)
+
+        bench = sections.Bench(arguments.dry_run, partial(tell, "row"))
+        models = {one.name: one for one in shapes.shapes(bench.dry, arguments.qwen_layers)}
+        found: dict[str, Any] = arguments.roofs or {}
+        for name in arguments.sections:
+            if time.monotonic() > end:
+                tell("failed", section=name, reason="no time left")
+                continue
+            tell("begin", section=name)
+            begin = time.monotonic()
+            failure = None
+            try:
+                run_one(bench, name, models, found)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:300]
+                if not isinstance(error, LookupError):
+                    traceback.print_exc()
+                    if bench.dry:
+                        raise
+                failure = reason
+            sound = is_sound(bench)
+            if failure is None:
+                tell("end", section=name, seconds=round(time.monotonic() - begin, 1))
+            else:
+                tell("failed", section=name, reason=failure)
+            if not sound:  # every later call would fail too: let another process go on
+                lines.flush()
+                os._exit(3)
+
+
+def run_one(bench: Any, name: str, models: dict[str, Any], found: dict[str, Any]) -> None:
+    if name == plan.ROOFS:
+        first = next(iter(models.values()))
+        blocks = (4096, 4) if bench.dry else (first.expert_weights * 2, 32)
+        found |= roofs.measure(bench.device, *blocks)
+        gpu = None if bench.dry else torch.cuda.get_device_name()
+        bench.add(section="roofs", gpu=gpu, **found)
+        return
+    if not found:
+        found |= plan.NO_ROOFS
+    model, kind, part = plan.parts_of(name)
+    PARTS[part](bench, models[model], found, kind)
+
+
+def is_sound(bench: Any) -> bool:
+    """Whether this process can go on; frees what the section left."""
+    try:
+        bench.settle()
+    except RuntimeError:
+        traceback.print_exc()
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
