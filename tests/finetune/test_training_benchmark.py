@@ -1,0 +1,40 @@
+"""The benchmark of training on a GPU runs from end to end without one, on tiny shapes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "training.py"
+
+
+def test_a_dry_run_measures_all_four_ways(tmp_path):
+    """Melinoe's three and PEFT's, each by its own Trainer; a JSON line at the end."""
+    out = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    assert record["not_measured"] == [], done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["result"] == record["result"]
+    assert [row["way"] for row in record["result"]] == [
+        "melinoe, default terms",
+        "melinoe, default terms, no cache prior",
+        "melinoe, next-token loss alone",
+        "transformers and PEFT, next-token loss alone",
+    ]
+    for row in record["result"]:
+        low, high = row["tokens_per_s_range"]
+        assert 0 < low <= row["tokens_per_s"] <= high
+        assert (
+            row["tokens_per_s"] * row["step_s"] == 16
+            or abs(row["tokens_per_s"] * row["step_s"] - 16) < 1e-6
+        )  # two sequences of eight tokens
+        assert row["peak_gpu_bytes"] is None  # no allocator counts on the CPU
+    assert record["times_peft"] > 0 and record["terms_share_of_step"] < 1
