@@ -16,6 +16,7 @@ from melinoe.cli import (
     generate,
     import_trace,
     merge,
+    own_text,
     plan,
     predictor,
     prefetch,
@@ -43,6 +44,7 @@ app.command("plan")(plan.command)
 app.command("finetune", cls=PanelCommand)(finetune.command)
 app.command("merge")(merge.command)
 app.command("card")(card.command)
+app.command("own-text")(own_text.command)
 app.command("trace")(trace.command)
 app.add_typer(predictor.app, name="predictor")
 app.add_typer(prefetch.app, name="prefetch")

@@ -40,8 +40,8 @@ def write_own_text(
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or arguments.fsdp:
         raise TrainingError(
-            "a sharded model cannot write its own anchor text before it is sharded; give "
-            "anchor text as a file"
+            "a sharded model cannot write its own anchor text before it is sharded; let it write a "
+            "file from few experts first (`melinoe own-text MODEL --out own.jsonl`), and give that"
         )
     model.to(arguments.device)
     length = max(SHORTEST, settings.max_length)
