@@ -75,6 +75,7 @@ def record_of(events: Sequence[dict[str, Any]], dry: bool) -> dict[str, Any]:
         ],
         "machine": this_machine(),
         "gpu": found.get("gpu"),
+        "resumed_from": next((e["machine"] for e in events if e["event"] == "earlier"), None),
     }
 
 
@@ -104,7 +105,8 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     earlier: list[dict[str, Any]] = []
     if arguments.resume and arguments.out and arguments.out.exists():
-        earlier = events_of(json.loads(arguments.out.read_text(encoding="utf-8")))
+        record = json.loads(arguments.out.read_text(encoding="utf-8"))
+        earlier = [{"event": "earlier", "machine": record["machine"]}, *events_of(record)]
     done = {event["section"] for event in earlier if event["event"] == "end"}
     wanted = {
         name: limit

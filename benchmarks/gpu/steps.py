@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
+from melinoe.fast.graphs import uncollected
 from melinoe.runtime.calls import Batch
 
 
@@ -86,7 +87,8 @@ class Decoder:
             if self.captured:
                 self._wait()
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+                with uncollected(), capture:
                     self.step()
 
     def run(self, steps: int) -> float:
