@@ -121,9 +121,12 @@ def test_the_table_names_base_and_control_first():
     """Base and control stand above, without a price of their own, and the notes name the cache."""
     price, texts, caches = study_tables(read_records(records()))
     assert [row[0].text for row in price.rows] == ["base", "control", "clipped 1"]
-    assert price.rows[1][2].text == DASH
-    assert price.rows[2][2].text.startswith("+16.2 %")
-    assert price.rows[2][4].text == "1.50"
+    # Four and two nats a token.
+    assert price.columns[2] == "perplexity, maths"
+    assert [row[2].text for row in price.rows[:2]] == ["54.6", "7.39"]
+    assert price.rows[1][3].text == DASH
+    assert price.rows[2][3].text.startswith("+16.2 %")
+    assert price.rows[2][5].text == "1.50"
     assert "LFU, 25 %" in price.notes[-1]
     # .1 and .2 nats of the text trained on; .05 of the other, with both seeds alike.
     assert texts.columns == ["setting", "maths", "prose"]

@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from melinoe.report.amounts import DASH, plain, signed
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
-from melinoe.report.study.compare import average, fewer, increase, increase_on, transfers
+from melinoe.report.study.compare import (
+    average,
+    fewer,
+    increase,
+    increase_on,
+    perplexity,
+    transfers,
+)
 from melinoe.report.study.runs import BASE, Setting, Study, corpora, gather
 from melinoe.report.tables import Cell, Table, cell
 from melinoe.stats import Estimate
@@ -30,10 +37,12 @@ def study_tables(found: Measurements) -> list[Table]:
 
 
 def price_table(study: Study, group: str) -> Table:
-    """What each setting of a group costs and saves, base and control above."""
+    """What each setting of a group costs and saves, base and controls above."""
     record = next(iter(study.tried(group)[0].runs.values()))
     quarter, experts = quarter_cache(record), int(record["num_experts"])
-    columns = ["setting", "seeds", "price in domain", "price out of domain"]
+    inside = corpora(record)[0]
+    columns = ["setting", "seeds", *(f"perplexity, {text}" for text in inside)]
+    columns += ["price in domain", "price out of domain"]
     columns += ["transfers / token", "times fewer than base"]
     columns += ["experts per sequence", "distinct over the whole set"]
     rows = []
@@ -44,6 +53,7 @@ def price_table(study: Study, group: str) -> Table:
             [
                 Cell(one.name),
                 Cell(str(len(one.runs))),
+                *(cell(perplexity(one, text)) for text in inside),
                 *(_signed(price) for price in prices),
                 cell(transfers(one, quarter)),
                 cell(fewer(study, one, quarter)) if one.name != BASE else Cell(DASH),
