@@ -10,7 +10,9 @@ from melinoe.cli import options, prefetching
 
 def command(
     model: options.Model,
-    prompts: Annotated[str, typer.Option(help="Prompts: a JSONL file or hub data set.")],
+    prompts: Annotated[
+        str, typer.Option("--prompts", "--data", help="Prompts: a JSONL file or hub data set.")
+    ],
     slots: Annotated[
         list[int] | None,
         typer.Option(help="Experts of each layer; may be repeated. Default: a quarter.", min=1),

@@ -10,7 +10,9 @@ from melinoe.cli import allocating, options
 
 def command(
     model: options.Model,
-    data: Annotated[str, typer.Option(help="Prompts: a JSONL file or hub data set.")],
+    data: Annotated[
+        str, typer.Option("--data", "--prompts", help="Prompts: a JSONL file or hub data set.")
+    ],
     out: Annotated[Path, typer.Option(help="The trace file to write (.safetensors).")],
     max_new_tokens: options.NewTokens = 64,
     limit: options.Limit = 64,
