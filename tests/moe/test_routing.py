@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.base_routers import BaseRouters
-from melinoe.moe.routing import RoutingRecorder, find_routers, fingerprint
+from melinoe.moe.routing import RoutingRecorder, find_routers, fingerprint, router_logits
 
 # One of each way to choose: softmax, correction bias, router bias, a gate of its own class with
 # a submodule, sparsemixer, probabilities as the router's first output.
@@ -112,3 +112,22 @@ def test_a_router_without_a_weight_per_expert_is_refused():
     model.model.layers[0].mlp.gate = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="no trainable router"):
         find_routers(model)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "granitemoe"])
+def test_logits_are_what_the_routers_weight_makes_of_its_inputs(family):
+    """Some families of transformers 5.17 return what was chosen first, and logits last."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for routing in record(model, ids()):
+            hidden = routing.inputs[0][0]
+            expected = hidden.reshape(-1, hidden.shape[-1]) @ routing.router.weight.T
+            torch.testing.assert_close(routing.logits.float(), expected.float())
+
+
+def test_logits_behind_ids_are_found_among_what_a_router_returns():
+    """As transformers 5.17 has it for Granite: ids, their weights, logits."""
+    logits = torch.randn(2, 3, 8)
+    weights, chosen = logits.softmax(-1).topk(2)
+    for output in (logits, (logits, weights, chosen), (chosen, weights, logits)):
+        assert torch.equal(router_logits(output), logits.reshape(6, 8))

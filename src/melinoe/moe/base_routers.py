@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from melinoe.moe.routing import Router, Routing
+from melinoe.moe.routing import Router, Routing, router_logits
 
 
 def _widen(value: Any) -> Any:
@@ -98,8 +98,7 @@ def _logits_of(module: nn.Module, source: str) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def hook(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits = output if isinstance(output, Tensor) else output[0]
-        seen.append(logits.reshape(-1, logits.shape[-1]))
+        seen.append(router_logits(output))
 
     handle = module.get_submodule(source).register_forward_hook(hook)
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.errors import UnsupportedModelError
-from melinoe.moe.routing import Router
+from melinoe.moe.routing import Router, router_logits
 
 _HOOKS = (
     "_forward_hooks",
@@ -138,8 +138,7 @@ class NextRouters:
         return hook
 
     def _see_logits(self, module: nn.Module, args: Any, output: Any) -> None:
-        logits = output if isinstance(output, Tensor) else output[0]
-        self._logits.append(logits.reshape(-1, logits.shape[-1]))
+        self._logits.append(router_logits(output))
 
 
 def _own_choice(output: Any, rows: int) -> Tensor | None:

@@ -100,6 +100,18 @@ def _router_of(model: nn.Module, index: int, experts_name: str, experts: nn.Modu
     )
 
 
+def router_logits(output: Any) -> Tensor:
+    """
+    The logits among what a router returns, ``(tokens, num_logits)``.
+
+    They come first, as a rule; a few families of transformers 5.17 put what was chosen there.
+    """
+    logits = output if isinstance(output, Tensor) else output[0]
+    if not logits.is_floating_point():
+        logits = max((one for one in output if one.is_floating_point()), key=lambda o: o.shape[-1])
+    return logits.reshape(-1, logits.shape[-1])
+
+
 @dataclass
 class Routing:
     """
@@ -184,8 +196,7 @@ class RoutingRecorder:
     def _see_logits(self, layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if layer not in self._logits:
-                logits = output if isinstance(output, Tensor) else output[0]
-                self._logits[layer] = logits.reshape(-1, logits.shape[-1])
+                self._logits[layer] = router_logits(output)
 
         return hook
 

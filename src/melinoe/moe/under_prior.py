@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
-from melinoe.moe.routing import Router
+from melinoe.moe.routing import Router, router_logits
 
 _log = logging.getLogger("melinoe")
 
@@ -104,8 +104,7 @@ class PriorRouting:
 
     def _see(self, router: Router) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            logits = output if isinstance(output, Tensor) else output[0]
-            self._logits[router.index] = logits.reshape(-1, logits.shape[-1])
+            self._logits[router.index] = router_logits(output)
 
         return hook
 

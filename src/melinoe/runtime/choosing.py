@@ -14,7 +14,7 @@ from melinoe.cache.counters import COMPLETION
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
 from melinoe.moe.dispatch import bind, unbind
-from melinoe.moe.routing import Router, find_routers
+from melinoe.moe.routing import Router, find_routers, router_logits
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.passes import ForwardPasses
 
@@ -88,8 +88,7 @@ def _insert(
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
-        logits = output if isinstance(output, Tensor) else output[0]
-        seen[:] = [logits.reshape(-1, logits.shape[-1])]
+        seen[:] = [router_logits(output)]
 
     def compute(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         logits = seen.pop() if seen else None
