@@ -202,6 +202,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="sequences per step")
     add("--lr", type=float, default=3e-3)
     add("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
+    add("--bf16", action="store_true", help="compute in bfloat16, for larger models on a GPU")
     add("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -241,6 +242,7 @@ def main() -> None:
             save_steps=max(1, steps // 24),
             save_total_limit=1,
             seed=args.seed,
+            bf16=args.bf16,
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),

@@ -18,6 +18,7 @@ from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe, load_tokenizer
+from melinoe.config import experts_in_share
 from melinoe.data import Example, encode, load_examples
 from melinoe.evaluate import Perplexity, perplexity
 from melinoe.generate import trace_prompts
@@ -25,7 +26,8 @@ from melinoe.measure import reading_trace
 from melinoe.runtime.load import load
 from melinoe.shipped import HELD_OUT
 
-SLOTS = (4, 8, 16)  # 12.5, 25 and 50 % of 32 experts
+SHARES = (0.125, 0.25, 0.5)  # of the experts: 4, 8 and 16 of the shipped model's 32
+QUARTER = 0.25
 POLICIES = ("lru", "lfu", "belady")
 PROMPTS, NEW_TOKENS = 24, 64
 DOCUMENTS = 8  # of each other corpus
@@ -43,7 +45,8 @@ def judge(path: Path, held_out: list[Example], *, written: bool = True) -> dict[
         written: Whether they are.
     """
     everything = describe(str(path)).num_experts
-    model, handle = load(str(path), slots=everything, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, handle = load(str(path), slots=everything, dtype=torch.float32, device=device)
     tokenizer = load_tokenizer(str(path), model.config)
     ours = encode(held_out, tokenizer, LENGTH)
     others = {
@@ -65,15 +68,15 @@ def judge(path: Path, held_out: list[Example], *, written: bool = True) -> dict[
         "experts_per_sequence": np.round(experts_per_sequence(read), 3).tolist(),
         "reuse": np.round(reuse(read), 4).tolist(),
         "distinct_experts": distinct_experts(read).tolist(),
-        **({} if own is None else {"written": caches(own, (8,))}),
-        "elsewhere": caches(elsewhere, (8,)),
+        **({} if own is None else {"written": caches(own, (QUARTER,))}),
+        "elsewhere": caches(elsewhere, (QUARTER,)),
     }
 
 
-def caches(trace: Trace, slots: tuple[int, ...] = SLOTS) -> dict[str, Any]:
+def caches(trace: Trace, shares: tuple[float, ...] = SHARES) -> dict[str, Any]:
     """Loads on demand of each sequence's completion, alone and from cold, and its tokens."""
     transfers = {}
-    for size in slots:
+    for size in (experts_in_share(share, trace.num_experts) for share in shares):
         for policy in POLICIES:
             done = simulate(trace, size, policy, reset_between_sequences=True)
             transfers[f"{policy}-{size}"] = {

@@ -9,7 +9,10 @@ which teach others, and the runs of group ``goals`` leave their checkpoints in `
 Bad news would be: no strength that saves transfers without raising perplexity over the control with
 the same seed; or savings that come from the whole data set sharing a few experts (collapse).
 
-Not measured here: speed (other benchmarks), and models larger than the shipped one.
+``--base`` takes another model of the same tokenizer's kind, such as a larger one of the recipe
+(`benchmarks/gpu/larger_model.sh`); its results go into a file of their own.
+
+Not measured here: speed (other benchmarks).
 """
 
 import argparse
@@ -17,15 +20,16 @@ import json
 import logging
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
-from judge import judge
+from judge import QUARTER, judge
 from plan import JUDGED_FROM, SEEDS, Run, all_runs
 
 from melinoe.checkpoint.metadata import read_metadata
+from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import load_examples
 from melinoe.finetune import FinetuneResult, finetune
 from melinoe.finetune.terms.own_text import OWN
@@ -35,18 +39,37 @@ from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
 JUDGED = 128
 
 
-def train(run: Run, out: Path, keep: Path) -> FinetuneResult:
+@dataclass(frozen=True)
+class Ground:
+    """What all runs share: the base model, where checkpoints stay, and what differs on it."""
+
+    base: Path
+    keep: Path
+    rate: float = 1.0
+    steps: int | None = None
+    bf16: bool = False
+
+    def settings(self, run: Run) -> FinetuneSettings:
+        """Those of *run* on this ground."""
+        own = run.settings
+        rate = self.rate * own.learning_rate
+        return replace(own, learning_rate=rate, steps=self.steps or own.steps, bf16=self.bf16)
+
+
+def train(run: Run, out: Path, ground: Ground) -> FinetuneResult:
     """Train *run* into *out*; a taught one by its control, trained before if it is not there."""
     examples = load_examples(GSM8K_TRAIN)[: run.examples]
     teacher = None
     if run.taught:
         (control,) = [one for one in all_runs((run.seed,)) if one.name == run.control]
-        teacher = kept_at(keep, control)
+        teacher = kept_at(ground.keep, control)
         if not teacher.exists():
-            train(control, teacher, keep)
-    settings = run.settings if run.group != "control" else replace(run.settings, save="both")
+            train(control, teacher, ground)
+    settings = ground.settings(run)
+    if run.group == "control":
+        settings = replace(settings, save="both")
     anchor = OWN if run.own_text else None
-    return finetune(TINY_OLMOE, examples, out, settings, anchor_examples=anchor, teacher=teacher)
+    return finetune(ground.base, examples, out, settings, anchor_examples=anchor, teacher=teacher)
 
 
 def kept_at(keep: Path, run: Run) -> Path:
@@ -54,16 +77,16 @@ def kept_at(keep: Path, run: Run) -> Path:
     return keep / f"{run.name.replace(' ', '-').replace(',', '')}-{run.seed}"
 
 
-def one_run(run: Run, out: Path, keep: Path) -> dict:
+def one_run(run: Run, out: Path, ground: Ground) -> dict:
     """Train *run* if its checkpoint is not kept from before, judge it, and write the result."""
     began = time.monotonic()
     stays = run.group in ("control", "goals")
     with tempfile.TemporaryDirectory() as work:
-        checkpoint = kept_at(keep, run) if stays else Path(work) / "model"
+        checkpoint = kept_at(ground.keep, run) if stays else Path(work) / "model"
         if checkpoint.exists():
             log = read_metadata(checkpoint)["log"]
         else:
-            log = train(run, checkpoint, keep).log
+            log = train(run, checkpoint, ground).log
         held_out = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + JUDGED]
         found = judge(checkpoint, held_out, written=run.full)
     result = {
@@ -75,7 +98,7 @@ def one_run(run: Run, out: Path, keep: Path) -> dict:
         "control": run.control,
         "seed": run.seed,
         "changes": run.changes,
-        "settings": asdict(run.settings),
+        "settings": asdict(ground.settings(run)),
         "examples": run.examples,
         "log": log,
         **found,
@@ -86,10 +109,10 @@ def one_run(run: Run, out: Path, keep: Path) -> dict:
     return result
 
 
-def base_run(out: Path) -> None:
-    """The shipped model itself, judged in the same way."""
+def base_run(out: Path, base: Path) -> None:
+    """The base model itself, judged in the same way."""
     examples = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + JUDGED]
-    found = judge(TINY_OLMOE, examples)
+    found = judge(base, examples)
     about = {"kind": "study", "group": "base", "family": "base", "name": "base", "seed": 0}
     append_jsonl(out, {**about, **found, "machine": machine()})
 
@@ -102,12 +125,13 @@ def done_already(out: Path) -> set[tuple[str, int]]:
 
 def summary(result: dict) -> str:
     """One line of a run."""
-    transfers = result["transfers"]["lfu-8"]["transfers_per_token"]
+    cache = f"lfu-{experts_in_share(QUARTER, result['num_experts'])}"
+    transfers = result["transfers"][cache]["transfers_per_token"]
     return json.dumps(
         {
             "run": f"{result['group']}/{result['name']}/{result['seed']}",
             "perplexity": round(result["quality"]["gsm8k"]["perplexity"]["mean"], 3),
-            "transfers_lfu_8": round(transfers, 3),
+            "transfers": round(transfers, 3),
             "seconds": result["seconds"],
         }
     )
@@ -118,20 +142,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", help="run only groups or names that contain this")
+    parser.add_argument("--name", action="append", help="run only what has this name; repeatable")
     parser.add_argument("--keep", type=Path, default=Path("study-checkpoints"))
+    parser.add_argument("--base", type=Path, default=TINY_OLMOE, help="checkpoint to start from")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on every learning rate")
+    parser.add_argument("--steps", type=int, help="of every run, for a trial")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
+    ground = Ground(arguments.base, arguments.keep, arguments.rate, arguments.steps, arguments.bf16)
     there = done_already(arguments.out)
     if ("base", 0) not in there:
-        base_run(arguments.out)
+        base_run(arguments.out, arguments.base)
     for run in all_runs(tuple(arguments.seeds)):
         wanted = not arguments.only or arguments.only in f"{run.group}/{run.name}"
+        wanted = wanted and (not arguments.name or run.name in arguments.name)
         if wanted and (run.name, run.seed) not in there:
-            print(summary(one_run(run, arguments.out, arguments.keep)), flush=True)
+            print(summary(one_run(run, arguments.out, ground)), flush=True)
 
 
 if __name__ == "__main__":
