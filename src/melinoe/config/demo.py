@@ -42,8 +42,7 @@ class DemoSettings:
             max_length=self.max_length,
             # Chosen on examples of the training part that neither run sees; see docs/log.md.
             learning_rate=4e-3,
-            lambda_cache=1.5,
-            cache_loss="clipped",
+            lambda_cache=2.0,
             lambda_match=10.0,
             lambda_replay=0.1,
             replay_loss="nll",
