@@ -15,7 +15,10 @@ _log = logging.getLogger("melinoe")
 
 ENGINES = ("reference", "fast", "auto")
 # What only the fast engine knows; what only the reference engine knows.
-_FAST_ONLY = ("gpu_memory", "batch", "context", "compression", "admit", "staging_experts", "graphs")
+_FAST_ONLY = (
+    "gpu_memory", "batch", "context", "compression", "admit", "staging_experts", "graphs",
+    "compile",
+)  # fmt: skip
 _REFERENCE_ONLY = ("store", "link", "miss_threads")
 
 
@@ -34,9 +37,9 @@ def load(
             warning that says why.
         options: As `melinoe.runtime.load.load` and `melinoe.fast.attach.load` take them: ``slots``
             or ``expert_memory`` or, of the fast engine, ``gpu_memory`` with ``batch`` and
-            ``context``; ``policy``, ``policy_options``, ``dtype``. Options that only one engine
-            knows are refused with the other; with ``auto`` those of the fast engine are left out
-            where it cannot run.
+            ``context``, and ``compile``; ``policy``, ``policy_options``, ``dtype``. Options that
+            only one engine knows are refused with the other; with ``auto`` those of the fast engine
+            are left out where it cannot run.
 
     Returns:
         The transformers model, in evaluation mode, and the handle.

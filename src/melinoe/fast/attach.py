@@ -18,6 +18,7 @@ from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.errors import AttachError, BudgetError
 from melinoe.fast.budget import backbone_bytes, enforce, plan_budget
 from melinoe.fast.carrier import FastStore
+from melinoe.fast.compiled import cache_length
 from melinoe.fast.compressed import CompressedStore
 from melinoe.fast.handle import FastHandle
 from melinoe.fast.support import why_not
@@ -44,6 +45,7 @@ def attach(
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
+    compile: bool = False,
     store: FastStore | None = None,
     device: torch.device | str | None = None,
 ) -> FastHandle:
@@ -61,6 +63,9 @@ def attach(
         admit: experts of a prompt that may evict others; see `StreamedPrefill`.
         staging_experts: what one of the two staging blocks holds.
         graphs: replay decode steps from CUDA graphs; absent: where there is CUDA.
+        compile: capture decode steps of fewer kernels, made by ``torch.compile``. The first steps
+            of a batch size and cache length take as long as compiling does, and fused kernels round
+            otherwise: the last bits of logits change.
         store: holds this model's experts already.
         device: where the slots are; absent means where the rest of the model is.
 
@@ -78,6 +83,7 @@ def attach(
     count, make, target = checked_settings(
         model, layers, slots, expert_memory, policy, policy_options, None, device
     )
+    use_graphs = _graphs(graphs, compile, target)
     _check(layers, make, target, staging_experts)
     filled = store
     if filled is None:
@@ -85,7 +91,7 @@ def attach(
     try:
         return FastHandle(
             model, layers, filled, count, make, target, StreamedPrefill(admit), staging_experts,
-            target.type == "cuda" if graphs is None else graphs,
+            use_graphs, compile,
         )  # fmt: skip
     except BaseException:
         for layer in layers:
@@ -105,6 +111,7 @@ def load(
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
+    compile: bool = False,
     dtype: torch.dtype | str = "auto",
     gpu_memory: str | int | None = None,
     batch: int | None = None,
@@ -118,8 +125,8 @@ def load(
         name: a directory in the hub's layout, or the name of a repository on the hub.
         device: where the backbone and the slots go.
         dtype: type of all weights; "auto" takes the config's.
-        slots, expert_memory, policy, policy_options, compression, admit, staging_experts, graphs:
-            as for `attach`.
+        slots, expert_memory, policy, policy_options, compression, admit, staging_experts, graphs,
+            compile: as for `attach`.
         gpu_memory: instead of *slots* or *expert_memory*: a budget for all that PyTorch allocates
             on the device, such as ``"8GiB"``, kept as a contract; see `melinoe.fast.budget`.
         batch: sequences at once that *gpu_memory* is to hold; absent: 1.
@@ -144,13 +151,15 @@ def load(
             checkpoint.layers[0].module, checkpoint.layers, asked, expert_memory, policy,
             policy_options, None, torch.device(device),
         )  # fmt: skip
+        use_graphs = _graphs(graphs, compile, target)
         _check(checkpoint.layers, make, target, staging)
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
         if gpu_memory is not None:
             budget = plan_budget(
                 gpu_memory, layers, model.config, backbone_bytes(model, layers),
-                batch=batch or 1, context=context or 2048, staging_experts=staging,
+                batch=batch or 1, context=cache_length(context or 2048, compile),
+                staging_experts=staging,
             )  # fmt: skip
             _log.info("GPU memory of %s", budget)
             enforce(budget, target)
@@ -158,9 +167,20 @@ def load(
         filled = store or _from_checkpoint(checkpoint, compression, target)
         handle = FastHandle(
             model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
-            target.type == "cuda" if graphs is None else graphs,
+            use_graphs, compile,
         )  # fmt: skip
     return model, handle
+
+
+def _graphs(asked: bool | None, compile: bool, device: torch.device) -> bool:
+    """Whether decode steps are captured."""
+    graphs = device.type == "cuda" if asked is None else asked
+    if compile and not graphs:
+        raise AttachError(
+            "compile=True compiles the decode steps that CUDA graphs capture, and none are "
+            "captured; leave graphs on, or leave compile out"
+        )
+    return graphs
 
 
 def _check(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
 from melinoe.errors import AttachError
+from melinoe.fast import operations
 from melinoe.fast.carrier import Carrier, FastStore, addresses_of
 from melinoe.fast.passes import DEVICE, STREAM, FastPasses
 from melinoe.fast.residency import DeviceResidency, to_device
@@ -36,6 +37,9 @@ class FastExperts:
         passes: shared by all layers.
         prefill: gives the rule by which prompts are streamed.
         device: where the slots are.
+
+    Attributes:
+        traced: whether ``torch.compile`` is to see the arithmetic; see `melinoe.fast.compiled`.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class FastExperts:
         self._count = who.num_loads[layer.index : layer.index + 1]
         self._guard = Guard(device)
         self.watch = self._guard.watch
+        self._number = operations.register(self)
+        self.traced = False
 
     @property
     def residency(self) -> Residency:
@@ -92,20 +98,36 @@ class FastExperts:
             AttachError: gradients are wanted; the model was moved or cast since `attach`; or a
                 CUDA graph captures a pass that the host must plan.
         """
+        if self.traced and torch.compiler.is_dynamo_compiling():
+            return self._traced(hidden_states, top_k_index, top_k_weights)
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
         self._passes.enter(self._index, top_k_index)
-        try:
-            with self._where():
-                if self._passes.mode == DEVICE:
-                    return self._on_device(hidden_states, top_k_index, top_k_weights)
-                return self._with_host(hidden_states, top_k_index, top_k_weights)
-        except BaseException:
-            if not _capturing(self._device):  # capturing runs nothing, so nothing is half done
-                self._staging.arrive()  # a copy under way must not land on a later one
-                self._who.reset()  # what was planned may not have been copied: trust no slot
-            raise
+        with self._at_work():
+            if self._passes.mode == DEVICE:
+                return self._on_device(hidden_states, top_k_index, top_k_weights)
+            return self._with_host(hidden_states, top_k_index, top_k_weights)
+
+    def plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Bring the chosen experts into their slots, for whoever computes them there.
+
+        Returns:
+            Slots, int64, and weights, both shaped as *top_k_index*.
+
+        Raises:
+            AttachError: as when called; or the host must plan this pass.
+        """
+        self._guard.check(top_k_weights, top_k_weights)
+        self._passes.enter(self._index, top_k_index)
+        if self._passes.mode != DEVICE:
+            raise AttachError(
+                f"a compiled step of {top_k_index.shape[0]} tokens may need more experts of a "
+                "layer than it has slots; raise the slots, or leave compile out"
+            )
+        with self._at_work():
+            return self._plan(top_k_index, top_k_weights)
 
     def prefetch(self, experts: Sequence[int]) -> int:
         """Load *experts*, the most wanted first; returns how many loads that takes."""
@@ -126,18 +148,40 @@ class FastExperts:
 
     # --- inner ----------------------------------------------------------------------------------
 
-    def _where(self) -> AbstractContextManager[None]:
-        """Triton launches on the current device, which with several GPUs may be another."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Triton launches on the current device; what fails half-way leaves nothing to trust."""
+        # With several GPUs the current one may be another.
+        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else None
+        try:
+            with on_device or nullcontext():
+                yield
+        except BaseException:
+            if not _capturing(self._device):  # capturing runs nothing, so nothing is half done
+                self._staging.arrive()  # a copy under way must not land on a later one
+                self._who.reset()  # what was planned may not have been copied: trust no slot
+            raise
 
     def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        slots, weights = self._plan(top_k_index, top_k_weights)
+        return self._forward(self._stand_in, hidden, slots, weights)
+
+    def _plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing here depends on what a tensor holds, so all of it can be captured."""
         # The kernel could not refuse: it would write beyond its lists.
         assert min(top_k_index.numel(), self._num_experts) <= self._num_slots
-        slots, weights = self._who.decide(self._index, top_k_index, top_k_weights)
+        planned = self._who.decide(self._index, top_k_index, top_k_weights)
         self._carrier.bring_listed(*self._list, self._count)
         if self._is_last:
             self._who.close_step(top_k_index.shape[0])
+        return planned
+
+    def _traced(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the compiler sees of a layer."""
+        if self._dtype != torch.bfloat16:
+            # Compiled, transformers' grouped_mm asks the host for all other types.
+            return operations.experts(hidden, top_k_index, top_k_weights, self._number)
+        slots, weights = operations.plan(top_k_index, top_k_weights, self._number)
         return self._forward(self._stand_in, hidden, slots, weights)
 
     def _with_host(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Decode steps as CUDA graphs, inside transformers' own `generate`.
 `generate` asks the model for a compiled forward where its cache is static, on a GPU. We answer with
 one that captures the forward pass in a CUDA graph and replays it: the first step of a kind runs as
 it is, the second is captured, and from then on a step is one launch. What cannot be captured runs
-step by step, after one loud warning that says why.
+step by step, after one loud warning that says why. Where compiling was asked for, the second step
+of a kind is compiled and the third is captured.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from melinoe.fast.compiled import CompiledForward, CompileError, cache_length, first_line
 from melinoe.fast.graph_inputs import buffer, fill, signature
 from melinoe.fast.passes import DEVICE, FastPasses
 from melinoe.runtime.passes import Batch
 
 _log = logging.getLogger("melinoe")
+
+Forward = Callable[[Mapping[str, Any]], Any]
 
 # Kinds of step (batch size, cache length) that are kept; each holds its own buffers.
 _MOST_KINDS = 16
@@ -99,6 +103,7 @@ class DecodeGraphs:
         passes: of its runtime.
         device: where it is.
         enabled: whether `generate` is to use them.
+        compiled: the compiled forward pass that is captured; None: the model's own.
 
     Attributes:
         captured: steps captured so far.
@@ -107,16 +112,24 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: nn.Module, passes: FastPasses, device: torch.device, enabled: bool
+        self,
+        model: nn.Module,
+        passes: FastPasses,
+        device: torch.device,
+        enabled: bool,
+        compiled: CompiledForward | None = None,
     ) -> None:
         self._model: Any = model
         self._passes, self._device = passes, device
         self._enabled = enabled
+        self.compiled = compiled
         self._make: Callable[[Callable[[], Any], Any], Step]
         self._make = CudaStep if device.type == "cuda" else PlainStep
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._steps: dict[tuple, tuple[dict[str, Any], Step]] = {}
         self._warm: set[tuple] = set()
+        # Buffers on which steps of a kind have been compiled, and which the captured step reads.
+        self._buffers: dict[tuple, dict[str, Any]] = {}
         self._caches: dict[str, Any] = {}
         # The static cache that generate was given last, its layers, and its batch size.
         self._kept: tuple[Callable[[], Any], list[Any], int] = (_nobody, [], 0)
@@ -171,7 +184,8 @@ class DecodeGraphs:
 
     def forget(self) -> None:
         """Free the graphs, their buffers and the kept cache."""
-        self._steps, self._warm, self._kept = {}, set(), (_nobody, [], 0)
+        self._drop()
+        self._kept = (_nobody, [], 0)
 
     def step(self, **inputs: Any) -> Any:
         """One forward pass of the model with these arguments, replayed if it can be."""
@@ -186,6 +200,10 @@ class DecodeGraphs:
         # Held while a step runs and no longer, so that it is known when nobody else holds them.
         self._caches = {name: one for name, one in inputs.items() if isinstance(one, StaticCache)}
         try:
+            if key not in self._steps and self._compiles and key not in self._buffers:
+                output = self._first_compiled(key, inputs)
+                if output is not None:
+                    return output
             if key not in self._steps and not self._capture(key, inputs):
                 return self._model(**inputs)
             buffers, step = self._steps[key]
@@ -193,41 +211,80 @@ class DecodeGraphs:
             self._passes.completion_begins()
             step.replay()
             self.replayed += 1
-            return type(step.output)(**{**step.output, **self._caches})
+            return self._joined(step.output)
         finally:
             self._caches = {}
 
+    @property
+    def _compiles(self) -> bool:
+        return self.compiled is not None and self.compiled.reason is None
+
+    def _first_compiled(self, key: tuple, inputs: Mapping[str, Any]) -> Any | None:
+        """The step compiled, on the buffers it will be captured with; None if that fails."""
+        assert self.compiled is not None
+        buffers = self._buffers[key] = self._buffers_for(inputs)
+        try:
+            return self._joined(self._run(self.compiled.first, buffers))
+        except CompileError:
+            return None
+        finally:
+            if not self._compiles:
+                self._buffers = {}
+
     def _capture(self, key: tuple, inputs: Mapping[str, Any]) -> bool:
         """Capture one kind of step; False if that does not work, and then never again."""
-        buffers = {
-            name: buffer(value) for name, value in inputs.items() if name not in self._caches
-        }
-        batch, length = inputs["input_ids"].shape
-
-        def run() -> Any:
-            # Whether something came before is known here; asking the cache would wait for it.
-            self._passes.given = Batch(batch, length, 1, 0, None)
-            try:
-                output = self._model(**buffers, **self._caches)
-                return type(output)(
-                    **{name: one for name, one in output.items() if not isinstance(one, Cache)}
-                )
-            finally:
-                self._passes.given = None
-
+        buffers = self._buffers.pop(key, None) or self._buffers_for(inputs)
+        # The oldest goes first, and before the new one takes memory.
         if len(self._steps) >= _MOST_KINDS:
             self._steps.pop(next(iter(self._steps)))
-        try:
-            self._steps[key] = (buffers, self._make(run, self._pool))
-        except Exception as error:  # whatever a kernel or the driver objects to
-            self._give_up(f"capturing a step failed: {_first_line(error)}")
-            return False
+        if self._compiles:
+            assert self.compiled is not None
+            try:
+                self._steps[key] = self._made(self.compiled.again, buffers)
+            except Exception as error:  # nothing was computed: the model's own may be captured
+                self.compiled.give_up(error)
+                self._passes.settle()
+        if key not in self._steps:
+            try:
+                self._steps[key] = self._made(self._own, buffers)
+            except Exception as error:  # whatever a kernel or the driver objects to
+                self._give_up(f"capturing a step failed: {first_line(error)}")
+                return False
         self.captured += 1
         return True
 
+    def _made(self, forward: Forward, buffers: dict[str, Any]) -> tuple[dict[str, Any], Step]:
+        return buffers, self._make(lambda: self._run(forward, buffers), self._pool)
+
+    def _own(self, inputs: Mapping[str, Any]) -> Any:
+        return self._model(**inputs)
+
+    def _buffers_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: buffer(value) for name, value in inputs.items() if name not in self._caches}
+
+    def _run(self, forward: Forward, buffers: dict[str, Any]) -> Any:
+        """The pass on *buffers*; its output without the cache, which a graph must not hold."""
+        batch, length = buffers["input_ids"].shape
+        # Whether something came before is known here; asking the cache would wait for it.
+        self._passes.given = Batch(batch, length, 1, 0, None)
+        try:
+            output = forward({**buffers, **self._caches})
+            return type(output)(
+                **{name: one for name, one in output.items() if not isinstance(one, Cache)}
+            )
+        finally:
+            self._passes.given = None
+
+    def _joined(self, output: Any) -> Any:
+        """What the caller expects: the output with its cache."""
+        return type(output)(**{**output, **self._caches})
+
+    def _drop(self) -> None:
+        self._steps, self._warm, self._buffers = {}, set(), {}
+
     def _give_up(self, reason: str) -> None:
         self.reason = reason
-        self._steps, self._warm = {}, set()
+        self._drop()
         self._passes.settle()
         _log.warning(
             "decode steps are launched one kernel at a time, not as CUDA graphs: %s", reason
@@ -240,7 +297,7 @@ class DecodeGraphs:
             return None
         if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states")):
             return None  # would be overwritten by the next step while the caller keeps them
-        key: list[Any] = [torch.is_inference_mode_enabled()]
+        key: list[Any] = [torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
         for name in sorted(inputs):
             part = signature(inputs[name])
             if part is None:
@@ -271,8 +328,11 @@ class DecodeGraphs:
         takes = inspect.signature(prepare)
 
         def reuse(*args: Any, **kwargs: Any) -> Any:
-            fresh = prepare(*args, **kwargs)
-            batch = takes.bind(*args, **kwargs).arguments.get("batch_size")
+            given = takes.bind(*args, **kwargs)
+            batch, length = map(given.arguments.get, ("batch_size", "max_cache_len"))
+            if length is not None:
+                given.arguments["max_cache_len"] = cache_length(length, self._compiles)
+            fresh = prepare(*given.args, **given.kwargs)
             if type(fresh) is not StaticCache or batch is None:
                 return fresh
             kept, layers, of_batch = self._kept
@@ -287,7 +347,7 @@ class DecodeGraphs:
                     layer.reset()
                 fresh.layers = layers
             else:
-                self._steps, self._warm = {}, set()
+                self._drop()
             self._kept = (weakref.ref(fresh), fresh.layers, batch)
             return fresh
 
@@ -311,7 +371,3 @@ def _same_memory(kept: Any, fresh: Any) -> bool:
         kept.max_cache_len == fresh.max_cache_len
         and keys.is_inference() == torch.is_inference_mode_enabled()
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

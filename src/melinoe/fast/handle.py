@@ -15,6 +15,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.fast.carrier import FastStore
+from melinoe.fast.compiled import CompiledForward
 from melinoe.fast.experts import FastExperts
 from melinoe.fast.graphs import DecodeGraphs
 from melinoe.fast.passes import FastPasses
@@ -56,12 +57,14 @@ class FastHandle(Handle):
         prefill: StreamedPrefill,
         staging_experts: int,
         use_graphs: bool,
+        compile: bool = False,
     ) -> None:
         self.prefill = prefill
         self._store = store
         self._device = device
         self._staging = Staging(device, staging_experts)
         self._use_graphs = use_graphs
+        self._compile = compile
         self._warned_of_uses = False
         # Before anything is moved: a policy or a model that cannot run here shows now.
         self._who = DeviceResidency(
@@ -95,7 +98,14 @@ class FastHandle(Handle):
 
     def _plug_in(self, model: nn.Module) -> Callable[[], None]:
         assert isinstance(self._passes, FastPasses)
-        self.graphs = DecodeGraphs(model, self._passes, self._device, self._use_graphs)
+        compiled = None
+        if self._compile:
+            compiled = CompiledForward(model, self._caches, self._passes)
+            _log.info(
+                "decode steps are compiled: fused kernels round otherwise than the model's own, so "
+                "the last bits of logits change"
+            )
+        self.graphs = DecodeGraphs(model, self._passes, self._device, self._use_graphs, compiled)
         undo = ExitStack()
         undo.callback(watch_generate(model, self._passes, may_compile=self._use_graphs))
         undo.callback(self.graphs.plug_in())
