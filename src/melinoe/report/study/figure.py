@@ -104,7 +104,7 @@ def _levels(axes: Any, study: Study, tried: list[Setting], cache: str) -> None:
     levels = sorted((transfers(one, cache).mean, one.name) for one in shown)
     for place, (level, name) in enumerate(levels):
         axes.axhline(level, color=COLOUR["muted"], linewidth=0.9, linestyle=(0, (3, 3)))
-        below, left = place == 0 and len(levels) > 1, place % 2 == 0
+        below, left = place == 0 and len(levels) > 1, place % 2 == 1
         axes.annotate(
             name,
             (0.01 if left else 0.99, level),
