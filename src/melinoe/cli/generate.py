@@ -56,6 +56,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     engine: options.Engine = "reference",
     compression: options.Compression = None,
+    compile: options.Compile = False,
     gpu_memory: options.GpuMemory = None,
     context: options.Context = None,
     device: options.Device = "auto",
@@ -101,6 +102,7 @@ def command(
         model, device, dtype, slots, expert_memory, policy, store, engine,
         miss=miss, miss_threads=miss_threads, allocate_from=allocate_from,
         compression=compression, gpu_memory=gpu_memory, context=context,
+        compile=compile or None,
     )  # fmt: skip
     handle.choose(wanted)
     kept = None

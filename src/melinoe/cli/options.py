@@ -72,6 +72,14 @@ Compression = Annotated[
         "says."
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="With the fast engine: compile the decode step that CUDA graphs capture. The first "
+        "tokens take as long as compiling does; the last bits of logits change.",
+    ),
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option(

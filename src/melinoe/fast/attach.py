@@ -45,7 +45,7 @@ def attach(
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     store: FastStore | None = None,
     device: torch.device | str | None = None,
 ) -> FastHandle:
@@ -91,7 +91,7 @@ def attach(
     try:
         return FastHandle(
             model, layers, filled, count, make, target, StreamedPrefill(admit), staging_experts,
-            use_graphs, compile,
+            use_graphs, bool(compile),
         )  # fmt: skip
     except BaseException:
         for layer in layers:
@@ -111,7 +111,7 @@ def load(
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     dtype: torch.dtype | str = "auto",
     gpu_memory: str | int | None = None,
     batch: int | None = None,
@@ -158,7 +158,7 @@ def load(
         if gpu_memory is not None:
             budget = plan_budget(
                 gpu_memory, layers, model.config, backbone_bytes(model, layers),
-                batch=batch or 1, context=cache_length(context or 2048, compile),
+                batch=batch or 1, context=cache_length(context or 2048, bool(compile)),
                 staging_experts=staging,
             )  # fmt: skip
             _log.info("GPU memory of %s", budget)
@@ -167,12 +167,12 @@ def load(
         filled = store or _from_checkpoint(checkpoint, compression, target)
         handle = FastHandle(
             model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
-            use_graphs, compile,
+            use_graphs, bool(compile),
         )  # fmt: skip
     return model, handle
 
 
-def _graphs(asked: bool | None, compile: bool, device: torch.device) -> bool:
+def _graphs(asked: bool | None, compile: bool | None, device: torch.device) -> bool:
     """Whether decode steps are captured."""
     graphs = device.type == "cuda" if asked is None else asked
     if compile and not graphs:
