@@ -12,6 +12,7 @@ weights; speed does not see values. Random weights do not route like a model, so
 step picks is drawn: with a forced miss rate under LRU, the rest uniformly among the residents; the
 loads counted must equal the loads drawn. Every engine computes the same table. Prompts are routed
 by the random routers, nearly evenly. Half of the experts have slots, unless it says all resident.
+Compiled decode steps are other rows and other goals; how long compiling took is in the rows.
 Not measured: a trained model's routing, quality, sampling.
 
 Sections run in a process of their own, each with a limit of time: one that fails, hangs or ruins

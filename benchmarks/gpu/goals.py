@@ -12,8 +12,8 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each goal with its target, what was measured, and whether it is met; None: not measured."""
     decode = [row for row in rows if row["section"] == "decode"]
     fast = [row for row in decode if row["engine"] == "fast" and row["batch"] == 1]
-    shares = [row["share_of_roof"] for row in fast if row["miss_rate"] >= 0.1]
     resident = _first(decode, model=OLMOE, engine="fast, all resident", batch=1)
+    compiled = _first(decode, model=OLMOE, engine="fast, all resident, compiled", batch=1)
     paper = [
         row for row in fast
         if row["model"] == OLMOE and row["experts"] == "int4"
@@ -30,8 +30,11 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     decide = [row["decide_s"] / row["layers"] * 1e6 for row in rows if row["section"] == "split"]
     return [
-        _goal("share of the roof at miss rates of .1 and above", 0.8, min(shares, default=None)),
+        _goal("share of the roof at miss rates of .1 and above", 0.8, _least_share(fast)),
+        _goal("share of the roof at miss rates of .1 to .5, compiled", 0.8,
+              _least_share(row for row in decode if row["engine"] == "fast, compiled")),
         _goal("tok/s, OLMoE, all resident", 300, resident and resident["tokens_per_s"]),
+        _goal("tok/s, OLMoE, all resident, compiled", 300, compiled and compiled["tokens_per_s"]),
         _goal("tok/s, OLMoE, 60 experts a token, 4 bits", 200,
               paper[0]["tokens_per_s"] if paper else None),
         _goal("times accelerate's offload, at the worst miss rate", 3,
@@ -54,6 +57,7 @@ def table(record: dict[str, Any]) -> str:
                 f"miss {'-' if row['miss_rate'] is None else format(row['miss_rate'], '.2f'):5}"
                 f"{row['tokens_per_s']:9.1f} tok/s"
                 + (f"{share:7.0%} of roof" if share is not None else "")
+                + (f", compiled in {row['compile_s']:.0f} s" if row.get("compile_s") else "")
             )
         elif row["section"] == "prefill":
             lines.append(
@@ -78,6 +82,10 @@ def _goal(name: str, target: float, measured: float | None, below: bool = False)
     if measured is not None:
         met = measured <= target if below else measured >= target
     return {"goal": name, "target": target, "measured": measured, "met": met}
+
+
+def _least_share(rows: Iterable[dict[str, Any]]) -> float | None:
+    return min((row["share_of_roof"] for row in rows if row["miss_rate"] >= 0.1), default=None)
 
 
 def _first(rows: Iterable[dict[str, Any]], **want: Any) -> dict[str, Any] | None:

@@ -11,10 +11,12 @@ import shapes
 import steps
 import torch
 
+from melinoe.fast import compiled as compiling
 from melinoe.fast.attach import attach as attach_fast
 from melinoe.runtime.attach import attach as attach_reference
 
 RATES = (0.0, 0.05, 0.1, 0.24, 0.5, 1.0)
+COMPILED_RATES = (0.0, 0.1, 0.24, 0.5)
 
 
 class Bench:
@@ -33,6 +35,7 @@ class Bench:
         self.repeats = 1 if dry else 3
         self.prompts = (4,) if dry else (512, 4096)
         self.rates = (0.0, 0.5) if dry else RATES
+        self.compiled_rates = (0.5,) if dry else COMPILED_RATES
         self._store: tuple[tuple[str, str], Any] | None = None
 
     def add(self, **row: Any) -> None:
@@ -74,7 +77,7 @@ class Setup:
 
     def __init__(
         self, bench: Bench, shape: Any, slots: int, engine: str, store: Any,
-        implementation: str = "grouped_mm",
+        implementation: str = "grouped_mm", compile: bool = False,
     ) -> None:  # fmt: skip
         self.bench, self.shape, self.slots = bench, shape, slots
         device = bench.device
@@ -83,11 +86,14 @@ class Setup:
         self.model.set_experts_implementation(implementation)
         self.handle: Any = None
         self.passes: Any = None
+        self.compiled: Any = None
         if engine == "fast":
             self.handle = attach_fast(
-                self.model, slots=slots, store=store, device=device, graphs=False
-            )
+                self.model, slots=slots, store=store, device=device, graphs=compile,
+                compile=compile,
+            )  # fmt: skip
             self.passes = self.handle._passes
+            self.compiled = self.handle.graphs.compiled
         elif engine == "reference":
             self.handle = attach_reference(self.model, slots=slots, store=store, device=device)
         self.forced = shapes.ForcedRouting(self.model, device)
@@ -96,7 +102,7 @@ class Setup:
     def decoder(self, batch: int, captured: bool, prompt: int = 16) -> steps.Decoder:
         """A decoder whose steps advance the table."""
         found = steps.Decoder(
-            self.model, batch, prompt, self.bench.steps + 8, captured, self.passes
+            self.model, batch, prompt, self.bench.steps + 8, captured, self.passes, self.compiled
         )
         found.after.append(lambda: self.forced.step.add_(1))
         return found
@@ -156,7 +162,7 @@ def decode(bench: Bench, found: dict, setup: Setup, engine: str, kind: str, batc
         bench.add(
             section="decode", model=setup.shape.name, layers=setup.shape.layers, engine=engine,
             experts=kind, batch=batch, slots=setup.slots, miss_rate=rate,
-            graph=decoder.graph is not None, **timed, **roof,
+            graph=decoder.graph is not None, compile_s=decoder.compile_s, **timed, **roof,
             share_of_roof=roof["roof_s"] / timed["step_s"],
         )  # fmt: skip
 
@@ -195,6 +201,21 @@ def all_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     setup = Setup(bench, shape, shape.experts, "fast", store, "batched_mm")
     decode(bench, found, setup, "fast, all resident, batched_mm", kind, 1, (0.0,), True,
            store.block_bytes(0))  # fmt: skip
+
+
+def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """The same two, their decode step compiled; the faster step first, in case time runs out."""
+    if bench.dry:
+        compiling.backend = lambda graph, example_inputs: graph.forward
+    store = bench.store(shape, kind)
+    for engine, slots, rates in (
+        ("fast, all resident, compiled", shape.experts, (0.0,)),
+        ("fast, compiled", shape.experts // 2, bench.compiled_rates),
+    ):
+        setup = Setup(bench, shape, slots, "fast", store, compile=True)
+        decode(bench, found, setup, engine, kind, 1, rates, True, store.block_bytes(0))
+        del setup
+        bench.settle()
 
 
 def reference(bench: Bench, shape: Any, found: dict, kind: str) -> None:

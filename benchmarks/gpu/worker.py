@@ -25,6 +25,7 @@ import torch
 PARTS = {
     "half resident": sections.half_resident,
     "all resident": sections.all_resident,
+    "compiled": sections.compiled,
     "reference engine": sections.reference,
     "transformers, all resident": rivals.resident,
     "accelerate offload": rivals.accelerate_offload,
