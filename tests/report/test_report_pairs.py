@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from melinoe.report import render_table
+from melinoe.report import render_table, update_readme
 from melinoe.report.pairs import factor, increase, quotient
 from melinoe.report.records import read_records
 from melinoe.report.scores import comparison_table, score_table
@@ -89,3 +89,13 @@ def test_scores_and_comparisons_become_tables(scored):
     assert first[1:] == ["0.250 [0.050–0.450]", "fine-tuned"]
     assert second[1:] == ["+1.0 % [−1.0, +3.0]", "no difference shown"]
     assert "exact match" in render_table(scored, "markdown")
+
+
+def test_scores_and_comparisons_fill_their_places_in_a_markdown_file(scored, tmp_path):
+    """The tables of the page, under the names `scores` and `comparisons`."""
+    path = tmp_path / "study.md"
+    names = ("scores", "comparisons")
+    path.write_text("".join(f"<!-- report:{one} --><!-- /report:{one} -->\n" for one in names))
+    assert update_readme(path, scored) == list(names)
+    assert "| gsm8k: exact match | 0.00 [0.00–0.00] (0 of 8) |" in path.read_text()
+    assert "| exact match, gsm8k: fine-tuned against base |" in path.read_text()

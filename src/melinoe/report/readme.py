@@ -8,6 +8,7 @@ from melinoe.report import render
 from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.page import write_whole
 from melinoe.report.records import Sources, read_records
+from melinoe.report.scores import comparison_table, score_table
 from melinoe.report.study import study_tables
 from melinoe.report.tables import corpus_table, main_table, servings
 
@@ -23,6 +24,8 @@ def generated(sources: Sources) -> dict[str, str]:
         texts["demo"] = render.render(tables, "markdown", 0)
     if (corpora := corpus_table(found)) is not None:
         texts["corpora"] = render.render([corpora], "markdown", 0)
+    judged = (score_table(found), comparison_table(found))
+    texts |= {table.name: render.markdown(table) for table in judged if table is not None}
     for table in [*study_tables(found), *benchmark_tables(found)]:
         texts[table.name.replace("_", "-")] = render.markdown(table)
     return texts
