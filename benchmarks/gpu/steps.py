@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from melinoe.fast.graphs import uncollected
+from melinoe.fast.captured import uncollected
 from melinoe.runtime.calls import Batch
 
 

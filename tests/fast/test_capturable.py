@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from melinoe.engine import attach
-from melinoe.fast.graphs import uncollected
+from melinoe.fast.captured import uncollected
 from melinoe.runtime.calls import Batch
 
 # Their result, or its shape, is known only when the device has computed: the host would wait.

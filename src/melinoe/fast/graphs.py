@@ -10,21 +10,20 @@ of a kind is compiled and the third is captured.
 
 from __future__ import annotations
 
-import gc
-import inspect
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from melinoe.fast.compiled import CompiledForward, CompileError, cache_length, first_line
+from melinoe.fast.captured import CudaStep, PlainStep, Step
+from melinoe.fast.compiled import CompiledForward, CompileError, first_line
 from melinoe.fast.graph_inputs import buffer, fill, signature
+from melinoe.fast.kept_cache import KeptCache
 from melinoe.fast.passes import DEVICE, FastPasses
 from melinoe.runtime.passes import Batch
 
@@ -34,64 +33,6 @@ Forward = Callable[[Mapping[str, Any]], Any]
 
 # Kinds of step (batch size, cache length) that are kept; each holds its own buffers.
 _MOST_KINDS = 16
-
-
-class Step(Protocol):
-    """One captured forward pass."""
-
-    output: Any
-
-    def replay(self) -> None:
-        """Run it again, on what its input buffers hold now."""
-
-
-class CudaStep:
-    """
-    A forward pass in a CUDA graph.
-
-    Args:
-        run: the pass; nothing of it is executed now.
-        pool: memory shared by all graphs of a model.
-    """
-
-    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-        with uncollected(), capture:
-            self.output = run()
-
-    def replay(self) -> None:
-        """One launch."""
-        self._graph.replay()
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """
-    In the body Python collects no garbage, as CUDA captures a graph there.
-
-    What is collected may be a store of page-locked memory, which waits for the device before it
-    lets go; while a stream is captured that is an error, and the capture is lost.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-class PlainStep:
-    """The same where there is no CUDA: the pass is run each time, on the same buffers."""
-
-    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
-        self._run = run
-        self.output: Any = None
-
-    def replay(self) -> None:
-        """Run the pass."""
-        self.output = self._run()
 
 
 class DecodeGraphs:
@@ -131,8 +72,7 @@ class DecodeGraphs:
         # Buffers on which steps of a kind have been compiled, and which the captured step reads.
         self._buffers: dict[tuple, dict[str, Any]] = {}
         self._caches: dict[str, Any] = {}
-        # The static cache that generate was given last, its layers, and its batch size.
-        self._kept: tuple[Callable[[], Any], list[Any], int] = (_nobody, [], 0)
+        self._kept = KeptCache(renewed=self._drop)
         self._paused = 0
         self.captured = self.replayed = 0
         self.reason: str | None = None
@@ -151,7 +91,8 @@ class DecodeGraphs:
             vars(self._model)["get_compiled_call"] = lambda *_: self.step
             prepare = getattr(self._model, "_prepare_static_cache", None)
             if prepare is not None:
-                vars(self._model)["_prepare_static_cache"] = self._reusing(prepare)
+                reusing = self._kept.reusing(prepare, lambda: self._compiles)
+                vars(self._model)["_prepare_static_cache"] = reusing
 
         def undo() -> None:
             for name, value in before.items():
@@ -185,7 +126,7 @@ class DecodeGraphs:
     def forget(self) -> None:
         """Free the graphs, their buffers and the kept cache."""
         self._drop()
-        self._kept = (_nobody, [], 0)
+        self._kept.forget()
 
     def step(self, **inputs: Any) -> Any:
         """One forward pass of the model with these arguments, replayed if it can be."""
@@ -318,56 +259,6 @@ class DecodeGraphs:
             key.append((name, part))
         return tuple(key)
 
-    def _reusing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """
-        Keep one static cache between calls of `generate`: a captured step only knows its memory.
-
-        Only its layers are kept: while the cache itself is alive, somebody may still read it, and
-        the next call gets new memory.
-        """
-        takes = inspect.signature(prepare)
-
-        def reuse(*args: Any, **kwargs: Any) -> Any:
-            given = takes.bind(*args, **kwargs)
-            batch, length = map(given.arguments.get, ("batch_size", "max_cache_len"))
-            if length is not None:
-                given.arguments["max_cache_len"] = cache_length(length, self._compiles)
-            fresh = prepare(*given.args, **given.kwargs)
-            if type(fresh) is not StaticCache or batch is None:
-                return fresh
-            kept, layers, of_batch = self._kept
-            fits = (
-                kept() is None
-                and batch == of_batch
-                and len(layers) == len(fresh.layers)
-                and all(map(_same_memory, layers, fresh.layers))
-            )
-            if fits:
-                for layer in layers:
-                    layer.reset()
-                fresh.layers = layers
-            else:
-                self._drop()
-            self._kept = (weakref.ref(fresh), fresh.layers, batch)
-            return fresh
-
-        return reuse
-
-
-def _nobody() -> None:
-    """What a weak reference gives whose object is gone."""
-
 
 _SETTINGS = ("disable_compile", "cache_implementation")
 _METHODS = ("get_compiled_call", "_prepare_static_cache")
-
-
-def _same_memory(kept: Any, fresh: Any) -> bool:
-    """Whether a used layer can stand for a fresh one."""
-    if not (type(kept) is type(fresh) is StaticLayer) or not kept.is_initialized:
-        return False
-    keys: Any = kept.keys
-    return (
-        kept.max_cache_len == fresh.max_cache_len
-        and keys.is_inference() == torch.is_inference_mode_enabled()
-    )
