@@ -46,30 +46,35 @@ def test_no_policy_is_best_everywhere(of, answer):
 
 
 def test_no_prefetch_lowers_the_copies_in_all(of, answer):
-    """At a quarter, each adds; the prompt's own the fewest; the next router's waits are dear."""
+    """None is shown to at a quarter; the prompt's own add least; next-router's waits are dear."""
     for row in of["prefetch"]:
-        assert row["prefetch"] == "none" or above(row["all copies, minus none"])
+        assert row["prefetch"] == "none" or not below(row["all copies, minus none"])
     assert answer["the prefetch with the fewest copies in all"] == ["prefill"] * 4
-    waits = ["next-router", "next-router", "prefill", "next-router"]
+    waits = ["next-router", "next-router", "prefill", "predictor"]
     assert answer["the prefetch that leaves the fewest to wait for"] == waits
     saved = answer["its transfers on demand, minus none's"]
     more = answer["and its copies in all, minus none's"]
-    for which in (0, 1, 3):
+    for which in (0, 1):
         assert more[which]["low"] > 2 * -saved[which]["low"]
 
 
-def test_slots_by_layer_save_everywhere(of):
-    """All intervals lie below 0, furthest for the fine-tuned model in its own domain."""
-    rows = of["allocation"]
-    assert all(below(row["difference"]) for row in rows)
-    most = min(rows, key=lambda row: row["difference"]["mean"])
-    assert (most["model"], most["domain"]) == ("fine-tuned", "GSM8K")
+def test_slots_by_layer_save_in_all_cases_but_one(of):
+    """That is the fine-tuned model's domain at a quarter, LFU; at a half hardly a load is left."""
+    rows, own = of["allocation"], ("fine-tuned", "GSM8K")
+    (spared,) = [row for row in rows if not below(row["difference"])]
+    case = (spared["model"], spared["domain"], spared["slots"], spared["policy"])
+    assert case == (*own, 8, "lfu") and not above(spared["difference"])
+    for row in rows:
+        if (row["model"], row["domain"], row["slots"]) == (*own, 16):
+            assert row["transfers, allocated"]["high"] < 0.05 * row["transfers, uniform"]["low"]
 
 
 def test_what_cache_aware_choice_costs(answer):
-    """0.1 costs shown once, 0.3 always; rerouting changes transfers and perplexity by little."""
-    assert all(one["high"] < -25 for one in answer["cache-prior 0.1: transfers (%)"])
-    assert sum(map(above, answer["cache-prior 0.1: perplexity (%)"])) == 1
+    """0.1 costs the fine-tuned model, 0.3 both; rerouting changes little of anything."""
+    assert all(one["high"] < -20 for one in answer["cache-prior 0.1: transfers (%)"])
+    mild_price = answer["cache-prior 0.1: perplexity (%)"]
+    assert list(map(above, mild_price)) == [False, False, True, True]
+    assert mild_price[2]["mean"] < mild_price[3]["mean"]
     assert all(map(above, answer["cache-prior 0.3: perplexity (%)"]))
     for mild, strong in zip(
         answer["cache-prior 0.1: transfers (%)"],
