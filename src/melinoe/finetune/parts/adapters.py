@@ -15,7 +15,8 @@ from torch import nn
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
 from melinoe.finetune.parts.attention import AttentionUpdates
-from melinoe.finetune.parts.low_rank import LowRankUpdates, once
+from melinoe.finetune.parts.low_rank import LowRankUpdates
+from melinoe.finetune.parts.updates import once
 from melinoe.moe.attention import find_attention
 from melinoe.moe.experts import ExpertsLayer, family
 from melinoe.moe.routing import Router

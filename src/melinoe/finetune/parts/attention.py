@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from melinoe.finetune.parts.low_rank import add_update, once
-from melinoe.finetune.parts.switching import Switching
+from melinoe.finetune.parts.low_rank import add_update
+from melinoe.finetune.parts.updates import Updates, acting
 from melinoe.moe.experts import ADAPTER
 
 
@@ -64,7 +64,7 @@ class LinearUpdate(nn.Module):
         add_update(projection.weight, self.lora_A, self.lora_B, self.scaling, False)
 
 
-class AttentionUpdates(Switching):
+class AttentionUpdates(Updates):
     """
     The updates of all attention projections of a model, on the model while it trains.
 
@@ -81,6 +81,7 @@ class AttentionUpdates(Switching):
     def __init__(
         self, projections: Mapping[str, nn.Linear], rank: int, alpha: float, seed: int
     ) -> None:
+        super().__init__(projections)
         self.rank, self.alpha, self.projections = rank, alpha, dict(projections)
         generator = torch.Generator().manual_seed(seed)
         by_weight: dict[int, LinearUpdate] = {}
@@ -97,33 +98,13 @@ class AttentionUpdates(Switching):
         """The update of one projection."""
         return self.projections[name].get_submodule(ADAPTER)  # type: ignore[return-value]
 
-    def places(self) -> list[LinearUpdate]:
-        """One update for each projection, in the order of ``projections``."""
-        return [self.of(name) for name in self.projections]
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Full name and parameter of every update; a shared one by its first name."""
-        return once(
-            (f"{name}.{ADAPTER}.{key}", parameter)
-            for name in self.projections
-            for key, parameter in self.of(name).named_parameters()
-        )
-
     def remove(self, *, merge: bool) -> None:
         """Take the updates off the model; with *merge*, add them to its weights before."""
-        merged: set[LinearUpdate] = set()
-        for name, projection in self.projections.items():
-            if merge and (own := self.of(name)) not in merged:
-                own.add_to(projection)
-                merged.add(own)
-            delattr(projection, ADAPTER)
+        super().remove(merge=merge)
         for handle in self._handles:
             handle.remove()
 
 
 def _add_update(projection: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    update: Any = getattr(projection, ADAPTER)
-    addition = update if update.enabled else None
-    if update.instead is not None:
-        (addition,) = update.instead
+    addition = acting(projection)
     return output if addition is None else output + addition(inputs[0]).to(output.dtype)

@@ -13,14 +13,14 @@ zeros, never none, so that distributed training finds the same gradients on each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from melinoe.finetune.parts.switching import Switching
+from melinoe.finetune.parts.updates import Updates, acting
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ADAPTER, ExpertsLayer
 from melinoe.moe.grouped import aligned_size, grouped_experts, grouped_product
@@ -110,7 +110,7 @@ def add_update(
     weight.copy_(weight.to(wide) + (update.T if is_transposed else update))
 
 
-class LowRankUpdates(Switching):
+class LowRankUpdates(Updates):
     """
     The updates of all MoE layers of a model, on the model while it trains.
 
@@ -132,6 +132,7 @@ class LowRankUpdates(Switching):
     def __init__(
         self, model: nn.Module, layers: Sequence[ExpertsLayer], rank: int, alpha: float, seed: int
     ) -> None:
+        super().__init__({layer.name: layer.module for layer in layers})
         self.rank, self.alpha = rank, alpha
         self.layers = list(layers)
         generator = torch.Generator().manual_seed(seed)
@@ -148,43 +149,15 @@ class LowRankUpdates(Switching):
         """The updates of one layer."""
         return layer.module.get_submodule(ADAPTER)  # type: ignore[return-value]
 
-    def places(self) -> list[LowRank]:
-        """The updates of each layer."""
-        return [self.of(layer) for layer in self.layers]
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Full name and parameter of every update; a shared one by its first name."""
-        return once(
-            (f"{layer.name}.{ADAPTER}.{name}", parameter)
-            for layer in self.layers
-            for name, parameter in self.of(layer).named_parameters()
-        )
-
     def remove(self, *, merge: bool) -> None:
         """Take the updates off the model; with *merge*, add them to its weights before."""
-        merged: set[LowRank] = set()
+        super().remove(merge=merge)
         for layer in self.layers:
-            if merge and (own := self.of(layer)) not in merged:
-                own.add_to(layer.module)
-                merged.add(own)
             unbind(layer.module)
-            delattr(layer.module, ADAPTER)
         self._restore()
-
-
-def once(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Parameters by name; one that has several names by its first, as in ``named_parameters()``."""
-    first: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in named:
-        first.setdefault(id(parameter), (name, parameter))
-    return dict(first.values())
 
 
 def _forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    update = getattr(module, ADAPTER)
-    addition = update if update.enabled else None
-    if update.instead is not None:
-        (addition,) = update.instead
-    return grouped_experts(module, hidden_states, top_k_index, top_k_weights, addition)
+    return grouped_experts(module, hidden_states, top_k_index, top_k_weights, acting(module))
