@@ -8,6 +8,7 @@ configuration is made small by the names of its settings; what a family needs be
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
@@ -171,6 +172,12 @@ def tiny_model(
                 for parameter in module.parameters(recurse=False):
                     parameter.normal_(std=0.3)
     return model
+
+
+def on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without values."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
 
 
 def tiny_of_type(model_type: str, settings: dict[str, Any]) -> PreTrainedModel:

@@ -5,22 +5,13 @@ import gc
 import pytest
 import torch
 from small_olmoe import tiny_model
+from tape import WAITING
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from melinoe.engine import attach
 from melinoe.fast.captured import uncollected
 from melinoe.runtime.calls import Batch
-
-# Their result, or its shape, is known only when the device has computed: the host would wait.
-WAITING = (
-    "_local_scalar_dense",
-    "nonzero",
-    "unique",
-    "masked_select",
-    "equal.default",
-    "is_nonzero",
-)
 
 
 class Waits(TorchDispatchMode):

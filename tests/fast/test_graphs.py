@@ -1,12 +1,15 @@
 """
-Captured decode steps inside transformers' generate, with the graph played by hand.
+Captured decode steps inside transformers' generate, with the graph played by a tape.
 
-Without CUDA a step is "captured" as a call on fixed buffers: what is tested is that generate asks
-for it, that every input reaches its buffer, that the cache it knows is the one in use, and what
-happens when it cannot be had. That the GPU replays what was captured is for tests/gpu.
+What is tested is that generate asks for them, that every input reaches its buffer, that the cache
+a step knows is the one in use, that nothing of a step is left to Python, and what happens when it
+cannot be had. That a GPU replays what was captured is for tests/gpu.
 """
 
+from contextlib import nullcontext
+
 import pytest
+import tape
 import tiny
 import torch
 from small_olmoe import tiny_model
@@ -14,11 +17,17 @@ from transformers import CompileConfig
 from transformers.cache_utils import StaticCache
 
 import melinoe.fast.graphs as graphs_module
-from melinoe.fast.attach import attach
+from melinoe.fast.attach import attach as attach_fast
 from melinoe.generate import generate as generate_text
 from melinoe.runtime.attach import attach as attach_reference
 
 BATCH = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4], [2, 3, 4, 5]])
+
+
+def attach(model, **options):
+    handle = attach_fast(model, **options)
+    tape.play(handle)
+    return handle
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +181,79 @@ def test_a_failure_inside_a_capture_leaves_no_pass_open(model, monkeypatch):
         assert handle.counters.tokens.tolist() == [4, 7]
 
 
-def test_a_cache_of_another_kind_is_named():
-    """Sliding windows keep a number in Python, which a graph would freeze."""
-    windowed = tiny.tiny_model("gpt_oss")
-    with attach(windowed, slots=8, graphs=True) as handle:
-        static(windowed, BATCH[:1])
-        assert "StaticSlidingWindowLayer" in handle.graphs.reason
+def test_a_window_that_fills_up_is_another_kind(monkeypatch):
+    """Eight tokens, four of them the prompt's; then every step rolls it. Two kinds, no more."""
+    model = tiny.tiny_model("gpt_oss", sliding_window=8)
+    expected = plain(model, BATCH, 12)
+    with attach(model, slots=8, graphs=True) as handle:
+        for _ in range(2):
+            assert torch.equal(static(model, BATCH, 12), expected)
+        # Of eleven steps four fill the window; the first step of each kind runs as it is.
+        assert (handle.graphs.captured, handle.graphs.replayed) == (2, 9 + 11)
+        assert handle.counters.tokens.tolist() == [2 * 16, 2 * 44]
+    # Were the count left to Python, the window would never seem full to a replayed step.
+    monkeypatch.setattr(graphs_module.cache_state, "set_counts", lambda *_: None)
+    with attach(model, slots=8, graphs=True), pytest.raises(IndexError):
+        static(model, BATCH, 12)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("qwen4_exp", "a step leaves other memory in StaticIndexedLayer"),
+        ("unlimited_ocr", "asks its cache for a number of tokens"),
+    ],
+)
+def test_what_no_graph_can_hold_is_named(family, why, caplog):
+    """A history that grows, a length read in Python: the same tokens, step by step."""
+    model = tiny.tiny_model(family)
+    expected = plain(model, BATCH[1:2])
+    with attach(model, slots=8, graphs=True) as handle:
+        for _ in range(2):
+            assert torch.equal(static(model, BATCH[1:2]), expected)
+        assert why in handle.graphs.reason
+        assert (handle.graphs.captured, handle.graphs.replayed) == (0, 0)
+    said = [r for r in caplog.records if "not as CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and said[0].levelname == "WARNING"
+
+
+def test_steps_that_nobody_asks_for_are_named(model, caplog):
+    """generate captures nothing for beams; neither does a loop that calls the model."""
+    with attach_reference(model, slots=8):
+        expected = model.generate(
+            BATCH[1:2], num_beams=2, max_new_tokens=8, do_sample=False,
+            cache_implementation="static",
+        )  # fmt: skip
+    with attach(model, slots=8, graphs=True) as handle:
+        static(model, BATCH[1:2])
+        assert not caplog.records
+        for _ in range(2):
+            assert torch.equal(static(model, BATCH[1:2], num_beams=2), expected)
+        assert handle.graphs.captured == 1
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1 and "nobody asks for these, as with beams" in said[0]
+
+
+def test_an_input_that_is_not_known_is_named(model, caplog):
+    """A captured step would keep whatever it is."""
+    with attach(model, slots=8, graphs=True) as handle:
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        step = handle.graphs.step
+        with torch.no_grad():
+            for _ in range(3):
+                step(input_ids=BATCH[1:2, :1], past_key_values=cache, other={1, 2})
+        assert handle.graphs.captured == 0
+    said = [r.getMessage() for r in caplog.records if "its input other, a set" in r.getMessage()]
+    assert len(said) == 1
+
+
+def test_constants_are_made_outside_the_graph(monkeypatch):
+    """A full window makes a tensor of a number in each step, which a GPU could not capture."""
+    model = tiny.tiny_model("gpt_oss", sliding_window=4)
+    monkeypatch.setattr(graphs_module.Constants, "giving", lambda self: nullcontext())
+    with attach(model, slots=8, graphs=True) as handle:
+        static(model, BATCH[1:2])
+        assert "CPU and CUDA tensors" in handle.graphs.reason
 
 
 def test_recording_sees_every_step(model):
@@ -228,14 +304,15 @@ def test_our_generate_runs_on_it(model):
         assert result.counters.tokens.tolist() == [4, 4]
 
 
-def test_generate_uses_a_static_cache_by_itself_only_where_it_can_be_captured(model, monkeypatch):
-    """On a GPU, for plain attention; elsewhere the model's own choice of cache stays."""
-    windowed = tiny.tiny_model("gpt_oss")
+def test_generate_uses_a_static_cache_by_itself_only_where_there_is_one(model, monkeypatch, caplog):
+    """On a GPU; elsewhere the model's own choice of cache stays, which is said."""
     for network, on_gpu, expected in (
         (model, True, "static"),
         (model, False, None),
-        (windowed, True, None),
+        (tiny.tiny_model("gpt_oss"), True, "static"),
+        (tiny.tiny_model("deepseek_v4"), True, None),
     ):
+        caplog.clear()
         before = network.generation_config.cache_implementation
         with attach(network, slots=8, graphs=True) as handle:
             graphs = handle.graphs
@@ -243,5 +320,7 @@ def test_generate_uses_a_static_cache_by_itself_only_where_it_can_be_captured(mo
             monkeypatch.setattr(graphs, "_device", device)
             undo = graphs.plug_in()
             assert network.generation_config.cache_implementation == (expected or before)
+            said = any("not as CUDA graphs" in r.getMessage() for r in caplog.records)
+            assert said == (on_gpu and expected is None)
             undo()
             assert network.generation_config.cache_implementation == before

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM
 
@@ -171,6 +172,35 @@ def test_captured_steps_give_the_tokens_of_plain_ones(batch):
         assert handle.graphs.reason is None and handle.fallbacks == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt_oss", {"sliding_window": 32}),  # fills up on the way
+        ("gemma4", {}),
+        ("qwen3_next", {}),
+        ("deepseek_v3", {}),
+        ("glm_moe_dsa", {}),
+        ("granitemoehybrid", {}),
+    ],
+)
+def test_other_caches_are_replayed_too(family, options):
+    """Windows, linear, latent and indexed attention: captured steps give the tokens of plain."""
+    network = tiny.tiny_model(family, dtype=torch.bfloat16, **options).to("cuda")
+    network.set_experts_implementation("grouped_mm")
+    network.generation_config.eos_token_id = None
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    with melinoe.attach(network, engine="fast", slots=8, graphs=False):
+        expected = torch.stack(
+            generate(network, 32, cache_implementation="static", **settings).logits
+        )
+    with melinoe.attach(network, engine="fast", slots=8) as handle:
+        for _ in range(2):
+            found = torch.stack(generate(network, 32, **settings).logits)
+            assert torch.equal(found, expected)
+        assert handle.graphs.reason is None
+        assert handle.graphs.captured == len(options) + 1
+
+
 def test_compiled_steps_give_bits_that_do_not_depend_on_the_slots():
     """Compiled, captured and replayed: few slots, some, all; nearly the model's own."""
     network = model()
@@ -311,7 +341,7 @@ def test_what_a_budget_counts_is_what_is_allocated():
     gc.collect()
     layers = find_experts(network)
     plan = plan_budget(
-        "2GiB", layers, network.config, backbone_bytes(network, layers),
+        "2GiB", layers, network.config, backbone_bytes(network, layers), 64 << 20,
         batch=1, context=256, staging_experts=2,
     )  # fmt: skip
     assert plan.slots_per_layer == EXPERTS

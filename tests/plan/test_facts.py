@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import find_experts
+from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
 from melinoe.plan.facts import model_facts
-from melinoe.plan.forward import DIRECT, cache_bytes, forward
 from melinoe.plan.kv_fallback import cache_bytes_by_heads
 from tests.plan.conftest import PUBLISHED, write_config
 from tests.tiny import OVERRIDES, _model_class, families, tiny_config, tiny_of_type

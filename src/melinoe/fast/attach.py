@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
-from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
+from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.errors import AttachError, BudgetError
 from melinoe.fast.budget import backbone_bytes, enforce, plan_budget
+from melinoe.fast.cache_bytes import cache_bytes
 from melinoe.fast.carrier import FastStore
 from melinoe.fast.compiled import cache_length
 from melinoe.fast.compressed import CompressedStore
@@ -156,10 +158,14 @@ def load(
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
         if gpu_memory is not None:
+            sequences, tokens = batch or 1, cache_length(context or 2048, bool(compile))
+            hollow = build_on_meta(
+                checkpoint.model_class, copy.deepcopy(checkpoint.config), checkpoint.dtype
+            )
             budget = plan_budget(
                 gpu_memory, layers, model.config, backbone_bytes(model, layers),
-                batch=batch or 1, context=cache_length(context or 2048, bool(compile)),
-                staging_experts=staging,
+                cache_bytes(hollow, find_experts(hollow), sequences, tokens),
+                batch=sequences, context=tokens, staging_experts=staging,
             )  # fmt: skip
             _log.info("GPU memory of %s", budget)
             enforce(budget, target)

@@ -1,8 +1,8 @@
 """
 A budget of GPU memory as a contract: everything is counted, and what is left goes to slots.
 
-What is counted beside the slots: the backbone's weights as they lie in memory; keys and values of
-*batch* sequences of *context* tokens; the staging blocks; what the largest forward pass, a prompt
+What is counted beside the slots: the backbone's weights as they lie in memory; the cache of *batch*
+sequences of *context* tokens; the staging blocks; what the largest forward pass, a prompt
 of *context* tokens in every sequence, needs while it runs; and the buffers of captured steps.
 PyTorch's allocator gives large tensors whole pieces of 2 MiB, and so does this arithmetic. The CUDA
 context itself, some hundred MiB that no allocator sees, is not counted.
@@ -36,7 +36,7 @@ class GpuBudget:
     Attributes:
         total: the budget.
         backbone: all weights and buffers but the experts'.
-        kv_cache: keys and values.
+        kv_cache: keys and values, and recurrent states.
         staging: the two blocks that prompts' experts pass through.
         workspace: what the largest forward pass needs while it runs.
         graphs: buffers of captured steps.
@@ -69,6 +69,7 @@ def plan_budget(
     layers: Sequence[ExpertsLayer],
     config: Any,
     backbone: int,
+    kv_cache: int,
     *,
     batch: int,
     context: int,
@@ -82,19 +83,19 @@ def plan_budget(
         layers: as `find_experts` lists them.
         config: the model's.
         backbone: bytes of everything that is not experts; see `backbone_bytes`.
+        kv_cache: bytes of the cache of *batch* sequences; see `melinoe.fast.cache_bytes`.
         batch: sequences decoded at once, at most.
         context: tokens of a sequence, prompt included, at most.
         staging_experts: that one staging block holds.
 
     Raises:
-        BudgetError: not even one slot per layer fits, with the smallest budget that works; or the
-            config does not say how large keys and values are.
+        BudgetError: not even one slot per layer fits, with the smallest budget that works.
     """
     total = parse_bytes(gpu_memory)
     dtype = layers[0].tensors[0].dtype
     known = {
         "backbone": _pieces(backbone),
-        "kv_cache": kv_cache_bytes(config, batch, context, dtype),
+        "kv_cache": kv_cache,
         "staging": staging_bytes(tuple(layers), staging_experts),
         "workspace": workspace_bytes(layers, config, batch * context, context, dtype),
         "graphs": _GRAPHS,
@@ -141,27 +142,6 @@ def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
             key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
             sizes[key] = -(-tensor.nbytes // 512) * 512
     return sum(sizes.values())
-
-
-def kv_cache_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
-    """
-    Bytes of the keys and values of *batch* sequences of *context* tokens in a static cache.
-
-    Raises:
-        BudgetError: the model keeps something else, such as latent or recurrent states.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = set(getattr(text, "layer_types", None) or ())
-    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if odd or getattr(text, "kv_lora_rank", None) or not heads:
-        raise BudgetError(
-            f"how much memory the cache of {text.model_type} takes cannot be told from its config "
-            f"({', '.join(sorted(odd)) or 'latent attention'}); give slots or expert_memory "
-            "instead of gpu_memory"
-        )
-    return text.num_hidden_layers * 2 * _pieces(batch * heads * context * size * dtype.itemsize)
 
 
 def workspace_bytes(

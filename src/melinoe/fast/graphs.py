@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
+from melinoe.fast import cache_state, plug
+from melinoe.fast.cache_state import Kinds
 from melinoe.fast.captured import CudaStep, PlainStep, Step
 from melinoe.fast.compiled import CompiledForward, CompileError, first_line
+from melinoe.fast.constants import Constants
 from melinoe.fast.graph_inputs import buffer, fill, signature
 from melinoe.fast.kept_cache import KeptCache
 from melinoe.fast.passes import DEVICE, FastPasses
@@ -30,9 +33,12 @@ from melinoe.runtime.passes import Batch
 _log = logging.getLogger("melinoe")
 
 Forward = Callable[[Mapping[str, Any]], Any]
+Counts = list[list[int | None]]
 
 # Kinds of step (batch size, cache length) that are kept; each holds its own buffers.
 _MOST_KINDS = 16
+# Kinds that are remembered to have run once, or to need the host.
+_MOST_KNOWN = 64
 
 
 class DecodeGraphs:
@@ -68,10 +74,17 @@ class DecodeGraphs:
         self._make = CudaStep if device.type == "cuda" else PlainStep
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._steps: dict[tuple, tuple[dict[str, Any], Step]] = {}
-        self._warm: set[tuple] = set()
-        # Buffers on which steps of a kind have been compiled, and which the captured step reads.
-        self._buffers: dict[tuple, dict[str, Any]] = {}
-        self._caches: dict[str, Any] = {}
+        # Kinds of which one step has run as it is, and kinds that only the host can plan.
+        self._warm: dict[tuple, None] = {}
+        self._hosted: dict[tuple, None] = {}
+        self._stepping = False
+        self._warned: set[str] = set()
+        # Buffers on which steps of a kind have been compiled, and which the captured step reads;
+        # and what the cache counted then.
+        self._compiled: dict[tuple, tuple[dict[str, Any], Counts]] = {}
+        self._caches: dict[str, StaticCache] = {}
+        self._kinds = Kinds()
+        self._constants = Constants()
         self._kept = KeptCache(renewed=self._drop)
         self._paused = 0
         self.captured = self.replayed = 0
@@ -79,40 +92,17 @@ class DecodeGraphs:
 
     def plug_in(self) -> Callable[[], None]:
         """Answer `generate` when it asks for a compiled forward; returns what undoes it."""
-        config = getattr(self._model, "generation_config", None)
-        if config is None:
-            return lambda: None
-        before = {name: getattr(config, name, None) for name in _SETTINGS}
-        own = {name: vars(self._model).get(name) for name in _METHODS}
-        config.disable_compile = not self._enabled
-        if self._enabled:
-            if config.cache_implementation is None and self._may_be_static():
-                config.cache_implementation = "static"
-            vars(self._model)["get_compiled_call"] = lambda *_: self.step
-            prepare = getattr(self._model, "_prepare_static_cache", None)
-            if prepare is not None:
-                reusing = self._kept.reusing(prepare, lambda: self._compiles)
-                vars(self._model)["_prepare_static_cache"] = reusing
+        if not self._enabled:
+            return plug.forbid_compiling(self._model)
+        self._passes.unasked = self._unasked
+        return plug.answer(
+            self._model, self.step, lambda given: self._kept.reusing(given, lambda: self._compiles),
+            self._device,
+        )  # fmt: skip
 
-        def undo() -> None:
-            for name, value in before.items():
-                setattr(config, name, value)
-            for name, method in own.items():
-                vars(self._model).pop(name, None)
-                if method is not None:
-                    vars(self._model)[name] = method
-
-        return undo
-
-    def _may_be_static(self) -> bool:
-        """Whether a static cache, which is what can be captured, suits the model."""
-        text = self._model.config.get_text_config(decoder=True)
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        return (
-            self._device.type == "cuda"
-            and getattr(self._model, "_can_compile_fullgraph", False)
-            and kinds == {"full_attention"}
-        )
+    def _unasked(self) -> None:
+        if not (self._stepping or self._paused or self.reason):
+            self._warn("nobody asks for these, as with beams, or in a loop of one's own")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -130,31 +120,51 @@ class DecodeGraphs:
 
     def step(self, **inputs: Any) -> Any:
         """One forward pass of the model with these arguments, replayed if it can be."""
-        key = None if self._paused or self.reason else self._kind(inputs)
-        if key is None:
-            return self._model(**inputs)
-        if key not in self._steps and key not in self._warm:
-            output = self._model(**inputs)  # also what compiles the kernels
-            if self._passes.mode == DEVICE:
-                self._warm.add(key)
-            return output
         # Held while a step runs and no longer, so that it is known when nobody else holds them.
         self._caches = {name: one for name, one in inputs.items() if isinstance(one, StaticCache)}
+        self._stepping = True
         try:
-            if key not in self._steps and self._compiles and key not in self._buffers:
-                output = self._first_compiled(key, inputs)
-                if output is not None:
-                    return output
-            if key not in self._steps and not self._capture(key, inputs):
-                return self._model(**inputs)
-            buffers, step = self._steps[key]
-            fill(buffers, inputs)
-            self._passes.completion_begins()
-            step.replay()
-            self.replayed += 1
-            return self._joined(step.output)
+            key = None if self._paused or self.reason else self._kind(inputs)
+            return self._model(**inputs) if key is None else self._step(key, inputs)
         finally:
-            self._caches = {}
+            self._stepping, self._caches = False, {}
+
+    def _step(self, key: tuple, inputs: Mapping[str, Any]) -> Any:
+        """A step of a kind that can be captured, or that has not shown yet that it cannot."""
+        if key not in self._steps and key not in self._warm:
+            return self._as_it_is(key, inputs)
+        if key not in self._steps and self._compiles and key not in self._compiled:
+            output = self._first_compiled(key, inputs)
+            if output is not None:
+                return output
+        counts = self._counts()
+        if key not in self._steps and not self._capture(key, inputs):
+            return self._model(**inputs)
+        buffers, step = self._steps[key]
+        fill(buffers, inputs)
+        self._passes.completion_begins()
+        step.replay()
+        self._set_counts(counts, 1)
+        self.replayed += 1
+        return self._joined(step.output)
+
+    def _as_it_is(self, key: tuple, inputs: Mapping[str, Any]) -> Any:
+        """The first step of a kind, which also compiles the kernels."""
+        if key in self._hosted:
+            return self._model(**inputs)
+        before = [self._kinds.of(cache) for cache in self._caches.values()]
+        with self._constants.learning():
+            output = self._model(**inputs)
+        after = [self._kinds.of(cache) for cache in self._caches.values()]
+        odd = sorted(set().union(*map(cache_state.moved, before, after)))
+        if odd:
+            self._give_up(f"a step leaves other memory in {', '.join(odd)} of the model's cache")
+            return output
+        known = self._warm if self._passes.mode == DEVICE else self._hosted
+        if len(known) >= _MOST_KNOWN:
+            known.pop(next(iter(known)))
+        known[key] = None
+        return output
 
     @property
     def _compiles(self) -> bool:
@@ -163,42 +173,62 @@ class DecodeGraphs:
     def _first_compiled(self, key: tuple, inputs: Mapping[str, Any]) -> Any | None:
         """The step compiled, on the buffers it will be captured with; None if that fails."""
         assert self.compiled is not None
-        buffers = self._buffers[key] = self._buffers_for(inputs)
+        buffers, counts = self._compiled[key] = self._buffers_for(inputs), self._counts()
         try:
             return self._joined(self._run(self.compiled.first, buffers))
         except CompileError:
+            self._set_counts(counts)
             return None
         finally:
             if not self._compiles:
-                self._buffers = {}
+                self._compiled = {}
 
     def _capture(self, key: tuple, inputs: Mapping[str, Any]) -> bool:
         """Capture one kind of step; False if that does not work, and then never again."""
-        buffers = self._buffers.pop(key, None) or self._buffers_for(inputs)
+        counts = self._counts()
+        known = self._compiled.pop(key, None)
+        buffers, compiled_at = known or (self._buffers_for(inputs), counts)
         # The oldest goes first, and before the new one takes memory.
         if len(self._steps) >= _MOST_KINDS:
             self._steps.pop(next(iter(self._steps)))
         if self._compiles:
             assert self.compiled is not None
             try:
-                self._steps[key] = self._made(self.compiled.again, buffers)
+                self._steps[key] = self._made(self.compiled.again, buffers, compiled_at)
             except Exception as error:  # nothing was computed: the model's own may be captured
                 self.compiled.give_up(error)
                 self._passes.settle()
         if key not in self._steps:
             try:
-                self._steps[key] = self._made(self._own, buffers)
+                self._steps[key] = self._made(self._own, buffers, counts)
             except Exception as error:  # whatever a kernel or the driver objects to
+                self._set_counts(counts)
                 self._give_up(f"capturing a step failed: {first_line(error)}")
                 return False
         self.captured += 1
         return True
 
-    def _made(self, forward: Forward, buffers: dict[str, Any]) -> tuple[dict[str, Any], Step]:
-        return buffers, self._make(lambda: self._run(forward, buffers), self._pool)
+    def _counts(self) -> Counts:
+        return list(map(cache_state.counts, self._caches.values()))
+
+    def _set_counts(self, counts: Counts, more: int = 0) -> None:
+        for cache, values in zip(self._caches.values(), counts, strict=True):
+            cache_state.set_counts(cache, values, more)
+
+    def _made(
+        self, forward: Forward, buffers: dict[str, Any], counts: Counts
+    ) -> tuple[dict[str, Any], Step]:
+        """The captured step; *counts* are those that *forward* was compiled for, or today's."""
+
+        def run() -> Any:
+            self._set_counts(counts)
+            return self._run(forward, buffers)
+
+        return buffers, self._make(run, self._pool)
 
     def _own(self, inputs: Mapping[str, Any]) -> Any:
-        return self._model(**inputs)
+        with self._constants.giving():
+            return self._model(**inputs)
 
     def _buffers_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: buffer(value) for name, value in inputs.items() if name not in self._caches}
@@ -209,7 +239,10 @@ class DecodeGraphs:
         # Whether something came before is known here; asking the cache would wait for it.
         self._passes.given = Batch(batch, length, 1, 0, None)
         try:
-            output = forward({**buffers, **self._caches})
+            with ExitStack() as body:
+                for cache in self._caches.values():
+                    body.enter_context(cache_state.uncounted(cache))
+                output = forward({**buffers, **self._caches})
             return type(output)(
                 **{name: one for name, one in output.items() if not isinstance(one, Cache)}
             )
@@ -221,15 +254,19 @@ class DecodeGraphs:
         return type(output)(**{**output, **self._caches})
 
     def _drop(self) -> None:
-        self._steps, self._warm, self._buffers = {}, set(), {}
+        self._steps, self._compiled = {}, {}
+        self._warm, self._hosted = {}, {}
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         self._drop()
         self._passes.settle()
-        _log.warning(
-            "decode steps are launched one kernel at a time, not as CUDA graphs: %s", reason
-        )
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            _log.warning(plug.NO_GRAPHS, reason)
 
     def _kind(self, inputs: Mapping[str, Any]) -> tuple | None:
         """What a captured step would have to agree in with these inputs; None if it cannot be."""
@@ -240,25 +277,10 @@ class DecodeGraphs:
             return None  # would be overwritten by the next step while the caller keeps them
         key: list[Any] = [torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
         for name in sorted(inputs):
-            part = signature(inputs[name])
+            value = inputs[name]
+            part = self._kinds.of(value) if isinstance(value, StaticCache) else signature(value)
             if part is None:
-                cache: Any = inputs[name]
-                if not isinstance(cache, StaticCache):
-                    return None
-                odd = {type(one).__name__ for one in cache.layers if type(one) is not StaticLayer}
-                if odd:
-                    self._give_up(f"the model's cache has layers of type {', '.join(sorted(odd))}")
-                    return None
-                layers: Any = cache.layers
-                part = tuple(
-                    tensor.data_ptr()
-                    for one in layers
-                    if one.is_initialized
-                    for tensor in (one.keys, one.values, one.cumulative_length)
-                )
+                self._warn(f"nothing is known of its input {name}, a {type(value).__name__}")
+                return None
             key.append((name, part))
         return tuple(key)
-
-
-_SETTINGS = ("disable_compile", "cache_implementation")
-_METHODS = ("get_compiled_call", "_prepare_static_cache")

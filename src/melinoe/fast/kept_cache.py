@@ -7,10 +7,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
 
+from melinoe.fast import cache_state
 from melinoe.fast.compiled import cache_length
 
 
@@ -56,8 +55,6 @@ class KeptCache:
             if type(fresh) is not StaticCache or batch is None:
                 return fresh
             if self._fits(fresh, batch):
-                for layer in self._layers:
-                    layer.reset()
                 fresh.layers = self._layers
             else:
                 self._renewed()
@@ -71,20 +68,9 @@ class KeptCache:
             self._cache() is None
             and batch == self._batch
             and len(self._layers) == len(fresh.layers)
-            and all(map(_same_memory, self._layers, fresh.layers))
+            and all(map(cache_state.as_new, self._layers, fresh.layers))
         )
 
 
 def _nobody() -> None:
     """What a weak reference gives whose object is gone."""
-
-
-def _same_memory(kept: Any, fresh: Any) -> bool:
-    """Whether a used layer can stand for a fresh one."""
-    if not (type(kept) is type(fresh) is StaticLayer) or not kept.is_initialized:
-        return False
-    keys: Any = kept.keys
-    return (
-        kept.max_cache_len == fresh.max_cache_len
-        and keys.is_inference() == torch.is_inference_mode_enabled()
-    )

@@ -32,6 +32,7 @@ class FastPasses(ForwardPasses):
         fallbacks: passes of the completion that were planned with the host.
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
+        unasked: told of each pass that the device plans outside continuous batching.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FastPasses(ForwardPasses):
         self.paged = False
         self.fallbacks = 0
         self.given: Batch | None = None
+        self.unasked: Callable[[], None] | None = None
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """As `ForwardPasses.enter`, but all layers of a pass compute the same number of tokens."""
@@ -82,6 +84,8 @@ class FastPasses(ForwardPasses):
             self.mode = DEVICE if fits else PLANS
         if self.mode == PLANS:
             self._note_fallback(tokens)
+        elif self.mode == DEVICE and self.unasked is not None and not self.paged:
+            self.unasked()
         if phase == COMPLETION:
             self._completion_begins()
         if self.mode != DEVICE:

@@ -5,7 +5,6 @@ Know before you run: will a model fit, how fast can it be, and what would bound 
     hardware.py     cards, links, memories and disks by name (hardware.json, each with its source)
     measuring.py    this machine's own bandwidths
     facts.py        what a model weighs, from its config alone (models.json: four that ship)
-    forward.py      a pass on the meta device: what a token reads, what the cache keeps
     kv_fallback.py  the cache by counting heads, where no such pass can run
     hit_rates.py    hit rates: assumed with a source (assumptions.json), or a trace's
     speed.py        seconds a token on each tier, and both ends of the speed

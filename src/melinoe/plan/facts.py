@@ -18,7 +18,7 @@ from melinoe.checkpoint.files import quantisation, read_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import find_experts
-from melinoe.plan.forward import DIRECT, cache_bytes, forward
+from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
 from melinoe.plan.kv_fallback import cache_bytes_by_heads
 
 

@@ -70,15 +70,16 @@ def _asks_only(func: Any) -> bool:
     return getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "stride")
 
 
-def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
+@contextlib.contextmanager
+def without_experts(model: Any, layers: Sequence[ExpertsLayer]) -> Iterator[list[int | None]]:
     """
-    Run *model*, which is on the meta device, over *tokens* tokens without values.
+    In the body *model*, on the meta device, runs; its experts give back what they are given.
 
-    Costs well under a second for most families up to `DIRECT` tokens, and no memory.
+    Yields:
+        By MoE layer, the experts a token asked for; None while it was not called.
 
     Raises:
-        RuntimeError: the family's code looks at values, or keeps no cache (any exception of its
-            own, chained).
+        RuntimeError: any exception of the body's, chained.
     """
     top_k: list[int | None] = [None] * len(layers)
 
@@ -89,7 +90,6 @@ def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
 
         return experts
 
-    reads = _Reads()
     with contextlib.ExitStack() as stack:
         for layer in layers:
             bind(layer.module, noted(layer.index))
@@ -98,11 +98,26 @@ def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         try:
-            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-            with reads:
-                kept = model(input_ids=ids, use_cache=True).past_key_values
+            yield top_k
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def forward(model: Any, layers: Sequence[ExpertsLayer], tokens: int) -> Pass:
+    """
+    Run *model*, which is on the meta device, over *tokens* tokens without values.
+
+    Costs well under a second for most families up to `DIRECT` tokens, and no memory.
+
+    Raises:
+        RuntimeError: the family's code looks at values, or keeps no cache (any exception of its
+            own, chained).
+    """
+    reads = _Reads()
+    with without_experts(model, layers) as top_k:
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        with reads:
+            kept = model(input_ids=ids, use_cache=True).past_key_values
     if kept is None:
         raise RuntimeError("the model left no cache")
     parts = list(_parts(kept))

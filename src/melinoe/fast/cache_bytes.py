@@ -1,0 +1,63 @@
+"""Bytes of the cache that decoding keeps on the GPU, asked of the model's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+from melinoe.errors import BudgetError
+from melinoe.fast.cache_state import tensors
+from melinoe.moe import meta_pass
+from melinoe.moe.experts import ExpertsLayer
+
+# PyTorch's allocator packs small tensors together and gives large ones whole pieces.
+_SMALL, _PIECE = 1 << 20, 2 << 20
+
+
+def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int) -> int:
+    """
+    Bytes that the cache of *batch* sequences of *context* tokens takes, as the allocator counts.
+
+    The family's static cache is filled by a pass without values, so latent attention, windows,
+    indexers and recurrent states are what they are. A family without one is asked for the cache
+    that grows; then it is counted at its full length.
+
+    Args:
+        model: on the meta device; without its experts' use.
+        layers: its MoE layers.
+        batch: sequences at once.
+        context: tokens of a sequence, prompt included, at most.
+
+    Raises:
+        BudgetError: the family's code looks at values, so that neither can be asked.
+    """
+    try:
+        return sum(map(pieces, _static(model, layers, batch, context)))
+    except RuntimeError:
+        pass  # no static cache; the other may do
+    try:
+        seen = meta_pass.forward(model, layers, min(context, meta_pass.DIRECT))
+        return batch * pieces(meta_pass.cache_bytes(model, layers, context, seen))
+    except RuntimeError as error:
+        raise BudgetError(
+            f"how much memory the cache of {model.config.model_type} takes cannot be told "
+            f"beforehand ({str(error).splitlines()[0][:80]}); give slots or expert_memory instead "
+            "of gpu_memory"
+        ) from error
+
+
+def _static(model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int) -> Iterator[int]:
+    with meta_pass.without_experts(model, layers):
+        cache = StaticCache(config=model.config, max_cache_len=context)
+        ids = torch.zeros(batch, min(context, 2), dtype=torch.long, device="meta")
+        model(input_ids=ids, past_key_values=cache)
+    for layer in cache.layers:
+        yield from (one.nbytes for one in tensors(layer))
+
+
+def pieces(nbytes: int) -> int:
+    """What the allocator takes for a tensor of so many bytes."""
+    return -(-nbytes // _PIECE) * _PIECE if nbytes >= _SMALL else -(-nbytes // 512) * 512
