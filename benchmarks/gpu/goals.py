@@ -14,11 +14,13 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     fast = [row for row in decode if row["engine"] == "fast" and row["batch"] == 1]
     resident = _first(decode, model=OLMOE, engine="fast, all resident", batch=1)
     compiled = _first(decode, model=OLMOE, engine="fast, all resident, compiled", batch=1)
-    paper = [
-        row for row in fast
-        if row["model"] == OLMOE and row["experts"] == "int4"
+    paper = {
+        row["engine"]: row["tokens_per_s"]
+        for row in decode
+        if row["engine"] in ("fast", "fast, compiled") and row["batch"] == 1
+        and row["model"] == OLMOE and row["experts"] == "int4"
         and abs(row["loads_per_step"] - 60 * row["layers"] / 16) <= 2
-    ]  # fmt: skip
+    }  # fmt: skip
     accelerate = _first(decode, engine="accelerate, experts on the CPU")
     slowest = max((r["step_s"] for r in fast if r["model"] == OLMOE), default=None)
     ratios = [
@@ -35,8 +37,9 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
               _least_share(row for row in decode if row["engine"] == "fast, compiled")),
         _goal("tok/s, OLMoE, all resident", 300, resident and resident["tokens_per_s"]),
         _goal("tok/s, OLMoE, all resident, compiled", 300, compiled and compiled["tokens_per_s"]),
-        _goal("tok/s, OLMoE, 60 experts a token, 4 bits", 200,
-              paper[0]["tokens_per_s"] if paper else None),
+        _goal("tok/s, OLMoE, 60 experts a token, 4 bits", 200, paper.get("fast")),
+        _goal("tok/s, OLMoE, 60 experts a token, 4 bits, compiled", 200,
+              paper.get("fast, compiled")),
         _goal("times accelerate's offload, at the worst miss rate", 3,
               accelerate["step_s"] / slowest if accelerate and slowest else None),
         _goal("times the reference engine, at the worst miss rate", 2, min(ratios, default=None)),

@@ -28,6 +28,7 @@ def sections(dry: bool) -> dict[str, float]:
             found[f"{model}: bf16: transformers, all resident"] = 60
             found[f"{model}: bf16: accelerate offload"] = 90
     if not dry:
+        found[f"{OLMOE}: int4: compiled"] = 120
         found[f"{QWEN}: bf16: compiled"] = 150
     found[f"{OLMOE}: bf16: moe-policylang"] = 60
     found[f"{OLMOE}: bf16: transformers, compiled"] = 240

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from melinoe.fast import copying
+from melinoe.fast import tuning
 from melinoe.fast.blocks import device_address
 from melinoe.fast.copying import CopyPlan, Segment
 
@@ -36,7 +36,8 @@ def measure(device: torch.device, block_bytes: int, experts: int) -> dict[str, A
     """
     Bytes per second, each way, of blocks of *block_bytes*, *experts* of them at once.
 
-    Kernel reads are tried with several grids and chunks; the best is what the engine could have.
+    Kernel reads are tried with the grids that the engine tries, and several chunks; the best is
+    what it could have.
     """
     on_gpu = device.type == "cuda"
     host = torch.zeros(experts, block_bytes, dtype=torch.uint8)
@@ -56,21 +57,18 @@ def measure(device: torch.device, block_bytes: int, experts: int) -> dict[str, A
     count = torch.tensor([experts], dtype=torch.int32, device=device)
     segments = [Segment("block", 0, block_bytes)]
     tried = []
-    grids = (1, 2, 4, 8, 16) if on_gpu else (1,)
     chunks = (4096, 8192, 16384, 32768) if on_gpu else (4096,)
-    base = copying.default_programs(device) // copying.PROGRAMS_PER_SM or 1
-    for per_sm in grids:
+    for programs in tuning.candidates(device):
         for chunk in chunks:
             plan = CopyPlan(
-                addresses, segments, {"block": first},
-                programs=base * per_sm, chunk_bytes=chunk,
-            )  # fmt: skip
+                addresses, segments, {"block": first}, programs=programs, chunk_bytes=chunk
+            )
 
             def run(plan: CopyPlan = plan) -> None:
                 plan.launch(lists, lists, count)
 
             rate = size / seconds(run, device, 3)
-            tried.append({"programs_per_sm": per_sm, "chunk_bytes": chunk, "bytes_per_s": rate})
+            tried.append({"programs": programs, "chunk_bytes": chunk, "bytes_per_s": rate})
     assert torch.equal(first, host.to(device))
     best = max(tried, key=lambda one: one["bytes_per_s"])
     found |= {"kernel_reads": best["bytes_per_s"], "kernel_best": best, "kernel_tried": tried}

@@ -25,6 +25,11 @@ class Carrier:
         layer: of which layer.
         where: `addresses` of the layer.
         targets: per name, a contiguous tensor ``(num_slots, ...)``.
+
+    Attributes:
+        plan: what launches the kernel.
+        num_slots: of *targets*.
+        num_experts: of the layer.
     """
 
     def __init__(
@@ -32,17 +37,18 @@ class Carrier:
     ) -> None:
         self._store, self._layer = store, layer
         self._device = where.device
-        self._plan: CopyPlan | ExpandPlan
+        self.plan: CopyPlan | ExpandPlan
         if isinstance(store, CompressedStore):
-            self._plan = ExpandPlan(where, store.sections(layer), store.bits, targets)
+            self.plan = ExpandPlan(where, store.sections(layer), store.bits, targets)
         else:
-            self._plan = CopyPlan(where, segments(store, layer), targets)
-        count = next(iter(targets.values())).shape[0]
-        self._views = [{n: t[slot] for n, t in targets.items()} for slot in range(count)]
+            self.plan = CopyPlan(where, segments(store, layer), targets)
+        self.num_experts = where.shape[0]
+        self.num_slots = next(iter(targets.values())).shape[0]
+        self._views = [{n: t[slot] for n, t in targets.items()} for slot in range(self.num_slots)]
 
     def bring_listed(self, experts: Tensor, slots: Tensor, count: Tensor) -> None:
         """Copy what a list on the device names; see `CopyPlan.launch`."""
-        self._plan.launch(experts, slots, count)
+        self.plan.launch(experts, slots, count)
 
     def bring(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy (expert, slot) pairs that the host names, in the order of the current stream."""
@@ -51,7 +57,7 @@ class Carrier:
         if isinstance(self._store, CompressedStore):
             lists = [*zip(*pairs, strict=True), (len(pairs),) * len(pairs)]
             on_device = to_device(torch.tensor(lists, dtype=torch.int32), self._device)
-            self._plan.launch(on_device[0], on_device[1], on_device[2])
+            self.plan.launch(on_device[0], on_device[1], on_device[2])
             return
         # Whole blocks whose addresses the host knows: the copy engine is faster than a kernel.
         for expert, slot in pairs:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 # Bytes that one program moves at a time: 128 threads with eight 16-byte loads under way each.
 CHUNK_BYTES = 16384
-# Programs per multiprocessor; together with the chunk, what is under way on the link at once.
+# Programs per multiprocessor; together with the chunk, what is under way on the link at once. Where
+# it begins: `melinoe.fast.tuning` tries others.
 PROGRAMS_PER_SM = 4
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 

@@ -86,6 +86,11 @@ class FastExperts:
         return self._who.pull(self._index)
 
     @property
+    def carriers(self) -> list[Carrier]:
+        """What copies to the slots, and to the two staging blocks."""
+        return [self._carrier, *self._through]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return self._num_slots * self.layer.block_bytes

@@ -21,6 +21,7 @@ from melinoe.fast.graphs import DecodeGraphs
 from melinoe.fast.passes import FastPasses
 from melinoe.fast.residency import DeviceResidency, to_counters
 from melinoe.fast.staging import Staging
+from melinoe.fast.tuning import tune
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.generating import watch_generate
@@ -44,6 +45,8 @@ class FastHandle(Handle):
     Attributes:
         prefill: the rule by which prompts are streamed; may be exchanged between two prompts.
         graphs: the captured decode steps.
+        copies: how fast kernels copied experts when this was made, by bytes of a block and number
+            of programs; see `melinoe.fast.tuning`. Empty without CUDA.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class FastHandle(Handle):
         self._seen: tuple[torch.Tensor, Any] | None = None
         self._latest = self._who.counts.cpu().numpy()
         super().__init__(model, layers, store, slots, policy, None, device)
+        self.copies = tune((one.carriers for one in self._caches), device)
 
     # --- what another engine does otherwise -----------------------------------------------------
 

@@ -32,7 +32,8 @@ class FastPasses(ForwardPasses):
         fallbacks: passes of the completion that were planned with the host.
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
-        unasked: told of each pass that the device plans outside continuous batching.
+        unasked: told of each pass that the device plans and that nobody has announced: neither
+            continuous batching nor *given*.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FastPasses(ForwardPasses):
             self.mode = DEVICE if fits else PLANS
         if self.mode == PLANS:
             self._note_fallback(tokens)
-        elif self.mode == DEVICE and self.unasked is not None and not self.paged:
+        elif self.mode == DEVICE and self.unasked and not self.paged and self.given is None:
             self.unasked()
         if phase == COMPLETION:
             self._completion_begins()
