@@ -48,12 +48,12 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
     assert {row["experts"] for row in rows if row["section"] == "split"} == {"bf16", "int8", "int4"}
     compiled = [row for row in rows if "compiled" in row.get("engine", "")]
     assert len(compiled) == 2 and all(row["compile_s"] > 0 for row in compiled)
-    assert sum("compiled" in goal["goal"] for goal in record["goals"]) == 2
+    assert sum("compiled" in goal["goal"] for goal in record["goals"]) == 3
     assert {row["section"] for row in rows} == {"decode", "prefill", "split"}
     forced = [row for row in rows if row.get("miss_rate") == 0.5 and row["engine"] == "fast"]
     # Two layers, two choices a token, half of them missing: two loads a step in the mean.
     assert all(0 < row["loads_per_step"] <= 4 for row in forced) and len(forced) == 4
-    assert len(record["goals"]) == 8
+    assert len(record["goals"]) == 9
     assert all(goal["met"] in (True, False, None) for goal in record["goals"])
     assert all("moe-policylang" in one["section"] for one in record["not_measured"])
     assert record["bandwidth_bytes_per_s"]["gpu"] is None
