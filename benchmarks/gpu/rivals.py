@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
-import time
 from typing import Any
 
 import steps
@@ -43,23 +41,17 @@ def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     ids = torch.full((1, 16), 7, device=bench.device)
     tokens = 3 if bench.dry else 64
     cache = StaticCache(config=model.config, max_cache_len=16 + tokens)
-    spent: dict[int, list[float]] = {1: [], tokens: []}
-    for count in (tokens, tokens, 1, tokens, 1, tokens, 1, tokens):  # the first compile
+
+    def generate(count: int) -> None:
         if cache.is_initialized:
             cache.reset()
-        begin = time.perf_counter()
-        with torch.no_grad():
-            model.generate(ids, past_key_values=cache, max_new_tokens=count, do_sample=False)
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
-        spent[count].append(time.perf_counter() - begin)
+        model.generate(ids, past_key_values=cache, max_new_tokens=count, do_sample=False)
+
+    timed = steps.by_generate(generate, tokens, bench.device)
     config.disable_compile = True
-    first, times = spent[tokens][0], spent[tokens][2:]
-    step_s = max(statistics.median(times) - statistics.median(spent[1]), 1e-9) / (tokens - 1)
     bench.add(section="decode", model=shape.name, layers=shape.layers, batch=1,
               engine="transformers, static cache and compile", experts=kind, miss_rate=0.0,
-              slots=shape.experts, step_s=step_s, tokens_per_s=1 / step_s,
-              first_call_s=first)  # fmt: skip
+              slots=shape.experts, **timed)  # fmt: skip
 
 
 def accelerate_offload(bench: Bench, shape: Any, found: dict, kind: str) -> None:

@@ -77,7 +77,7 @@ class Setup:
 
     def __init__(
         self, bench: Bench, shape: Any, slots: int, engine: str, store: Any,
-        implementation: str = "grouped_mm", compile: bool = False,
+        implementation: str = "grouped_mm", compile: bool = False, graphs: bool = False,
     ) -> None:  # fmt: skip
         self.bench, self.shape, self.slots = bench, shape, slots
         device = bench.device
@@ -89,7 +89,7 @@ class Setup:
         self.compiled: Any = None
         if engine == "fast":
             self.handle = attach_fast(
-                self.model, slots=slots, store=store, device=device, graphs=compile,
+                self.model, slots=slots, store=store, device=device, graphs=compile or graphs,
                 compile=compile,
             )  # fmt: skip
             self.passes = self.handle._passes
@@ -206,10 +206,29 @@ def all_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     prefill(bench, setup, "fast, all resident")
     del setup
     bench.settle()
+    by_generate(bench, shape, store, kind)
+    bench.settle()
     # What transformers' generate prefers for few tokens: it gathers each choice's weights.
     setup = Setup(bench, shape, shape.experts, "fast", store, "batched_mm")
     decode(bench, found, setup, "fast, all resident, batched_mm", kind, 1, (0.0,), True,
            store.block_bytes(0))  # fmt: skip
+
+
+def by_generate(bench: Bench, shape: Any, store: Any, kind: str) -> None:
+    """What a user of `generate` gets: with what it does between two steps, and its waits."""
+    setup = Setup(bench, shape, shape.experts, "fast", store, graphs=True)
+    setup.forced.use(None, bench.device)
+    ids = torch.full((1, 16), 7, device=bench.device)
+    tokens = 3 if bench.dry else 64
+    timed = steps.by_generate(
+        lambda count: setup.model.generate(ids, max_new_tokens=count, do_sample=False),
+        tokens, bench.device,
+    )  # fmt: skip
+    graphs = setup.handle.graphs
+    bench.add(section="decode", model=shape.name, layers=shape.layers, batch=1,
+              engine="fast, all resident, by generate", experts=kind, miss_rate=0.0,
+              slots=shape.experts, replayed=graphs.replayed, reason=graphs.reason,
+              **timed)  # fmt: skip
 
 
 def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:

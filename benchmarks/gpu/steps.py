@@ -127,6 +127,27 @@ class Decoder:
             torch.cuda.synchronize()
 
 
+def by_generate(
+    generate: Callable[[int], None], tokens: int, device: torch.device
+) -> dict[str, float]:
+    """
+    Seconds per step of *generate*, which is told how many tokens: what more tokens take longer.
+
+    The first two calls compile or capture; the first one's seconds are given too.
+    """
+    spent: dict[int, list[float]] = {1: [], tokens: []}
+    for count in (tokens, tokens, 1, tokens, 1, tokens, 1, tokens):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            generate(count)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent[count].append(time.perf_counter() - begin)
+    longer = statistics.median(spent[tokens][2:]) - statistics.median(spent[1])
+    step_s = max(longer, 1e-9) / (tokens - 1)
+    return {"step_s": step_s, "tokens_per_s": 1 / step_s, "first_call_s": spent[tokens][0]}
+
+
 def measure(decoder: Decoder, begin: Callable[[], None], steps: int, repeats: int) -> dict:
     """Median seconds per step over repeats, each from the same state; its range."""
     times = []

@@ -35,6 +35,7 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
         "fast",
         "fast, all resident",
         "fast, all resident, batched_mm",
+        "fast, all resident, by generate",
         "fast, all resident, compiled",
         "fast, compiled",
         "reference",
