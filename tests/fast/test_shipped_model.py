@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from library_bits import LibraryBits
 from transformers import AutoModelForCausalLM
 
 from melinoe.cache.simulator import simulate
@@ -36,7 +37,7 @@ def generate(model, batch, tokens):
     ("policy", "slots", "batch", "tokens"),
     [
         ("lru", 4, 1, 8),  # as many slots as a token needs
-        ("lfu", 8, 1, 24),
+        ("lfu", 8, 1, 96),
         ("lru", 16, 4, 8),
         ("lfu", 32, 4, 5),  # everything resident in the end
     ],
@@ -64,3 +65,25 @@ def test_tokens_equal_the_reference_engines(model, policy, slots):
         with attach(model, engine=engine, slots=slots, policy=policy):
             texts.append(generate(model, 1, 12).sequences)
     assert torch.equal(*texts)
+
+
+def test_each_layer_gives_the_librarys_bits_on_as_many_experts(model):
+    """The engine adds nothing of its own; and on the CPU fewer experts change no bit."""
+    library = LibraryBits(model)
+    with attach(model, engine="fast", slots=8) as handle:
+        handle.prefetch([range(8)] * 4)  # every slot full
+        library.watch(handle)
+        generate(model, 1, 24)
+    assert library.compared == 23 * 4
+    assert library.engine == library.fewer == library.compared
+
+
+def test_a_wrong_bit_of_the_engines_shows(model, monkeypatch):
+    """One expert swapped for its neighbour: the control of the test above."""
+    library = LibraryBits(model)
+    library.whole[2] = {name: tensor.roll(1, 0) for name, tensor in library.whole[2].items()}
+    with attach(model, engine="fast", slots=8) as handle:
+        handle.prefetch([range(8)] * 4)
+        library.watch(handle)
+        generate(model, 1, 4)
+    assert (library.compared, library.engine) == (3 * 4, 3 * 3)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from library_bits import LibraryBits
 from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM
 
 import melinoe
@@ -152,6 +153,25 @@ def test_logits_equal_all_resident_through_the_same_kernels(slots, policy):
     for one, other in zip(found.logits, expected.logits, strict=True):
         assert torch.equal(one, other)
     assert simulate(recorder.trace(), slots, policy, prefill=prefill).counters == counters
+
+
+@pytest.mark.parametrize("slots", [TOP_K, 6, 8])
+def test_a_layer_gives_the_librarys_bits_on_as_many_experts(slots, record_property):
+    """
+    Whatever the library's kernel makes of fewer groups, the engine adds nothing to it.
+
+    Where it does give other bits for fewer groups, that is recorded, and then, and only then, the
+    test above may fail.
+    """
+    network = model()
+    library = LibraryBits(network)
+    with melinoe.attach(network, engine="fast", slots=slots, graphs=False) as handle:
+        handle.prefetch([range(slots)] * LAYERS)
+        library.watch(handle)
+        generate(network, 32, cache_implementation="dynamic")
+    assert library.compared == 31 * LAYERS
+    assert library.engine == library.compared
+    record_property("share of layers with the bits of all groups", library.fewer / library.compared)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
