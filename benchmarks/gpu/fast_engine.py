@@ -7,11 +7,11 @@ less than 3 times accelerate's offload or 2 times the reference engine anywhere;
 layer to decide. Each is reported as met or not.
 
 Roofs come first, measured: the link by the copy engine and by kernel reads, device memory. Models
-have the dimensions of OLMoE-1B-7B and Qwen3-30B-A3B (as many layers as asked for) and random
-weights; speed does not see values. Random weights do not route like a model, so which experts a
-step picks is drawn: with a forced miss rate under LRU, the rest uniformly among the residents; the
-loads counted must equal the loads drawn. Every engine computes the same table. Prompts are routed
-by the random routers, nearly evenly. Half of the experts have slots, unless it says all resident.
+have the dimensions of OLMoE-1B-7B and Qwen3-30B-A3B (as many layers as fit) and random weights;
+speed does not see values. Random weights do not route like a model, so which experts a step picks
+is drawn: with a forced miss rate under LRU, the rest uniformly among the residents; the loads
+counted must equal the loads drawn. Every engine computes the same table. Prompts are routed by the
+random routers, nearly evenly. Half of the experts have slots, unless it says all resident.
 Compiled decode steps are other rows and other goals; how long compiling took is in the rows.
 Not measured: a trained model's routing, quality, sampling.
 
@@ -19,7 +19,7 @@ Sections run in a process of their own, each with a limit of time: one that fail
 its process is reported, and the next one runs. FILE is written after each. With --resume the
 sections that FILE has are kept and only the others run; --only takes words that their names hold.
 
-    python benchmarks/gpu/fast_engine.py --out FILE [--minutes 8] [--qwen-layers 16] [--resume]
+    python benchmarks/gpu/fast_engine.py --out FILE [--minutes 8] [--qwen-layers N] [--resume]
     TRITON_INTERPRET=1 python benchmarks/gpu/fast_engine.py --dry-run    # tiny, on the CPU
 """
 
@@ -98,7 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--qwen-layers", type=int, default=16)
+    parser.add_argument("--qwen-layers", type=int, help="default: as many as fit")
     parser.add_argument("--only", nargs="*", default=[], help="words of sections' names")
     parser.add_argument("--resume", action="store_true", help="keep what FILE has")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
@@ -119,7 +119,8 @@ def main() -> None:
     def command(left: Sequence[str], lines: Path) -> list[str]:
         found = record_of([*earlier, *supervisor.events], True)["bandwidth_bytes_per_s"]
         words = [sys.executable, str(WORKER), "--lines", str(lines)]
-        words += ["--qwen-layers", str(arguments.qwen_layers)]
+        if arguments.qwen_layers:
+            words += ["--qwen-layers", str(arguments.qwen_layers)]
         words += ["--seconds", str(max(end - time.monotonic(), 0))]
         words += ["--roofs", json.dumps(found)] if found else []
         words += ["--dry-run"] if arguments.dry_run else []

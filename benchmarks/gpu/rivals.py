@@ -7,7 +7,7 @@ from typing import Any
 
 import steps
 import torch
-from sections import Bench, Setup, decode, floor, prefill
+from sections import Bench, Setup, decode, floor, prefill, share_of
 from transformers import StaticCache
 
 from melinoe.moe.experts import find_experts
@@ -72,6 +72,7 @@ def accelerate_offload(bench: Bench, shape: Any, found: dict, kind: str) -> None
     bench.add(section="decode", model=shape.name, layers=shape.layers, batch=1,
               engine="accelerate, experts on the CPU", experts=kind, miss_rate=None, slots=0,
               step_s=min(timed), tokens_per_s=1 / min(timed))  # fmt: skip
+    prefill(bench, setup, "accelerate, experts on the CPU")
 
 
 def dispatch(model: Any, gpu: int) -> None:
@@ -114,6 +115,6 @@ def policylang(bench: Bench, shape: Any, found: dict, kind: str) -> None:
         roof = floor(bench, shape, found, setup, 1, shape.expert_weights * 2)
         bench.add(section="decode", model=shape.name, layers=shape.layers, experts="bf16", batch=1,
                   engine="moe-policylang", slots=setup.slots, miss_rate=rate, **timed, **roof,
-                  share_of_roof=roof["roof_s"] / timed["step_s"],
+                  share_of_roof=share_of(roof, timed["step_s"]),
                   note="its cache is not put into the drawn state, so misses may differ at first",
                   )  # fmt: skip

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import plan
 import shapes
 import steps
 import torch
@@ -33,7 +34,7 @@ class Bench:
         self.device = torch.device("cpu" if dry else "cuda", None if dry else 0)
         self.steps = 2 if dry else 32
         self.repeats = 1 if dry else 3
-        self.prompts = (4,) if dry else (512, 4096)
+        self.prompts = (4, 8) if dry else (512, 4096)
         self.rates = (0.0, 0.5) if dry else RATES
         self.compiled_rates = (0.5,) if dry else COMPILED_RATES
         self._store: tuple[tuple[str, str], Any] | None = None
@@ -132,8 +133,8 @@ class Setup:
 
 def floor(
     bench: Bench, shape: Any, found: dict, setup: Setup, batch: int, block_bytes: int
-) -> dict[str, float]:
-    """Seconds that link and memory need for a step, at the loads that were drawn."""
+) -> dict[str, Any]:
+    """Seconds that link and memory need for a step, at the loads drawn; None without roofs."""
     loads = setup.loads / bench.steps
     backbone = (
         sum(p.numel() * 2 for n, p in setup.model.named_parameters() if ".experts." not in n)
@@ -142,10 +143,17 @@ def floor(
     distinct = min(batch * shape.top_k, setup.slots)
     experts = shape.layers * distinct * shape.expert_weights * 2
     keys = 2 * batch * shape.layers * 32 * shape.kv_heads * shape.head_dim * 2
+    if not found:
+        return {"loads_per_step": loads, "link_s": None, "memory_s": None, "roof_s": None}
     link_s = loads * block_bytes / found["copy_engine"]
     memory_s = (backbone + experts + keys) / found["device"]
     return {"loads_per_step": loads, "link_s": link_s, "memory_s": memory_s,
             "roof_s": max(link_s, memory_s)}  # fmt: skip
+
+
+def share_of(roof: dict[str, Any], step_s: float) -> float | None:
+    """Of the roof; None where the roofs could not be measured."""
+    return roof["roof_s"] / step_s if roof["roof_s"] is not None else None
 
 
 def decode(bench: Bench, found: dict, setup: Setup, engine: str, kind: str, batch: int,
@@ -167,14 +175,8 @@ def decode(bench: Bench, found: dict, setup: Setup, engine: str, kind: str, batc
             experts=kind, batch=batch, slots=setup.slots, miss_rate=rate,
             graph=decoder.graph is not None, compile_s=decoder.compile_s,
             copy_programs=setup.programs, **timed, **roof,
-            share_of_roof=roof["roof_s"] / timed["step_s"],
+            share_of_roof=share_of(roof, timed["step_s"]),
         )  # fmt: skip
-
-
-def paper_rates(shape: Any) -> tuple[float, ...]:
-    """The miss rate of 60 experts a token, where a token uses as many."""
-    rate = 60 / (shape.layers * shape.top_k)
-    return (rate,) if rate <= 1 else ()
 
 
 def half_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
@@ -182,17 +184,20 @@ def half_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     store = bench.store(shape, kind)
     half, nbytes = shape.experts // 2, store.block_bytes(0)
     setup = Setup(bench, shape, half, "fast", store)
-    rates = (*bench.rates, *(paper_rates(shape) if kind == "int4" else ()))
+    paper = (plan.PAPER_RATE,) if (shape.name, kind) == (plan.OLMOE, "int4") else ()
+    rates = (*bench.rates, *paper)
     decode(bench, found, setup, "fast", kind, 1, rates, True, nbytes)
-    parts = steps.split(
-        lambda: setup.decoder(1, True), setup.handle, setup.begin(0.1, 1), bench.steps,
-        bench.repeats,
-    )  # fmt: skip
-    bench.add(section="split", model=shape.name, layers=shape.layers, experts=kind,
-              miss_rate=0.1, **parts)  # fmt: skip
+    for rate in (0.1, 0.5) if kind == "bf16" else (0.1,):
+        parts = steps.split(
+            lambda: setup.decoder(1, True), setup.handle, setup.begin(rate, 1), bench.steps,
+            bench.repeats,
+        )  # fmt: skip
+        bench.add(section="split", model=shape.name, layers=shape.layers, experts=kind,
+                  miss_rate=rate, **parts)  # fmt: skip
     if kind == "bf16":
-        if 4 * shape.top_k <= half:
-            decode(bench, found, setup, "fast", kind, 4, (0.1, 0.5), True, nbytes)
+        decode(bench, found, setup, "fast", kind, 4, (0.1, 0.5), True, nbytes)
+        # Sixteen might need more experts than there are slots, so the host plans them.
+        decode(bench, found, setup, "fast, planned by the host", kind, 16, (0.1,), False, nbytes)
         prefill(bench, setup, "fast, half resident")
 
 
@@ -241,7 +246,7 @@ def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
         ("fast, compiled", shape.experts // 2, bench.compiled_rates),
     ]
     if kind != "bf16":
-        wanted = [("fast, compiled", shape.experts // 2, paper_rates(shape))]
+        wanted = [("fast, compiled", shape.experts // 2, (plan.PAPER_RATE,))]
     for engine, slots, rates in wanted:
         setup = Setup(bench, shape, slots, "fast", store, compile=True)
         decode(bench, found, setup, engine, kind, 1, rates, True, store.block_bytes(0))
@@ -250,11 +255,15 @@ def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
 
 
 def reference(bench: Bench, shape: Any, found: dict, kind: str) -> None:
-    """The reference engine; at a miss rate of 1 it is loading on demand without a cache."""
+    """The reference engine; and with room for one token's experts, all loaded on demand."""
     store = bench.store(shape, kind)
     setup = Setup(bench, shape, shape.experts // 2, "reference", store)
     decode(bench, found, setup, "reference", kind, 1, bench.rates, False, store.block_bytes(0))
     prefill(bench, setup, "reference, half resident")
+    del setup
+    bench.settle()
+    setup = Setup(bench, shape, shape.top_k, "reference", store)
+    decode(bench, found, setup, "on demand, no cache", kind, 1, (1.0,), False, store.block_bytes(0))
 
 
 def prefill(bench: Bench, setup: Setup, engine: str) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--sections", nargs="+", required=True)
     parser.add_argument("--lines", type=Path, required=True)
-    parser.add_argument("--qwen-layers", type=int, default=16)
+    parser.add_argument("--qwen-layers", type=int, help="default: as many as fit")
     parser.add_argument("--seconds", type=float, default=1e9, help="until no section is begun")
     parser.add_argument("--roofs", type=json.loads, help="measured before, in JSON")
     parser.add_argument("--dry-run", action="store_true")
@@ -87,8 +87,6 @@ def run_one(bench: Any, name: str, models: dict[str, Any], found: dict[str, Any]
         gpu = None if bench.dry else torch.cuda.get_device_name()
         bench.add(section="roofs", gpu=gpu, **found)
         return
-    if not found:
-        found |= plan.NO_ROOFS
     model, kind, part = plan.parts_of(name)
     PARTS[part](bench, models[model], found, kind)
 

@@ -47,7 +47,7 @@ def play(handle: Any) -> None:
             for layer in cache.layers:
                 yield from tensors(layer)
 
-    handle.graphs._make = lambda run, pool: Tape(run, pool, memory)
+    handle.graphs._make = lambda run, pool, stream: Tape(run, memory)
 
 
 class NotCapturable(RuntimeError):
@@ -60,12 +60,11 @@ class Tape:
 
     Args:
         run: the pass.
-        pool: not used.
         memory: lists the tensors that outlive the pass.
     """
 
     def __init__(
-        self, run: Callable[[], Any], pool: Any, memory: Callable[[], Iterable[torch.Tensor]]
+        self, run: Callable[[], Any], memory: Callable[[], Iterable[torch.Tensor]]
     ) -> None:
         self._notes: list[Callable[[], None]] = []
         held = [(tensor, tensor.clone()) for tensor in memory()]

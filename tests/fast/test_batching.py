@@ -84,3 +84,30 @@ def test_a_capture_of_a_pass_that_needs_the_host_is_refused(model, monkeypatch):
         pytest.raises(AttachError, match="CUDA graph"),
     ):
         model(torch.tensor([[3, 4, 5]]))
+
+
+def test_padded_batches_are_still_planned_on_the_device(model, expected, monkeypatch):
+    """As with CUDA graphs, for which batches are padded: to no more than fits the slots."""
+    from transformers.generation.continuous_batching import model_runner
+
+    init = model_runner.ModelRunner.__init__
+
+    def padding(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.pad_inputs = True
+
+    monkeypatch.setattr(model_runner.ModelRunner, "__init__", padding)
+    with attach(model, engine="fast", slots=4) as handle:
+        assert batched(model, batching_config(handle, 2, **SMALL)) == expected
+        counters = handle.counters
+    assert handle.fallbacks == 0
+    assert counters.tokens.sum() == 27 and counters.tokens[1] >= 10
+
+
+def test_decode_batches_that_do_not_fit_are_counted_and_named(model, expected, caplog):
+    """Three sequences of two choices each in four slots, because the caller wants so."""
+    with attach(model, engine="fast", slots=4) as handle:
+        config = batching_config(handle, 2, **SMALL, max_requests_per_batch=3)
+        assert batched(model, config) == expected
+        assert handle.fallbacks > 0
+    assert sum("raise the slots to 6" in r.getMessage() for r in caplog.records) == 1

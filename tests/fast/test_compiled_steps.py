@@ -185,10 +185,10 @@ def test_a_compiled_step_that_cannot_be_captured_is_captured_as_it_is(as_it_is, 
     with attach(model, slots=8, graphs=True, compile=True) as handle:
         graphs, make = handle.graphs, handle.graphs._make
 
-        def capture(run, pool):
+        def capture(run, pool, stream):
             if graphs.compiled.reason is None:
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return make(run, pool)
+            return make(run, pool, stream)
 
         monkeypatch.setattr(graphs, "_make", capture)
         assert torch.equal(generate(model, IDS)[0], expected)

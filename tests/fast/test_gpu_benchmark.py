@@ -33,12 +33,14 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
     engines = {row["engine"] for row in rows if row["section"] == "decode"}
     assert engines == {
         "fast",
+        "fast, planned by the host",
         "fast, all resident",
         "fast, all resident, batched_mm",
         "fast, all resident, by generate",
         "fast, all resident, compiled",
         "fast, compiled",
         "reference",
+        "on demand, no cache",
         "transformers, eager",
         "transformers, in our graph",
         "transformers, batched_mm, eager",
@@ -48,12 +50,17 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
     }
     assert {row["experts"] for row in rows if row["section"] == "split"} == {"bf16", "int8", "int4"}
     compiled = [row for row in rows if "compiled" in row.get("engine", "")]
-    assert len(compiled) == 2 and all(row["compile_s"] > 0 for row in compiled)
+    assert len(compiled) == 3 and all(row["compile_s"] > 0 for row in compiled)
     assert sum("compiled" in goal["goal"] for goal in record["goals"]) == 3
     assert {row["section"] for row in rows} == {"decode", "prefill", "split"}
-    forced = [row for row in rows if row.get("miss_rate") == 0.5 and row["engine"] == "fast"]
+    decode = [row for row in rows if row["section"] == "decode"]
+    forced = [row for row in decode if row["miss_rate"] == 0.5 and row["engine"] == "fast"]
     # Two layers, two choices a token, half of them missing: two loads a step in the mean.
-    assert all(0 < row["loads_per_step"] <= 4 for row in forced) and len(forced) == 4
+    single = [row for row in forced if row["batch"] == 1]
+    assert all(0 < row["loads_per_step"] <= 4 for row in single) and len(single) == 4
+    assert {row["batch"] for row in forced} == {1, 4}
+    met = {goal["goal"]: goal["measured"] for goal in record["goals"]}
+    assert met["tok/s, OLMoE, 60 experts a token, 4 bits"] > 0
     assert len(record["goals"]) == 9
     assert all(goal["met"] in (True, False, None) for goal in record["goals"])
     assert all("moe-policylang" in one["section"] for one in record["not_measured"])

@@ -6,6 +6,8 @@ a step knows is the one in use, that nothing of a step is left to Python, and wh
 cannot be had. That a GPU replays what was captured is for tests/gpu.
 """
 
+import copy
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -143,7 +145,7 @@ def test_a_capture_that_fails_is_said_once_and_steps_go_on(model, caplog, monkey
     """The same tokens, launched step by step; no second attempt."""
     expected = plain(model, BATCH[:1])
 
-    def failing(run, pool):
+    def failing(run, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nlong traceback")
 
     with attach(model, slots=8, graphs=True) as handle:
@@ -165,7 +167,7 @@ def test_a_failure_inside_a_capture_leaves_no_pass_open(model, monkeypatch):
         raise RuntimeError("no such luck")
 
     class Strict:
-        def __init__(self, run, pool):
+        def __init__(self, run, pool, stream):
             # Before any layer: capturing on a GPU executes nothing, here what ran would count.
             hook = model.model.embed_tokens.register_forward_pre_hook(strike)
             try:
@@ -324,3 +326,126 @@ def test_generate_uses_a_static_cache_by_itself_only_where_there_is_one(model, m
             assert said == (on_gpu and expected is None)
             undo()
             assert network.generation_config.cache_implementation == before
+
+
+def test_steps_of_a_model_that_has_changed_are_captured_anew(original):
+    """Another head, a hook, an adapter's switch: the text is that of the model as it is now."""
+    model = copy.deepcopy(original)
+    ids = BATCH[1:2]
+    with attach(model, slots=8, graphs=True) as handle:
+        before = static(model, ids)
+        own = model.lm_head.weight
+        model.lm_head.weight = torch.nn.Parameter(own.detach().flip(0))
+        with handle.graphs.paused():
+            expected = static(model, ids)
+        assert not torch.equal(expected, before)
+        for _ in range(2):
+            assert torch.equal(static(model, ids), expected)
+        assert handle.graphs.captured == 2
+        model.lm_head.weight = own
+        assert torch.equal(static(model, ids), before)
+        seen = []
+        hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+        static(model, ids)
+        assert seen
+        hook.remove()
+        captured = handle.graphs.captured
+        static(model, ids)
+        model.lm_head.weight.data.mul_(1)  # in place: what was captured reads it anew
+        static(model, ids)
+        assert handle.graphs.captured == captured + 1
+
+
+def test_memory_of_graphs_that_are_gone_is_not_captured_into_again(model, monkeypatch):
+    """What libraries keep in it outlives them; each new set of graphs has a pool of its own."""
+    pools = itertools.count()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    with attach(model, slots=8, graphs=True) as handle:
+        graphs, used = handle.graphs, []
+        make = graphs._make
+        graphs._stream = "its own"
+
+        def noted(run, pool, stream):
+            used.append((pool, stream))
+            return make(run, pool, stream)
+
+        monkeypatch.setattr(graphs, "_make", noted)
+        for batch, tokens in ((1, 6), (1, 6), (1, 9), (2, 9)):
+            static(model, BATCH[1 : 1 + batch], tokens)
+        assert used == [(0, "its own"), (1, "its own"), (2, "its own")]
+
+
+def test_a_prefetch_for_the_completion_is_not_made_while_capturing(model, monkeypatch):
+    """It asks the device who is resident, which no capture can."""
+    with attach(model, slots=8, graphs=True, admit=0) as handle:
+        static(model, BATCH[:1], 2)  # one step, as it is: the next one is captured
+        assert handle.graphs.captured == 0
+        pulls, make = [], handle.graphs._make
+        pull = handle._who.pull
+
+        def capture(run, pool, stream):
+            with monkeypatch.context() as strict:
+                strict.setattr(handle._who, "pull", lambda layer: pulls.append(layer))
+                return make(run, pool, stream)
+
+        handle.graphs._make = capture
+        handle.reset_cache()
+        handle.prefetch([[7, 6, 5]] * 2, at="completion")
+        static(model, BATCH[:1], 2)
+        assert handle.graphs.captured == 1 and not pulls
+        assert handle.counters.prefetch_loads.sum() > 0
+        assert handle._who.pull == pull
+
+
+def test_a_capture_without_room_is_tried_again(model, monkeypatch, caplog):
+    """The request goes on, step by step; three in vain are enough."""
+    expected = plain(model, BATCH[:1])
+    with attach(model, slots=8, graphs=True) as handle:
+        make, tries = handle.graphs._make, []
+
+        def capture(run, pool, stream):
+            tries.append(1)
+            if len(tries) < 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return make(run, pool, stream)
+
+        monkeypatch.setattr(handle.graphs, "_make", capture)
+        assert torch.equal(static(model, BATCH[:1]), expected)
+        assert handle.graphs.captured == 1 and handle.graphs.reason is None
+    said = [r for r in caplog.records if "out of memory" in r.getMessage()]
+    assert len(said) == 1
+
+
+def test_two_caches_of_the_callers_are_two_kinds(model):
+    """A captured step knows one memory; the other cache must not be served by it."""
+    with attach(model, slots=8, graphs=True) as handle, torch.no_grad():
+        caches = [StaticCache(config=model.config, max_cache_len=12) for _ in range(2)]
+        for cache, ids in zip(caches, (BATCH[1:2], BATCH[3:4]), strict=True):
+            model(ids, past_key_values=cache)
+        mask = (torch.arange(12) <= 4)[None, None, None]
+        found = []
+        for _ in range(3):
+            for cache in caches:
+                step = {"input_ids": BATCH[1:2, :1], "position_ids": torch.tensor([[4]]),
+                        "attention_mask": mask, "past_key_values": cache}  # fmt: skip
+                found.append(handle.graphs.step(**step).logits.clone())
+                for layer in cache.layers:  # back to the prompt's end
+                    layer.cumulative_length.fill_(4)
+        assert handle.graphs.captured == 2
+    assert all(torch.equal(one, found[place % 2]) for place, one in enumerate(found))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_the_reason_of_a_failed_capture_is_what_came_first(model, monkeypatch):
+    """Ending a capture that failed raises an error of its own on top."""
+
+    def failing(run, pool, stream):
+        try:
+            raise ValueError("a tensor was asked what it holds")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with attach(model, slots=8, graphs=True) as handle:
+        monkeypatch.setattr(handle.graphs, "_make", failing)
+        static(model, BATCH[:1])
+        assert handle.graphs.reason.endswith("a tensor was asked what it holds")

@@ -18,6 +18,7 @@ def batching_config(handle: FastHandle, top_k: int, **options: Any) -> Continuou
     layer, so it is limited to what fits. Then no decode step asks the host, and steps may be
     captured in CUDA graphs. Batches that also hold parts of prompts are streamed with the host;
     with fewer slots than experts these are not captured. They evict nobody: others are decoding.
+    Where decode batches are padded to be captured, padding is counted like tokens.
 
     Args:
         handle: of the model that will generate.
@@ -42,5 +43,6 @@ def batching_config(handle: FastHandle, top_k: int, **options: Any) -> Continuou
     on_gpu = handle.device.type == "cuda"
     chosen: dict[str, Any] = {"use_cuda_graph": (on_gpu and resident, on_gpu)}
     if not resident:
-        chosen["max_requests_per_batch"] = slots // top_k
+        # Padded to more than fits, decode batches would be planned by the host.
+        chosen |= {"max_requests_per_batch": slots // top_k, "q_padding_interval_size": 1}
     return ContinuousBatchingConfig(**(chosen | options))

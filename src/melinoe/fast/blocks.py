@@ -53,7 +53,13 @@ def device_address(host_address: int, device: torch.device) -> int:
     Raises:
         AttachError: the memory is not page-locked and mapped.
     """
-    driver = ctypes.CDLL("libcuda.so.1")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise AttachError(
+            f"the CUDA driver's library cannot be opened ({error}), so the GPU cannot be told "
+            'where experts lie in host memory; use engine="reference"'
+        ) from error
     found = ctypes.c_uint64()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the device's context the current one

@@ -92,7 +92,8 @@ class Kinds:
                 if path == _COUNT:
                     continue
                 if isinstance(value, Tensor):
-                    fixed.append((path, value.data_ptr(), tuple(value.shape)))
+                    where = value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
+                    fixed.append((path, *where))
                 elif value is None or isinstance(value, bool | int | str):
                     fixed.append((path, value))
                 self._seen.append((holder, name, value))

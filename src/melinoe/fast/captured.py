@@ -25,12 +25,16 @@ class CudaStep:
 
     Args:
         run: the pass; nothing of it is executed now.
-        pool: memory shared by all graphs of a model.
+        pool: memory shared by graphs that live together. A pool whose graphs are all gone must not
+            be used again: what libraries keep in it may outlive them.
+        stream: to capture on; not that of another model, whose graphs may go while ours stay.
     """
 
-    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
+    def __init__(self, run: Callable[[], Any], pool: Any, stream: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
         with uncollected(), capture:
             self.output = run()
 
@@ -59,7 +63,7 @@ def uncollected() -> Iterator[None]:
 class PlainStep:
     """The same where there is no CUDA: the pass is run each time, on the same buffers."""
 
-    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
+    def __init__(self, run: Callable[[], Any], pool: Any, stream: Any) -> None:
         self._run = run
         self.output: Any = None
 

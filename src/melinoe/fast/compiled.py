@@ -165,6 +165,13 @@ def cache_length(positions: int, compiled: bool) -> int:
     return -(-positions // CACHE_STEP) * CACHE_STEP if compiled else positions
 
 
+def cause(error: BaseException) -> BaseException:
+    """What went wrong in a capture: ending it raises an error of its own on top."""
+    while error.__context__ is not None and "captur" in str(error):
+        error = error.__context__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """What went wrong, without the trace that some libraries put into a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

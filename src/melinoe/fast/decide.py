@@ -34,6 +34,11 @@ USES, HITS, LOADS, REQUESTS, PREFETCH_USED = range(5)
 NUM_COUNTERS = 5
 _FIELDS = tl.constexpr(NUM_COUNTERS)
 
+# (token, choice) pairs of one request: 16 bits count them.
+MOST_PAIRS = 65535
+# From so many on, more warps take more pairs at a time: a prompt's batch, not a decode step.
+_MANY_PAIRS = 256
+
 
 @triton.jit(do_not_specialize=["layer", "num_pairs"])
 def _decide(
@@ -205,8 +210,8 @@ def decide(
         layer: row of all those.
         num_experts: of this layer, at most 512.
         capacity: slots of this layer.
-        top_k_index: ``(tokens, top_k)``, any integer type, less than 65,536 entries; ids outside
-            ``[0, num_experts)`` are choices of no expert.
+        top_k_index: ``(tokens, top_k)``, any integer type, at most `MOST_PAIRS` entries; ids
+            outside ``[0, num_experts)`` are choices of no expert.
         top_k_weights: ``(tokens, top_k)``.
         lanes: plan so many layers at once, from *layer* on; the two arguments above then have a
             leading dimension of it.
@@ -219,7 +224,11 @@ def decide(
     slots = torch.empty_like(index, dtype=torch.int64)
     kept = torch.empty_like(weights)
     pairs = index.numel() // lanes
+    assert pairs <= MOST_PAIRS, "the caller sends these elsewhere"
     block = triton.next_power_of_2(num_experts)
+    warps, most = (1 if block <= 128 else block // 128), 2048
+    if pairs > _MANY_PAIRS:
+        warps, most = max(4, warps), 8192
     _decide[(1,)](
         index,
         weights,
@@ -238,10 +247,10 @@ def decide(
         state.stride(0),
         load_expert.stride(0),
         BLOCK_E=block,
-        BLOCK_P=max(2, min(16, triton.next_power_of_2(pairs), 2048 // block)),
+        BLOCK_P=max(2, min(most // 128, triton.next_power_of_2(pairs), most // block)),
         LFU=gamma is not None,
         LANES=lanes,
-        num_warps=1 if block <= 128 else block // 128,
+        num_warps=warps,
     )
     return slots, kept
 

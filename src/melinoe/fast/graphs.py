@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache
 from melinoe.fast import cache_state, plug
 from melinoe.fast.cache_state import Kinds
 from melinoe.fast.captured import CudaStep, PlainStep, Step
-from melinoe.fast.compiled import CompiledForward, CompileError, first_line
+from melinoe.fast.compiled import CompiledForward, CompileError, cause, first_line
 from melinoe.fast.constants import Constants
+from melinoe.fast.fingerprint import fingerprint
 from melinoe.fast.graph_inputs import buffer, fill, signature
 from melinoe.fast.kept_cache import KeptCache
 from melinoe.fast.passes import DEVICE, FastPasses
@@ -39,6 +40,8 @@ Counts = list[list[int | None]]
 _MOST_KINDS = 16
 # Kinds that are remembered to have run once, or to need the host.
 _MOST_KNOWN = 64
+# Captures that may run out of memory before none is tried any more.
+_TRIES = 3
 
 
 class DecodeGraphs:
@@ -70,15 +73,18 @@ class DecodeGraphs:
         self._passes, self._device = passes, device
         self._enabled = enabled
         self.compiled = compiled
-        self._make: Callable[[Callable[[], Any], Any], Step]
+        self._make: Callable[[Callable[[], Any], Any, Any], Step]
         self._make = CudaStep if device.type == "cuda" else PlainStep
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._steps: dict[tuple, tuple[dict[str, Any], Step]] = {}
         # Kinds of which one step has run as it is, and kinds that only the host can plan.
         self._warm: dict[tuple, None] = {}
         self._hosted: dict[tuple, None] = {}
         self._stepping = False
         self._warned: set[str] = set()
+        self._fingerprint: int | None = None
+        self._no_room = 0
+        self._pool: Any = None
         # Buffers on which steps of a kind have been compiled, and which the captured step reads;
         # and what the cache counted then.
         self._compiled: dict[tuple, tuple[dict[str, Any], Counts]] = {}
@@ -95,6 +101,7 @@ class DecodeGraphs:
         if not self._enabled:
             return plug.forbid_compiling(self._model)
         self._passes.unasked = self._unasked
+        self._passes.generation_begins = self.look_at_model
         return plug.answer(
             self._model, self.step, lambda given: self._kept.reusing(given, lambda: self._compiles),
             self._device,
@@ -138,11 +145,11 @@ class DecodeGraphs:
             if output is not None:
                 return output
         counts = self._counts()
+        self._passes.completion_begins()  # no hook says so, and it may ask the device
         if key not in self._steps and not self._capture(key, inputs):
             return self._model(**inputs)
         buffers, step = self._steps[key]
         fill(buffers, inputs)
-        self._passes.completion_begins()
         step.replay()
         self._set_counts(counts, 1)
         self.replayed += 1
@@ -196,14 +203,21 @@ class DecodeGraphs:
             try:
                 self._steps[key] = self._made(self.compiled.again, buffers, compiled_at)
             except Exception as error:  # nothing was computed: the model's own may be captured
-                self.compiled.give_up(error)
+                self.compiled.give_up(cause(error))
                 self._passes.settle()
+                self._pool = self._pool if self._steps else None
         if key not in self._steps:
             try:
                 self._steps[key] = self._made(self._own, buffers, counts)
             except Exception as error:  # whatever a kernel or the driver objects to
                 self._set_counts(counts)
-                self._give_up(f"capturing a step failed: {first_line(error)}")
+                failed = f"capturing a step failed: {first_line(cause(error))}"
+                self._no_room += isinstance(cause(error), torch.OutOfMemoryError)
+                if 0 < self._no_room < _TRIES:  # there may be room later
+                    self._forget_steps()
+                    self._warn(failed)
+                else:
+                    self._give_up(failed)
                 return False
         self.captured += 1
         return True
@@ -224,7 +238,9 @@ class DecodeGraphs:
             self._set_counts(counts)
             return self._run(forward, buffers)
 
-        return buffers, self._make(run, self._pool)
+        if self._pool is None and self._stream is not None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return buffers, self._make(run, self._pool, self._stream)
 
     def _own(self, inputs: Mapping[str, Any]) -> Any:
         with self._constants.giving():
@@ -256,11 +272,22 @@ class DecodeGraphs:
     def _drop(self) -> None:
         self._steps, self._compiled = {}, {}
         self._warm, self._hosted = {}, {}
+        self._pool = None
+
+    def _forget_steps(self) -> None:
+        self._drop()
+        self._passes.settle()
+
+    def look_at_model(self) -> None:
+        """Before a generation: steps captured of a model that has changed since are of no use."""
+        now = self._fingerprint if self._paused else fingerprint(self._model)
+        if now != self._fingerprint:
+            self._fingerprint = now
+            self._drop()
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
-        self._drop()
-        self._passes.settle()
+        self._forget_steps()
         self._warn(reason)
 
     def _warn(self, reason: str) -> None:
@@ -275,7 +302,9 @@ class DecodeGraphs:
             return None
         if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states")):
             return None  # would be overwritten by the next step while the caller keeps them
+        kind = self._device.type
         key: list[Any] = [torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
+        key += [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)]
         for name in sorted(inputs):
             value = inputs[name]
             part = self._kinds.of(value) if isinstance(value, StaticCache) else signature(value)

@@ -79,7 +79,6 @@ class FastHandle(Handle):
         self._seen: tuple[torch.Tensor, Any] | None = None
         self._latest = self._who.counts.cpu().numpy()
         super().__init__(model, layers, store, slots, policy, None, device)
-        self.copies = tune((one.carriers for one in self._caches), device)
 
     # --- what another engine does otherwise -----------------------------------------------------
 
@@ -90,12 +89,14 @@ class FastHandle(Handle):
         self, policy: Callable[[], Policy] | Sequence[Callable[[], Policy]], device: torch.device
     ) -> list[Any]:
         assert isinstance(self._passes, FastPasses)
-        return [
+        made = [
             FastExperts(
                 layer, self._who, self._store, self._staging, self._passes, self._rule, device
             )
             for layer in self.layers
         ]  # fmt: skip
+        self.copies = tune((one.carriers for one in made), device)
+        return made
 
     def _rule(self) -> StreamedPrefill:
         return self.prefill

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.runtime.calls import Generating
 from melinoe.runtime.passes import Batch, ForwardPasses
 
 _log = logging.getLogger("melinoe")
 
 DEVICE, STREAM, PLANS = "device", "stream", "plans"
+# Decode batches of continuous batching that ran as they are; capturing every kind takes fewer.
+_MANY = 64
 
 
 class FastPasses(ForwardPasses):
@@ -33,7 +37,8 @@ class FastPasses(ForwardPasses):
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
         unasked: told of each pass that the device plans and that nobody has announced: neither
-            continuous batching nor *given*.
+            continuous batching nor *given*; and of continuous batching that captures nothing.
+        generation_begins: called when `generate` of the model begins.
     """
 
     def __init__(
@@ -47,6 +52,9 @@ class FastPasses(ForwardPasses):
         self.fallbacks = 0
         self.given: Batch | None = None
         self.unasked: Callable[[], None] | None = None
+        self.generation_begins: Callable[[], None] | None = None
+        self._only_decodes = False
+        self._paged_decodes = 0
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """As `ForwardPasses.enter`, but all layers of a pass compute the same number of tokens."""
@@ -83,10 +91,12 @@ class FastPasses(ForwardPasses):
             self.mode = STREAM
         else:
             self.mode = DEVICE if fits else PLANS
-        if self.mode == PLANS:
+        if self.mode == PLANS or (self.paged and self._only_decodes and not fits):
             self._note_fallback(tokens)
-        elif self.mode == DEVICE and self.unasked and not self.paged and self.given is None:
-            self.unasked()
+        elif self.mode == DEVICE and self.unasked and self.given is None:
+            self._paged_decodes += self.paged
+            if not self.paged or self._paged_decodes == _MANY:
+                self.unasked()
         if phase == COMPLETION:
             self._completion_begins()
         if self.mode != DEVICE:
@@ -97,8 +107,8 @@ class FastPasses(ForwardPasses):
         if not self.fallbacks:
             _log.warning(
                 "decode steps of %d tokens may need more experts of a layer than it has slots, so "
-                "the host plans them, as in the reference engine and as slowly; raise the slots to "
-                "%d, or decode fewer sequences at once", tokens, tokens * self._top_k,
+                "the host plans them, as slowly as in the reference engine; raise the slots to %d, "
+                "or decode fewer sequences at once", tokens, tokens * self._top_k,
             )  # fmt: skip
         self.fallbacks += 1
 
@@ -109,3 +119,12 @@ class FastPasses(ForwardPasses):
             return
         super()._before(module, args, kwargs)
         self.paged = "cu_seq_lens_q" in kwargs
+        self._only_decodes = kwargs.get("max_length_q") == 1
+
+    @contextmanager
+    def generate(self, generating: Generating | None) -> Iterator[None]:
+        """As `ForwardPasses.generate`."""
+        if self._generating is None and self.generation_begins is not None:
+            self.generation_begins()
+        with super().generate(generating):
+            yield

@@ -17,6 +17,7 @@ from melinoe.errors import AttachError
 from melinoe.fast.decide import (
     HITS,
     LOADS,
+    MOST_PAIRS,
     NUM_COUNTERS,
     PREFETCH_USED,
     REQUESTS,
@@ -142,8 +143,8 @@ class DeviceResidency:
             self.push(layer)
 
     def fits(self, tokens: int, top_k: int) -> bool:
-        """Whether *tokens* can never need more experts of a layer than it has slots."""
-        return all(
+        """Whether the device can plan *tokens*: never more experts of a layer than it has slots."""
+        return tokens * top_k <= MOST_PAIRS and all(
             min(tokens * top_k, experts) <= slots
             for experts, slots in zip(self.num_experts, self.capacity, strict=True)
         )
