@@ -58,10 +58,14 @@ def resources(cubin):
 
 def main():
     found = {}
-    for name, lfu, block, warps in (("lru", False, 64, 1), ("lfu", True, 512, 4)):
+    for name, lfu, block, pairs, warps in (
+        ("lru", False, 64, 4, 1),
+        ("lfu", True, 512, 4, 4),
+        ("many pairs", True, 128, 64, 4),
+    ):
         found[f"decide {name}"] = compiled(
             decide._decide,
-            {"BLOCK_E": block, "BLOCK_P": 4, "LFU": lfu, "LANES": 1},
+            {"BLOCK_E": block, "BLOCK_P": pairs, "LFU": lfu, "LANES": 1},
             warps,
             gamma_ptr="*fp64" if lfu else "*i64",
         )

@@ -9,7 +9,7 @@ from melinoe.cache.packing import pack, unpack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
 from melinoe.errors import AttachError, MelinoeError
-from melinoe.fast.decide import PREFETCH_USED, decide
+from melinoe.fast.decide import MOST_PAIRS, PREFETCH_USED, decide
 from melinoe.fast.residency import DeviceResidency, to_counters
 
 POLICIES = {
@@ -213,6 +213,26 @@ def test_layers_of_different_sizes_share_the_tensors():
         expected.end_forward()
     assert to_counters(device.counts.numpy()) == expected
     assert device.fits(1, 2) and not device.fits(2, 2)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_a_batch_of_prompts_is_planned_alike(policy):
+    """2,400 pairs with every expert resident: more are taken at a time; skips among them."""
+    rng = np.random.default_rng(3)
+    lanes = Lanes(policy, 64, 64, 1)
+    for tokens in (300, 33, 300):
+        lanes.step(torch.from_numpy(rng.integers(-1, 66, size=(1, tokens, 8))))
+
+
+def test_counts_of_the_largest_request_are_right():
+    """65,535 pairs of one expert fill 16 bits; one more is not the device's to plan."""
+    who = DeviceResidency([4], [4], [POLICIES["lru"]], torch.device("cpu"))
+    index = torch.zeros(MOST_PAIRS, 1, dtype=torch.int64)
+    for _ in range(2):
+        who.decide(0, index, torch.ones(MOST_PAIRS, 1))
+    assert who.counts[0, :3].tolist() == [2 * MOST_PAIRS, MOST_PAIRS, 1]
+    assert who.fits(MOST_PAIRS, 1) and not who.fits(MOST_PAIRS + 1, 1)
+    assert who.fits(8191, 8) and not who.fits(8192, 8)
 
 
 def test_too_many_experts_are_refused():
