@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from melinoe.cache.prefill import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.errors import AttachError, BudgetError
-from melinoe.fast.budget import backbone_bytes, enforce, plan_budget
+from melinoe.fast.budget import GpuBudget, backbone_bytes, enforce, lift, plan_budget
 from melinoe.fast.cache_bytes import cache_bytes
 from melinoe.fast.carrier import FastStore
 from melinoe.fast.compiled import cache_length
 from melinoe.fast.compressed import CompressedStore
 from melinoe.fast.handle import FastHandle
 from melinoe.fast.support import why_not
+from melinoe.fast.workspace import workspace_bytes
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.runtime.attach import checked_settings
 from melinoe.runtime.load import fill_all
@@ -157,24 +159,30 @@ def load(
         _check(checkpoint.layers, make, target, staging)
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
+        budget: GpuBudget | None = None
         if gpu_memory is not None:
             sequences, tokens = batch or 1, cache_length(context or 2048, bool(compile))
             hollow = build_on_meta(
                 checkpoint.model_class, copy.deepcopy(checkpoint.config), checkpoint.dtype
             )
+            asked_of = hollow, find_experts(hollow), sequences, tokens
             budget = plan_budget(
-                gpu_memory, layers, model.config, backbone_bytes(model, layers),
-                cache_bytes(hollow, find_experts(hollow), sequences, tokens),
+                gpu_memory, layers, backbone_bytes(model, layers),
+                cache_bytes(*asked_of), workspace_bytes(*asked_of),
                 batch=sequences, context=tokens, staging_experts=staging,
             )  # fmt: skip
             _log.info("GPU memory of %s", budget)
-            enforce(budget, target)
             count = budget.slots_per_layer
-        filled = store or _from_checkpoint(checkpoint, compression, target)
-        handle = FastHandle(
-            model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
-            use_graphs, bool(compile),
-        )  # fmt: skip
+        with ExitStack() as undo:
+            if budget is not None:
+                enforce(budget, target)
+                undo.callback(lift, target)
+            filled = store or _from_checkpoint(checkpoint, compression, target)
+            handle = FastHandle(
+                model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
+                use_graphs, bool(compile), budget,
+            )  # fmt: skip
+            undo.pop_all()  # the handle lifts it now
     return model, handle
 
 

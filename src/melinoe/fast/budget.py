@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -67,9 +66,9 @@ class GpuBudget:
 def plan_budget(
     gpu_memory: str | int,
     layers: Sequence[ExpertsLayer],
-    config: Any,
     backbone: int,
     kv_cache: int,
+    workspace: int,
     *,
     batch: int,
     context: int,
@@ -81,9 +80,9 @@ def plan_budget(
     Args:
         gpu_memory: such as ``"8GiB"``; an int is bytes.
         layers: as `find_experts` lists them.
-        config: the model's.
         backbone: bytes of everything that is not experts; see `backbone_bytes`.
         kv_cache: bytes of the cache of *batch* sequences; see `melinoe.fast.cache_bytes`.
+        workspace: bytes that a prompt's pass needs; see `melinoe.fast.workspace`.
         batch: sequences decoded at once, at most.
         context: tokens of a sequence, prompt included, at most.
         staging_experts: that one staging block holds.
@@ -92,12 +91,11 @@ def plan_budget(
         BudgetError: not even one slot per layer fits, with the smallest budget that works.
     """
     total = parse_bytes(gpu_memory)
-    dtype = layers[0].tensors[0].dtype
     known = {
         "backbone": _pieces(backbone),
         "kv_cache": kv_cache,
         "staging": staging_bytes(tuple(layers), staging_experts),
-        "workspace": workspace_bytes(layers, config, batch * context, context, dtype),
+        "workspace": _pieces(workspace) + _LIBRARIES,
         "graphs": _GRAPHS,
     }
     rest = total - sum(known.values())
@@ -126,11 +124,17 @@ def enforce(budget: GpuBudget, device: torch.device) -> None:
     Let PyTorch's allocator refuse what goes beyond the budget, in the whole process.
 
     A request that would need more then fails with `torch.OutOfMemoryError`, and the next one works.
-    Without effect on the CPU.
+    Without effect on the CPU. `lift` undoes it.
     """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget.total / memory), device)
+
+
+def lift(device: torch.device) -> None:
+    """Let PyTorch's allocator take all of *device* again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
@@ -142,44 +146,6 @@ def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
             key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
             sizes[key] = -(-tensor.nbytes // 512) * 512
     return sum(sizes.values())
-
-
-def workspace_bytes(
-    layers: Sequence[ExpertsLayer], config: Any, tokens: int, context: int, dtype: torch.dtype
-) -> int:
-    """Bytes that one forward pass of *tokens* tokens needs at most while it runs; an estimate."""
-    text = config.get_text_config(decoder=True)
-    hidden = text.hidden_size
-    top_k = next(
-        (
-            int(value)
-            for name in _TOP_K
-            if isinstance(value := getattr(text, name, None), int) and value > 0
-        ),
-        8,
-    )
-    # The widest expert: (2I, H) or (I, H) and (H, I) say I.
-    width = max(
-        max(tensor.nbytes // tensor.dtype.itemsize for tensor in layer.tensors) // hidden
-        for layer in layers
-    )
-    # Gathered inputs, both projections, the gated product, outputs, their sum: of every pair.
-    pairs = tokens * top_k * (5 * hidden + 2 * width)
-    around = tokens * 12 * hidden  # residuals, queries, keys, values of the attention beside it
-    mask = tokens * context  # bool; the kernels read it as it is
-    indices = tokens * top_k * 8 * 8
-    logits = 4 * tokens * 8 + 2 * text.vocab_size * 4 * max(1, tokens // max(context, 1))
-    return _pieces((pairs + around) * dtype.itemsize + mask + indices + logits) + _LIBRARIES
-
-
-_TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-)
 
 
 def _pieces(nbytes: int) -> int:

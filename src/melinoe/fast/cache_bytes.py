@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context:
         BudgetError: the family's code looks at values, so that neither can be asked.
     """
     try:
-        return sum(map(pieces, _static(model, layers, batch, context)))
+        cache = static_cache(model, layers, batch, context)
+        return sum(pieces(one.nbytes) for layer in cache.layers for one in tensors(layer))
     except RuntimeError:
         pass  # no static cache; the other may do
     try:
@@ -49,13 +50,21 @@ def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context:
         ) from error
 
 
-def _static(model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int) -> Iterator[int]:
+def static_cache(
+    model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int
+) -> StaticCache:
+    """
+    The family's static cache for *batch* sequences of *context* tokens, filled without values.
+
+    Raises:
+        RuntimeError: it has none, or its code looks at values.
+    """
     with meta_pass.without_experts(model, layers):
         cache = StaticCache(config=model.config, max_cache_len=context)
         ids = torch.zeros(batch, min(context, 2), dtype=torch.long, device="meta")
         model(input_ids=ids, past_key_values=cache)
-    for layer in cache.layers:
-        yield from (one.nbytes for one in tensors(layer))
+    cache.reset()
+    return cache
 
 
 def pieces(nbytes: int) -> int:

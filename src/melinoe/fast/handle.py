@@ -14,6 +14,7 @@ from torch import nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.prefill import StreamedPrefill
+from melinoe.fast.budget import GpuBudget, lift
 from melinoe.fast.carrier import FastStore
 from melinoe.fast.compiled import CompiledForward
 from melinoe.fast.experts import FastExperts
@@ -45,6 +46,7 @@ class FastHandle(Handle):
     Attributes:
         prefill: the rule by which prompts are streamed; may be exchanged between two prompts.
         graphs: the captured decode steps.
+        budget: of GPU memory, which is kept until `detach`; None if none was given.
         copies: how fast kernels copied experts when this was made, by bytes of a block and number
             of programs; see `melinoe.fast.tuning`. Empty without CUDA.
     """
@@ -61,6 +63,7 @@ class FastHandle(Handle):
         staging_experts: int,
         use_graphs: bool,
         compile: bool = False,
+        budget: GpuBudget | None = None,
     ) -> None:
         self.prefill = prefill
         self._store = store
@@ -68,6 +71,7 @@ class FastHandle(Handle):
         self._staging = Staging(device, staging_experts)
         self._use_graphs = use_graphs
         self._compile = compile
+        self.budget = budget
         self._warned_of_uses = False
         # Before anything is moved: a policy or a model that cannot run here shows now.
         self._who = DeviceResidency(
@@ -208,4 +212,6 @@ class FastHandle(Handle):
         if self._attached:
             self._staging.finish()
             self.graphs.forget()
+            if self.budget is not None:  # experts that come back may need more
+                lift(self._device)
         super().detach()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,18 @@ def _asks_only(func: Any) -> bool:
 
 
 @contextlib.contextmanager
-def without_experts(model: Any, layers: Sequence[ExpertsLayer]) -> Iterator[list[int | None]]:
+def without_experts(
+    model: Any,
+    layers: Sequence[ExpertsLayer],
+    called: Callable[[ExpertsLayer, torch.Tensor], None] | None = None,
+) -> Iterator[list[int | None]]:
     """
     In the body *model*, on the meta device, runs; its experts give back what they are given.
+
+    Args:
+        model: on the meta device.
+        layers: its MoE layers.
+        called: told of each call of a layer's experts, with ``top_k_index``.
 
     Yields:
         By MoE layer, the experts a token asked for; None while it was not called.
@@ -83,16 +92,18 @@ def without_experts(model: Any, layers: Sequence[ExpertsLayer]) -> Iterator[list
     """
     top_k: list[int | None] = [None] * len(layers)
 
-    def noted(index: int) -> Any:
+    def noted(layer: ExpertsLayer) -> Any:
         def experts(hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-            top_k[index] = int(top_k_index.shape[-1])
+            top_k[layer.index] = int(top_k_index.shape[-1])
+            if called is not None:
+                called(layer, top_k_index)
             return hidden_states
 
         return experts
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            bind(layer.module, noted(layer.index))
+            bind(layer.module, noted(layer))
             stack.callback(unbind, layer.module)
         stack.callback(use_melinoe(model))
         stack.enter_context(_quiet())
