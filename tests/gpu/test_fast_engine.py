@@ -221,6 +221,51 @@ def test_other_caches_are_replayed_too(family, options):
         assert handle.graphs.captured == len(options) + 1
 
 
+def test_longer_texts_are_captured_anew():
+    """Each needs a longer cache, so the graphs before are gone; and another model's come and go."""
+    network, other = model(), model(seed=1)
+    with melinoe.attach(network, engine="fast", slots=8) as handle:
+        for captured, tokens in enumerate((16, 32, 64), start=1):
+            with handle.graphs.paused():
+                expected = generate(network, tokens, cache_implementation="static")
+            with melinoe.attach(other, engine="fast", slots=8) as second:
+                generate(other, 16)
+                for _ in range(2):
+                    assert torch.equal(generate(network, tokens), expected)
+                assert second.graphs.reason is None and second.graphs.captured == 1
+            assert torch.equal(generate(network, tokens), expected)
+            assert handle.graphs.reason is None
+            assert handle.graphs.captured >= captured
+
+
+def test_a_capture_that_fails_is_named_and_the_text_goes_on():
+    """A hook asks the device what it holds, which no capture can."""
+    network = model()
+    with melinoe.attach(network, engine="fast", slots=8, graphs=False):
+        expected = generate(network, cache_implementation="static")
+    network.lm_head.register_forward_hook(lambda _, __, output: output.sum().item() and None)
+    with melinoe.attach(network, engine="fast", slots=8) as handle:
+        for _ in range(2):
+            assert torch.equal(generate(network), expected)
+        assert "captur" in handle.graphs.reason and handle.graphs.replayed == 0
+
+
+def test_a_model_that_changes_is_captured_anew():
+    """Other weights in other memory."""
+    network = model()
+    with melinoe.attach(network, engine="fast", slots=8) as handle:
+        before = generate(network)
+        own = network.lm_head.weight
+        network.lm_head.weight = torch.nn.Parameter(own.detach().flip(0), requires_grad=False)
+        with handle.graphs.paused():
+            expected = generate(network, cache_implementation="static")
+        assert torch.equal(generate(network), expected)
+        assert torch.equal(generate(network), expected)
+        network.lm_head.weight = own
+        assert torch.equal(generate(network), before)
+        assert handle.graphs.reason is None
+
+
 def test_compiled_steps_give_bits_that_do_not_depend_on_the_slots():
     """Compiled, captured and replayed: few slots, some, all; nearly the model's own."""
     network = model()
