@@ -7,9 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from melinoe.cli import app as cli
+from tests import tiny
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 COMMANDS = [
@@ -122,11 +124,29 @@ def test_doctor_states_bytes_that_follow_from_the_shape(checkpoint, melinoe):
     assert about["budgets"] == [{"expert_memory": "6KiB", "slots": 2, "bytes": 6144}]
 
 
+def test_doctor_says_what_the_fast_engine_can_do(checkpoint, tmp_path, melinoe):
+    """Of a checkpoint and of a config alone: whether it runs here, and captures decode steps."""
+    model = tiny.tiny_model("deepseek_v4")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    for asked, captured in (
+        (checkpoint, True),
+        (tmp_path, False),
+        (tmp_path / "config.json", False),
+    ):
+        code, out, _ = melinoe("doctor", asked, "--json")
+        fast = json.loads(out)["fast_engine"]
+        assert code == 0 and (fast["not_captured"] is None) == captured
+        assert captured or fast["not_captured"] == "deepseek_v4 has no static cache"
+        assert torch.cuda.is_available() or fast["cannot_run"] == "this machine has no CUDA device"
+
+
 def test_doctor_prints_a_table(checkpoint, melinoe):
     """The same for people."""
     code, out, _ = melinoe("doctor", checkpoint)
     assert code == 0
     assert "olmoe (OlmoeForCausalLM)" in out and "1.5KiB" in out
+    assert "captured as CUDA graphs" in out
 
 
 def test_a_budget_below_the_smallest_is_refused_with_the_smallest(checkpoint, melinoe):

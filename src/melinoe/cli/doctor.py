@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,9 +34,12 @@ def command(
     from melinoe.runtime.budget import format_bytes, memory_of, slots_for
 
     options.quiet()
-    about = _describe(options.resolve(model))
-    if not about.supported:
-        raise UnsupportedModelError(about.reason)
+    asked = options.resolve(model)
+    with _as_checkpoint(asked) as name:
+        about = _describe(asked, name)
+        if not about.supported:
+            raise UnsupportedModelError(about.reason)
+        fast = _fast_engine(name)
     layers: Any = [
         SimpleNamespace(num_experts=experts, block_bytes=size) for experts, size in about.layers
     ]
@@ -43,7 +48,7 @@ def command(
         slots = slots_for(budget, layers)
         fits.append({"expert_memory": budget, "slots": slots, "bytes": memory_of(slots, layers)})
     if as_json:
-        options.show_json(about.to_dict() | {"budgets": fits})
+        options.show_json(about.to_dict() | {"budgets": fits, "fast_engine": fast})
         return
     rows: list[dict[str, Any]] = [
         {"": "family", " ": f"{about.model_type} ({about.architecture})"},
@@ -72,25 +77,59 @@ def command(
                 f"({format_bytes(fit['bytes'])})",
             }
         )
+    rows += [
+        {"": "fast engine", " ": fast["cannot_run"] or "runs here"},
+        {"": "its decode steps", " ": fast["not_captured"] or "captured as CUDA graphs"},
+    ]
     options.show_table(model, rows)
 
 
-def _describe(model: str) -> Description:
-    """Of a file, what it tells as the config of a checkpoint without weights, as in a plan."""
-    from dataclasses import replace
+@contextmanager
+def _as_checkpoint(model: str) -> Iterator[str]:
+    """A file is what it tells as the config of a checkpoint without weights, as in a plan."""
     from shutil import copyfile
     from tempfile import TemporaryDirectory
 
-    from melinoe.checkpoint import describe
     from melinoe.checkpoint.files import read_object
 
     path = Path(model).expanduser()
     if not path.is_file():
-        return describe(model)
+        yield model
+        return
     read_object(path)  # what is wrong with it is said of its own name
     with TemporaryDirectory() as alone:
-        copy = Path(alone) / "config.json"
-        copyfile(path, copy)
-        about = describe(alone)
-        reason = about.reason and about.reason.replace(str(copy), model)
-        return replace(about, name=model, reason=reason)
+        copyfile(path, Path(alone) / "config.json")
+        yield alone
+
+
+def _describe(model: str, name: str) -> Description:
+    """What *name* holds, under the name that was asked for."""
+    from dataclasses import replace
+
+    from melinoe.checkpoint import describe
+
+    about = describe(name)
+    if name == model:
+        return about
+    reason = about.reason and about.reason.replace(str(Path(name) / "config.json"), model)
+    return replace(about, name=model, reason=reason)
+
+
+def _fast_engine(name: str) -> dict[str, str | None]:
+    """Why the fast engine cannot run here, and why decode steps are not captured; None: it can."""
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return {"cannot_run": "Triton is not installed", "not_captured": None}
+    import torch
+
+    from melinoe.checkpoint.files import read_config
+    from melinoe.checkpoint.opening import find_model_class
+    from melinoe.fast.plug import why_not_static
+    from melinoe.fast.support import why_not
+
+    config = read_config(name)
+    return {
+        "cannot_run": why_not(torch.device("cuda")),
+        "not_captured": why_not_static(find_model_class(config), config),
+    }

@@ -53,7 +53,7 @@ def answer(
     undo = _undo(model, config)
     config.disable_compile = False
     if device.type == "cuda" and config.cache_implementation is None:
-        reason = why_not_static(model)
+        reason = why_not_static(type(model), model.config)
         if reason is None:
             config.cache_implementation = "static"
         else:
@@ -65,16 +65,16 @@ def answer(
     return undo
 
 
-def why_not_static(model: Any) -> str | None:
-    """Why the model's own `generate` cannot decode with a static cache; None if it can."""
-    kind = model.config.model_type
+def why_not_static(model_class: Any, config: Any) -> str | None:
+    """Why `generate` of such a model cannot decode with a static cache; None if it can."""
+    kind = config.model_type
     try:
-        cache = StaticCache(config=model.config, max_cache_len=1)
+        cache = StaticCache(config=config, max_cache_len=1)
     except Exception:  # a kind of layer that has none
         return f"{kind} has no static cache"
     if not cache.is_compileable:
         return f"the static cache of {kind} moves in memory"
-    if not getattr(model, "_can_compile_fullgraph", False):
+    if not getattr(model_class, "_can_compile_fullgraph", False):
         return f"a step of {kind} looks at values on its way"
     return None
 
