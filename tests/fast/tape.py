@@ -7,7 +7,8 @@ read as a number, stays as it was, as in a CUDA graph; and as with a graph, reco
 trace: the memory that the engine and the cache hold is put back.
 
 Where a GPU could not capture, the recording fails: if the host asks a tensor what it holds, or
-makes one from numbers of its own. What this cannot show is what only a driver knows.
+makes one from numbers of its own. What this cannot show is what only a driver knows, and that
+memory which a step reads may be gone: the notes hold every tensor.
 """
 
 from __future__ import annotations

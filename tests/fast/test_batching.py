@@ -8,6 +8,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from melinoe.engine import attach
 from melinoe.errors import AttachError, BudgetError
 from melinoe.fast import experts as experts_module
+from melinoe.fast import passes as passes_module
 from melinoe.fast.batching import batching_config
 
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14]]
@@ -111,3 +112,17 @@ def test_decode_batches_that_do_not_fit_are_counted_and_named(model, expected, c
         assert batched(model, config) == expected
         assert handle.fallbacks > 0
     assert sum("raise the slots to 6" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_batches_that_nobody_captures_are_named(model, monkeypatch, caplog):
+    """Many decode batches in a row, none between them a prompt's."""
+    monkeypatch.setattr(passes_module, "_MANY", 4)
+    with attach(model, engine="fast", slots=4, graphs=True) as handle:
+        batched(model, batching_config(handle, 2, **SMALL))
+    assert sum("no block tables" in r.getMessage() for r in caplog.records) == 1
+    caplog.clear()
+    monkeypatch.setattr(passes_module, "_MANY", 64)  # fewer may be warming up
+    with attach(model, engine="fast", slots=4, graphs=True) as handle:
+        for _ in range(3):
+            batched(model, batching_config(handle, 2, **SMALL))
+    assert not caplog.records

@@ -77,7 +77,8 @@ def test_captured_steps_give_the_bits_and_counts_of_plain_ones(family):
             assert handle.counters == counted
         graphs = handle.graphs
         if family in NOT_CAPTURED:
-            assert NOT_CAPTURED[family] in graphs.reason
+            assert any(NOT_CAPTURED[family] in said for said in graphs._warned)
+            assert graphs.replayed == 0
             return
         assert graphs.reason is None and handle.fallbacks == 0
         kinds = graphs.captured

@@ -11,17 +11,15 @@ from transformers import StaticCache
 import melinoe
 import melinoe.engine as engine_module
 import melinoe.fast.attach as attach_module
-import melinoe.fast.handle as handle_module
 from melinoe.engine import attach
 from melinoe.errors import AttachError, BudgetError, CheckpointError
 from melinoe.fast import support
+from melinoe.fast.allocator import Cap, pieces
 from melinoe.fast.budget import (
     backbone_bytes,
-    enforce,
-    lift,
     plan_budget,
 )
-from melinoe.fast.cache_bytes import cache_bytes, pieces
+from melinoe.fast.cache_bytes import cache_bytes
 from melinoe.fast.cache_state import tensors
 from melinoe.fast.handle import FastHandle
 from melinoe.fast.staging import Staging, staging_bytes
@@ -314,37 +312,32 @@ def test_attention_that_keeps_all_probabilities_is_counted():
     assert fused[1] < 2.2 * fused[0]
 
 
-def test_the_allocator_is_told_the_budget(monkeypatch):
+def test_the_allocator_is_told_the_budget_and_then_what_was_before(monkeypatch):
     """As a share of the device's memory; on the CPU nothing is."""
-    told = []
+    told = [0.5]
 
     class Properties:
         total_memory = 80 << 30
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: told[-1])
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share)
     )
-    model = olmoe_1b_7b()
-    layers = find_experts(model)
-    budget = plan_budget(
-        "8GiB", layers, backbone_bytes(model, layers), 64 * MIB, 64 * MIB,
-        batch=1, context=256, staging_experts=1,
-    )  # fmt: skip
-    enforce(budget, torch.device("cpu"))
-    enforce(budget, torch.device("cuda"))
-    assert told == [0.1]
-    lift(torch.device("cpu"))
-    lift(torch.device("cuda"))
-    assert told == [0.1, 1.0]
+    for device in ("cpu", "cuda"):
+        cap = Cap(8 << 30, torch.device(device))
+        cap.lift()  # nothing to lift
+        cap.put()
+        cap.lift()
+        cap.lift()
+    assert told == [0.5, 0.1, 0.5]
 
 
 def test_a_budget_is_kept_from_loading_to_detaching(saved, monkeypatch):
     """And lifted where loading fails; what is put back may need more than the budget."""
     told = []
-    monkeypatch.setattr(attach_module, "enforce", lambda budget, device: told.append(budget.total))
-    for module in (attach_module, handle_module):
-        monkeypatch.setattr(module, "lift", lambda device: told.append("lifted"))
+    monkeypatch.setattr(Cap, "put", lambda self: told.append(self._total))
+    monkeypatch.setattr(Cap, "lift", lambda self: told.append("lifted"))
     path, _ = saved
     _, handle = melinoe.load(path, engine="fast", gpu_memory="1GiB", context=32)
     assert told == [1 << 30] and handle.budget.total == 1 << 30

@@ -79,7 +79,7 @@ def command(
         )
     rows += [
         {"": "fast engine", " ": fast["cannot_run"] or "runs here"},
-        {"": "its decode steps", " ": fast["not_captured"] or "captured as CUDA graphs"},
+        {"": "a cache to capture", " ": fast["not_captured"] or "yes, a static one"},
     ]
     options.show_table(model, rows)
 
@@ -116,11 +116,11 @@ def _describe(model: str, name: str) -> Description:
 
 
 def _fast_engine(name: str) -> dict[str, str | None]:
-    """Why the fast engine cannot run here, and why decode steps are not captured; None: it can."""
+    """Why the fast engine cannot run here; why the model has no cache to capture; None: it can."""
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
-        return {"cannot_run": "Triton is not installed", "not_captured": None}
+        return {"cannot_run": "Triton is not installed", "not_captured": "not known without it"}
     import torch
 
     from melinoe.checkpoint.files import read_config

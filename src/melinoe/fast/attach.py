@@ -18,7 +18,8 @@ from melinoe.cache.prefill import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.errors import AttachError, BudgetError
-from melinoe.fast.budget import GpuBudget, backbone_bytes, enforce, lift, plan_budget
+from melinoe.fast.allocator import Cap
+from melinoe.fast.budget import GpuBudget, backbone_bytes, plan_budget
 from melinoe.fast.cache_bytes import cache_bytes
 from melinoe.fast.carrier import FastStore
 from melinoe.fast.compiled import cache_length
@@ -160,6 +161,7 @@ def load(
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
         budget: GpuBudget | None = None
+        cap: Cap | None = None
         if gpu_memory is not None:
             sequences, tokens = batch or 1, cache_length(context or 2048, bool(compile))
             hollow = build_on_meta(
@@ -175,12 +177,13 @@ def load(
             count = budget.slots_per_layer
         with ExitStack() as undo:
             if budget is not None:
-                enforce(budget, target)
-                undo.callback(lift, target)
+                cap = Cap(budget.total, target)
+                undo.callback(cap.lift)
+                cap.put()
             filled = store or _from_checkpoint(checkpoint, compression, target)
             handle = FastHandle(
                 model, layers, filled, count, make, target, StreamedPrefill(admit), staging,
-                use_graphs, bool(compile), budget,
+                use_graphs, bool(compile), budget, cap,
             )  # fmt: skip
             undo.pop_all()  # the handle lifts it now
     return model, handle

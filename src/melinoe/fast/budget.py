@@ -13,15 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import nn
 
 from melinoe.errors import BudgetError
+from melinoe.fast.allocator import pieces
 from melinoe.fast.staging import staging_bytes
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.budget import format_bytes, parse_bytes
 
-_PIECE = 2 << 20
 # cuBLAS keeps 32 MiB on Hopper for each stream that computes; one computes, one captures.
 _LIBRARIES = 64 << 20
 _GRAPHS = 64 << 20
@@ -92,10 +91,10 @@ def plan_budget(
     """
     total = parse_bytes(gpu_memory)
     known = {
-        "backbone": _pieces(backbone),
+        "backbone": pieces(backbone),
         "kv_cache": kv_cache,
         "staging": staging_bytes(tuple(layers), staging_experts),
-        "workspace": _pieces(workspace) + _LIBRARIES,
+        "workspace": pieces(workspace) + _LIBRARIES,
         "graphs": _GRAPHS,
     }
     rest = total - sum(known.values())
@@ -119,24 +118,6 @@ def plan_budget(
     return GpuBudget(total=total, **known, slots=_slot_bytes(layers, low), slots_per_layer=low)
 
 
-def enforce(budget: GpuBudget, device: torch.device) -> None:
-    """
-    Let PyTorch's allocator refuse what goes beyond the budget, in the whole process.
-
-    A request that would need more then fails with `torch.OutOfMemoryError`, and the next one works.
-    Without effect on the CPU. `lift` undoes it.
-    """
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget.total / memory), device)
-
-
-def lift(device: torch.device) -> None:
-    """Let PyTorch's allocator take all of *device* again."""
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
 def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
     """Bytes of all parameters and buffers but the stacked experts', each memory counted once."""
     experts = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
@@ -148,13 +129,9 @@ def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
     return sum(sizes.values())
 
 
-def _pieces(nbytes: int) -> int:
-    return -(-nbytes // _PIECE) * _PIECE
-
-
 def _slot_bytes(layers: Sequence[ExpertsLayer], slots: int) -> int:
     return sum(
-        _pieces(min(slots, layer.num_experts) * tensor.nbytes)
+        pieces(min(slots, layer.num_experts) * tensor.nbytes)
         for layer in layers
         for tensor in layer.tensors
     )

@@ -9,12 +9,10 @@ import torch
 from transformers import StaticCache
 
 from melinoe.errors import BudgetError
+from melinoe.fast.allocator import pieces
 from melinoe.fast.cache_state import tensors
 from melinoe.moe import meta_pass
 from melinoe.moe.experts import ExpertsLayer
-
-# PyTorch's allocator packs small tensors together and gives large ones whole pieces.
-_SMALL, _PIECE = 1 << 20, 2 << 20
 
 
 def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int) -> int:
@@ -43,11 +41,15 @@ def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context:
         seen = meta_pass.forward(model, layers, min(context, meta_pass.DIRECT))
         return batch * pieces(meta_pass.cache_bytes(model, layers, context, seen))
     except RuntimeError as error:
-        raise BudgetError(
-            f"how much memory the cache of {model.config.model_type} takes cannot be told "
-            f"beforehand ({str(error).splitlines()[0][:80]}); give slots or expert_memory instead "
-            "of gpu_memory"
-        ) from error
+        raise untold(model, "the cache", error) from error
+
+
+def untold(model: Any, what: str, error: Exception) -> BudgetError:
+    """That *what* of the model takes nobody knows how much memory, because of *error*."""
+    return BudgetError(
+        f"how much memory {what} of {model.config.model_type} takes cannot be told beforehand "
+        f"({str(error).splitlines()[0][:80]}); give slots or expert_memory instead of gpu_memory"
+    )
 
 
 def static_cache(
@@ -65,8 +67,3 @@ def static_cache(
         model(input_ids=ids, past_key_values=cache)
     cache.reset()
     return cache
-
-
-def pieces(nbytes: int) -> int:
-    """What the allocator takes for a tensor of so many bytes."""
-    return -(-nbytes // _PIECE) * _PIECE if nbytes >= _SMALL else -(-nbytes // 512) * 512

@@ -149,9 +149,9 @@ def tensors(layer: Any) -> list[Tensor]:
     return [value for *_, value in _parts(vars(layer)) if isinstance(value, Tensor)]
 
 
-def as_new(used: Any, fresh: Any) -> bool:
+def empty_for(used: Any, fresh: Any) -> bool:
     """
-    Whether a used layer can stand for a fresh one; it is emptied to see.
+    Empty a used layer, and say whether it can stand for a fresh one; if not, it is of no use.
 
     What it was made with must agree, and its memory must be writable as the fresh one's will be.
     """

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Constants:
-    """What `torch.tensor` made of numbers; kept as long as graphs may read it."""
+    """What `torch.tensor` made of numbers; kept for good, since graphs know where it lies."""
 
     def __init__(self) -> None:
         self._made: dict[tuple, Tensor] = {}
@@ -44,12 +44,23 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.tensor or not args or isinstance(args[0], Tensor):
+        if func is not torch.tensor or len(args) != 1 or not _is_plain(args[0]):
             return func(*args, **kwargs)
         key = (repr(args), repr(sorted(kwargs.items())), torch.is_inference_mode_enabled())
         if self._giving:
             known = self._made.get(key)
             return func(*args, **kwargs) if known is None else known.clone()
         made = func(*args, **kwargs)
-        self._made[key] = made.clone()
+        if key not in self._made:  # the first stays: graphs know where it lies
+            self._made[key] = made.clone()
         return made
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, or numbers in lists, which `repr` tells apart."""
+    if isinstance(value, list | tuple):
+        return len(value) <= _MOST and all(map(_is_plain, value))
+    return isinstance(value, bool | int | float)
+
+
+_MOST = 64

@@ -59,7 +59,7 @@ class FastExperts:
         self._is_last = layer.index == len(who.capacity) - 1
         self._device = device
         with torch.inference_mode(False):
-            # Zeros, because a choice of no expert computes some slot, with weight zero.
+            # Numbers, because a choice of no expert computes some slot, with weight zero.
             self.slots = {
                 t.name: torch.zeros((self._num_slots, *t.shape), dtype=t.dtype, device=device)
                 for t in layer.tensors

@@ -16,19 +16,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
 from melinoe.fast import cache_state, plug
-from melinoe.fast.cache_state import Kinds
 from melinoe.fast.captured import CudaStep, PlainStep, Step
 from melinoe.fast.compiled import CompiledForward, CompileError, cause, first_line
 from melinoe.fast.constants import Constants
 from melinoe.fast.fingerprint import fingerprint
-from melinoe.fast.graph_inputs import buffer, fill, signature
+from melinoe.fast.graph_inputs import buffer, fill
 from melinoe.fast.kept_cache import KeptCache
-from melinoe.fast.passes import DEVICE, FastPasses
+from melinoe.fast.passes import DEVICE, PLANS, FastPasses
+from melinoe.fast.step_kind import StepKinds
 from melinoe.runtime.passes import Batch
 
 _log = logging.getLogger("melinoe")
@@ -81,6 +81,7 @@ class DecodeGraphs:
         self._warm: dict[tuple, None] = {}
         self._hosted: dict[tuple, None] = {}
         self._stepping = False
+        self._not_static: str | None = None
         self._warned: set[str] = set()
         self._fingerprint: int | None = None
         self._no_room = 0
@@ -89,7 +90,7 @@ class DecodeGraphs:
         # and what the cache counted then.
         self._compiled: dict[tuple, tuple[dict[str, Any], Counts]] = {}
         self._caches: dict[str, StaticCache] = {}
-        self._kinds = Kinds()
+        self._kinds = StepKinds(device, self._warn)
         self._constants = Constants()
         self._kept = KeptCache(renewed=self._drop)
         self._paused = 0
@@ -102,13 +103,19 @@ class DecodeGraphs:
             return plug.forbid_compiling(self._model)
         self._passes.unasked = self._unasked
         self._passes.generation_begins = self.look_at_model
+        if self._device.type == "cuda":
+            self._not_static = plug.why_not_static(type(self._model), self._model.config)
+            if self._not_static is not None:
+                self._warn(self._not_static)
         return plug.answer(
             self._model, self.step, lambda given: self._kept.reusing(given, lambda: self._compiles),
-            self._device,
+            static=self._device.type == "cuda" and self._not_static is None,
         )  # fmt: skip
 
-    def _unasked(self) -> None:
-        if not (self._stepping or self._paused or self.reason):
+    def _unasked(self, batched: bool) -> None:
+        if batched:
+            self._warn("in continuous batching its attention has no block tables")
+        elif not (self._stepping or self._paused or self.reason or self._not_static):
             self._warn("nobody asks for these, as with beams, or in a loop of one's own")
 
     @contextmanager
@@ -131,7 +138,8 @@ class DecodeGraphs:
         self._caches = {name: one for name, one in inputs.items() if isinstance(one, StaticCache)}
         self._stepping = True
         try:
-            key = None if self._paused or self.reason else self._kind(inputs)
+            as_it_is = self._paused or self.reason or self._passes.in_prompt(inputs)
+            key = None if as_it_is else self._kinds.of(inputs)
             return self._model(**inputs) if key is None else self._step(key, inputs)
         finally:
             self._stepping, self._caches = False, {}
@@ -159,18 +167,14 @@ class DecodeGraphs:
         """The first step of a kind, which also compiles the kernels."""
         if key in self._hosted:
             return self._model(**inputs)
-        before = [self._kinds.of(cache) for cache in self._caches.values()]
+        before = self._kinds.caches(inputs)
         with self._constants.learning():
             output = self._model(**inputs)
-        after = [self._kinds.of(cache) for cache in self._caches.values()]
-        odd = sorted(set().union(*map(cache_state.moved, before, after)))
-        if odd:
-            self._give_up(f"a step leaves other memory in {', '.join(odd)} of the model's cache")
-            return output
-        known = self._warm if self._passes.mode == DEVICE else self._hosted
-        if len(known) >= _MOST_KNOWN:
-            known.pop(next(iter(known)))
-        known[key] = None
+        known = {DEVICE: self._warm, PLANS: self._hosted}.get(self._passes.mode)
+        if self._kinds.is_steady(before, self._kinds.caches(inputs)) and known is not None:
+            if len(known) >= _MOST_KNOWN:
+                known.pop(next(iter(known)))
+            known[key] = None
         return output
 
     @property
@@ -191,7 +195,7 @@ class DecodeGraphs:
                 self._compiled = {}
 
     def _capture(self, key: tuple, inputs: Mapping[str, Any]) -> bool:
-        """Capture one kind of step; False if that does not work, and then never again."""
+        """Capture one kind of step; False if that does not work, which is said."""
         counts = self._counts()
         known = self._compiled.pop(key, None)
         buffers, compiled_at = known or (self._buffers_for(inputs), counts)
@@ -211,13 +215,7 @@ class DecodeGraphs:
                 self._steps[key] = self._made(self._own, buffers, counts)
             except Exception as error:  # whatever a kernel or the driver objects to
                 self._set_counts(counts)
-                failed = f"capturing a step failed: {first_line(cause(error))}"
-                self._no_room += isinstance(cause(error), torch.OutOfMemoryError)
-                if 0 < self._no_room < _TRIES:  # there may be room later
-                    self._forget_steps()
-                    self._warn(failed)
-                else:
-                    self._give_up(failed)
+                self._failed(cause(error))
                 return False
         self.captured += 1
         return True
@@ -274,42 +272,27 @@ class DecodeGraphs:
         self._warm, self._hosted = {}, {}
         self._pool = None
 
-    def _forget_steps(self) -> None:
-        self._drop()
-        self._passes.settle()
-
     def look_at_model(self) -> None:
         """Before a generation: steps captured of a model that has changed since are of no use."""
         now = self._fingerprint if self._paused else fingerprint(self._model)
         if now != self._fingerprint:
-            self._fingerprint = now
+            self._fingerprint, self.reason = now, None  # what was in the way may be gone
             self._drop()
 
-    def _give_up(self, reason: str) -> None:
-        self.reason = reason
-        self._forget_steps()
+    def _failed(self, error: BaseException) -> None:
+        """A step cannot be captured: no more are tried, but for want of memory a few times."""
+        reason = f"capturing a step failed: {first_line(error)}"
+        no_room = isinstance(error, torch.OutOfMemoryError)
+        self._no_room += no_room
+        if not no_room or self._no_room == _TRIES:
+            self.reason = reason
+        self._drop()
+        self._passes.settle()
         self._warn(reason)
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            _log.warning(plug.NO_GRAPHS, reason)
-
-    def _kind(self, inputs: Mapping[str, Any]) -> tuple | None:
-        """What a captured step would have to agree in with these inputs; None if it cannot be."""
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
-            return None
-        if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states")):
-            return None  # would be overwritten by the next step while the caller keeps them
-        kind = self._device.type
-        key: list[Any] = [torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
-        key += [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)]
-        for name in sorted(inputs):
-            value = inputs[name]
-            part = self._kinds.of(value) if isinstance(value, StaticCache) else signature(value)
-            if part is None:
-                self._warn(f"nothing is known of its input {name}, a {type(value).__name__}")
-                return None
-            key.append((name, part))
-        return tuple(key)
+            _log.warning(
+                "decode steps are launched one kernel at a time, not as CUDA graphs: %s", reason
+            )

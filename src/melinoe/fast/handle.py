@@ -14,7 +14,8 @@ from torch import nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.prefill import StreamedPrefill
-from melinoe.fast.budget import GpuBudget, lift
+from melinoe.fast.allocator import Cap
+from melinoe.fast.budget import GpuBudget
 from melinoe.fast.carrier import FastStore
 from melinoe.fast.compiled import CompiledForward
 from melinoe.fast.experts import FastExperts
@@ -64,6 +65,7 @@ class FastHandle(Handle):
         use_graphs: bool,
         compile: bool = False,
         budget: GpuBudget | None = None,
+        cap: Cap | None = None,
     ) -> None:
         self.prefill = prefill
         self._store = store
@@ -71,7 +73,7 @@ class FastHandle(Handle):
         self._staging = Staging(device, staging_experts)
         self._use_graphs = use_graphs
         self._compile = compile
-        self.budget = budget
+        self.budget, self._cap = budget, cap
         self._warned_of_uses = False
         # Before anything is moved: a policy or a model that cannot run here shows now.
         self._who = DeviceResidency(
@@ -87,7 +89,8 @@ class FastHandle(Handle):
     # --- what another engine does otherwise -----------------------------------------------------
 
     def _follow(self, model: nn.Module) -> ForwardPasses:
-        return FastPasses(model, self._counters, self._who.fits)
+        most = max(self._who.num_experts)
+        return FastPasses(model, self._counters, self._who.fits, most)
 
     def _make_caches(
         self, policy: Callable[[], Policy] | Sequence[Callable[[], Policy]], device: torch.device
@@ -115,10 +118,10 @@ class FastHandle(Handle):
                 "the last bits of logits change"
             )
         self.graphs = DecodeGraphs(model, self._passes, self._device, self._use_graphs, compiled)
-        undo = ExitStack()
-        undo.callback(watch_generate(model, self._passes, may_compile=self._use_graphs))
-        undo.callback(self.graphs.plug_in())
-        return undo.close
+        with ExitStack() as undo:
+            undo.callback(watch_generate(model, self._passes, may_compile=self._use_graphs))
+            undo.callback(self.graphs.plug_in())
+            return undo.pop_all().close
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -212,6 +215,6 @@ class FastHandle(Handle):
         if self._attached:
             self._staging.finish()
             self.graphs.forget()
-            if self.budget is not None:  # experts that come back may need more
-                lift(self._device)
+            if self._cap is not None:
+                self._cap.lift()  # experts that come back may need more
         super().detach()

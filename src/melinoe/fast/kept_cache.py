@@ -68,7 +68,7 @@ class KeptCache:
             self._cache() is None
             and batch == self._batch
             and len(self._layers) == len(fresh.layers)
-            and all(map(cache_state.as_new, self._layers, fresh.layers))
+            and all(map(cache_state.empty_for, self._layers, fresh.layers))
         )
 
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.runtime.calls import Generating
+from melinoe.runtime.calls import Generating, describe_call
 from melinoe.runtime.passes import Batch, ForwardPasses
 
 _log = logging.getLogger("melinoe")
 
 DEVICE, STREAM, PLANS = "device", "stream", "plans"
-# Decode batches of continuous batching that ran as they are; capturing every kind takes fewer.
+# So many decode batches of continuous batching in a row, as they are, are none to warm up with.
 _MANY = 64
 
 
@@ -30,6 +31,12 @@ class FastPasses(ForwardPasses):
     phase: it is planned on the device and counts as completion if it fits, else it is streamed,
     evicts nobody, and counts as prompt.
 
+    Args:
+        model: a transformers model.
+        counters: of its runtime.
+        fits: whether the device can plan so many tokens of so many choices.
+        most: experts of the layer that has the most.
+
     Attributes:
         mode: ``device``, ``stream`` or ``plans``: how the open pass is planned.
         paged: whether the open pass belongs to continuous batching.
@@ -37,21 +44,21 @@ class FastPasses(ForwardPasses):
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
         unasked: told of each pass that the device plans and that nobody has announced: neither
-            continuous batching nor *given*; and of continuous batching that captures nothing.
+            continuous batching nor *given*. With True: of continuous batching without captures.
         generation_begins: called when `generate` of the model begins.
     """
 
     def __init__(
-        self, model: nn.Module, counters: Counters, fits: Callable[[int, int], bool]
+        self, model: nn.Module, counters: Counters, fits: Callable[[int, int], bool], most: int
     ) -> None:
         super().__init__(model, counters)
-        self._fits = fits
+        self._fits, self._most = fits, most
         self._tokens = self._top_k = 0
         self.mode = DEVICE
         self.paged = False
         self.fallbacks = 0
         self.given: Batch | None = None
-        self.unasked: Callable[[], None] | None = None
+        self.unasked: Callable[[bool], None] | None = None
         self.generation_begins: Callable[[], None] | None = None
         self._only_decodes = False
         self._paged_decodes = 0
@@ -64,6 +71,15 @@ class FastPasses(ForwardPasses):
         self._tokens = tokens
         super().enter(layer, top_k_index, top_k_weights)
         self.route.reached(layer)  # who was chosen only the device knows; somebody was, as a rule
+
+    def in_prompt(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call with *inputs* is a part of a prompt that comes in several."""
+        generating = self._generating
+        if generating is None or not generating.chunked:
+            return False
+        call = describe_call((), inputs, generating)  # waits for the device, until the prompt ends
+        generating.chunked = call is not None and call.phase == PROMPT
+        return generating.chunked
 
     def end(self) -> None:
         """End the open pass; one that the device planned, the device has counted."""
@@ -94,9 +110,12 @@ class FastPasses(ForwardPasses):
         if self.mode == PLANS or (self.paged and self._only_decodes and not fits):
             self._note_fallback(tokens)
         elif self.mode == DEVICE and self.unasked and self.given is None:
-            self._paged_decodes += self.paged
-            if not self.paged or self._paged_decodes == _MANY:
-                self.unasked()
+            if not self.paged:
+                self.unasked(False)
+            elif not _capturing():
+                self._paged_decodes = self._paged_decodes + 1 if self._only_decodes else 0
+                if self._paged_decodes == _MANY:
+                    self.unasked(True)
         if phase == COMPLETION:
             self._completion_begins()
         if self.mode != DEVICE:
@@ -108,7 +127,7 @@ class FastPasses(ForwardPasses):
             _log.warning(
                 "decode steps of %d tokens may need more experts of a layer than it has slots, so "
                 "the host plans them, as slowly as in the reference engine; raise the slots to %d, "
-                "or decode fewer sequences at once", tokens, tokens * self._top_k,
+                "or decode fewer sequences at once", tokens, min(tokens * self._top_k, self._most),
             )  # fmt: skip
         self.fallbacks += 1
 
@@ -128,3 +147,7 @@ class FastPasses(ForwardPasses):
             self.generation_begins()
         with super().generate(generating):
             yield
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

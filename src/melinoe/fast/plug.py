@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import StaticCache
 
-_log = logging.getLogger("melinoe")
-
-NO_GRAPHS = "decode steps are launched one kernel at a time, not as CUDA graphs: %s"
 _SETTINGS = ("disable_compile", "cache_implementation")
 _METHODS = ("get_compiled_call", "_prepare_static_cache")
 
@@ -30,19 +25,18 @@ def answer(
     model: Any,
     step: Callable[..., Any],
     reusing: Callable[[Callable[..., Any]], Callable[..., Any]],
-    device: torch.device,
+    static: bool,
 ) -> Callable[[], None]:
     """
     Let `generate` take *step* where it asks for a compiled forward.
 
-    It asks where its cache is static, so on a GPU that becomes the default, where the family has
-    one; where not, that is logged.
+    It asks on a GPU, where its cache is static.
 
     Args:
         model: a transformers model.
         step: one forward pass.
         reusing: makes of the model's way to prepare a static cache another one.
-        device: where the model is.
+        static: whether a static cache is to be the default.
 
     Returns:
         What undoes it.
@@ -52,12 +46,8 @@ def answer(
         return lambda: None
     undo = _undo(model, config)
     config.disable_compile = False
-    if device.type == "cuda" and config.cache_implementation is None:
-        reason = why_not_static(type(model), model.config)
-        if reason is None:
-            config.cache_implementation = "static"
-        else:
-            _log.warning(NO_GRAPHS, reason)
+    if static and config.cache_implementation is None:
+        config.cache_implementation = "static"
     vars(model)["get_compiled_call"] = lambda *_: step
     prepare = getattr(model, "_prepare_static_cache", None)
     if prepare is not None:

@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from melinoe.errors import BudgetError
-from melinoe.fast.cache_bytes import static_cache
+from melinoe.fast.cache_bytes import static_cache, untold
 from melinoe.fast.cache_state import tensors
 from melinoe.moe import meta_pass
 from melinoe.moe.experts import ExpertsLayer
@@ -59,11 +58,7 @@ def workspace_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, cont
         with meta_pass.without_experts(model, layers, called), watched(held) as live:
             model(input_ids=ids, **options)
     except RuntimeError as error:
-        raise BudgetError(
-            f"how much memory a prompt of {model.config.model_type} takes cannot be told "
-            f"beforehand ({str(error).splitlines()[0][:80]}); give slots or expert_memory instead "
-            "of gpu_memory"
-        ) from error
+        raise untold(model, "a prompt", error) from error
     return max(most, live.most)
 
 

@@ -24,12 +24,14 @@ class Generating:
         began: whether it has called the model yet.
         warned: whether it was said that it computes the prompt again and again.
         drafts: how many further ``generate`` of the same model run inside it, to make guesses.
+        chunked: whether the prompt comes in several calls, and may not be over yet.
     """
 
     prompt: int
     began: bool = False
     warned: bool = False
     drafts: int = 0
+    chunked: bool = False
 
 
 @dataclass(frozen=True)

@@ -104,4 +104,12 @@ def _prompt_of(
     # The mask covers what a cache holds already where only the new tokens are given.
     given.append(kwargs.get("attention_mask"))
     lengths = [one.shape[1] for one in given if isinstance(one, Tensor) and one.dim() >= 2]
-    return Generating(max(lengths)) if lengths else None
+    if not lengths:
+        return None
+    given_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    sizes = [kwargs.get("prefill_chunk_size")]
+    sizes += [
+        getattr(one, "prefill_chunk_size", None)
+        for one in (given_config, getattr(model, "generation_config", None))
+    ]
+    return Generating(max(lengths), chunked=any(sizes))
