@@ -77,7 +77,7 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, slots):
 
 @pytest.mark.parametrize("admit", [0, 1, None])
 def test_prompts_never_evict_more_than_they_may(model, admit):
-    """Another prompt in between: with admit=0 the residents stay, and counts are simulated."""
+    """Another prompt in between: none it uses leaves, and at most *admit* others; as simulated."""
     other = PROMPT + 17
     with attach(model, slots=4, admit=admit) as handle, handle.record() as recorder:
         generate(model, "one")
@@ -85,10 +85,17 @@ def test_prompts_never_evict_more_than_they_may(model, admit):
         with torch.no_grad():
             model(other)
         after = handle.resident()
-        kept = [len(set(a) & set(b)) for a, b in zip(before, after, strict=True)]
-        assert min(kept) >= (0 if admit is None else 4 - admit)
         counted = handle.counters
-    assert simulate(recorder.trace(), 4, prefill=StreamedPrefill(admit)).counters == counted
+    trace = recorder.trace()
+    prompt = trace.experts[trace.forward == trace.num_forwards - 1]
+    for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+        used = set(prompt[:, layer].ravel().tolist())
+        gone = set(old) - set(new)
+        assert len(old) == len(new) == 4 < len(used)
+        assert not gone & used
+        # More are used than there are slots: without a limit all that are not used make room.
+        assert gone == set(old) - used if admit is None else len(gone) <= admit
+    assert simulate(trace, 4, prefill=StreamedPrefill(admit)).counters == counted
 
 
 @pytest.mark.parametrize("staging_experts", [1, 2, 8])
