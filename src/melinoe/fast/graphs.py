@@ -103,13 +103,15 @@ class DecodeGraphs:
             return plug.forbid_compiling(self._model)
         self._passes.unasked = self._unasked
         self._passes.generation_begins = self.look_at_model
-        if self._device.type == "cuda":
+        generates = getattr(self._model, "generation_config", None) is not None
+        on_gpu = self._device.type == "cuda" and generates
+        if on_gpu:
             self._not_static = plug.why_not_static(type(self._model), self._model.config)
             if self._not_static is not None:
                 self._warn(self._not_static)
         return plug.answer(
             self._model, self.step, lambda given: self._kept.reusing(given, lambda: self._compiles),
-            static=self._device.type == "cuda" and self._not_static is None,
+            static=on_gpu and self._not_static is None,
         )  # fmt: skip
 
     def _unasked(self, batched: bool) -> None:
