@@ -126,3 +126,20 @@ def test_batches_that_nobody_captures_are_named(model, monkeypatch, caplog):
         for _ in range(3):
             batched(model, batching_config(handle, 2, **SMALL))
     assert not caplog.records
+
+
+def test_what_is_captured_is_never_more_than_the_device_counts(model, monkeypatch):
+    """65,535 choices: of 2 a token transformers' own 8,192 tokens, of 8 fewer, unless asked for."""
+    with attach(model, engine="fast", slots=8) as handle:
+        monkeypatch.setattr(type(handle), "device", torch.device("cuda"))
+        for top_k, asked, tokens, graphs in (
+            (2, {}, 8192, (True, True)),
+            (8, {}, 8128, (True, True)),
+            (8, {"max_batch_tokens": 8191}, 8191, (True, True)),
+            (8, {"max_batch_tokens": 8192}, 8192, (False, True)),
+        ):
+            config = batching_config(handle, top_k, **asked)
+            assert (config.max_batch_tokens, config.use_cuda_graph) == (tokens, graphs)
+    with attach(model, engine="fast", slots=4) as handle:
+        monkeypatch.setattr(type(handle), "device", torch.device("cuda"))
+        assert batching_config(handle, 2).use_cuda_graph == (False, True)

@@ -7,7 +7,11 @@ from typing import Any
 from transformers import ContinuousBatchingConfig
 
 from melinoe.errors import BudgetError
+from melinoe.fast.decide import MOST_PAIRS
 from melinoe.fast.handle import FastHandle
+
+# Tokens of a batch that transformers allows where nobody says otherwise.
+_USUAL = 8192
 
 
 def batching_config(handle: FastHandle, top_k: int, **options: Any) -> ContinuousBatchingConfig:
@@ -41,7 +45,13 @@ def batching_config(handle: FastHandle, top_k: int, **options: Any) -> Continuou
             f"a token uses {top_k} experts of a layer that has {slots} slots; give {top_k} or more"
         )
     on_gpu = handle.device.type == "cuda"
-    chosen: dict[str, Any] = {"use_cuda_graph": (on_gpu and resident, on_gpu)}
+    # What the device can count in one pass; what is captured must not be more.
+    most = MOST_PAIRS // top_k
+    tokens = options.get("max_batch_tokens") or min(_USUAL, most // 64 * 64)
+    chosen: dict[str, Any] = {
+        "use_cuda_graph": (on_gpu and resident and tokens <= most, on_gpu),
+        "max_batch_tokens": tokens,
+    }
     if not resident:
         # Padded to more than fits, decode batches would be planned by the host.
         chosen |= {"max_requests_per_batch": slots // top_k, "q_padding_interval_size": 1}
