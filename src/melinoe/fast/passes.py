@@ -138,7 +138,8 @@ class FastPasses(ForwardPasses):
             return
         super()._before(module, args, kwargs)
         self.paged = "cu_seq_lens_q" in kwargs
-        self._only_decodes = kwargs.get("max_length_q") == 1
+        # transformers 5.17 calls it max_seqlen_q.
+        self._only_decodes = kwargs.get("max_length_q", kwargs.get("max_seqlen_q")) == 1
 
     @contextmanager
     def generate(self, generating: Generating | None) -> Iterator[None]:
