@@ -2,8 +2,10 @@
 
 import inspect
 
+import pytest
 import triton
 import triton.language as tl
+from small_olmoe import tiny_model
 from triton.runtime import interpreter
 
 assert triton.knobs.runtime.interpret, "these tests need TRITON_INTERPRET=1"
@@ -25,3 +27,16 @@ def _patch_builtin(package, builder, scope):
 
 if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
     interpreter._patch_builtin = _patch_builtin
+
+
+@pytest.fixture(scope="module")
+def original():
+    """One small model for a file."""
+    return tiny_model()
+
+
+@pytest.fixture
+def model(original):
+    """It, without what generate notes on it."""
+    yield original
+    original.__dict__.pop("_previous_max_cache_length", None)

@@ -8,7 +8,7 @@ import pytest
 import tape
 import tiny
 import torch
-from transformers import CompileConfig
+from replayed import as_on_a_gpu
 
 from melinoe.fast.attach import attach
 from melinoe.fast.plug import why_not_static
@@ -34,8 +34,6 @@ def generates(family):
 
 def generate(model):
     """As on a GPU, where a static cache makes generate ask for a compiled forward."""
-    everywhere = CompileConfig()
-    everywhere._compile_all_devices = True
     found = model.generate(
         IDS,
         attention_mask=(IDS != 0).long(),
@@ -43,8 +41,7 @@ def generate(model):
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        cache_implementation="static",
-        compile_config=everywhere,
+        **as_on_a_gpu(),
         return_dict_in_generate=True,
         output_logits=True,
     )

@@ -11,8 +11,9 @@ import weakref
 import pytest
 import tiny
 import torch
+from replayed import as_on_a_gpu
 from small_olmoe import tiny_model
-from transformers import AutoModelForCausalLM, CompileConfig
+from transformers import AutoModelForCausalLM
 
 import melinoe.fast.compiled as compiled_module
 from melinoe.cache.simulator import simulate
@@ -50,16 +51,13 @@ def shipped():
 
 def generate(model, ids, tokens=8):
     """With logits, as on a GPU, where a static cache makes generate ask for a compiled forward."""
-    everywhere = CompileConfig()
-    everywhere._compile_all_devices = True
     found = model.generate(
         ids,
         attention_mask=(ids != 0).long(),
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
-        cache_implementation="static",
-        compile_config=everywhere,
+        **as_on_a_gpu(),
         return_dict_in_generate=True,
         output_logits=True,
     )
