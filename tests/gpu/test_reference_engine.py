@@ -1,40 +1,14 @@
 """The reference engine on CUDA: the same tokens, counts and bytes as on any machine."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
+from on_cuda import EXPERTS, LAYERS, TOP_K, model
 from small_olmoe import tiny_model
-from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import melinoe
 from melinoe.cache.simulator import simulate
 
 pytestmark = pytest.mark.gpu
-
-EXPERTS, TOP_K, LAYERS = 16, 4, 3
-
-
-def model(dtype=torch.bfloat16, seed=0):
-    torch.manual_seed(seed)
-    config = OlmoeConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        initializer_range=0.1,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    found = OlmoeForCausalLM(config).to("cuda", dtype).eval()
-    found.set_experts_implementation("grouped_mm")
-    # On a GPU generate would decode with batched_mm, another kernel, which rounds otherwise.
-    vars(found)["_optimize_model_for_decode"] = nullcontext
-    return found
-
 
 PROMPT = {"input_ids": torch.arange(1, 25).reshape(1, -1)}
 
