@@ -17,21 +17,17 @@ def attach(model, **options):
     return handle
 
 
-def as_on_a_gpu():
-    """Where a static cache makes generate ask for a compiled forward."""
+def static(model, ids, tokens=8, **options):
+    """Generate greedily as on a GPU, where a static cache makes generate ask for compiled steps."""
     everywhere = CompileConfig()
     everywhere._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": everywhere}
-
-
-def static(model, ids, tokens=8, **options):
-    """Generate greedily, as on a GPU."""
     return model.generate(
         ids,
         attention_mask=(ids != 0).long(),
         max_new_tokens=tokens,
         do_sample=False,
-        **as_on_a_gpu(),
+        cache_implementation="static",
+        compile_config=everywhere,
         **options,
     )
 

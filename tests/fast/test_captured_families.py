@@ -8,7 +8,7 @@ import pytest
 import tape
 import tiny
 import torch
-from replayed import as_on_a_gpu
+from replayed import static
 
 from melinoe.fast.attach import attach
 from melinoe.fast.plug import why_not_static
@@ -33,19 +33,10 @@ def generates(family):
 
 
 def generate(model):
-    """As on a GPU, where a static cache makes generate ask for a compiled forward."""
-    found = model.generate(
-        IDS,
-        attention_mask=(IDS != 0).long(),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        **as_on_a_gpu(),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return torch.stack(found.logits)
+    """Logits of every step, of texts that do not end."""
+    options = {"eos_token_id": None, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(static(model, IDS, TOKENS, **options).logits)
 
 
 def built(family):

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import tiny
 import torch
-from replayed import as_on_a_gpu
+from replayed import static
 from small_olmoe import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -50,17 +50,9 @@ def shipped():
 
 
 def generate(model, ids, tokens=8):
-    """With logits, as on a GPU, where a static cache makes generate ask for a compiled forward."""
-    found = model.generate(
-        ids,
-        attention_mask=(ids != 0).long(),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        **as_on_a_gpu(),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    """Token ids, and the logits of every step."""
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    found = static(model, ids, tokens, min_new_tokens=tokens, **options)
     return found.sequences, torch.stack(found.logits)
 
 
