@@ -11,8 +11,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from melinoe.cache.residency import Residency
 from melinoe.fast.compressed import CompressedStore
+from melinoe.host_memory import free_host_bytes
 from melinoe.moe.experts import ExpertsLayer, find_experts, is_experts_module
-from melinoe.runtime.host_memory import free_host_bytes
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 
 

@@ -12,6 +12,7 @@ import melinoe
 from melinoe.checkpoint import load_backbone, open_checkpoint
 from melinoe.checkpoint.safetensors_file import SafetensorsFile
 from melinoe.errors import AttachError, BudgetError
+from melinoe.host_memory import HostMemory
 
 IDS = torch.randint(2, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -180,15 +181,33 @@ def test_a_closed_store_is_refused_before_the_weights_are_given_up(olmoe):
     assert torch.equal(logits(model), expected)
 
 
-def test_experts_that_do_not_fit_into_memory_are_refused(olmoe, monkeypatch):
-    """Before they are read; the system would end the process in the middle of it."""
-    monkeypatch.setattr("melinoe.runtime.load.free_host_bytes", lambda: 12287)
-    with pytest.raises(BudgetError, match=r"12KiB of experts .* choose the disk store"):
-        melinoe.load(olmoe, slots=2, store="ram")
-    monkeypatch.setattr("melinoe.runtime.load.free_host_bytes", lambda: 12288)
-    melinoe.load(olmoe, slots=2, store="ram")
-    monkeypatch.setattr("melinoe.runtime.load.free_host_bytes", lambda: None)
-    melinoe.load(olmoe, slots=2, store="ram")
+def leave(monkeypatch, amount):
+    """Let the host have *amount* bytes left."""
+    left = None if amount is None else HostMemory(amount, "the limit of a test")
+    monkeypatch.setattr("melinoe.host_memory.host_memory", lambda: left)
+
+
+@pytest.mark.parametrize(("store", "experts"), [("ram", 12288), ("disk", 0)])
+def test_what_does_not_fit_into_memory_is_refused(olmoe, monkeypatch, store, experts):
+    """Before it is read: experts, two slots of 1.5 KiB in each of two layers, and all else."""
+    with open_checkpoint(olmoe) as checkpoint:
+        needed = experts + 2 * 2 * 1536 + checkpoint.backbone_bytes
+    leave(monkeypatch, needed - 1)
+    with pytest.raises(BudgetError, match=r"6KiB of slots and .* of a test\); .*fewer slots"):
+        melinoe.load(olmoe, slots=2, store=store)
+    leave(monkeypatch, needed)
+    melinoe.load(olmoe, slots=2, store=store)
+    leave(monkeypatch, None)
+    melinoe.load(olmoe, slots=2, store=store)
+
+
+def test_slots_that_do_not_fit_into_memory_are_refused_at_attach(olmoe, monkeypatch):
+    """The model stays as it was, and can be attached with fewer."""
+    model = AutoModelForCausalLM.from_pretrained(olmoe)
+    leave(monkeypatch, 2 * 1536)
+    with pytest.raises(BudgetError, match=r"6KiB of slots do not fit .* give fewer slots"):
+        melinoe.attach(model, slots=2)
+    melinoe.attach(model, slots=1)
 
 
 def test_a_budget_in_bytes_is_kept(olmoe):

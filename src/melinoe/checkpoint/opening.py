@@ -5,6 +5,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -90,6 +91,16 @@ class Checkpoint:
     def expert_bytes(self) -> int:
         """Bytes of all experts in `dtype`."""
         return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Bytes of all that belongs to no expert, in `dtype`."""
+        return sum(prod(place.info.shape) * self.dtype.itemsize for place in self.backbone)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(place.info.nbytes for place in self.files.values())
 
     @property
     def whole_layers(self) -> bool:

@@ -31,7 +31,8 @@ def command(
 ) -> None:
     """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
     from melinoe.errors import UnsupportedModelError
-    from melinoe.runtime.budget import format_bytes, memory_of, slots_for
+    from melinoe.host_memory import format_bytes, host_memory
+    from melinoe.runtime.budget import memory_of, slots_for
 
     options.quiet()
     asked = options.resolve(model)
@@ -47,8 +48,12 @@ def command(
     for budget in expert_memory or []:
         slots = slots_for(budget, layers)
         fits.append({"expert_memory": budget, "slots": slots, "bytes": memory_of(slots, layers)})
+    left = host_memory()
     if as_json:
-        options.show_json(about.to_dict() | {"budgets": fits, "fast_engine": fast})
+        host = None if left is None else left._asdict()
+        options.show_json(
+            about.to_dict() | {"budgets": fits, "fast_engine": fast, "host_memory": host}
+        )
         return
     rows: list[dict[str, Any]] = [
         {"": "family", " ": f"{about.model_type} ({about.architecture})"},
@@ -77,6 +82,9 @@ def command(
                 f"({format_bytes(fit['bytes'])})",
             }
         )
+    if left is not None:
+        words = f"{format_bytes(left.free_bytes)} left ({left.limited_by})"
+        rows.append({"": "memory of this host", " ": words})
     rows += [
         {"": "fast engine", " ": fast["cannot_run"] or "runs here"},
         {"": "a cache to capture", " ": fast["not_captured"] or "yes, a static one"},

@@ -96,6 +96,7 @@ def command(
         return
     from melinoe.cache.trace import Trace
     from melinoe.cli.plan_text import show
+    from melinoe.host_memory import host_memory
     from melinoe.plan.planner import plan
     from melinoe.plan.units import parse_seconds
 
@@ -119,7 +120,9 @@ def command(
         measured=measured,
     )
     if as_json:
-        options.show_json(done.to_dict())
+        left = host_memory()
+        host = None if left is None else left._asdict()
+        options.show_json(done.to_dict() | {"host_memory_here": host})
     else:
         show(model, done)
 

@@ -1,9 +1,10 @@
 """A plan in words: tables of what fits and how fast, and each assumption beside them."""
 
 from melinoe.cli import options
+from melinoe.host_memory import format_bytes as size
+from melinoe.host_memory import host_memory
 from melinoe.plan.planner import Plan
 from melinoe.plan.speed import Speed
-from melinoe.runtime.budget import format_bytes as size
 
 
 def show(model: str, done: Plan) -> None:
@@ -54,6 +55,11 @@ def show(model: str, done: Plan) -> None:
             break
     for sentence in (*done.assumed, *done.notes):
         print(sentence)
+    if (left := host_memory()) is not None:
+        print(
+            f"The host that plans has {size(left.free_bytes)} of memory left ({left.limited_by}); "
+            "to plan with it, give that as --ram."
+        )
 
 
 def _show_tiers(done: Plan) -> None:

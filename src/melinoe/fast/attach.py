@@ -27,6 +27,7 @@ from melinoe.fast.compressed import CompressedStore
 from melinoe.fast.handle import FastHandle
 from melinoe.fast.support import why_not
 from melinoe.fast.workspace import workspace_bytes
+from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.runtime.attach import checked_settings
 from melinoe.runtime.load import fill_all
@@ -158,6 +159,12 @@ def load(
         )  # fmt: skip
         use_graphs = _graphs(graphs, compile, target)
         _check(checkpoint.layers, make, target, staging)
+        if store is None and compression is None:
+            size = checkpoint.expert_bytes
+            check_host_room(
+                size, f"{format_bytes(size)} of experts", 'give compression="int8" or "int4", or '
+                'choose engine="reference" with store="disk"',
+            )  # fmt: skip
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
         budget: GpuBudget | None = None

@@ -34,6 +34,7 @@ from melinoe.finetune.terms.own_text import write_own_text
 from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
 from melinoe.finetune.trainer import Progress
 from melinoe.finetune.training import run_training
+from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.routing import find_routers, fingerprint
 
 
@@ -98,6 +99,7 @@ def finetune(
         TrainingError: settings that do not fit the model, a checkpoint of another run, or too many
             non-finite losses; what was trained before those is in the run's checkpoints.
         InterruptedRunError: the run was asked to stop (Ctrl-C, SIGTERM), and can be resumed.
+        BudgetError: the host has no memory for the model's weights.
         WriteError: the result could not be written; what was trained is in the run's checkpoints.
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
@@ -110,6 +112,8 @@ def finetune(
         )
     with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
         source = checkpoint.source  # of one commit, also where the branch moves meanwhile
+        size = checkpoint.stored_bytes
+        check_host_room(size, f"{format_bytes(size)} of weights", "train on a host with more")
         config = read_config(source)
     tokenizer = load_tokenizer(name, config)
     from_name = isinstance(data, (str, Path))

@@ -11,12 +11,11 @@ import torch
 
 from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
 from melinoe.checkpoint.backbone import layers_of
-from melinoe.errors import AttachError, BudgetError
+from melinoe.errors import AttachError
+from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.plan.strategies import Strategy
 from melinoe.runtime.attach import attach_stores
-from melinoe.runtime.budget import format_bytes
 from melinoe.runtime.handle import Handle
-from melinoe.runtime.host_memory import free_host_bytes
 from melinoe.runtime.load import load
 from melinoe.runtime.misses import Misses
 from melinoe.runtime.transfer import EmulatedLink
@@ -72,12 +71,15 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
     kinds = list(dict.fromkeys(one.runtime for one in chosen))
     kinds.sort(key=lambda kind: -kind.slots)
     with open_checkpoint(setting.model, setting.dtype) as checkpoint:
-        backbone = sum(place.info.nbytes for place in checkpoint.backbone)
+        backbone = checkpoint.backbone_bytes
+        held = 0 if setting.store in ("auto", "disk") else checkpoint.expert_bytes
         experts = [(layer.num_experts, layer.block_bytes) for layer in checkpoint.layers]
         config = checkpoint.config
     slots = sum(min(kind.slots, n) * size for kind in kinds for n, size in experts)
     if setting.device == "cpu":
-        _check_room(len(kinds) * backbone + slots, len(kinds))
+        needed = held + len(kinds) * backbone + slots
+        what = f"{len(kinds)} caches side by side, {format_bytes(needed)} of them,"
+        check_host_room(needed, what, "try fewer --slots or --policy at once")
     runtimes = Runtimes(load_tokenizer(setting.model, config))
     first: Handle | None = None
     fast: Handle | None = None
@@ -148,12 +150,3 @@ def _open_fast(setting: Setting, kind: Strategy, first: Handle | None) -> tuple[
         setting.model, setting.device, slots=kind.slots, policy=kind.policy, dtype=setting.dtype,
         store=store,
     )  # fmt: skip
-
-
-def _check_room(needed: int, runtimes: int) -> None:
-    free = free_host_bytes()
-    if free is not None and needed > free:
-        raise BudgetError(
-            f"{runtimes} caches side by side need {format_bytes(needed)} of host memory, and "
-            f"{format_bytes(free)} are free; try fewer --slots or --policy at once"
-        )

@@ -10,6 +10,7 @@ from torch import nn
 
 from melinoe.cache.policy import Policy, policy_class, policy_makers
 from melinoe.errors import AttachError, BudgetError
+from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.runtime.budget import slots_by_layer, slots_for
@@ -76,6 +77,10 @@ def attach(
     count, make, target = checked_settings(
         model, layers, slots, expert_memory, policy, policy_options, link, device
     )
+    if target.type == "cpu":
+        each = zip(slots_by_layer(count, layers), layers, strict=True)
+        size = sum(number * layer.block_bytes for number, layer in each)
+        check_host_room(size, f"{format_bytes(size)} of slots", "give fewer slots")
     filled: Store = _STORES[store].from_modules(layers) if isinstance(store, str) else store
     try:
         misses = _misses(miss, layers, filled, target, link, miss_threads)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from melinoe.errors import BudgetError
+from melinoe.host_memory import format_bytes
 from melinoe.moe.experts import ExpertsLayer
 
 _UNITS = {
@@ -51,15 +52,6 @@ def _exact(number: str, unit: int) -> int:
     """``number * unit`` in whole numbers: a float would lose the last bytes of a large budget."""
     whole, _, part = number.partition(".")
     return int(whole or 0) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
-
-
-def format_bytes(amount: int) -> str:
-    """*amount* in GiB, MiB, KiB or bytes, with at most three decimals, rounded up."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if amount >= size:
-            thousandths = -(-amount * 1000 // size)  # up, so that the printed amount suffices
-            return f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".") + unit
-    return f"{amount}B"
 
 
 def memory_of(slots: int, layers: Sequence[ExpertsLayer]) -> int:

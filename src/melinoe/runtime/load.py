@@ -15,11 +15,11 @@ from melinoe.cache.policy import Policy
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.config import STORES
-from melinoe.errors import AttachError, BudgetError
+from melinoe.errors import AttachError
+from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
 from melinoe.runtime.attach import Handle, attach_stores, checked_settings
-from melinoe.runtime.budget import format_bytes
+from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.disk_store import DiskStore
-from melinoe.runtime.host_memory import free_host_bytes
 from melinoe.runtime.misses import Misses, check_miss
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 from melinoe.runtime.store import Store
@@ -95,10 +95,9 @@ def load(
             "device": target,
         }
         # Before anything is read.
-        checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)
+        count, _, _ = checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)
         kind = _auto(checkpoint, target) if store == "auto" else store
-        if kind != "disk":
-            _check_room(checkpoint)
+        _check_room(checkpoint, kind, target, count)
         model = load_backbone(checkpoint, target)
         layers = layers_of(checkpoint, model)
         filled = _fill(checkpoint, kind)
@@ -158,14 +157,20 @@ def _auto(checkpoint: Checkpoint, device: torch.device) -> str:
     return kind
 
 
-def _check_room(checkpoint: Checkpoint) -> None:
-    """Refuse a store in host memory that the system would end the process for."""
-    free = free_host_bytes()
-    if free is not None and checkpoint.expert_bytes > free:
-        raise BudgetError(
-            f"{format_bytes(checkpoint.expert_bytes)} of experts do not fit into the "
-            f"{format_bytes(free)} of memory that the host has left; choose the disk store"
+def _check_room(
+    checkpoint: Checkpoint, kind: str, device: torch.device, slots: int | Sequence[int]
+) -> None:
+    """Refuse what the system would end the process for: before anything is read."""
+    parts = {"experts": 0 if kind == "disk" else checkpoint.expert_bytes}
+    if device.type == "cpu":
+        counts = slots_by_layer(slots, checkpoint.layers)
+        parts["slots"] = sum(
+            n * layer.block_bytes for n, layer in zip(counts, checkpoint.layers, strict=True)
         )
+        parts["all other weights"] = checkpoint.backbone_bytes
+    what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)
+    fewer = "give fewer slots" if kind == "disk" else "choose the disk store, or fewer slots"
+    check_host_room(sum(parts.values()), what, fewer)
 
 
 def _device(device: torch.device | str) -> torch.device:

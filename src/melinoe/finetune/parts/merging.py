@@ -14,6 +14,7 @@ from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 from melinoe.errors import CheckpointError
 from melinoe.finetune.parts.adapter_files import read_adapter, read_adapter_config
+from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.routing import fingerprint
 
 
@@ -39,6 +40,7 @@ def merge_adapter(
         OutputExistsError: *out* is taken.
         CheckpointError: no adapter, a torn one, or one of another base.
         UnsupportedModelError: the base has no experts.
+        BudgetError: the host has no memory for the base's weights.
 
     Cost: the base in memory once, in its own type.
     """
@@ -48,6 +50,7 @@ def merge_adapter(
     try:
         with open_checkpoint(name) as checkpoint:
             source = checkpoint.source  # of one commit, also where the branch moves meanwhile
+            size = checkpoint.stored_bytes
             base_config = read_config(source)
     except CheckpointError as error:
         if base is not None:
@@ -55,6 +58,7 @@ def merge_adapter(
         raise CheckpointError(
             f"the base that {adapter} names cannot be opened ({error}); say with --base where it is"
         ) from error
+    check_host_room(size, f"{format_bytes(size)} of weights", "merge on a host with more")
     model = find_model_class(base_config).from_pretrained(**hub_arguments(source), dtype="auto")
     _check_fingerprint(model, metadata, str(adapter), name)
     read_adapter(adapter, model).apply(model)

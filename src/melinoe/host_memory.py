@@ -1,0 +1,166 @@
+"""How much memory the host can still give: the least that the machine and every limit leave."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from melinoe.errors import BudgetError
+
+
+class HostMemory(NamedTuple):
+    """Bytes that can be had without swapping, and which limit says so."""
+
+    free_bytes: int
+    limited_by: str
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory | None:
+    """
+    Find the smallest amount left under any limit on this process.
+
+    Looks at the whole machine (``MemAvailable``), at every control group on the path to this
+    process's own (versions 1 and 2; Slurm, systemd and containers set these), and at the limits of
+    the process itself (``ulimit -v`` and ``-d``). Costs some reads of small files, no more.
+
+    Args:
+        root: Below which ``proc`` and ``sys`` are; for tests.
+
+    Returns:
+        None where the system says nothing of it, as outside Linux.
+    """
+    found = [*_machine(root), *_groups(root), *_own_limits(root)]
+    return min(found, default=None)
+
+
+def free_host_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping; see `host_memory`."""
+    found = host_memory(root)
+    return None if found is None else found.free_bytes
+
+
+def check_host_room(needed_bytes: int, what: str, way_out: str) -> None:
+    """
+    Refuse what the system would end the process for.
+
+    Args:
+        needed_bytes: Of host memory, beside what the process already has.
+        what: Takes them, in the plural: ``1GiB of experts``.
+        way_out: A clause that says what to do instead.
+
+    Raises:
+        BudgetError: fewer bytes are left.
+    """
+    found = host_memory()
+    if found is not None and needed_bytes > found.free_bytes:
+        raise BudgetError(
+            f"{what} do not fit into the {format_bytes(found.free_bytes)} of host memory that are "
+            f"left ({found.limited_by}); {way_out}"
+        )
+
+
+def format_bytes(amount: int) -> str:
+    """*amount* in GiB, MiB, KiB or bytes, with at most three decimals, rounded up."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if amount >= size:
+            thousandths = -(-amount * 1000 // size)  # up, so that the printed amount suffices
+            return f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".") + unit
+    return f"{amount}B"
+
+
+def _machine(root: Path) -> Iterator[HostMemory]:
+    available = _kilobytes(root / "proc/meminfo", "MemAvailable")
+    if available is not None:
+        yield HostMemory(available, "all that the machine has")
+
+
+def _own_limits(root: Path) -> Iterator[HostMemory]:
+    """The process's limits, each against what of its kind the process has already."""
+    limits = _read(root / "proc/self/limits")
+    for name, used_as, option in (
+        ("Max address space", "VmSize", "-v"),
+        ("Max data size", "VmData", "-d"),
+    ):
+        soft = re.search(rf"^{name}\s+(\d+)\s", limits, re.MULTILINE)
+        used = _kilobytes(root / "proc/self/status", used_as)
+        if soft and used is not None:
+            yield HostMemory(max(int(soft[1]) - used, 0), f"the limit of ulimit {option}")
+
+
+def _groups(root: Path) -> Iterator[HostMemory]:
+    """What each control group leaves, from this process's own up to the topmost in sight."""
+    groups = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
+    for line in _read(root / "proc/self/mountinfo").splitlines():
+        before, _, behind = line.partition(" - ")
+        fields, kind = before.split(), behind.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        if kind[0] == "cgroup2":
+            own = [group[2] for group in groups if len(group) == 3 and group[1] == ""]
+            files = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
+        elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
+            own = [g[2] for g in groups if len(g) == 3 and "memory" in g[1].split(",")]
+            files = _Files(
+                ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+            )
+        else:
+            continue
+        top = root / _unescaped(fields[4]).lstrip("/")
+        below = _below(own[0], _unescaped(fields[3])) if own else PurePosixPath()
+        for group in (below, *below.parents):
+            yield from _left_in(top / group, files)
+
+
+class _Files(NamedTuple):
+    """The names that a version of the interface gives to the limits, the use, and cached files."""
+
+    limits: tuple[str, ...]
+    used: str
+    cached: str
+
+
+def _below(own: str, mounted: str) -> PurePosixPath:
+    """
+    The process's group relative to the one that is mounted.
+
+    A container may see its own group as the topmost, and itself under another name, or outside
+    (``/../other``): then the group that it sees is the only one that is known.
+    """
+    try:
+        below = PurePosixPath(own).relative_to(mounted)
+    except ValueError:
+        return PurePosixPath()
+    return PurePosixPath() if ".." in below.parts else below
+
+
+def _left_in(group: Path, files: _Files) -> Iterator[HostMemory]:
+    used = _read(group / files.used).strip()
+    if not used.isdigit():
+        return
+    # Pages of files that nobody has used lately count as used, and are given up at need.
+    cached = re.search(rf"^{files.cached} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    taken = int(used) - (int(cached[1]) if cached else 0)
+    for name in files.limits:
+        limit = _read(group / name).strip()
+        if limit.isdigit():  # version 2 says "max" where there is none; version 1 a huge number
+            yield HostMemory(max(int(limit) - taken, 0), f"the limit in {group / name}")
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """The bytes that a line like ``VmSize:  1234 kB`` stands for."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", _read(path), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _unescaped(text: str) -> str:
+    """A path of mountinfo, which writes blanks and the like as ``\\040``."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
