@@ -7,7 +7,7 @@ import pytest
 from cache_traces import random_trace, trace_of
 
 from melinoe.cache.allocate import allocate, cost_of, total_cost, uniform
-from melinoe.cache.curves import miss_curves
+from melinoe.cache.curves import miss_curves, unit_costs
 from melinoe.cache.policy import policy_names
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
@@ -100,6 +100,28 @@ def test_other_policies_are_replayed_once_per_size():
     assert "score" in policy_names()
     scored = random_trace(4, scored=True)
     assert (miss_curves(scored, "score").loads == replayed(scored, "score")[0]).all()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "static", "belady"])
+@pytest.mark.parametrize("seed", range(4))
+def test_costs_of_each_sequence_equal_replays(policy, seed, monkeypatch):
+    """One pass for all sizes that hold the largest request, compiled or not: the same counts."""
+    trace = random_trace(seed, prompt=2, completion=20, batch=1 + seed % 2)
+    cold = seed < 2
+    sizes = list(range(1, 9))
+    for least in (0, 10**9):
+        monkeypatch.setattr("melinoe.cache.curves.COMPILED_FROM", least)
+        found = unit_costs(trace, sizes, policy, reset_between_sequences=cold)
+        for at, slots in enumerate(sizes):
+            each = simulate(
+                trace, slots, policy, engine="residency", reset_between_sequences=cold
+            ).per_sequence
+            assert found.hits[at].tolist() == [one.hits[1].sum() for one in each]
+            assert found.loads[at].tolist() == [one.loads[1].sum() for one in each]
+            assert found.uses.tolist() == [one.uses[1].sum() for one in each]
+            assert found.tokens.tolist() == [one.tokens[1] for one in each]
+    with pytest.raises(MelinoeError, match="at most 8"):
+        unit_costs(trace, [4, 9], policy)
 
 
 def test_a_curve_of_nothing_is_refused():

@@ -6,8 +6,11 @@ import sys
 import numpy as np
 import pytest
 from report_records import estimate, serve_record
+from typer.testing import CliRunner
 
 from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cli.app import app
+from melinoe.errors import MelinoeError
 from melinoe.measure import trace_records
 from melinoe.report import read_records, write_report
 from melinoe.report.benchmarks import benchmark_table
@@ -26,29 +29,39 @@ def two_sequences():
     return builder.trace()
 
 
-def test_a_trace_is_replayed_with_every_policy():
+def test_a_trace_is_replayed_with_the_compiled_policies():
     """One slot of four: layer 0 always hits, layer 1 never; four: its fourth token comes back."""
     records = trace_records(two_sequences(), "mine")
     curves = {one["policy"]: one for one in records if one["kind"] == "curve"}
-    assert {"lru", "lfu", "lfru", "score", "static", "least-stale", "belady"} <= set(curves)
+    assert list(curves) == ["lru", "lfu", "lfru", "static", "belady"]
     assert curves["lru"]["slots"] == [1, 2, 3, 4]
     rates = [one["mean"] for one in curves["lru"]["hit_rate"]]
     assert rates == pytest.approx([8 / 16, 8 / 16, 8 / 16, 10 / 16])
     by_layer = {one["policy"]: one for one in records if one["kind"] == "layers"}
     assert by_layer["lru"]["slots"] == 1
     assert [one["mean"] for one in by_layer["lru"]["hit_rate_by_layer"]] == [1, 0]
-    assert "least-stale" not in by_layer  # its slots are no layer's
     assert {"locality", "usage"} <= {one["kind"] for one in records}
 
 
-def test_a_policy_that_needs_weights_is_left_out_where_there_are_none():
-    """A trace recorded without scores is replayed with the others."""
+def test_policies_are_chosen_by_name_and_progress_is_told():
+    """Four sizes and one replay by layer of each; a policy named twice counts once."""
+    told = []
+    records = trace_records(
+        two_sequences(), "mine", ["score", "lru", "score"], lambda *now: told.append(now)
+    )
+    assert [one["policy"] for one in records if one["kind"] == "curve"] == ["score", "lru"]
+    assert told == [(done, 10) for done in range(1, 11)]
+    with pytest.raises(MelinoeError, match="oldest"):
+        trace_records(two_sequences(), "mine", ["oldest"])
+
+
+def test_a_policy_that_needs_weights_is_refused_where_there_are_none():
+    """A trace recorded without scores says so, and the way out."""
     builder = TraceBuilder(1, 4, 1)
     for token in range(3):
         builder.add_forward(np.array([[[token]]]), 0, int(token > 0))
-    records = trace_records(builder.trace(), "mine")
-    names = {one["policy"] for one in records if one["kind"] == "curve"}
-    assert "score" not in names and "static" in names
+    with pytest.raises(MelinoeError, match="record one with scores"):
+        trace_records(builder.trace(), "mine", ["score"])
 
 
 def test_the_command_reports_traces(tmp_path):
@@ -63,11 +76,24 @@ def test_the_command_reports_traces(tmp_path):
     text, twin = out.read_text(), out.with_suffix(".md").read_text()
     for words in ("Hit rate against slots", "Hit rate by layer", "Experts by sequence and layer"):
         assert words in text
-    for words in ("Each row is a sequence", "least-stale hits", "Lowest hit rate", "a/t", "b/t"):
+    for words in ("Each row is a sequence", "static hits", "Lowest hit rate", "a/t", "b/t"):
         assert words in text and words in twin
     # Another process hashes names in another order.
     subprocess.run(command, check=True, capture_output=True)
     assert out.read_text() == text
+
+
+def test_the_command_replays_the_policies_it_is_told(tmp_path):
+    """A policy needs a trace to replay; its curve alone stands in the page."""
+    two_sequences().save(tmp_path / "t.safetensors")
+    out = tmp_path / "r.html"
+    told = ["report", str(tmp_path / "t.safetensors"), "--out", str(out), "--policy", "score"]
+    assert CliRunner().invoke(app, told).exit_code == 0
+    twin = out.with_suffix(".md").read_text()
+    assert "score hits" in twin and "LRU hits" not in twin
+    (tmp_path / "r.json").write_text("[]")
+    told[1] = str(tmp_path / "r.json")
+    assert CliRunner().invoke(app, told).exit_code == 2
 
 
 def benched(strategy, slots, **changes):

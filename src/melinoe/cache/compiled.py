@@ -47,13 +47,7 @@ def run(
     gamma, popular = settings_of(trace, policy, options)
     bounds, phase = passes_of(trace)
     passes, layers = len(phase), trace.num_layers
-    units = units_of(trace)
-    unit_of_sequence = np.zeros(trace.num_sequences, np.int64)
-    for number, unit in enumerate(units):
-        unit_of_sequence[list(unit)] = number
-    unit = unit_of_sequence[trace.sequence[bounds[:-1]]]
-    begins = np.zeros(passes, bool)
-    begins[np.unique(unit, return_index=True)[1]] = True
+    units, unit, begins = owners_of(trace, bounds)
     resets = begins if reset_between_sequences else np.zeros(passes, bool)
     events = _events(trace, slots, bounds, phase, prefetcher, prompts)
 
@@ -104,6 +98,26 @@ def passes_of(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     prompts = np.logical_or.reduceat(trace.kind == PROMPT_ROW, starts)
     completions = np.logical_or.reduceat(trace.kind == COMPLETION_ROW, starts)
     return np.append(starts, len(trace)), (completions & ~prompts).astype(np.uint8)
+
+
+def owners_of(
+    trace: Trace, bounds: np.ndarray
+) -> tuple[list[tuple[int, ...]], np.ndarray, np.ndarray]:
+    """
+    Find whose each forward pass is.
+
+    Returns:
+        The units; of each pass its unit, int64 (passes,); and whether it is that unit's first,
+        bool (passes,).
+    """
+    units = units_of(trace)
+    unit_of_sequence = np.zeros(trace.num_sequences, np.int64)
+    for number, unit in enumerate(units):
+        unit_of_sequence[list(unit)] = number
+    owner = unit_of_sequence[trace.sequence[bounds[:-1]]]
+    begins = np.zeros(len(owner), bool)
+    begins[np.unique(owner, return_index=True)[1]] = True
+    return units, owner, begins
 
 
 def settings_of(trace: Trace, policy: str, options: Mapping[str, Any]) -> tuple[float, np.ndarray]:

@@ -18,19 +18,19 @@ Source:
     hierarchies, IBM Systems Journal 9(2), 1970; requests of several experts are ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from melinoe.cache.compiled import passes_of, settings_of
-from melinoe.cache.counters import PHASES
+from melinoe.cache.compiled import owners_of, passes_of, settings_of
+from melinoe.cache.counters import COMPLETION, PHASES
 from melinoe.cache.locality import popularity
 from melinoe.cache.policy import Policy
-from melinoe.cache.simulator import simulate
+from melinoe.cache.simulator import COMPILED_FROM, COMPILED_POLICIES, simulate
+from melinoe.cache.slots import check_capacity
 from melinoe.cache.trace import Trace
-from melinoe.cache.units import units_of
 from melinoe.errors import MelinoeError
 
 
@@ -87,18 +87,15 @@ def miss_curves(
     Raises:
         MelinoeError, TraceError: as `simulate`.
     """
-    from melinoe.cache.kernel_rules import RULES
-
     options = dict(policy_options or {})
     layers, experts = trace.num_layers, trace.num_experts
     exact_from = np.full(layers, experts + 1)
     loads = np.zeros((2, layers, experts), np.int64)
     hits = np.zeros_like(loads)
     uses = np.zeros((2, layers), np.int64)
-    if isinstance(policy, str) and policy in RULES:
-        if policy == "static":
-            options.setdefault("popularity", popularity(trace))
-        loads_at, uses_at, exact_from = _distances(trace, policy, options, reset_between_sequences)
+    if isinstance(policy, str) and policy in COMPILED_POLICIES:
+        stack = _Stack(trace, policy, options, reset_between_sequences)
+        loads_at, uses_at, exact_from = stack.distances(stack.phase, 2, layers)
         loads[:] = loads_at.sum(axis=2, keepdims=True) - np.cumsum(loads_at, axis=2)[:, :, :-1]
         hits[:] = np.cumsum(uses_at, axis=2)[:, :, :-1]
         uses[:] = uses_at.sum(axis=2)
@@ -117,34 +114,122 @@ def miss_curves(
     return MissCurves(loads, hits, uses, exact_from)
 
 
-def _distances(
-    trace: Trace, policy: str, options: Mapping[str, Any], reset_between_sequences: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from melinoe.cache.kernel_rules import RULES
-    from melinoe.cache.kernel_stack import distances
+@dataclass(frozen=True)
+class UnitCosts:
+    """
+    What the completion of each unit (see `melinoe.cache.simulation.Simulation`) costs by slots.
 
-    bounds, phase = passes_of(trace)
-    gamma, popular = settings_of(trace, policy, options)
-    resets = np.zeros(len(phase), bool)
-    if reset_between_sequences:
-        first_of = {sequence: number for number, u in enumerate(units_of(trace)) for sequence in u}
-        unit = [first_of[sequence] for sequence in trace.sequence[bounds[:-1]].tolist()]
-        resets[np.unique(unit, return_index=True)[1]] = True
-    shape = (2, trace.num_layers, trace.num_experts + 1)
-    loads_at, uses_at = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    largest = np.ones(trace.num_layers, np.int64)
-    if len(phase):
-        distances(
-            trace.experts,
-            bounds,
-            phase,
-            resets,
-            trace.num_experts,
-            RULES[policy],
-            gamma,
-            popular,
-            loads_at,
-            uses_at,
-            largest,
-        )
-    return loads_at, uses_at, largest
+    Attributes:
+        hits: int64 (sizes, units), uses whose expert was resident, of all layers.
+        loads: int64, alike, experts copied on demand.
+        uses: int64 (units,).
+        tokens: int64 (units,), rows.
+    """
+
+    hits: np.ndarray
+    loads: np.ndarray
+    uses: np.ndarray
+    tokens: np.ndarray
+
+
+def unit_costs(
+    trace: Trace,
+    slots: Sequence[int],
+    policy: str | Callable[[], Policy] = "lru",
+    *,
+    policy_options: Mapping[str, Any] | None = None,
+    reset_between_sequences: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> UnitCosts:
+    """
+    Count what each unit's completion costs with each number of slots; equal to simulating each.
+
+    Args:
+        trace, policy, policy_options, reset_between_sequences: As in `miss_curves`.
+        slots: Sizes of every layer to count for.
+        progress: Called once for each size that is done.
+
+    Raises:
+        MelinoeError, TraceError: as `simulate`.
+    """
+    for size in slots:
+        check_capacity(trace.num_experts, size)
+    options = dict(policy_options or {})
+    exact_from = trace.num_experts + 1
+    by_rule = isinstance(policy, str) and policy in COMPILED_POLICIES
+    # As in `simulate`: loading compiled code pays for much work alone.
+    if by_rule and len(trace) * trace.num_layers * len(slots) >= COMPILED_FROM:
+        assert isinstance(policy, str)
+        stack = _Stack(trace, policy, options, reset_between_sequences)
+        group = 2 * stack.unit + stack.phase
+        loads_at, uses_at, largest = stack.distances(group, 2 * stack.units, 1)
+        loads_at, uses_at = loads_at[COMPLETION::2, 0], uses_at[COMPLETION::2, 0]
+        loads_below, hits_below = np.cumsum(loads_at, axis=1), np.cumsum(uses_at, axis=1)
+        tokens = np.bincount(group, np.diff(stack.bounds), 2 * stack.units)[COMPLETION::2]
+        exact_from = int(largest.max())
+    found = []
+    for size in slots:
+        if size >= exact_from:
+            loads = loads_below[:, -1] - loads_below[:, size - 1]
+            found.append((hits_below[:, size - 1], loads, hits_below[:, -1], tokens))
+        else:
+            done = simulate(
+                trace,
+                size,
+                policy,
+                policy_options=options,
+                reset_between_sequences=reset_between_sequences,
+            ).per_sequence
+            names = ("hits", "loads", "uses", "tokens")
+            found.append(
+                tuple(
+                    np.array([getattr(u, name)[COMPLETION].sum() for u in done]) for name in names
+                )
+            )
+        progress()
+    hits, loads, uses, rows = zip(*found, strict=True)
+    return UnitCosts(np.stack(hits), np.stack(loads), uses[0], rows[0].astype(np.int64))
+
+
+class _Stack:
+    """A trace made ready for one pass over all sizes."""
+
+    def __init__(
+        self, trace: Trace, policy: str, options: dict[str, Any], reset_between_sequences: bool
+    ) -> None:
+        self._trace, self._policy = trace, policy
+        if policy == "static":
+            options.setdefault("popularity", popularity(trace))
+        self._gamma, self._popular = settings_of(trace, policy, options)
+        self.bounds, phase = passes_of(trace)
+        self.phase = phase.astype(np.int64)
+        units, self.unit, begins = owners_of(trace, self.bounds)
+        self.units = len(units)
+        self._resets = begins if reset_between_sequences else np.zeros_like(begins)
+
+    def distances(
+        self, group: np.ndarray, groups: int, layers: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Loads and uses by distance as the kernel fills them, and each layer's largest request."""
+        from melinoe.cache.kernel_rules import RULES
+        from melinoe.cache.kernel_stack import distances
+
+        trace = self._trace
+        loads_at = np.zeros((groups, layers, trace.num_experts + 1), np.int64)
+        uses_at = np.zeros_like(loads_at)
+        largest = np.ones(trace.num_layers, np.int64)
+        if len(group):
+            distances(
+                trace.experts,
+                self.bounds,
+                group,
+                self._resets,
+                trace.num_experts,
+                RULES[self._policy],
+                self._gamma,
+                self._popular,
+                loads_at,
+                uses_at,
+                largest,
+            )
+        return loads_at, uses_at, largest

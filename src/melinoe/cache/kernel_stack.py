@@ -21,7 +21,7 @@ from melinoe.cache.kernel_rules import (
 
 @compiled
 def distances(  # type: ignore[no-untyped-def]
-    experts, bounds, phase, resets, num_experts, rule, gamma, popularity, loads_at, uses_at,
+    experts, bounds, group, resets, num_experts, rule, gamma, popularity, loads_at, uses_at,
     largest, stamp=STAMP,
 ):  # fmt: skip
     """
@@ -32,10 +32,12 @@ def distances(  # type: ignore[no-untyped-def]
     it held, so each place takes the best that has not found one yet.
 
     Args:
-        experts, bounds, phase, resets, num_experts, rule, gamma, popularity: As in
+        experts, bounds, resets, num_experts, rule, gamma, popularity: As in
             `melinoe.cache.kernel.replay`.
-        loads_at, uses_at: int64 (2, layers, num_experts + 1), filled: by phase, layer and distance
-            - 1, how many experts of requests, and uses of them; the last column is "never before".
+        group: int64 (passes,), whose counts the pass belongs to.
+        loads_at, uses_at: int64 (groups, layers, num_experts + 1), filled: by group, layer and
+            distance - 1, how many experts of requests, and uses of them; the last column is "never
+            before". With one layer in these alone, all layers are added up.
         largest: int64 (layers,), filled: experts of the largest request.
         stamp: Left out.
     """
@@ -46,6 +48,7 @@ def distances(  # type: ignore[no-untyped-def]
     pool = np.empty(num_experts, np.int64)
     priority, last, frequency = state[0], state[1], state[2]
     for layer in range(layers):
+        at_layer = layer if loads_at.shape[1] > 1 else 0
         state[:] = 0.0
         if rule == STATIC:
             priority[:] = popularity[layer]
@@ -69,8 +72,8 @@ def distances(  # type: ignore[no-untyped-def]
             for i in range(found):
                 at = place[ids[i]]
                 distance = at if at >= 0 else num_experts
-                loads_at[phase[step], layer, distance] += 1
-                uses_at[phase[step], layer, distance] += count[ids[i]]
+                loads_at[group[step], at_layer, distance] += 1
+                uses_at[group[step], at_layer, distance] += count[ids[i]]
             clock, unit = use(rule, ids, found, state, clock, unit, gamma, following)
             if rule == LFRU:
                 for i in range(depth):

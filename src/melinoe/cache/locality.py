@@ -61,11 +61,11 @@ def popularity(trace: Trace, *, prompts_only: bool = False) -> np.ndarray:
     How often each expert was chosen, prompts and completions, padding not: int64 (layers, experts).
     """
     wanted = trace.kind == PROMPT_ROW if prompts_only else trace.kind != PADDING_ROW
-    choices = trace.experts[wanted].astype(np.int64)
-    cells = np.arange(trace.num_layers)[None, :, None] * trace.num_experts + choices
-    size = trace.num_layers * trace.num_experts
-    counts = np.bincount(cells[choices >= 0], minlength=size)
-    return counts.reshape(trace.num_layers, trace.num_experts)
+    counts = np.empty((trace.num_layers, trace.num_experts), np.int64)
+    for layer in range(trace.num_layers):  # a layer at a time: a copy of all choices may be large
+        choices = trace.experts[wanted, layer]
+        counts[layer] = np.bincount(choices[choices >= 0], minlength=trace.num_experts)
+    return counts
 
 
 def _rows_by_sequence(trace: Trace, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:

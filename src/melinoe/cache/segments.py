@@ -8,7 +8,7 @@ Source:
     Segment Routing Best Performance and Segment Cache Best Hit Rate, arXiv:2505.16056.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -130,14 +130,12 @@ class _SeesAhead(Policy):
         return order[:count]
 
 
-def _uses(trace: Trace) -> list[np.ndarray]:
+def _uses(trace: Trace) -> Iterator[np.ndarray]:
     """Which experts each completion token used: per sequence, int64 (tokens, layers, experts)."""
-    found = []
     for sequence in range(trace.num_sequences):
         chosen = trace.completion(sequence)
         used = np.zeros((len(chosen), trace.num_layers, trace.num_experts + 1), np.int64)
         place = np.indices((*chosen.shape[:2], 1))
         used[place[0], place[1], chosen] = 1  # -1 falls into the extra one
         if len(chosen):
-            found.append(used[..., :-1])
-    return found
+            yield used[..., :-1]

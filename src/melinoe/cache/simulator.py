@@ -29,6 +29,8 @@ from melinoe.config import PREFETCH_AT
 from melinoe.errors import MelinoeError, TraceError
 
 ENGINES = ("auto", "residency", "compiled")
+# Policies that are compiled: a replay of one takes seconds where the others take minutes.
+COMPILED_POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 # From this many requests on, loading the compiled code (about a second) pays.
 COMPILED_FROM = 50_000
 
@@ -171,12 +173,11 @@ def simulate(
 
 
 def _compiles(engine: str, policy: str | Callable[[], Policy], special: bool, trace: Trace) -> bool:
-    rules = ("lru", "lfu", "lfru", "static", "belady")
-    able = isinstance(policy, str) and policy in rules and not special
+    able = isinstance(policy, str) and policy in COMPILED_POLICIES and not special
     if engine == "compiled" and not able:
         raise ValueError(
-            f"compiled rules are {', '.join(rules)} by name with slots per layer, loading all and "
-            "prefetching nothing between layers; use engine='residency' for others"
+            f"compiled rules are {', '.join(COMPILED_POLICIES)} by name with slots per layer, "
+            "loading all and prefetching nothing between layers; use engine='residency' for others"
         )
     # Rows, not passes, because counting those takes longer; a prompt's rows are few in a long one.
     large = len(trace) * trace.num_layers >= COMPILED_FROM

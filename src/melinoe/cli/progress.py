@@ -1,7 +1,7 @@
 """How far a run is: a live bar on a terminal, a plain line per log row elsewhere; on stderr."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,3 +95,19 @@ def training_progress() -> Iterator[Lines | Bar]:
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
         yield Bar(display)
+
+
+@contextmanager
+def counted(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Say what is being done; on a terminal a bar shows how many are done of how many."""
+    if not sys.stderr.isatty():
+        options.say(doing)
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as display:
+        task = display.add_task(escape(doing), total=None)  # brackets of a path are no markup
+        yield lambda done, of: display.update(task, completed=done, total=of)

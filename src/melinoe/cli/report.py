@@ -11,12 +11,19 @@ def command(
         list[Path],
         typer.Argument(
             help="Measurement files (.json, .jsonl), directories of them, or traces "
-            "(.safetensors), which are replayed with every policy."
+            "(.safetensors), which are replayed with each --policy."
         ),
     ],
     out: Annotated[
         Path, typer.Option(help="The page to write; a .md twin stands beside it.")
     ] = Path("report.html"),
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With which traces are replayed; may be repeated. Default: lru, lfu, lfru, static "
+            "and belady, which take seconds; score, and those of installed packages, take minutes."
+        ),
+    ] = None,
     readme: Annotated[
         Path | None, typer.Option(help="Instead of a page, write the tables of this Markdown file.")
     ] = None,
@@ -33,14 +40,18 @@ def command(
     from melinoe.errors import DataError
     from melinoe.report import update_readme, write_figures, write_report
 
+    if policy and not any(run.suffix == ".safetensors" for run in runs):
+        raise typer.BadParameter(
+            "a policy replays a trace (.safetensors), and none is named", param_hint="--policy"
+        )
     if figures is not None:
         if readme is not None:
             raise typer.BadParameter("--figures and --readme are two things; give one at a time")
-        written = write_figures(_with_traces(runs), figures)
+        written = write_figures(_with_traces(runs, policy), figures)
         options.say(f"{figures}: wrote {len(written)} figures")
         return
     if readme is None:
-        write_report(_with_traces(runs), out)
+        write_report(_with_traces(runs, policy), out)
         options.say(f"wrote {out} and {out.with_suffix('.md')}")
         return
     stale = update_readme(readme, list(runs), check=check)
@@ -51,19 +62,21 @@ def command(
     options.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
 
 
-def _with_traces(runs: list[Path]) -> list[Any]:
+def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
     """The files, each trace among them as the records that a report shows of it."""
     traces = [run for run in runs if run.suffix == ".safetensors"]
     if not traces:
         return list(runs)
+    from melinoe.cache.simulator import COMPILED_POLICIES
     from melinoe.cache.trace import Trace
-    from melinoe.cli import options
+    from melinoe.cli.progress import counted
     from melinoe.measure import trace_records
 
     alike = len({run.stem for run in traces}) < len(traces)
     found: list[Any] = [run for run in runs if run not in traces]
     for run in traces:
-        options.say(f"replaying {run}")
         label = f"{run.parent.name}/{run.stem}" if alike else run.stem
-        found += trace_records(Trace.load(run), label)
+        with counted(f"replaying {run}") as progress:
+            trace = Trace.load(run)
+            found += trace_records(trace, label, policies or COMPILED_POLICIES, progress)
     return found

@@ -1,11 +1,12 @@
 """A trace to records: how few experts sequences use, and what caches of each size would hold."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION
+from melinoe.cache.curves import unit_costs
 from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
@@ -83,6 +84,7 @@ def curve_record(
     policy: str,
     slots: Sequence[int],
     cold: bool = True,
+    progress: Callable[[], None] = lambda: None,
     **policy_options: Any,
 ) -> dict[str, Any]:
     """
@@ -94,17 +96,23 @@ def curve_record(
         policy: ``lru``, ``lfu``, ``belady``, …
         slots: Numbers of slots per layer to try.
         cold: Empty the cache before each sequence; else it keeps what the one before left.
+        progress: Called once for each number of slots that is done.
         policy_options: What the policy takes.
 
     Raises:
         DataError: no completion tokens.
         MelinoeError: no such policy, or a number of slots that the model cannot have.
     """
-    rates, transfers = [], []
-    for count in slots:
-        counts = completion_counts(trace, count, policy, cold, **policy_options)
-        rates.append(bootstrap(counts["hits"], counts["uses"]).to_dict())
-        transfers.append(bootstrap(counts["loads"], counts["tokens"]).to_dict())
+    costs = unit_costs(
+        trace,
+        slots,
+        policy,
+        policy_options=policy_options,
+        reset_between_sequences=cold,
+        progress=progress,
+    )
+    rates = [bootstrap(hits, costs.uses).to_dict() for hits in costs.hits]
+    transfers = [bootstrap(loads, costs.tokens).to_dict() for loads in costs.loads]
     return {
         "kind": "curve",
         "model": model,

@@ -1,13 +1,13 @@
 """A trace to all that a report shows of one: locality, usage, curves by policy, rates by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from melinoe.cache.locality import popularity
-from melinoe.cache.policy import policy_class, policy_names
-from melinoe.cache.simulator import simulate
+from melinoe.cache.policy import policy_class
+from melinoe.cache.simulator import COMPILED_POLICIES, simulate
 from melinoe.cache.trace import Trace
 from melinoe.config import ServeSettings, experts_in_share
 from melinoe.measure.by_layer import hit_rates_by_layer
@@ -19,46 +19,52 @@ _POINTS = 16
 
 
 def trace_records(
-    trace: Trace, model: str, policies: Sequence[str] | None = None
+    trace: Trace,
+    model: str,
+    policies: Sequence[str] = COMPILED_POLICIES,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[dict[str, Any]]:
     """
     Return records of kind ``locality``, ``usage``, ``curve`` and ``layers``, all of completions.
 
     Every sequence starts from an empty cache. Popularity, which the policy ``static`` goes by, is
-    counted on the trace itself, which is that policy's best case.
+    counted on the trace itself: with hindsight, which is that policy's best case.
+
+    A compiled policy takes one pass over the trace for all numbers of slots that hold its largest
+    request, and a replay for each below; any other takes a replay for each number.
 
     Args:
         trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
         model: Label of the model.
-        policies: Names; None takes all that are known and that this trace can be replayed with.
+        policies: Names; a policy that is not among the compiled ones takes minutes where those
+            take seconds.
+        progress: Called with how many of how many replays are done.
 
     Raises:
         DataError: the trace has no completion tokens.
         MelinoeError: no such policy, or one that needs weights the trace does not hold.
     """
-    found = [locality_record(trace, model), usage_record(trace, model)]
-    names = _replayable(trace) if policies is None else list(policies)
-    options = {name: _options(trace, name) for name in names}
+    names = list(dict.fromkeys(policies))
+    by_layer = [name for name in names if policy_class(name).scope == "layer"]
     sizes = np.unique(np.linspace(min(trace.top_k, trace.num_experts), trace.num_experts, _POINTS))
     quarter = experts_in_share(ServeSettings().slots, trace.num_experts)
     slots = sorted({int(size) for size in sizes} | {quarter})
+    done, of = 0, len(names) * len(slots) + len(by_layer)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, of)
+
+    found = [locality_record(trace, model), usage_record(trace, model)]
+    options = {name: _options(trace, name) for name in names}
     for name in names:
-        found.append(curve_record(trace, model, name, slots, **options[name]))
+        found.append(curve_record(trace, model, name, slots, progress=step, **options[name]))
         found[-1].pop("policy_options")  # popularity is long, and no record's business
-    for name in names:
-        if policy_class(name).scope == "layer":
-            found.append(_layers_record(trace, model, name, quarter, options[name]))
+    for name in by_layer:
+        found.append(_layers_record(trace, model, name, quarter, options[name]))
+        step()
     return found
-
-
-def _replayable(trace: Trace) -> list[str]:
-    """Policies that need no more than the trace holds; offline ones last."""
-    names = [
-        name
-        for name in policy_names()
-        if trace.scores is not None or not policy_class(name).uses_scores
-    ]
-    return sorted(names, key=lambda name: policy_class(name).offline)
 
 
 def _options(trace: Trace, policy: str) -> dict[str, Any]:

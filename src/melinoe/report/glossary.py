@@ -62,10 +62,10 @@ GLOSSARY: list[tuple[str, str]] = [
         "less; the one needed latest, which takes knowledge of the future and so is a bound.",
     ),
     (
-        "LFRU, score, static, least-stale",
+        "LFRU, score, static",
         "More of them: the one with the least uses over the time since the last; with the least of "
-        "the router's weight lately; the least popular elsewhere, whatever is used now; and, in "
-        "one cache of all layers, one that this token has passed and did not use.",
+        "the router's weight lately; the least popular by a count that stays as it is. In a "
+        "replay that count is of the same trace, so with hindsight; served, it was made before.",
     ),
     (
         "intervals",
