@@ -27,8 +27,8 @@ def test_every_run_that_the_script_names_is_in_the_plan_with_its_control(plan):
     named = set(re.findall(r'--name (?:"([^"]+)"|(\w+))', SCRIPT.read_text()))
     names = {quoted or bare for quoted, bare in named}
     runs = {run.name: run for run in plan.all_runs((0,))}
-    assert len(names) == 3 and names <= runs.keys()
-    assert {runs[name].control for name in names} == {"control"} <= names
+    assert len(names) == 4 and names <= runs.keys()
+    assert {runs[name].plain for name in names} == {"plain"} <= names
 
 
 def test_without_text_to_train_on_the_script_says_so_and_runs_nothing(tmp_path):

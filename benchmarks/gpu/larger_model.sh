@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Does a larger model pay the same price? The study's first question on a model of 100 M parameters.
 # Usage: CORPUS=DIR benchmarks/gpu/larger_model.sh [OUT_DIR]; CORPUS as `recipes/tiny_olmoe.py` reads it.
-# Trains a model of 64 experts, top-8, by the recipe of the shipped one, then control and the default
-# form at two strengths, three seeds each, and appends a line a run to OUT_DIR/larger_model.jsonl:
+# Trains a model of 64 experts, top-8, by the recipe of the shipped one, then plainly, and for locality
+# in two ways with their controls, three seeds each, and appends a line a run to OUT_DIR/larger_model.jsonl:
 # what is there when time is up stays. `melinoe report OUT_DIR/larger_model.jsonl --out page.html`
 # draws it. Bad news would be: a price in perplexity that is higher than the small model's for as
 # many transfers saved. Not measured: speed. About ten minutes on one large GPU.
@@ -22,6 +22,6 @@ cp "$work/model/training.json" "$out/larger_model_training.json"
 for seed in ${SEEDS:-0 1 2}; do
   # shellcheck disable=SC2086
   "$python" benchmarks/study/run.py --base "$work/model" --rate "${RATE:-0.5}" --seeds "$seed" \
-    --name control --name "resident form 1" --name "and resident form 2" ${STUDY:-} \
+    --name plain --name "resident form 1" --name "and resident form 2" --name "taught alone" ${STUDY:-} \
     --keep "$work/kept" --out "$out/larger_model.jsonl"
 done

@@ -2,7 +2,8 @@
 The runs of the study: what is varied, around which settings, with which seeds.
 
 Every run is one fine-tuning of the shipped model on GSM8K, judged by `judge`. A run's name says
-what differs from `BASE`; its control is the run of group ``control`` with the same seed.
+what differs from `BASE`. Runs of group ``plain`` train on next tokens alone, and teach others. The
+control of a run is the one that differs from it in the locality terms alone.
 """
 
 from collections.abc import Iterator
@@ -33,9 +34,10 @@ class Run:
     """
     One fine-tuning: *changes* to `BASE`; *examples* to train on.
 
-    Runs of one *family* differ in *strength* alone; *control* is the name of the run that each is
-    compared with, seed by seed. With *own_text*, the base model writes anchor text to replay; with
-    *taught*, the control is the teacher. *full* runs are judged in their own greedy text too.
+    Runs of one *family* differ in *strength* alone; *plain* is the name of the plain fine-tuning
+    that each stands beside, seed by seed. With *own_text*, the base model writes anchor text to
+    replay; with *taught*, that plain run is the teacher. *full* runs are judged in their own greedy
+    text too.
     """
 
     group: str
@@ -43,7 +45,7 @@ class Run:
     strength: float | None
     seed: int
     changes: dict[str, Any] = field(default_factory=dict)
-    control: str = "control"
+    plain: str = "plain"
     examples: int = EXAMPLES
     own_text: bool = False
     taught: bool = False
@@ -61,14 +63,14 @@ class Run:
 
 
 def _run(group: str, family: str, strength: float | None = None, **changes: Any) -> Run:
-    own = ("control", "examples", "own_text", "taught", "full")
+    own = ("plain", "examples", "own_text", "taught", "full")
     kept = {key: changes.pop(key) for key in own if key in changes}
     return Run(group, family, strength, 0, changes, **kept)
 
 
 def _frontier() -> Iterator[Run]:
     """The paper's: forms of the cache term and of its anchor, each at several strengths."""
-    yield _run("control", "control", lambda_cache=0.0)
+    yield _run("plain", "plain", lambda_cache=0.0)
     for strength in (0.25, 0.5, 1.0, 2.0):
         yield _run("frontier", "clipped", strength, lambda_cache=strength)
     for strength in (0.1, 0.25, 0.5):
@@ -82,7 +84,7 @@ def _frontier() -> Iterator[Run]:
         yield _run("frontier", "with rank sum", strength, **summed, **cache)
 
 
-# Hidden states are held to the control's by this weight where it teaches.
+# Hidden states are held to the plain run's by this weight where it teaches.
 TAUGHT = {"taught": True, "lambda_match": 10.0}
 OWN = {"own_text": True, "lambda_replay": 0.25, "replay_loss": "nll"}
 LONG = {"steps": 700, "examples": 5600}
@@ -94,14 +96,14 @@ UNDER = {"cache_prior": 0.2}
 
 def _goals() -> Iterator[Run]:
     """What is aimed at: the price of 3 and 5 times fewer transfers, after longer training."""
-    control = "control, 1400 steps"
-    yield _run("control", control, lambda_cache=0.0, **LONGER)
+    plain = "plain, 1400 steps"
+    yield _run("plain", plain, lambda_cache=0.0, **LONGER)
     light = {**OWN, "lambda_replay": 0.05}
     for strength in (0.5, 1.0):
-        taught = {"control": control, "lambda_cache": strength, **TAUGHT, **LONGER}
+        taught = {"plain": plain, "lambda_cache": strength, **TAUGHT, **LONGER}
         yield _run("goals", "under the prior, own text", strength, **taught, **UNDER, **light)
     resident = {
-        "control": control,
+        "plain": plain,
         "lambda_cache": 2.0,
         "cache_loss": "resident",
         **TAUGHT,
@@ -111,21 +113,32 @@ def _goals() -> Iterator[Run]:
         "goals", "under the prior, own text, resident form", 2.0, **resident, **UNDER, **light
     )
     # What the teacher and the base's own text do to quality by themselves.
-    none = {"control": control, "lambda_cache": 0.0, **TAUGHT, **LONGER}
+    none = {"plain": plain, "lambda_cache": 0.0, **TAUGHT, **LONGER}
     yield _run("goals", "taught, own text, no cache term", **none, **light)
-    control = "control, 700 steps"
-    yield _run("control", control, lambda_cache=0.0, **LONG)
+    plain = "plain, 700 steps"
+    yield _run("plain", plain, lambda_cache=0.0, **LONG)
     for strength in (2.0, 4.0):
-        taught = {"control": control, "lambda_cache": strength, **TAUGHT, **LONG}
+        taught = {"plain": plain, "lambda_cache": strength, **TAUGHT, **LONG}
         yield _run("goals", "taught, own text", strength, **taught, **OWN)
-    yield _run("goals", "taught", 2.0, control=control, lambda_cache=2.0, **TAUGHT, **LONG)
-    yield _run("goals", "clipped, 700 steps", 1.0, control=control, lambda_cache=1.0, **LONG)
+    yield _run("goals", "taught", 2.0, plain=plain, lambda_cache=2.0, **TAUGHT, **LONG)
+    yield _run("goals", "clipped, 700 steps", 1.0, plain=plain, lambda_cache=1.0, **LONG)
+    # Not run yet: the controls that the taught runs of 700 steps lack.
+    none = {"plain": plain, "lambda_cache": 0.0, **TAUGHT, **LONG}
+    yield _run("goals", "taught, no cache term, 700 steps", **none)
+    yield _run("goals", "taught, own text, no cache term, 700 steps", **none, **OWN)
 
 
 def _beyond() -> Iterator[Run]:
     """Ideas that are not in the paper, in the frontier's short runs."""
     for strength in (2.0, 5.0):
         yield _run("beyond", "taught, 200 steps", strength, lambda_cache=strength, **TAUGHT)
+    # Not run yet: the controls that the taught, distilled and anchored runs lack.
+    yield _run("beyond", "taught alone", lambda_cache=0.0, **TAUGHT)
+    yield _run("beyond", "distilled alone", lambda_cache=0.0, lambda_distill=0.5)
+    yield _run("beyond", "KL anchor alone", lambda_cache=0.0, anchor="kl", lambda_rank=0.5)
+    yield _run("beyond", "rank mean alone", lambda_cache=0.0, anchor="rank", lambda_rank=20.0)
+    summed = {"anchor": "rank", "lambda_rank": 0.1, "rank_reduce": "sum"}
+    yield _run("beyond", "rank sum alone", lambda_cache=0.0, **summed)
     yield _run("beyond", "taught, under the prior", 1.0, lambda_cache=1.0, **TAUGHT, **UNDER)
     yield _run("beyond", "under the prior", 1.0, lambda_cache=1.0, **UNDER)
     yield _run("beyond", "under the prior alone", lambda_cache=0.0, **UNDER)
@@ -151,21 +164,25 @@ def _combined() -> Iterator[Run]:
 
 
 def _attention() -> Iterator[Run]:
-    """Updates of attention beside those of the experts, with controls and teachers alike."""
+    """Updates of attention beside those of the experts, with plain runs and teachers alike."""
     form = {"train": "router+experts+attention", "cache_loss": "resident"}
-    control = "control, attention"
-    yield _run("control", control, lambda_cache=0.0, **form)
+    plain = "plain, attention"
+    yield _run("plain", plain, lambda_cache=0.0, **form)
     for strength in (1.0, 2.0):
-        one = {"control": control, "lambda_cache": strength, **form}
+        one = {"plain": plain, "lambda_cache": strength, **form}
         yield _run("attention", "attention, resident form", strength, **one)
-    taught = {"control": control, "lambda_cache": 2.0, **form, **TAUGHT, **UNDER}
+    taught = {"plain": plain, "lambda_cache": 2.0, **form, **TAUGHT, **UNDER}
     yield _run("attention", "attention, taught, under the prior, resident form", 2.0, **taught)
-    control = "control, 1400 steps, attention"
-    yield _run("control", control, lambda_cache=0.0, **form, **LONGER)
-    long = {"control": control, "lambda_cache": 2.0, **form, **TAUGHT, **LONGER, **UNDER}
+    none = {"plain": plain, "lambda_cache": 0.0, **form, **TAUGHT}  # not run yet: its control
+    yield _run("attention", "attention, taught alone", **none)
+    plain = "plain, 1400 steps, attention"
+    yield _run("plain", plain, lambda_cache=0.0, **form, **LONGER)
+    long = {"plain": plain, "lambda_cache": 2.0, **form, **TAUGHT, **LONGER, **UNDER}
     long |= {**OWN, "lambda_replay": 0.05}
     name = "attention, under the prior, own text, resident form"
     yield _run("goals", name, 2.0, **long)
+    none = {**long, "lambda_cache": 0.0, "cache_prior": 0.0}  # not run yet: its control
+    yield _run("goals", "attention, taught, own text, no cache term", **none)
 
 
 def _ablations() -> Iterator[Run]:
@@ -175,17 +192,17 @@ def _ablations() -> Iterator[Run]:
     for capacity in (0.125, 0.5):
         yield _run("ablations", "capacity", capacity, capacity=capacity, lambda_cache=1.0)
     yield _run("ablations", "gradient through the cache", cache_gradient=True, lambda_cache=1.0)
-    routers = {"train": "router", "control": "control, routers only"}
-    yield _run("control", "control, routers only", lambda_cache=0.0, train="router")
+    routers = {"train": "router", "plain": "plain, routers only"}
+    yield _run("plain", "plain, routers only", lambda_cache=0.0, train="router")
     yield _run("ablations", "routers only", lambda_cache=1.0, **routers)
     short = {"steps": 50, "examples": 400}
-    yield _run("control", "control, 50 steps", lambda_cache=0.0, **short)
-    few = {"control": "control, 50 steps", **short}
+    yield _run("plain", "plain, 50 steps", lambda_cache=0.0, **short)
+    few = {"plain": "plain, 50 steps", **short}
     yield _run("ablations", "50 steps, strength", 1.0, lambda_cache=1.0, **few)
     for examples in (100, 400):  # seen 16 and 4 times, where the others see each once
-        control = f"control, {examples} examples"
-        yield _run("control", control, lambda_cache=0.0, examples=examples)
-        again = {"control": control, "examples": examples}
+        plain = f"plain, {examples} examples"
+        yield _run("plain", plain, lambda_cache=0.0, examples=examples)
+        again = {"plain": plain, "examples": examples}
         yield _run("ablations", f"{examples} examples, strength", 1.0, lambda_cache=1.0, **again)
 
 

@@ -3,11 +3,12 @@ Does training for locality cost quality, and how much for how many transfers sav
 
 Runs the plan (`plan.py`), one fine-tuning of the shipped model after the other, judges each
 (`judge.py`) and appends one JSON line a run; what is there already is left alone, so the study can
-be interrupted and gone on with. `melinoe report` draws tables and figures from the file. Controls,
-which teach others, and the runs of group ``goals`` leave their checkpoints in ``--keep``.
+be interrupted and gone on with. `melinoe report` draws tables and figures from the file. Runs of
+group ``plain``, which teach others, and of ``goals`` leave their checkpoints in ``--keep``.
 
-Bad news would be: no strength that saves transfers without raising perplexity over the control with
-the same seed; or savings that come from the whole data set sharing a few experts (collapse).
+Bad news would be: no strength that saves transfers without raising perplexity over the same
+training without the locality terms; or savings that come from the whole data set sharing a few
+experts (collapse).
 
 ``--base`` takes another model of the same tokenizer's kind, such as a larger one of the recipe
 (`benchmarks/gpu/larger_model.sh`); its results go into a file of their own.
@@ -57,16 +58,16 @@ class Ground:
 
 
 def train(run: Run, out: Path, ground: Ground) -> FinetuneResult:
-    """Train *run* into *out*; a taught one by its control, trained before if it is not there."""
+    """Train *run* into *out*; a taught one by the plain run, trained before if it is not there."""
     examples = load_examples(GSM8K_TRAIN)[: run.examples]
     teacher = None
     if run.taught:
-        (control,) = [one for one in all_runs((run.seed,)) if one.name == run.control]
-        teacher = kept_at(ground.keep, control)
+        (plain,) = [one for one in all_runs((run.seed,)) if one.name == run.plain]
+        teacher = kept_at(ground.keep, plain)
         if not teacher.exists():
-            train(control, teacher, ground)
+            train(plain, teacher, ground)
     settings = ground.settings(run)
-    if run.group == "control":
+    if run.group == "plain":
         settings = replace(settings, save="both")
     anchor = OWN if run.own_text else None
     return finetune(ground.base, examples, out, settings, anchor_examples=anchor, teacher=teacher)
@@ -80,7 +81,7 @@ def kept_at(keep: Path, run: Run) -> Path:
 def one_run(run: Run, out: Path, ground: Ground) -> dict:
     """Train *run* if its checkpoint is not kept from before, judge it, and write the result."""
     began = time.monotonic()
-    stays = run.group in ("control", "goals")
+    stays = run.group in ("plain", "goals")
     with tempfile.TemporaryDirectory() as work:
         checkpoint = kept_at(ground.keep, run) if stays else Path(work) / "model"
         if checkpoint.exists():
@@ -95,7 +96,7 @@ def one_run(run: Run, out: Path, ground: Ground) -> dict:
         "family": run.family,
         "strength": run.strength,
         "name": run.name,
-        "control": run.control,
+        "plain": run.plain,
         "seed": run.seed,
         "changes": run.changes,
         "settings": asdict(ground.settings(run)),

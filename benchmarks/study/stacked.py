@@ -4,7 +4,7 @@ What cache-aware choice at run time adds to a model that was trained for localit
 Takes checkpoints that the study kept and reads held-out answers token by token with a quarter of
 the experts resident (LFU), choices preferring resident experts by the cache prior at several
 strengths; beside them the shipped model with its own choices. `summary.py` sets them against the
-study's controls.
+study's like-for-like controls.
 
 Bad news would be: perplexity that rises as fast as transfers fall.
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from melinoe.measure import machine, write_json
+from melinoe.report.likeness import for_locality
 from melinoe.report.records import read_records
 from melinoe.report.study.compare import fewer, increase, transfers
-from melinoe.report.study.runs import gather
+from melinoe.report.study.runs import Setting, gather
 from melinoe.report.study.seeds import crossed
 from melinoe.stats import Estimate
 
@@ -52,13 +53,15 @@ def goals(study_file: Path, stacked_file: Path, by_layer_file: Path) -> dict[str
     """Of each setting of the goals' runs: even slots, slots by layer, and cache priors on it."""
     study = gather(read_records([study_file]))
     assert study is not None and study.base is not None
-    rows = []
+    rows, unjudged = [], []
     for setting in study.tried("goals"):
-        times, own = fewer(study, setting, CACHE), increase(study, setting, True)
-        other = increase(study, setting, False)
+        control = study.control(setting)
+        if control is None:
+            unjudged += [setting.name] if for_locality(setting.settings) else []
+            continue
+        times = fewer(study, setting, CACHE)
+        own, other = (increase(setting, control, inside) for inside in (True, False))
         assert times is not None and own is not None and other is not None
-        quality = [run["quality"]["gsm8k"]["perplexity"]["mean"] for run in setting.runs.values()]
-        better = max(quality) < study.base["quality"]["gsm8k"]["perplexity"]["mean"]
         for slots, saved in (
             ("even", (times, transfers(setting, CACHE))),
             ("by layer", by_layer(setting.name, lines(by_layer_file))),
@@ -76,27 +79,28 @@ def goals(study_file: Path, stacked_file: Path, by_layer_file: Path) -> dict[str
                     "price out of domain (%)": percent(other),
                     "transfers / token": rate.to_dict(),
                     "times fewer than base": times.to_dict(),
-                    "(a) 3 times, better than base": verdict((times, 3.0, "at least"))
-                    if better
-                    else "missed",
-                    "(b) 3 times at 1 % and 3 %": verdict(
+                    "3 times at 1 % and 3 %": verdict(
                         (times, 3.0, "at least"), (own, 0.01, "at most"), (other, 0.03, "at most")
                     ),
-                    "(c) 5 times at 2 %": "",
+                    "5 times at 2 %": "",
                 }
             )
-        rows += stacked(study, setting.name, setting.control, lines(stacked_file))
+        rows += stacked(setting.name, control, lines(stacked_file))
     return {
         "benchmark": "goals",
         "title": f"The goals: {SHARE}",
         "notes": [
-            "Prices are perplexity over the NLL-only control with the same data, steps and seed. "
-            "(b) asks for at most 1 % in domain and 3 % out of it. A goal is met if the whole "
-            "interval is on its side, missed if all of it is on the other.",
+            "A price is perplexity over the like-for-like control with the same seed: the same "
+            "data, steps, teacher and replay, without the locality terms. A goal is met if the "
+            "whole interval is on its side, missed if all of it is on the other.",
+            "The settings were tried on the rows that they are judged on here, and seed 0 was the "
+            "seed of the trials: both flatter them.",
+            f"Not judged, because no like-for-like control was run: {'; '.join(unjudged)}.",
             "Slots by layer: as many in all, split by the miss curves of other held-out texts; the "
             "base's are split by its own.",
             "Cache prior: the choice itself prefers resident experts while decoding; read token by "
-            "token, with even slots, on 32 or 128 of the texts that the exact rows read.",
+            "token, with even slots, on 32 or 128 of the texts that the exact rows read. Not "
+            "measured out of domain.",
         ],
         "result": rows,
         "machine": machine(),
@@ -118,9 +122,7 @@ def by_layer(name: str, records: Sequence[dict[str, Any]]) -> tuple[Estimate, Es
     return times, crossed([moved[2:]], lambda s: s[0][0] / s[0][1], positive=True)
 
 
-def stacked(
-    study: Any, name: str, control: str, records: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def stacked(name: str, control: Setting, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the cache prior on one setting, against the base's own choices on the same texts."""
     base = next((one for one in records if one["name"] == "base"), None)
     if base is None:
@@ -132,12 +134,12 @@ def stacked(
             for one in records
             if (one["name"], one["strength"]) == (name, strength)
         }
-        seeds = sorted(seed for seed in runs if seed in study.settings[control].runs)
+        seeds = sorted(seed for seed in runs if seed in control.runs)
         if not seeds or not strength:
             continue
         texts = min(len(runs[seed]["tokens"]) for seed in seeds)
         ours = [{**runs[seed], **_first(runs[seed], texts)} for seed in seeds]
-        theirs = [study.settings[control].runs[seed]["quality"]["gsm8k"] for seed in seeds]
+        theirs = [control.runs[seed]["quality"]["gsm8k"] for seed in seeds]
         loss = [
             np.array([one["nll"] for one in ours]),
             np.array([one["nll"][:texts] for one in theirs]),
@@ -162,9 +164,8 @@ def stacked(
                 "price out of domain (%)": None,
                 "transfers / token": rate.to_dict(),
                 "times fewer than base": times.to_dict(),
-                "(a) 3 times, better than base": "",
-                "(b) 3 times at 1 % and 3 %": "",
-                "(c) 5 times at 2 %": verdict((times, 5.0, "at least"), (price, 0.02, "at most")),
+                "3 times at 1 % and 3 %": "",
+                "5 times at 2 %": verdict((times, 5.0, "at least"), (price, 0.02, "at most")),
             }
         )
     return rows
@@ -176,33 +177,31 @@ def _first(record: dict[str, Any], texts: int) -> dict[str, Any]:
 
 
 def survival(path: Path) -> dict[str, Any]:
-    """How many times fewer transfers than the base, under each condition, by setting."""
+    """How many times fewer transfers than the base, by setting and condition."""
     records = lines(path)
     base = next(one for one in records if one["name"] == "base")
     rows = []
     for name in dict.fromkeys(one["name"] for one in records if one["name"] != "base"):
         runs = [one for one in records if one["name"] == name]
+        row: dict[str, Any] = {"setting": name, "seeds": len(runs)}
         for condition, theirs in base["conditions"].items():
             ours = [one["conditions"][condition] for one in runs]
-            row = {"setting": name, "condition": condition, "seeds": len(runs)}
-            row |= {
-                "base": sum(theirs[CACHE]) / sum(theirs["tokens"]),
-                "this": sum(sum(one[CACHE]) for one in ours) / sum(sum(o["tokens"]) for o in ours),
-            }
             columns = [
                 np.array([one[key] for one in side], dtype=float)
                 for side in ([theirs] * len(ours), ours)
                 for key in (CACHE, "tokens")
             ]
-            times = crossed(
+            row[condition] = crossed(
                 [columns], lambda s: (s[0][0] / s[0][1]) / (s[0][2] / s[0][3]), positive=True
-            )
-            rows.append({**row, "times fewer than base": times.to_dict()})
+            ).to_dict()
+        rows.append(row)
     return {
         "benchmark": "survival",
-        "title": f"Transfers per token under other conditions ({CACHE.replace('-', ', ').upper()})",
+        "title": "Times fewer transfers than the base under other conditions "
+        f"({CACHE.replace('-', ', ').upper()})",
         "notes": [
-            "answers: as in the study. long: questions and answers to the end of the context, "
+            "Times fewer transfers than the base under the same condition. answers: as in the "
+            "study. long: questions and answers to the end of the context, "
             "beyond the length trained on. mixed: each followed by a piece of another corpus. "
             "batch of 4: per token of four decoded together. greedy, sampled: written by each "
             "model itself. written on: sampled, not allowed to end, past the length trained on."

@@ -31,7 +31,7 @@ def test_each_panel_is_an_svg_that_needs_nothing_else(tmp_path):
         outside = re.findall(r"https?://[^\s\"<]+", text)
         assert set(outside) <= {"http://www.w3.org/2000/svg"}
         labels = {"".join(one.itertext()).strip() for one in root.iter(f"{SVG}text")}
-        assert {"base", "control", "clipped"} <= labels
+        assert {"base", "plain", "clipped"} <= labels
 
 
 def test_records_without_a_figure_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Studies of fine-tunings: intervals over seeds and items, prices over the control, tables."""
+"""Studies of fine-tunings: intervals over seeds and items, like-for-like prices, tables."""
 
 import math
 
@@ -8,14 +8,27 @@ import pytest
 from melinoe.errors import DataError
 from melinoe.report import read_records, write_report
 from melinoe.report.amounts import DASH
-from melinoe.report.study import study_tables
+from melinoe.report.study import frontier, study_tables
 from melinoe.report.study.compare import fewer, increase, transfers
 from melinoe.report.study.runs import gather
 from melinoe.report.study.seeds import crossed
+from melinoe.report.study.table import NO_CONTROL
 
 
-def run(name, seed, nll, loads, *, family="clipped", strength=1.0, group="frontier", other=1.0):
+def run(
+    name,
+    seed,
+    nll,
+    loads,
+    *,
+    family="clipped",
+    strength=1.0,
+    group="frontier",
+    other=1.0,
+    **settings,
+):
     """One record of a study: three examples in domain, two elsewhere, two prompts of 10 tokens."""
+    cache = 1.0 if group == "frontier" else 0.0
     return {
         "kind": "study",
         "group": group,
@@ -23,6 +36,7 @@ def run(name, seed, nll, loads, *, family="clipped", strength=1.0, group="fronti
         "strength": strength,
         "name": name,
         "seed": seed,
+        "settings": {"seed": seed, "steps": 200, "lambda_cache": cache, **settings},
         "num_experts": 32,
         "quality": {
             "maths": {"in_domain": True, "nll": [nll, 2 * nll, 3 * nll], "tokens": [10, 20, 30]},
@@ -39,38 +53,96 @@ def run(name, seed, nll, loads, *, family="clipped", strength=1.0, group="fronti
 
 
 def records():
-    """A base, a control and one setting, the last two with seeds 0 and 1."""
+    """A base, a plain run and one setting, the last two with seeds 0 and 1."""
     base = run("base", 0, 40.0, 60, family="base", strength=None, group="base")
-    controls = [
-        run("control", seed, 20.0, 50, family="control", strength=None, group="control")
+    plain = [
+        run("plain", seed, 20.0, 50, family="plain", strength=None, group="plain")
         for seed in (0, 1)
     ]
     tried = [run("clipped 1", 0, 21.0, 20, other=1.5), run("clipped 1", 1, 22.0, 10, other=1.5)]
-    return [base, *controls, *tried]
+    return [base, *plain, *tried]
+
+
+def price_of(study, name, in_domain=True):
+    """Price of a setting over its like-for-like control."""
+    setting = study.settings[name]
+    return increase(setting, study.control(setting), in_domain)
 
 
 def test_the_price_is_paired_with_the_control_of_the_same_seed():
     """Gaps of .1 and .2 nats per token and seed: exp of their mean is the price."""
     study = gather(read_records(records()))
-    price = increase(study, study.settings["clipped 1"], True)
+    price = price_of(study, "clipped 1")
     assert price.mean == pytest.approx(math.expm1(0.15))
     # Every example of a seed has the same gap, so only the seeds move the interval: two of them,
     # .0707 apart from their mean, so an error of .05, and 12.71 of it with one degree of freedom.
     assert math.log1p(price.low) == pytest.approx(0.15 - 0.635, rel=0.2)
     assert math.log1p(price.high) == pytest.approx(0.15 + 0.635, rel=0.2)
-    other = increase(study, study.settings["clipped 1"], False)
+    other = price_of(study, "clipped 1", False)
     assert other.mean == pytest.approx(math.expm1(0.05))
 
 
 def test_a_run_without_its_control_has_no_price():
     """A seed that the control lacks is left out; a setting left with none has no price."""
-    rows = [row for row in records() if (row["name"], row["seed"]) != ("control", 1)]
+    rows = [row for row in records() if (row["name"], row["seed"]) != ("plain", 1)]
     study = gather(read_records(rows))
-    assert increase(study, study.settings["clipped 1"], True).mean == pytest.approx(math.expm1(0.1))
-    rows = [row for row in rows if row["name"] != "control"]
+    assert price_of(study, "clipped 1").mean == pytest.approx(math.expm1(0.1))
+    rows = [row for row in rows if row["name"] != "plain"]
     study = gather(read_records(rows))
-    assert increase(study, study.settings["clipped 1"], True) is None
+    assert price_of(study, "clipped 1") is None
     assert study_tables(read_records(rows)) == []
+
+
+TAUGHT = {"group": "frontier", "lambda_match": 10.0}
+
+
+def test_a_taught_run_is_priced_against_a_taught_run_alone():
+    """
+    Plain fine-tuning has no teacher, so it is no control of a run that has one.
+
+    The taught run loses 1.9 nats a token, plain fine-tuning 2.0 and the control 1.8: its price is
+    exp(.1) - 1, and what it gains over plain fine-tuning is the teacher's.
+    """
+    taught = [run("taught 1", seed, 19.0, 20, family="taught", **TAUGHT) for seed in (0, 1)]
+    study = gather(read_records([*records(), *taught]))
+    assert study.control(study.settings["taught 1"]) is None
+    assert increase(study.settings["taught 1"], study.settings["plain"], True).mean < 0
+    price, texts, _ = study_tables(read_records([*records(), *taught]))
+    row = dict(zip(price.columns, price.rows[-1], strict=True))
+    assert row["price in domain"].text == row["price out of domain"].text == NO_CONTROL
+    assert row["over plain fine-tuning, in domain"].text.endswith("9.5 %")
+    assert any(note.startswith(NO_CONTROL) for note in price.notes)
+    assert [one[0].text for one in texts.rows] == ["clipped 1"]
+
+    alone = [
+        run("taught alone", seed, 18.0, 50, strength=None, lambda_cache=0.0, **TAUGHT)
+        for seed in (0, 1)
+    ]
+    study = gather(read_records([*records(), *taught, *alone]))
+    assert study.control(study.settings["taught 1"]).name == "taught alone"
+    assert price_of(study, "taught 1").mean == pytest.approx(math.expm1(0.1))
+    assert price_of(study, "clipped 1").mean == pytest.approx(math.expm1(0.15))
+    assert study.control(study.settings["taught alone"]) is None
+
+
+def test_one_seed_that_was_trained_otherwise_makes_no_control():
+    """Seed 1 took more steps than the plain run with that seed."""
+    rows = records()
+    rows[-1]["settings"]["steps"] = 400
+    study = gather(read_records(rows))
+    assert study.control(study.settings["clipped 1"]) is None
+
+
+def test_a_group_without_a_control_has_no_frontier():
+    """There is no price to draw; the table says so."""
+    rows = [row for row in records() if row["name"] != "clipped 1"]
+    taught = [run("taught 1", seed, 19.0, 20, **TAUGHT) for seed in (0, 1)]
+    found = read_records([*rows, *taught])
+    assert frontier(found, "frontier") is None
+    assert [table.name for table in study_tables(found)] == [
+        "study-frontier",
+        "study-frontier-caches",
+    ]
 
 
 def test_transfers_are_summed_over_seeds_and_prompts():
@@ -117,10 +189,10 @@ def test_parts_with_other_seeds_are_refused():
         crossed([(np.ones((2, 3)),), (np.ones((3, 3)),)], lambda sums: sums[0][0])
 
 
-def test_the_table_names_base_and_control_first():
-    """Base and control stand above, without a price of their own, and the notes name the cache."""
+def test_the_table_names_base_and_plain_runs_first():
+    """Base and plain runs stand above, without a price, and the notes name the cache."""
     price, texts, caches = study_tables(read_records(records()))
-    assert [row[0].text for row in price.rows] == ["base", "control", "clipped 1"]
+    assert [row[0].text for row in price.rows] == ["base", "plain", "clipped 1"]
     # Four and two nats a token.
     assert price.columns[2] == "perplexity, maths"
     assert [row[2].text for row in price.rows[:2]] == ["54.6", "7.39"]

@@ -1,9 +1,9 @@
 """
-A study of fine-tunings: many runs with several seeds, each beside its own control.
+A study of fine-tunings: many runs with several seeds, each beside its like-for-like control.
 
     runs.py      records of kind ``study``, gathered by what was varied
     seeds.py     intervals over seeds and items at once
-    compare.py   a run's price and gain: over the control, against the base
+    compare.py   a setting's price over another, its gain against the base
     table.py     one row per setting        figure.py   price against transfers
 """
 

@@ -1,41 +1,40 @@
-"""What a setting costs over its control, and what it saves against the base model."""
+"""What a setting costs over another, and what it saves against the base model."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from melinoe.report.schema import Record
-from melinoe.report.study.runs import Setting, Study, corpora
+from melinoe.report.study.runs import Setting, Study, corpora, pairs
 from melinoe.report.study.seeds import Columns, Floats, crossed
 from melinoe.stats import Estimate
 
 
-def increase(study: Study, setting: Setting, in_domain: bool) -> Estimate | None:
+def increase(setting: Setting, other: Setting | None, in_domain: bool) -> Estimate | None:
     """
-    Perplexity over the control's with the same seed, minus 1: 0.02 is 2 % worse.
+    Perplexity over the other's with the same seed, minus 1: 0.02 is 2 % worse.
 
     Over several texts it is the geometric mean of the factors, every text weighing the same.
-    ``None`` without a control or without such texts.
+    ``None`` without the other or without such texts.
     """
-    pairs = study.pairs(setting)
-    if not pairs:
+    if other is None:
         return None
-    texts = corpora(pairs[0][0])[0 if in_domain else 1]
-    return _increase(pairs, texts) if texts else None
+    found = pairs(setting, other)
+    texts = corpora(found[0][0])[0 if in_domain else 1]
+    return _increase(found, texts) if texts else None
 
 
-def increase_on(study: Study, setting: Setting, text: str) -> Estimate | None:
-    """As `increase`, on one text; ``None`` without a control."""
-    pairs = study.pairs(setting)
-    return _increase(pairs, [text]) if pairs else None
+def increase_on(setting: Setting, other: Setting | None, text: str) -> Estimate | None:
+    """As `increase`, on one text."""
+    return None if other is None else _increase(pairs(setting, other), [text])
 
 
-def _increase(pairs: Sequence[tuple[Record, Record]], texts: Sequence[str]) -> Estimate:
+def _increase(runs: Sequence[tuple[Record, Record]], texts: Sequence[str]) -> Estimate:
     parts = [
         (
-            _column([ours for ours, _ in pairs], text, "nll"),
-            _column([theirs for _, theirs in pairs], text, "nll"),
-            _column([ours for ours, _ in pairs], text, "tokens"),
+            _column([ours for ours, _ in runs], text, "nll"),
+            _column([theirs for _, theirs in runs], text, "nll"),
+            _column([ours for ours, _ in runs], text, "tokens"),
         )
         for text in texts
     ]

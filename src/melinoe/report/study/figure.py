@@ -13,7 +13,7 @@ from melinoe.stats import Estimate
 
 HUES = ("tuned", "base", "control", "other", "rose", "olive", "slate")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-LONG_NAME, MOST_CONTROLS = 23, 2
+LONG_NAME, MOST_PLAIN = 23, 2
 WHERE = {True: "in domain", False: "out of domain"}
 
 
@@ -22,12 +22,15 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
     Transfers per token against the price in perplexity, in and out of domain.
 
     One line per family through the means of its strengths, weakest first, with the interval of
-    each in both directions. Lower and further left is better.
+    each in both directions. Lower and further left is better. Settings without a like-for-like
+    control have no price and are not drawn; ``None`` where that leaves nothing.
     """
     study = gather(found)
     if study is None or group not in study.groups:
         return None
-    tried = study.tried(group)
+    tried = [one for one in study.tried(group) if study.control(one) is not None]
+    if not tried:
+        return None
     record = next(iter(tried[0].runs.values()))
     cache = quarter_cache(record)
     families = list(dict.fromkeys(one.family for one in tried))
@@ -38,7 +41,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
             for index, family in enumerate(families):
                 _line(axes, study, [one for one in tried if one.family == family], inside, index)
             _levels(axes, study, tried, cache)
-            axes.set_xlabel(f"perplexity {WHERE[inside]} over the control (%)")
+            axes.set_xlabel(f"perplexity {WHERE[inside]} over the like-for-like control (%)")
             axes.set_ylabel(f"transfers per token ({cache.replace('-', ', ').upper()} slots)")
             axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
             axes.grid(axis="both")
@@ -53,7 +56,7 @@ def frontier(found: Measurements, group: str = "frontier") -> Figure | None:
 def _line(axes: Any, study: Study, family: list[Setting], inside: bool, index: int) -> None:
     ordered = sorted(family, key=lambda one: one.strength or 0.0)
     cache = quarter_cache(next(iter(ordered[0].runs.values())))
-    points = [(increase(study, one, inside), transfers(one, cache)) for one in ordered]
+    points = [(increase(one, study.control(one), inside), transfers(one, cache)) for one in ordered]
     kept = [(price, moved) for price, moved in points if price is not None]
     if not kept:
         return
@@ -95,11 +98,11 @@ def _reach(estimates: list[Estimate], scale: float) -> list[list[float]]:
 
 
 def _levels(axes: Any, study: Study, tried: list[Setting], cache: str) -> None:
-    """Where base and control stand, as lines across; the lowest has its name below it."""
-    controls = list(dict.fromkeys(one.control for one in tried))
-    if len(controls) > MOST_CONTROLS:  # their names would cover each other; the table has them all
-        controls = controls[:1]
-    others = [study.settings[name] for name in controls]
+    """Where base and plain runs stand, as lines across; the lowest has its name below it."""
+    plain = list(dict.fromkeys(one.plain for one in tried))
+    if len(plain) > MOST_PLAIN:  # their names would cover each other; the table has them all
+        plain = plain[:1]
+    others = [study.settings[name] for name in plain]
     shown = ([study.base_setting] if study.base is not None else []) + others
     levels = sorted((transfers(one, cache).mean, one.name) for one in shown)
     for place, (level, name) in enumerate(levels):
@@ -123,7 +126,7 @@ def _caption(study: Study, tried: list[Setting], cache: str) -> str:
     rated = [
         (one, price, transfers(one, cache))
         for one in tried
-        if (price := increase(study, one, True)) is not None
+        if (price := increase(one, study.control(one), True)) is not None
     ]
     best = [
         (one, price, moved)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from melinoe.report.likeness import differences, for_locality
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
 
-BASE, CONTROL = "base", "control"
+BASE, PLAIN = "base", "plain"
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Setting:
         group: Part of the study.
         family: What kind of thing it is; settings of one family differ in strength alone.
         strength: ``None`` where there is nothing to vary.
-        control: Name of the setting that it is compared with.
+        plain: Name of the plain fine-tuning that it stands beside.
         runs: Seed -> record.
     """
 
@@ -27,8 +28,13 @@ class Setting:
     family: str
     strength: float | None
     name: str
-    control: str
+    plain: str
     runs: dict[int, Record] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Settings of the training, of its first seed; empty where the records hold none."""
+        return next(iter(self.runs.values())).get("settings") or {}
 
 
 @dataclass
@@ -40,25 +46,40 @@ class Study:
 
     @property
     def base_setting(self) -> Setting:
-        """The base model as a setting with one run and no control."""
+        """The base model as a setting with one run."""
         assert self.base is not None
         return Setting(BASE, BASE, None, BASE, "", {0: self.base})
 
     def tried(self, group: str | None = None) -> list[Setting]:
-        """Give the settings that have a control to stand beside, of one group or of all."""
+        """Give the settings that have a plain fine-tuning to stand beside, of one group or all."""
         return [
             one
             for one in self.settings.values()
-            if (group is None or one.group == group) and self.pairs(one)
+            if (group is None or one.group == group) and self.plain(one) is not None
         ]
 
-    def pairs(self, setting: Setting) -> list[tuple[Record, Record]]:
-        """Give (run, its control) for each seed that both have; a control has none itself."""
-        control = self.settings.get(setting.control)
-        if control is None or setting.group == CONTROL:
-            return []
-        seeds = [seed for seed in setting.runs if seed in control.runs]
-        return [(setting.runs[seed], control.runs[seed]) for seed in sorted(seeds)]
+    def plain(self, setting: Setting) -> Setting | None:
+        """Give the plain fine-tuning that a setting stands beside; it has none itself."""
+        found = self.settings.get(setting.plain)
+        if setting.group == PLAIN or found is None or not _both(setting, found):
+            return None
+        return found
+
+    def control(self, setting: Setting) -> Setting | None:
+        """
+        Give the like-for-like control of a setting: trained alike, but for the locality terms.
+
+        ``None`` where no such setting was run, and for one that has no locality term itself.
+        """
+        beside = [one for one in self.settings.values() if one.plain == setting.plain]
+        first = self.plain(setting)
+        if first is None or not for_locality(setting.settings):
+            return None
+        for one in [first, *(one for one in beside if one.group != PLAIN)]:
+            both = pairs(setting, one)
+            if both and all(_is_control(theirs, ours) for ours, theirs in both):
+                return one
+        return None
 
     @property
     def groups(self) -> list[str]:
@@ -84,11 +105,28 @@ def gather(found: Measurements) -> Study | None:
                 record["family"],
                 record.get("strength"),
                 record["name"],
-                record.get("control") or CONTROL,
+                record.get("plain") or PLAIN,
             ),
         )
         one.runs[int(record["seed"])] = record
     return Study(base, settings)
+
+
+def pairs(setting: Setting, other: Setting) -> list[tuple[Record, Record]]:
+    """Give (run, the other's run) for each seed that both have."""
+    return [(setting.runs[seed], other.runs[seed]) for seed in _both(setting, other)]
+
+
+def _is_control(theirs: Record, ours: Record) -> bool:
+    """Whether one run differs from another in the locality terms alone; no, if it does not say."""
+    said = theirs.get("settings")
+    if not said or for_locality(said) or theirs.get("examples") != ours.get("examples"):
+        return False
+    return not differences(ours.get("settings") or {}, said)
+
+
+def _both(setting: Setting, other: Setting) -> list[int]:
+    return sorted(setting.runs.keys() & other.runs.keys())
 
 
 def corpora(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,58 @@
+"""Which runs differ in the locality terms alone."""
+
+from dataclasses import asdict
+
+import pytest
+
+from melinoe.config import FinetuneSettings
+from melinoe.report.likeness import differences, for_locality
+
+
+def settings(**changes):
+    return asdict(FinetuneSettings(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lambda_cache": 0.0, "cache_prior": 0.0},
+        {"gamma": 0.5, "capacity": 0.5, "cache_loss": "clipped", "swap_margin": 1.0},
+        {"log_every": 1, "save": "both", "gradient_checkpointing": True},
+        {"rho": 0.3, "anchor": "kl", "reference": "pass"},  # the anchor's weight is 0
+        {"own_texts": 7, "replay_loss": "nll"},  # nothing is replayed
+    ],
+)
+def test_what_leaves_a_control_like_for_like(changes):
+    """The locality terms and their shape, what changes no weight, and what belongs to no term."""
+    assert differences(settings(), settings(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lambda_match": 10.0}, ["lambda_match"]),
+        ({"lambda_replay": 0.1}, ["lambda_replay"]),
+        ({"lambda_rank": 0.1}, ["lambda_rank"]),
+        ({"seed": 1, "steps": 3}, ["seed", "steps"]),
+        ({"train": "router"}, ["train"]),
+    ],
+)
+def test_what_makes_a_control_unlike(changes, named):
+    """A teacher, replay, an anchor, or another training; whichever side has it."""
+    assert differences(settings(), settings(**changes)) == named
+    assert differences(settings(**changes), settings()) == named
+
+
+def test_a_term_that_a_record_does_not_name_was_off():
+    """An older record has no weight of hidden states: it matched none."""
+    old = {name: value for name, value in settings().items() if name != "lambda_match"}
+    assert differences(settings(), old) == []
+    assert differences(settings(lambda_match=1.0), old) == ["lambda_match"]
+
+
+def test_a_run_is_for_locality_if_any_such_term_is_on():
+    """A prior that is left to the run is on; records without settings say nothing."""
+    off = {"lambda_cache": 0.0, "cache_prior": 0.0}
+    assert for_locality(settings()) and for_locality(settings(lambda_cache=0.0))
+    assert not for_locality(settings(**off)) and not for_locality({})
+    assert for_locality(settings(**off, lambda_reuse=0.5))
