@@ -3,8 +3,8 @@ The main job on the shipped model, from text to table: what `make demo` runs.
 
 Nothing here is canned: every figure is measured in this run, by the stages that everybody uses.
 
-    1. fine-tune the shipped model twice on GSM8K: next token only (the control), and for locality,
-       with the control as its teacher and text of the model's own to keep what it knew
+    1. fine-tune the shipped model twice on GSM8K, with text of the model's own to keep what it
+       knew: without the locality terms (the control), and with them
     2. perplexity of all three on held-out GSM8K and on six other kinds of text, and what a cache
        would move while each reads the same answers
     3. trace their routing on held-out prompts; fit the predictor on prompts of its own, which
@@ -154,17 +154,10 @@ class Demo:
     def _finetune(self) -> None:
         examples = load_examples(GSM8K_TRAIN, limit=self.settings.train_examples)
         ours = self.settings.finetune()
-        control = replace(ours.control(), save="both")  # its adapter teaches
-        more: dict[str, dict[str, Any]] = {
-            CONTROL: {},
-            TUNED: {"teacher": self.paths[CONTROL], "anchor_examples": OWN},
-        }
-        for name, settings in ((CONTROL, control), (TUNED, ours)):
+        for name, settings in ((CONTROL, ours.control()), (TUNED, ours)):
 
             def progress(row: dict[str, Any], name: str = name) -> None:
-                terms = "  ".join(
-                    f"{term} {row[term]:.3f}" for term in ("nll", "cache", "match") if term in row
-                )
+                terms = "  ".join(f"{term} {row[term]:.3f}" for term in ("nll", "cache"))
                 self.say(f"   {name}: step {row['step']} of {row['steps']}  {terms}")
 
             result = finetune(
@@ -172,8 +165,8 @@ class Demo:
                 examples,
                 self.paths[name],
                 settings,
+                anchor_examples=OWN if settings.lambda_replay else None,
                 progress=progress,
-                **more[name],
             )
             self._write(training_record(name, result.log, asdict(settings)))
 

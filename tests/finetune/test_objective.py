@@ -1,6 +1,6 @@
 """The objective against its formulas in loops."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -191,14 +191,33 @@ def test_a_layer_whose_own_capacity_is_too_small_is_refused():
         Objective(Layers(1).routers, settings)
 
 
-def test_a_control_has_no_other_terms():
-    """Whatever was set, its twin trains on next tokens alone, with all else as it was."""
+def test_a_control_lacks_the_locality_terms_alone():
+    """Teacher, replay, anchor and seed stay; the plain run has next tokens alone."""
     chosen = FinetuneSettings(
-        lambda_reuse=1.0, lambda_distill=1.0, lambda_replay=1.0, layer_capacity=[0.5], seed=7
-    )
-    control = chosen.control()
-    assert control.is_control and not chosen.is_control
-    assert control.seed == 7 and control.layer_capacity == (0.5,)
+        lambda_reuse=1.0, lambda_match=1.0, lambda_replay=0.5, lambda_rank=0.1, cache_prior=0.2,
+        layer_capacity=[0.5], seed=7,
+    )  # fmt: skip
+    control, plain = chosen.control(), chosen.plain()
+    assert control.is_control and not chosen.is_control and not control.is_plain
+    off = {"lambda_cache": 0.0, "lambda_reuse": 0.0, "cache_prior": 0.0}
+    assert asdict(control) == asdict(chosen) | off
+    also = {"lambda_match": 0.0, "lambda_replay": 0.0, "lambda_rank": 0.0}
+    assert plain.is_plain and asdict(plain) == asdict(control) | also
+
+
+def test_settings_of_terms_that_weigh_nothing_decide_nothing():
+    """So two controls agree whatever cache their runs imagined; a term that weighs has its own."""
+    one = FinetuneSettings(capacity=0.5, gamma=0.5, rho=0.3, own_texts=7, save="both", log_every=3)
+    other = FinetuneSettings(layer_capacity=(0.25,))
+    assert one.deciding() != other.deciding()
+    assert one.control().deciding() == other.control().deciding()
+    replayed = FinetuneSettings(lambda_replay=0.1, own_texts=7)
+    assert replayed.control().deciding()["own_texts"] == 7
+    assert "eval_every" in FinetuneSettings(keep="best", eval_every=2).deciding()
+
+
+def test_is_control_by_each_weight():
+    """An anchor of weight 0 or of no kind is none."""
     assert not FinetuneSettings(lambda_cache=0.0, lambda_rank=0.0, lambda_reuse=0.1).is_control
     assert FinetuneSettings(lambda_cache=0.0, anchor="none", cache_prior=0.0).is_control
     assert not FinetuneSettings(lambda_cache=0.0, anchor="none").is_control

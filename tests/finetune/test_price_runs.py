@@ -7,6 +7,7 @@ import pytest
 from forked import run
 from small_runs import settings
 
+from melinoe.checkpoint import read_metadata
 from melinoe.data import load_examples
 from melinoe.errors import TrainingError
 from melinoe.finetune.price.search import finetune_within
@@ -72,13 +73,19 @@ def test_two_processes_find_what_one_finds(place):
     assert kept == ["base", "one", "one.reference", "two", "two.reference"]
 
 
-def test_the_reference_teaches_the_runs(place):
-    """It has an adapter, and every run is held to it; one that has none cannot teach."""
-    result = within(place, "out", TAUGHT, teacher="control")
-    assert (place / "out.reference" / "adapter" / "adapter_config.json").is_file()
-    assert result.metadata["teacher"]["source"].endswith("out.reference")
-    within(place, "plain", {key: 0.0 for key in ("lambda_rank",)} | {"anchor": "none"})
-    plain = {"teacher": "control", "reference": place / "plain.reference"}
-    with pytest.raises(TrainingError, match=r"holds no adapter; .*--teacher none.* start anew"):
-        within(place, "again", TAUGHT, **plain)
-    assert not (place / "again").exists() and not (place / "again.runs").exists()
+def test_runs_and_reference_have_one_teacher(place):
+    """Trained first, beside the run; a reference that had another teacher is refused."""
+    result = within(place, "out", TAUGHT, teacher="plain")
+    reference = read_metadata(place / "out.reference")
+    assert result.metadata["teacher"]["source"].endswith("out.teacher")
+    assert reference["teacher"]["fingerprint"] == result.metadata["teacher"]["fingerprint"]
+    assert reference["is_control"] and reference["settings"]["lambda_match"] == 1.0
+    known = {"reference": place / "out.reference"}
+    again = within(place, "again", TAUGHT, teacher=place / "out.teacher", **known)
+    assert again.metadata["price"]["paid"] == result.metadata["price"]["paid"]
+    with pytest.raises(TrainingError, match="of another teacher"):
+        within(place, "untaught", TAUGHT, **known)
+    with pytest.raises(TrainingError, match=r"lambda_match 1\.0, this run with 2\.0"):
+        within(place, "heavier", TAUGHT | {"lambda_match": 2.0}, teacher="plain", **known)
+    assert not any((place / f"{one}{what}").exists() for one in ("untaught", "heavier")
+                   for what in ("", ".runs", ".teacher"))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two processes train the control and the run that it teaches, one after the other."""
+"""Two processes train the teacher and the run that learns from it, one after the other."""
 
 import json
 
@@ -25,15 +25,15 @@ def without_norms(row):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_train_control_and_run_as_one_does(checkpoint, sharded):
-    """The command's default on several devices: both logs are those of one process."""
+def test_two_processes_train_teacher_and_run_as_one_does(checkpoint, sharded):
+    """``--teacher plain`` on several devices: both logs are those of one process."""
     rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in ("a", "an", "the")]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (checkpoint / "data.jsonl").write_text(text)
     taught(checkpoint, "one", ALONE)
     two = {"processes": 2, "sharded": sharded}
     assert run(lambda: taught(checkpoint, "two", SHARED), **two) == [0, 0]
-    for name in ("", ".control"):
+    for name in ("", ".teacher"):
         ours, theirs = (read_metadata(checkpoint / f"{out}{name}")["log"] for out in ("two", "one"))
         assert ("match" in ours[1]) is (name == "")
         for row, alone in zip(ours, theirs, strict=True):

@@ -159,33 +159,33 @@ def test_a_heavy_match_keeps_hidden_states_near_the_teachers():
     assert distances[30.0] < 0.7 * distances[0.0]
 
 
-def test_the_control_is_trained_first_and_teaches(checkpoint):
-    """The files of both runs; the control's is what the NLL-only run alone gives, bit for bit."""
+def test_the_plain_run_is_trained_first_and_teaches(checkpoint):
+    """The files of both runs; the teacher's is what the plain run alone gives, bit for bit."""
     data = load_examples(checkpoint / "data.jsonl")
     chosen = settings(**PLAIN, lambda_match=1.0)
     base = checkpoint / "base"
     done = finetune_taught(base, data, checkpoint / "out", chosen)
-    assert (checkpoint / "out.control" / "adapter_model.safetensors").is_file()
-    alone = settings(**PLAIN, save="adapter").control()
+    assert (checkpoint / "out.teacher" / "adapter_model.safetensors").is_file()
+    alone = settings(**PLAIN, save="adapter").plain()
     finetune(base, data, checkpoint / "alone", alone)
     there, here = (
         (checkpoint / name / "adapter_model.safetensors").read_bytes()
-        for name in ("alone", "out.control")
+        for name in ("alone", "out.teacher")
     )
     assert there == here
-    assert done.metadata["teacher"]["source"].endswith("out.control")
+    assert done.metadata["teacher"]["source"].endswith("out.teacher")
     assert "match" in done.log[-1]
-    again = finetune(base, data, checkpoint / "two", chosen, teacher=checkpoint / "out.control")
+    again = finetune(base, data, checkpoint / "two", chosen, teacher=checkpoint / "out.teacher")
     assert again.log == done.log
 
 
-def test_a_taught_run_that_failed_goes_on_after_its_control(checkpoint):
-    """The control is there and the second run is not: --resume does not train the first again."""
+def test_a_taught_run_that_failed_goes_on_after_its_teacher(checkpoint):
+    """The teacher is there and the second run is not: --resume does not train the first again."""
     data = load_examples(checkpoint / "data.jsonl")
     chosen = settings(**PLAIN, lambda_match=1.0)
     seen = []
     finetune(
-        checkpoint / "base", data, checkpoint / "out.control", settings(save="adapter").control()
+        checkpoint / "base", data, checkpoint / "out.teacher", settings(save="adapter").plain()
     )
     finetune_taught(
         checkpoint / "base", data, checkpoint / "out", chosen, resume=True, progress=seen.append
@@ -198,7 +198,7 @@ def test_a_teacher_that_cannot_teach_is_refused(checkpoint, tmp_path):
     data = load_examples(checkpoint / "data.jsonl")
     base, out = checkpoint / "base", checkpoint / "out"
     taught = settings(**PLAIN, lambda_match=1.0)
-    with pytest.raises(TrainingError, match="nothing to learn from the control"):
+    with pytest.raises(TrainingError, match="nothing to learn from a teacher"):
         finetune_taught(base, data, out, settings(**PLAIN))
     with pytest.raises(CheckpointError, match="holds no adapter"):
         finetune(base, data, out, taught, teacher=tmp_path)
@@ -216,39 +216,32 @@ def test_a_teacher_that_cannot_teach_is_refused(checkpoint, tmp_path):
 
 
 def test_the_command_trains_both_runs(checkpoint):
-    """``--teacher control``: two directories, and the record names the teacher."""
+    """``--teacher plain``: two directories, and the record names the teacher."""
     words = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
-    options = "--steps 2 --teacher control --capacity 0.5 --no-measure"
+    options = "--steps 2 --teacher plain --capacity 0.5 --no-measure"
     done = CliRunner().invoke(app, [*words.split(), *options.split(), "--hold-out", "0"])
     assert done.exit_code == 0, done.output
-    assert (checkpoint / "o.control" / "adapter_config.json").is_file()
+    assert (checkpoint / "o.teacher" / "adapter_config.json").is_file()
     record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
-    assert record["teacher"]["source"] == "o.control"  # where it lies is nobody else's business
+    assert record["teacher"]["source"] == "o.teacher"  # where it lies is nobody else's business
     assert record["settings"]["lambda_match"] == 10.0
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--teacher other", "so --teacher other will not be used"),
-        ("--teacher control --anchor-data t", "so --teacher control and --anchor-data t will not"),
-        ("--teacher none", ""),
-    ],
-)
-def test_a_control_says_whom_it_does_not_learn_from(checkpoint, words, said):
-    """The words of a run with ``--control`` added: it trains, untaught, and says so."""
-    command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
-    options = "--control --steps 1 --capacity 0.5 --no-measure --save adapter"
-    done = CliRunner().invoke(app, f"{command} {options} {words}".split())
+def test_a_control_learns_from_whom_its_run_learns(checkpoint):
+    """``--control`` leaves out the locality terms alone: the same teacher, at the same weight."""
+    words = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
+    options = "--control --steps 1 --capacity 0.5 --no-measure --save adapter --teacher plain"
+    done = CliRunner().invoke(app, f"{words} {options}".split())
     assert done.exit_code == 0, done.output
-    assert (said in done.output) if said else ("will not be used" not in done.output)
     record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
-    assert record["teacher"] is None and record["settings"]["lambda_match"] == 0.0
+    assert record["is_control"] and record["teacher"]["source"] == "o.teacher"
+    weights = {key: record["settings"][f"lambda_{key}"] for key in ("match", "cache", "reuse")}
+    assert weights == {"match": 10.0, "cache": 0.0, "reuse": 0.0}
 
 
-@pytest.mark.parametrize(("words", "taught"), [("", True), ("--teacher none", False)])
-def test_where_a_price_is_named_its_reference_teaches(checkpoint, words, taught):
-    """It is trained anyway; unless the user says none."""
+@pytest.mark.parametrize(("words", "taught"), [("", False), ("--teacher plain", True)])
+def test_where_a_price_is_named_run_and_reference_have_one_teacher(checkpoint, words, taught):
+    """So that the gap between them is the locality terms' alone."""
     held = checkpoint / "held.jsonl"
     rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abcdefgh"]
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -257,6 +250,11 @@ def test_where_a_price_is_named_its_reference_teaches(checkpoint, words, taught)
     options = "--steps 2 --capacity 0.5 --no-measure"
     done = CliRunner().invoke(app, f"{command} {price} {options}".split())
     assert done.exit_code == 0, done.output
-    record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
-    assert (record["teacher"] is not None) == taught
-    assert (record["settings"]["lambda_match"] > 0) == taught
+    records = [
+        json.loads((checkpoint / name / "melinoe.json").read_text())
+        for name in ("o", "o.reference")
+    ]
+    assert all((one["teacher"] is not None) == taught for one in records)
+    assert all((one["settings"]["lambda_match"] > 0) == taught for one in records)
+    teachers = [(one["teacher"] or {}).get("fingerprint") for one in records]
+    assert teachers[0] == teachers[1]

@@ -1,4 +1,4 @@
-"""A taught run that goes on: whose control it takes for its own."""
+"""A taught run that goes on: which teacher it takes for its own."""
 
 from dataclasses import asdict, replace
 
@@ -14,11 +14,11 @@ from melinoe.finetune.price.search import _one_run
 PLAIN = {"anchor": "none", "lambda_rank": 0.0}
 
 
-def test_a_control_of_other_settings_is_not_resumed_from(checkpoint):
+def test_a_teacher_of_other_settings_is_not_resumed_from(checkpoint):
     """It was trained at another rate, so it is not what the settings would give."""
     data = load_examples(checkpoint / "data.jsonl")
-    other = settings(**PLAIN, save="adapter", learning_rate=3e-3, steps=1).control()
-    finetune(checkpoint / "base", data, checkpoint / "out.control", other)
+    other = settings(**PLAIN, save="adapter", learning_rate=3e-3, steps=1).plain()
+    finetune(checkpoint / "base", data, checkpoint / "out.teacher", other)
     now = settings(**PLAIN, lambda_match=1.0, steps=1, log_every=2)
     with pytest.raises(TrainingError, match=r"learning_rate 0\.003 there and 0\.01 here"):
         finetune_taught(checkpoint / "base", data, checkpoint / "out", now, resume=True)

@@ -1,4 +1,4 @@
-"""Three random models that stand for a base, its fine-tuned self and the NLL-only control."""
+"""Three random models that stand for a base, its fine-tuned self and its control."""
 
 import shutil
 
@@ -26,7 +26,7 @@ def checkpoints(tmp_path_factory):
     ]
     settings = {"capacity": 0.25, "lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3}
     write_metadata(root / "tuned", {"settings": settings, "log": log})
-    off = {"lambda_cache": 0.0, "lambda_rank": 0.0}
+    off = {"lambda_cache": 0.0}
     write_metadata(root / "control", {"settings": settings | off, "fingerprint": "f" * 64})
     return root
 

@@ -99,7 +99,7 @@ def test_without_a_control_one_sentence_says_so_and_how_to_measure_it(copy, held
 
     assert said(copy) == 1 and said(held) == 0
     text = (copy / "README.md").read_text()
-    assert all(f"`{flag}`" in text for flag in ("--teacher control", "--max-ppl-increase"))
+    assert all(f"`{flag}`" in text for flag in ("--against control", "--max-ppl-increase"))
     off = {"lambda_cache": 0.0, "lambda_rank": 0.0}
     write_metadata(copy, read_metadata(copy) | {"settings": off})
     assert said(copy) == 0

@@ -1,4 +1,4 @@
-"""`melinoe finetune` finds its control by itself, and says what was paid over it."""
+"""`melinoe finetune` beside its control, and what it says was paid over it."""
 
 import json
 import os
@@ -82,12 +82,16 @@ def beside(place, tmp_path):
     return sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_a_taught_run_is_held_against_its_teacher(place, finetune, tmp_path):
+def test_a_run_is_held_against_the_control_it_trains(place, finetune, tmp_path):
     """The adapter in OUT.control, merged here by itself, gives the price the card begins with."""
-    code, err = finetune(tmp_path / "out", "--teacher", "control", "--other", place / "far.jsonl")
+    more = ("--against", "control", "--teacher", "plain", "--other", place / "far.jsonl")
+    code, err = finetune(tmp_path / "out", *more)
     assert code == 0 and "measuring its control" in err, err
-    assert beside(place, tmp_path) == ["out", "out.control"]
+    assert beside(place, tmp_path) == ["out", "out.control", "out.teacher"]
     metadata = read_metadata(tmp_path / "out")
+    alike = read_metadata(tmp_path / "out.control")
+    assert alike["is_control"] and not metadata["is_control"]
+    assert alike["teacher"]["fingerprint"] == metadata["teacher"]["fingerprint"]
     merge_adapter(tmp_path / "out.control", tmp_path / "merged", place / "base")
     change = metadata["outcome"]["change_from_control"]
     by_hand = price_by_hand(place, tmp_path / "out", tmp_path / "merged")
@@ -103,7 +107,7 @@ def test_a_search_is_held_against_its_reference_on_texts_that_chose_nothing(
     place, finetune, tmp_path
 ):
     """Every second held-out text chose; the others alone are measured, and the card says both."""
-    price = ("--max-ppl-increase", "50%", "--price-runs", 1, "--teacher", "none")
+    price = ("--max-ppl-increase", "50%", "--price-runs", 1)
     code, err = finetune(tmp_path / "out", *price)
     assert code == 0, err
     metadata = read_metadata(tmp_path / "out")
@@ -120,22 +124,26 @@ def test_a_search_is_held_against_its_reference_on_texts_that_chose_nothing(
     assert card.count("- Price: ") == 1 and "- Asked for was a price of at most 50 %" in card
 
 
-def test_an_earlier_control_is_named_or_found_as_the_teacher(place, finetune, tmp_path):
-    """`--against` takes it; `--teacher DIR` finds it to be one, or, of another seed, none."""
+def test_an_earlier_control_is_named(place, finetune, tmp_path):
+    """`--against` takes it; without it the price over plain fine-tuning is not claimed."""
     assert finetune(tmp_path / "c", "--control", "--save", "both")[0] == 0
     code, err = finetune(tmp_path / "against", "--against", tmp_path / "c")
     assert code == 0, err
     by_hand = price_by_hand(place, tmp_path / "against", tmp_path / "c")
     outcome = read_metadata(tmp_path / "against")["outcome"]
     assert outcome["change_from_control"]["perplexity"]["held"] == pytest.approx(by_hand, abs=1e-6)
-    assert finetune(tmp_path / "taught", "--teacher", tmp_path / "c")[0] == 0
-    taught = read_metadata(tmp_path / "taught")
-    assert taught["outcome"]["control"] == outcome["control"]
-    assert taught["teacher"]["source"] == "c"
-    assert finetune(tmp_path / "seeded", "--teacher", tmp_path / "c", "--seed", 1)[0] == 0
-    assert "control" not in read_metadata(tmp_path / "seeded")["outcome"]
-    said = (tmp_path / "seeded" / "README.md").read_text()
+    assert finetune(tmp_path / "alone")[0] == 0
+    assert beside(place, tmp_path) == ["against", "alone", "c"]
+    assert "control" not in read_metadata(tmp_path / "alone")["outcome"]
+    said = (tmp_path / "alone" / "README.md").read_text()
     assert "the price over plain fine-tuning was not measured" in said
+
+
+def test_a_teacher_is_no_control(place, finetune, tmp_path):
+    """A plain run is not the taught one without its locality terms: it had no teacher."""
+    assert finetune(tmp_path / "t", "--control", "--save", "both")[0] == 0
+    code, err = finetune(tmp_path / "out", "--teacher", tmp_path / "t", "--against", tmp_path / "t")
+    assert code == 1 and "lambda_match 0.0 there and 10.0 here" in err and err.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +169,7 @@ def control(place, tmp_path_factory):
         (("--seed", 1), "seed 0 there and 1 here"),
         (("--no-measure",), "nothing will be measured"),
         (("--control",), "is for a run with locality terms"),
+        (("--max-ppl-increase", "1%"), "trains a control of its own"),
     ],
 )
 def test_what_cannot_be_the_control_is_refused_before_any_training(
@@ -192,15 +201,10 @@ def test_a_torn_control_leaves_the_run_whole_with_outcome_and_card(
 
 
 def test_a_weight_of_none_asks_for_no_teacher(finetune, tmp_path):
-    """`--lambda-match 0` trains once; a teacher that is named beside it would do nothing."""
+    """A teacher that is named beside `--lambda-match 0` would do nothing."""
     off = ("--lambda-match", 0, "--no-measure")
-    code, err = finetune(tmp_path / "out", *off)
-    assert code == 0 and "two runs" not in err, err
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    metadata = read_metadata(tmp_path / "out")
-    assert metadata["settings"]["lambda_match"] == 0.0 and metadata["teacher"] is None
-    code, err = finetune(tmp_path / "named", *off, "--teacher", "control")
-    assert code == 1 and "nothing to learn from the control" in err
+    code, err = finetune(tmp_path / "named", *off, "--teacher", "plain")
+    assert code == 1 and "nothing to learn from a teacher" in err
     assert not (tmp_path / "named").exists()
 
 

@@ -1,4 +1,4 @@
-"""The price over the NLL-only control: worked out apart from evaluate's own numbers."""
+"""The price over the control: worked out apart from evaluate's own numbers."""
 
 import json
 import math

@@ -19,7 +19,7 @@ from melinoe.outcome import record_outcome, why_no_control
 SETTINGS_OF = {
     "lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3, "batch_size": 4, "keep": "last",
 }  # fmt: skip
-OFF = {"lambda_cache": 0.0, "lambda_rank": 0.0}
+OFF = {"lambda_cache": 0.0}
 OURS = {
     "settings": SETTINGS_OF,
     "processes": 2,
@@ -33,7 +33,7 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
     ("theirs", "said"),
     [
         (THEIRS, None),
-        (OURS, "more than next tokens"),
+        (OURS, "with locality terms"),
         ({}, "no melinoe.json"),
         (THEIRS | {"base_fingerprint": "b"}, "another base"),
         (THEIRS | {"settings": SETTINGS_OF | OFF | {"seed": 4}}, "seed 4 there and 3 here"),
@@ -48,7 +48,8 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
         (THEIRS | {"data": {"examples": 9, "tokens_sha256": "e"}}, "other data"),
         (THEIRS | {"data": {"examples": 8, "tokens_sha256": "d"}}, None),  # one was too long
         (THEIRS | {"data": None, "processes": None, "base_fingerprint": None}, None),
-        (THEIRS | {"settings": SETTINGS_OF | OFF | {"cache_prior": 1.0}}, "more than next tokens"),
+        (THEIRS | {"settings": SETTINGS_OF | OFF | {"cache_prior": 1.0}}, "with locality terms"),
+        (THEIRS | {"settings": SETTINGS_OF | OFF | {"lambda_rank": 0.0}}, "lambda_rank off there"),
         (
             THEIRS | {"settings": SETTINGS_OF | OFF | {"keep": "best", "save": "both"}},
             "keep best there and last here",
@@ -58,7 +59,7 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
     ],
 )
 def test_a_control_has_everything_in_common_but_the_terms(theirs, said):
-    """What changes no weight of a control may differ, and what nobody wrote down."""
+    """The locality terms and what they read may differ, and what nobody wrote down."""
     why = why_no_control(theirs, OURS)
     assert why is None if said is None else said in why
 

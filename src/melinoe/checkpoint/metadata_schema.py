@@ -51,8 +51,8 @@ CHANGE: Schema = {
     "reading": LOCALITY_CHANGE,
 }
 
-# What fine-tuning bought and cost: both models on the same held-out examples; and the NLL-only
-# control, where there was one, which tells apart what plain fine-tuning does by itself.
+# What fine-tuning bought and cost: both models on the same held-out examples; and the control, the
+# same run without locality terms, where there was one: it tells apart what these terms did.
 OUTCOME: Schema = {
     "examples": "count",
     "prompts": "count",
@@ -73,7 +73,7 @@ OUTCOME: Schema = {
 }
 
 # Of a search for the strongest run within a price: what was asked for, and what was paid on texts
-# that chose nothing, as shares of the NLL-only reference's perplexity.
+# that chose nothing, as shares of the control's perplexity.
 PRICE: Schema = {
     "bounds?": {"*": "number"},
     "paid?": {"*": ESTIMATE},
@@ -92,10 +92,14 @@ METADATA: Schema = {
     "fingerprint?": "text",
     "license?": "text",
     "settings?": "object",
+    # Whether the run had no locality terms, so that it is a control of one that had.
+    "is_control?": "flag",
     # The strength that the run trained under; the settings may leave it to the run.
     "cache_prior?": "number",
     # The earlier run that this one learned from beside its data.
     "teacher?": {"source": "text", "fingerprint": "text"},
+    # The text that was replayed beside its data.
+    "anchor?": {"examples": "count", "tokens_sha256": "text"},
     "data?": {
         "source?": "text",
         "split?": "text",

@@ -9,7 +9,7 @@ import typer
 from melinoe.cli import measuring, options
 from melinoe.cli.progress import training_progress
 from melinoe.cli.settings import with_settings
-from melinoe.config import CONTROL, MATCH, FinetuneSettings, OutcomeSettings
+from melinoe.config import CONTROL, MATCH, PLAIN, FinetuneSettings, OutcomeSettings
 from melinoe.errors import TrainingError
 
 _DATA, _PRICE, _RUN = "Data", "The price", "The run on its way"
@@ -49,7 +49,10 @@ def command(
     ],
     out: options.Out,
     control: Annotated[
-        bool, typer.Option(help="The NLL-only control: same data, order, steps; no cache losses.")
+        bool,
+        typer.Option(
+            help="Train the control of these options: the same run without the locality terms."
+        ),
     ] = False,
     resume: Annotated[
         bool,
@@ -99,25 +102,25 @@ def command(
         str | None,
         typer.Option(
             help="Learn from an earlier run too, at --lambda-match (10 unless you set it or "
-            "--lambda-distill). control: the NLL-only run, trained first; the directory of a run "
-            "on this base (--save adapter or both); none: train once, and what asks for a teacher "
-            "asks the base. Default: control, or none with --against.",
+            "--lambda-distill): the directory of a run on this base (--save adapter or both), or "
+            "plain: a run on next tokens alone, trained first, in OUT.teacher. Default: none; what "
+            "asks for a teacher asks the base.",
             rich_help_panel=_DATA,
         ),
     ] = None,
     measure: Annotated[
         bool,
         typer.Option(
-            help="Measure quality and locality before and after, and of the NLL-only run if there "
-            "is one, for melinoe.json and the card.",
+            help="Measure quality and locality before and after, and of the control if there is "
+            "one, for melinoe.json and the card.",
             rich_help_panel=_DATA,
         ),
     ] = True,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="The NLL-only run to state price and saving against: what --control wrote from "
-            "the same data and settings. Default: the one that --teacher or a price has.",
+            help="State price and saving against a control too: the directory of what --control "
+            "wrote with otherwise the same options; or control: trained first, in OUT.control.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -125,7 +128,7 @@ def command(
         str | None,
         typer.Option(
             help="Find the strongest --lambda-cache whose perplexity on held-out text is at most "
-            "this above the NLL-only run's: 1% or 0.01. Trains that run too, and several more.",
+            "this above its control's: 1% or 0.01. Trains that run too, and several more.",
             rich_help_panel=_PRICE,
         ),
     ] = None,
@@ -136,8 +139,8 @@ def command(
     price_reference: Annotated[
         Path | None,
         typer.Option(
-            help="The NLL-only run that an earlier search wrote, OUT.reference, to save training "
-            "it again.",
+            help="The control that an earlier search wrote, OUT.reference, to save training it "
+            "again.",
             rich_help_panel=_PRICE,
         ),
     ] = None,
@@ -166,44 +169,31 @@ def command(
     if price is None and (price_reference is not None or steer):
         raise TrainingError(
             "--price-reference and --steer are for a search within --max-ppl-increase; give that, "
-            "or leave them out (an NLL-only run to compare with is named by --against)"
+            "or leave them out (a control to compare with is named by --against)"
         )
-    # --lambda-match 0, and no other term that asks a teacher: none is wanted.
+    # --lambda-match 0 is refused with a teacher, where nothing was said it is given a weight.
     source = context.get_parameter_source("lambda_match")
-    matching = settings.is_taught or source is None or source.name == "DEFAULT"
-    if teacher is None and not settings.is_control and against is None and matching:
-        teacher = CONTROL
-    if teacher == "none":
-        teacher = None
-    if control:
-        _say_unused(teacher=teacher, anchor_data=anchor_data)
-        teacher = None
+    unsaid = source is None or source.name == "DEFAULT"
+    if teacher is not None and not settings.is_taught and unsaid:
+        settings = replace(settings, lambda_match=MATCH)
     if control:
         settings = settings.control()
-    elif teacher is not None and not settings.is_taught and matching:
-        settings = replace(settings, lambda_match=MATCH)
     from melinoe.checkpoint import check_output
     from melinoe.data import load_examples
-    from melinoe.finetune import finetune, finetune_taught
+    from melinoe.finetune import finetune
     from melinoe.finetune.processes import leave
+    from melinoe.finetune.taught import beside, train_control, train_teacher
 
     options.quiet()
     check_output(out)
     if against is not None:
-        _check_against(against, settings, measure)
+        _check_against(against, settings, measure, price is not None)
     examples = load_examples(data, split=split, limit=limit)
     # Before any training, so that bad held-out data costs no time.
     held_out = measuring.hold_out(
         data, examples, eval_data, eval_split, other or [], hold_out, limit
     )
-    anchor = _anchor(anchor_data, split, limit, settings) if anchor_data and not control else None
-    if teacher == CONTROL and price is None:
-        against_it = measure and settings.save != "adapter"
-        options.say(
-            "two runs: the NLL-only control first, which then teaches"
-            f"{' and is what the price is measured against' if against_it else ''}; "
-            "--teacher none trains once"
-        )
+    anchor = _anchor(anchor_data, split, limit, settings) if anchor_data else None
     with training_progress() as progress:
         common: dict[str, Any] = {
             "eval_examples": held_out.examples,
@@ -212,17 +202,24 @@ def command(
             "callbacks": progress.callbacks,
             "resume": resume,
         }
-        if teacher is not None and (price is not None or teacher != CONTROL):
-            common["teacher"] = teacher
-        place = (options.resolve(model), held_out.train, out, settings)
+        base, train = options.resolve(model), held_out.train
+        if teacher == PLAIN and price is None:
+            options.say("first the teacher, on next tokens alone")
+            teacher = str(train_teacher(base, train, beside(out, "teacher"), settings, **common))
+        common["teacher"] = teacher
+        if against == CONTROL:
+            options.say("first the control, without the locality terms")
+            against = str(train_control(base, train, beside(out, "control"), settings, **common))
         if price is None:
-            run = finetune_taught if teacher == CONTROL else finetune
-            result = run(*place, **common)
+            result = finetune(base, train, out, settings, **common)
         else:
-            from melinoe.finetune.price.search import finetune_within
+            from melinoe.finetune.price.search import finetune_within, reference_place
 
             result = finetune_within(
-                *place,
+                base,
+                train,
+                out,
+                settings,
                 price,
                 other_examples=[one for texts in held_out.others.values() for one in texts],
                 reference=price_reference,
@@ -230,6 +227,7 @@ def command(
                 steered=steer,
                 **common,
             )
+            against = str(price_reference or reference_place(result.out))
     leave()
     options.say(f"wrote {result.out}")
     if price is not None:
@@ -239,31 +237,24 @@ def command(
     if measure and settings.save == "adapter":
         options.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
-    base = options.resolve(model)
     if measure and price is not None:
         held_out = measuring.judges(held_out, base, settings.max_length)
 
-    def plain() -> Path | None:
-        if control or against is not None:
-            return against
-        return measuring.control_of(result.out, teacher, price_reference, price is not None)
-
-    measuring.finish(result.out, base, data, split, held_out, measure, plain)
+    of = None if against is None else Path(against)
+    measuring.finish(result.out, base, data, split, held_out, measure, of)
 
 
-def _say_unused(**named: str | None) -> None:
-    """A control learns from nothing but its data: what else was named is not dropped in silence."""
-    if unused := [f"--{key.replace('_', '-')} {value}" for key, value in named.items() if value]:
-        which = " and ".join(unused)
-        options.say(f"--control trains on next tokens alone, so {which} will not be used")
-
-
-def _check_against(against: Path, settings: FinetuneSettings, measure: bool) -> None:
+def _check_against(against: str, settings: FinetuneSettings, measure: bool, priced: bool) -> None:
     """Refuse what cannot be this run's control, before it is trained."""
     from dataclasses import asdict
 
     from melinoe.outcome import check_control
 
+    if priced:
+        raise TrainingError(
+            "a search for a price trains a control of its own, and states price and saving against "
+            "it; leave out --against (--price-reference names one of an earlier search)"
+        )
     if not measure or settings.save == "adapter":
         raise TrainingError(
             "--against names a run to measure beside this one, but nothing will be measured; "
@@ -271,7 +262,8 @@ def _check_against(against: Path, settings: FinetuneSettings, measure: bool) -> 
         )
     if settings.is_control:
         raise TrainingError("--against is for a run with locality terms; leave out it or --control")
-    check_control(against, {"settings": asdict(settings)})
+    if against != CONTROL:
+        check_control(against, {"settings": asdict(settings)})
 
 
 def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings) -> Any:

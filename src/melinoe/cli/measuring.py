@@ -1,7 +1,7 @@
 """What `melinoe finetune` measures besides training: held-out data chosen before, used after."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,31 +102,6 @@ def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
     )
 
 
-def control_of(out: Path, teacher: str | None, reference: Path | None, priced: bool) -> Path | None:
-    """
-    The NLL-only run that a finished run can be held against, if there is one.
-
-    Args:
-        out: The finished run.
-        teacher: Whom it learned from: a directory, ``control``, or nobody.
-        reference: Of its price, where one was given.
-        priced: Whether there was a price.
-    """
-    from melinoe.checkpoint import read_metadata
-    from melinoe.config import CONTROL
-    from melinoe.finetune.price.search import reference_place
-    from melinoe.finetune.taught import control_place
-    from melinoe.outcome import why_no_control
-
-    if priced:
-        return reference_place(out) if reference is None else reference
-    if teacher == CONTROL:
-        return control_place(out)
-    if teacher is None or why_no_control(read_metadata(teacher), read_metadata(out)):
-        return None
-    return Path(teacher)
-
-
 def finish(
     out: Path,
     base: str,
@@ -134,7 +109,7 @@ def finish(
     split: str,
     held_out: HeldOut,
     measure: bool = True,
-    control: Callable[[], Path | None] = lambda: None,
+    control: Path | None = None,
 ) -> None:
     """
     Complete a fine-tuned checkpoint: its origin, its measured outcome, its card.
@@ -148,7 +123,7 @@ def finish(
         split: Of a hub data set.
         held_out: What to measure on.
         measure: Whether to.
-        control: Finds the NLL-only run to state the price against, or none.
+        control: To state the price against, or none.
 
     Raises:
         TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
@@ -170,19 +145,18 @@ def finish(
             "--eval-data"
         )
     elif measure:
-        against = control()
         try:
             record_outcome(
                 out,
                 base,
                 {held_out.domain: held_out.examples},
                 held_out.others,
-                control=against,
+                control=control,
                 device=options.resolve_device("auto"),
                 say=options.say,
             )
         except MelinoeError as error:
-            failed = _unmeasured(out, against, error)
+            failed = _unmeasured(out, control, error)
             failed.__cause__ = error
     write_card(out)
     options.say(f"wrote {out}/README.md and its figures")

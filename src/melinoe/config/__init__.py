@@ -7,7 +7,7 @@ and the checkpoint's record writes them down, so no default is typed twice.
 """
 
 from melinoe.config.demo import DemoSettings
-from melinoe.config.finetuning import CONTROL, MATCH, PRIOR, FinetuneSettings
+from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, PRIOR, FinetuneSettings
 from melinoe.config.names import (
     POLICIES,
     PREFETCH_AT,
@@ -23,6 +23,7 @@ from melinoe.config.setting import describe, setting
 __all__ = [
     "CONTROL",
     "MATCH",
+    "PLAIN",
     "POLICIES",
     "PREFETCH_AT",
     "PREFETCH_MOMENTS",

@@ -43,7 +43,6 @@ class DemoSettings:
             # Chosen on examples of the training part that neither run sees; see docs/log.md.
             learning_rate=4e-3,
             lambda_cache=2.0,
-            lambda_match=10.0,
             lambda_replay=0.1,
             replay_loss="nll",
             own_texts=self.own_texts,

@@ -1,12 +1,15 @@
 """How a model is fine-tuned."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from melinoe.config.setting import check_choices, setting
 from melinoe.errors import TrainingError
 
-# In place of a teacher's directory: the NLL-only run, trained first.
+# In place of a teacher's directory: the plain run, next tokens alone, trained first.
+PLAIN = "plain"
+# In place of a control's directory: the control, trained first.
 CONTROL = "control"
 # What hidden states weigh where a command line names a teacher and no weight.
 MATCH = 10.0
@@ -17,7 +20,10 @@ PRIOR = 0.2
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings:
     """
-    How a model is fine-tuned for locality; ``control()`` is the same run without the losses.
+    How a model is fine-tuned for locality.
+
+    ``control()`` is the same run without the locality terms, the like-for-like comparison;
+    ``plain()`` is the same run on next tokens alone, which is what a teacher is.
 
     Raises:
         TrainingError: a value that no run could use; the sentence names it.
@@ -217,21 +223,58 @@ class FinetuneSettings:
 
     @property
     def is_control(self) -> bool:
+        """Whether no locality term weighs anything."""
+        return all(getattr(self, name) == 0 for name in _LOCALITY_WEIGHTS)
+
+    @property
+    def is_plain(self) -> bool:
         """Whether the run trains on next tokens alone."""
-        anchored = self.lambda_rank > 0 and self.anchor != "none"
-        return not anchored and all(getattr(self, name) == 0 for name in _OTHER_WEIGHTS)
+        others = any(getattr(self, name) for name in _OTHER_WEIGHTS)
+        return self.is_control and not self.is_anchored and not others
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether a term holds the routers near the base's."""
+        return self.lambda_rank > 0 and self.anchor != "none"
 
     def control(self) -> "FinetuneSettings":
-        """The NLL-only twin: same data order, steps and seed, no other terms."""
-        off: dict[str, Any] = dict.fromkeys((*_OTHER_WEIGHTS, "lambda_rank"), 0.0)
+        """Leave out the locality terms alone: same teacher, anchors, data order, steps, seed."""
+        off: dict[str, Any] = dict.fromkeys(_LOCALITY_WEIGHTS, 0.0)
         return replace(self, **off)
 
+    def plain(self) -> "FinetuneSettings":
+        """Leave out every term but next tokens: same data order, steps, seed."""
+        off: dict[str, Any] = dict.fromkeys((*_OTHER_WEIGHTS, "lambda_rank"), 0.0)
+        return replace(self.control(), **off)
 
-_OTHER_WEIGHTS = (
-    "lambda_cache",
-    "cache_prior",
-    "lambda_reuse",
-    "lambda_distill",
-    "lambda_match",
-    "lambda_replay",
-)
+    def deciding(self) -> dict[str, Any]:
+        """
+        Settings that decide the weights a run ends with, as JSON gives them back.
+
+        Left out are those of reporting and saving, and those of terms that weigh nothing: two runs
+        that agree here, on the same base and data, end alike.
+        """
+        idle = {*_BOOKKEEPING, *(() if self.keep == "best" else ("eval_every",))}
+        if self.is_control:
+            idle |= {*_LOCALITY_WEIGHTS, *_OF_LOCALITY}
+        if not self.is_anchored:
+            idle |= {"lambda_rank", *_OF_ANCHORS}
+        if not self.lambda_replay:
+            idle |= {*_OF_REPLAY}
+        known = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in known.items() if name not in idle}
+
+
+_LOCALITY_WEIGHTS = ("lambda_cache", "cache_prior", "lambda_reuse")
+_OTHER_WEIGHTS = ("lambda_distill", "lambda_match", "lambda_replay")
+# What only the locality terms, the anchors or replay read.
+_OF_LOCALITY = (
+    "capacity", "gamma", "cache_loss", "cache_gradient", "swap_margin", "capacity_curriculum",
+    "layer_capacity", "layer_weight",
+)  # fmt: skip
+_OF_ANCHORS = ("anchor", "rho", "rank_reduce", "reference")
+_OF_REPLAY = ("replay_loss", "replay_batch_size", "own_texts")
+_BOOKKEEPING = (
+    "log_every", "save_every", "keep_checkpoints", "save", "report_to", "max_bad_steps",
+    "gradient_checkpointing",
+)  # fmt: skip

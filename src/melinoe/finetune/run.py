@@ -70,8 +70,8 @@ def finetune(
     """
     Fine-tune a checkpoint for locality and write the result: a plain checkpoint, or an adapter.
 
-    With ``settings.control()`` the same call is the NLL-only control: same examples in the same
-    order, same steps, same starting adapters.
+    With ``settings.control()`` the same call is the control: all the same but for the locality
+    terms. With ``settings.plain()`` it trains on next tokens alone.
 
     Args:
         model_path: Checkpoint directory or hub name.
@@ -167,10 +167,14 @@ def finetune(
             "base_fingerprint": base_fingerprint,
             "fingerprint": fingerprint(model),
             "settings": asdict(settings),
+            "is_control": settings.is_control,
             "cache_prior": trained.cache_prior,
             "teacher": None
             if taught_by is None
             else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},
+            "anchor": None
+            if anchor is None or not settings.lambda_replay
+            else {"examples": len(anchor), "tokens_sha256": data_fingerprint(anchor)},
             "data": {
                 "source": str(data) if from_name else None,
                 "examples": len(encoded),

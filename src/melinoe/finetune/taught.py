@@ -1,4 +1,4 @@
-"""Train the NLL-only run first, then learn locality from it as well as from the data."""
+"""Train the plain run first, then learn locality from it as well as from the data."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,6 @@ from melinoe.checkpoint.writing import check_output
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import TrainingError
-from melinoe.finetune.price.reference import FREE_OF_CONTROL
 from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
 
@@ -25,41 +24,108 @@ def finetune_taught(
     **options: Any,
 ) -> FinetuneResult:
     """
-    Fine-tune a checkpoint with its own NLL-only control as the teacher.
+    Fine-tune a checkpoint with a plain run on the same data as the teacher.
 
-    The control is what *settings* would give without any term but next tokens: same examples in the
-    same order, same steps. It is written beside *out*, as an adapter in ``<out>.control``, and
-    stays there. Then `finetune` runs with it as the ``teacher``.
+    The teacher is what `train_teacher` writes, beside *out* as ``<out>.teacher``, and stays there.
 
     Args:
         model_path, data, out, settings: As in `finetune`.
         resume: As in `finetune`, whichever of the two runs was interrupted.
-        options: Others of `finetune`. The control gets no anchor text.
+        options: Others of `finetune`. The teacher gets no anchor text.
 
     Raises:
-        TrainingError: as `finetune`; no term that learns from a teacher; or, resumed, a control
-            that other settings gave.
+        TrainingError: as `train_teacher` and `finetune`.
 
     Cost: two trainings, of which the second has a forward pass more per batch.
     """
-    if not settings.is_taught:
-        raise TrainingError(
-            "lambda_match and lambda_distill are 0, so there is nothing to learn from the control; "
-            "set lambda_match"
-        )
     path = check_output(out)
-    place = control_place(path)
-    plain = replace(settings.control(), save="adapter")
-    if resume and (done := read_metadata(place)):
-        free = (FREE_OF_CONTROL - {"keep"}) | {"capacity", "own_texts"}
-        check_same_settings(place, done.get("settings") or {}, plain, free)
-    else:
-        own = {key: value for key, value in options.items() if key != "anchor_examples"}
-        finetune(model_path, data, place, plain, resume=resume, **own)
+    place = train_teacher(
+        model_path, data, beside(path, "teacher"), settings, resume=resume, **options
+    )
     return finetune(model_path, data, path, settings, teacher=place, resume=resume, **options)
 
 
-def control_place(out: str | Path) -> Path:
-    """Where `finetune_taught` writes the control of the run *out*."""
+def train_teacher(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: Path,
+    settings: FinetuneSettings,
+    **options: Any,
+) -> Path:
+    """
+    Train on next tokens alone (`FinetuneSettings.plain`), and write the adapter that teaches.
+
+    Args:
+        model_path, data, settings: Of the run that will learn from it.
+        out: Directory of the adapter.
+        options: Of `finetune`; anchor text is not used.
+
+    Returns:
+        *out*.
+
+    Raises:
+        TrainingError: as `train_beside`; or *settings* have no term that learns from a teacher.
+    """
+    if not settings.is_taught:
+        raise TrainingError(
+            "lambda_match and lambda_distill are 0, so there is nothing to learn from a teacher; "
+            "set lambda_match"
+        )
+    options.pop("anchor_examples", None)
+    return train_beside(model_path, data, out, settings.plain(), **options)
+
+
+def train_control(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: Path,
+    settings: FinetuneSettings,
+    **options: Any,
+) -> Path:
+    """
+    Train the control of a run (`FinetuneSettings.control`), and write its adapter.
+
+    Args:
+        model_path, data, settings: Of the run that will be held against it.
+        out: Directory of the adapter.
+        options: Of `finetune`, as the run itself gets them: the same teacher and anchor text.
+
+    Returns:
+        *out*.
+
+    Raises:
+        TrainingError: as `train_beside`; or *settings* have no locality term.
+    """
+    if settings.is_control:
+        raise TrainingError(
+            "the run has no locality terms, so it is its own control; compare it with nothing"
+        )
+    return train_beside(model_path, data, out, settings.control(), **options)
+
+
+def train_beside(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: Path,
+    settings: FinetuneSettings,
+    *,
+    resume: bool = False,
+    **options: Any,
+) -> Path:
+    """
+    Train a run that another one needs, and write its adapter; with *resume*, take what is there.
+
+    Raises:
+        TrainingError: as `finetune`; or, resumed, what is there came of other settings.
+    """
+    if resume and (done := read_metadata(out)):
+        check_same_settings(out, done.get("settings") or {}, settings)
+    else:
+        finetune(model_path, data, out, replace(settings, save="adapter"), resume=resume, **options)
+    return out
+
+
+def beside(out: str | Path, what: str) -> Path:
+    """Where the ``teacher`` or the ``control`` of the run *out* is written: ``<out>.<what>``."""
     path = Path(out).expanduser()
-    return path.with_name(f"{path.name}.control")
+    return path.with_name(f"{path.name}.{what}")

@@ -1,6 +1,6 @@
 """
-What fine-tuning bought and what it cost: the base, the fine-tuned model and the NLL-only control,
-measured alike.
+What fine-tuning bought and what it cost: the base, the fine-tuned model and its control, which is
+the same run without the locality terms, measured alike.
 
 All answer the same held-out prompts and read the same held-out texts, so that every change is
 paired. The result goes into the checkpoint's ``melinoe.json``, from which its card is written.

@@ -1,9 +1,8 @@
-"""The NLL-only run that a price is stated against: whether it is one, and as a checkpoint."""
+"""The control that a price is stated against: whether a run is one, and as a checkpoint."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,14 @@ from melinoe.checkpoint.writing import check_room
 from melinoe.config import FinetuneSettings
 from melinoe.errors import CheckpointError, TrainingError, WriteError
 from melinoe.finetune.parts.merging import merge_adapter
-from melinoe.finetune.price.reference import FREE_OF_CONTROL
 
-# What may differ between a run and its control: it changes no weight of the control, or is
-# accounted for by the rows of a step.
-_FREE = (FREE_OF_CONTROL - {"keep"}) | {
-    "capacity", "own_texts", "batch_size", "gradient_accumulation",
-}  # fmt: skip
+# Compared as the rows of a step.
+_ROWS = {"batch_size", "gradient_accumulation"}
 
 
 def check_control(control: str | Path, tuned: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Refuse as a control what is not the NLL-only twin of a fine-tuned model.
+    Refuse as a control what is not a fine-tuned model's twin without its locality terms.
 
     Args:
         control: Directory of a run: a checkpoint, or an adapter alone.
@@ -35,8 +30,8 @@ def check_control(control: str | Path, tuned: Mapping[str, Any]) -> dict[str, An
         What the control's ``melinoe.json`` holds.
 
     Raises:
-        CheckpointError: no run there, or one on another base, with other settings, on other data,
-            or with more than the next-token loss; the sentence says which.
+        CheckpointError: no run there, or one on another base, with other settings, another teacher
+            or anchor text, on other data, or with locality terms; the sentence says which.
     """
     path = Path(control).expanduser()
     theirs = read_metadata(path) if path.is_dir() else {}
@@ -50,7 +45,9 @@ def check_control(control: str | Path, tuned: Mapping[str, Any]) -> dict[str, An
 
 def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
     """
-    Say why one run is not the NLL-only control of another; ``None`` if it is.
+    Say why one run is not the like-for-like control of another; ``None`` if it is.
+
+    It is one if nothing but the locality terms sets the two apart.
 
     Args:
         theirs: What the one's ``melinoe.json`` holds.
@@ -60,17 +57,26 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
     if not theirs.get("settings") or recorded is None:
         return "it has no melinoe.json that says how it was trained"
     if not recorded.is_control:
-        return "it was trained on more than next tokens"
+        return "it was trained with locality terms"
     if _differ(theirs.get("base_fingerprint"), ours.get("base_fingerprint")):
         return "it was trained on another base model, whose routers differ"
     own = _settings(ours)
-    named = (theirs.get("settings") or {}).keys() & (ours.get("settings") or {}).keys() - _FREE
+    named = (theirs.get("settings") or {}).keys() & (ours.get("settings") or {}).keys() - _ROWS
     if own is not None and named:
-        there, here = _plain(recorded), _plain(own)
-        if odd := [name for name in sorted(named & there.keys()) if there[name] != here[name]]:
-            return ", ".join(f"{name} {there[name]} there and {here[name]} here" for name in odd)
+        there, here = recorded.deciding(), own.control().deciding()
+        told = named & (there.keys() | here.keys())
+        if odd := [name for name in sorted(told) if there.get(name) != here.get(name)]:
+            return ", ".join(
+                f"{name} {there.get(name, 'off')} there and {here.get(name, 'off')} here"
+                for name in odd
+            )
         if _differ(_rows(recorded, theirs), _rows(own, ours)):
             return f"{_rows(recorded, theirs)} rows a step there and {_rows(own, ours)} here"
+    for key, what in (("teacher", "fingerprint"), ("anchor", "tokens_sha256")):
+        if key in theirs and key in ours:  # what either leaves out is not compared
+            there, here = ((one[key] or {}).get(what) for one in (theirs, ours))
+            if there != here:
+                return f"it had another {'teacher' if key == 'teacher' else 'anchor text'}"
     data, our_data = theirs.get("data") or {}, ours.get("data") or {}
     # One counts examples as they were given, the other those that were long enough to be learned.
     hashes = data.get("tokens_sha256"), our_data.get("tokens_sha256")
@@ -130,15 +136,10 @@ def _settings(metadata: Mapping[str, Any]) -> FinetuneSettings | None:
     known = {one.name for one in fields(FinetuneSettings)}
     found = metadata.get("settings") or {}
     try:
-        off = FinetuneSettings().control()
+        off = FinetuneSettings().plain()
         return replace(off, **{name: found[name] for name in known & found.keys()})
     except (TrainingError, TypeError, ValueError):
         return None
-
-
-def _plain(settings: FinetuneSettings) -> dict[str, Any]:
-    """As JSON would give it back: a record's lists are no tuples."""
-    return json.loads(json.dumps(asdict(settings)))
 
 
 def _rows(settings: FinetuneSettings, metadata: Mapping[str, Any]) -> int | None:

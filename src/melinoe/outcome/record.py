@@ -37,7 +37,7 @@ def record_outcome(
     """
     Measure a fine-tuned checkpoint and its base, and write the outcome into its ``melinoe.json``.
 
-    With a *control*, what was paid and bought is stated against plain fine-tuning too.
+    With a *control*, what the locality terms cost and bought is stated too.
 
     Args:
         directory: The fine-tuned checkpoint, with the ``melinoe.json`` that fine-tuning wrote.
@@ -45,8 +45,9 @@ def record_outcome(
         held_out: One name to examples of the kind that it was fine-tuned on and never saw; their
             prompts are also answered and traced.
         others: Names to other texts, for what was lost outside the domain.
-        control: Directory of the NLL-only run of the same base, data and settings: a checkpoint, or
-            an adapter alone, which is merged for a while into a directory beside *directory*.
+        control: Directory of the run's control (`melinoe.finetune.taught.train_control`): a
+            checkpoint, or an adapter alone, which is merged for a while into a directory beside
+            *directory*.
         settings: How much to measure.
         device: Where the models run.
         say: Told of progress.

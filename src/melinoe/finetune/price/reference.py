@@ -1,5 +1,5 @@
 """
-The NLL-only run that a price is measured against.
+The control that a price is measured against: the same runs without the locality terms.
 
 ``price_reference.json``, beside the checkpoint it wrote, says which run it was and on which texts;
 what these cost, turn by turn and at the end; and what a cache would have loaded for its model and
@@ -9,7 +9,7 @@ for the base model.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,31 @@ from melinoe.finetune.price.panel import OWN, Panel
 from melinoe.finetune.price.reading import Cost, Loads, read
 
 NAME = "price_reference"
-# What may differ between a run and its reference: it changes no weight of the reference.
-FREE_OF_CONTROL = (
-    {"lambda_cache", "cache_prior", "lambda_rank", "gamma", "rho", "cache_loss", "cache_gradient"}
-    | {"anchor", "rank_reduce", "reference", "swap_margin", "capacity_curriculum"}
-    | {"layer_capacity", "layer_weight", "lambda_reuse", "lambda_distill", "lambda_match"}
-    | {"lambda_replay"}
-    | {"replay_loss", "replay_batch_size", "log_every", "eval_every", "save_every", "keep"}
-    | {"keep_checkpoints", "save", "report_to", "max_bad_steps", "gradient_checkpointing"}
-)
 
 
 def identity(
-    settings: FinetuneSettings, panel: Panel, base_fingerprint: str, data_fingerprint: str
+    settings: FinetuneSettings,
+    panel: Panel,
+    base_fingerprint: str,
+    data_fingerprint: str,
+    teacher: str | None = None,
+    anchor: str | None = None,
 ) -> dict[str, Any]:
-    """What a run and its reference must have in common."""
-    kept = {name: value for name, value in asdict(settings).items() if name not in FREE_OF_CONTROL}
+    """Name what a run and its reference must have in common: all but the locality terms."""
     return {
-        "settings": json.loads(json.dumps(kept, default=str)),
+        "settings": settings.control().deciding(),
         "texts": panel.fingerprint(),
         "base": base_fingerprint,
         "data": data_fingerprint,
+        "teacher": teacher,
+        "anchor": anchor,
     }
 
 
 @dataclass(frozen=True)
 class Reference:
     """
-    What the NLL-only run left.
+    What the control left.
 
     Attributes:
         identity: See `identity`.
@@ -123,8 +120,14 @@ class Reference:
         Raises:
             TrainingError: another base model, data, texts, or a setting that differs; it names it.
         """
-        for key, what in (("base", "base model"), ("data", "data"), ("texts", "held-out texts")):
-            if self.identity[key] != wanted[key]:
+        for key, what in (
+            ("base", "base model"),
+            ("data", "data"),
+            ("texts", "held-out texts"),
+            ("teacher", "teacher"),
+            ("anchor", "anchor text"),
+        ):
+            if self.identity.get(key) != wanted[key]:
                 raise TrainingError(
                     f"the reference in {directory} is of another {what}; give one of this run's, "
                     "or none to make it"
@@ -145,7 +148,7 @@ def is_reference(directory: Path) -> bool:
 
 class ReferenceCallback(TrainerCallback):
     """
-    Watches the NLL-only run.
+    Watches the control.
 
     Args:
         panel: The texts.

@@ -1,10 +1,10 @@
 """
 The user names the price, the tool finds the strength.
 
-``finetune_within`` trains the NLL-only reference, or takes one, then trains with one weight of the
-cache term after the other until the cost of a whole run, on held-out text, is just within the
-price; or, where one run must do, it steers the weight by the gap to the reference on the way. Text
-that chose nothing then judges the result.
+``finetune_within`` trains the reference, the control without locality terms, or takes one; then it
+trains with one weight of the cache term after the other until the cost of a whole run, on held-out
+text, is just within the price; or, where one run must do, it steers the weight by the gap to the
+reference on the way. Text that chose nothing then judges the result.
 
 All runs see the same data in the same order from the same starting weights.
 """
@@ -23,7 +23,7 @@ from melinoe.checkpoint.files import read_config
 from melinoe.checkpoint.metadata import read_metadata, write_metadata
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output
-from melinoe.config import CONTROL, FinetuneSettings
+from melinoe.config import PLAIN, FinetuneSettings
 from melinoe.data import Example, encode, load_examples
 from melinoe.errors import OutputExistsError, TrainingError
 from melinoe.finetune.price.panel import OWN, Panel
@@ -32,7 +32,8 @@ from melinoe.finetune.price.steering import Price, PriceCallback
 from melinoe.finetune.price.strength import next_strength
 from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
-from melinoe.finetune.terms.teacher import holds_adapter
+from melinoe.finetune.taught import beside, train_teacher
+from melinoe.finetune.terms.teacher import adapter_digest
 from melinoe.finetune.trainer import Progress
 
 # A search ends with a run within the price that has spent so much of it.
@@ -90,15 +91,16 @@ def finetune_within(
     Args:
         model_path: Checkpoint directory or hub name.
         data: Examples, or what `load_examples` takes.
-        out: Directory to write; must not exist, or be empty. Without *reference*, the NLL-only run
-            is written beside it, as ``<out>.reference``.
+        out: Directory to write; must not exist, or be empty. Without *reference*, that is
+            written beside it, as ``<out>.reference``: the control of *settings*.
         settings: Everything that decides the run; ``lambda_cache`` is where the search starts.
         price: What may be paid.
         eval_examples: Held-out text of the domain: half of it chooses, the other half judges.
         other_examples: Text of other domains, used likewise; it bounds the run only where the price
             says so.
         anchor_examples: As in `finetune`.
-        teacher: As in `finetune`; ``"control"``: the NLL-only reference.
+        teacher: As in `finetune`, of the reference and of every run; ``"plain"``: trained first,
+            as `finetune_taught` does.
         reference: Directory that an earlier call wrote as its reference, for the same base, data,
             texts and settings.
         runs: Trained at most, the reference not counted.
@@ -118,8 +120,7 @@ def finetune_within(
         DataError: as `finetune`, or too few held-out texts.
         CheckpointError: as `finetune`.
         TrainingError: as `finetune`; settings that a price cannot be kept with, a bound on other
-            domains without their text, or a *reference* of another run, or one without an adapter
-            that shall teach.
+            domains without their text, or a *reference* of another run.
 
     Cost: up to *runs* + 1 trainings, and a forward pass of 48 texts at every measurement.
     Runs that were not taken are deleted.
@@ -137,7 +138,7 @@ def finetune_within(
         raise TrainingError(
             "a bound on other domains needs text of theirs; give other data, or leave the bound out"
         )
-    path, name, teaches = check_output(out), str(model_path), teacher == CONTROL
+    path, name = check_output(out), str(model_path)
     directory = _place_of(path, reference, resume)
     # A reference that was named must be there; one that an interrupted call wrote may be.
     found = Reference.load(directory) if reference is not None or is_reference(directory) else None
@@ -147,31 +148,34 @@ def finetune_within(
         encode(other_examples, tokenizer, settings.max_length) if other_examples else None,
     )
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
-    wanted = identity(settings, panel, name, _fingerprint(examples))
+    anchor = anchor_examples if isinstance(anchor_examples, str) else None
+    if anchor_examples and anchor is None:
+        anchor = _fingerprint(anchor_examples)
+    wanted = identity(settings, panel, name, _fingerprint(examples), anchor=anchor)
+    common = {"eval_examples": eval_examples, "progress": progress, "resume": resume}
+    if found is not None:  # before a teacher is trained
+        found.check(wanted | {"teacher": found.identity.get("teacher")}, directory)
+    if teacher == PLAIN:
+        teacher = train_teacher(
+            name, examples, beside(path, "teacher"), settings, callbacks=callbacks, **common
+        )
+    if teacher is not None:
+        wanted["teacher"] = adapter_digest(teacher)
+    common |= {"anchor_examples": anchor_examples, "teacher": teacher}
     if found is None:
         watch = ReferenceCallback(panel, every)
         finetune(
             name,
             examples,
             directory,
-            replace(settings.control(), save="both") if teaches else settings.control(),
-            eval_examples=eval_examples,
-            progress=progress,
+            settings.control(),
             callbacks=[watch, *callbacks],
-            resume=resume,
+            **common,
         )
         found = watch.reference(wanted)
         if _is_main():
             found.save(directory)
     found.check(wanted, directory)
-    if teaches:
-        if not holds_adapter(directory):
-            raise TrainingError(
-                f"the reference in {directory} cannot teach: the search that wrote it had no "
-                "teacher, so it holds no adapter; do without one here too (--teacher none), or "
-                "start anew without this reference, and one that teaches is trained"
-            )
-        teacher = directory
     work = path.with_name(f"{path.name}.runs")
     if _is_main() and work.exists() and not resume:
         raise OutputExistsError(
@@ -187,11 +191,7 @@ def finetune_within(
             work / str(len(tried) + 1),
             replace(settings, lambda_cache=strength),
             [callback, *callbacks],
-            eval_examples=eval_examples,
-            anchor_examples=anchor_examples,
-            teacher=teacher,
-            progress=progress,
-            resume=resume,
+            **common,
         )
         # Not from the record, which only one of several processes has.
         outcome = callback.outcome or result.metadata["price"]

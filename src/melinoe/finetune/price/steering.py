@@ -1,4 +1,4 @@
-"""Measures a run beside its NLL-only reference, steers it if asked, and judges its end."""
+"""Measures a run beside its control, steers it if asked, and judges its end."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _LEVEL = 0.6827
 @dataclass(frozen=True)
 class Price:
     """
-    What may be paid: increases of perplexity over the NLL-only reference, as shares.
+    What may be paid: increases of perplexity over the control, as shares.
 
     Attributes:
         own: On held-out text of the domain that is trained on.
@@ -53,7 +53,7 @@ class PriceCallback(TrainerCallback):
     Args:
         panel: The texts that the reference was measured on.
         price: What may be paid.
-        reference: What the NLL-only run left.
+        reference: What the control left.
         strength: The weight of the cache term, or where it starts.
         steered: Whether the weight follows the gap during the run; else it stays.
 

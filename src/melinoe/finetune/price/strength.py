@@ -1,10 +1,10 @@
 """
 Which weight of the cache term keeps to a price: found over several runs, or steered within one.
 
-The price is a budget for the gap, in nats per token, between the trained model and its NLL-only
-reference on held-out text. The gap grows with the weight. `next_strength` takes what whole runs
+The price is a budget for the gap, in nats per token, between the trained model and its control
+on held-out text. The gap grows with the weight. `next_strength` takes what whole runs
 cost and names the weight of the next one. `StrengthController` changes the weight in the course of
-one run, by the gap to the reference at the same step: up while there is budget left, down when it
+one run, by the gap to the control at the same step: up while there is budget left, down when it
 is spent. That costs one run instead of several, but only a long run has the time: what an early
 weight has done to the routers stays, however small the weight becomes.
 

@@ -10,7 +10,7 @@ processes, as long as each optimiser step takes as many rows.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ def check_same_run(path: Path, ours: dict[str, Any]) -> None:
 
 
 def check_same_settings(
-    path: Path, recorded: Mapping[str, Any], settings: FinetuneSettings, more: Collection[str] = ()
+    path: Path, recorded: Mapping[str, Any], settings: FinetuneSettings
 ) -> None:
     """
     Refuse a finished run that other settings gave, where a resumed call would take it for its own.
@@ -101,14 +101,12 @@ def check_same_settings(
     Args:
         path: Of the run.
         recorded: Its settings, from its ``melinoe.json``.
-        settings: Now.
-        more: Names of settings that may be others, beside those that may when a run goes on.
+        settings: Now; what decides no weight of such a run may be otherwise.
 
     Raises:
         TrainingError: names what differs.
     """
-    kept = {k: v for k, v in asdict(settings).items() if k not in _FREE and k not in more}
-    now = json.loads(json.dumps(kept))
+    now = {k: v for k, v in settings.deciding().items() if k not in _FREE}
     differ = [key for key in now if recorded.get(key, now[key]) != now[key]]
     if differ:
         named = ", ".join(f"{key} {recorded[key]} there and {now[key]} here" for key in differ)

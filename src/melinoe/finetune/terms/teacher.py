@@ -12,7 +12,7 @@ import torch
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.errors import TrainingError
 from melinoe.finetune.parts.adapter import Adapter
-from melinoe.finetune.parts.adapter_files import CONFIG, read_adapter
+from melinoe.finetune.parts.adapter_files import CONFIG, WEIGHTS, read_adapter
 from melinoe.finetune.parts.adapters import TrainedParts
 from melinoe.finetune.parts.attention import AttentionUpdates, LinearUpdate
 from melinoe.finetune.parts.low_rank import LowRank
@@ -96,9 +96,10 @@ def read_teacher(directory: str | Path, model: object) -> Adapter:
     return adapter
 
 
-def holds_adapter(directory: str | Path) -> bool:
-    """Whether `read_teacher` finds an adapter in *directory*, torn or not."""
-    return (_adapter_of(directory) / CONFIG).is_file()
+def adapter_digest(directory: str | Path) -> str | None:
+    """Name the adapter that `read_teacher` would read by its file: sha256; ``None``: no file."""
+    path = _adapter_of(directory) / WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _adapter_of(directory: str | Path) -> Path:

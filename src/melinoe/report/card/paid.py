@@ -14,7 +14,7 @@ _WHERE = {"own": "in domain", "other": "out of domain"}
 NOT_PRICED = (
     "The changes are from the base model, so they contain what plain fine-tuning on the same data "
     "does by itself: the price over plain fine-tuning was not measured; `melinoe finetune` "
-    "measures it with `--teacher control` or `--max-ppl-increase`, which train that control too, "
+    "measures it with `--against control` or `--max-ppl-increase`, which train a control too, "
     "or with `--against`, which takes one that `--control` wrote."
 )
 
