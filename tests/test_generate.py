@@ -97,7 +97,7 @@ def test_without_a_word_experts_are_loaded_for_the_completion():
 
     for place in (generate, serving, simulate):
         assert signature(place).parameters["prefetch_at"].default == PREFETCH_AT == "completion"
-    for name in ("popularity", "predictor", "nearest"):
+    for name in ("popularity", "predictor"):
         made = signature(prefetcher_class(name).__init__)
         assert made.parameters["at"].default == PREFETCH_AT
     assert f"Default: {PREFETCH_AT}." in Moment.__metadata__[0].help

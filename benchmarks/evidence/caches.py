@@ -18,7 +18,7 @@ from melinoe.prefetch import prefetcher
 from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 
 POLICIES = ("lru", "lfu", "lfru", "score", "least-stale", "static", "belady")
-PREFETCHES = ("none", "popularity", "prefill", "predictor", "next-router", "nearest")
+PREFETCHES = ("none", "popularity", "prefill", "predictor", "next-router")
 COMPILED = ("lru", "lfu", "lfru", "static", "belady")  # equal counts, and far faster
 FIGURES = ("tokens", "uses", "hits", "loads", "ahead", "used", "used_decoding")
 

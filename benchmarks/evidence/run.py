@@ -9,8 +9,8 @@ saved by an allocation; perplexity that rises as fast as transfers fall.
 Floor: Belady on demand, which no policy that loads on demand can beat, for requests that fit.
 
 Every model reads the same held-out text (`texts.py`), each text from an empty cache, its prompt
-first; transfers are of the completion. What is fitted or counted (predictor, popularity, stored
-prompts, slots by layer) comes from other documents of the same domain, its best case. Simulated
+first; transfers are of the completion. What is fitted or counted (predictor, popularity, slots
+by layer) comes from other documents of the same domain, its best case. Simulated
 from what the model really chose; that these counts are the runtime's is a test. Not measured: time.
 
     python benchmarks/evidence/run.py --tuned runs/demo/fine-tuned [--tuned-name NAME]

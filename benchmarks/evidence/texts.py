@@ -22,7 +22,6 @@ from melinoe.data import Encoded, encode, load_examples
 from melinoe.measure import reading_trace
 from melinoe.predictor import fit
 from melinoe.prefetch import Given
-from melinoe.prefetch.store import PromptStore
 from melinoe.shipped import GSM8K_TRAIN
 
 sys.path.append(str(Path(__file__).parent.parent / "predictor"))
@@ -75,11 +74,7 @@ class Seen:
     def given(self, slots: int) -> Given:
         """What prefetches are made of: the texts to learn from, of the same domain, alone."""
         past, ids = self.learned_from, self.learned_prompts
-        return Given(
-            popularity(past),
-            fit(past, ids, self.weight, slots),
-            PromptStore.build(past, ids, self.weight),
-        )
+        return Given(popularity(past), fit(past, ids, self.weight, slots))
 
 
 def see(name: str, model: Any, handle: Any, of: Texts) -> Seen:

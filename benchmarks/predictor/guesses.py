@@ -14,13 +14,10 @@ import numpy as np
 import torch
 from traffic import Item, Model
 
-from melinoe.cache.prefetcher import Prompt
 from melinoe.cache.trace import COMPLETION_ROW, Trace
 from melinoe.predictor import AdaptivePredictor, EmbeddingEncoder, Prior, PriorSettings
 from melinoe.predictor.fit import fit_shares
 from melinoe.predictor.targets import Floats, completion_shares, top_ids, use_counts
-from melinoe.prefetch.nearest import Nearest
-from melinoe.prefetch.store import PromptStore, prompt_embedding
 
 FOLDS = 5
 RIVALS = ("popularity", "prefill")  # what costs nothing, beside an empty start
@@ -67,14 +64,13 @@ def traffic_of(model: Model, trace: Trace, items: Sequence[Item], seed: int = 0)
 
 
 def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
-    """``popularity``, ``learned`` and ``nearest``, each fitted to the other folds' documents."""
+    """``popularity`` and ``learned``, each fitted to the other folds' documents."""
     model, found = traffic.model, {}
     encoder = EmbeddingEncoder(model.embeddings)
     features = encoder.features(traffic.prompts)
     shape = traffic.used.shape
-    for name in ("popularity", "learned", "nearest"):
+    for name in ("popularity", "learned"):
         found[name] = np.zeros(shape)
-    embedded = np.stack([prompt_embedding(model.embeddings, one) for one in traffic.prompts])
     for fold in range(FOLDS):
         test, train = np.flatnonzero(traffic.folds == fold), np.flatnonzero(traffic.folds != fold)
         predictor = fit_shares(
@@ -89,28 +85,7 @@ def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
         )
         found["popularity"][test] = traffic.used[train].mean(axis=0)
         found["learned"][test] = predictor.distributions(features[torch.from_numpy(test)])
-        store = PromptStore(
-            embedded[train].astype(np.float32),
-            traffic.counts[train].astype(np.uint32),
-            model.fingerprint,
-        )
-        nearest = nearest_of(store, model.embeddings)
-        for row in test:
-            found["nearest"][row] = scores_of(ask(nearest, traffic.prompts[row], shape), shape[2])
     return found
-
-
-def nearest_of(store: PromptStore, embeddings: torch.Tensor) -> Nearest:
-    """The package's own nearest-prompt strategy, reading with these embeddings."""
-    nearest = Nearest(store)
-    nearest._embed = lambda ids: prompt_embedding(embeddings, ids)  # as its `bind` would
-    return nearest
-
-
-def ask(nearest: Nearest, ids: Sequence[int], shape: tuple[int, ...]) -> list[list[int]]:
-    """All experts that it names, the most wanted first."""
-    named = nearest.named(Prompt((shape[2],) * shape[1], shape[2], tuple(ids)))
-    return [list(layer) for layer in named]
 
 
 def scores_of(named: Sequence[Sequence[int]], experts: int) -> Floats:

@@ -46,7 +46,7 @@ from melinoe.shipped import TINY_OLMOE
 
 SHARES = (0.125, 0.25, 0.5)
 SERVED = 0.25  # of the experts; what predictors are fitted for
-ORDER = ("popularity", "prefill", "nearest", "learned", "prior alone", "learned + prior")
+ORDER = ("popularity", "prefill", "learned", "prior alone", "learned + prior")
 
 
 def traffics(model: Model, items: list[Item]) -> Iterator[tuple[str, Traffic]]:

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from guesses import nearest_of
 from traffic import Item, Model, mixed, open_model
 
-from melinoe.cache.prefetcher import Prompt
 from melinoe.cache.trace import COMPLETION_ROW
 from melinoe.generate import generate
 from melinoe.predictor import AdaptivePredictor, Prior, fit, use_counts
-from melinoe.prefetch.store import PromptStore
 from melinoe.stats import bootstrap
 
 REPEATS = 5
@@ -33,15 +30,11 @@ def times(model: Model, items: list[Item], slots: int, prompts: int = 32) -> lis
     predictor = fit(model.read, every, model.embeddings, slots, seed=0)
     predictor.bind(served)
     counts = use_counts(model.read, COMPLETION_ROW, len(every))
-    store = PromptStore.build(model.read, every, model.embeddings)
-    nearest = nearest_of(store, model.embeddings)
     prior = Prior(*counts.shape[1:], model.fingerprint)
     alone, both = AdaptivePredictor(prior), AdaptivePredictor(prior, predictor)
-    layers, experts = counts.shape[1:]
     rows = np.random.default_rng(1).permutation(mixed(items))[: prompts + 1]
     ways: dict[str, Callable[[int], Any]] = {
         "popularity": lambda row: predictor.top((), slots),
-        "nearest": lambda row: nearest.named(Prompt((slots,) * layers, experts, tuple(every[row]))),
         "learned": lambda row: predictor.top(every[row], slots),
         "prior alone": lambda row: alone.top(every[row], slots),
         "learned + prior": lambda row: both.top(every[row], slots),

@@ -143,7 +143,7 @@ def generate(
     Raises:
         DataError: an empty prompt.
         TokenizerError: ids that the model does not know.
-        ModelError: the predictor or the stored prompts belong to another model.
+        ModelError: the predictor belongs to another model.
         AttachError: a prefetch without a handle to load through, or that its engine cannot do; a
             predictor that learns while something is being recorded.
         UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.

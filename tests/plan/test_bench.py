@@ -196,7 +196,6 @@ def test_the_records_make_a_report(melinoe, place, tmp_path):
         (("--policy", "fifo-ish"), 1, "lru"),
         (("--link", "25TB/s"), 1, "check the unit"),
         (("--prefetch", "predictor"), 1, "--predictor"),
-        (("--prefetch", "nearest"), 1, "--nearest"),
         (("--prefetch", "popularity"), 1, "--popularity"),
         (("--prefetch", "psychic"), 2, "popularity"),
         (("--prefetch-at", "never"), 2, "completion"),

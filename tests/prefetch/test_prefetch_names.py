@@ -17,19 +17,19 @@ from melinoe.prefetch import prefetcher, prefetcher_class, prefetcher_names, reg
 from melinoe.prefetch.counted import Popularity
 from tests.outside import installed_package
 
-OURS = ["none", "popularity", "prefill", "predictor", "next-router", "nearest"]
+OURS = ["none", "popularity", "prefill", "predictor", "next-router"]
 
 
-def test_five_strategies_and_none_of_them_can_be_named():
+def test_four_strategies_and_none_of_them_can_be_named():
     """Each class has the name it is found by."""
-    assert prefetcher_names()[:6] == OURS
+    assert prefetcher_names()[:5] == OURS
     assert prefetcher("none") is None
     assert all(prefetcher_class(name).name == name for name in OURS[1:])
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("popularity", "--popularity"), ("predictor", "predictor fit"), ("nearest", "prefetch store")],
+    [("popularity", "--popularity"), ("predictor", "predictor fit")],
 )
 def test_what_a_prefetch_is_made_of_must_be_given(name, words):
     """One sentence with the way out."""

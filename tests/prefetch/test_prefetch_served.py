@@ -8,11 +8,10 @@ from melinoe.cache.prefetcher import Given, Prefetcher, Timed
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.checkpoint import load_tokenizer
-from melinoe.errors import AttachError, ModelError
+from melinoe.errors import AttachError
 from melinoe.fast.attach import attach as attach_fast
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.prefetch import prefetcher, prefetcher_names
-from melinoe.prefetch.store import PromptStore
 from melinoe.runtime.attach import attach
 from melinoe.runtime.load import load
 from melinoe.shipped import TINY_OLMOE
@@ -20,7 +19,7 @@ from tests.small_olmoe import tiny_model, words_tokenizer
 
 PROMPTS = ["Natalia sold 48 clips in April.", "How many apples does Tom have?", "The river"]
 TOKENS, SLOTS, EXPERTS = 8, 6, 32
-OURS = prefetcher_names()[:6]
+OURS = prefetcher_names()[:5]
 
 
 class Stub:
@@ -46,13 +45,12 @@ def shipped():
 
 
 def made(name, shipped, at=None):
-    model, _, _, trace, ids = shipped
-    store = PromptStore.build(trace, ids, model.get_input_embeddings().weight)
-    return prefetcher(name, Given(popularity(trace), Stub(), store, at))
+    trace = shipped[3]
+    return prefetcher(name, Given(popularity(trace), Stub(), at))
 
 
 CASES = [(name, "lfu", SLOTS, None) for name in OURS]
-CASES += [(name, "lru", 3, "prompt") for name in ("popularity", "predictor", "nearest")]
+CASES += [(name, "lru", 3, "prompt") for name in ("popularity", "predictor")]
 # One cache of all layers with barely more slots than one token of one layer needs.
 CASES += [("next-router", "least-stale", [2, 1, 2, 1], None), ("prefill", "least-stale", 2, None)]
 
@@ -214,11 +212,3 @@ def test_a_prefetcher_and_a_prefetch_that_waits_are_not_mixed():
         handle.drop_prefetch()
         with handle.prefetching(counted), pytest.raises(AttachError, match="end its `with`"):
             handle.prefetch([[0]] * 2, at="completion")
-
-
-def test_stored_prompts_of_another_model_are_refused(shipped):
-    """By the fingerprint of its routers, before anything is loaded."""
-    nearest = made("nearest", shipped)
-    model = tiny_model()
-    with attach(model, slots=3) as handle, pytest.raises(ModelError, match="trace this model"):
-        generate(model, handle, words_tokenizer(), [3], 2, prefetch=nearest)

@@ -11,7 +11,6 @@ from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import AdaptivePredictor, FitSettings, Prior, compare, fit
 from melinoe.prefetch import prefetcher
-from melinoe.prefetch.store import PromptStore
 from melinoe.runtime.attach import attach
 from tests.small_olmoe import tiny_model, words_tokenizer
 
@@ -51,17 +50,15 @@ def test_what_is_wanted_most_is_named_and_what_nobody_chose_is_not():
 
 
 def test_no_strategy_names_an_expert_that_its_layer_does_not_have(uneven):
-    """Six slots, three experts: popularity, prefill, nearest, predictor and prior name those."""
-    model, tokenizer, trace = uneven
+    """Six slots, three experts: popularity, predictor and prior name those."""
+    model, _, trace = uneven
     prior = Prior(2, 8, fingerprint(model))
     prior.observe("", popularity(trace))
     predictor = quick(trace, model)
     learners = [AdaptivePredictor(prior), AdaptivePredictor(prior, predictor)]
-    ids = [prompt_ids(tokenizer, one) for one in TEXTS]
-    store = PromptStore.build(trace, ids, model.get_input_embeddings().weight)
-    given = Given(popularity(trace), predictor, store)
+    given = Given(popularity(trace), predictor)
     named = [one.top([3, 4], SLOTS) for one in (predictor, *learners)]
-    for name in ("popularity", "predictor", "nearest"):
+    for name in ("popularity", "predictor"):
         one = prefetcher(name, given)
         one.bind(model)
         named.append(one.before_completion(Prompt((SLOTS, FEWER), 8, (3, 4))))
@@ -70,14 +67,13 @@ def test_no_strategy_names_an_expert_that_its_layer_does_not_have(uneven):
         assert max(second) < FEWER and len(set(second)) == len(second)
 
 
-@pytest.mark.parametrize("name", ["popularity", "prefill", "predictor", "nearest", "next-router"])
+@pytest.mark.parametrize("name", ["popularity", "prefill", "predictor", "next-router"])
 @pytest.mark.parametrize("slots", [SLOTS, 2])
 def test_served_and_simulated_counts_agree_where_layers_differ(uneven, name, slots):
     """Six slots of eight experts, and all three of three: the same loads on both sides."""
     model, tokenizer, trace = uneven
     ids = [prompt_ids(tokenizer, one) for one in TEXTS[:3]]
-    store = PromptStore.build(trace, TEXTS, model.get_input_embeddings().weight)
-    chosen = prefetcher(name, Given(popularity(trace), quick(trace, model), store))
+    chosen = prefetcher(name, Given(popularity(trace), quick(trace, model)))
     with attach(model, slots=slots, policy="lfu") as handle:
         with handle.record(guesses=True) as recorder:
             for one in ids:

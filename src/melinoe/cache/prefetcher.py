@@ -72,13 +72,11 @@ class Given:
     Attributes:
         popularity: How often each expert was chosen, (layers, num_experts).
         predictor: Names experts for a prompt: ``top(ids, slots)``, ``bind(model, tokenizer)``.
-        store: A `melinoe.prefetch.store.PromptStore`.
         at: ``prompt`` or ``completion``, for those that can be either; None for their default.
     """
 
     popularity: np.ndarray | None = None
     predictor: Any = None
-    store: Any = None
     at: str | None = None
 
 

@@ -43,7 +43,6 @@ def command(
     ] = None,
     predictor: prefetching.PredictorDir = None,
     popularity: prefetching.PopularityFile = None,
-    nearest: prefetching.NearestFile = None,
     prefetch_at: prefetching.Moment = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Tokens to generate for each prompt.", min=2)
@@ -70,9 +69,7 @@ def command(
     """Run strategies for real, in turn, and print what the simulator predicted beside each."""
     from melinoe.plan.units import parse_bandwidth, parse_seconds
 
-    wanted = prefetching.names_of(
-        prefetch, prefetch_at, predictor=predictor, popularity=popularity, nearest=nearest
-    )
+    wanted = prefetching.names_of(prefetch, prefetch_at, predictor=predictor, popularity=popularity)
     if not prefetch and wanted != ("none",):
         # A predictor also knows what is popular, which is its first rival.
         also = ("popularity",) if predictor and popularity is None else ()
@@ -101,7 +98,7 @@ def command(
 
     options.quiet()
     guess = Predictor.load(predictor) if predictor else None
-    made_of = prefetching.given(guess, popularity, nearest, prefetch_at)
+    made_of = prefetching.given(guess, popularity, prefetch_at)
     path = options.resolve(model)
     about = describe(path)
     if not about.supported:

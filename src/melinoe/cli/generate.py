@@ -23,12 +23,11 @@ def command(
         str | None,
         typer.Option(
             help=f"What is loaded ahead of need: {prefetching.NAMES}. Default: what --predictor, "
-            "--prior, --popularity or --nearest is for, else none."
+            "--prior or --popularity is for, else none."
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
     popularity: prefetching.PopularityFile = None,
-    nearest: prefetching.NearestFile = None,
     prefetch_at: prefetching.Moment = None,
     prior: Annotated[
         Path | None,
@@ -79,7 +78,6 @@ def command(
         prior=prior,
         predictor=predictor,
         popularity=popularity,
-        nearest=nearest,
     )
     if len(names) > 1:
         raise typer.BadParameter(f"name one of {', '.join(names)}", param_hint="--prefetch")
@@ -87,7 +85,7 @@ def command(
         raise typer.BadParameter("it belongs to --prior", param_hint="--user, --half-life")
     guess: Predictor | AdaptivePredictor | None = Predictor.load(predictor) if predictor else None
     # What is missing or wrong shows before the model is opened; a prior is opened with it.
-    made_of = prefetching.given(guess, popularity, nearest, prefetch_at)
+    made_of = prefetching.given(guess, popularity, prefetch_at)
     ahead = None if prior is not None else prefetcher(names[0], made_of)
     if prior is not None and prior.exists():
         if half_life is not None:

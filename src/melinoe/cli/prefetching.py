@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 NAMES = (
     "none; popularity, the most used experts; prefill, those the prompt used; predictor; "
-    "next-router, what the next layer's router says early; nearest, what similar prompts used; or "
-    "one of an installed package"
+    "next-router, what the next layer's router says early; or one of an installed "
+    "package"
 )
 PredictorDir = Annotated[
     Path | None, typer.Option(help="What `melinoe predictor fit` wrote: for --prefetch predictor.")
@@ -29,15 +29,11 @@ PopularityFile = Annotated[
         help="A trace or imported statistics: for --prefetch popularity. Default: the predictor's."
     ),
 ]
-NearestFile = Annotated[
-    Path | None,
-    typer.Option(help="What `melinoe prefetch store` wrote: for --prefetch nearest."),
-]
 Moment = Annotated[
     str | None,
     typer.Option(
-        help="When popularity, predictor and nearest load: prompt, before it is read, where a long "
-        f"one evicts them again; completion, after it. Default: {PREFETCH_AT}."
+        help="When popularity and predictor load: prompt, before it is read, where a long one "
+        f"evicts them again; completion, after it. Default: {PREFETCH_AT}."
     ),
 ]
 
@@ -87,14 +83,13 @@ def names_of(
     return tuple(dict.fromkeys(named))
 
 
-def given(predictor: Any, popularity: Any, nearest: Path | None, at: str | None) -> Given:
+def given(predictor: Any, popularity: Any, at: str | None) -> Given:
     """
     What prefetchers are made of.
 
     Args:
         predictor: A loaded one, or None.
         popularity: A file of counts, or the counts; None: the predictor's, if it has some.
-        nearest: A file of stored prompts, or None.
         at: As given.
 
     Raises:
@@ -102,13 +97,11 @@ def given(predictor: Any, popularity: Any, nearest: Path | None, at: str | None)
     """
     from melinoe.cache.statistics import load_counts
     from melinoe.prefetch import Given
-    from melinoe.prefetch.store import PromptStore
 
     counts = load_counts(popularity) if isinstance(popularity, Path) else popularity
     if counts is None:
         counts = getattr(predictor, "popularity", None)
-    store = None if nearest is None else PromptStore.load(nearest)
-    return Given(counts, predictor, store, at)
+    return Given(counts, predictor, at)
 
 
 def bound_to(

@@ -55,12 +55,11 @@ def command(
         list[str] | None,
         typer.Option(
             help=f"What is loaded ahead of need: {prefetching.NAMES}; or a JSON file of lists, "
-            "sequence -> layer -> ids. May be repeated. Default: what --predictor or --nearest is "
-            "for, else none. next-router needs a trace recorded with --guesses."
+            "sequence -> layer -> ids. May be repeated. Default: predictor if --predictor is "
+            "given, else none. next-router needs a trace recorded with --guesses."
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
-    nearest: prefetching.NearestFile = None,
     prefetch_at: prefetching.Moment = None,
     popularity: Annotated[
         Path | None,
@@ -100,7 +99,7 @@ def command(
         str | None,
         typer.Option(
             help="Take sizes from this model's config; `tiny` is ours. Its embeddings read prompts "
-            "for --prefetch predictor and nearest; default there: the model the trace names."
+            "for --prefetch predictor; default there: the model the trace names."
         ),
     ] = None,
     expert_size: Annotated[
@@ -143,7 +142,7 @@ def command(
         for text in slots or [str(max(1, loaded.num_experts // 4))]
     ]
     ahead, prompts = simulate_inputs.read_prefetches(
-        prefetch, prefetch_at, loaded, trace, popular, model, predictor, nearest
+        prefetch, prefetch_at, loaded, trace, popular, model, predictor
     )
     figures = simulate_inputs.read_figures(
         loaded, link, link_latency, copy_time, device_bandwidth, dram_bandwidth, pass_time,

@@ -77,7 +77,6 @@ def read_prefetches(
     popular: np.ndarray,
     model: str | None,
     predictor: Path | None,
-    nearest: Path | None,
 ) -> tuple[list[Prefetcher | None], list[list[int]] | None]:
     """What each --prefetch stands for, None for none; and the prompts, if one reads them."""
     from dataclasses import replace
@@ -89,13 +88,13 @@ def read_prefetches(
     known = [text for text in named or [] if text not in files]
     if files and not known:
         known = ["none"]
-    names = prefetching.names_of(known, at, predictor=predictor, nearest=nearest)
+    names = prefetching.names_of(known, at, predictor=predictor)
     guess = None
     if predictor is not None:
         from melinoe.predictor import Predictor
 
         guess = Predictor.load(predictor)
-    made_of = prefetching.given(guess, popular, nearest, at)
+    made_of = prefetching.given(guess, popular, at)
     found: list[Prefetcher | None] = []
     for text in named or names:
         if text in files:

@@ -5,7 +5,6 @@ Strategies of prefetch: one small class each, by name, for simulator, runtime, c
     counted.py    popularity, prefill: experts counted elsewhere, or in the prompt's own pass
     predicted.py  predictor: what a fitted predictor names for the prompt
     routed.py     next-router: what the next layer's router says of this layer's hidden state
-    nearest.py    nearest: what the most similar prompts of a store used;  store.py: that store
 """
 
 from melinoe.cache.prefetcher import Given, Prefetcher, Prompt, Timed

@@ -24,7 +24,6 @@ _registry = Registry(
         "prefill": "melinoe.prefetch.counted:Prefill",
         "predictor": "melinoe.prefetch.predicted:Predicted",
         "next-router": "melinoe.prefetch.routed:NextRouter",
-        "nearest": "melinoe.prefetch.nearest:Nearest",
     },
     kind="prefetch",
     word="prefetcher",

@@ -1,0 +1,94 @@
+"""Prefetches on the command line: recorded, listed, simulated, served, and words refused."""
+
+import json
+import sys
+
+import pytest
+
+from melinoe.cache.trace import Trace
+from melinoe.cli import app as cli
+from melinoe.shipped import TINY_OLMOE
+
+
+@pytest.fixture
+def melinoe(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Three prompts in a file."""
+    root = tmp_path_factory.mktemp("prefetch")
+    rows = [{"prompt": text, "completion": "x"} for text in ("Two apples", "A river", "Tom has 3")]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_from_a_trace_to_text(melinoe, place):
+    """Trace with guesses, list, simulate every prefetch, generate by what the trace used most."""
+    trace = place / "t.safetensors"
+    code, _, err = melinoe(
+        "trace", "tiny", "--data", place / "prompts.jsonl", "--out", trace, "--guesses",
+        "--max-new-tokens", 5, "--slots", 8, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert Trace.load(trace).guesses is not None
+    code, out, _ = melinoe("prefetch", "list", "--json")
+    names = [row["prefetch"] for row in json.loads(out)]
+    assert names[:3] == ["none", "popularity", "prefill"] and "next-router" in names
+
+    tried = ("none", "popularity", "prefill", "next-router")
+    words = [word for name in tried for word in ("--prefetch", name)]
+    code, out, err = melinoe("simulate", trace, "--policy", "lru", *words, "--json")
+    assert code == 0, err
+    rows = {row["prefetch"]: row for row in json.loads(out)}
+    assert set(rows) == set(tried)
+    assert rows["none"]["prefetch_precision"] is None
+    assert 0 < rows["next-router"]["prefetch_recall"] < 1
+    assert 0 < rows["popularity"]["prefetch_precision"] <= 1
+
+    code, out, err = melinoe(
+        "generate", "tiny", "Two apples", "--popularity", trace, "--slots", 8, "--max-new-tokens",
+        5, "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["prefetch"] == "popularity" and told["prefetch_per_token"] > 0
+    size = (TINY_OLMOE / "model.safetensors").stat().st_size
+    assert 0 <= told["prefetch_waste_bytes"] < size
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("--prefetch", "psychic"), 2, "next-router"),
+        (("--prefetch", "popularity"), 1, "--popularity"),
+        (("--prefetch", "prefill", "--prefetch-at", "prompt"), 1, "moment of its own"),
+        (("--prefetch", "popularity", "--prefetch-at", "never"), 2, "completion"),
+        (("--prefetch", "prefill", "--popularity", "t"), 2, "--prefetch popularity"),
+        (("--popularity", "absent.safetensors"), 1, "cannot be read"),
+        (("--popularity", "t", "--predictor", "p"), 2, "name one of"),
+        (("--prefetch", "prefill", "--prior", "p"), 2, "for --prior"),
+        (("--prefetch", "popularity", "--prior", "p"), 2, "for --prior"),
+        (("--prefetch", "prefill", "--predictor", "p"), 2, "for --predictor"),
+        (("--popularity", "t", "--prior", "p"), 2, "name one of predictor, popularity"),
+    ],
+)
+def test_bad_words_are_refused_before_a_model_is_read(more, code, words, melinoe):
+    """Unknown names and moments, files for another prefetch, files that are not there."""
+    found, out, err = melinoe("generate", "nowhere", "w3", *more)
+    assert (found, out) == (code, "")
+    assert words in err
