@@ -37,7 +37,6 @@ from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.measure import machine, write_json
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
-# Rules with slots per layer; least-stale decides for all layers at once, which is another question.
 POLICIES = ("lru", "lfu", "lfru", "score", "static", "belady")
 SCORES = [1 / TOP_K] * TOP_K
 WARM_UP, ROUNDS = 200, 2000

@@ -77,6 +77,3 @@ def test_what_does_not_go_together_is_refused(traced, cli, tmp_path):
     both = ("--gpu-memory", "1GiB", "--engine", "fast", "--allocate-from", trace)
     code, _, err = cli("generate", path, "w2", *both)
     assert code == 2 and "leave --gpu-memory out" in err
-    one_cache = ("--slots", 3, "--policy", "least-stale", "--allocate-from", trace)
-    code, _, err = cli("generate", path, "w2", *one_cache)
-    assert code == 2 and "one cache for all layers" in err

@@ -23,13 +23,10 @@ class Layer:
     future: list = field(default_factory=list)
     gamma: float = 0.9
     popularity: list = field(default_factory=list)
-    per_layer: int = 0  # experts of each layer, where all layers share this cache
 
     def __post_init__(self):
         self.requests = []  # every request, as a set: LFRU counts and looks for the last
         self.wanted = [0.0] * self.num_experts
-        self.where = (0, 0)  # forward pass and layer that are served
-        self.used_in = {}  # expert -> forward pass of its last use
         self.resident = []
         self.served = []  # every expert served, in order: LRU looks for the last position
         self.score = [0.0] * self.num_experts
@@ -48,12 +45,6 @@ class Layer:
             return -self.popularity[expert]
         if self.rule == "score":
             return -self.wanted[expert]
-        if self.rule == "least-stale":
-            forward, layer = self.where
-            stale = self.used_in[expert] < forward
-            passed = expert // self.per_layer <= layer
-            last = max(i for i, e in enumerate(self.served) if e == expert)
-            return (stale, passed, -last)
         later = [i for i in range(self.now, len(self.future)) if expert in self.future[i]]
         return min(later, default=10**9)
 
@@ -75,7 +66,6 @@ class Layer:
         self.score = [self.gamma * s + (e in use_counts) for e, s in enumerate(self.score)]
         self.now += 1
         self.requests.append(set(use_counts))
-        self.used_in |= dict.fromkeys(use_counts, self.where[0])
         if weights is not None:
             best = sorted(weights, key=lambda e: (-weights[e], e))[:12]
             self.wanted = [
@@ -133,27 +123,14 @@ def popularity_of(trace):
     return counts
 
 
-def replay(trace, slots, rule, gamma=0.9, shared=False):
+def replay(trace, slots, rule, gamma=0.9):
     """Tallies by (phase, layer) of a whole trace, and tokens and zero-miss tokens by phase."""
     passes, needs, weights = passes_of(trace)
     size, popular = trace.num_experts, popularity_of(trace)
-    if shared:
-        future = [
-            {n * size + e for e in counts}
-            for need in needs
-            for n, counts in enumerate(need)
-            if counts
-        ]
-        flat = [value for row in popular for value in row]
-        whole = Layer(
-            size * trace.num_layers, slots * trace.num_layers, rule, future, gamma, flat, size
-        )
-        layers = [whole] * trace.num_layers
-    else:
-        layers = [
-            Layer(size, slots, rule, [set(need[n]) for need in needs if need[n]], gamma, popular[n])
-            for n in range(trace.num_layers)
-        ]
+    layers = [
+        Layer(size, slots, rule, [set(need[n]) for need in needs if need[n]], gamma, popular[n])
+        for n in range(trace.num_layers)
+    ]
     tallies = {(p, n): Tally() for p in (0, 1) for n in range(trace.num_layers)}
     tokens, zero_miss = [0, 0], [0, 0]
     for number, (rows, need) in enumerate(zip(passes, needs, strict=True)):
@@ -163,14 +140,7 @@ def replay(trace, slots, rule, gamma=0.9, shared=False):
         for n, layer in enumerate(layers):
             if not need[n]:
                 continue  # nobody chose an expert: no request
-            key = n * size if shared else 0
-            layer.where = (number, n)
-            tally = layer.serve(
-                {key + e: uses for e, uses in need[n].items()},
-                {key + e: w for e, w in weights[number][n].items()}
-                if trace.scores is not None
-                else None,
-            )
+            tally = layer.serve(need[n], weights[number][n] if trace.scores is not None else None)
             total = tallies[phase, n]
             for name in vars(total):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))

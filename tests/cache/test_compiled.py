@@ -75,15 +75,15 @@ def test_many_units_add_up_in_compiled_code():
 
 
 def test_the_engine_is_chosen_by_rule_and_size():
-    """Compiled from 50,000 row-layers on, for a built-in rule with slots per layer; else not."""
+    """Compiled from 50,000 row-layers on, where all that is missing is loaded; else not."""
     small = random_trace(0)
     rows = COMPILED_FROM // 2 + 1
     large = random_trace(0, sequences=1, layers=2, completion=rows)
     assert simulate(small, 3).engine == "residency"
     assert simulate(large, 3).engine == "compiled"
-    assert simulate(large, 3, shared=True).engine == "residency"
-    with pytest.raises(ValueError, match="slots per layer"):
-        simulate(small, 3, shared=True, engine="compiled")
+    assert simulate(large, 3, load=len).engine == "residency"
+    with pytest.raises(ValueError, match="loading all"):
+        simulate(small, 3, load=len, engine="compiled")
     with pytest.raises(ValueError, match="engine must be"):
         simulate(small, 3, engine="fast")
 

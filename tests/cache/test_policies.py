@@ -155,7 +155,7 @@ def test_no_policy_beats_belady_when_requests_come_in_parts(seed):
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():
     """The message is the list to choose from."""
-    with pytest.raises(MelinoeError, match="'fifo'; choose one of belady, least-stale, l"):
+    with pytest.raises(MelinoeError, match="'fifo'; choose one of belady, lfru, l"):
         policy("fifo")
 
 

@@ -96,7 +96,6 @@ def test_the_simulator_streams_prompts_only(policy):
 
 
 def test_streaming_is_refused_where_it_is_not_defined():
-    """A shared cache and the compiled rules."""
-    for options in ({"shared": True}, {"engine": "compiled"}):
-        with pytest.raises(ValueError, match="streamed"):
-            simulate(random_trace(0), 3, "lru", prefill=StreamedPrefill(), **options)
+    """By the compiled rules."""
+    with pytest.raises(ValueError, match="streamed"):
+        simulate(random_trace(0), 3, "lru", prefill=StreamedPrefill(), engine="compiled")

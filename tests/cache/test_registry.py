@@ -60,7 +60,6 @@ def test_an_installed_policy_is_found_by_name():
     assert simulate(trace, 2, "mru").counters.loads.sum() == 3
     assert simulate(trace, 2, "lru").counters.loads.sum() == 4
     assert policy("mru", most=2).most == 2  # type: ignore[attr-defined]
-    assert simulate(trace, 2, "mru", shared=True).counters.loads.sum() == 3
 
 
 @pytest.mark.usefixtures("installed")
@@ -101,7 +100,7 @@ def test_an_entry_point_that_is_no_policy_is_refused(name, text):
 def test_the_settings_name_ours_that_run_a_model_by_name_alone():
     """Of the built-in policies, exactly those that need no future and no data."""
     able = []
-    for name in ("belady", "least-stale", "lfru", "lfu", "lru", "score", "static"):
+    for name in ("belady", "lfru", "lfu", "lru", "score", "static"):
         cls = policy_class(name)
         assert cls.name == name
         if cls.offline:

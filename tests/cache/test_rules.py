@@ -5,10 +5,8 @@ from cache_traces import random_trace, trace_of
 
 from melinoe.cache.belady import Belady
 from melinoe.cache.eviction import LFRU, DecayedLFU, Score, Static
-from melinoe.cache.least_stale import LeastStale
 from melinoe.cache.policy import policy_makers
 from melinoe.cache.residency import Residency
-from melinoe.cache.shared import share
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
@@ -106,81 +104,6 @@ def test_static_wants_a_popularity_for_every_layer_and_expert():
     for engine in ("residency", "compiled"):
         with pytest.raises(ValueError, match="2 experts of 8"):
             simulate(trace, 3, "static", policy_options={"popularity": [[1, 2]] * 2}, engine=engine)
-
-
-def test_least_stale_gives_up_first_what_this_pass_is_done_with():
-    """
-    Two layers of three experts share three slots.
-
-    Pass 1: layer 0 wants 0, layer 1 wants 0 and 1: keys 0, 3, 4. Pass 2: layer 0 wants 1: stale
-    and passed is key 0, so it leaves (LRU agrees). Layer 1 wants 2: stale are keys 3 and 4, used is
-    key 1: 3, the older one, leaves. Pass 3: layer 0 wants 2: stale and passed is 1, stale but ahead
-    are 4 and 5; 1 leaves, where LRU would give up 4.
-    """
-    layers = share(2, 3, 3, LeastStale(2))
-    assert [load.evicted for load in layers[0].request([0]).loads] == [None]
-    assert [load.evicted for load in layers[1].request([0, 1]).loads] == [None, None]
-    assert [load.evicted for load in layers[0].request([1]).loads] == [0]
-    assert [load.evicted for load in layers[1].request([2]).loads] == [3]
-    assert [load.evicted for load in layers[0].request([2]).loads] == [1]
-
-
-def test_least_stale_protects_what_was_prefetched_for_the_pass_to_come():
-    """Keys 0 and 3 of pass 1; 1 and 4 prefetched into four slots; then 2 in layer 0 evicts 0."""
-    layers = share(2, 3, 4, LeastStale(2))
-    layers[0].request([0])
-    layers[1].request([0])
-    layers[0].prefetch([1])
-    layers[1].prefetch([1])
-    assert [load.evicted for load in layers[0].request([2]).loads] == [0]
-    # Stale are 3 (its layer is now passed); used are 1 and 2, and 4, which is ahead.
-    assert [load.evicted for load in layers[1].request([2]).loads] == [3]
-
-
-def test_least_stale_is_refused_with_slots_per_layer():
-    """It compares layers, so it cannot live in one."""
-    with pytest.raises(MelinoeError, match="share"):
-        policy_makers("least-stale", {}, 2)
-    with pytest.raises(MelinoeError, match="share"):
-        simulate(random_trace(0), 3, "least-stale", shared=False)
-    assert simulate(random_trace(0), 3, "least-stale").shared
-
-
-def test_a_shared_cache_moves_slots_to_the_layer_that_needs_them():
-    """Layer 0 always wants 0, layer 1 goes round 0, 1, 2: apart 2 slots each miss, shared fit."""
-    builder = TraceBuilder(2, 4, 1)
-    for step in range(12):
-        builder.add_forward([[[0], [step % 3]]], 0, 1)
-    trace = builder.trace()
-    assert simulate(trace, 2, "lru").counters.loads.sum() == 1 + 12
-    shared = simulate(trace, 2, "lru", shared=True)
-    assert shared.counters.loads.tolist() == [[0, 0], [1, 3]]
-    assert sum(shared.slots) == 4
-
-
-def test_a_shared_layer_speaks_its_own_ids():
-    """Layer 1's expert 2 is key 5 inside: plans, slot_of and evictions say so."""
-    layers = share(2, 3, 2, "lru")
-    assert layers[1].request([2]).loads == ((2, 0, None),)
-    assert layers[0].request([1]).loads == ((1, 1, None),)
-    assert layers[1].slot_of.tolist() == [-1, -1, 0] and layers[0].slot_of.tolist() == [-1, 1, -1]
-    assert layers[0].request([0]).loads == ((0, 0, 5),)
-    assert 2 not in layers[1] and 1 in layers[0]
-    with pytest.raises(ValueError, match="outside 0 to 2"):
-        layers[0].request([3])
-    layers[0].reset()
-    assert layers[1].slot_of.tolist() == [-1, -1, -1]
-
-
-def test_no_rule_beats_belady_in_one_cache_of_all_layers():
-    """On skewed traces the bound holds for every shared rule, and some rule misses it."""
-    for seed in range(8):
-        trace = random_trace(seed, prompt=1, completion=30, scored=True)
-        loads = {
-            name: simulate(trace, 4, name, shared=True).counters.loads.sum()
-            for name in ("belady", "lru", "lfu", "lfru", "score", "static", "least-stale")
-        }
-        assert loads["belady"] == min(loads.values()) < max(loads.values())
 
 
 def test_options_of_a_policy_reach_it():

@@ -47,15 +47,11 @@ def test_slots_are_one_number_or_one_for_each_layer(trace):
 
 
 def test_every_policy_of_ours_can_be_named(trace):
-    """Least-stale shares its slots without being told; others when told."""
-    names = ("belady", "least-stale", "lfru", "lfu", "lru", "score", "static")
+    """By the name that its rows then have."""
+    names = ("belady", "lfru", "lfu", "lru", "score", "static")
     arguments = [word for name in names for word in ("--policy", name)]
     found = rows(trace, *arguments, "--slots", 4)
-    assert [row["policy"].partition(",")[0] for row in found] == list(names)
-    assert "least-stale, shared" in [row["policy"] for row in found]
-    (row,) = rows(trace, "--policy", "lru", "--shared", "--slots", 4)
-    want = simulate(random_trace(0, **TRACE), 4, "lru", shared=True).counters
-    assert row["hit_rate"] == want.hit_rate("completion")
+    assert [row["policy"] for row in found] == list(names)
 
 
 def test_allocated_slots_stand_beside_those_given(trace):
@@ -154,7 +150,7 @@ def test_popularity_may_come_from_elsewhere(trace, tmp_path):
         (("--slots", 0), "at least 1"),
         (("--slots", 13), "at most 12"),
         (("--slots", "2,3"), "2 layers"),
-        (("--policy", "fifo"), "choose one of belady, least-stale"),
+        (("--policy", "fifo"), "choose one of belady, lfru"),
         (("--link", "25Gb/s", "--expert-size", "1MB"), "bits"),
         (("--link", "0GB/s", "--expert-size", "1MB"), "above 0"),
         (("--link", "9e9GB/s", "--expert-size", "1MB"), "not a bandwidth"),

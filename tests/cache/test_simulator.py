@@ -13,18 +13,17 @@ from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 RULES = ["lru", "lfu", "lfru", "score", "static", "belady"]
-CASES = [(rule, False) for rule in RULES] + [(rule, True) for rule in [*RULES, "least-stale"]]
 
 
-@pytest.mark.parametrize(("rule", "shared"), CASES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
-def test_counts_equal_an_independent_replay(rule, shared, batch, slots):
-    """Prompts, batches, padding, absent experts, too few slots, one cache or many: all counts."""
+def test_counts_equal_an_independent_replay(rule, batch, slots):
+    """Prompts, batches, padding, absent experts, too few slots: all counts."""
     for seed in range(3):
         trace = random_trace(seed, sequences=4, batch=batch, scored=rule == "score")
-        tallies, tokens, zero_miss = replay(trace, slots, rule, shared=shared)
-        counters = simulate(trace, slots, rule, shared=shared).counters
+        tallies, tokens, zero_miss = replay(trace, slots, rule)
+        counters = simulate(trace, slots, rule).counters
         for (phase, layer), tally in tallies.items():
             for name, value in vars(tally).items():
                 assert getattr(counters, name)[phase, layer] == value, (name, phase, layer)
@@ -258,12 +257,11 @@ def test_what_is_computed_elsewhere_is_a_miss_but_no_load():
     assert simulation.steps.ahead.tolist() == [[2], [0], [0]]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_loading_everything_partly_is_loading_everything(shared):
+def test_loading_everything_partly_is_loading_everything():
     """Where requests fit, `load` of all that is missing counts as no `load` at all."""
     trace = random_trace(1, prompt=1)
-    whole = simulate(trace, 4, shared=shared, steps=True)
-    partly = simulate(trace, 4, shared=shared, steps=True, load=len)
+    whole = simulate(trace, 4, steps=True)
+    partly = simulate(trace, 4, steps=True, load=len)
     assert partly.counters.loads.sum() == whole.counters.loads.sum()
     assert partly.counters.hit_rate() == whole.counters.hit_rate()
     assert not partly.steps.elsewhere.any()

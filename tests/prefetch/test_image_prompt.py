@@ -41,7 +41,7 @@ def answer(model, picture):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize("name", ["next-router", "prefill"])
 def test_a_picture_is_read_as_without_us_and_counted_as_simulated(model, policy, name):
     """Tokens equal the plain model's for two pictures, which differ; counters the simulator's."""

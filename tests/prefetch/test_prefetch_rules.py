@@ -26,18 +26,6 @@ def test_a_prefetch_spares_what_it_is_told_to_and_drops_what_finds_no_slot():
     residency.check_invariants()
 
 
-def test_one_cache_of_all_layers_keeps_what_the_layer_at_work_needs():
-    """
-    Four slots in all, three of them needed by layer 0: of two guesses for layer 1 one comes.
-
-    Without the rule the second would evict what layer 0 is about to compute with.
-    """
-    trace = decoding([[[0, 1, 2], [2, 0, 1]]], [[2, 0, -1]], top_k=3)
-    counters = simulate(trace, 2, "lru", shared=True, prefetch=NextRouter()).counters
-    assert counters.prefetch_loads.tolist() == [0, 1]
-    assert counters.hits[1].tolist() == [0, 1]
-
-
 class Both(Prefetcher):
     """Names 3 before the completion, and 2 between layers."""
 

@@ -80,7 +80,7 @@ def two_stacks():
     return model
 
 
-@pytest.mark.parametrize(("policy", "slots"), [("lru", 2), ("lfu", 3), ("least-stale", 2)])
+@pytest.mark.parametrize(("policy", "slots"), [("lru", 2), ("lfu", 3)])
 def test_of_two_stacks_in_a_decoder_layer_the_one_that_runs_is_prefetched(
     two_stacks, policy, slots
 ):

@@ -7,7 +7,6 @@ import torch
 from melinoe.cache.prefetcher import Given
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
-from melinoe.cache.shared import share
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.fast.attach import attach as attach_fast
@@ -40,8 +39,7 @@ def test_what_a_text_did_not_use_is_its_waste_whoever_uses_it_later(engine):
     assert done.counters.prefetch_precision() == 0.0
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_no_text_wastes_less_than_nothing(shared):
+def test_no_text_wastes_less_than_nothing():
     """Random texts on a warm cache: each used at most what was copied for it."""
     rng = np.random.default_rng(1)
     builder = TraceBuilder(2, 8, 2)
@@ -52,23 +50,18 @@ def test_no_text_wastes_less_than_nothing(shared):
     trace, spared = builder.trace(), 0
     wanted = {sequence: rng.permuted([range(8)] * 2, axis=1)[:, :3] for sequence in range(6)}
     for at in ("prompt", "completion"):
-        done = simulate(trace, 5, "lfu", prefetch=wanted, prefetch_at=at, shared=shared)
+        done = simulate(trace, 5, "lfu", prefetch=wanted, prefetch_at=at)
         assert all((one.prefetch_unused >= 0).all() for one in done.per_sequence)
         spared += done.counters.prefetch_used.sum()
     assert spared > 0
 
 
-def test_forgetting_can_spare_some_and_other_layers():
-    """Of 1, 2 and 3 only 2 is remembered; in a shared cache layer 1 forgets for itself alone."""
+def test_forgetting_can_spare_some():
+    """Of 1, 2 and 3 only 2 is remembered."""
     residency = Residency(4, 4)
     residency.prefetch([1, 2, 3])
     residency.forget_prefetches(but=[2])
     assert residency.request([1, 2, 3]).first_uses == 1
-    layers = share(2, 4, 8, "lru")
-    for layer in layers:
-        layer.prefetch([0, 1])
-    layers[1].forget_prefetches(but=[1])
-    assert [layer.request([0, 1]).first_uses for layer in layers] == [2, 1]
 
 
 @pytest.mark.parametrize("engine", [attach, attach_fast])

@@ -7,7 +7,6 @@ from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenize
 
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
-from melinoe.cache.eviction import LRU
 from melinoe.cache.locality import popularity
 from melinoe.cache.simulator import simulate
 from melinoe.errors import BudgetError, MelinoeError
@@ -73,43 +72,6 @@ def test_a_static_policy_has_each_layer_s_popularity():
     assert simulate(trace, 3, "static", policy_options=options).counters == counted
     with pytest.raises(MelinoeError, match="popularity"):
         attach(tiny_model(), slots=3, policy="static")
-
-
-@pytest.mark.parametrize("slots", [2, 3, EXPERTS - 1, EXPERTS])
-def test_one_cache_of_all_layers_computes_and_counts_as_simulated(slots):
-    """Least-stale, slots taken from other layers: the plain ids, the simulator's counts."""
-    ids, counted, trace, handle = serve(slots, "least-stale")
-    assert ids == serve(EXPERTS)[0]
-    done = simulate(trace, slots, "least-stale")
-    assert done.shared and done.counters == counted
-    assert handle.expert_memory_bytes == slots * sum(layer.block_bytes for layer in handle.layers)
-
-
-def test_a_prefetch_into_one_cache_of_all_layers_counts_as_simulated():
-    """Before each prompt, more than a layer's share: as simulated; a reset empties all layers."""
-    model, tokenizer = tiny_model(), words_tokenizer()
-    wanted = [[5, 1, 3, 0], [2, 7]] + [[4]] * (LAYERS - 2)
-    with attach(model, slots=2, policy="least-stale") as handle:
-        with handle.record() as recorder:
-            for prompt in PROMPTS:
-                handle.prefetch(wanted)
-                generate(model, handle, tokenizer, prompt, 6)
-        counted, trace = handle.counters, recorder.trace()
-        assert sum(map(len, handle.resident())) == 2 * LAYERS
-        handle.reset_cache()
-        assert handle.resident() == [[]] * LAYERS
-    simulated = simulate(trace, 2, "least-stale", prefetch=lambda _: wanted, prefetch_at="prompt")
-    assert simulated.counters == counted
-
-
-def test_any_rule_can_be_made_to_share_its_slots():
-    """A subclass of LRU for the whole model: what `simulate(..., shared=True)` counts."""
-
-    class SharedLRU(LRU):
-        scope = "model"
-
-    _, counted, trace, _ = serve(3, SharedLRU)
-    assert simulate(trace, 3, "lru", shared=True).counters == counted
 
 
 def test_a_trace_without_scores_says_nothing_of_them():

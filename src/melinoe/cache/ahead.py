@@ -8,9 +8,8 @@ from melinoe.cache.counters import COMPLETION, Counters
 from melinoe.cache.loads_ahead import LoadsAhead
 from melinoe.cache.prefetcher import MOST_ROWS, Listed, Prefetch, Prefetcher, Prompt
 from melinoe.cache.requests import ForwardPass
-from melinoe.cache.residency import Plan, Residency
+from melinoe.cache.residency import Residency
 from melinoe.cache.route import Route
-from melinoe.cache.shared import SharedLayer
 from melinoe.cache.trace import PROMPT_ROW, Trace
 from melinoe.errors import TraceError
 
@@ -118,19 +117,17 @@ class Replay:
         prefetcher: Prefetcher,
         trace: Trace,
         slots: Sequence[int],
-        residencies: Sequence[Residency | SharedLayer],
+        residencies: Sequence[Residency],
         ids: Sequence[Sequence[int]] | None,
     ) -> None:
         check_prefetcher(prefetcher, trace, ids)
         self._prompts = Prompts(trace, slots, ids)
-        keys = [one.key for one in residencies if isinstance(one, SharedLayer)]
         self._route = Route(len(residencies))
         self._ahead = LoadsAhead(
             prefetcher,
             self._route,
             len(residencies),
             lambda layer, experts, spare: len(residencies[layer].prefetch(experts, spare).loads),
-            keys or None,
         )
         self._between = prefetcher.between_layers
         self._begun: tuple[set[int], set[int]] = (set(), set())
@@ -155,7 +152,7 @@ class Replay:
             self._requested(layer)
 
     def after_request(
-        self, layer: int, forward: ForwardPass, plans: Sequence[Plan], counters: Counters
+        self, layer: int, forward: ForwardPass, counters: Counters
     ) -> tuple[int, int]:
         """
         What comes once a layer has its experts.
@@ -173,7 +170,7 @@ class Replay:
         if target is None:
             return layer, 0
         guess = [] if forward.guesses is None else forward.guesses[target]
-        loads = self._ahead.after_router(layer, chosen, guess, plans[-1])
+        loads = self._ahead.after_router(layer, chosen, guess)
         if loads:
             counters.add_prefetch(target, loads)
         return target, loads

@@ -36,10 +36,10 @@ class Belady(Policy):
         self._ahead: list[list[float]] | None = None
 
     @classmethod
-    def for_layer(cls, layer: int | None, num_layers: int, **options: Any) -> "Policy":
-        """Of the futures per layer, this layer's; all of them for a shared cache."""
+    def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
+        """Of the futures per layer, this layer's."""
         future = options.pop("future")
-        return cls(future if layer is None else future[layer], **options)
+        return cls(future[layer], **options)
 
     def reset(self, num_experts: int) -> None:
         """

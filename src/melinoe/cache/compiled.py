@@ -87,7 +87,7 @@ def run(
     rest = (nowhere, nowhere, nowhere)
     kept = Steps(phase, tokens, unit, loads, experts, ahead, *rest) if steps else None
     used = "none" if prefetcher is None else prefetcher.name
-    return Simulation(whole, per_unit, units, tuple(slots), policy, False, "compiled", kept, used)
+    return Simulation(whole, per_unit, units, tuple(slots), policy, "compiled", kept, used)
 
 
 def passes_of(trace: Trace) -> tuple[np.ndarray, np.ndarray]:

@@ -230,16 +230,15 @@ class Static(Policy):
         self._popularity = [float(value) for value in popularity]
 
     @classmethod
-    def for_layer(cls, layer: int | None, num_layers: int, **options: Any) -> "Policy":
-        """Of the popularities per layer, this layer's; all in a row for a shared cache."""
+    def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
+        """Of the popularities per layer, this layer's."""
         rows = options.pop("popularity", None)
         if rows is None or len(rows) != num_layers:
             raise MelinoeError(
                 f"policy 'static' needs the popularity of every expert in all {num_layers} layers; "
                 "give a trace or statistics of this model to count it from"
             )
-        flat = [value for row in rows for value in row] if layer is None else rows[layer]
-        return cls(flat, **options)
+        return cls(rows[layer], **options)
 
     def reset(self, num_experts: int) -> None:
         """Nothing to forget."""

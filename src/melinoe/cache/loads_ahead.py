@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Sequence
 
 from melinoe.cache.prefetcher import ByLayer, Prefetcher, Prompt
-from melinoe.cache.residency import Plan
 from melinoe.cache.route import Route
 
 
@@ -11,12 +10,10 @@ class LoadsAhead:
     """
     Carries a prefetcher's wishes out, by one rule for the simulator and the runtime.
 
-    The rule between layers: a prefetch evicts nothing that the layer at work needs in this pass,
-    nothing that an earlier prefetch named for a layer that has not made a request since, and
-    nothing that it names itself. What then finds no slot is dropped, the least wanted first. Whom
-    it does evict, the policy says; to it a prefetch is one request (`Residency.prefetch`). Where
-    each layer has slots of its own, only earlier prefetches of the same layer can be in question;
-    in one cache that all layers share, all of it. Before a prompt or a completion a prefetch
+    The rule between layers: a prefetch evicts nothing that an earlier prefetch named for the same
+    layer if that has not made a request since, and nothing that it names itself. What then finds
+    no slot is dropped, the least wanted first. Whom it does evict, the policy says; to it a
+    prefetch is one request (`Residency.prefetch`). Before a prompt or a completion a prefetch
     spares what it names itself, layer by layer, and nothing else.
 
     Args:
@@ -25,9 +22,6 @@ class LoadsAhead:
         num_layers: MoE layers.
         load: Begins to load experts of a layer, sparing some residents, and returns how many loads
             that takes: `Residency.prefetch`, and in the runtime the copies too.
-        keys: In a cache that all layers share, what each layer's ids grow by to be its names in
-            it (`SharedLayer.key`), by which it is told whom to spare; None where each layer has
-            slots of its own.
     """
 
     def __init__(
@@ -36,12 +30,10 @@ class LoadsAhead:
         route: Route,
         num_layers: int,
         load: Callable[[int, Sequence[int], Collection[int]], int],
-        keys: Sequence[int] | None = None,
     ) -> None:
         self.prefetcher = prefetcher
         self._route = route
         self._load = load
-        self._keys = keys
         # By layer: named by a prefetch, and no request of that layer has come since.
         self._waiting: list[set[int]] = [set() for _ in range(num_layers)]
 
@@ -57,15 +49,12 @@ class LoadsAhead:
         """A request of *layer* is served: what was brought for it has had its chance."""
         self._waiting[layer].clear()
 
-    def after_router(
-        self, layer: int, chosen: Sequence[int], guess: Sequence[int], plan: Plan
-    ) -> int:
+    def after_router(self, layer: int, chosen: Sequence[int], guess: Sequence[int]) -> int:
         """
         Ask and load for the layer that comes next; how many loads of it that takes.
 
         Args:
             layer, chosen, guess: As in `Prefetcher.after_router`.
-            plan: What holds slots for *layer* right now.
         """
         target = self._route.after(layer)
         if target is None:
@@ -73,15 +62,7 @@ class LoadsAhead:
         wanted = self.prefetcher.after_router(layer, chosen, guess)
         if not len(wanted):
             return 0
-        needed = [*plan.hits, *(load.expert for load in plan.loads)]
-        spared: set[int] = self._waiting[target]
-        if self._keys is not None:
-            spared = {
-                self._keys[other] + expert
-                for other, waiting in enumerate(self._waiting)
-                for expert in (*waiting, *(needed if other == layer else ()))
-            }
-        return self._one(target, wanted, spared)
+        return self._one(target, wanted, self._waiting[target])
 
     def _all(self, wanted: ByLayer | None) -> list[int]:
         if wanted is None:

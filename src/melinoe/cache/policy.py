@@ -1,10 +1,10 @@
 """
 Policies: which resident expert leaves when another needs its slot.
 
-A policy belongs to one cache: usually one layer's, for some one that all layers share. It hears
-of every request before it is asked for victims, and it never sees slots or bytes. To add one,
-subclass `Policy` and give it a name; then either decorate the class with `register`, or let the
-package that holds it declare an entry point, and melinoe finds it wherever policies are named:
+A policy belongs to the cache of one layer. It hears of every request before it is asked for
+victims, and it never sees slots or bytes. To add one, subclass `Policy` and give it a name; then
+either decorate the class with `register`, or let the package that holds it declare an entry point,
+and melinoe finds it wherever policies are named:
 
     [project.entry-points."melinoe.policies"]
     mru = "my_package.mru:Mru"
@@ -27,21 +27,18 @@ class Policy:
 
     Attributes:
         name: By which it is chosen; the entry point that declares it has the same name.
-        scope: ``layer``: every layer has a policy and slots of its own. ``model``: it only makes
-            sense for one cache that all layers share; its ids are ``layer * num_experts + expert``.
         uses_scores: Whether `weigh` must be told the router's weights.
         offline: Whether it must know all requests to come, so that it cannot run a model.
     """
 
     name: ClassVar[str] = ""
-    scope: ClassVar[str] = "layer"
     uses_scores: ClassVar[bool] = False
     offline: ClassVar[bool] = False
 
     @classmethod
-    def for_layer(cls, layer: int | None, num_layers: int, **options: Any) -> "Policy":
+    def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
         """
-        Make the policy of one layer; of all of them together if *layer* is None.
+        Make the policy of one layer.
 
         A class whose options differ between layers overrides this.
         """
@@ -94,7 +91,6 @@ _registry = Registry(
     Policy,
     {
         "belady": "melinoe.cache.belady:Belady",
-        "least-stale": "melinoe.cache.least_stale:LeastStale",
         "lfru": "melinoe.cache.eviction:LFRU",
         "lfu": "melinoe.cache.eviction:DecayedLFU",
         "lru": "melinoe.cache.eviction:LRU",
@@ -145,25 +141,19 @@ def policy(name: str, **options: Any) -> Policy:
 
 
 def policy_makers(
-    name: str, options: Mapping[str, Any], num_layers: int, *, shared: bool = False
+    name: str, options: Mapping[str, Any], num_layers: int
 ) -> list[Callable[[], Policy]]:
     """
-    Functions that make the policy of each layer; of the one shared cache if *shared*.
+    Functions that make the policy of each layer.
 
     Raises:
-        MelinoeError: as `policy`; or the policy only makes sense in the other kind of cache.
+        MelinoeError: as `policy`.
     """
     cls = policy_class(name)
     _check_future(cls, options)
-    if cls.scope == "model" and not shared:
-        raise MelinoeError(
-            f"policy {name!r} is for one cache that all layers share; share the slots, or choose "
-            "lru, lfu or lfru"
-        )
-    layers: list[int | None] = [None] if shared else list(range(num_layers))
     return [
         lambda layer=layer: cls.for_layer(layer, num_layers, **options)  # type: ignore[misc]
-        for layer in layers
+        for layer in range(num_layers)
     ]
 
 

@@ -214,9 +214,7 @@ class Residency(Slots):
         self._unused -= used
         return len(used)
 
-    def forget_prefetches(
-        self, of: Collection[int] | None = None, but: Collection[int] = ()
-    ) -> None:
+    def forget_prefetches(self, but: Collection[int] = ()) -> None:
         """
         Count no longer whether what prefetches brought so far is used.
 
@@ -224,13 +222,9 @@ class Residency(Slots):
         was wasted, whatever the next one finds.
 
         Args:
-            of: Only these ids; absent: all.
-            but: Not these.
+            but: Ids that still count.
         """
-        kept = [expert for expert in self._unused if expert in but]
-        if of is not None:
-            kept += [expert for expert in self._unused if expert not in of]
-        self._unused = set(kept)
+        self._unused.intersection_update(but)
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Plan:
         """

@@ -47,9 +47,8 @@ class Simulation:
         per_sequence: The same by unit; they add up to *counters*. A unit is one sequence, or
             several that share a forward pass: a load made for a batch belongs to all of it.
         sequences: The sequence numbers of each unit, ascending.
-        slots: Slots of each layer; of a shared cache, what each layer brought in.
+        slots: Slots of each layer.
         policy: Its name.
-        shared: Whether all layers shared one cache of ``sum(slots)``.
         prefetch: Name of the prefetcher; ``none`` without one.
         engine: ``residency`` or ``compiled``.
         steps: Pass by pass, if that was asked for.
@@ -60,7 +59,6 @@ class Simulation:
     sequences: list[tuple[int, ...]]
     slots: tuple[int, ...]
     policy: str
-    shared: bool = False
     engine: str = "residency"
     steps: Steps | None = None
     prefetch: str = "none"

@@ -21,7 +21,6 @@ from melinoe.cache.prefetcher import Prefetch, Prefetcher
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Plan, Residency
-from melinoe.cache.shared import SharedLayer, share
 from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.trace import Trace
 from melinoe.cache.units import units_of
@@ -45,7 +44,6 @@ def simulate(
     prompts: Sequence[Sequence[int]] | None = None,
     reset_between_sequences: bool = False,
     policy_options: Mapping[str, Any] | None = None,
-    shared: bool | None = None,
     load: Callable[[Sequence[int]], int] | None = None,
     steps: bool = False,
     engine: str = "auto",
@@ -68,24 +66,22 @@ def simulate(
         reset_between_sequences: Empty the cache before each unit's first forward pass.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
             ``static`` counts its popularity from this very trace unless one is given here.
-        shared: Whether all layers share one cache of as many slots as they would have together;
-            absent, as the policy needs it.
         load: How many of a request's missing experts are loaded, if not all of them, as
             `melinoe.cache.misses.loads_when` or ``Handle.load_rule`` say it; the rest is computed
             where it is (`Residency.partly`). They are misses, but no loads.
         steps: Also keep what happened in each forward pass and layer.
         engine: ``residency``: drive the runtime's own class. ``compiled``: the compiled rules, for
-            lru, lfu, lfru, static and belady by name with slots per layer. ``auto``: compiled
+            lru, lfu, lfru, static and belady by name. ``auto``: compiled
             where it can and the trace makes 50,000 requests or more, for which loading it pays.
         prefill: Stream prompts by this rule, as the fast engine does; absent, serve them as any
-            other request. With slots per layer, and not compiled.
+            other request. Not compiled.
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
         TraceError: the policy needs the router's weights, or the prefetch the next router's
             guesses or the prompts, and they are not there; prompts that are not the trace's.
         ValueError: *slots* or a prefetch does not name every layer; an unknown *prefetch_at* or
-            *engine*, or compiled rules where there are none, or *prefill* in a shared cache.
+            *engine*, or compiled rules or *prefill* where there are none.
     """
     if prefetch_at not in PHASES:
         raise ValueError(f"prefetch_at must be one of {', '.join(PHASES)}, got {prefetch_at!r}")
@@ -97,13 +93,12 @@ def simulate(
         if options:
             raise ValueError("policy_options belong to a policy given by name")
         example = policy()
-        name, scope, uses_scores = example.name, example.scope, example.uses_scores
+        name, uses_scores = example.name, example.uses_scores
     else:
         cls = policy_class(policy)
-        name, scope, uses_scores = policy, cls.scope, cls.uses_scores
+        name, uses_scores = policy, cls.uses_scores
         if name == "static":
             options.setdefault("popularity", popularity(trace))
-    shared = scope == "model" if shared is None else shared
     if uses_scores and trace.scores is None and len(trace):
         raise TraceError(
             f"policy {name!r} needs the router's weights, which the trace does not hold; record "
@@ -111,24 +106,20 @@ def simulate(
         )
     prefetcher = as_prefetcher(prefetch, prefetch_at)
     between = prefetcher is not None and prefetcher.between_layers
-    if prefill is not None and (shared or engine == "compiled"):
-        raise ValueError("prompts are streamed into slots per layer only, and not compiled")
-    special = shared or between or load is not None
+    if prefill is not None and engine == "compiled":
+        raise ValueError("prompts are not streamed by compiled rules; use engine='residency'")
+    special = between or load is not None
     if prefill is None and _compiles(engine, policy, special, trace):
         from melinoe.cache.compiled import run
 
         return run(
             trace, per_layer, name, options, prefetcher, prompts, reset_between_sequences, steps
         )
-    makers = _makers(trace, policy, options, shared)
-    residencies: Sequence[Residency | SharedLayer]
-    if shared:
-        residencies = share(trace.num_layers, trace.num_experts, sum(per_layer), makers[0]())
-    else:
-        residencies = [
-            Residency(trace.num_experts, capacity, make())
-            for capacity, make in zip(per_layer, makers, strict=True)
-        ]
+    makers = _makers(trace, policy, options)
+    residencies = [
+        Residency(trace.num_experts, capacity, make())
+        for capacity, make in zip(per_layer, makers, strict=True)
+    ]
     units = units_of(trace)
     unit_of = {sequence: number for number, unit in enumerate(units) for sequence in unit}
     per_unit = [Counters(trace.num_layers) for _ in units]
@@ -165,7 +156,6 @@ def simulate(
         units,
         per_layer,
         name,
-        shared,
         "residency",
         kept,
         "none" if prefetcher is None else prefetcher.name,
@@ -176,8 +166,8 @@ def _compiles(engine: str, policy: str | Callable[[], Policy], special: bool, tr
     able = isinstance(policy, str) and policy in COMPILED_POLICIES and not special
     if engine == "compiled" and not able:
         raise ValueError(
-            f"compiled rules are {', '.join(COMPILED_POLICIES)} by name with slots per layer, "
-            "loading all and prefetching nothing between layers; use engine='residency' for others"
+            f"compiled rules are {', '.join(COMPILED_POLICIES)} by name, loading all and "
+            "prefetching nothing between layers; use engine='residency' for others"
         )
     # Rows, not passes, because counting those takes longer; a prompt's rows are few in a long one.
     large = len(trace) * trace.num_layers >= COMPILED_FROM
@@ -185,26 +175,17 @@ def _compiles(engine: str, policy: str | Callable[[], Policy], special: bool, tr
 
 
 def _makers(
-    trace: Trace, policy: str | Callable[[], Policy], options: dict[str, Any], shared: bool
+    trace: Trace, policy: str | Callable[[], Policy], options: dict[str, Any]
 ) -> Sequence[Callable[[], Policy]]:
     if not isinstance(policy, str):
         return [policy] * trace.num_layers
     if policy_class(policy).offline:
-        options["future"] = _future(trace) if shared else trace.layer_requests()
-    return policy_makers(policy, options, trace.num_layers, shared=shared)
-
-
-def _future(trace: Trace) -> list[list[int]]:
-    """All requests in the order in which they are made, in the ids of a shared cache."""
-    return [
-        [layer * trace.num_experts + expert for expert in experts]
-        for forward in trace.passes()
-        for layer, (experts, _) in enumerate(forward.requests)
-    ]
+        options["future"] = trace.layer_requests()
+    return policy_makers(policy, options, trace.num_layers)
 
 
 def _serve(
-    residencies: Sequence[Residency | SharedLayer],
+    residencies: Sequence[Residency],
     counters: Counters,
     forward: ForwardPass,
     prefill: StreamedPrefill | None,
@@ -219,9 +200,7 @@ def _serve(
         scores = None if forward.scores is None else forward.scores[layer]
         there: tuple[int, ...] = ()
         if prefill is not None:
-            residency = residencies[layer]
-            assert isinstance(residency, Residency)
-            stream = prefill.serve(residency, experts, uses, scores)
+            stream = prefill.serve(residencies[layer], experts, uses, scores)
             counters.add_stream(layer, experts, uses, stream)
             loads.append(stream.loads)
             elsewhere.append(0)
@@ -244,7 +223,7 @@ def _serve(
         of = dict(zip(experts, uses, strict=True)) if there else {}
         elsewhere_uses.append(sum(of[expert] for expert in there))
         if replay is not None:
-            target, early = replay.after_request(layer, forward, plans, counters)
+            target, early = replay.after_request(layer, forward, counters)
             between[target] += early
     counters.end_forward()
     return loads, elsewhere, elsewhere_uses, between

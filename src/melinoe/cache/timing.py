@@ -244,6 +244,5 @@ def _computing(
 
 def _parts(simulation: Simulation, steps: Steps) -> np.ndarray:
     """m by pass and layer."""
-    slots = np.array(simulation.slots)
-    capacity = np.full_like(slots, slots.sum()) if simulation.shared else slots
+    capacity = np.array(simulation.slots)
     return np.where(steps.elsewhere > 0, 1, -(-steps.experts // capacity))

@@ -30,23 +30,15 @@ def slots_from(
     Raises:
         TraceError: not a trace, or one of another shape.
         BudgetError: too little for what one token needs.
-        BadParameter: layers of different experts, which no number of slots is a budget for; or a
-            policy of one cache for all layers.
+        BadParameter: layers of different experts, which no number of slots is a budget for.
     """
     from melinoe.cache.allocate import allocate, cost_of
     from melinoe.cache.curves import miss_curves
-    from melinoe.cache.policy import policy_class
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import describe
     from melinoe.cli import options
     from melinoe.runtime.budget import parse_bytes
 
-    if policy_class(policy).scope == "model":
-        raise typer.BadParameter(
-            f"{policy} keeps one cache for all layers, which have no slots of their own; leave it "
-            "out, or take another --policy",
-            param_hint="--allocate-from",
-        )
     about, trace = describe(path), Trace.load(trace_file)
     if len(set(about.layers)) > 1:
         raise typer.BadParameter(

@@ -22,9 +22,7 @@ ExpertMemory = Annotated[
 ]
 Policy = Annotated[
     str,
-    typer.Option(
-        help="Who leaves: lru, lfu, lfru, score, least-stale, or a policy of an installed package."
-    ),
+    typer.Option(help="Who leaves: lru, lfu, lfru, score, or a policy of an installed package."),
 ]
 StoreKind = Annotated[
     str,

@@ -23,7 +23,7 @@ def command(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="belady, least-stale, lfru, lfu, lru, score, static, or one of an installed "
+            help="belady, lfru, lfu, lru, score, static, or one of an installed "
             "package; may be repeated. Default: lru, lfu and belady."
         ),
     ] = None,
@@ -32,9 +32,6 @@ def command(
         typer.Option(help="Of the policy, as in gamma=0.5; may be repeated. For one policy only."),
     ] = None,
     cold: Annotated[bool, typer.Option(help="Start every sequence with an empty cache.")] = False,
-    shared: Annotated[
-        bool, typer.Option(help="All layers share one cache of as many slots as they would have.")
-    ] = False,
     allocate: Annotated[
         bool,
         typer.Option(
@@ -118,7 +115,6 @@ def command(
 ) -> None:
     """Replay a trace through caches of any size and policy: counts, and time if told the link."""
     from melinoe.cache.misses import loads_when
-    from melinoe.cache.policy import policy_class
     from melinoe.cache.simulator import simulate
     from melinoe.cache.timing import predict
     from melinoe.cache.trace import Trace
@@ -158,10 +154,9 @@ def command(
     split = allocate or allocate_from is not None
     counts, times, replays = [], [], []
     for name in names:
-        alone = not (shared or policy_class(name).scope == "model")
         for size in sizes:
             wanted: list[tuple[str, Any]] = [("as given", size)]
-            if split and alone:
+            if split:
                 chosen = simulate_inputs.with_popularity(name, own, popular)
                 wanted.append(
                     (
@@ -176,7 +171,6 @@ def command(
                     name,
                     policy_options=simulate_inputs.with_popularity(name, own, popular),
                     reset_between_sequences=cold,
-                    shared=not alone,
                     prefetch=prefetcher,
                     prompts=prompts,
                     load=None if figures is None else loads_when(miss, *figures),

@@ -27,7 +27,7 @@ def who_of(done: Simulation, how: str | None) -> dict[str, Any]:
     """What was replayed: policy, slots, how they were split if that was asked, prefetch."""
     alike = len(set(done.slots)) == 1
     return {
-        "policy": f"{done.policy}, shared" if done.shared else done.policy,
+        "policy": done.policy,
         "slots": done.slots[0] if alike else ",".join(map(str, done.slots)),
         **({"split": how} if how is not None else {}),
         "prefetch": done.prefetch,

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Literal, get_args
 
 # Those of ours that run a model by name alone; a test holds them against the registry.
-POLICIES = ("lru", "lfu", "lfru", "score", "least-stale")
+POLICIES = ("lru", "lfu", "lfru", "score")
 STORES = ("auto", "ram", "pinned", "disk")
 # When experts known before the prompt are loaded: a prompt that uses more experts than there are
 # slots would evict them again, so after it unless told otherwise.

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.locality import popularity
-from melinoe.cache.policy import policy_class
 from melinoe.cache.simulator import COMPILED_POLICIES, simulate
 from melinoe.cache.trace import Trace
 from melinoe.config import ServeSettings, experts_in_share
@@ -45,11 +44,10 @@ def trace_records(
         MelinoeError: no such policy, or one that needs weights the trace does not hold.
     """
     names = list(dict.fromkeys(policies))
-    by_layer = [name for name in names if policy_class(name).scope == "layer"]
     sizes = np.unique(np.linspace(min(trace.top_k, trace.num_experts), trace.num_experts, _POINTS))
     quarter = experts_in_share(ServeSettings().slots, trace.num_experts)
     slots = sorted({int(size) for size in sizes} | {quarter})
-    done, of = 0, len(names) * len(slots) + len(by_layer)
+    done, of = 0, len(names) * (len(slots) + 1)
 
     def step() -> None:
         nonlocal done
@@ -61,7 +59,7 @@ def trace_records(
     for name in names:
         found.append(curve_record(trace, model, name, slots, progress=step, **options[name]))
         found[-1].pop("policy_options")  # popularity is long, and no record's business
-    for name in by_layer:
+    for name in names:
         found.append(_layers_record(trace, model, name, quarter, options[name]))
         step()
     return found

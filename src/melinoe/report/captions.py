@@ -59,7 +59,7 @@ def locality(means: Mapping[str, Estimate], num_experts: int) -> str:
 
 
 def policy_name(policy: str) -> str:
-    """Write a policy's name as people do: ``LRU``, ``least-stale``."""
+    """Write a policy's name as people do: ``LRU``, ``static``."""
     return policy.upper() if policy in ("lru", "lfu", "lfru") else policy
 
 

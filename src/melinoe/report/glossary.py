@@ -64,7 +64,7 @@ GLOSSARY: list[tuple[str, str]] = [
     (
         "LFRU, score, static",
         "More of them: the one with the least uses over the time since the last; with the least of "
-        "the router's weight lately; the least popular by a count that stays as it is. In a "
+        "the router's weight lately; and the least popular by a count that stays as it is. In a "
         "replay that count is of the same trace, so with hindsight; served, it was made before.",
     ),
     (

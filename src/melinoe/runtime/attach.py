@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from melinoe.cache.policy import Policy, policy_class, policy_makers
+from melinoe.cache.policy import Policy, policy_makers
 from melinoe.errors import AttachError, BudgetError
 from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.dispatch import bound
@@ -178,8 +178,7 @@ def _policy_makers(
     policy: str | Callable[[], Policy], options: dict[str, Any], num_layers: int
 ) -> Sequence[Callable[[], Policy]]:
     if isinstance(policy, str):
-        shared = policy_class(policy).scope == "model"
-        return policy_makers(policy, options, num_layers, shared=shared)
+        return policy_makers(policy, options, num_layers)
     if options:
         raise ValueError("policy_options belong to a policy given by name")
     return [policy] * num_layers

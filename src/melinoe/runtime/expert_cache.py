@@ -12,12 +12,10 @@ from torch import Tensor
 from melinoe.cache.misses import LoadRule
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import Load, Plan, Residency
-from melinoe.cache.shared import SharedLayer
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.chosen import request_of, scores_of
-from melinoe.runtime.common_slots import CommonSlots
 from melinoe.runtime.guard import Guard
 from melinoe.runtime.host_experts import HostExperts
 from melinoe.runtime.passes import ForwardPasses
@@ -35,7 +33,6 @@ class ExpertCache:
         transfer: shared by all layers.
         passes: shared by all layers; also holds the counters.
         device: where the slots are.
-        common: the slots that all layers share; *num_slots* are then what this one brought in.
         rule: how many of a request's missing experts are loaded; absent: all.
         host: computes the others; needed with a *rule*.
     """
@@ -48,19 +45,12 @@ class ExpertCache:
         transfer: Transfer,
         passes: ForwardPasses,
         device: torch.device,
-        common: CommonSlots | None = None,
         rule: LoadRule | None = None,
         host: HostExperts | None = None,
     ) -> None:
         self.layer = layer
         self._bytes = num_slots * layer.block_bytes
-        self.residency: Residency | SharedLayer
-        if common is None:
-            self.residency = Residency(layer.num_experts, num_slots, policy)
-            self._key = 0
-        else:
-            num_slots, self.residency = common.num_slots, common.residencies[layer.index]
-            self._key = self.residency.key
+        self.residency = Residency(layer.num_experts, num_slots, policy)
         self._uses_scores = policy.uses_scores
         self._index = layer.index
         self._num_experts = layer.num_experts
@@ -69,14 +59,10 @@ class ExpertCache:
         self._passes = passes
         self._counters = passes.counters
         with torch.inference_mode(False):
-            self.slots = (
-                common.tensors
-                if common is not None
-                else {
-                    t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
-                    for t in layer.tensors
-                }
-            )
+            self.slots = {
+                t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
+                for t in layer.tensors
+            }
             # Shares the residency's memory: on the CPU it is always up to date.
             self._host_slot_of = torch.from_numpy(self.residency.slot_of)
             self._slot_of = self._host_slot_of.to(device, copy=device.type != "cpu")
@@ -91,20 +77,14 @@ class ExpertCache:
         self._rule, self._host = rule, host
         self._guard = Guard(device)
         self.watch = self._guard.watch
-        # Expert -> ticket of its prefetch; named as the residency names those it evicts.
-        self._in_flight: dict[int, Any] = {} if common is None else common.in_flight
+        self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
         self._as_numbered = False  # whether slot i holds expert i, for all i
-        # Called once a request's loads are under way, with the layer, its experts and the plan.
-        self.after_request: Callable[[int, list[int], Plan], None] | None = None
-
-    @property
-    def key(self) -> int | None:
-        """What ids grow by to be names in the cache of all layers; None with slots of its own."""
-        return None if isinstance(self.residency, Residency) else self._key
+        # Called once a request's loads are under way, with the layer and its experts.
+        self.after_request: Callable[[int, list[int]], None] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the layer's slots; of common ones, of its part."""
+        """Bytes of the layer's slots."""
         return self._bytes
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -140,7 +120,7 @@ class ExpertCache:
             self._load(plan.loads)
         self._await(plan.hits)
         self._counters.add_plans(self._index, experts, uses, (plan,))
-        self._served(experts, plan)
+        self._served(experts)
         return self._from_slots(hidden_states, top_k_index, top_k_weights)
 
     def _from_slots(
@@ -163,18 +143,18 @@ class ExpertCache:
             for load in plan.loads:
                 self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
                 if ticket is not None:
-                    self._in_flight[self._key + load.expert] = ticket
+                    self._in_flight[load.expert] = ticket
             self._renumber()
             self._passes.prefetched(self._index, [load.expert for load in plan.loads])
         return len(plan.loads)
 
-    def _served(self, experts: list[int], plan: Plan) -> None:
+    def _served(self, experts: list[int]) -> None:
         """The loads of a request are under way: now others may follow them over the link."""
         if not experts:
             return
         self._passes.route.reached(self._index)
         if self.after_request is not None:
-            self.after_request(self._index, experts, plan)
+            self.after_request(self._index, experts)
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""
@@ -204,10 +184,10 @@ class ExpertCache:
                 self._load(plan.loads)
             self._await(plan.hits)
             if len(experts) <= self._num_slots:  # else more plans come, and more loads with them
-                self._served(experts, plan)
+                self._served(experts)
             self._add_from_slots(pairs, plan, flat)
         if len(experts) > self._num_slots:
-            self._served(experts, plans[-1])
+            self._served(experts)
         self._counters.add_plans(self._index, experts, uses, plans)
         return pairs.total(top_k_weights)
 
@@ -229,14 +209,14 @@ class ExpertCache:
                 self._load(plan.loads)
             self._await(plan.hits)
             self._counters.add_partly(self._index, experts, uses, plan, there)
-            self._served(experts, plan)
+            self._served(experts)
             return self._from_slots(hidden_states, top_k_index, top_k_weights)
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
         ticket = None
         if plan.loads:
             self._make_way(plan.loads)
             ticket = self._transfer.begin_demand(self._index, plan.loads, self._views)
-        self._served(experts, plan)
+        self._served(experts)
         if there:
             self._host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), there)
         if ticket is not None:
@@ -277,7 +257,7 @@ class ExpertCache:
     def _await(self, hits: Sequence[int]) -> None:
         """Wait for those of *hits* whose prefetch is still under way."""
         for expert in hits if self._in_flight else ():
-            ticket = self._in_flight.pop(self._key + expert, None)
+            ticket = self._in_flight.pop(expert, None)
             if ticket is not None:
                 self._transfer.await_prefetched(ticket)
 
@@ -285,7 +265,7 @@ class ExpertCache:
         """The residency has changed: bring what is derived from it up to date."""
         if self._device.type != "cpu":
             self._slot_of.copy_(self._host_slot_of)
-        if isinstance(self.residency, Residency) and self._num_slots == self._num_experts:
+        if self._num_slots == self._num_experts:
             self._as_numbered = bool(
                 (self.residency.expert_of == np.arange(self._num_experts)).all()
             )

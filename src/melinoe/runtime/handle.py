@@ -18,7 +18,6 @@ from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.choosing import Choosing
-from melinoe.runtime.common_slots import CommonSlots
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.following import Following
 from melinoe.runtime.generating import watch_generate
@@ -103,14 +102,10 @@ class Handle(Following):
     ) -> list[Any]:
         """What computes each layer's experts; the weights are still in the modules."""
         makers = [policy] * len(self.layers) if callable(policy) else list(policy)
-        first, common = makers[0](), None
-        if first.scope == "model":
-            makers = [lambda: first] * len(self.layers)
-            common = CommonSlots(self.layers, sum(self.slots_by_layer), first, device)
         rule, threads = self.misses.rule, self.misses.threads
         return [
             ExpertCache(
-                layer, count, make(), self._transfer, self._passes, device, common, rule,
+                layer, count, make(), self._transfer, self._passes, device, rule,
                 HostExperts(layer, self.store, threads, device, self._transfer) if rule else None,
             )
             for layer, count, make in zip(self.layers, self.slots_by_layer, makers, strict=True)

@@ -9,7 +9,6 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.loads_ahead import LoadsAhead
 from melinoe.cache.prefetcher import Prefetcher, Prompt
 from melinoe.cache.requests import merge_guesses
-from melinoe.cache.residency import Plan
 from melinoe.cache.trace_builder import known_ids
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.prompt_uses import PromptUses
@@ -43,10 +42,7 @@ class Prefetching:
         self._num_experts = tuple(num_experts)
         given = None if ids is None else tuple(map(int, ids))
         self._prompt = Prompt(tuple(slots), max(num_experts), given)
-        keys = [key for cache in caches if (key := getattr(cache, "key", None)) is not None]
-        self._ahead = LoadsAhead(
-            prefetcher, passes.route, len(caches), self._load, keys or None
-        )  # fmt: skip
+        self._ahead = LoadsAhead(prefetcher, passes.route, len(caches), self._load)
         self._between = prefetcher.between_layers
         self._for_prompt = prefetcher.for_prompt
 
@@ -74,7 +70,7 @@ class Prefetching:
         known = Prompt(self._prompt.slots, self._prompt.num_experts, self._prompt.ids, uses)
         self._ahead.before_completion(known)
 
-    def _after_request(self, layer: int, experts: list[int], plan: Plan) -> None:
+    def _after_request(self, layer: int, experts: list[int]) -> None:
         self._ahead.requested(layer)
         target = self._passes.route.after(layer)
         if target is None or not self._passes.decodes_few:
@@ -85,7 +81,7 @@ class Prefetching:
             early = merge_guesses(
                 known_ids(guess.cpu().numpy(), self._num_experts[target]).tolist()
             )
-        self._ahead.after_router(layer, experts, early, plan)
+        self._ahead.after_router(layer, experts, early)
 
     def _load(self, layer: int, experts: Sequence[int], spare: Collection[int]) -> int:
         cache = self._caches[layer]

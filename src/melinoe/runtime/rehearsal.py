@@ -56,7 +56,7 @@ class _Resident:
 
     def __init__(self, motion: str, cache: ExpertCache, decodes: Callable[[], bool]) -> None:
         self._motion, self._decodes = motion, decodes
-        self._slot_of = cache.residency.slot_of
+        self._slot_of, self.expert_of = cache.residency.slot_of, cache.residency.expert_of
         experts = cache.layer.num_experts
         # Decides as a cache of a quarter of the experts would, at the cost of deciding.
         self._shadow = Residency(experts, max(1, experts // 4))
