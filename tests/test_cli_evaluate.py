@@ -120,13 +120,16 @@ def test_a_choice_is_priced_against_the_exact_one(models, melinoe, tmp_path):
     out = tmp_path / "runs.jsonl"
     code, table, err = melinoe(
         *("evaluate", models / "ours", "--data", models / "questions.jsonl", "--slots", 3),
-        *("--choice", "reroute", "--choice-strength", 0.5, "--out", out),
+        *("--choice", "cache-prior", "--choice-strength", 0.5, "--out", out),
     )
     assert code == 0, err
-    assert "".join(table.split()).count("(LRU,3") >= 2 and "ours, reroute 0.5 against ours" in table
+    assert (
+        "".join(table.split()).count("(LRU,3") >= 2
+        and "ours, cache-prior 0.5 against ours" in table
+    )
     write_report([out], tmp_path / "page.html")
     assert "no task was scored" in (tmp_path / "page.md").read_text()
-    assert melinoe("evaluate", models / "ours", "--tasks", "x", "--choice", "reroute")[0] == 2
+    assert melinoe("evaluate", models / "ours", "--tasks", "x", "--choice", "cache-prior")[0] == 2
     code, _, err = melinoe(
         *("evaluate", models / "none", "--data", models / "questions.jsonl", "--choice", "nearest")
     )

@@ -100,7 +100,9 @@ def test_exact_choices_have_no_price_and_without_transfers_none_are_compared():
     handle = attach(model, slots=3)
     with pytest.raises(AttachError, match="no price"):
         price_of_choice(model, handle, TEXTS, ChoiceSettings(), "ours", "text")
-    found = price_of_choice(model, handle, TEXTS, ChoiceSettings("reroute", 0.5), "ours", "text")
+    found = price_of_choice(
+        model, handle, TEXTS, ChoiceSettings("cache-prior", 0.5), "ours", "text"
+    )
     still = replace(found.exact, loads=np.zeros_like(found.exact.loads))
     assert len(found.comparisons()) == 2
     assert len(replace(found, exact=still).comparisons()) == 1

@@ -19,7 +19,6 @@ POLICY, QUARTER = "lfu", 8
 SETTINGS = (
     ChoiceSettings("cache-prior", 0.1),
     ChoiceSettings("cache-prior", 0.3),
-    ChoiceSettings("reroute", 0.5),
 )
 
 

@@ -148,8 +148,7 @@ def records(found: list[tuple[Seen, Cells]], split: Rows, priced: Rows) -> Rows:
             "result": priced,
             "notes": [
                 "The router's first choice stays; read token by token, each text from an empty "
-                "cache. Changes are paired by text. Strength: lambda of the cache prior, tau of "
-                "rerouting."
+                "cache. Changes are paired by text. Strength: lambda of the cache prior."
             ],
         },
     ]

@@ -59,7 +59,7 @@ def test_the_prompt_keeps_the_routers_choice():
     model = tiny_model()
     handle = attach(model, slots=3)
     traces = []
-    for settings in (ChoiceSettings(), ChoiceSettings("reroute", 1.0, keep=0)):
+    for settings in (ChoiceSettings(), ChoiceSettings("cache-prior", 1.0, keep=0)):
         handle.choose(settings)
         handle.reset_cache()
         with handle.record() as recorder:

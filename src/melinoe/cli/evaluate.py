@@ -87,8 +87,8 @@ def command(
     choice: Annotated[
         str,
         typer.Option(
-            help="Also read the texts token by token with cache-prior or reroute, and say what "
-            "that costs and saves against the exact choice."
+            help="Also read the texts token by token with cache-prior, and say what that "
+            "costs and saves against the exact choice."
         ),
     ] = "exact",
     choice_strength: options.ChoiceStrength = 0.1,

@@ -46,13 +46,11 @@ MissThreads = Annotated[
 Choice = Annotated[
     str,
     typer.Option(
-        help="Let decoding tokens prefer resident experts: exact (no), cache-prior, reroute. "
+        help="Let decoding tokens prefer resident experts: exact (no) or cache-prior. "
         "Changes what the model says."
     ),
 ]
-ChoiceStrength = Annotated[
-    float, typer.Option(help="How much: lambda of cache-prior, tau of reroute.", min=0.0)
-]
+ChoiceStrength = Annotated[float, typer.Option(help="How much: lambda of cache-prior.", min=0.0)]
 ChoiceKeep = Annotated[
     int, typer.Option(help="The router's first so many choices of a token always stay.", min=0)
 ]

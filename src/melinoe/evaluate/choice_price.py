@@ -124,7 +124,7 @@ def price_of_choice(
         DataError: as `decoded_perplexity`.
     """
     if settings.kind == "exact":
-        raise AttachError("the exact choice has no price; name cache-prior or reroute")
+        raise AttachError("the exact choice has no price; name cache-prior")
     handle.choose(settings)  # refused, if at all, before minutes of reading
     handle.choose(ChoiceSettings())
     exact = decoded_perplexity(model, handle, encoded, progress=progress)

@@ -8,11 +8,8 @@ nearly all experts anyway, and its experts are loaded once.
     cache-prior   rank experts by z + strength * spread * resident, where z are the router's logits
                   and spread is the running mean of max(z) - min(z) in that layer, over decoded
                   tokens; the first *keep* choices of the router stay. Source: arXiv:2412.00099.
-    reroute       a missing choice is replaced by the most probable resident expert not chosen yet
-                  whose probability is at least (1 - strength) times that of the token's first
-                  choice; the first *keep* choices stay. Source: arXiv:2608.18261.
 
-Whatever the kind, a resident expert takes a missing one's place or nothing happens. Where a
+A resident expert takes a missing one's place or nothing happens. Where a
 router chooses by more than its logits (correction biases, groups), the cache prior counts an
 expert that it did not choose for hardly more than the least of those it did.
 
@@ -31,7 +28,7 @@ from torch import Tensor
 from melinoe.errors import AttachError
 from melinoe.moe.weighting import Weighting, find_weighting
 
-KINDS = ("exact", "cache-prior", "reroute")
+KINDS = ("exact", "cache-prior")
 _MEMORY = 0.99  # of the running mean of the logits' spread, per token
 _EVIDENCE = 64  # tokens that the rule of the weights is read off
 
@@ -42,8 +39,8 @@ class ChoiceSettings:
     What is done about a chosen expert that is not resident.
 
     Attributes:
-        kind: ``exact`` (nothing), ``cache-prior`` or ``reroute``.
-        strength: lambda of the cache prior, 0 or more; tau of rerouting, in [0, 1].
+        kind: ``exact`` (nothing) or ``cache-prior``.
+        strength: lambda of the cache prior, 0 or more.
         keep: The router's first so many choices of a token always stay.
 
     Raises:
@@ -57,11 +54,9 @@ class ChoiceSettings:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise AttachError(f"there is no choice {self.kind!r}; take one of {', '.join(KINDS)}")
-        highest = 1.0 if self.kind == "reroute" else float("inf")
-        if not 0 <= self.strength <= highest:
+        if not 0 <= self.strength < float("inf"):
             raise AttachError(
-                f"a strength of {self.strength} means nothing for {self.kind}; it must be 0 or "
-                f"more{' and at most 1' if self.kind == 'reroute' else ''}"
+                f"a strength of {self.strength} means nothing for {self.kind}; it must be 0 or more"
             )
         if self.keep < 0:
             raise AttachError(f"keep cannot be {self.keep}; it is a number of choices, 0 or more")
@@ -121,10 +116,7 @@ class CacheAwareChoice:
         if known is None or not self.settings.strength:
             return top_k_index, top_k_weights
         scores = logits[:, : self.num_experts].float()
-        if self.settings.kind == "cache-prior":
-            wanted = self._prior(scores, top_k_index.clamp(0, self.num_experts - 1), resident)
-        else:
-            wanted = self._reroute(scores, top_k_index.clamp(0, self.num_experts - 1), resident)
+        wanted = self._prior(scores, top_k_index.clamp(0, self.num_experts - 1), resident)
         # Who stays, stays in its place: only newcomers take the places of those who leave.
         index = self._in_place(top_k_index, wanted)
         moved = (index != top_k_index).any(-1) & whole
@@ -172,17 +164,6 @@ class CacheAwareChoice:
         stays = self._stays(scores, chosen, resident)
         kept = torch.where(stays, float("inf"), scores.gather(-1, chosen))
         return ranked.scatter(-1, chosen, kept).topk(chosen.shape[-1], dim=-1).indices
-
-    def _reroute(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
-        p = scores.softmax(-1)
-        top = p.gather(-1, chosen).amax(-1, keepdim=True)
-        is_chosen = torch.zeros_like(p, dtype=torch.bool).scatter(-1, chosen, True)
-        may_come = resident & ~is_chosen & (p >= (1 - self.settings.strength) * top)
-        stays = self._stays(scores, chosen, resident)
-        # Fixed order: those who stay; then newcomers by probability; then the missing ones.
-        ranked = torch.where(may_come, 1 + p, -torch.ones_like(p))
-        ranked = ranked.scatter(-1, chosen, torch.where(stays, 4.0, p.gather(-1, chosen)))
-        return ranked.topk(chosen.shape[-1], dim=-1).indices
 
     def _stays(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
         """Bool, as *chosen*: who is resident, or among the *keep* most wanted by logit."""
