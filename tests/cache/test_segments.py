@@ -102,6 +102,16 @@ def test_sch_sees_how_often_not_how_soon():
     assert sch(trace, 3, 2) == pytest.approx(2 / 6)
 
 
+def test_more_foresight_can_be_worse():
+    """
+    Tokens 0 1 2 0 2 1 1 1 in two slots: when 2 comes, 0 is used next, and 1 more often but later.
+
+    m = 1 keeps 0, and misses 1 once: four hits. m = 5 keeps 1, and misses 0 and 2: three.
+    """
+    trace = decode([0], [1], [2], [0], [2], [1], [1], [1])
+    assert [sch(trace, m, 2) for m in (1, 5)] == [4 / 8, 3 / 8]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_sch_lies_between_lru_and_belady(seed):
     """Cold per sequence, decoding alone: m = 0 is LRU's hit rate, and Belady bounds every m."""

@@ -4,6 +4,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import csv, parquet
 
 from melinoe.cache.trace_builder import TraceBuilder
 
@@ -33,6 +35,24 @@ def same(one, other):
     )
     scores = (one.scores is None) == (other.scores is None)
     return arrays and scores and (one.scores is None or np.array_equal(one.scores, other.scores))
+
+
+def write_table(trace, path):
+    """One row for each token and layer, every column that docs/traces.md has."""
+    rows, layers, top_k = trace.experts.shape
+    columns = {
+        "token": np.repeat(np.arange(rows), layers),
+        "layer": np.tile(np.arange(layers), rows),
+        "sequence": np.repeat(trace.sequence, layers),
+        "kind": np.array(["prompt", "completion", "padding"])[np.repeat(trace.kind, layers)],
+        "forward": np.repeat(trace.forward, layers),
+        **{f"expert_{k}": trace.experts[:, :, k].ravel() for k in range(top_k)},
+    }
+    if trace.scores is not None:
+        for k in range(top_k):
+            columns[f"score_{k}"] = trace.scores[:, :, k].ravel().astype(np.float32)
+    write = {".csv": csv.write_csv, ".parquet": parquet.write_table}[path.suffix]
+    write(pa.table(columns), path)
 
 
 CSV = """token,layer,sequence,kind,expert_0,expert_1

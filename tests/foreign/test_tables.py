@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from foreign_files import CSV, same, sample
+from foreign_files import CSV, same, sample, write_table
 from pyarrow import csv, parquet
 
 from melinoe.cache.locality import popularity
 from melinoe.errors import TraceError
 from melinoe.foreign import read_foreign
-from melinoe.foreign.tables import write_table
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -37,31 +37,50 @@ def test_a_table_by_hand_needs_no_passes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda csv: csv.replace("kind", "sort"), "no column kind"),
-        (lambda csv: csv.replace("expert_", "e"), "no column expert_0"),
+        (lambda csv: csv.replace("layer", "floor"), "no column layer, but token, floor"),
+        (lambda csv: csv.replace("expert_", "e"), "no column expert, but token"),
         (lambda csv: csv.replace("expert_1", "expert_2"), "expert_1"),
-        (
-            lambda csv: csv.replace(",expert_1", ",expert_1,mood").replace(",1\n", ",1,x\n"),
-            "mood|Exp",
-        ),
-        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,prompt,9"), "3|expert ids|0 to 9"),
-        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,prompt,x"), "no number"),
-        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,prompt,1.5"), "fraction"),
-        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,story,3"), "no number"),
-        (lambda csv: csv[: csv.rindex("8,1")], "not every layer"),
-        (lambda csv: csv.replace("1,0,0,prompt", "1,1,0,prompt"), "layers of each in order"),
-        (lambda csv: csv.replace("\n8,", "\n6,"), "do not ascend"),
-        (lambda csv: csv.replace("0,1,0,prompt", "0,1,1,prompt"), "differ in sequence"),
-        (lambda csv: csv.splitlines()[0] + "\n", "not every layer"),
+        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,prompt,9"), "row 1 has the value 9"),
+        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,prompt,x"), "row 1 has the value 'x'"),
+        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,prompt,1.5"), "row 1 has the value 1.5"),
+        (lambda csv: csv.replace("0,0,0,prompt,3", "0,0,0,story,3"), "row 1 has the kind 'story'"),
+        (lambda csv: csv[: csv.rindex("8,1")], "row 11 has not every layer"),
+        (lambda csv: csv.replace("1,0,0,prompt,0,1\n", ""), "row 3 has not every layer"),
+        (lambda csv: csv.replace("0,1,0,prompt", "0,1,1,prompt"), "row 2 has another sequence"),
+        (lambda csv: csv.replace("2,0,0,completion,3,-1", "2,0,0,completion,3,3"), "row 5 chooses"),
+        (lambda csv: csv.splitlines()[0] + "\n", "no rows"),
         (lambda csv: "", "cannot be read"),
     ],
 )
 def test_a_table_of_another_form_is_refused(tmp_path, change, text):
-    """One sentence: what is wrong, and where the form stands."""
+    """One sentence: what is wrong, in which row."""
     path = tmp_path / "t.csv"
     path.write_text(change(CSV))
     with pytest.raises(TraceError, match=text):
         read_foreign(path, num_experts=6)
+
+
+def test_rows_in_any_order_make_the_same_trace(tmp_path):
+    """Token and layer number the rows, so layer by layer or backwards is the same trace."""
+    head, *rows = CSV.splitlines()
+    path = tmp_path / "t.csv"
+    path.write_text(CSV)
+    want = read_foreign(path, num_experts=6).trace
+    for other in (rows[::-1], sorted(rows, key=lambda row: row.split(",")[1])):
+        path.write_text("\n".join([head, *other]))
+        found = read_foreign(path, num_experts=6).trace
+        assert np.array_equal(found.experts, want.experts)
+        assert np.array_equal(found.kind, want.kind)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    """A column of another kind, gaps in the layers."""
+    path = tmp_path / "t.csv"
+    path.write_text("token,layer,sequence,kind,expert_0,mood\n0,3,7,1,2,x\n1,3,7,1,0,y\n")
+    found = read_foreign(path, num_experts=4)
+    assert found.notes == ["columns left out: mood", "layers 3 are numbered from 0, without gaps"]
+    assert found.trace.experts.tolist() == [[[2]], [[0]]] and found.trace.num_sequences == 1
+    assert all(note in found.trace.note for note in found.notes)
 
 
 def test_a_table_must_be_told_its_experts(tmp_path):
@@ -70,8 +89,6 @@ def test_a_table_must_be_told_its_experts(tmp_path):
     path.write_text(CSV)
     with pytest.raises(TraceError, match="--num-experts"):
         read_foreign(path)
-    with pytest.raises(TraceError, match="neither"):
-        write_table(sample(), tmp_path / "t.txt")
 
 
 def example_of_the_docs(first_column):
@@ -114,13 +131,12 @@ def test_rows_without_counts_are_one_choice_each(tmp_path):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ("layer,expert\n0,4\n", "expert 4 of 4"),
-        ("layer,expert\n0,-1\n", "negative"),
-        ("layer,expert,count\n0,1,\n", "negative or missing"),
-        ("layer,expert,count\n0,1,x\n", "no whole number"),
-        ("layer,expert,count\n0,1,0.5\n", "fraction"),
-        ("layer,expert,weight\n0,1,1\n", "weight"),
-        ("layer,layer_id,expert\n0,1,1\n", "one twice"),
+        ("layer,expert\n0,4\n", "row 1 has the value 4"),
+        ("layer,expert\n0,1\n0,-1\n", "row 2 has the value -1"),
+        ("layer,expert,count\n0,1,\n0,1,5", "row 1 has no count"),
+        ("layer,expert,count\n0,1,x\n", "row 1 has the value 'x'"),
+        ("layer,expert,count\n0,1,0.5\n", "row 1 has the value 0.5"),
+        ("layer,layer_id,expert\n0,1,1\n", "two columns for the layer"),
         ("layer,expert\n", "no rows"),
     ],
 )

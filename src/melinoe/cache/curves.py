@@ -167,7 +167,7 @@ def unit_costs(
         loads_below, hits_below = np.cumsum(loads_at, axis=1), np.cumsum(uses_at, axis=1)
         tokens = np.bincount(group, np.diff(stack.bounds), 2 * stack.units)[COMPLETION::2]
         exact_from = int(largest.max())
-    found = []
+    found: list[tuple[np.ndarray, ...]] = []
     for size in slots:
         if size >= exact_from:
             loads = loads_below[:, -1] - loads_below[:, size - 1]

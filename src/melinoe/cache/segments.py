@@ -72,7 +72,11 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
     Each layer of each sequence has an empty cache of ``round(rho * K)`` slots at its first
     completion token. A token's experts are loaded together; who leaves is the expert, not of this
     token, that the next *m* tokens of the sequence use least, of equal ones the least recently
-    used. It nears Belady's bound of that cache size as *m* grows. First uses count as misses.
+    used. First uses count as misses.
+
+    More foresight is not better: the rule counts uses and not how soon they come, so for large *m*
+    it keeps what is used often but late. On 38 answers of gpt-oss-20b with 8 slots (LRU .656,
+    Belady's bound .773) it rises to .757 at *m* = 4, and falls to .706 at 512.
 
     Where the published code counts the current token as the first of the *m*, this does not.
 

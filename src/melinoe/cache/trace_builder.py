@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from melinoe.cache.trace import Trace
+from melinoe.cache.trace import PADDING_ROW, Trace
 
 
 def known_ids(ids: np.ndarray, num_experts: int) -> np.ndarray:
@@ -17,6 +17,16 @@ def known_ids(ids: np.ndarray, num_experts: int) -> np.ndarray:
         num_experts: Of the layer that the ids are of.
     """
     return np.where((ids >= 0) & (ids < num_experts), ids, -1).astype(np.int16)
+
+
+def _whole(
+    name: str, values: np.ndarray | int, shape: tuple[int, ...], dtype: type[np.integer], most: int
+) -> np.ndarray:
+    """Numbers from 0 to *most* as *dtype*, which would wrap others round."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or (array.size and not 0 <= array.min() <= array.max() <= most):
+        raise ValueError(f"{name} must be whole numbers from 0 to {most}")
+    return np.broadcast_to(array.astype(dtype), shape).copy()
 
 
 class TraceBuilder:
@@ -61,9 +71,12 @@ class TraceBuilder:
             guesses: What each layer's router said one layer early, as *experts*; likewise.
 
         Raises:
-            ValueError: another shape, or scores or guesses of some passes only.
+            ValueError: another shape, what is no whole number or beyond those of a trace, or scores
+                or guesses of some passes only.
         """
         experts = np.asarray(experts)
+        if experts.dtype.kind not in "iu":
+            raise ValueError(f"experts must be whole numbers, not {experts.dtype}")
         if experts.ndim != 3 or experts.shape[1:] != self._shape:
             raise ValueError(
                 f"experts has shape {experts.shape}, not (rows, {self._shape[0]}, {self._shape[1]})"
@@ -81,8 +94,8 @@ class TraceBuilder:
             self._guesses.append(known_ids(early, self._num_experts))
         self._experts.append(ids)
         rows = (len(experts),)
-        self._sequence.append(np.broadcast_to(np.asarray(sequence, np.int32), rows).copy())
-        self._kind.append(np.broadcast_to(np.asarray(kind, np.uint8), rows).copy())
+        self._sequence.append(_whole("sequence", sequence, rows, np.int32, np.iinfo(np.int32).max))
+        self._kind.append(_whole("kind", kind, rows, np.uint8, PADDING_ROW))
 
     def trace(
         self,

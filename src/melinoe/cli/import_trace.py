@@ -12,13 +12,14 @@ def command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A table (.csv, .parquet; docs/traces.md), SGLang's expert distribution record "
-            "(.pt), or llama.cpp's importance matrix (.gguf)."
+            help="A table (.csv, .parquet, .jsonl) or arrays (.npz, .npy) of choices, as "
+            "docs/traces.md has them; SGLang's expert distribution record (.pt); or llama.cpp's "
+            "importance matrix (.gguf)."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write: a trace, or statistics (.json).")],
     format: Annotated[
-        str, typer.Option(help="auto (by the name's end), table, sglang or llama.cpp.")
+        str, typer.Option(help="auto (by the name's end), table, arrays, sglang or llama.cpp.")
     ] = "auto",
     statistics: Annotated[
         bool, typer.Option(help="Write how often each expert was chosen, without the order.")
@@ -41,6 +42,8 @@ def command(
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     found = read_foreign(file, format, num_experts=num_experts, model=model, statistics=statistics)
     layers, experts = found.counts.shape
+    for note in found.notes:
+        options.say(f"{file}: {note}")
     if statistics:
         save_statistics(out, found.counts, model=model, note=f"imported from {file.name}")
         options.say(f"statistics of {layers} layers of {experts} experts -> {out}")
@@ -51,4 +54,7 @@ def command(
             "trace; import it with --statistics, for the policy static and --prefetch popularity"
         )
     found.trace.save(out)
-    options.say(f"{found.trace.num_sequences} prompts, {len(found.trace)} tokens -> {out}")
+    options.say(
+        f"{found.trace.num_sequences} sequences, {len(found.trace)} tokens, {layers} layers of "
+        f"{experts} experts -> {out}"
+    )

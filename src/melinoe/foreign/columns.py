@@ -1,7 +1,9 @@
-"""The columns of a CSV or Parquet file, and whole numbers out of them."""
+"""Read the columns of a table (CSV, Parquet, JSON lines), and exact whole numbers out of them."""
 
+from __future__ import annotations
+
+import math
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +11,123 @@ import numpy as np
 
 from melinoe.errors import TraceError
 
-Columns = Mapping[str, Sequence[Any]]
+SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson")
+MOST = np.iinfo(np.int32).max
 
 
-def read_columns(path: str | os.PathLike) -> Columns:
+def read_columns(path: str | os.PathLike) -> dict[str, Any]:
     """
     Read a table.
 
     Args:
-        path: ``.csv`` with a header line, or ``.parquet``.
+        path: ``.csv`` with a header line, ``.parquet`` or ``.jsonl``, one object a line; also
+            gzipped, with ``.gz`` behind the name.
+
+    Returns:
+        Arrow arrays by the name of the column, as the file has it.
 
     Raises:
-        TraceError: another suffix, or the file cannot be read.
+        TraceError: another suffix, the file cannot be read, or it names a column twice.
     """
     import pyarrow as pa
-    from pyarrow import csv, parquet
+    from pyarrow import csv, json, parquet
 
-    read = {".csv": csv.read_csv, ".parquet": parquet.read_table}.get(Path(path).suffix)
-    if read is None:
-        raise TraceError(f"{path} is neither .csv nor .parquet; name a table, or its --format")
+    kind = Path(str(path).removesuffix(".gz")).suffix
+    if kind not in SUFFIXES:
+        raise TraceError(f"{path} is not one of {', '.join(SUFFIXES)}; name a table so")
     try:
-        table = read(path)
+        if kind == ".parquet":
+            table = parquet.read_table(path)
+        else:
+            with pa.input_stream(str(path), compression="detect") as stream:
+                blob = pa.py_buffer(stream.read().removeprefix(b"\xef\xbb\xbf"))
+            if kind == ".csv":
+                table = csv.read_csv(pa.BufferReader(blob))
+            else:
+                # A block must hold the longest line.
+                block = json.ReadOptions(block_size=1 << 26)
+                table = json.read_json(pa.BufferReader(blob), read_options=block)
     except (OSError, pa.ArrowException) as error:
         said = str(error).splitlines()[0]
         raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
-    return {name: table.column(name).to_pylist() for name in table.column_names}
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise TraceError(f"the table {path} has two columns {twice[0]}; take one out")
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    return {
+        name: values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        for name, values in columns.items()
+    }
 
 
-def whole(values: Sequence[Any]) -> np.ndarray:
+def whole(
+    name: str,
+    values: Any,
+    low: int,
+    high: int = MOST,
+    *,
+    missing: int | None = None,
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
     """
-    Whole numbers as int64; an empty one is -1.
+    Read exact whole numbers.
+
+    Args:
+        name: Of the column, for the sentence.
+        values: An Arrow array or a numpy one, of integers, of floats that are whole, or of texts
+            that spell integers.
+        low, high: The least and the greatest allowed.
+        missing: Stands for an empty value; without it an empty one is refused.
+        rows: Which row each value is of, from 1; absent, they are counted.
+
+    Returns:
+        int64, as many as *values*.
 
     Raises:
-        ValueError, TypeError: a value is none.
+        ValueError: a value is none of these; the sentence says which, and of which row.
     """
-    numbers = np.array([-1 if value in (None, "") else value for value in values], np.float64)
-    if (numbers != np.floor(numbers)).any():
-        raise ValueError("a fraction where a whole number belongs")
-    return numbers.astype(np.int64)
+    empty = np.zeros(len(values), bool)
+    if not isinstance(values, np.ndarray):
+        if values.null_count:
+            empty = values.is_null().to_numpy(zero_copy_only=False)
+        values = _filled(values)
+    if values.dtype.kind in "iuf":
+        numbers = values
+        good = (values >= low) & (values <= high)
+        if values.dtype.kind == "f":  # which holds not every whole number beyond 2^53
+            good &= (values == np.floor(values)) & (np.abs(values) <= 2**53)
+    else:
+        numbers = np.array([_spelled(value) for value in values.tolist()], np.float64)
+        good = (numbers >= low) & (numbers <= high)
+        empty |= np.array([value == "" for value in values.tolist()], bool)
+    good = np.where(empty, missing is not None, good)
+    if not good.all():
+        at = int(np.argmin(good))
+        said = "no" if empty[at] else f"the value {values[at : at + 1].tolist()[0]!r} as its"
+        raise ValueError(
+            f"row {at + 1 if rows is None else rows[at]} has {said} {name}, which is a whole "
+            f"number from {low} to {high}"
+        )
+    found = np.where(empty, 0, numbers).astype(np.int64)
+    found[empty] = 0 if missing is None else missing
+    return found
+
+
+def _filled(values: Any) -> np.ndarray:
+    """Arrow's values as numpy has them; something of their type for each that is absent."""
+    import pyarrow as pa
+
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values), np.int64)
+    if values.null_count and (
+        pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+    ):
+        values = values.fill_null(0)
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _spelled(value: Any) -> float:
+    """The integer that a text spells in ASCII digits; no number for anything else."""
+    text = value.strip() if isinstance(value, str) else ""
+    digits = text.removeprefix("-")
+    return float(text) if digits.isascii() and digits.isdigit() else math.nan

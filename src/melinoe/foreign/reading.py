@@ -1,7 +1,7 @@
 """Read whatever was written elsewhere: a trace if it has the order, else statistics."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,11 @@ import numpy as np
 from melinoe.cache.locality import popularity
 from melinoe.cache.trace import Trace
 from melinoe.errors import TraceError
+from melinoe.foreign.columns import SUFFIXES
 
-FORMATS = ("auto", "table", "sglang", "llama.cpp")
-_BY_SUFFIX = {".csv": "table", ".parquet": "table", ".pt": "sglang", ".gguf": "llama.cpp"}
+FORMATS = ("auto", "table", "arrays", "sglang", "llama.cpp")
+_BY_SUFFIX = dict.fromkeys(SUFFIXES, "table") | dict.fromkeys((".npz", ".npy"), "arrays")
+_BY_SUFFIX |= {".pt": "sglang", ".gguf": "llama.cpp"}
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Imported:
         format: One of `FORMATS`.
         trace: None where the file has no order.
         counts: Choices, float64 (layers, num_experts).
+        notes: What was assumed or left out, for people.
     """
 
     format: str
     trace: Trace | None
     counts: np.ndarray
+    notes: list[str] = field(default_factory=list)
 
 
 def read_foreign(
@@ -59,27 +63,23 @@ def read_foreign(
     if not Path(path).is_file():
         raise TraceError(f"{path} is no file; check the path")
     if format == "auto":
-        if Path(path).suffix not in _BY_SUFFIX:
+        suffix = Path(str(path).removesuffix(".gz")).suffix
+        if suffix not in _BY_SUFFIX:
             raise TraceError(
-                f"what {path} is cannot be told from its name; say which with --format, "
-                f"{' or '.join(FORMATS[1:])}"
+                f"what {path} is cannot be told from its name; give it one that ends in "
+                f"{', '.join(_BY_SUFFIX)}, or say which it is with --format"
             )
-        format = _BY_SUFFIX[Path(path).suffix]
+        format = _BY_SUFFIX[suffix]
     found: Trace | np.ndarray
+    notes: list[str] = []
     if format == "table":
-        from melinoe.foreign.columns import read_columns
-        from melinoe.foreign.counts import is_counts, read_counts
         from melinoe.foreign.tables import read_table
 
-        if num_experts is None:
-            raise TraceError(
-                f"the table {path} does not say how many experts a layer has; give --num-experts"
-            )
-        columns = read_columns(path)
-        if is_counts(columns):
-            found = read_counts(path, columns, num_experts)
-        else:
-            found = read_table(path, columns, num_experts, model)
+        found, notes = read_table(path, num_experts, model, statistics)
+    elif format == "arrays":
+        from melinoe.foreign.arrays import read_arrays
+
+        found, notes = read_arrays(path, num_experts, model, statistics)
     elif format == "sglang":
         from melinoe.foreign.sglang import read_sglang
 
@@ -94,5 +94,5 @@ def read_foreign(
                 "--num-experts out"
             )
     if isinstance(found, Trace):
-        return Imported(format, found, popularity(found).astype(np.float64))
-    return Imported(format, None, found)
+        return Imported(format, found, popularity(found).astype(np.float64), notes)
+    return Imported(format, None, found, notes)

@@ -27,7 +27,9 @@ import numpy as np
 from melinoe.cache.trace import Trace
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.errors import TraceError
+from melinoe.foreign.columns import whole
 
+_INT64 = np.iinfo(np.int64)
 # `ForwardMode` of SGLang: a prompt, one token of each answer, nothing.
 _PLAIN_PASSES = {1, 2, 4}
 
@@ -102,7 +104,9 @@ def _load(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+    """Whole numbers, which is all that the recorder writes; -1 is no expert."""
+    array = np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+    return whole("number", array.ravel(), -1, _INT64.max).reshape(array.shape)
 
 
 def _check_experts(path: str | os.PathLike, told: int | None, found: int) -> None:
@@ -134,7 +138,7 @@ def _counts(
 
 def _logical(path: str | os.PathLike, record: dict[str, Any], physical: np.ndarray) -> np.ndarray:
     """One pass's choices by logical ids, int64 (tokens, layers, 8), -1 for none."""
-    ids = _array(record["topk_ids_of_layer"]).astype(np.int64).transpose(1, 0, 2)
+    ids = _array(record["topk_ids_of_layer"]).transpose(1, 0, 2)
     if ids.size and ids.max() >= physical.shape[1]:
         raise TraceError(
             f"{path} names expert {ids.max()} of {physical.shape[1]}, as SGLang does when it "

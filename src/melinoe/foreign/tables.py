@@ -1,22 +1,13 @@
 """
-A trace as a table, CSV or Parquet: the form to write when no converter fits.
+Tables of choices, as people and tools write them: CSV, Parquet or JSON lines.
 
-One row per token and MoE layer, in the order in which tokens were computed, each token's layers
-together and ascending:
-
-    token      number of the computed token, from 0, ascending
-    layer      MoE layer, from 0; every token has every layer once
-    sequence   which prompt the token belongs to, from 0
-    kind       prompt, completion or padding; or 0, 1, 2
-    expert_0, expert_1, ...   the experts it chose; -1, or empty, where it chose none
-    forward    optional: number of the forward pass, from 0, never decreasing
-    score_0, score_1, ...     optional: the weight of each choice, as many as experts
-
-Without ``forward`` it is assumed what one user's decoding does: a sequence's prompt is one pass,
-and each token of a completion is one of its own. Other columns are refused, not dropped.
+A row is a token in one layer, with all its choices, or a single choice; docs/traces.md lists the
+columns. A table that has no token is no trace but statistics: how often each expert was chosen.
 """
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,132 +15,209 @@ import numpy as np
 
 from melinoe.cache.trace import Trace
 from melinoe.errors import TraceError
-from melinoe.foreign.columns import Columns, whole
+from melinoe.foreign.columns import read_columns, whole
+from melinoe.foreign.rows import Rows, counts_of, gathered, trace_of
 
-KINDS = {"prompt": 0, "completion": 1, "padding": 2}
-_REQUIRED = ("token", "layer", "sequence", "kind")
+# What a column is called here, and how others spell it.
+_SPELLINGS = {
+    "token": "token_idx token_index token_pos position pos",
+    "layer": "layer_id layer_idx layer_index layer_num moe_layer",
+    "expert": "expert_id expert_idx expert_index",
+    "experts": "expert_ids topk_ids topk_idx topk_indices top_k_index selected_experts",
+    "score": "weight prob probability router_weight expert_weight gate_weight",
+    "scores": "weights topk_weights topk_scores router_weights expert_weights",
+    "rank": "k slot choice",
+    "sequence": "sequence_id seq seq_id req_id request request_id prompt_id sample_id",
+    "kind": "phase",
+    "forward": "forward_id forward_pass step step_id iteration",
+    "count": "counts frequency",
+}
+_NAMES = {other: name for name, others in _SPELLINGS.items() for other in others.split()}
+_OF_ONE = re.compile(r"(expert|score)_\d+")
+_OF_LOG = ("model_id", "num_experts")
+_KINDS = {"prompt": 0, "completion": 1, "padding": 2, "prefill": 0, "decode": 1}
+_KINDS |= {"0": 0, "1": 1, "2": 2}
 
 
 def read_table(
-    path: str | os.PathLike, columns: Columns, num_experts: int, model: str = ""
-) -> Trace:
+    path: str | os.PathLike, num_experts: int | None, model: str, statistics: bool
+) -> tuple[Trace | np.ndarray, list[str]]:
     """
-    Read a trace from a table.
+    Read a trace, or statistics where the table has no order or no more is wanted.
 
     Args:
-        path: For sentences and the note.
-        columns: Of the table, as `melinoe.foreign.columns.read_columns` gives them.
-        num_experts: Experts of each layer; a table does not say how many were never chosen.
-        model: For people.
+        path: The table.
+        num_experts: Experts of each layer; absent, as the table's header line says.
+        model: For people; absent, likewise.
+        statistics: Counts are enough.
+
+    Returns:
+        The trace, or counts, float64 (layers, num_experts); and what was assumed or left out.
 
     Raises:
-        TraceError: it is not the form above; the sentence says what is missing.
+        TraceError: the table is neither; the sentence says why, and what would work.
     """
-
-    def refuse(fault: str) -> TraceError:
-        return TraceError(f"the table {path} is no trace: {fault}; see docs/traces.md for the form")
-
-    missing = [name for name in _REQUIRED if name not in columns]
-    top_k = sum(name.startswith("expert_") for name in columns)
-    if missing or not top_k:
-        raise refuse(f"it has no column {', '.join(missing) or 'expert_0'}")
-    scored = any(name.startswith("score_") for name in columns)
-    wanted = [f"expert_{k}" for k in range(top_k)] + [f"score_{k}" for k in range(top_k)] * scored
-    odd = set(columns).symmetric_difference({*_REQUIRED, *wanted, *columns.keys() & {"forward"}})
-    if odd:
-        raise refuse(f"its columns do not match at {', '.join(sorted(odd))}")
-    rows = len(columns["token"])
+    notes: list[str] = []
+    columns = read_columns(path)
     try:
-        numbers = {
-            name: whole(values) for name, values in columns.items() if name in _whole_columns(top_k)
-        }
-        kind = np.array([KINDS.get(str(k), k) for k in columns["kind"]]).astype(np.uint8)
-        scores = [np.asarray(columns[f"score_{k}"], np.float16) for k in range(top_k * scored)]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise refuse(f"a value is no number of its column ({error})") from error
-    layers = int(numbers["layer"].max(initial=-1)) + 1
-    if not rows or rows % layers:
-        raise refuse(f"{rows} rows are not every layer of every token")
-    place = np.tile(np.arange(layers), rows // layers)
-    token = numbers["token"].reshape(-1, layers)
-    if (numbers["layer"] != place).any() or (token != token[:, :1]).any():
-        raise refuse("its rows are not token by token with the layers of each in order")
-    if (np.diff(token[:, 0]) <= 0).any():
-        raise refuse("its token numbers do not ascend")
-    for name, values in (("sequence", numbers["sequence"]), ("kind", kind)):
-        if (values.reshape(-1, layers) != values[::layers, None]).any():
-            raise refuse(f"the layers of a token differ in {name}")
-    sequence, kind = numbers["sequence"][::layers].astype(np.int32), kind[::layers]
-    forward = numbers["forward"][::layers] if "forward" in numbers else _passes(sequence, kind)
-    experts = np.stack([numbers[f"expert_{k}"] for k in range(top_k)], axis=-1)
-    try:
-        return Trace(
-            experts=_small(experts, path).reshape(-1, layers, top_k),
-            forward=forward.astype(np.int32),
-            sequence=sequence,
-            kind=kind,
-            num_experts=num_experts,
-            model=model,
-            note=f"imported from {Path(path).name}",
-            scores=np.stack(scores, axis=-1).reshape(-1, layers, top_k) if scored else None,
-        )
-    except TraceError as error:
-        raise refuse(str(error).partition(": ")[2].partition(";")[0]) from error
-
-
-def write_table(trace: Trace, path: str | os.PathLike) -> None:
-    """
-    Write a trace as a table, the form that `read_table` reads.
-
-    Raises:
-        TraceError: a suffix other than ``.csv`` and ``.parquet``, or the place cannot be written.
-    """
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    rows, layers, top_k = trace.experts.shape
-    columns: dict[str, Any] = {
-        "token": np.repeat(np.arange(rows), layers),
-        "layer": np.tile(np.arange(layers), rows),
-        "sequence": np.repeat(trace.sequence, layers),
-        "kind": [list(KINDS)[k] for k in np.repeat(trace.kind, layers)],
-        "forward": np.repeat(trace.forward, layers),
-    }
-    for k in range(top_k):
-        columns[f"expert_{k}"] = trace.experts[:, :, k].ravel()
-    if trace.scores is not None:
-        for k in range(top_k):
-            columns[f"score_{k}"] = trace.scores[:, :, k].ravel().astype(np.float32)
-    path = Path(path)
-    write = {".csv": csv.write_csv, ".parquet": parquet.write_table}.get(path.suffix)
-    if write is None:
-        raise TraceError(f"{path} is neither .csv nor .parquet; name one of them")
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        write(pa.table(columns), temporary)
-        os.replace(temporary, path)
-    except OSError as error:
+        columns, told = _without_header_lines(_known(columns, notes))
+        experts = num_experts or told.get("num_experts")
+        if not isinstance(experts, int):
+            raise ValueError("it does not say how many experts a layer has; give --num-experts")
+        rows = _rows(columns, experts)
+        if "token" not in rows and "scores" in rows:
+            notes.append("weights left out: every choice counts one")
+        if statistics or "token" not in rows:
+            return counts_of(rows, experts, notes), notes
+        model = model or str(told.get("model_id", ""))
+        return trace_of(rows, experts, model, f"imported from {Path(path).name}", notes), notes
+    except (ValueError, TraceError) as error:
         raise TraceError(
-            f"the table cannot be written to {path}: {error.strerror}; choose another place"
+            f"the table {path} cannot be imported: {error}; docs/traces.md has the forms"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _whole_columns(top_k: int) -> set[str]:
-    return {"token", "layer", "sequence", "forward", *(f"expert_{k}" for k in range(top_k))}
+def _known(columns: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Columns by the names used here; others are left out, which *notes* then say."""
+    ours = {}
+    for given in columns:
+        name = given.strip().lower().replace(" ", "_")
+        ours[given] = _NAMES.get(name, name)
+    for name, times in Counter(ours.values()).items():
+        if times > 1:
+            raise ValueError(f"it has two columns for the {name}; take one out")
+    known = {*_SPELLINGS, *_OF_LOG}
+    found = {
+        name: columns[given]
+        for given, name in ours.items()
+        if name in known or _OF_ONE.fullmatch(name)
+    }
+    if "layer" not in found or not _of_choices(found):
+        raise ValueError(
+            f"it has no column {'expert' if 'layer' in found else 'layer'}, but "
+            f"{', '.join(columns) or 'none at all'}"
+        )
+    if odd := [given for given, name in ours.items() if name not in found]:
+        notes.append(f"columns left out: {', '.join(odd)}")
+    return found
 
 
-def _small(experts: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """Ids as int16; those that do not fit would wrap round."""
-    limits = np.iinfo(np.int16)
-    if experts.size and (experts.min() < limits.min or experts.max() > limits.max):
-        raise TraceError(f"the table {path} names expert {experts.max()}, beyond any model's")
-    return experts.astype(np.int16)
+def _of_choices(columns: dict[str, Any]) -> list[str]:
+    """Columns that say which experts were chosen."""
+    return [name for name in columns if re.fullmatch(r"experts?|expert_\d+", name)]
 
 
-def _passes(sequence: np.ndarray, kind: np.ndarray) -> np.ndarray:
-    """Prompts in one pass, completions token by token."""
-    new = np.ones(len(sequence), bool)
-    new[1:] = (sequence[1:] != sequence[:-1]) | (kind[1:] == 1) | (kind[:-1] == 1)
-    return np.cumsum(new) - 1
+def _without_header_lines(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take out lines that have neither layer nor choice but tell of the log; and what they tell."""
+    import pyarrow.compute as pc
+
+    chosen = _of_choices(columns)[0]
+    header = pc.and_(columns["layer"].is_null(), columns[chosen].is_null())
+    told: dict[str, Any] = {}
+    for name in set(_OF_LOG) & columns.keys():
+        values = columns.pop(name).filter(header).drop_null()
+        told |= {name: values[0].as_py()} if len(values) else {}
+    kept = np.flatnonzero(~header.to_numpy(zero_copy_only=False))
+    rows = {name: values.take(kept) for name, values in columns.items()}
+    # A column of header lines alone is none of the rows'.
+    rows = {n: v for n, v in rows.items() if v.null_count < len(v) or _OF_ONE.fullmatch(n)}
+    return rows | {"number": kept + 1}, told
+
+
+def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
+    """Exact numbers of each column, with all choices of a token and layer in one row."""
+    number = columns["number"]
+    if not len(number):
+        raise ValueError("it has no rows")
+    rows: Rows = {"number": number}
+    for name in ("token", "layer", "forward", "count", "rank"):
+        if name in columns:
+            rows[name] = whole(name, columns[name], 0, rows=number)
+    if "sequence" in columns:
+        rows["sequence"] = _numbered(columns["sequence"], number)
+    if "kind" in columns:
+        rows["kind"] = _kinds(columns["kind"], number)
+    rows["experts"] = _matrix("expert", columns, number, num_experts - 1)
+    if {"score", "scores", "score_0"} & columns.keys():
+        rows["scores"] = _matrix("score", columns, number, None)
+        if rows["scores"].shape != rows["experts"].shape:
+            raise ValueError("it has not one weight for each choice of an expert")
+        lacks = (np.isnan(rows["scores"]) & (rows["experts"] >= 0)).any(axis=1)
+        if lacks.any():
+            raise ValueError(f"row {number[np.argmax(lacks)]} has a choice without its weight")
+    if {"token", "count"} <= rows.keys():
+        raise ValueError("it has both tokens and counts; take one of the columns out")
+    return gathered(rows) if "token" in rows and "expert" in columns else rows
+
+
+def _numbered(names: Any, number: np.ndarray) -> np.ndarray:
+    """Sequences, which are numbers or texts, numbered from 0 as they first appear."""
+    import pyarrow as pa
+
+    if not pa.types.is_string(names.type):
+        names = pa.array(whole("sequence", names, 0, np.iinfo(np.int64).max, rows=number))
+    codes = names.dictionary_encode().indices
+    if codes.null_count:
+        raise ValueError(f"row {number[np.argmax(codes.is_null())]} has no sequence")
+    return codes.to_numpy().astype(np.int64)
+
+
+def _kinds(words: Any, number: np.ndarray) -> np.ndarray:
+    """Kinds of rows, which are words or numbers, uint8."""
+    coded = words.dictionary_encode()
+    spelled = [_KINDS.get(word, word) for word in coded.dictionary.to_pylist()]
+    good = [kind in (0, 1, 2) and not isinstance(kind, bool) for kind in spelled]
+    codes = coded.indices.fill_null(len(spelled)).to_numpy()
+    bad = ~np.array([*good, False])[codes]
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise ValueError(
+            f"row {number[at]} has the kind {words[at].as_py()!r}; write prompt, completion or "
+            "padding, or 0, 1 or 2"
+        )
+    return np.array([*spelled, 0], np.uint8)[codes]
+
+
+def _matrix(one: str, columns: dict[str, Any], number: np.ndarray, most: int | None) -> np.ndarray:
+    """Experts, int64 (rows, k), -1 for none; or weights (*most* is None), float16, nan."""
+    import pyarrow.compute as pc
+
+    if f"{one}s" in columns:
+        lists = columns[f"{one}s"]
+        if "list" not in str(lists.type):
+            raise ValueError(f"its column of {one}s holds no lists")
+        lengths = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
+        row = np.repeat(np.arange(len(number)), lengths)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        values = _values(one, pc.list_flatten(lists), number[row], most, True)
+        width, none = max(1, lengths.max()), np.nan if most is None else -1
+        matrix = np.full((len(number), width), none, values.dtype)
+        matrix[row, place] = values
+        return matrix
+    names = [name for name in columns if re.fullmatch(rf"{one}_\d+", name)]
+    wanted = [one] if one in columns else [f"{one}_{k}" for k in range(len(names))]
+    if odd := set(names).symmetric_difference(wanted) - {one}:
+        raise ValueError(f"its columns do not match at {', '.join(sorted(odd))}")
+    ordered = "token" in columns
+    each = [_values(name, columns[name], number, most, ordered) for name in wanted]
+    return np.stack(each, axis=-1)
+
+
+def _values(
+    name: str, values: Any, number: np.ndarray, most: int | None, ordered: bool
+) -> np.ndarray:
+    """One column of choices, or of weights."""
+    import pyarrow as pa
+
+    if most is not None:
+        least = -1 if ordered else 0  # without an order, a row that chooses nothing says nothing
+        return whole(name, values, least, most, missing=-1 if ordered else None, rows=number)
+    try:
+        weights = values.cast(pa.float64()).fill_null(np.nan).to_numpy()
+    except (NotImplementedError, ValueError):  # Arrow's, for another type or a text
+        raise ValueError(f"its column {name} holds no numbers") from None
+    good = np.isnan(weights) | (weights >= 0) & (weights <= np.finfo(np.float16).max)
+    if not good.all():
+        at = int(np.argmin(good))
+        raise ValueError(f"row {number[at]} has the weight {weights[at]}, which is none")
+    return weights.astype(np.float16)
