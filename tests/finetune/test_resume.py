@@ -15,6 +15,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import melinoe.finetune.resume.checkpoints as checkpoints_module
+from melinoe.checkpoint import load_model, open_checkpoint
 from melinoe.checkpoint.writing import check_room, write_model
 from melinoe.errors import (
     DependencyError,
@@ -196,18 +197,21 @@ def test_a_disk_full_before_the_end_is_told_by_the_step_that_is_kept(checkpoint,
     assert [row["step"] for row in log_of(checkpoint, "out")][-1] == 3
 
 
-def test_a_full_disk_at_the_end_leaves_no_half_result(tmp_path, monkeypatch):
+def test_a_full_disk_at_the_end_leaves_no_half_result(checkpoint, monkeypatch):
     """An error of the operating system while the weights are written becomes one sentence."""
-    model = tiny_model("olmoe")
+    base = str(checkpoint / "base")
+    with open_checkpoint(base) as opened:
+        model = load_model(opened)
 
-    def full(directory):
-        (directory / "model.safetensors").write_bytes(b"half")
+    def full(source, target):
+        target.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(model, "save_pretrained", full)
+    monkeypatch.setattr("melinoe.checkpoint.rewriting.copyfile", full)
+    before = sorted(checkpoint.iterdir())
     with pytest.raises(WriteError, match=r"No space left on device\); free some space"):
-        write_model(model, None, tmp_path / "out", {})
-    assert list(tmp_path.iterdir()) == []
+        write_model(model, base, checkpoint / "out", {}, [])
+    assert sorted(checkpoint.iterdir()) == before
 
 
 def test_a_disk_too_small_for_the_result_is_refused_before_any_training(tmp_path, monkeypatch):

@@ -9,16 +9,18 @@ The hub's checkpoint layout: opened and checked without its weights, read piece 
     tracing.py            what a rule does to one expert, found by running it on stand-ins
     fitting.py            whether the experts' tensors are all there, and of the right shapes
     opening.py            open_checkpoint: all of the above, nothing read yet
-    backbone.py           load_backbone: the model with everything but its experts
+    backbone.py           load_model; load_backbone: the model with everything but its experts
     describing.py         describe: what a checkpoint is, for doctor and planner
     tokenizer.py          the model's own tokenizer, or a refusal
     metadata.py           melinoe.json: read, checked, written   metadata_schema.py  its fields
     origin.py             where a fine-tuned model comes from: its base's licence, its data's hash
-    writing.py            write_model: whole or not at all
+    rewriting.py          a copy of the base's weight files, what changed overwritten
+    other_files.py        what else a checkpoint holds, copied as it is
+    writing.py            write_model: both of these, whole or not at all
     unfinished.py         a directory to fill beside what it will become; SIGTERM deletes it
 """
 
-from melinoe.checkpoint.backbone import load_backbone
+from melinoe.checkpoint.backbone import load_backbone, load_model
 from melinoe.checkpoint.describing import Description, describe
 from melinoe.checkpoint.metadata import read_metadata, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, ExpertSource, open_checkpoint
@@ -36,6 +38,7 @@ __all__ = [
     "describe_base",
     "describe_data",
     "load_backbone",
+    "load_model",
     "load_tokenizer",
     "open_checkpoint",
     "read_metadata",

@@ -1,4 +1,4 @@
-"""Load all of a model but its experts, with transformers' own from_pretrained."""
+"""Load a model, whole or without its experts, with transformers' own from_pretrained."""
 
 import contextlib
 import logging
@@ -52,19 +52,9 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
         CheckpointError: a backbone tensor is missing or has another shape than the config says;
             the generation config is not readable.
     """
-    stripped = _without_experts(checkpoint.model_class)
-    with _quiet():
-        model, info = stripped.from_pretrained(
-            None,
-            config=checkpoint.config,
-            state_dict={place.name: _Lazy(place) for place in checkpoint.backbone},
-            dtype=checkpoint.dtype,
-            device_map={"": str(device)} if torch.device(device).type != "cpu" else None,
-            ignore_mismatched_sizes=True,  # collected, and refused below in one sentence
-            output_loading_info=True,
-        )
     given = {f"{layer.name}.{t.name}" for layer in checkpoint.layers for t in layer.tensors}
-    _refuse_gaps(checkpoint.name, info, given)
+    stripped = _without_experts(checkpoint.model_class)
+    model = _from_pretrained(checkpoint, stripped, checkpoint.backbone, device, given)
     model.__class__ = checkpoint.model_class
     for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)
@@ -72,6 +62,51 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
             empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
             module._parameters[tensor.name] = nn.Parameter(empty)
     _name_it(model, checkpoint)
+    return model
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
+    """
+    Load a whole model, as transformers does from a directory, from the files that were checked.
+
+    Unlike transformers it needs no ``metadata`` in the index and takes `Checkpoint.dtype`, so
+    that everything that opens a checkpoint agrees on its files and its type.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        device: Where the weights go.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: as `load_backbone`.
+    """
+    places = list(checkpoint.files.values())
+    model = _from_pretrained(checkpoint, checkpoint.model_class, places, device, set())
+    _name_it(model, checkpoint)
+    return model
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint,
+    model_class: Any,
+    places: list[Place],
+    device: torch.device | str,
+    given: set[str],
+) -> Any:
+    """Build *model_class* from stored tensors; only those in *given* may be absent."""
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict={place.name: _Lazy(place) for place in places},
+            dtype=checkpoint.dtype,
+            device_map={"": str(device)} if torch.device(device).type != "cpu" else None,
+            ignore_mismatched_sizes=True,  # collected, and refused below in one sentence
+            output_loading_info=True,
+        )
+    _refuse_gaps(checkpoint.name, info, given)
     return model
 
 

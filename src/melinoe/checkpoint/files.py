@@ -176,7 +176,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         odd = f": {names[beside.index(False)]!r}" if names and not all(beside) else ""
         raise CheckpointError(
             f"the index {index} is not readable (its weight_map names no {SUFFIX} file beside "
-            f"it{odd}); download it again"
+            f"it{odd}); put the shards there and name them so, or download both again"
         )
     return found
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,11 @@ def write_metadata(directory: str | Path, metadata: dict[str, Any]) -> None:
     """
     stamped = {VERSION_FIELD: SCHEMA_VERSION, **metadata}
     text = json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(prefix=f".{METADATA}.", dir=directory)
+    temporary = Path(directory) / f".{METADATA}.{secrets.token_hex(4)}"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, Path(directory) / METADATA)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -90,7 +90,7 @@ class OneExpert:
             p: [self._piece(places, expert, device)] for p, places in self.group.tensors.items()
         }
         shapes = {self.parameter: (1, *self.shape[1:])}
-        return _convert(self.group, pieces, shapes, self.config)[self.parameter]
+        return convert(self.group, pieces, shapes, self.config)[self.parameter]
 
     def _piece(self, places: list[Place], expert: int, device: str) -> torch.Tensor:
         file, name, info = places[expert] if self.listed else places[0]
@@ -134,7 +134,7 @@ class WholeLayer:
                 if device != "meta":
                     file.read(name, piece)
                 pieces[pattern].append(piece)
-        return _convert(self.group, pieces, self.shapes, self.config)
+        return convert(self.group, pieces, self.shapes, self.config)
 
     def read(self, expert: int, into: torch.Tensor) -> None:
         """As `Reader.read`."""
@@ -167,7 +167,7 @@ def reader_for(
     shape = shapes[parameter]
     places = [place for part in group.tensors.values() for place in part]
     operations = _operations(group)
-    if not operations or (_optional(operations) and places[0].info.shape == shape):
+    if is_stored_as_it_is(group, shape):
         if len(places) != 1 or places[0].info.shape != shape:
             raise mismatch(parameter, shape, places[0])
         return Stacked(places[0])
@@ -187,7 +187,7 @@ def reader_for(
         return one
     whole = WholeLayer(group, parameter, shapes, config, cache)
     found = rows_by_trial(
-        group.tensors, parameter, shape[0], lambda pieces: _convert(group, pieces, shapes, config)
+        group.tensors, parameter, shape[0], lambda pieces: convert(group, pieces, shapes, config)
     )
     if found is not None and _rows_fit(found, shape):
         return Rows(found)
@@ -205,10 +205,29 @@ class _Shapes:
         return torch.empty(self.shapes[name], device="meta")
 
 
-def _convert(
+def is_stored_as_it_is(group: Group, shape: tuple[int, ...]) -> bool:
+    """Whether the one stored tensor of a group is the parameter, which has this *shape*."""
+    operations = _operations(group)
+    if _optional(operations):
+        return next(iter(group.tensors.values()))[0].info.shape == shape
+    return not operations
+
+
+def convert(
     group: Group, pieces: dict[str, list[torch.Tensor]], shapes: dict, config: Any
 ) -> dict[str, torch.Tensor]:
-    """Run a group's rule on *pieces*: full parameter name -> tensor."""
+    """
+    Run a group's rule on *pieces*.
+
+    Args:
+        group: Its rule is not changed.
+        pieces: Source pattern -> tensors, in the group's order.
+        shapes: Full name -> shape of the parameters that the rule may ask for.
+        config: The model's config.
+
+    Returns:
+        Full parameter name -> tensor.
+    """
     converter: Any = deepcopy(group.converter)
     for pattern, tensors in pieces.items():
         for tensor in tensors:

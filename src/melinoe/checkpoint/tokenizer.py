@@ -1,5 +1,7 @@
 """Load a checkpoint's tokenizer, and refuse one that belongs to another model."""
 
+from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
@@ -8,6 +10,15 @@ from melinoe.checkpoint.hub import first_line, hub_arguments, locate
 from melinoe.errors import TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_MORE_FILES = (
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
@@ -35,6 +46,18 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
         ) from None
     check_tokenizer(tokenizer, config, str(name))
     return tokenizer
+
+
+def copy_tokenizer(name: str, directory: Path) -> None:
+    """
+    Copy a checkpoint's tokenizer files, as they are, into *directory*.
+
+    Raises:
+        OSError: a full disk.
+    """
+    for filename in (*TOKENIZER_FILES, *_MORE_FILES):
+        if (path := locate(name, filename)) is not None:
+            copyfile(path, directory / filename)
 
 
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:

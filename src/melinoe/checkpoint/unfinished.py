@@ -1,17 +1,21 @@
 """Directories that are filled beside what they will become, and gone if that does not happen."""
 
-import fcntl
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+try:
+    import fcntl
+except ImportError:  # Windows, which cannot lock a directory
+    fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".unfinished"
 
@@ -22,23 +26,27 @@ def unfinished(path: Path) -> Iterator[Path]:
     A directory beside *path* to work in, deleted when the block ends unless it has been renamed.
 
     An exception, Ctrl-C and SIGTERM delete it; what a process that was killed has left for the same
-    *path* is deleted first. A directory that a living process of this machine works in is kept.
+    *path* is deleted first. A directory that a living process of this machine works in is kept;
+    where directories cannot be locked, every one is.
 
     Raises:
         OSError: it cannot be made.
     """
     remove_unfinished(path)
-    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
-    handle = os.open(made, os.O_RDONLY)
+    made = path.parent / f".{path.name}.{secrets.token_hex(4)}{_SUFFIX}"
+    made.mkdir()  # not tempfile's, which no one but the owner may read
+    handle = None if fcntl is None else os.open(made, os.O_RDONLY)
     try:
         with _ending_on_sigterm():
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            if handle is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
             try:
                 yield made
             finally:
                 shutil.rmtree(made, ignore_errors=True)
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def remove_unfinished(path: Path) -> None:
@@ -53,6 +61,8 @@ def remove_unfinished(path: Path) -> None:
 
 def _is_in_use(directory: Path) -> bool:
     """Whether a process holds the lock; the system takes it from one that ends in any way."""
+    if fcntl is None:
+        return True
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from melinoe.checkpoint.metadata import write_metadata
+from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
+from melinoe.checkpoint.other_files import copy_other_files, other_files
+from melinoe.checkpoint.rewriting import rewrite
 from melinoe.checkpoint.unfinished import unfinished
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.moe.experts import find_experts
@@ -73,8 +76,9 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(path) as directory:
             yield directory
-            os.chmod(directory, 0o755)
-            os.replace(directory, path)  # replaces an empty directory, and no other
+            if path.is_dir():
+                path.rmdir()  # empty, or it fails: Windows renames to no place that is taken
+            os.replace(directory, path)
     except (OSError, SafetensorError) as error:
         raise WriteError(
             f"{path} could not be written ({reason_of(error)}); free some space there, or "
@@ -84,36 +88,47 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
 
 def write_model(
     model: Any,
-    tokenizer: Any,
+    base: str,
     out: str | Path,
     metadata: dict[str, Any],
+    changed: Collection[str],
     also: Callable[[Path], None] | None = None,
 ) -> None:
     """
-    Write weights, config, tokenizer and ``melinoe.json`` to *out*.
+    Write a changed model to *out*: its base's own files, in which what changed is overwritten.
 
-    They are written to a directory beside it, which takes the name only when it is whole. The
-    weights get the hub's own names, one tensor per expert where the family's checkpoints have
-    that, so that other engines read them.
+    They are written to a directory beside it, which takes the name only when it is whole. Weights
+    keep the base's names, shards and types, and config, tokenizer and all else its bytes; its
+    card becomes ``BASE_README.md``. Left out, with a warning, are weights in other files than
+    those that were read, and directories.
 
     Args:
-        model: A transformers model with all its weights in it.
-        tokenizer: Its tokenizer, or None.
+        model: From `load_model`, then changed; with all its weights in it.
+        base: What it was loaded from: a directory, or a name on the hub.
         out: The directory to make.
         metadata: For ``melinoe.json``.
+        changed: Full names of the model's tensors that may have changed.
         also: Called with the directory, to write more into it.
 
     Raises:
         OutputExistsError: *out* is taken.
+        CheckpointError: the base can no longer be opened.
         WriteError: a full disk, or another reason why it cannot be written; nothing is left there.
+        UnsupportedModelError: as `check_rewritable`.
         AttachError: the experts' weights are in a runtime's store; detach it first.
     """
     check_output(out)
     find_experts(model)
-    with whole_directory(out) as directory:
-        model.save_pretrained(directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+    with open_checkpoint(base) as checkpoint, whole_directory(out) as directory:
+        rewrite(model, checkpoint, changed, directory)
+        copy_other_files(checkpoint, directory)
         write_metadata(directory, metadata)
         if also is not None:
             also(directory)
+
+
+def bytes_of(checkpoint: Checkpoint) -> int:
+    """What the base's files take that `write_model` copies."""
+    shards = {place.file.path for place in checkpoint.files.values()}
+    others, _ = other_files(checkpoint)
+    return sum(path.stat().st_size for path in (*shards, *others))

@@ -11,15 +11,16 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from melinoe.checkpoint.files import read_config
-from melinoe.checkpoint.hub import commit_of, hub_arguments
-from melinoe.checkpoint.opening import find_model_class, open_checkpoint
+from melinoe.checkpoint.backbone import load_model
+from melinoe.checkpoint.hub import commit_of
+from melinoe.checkpoint.opening import open_checkpoint
+from melinoe.checkpoint.rewriting import check_rewritable, round_as_stored
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.writing import check_output, check_room
+from melinoe.checkpoint.writing import bytes_of, check_output, check_room
 from melinoe.config import FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Example, encode, load_examples, pad_token_id
-from melinoe.errors import OutputExistsError, WriteError
+from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.finetune.arguments import training_arguments
 from melinoe.finetune.parts.saving import KeptParts, write_result
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
@@ -114,7 +115,7 @@ def finetune(
         source = checkpoint.source  # of one commit, also where the branch moves meanwhile
         size = checkpoint.stored_bytes
         check_host_room(size, f"{format_bytes(size)} of weights", "train on a host with more")
-        config = read_config(source)
+        config = checkpoint.config
     tokenizer = load_tokenizer(name, config)
     from_name = isinstance(data, (str, Path))
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
@@ -125,14 +126,15 @@ def finetune(
         anchor = encode(anchor_examples, tokenizer, settings.max_length)
     arguments = training_arguments(settings, checkpoints)  # joins the other processes
     main = arguments.process_index == 0
-    load_model = find_model_class(config).from_pretrained
-    model = load_model(**hub_arguments(source), dtype="auto")
+    with open_checkpoint(source) as checkpoint:
+        model = load_model(checkpoint)
+        if settings.save != "adapter":
+            check_rewritable(model, checkpoint)
+            check_room(path, bytes_of(checkpoint))
     routers = find_routers(model)
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
     if isinstance(anchor_examples, str) and settings.lambda_replay > 0:
         anchor = write_own_text(model, tokenizer, settings, arguments)
-    if settings.save != "adapter":
-        check_room(path, sum(p.nbytes for p in model.parameters()))
     base_fingerprint = fingerprint(model)
     taught_by = read_teacher(teacher, model) if teacher is not None else None
     kept = KeptParts(model, settings)
@@ -159,8 +161,12 @@ def finetune(
     metadata: dict[str, Any] = {}
     if main:
         if trained.adapter is not None:  # a sharded model stays so: a whole one takes what it has
-            model = load_model(**hub_arguments(source), dtype="auto")
+            with open_checkpoint(source) as checkpoint:
+                model = load_model(checkpoint)
             trained.adapter.apply(model)
+        if settings.save != "adapter":
+            with open_checkpoint(source) as checkpoint:
+                round_as_stored(model, checkpoint, kept.changed)
         metadata = {
             "base": name,
             "base_commit": commit_of(source),
@@ -196,14 +202,14 @@ def finetune(
         for callback in callbacks:
             if hasattr(callback, "metadata"):
                 metadata.update(callback.metadata())
-        _write(model, tokenizer, path, metadata, kept, checkpoints)
+        _write(model, source, path, metadata, kept, checkpoints)
     wait_for_all(arguments)
     return FinetuneResult(path, trained.rows, metadata)
 
 
 def _write(
     model: Any,
-    tokenizer: Any,
+    base: str,
     path: Path,
     metadata: dict[str, Any],
     kept: KeptParts,
@@ -211,8 +217,8 @@ def _write(
 ) -> None:
     """Write the result; only then are the run's checkpoints of no more use."""
     try:
-        write_result(model, tokenizer, path, metadata, kept)
-    except WriteError as error:
+        write_result(model, base, path, metadata, kept)
+    except (CheckpointError, WriteError) as error:  # the base may be gone by now, or the disk full
         if (newest := newest_checkpoint(checkpoints)) is None:
             raise
         state = read_state(newest)

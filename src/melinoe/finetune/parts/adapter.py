@@ -31,6 +31,14 @@ class Adapter:
     routers: dict[str, dict[str, Tensor]]
     linears: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def names(self) -> list[str]:
+        """Full names of all tensors of the model that `apply` may change."""
+        return [
+            *(f"{name}.{key}" for name, state in self.routers.items() for key in state),
+            *(f"{name}.{projection}" for name, own in self.factors.items() for projection in own),
+            *(f"{name}.weight" for name in self.linears),
+        ]
+
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shutil import copymode
 from typing import Any
 
 from safetensors import SafetensorError
@@ -49,7 +50,7 @@ def write_adapter(
     Args:
         adapter: What to write.
         directory: Of which PEFT will be given the name.
-        base: Name of the model it was trained on, for PEFT's config.
+        base: Name of the model it was trained on, for PEFT's config: absolute, or of the hub.
         generates: Whether that model writes text, as PEFT's class for such models requires.
     """
     # Slow to import; its own config class knows what its next version wants to read.
@@ -81,6 +82,7 @@ def write_adapter(
     )
     config.save_pretrained(str(directory))
     save_file(tensors, Path(directory) / WEIGHTS, metadata={"format": "pt"})
+    copymode(Path(directory) / CONFIG, Path(directory) / WEIGHTS)  # safetensors' are private
 
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:

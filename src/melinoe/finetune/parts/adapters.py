@@ -54,6 +54,16 @@ class TrainedParts:
         """Every trained parameter, routers first."""
         return [*self.router.values(), *self.lora.values()]
 
+    def names(self) -> list[str]:
+        """Full names of all tensors of the model that training and `merge` change."""
+        names = list(self.router)
+        if self.updates is not None:
+            for layer in self.updates.layers:
+                names += [f"{layer.name}.{one}" for one in self.updates.of(layer).names]
+        if self.attention is not None:
+            names += [f"{name}.weight" for name in self.attention.projections]
+        return names
+
     def merge(self, model: nn.Module) -> None:
         """
         Add the updates to the weights they belong to and take them off *model*, in place.

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from melinoe.checkpoint.files import read_config
-from melinoe.checkpoint.hub import hub_arguments
+from melinoe.checkpoint.backbone import load_model
 from melinoe.checkpoint.metadata import read_metadata
-from melinoe.checkpoint.opening import find_model_class, open_checkpoint
+from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.origin import describe_base
+from melinoe.checkpoint.rewriting import round_as_stored
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 from melinoe.errors import CheckpointError
@@ -51,27 +51,37 @@ def merge_adapter(
         with open_checkpoint(name) as checkpoint:
             source = checkpoint.source  # of one commit, also where the branch moves meanwhile
             size = checkpoint.stored_bytes
-            base_config = read_config(source)
+            check_host_room(size, f"{format_bytes(size)} of weights", "merge on a host with more")
+            load_tokenizer(source, checkpoint.config)
+            model = load_model(checkpoint)
     except CheckpointError as error:
         if base is not None:
             raise
         raise CheckpointError(
             f"the base that {adapter} names cannot be opened ({error}); say with --base where it is"
         ) from error
-    check_host_room(size, f"{format_bytes(size)} of weights", "merge on a host with more")
-    model = find_model_class(base_config).from_pretrained(**hub_arguments(source), dtype="auto")
     _check_fingerprint(model, metadata, str(adapter), name)
-    read_adapter(adapter, model).apply(model)
+    merged = read_adapter(adapter, model)
+    merged.apply(model)
+    with open_checkpoint(source) as checkpoint:
+        round_as_stored(model, checkpoint, merged.names())
     metadata = {**describe_base(name), **metadata, "fingerprint": fingerprint(model)}
-    write_model(model, load_tokenizer(name, base_config), path, metadata)
+    write_model(model, source, path, metadata, merged.names())
     return metadata
 
 
 def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """The path in PEFT's file, if there still is something; else what the run was told."""
+    """
+    The path in PEFT's file, if there still is something; else what the run was told.
+
+    A path that leads nowhere is looked for beside the adapter, where both were moved together.
+    """
     path, told = config.get("base_model_name_or_path"), metadata.get("base")
-    if path and Path(path).expanduser().is_dir():
-        return str(path)  # of a directory, melinoe.json keeps the name alone
+    if path:
+        here = Path(adapter).expanduser().absolute()
+        for place in (Path(path).expanduser(), here / path, here.with_name(Path(path).name)):
+            if (place / "config.json").is_file():
+                return str(place)  # of a directory, melinoe.json keeps the name alone
     if not (name := told or path):
         raise CheckpointError(f"{adapter} does not name the model it was trained on; give --base")
     return str(name)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from melinoe.checkpoint.hub import is_directory, split_revision
 from melinoe.checkpoint.metadata import write_metadata
+from melinoe.checkpoint.tokenizer import copy_tokenizer
 from melinoe.checkpoint.writing import whole_directory, write_model
 from melinoe.config import FinetuneSettings
 from melinoe.finetune.parts.adapter import Adapter, adapter_of
@@ -22,8 +24,8 @@ class KeptParts:
     """
     What is kept of the trained parts before they become the model's own weights.
 
-    Called with them while they are still in float32. Keeps the routers, and, if it will be
-    written, the adapter.
+    Called with them while they are still in float32. Keeps the routers, the names of what changed
+    and, if it will be written, the adapter.
 
     Args:
         model: Before training.
@@ -33,6 +35,7 @@ class KeptParts:
     def __init__(self, model: Any, settings: FinetuneSettings) -> None:
         self.save = settings.save
         self.adapter: Adapter | None = None
+        self.changed: list[str] = []
         self._before = _router_weights(model)
         self._trained: dict[str, Tensor] = {}
 
@@ -40,6 +43,7 @@ class KeptParts:
         """Collective under FSDP2: every process must call it."""
         if self.save != "merged":
             self.adapter = adapter_of(parts)
+        self.changed = parts.names()
         self._trained = {name: _whole(parameter) for name, parameter in parts.router.items()}
 
     def router_rounding(self, model: Any) -> float:
@@ -60,7 +64,7 @@ class KeptParts:
 
 
 def write_result(
-    model: Any, tokenizer: Any, out: str | Path, metadata: dict[str, Any], kept: KeptParts
+    model: Any, base: str, out: str | Path, metadata: dict[str, Any], kept: KeptParts
 ) -> None:
     """
     Write what the run's ``save`` asks for, whole or not at all.
@@ -68,14 +72,21 @@ def write_result(
     ``merged`` gives a plain checkpoint; ``adapter`` a directory for PEFT and for `merge_adapter`;
     ``both`` the checkpoint with that directory in it. ``melinoe.json`` lies beside each.
 
+    Args:
+        model: From `load_model`, with what was trained in it.
+        base: What it was loaded from, of one commit where it is a name on the hub.
+        out: The directory to make.
+        metadata: For ``melinoe.json``.
+        kept: Of the run.
+
     Raises:
-        OutputExistsError: *out* is taken.
+        OutputExistsError, CheckpointError, WriteError: as `write_model`.
     """
     adapter, generates = kept.adapter, hasattr(model, "prepare_inputs_for_generation")
 
     def write_files(directory: Path) -> None:
         assert adapter is not None
-        write_adapter(adapter, directory, metadata["base"], generates=generates)
+        write_adapter(adapter, directory, _where(base), generates=generates)
         write_metadata(directory, metadata)
 
     def write_beside(directory: Path) -> None:
@@ -84,12 +95,18 @@ def write_result(
 
     if kept.save != "adapter":
         also = write_beside if kept.save == "both" else None
-        write_model(model, tokenizer, out, metadata, also)
+        write_model(model, base, out, metadata, kept.changed, also)
         return
     with whole_directory(out) as directory:
         write_files(directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        copy_tokenizer(base, directory)
+
+
+def _where(base: str) -> str:
+    """The name by which PEFT finds a base from any directory; it takes no commit behind an @."""
+    if is_directory(base):
+        return str(Path(base).expanduser().resolve())
+    return split_revision(base)[0]
 
 
 def _router_weights(model: Any) -> dict[str, Tensor]:
