@@ -34,7 +34,7 @@ from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.checkpoint import load_tokenizer
-from melinoe.data import encode_prompt, load_examples
+from melinoe.data import encode_prompts, load_examples
 from melinoe.generate import trace_prompts
 from melinoe.measure import machine, write_json
 from melinoe.runtime.load import load
@@ -48,7 +48,7 @@ def shipped_trace(prompts: int, tokens: int) -> Trace:
     model, handle = load(TINY_OLMOE, slots=32, store="ram")
     tokenizer = load_tokenizer(TINY_OLMOE, model.config)
     examples = load_examples(str(GSM8K_TEST), limit=prompts)
-    encoded = [encode_prompt(example, tokenizer) for example in examples]
+    encoded = encode_prompts(examples, tokenizer)
     return trace_prompts(model, handle, tokenizer, encoded, tokens, scores=True)
 
 

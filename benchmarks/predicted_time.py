@@ -39,7 +39,7 @@ import torch
 from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import predict
 from melinoe.checkpoint import load_tokenizer
-from melinoe.data import encode_prompt, load_examples
+from melinoe.data import encode_prompts, load_examples
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import machine, write_json
 from melinoe.runtime.load import load
@@ -166,7 +166,7 @@ def main() -> None:
     resident, handle = load(TINY_OLMOE, slots=EXPERTS, store="ram")
     tokenizer = load_tokenizer(TINY_OLMOE, resident.config)
     examples = load_examples(str(GSM8K_TEST), limit=args.prompts)
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    prompts = encode_prompts(examples, tokenizer)
     trace = trace_prompts(resident, handle, tokenizer, prompts, args.tokens)
     rehearsal, clock = Rehearsal(handle), Steps(resident)
     cases = {

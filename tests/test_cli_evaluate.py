@@ -221,7 +221,7 @@ def test_other_texts_of_one_name_are_all_kept_and_an_empty_directory_is_refused(
         "a": 6, "b": 6, same: 1, str(models / "questions.jsonl"): 10
     }  # fmt: skip
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"holds no .jsonl file"):
+    with pytest.raises(DataError, match=r"holds no \.jsonl, "):
         hold_out("x", [], None, "test", [str(tmp_path / "none")], 0.1)
 
 

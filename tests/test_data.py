@@ -1,43 +1,16 @@
 """Rows become prompts, completions and masks; every unusable row names its file and line."""
 
-import json
-
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from melinoe.data import Collator, Encoded, encode, encode_prompt, load_examples
+from melinoe.data import Collator, Encoded, encode, encode_prompts, load_examples
 from melinoe.errors import DataError, TokenizerError
-
-EOS = 256
+from tests.data_rows import byte_tokenizer, split_text, write
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte, ids in the order of the byte-level alphabet; 256 ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"<eos>": EOS}
-    plain = Tokenizer(models.BPE(vocabulary, []))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    plain.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>")
-    made.chat_template = (
-        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</>{% endfor %}"
-        "{% if add_generation_prompt %}<a>{% endif %}"
-    )
-    return made
-
-
-def write(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return path
-
-
-def split_text(encoded, tokenizer):
-    """The text that does not count and the text that does."""
-    pairs = list(zip(encoded.input_ids, encoded.completion_mask, strict=True))
-    return tuple(tokenizer.decode([i for i, c in pairs if c is wanted]) for wanted in (False, True))
+    return byte_tokenizer()
 
 
 def test_each_form_becomes_prompt_and_completion(tmp_path, tokenizer):
@@ -62,7 +35,7 @@ def test_every_assistant_turn_of_a_chat_is_completion(tmp_path, tokenizer):
     (encoded,) = encode([example], tokenizer, 99)
     assert split_text(encoded, tokenizer) == ("<u>hi</><a><u>bye</><a>", "yo</>ok</>")
     assert tokenizer.decode(encoded.input_ids) == "<u>hi</><a>yo</><u>bye</><a>ok</>"
-    prompt = tokenizer.decode(encode_prompt(example, tokenizer))
+    prompt = tokenizer.decode(encode_prompts([example], tokenizer)[0])
     assert prompt == "<u>hi</><a>yo</><u>bye</><a>"
 
 
@@ -118,7 +91,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(DataError, match="has no rows"):
         load_examples(write(tmp_path / "empty.jsonl"))
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"no \.jsonl file"):
+    with pytest.raises(DataError, match=r"no \.jsonl, "):
         load_examples(tmp_path / "none")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
@@ -148,7 +121,10 @@ def test_long_completions_are_cut_and_full_prompts_dropped(tmp_path, tokenizer, 
     )
     (kept,) = encode(load_examples(path), tokenizer, 4)
     assert split_text(kept, tokenizer) == ("ab", "cd")
-    assert "1 were cut at 4 tokens and 1 dropped" in caplog.text
+    assert (
+        "1 were cut at 4 tokens (3 tokens fell away); 1 left out (no completion token"
+        in caplog.text
+    )
     with pytest.raises(DataError, match="raise max_length"):
         encode(load_examples(path), tokenizer, 2)
 
@@ -169,7 +145,7 @@ def test_a_conversational_prompt_and_completion_learns_the_completion_alone(tmp_
     (example,) = load_examples(write(tmp_path / "c.jsonl", row))
     (encoded,) = encode([example], tokenizer, 99)
     assert split_text(encoded, tokenizer) == ("<u>hi</><a>yo</><u>bye</><a>", "ok</>")
-    prompt = tokenizer.decode(encode_prompt(example, tokenizer))
+    prompt = tokenizer.decode(encode_prompts([example], tokenizer)[0])
     assert prompt == "<u>hi</><a>yo</><u>bye</><a>"
 
 

@@ -18,7 +18,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.trace import Trace
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
-from melinoe.data import pad_token_id
+from melinoe.data import check_text, pad_token_id
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.predictor import AdaptivePredictor, Predictor
 from melinoe.prefetch.predicted import Predicted
@@ -95,8 +95,10 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     Token ids of a prompt; ids pass through.
 
     Raises:
-        DataError: nothing comes out.
+        DataError: nothing comes out, or the text is none.
     """
+    if isinstance(prompt, str):
+        check_text(prompt, "the prompt")
     ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise DataError(
@@ -141,7 +143,7 @@ def generate(
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
     Raises:
-        DataError: an empty prompt.
+        DataError: an empty prompt, or one that is no text.
         TokenizerError: ids that the model does not know.
         ModelError: the predictor belongs to another model.
         AttachError: a prefetch without a handle to load through, or that its engine cannot do; a

@@ -103,7 +103,14 @@ METADATA: Schema = {
     "data?": {
         "source?": "text",
         "split?": "text",
+        # What the data's columns are, where they have names of their own.
+        "columns?": "text",
         "examples?": "count",
+        # Examples and turns that could not be learned, and what was cut at the greatest length.
+        "left_out?": "count",
+        "shortened?": "count",
+        "tokens_cut?": "count",
+        "turns_unlearned?": "count",
         # Kept from training; and how many of them a search for a price chose by.
         "held_out?": "count",
         "chosen_by?": "count",

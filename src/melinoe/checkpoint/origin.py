@@ -1,15 +1,13 @@
 """Where a fine-tuned model comes from: its base and the base's terms, its data and their hash."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint.hub import locate
-from melinoe.data import Example
+from melinoe.data import Example, data_files, digest
 from melinoe.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -76,22 +74,18 @@ def describe_data(
     """
     path = None if source is None else Path(source)
     local = path is not None and path.exists()
-    digest = hashlib.sha256()
+    files = hashlib.sha256()
     if path is not None and local:
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        for file in data_files(path):
             with file.open("rb") as opened:
                 while block := opened.read(1 << 20):
-                    digest.update(block)
-    else:
-        for example in examples:
-            row = {key: value for key, value in asdict(example).items() if key != "source"}
-            digest.update((json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n").encode())
+                    files.update(block)
     return {
         "source": path.resolve().name if path is not None and local else source and str(source),
         "hub": bool(path is not None and not local and _HUB_NAME.match(str(source))),
         "split": None if local or source is None else split,
         "examples": len(examples),
-        "sha256": digest.hexdigest(),
+        "sha256": files.hexdigest() if local else digest(examples),
         "sha256_of": ("files" if path is not None and path.is_dir() else "file")
         if local
         else "examples",

@@ -11,7 +11,7 @@ from melinoe.cli import options, prefetching
 def command(
     model: options.Model,
     prompts: Annotated[
-        str, typer.Option("--prompts", "--data", help="Prompts: a JSONL file or hub data set.")
+        str, typer.Option("--prompts", "--data", help="Prompts: a file or hub data set.")
     ],
     slots: Annotated[
         list[int] | None,
@@ -47,6 +47,7 @@ def command(
     max_new_tokens: Annotated[
         int, typer.Option(help="Tokens to generate for each prompt.", min=2)
     ] = 64,
+    columns: options.Columns = None,
     limit: Annotated[int, typer.Option(help="Use only the first examples.", min=1)] = 8,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     repeat: Annotated[int, typer.Option(help="Runs of each prompt, the median counts.", min=1)] = 1,
@@ -87,7 +88,7 @@ def command(
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.checkpoint.files import read_config
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.data import encode_prompt, load_examples
+    from melinoe.data import encode_prompts, load_examples
     from melinoe.errors import MelinoeError, UnsupportedModelError
     from melinoe.measure import append_jsonl
     from melinoe.plan.bench import Setting, bench
@@ -114,7 +115,7 @@ def command(
     target = options.resolve_device(device)
     if "fast" in engines:
         check_fast(target, emulated is not None)
-    examples = load_examples(prompts, split=split, limit=limit)
+    examples = load_examples(prompts, split=split, limit=limit, columns=columns, prompts=True)
     tokenizer = load_tokenizer(path, read_config(path))
     records, moments, table = bench(
         Setting(
@@ -127,7 +128,7 @@ def command(
             repeat=repeat,
         ),
         chosen,
-        [encode_prompt(example, tokenizer) for example in examples],
+        encode_prompts(examples, tokenizer),
         made_of,
         label=model,
         say=options.say,

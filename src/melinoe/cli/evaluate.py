@@ -29,7 +29,7 @@ def command(
         str | None, typer.Argument(help="A second model; differences are paired by example.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Held-out examples: a JSONL file or hub data set.")
+        str | None, typer.Option(help="Held-out examples: a file or hub data set.")
     ] = None,
     other: Annotated[
         list[str] | None,
@@ -73,6 +73,7 @@ def command(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Wrap the tasks' prompts in the chat template.")
     ] = False,
+    columns: options.Columns = None,
     limit: options.Limit = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     max_length: Annotated[int, typer.Option(help="Longest sequence, in tokens.", min=2)] = 512,
@@ -112,13 +113,15 @@ def command(
         raise typer.BadParameter(
             "--task-path, --fewshot and --chat-template go with --tasks", param_hint="--tasks"
         )
+    if columns is not None and data is None:
+        raise typer.BadParameter("--columns go with --data", param_hint="--columns")
     if at_slots and not locality:
         raise typer.BadParameter("--at-slots goes with --locality", param_hint="--at-slots")
     from melinoe.cli.evaluate_text import remarks, rows
     from melinoe.evaluate import run_tasks, score
 
     wanted = options.choice_of(choice, choice_strength, choice_keep)
-    texts = named_texts(data, other or [], split, limit)  # before any model is read
+    texts = named_texts(data, other or [], split, limit, columns)  # before any model is read
     names = _labels(model, other_model)
     found: list[_Found] = []
     for name, label in names.items():
@@ -253,11 +256,11 @@ def _locality(
 ) -> None:
     """Trace what is written and what is read, and simulate what caches of each size would move."""
     from melinoe.config import experts_in_share
-    from melinoe.data import encode, encode_prompt
+    from melinoe.data import encode, encode_prompts
     from melinoe.generate import trace_prompts
     from melinoe.measure import completion_counts, curve_record, locality_record, reading_trace
 
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    prompts = encode_prompts(examples, tokenizer, text_tokens=max_length)
     tell = _teller(label)
     written = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=tell)
     read = reading_trace(loaded, handle, encode(examples, tokenizer, max_length))

@@ -44,7 +44,8 @@ def command(
     data: Annotated[
         str,
         typer.Option(
-            help="Examples: a JSONL file, a directory, a hub data set.", rich_help_panel=_DATA
+            help="Examples: a file (JSONL, JSON, CSV, Parquet), a directory, a hub data set.",
+            rich_help_panel=_DATA,
         ),
     ],
     out: options.Out,
@@ -64,6 +65,14 @@ def command(
     split: Annotated[
         str, typer.Option(help="Split of a hub data set.", rich_help_panel=_DATA)
     ] = "train",
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --data and --eval-data: what their columns are, as in prompt=question,"
+            "completion=answer. Default: the names of TRL's forms, and some others.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Use only the first examples.", min=1, rich_help_panel=_DATA)
     ] = None,
@@ -188,10 +197,10 @@ def command(
     check_output(out)
     if against is not None:
         _check_against(against, settings, measure, price is not None)
-    examples = load_examples(data, split=split, limit=limit)
+    examples = load_examples(data, split=split, limit=limit, columns=columns)
     # Before any training, so that bad held-out data costs no time.
     held_out = measuring.hold_out(
-        data, examples, eval_data, eval_split, other or [], hold_out, limit
+        data, examples, eval_data, eval_split, other or [], hold_out, limit, columns
     )
     anchor = _anchor(anchor_data, split, limit, settings) if anchor_data else None
     with training_progress() as progress:
@@ -241,7 +250,7 @@ def command(
         held_out = measuring.judges(held_out, base, settings.max_length)
 
     of = None if against is None else Path(against)
-    measuring.finish(result.out, base, data, split, held_out, measure, of)
+    measuring.finish(result.out, base, data, split, held_out, measure, of, columns)
 
 
 def _check_against(against: str, settings: FinetuneSettings, measure: bool, priced: bool) -> None:

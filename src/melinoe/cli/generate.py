@@ -1,11 +1,14 @@
 """`melinoe generate`: prompt to text, with few experts resident."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from melinoe.cli import allocating, options, prefetching
+
+_LONGEST_PROMPT_BYTES = 16 << 20  # far beyond any context; a stream may have no end
 
 
 def command(
@@ -63,7 +66,6 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Generate text with few experts resident; the text to stdout, what it cost to stderr."""
-    import sys
     from dataclasses import replace
 
     import torch
@@ -94,7 +96,7 @@ def command(
                 param_hint="--half-life",
             )
         Prior.load(prior)  # what is wrong with it shows before the model is opened
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_prompt() if prompt == "-" else prompt
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store, engine,
@@ -156,6 +158,39 @@ def command(
         options.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
     else:
         options.say("  ".join(f"{name} {value}" for name, value in _short(cost).items()))
+
+
+def _read_prompt() -> str:
+    """
+    Read the prompt from standard input, as UTF-8 whatever the locale is.
+
+    Raises:
+        DataError: it is closed, empty, no text, or longer than any prompt.
+    """
+    from melinoe.errors import DataError
+
+    way_out = "write the prompt to it, or give it as an argument"
+    if sys.stdin is None:
+        raise DataError(f"standard input is closed; {way_out}")
+    try:
+        given = sys.stdin.buffer.read(_LONGEST_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"standard input cannot be read ({error.strerror}); {way_out}") from None
+    if len(given) > _LONGEST_PROMPT_BYTES:
+        raise DataError(
+            f"standard input holds more than {_LONGEST_PROMPT_BYTES >> 20} MiB, which is no "
+            "prompt; write less to it"
+        )
+    try:
+        text = given.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not UTF-8 text (byte 0x{given[error.start]:02x} at place "
+            f"{error.start}); convert it"
+        ) from None
+    if not text.strip():
+        raise DataError(f"standard input is empty; {way_out}")
+    return text
 
 
 def _short(cost: dict) -> dict:

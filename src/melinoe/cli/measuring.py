@@ -41,6 +41,7 @@ def hold_out(
     other: Sequence[str],
     share: float,
     limit: int | None = None,
+    columns: str | None = None,
 ) -> HeldOut:
     """
     Decide what is kept from training, before any of it.
@@ -53,6 +54,7 @@ def hold_out(
         other: Files, directories or hub names of other texts.
         share: Of *examples*, evenly spread, to hold out where *eval_data* is absent.
         limit: Read only so many rows of each.
+        columns: What the columns of *eval_data* are.
 
     Raises:
         DataError: a text that cannot be read.
@@ -62,7 +64,7 @@ def hold_out(
     domain = name_of(data if eval_data is None else eval_data)
     others = other_texts(other, eval_split, limit, {domain})
     if eval_data is not None:
-        held_out = load_examples(eval_data, split=eval_split, limit=limit)
+        held_out = load_examples(eval_data, split=eval_split, limit=limit, columns=columns)
         return HeldOut(examples, domain, held_out, others)
     count = int(share * len(examples))
     if count < _FEWEST:
@@ -110,6 +112,7 @@ def finish(
     held_out: HeldOut,
     measure: bool = True,
     control: Path | None = None,
+    columns: str | None = None,
 ) -> None:
     """
     Complete a fine-tuned checkpoint: its origin, its measured outcome, its card.
@@ -124,6 +127,7 @@ def finish(
         held_out: What to measure on.
         measure: Whether to.
         control: To state the price against, or none.
+        columns: What the columns of *data* are, as it was given.
 
     Raises:
         TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
@@ -134,7 +138,9 @@ def finish(
     from melinoe.outcome import record_origin, record_outcome
     from melinoe.report.card import write_card
 
-    kept = {"held_out": len(held_out.examples) + held_out.chosen_by}
+    kept: dict[str, Any] = {"held_out": len(held_out.examples) + held_out.chosen_by}
+    if columns is not None:
+        kept["columns"] = columns
     if held_out.chosen_by:
         kept["chosen_by"] = held_out.chosen_by
     record_origin(out, base, data, held_out.train, split, **kept)

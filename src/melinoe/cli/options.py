@@ -92,6 +92,13 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Out = Annotated[Path, typer.Option(help="Where to write; must not exist, or be empty.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens to generate for each prompt.", min=1)]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="Of --data: what its columns are, as in prompt=question,completion=answer. Default: "
+        "the names of TRL's forms, and some others."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Use only the first examples.", min=1)]
 
 

@@ -29,6 +29,7 @@ def fit_command(
         str | None,
         typer.Option(help="The prompts that were traced. Default: those beside the trace."),
     ] = None,
+    columns: options.Columns = None,
     encoder: Annotated[
         str,
         typer.Option(
@@ -46,7 +47,7 @@ def fit_command(
     from melinoe.checkpoint import check_output
     from melinoe.cli.prefetching import open_backbone
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.data import encode_prompt, load_examples
+    from melinoe.data import encode_prompts, load_examples
     from melinoe.errors import BudgetError
     from melinoe.predictor import EmbeddingEncoder, SentenceEncoder, compare, fit, load_prompts
     from melinoe.predictor.encoders import EMBEDDINGS, token_embeddings
@@ -65,8 +66,10 @@ def fit_command(
     name = model or loaded.model
     if prompts is None:
         assert data is not None
-        examples = load_examples(data, split=split, limit=loaded.num_sequences)
-        prompts = [encode_prompt(example, tokenizer) for example in examples]
+        examples = load_examples(
+            data, split=split, limit=loaded.num_sequences, columns=columns, prompts=True
+        )
+        prompts = encode_prompts(examples, tokenizer)
     reader = (
         EmbeddingEncoder(token_embeddings(backbone))
         if encoder == EMBEDDINGS

@@ -25,12 +25,12 @@ def other_texts(
     Raises:
         DataError: a text that cannot be read, or a directory without any.
     """
-    from melinoe.data import load_examples
+    from melinoe.data import data_files, load_examples
 
     texts: dict[str, Sequence[Any]] = {}
     for source in sources:
-        files = map(str, sorted(Path(source).glob("*.jsonl")) if Path(source).is_dir() else [])
-        for file in list(files) or [source]:
+        files = [str(file) for file in data_files(source)] if Path(source).is_dir() else [source]
+        for file in files:
             short = name_of(file)
             name = file if short in texts or short in taken else short
             texts[name] = load_examples(file, split=split, limit=limit)
@@ -38,13 +38,20 @@ def other_texts(
 
 
 def named_texts(
-    data: str | None, other: Sequence[str], split: str, limit: int | None
+    data: str | None,
+    other: Sequence[str],
+    split: str,
+    limit: int | None,
+    columns: str | None = None,
 ) -> dict[str, tuple[Sequence[Any], bool]]:
     """Name of each text to its examples and whether it is the one in domain, that one first."""
     from melinoe.data import load_examples
 
     texts: dict[str, tuple[Sequence[Any], bool]] = {}
     if data is not None:
-        texts[name_of(data)] = (load_examples(data, split=split, limit=limit), True)
+        texts[name_of(data)] = (
+            load_examples(data, split=split, limit=limit, columns=columns),
+            True,
+        )
     others = other_texts(other, split, limit, list(texts))
     return texts | {name: (examples, False) for name, examples in others.items()}

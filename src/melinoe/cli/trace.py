@@ -11,10 +11,11 @@ from melinoe.cli import allocating, options
 def command(
     model: options.Model,
     data: Annotated[
-        str, typer.Option("--data", "--prompts", help="Prompts: a JSONL file or hub data set.")
+        str, typer.Option("--data", "--prompts", help="Prompts: a file or hub data set.")
     ],
     out: Annotated[Path, typer.Option(help="The trace file to write (.safetensors).")],
     max_new_tokens: options.NewTokens = 64,
+    columns: options.Columns = None,
     limit: options.Limit = 64,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     device: options.Device = "auto",
@@ -45,21 +46,21 @@ def command(
     ] = True,
 ) -> None:
     """Generate from prompts, and record which experts every token chose."""
-    from melinoe.data import encode_prompt, load_examples
+    from melinoe.data import encode_prompts, load_examples
     from melinoe.generate import trace_prompts
 
     if out.exists():
         from melinoe.errors import OutputExistsError
 
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
-    examples = load_examples(data, split=split, limit=limit)
+    examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
     wanted = options.choice_of(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = options.open_model(
         model, device, dtype, slots, expert_memory, policy, store,
         miss=miss, miss_threads=miss_threads, allocate_from=allocate_from,
     )  # fmt: skip
     handle.choose(wanted)
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    prompts = encode_prompts(examples, tokenizer)
     trace = trace_prompts(
         loaded,
         handle,

@@ -1,14 +1,25 @@
 """
 Examples in, batches out: a prompt to condition on and a completion to learn.
 
-    examples.py   rows of JSONL files or hub data sets, in TRL's forms; every error with its line
-    encode.py     token ids, and which of them are completion
+    rows.py       rows of files and hub data sets
+    turns.py      turns of chats, in the spellings of data sets
+    examples.py   rows in TRL's forms and others' as examples; every error with its line
+    rendering.py  chats as a chat template writes them, cut into turns
+    encode.py     token ids, and which of them are completion; what was cut or left out
     collate.py    batches: padded, or several examples packed into one row
 """
 
 from melinoe.data.collate import IGNORED, Collator, PackedCollator
-from melinoe.data.encode import Encoded, encode, encode_prompt, pad_token_id
-from melinoe.data.examples import FORMS, Example, load_examples
+from melinoe.data.encode import (
+    Encoded,
+    count_losses,
+    encode,
+    encode_prompts,
+    has_completion,
+    pad_token_id,
+)
+from melinoe.data.examples import FORMS, Example, check_text, digest, load_examples
+from melinoe.data.rows import data_files
 
 __all__ = [
     "FORMS",
@@ -17,8 +28,13 @@ __all__ = [
     "Encoded",
     "Example",
     "PackedCollator",
+    "check_text",
+    "count_losses",
+    "data_files",
+    "digest",
     "encode",
-    "encode_prompt",
+    "encode_prompts",
+    "has_completion",
     "load_examples",
     "pad_token_id",
 ]

@@ -4,15 +4,15 @@ Token ids of examples, and which of them are completion.
 Prompt and completion are tokenised apart, so that the border between them is exact.
 """
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from melinoe.data.examples import Example, Turn
+from melinoe.data.examples import Example
+from melinoe.data.rendering import Rendered, render
+from melinoe.data.rows import named_counts, say_once
 from melinoe.errors import DataError, TokenizerError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,19 @@ class Encoded:
     Token ids of one example and, for each, whether it is completion; equal lengths.
 
     The first token never counts as completion: nothing stands before it to predict it from.
+
+    Attributes:
+        input_ids: Token ids.
+        completion_mask: Whether each is completion.
+        tokens_cut: How many more there were, beyond the greatest length.
+        turns_unlearned: Assistant turns that are context, because the chat template writes them
+            otherwise once the chat goes on.
     """
 
     input_ids: list[int]
     completion_mask: list[bool]
+    tokens_cut: int = 0
+    turns_unlearned: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -35,9 +44,10 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
     Turn examples into token ids and say which of them are completion.
 
     Prompt and completion are tokenised apart, so that the border between them is exact, and
-    end-of-text follows the completion (a chat template ends its turns itself). A completion that
-    does not fit is cut at its end; an example whose prompt leaves no room for one completion
-    token is dropped. Both are counted in one log line.
+    end-of-text follows the completion (a chat template ends its turns itself). An example that is
+    too long is cut at its end; one whose prompt leaves no room for one completion token is left
+    out. These, and what a chat template does not write, are counted in one line of the log; see
+    `count_losses` for the numbers.
 
     Args:
         examples: At least one.
@@ -48,103 +58,182 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
         The examples that are left, in order.
 
     Raises:
-        DataError: none is left, or a chat template changes earlier turns as the chat grows.
+        DataError: none is left, an example without a completion, or a chat that the chat template
+            refuses, or whose turns it rewrites so that none can be told apart.
         TokenizerError: chats but no chat template, or no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             "the tokenizer has no end-of-text token, so completions could not end; set eos_token"
         )
-    encoded, cut, dropped, first = [], 0, 0, ""
+    examples = list(examples)
+    encoded, said = [], _Remarks()
     for example in examples:
-        first = first or example.source
-        parts = list(_parts(example, tokenizer))
-        ids = [token for part, _ in parts for token in part]
-        mask = [is_completion for part, is_completion in parts for _ in part]
-        if len(ids) > max_length:
-            ids, mask = ids[:max_length], mask[:max_length]
-            cut += any(mask)
-        # The first token has nothing before it to be predicted from.
-        mask[:1] = [False]
-        if any(mask):
-            encoded.append(Encoded(ids, mask))
-        else:
-            dropped += 1
+        runs, rendered = _runs(example, tokenizer)
+        one = _joined(runs, max_length, 0 if rendered is None else rendered.rewritten)
+        if one is not None:
+            encoded.append(one)
+            said.hear(rendered)
     if not encoded:
         raise DataError(
             f"no example has a completion token within {max_length} tokens; "
             "raise max_length, or shorten the prompts"
         )
-    if cut or dropped:
-        log.warning(
-            "of %d examples (%s and after) %d were cut at %d tokens and %d dropped (no room for a "
-            "completion)",
-            len(encoded) + dropped,
-            first,
-            cut,
-            max_length,
-            dropped,
+    losses = count_losses(examples, encoded)
+    words = []
+    if losses["shortened"]:
+        words.append(
+            f"{losses['shortened']} were cut at {max_length} tokens ({losses['tokens_cut']} tokens "
+            "fell away)"
         )
+    if losses["left_out"]:
+        words.append(
+            f"{losses['left_out']} left out (no completion token within {max_length} tokens)"
+        )
+    said.say(examples, words)
     return encoded
 
 
-def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
+def has_completion(example: Example, tokenizer: Any, max_length: int) -> bool:
     """
-    Token ids of the prompt alone, as in training: what generation starts from.
-
-    Of a chat, everything before its last assistant turn; of plain text, the tokenizer's own
-    start-of-text tokens and nothing else.
+    Tell whether `encode` would keep an example, without a word in the log.
 
     Raises:
-        DataError, TokenizerError: as `encode`.
+        DataError, TokenizerError: as `encode`, but for an example that is left out.
     """
-    if example.messages is None:
-        return list(tokenizer(example.prompt)["input_ids"])
-    parts = list(_parts(example, tokenizer))
-    while not parts[-1][1]:
-        parts.pop()
-    return [token for part, _ in parts[:-1] for token in part]
+    runs, _ = _runs(example, tokenizer)
+    return _joined(runs, max_length, 0) is not None
 
 
-def _parts(example: Example, tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
-    """Runs of token ids, each with whether it is completion."""
+def count_losses(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, int]:
+    """
+    Count what `encode` could not keep of *examples*.
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    Returns:
+        ``left_out``: examples without a completion token within the greatest length;
+        ``shortened``: those cut there, and ``tokens_cut``, the tokens that fell away from them;
+        ``turns_unlearned``: as in `Encoded`, of all.
+    """
+    return {
+        "left_out": len(examples) - len(encoded),
+        "shortened": sum(one.tokens_cut > 0 for one in encoded),
+        "tokens_cut": sum(one.tokens_cut for one in encoded),
+        "turns_unlearned": sum(one.turns_unlearned for one in encoded),
+    }
 
-    if example.messages is None:
-        # Start-of-text comes from the tokenizer's own rule, so an empty prompt may not be empty.
-        yield list(tokenizer(example.prompt, verbose=False)["input_ids"]), False
-        yield [*ids(example.completion), tokenizer.eos_token_id], True
-        return
-    if not tokenizer.chat_template:
-        raise TokenizerError(
-            f"{example.source} is a chat but the tokenizer has no chat template; "
-            "give prompt and completion instead"
-        )
-    turns, done = list(example.messages), ""
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant" or index < example.prompt_turns:
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: Any, *, text_tokens: int | None = None
+) -> list[list[int]]:
+    """
+    Give the token ids of the prompts alone, as in training: what generation starts from.
+
+    Of a chat, everything before its last turn to learn, and all of it where there is none; of
+    prompt and completion, the prompt. What a chat template does not write is counted in one line of
+    the log.
+
+    Args:
+        examples: Any number.
+        tokenizer: A transformers tokenizer.
+        text_tokens: Of plain text, take the first half of its first so many tokens; ``None``
+            refuses it.
+
+    Raises:
+        DataError: a chat that the chat template refuses; plain text, where it is refused.
+        TokenizerError: chats but no chat template.
+    """
+    prompts, said = [], _Remarks()
+    for example in examples:
+        if example.messages is None:
+            ids = list(tokenizer(example.prompt, verbose=False)["input_ids"])
+            if not example.prompt:
+                if text_tokens is None:
+                    raise DataError(
+                        f"{example.source} is plain text or has an empty prompt, and there is "
+                        "nothing to answer; give prompts, or take the text for one (--columns "
+                        "prompt=text)"
+                    )
+                ids = [token for part, _ in _runs(example, tokenizer)[0] for token in part]
+                ids = ids[: max(1, min(len(ids), text_tokens) // 2)]
+            prompts.append(ids)
             continue
-        before = _render(tokenizer, turns[:index], example.tools, add_generation_prompt=True)
-        after = _render(tokenizer, turns[: index + 1], example.tools, add_generation_prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise DataError(
-                f"{example.source} cannot be cut into turns because the chat template rewrites "
-                "earlier ones; give prompt and completion instead"
+        rendered = render(example, tokenizer)
+        prompts.append([token for text in rendered.prompt for token in _ids(text, tokenizer)])
+        said.hear(rendered)
+    said.say(examples, [])
+    return prompts
+
+
+class _Remarks:
+    """What chat templates do to chats, counted."""
+
+    def __init__(self) -> None:
+        self.rewriting = self.rewritten = self.headless = self.trailing = 0
+        self.unshown: Counter[str] = Counter()
+
+    def hear(self, rendered: Rendered | None) -> None:
+        """Count one chat."""
+        if rendered is not None:
+            self.rewriting += rendered.rewritten > 0
+            self.rewritten += rendered.rewritten
+            self.headless += rendered.headless
+            self.trailing += rendered.trailing > 0
+            self.unshown.update(rendered.unshown)
+
+    def say(self, examples: Sequence[Example], words: list[str]) -> None:
+        """Log one line, if there is anything to say."""
+        if self.rewritten:
+            words.append(
+                f"in {self.rewriting} the chat template rewrites assistant turns once the chat "
+                f"goes on, so {self.rewritten} of them are context and not learned"
             )
-        yield ids(before[len(done) :]), False
-        yield ids(after[len(before) :]), True
-        done = after
+        if self.headless:
+            words.append(
+                f"in {self.headless} the answer does not begin as the template's generation prompt "
+                "does, and is learned from where they part"
+            )
+        if self.trailing:
+            words.append(
+                f"{self.trailing} go on after the last turn to learn, and are read up to it"
+            )
+        if self.unshown:
+            words.append(f"the chat template does not write {named_counts(self.unshown)}")
+        if words:
+            say_once(
+                f"of {len(examples)} examples ({examples[0].source} and after) {'; '.join(words)}"
+            )
 
 
-def _render(
-    tokenizer: Any, turns: list[Turn], tools: tuple[Any, ...] | None, **options: bool
-) -> str:
-    if not turns:
-        return ""
-    given = {} if tools is None else {"tools": list(tools)}
-    return tokenizer.apply_chat_template(turns, tokenize=False, **given, **options)
+def _runs(example: Example, tokenizer: Any) -> tuple[list[tuple[list[int], bool]], Rendered | None]:
+    """Runs of token ids, each with whether it is completion."""
+    if example.messages is not None:
+        rendered = render(example, tokenizer)
+        if not rendered.parts:
+            raise DataError(f"{example.source} has a prompt and nothing to learn; add a completion")
+        return [(_ids(text, tokenizer), learned) for text, learned in rendered.parts], rendered
+    if not example.completion:
+        raise DataError(f"{example.source} has a prompt and nothing to learn; add a completion")
+    # Start-of-text comes from the tokenizer's own rule, so an empty prompt may not be empty.
+    prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
+    completion = [*_ids(example.completion, tokenizer), tokenizer.eos_token_id]
+    return [(prompt, False), (completion, True)], None
+
+
+def _joined(
+    runs: Sequence[tuple[list[int], bool]], max_length: int, rewritten: int
+) -> Encoded | None:
+    """Put runs together up to the greatest length; ``None`` if no completion is within it."""
+    ids = [token for part, _ in runs for token in part]
+    mask = [is_completion for part, is_completion in runs for _ in part]
+    beyond = max(0, len(ids) - max_length)
+    ids, mask = ids[:max_length], mask[:max_length]
+    # The first token has nothing before it to be predicted from.
+    mask[:1] = [False]
+    return Encoded(ids, mask, beyond, rewritten) if any(mask) else None
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -1,36 +1,52 @@
 """
-Examples from a file or the hub: a prompt to condition on and a completion to learn.
+Examples from files or the hub: a prompt to condition on and a completion to learn.
 
-Rows of a JSONL file, or of a hub data set, have one of these forms (other keys are ignored). All
-but the last are TRL's:
+A row has one of these forms, the first of them if it has several. The first three are TRL's:
 
-    {"text": ...}                         all of it is completion
-    {"prompt": ..., "completion": ...}    two strings
     {"messages": [{"role", "content"}]}   rendered by the tokenizer's chat template; every assistant
-                                          turn is completion, the rest is prompt
-    {"prompt": [turns], "completion": [turns]}
-                                          the same, but the prompt's assistant turns are not learned
-    {"conversations": [{"from", "value"}]}
-                                          as messages, in ShareGPT's words
+                                          turn is completion, the rest is prompt; "conversations",
+                                          with ShareGPT's "from" and "value", is the same
+    {"prompt": ..., "completion": ...}    two strings, or two lists of turns, of which the first is
+                                          prompt whoever speaks; a "label" must be true
+    {"text": ...}                         all of it is completion
     {"question": ..., "answer": ...}      as in GSM8K: prompt "Question: ...\\nAnswer:"
+    {"instruction": ..., "response": ...} Dolly's, with a "context" or none
+    {"instruction": ..., "output": ...}   Alpaca's, with an "input" or none; both in Alpaca's prompt
+    {"prompt": ...}                       a prompt alone, where nothing is learned
 
-A chat may bring "tools", which its template renders too. Nothing is repaired in silence: a row that
-is empty or of another form is an error that names the file and the line.
+A chat may bring "tools" (a list, or the JSON of one), "documents", "chat_template_kwargs" and
+"system", the words of a first turn. A key that is null is as absent. Columns of other names can be
+named; pairs of a chosen and a rejected answer, rated answers and rated steps are refused, because
+nothing in them says that they are to be learned.
+
+Nothing is repaired or left out in silence: a row that cannot be used as it stands is an error that
+names file and line, a column that no form reads is counted and said.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from melinoe.data.rows import named_counts, read_rows, say_once
+from melinoe.data.turns import ASSISTANT, Turn, parse_list, read_turns, says_something
 from melinoe.errors import DataError
 
 FORMS = '"text", "prompt" and "completion", "messages", or "question" and "answer"'
-_SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles; others are kept
-
-Turn = Mapping[str, Any]
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:\n"
+)
+# Columns that elsewhere change what a model reads or learns: to pass over them would be silent.
+_TELLING = {
+    *("tools", "documents", "chat_template_kwargs", "system", "system_prompt", "history"),
+    *("images", "image", "videos", "video", "audio", "audios"),
+    *("weight", "train", "mask", "loss_mask", "completion_mask", "assistant_masks"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +56,15 @@ class Example:
 
     Attributes:
         prompt: What the model is given; empty for plain text. Unused where *messages* is set.
-        completion: What it should write. Unused where *messages* is set.
+        completion: What it should write; empty for a prompt alone. Unused where *messages* is set.
         source: Where the row stands, as ``file:line`` or ``hub-name[row]``, for messages.
         messages: A chat, kept as it is until a tokenizer with a chat template renders it.
         answer: The bare answer of a question row, for scoring; ``None`` for other forms.
-        prompt_turns: So many of the first messages are prompt, whoever speaks.
-        tools: Descriptions of functions for the chat template; ``None`` if there are none.
+        learned: Places in *messages* of the turns to learn; ``None``: every assistant turn.
+        template: What the chat template is given besides: ``tools``, ``documents`` and so on.
+
+    Raises:
+        DataError: a text that holds half of a character, which no tokenizer can read.
     """
 
     prompt: str
@@ -53,106 +72,251 @@ class Example:
     source: str
     messages: tuple[Turn, ...] | None = None
     answer: str | None = None
-    prompt_turns: int = 0
-    tools: tuple[Any, ...] | None = None
+    learned: tuple[int, ...] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("prompt", "completion", "messages", "template"):
+            _check_texts(getattr(self, key), key, self.source)
+
+    @property
+    def learned_turns(self) -> tuple[int, ...]:
+        """The places in a chat of the turns to learn, in order."""
+        if self.learned is not None:
+            return self.learned
+        turns = enumerate(self.messages or ())
+        return tuple(place for place, turn in turns if turn["role"] == ASSISTANT)
 
 
 def load_examples(
-    path_or_hub_name: str | Path, *, split: str = "train", limit: int | None = None
+    path_or_hub_name: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    prompts: bool = False,
 ) -> list[Example]:
     """
-    Read examples from a JSONL file, a directory of JSONL files, or a hub data set.
+    Read examples from a file, a directory of files, or a hub data set.
+
+    Columns that no form reads are named in one line of the log, with the number of rows.
 
     Args:
-        path_or_hub_name: A path if one exists there; else a name on the hub, with its
-            configuration after a colon where it needs one: ``openai/gsm8k:main``.
+        path_or_hub_name: A path if one exists there (.jsonl, .json, .csv, .parquet; the first three
+            also as .gz); else a name on the hub, with its configuration after a colon where it
+            needs one: ``openai/gsm8k:main``.
         split: Split of a hub data set; files have none and ignore it.
         limit: Read only so many rows; ``None`` reads all. Lines after the limit are not checked.
+        columns: A form's key to the data's own name for it, or all of that in words:
+            ``prompt=question,completion=answer``; then no other column is read.
+        prompts: Prompts are wanted: a row without a completion will do, plain text will not.
 
     Raises:
-        DataError: nothing there, no rows, or a row that is empty or of no known form.
+        DataError: nothing there, no rows, or a row that cannot be used as it stands.
     """
-    path = Path(path_or_hub_name)
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise DataError(f"{path} holds no .jsonl file; name a file or a directory that does")
-        rows: Iterator[tuple[str, Any]] = (row for file in files for row in _read_jsonl(file))
-    elif path.is_file():
-        rows = _read_jsonl(path)
-    elif path.suffix in (".jsonl", ".json"):
-        raise DataError(f"{path} does not exist; check the path")
-    else:
-        rows = _read_hub(str(path_or_hub_name), split)
-    examples = [_example(row, source) for source, row in islice(rows, limit)]
+    ignored: Counter[str] = Counter()
+    if isinstance(columns, str):
+        columns = _parse_columns(columns)
+    if unknown := sorted(set(columns or ()) - _KEYS):
+        raise DataError(
+            f"{unknown[0]!r} is no key that a row is read by; those are {', '.join(sorted(_KEYS))}"
+        )
+    rows: Iterator[tuple[str, Any]] = islice(read_rows(path_or_hub_name, split), limit)
+    examples = [_example(row, source, columns, prompts, ignored) for source, row in rows]
     if not examples:
         raise DataError(f"{path_or_hub_name} has no rows; give at least one of the form {FORMS}")
+    if ignored:
+        about = f"{path_or_hub_name}: {len(examples)} rows"
+        say_once(f"{about}; ignored columns: {named_counts(ignored)}")
     return examples
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                source = f"{path}:{number}"
-                if not line.strip():
-                    raise DataError(f"{source} is empty; remove the line")
-                try:
-                    yield source, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{source} is not JSON ({error.msg}); write one object per line"
-                    ) from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; convert it") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None
+def digest(examples: Iterable[Example]) -> str:
+    """Give the SHA-256, in hex, of what examples hold, wherever they stand."""
+    made = hashlib.sha256()
+    for example in examples:
+        row = {key: value for key, value in asdict(example).items() if key != "source"}
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        made.update(f"{text}\n".encode())
+    return made.hexdigest()
 
 
-def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    # Slow to import, and needed for hub names only.
-    from datasets import load_dataset
-
-    dataset_name, _, configuration = name.partition(":")
-    try:
-        dataset = load_dataset(dataset_name, configuration or None, split=split)
-    except Exception as error:  # the library raises many kinds, for one fact: it is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"no file and no hub data set {name} with split {split} can be read ({reason}); "
-            "check the name, or give a JSONL file"
-        ) from error
-    for number, row in enumerate(dataset):
-        yield f"{name}[{number}]", row
+def _parse_columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {key.strip(): column.strip() for key, _, column in pairs}
+    if len(found) < len(pairs) or not all(found) or not all(found.values()):
+        raise DataError(f"columns {text!r} are not of the form prompt=NAME,completion=NAME")
+    return found
 
 
-def _example(row: Any, source: str) -> Example:
+def _example(
+    row: Any,
+    source: str,
+    columns: Mapping[str, str] | None,
+    prompts: bool,
+    ignored: Counter[str],
+) -> Example:
     if not isinstance(row, Mapping):
         raise DataError(f"{source} is not an object; give it the keys {FORMS}")
-    tools = tuple(row["tools"]) if isinstance(row.get("tools"), list) and row["tools"] else None
-    for key in ("messages", "conversations"):
-        if row.get(key) is not None:
-            return Example("", "", source, messages=_chat(row, key, source), tools=tools)
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-            prompt_turns = _turns(row, "prompt", source)
-            turns = prompt_turns + _chat(row, "completion", source)
-            return Example(
-                "", "", source, messages=turns, prompt_turns=len(prompt_turns), tools=tools
+    given = {str(key): value for key, value in row.items()}
+    for column in (columns or {}).values():
+        if column not in given:
+            raise DataError(f"{source} has no column {column!r}; it has {sorted(given)}")
+    others: set[str] = set()
+    if columns:
+        said = columns.values()
+        others = {key for key, one in given.items() if one is not None and key not in said}
+        given = {key: given[column] for key, column in columns.items()}
+    left = {key: value for key, value in given.items() if value is not None}
+    form = next((form for form in _READERS if left.keys() >= set(form)), None)
+    if form is None:
+        raise DataError(
+            f"{source} has the keys {sorted(left)}; give it {FORMS}, or say which columns these "
+            "are, as in --columns prompt=NAME,completion=NAME"
+        )
+    example = _READERS[form](left, source)
+    for key in _TELLING & left.keys():
+        # What is empty, or says that the row is to be learned, says what is done anyway.
+        if left.pop(key) not in ("", [], {}, True):
+            raise DataError(
+                f'{source} has a "{key}" that would change what is read or learned, and is not '
+                "read in this form; remove it, or name the columns to read (--columns "
+                f"{','.join(f'{key}={key}' for key in form)})"
             )
+    ignored.update(others | left.keys())
+    if not prompts and not (example.completion or (example.messages and example.learned_turns)):
+        raise DataError(
+            f"{source} has the keys {sorted(given)}, which is a prompt and nothing to learn; add a "
+            "completion, or say which column it is (--columns prompt=prompt,completion=NAME)"
+        )
+    if prompts and form == ("text",):
+        raise DataError(
+            f"{source} is plain text without a prompt to answer; give prompts, or take the text "
+            "for one (--columns prompt=text)"
+        )
+    return example
+
+
+def _refuse_pair(row: dict[str, Any], source: str) -> Example:
+    chosen, key = row["chosen"], "text"
+    if isinstance(row.get("prompt"), type(chosen)):
+        key = "prompt=prompt,completion"
+    elif not isinstance(chosen, str):
+        key = "messages"
+    raise DataError(
+        f"{source} is a pair of answers, and nothing says which to learn; to learn the chosen one "
+        f"give --columns {key}=chosen"
+    )
+
+
+def _refuse_steps(row: dict[str, Any], source: str) -> Example:
+    raise DataError(
+        f"{source} is an answer in rated steps, and nothing says which to learn; join those that "
+        'are right to one "completion"'
+    )
+
+
+def _read_chat(row: dict[str, Any], source: str) -> Example:
+    key = "messages" if "messages" in row else "conversations"
+    turns, learned = read_turns(row.pop(key), key, source)
+    return _chat(row, turns, learned, source)
+
+
+def _read_pair(row: dict[str, Any], source: str) -> Example:
+    if "label" in row and (label := row.pop("label")) is not True:
+        raise DataError(
+            f'{source} has the "label" {label!r}, and only answers rated true can be learned; '
+            "remove the row, or the column if it is no rating"
+        )
+    if not isinstance(row["prompt"], list) or not isinstance(row["completion"], list):
         prompt = _string(row, "prompt", source, may_be_empty=True)
         return Example(prompt, _string(row, "completion", source), source)
-    if "question" in row and "answer" in row:
-        answer = _string(row, "answer", source)
-        prompt = f"Question: {_string(row, 'question', source)}\nAnswer:"
-        return Example(prompt, f" {answer}", source, answer=answer)
-    if "text" in row:
-        return Example("", _string(row, "text", source), source)
-    raise DataError(f"{source} has the keys {sorted(map(str, row))}; give it {FORMS}")
+    before, _ = read_turns(row.pop("prompt"), "prompt", source)
+    after, learned = read_turns(row.pop("completion"), "completion", source)
+    return _chat(row, before + after, [len(before) + place for place in learned], source)
 
 
-def _string(row: Mapping[str, Any], key: str, source: str, *, may_be_empty: bool = False) -> str:
-    value = row[key]
+def _read_prompt(row: dict[str, Any], source: str) -> Example:
+    if not isinstance(row["prompt"], list):
+        return Example(_string(row, "prompt", source), "", source)
+    turns, _ = read_turns(row.pop("prompt"), "prompt", source)
+    return _chat(row, turns, None, source)
+
+
+def _read_text(row: dict[str, Any], source: str) -> Example:
+    return Example("", _string(row, "text", source), source)
+
+
+def _read_question(row: dict[str, Any], source: str) -> Example:
+    answer = _string(row, "answer", source)
+    prompt = f"Question: {_string(row, 'question', source)}\nAnswer:"
+    return Example(prompt, f" {answer}", source, answer=answer)
+
+
+def _read_dolly(row: dict[str, Any], source: str) -> Example:
+    return _read_instruction(row, source, "context", "response")
+
+
+def _read_alpaca(row: dict[str, Any], source: str) -> Example:
+    return _read_instruction(row, source, "input", "output")
+
+
+def _read_instruction(row: dict[str, Any], source: str, more: str, answer: str) -> Example:
+    context = _string(row, more, source, may_be_empty=True) if more in row else ""
+    about = ", paired with an input that provides further context" if context else ""
+    given = f"### Input:\n{context}\n\n" if context else ""
+    prompt = _ALPACA.format(about, _string(row, "instruction", source), given)
+    return Example(prompt, _string(row, answer, source), source)
+
+
+_READERS: dict[tuple[str, ...], Callable[[dict[str, Any], str], Example]] = {
+    ("messages",): _read_chat,
+    ("conversations",): _read_chat,
+    ("prompt", "completion"): _read_pair,
+    ("question", "answer"): _read_question,
+    ("instruction", "response"): _read_dolly,
+    ("instruction", "output"): _read_alpaca,
+    ("text",): _read_text,
+    ("chosen", "rejected"): _refuse_pair,
+    ("completions", "labels"): _refuse_steps,
+    ("prompt",): _read_prompt,
+}
+# The keys that a row may be read by.
+_KEYS = {
+    *("messages", "conversations", "tools", "documents", "chat_template_kwargs", "system"),
+    *("prompt", "completion", "label", "text", "question", "answer"),
+    *("instruction", "context", "response", "input", "output"),
+}
+
+
+def _chat(
+    row: dict[str, Any], turns: list[Turn], learned: list[int] | None, source: str
+) -> Example:
+    """Make an example of a chat; what stands beside it in the row goes to the template."""
+    template: dict[str, Any] = {}
+    for key in ("tools", "documents"):
+        if key in row and (found := parse_list(row.pop(key), f'{source} has "{key}"')):
+            template[key] = found
+    if "chat_template_kwargs" in row:
+        options = row.pop("chat_template_kwargs")
+        if not isinstance(options, Mapping):
+            raise DataError(f'{source} has "chat_template_kwargs" that are no object; write one')
+        template.update((key, value) for key, value in options.items() if value is not None)
+    if (system := row.pop("system", "")) != "":
+        if turns[0]["role"] == "system":
+            raise DataError(f'{source} has a "system" and a system turn; keep one of them')
+        content = _string({"system": system}, "system", source)
+        turns = [{"role": "system", "content": content}, *turns]
+        learned = None if learned is None else [place + 1 for place in learned]
+    if learned is None:  # a prompt alone
+        return Example("", "", source, tuple(turns), learned=(), template=template)
+    if not any(says_something(turns[place]) for place in learned):
+        raise DataError(f"{source} has no assistant turn to learn from; remove the row")
+    return Example("", "", source, tuple(turns), learned=tuple(learned), template=template)
+
+
+def _string(row: dict[str, Any], key: str, source: str, *, may_be_empty: bool = False) -> str:
+    value = row.pop(key)
     if not isinstance(value, str):
         raise DataError(f'{source} has a "{key}" that is not a string; write it in quotes')
     if not value.strip() and not may_be_empty:
@@ -160,32 +324,30 @@ def _string(row: Mapping[str, Any], key: str, source: str, *, may_be_empty: bool
     return value
 
 
-def _chat(row: Mapping[str, Any], key: str, source: str) -> tuple[Turn, ...]:
-    turns = _turns(row, key, source)
-    if not any(turn["role"] == "assistant" and _says_something(turn) for turn in turns):
-        raise DataError(f"{source} has no assistant turn to learn from; remove the row")
-    return turns
+def check_text(text: str, what: str) -> None:
+    """
+    Refuse a text that no tokenizer can read.
+
+    Raises:
+        DataError: it holds half of a character, or a byte that was no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} has half of a character (\\u{ord(text[error.start]):04x}), or a byte that is "
+            "no UTF-8; mend or remove it"
+        ) from None
 
 
-def _turns(row: Mapping[str, Any], key: str, source: str) -> tuple[Turn, ...]:
-    value = row[key]
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f'{source} has "{key}" that are no list of turns; see {FORMS}')
-    return tuple(_turn(one, source) for one in value)
-
-
-def _turn(value: Any, source: str) -> Turn:
-    if isinstance(value, Mapping) and "from" in value and "value" in value:
-        role = value["from"]
-        value = {"role": _SPEAKERS.get(role, role), "content": value["value"]}
-    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
-        raise DataError(f'{source} has a turn without "role" and "content" strings; add them')
-    # Data sets fill a column with nulls where a turn lacks it; templates ask whether it is there.
-    turn = {key: one for key, one in value.items() if one is not None}
-    if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-        raise DataError(f'{source} has a turn without "role" and "content" strings; add them')
-    return turn
-
-
-def _says_something(turn: Turn) -> bool:
-    return bool(turn.get("tool_calls") or turn.get("content", "").strip())
+def _check_texts(value: Any, key: str, source: str) -> None:
+    """Check every text in what a row holds, at any depth."""
+    if isinstance(value, str):
+        check_text(value, f'{source} in its "{key}"')
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            check_text(str(name), f'{source} in a name in its "{key}"')
+            _check_texts(one, str(name), source)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            _check_texts(one, key, source)

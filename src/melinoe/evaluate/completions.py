@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from melinoe.data import Example, encode_prompt, pad_token_id
+from melinoe.data import Example, encode_prompts, pad_token_id
 from melinoe.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -23,14 +23,20 @@ def reference(example: Example) -> str:
     The last assistant turn of a chat, the answer of a question, the completion of a prompt.
 
     Raises:
-        DataError: plain text has no prompt, so nothing of it is a reference.
+        DataError: plain text has no prompt, so nothing of it is a reference; a prompt alone and a
+            turn that calls functions have no words.
     """
     if example.messages is not None:
-        return [t["content"] for t in example.messages if t["role"] == "assistant"][-1].strip()
-    if not example.prompt:
+        last = example.messages[example.learned_turns[-1]] if example.learned_turns else {}
+        if "content" not in last:
+            raise DataError(
+                f"{example.source} ends without an answer in words to compare with; leave it out"
+            )
+        return last["content"].strip()
+    if not (example.prompt and example.completion):
         raise DataError(
-            f"{example.source} is plain text without a prompt to complete; measure its perplexity "
-            "alone, or give prompt and completion"
+            f"{example.source} is plain text without a prompt to complete, or a prompt without a "
+            "completion; measure its perplexity alone, or give both"
         )
     return (example.completion if example.answer is None else example.answer).strip()
 
@@ -71,7 +77,7 @@ def complete(
         raise ValueError("max_new_tokens and batch_size must be 1 or more")
     if not examples:
         raise DataError("there are no prompts to complete; give at least one example")
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    prompts = encode_prompts(examples, tokenizer)
     room = _room(model, examples, prompts, max_new_tokens)
     texts = [""] * len(examples)
     done, step = 0, max(1, len(examples) // 10)

@@ -19,7 +19,7 @@ from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import bytes_of, check_output, check_room
 from melinoe.config import FinetuneSettings
 from melinoe.config.names import version_of
-from melinoe.data import Example, encode, load_examples, pad_token_id
+from melinoe.data import Example, count_losses, encode, load_examples, pad_token_id
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.finetune.arguments import training_arguments
 from melinoe.finetune.parts.saving import KeptParts, write_result
@@ -184,6 +184,7 @@ def finetune(
             "data": {
                 "source": str(data) if from_name else None,
                 "examples": len(encoded),
+                **count_losses(examples, encoded),
                 "tokens_sha256": data_fingerprint(encoded),
             },
             "log": trained.rows,

@@ -12,7 +12,7 @@ from melinoe.cache.locality import experts_per_sequence
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import load_tokenizer
 from melinoe.config import OutcomeSettings
-from melinoe.data import Example, encode, encode_prompt
+from melinoe.data import Example, encode, encode_prompts
 from melinoe.evaluate import Perplexity, perplexity
 from melinoe.generate import trace_prompts
 from melinoe.measure import completion_counts, locality_record, reading_trace
@@ -77,7 +77,7 @@ def measure_model(
         for name, examples in {**held_out, **others}.items()
     }
     examples = next(iter(held_out.values()))[: settings.prompts]
-    prompts = [prompt_of(example, tokenizer, settings.max_length) for example in examples]
+    prompts = encode_prompts(examples, tokenizer, text_tokens=settings.max_length)
     traces = {
         "writing": trace_prompts(model, handle, tokenizer, prompts, settings.max_new_tokens, say),
         "reading": reading_trace(model, handle, encode(examples, tokenizer, settings.max_length)),
@@ -133,15 +133,3 @@ def _curve(by_size: Mapping[int, dict[str, list[int]]]) -> dict[str, Any]:
             bootstrap(one["loads"], one["tokens"]).to_dict() for one in by_size.values()
         ],
     }
-
-
-def prompt_of(example: Example, tokenizer: Any, max_length: int) -> list[int]:
-    """
-    The prompt that a trace starts from: the example's own, or of plain text its first half.
-
-    At most half of *max_length* of a plain text, so that what follows is still like training.
-    """
-    if example.prompt or example.messages is not None:
-        return encode_prompt(example, tokenizer)
-    ids = encode([example], tokenizer, max_length)[0].input_ids
-    return ids[: max(1, len(ids) // 2)]

@@ -1,12 +1,11 @@
 """Held-out texts in two halves: one to choose by, one to judge by."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from melinoe.data import Encoded, Example, encode
+from melinoe.data import Encoded, Example, has_completion
 from melinoe.errors import DataError
 
 OWN, OTHER = "own", "other"
@@ -85,14 +84,6 @@ def halves(
     Returns:
         The places of each half, in order.
     """
-    kept = [place for place, one in enumerate(examples) if _has_room(one, tokenizer, max_length)]
+    every = enumerate(examples)
+    kept = [place for place, one in every if has_completion(one, tokenizer, max_length)]
     return kept[::2], kept[1::2]
-
-
-def _has_room(example: Example, tokenizer: Any, max_length: int) -> bool:
-    """Whether `encode` would keep it; it is not asked for that length, lest it warn of each."""
-    try:
-        (whole,) = encode([example], tokenizer, sys.maxsize)
-    except DataError:
-        return False
-    return any(whole.completion_mask[:max_length])

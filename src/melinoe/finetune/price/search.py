@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from melinoe.checkpoint.metadata import read_metadata, write_metadata
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output
 from melinoe.config import PLAIN, FinetuneSettings
-from melinoe.data import Example, encode, load_examples
+from melinoe.data import Example, digest, encode, load_examples
 from melinoe.errors import OutputExistsError, TrainingError
 from melinoe.finetune.price.panel import OWN, Panel
 from melinoe.finetune.price.reference import Reference, ReferenceCallback, identity, is_reference
@@ -151,7 +150,7 @@ def finetune_within(
     anchor = anchor_examples if isinstance(anchor_examples, str) else None
     if anchor_examples and anchor is None:
         anchor = _fingerprint(anchor_examples)
-    wanted = identity(settings, panel, name, _fingerprint(examples), anchor=anchor)
+    wanted = identity(settings, panel, name, digest(examples), anchor=anchor)
     common = {"eval_examples": eval_examples, "progress": progress, "resume": resume}
     if found is not None:  # before a teacher is trained
         found.check(wanted | {"teacher": found.identity.get("teacher")}, directory)
@@ -274,10 +273,3 @@ def _place_of(out: Path, reference: str | Path | None, resume: bool) -> Path:
         return Path(reference).expanduser()
     beside = reference_place(out)
     return beside if resume and is_reference(beside) else check_output(beside)
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    digest = sha256()
-    for one in examples:
-        digest.update(f"{one.prompt!r} {one.completion!r} {one.messages!r}\n".encode())
-    return digest.hexdigest()

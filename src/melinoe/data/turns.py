@@ -1,0 +1,152 @@
+"""
+Turns of a chat, out of the spellings that data sets have for them.
+
+A turn has ``role`` and ``content``, or ShareGPT's ``from`` and ``value``. Its content is a string
+or a list of text parts. Nulls, with which columns are filled where a turn lacks a key, are as
+absent, inside of tools and calls too. ``weight`` 0 or 1, ``train`` and ``training`` say whether an
+assistant turn is learned.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from melinoe.errors import DataError
+
+Turn = Mapping[str, Any]
+
+ASSISTANT = "assistant"
+_SPEAKERS = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "bing": ASSISTANT,
+    "bard": ASSISTANT,
+    "observation": "tool",
+    "function_response": "tool",
+}
+_FROM = ("user", ASSISTANT, "system", "tool")
+_LEARNED = ("weight", "train", "training")
+
+
+def read_turns(value: Any, key: str, source: str) -> tuple[list[Turn], list[int]]:
+    """
+    Read a list of turns, and say which of them are to be learned.
+
+    Args:
+        value: What stands in the row.
+        key: Where in the row.
+        source: Where the row stands.
+
+    Returns:
+        The turns, and the places of the assistant turns that are not marked as context.
+
+    Raises:
+        DataError: no list of turns, or one that cannot be used as it stands.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise DataError(f'{source} has a "{key}" that is no list of turns; write one, see TRL')
+    turns, learned = [], []
+    for place, one in enumerate(value):
+        turn, is_learned = _turn(one, f'{source} has in "{key}" a turn {place}')
+        turns.append(turn)
+        if is_learned:
+            learned.append(place)
+    return turns, learned
+
+
+def parse_list(value: Any, what: str) -> list[dict[str, Any]]:
+    """
+    Read a list of objects, or the JSON of one, as tools and calls are kept; nulls are as absent.
+
+    What is JSON inside of an object, as a call's arguments may be, stays a string, nulls and all.
+
+    Args:
+        value: The list, or a string; each of its objects may be a string as well.
+        what: Says in an error what has it.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        items = [json.loads(one) if isinstance(one, str) else one for one in found]
+    except (ValueError, TypeError, RecursionError):
+        items = [None]
+    if not all(isinstance(one, Mapping) for one in items):
+        raise DataError(f"{what} that are no list of objects; write one, or its JSON")
+    return [without_nulls(one) for one in items]
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave out every key whose value is null, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _turn(value: Any, what: str) -> tuple[Turn, bool]:
+    if not isinstance(value, Mapping):
+        raise DataError(f'{what} that is no object; give it "role" and "content"')
+    turn = {str(key): one for key, one in value.items() if one is not None}
+    if "role" not in turn and "from" in turn:
+        speaker = turn.pop("from")
+        turn["role"] = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else None
+        if turn["role"] not in _FROM:
+            raise DataError(
+                f'{what} from {speaker!r}; name one of {", ".join(_FROM)} as its "role"'
+            )
+    if "content" not in turn and "value" in turn:
+        turn["content"] = turn.pop("value")
+    role = turn.get("role")
+    if not isinstance(role, str):
+        raise DataError(f'{what} without a "role" that is a string; add it')
+    turn["role"] = _SPEAKERS.get(role, role) if role in ("human", "gpt") else role
+    if "tool_calls" in turn:
+        turn["tool_calls"] = parse_list(turn["tool_calls"], f'{what} with "tool_calls"')
+        if not turn["tool_calls"]:
+            del turn["tool_calls"]
+    if "content" in turn:
+        turn["content"] = _content(turn["content"], what)
+    elif "tool_calls" not in turn:
+        raise DataError(f'{what} without a "content"; add it')
+    marks = [_mark(key, turn.pop(key), what) for key in _LEARNED if key in turn]
+    if any(marks) and turn["role"] != ASSISTANT:
+        raise DataError(
+            f"{what} of {turn['role']!r} that is marked to be learned; only assistant turns can be"
+        )
+    return turn, turn["role"] == ASSISTANT and all(marks)
+
+
+def says_something(turn: Turn) -> bool:
+    """Tell whether a turn has words or calls of functions."""
+    return bool(turn.get("tool_calls") or turn.get("content", "").strip())
+
+
+def _mark(key: str, value: Any, what: str) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise DataError(f'{what} with a "{key}" of {value!r}; only 0 and 1, false and true, are read')
+
+
+def _content(value: Any, what: str) -> str:
+    """A string, or text parts one after the other, as templates write them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple):
+        raise DataError(f'{what} whose "content" is neither a string nor a list of text parts')
+    texts = []
+    for part in value:
+        if isinstance(part, Mapping):
+            found = {str(key): one for key, one in part.items() if one is not None}
+            kind = found.get("type", "text")
+            if kind != "text" or not isinstance(found.get("text"), str):
+                raise DataError(
+                    f"{what} with content of type {kind!r} that is no text; remove it, for only "
+                    "text can be read here"
+                )
+            part = found["text"]
+        if not isinstance(part, str):
+            raise DataError(f'{what} whose "content" is neither a string nor a list of text parts')
+        texts.append(part)
+    return "".join(texts)
