@@ -149,7 +149,7 @@ def finetune_within(
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     anchor = anchor_examples if isinstance(anchor_examples, str) else None
     if anchor_examples and anchor is None:
-        anchor = _fingerprint(anchor_examples)
+        anchor = digest(anchor_examples)
     wanted = identity(settings, panel, name, digest(examples), anchor=anchor)
     common = {"eval_examples": eval_examples, "progress": progress, "resume": resume}
     if found is not None:  # before a teacher is trained
