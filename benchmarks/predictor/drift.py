@@ -16,11 +16,10 @@ from guesses import Traffic, adaptive, learned, recall, traffic_of
 from judge import by_document, difference, estimate, loads_per_token, part, transfers
 from traffic import MATHS, MIXED_QUESTIONS, Item, Model, in_order, mixed
 
-from melinoe.predictor import EmbeddingEncoder, PriorSettings
+from melinoe.predictor import EmbeddingEncoder
 from melinoe.predictor.fit import fit_shares
 from melinoe.predictor.targets import Floats, completion_shares
 
-HALF_LIVES = (2.0, 4.0, 16.0, 32.0)  # beside the default
 FIRST = 4  # requests after a switch that are also shown apart
 
 
@@ -92,22 +91,8 @@ def _drift(
         "prefill": (traffic.own, None),
         "prior alone": (adaptive(traffic), "popularity of GSM8K"),
         "predictor of GSM8K": (base, None),
-        "predictor of GSM8K + prior": (adaptive(traffic, base), "predictor of GSM8K"),
-        "predictor of GSM8K + prior, reset at each switch": (
-            adaptive(traffic, base, reset_at=starts),
-            "predictor of GSM8K + prior",
-        ),
         "predictor of all sources": (broad["learned"], None),
-        "predictor of all sources + prior": (
-            adaptive(traffic, broad["learned"]),
-            "predictor of all sources",
-        ),
     }
-    for half_life in HALF_LIVES:
-        ways[f"predictor of GSM8K + prior, half-life {half_life:g}"] = (
-            adaptive(traffic, base, settings=PriorSettings(half_life=half_life)),
-            "predictor of GSM8K + prior",
-        )
     yield from _rows("drifting", traffic, ways, slots, starts)
 
 
@@ -117,25 +102,9 @@ def _users(traffic: Traffic, narrow: Any, slots: int) -> Iterator[dict[str, Any]
     ways: dict[str, tuple[Floats | None, str | None]] = {
         "nothing loaded ahead": (None, None),
         "predictor of GSM8K": (base, None),
-        "predictor of GSM8K + prior of all": (
-            adaptive(traffic, base),
-            "predictor of GSM8K",
-        ),
-        "predictor of GSM8K + prior of each user": (
-            adaptive(traffic, base, who),
-            "predictor of GSM8K",
-        ),
         "prior of all alone": (adaptive(traffic), None),
-        "prior of each user alone": (adaptive(traffic, keys=who), "prior of all alone"),
+        "prior of each user alone": (adaptive(traffic, who), "prior of all alone"),
         "predictor of all sources": (broad["learned"], None),
-        "predictor of all sources + prior of all": (
-            adaptive(traffic, broad["learned"]),
-            "predictor of all sources",
-        ),
-        "predictor of all sources + prior of each user": (
-            adaptive(traffic, broad["learned"], who),
-            "predictor of all sources",
-        ),
     }
     yield from _rows("seven users, shuffled", traffic, ways, slots, ())
 

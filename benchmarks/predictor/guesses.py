@@ -7,7 +7,7 @@ are named, the highest first. What learns is judged on documents that it was not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from traffic import Item, Model
 
 from melinoe.cache.trace import COMPLETION_ROW, Trace
-from melinoe.predictor import AdaptivePredictor, EmbeddingEncoder, Prior, PriorSettings
+from melinoe.predictor import EmbeddingEncoder, Prior
 from melinoe.predictor.fit import fit_shares
 from melinoe.predictor.targets import Floats, completion_shares, top_ids, use_counts
 
@@ -96,36 +96,21 @@ def scores_of(named: Sequence[Sequence[int]], experts: int) -> Floats:
     return scores
 
 
-def adaptive(
-    traffic: Traffic,
-    base: Floats | None = None,
-    keys: Sequence[str] | None = None,
-    settings: PriorSettings | None = None,
-    reset_at: Iterable[int] = (),
-) -> Floats:
+def adaptive(traffic: Traffic, keys: Sequence[str] | None = None) -> Floats:
     """
     Follow the traffic with a prior: each request is guessed from those before it, then learned.
 
     Args:
         traffic: In its order.
-        base: A predictor's distributions, to correct; absent, the prior stands alone.
         keys: Whose each request is; absent, all one deployment's.
-        settings: The prior's.
-        reset_at: Requests before which somebody resets it.
     """
-    shape, resets = traffic.used.shape, set(reset_at)
-    prior = Prior(shape[1], shape[2], traffic.model.fingerprint, settings)
+    shape = traffic.used.shape
+    prior = Prior(shape[1], shape[2], traffic.model.fingerprint)
     everybody = [""] * shape[0] if keys is None else keys
     out = np.zeros(shape)
     for row, key in enumerate(everybody):
-        if row in resets:
-            prior.reset()
-        if base is None:
-            named = AdaptivePredictor(prior, key=key).top((), shape[2])
-            out[row] = scores_of(named, shape[2])
-        else:
-            out[row] = prior.adjust(base[row], key)
-        prior.observe(key, traffic.counts[row], None if base is None else base[row])
+        out[row] = scores_of(prior.top(key, shape[2]), shape[2])
+        prior.observe(key, traffic.counts[row])
     return out
 
 

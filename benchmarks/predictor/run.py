@@ -46,7 +46,7 @@ from melinoe.shipped import TINY_OLMOE
 
 SHARES = (0.125, 0.25, 0.5)
 SERVED = 0.25  # of the experts; what predictors are fitted for
-ORDER = ("popularity", "prefill", "learned", "prior alone", "learned + prior")
+ORDER = ("popularity", "prefill", "learned", "prior alone")
 
 
 def traffics(model: Model, items: list[Item]) -> Iterator[tuple[str, Traffic]]:
@@ -79,7 +79,6 @@ def compared(
     guesses |= {
         "prefill": traffic.own + popularity * 1e-6 * (traffic.own > 0),
         "prior alone": adaptive(traffic),
-        "learned + prior": adaptive(traffic, guesses["learned"]),
     }
     guesses = {strategy: guesses[strategy] for strategy in ORDER}
     for share in SHARES if name.endswith("read") else (SERVED,):
@@ -99,7 +98,6 @@ def compared(
                 **{key: estimate(value) for key, value in sums.items()},
                 "best_free_rival": rival,
                 "learned_minus_it": difference(sums["learned"], sums[rival]).to_dict(),
-                "prior_adds": difference(sums["learned + prior"], sums["learned"]).to_dict(),
             },
             _transfers(about, traffic, guesses, slots),
         )
@@ -189,7 +187,7 @@ TITLES = {
     ),
     "prior-drift": (
         "A prior that learns from what is served",
-        ["LFU, a cache that stays warm, 8 of 32 slots; half-life 8 requests unless it says else."],
+        ["LFU, a cache that stays warm, 8 of 32 slots; half-life 8 requests."],
     ),
 }
 

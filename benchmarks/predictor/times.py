@@ -31,13 +31,12 @@ def times(model: Model, items: list[Item], slots: int, prompts: int = 32) -> lis
     predictor.bind(served)
     counts = use_counts(model.read, COMPLETION_ROW, len(every))
     prior = Prior(*counts.shape[1:], model.fingerprint)
-    alone, both = AdaptivePredictor(prior), AdaptivePredictor(prior, predictor)
+    alone = AdaptivePredictor(prior)
     rows = np.random.default_rng(1).permutation(mixed(items))[: prompts + 1]
     ways: dict[str, Callable[[int], Any]] = {
         "popularity": lambda row: predictor.top((), slots),
         "learned": lambda row: predictor.top(every[row], slots),
         "prior alone": lambda row: alone.top(every[row], slots),
-        "learned + prior": lambda row: both.top(every[row], slots),
         "telling the prior what was served": lambda row: prior.observe("", counts[row]),
     }
     ttft_s: list[float] = []

@@ -132,7 +132,7 @@ def generate(
         prompt: Text, or token ids.
         max_new_tokens: At most so many; end-of-text may come first.
         predictor: Names experts to prefetch, as many per layer as there are slots; an
-            `AdaptivePredictor` that learns is then told of the completion's uses. Short for
+            `AdaptivePredictor` is then told of the completion's uses. Short for
             ``prefetch=Predicted(predictor, prefetch_at)``.
         prefetch_at: Of *predictor*. ``completion``: when the forward pass after the prompt's
             begins, on the clock of the tokens after the first; never if the first token is the
@@ -147,7 +147,7 @@ def generate(
         TokenizerError: ids that the model does not know.
         ModelError: the predictor belongs to another model.
         AttachError: a prefetch without a handle to load through, or that its engine cannot do; a
-            predictor that learns while something is being recorded.
+            `AdaptivePredictor` while something is being recorded.
         UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
         ValueError: *max_new_tokens* below 1; an unknown *prefetch_at*; *predictor* and *prefetch*.
     """
@@ -178,7 +178,7 @@ def generate(
     input_ids = torch.tensor([ids], device=device)
 
     asked = prefetch.predictor if isinstance(prefetch, Predicted) else None
-    learner = asked if isinstance(asked, AdaptivePredictor) and asked.learns else None
+    learner = asked if isinstance(asked, AdaptivePredictor) else None
     meter = None
     start_s = time.perf_counter()
     with ExitStack() as stack:

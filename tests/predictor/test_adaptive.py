@@ -4,32 +4,18 @@ import logging
 
 import numpy as np
 import pytest
-from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, TOP_K, always, tiny_model, words_tokenizer
+from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, TOP_K, tiny_model, words_tokenizer
 
 from melinoe.cache.trace import COMPLETION_ROW
 from melinoe.errors import AttachError, ModelError
 from melinoe.generate import generate
 from melinoe.moe.routing import fingerprint
-from melinoe.predictor import AdaptivePredictor, Prior, PriorSettings, use_counts
+from melinoe.predictor import AdaptivePredictor, Prior, use_counts
 from melinoe.runtime.attach import attach
 
 
-def new_prior(model, **settings):
-    return Prior(LAYERS, EXPERTS, fingerprint(model), PriorSettings(**settings))
-
-
-def spikes(*experts):
-    """Uses of one expert in each layer."""
-    counts = np.zeros((LAYERS, EXPERTS))
-    counts[range(LAYERS), experts] = 9
-    return counts
-
-
-def unsure(model, experts):
-    """A predictor that ranks *experts* first, each by a factor of 1.1 before the next."""
-    base = always(model, experts)
-    base.network.output.bias.data *= 0.1
-    return base
+def new_prior(model):
+    return Prior(LAYERS, EXPERTS, fingerprint(model))
 
 
 def test_the_uses_that_are_counted_are_those_of_a_trace():
@@ -62,7 +48,7 @@ def test_two_cannot_watch_at_once():
 
 
 def test_what_was_served_is_what_is_prefetched_next():
-    """A prior alone: the first request prefetches nothing, the second what the first used most."""
+    """The first request prefetches nothing, the second what the first used most."""
     model, tokenizer = tiny_model(), words_tokenizer()
     prior = new_prior(model)
     learner = AdaptivePredictor(prior, key="ada")
@@ -82,47 +68,9 @@ def test_what_was_served_is_what_is_prefetched_next():
     assert first.ids == second.ids == plain.ids  # a prefetch changes no word
 
 
-def test_switched_off_or_not_learning_nothing_changes():
-    """The predictor's own experts, and a prior that stays as it was."""
-    model, tokenizer = tiny_model(), words_tokenizer()
-    prior, base = new_prior(model), unsure(model, [6, 1, 4])
-    prior.observe("", spikes(0, 2), base.predict([3]))
-    frozen = AdaptivePredictor(prior, base, learns=False)
-    assert frozen.top([3], 3) != base.top([3], 3)
-    with attach(model, slots=3) as handle:
-        generate(model, handle, tokenizer, PROMPT_TEXT, 4, frozen)
-        assert prior.requests("") == 1
-        prior.enabled = False
-        off = AdaptivePredictor(prior, base)
-        generate(model, handle, tokenizer, PROMPT_TEXT, 4, off)
-        assert off.top([3], 3) == base.top([3], 3)
-        assert AdaptivePredictor(prior).top([3], 3) == [[]] * LAYERS
-    prior.enabled = True
-    assert prior.requests("") == 1
-
-
-def test_traffic_overrules_the_predictor_and_a_reset_gives_it_back():
-    """Twenty requests of experts 0 and 2 put them first; after the reset 6 leads again."""
-    model = tiny_model()
-    prior, base = new_prior(model), unsure(model, [6, 1, 4])
-    both = AdaptivePredictor(prior, base, key="ada")
-    assert [layer[0] for layer in base.top([3], 3)] == [6, 6]
-    assert both.top([3], 3) == base.top([3], 3)
-    for _ in range(20):
-        both.top([3], 3)
-        both.observe(spikes(0, 2))
-    assert [layer[0] for layer in both.top([3], 3)] == [0, 2]
-    assert AdaptivePredictor(prior, base, key="bob").top([3], 3) == base.top([3], 3)
-    prior.reset("ada")
-    assert both.top([3], 3) == base.top([3], 3)
-    assert len(both.top([3])[0]) == base.slots
-
-
 def test_another_models_prior_is_refused_before_anything_is_loaded():
-    """Equal shapes, other routers; alone and with a predictor."""
+    """Equal shapes, other routers."""
     model, other = tiny_model(), tiny_model(seed=1)
-    with pytest.raises(ModelError, match="start another one"):
-        AdaptivePredictor(new_prior(other), always(model, [1]))
     with attach(model, slots=3) as handle:
         learner = AdaptivePredictor(new_prior(model))
         learner.bind(model)
@@ -134,12 +82,6 @@ def test_another_models_prior_is_refused_before_anything_is_loaded():
                 AdaptivePredictor(new_prior(other)),
             )  # fmt: skip
         assert handle.counters.prefetch_loads.sum() == 0
-
-
-def test_a_prior_alone_must_be_told_the_slots():
-    """It has no number of its own."""
-    with pytest.raises(ValueError, match="slots"):
-        AdaptivePredictor(new_prior(tiny_model())).top([3])
 
 
 def test_a_single_new_token_teaches_nothing():

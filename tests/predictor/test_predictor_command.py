@@ -92,7 +92,7 @@ def test_more_slots_than_experts_are_refused(trace, tmp_path, melinoe):
 
 
 def test_a_prior_is_begun_learns_by_user_and_is_reset(checkpoint, tmp_path, melinoe):
-    """Two requests of Ada, one of Bob, one that only reads; then Ada is forgotten, then all."""
+    """Two requests of Ada, one of Bob; then Ada is forgotten, then all."""
     file = tmp_path / "prior.safetensors"
 
     def ask(*more):
@@ -103,19 +103,16 @@ def test_a_prior_is_begun_learns_by_user_and_is_reset(checkpoint, tmp_path, meli
         assert result[0] == 0, result[2]
         return json.loads(result[1])
 
-    first = ask("--user", "ada", "--half-life", 4)
+    first = ask("--user", "ada")
     assert first["prefetch_per_token"] == 0
     second = ask("--user", "ada")
     assert second["prefetch_per_token"] > 0 and second["ids"] == first["ids"]
     ask("--user", "bob")
-    before = file.read_bytes()
-    ask("--user", "cyd", "--no-learn")
-    assert file.read_bytes() == before
     code, out, _ = melinoe("predictor", "prior", file, "--json")
     shown = json.loads(out)
-    assert code == 0 and shown["half_life"] == 4
+    assert code == 0 and shown["fingerprint"] == Prior.load(file).fingerprint
     assert [row["user"] for row in shown["users"]] == ["bob", "ada"]
-    assert shown["users"][1]["requests"] == pytest.approx(1 + 0.5**0.25)
+    assert shown["users"][1]["requests"] == pytest.approx(1 + 0.5**0.125)
     refused(melinoe("predictor", "reset", file, "--user", "cyd"), "'cyd'", "predictor prior")
     assert melinoe("predictor", "reset", file, "--user", "ada")[0] == 0
     assert Prior.load(file).keys() == ["bob"]
@@ -125,29 +122,16 @@ def test_a_prior_is_begun_learns_by_user_and_is_reset(checkpoint, tmp_path, meli
     assert "nothing yet" in melinoe("predictor", "prior", file)[2]
 
 
-def test_a_prior_corrects_a_predictor(checkpoint, trace, tmp_path, melinoe):
-    """Both at once; what they name is loaded ahead."""
-    assert melinoe("predictor", "fit", trace, "--out", tmp_path / "p")[0] == 0
-    code, out, err = melinoe(
-        "generate", checkpoint, "w3 w4", "--predictor", tmp_path / "p", "--prior",
-        tmp_path / "prior", "--max-new-tokens", 4, "--json",
-    )  # fmt: skip
-    assert code == 0, err
-    assert json.loads(out)["prefetch_per_token"] > 0
-    assert Prior.load(tmp_path / "prior").keys() == [""]
-
-
 def test_bad_priors_are_refused_in_one_sentence(checkpoint, tmp_path, melinoe):
-    """Of another model, damaged, absent, a half-life of nothing."""
+    """Of another model, damaged, absent, beside a predictor."""
     Prior(2, 8, "another").save(tmp_path / "other")
     (tmp_path / "torn").write_bytes(b"no prior")
     ask = ("generate", checkpoint, "w3", "--max-new-tokens", 2, "--prior")
     refused(melinoe(*ask, tmp_path / "other"), "another", "start another one")
     refused(melinoe(*ask, tmp_path / "torn"), "torn", "begin another one")
     refused(melinoe("predictor", "reset", tmp_path / "absent"), "absent", "check the path")
-    refused(melinoe(*ask, tmp_path / "new", "--half-life", 0), "half_life")
-    assert not (tmp_path / "new").exists()
     assert melinoe("generate", checkpoint, "w3", "--user", "ada")[0] == 2
-    assert melinoe(*ask, tmp_path / "torn", "--half-life", 3)[0] == 2
+    code, _, err = melinoe(*ask, tmp_path / "new", "--predictor", tmp_path / "p")
+    assert code == 2 and "not both" in err and not (tmp_path / "new").exists()
     code, _, err = melinoe(*ask, tmp_path / "new", "--prefetch", "prefill")
     assert code == 2 and "--prefetch predictor" in err

@@ -55,9 +55,9 @@ def test_no_strategy_names_an_expert_that_its_layer_does_not_have(uneven):
     prior = Prior(2, 8, fingerprint(model))
     prior.observe("", popularity(trace))
     predictor = quick(trace, model)
-    learners = [AdaptivePredictor(prior), AdaptivePredictor(prior, predictor)]
+    learner = AdaptivePredictor(prior)
     given = Given(popularity(trace), predictor)
-    named = [one.top([3, 4], SLOTS) for one in (predictor, *learners)]
+    named = [one.top([3, 4], SLOTS) for one in (predictor, learner)]
     for name in ("popularity", "predictor"):
         one = prefetcher(name, given)
         one.bind(model)

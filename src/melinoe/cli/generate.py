@@ -36,19 +36,12 @@ def command(
         Path | None,
         typer.Option(
             help="Prefetch what was used lately, and learn from this completion: a file, made if "
-            "it is absent. With --predictor, it corrects that; alone, it stands for itself."
+            "it is absent. Instead of --predictor."
         ),
     ] = None,
     user: Annotated[
         str, typer.Option(help="With --prior: whose request this is; users are kept apart.")
     ] = "",
-    half_life: Annotated[
-        float | None,
-        typer.Option(help="Of a new --prior: requests after which a request counts half."),
-    ] = None,
-    learn: Annotated[
-        bool, typer.Option(help="With --prior: let this completion change it.")
-    ] = True,
     choice: options.Choice = "exact",
     choice_strength: options.ChoiceStrength = 0.1,
     choice_keep: options.ChoiceKeep = 1,
@@ -83,18 +76,15 @@ def command(
     )
     if len(names) > 1:
         raise typer.BadParameter(f"name one of {', '.join(names)}", param_hint="--prefetch")
-    if prior is None and (user or half_life is not None):
-        raise typer.BadParameter("it belongs to --prior", param_hint="--user, --half-life")
-    guess: Predictor | AdaptivePredictor | None = Predictor.load(predictor) if predictor else None
+    if prior is None and user:
+        raise typer.BadParameter("it belongs to --prior", param_hint="--user")
+    if prior is not None and predictor is not None:
+        raise typer.BadParameter("give it or --predictor, and not both", param_hint="--prior")
+    guess = Predictor.load(predictor) if predictor else None
     # What is missing or wrong shows before the model is opened; a prior is opened with it.
     made_of = prefetching.given(guess, popularity, prefetch_at)
     ahead = None if prior is not None else prefetcher(names[0], made_of)
     if prior is not None and prior.exists():
-        if half_life is not None:
-            raise typer.BadParameter(
-                f"{prior} exists and has one; leave it out, or name a new file",
-                param_hint="--half-life",
-            )
         Prior.load(prior)  # what is wrong with it shows before the model is opened
     text = _read_prompt() if prompt == "-" else prompt
     wanted = options.choice_of(choice, choice_strength, choice_keep)
@@ -107,10 +97,8 @@ def command(
     handle.choose(wanted)
     kept = None
     if prior is not None:
-        kept = open_prior(prior, loaded, half_life)
-        assert guess is None or isinstance(guess, Predictor)
-        guess = AdaptivePredictor(kept, guess, user, learns=learn)
-        ahead = prefetcher(names[0], replace(made_of, predictor=guess))
+        kept = open_prior(prior, loaded)
+        ahead = prefetcher(names[0], replace(made_of, predictor=AdaptivePredictor(kept, user)))
     torch.manual_seed(seed)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -130,7 +118,7 @@ def command(
         streamer=streamer,
         **sampling,
     )
-    if kept is not None and prior is not None and learn:
+    if kept is not None and prior is not None:
         kept.save(prior)
     assert result.counters is not None  # there is a handle
     blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]

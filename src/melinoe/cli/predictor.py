@@ -105,23 +105,14 @@ def fit_command(
 @app.command("prior")
 def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
     """Show whose requests a prior has learned from, the latest first."""
-    from melinoe.predictor import Prior
+    from melinoe.predictor.prior import HALF_LIFE, Prior
 
     found = Prior.load(prior)
     rows = [{"user": key, "requests": found.requests(key)} for key in found.keys()[::-1]]
     if as_json:
-        settings = found.settings
-        options.show_json(
-            {
-                "fingerprint": found.fingerprint,
-                "half_life": settings.half_life,
-                "strength": settings.strength,
-                "max_keys": settings.max_keys,
-                "users": rows,
-            }
-        )
+        options.show_json({"fingerprint": found.fingerprint, "users": rows})
     elif rows:
-        title = f"half-life {found.settings.half_life:g} requests"
+        title = f"half-life {HALF_LIFE:g} requests"
         options.show_table(title, [{**row, "user": row["user"] or "(all)"} for row in rows])
     else:
         options.say(f"{prior} has learned nothing yet")

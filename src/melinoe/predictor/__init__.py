@@ -6,17 +6,15 @@ Prompt in, experts out: which experts each layer will use, known before the firs
     model.py     Predictor: predict, top, save, load
     fit.py       fit(trace, prompts, encoder, slots) -> Predictor
     prompts.py   the prompts of a trace, in a file beside it
-    prior.py     Prior: what was served lately, by user or deployment; prior_file.py: its file
-    adaptive.py  AdaptivePredictor: a prior at work, with a learned predictor or alone
+    prior.py     Prior: what was served lately, by user or deployment; AdaptivePredictor: it at work
     compare.py   the learned predictor against rivals that cost nothing, and which one to use
 """
 
-from melinoe.predictor.adaptive import AdaptivePredictor, open_prior
 from melinoe.predictor.compare import RIVALS, Comparison, compare
 from melinoe.predictor.encoders import EmbeddingEncoder, Encoder, SentenceEncoder
 from melinoe.predictor.fit import FitSettings, fit
 from melinoe.predictor.model import Predictor
-from melinoe.predictor.prior import Prior, PriorSettings
+from melinoe.predictor.prior import AdaptivePredictor, Prior, open_prior
 from melinoe.predictor.prompts import load_prompts, save_prompts
 from melinoe.predictor.targets import recall_at, use_counts
 
@@ -29,7 +27,6 @@ __all__ = [
     "FitSettings",
     "Predictor",
     "Prior",
-    "PriorSettings",
     "SentenceEncoder",
     "compare",
     "fit",

@@ -2,91 +2,63 @@
 Prior: what was served lately, so that a prefetch follows the traffic.
 
 A predictor knows the prompts that it was fitted to. Traffic drifts: other users, other subjects. A
-prior keeps, for each key (a user, a deployment), how the completions of its last requests used the
-experts of each layer; each request makes all before it count a little less.
+prior keeps, for each key (a user, or one for a whole deployment), how the completions of its last
+requests used the experts of each layer; each request makes all before it count a little less.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save as save_tensors
+from torch import nn
 
 from melinoe.cache.prefetcher import most_wanted
-from melinoe.errors import ModelError
-from melinoe.predictor.prior_file import PriorContents, read_prior, write_prior
+from melinoe.cache.tensor_file import FileKind
+from melinoe.errors import CheckpointError, ModelError, WriteError
+from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.predictor.targets import Floats, shares
 
 DEPLOYMENT = ""  # the key of those who tell no users apart
-
-
-@dataclass(frozen=True)
-class PriorSettings:
-    """
-    How a prior learns.
-
-    Attributes:
-        half_life: Requests of a key after which a request counts half.
-        strength: What was known before the traffic counts as much as so many requests.
-        max_keys: Keys that are kept; of more, the longest unused leaves.
-    """
-
-    half_life: float = 8.0
-    strength: float = 2.0
-    max_keys: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 0 < self.half_life < float("inf"):
-            raise ValueError(f"half_life must be above 0 and finite, got {self.half_life}")
-        if not 0 < self.strength < float("inf"):
-            raise ValueError(f"strength must be above 0 and finite, got {self.strength}")
-        if self.max_keys < 1:
-            raise ValueError(f"max_keys must be 1 or more, got {self.max_keys}")
+HALF_LIFE = 8.0  # requests of a key after which a request counts half
+MAX_KEYS = 1024  # of more, the longest unused leaves
+FORMAT, VERSION = "melinoe-prior", 2
+_WAY_OUT = "remove it, and begin another one"
+_KIND = FileKind(FORMAT, (VERSION,), "the prior {} is", "prior", _WAY_OUT, CheckpointError)
 
 
 class Prior:
     """
     Exponentially decayed use of the experts, by key and layer.
 
-    Per key and layer it holds sums of shares that were used, ``s``, and that were predicted, ``q``,
-    and a weight ``n``, all zero at first. A served completion with shares of use ``u``, for which
-    ``p`` was predicted, makes them ``d s + u``, ``d q + p`` and ``d n + 1``, where
-    ``d = 2 ** (-1 / half_life)``; a layer that the completion did not use stays as it is.
+    Per key it holds sums of shares that were used, zero at first. A served completion with shares
+    of use ``u`` in a layer makes that layer's sums ``s`` into ``2 ** (-1 / HALF_LIFE) s + u``; a
+    layer that the completion did not use stays as it is.
 
-    Like the model, it serves one thread at a time. A key costs ``2 x layers x experts`` numbers,
-    and there are never more than ``settings.max_keys``.
+    Like the model, it serves one thread at a time. A key costs ``layers x experts`` numbers, and
+    there are never more than `MAX_KEYS`.
 
     Args:
         num_layers: MoE layers.
         num_experts: Experts of each.
         fingerprint: Of the model that is served; no other may use it.
-        settings: ``None`` means the defaults.
-
-    Attributes:
-        enabled: Whether it is in use. Off, it observes nothing and changes no prediction; what it
-            has learned stays, until `reset`.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_experts: int,
-        fingerprint: str,
-        settings: PriorSettings | None = None,
-    ) -> None:
+    def __init__(self, num_layers: int, num_experts: int, fingerprint: str) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
         self.fingerprint = fingerprint
-        self.settings = settings or PriorSettings()
-        self.enabled = True
-        # s, q and n of each key, the longest unused first.
-        self._known: OrderedDict[str, tuple[Floats, Floats, Floats]] = OrderedDict()
+        self._known: OrderedDict[str, Floats] = OrderedDict()  # the longest unused first
 
-    # --- learning -------------------------------------------------------------------------------
-
-    def observe(self, key: str, usage: NDArray, predicted: NDArray | None = None) -> None:
+    def observe(self, key: str, usage: NDArray) -> None:
         """
         Learn from a completion that was served for *key*.
 
@@ -94,29 +66,35 @@ class Prior:
             key: Whose; ``""`` where users are not told apart.
             usage: How often it chose each expert, ``(layers, num_experts)``, 0 or more; one that
                 chose none, having only one token, teaches nothing.
-            predicted: What a predictor said of it, distributions of the same shape; absent, there
-                was none, and this completion will correct none.
 
         Raises:
-            ValueError: either of another shape, negative or no number.
+            ValueError: of another shape, negative or no number.
         """
-        counts = self._checked(usage, "usage")
-        used_shares = shares(counts)
-        said = used_shares if predicted is None else shares(self._checked(predicted, "predicted"))
-        used = counts.sum(axis=1) > 0
-        if not self.enabled or not used.any():
+        counts, shape = np.asarray(usage, np.float64), (self.num_layers, self.num_experts)
+        if counts.shape != shape:
+            raise ValueError(f"usage must be of shape {shape}, got {counts.shape}")
+        if not np.isfinite(counts).all() or (counts < 0).any():
+            raise ValueError("usage must be numbers of 0 or more")
+        used = counts.sum(axis=1, keepdims=True) > 0
+        if not used.any():
             return
-        total, expected, weight = self._known.get(key) or self._nothing()
-        decay = 0.5 ** (1 / self.settings.half_life)
-        factor = np.where(used, decay, 1.0)
-        self._known[key] = (
-            total * factor[:, None] + used_shares,
-            expected * factor[:, None] + said * used[:, None],
-            weight * factor + used,
-        )
+        before = self._known.get(key, np.zeros(shape))
+        decay = np.where(used, 0.5 ** (1 / HALF_LIFE), 1.0)
+        self._known[key] = before * decay + shares(counts) * used
         self._known.move_to_end(key)
-        while len(self._known) > self.settings.max_keys:
+        while len(self._known) > MAX_KEYS:
             self._known.popitem(last=False)
+
+    def top(self, key: str, slots: int) -> list[list[int]]:
+        """
+        Name the *slots* experts of each layer that *key* used most, the most used first.
+
+        An expert that it has not used is not named, so a new key gets empty lists.
+        """
+        if key not in self._known:
+            return [[] for _ in range(self.num_layers)]
+        self._known.move_to_end(key)
+        return most_wanted(self._known[key], slots)
 
     def reset(self, key: str | None = None) -> None:
         """Forget *key*, or all keys; a key that is not known is no error."""
@@ -125,70 +103,14 @@ class Prior:
         else:
             self._known.pop(key, None)
 
-    # --- predicting -----------------------------------------------------------------------------
-
-    def adjust(self, predicted: NDArray, key: str) -> Floats:
-        """
-        Correct what a predictor says of a prompt by how wrong it lately was for *key*.
-
-        *predicted* ``p`` is multiplied by ``(s + strength p) / (q + strength p)``, what was used
-        over what was predicted, and scaled to sum to 1 again. So a predictor that knows its traffic
-        is left alone, and where nothing was observed nothing changes.
-
-        Args:
-            predicted: Distributions ``(layers, num_experts)``.
-            key: Whose.
-
-        Returns:
-            float64 ``(layers, num_experts)``; each layer sums to 1.
-        """
-        said, strength = np.asarray(predicted, np.float64), self.settings.strength
-        total, expected, weight = self._of(key)
-        # Keeps experts that were neither used nor predicted from exploding.
-        rare = (weight + strength)[:, None] / (32 * self.num_experts)
-        known = strength * said + rare
-        scores = said * (total + known) / (expected + known)
-        return scores / scores.sum(axis=1, keepdims=True)
-
-    def top(self, key: str, slots: int) -> list[list[int]]:
-        """
-        Name the *slots* experts of each layer that *key* used most, the most used first.
-
-        An expert that it has not used is not named, so a new key gets empty lists.
-        """
-        return most_wanted(self._of(key)[0], slots)
-
-    def used(self, key: str) -> NDArray[np.bool_]:
-        """Which experts *key* has used lately, ``(layers, num_experts)``."""
-        return self._of(key)[0] > 0
-
     def keys(self) -> list[str]:
         """Known keys, the longest unused first."""
         return list(self._known)
 
     def requests(self, key: str) -> float:
         """How many requests of *key* still count, each by its weight; 0 for an unknown key."""
-        return float(self._of(key)[2].max(initial=0.0))
-
-    def _checked(self, table: NDArray, name: str) -> Floats:
-        found, shape = np.asarray(table, np.float64), (self.num_layers, self.num_experts)
-        if found.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {found.shape}")
-        if not np.isfinite(found).all() or (found < 0).any():
-            raise ValueError(f"{name} must be numbers of 0 or more")
-        return found
-
-    def _nothing(self) -> tuple[Floats, Floats, Floats]:
-        shape = (self.num_layers, self.num_experts)
-        return np.zeros(shape), np.zeros(shape), np.zeros(self.num_layers)
-
-    def _of(self, key: str) -> tuple[Floats, Floats, Floats]:
-        if not self.enabled or key not in self._known:
-            return self._nothing()
-        self._known.move_to_end(key)
-        return self._known[key]
-
-    # --- the file -------------------------------------------------------------------------------
+        # The shares of a request add up to 1 in each layer that it used.
+        return float(self._known[key].sum(axis=1).max()) if key in self._known else 0.0
 
     def check_model(self, fingerprint: str, num_layers: int, num_experts: int) -> None:
         """
@@ -205,6 +127,8 @@ class Prior:
                 "start another one for this model"
             )
 
+    # --- the file -------------------------------------------------------------------------------
+
     def save(self, path: str | Path) -> None:
         """
         Write one safetensors file, whole or not at all; one already there is replaced.
@@ -212,41 +136,126 @@ class Prior:
         Raises:
             WriteError: the place cannot be written to.
         """
-        settings = self.settings
-        # With nothing in front the tables have their shapes where there are no keys, too.
-        total, expected, weight = (
-            np.stack([empty, *(one[table] for one in self._known.values())])[1:]
-            for table, empty in enumerate(self._nothing())
+        # With nothing in front the table has its shape where there are no keys, too.
+        empty = np.zeros((self.num_layers, self.num_experts))
+        used = np.stack([empty, *self._known.values()])[1:].astype(np.float32)
+        header = {"version": VERSION, "fingerprint": self.fingerprint, "keys": self.keys()}
+        blob = save_tensors(
+            {"used": used}, metadata={"format": FORMAT, "header": json.dumps(header)}
         )
-        write_prior(
-            path,
-            PriorContents(
-                self.fingerprint,
-                settings.half_life,
-                settings.strength,
-                settings.max_keys,
-                self.keys(),
-                total,
-                expected,
-                weight,
-            ),
-        )
+        target, temporary = Path(path), None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Readable by its owner alone, as temporary files are: it says who used the service.
+            with tempfile.NamedTemporaryFile(
+                dir=target.parent, prefix=f".{target.name}.", delete=False
+            ) as file:
+                temporary = file.name
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise WriteError(
+                f"the prior cannot be written to {target} ({error.strerror}); choose another place"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:
         """
-        Read what `save` wrote.
+        Read what `save` wrote, and check all of it.
 
         Raises:
-            DataError: there is none.
-            CheckpointError: it is torn, no prior, or of another version.
+            CheckpointError: it is missing, torn, no prior, or of another version.
         """
-        found = read_prior(path)
-        settings = PriorSettings(found.half_life, found.strength, found.max_keys)
-        _, num_layers, num_experts = found.total.shape
-        prior = cls(num_layers, num_experts, found.fingerprint, settings)
-        tables = zip(found.keys, found.total, found.expected, found.weight, strict=True)
-        for key, *three in tables:
-            total, expected, weight = (table.astype(np.float64) for table in three)
-            prior._known[key] = (total, expected, weight)
+        arrays, header, _ = _KIND.read(path)
+        fault = _fault(arrays, header)
+        if fault is not None:
+            raise CheckpointError(f"the prior {path} is malformed ({fault}); {_WAY_OUT}")
+        used = arrays["used"].astype(np.float64)
+        prior = cls(used.shape[1], used.shape[2], header["fingerprint"])
+        prior._known.update(zip(header["keys"], used, strict=True))
         return prior
+
+
+def _fault(arrays: dict[str, np.ndarray], header: dict[str, Any]) -> str | None:
+    """Say what is inconsistent in a file; None if nothing is."""
+    if arrays.keys() != {"used"}:
+        return f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
+    used, keys = arrays["used"], header.get("keys")
+    if not isinstance(header.get("fingerprint"), str):
+        return "it names no model"
+    if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        return "its keys are no list of words"
+    if len(set(keys)) != len(keys) or len(keys) > MAX_KEYS:
+        return "a key occurs twice, or there are more than it may hold"
+    if used.dtype != np.float32 or used.ndim != 3 or len(used) != len(keys):
+        return "its table does not fit its keys"
+    if not used.shape[1] or not used.shape[2]:
+        return "it knows no experts"
+    if not np.isfinite(used).all() or (used < 0).any():
+        return "a use is negative or no number"
+    return None
+
+
+class AdaptivePredictor:
+    """
+    Names the experts that a key used lately, whatever the prompt, and learns from what is served.
+
+    `melinoe.generate.generate` takes it as a predictor, and tells it of each completion.
+
+    Args:
+        prior: What was served; several of these may share one.
+        key: Whose requests these are.
+    """
+
+    def __init__(self, prior: Prior, key: str = DEPLOYMENT) -> None:
+        self.prior, self.key = prior, key
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def bind(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """
+        Check that the prior is of *model*.
+
+        Raises:
+            ModelError: it was learned on another model.
+        """
+        if self._model is None or self._model() is not model:
+            self.prior.check_model(fingerprint(model), *_shape(model))
+            self._model = weakref.ref(model)
+
+    def top(self, token_ids: Sequence[int], slots: int) -> list[list[int]]:
+        """Name at most *slots* experts of each layer, the most used first."""
+        return self.prior.top(self.key, slots)
+
+    def observe(self, usage: NDArray) -> None:
+        """Learn from a completion, as `Prior.observe`."""
+        self.prior.observe(self.key, usage)
+
+
+def open_prior(path: str | Path, model: nn.Module) -> Prior:
+    """
+    Load a model's prior, or begin one where there is no file; nothing is written.
+
+    Args:
+        path: Where `Prior.save` will be told to write.
+        model: The served one.
+
+    Raises:
+        ModelError: the file is another model's.
+        CheckpointError: the file is damaged.
+    """
+    name, shape = fingerprint(model), _shape(model)
+    if not Path(path).exists():
+        return Prior(*shape, name)
+    prior = Prior.load(path)
+    prior.check_model(name, *shape)
+    return prior
+
+
+def _shape(model: nn.Module) -> tuple[int, int]:
+    """Layers, and experts of the layer that has most."""
+    routers = find_routers(model)
+    return len(routers), max(router.num_experts for router in routers)
