@@ -115,6 +115,7 @@ def train_peft(model: Any, shape: Any, arguments: argparse.Namespace, clock: Clo
     from peft import LoraConfig, get_peft_model
 
     from melinoe.finetune.arguments import set_steps, training_arguments
+    from melinoe.finetune.rates import Rates
     from melinoe.moe.routing import find_routers
 
     settings = settings_for(arguments)
@@ -135,7 +136,7 @@ def train_peft(model: Any, shape: Any, arguments: argparse.Namespace, clock: Clo
 
     with tempfile.TemporaryDirectory() as folder:
         trainer_arguments = training_arguments(settings, folder)
-        set_steps(trainer_arguments, settings, arguments.steps)
+        set_steps(trainer_arguments, settings, arguments.steps, Rates.of(routers, settings))
         dataset: Any = examples(shape, arguments)
         PlainTrainer(
             model=wrapped, args=trainer_arguments, train_dataset=dataset,

@@ -96,6 +96,8 @@ METADATA: Schema = {
     "is_control?": "flag",
     # The strength that the run trained under; the settings may leave it to the run.
     "cache_prior?": "number",
+    # The peak rates that the run took; the settings may leave them to the model's width.
+    "learning_rates?": {"width": "count", "routers": "number", "low_rank": "number"},
     # The earlier run that this one learned from beside its data.
     "teacher?": {"source": "text", "fingerprint": "text"},
     # The text that was replayed beside its data.

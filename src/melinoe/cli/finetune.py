@@ -239,6 +239,11 @@ def command(
             against = str(price_reference or reference_place(result.out))
     leave()
     options.say(f"wrote {result.out}")
+    if rates := result.metadata.get("learning_rates"):
+        options.say(
+            f"peak learning rates: routers {rates['routers']:.2g}, low-rank updates "
+            f"{rates['low_rank']:.2g}"
+        )
     if price is not None:
         from melinoe.finetune.price.search import describe
 

@@ -122,9 +122,14 @@ class FinetuneSettings:
     )
     lora_rank: int = setting(32, "rank of the update of each projection")
     lora_alpha: float = setting(16.0, "the update is multiplied by this over the rank")
-    learning_rate: float = setting(1e-5, "peak learning rate of the routers")
+    # Measured: docs/method.md#learning-rates; the rules: melinoe.finetune.rates.
+    learning_rate: float | None = setting(
+        None, "peak learning rate of the routers; absent: 0.55 over the model's hidden size"
+    )
     lora_learning_rate: float | None = setting(
-        None, "peak learning rate of the low-rank updates; absent: that of the routers"
+        None,
+        "peak learning rate of the low-rank updates; absent: that of the routers if it is given, "
+        "else 5e-4 times (2000 over the hidden size) to the power of 0.781",
     )
     steps: int | None = setting(None, "optimiser steps; absent: as many as the epochs have")
     epochs: float = setting(1.0, "passes over the data when steps is absent")
@@ -198,8 +203,12 @@ class FinetuneSettings:
             ),
             ("own_texts", self.own_texts >= 1, "1 or more"),
             ("lora_rank", self.lora_rank >= 1, "1 or more"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
-            ("lora_learning_rate", (self.lora_learning_rate or 1) > 0, "above 0"),
+            ("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"),
+            (
+                "lora_learning_rate",
+                self.lora_learning_rate is None or self.lora_learning_rate > 0,
+                "above 0",
+            ),
             ("steps", self.steps is None or self.steps >= 1, "1 or more"),
             ("epochs", self.epochs > 0, "above 0"),
             ("batch_size", self.batch_size >= 1, "1 or more"),

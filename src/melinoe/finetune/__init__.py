@@ -5,6 +5,7 @@ Fine-tune a mixture-of-experts model so that it needs few experts at a time, and
     parts/         what is trained, and the files it is kept in
     price/         the user names the price, the tool finds the strength
     resume/        runs that end early go on as if they had not
+    rates.py       learning rates by the model's width
     rows.py        the examples as rows; order.py: which is seen when, decided by the seed alone
     packing.py     several examples in one row, for models that keep them apart
     preparing.py   a model made ready to train, and plain again
@@ -16,7 +17,7 @@ Fine-tune a mixture-of-experts model so that it needs few experts at a time, and
     processes.py   what several processes do together
     training.py    train(): a model in memory and encoded examples in
     run.py         finetune(): checkpoint and examples in, checkpoint and log out
-    taught.py      finetune_taught(): the NLL-only run first, as the teacher of the one for locality
+    taught.py      the runs that another one needs: its teacher, its control
 """
 
 from melinoe.finetune.held_out import held_out_terms

@@ -8,13 +8,14 @@ from transformers import TrainingArguments
 from melinoe.config import FinetuneSettings
 from melinoe.errors import DependencyError
 from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.rates import Rates
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
     """
-    The Trainer's arguments, but for the number of steps; see `set_steps`.
+    The Trainer's arguments, but for steps and learning rate; see `set_steps`.
 
     They also say on how many processes the run is, and which of them this one is: making them joins
     the others.
@@ -38,7 +39,6 @@ def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> Tr
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
         lr_scheduler_type=_SCHEDULES[settings.schedule],
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.log_every,
@@ -58,16 +58,20 @@ def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> Tr
     )
 
 
-def set_steps(arguments: TrainingArguments, settings: FinetuneSettings, steps: int) -> None:
-    """Fill in the number of optimiser steps, which depends on the number of processes."""
+def set_steps(
+    arguments: TrainingArguments, settings: FinetuneSettings, steps: int, rates: Rates
+) -> None:
+    """Fill in what depends on the number of processes and on the model: steps and peak rate."""
+    arguments.learning_rate = rates.routers
     arguments.max_steps = steps
     arguments.warmup_steps = int(settings.warmup * steps)
 
 
-def make_optimizer(parts: TrainedParts, settings: FinetuneSettings) -> torch.optim.Optimizer:
-    """AdamW over the trained parts; routers and expert updates may have rates of their own."""
-    groups = [{"params": list(parts.router.values()), "lr": settings.learning_rate}]
+def make_optimizer(
+    parts: TrainedParts, settings: FinetuneSettings, rates: Rates
+) -> torch.optim.Optimizer:
+    """AdamW over the trained parts; routers and low-rank updates have rates of their own."""
+    groups = [{"params": list(parts.router.values()), "lr": rates.routers}]
     if parts.lora:
-        lora_rate = settings.lora_learning_rate or settings.learning_rate
-        groups.append({"params": list(parts.lora.values()), "lr": lora_rate})
+        groups.append({"params": list(parts.lora.values()), "lr": rates.low_rank})
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)

@@ -175,6 +175,8 @@ def finetune(
             "settings": asdict(settings),
             "is_control": settings.is_control,
             "cache_prior": trained.cache_prior,
+            # The settings may leave them to the model's width.
+            "learning_rates": asdict(trained.rates),
             "teacher": None
             if taught_by is None
             else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},

@@ -32,6 +32,7 @@ from melinoe.finetune.gradients import TermGradients
 from melinoe.finetune.held_out import held_out_terms
 from melinoe.finetune.packing import Packing
 from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.rates import Rates
 from melinoe.finetune.resume import state as run_state
 from melinoe.finetune.resume.checkpoints import write_checkpoint
 from melinoe.finetune.resume.interrupt import StopRequest
@@ -54,6 +55,7 @@ class LocalityTrainer(Trainer):
 
     Args:
         settings: Of the run.
+        rates: Of routers and low-rank updates at their peak.
         objective: Weighs the terms; its weights may change between steps.
         parts: What is trained.
         held_out: Measured before the first step, at its turns, and after the last.
@@ -78,6 +80,7 @@ class LocalityTrainer(Trainer):
         self,
         *,
         settings: FinetuneSettings,
+        rates: Rates,
         objective: Objective,
         parts: TrainedParts,
         held_out: Sequence[Encoded] | None,
@@ -89,7 +92,7 @@ class LocalityTrainer(Trainer):
         stop: StopRequest | None = None,
         **trainer_options: Any,
     ):
-        self.settings, self.locality, self.parts = settings, objective, parts
+        self.settings, self.rates, self.locality, self.parts = settings, rates, objective, parts
         super().__init__(**trainer_options)
         self.remove_callback(PrinterCallback)
         self.held_out, self.padding, self.packing = held_out, padding, packing
@@ -114,7 +117,7 @@ class LocalityTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the trained parts."""
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.parts, self.settings)
+            self.optimizer = make_optimizer(self.parts, self.settings, self.rates)
         return self.optimizer
 
     def begin_step(self) -> None:

@@ -4,7 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from melinoe.finetune.parts.adapter import Adapter, adapter_of
 from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
 from melinoe.finetune.preparing import ReadyModel
 from melinoe.finetune.processes import freeze_unreached, is_sharded
+from melinoe.finetune.rates import Rates
 from melinoe.finetune.resume.checkpoints import newest_checkpoint
 from melinoe.finetune.resume.interrupt import StopRequest
 from melinoe.finetune.resume.state import check_same_run, identity, put
@@ -47,6 +48,7 @@ class Trained:
         adapter: Where the model was sharded (FSDP2) and stays so, what was trained; else ``None``:
             it is merged into the model.
         cache_prior: The strength of the cache prior under which it was trained; 0: none.
+        rates: The learning rates at their peak.
     """
 
     rows: list[dict[str, Any]]
@@ -55,6 +57,7 @@ class Trained:
     processes: int
     adapter: Adapter | None
     cache_prior: float
+    rates: Rates
 
 
 def train(
@@ -156,6 +159,12 @@ def run_training(
             model.to(arguments.device)
         base = fingerprint(model)
         routers, layers = find_routers(model), find_experts(model)
+        rates = Rates.of(routers, settings)
+        if arguments.process_index == 0:
+            log.info(
+                "learning rates at a hidden size of %d: routers %.3g, low-rank updates %.3g",
+                rates.width, rates.routers, rates.low_rank,
+            )  # fmt: skip
         objective = _objective(routers, settings, anchor_data, pad_token_id)
         if objective.prior is not None:
             undo.callback(objective.prior.close)
@@ -168,17 +177,19 @@ def run_training(
             freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False
         steps, rows = rows_of(data, settings, processes)
-        set_steps(arguments, settings, steps)
+        set_steps(arguments, settings, steps, rates)
         packing = find_packing(model, pad_token_id) if settings.packing else None
         padding = Collator(pad_token_id)
         per_step = settings.batch_size * settings.gradient_accumulation * processes
         taught = None if teacher is None else teacher_fingerprint(teacher)
-        ours = identity(settings, data, per_step, base, taught)
+        named = replace(settings, learning_rate=rates.routers, lora_learning_rate=rates.low_rank)
+        ours = identity(named, data, per_step, base, taught)
         start = _start(checkpoints, ours, arguments) if resume else None
         ready.recompute()
         stop = StopRequest()
         trainer = LocalityTrainer(
             settings=settings,
+            rates=rates,
             objective=objective,
             parts=parts,
             held_out=eval_data,
@@ -226,7 +237,7 @@ def run_training(
     if not sharded:
         ready.make_plain(parts)
     strength = 0.0 if objective.prior is None else objective.prior.strength
-    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, strength)
+    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, strength, rates)
 
 
 def _objective(
