@@ -125,7 +125,7 @@ class Terms:
                 ).to(device)
             index = logits.topk(shape.top_k).indices
             self.routings.append(Routing(router, logits.requires_grad_(), index, ((hidden,), {})))
-        self.objective = Objective(routers, FinetuneSettings(**changes))
+        self.objective = Objective(routers, FinetuneSettings(lambda_replay=0.0, **changes))
         self.labels = torch.ones(shape.batch, shape.tokens, dtype=torch.int64, device=device)
         self.segments = torch.zeros_like(self.labels)
 
@@ -178,7 +178,7 @@ class Step:
         )
         torch.manual_seed(0)
         self.model = OlmoeForCausalLM(config).to(device).train()
-        settings = FinetuneSettings(lora_rank=shape.rank, **changes)
+        settings = FinetuneSettings(lora_rank=shape.rank, lambda_replay=0.0, **changes)
         routers = find_routers(self.model)
         self.objective = Objective(routers, settings)
         parts = make_trainable(self.model, routers, find_experts(self.model), settings)

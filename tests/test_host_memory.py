@@ -248,7 +248,9 @@ def test_weights_that_do_not_fit_are_refused_before_training_and_merging(tmp_pat
     base = tmp_path / "base"
     write_olmoe(base)
     data = [Example("what? ", "that.", "here")] * 2
-    settings = FinetuneSettings(capacity=0.5, steps=1, batch_size=2, save="adapter")
+    settings = FinetuneSettings(
+        capacity=0.5, steps=1, batch_size=2, save="adapter", lambda_replay=0.0
+    )
     words_tokenizer().save_pretrained(base)
     finetune(base, data, tmp_path / "adapter", settings)
     left = HostMemory(10_000, "the limit of a test")

@@ -26,6 +26,9 @@ BASE = FinetuneSettings(
     anchor="none",
     lambda_rank=0.0,
     cache_prior=0.0,
+    lambda_replay=0.0,
+    replay_loss="kl",
+    own_texts=512,
 )
 
 

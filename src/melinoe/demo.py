@@ -28,7 +28,6 @@ from melinoe.config import DemoSettings, experts_in_share
 from melinoe.data import Example, encode, load_examples
 from melinoe.evaluate import perplexity, perplexity_increase, quality_record
 from melinoe.finetune import finetune
-from melinoe.finetune.terms.own_text import OWN
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import (
     append_jsonl,
@@ -165,7 +164,6 @@ class Demo:
                 examples,
                 self.paths[name],
                 settings,
-                anchor_examples=OWN if settings.lambda_replay else None,
                 progress=progress,
             )
             self._write(training_record(name, result.log, asdict(settings)))

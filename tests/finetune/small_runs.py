@@ -9,7 +9,7 @@ from melinoe.finetune import train
 
 
 def settings(**changes):
-    """Four experts of eight, few steps, a rate that moves a random model; the routers' choices."""
+    """Four experts of eight, few steps, a rate that moves a random model; no anchor text."""
     defaults = {
         "capacity": 0.5,
         "steps": 2,
@@ -20,7 +20,7 @@ def settings(**changes):
         "warmup": 0.0,
         "lora_rank": 2,
         "log_every": 1,
-        "cache_prior": 0.0,
+        "lambda_replay": 0.0,
     }
     return FinetuneSettings(**defaults | changes)
 

@@ -110,7 +110,9 @@ def test_terms_of_other_passes_equal_their_formulas():
     model, copy = tiny_model("olmoe"), tiny_model("olmoe")
     copy.load_state_dict(model.state_dict())
     replay = Replay(texts(3, seed=5), 2, 0, seed=0)
-    chosen = settings(lambda_distill=0.3, lambda_replay=0.7, lambda_cache=0.0, anchor="none")
+    chosen = settings(
+        lambda_distill=0.3, lambda_replay=0.7, replay_loss="kl", lambda_cache=0.0, anchor="none"
+    )
     objective = Objective(find_routers(model), chosen, replay=replay)
     parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
     objective.updates = parts

@@ -9,11 +9,8 @@ from small_runs import examples, settings, trained
 from tiny import tiny_model
 
 import melinoe.finetune.training as training_module
-from melinoe.checkpoint.metadata import read_metadata
-from melinoe.config import PRIOR
-from melinoe.data import load_examples
 from melinoe.errors import TrainingError, UnsupportedModelError
-from melinoe.finetune import finetune, train
+from melinoe.finetune import train
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -123,25 +120,6 @@ def test_a_family_whose_weights_follow_no_known_rule_is_told_to_train_without():
     """Newcomers need the weight that the router would have given them."""
     with pytest.raises(UnsupportedModelError, match="cache_prior 0"):
         trained(phimoe(), cache_prior=0.5)
-
-
-@pytest.mark.filterwarnings("default")
-def test_unless_asked_for_the_prior_is_left_out_there_with_one_warning(kept, caplog):
-    """Absent means 0.2 where that can be; elsewhere the run is that of strength 0, and says so."""
-    rows = trained(phimoe(), cache_prior=None, steps=2)
-    assert sum("without the cache prior" in one.message for one in caplog.records) == 1
-    assert kept[0].strength == 0.0 and kept[0].replaced == 0
-    assert rows == trained(phimoe(), cache_prior=0.0, steps=2)
-
-
-def test_absent_is_the_default_strength_and_the_record_says_it(kept, checkpoint):
-    """`melinoe.json` has what the run trained under beside settings that leave it open."""
-    data = load_examples(checkpoint / "data.jsonl")
-    for given, out, effective in ((None, "a", PRIOR), (0.0, "b", 0.0)):
-        finetune(checkpoint / "base", data, checkpoint / out, settings(cache_prior=given, steps=1))
-        record = read_metadata(checkpoint / out)
-        assert (record["settings"]["cache_prior"], record["cache_prior"]) == (given, effective)
-    assert [one.strength for one in kept] == [PRIOR]
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

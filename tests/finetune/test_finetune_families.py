@@ -23,6 +23,7 @@ FAMILIES = [f for f in tiny.families() if f not in tiny.CANNOT and f != DIFFUSIO
 HEADLESS = ("muse_spark", "openai_privacy_filter", "qwen3_omni_moe")
 
 SETTINGS = FinetuneSettings(
+    lambda_replay=0.0,
     capacity=0.5,
     steps=2,
     batch_size=4,

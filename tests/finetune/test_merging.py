@@ -46,7 +46,13 @@ def place(tmp_path_factory):
     write_base(place / "base")
     for save in ("merged", "adapter", "both"):
         settings = FinetuneSettings(
-            capacity=0.5, steps=2, batch_size=3, learning_rate=1e-2, lora_rank=2, save=save
+            lambda_replay=0.0,
+            capacity=0.5,
+            steps=2,
+            batch_size=3,
+            learning_rate=1e-2,
+            lora_rank=2,
+            save=save,
         )
         finetune(place / "base", DATA, place / save, settings)
     return place

@@ -119,7 +119,7 @@ def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
     """Layers of two shapes, packed rows, padding, prompts, skip slots; E = 7 and 12."""
     layers = Layers(1)
     settings = FinetuneSettings(
-        **{"capacity": 0.3, "lambda_rank": 0.1, "cache_prior": 0.0, "cache_loss": "clipped"}
+        **{"capacity": 0.3, "lambda_rank": 0.1, "lambda_replay": 0.0, "cache_loss": "clipped"}
         | changes
     )
     objective = Objective(layers.routers, settings)
@@ -145,7 +145,7 @@ def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
 def test_the_weight_of_the_cache_term_may_change_between_steps():
     """Twice the weight, twice what it adds; what is watched at weight 0 stays the same."""
     layers = Layers(2)
-    settings = FinetuneSettings(capacity=0.3, anchor="none")
+    settings = FinetuneSettings(capacity=0.3, anchor="none", lambda_replay=0.0)
     objective = Objective(layers.routers, settings)
     segments, labels = segments_and_labels()
     totals = []
@@ -160,7 +160,9 @@ def test_the_weight_of_the_cache_term_may_change_between_steps():
 def test_the_cache_shrinks_from_all_experts_to_its_size():
     """E = 12, C = 4, over half the run: 12, 8 at a quarter, 4 from a half on."""
     layers = Layers(3)
-    objective = Objective(layers.routers, FinetuneSettings(capacity=0.3, capacity_curriculum=0.5))
+    objective = Objective(
+        layers.routers, FinetuneSettings(capacity=0.3, capacity_curriculum=0.5, lambda_replay=0.0)
+    )
     sizes = []
     for objective.caches.progress in (0.0, 0.25, 0.5, 1.0):
         sizes.append(objective.caches.capacity_of(layers.routers[2]))
@@ -179,14 +181,14 @@ def test_the_cache_shrinks_from_all_experts_to_its_size():
 @pytest.mark.parametrize("name", ["layer_capacity", "layer_weight"])
 def test_values_for_layers_that_are_not_there_are_refused(name):
     """Two values for three layers: the message has both numbers."""
-    settings = FinetuneSettings(**{name: (0.5, 0.5)})
+    settings = FinetuneSettings(**{name: (0.5, 0.5)}, lambda_replay=0.0)
     with pytest.raises(TrainingError, match=r"2 values but the model has 3 MoE layers"):
         Objective(Layers(1).routers, settings)
 
 
 def test_a_layer_whose_own_capacity_is_too_small_is_refused():
     """.1 of 12 experts is 1, fewer than three."""
-    settings = FinetuneSettings(layer_capacity=(0.5, 0.5, 0.1))
+    settings = FinetuneSettings(layer_capacity=(0.5, 0.5, 0.1), lambda_replay=0.0)
     with pytest.raises(TrainingError, match=r"capacity of 0\.1 is 1 of 12 .* the 3 that"):
         Objective(Layers(1).routers, settings)
 
@@ -207,8 +209,10 @@ def test_a_control_lacks_the_locality_terms_alone():
 
 def test_settings_of_terms_that_weigh_nothing_decide_nothing():
     """So two controls agree whatever cache their runs imagined; a term that weighs has its own."""
-    one = FinetuneSettings(capacity=0.5, gamma=0.5, rho=0.3, own_texts=7, save="both", log_every=3)
-    other = FinetuneSettings(layer_capacity=(0.25,))
+    one = FinetuneSettings(
+        capacity=0.5, gamma=0.5, rho=0.3, own_texts=7, save="both", log_every=3, lambda_replay=0.0
+    )
+    other = FinetuneSettings(layer_capacity=(0.25,), lambda_replay=0.0)
     assert one.deciding() != other.deciding()
     assert one.control().deciding() == other.control().deciding()
     replayed = FinetuneSettings(lambda_replay=0.1, own_texts=7)
@@ -219,5 +223,5 @@ def test_settings_of_terms_that_weigh_nothing_decide_nothing():
 def test_is_control_by_each_weight():
     """An anchor of weight 0 or of no kind is none."""
     assert not FinetuneSettings(lambda_cache=0.0, lambda_rank=0.0, lambda_reuse=0.1).is_control
-    assert FinetuneSettings(lambda_cache=0.0, anchor="none", cache_prior=0.0).is_control
-    assert not FinetuneSettings(lambda_cache=0.0, anchor="none").is_control
+    assert FinetuneSettings(lambda_cache=0.0, anchor="none").is_control
+    assert not FinetuneSettings(lambda_cache=0.0, anchor="none", cache_prior=0.2).is_control

@@ -6,7 +6,7 @@ from small_olmoe import tiny_model, words_tokenizer
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
-from melinoe.errors import TokenizerError
+from melinoe.errors import TokenizerError, TrainingError
 from melinoe.finetune import finetune
 from melinoe.finetune.terms.own_text import SHORTEST, own_text
 
@@ -95,6 +95,7 @@ def test_a_run_replays_what_its_base_model_writes(checkpoint):
         max_length=16,
         learning_rate=1e-2,
         lambda_replay=1.0,
+        replay_loss="kl",
         own_texts=4,
         log_every=1,
     )
@@ -110,3 +111,27 @@ def test_a_run_replays_what_its_base_model_writes(checkpoint):
     assert replayed[0][0] == pytest.approx(0.0, abs=1e-4)
     assert replayed[0][1] > 1e-4
     assert replayed[0] == replayed[1]
+
+
+def test_without_anchor_text_the_base_writes_as_much_as_the_run_reads(checkpoint):
+    """Two steps of two texts, each as long as the longest example; the record names the text."""
+    data = [Example("what? ", "a is it.", f"row {i}") for i in range(4)]
+    settings = FinetuneSettings(steps=2, batch_size=2, log_every=1)
+    done = finetune(checkpoint / "base", data, checkpoint / "out", settings)
+    assert done.metadata["anchor"]["examples"] == 4
+    assert all(row["replay"] > 0 for row in done.log)
+    off = FinetuneSettings(steps=1, batch_size=2, lambda_replay=0.0)
+    assert finetune(checkpoint / "base", data, checkpoint / "off", off).metadata["anchor"] is None
+
+
+def test_a_base_that_ends_at_once_is_told_of():
+    """It would be asked for ever; the message names both ways out."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = EOS
+    logits = torch.full((32,), -torch.inf)
+    logits[EOS] = 0.0
+    model.lm_head.register_forward_hook(
+        lambda m, a, out: logits.expand(*out.shape[:-1], -1).clone()
+    )
+    with pytest.raises(TrainingError, match="set lambda_replay to 0"):
+        own_text(model, words_tokenizer(), 4, 16)

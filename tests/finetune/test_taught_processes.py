@@ -10,7 +10,7 @@ from melinoe.checkpoint.metadata import read_metadata
 from melinoe.data import load_examples
 from melinoe.finetune import finetune_taught
 
-ALONE = {"steps": 2, "batch_size": 4, "lambda_match": 1.0, "cache_prior": None}
+ALONE = {"steps": 2, "batch_size": 4, "lambda_match": 1.0, "cache_prior": 0.2}
 SHARED = ALONE | {"batch_size": 2}
 
 

@@ -16,7 +16,10 @@ from melinoe.data import encode, load_examples
 from melinoe.evaluate import perplexity, perplexity_increase
 from melinoe.finetune.parts.merging import merge_adapter
 
-STEPS = ("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01, "--lora-rank", 2)
+STEPS = (
+    *("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01),
+    *("--lora-rank", 2, "--lambda-replay", 0),
+)
 
 
 @pytest.fixture(scope="module")

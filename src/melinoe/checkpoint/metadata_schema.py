@@ -94,8 +94,6 @@ METADATA: Schema = {
     "settings?": "object",
     # Whether the run had no locality terms, so that it is a control of one that had.
     "is_control?": "flag",
-    # The strength that the run trained under; the settings may leave it to the run.
-    "cache_prior?": "number",
     # The peak rates that the run took; the settings may leave them to the model's width.
     "learning_rates?": {"width": "count", "routers": "number", "low_rank": "number"},
     # The earlier run that this one learned from beside its data.

@@ -102,8 +102,8 @@ def command(
     anchor_data: Annotated[
         str | None,
         typer.Option(
-            help="Text of other kinds to replay, for --lambda-replay: a file, a hub data set, or "
-            "own: what the base model writes from an empty prompt.",
+            help="Text of other kinds to replay, at --lambda-replay: a file or a hub data set. "
+            "Default: own, what the base model writes from an empty prompt.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -286,7 +286,7 @@ def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings
 
     if settings.lambda_replay == 0:
         raise TrainingError(
-            "--anchor-data does nothing while --lambda-replay is 0; set it, 1 is a good start"
+            "--anchor-data does nothing while --lambda-replay is 0; leave one of the two out"
         )
     return name if name == "own" else load_examples(name, split=split, limit=limit)
 

@@ -7,7 +7,7 @@ and the checkpoint's record writes them down, so no default is typed twice.
 """
 
 from melinoe.config.demo import DemoSettings
-from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, PRIOR, FinetuneSettings
+from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
 from melinoe.config.names import (
     POLICIES,
     PREFETCH_AT,
@@ -27,7 +27,6 @@ __all__ = [
     "POLICIES",
     "PREFETCH_AT",
     "PREFETCH_MOMENTS",
-    "PRIOR",
     "STORES",
     "DemoSettings",
     "FinetuneSettings",

@@ -35,16 +35,11 @@ class DemoSettings:
     seed: int = setting(0, "decides everything that is random")
 
     def finetune(self) -> FinetuneSettings:
-        """The fine-tuning of the demo; its control is ``.finetune().control()``."""
+        """Take the defaults, but for the sizes of data and steps."""
         return FinetuneSettings(
             steps=self.steps,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            # Chosen on examples of the training part that neither run sees; see docs/log.md.
-            learning_rate=4e-3,
-            lambda_cache=2.0,
-            lambda_replay=0.1,
-            replay_loss="nll",
             own_texts=self.own_texts,
             seed=self.seed,
         )

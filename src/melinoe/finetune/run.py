@@ -81,8 +81,8 @@ def finetune(
         settings: Everything that decides the run.
         eval_examples: Held-out examples, measured before and after.
         anchor_examples: Text of other kinds whose quality the run should keep; replayed beside the
-            data where ``settings.lambda_replay`` is above 0. ``"own"``: what the base model writes
-            from an empty prompt, ``settings.own_texts`` of them.
+            data where ``settings.lambda_replay`` is above 0. Absent or ``"own"``: what the base
+            model writes from an empty prompt, ``settings.own_texts`` of them.
         teacher: Directory of an adapter that an earlier run on the same base wrote (``save``), whom
             ``lambda_distill`` and ``lambda_match`` mean; see also `finetune_taught`. ``None``: they
             mean the base model.
@@ -133,8 +133,8 @@ def finetune(
             check_room(path, bytes_of(checkpoint))
     routers = find_routers(model)
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
-    if isinstance(anchor_examples, str) and settings.lambda_replay > 0:
-        anchor = write_own_text(model, tokenizer, settings, arguments)
+    if settings.lambda_replay > 0 and anchor is None:
+        anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
     base_fingerprint = fingerprint(model)
     taught_by = read_teacher(teacher, model) if teacher is not None else None
     kept = KeptParts(model, settings)
@@ -174,7 +174,6 @@ def finetune(
             "fingerprint": fingerprint(model),
             "settings": asdict(settings),
             "is_control": settings.is_control,
-            "cache_prior": trained.cache_prior,
             # The settings may leave them to the model's width.
             "learning_rates": asdict(trained.rates),
             "teacher": None

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from melinoe.config import PRIOR, FinetuneSettings
+from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import InterruptedRunError, TrainingError
 from melinoe.finetune.arguments import set_steps, training_arguments
@@ -47,7 +47,6 @@ class Trained:
         processes: On how many the run was.
         adapter: Where the model was sharded (FSDP2) and stays so, what was trained; else ``None``:
             it is merged into the model.
-        cache_prior: The strength of the cache prior under which it was trained; 0: none.
         rates: The learning rates at their peak.
     """
 
@@ -56,7 +55,6 @@ class Trained:
     step: int
     processes: int
     adapter: Adapter | None
-    cache_prior: float
     rates: Rates
 
 
@@ -236,8 +234,7 @@ def run_training(
     ready.switch_back()
     if not sharded:
         ready.make_plain(parts)
-    strength = 0.0 if objective.prior is None else objective.prior.strength
-    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, strength, rates)
+    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, rates)
 
 
 def _objective(
@@ -251,10 +248,8 @@ def _objective(
     if anchor_data:
         replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
     objective = Objective(routers, settings, replay=replay)
-    strength = PRIOR if settings.cache_prior is None else settings.cache_prior
-    if strength > 0:
-        asked_for = settings.cache_prior is not None
-        objective.prior = PriorRouting(routers, strength, settings.gamma, strict=asked_for)
+    if settings.cache_prior > 0:
+        objective.prior = PriorRouting(routers, settings.cache_prior, settings.gamma)
     return objective
 
 

@@ -10,7 +10,6 @@ with their gradient.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
 from melinoe.moe.routing import Router, router_logits
-
-_log = logging.getLogger("melinoe")
 
 
 @dataclass(frozen=True)
@@ -54,20 +51,16 @@ class PriorRouting:
         routers: Of the model.
         strength: Of the prior, above 0.
         gamma: Decay of the imagined cache's LFU, in [0.001, 1].
-        strict: Whether it is an error if a model's choices cannot be changed; else a warning is
-            logged, and from then on none is.
 
     Attributes:
-        strength: Of the prior; 0 where it gave up.
+        strength: Of the prior.
         replaced: Choices replaced so far.
         uses: Choices of completion tokens so far.
     """
 
-    def __init__(
-        self, routers: Sequence[Router], strength: float, gamma: float, *, strict: bool = True
-    ) -> None:
+    def __init__(self, routers: Sequence[Router], strength: float, gamma: float) -> None:
         self.settings = ChoiceSettings(kind="cache-prior", strength=strength)
-        self.strength, self.strict = strength, strict
+        self.strength = strength
         self.gamma = max(gamma, 0.001)  # where LFU is as good as LRU, and its scores still finite
         self.replaced = self.uses = 0
         self._texts: Texts | None = None
@@ -115,12 +108,14 @@ class PriorRouting:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             before, weights = given["top_k_index"], given["top_k_weights"]
             after = self._recalled(router, before)
-            off = self._texts is None or not torch.is_grad_enabled() or not self.strength
+            off = self._texts is None or not torch.is_grad_enabled()
             if after is None and off:
                 return None
             if logits is None or logits.shape[0] != before.shape[0]:
-                self._give_up(f"{router.name} and its experts did not see the same tokens")
-                return None
+                raise UnsupportedModelError(
+                    f"{router.name} and its experts did not see the same tokens; train with "
+                    "cache_prior 0"
+                )
             if after is None:
                 after = self._after(router, logits.detach(), before, weights.detach())
                 self._ran.setdefault(router.index, []).append((before, after))
@@ -133,13 +128,6 @@ class PriorRouting:
             return tuple(given.pop(name) for name in names), given
 
         return hook
-
-    def _give_up(self, why: str) -> None:
-        """Say that choices cannot be changed here; from now on none are, if that may be."""
-        if self.strict:
-            raise UnsupportedModelError(f"{why}; train with cache_prior 0")
-        _log.warning("%s: this run trains without the cache prior", why)
-        self.strength = 0.0
 
     def _recalled(self, router: Router, before: Tensor) -> Tensor | None:
         """What ran when these choices came first, where a backward pass computes them again."""
@@ -160,20 +148,19 @@ class PriorRouting:
         try:
             known.observe(logits, before, weights)
         except UnsupportedModelError:
-            self._give_up(
+            raise UnsupportedModelError(
                 f"{router.name} weighs experts by a rule that is not known here, so another "
-                "expert's weight cannot be told"
-            )
-            return before
+                "expert's weight cannot be told; train with cache_prior 0"
+            ) from None
         if known.weighting is None:  # too few tokens so far to tell the rule of the weights
             return before
         shape = texts.segment_ids.shape
         if len(before) != texts.segment_ids.numel():
-            self._give_up(
+            raise UnsupportedModelError(
                 f"{router.name} chose for {len(before)} tokens of a batch of "
-                f"{texts.segment_ids.numel()}, so it cannot be told which are decoded"
+                f"{texts.segment_ids.numel()}, so it cannot be told which are decoded; train with "
+                "cache_prior 0"
             )
-            return before
         after = before.reshape(*shape, -1).cpu().numpy().copy()
         scores = logits[:, : router.num_experts].float().reshape(*shape, -1).cpu().numpy()
         replaced, uses = prior_kernel.choose(

@@ -147,9 +147,8 @@ def finetune_within(
         encode(other_examples, tokenizer, settings.max_length) if other_examples else None,
     )
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
-    anchor = anchor_examples if isinstance(anchor_examples, str) else None
-    if anchor_examples and anchor is None:
-        anchor = digest(anchor_examples)
+    given = anchor_examples if not isinstance(anchor_examples, str) else None
+    anchor = digest(given) if given else None  # else the base's own text, by the seed
     wanted = identity(settings, panel, name, digest(examples), anchor=anchor)
     common = {"eval_examples": eval_examples, "progress": progress, "resume": resume}
     if found is not None:  # before a teacher is trained

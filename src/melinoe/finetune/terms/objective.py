@@ -72,7 +72,7 @@ class Objective:
         self._batch_number = 0
         if settings.lambda_replay > 0 and replay is None:
             raise TrainingError(
-                "lambda_replay is above 0 but there is no anchor text; give some, or leave it at 0"
+                "lambda_replay is above 0 but there is no anchor text; give some, or set it to 0"
             )
 
     # ---- one batch, all passes that its terms need ----

@@ -10,6 +10,7 @@ Source: pseudo-rehearsal, Robins, Connection Science 7(2), 1995; here for langua
 
 import os
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from transformers import TrainingArguments
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, pad_token_id
 from melinoe.errors import TokenizerError, TrainingError
+from melinoe.finetune.rows import rows_of
 
 _AT_ONCE = 64  # sequences sampled together
+_MOST = 512  # texts, where nobody says how many
 SHORTEST = 8  # tokens below which a text says nothing
 
 
@@ -27,25 +30,34 @@ OWN = "own"  # in place of anchor text: let the base model write it
 
 
 def write_own_text(
-    model: Any, tokenizer: Any, settings: FinetuneSettings, arguments: TrainingArguments
+    model: Any,
+    tokenizer: Any,
+    settings: FinetuneSettings,
+    arguments: TrainingArguments,
+    data: Sequence[Encoded],
 ) -> list[Encoded]:
     """
-    `own_text` as *settings* ask for it, on the device that the run will use.
+    `own_text` as *settings* ask for it, as long as the longest of *data*, on the run's device.
 
     Every process writes the same, since it is the seed that decides.
 
     Raises:
-        TrainingError: the model is to be sharded, so no device holds it whole.
+        TrainingError: the model is to be sharded, so no device holds it whole; or as `own_text`.
         TokenizerError: as `own_text`.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or arguments.fsdp:
         raise TrainingError(
             "a sharded model cannot write its own anchor text before it is sharded; let it write a "
-            "file from few experts first (`melinoe own-text MODEL --out own.jsonl`), and give that"
+            "file from few experts first (`melinoe own-text MODEL --out own.jsonl`) and give that "
+            "as --anchor-data, or replay nothing (--lambda-replay 0)"
         )
     model.to(arguments.device)
-    length = max(SHORTEST, settings.max_length)
-    return own_text(model, tokenizer, settings.own_texts, length, seed=settings.seed)
+    if (count := settings.own_texts) is None:
+        steps, _ = rows_of(data, settings, arguments.world_size)
+        passes = steps * settings.gradient_accumulation * arguments.world_size
+        count = min(_MOST, passes * settings.replay_batch_size)
+    length = max(SHORTEST, *map(len, data))
+    return own_text(model, tokenizer, count, length, seed=settings.seed)
 
 
 def own_text(
@@ -67,6 +79,7 @@ def own_text(
 
     Raises:
         TokenizerError: neither a start-of-text nor an end-of-text token.
+        TrainingError: a model that cannot generate, or that writes next to nothing.
         ValueError: *count* below 1, or *length* below 8.
 
     Cost: *count* x *length* tokens of generation, 64 sequences at a time.
@@ -77,7 +90,13 @@ def own_text(
     if start is None:
         raise TokenizerError(
             "the tokenizer has neither a start-of-text nor an end-of-text token, so the model "
-            "cannot write from nothing; set one, or give anchor text of your own"
+            "cannot write from nothing; set one, give anchor text of your own, or set "
+            "lambda_replay to 0"
+        )
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        raise TrainingError(
+            f"{type(model).__name__} cannot generate, so it cannot write its own anchor text; give "
+            "some, or set lambda_replay to 0"
         )
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -87,16 +106,25 @@ def own_text(
     try:
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
+            rounds = 0
             while len(texts) < count:
-                texts += _some(model, start, length, device, pad_token_id(tokenizer))
+                wanted = min(_AT_ONCE, count - len(texts))
+                texts += _some(model, start, length, device, pad_token_id(tokenizer), wanted)
+                if (rounds := rounds + 1) > 8 and len(texts) < rounds:
+                    raise TrainingError(
+                        f"the base model ends nearly every text before {SHORTEST} tokens, so it "
+                        "cannot write its own anchor text; give some, or set lambda_replay to 0"
+                    )
     finally:
         model.train(was_training)
     random.Random(seed).shuffle(texts)  # or the last batch's would be cut off unevenly
     return texts[:count]
 
 
-def _some(model: Any, start: int, length: int, device: torch.device, padding: int) -> list[Encoded]:
-    prompt = torch.full((_AT_ONCE, 1), start, device=device)
+def _some(
+    model: Any, start: int, length: int, device: torch.device, padding: int, count: int
+) -> list[Encoded]:
+    prompt = torch.full((count, 1), start, device=device)
     # A checkpoint's own sampling settings would narrow what it writes.
     written = model.generate(
         prompt,
