@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.config.likeness import for_locality
 from melinoe.measure import machine, write_json
-from melinoe.report.likeness import for_locality
 from melinoe.report.records import read_records
 from melinoe.report.study.compare import fewer, increase, transfers
 from melinoe.report.study.runs import Setting, gather

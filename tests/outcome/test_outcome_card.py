@@ -70,45 +70,50 @@ def test_a_hub_base_and_data_set_stand_in_the_front_matter(copy):
 
 
 def test_a_card_without_measurements_says_so(copy):
-    """And draws the losses alone; a control is called one."""
+    """And draws the losses alone; a plain run is called one."""
     write_metadata(copy, {"settings": {"lambda_cache": 0.0}, "log": [{"step": 3, "nll": 2.0}]})
     files = write_card(copy)
     text = files[0].read_text()
     assert [file.name for file in files] == ["README.md", "melinoe-losses.png"]
-    assert "Nothing was measured" in text and "it is the control" in text
+    assert "Nothing was measured" in text and "on next tokens alone" in text
+
+
+AIM = "fine-tuned with the aim of fewer such transfers"
+PLAIN = "fine-tuned on next tokens alone"
+WITHOUT = "fine-tuned without locality terms"
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_reuse": 0.3}, "keeps to few experts"),
-        ({"lambda_cache": 0.0, "lambda_rank": 0.0}, "it is the control"),
-        ({"lambda_cache": 0.0, "lambda_rank": 0.1, "anchor": "none"}, "it is the control"),
-        ({"lambda_cache": 0.0, "lambda_rank": 0.1}, "without locality terms"),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_reuse": 0.3}, AIM),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.0}, PLAIN),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.1, "anchor": "none"}, PLAIN),
+        ({"lambda_cache": 0.0, "lambda_rank": 0.1}, WITHOUT),
         (
             {"lambda_cache": 0.0, "lambda_rank": 0.0, "lambda_distill": 1.0},
-            "without locality terms",
+            WITHOUT,
         ),
-        ({"lambda_cache": 0.0, "cache_prior": 0.0, "lambda_match": 10.0}, "without locality terms"),
+        ({"lambda_cache": 0.0, "cache_prior": 0.0, "lambda_match": 10.0}, WITHOUT),
     ],
 )
 def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
-    """The reuse term is one for locality too; an anchor alone makes no control."""
+    """The aim and no more: the reuse term is one for locality too, an anchor is none."""
     write_metadata(copy, read_metadata(copy) | {"settings": settings})
     text = write_card(copy)[0].read_text()
     assert said in text
-    assert ("(trained for)" in text) is (said == "keeps to few experts")
+    assert ("(trained for)" in text) is (said == AIM)
     write_metadata(copy, {"settings": settings})
     text = write_card(copy)[0].read_text()
     assert "slots=SLOTS" in text and "slots=16" not in text
 
 
 def test_a_prior_that_the_settings_leave_to_the_run_is_said(copy):
-    """Trained under it alone the model is no control, and the table has its strength."""
+    """Trained under it alone the model had the aim, and the table has its strength."""
     settings = {"lambda_cache": 0.0, "cache_prior": None}
     for strength, said, cell in (
-        (0.2, "keeps to few experts", "0.2"),
-        (0.0, "it is the control", "0"),
+        (0.2, AIM, "0.2"),
+        (0.0, PLAIN, "0"),
     ):
         write_metadata(copy, read_metadata(copy) | {"settings": settings, "cache_prior": strength})
         text = write_card(copy)[0].read_text()

@@ -66,7 +66,7 @@ OUTCOME: Schema = {
     "change": CHANGE,
     "control?": MEASURED,
     "change_from_control?": CHANGE,
-    "control_run?": {"name": "text", "fingerprint?": "text"},
+    "control_run?": {"name": "text", "fingerprint?": "text", "settings?": "object"},
     "machine?": "object",
     "date?": "text",
     "seconds?": "number",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from melinoe.checkpoint import describe, read_metadata
 from melinoe.checkpoint.unfinished import unfinished
 from melinoe.checkpoint.writing import check_room
 from melinoe.config import FinetuneSettings
-from melinoe.errors import CheckpointError, TrainingError, WriteError
+from melinoe.config.likeness import differences, recorded
+from melinoe.errors import CheckpointError, WriteError
 from melinoe.finetune.parts.merging import merge_adapter
 
 # Compared as the rows of a step.
@@ -53,29 +53,27 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
         theirs: What the one's ``melinoe.json`` holds.
         ours: The same of the other, or as much as is known before it is trained.
     """
-    recorded = _settings(theirs)
-    if not theirs.get("settings") or recorded is None:
+    said = theirs.get("settings") or {}
+    there = recorded(said)
+    if not said or there is None:
         return "it has no melinoe.json that says how it was trained"
-    if not recorded.is_control:
+    if not there.is_control:
         return "it was trained with locality terms"
     if _differ(theirs.get("base_fingerprint"), ours.get("base_fingerprint")):
         return "it was trained on another base model, whose routers differ"
-    own = _settings(ours)
-    named = (theirs.get("settings") or {}).keys() & (ours.get("settings") or {}).keys() - _ROWS
-    if own is not None and named:
-        there, here = recorded.deciding(), own.control().deciding()
-        told = named & (there.keys() | here.keys())
-        if odd := [name for name in sorted(told) if there.get(name) != here.get(name)]:
-            return ", ".join(
-                f"{name} {there.get(name, 'off')} there and {here.get(name, 'off')} here"
-                for name in odd
-            )
-        if _differ(_rows(recorded, theirs), _rows(own, ours)):
-            return f"{_rows(recorded, theirs)} rows a step there and {_rows(own, ours)} here"
+    own = ours.get("settings") or {}
+    here = recorded(own)
+    if own and here is not None:
+        odd = {key: pair for key, pair in differences(own, said).items() if key not in _ROWS}
+        if odd:
+            pairs = odd.items()
+            return ", ".join(f"{name} {its} there and {our} here" for name, (our, its) in pairs)
+        if _differ(_rows(there, theirs), _rows(here, ours)):
+            return f"{_rows(there, theirs)} rows a step there and {_rows(here, ours)} here"
     for key, what in (("teacher", "fingerprint"), ("anchor", "tokens_sha256")):
         if key in theirs and key in ours:  # what either leaves out is not compared
-            there, here = ((one[key] or {}).get(what) for one in (theirs, ours))
-            if there != here:
+            one, other = ((side[key] or {}).get(what) for side in (theirs, ours))
+            if one != other:
                 return f"it had another {'teacher' if key == 'teacher' else 'anchor text'}"
     data, our_data = theirs.get("data") or {}, ours.get("data") or {}
     # One counts examples as they were given, the other those that were long enough to be learned.
@@ -125,21 +123,6 @@ def _merge(adapter: Path, out: Path, base: str) -> None:
         raise WriteError(
             f"the control {adapter} cannot be merged to be measured ({error})"
         ) from error
-
-
-def _settings(metadata: Mapping[str, Any]) -> FinetuneSettings | None:
-    """
-    The settings of a run; those that this release does not know are left out.
-
-    A term that a record does not name was not there yet: it is off, whatever its default is now.
-    """
-    known = {one.name for one in fields(FinetuneSettings)}
-    found = metadata.get("settings") or {}
-    try:
-        off = FinetuneSettings().plain()
-        return replace(off, **{name: found[name] for name in known & found.keys()})
-    except (TrainingError, TypeError, ValueError):
-        return None
 
 
 def _rows(settings: FinetuneSettings, metadata: Mapping[str, Any]) -> int | None:

@@ -194,6 +194,7 @@ def measure_outcome(
         "control_run": {
             "name": Path(control).expanduser().resolve().name,
             "fingerprint": known.get("fingerprint"),
+            "settings": known.get("settings"),
         },
         "seconds": round(time.monotonic() - started, 1),
     }

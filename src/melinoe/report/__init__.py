@@ -10,7 +10,6 @@ Tables and figures from measurement records, and from nothing else.
     render.py      a table as Markdown, text or HTML
     page.py        the page and its twin readme.py    tables between a README's markers
     figure_files.py  drawings as files   study/       tables and frontiers of fine-tunings
-    likeness.py    whether a run is the like-for-like control of another
     card/          a checkpoint's model card
 """
 

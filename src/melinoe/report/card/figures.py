@@ -26,7 +26,7 @@ DPI = 144
 # In the order of the legend.
 _SIDES = (
     ("before", "before fine-tuning", PALETTE["base"]),
-    ("control", "NLL-only control", PALETTE["control"]),
+    ("control", "control", PALETTE["control"]),
     ("after", "after fine-tuning", PALETTE["tuned"]),
 )
 _PANELS = ("nll", "cache")  # what every run logs and every reader asks for
@@ -59,33 +59,57 @@ def _sides(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [side for side in _SIDES if outcome.get(side[0])]
 
 
-def losses(log: list[Mapping[str, Any]]) -> bytes | None:
-    """Loss terms over the steps of training, held-out values as dots; ``None`` without a log."""
+def losses(log: list[Mapping[str, Any]], under_prior: bool = False) -> bytes | None:
+    """
+    Loss terms over the steps of training, and their held-out values; ``None`` without a log.
+
+    Held-out texts are read with the routers' own choices. A model that trained *under_prior* took
+    others while it trained, so that its two kinds of values do not compare: they stand apart.
+    """
     terms = [term for term in _PANELS if any(row.get(term) is not None for row in log)]
     if not terms:
         return None
-    with _canvas(4.2 * len(terms), 3.0, len(terms)) as (figure, all_axes):
-        for term, axes in zip(terms, all_axes, strict=True):
-            drawn = [(row["step"], row[term]) for row in log if row.get(term) is not None]
-            axes.plot(*zip(*drawn, strict=True), color=PALETTE["tuned"], label="training")
-            held = f"eval_{term}"
-            dots = [(row["step"], row[held]) for row in log if row.get(held) is not None]
-            if dots:
-                axes.plot(
-                    *zip(*dots, strict=True),
-                    "o-" if len(dots) > 2 else "o",
-                    color=PALETTE["control"],
-                    markersize=6,
-                    linewidth=1.2,
-                    label="held out",
-                    clip_on=False,
-                    zorder=3,
-                )
+    drawn = {
+        name: [(row["step"], row[name]) for row in log if row.get(name) is not None]
+        for term in terms
+        for name in (term, f"eval_{term}")
+    }
+    panels = [[term, f"eval_{term}"] for term in terms]
+    if under_prior:
+        panels = [[name] for pair in panels for name in pair if drawn[name]]
+    with _canvas(4.2 * len(panels), 3.0, len(panels)) as (figure, all_axes):
+        for names, axes in zip(panels, all_axes, strict=True):
+            for name in names:
+                if drawn[name]:
+                    _curve(axes, drawn[name], name.startswith("eval_"))
+            if sum(bool(drawn[name]) for name in names) > 1:
                 axes.legend(frameon=False, loc="upper right")
-            axes.set_title(TRAINING_TERMS[term])
+            title = TRAINING_TERMS[names[0].removeprefix("eval_")]
+            if under_prior:
+                own = names[0].startswith("eval_")
+                title += "\nheld out, own choices" if own else "\ntraining, choices under the prior"
+            axes.set_title(title)
             axes.set_xlabel("training step")
-            axes.set_xlim(0, max(step for step, _ in drawn + dots))
+            axes.set_xlim(0, max(step for name in names for step, _ in drawn[name]))
         return _png(figure)
+
+
+def _curve(axes: Any, points: list[tuple[int, float]], held_out: bool) -> None:
+    steps, values = zip(*points, strict=True)
+    if not held_out:
+        axes.plot(steps, values, color=PALETTE["tuned"], label="training")
+        return
+    axes.plot(
+        steps,
+        values,
+        "o-" if len(points) > 2 else "o",
+        color=PALETTE["control"],
+        markersize=6,
+        linewidth=1.2,
+        label="held out",
+        clip_on=False,
+        zorder=3,
+    )
 
 
 def experts(outcome: Mapping[str, Any]) -> bytes:

@@ -1,10 +1,11 @@
-"""What was paid and what it bought, in the first sentences of a model card."""
+"""What was paid and what it bought, in the list below a model card's first sentence."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from melinoe.report.amounts import inline, plain, signed
 from melinoe.report.card.tables import estimate, has_control
+from melinoe.report.card.verdict import unlike
 from melinoe.report.render import plain as literal
 from melinoe.stats import Estimate
 
@@ -13,22 +14,25 @@ _DOING = (("reading", "reading the same text"), ("writing", "writing its own"))
 _WHERE = {"own": "in domain", "other": "out of domain"}
 NOT_PRICED = (
     "The changes are from the base model, so they contain what plain fine-tuning on the same data "
-    "does by itself: the price over plain fine-tuning was not measured; `melinoe finetune` "
-    "measures it with `--against control` or `--max-ppl-increase`, which train a control too, "
-    "or with `--against`, which takes one that `--control` wrote."
+    "does by itself. `melinoe finetune` measures what the locality terms do with `--against "
+    "control` or `--max-ppl-increase`, which train a control too, or with `--against DIR`, which "
+    "takes one that `--control` wrote."
 )
 
 
-def sentences(outcome: Mapping[str, Any], price: Mapping[str, Any] | None) -> list[str]:
+def sentences(
+    outcome: Mapping[str, Any], settings: Mapping[str, Any], price: Mapping[str, Any] | None
+) -> list[str]:
     """
-    The price over the control and the saving over control and base, as items of a list.
+    The price out of domain and the saving over control and base, as items of a list.
 
     Args:
         outcome: Of a ``melinoe.json``; without a control, the changes from the base alone.
+        settings: Those of the run.
         price: What a search for a price left there, if there was one.
     """
     if has_control(outcome):
-        paid = [*_paid(outcome), *_asked(price)]
+        paid = [*_elsewhere(outcome, unlike(outcome, settings) == []), *_asked(price)]
     else:
         paid = by_the_search(price, base=False)
     return [*paid, *_saved(outcome), *_quality(outcome)]
@@ -40,7 +44,7 @@ def by_the_search(price: Mapping[str, Any] | None, base: bool = True) -> list[st
     for name, value in ((price or {}).get("paid") or {}).items():
         lines.append(
             f"- Price: perplexity {_WHERE.get(name, literal(name))}, on held-out text that chose "
-            f"nothing, **{signed(estimate(value))}** against the NLL-only control{_doubt(value)}."
+            f"nothing, **{signed(estimate(value))}** against the control{_doubt(value)}."
         )
     lines += _asked(price)
     fewer = (price or {}).get("times_fewer_than") or {}
@@ -55,55 +59,60 @@ def by_the_search(price: Mapping[str, Any] | None, base: bool = True) -> list[st
     return lines
 
 
-def explained(outcome: Mapping[str, Any], metadata: Mapping[str, Any], asks: bool) -> str:
+def explained(
+    outcome: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    asks: bool,
+) -> str:
     """
     How the figures came about, and what they leave open.
 
     Args:
         outcome: Of a ``melinoe.json``.
+        settings: Those of the run.
         metadata: All of it.
-        asks: Whether a price over plain fine-tuning is a question at all: not of the control.
+        asks: Whether there were locality terms whose price is not known.
     """
     control, data = has_control(outcome), metadata.get("data") or {}
     said = (
         f"{'All three' if control else 'Both'} models got the same held-out prompts and texts; "
         "changes are paired, intervals are 95 % bootstraps over prompts or texts. Hit rates and "
-        "transfers are of completion tokens, simulated exactly from what each model chose, the "
-        "cache emptied before each prompt."
+        "transfers are of completion tokens, counted by replaying what each model chose, the cache "
+        "emptied before each prompt."
     )
-    if control:
+    if control and unlike(outcome, settings) == []:
         said += (
             " The control was fine-tuned from the same base on the same data, in the same order, "
-            "with the same steps and seed, on next tokens alone: what it shows is what plain "
-            "fine-tuning does."
+            "with the same steps, seed, teacher and replayed text, without the locality terms "
+            "alone: what differs from it is their doing."
         )
     if data.get("chosen_by") and data.get("held_out"):
         said += (
             f" The strength of the cache term was chosen by {data['chosen_by']} of the "
             f"{data['held_out']} held-out examples; only the others were measured here."
         )
-    if asks and not control and not (metadata.get("price") or {}).get("paid"):
+    if asks:
         said += f" {NOT_PRICED}"
     return said
 
 
-def _paid(outcome: Mapping[str, Any]) -> list[str]:
-    """The price of each text, that in domain first."""
+def _elsewhere(outcome: Mapping[str, Any], priced: bool) -> list[str]:
+    """Perplexity of other texts against the control: a price only if that is like for like."""
     change = outcome["change_from_control"]
-    lines = [
-        f"- Price: perplexity on held-out {literal(domain)} **{signed(estimate(value))}** against "
-        f"the NLL-only control{_doubt(value)}."
-        for domain, value in change["perplexity"].items()
-        if _is_own(outcome, domain)
-    ]
     others = [
         f"{literal(domain)} **{signed(estimate(value))}**{_doubt(value)}"
         for domain, value in change["perplexity"].items()
         if not _is_own(outcome, domain)
     ]
-    if others:
-        lines.append(f"- Price out of domain, against the control: {'; '.join(others)}.")
-    return lines
+    if not others:
+        return []
+    what = (
+        "Price out of domain, against the control"
+        if priced
+        else ("Perplexity out of domain, against that control")
+    )
+    return [f"- {what}: {'; '.join(others)}."]
 
 
 def _asked(price: Mapping[str, Any] | None) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from melinoe.report.card import paid, tables
+from melinoe.report.card.verdict import verdict
 from melinoe.report.facts import flat, hardware
 from melinoe.report.render import markdown
 from melinoe.report.render import plain as literal
@@ -16,23 +17,23 @@ ABOUT = (
     "A Mixture-of-Experts model that runs from a few resident experts per layer waits for a "
     "transfer whenever a token needs an expert that is not there. "
 )
+# What it was trained for; what came of it is said by what was measured alone.
 FOR_LOCALITY = (
-    "This model was fine-tuned so that each sequence keeps to few experts. Its architecture and "
-    "its files are those of its base, so it runs wherever the base runs; the gain shows where "
-    "experts are offloaded."
+    "This model was fine-tuned with the aim of fewer such transfers. Its architecture and its "
+    "files are those of its base, so it runs wherever the base runs."
 )
 ADAPTER = (
-    "This is an adapter in PEFT's files: what fine-tuning trained, so that each sequence of its "
-    "base keeps to few experts. `melinoe merge` makes a checkpoint of both that runs wherever the "
-    "base runs; the gain shows where experts are offloaded."
+    "This is an adapter in PEFT's files: what fine-tuning trained, with the aim of fewer such "
+    "transfers. `melinoe merge` makes a checkpoint of it and its base that runs wherever the base "
+    "runs."
+)
+PLAIN = (
+    "This model was fine-tuned on next tokens alone: it shows what plain fine-tuning on the same "
+    "data does."
 )
 CONTROL = (
-    "This model was fine-tuned on next tokens alone: it is the control that shows what "
-    "fine-tuning on the same data does without the locality terms."
-)
-ANCHORED = (
-    "This model was fine-tuned without locality terms, but with others that hold it near its base: "
-    "it shows what those do by themselves."
+    "This model was fine-tuned without locality terms, but with others that hold it near its base "
+    "or a teacher: it shows what those do by themselves."
 )
 UNMEASURED = "Nothing was measured of this checkpoint."
 _LOCALITY_WEIGHTS = ("lambda_cache", "cache_prior", "lambda_reuse")
@@ -81,8 +82,11 @@ def card_text(
         lines = paid.by_the_search(price)
         parts += ["\n".join(lines), "Nothing else was measured."] if lines else [UNMEASURED]
     else:
-        lines = paid.sentences(outcome, price)
-        parts += ["\n".join(lines), paid.explained(outcome, metadata, purpose is not CONTROL)]
+        settings = _settings(metadata)
+        asks = for_locality and not tables.has_control(outcome) and not (price or {}).get("paid")
+        parts.append(verdict(outcome, settings, asks))
+        lines = paid.sentences(outcome, settings, price)
+        parts += ["\n".join(lines), paid.explained(outcome, settings, metadata, asks)]
         parts += tables.all_of(outcome, for_locality)
         models = "before, control and after" if tables.has_control(outcome) else "before and after"
         parts.append(
@@ -118,7 +122,7 @@ def _purpose(settings: Mapping[str, Any]) -> tuple[bool, str]:
         return True, FOR_LOCALITY
     anchor = weight("lambda_rank") if settings.get("anchor") != "none" else 0.0
     held = anchor or any(weight(name) for name in _HOLDING_WEIGHTS)
-    return False, ANCHORED if held else CONTROL
+    return False, CONTROL if held else PLAIN
 
 
 def _named(base: str, metadata: Mapping[str, Any]) -> str:

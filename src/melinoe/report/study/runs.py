@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from melinoe.report.likeness import differences, for_locality
+from melinoe.config.likeness import differences, for_locality
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from melinoe.config.likeness import for_locality
 from melinoe.report.amounts import DASH, plain, signed
-from melinoe.report.likeness import for_locality
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record
 from melinoe.report.study.compare import (

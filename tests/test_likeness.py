@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from melinoe.config import FinetuneSettings
-from melinoe.report.likeness import differences, for_locality
+from melinoe.config.likeness import differences, for_locality
 
 
 def settings(**changes):
@@ -24,14 +24,17 @@ def settings(**changes):
 )
 def test_what_leaves_a_control_like_for_like(changes):
     """The locality terms and their shape, what changes no weight, and what belongs to no term."""
-    assert differences(settings(), settings(**changes)) == []
+    assert differences(settings(), settings(**changes)) == {}
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"lambda_match": 10.0}, ["lambda_match"]),
-        ({"lambda_replay": 0.1}, ["lambda_replay"]),
+        (
+            {"lambda_replay": 0.1},
+            ["lambda_replay"],
+        ),
         ({"lambda_rank": 0.1}, ["lambda_rank"]),
         ({"seed": 1, "steps": 3}, ["seed", "steps"]),
         ({"train": "router"}, ["train"]),
@@ -39,15 +42,15 @@ def test_what_leaves_a_control_like_for_like(changes):
 )
 def test_what_makes_a_control_unlike(changes, named):
     """A teacher, replay, an anchor, or another training; whichever side has it."""
-    assert differences(settings(), settings(**changes)) == named
-    assert differences(settings(**changes), settings()) == named
+    assert named == [*differences(settings(), settings(**changes))]
+    assert named == [*differences(settings(**changes), settings())]
 
 
 def test_a_term_that_a_record_does_not_name_was_off():
     """An older record has no weight of hidden states: it matched none."""
     old = {name: value for name, value in settings().items() if name != "lambda_match"}
-    assert differences(settings(), old) == []
-    assert differences(settings(lambda_match=1.0), old) == ["lambda_match"]
+    assert differences(settings(), old) == {}
+    assert differences(settings(lambda_match=1.0), old) == {"lambda_match": (1.0, 0.0)}
 
 
 def test_a_run_is_for_locality_if_any_such_term_is_on():
