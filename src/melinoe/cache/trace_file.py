@@ -7,9 +7,7 @@ goes.
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from safetensors.numpy import save as save_tensors
 
 from melinoe.cache.tensor_file import FileKind
 from melinoe.errors import TraceError
+from melinoe.whole_file import write_whole as write_file
 
 FORMAT = "melinoe-trace"
 # The lowest that has what is in it, for older readers: 1, with scores 2, with guesses 3.
@@ -59,31 +58,12 @@ def write_whole(path: str | os.PathLike, blob: bytes, what: str) -> None:
     Raises:
         TraceError: the place cannot be written to; *what* is the word for it in the message.
     """
-    path = Path(path)
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is its owner's alone
-        os.replace(temporary, path)
+        write_file(path, blob)
     except OSError as error:
         raise TraceError(
             f"the {what} cannot be written to {path}: {error.strerror}; choose another place"
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_trace_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

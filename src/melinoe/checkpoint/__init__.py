@@ -2,6 +2,7 @@
 The hub's checkpoint layout: opened and checked without its weights, read piece by piece.
 
     safetensors_file.py   one file: header checked, any range read into the caller's memory
+    positioned.py         bytes of an open file at an offset, on every system
     hub.py                one file by its name: in a directory, in the local cache, on the hub
     files.py              config, index and shards, read and checked
     mapping.py            stored names -> parameters of the model, by transformers' own rules

@@ -10,8 +10,8 @@ from melinoe.checkpoint.files import has_weights, read_config, read_raw_config
 from melinoe.checkpoint.opening import (
     as_dtype,
     build_on_meta,
-    dtype_of,
     find_model_class,
+    guess_dtype,
     open_checkpoint,
 )
 from melinoe.errors import ModelError, UnsupportedModelError
@@ -97,7 +97,7 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
     reason = None
     try:
         config = read_config(name)
-        known = _from_config(config, wanted or dtype_of(config) or torch.bfloat16)
+        known = _from_config(config, wanted or guess_dtype(name, config))
         if weights:
             with open_checkpoint(name, dtype, download=False) as checkpoint:
                 known = _from_config(config, checkpoint.dtype) | _of_layers(checkpoint.layers)

@@ -1,14 +1,13 @@
 """``melinoe.json``: what is known about a checkpoint beyond its weights."""
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint.hub import locate
 from melinoe.checkpoint.metadata_schema import SCHEMA_VERSION, VERSION_FIELD, check_metadata
 from melinoe.errors import CheckpointError
+from melinoe.whole_file import write_whole
 
 METADATA = "melinoe.json"
 
@@ -82,11 +81,4 @@ def write_metadata(directory: str | Path, metadata: dict[str, Any]) -> None:
     """
     stamped = {VERSION_FIELD: SCHEMA_VERSION, **metadata}
     text = json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = Path(directory) / f".{METADATA}.{secrets.token_hex(4)}"
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, Path(directory) / METADATA)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(Path(directory) / METADATA, text)

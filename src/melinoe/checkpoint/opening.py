@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any, Self
 
@@ -17,7 +20,9 @@ from melinoe.checkpoint.hub import first_line, is_directory, pinned
 from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
 from melinoe.checkpoint.sources import LayerCache, Reader, WholeLayer, reader_for
 from melinoe.errors import CheckpointError, UnsupportedModelError
-from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer, find_experts
+
+_log = logging.getLogger("melinoe")
 
 
 class ExpertSource:
@@ -135,7 +140,8 @@ def open_checkpoint(
     Args:
         name: A directory, or the name of a repository on the hub, as ``org/model`` or with a
             branch, tag or commit as ``org/model@revision``.
-        dtype: Type of the weights in memory; "auto" takes the config's, else the stored one.
+        dtype: Type of the weights in memory; "auto" takes the config's, else that of most stored
+            bytes.
         download: Fetch hub files that are not in the local cache.
 
     Raises:
@@ -152,7 +158,7 @@ def open_checkpoint(
         find_experts(build_on_meta(model_class, copy.deepcopy(config), torch.bfloat16))
     files = open_shards(source, download)
     try:
-        resolved = wanted or dtype_of(config) or _stored_dtype(files)
+        resolved = wanted or _own_dtype(name, config, files)
         model = build_on_meta(model_class, config, resolved)
         layers = [_with_plan(layer, model, resolved) for layer in find_experts(model)]
         experts, backbone = _sources(model, config, layers, files)
@@ -253,30 +259,78 @@ def as_dtype(dtype: Any) -> torch.dtype:
         ValueError: it is none.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be 'auto' or a floating-point type, not {dtype!r}")
+    if found not in PLAIN_DTYPES:
+        known = ", ".join(map(_word, PLAIN_DTYPES))
+        raise ValueError(f"dtype must be 'auto' or one of {known}, not {dtype!r}")
     return found
 
 
 def dtype_of(config: PreTrainedConfig) -> torch.dtype | None:
     """
-    The type of weights that a config names, or None.
+    The type of weights that a config names, or its part for text does; None if neither.
 
     Raises:
         CheckpointError: it names a type that no weights are computed in.
     """
+    told = config.dtype or getattr(config.get_text_config(), "dtype", None)
     try:
-        return None if config.dtype is None else as_dtype(config.dtype)
+        return None if told is None else as_dtype(told)
     except ValueError:
         raise CheckpointError(
-            f'the config names the type {config.dtype}; give "dtype" in config.json as bfloat16, '
+            f'the config names the type {told}; give "dtype" in config.json as bfloat16, '
             "float16 or float32"
         ) from None
 
 
-def _stored_dtype(files: dict[str, Place]) -> torch.dtype:
-    """The type of the first floating-point tensor."""
+def _own_dtype(name: str, config: PreTrainedConfig, files: dict[str, Place]) -> torch.dtype:
+    """The config's type, else the majority's; a word where the stored types leave a doubt."""
+    told, amounts = dtype_of(config), _stored_dtypes(files)
+    most = max(amounts, key=amounts.__getitem__)
+    share = f"{100 * amounts[most] / sum(amounts.values()):.0f} % of the stored bytes"
+    if told is None:
+        if len(amounts) > 1:
+            _say_once(
+                f"{name}: config.json names no type; its weights are taken as {_word(most)}, like "
+                f"{share}"
+            )
+        return most
+    if told != most and told.itemsize > most.itemsize:
+        _say_once(
+            f"{name}: loaded as {_word(told)}, for config.json says so, but {share} are "
+            f'{_word(most)}; to take less memory, set "dtype" there to "{_word(most)}"'
+        )
+    return told
+
+
+def guess_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
+    """The type that `open_checkpoint` would take; bfloat16 where no weights are here to tell."""
+    if (told := dtype_of(config)) is not None:
+        return told
+    try:
+        files = open_shards(name, download=False)
+    except CheckpointError:
+        return torch.bfloat16
+    try:
+        return _own_dtype(name, config, files)
+    finally:
+        close_shards(files)
+
+
+def _stored_dtypes(files: dict[str, Place]) -> Counter[torch.dtype]:
+    """Bytes by floating-point type; eight-bit ones mean nothing without scales."""
+    amounts: Counter[torch.dtype] = Counter()
     for place in files.values():
-        if place.info.dtype.is_floating_point:
-            return place.info.dtype
-    raise CheckpointError("the checkpoint holds no floating-point tensor; download it again")
+        if place.info.dtype in PLAIN_DTYPES:
+            amounts[place.info.dtype] += place.info.nbytes
+    if not amounts:
+        raise CheckpointError("the checkpoint holds no floating-point tensor; download it again")
+    return amounts
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    _log.warning("%s", sentence)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from melinoe.checkpoint.positioned import BINARY, read_at
 from melinoe.errors import CheckpointError
 
 # The names that the format gives to the types of a tensor, and what torch calls them.
@@ -74,7 +75,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._fd = os.open(self.path, BINARY)
         except OSError as error:
             raise CheckpointError(
                 f"the shard {self.path} cannot be opened ({error.strerror}); download it again"
@@ -92,14 +93,14 @@ class SafetensorsFile:
     def _read_header(self) -> dict[str, TensorInfo]:
         """Name -> place in the file, every range checked."""
         size = os.fstat(self._fd).st_size
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        length = int.from_bytes(self._start(8, 0), "little")
         if size >= 8 and length > LARGEST_HEADER_BYTES:
             raise self._torn(f"a header of {length} bytes, above the format's limit")
         if size < 8 or length > size - 8:
             raise self._torn(f"{size} bytes, too few for its header")
         origin = 8 + length
         try:
-            text = os.pread(self._fd, length, 8)
+            text = self._start(length, 8)
             header = json.loads(text, object_pairs_hook=_without_repeats)
             header.pop("__metadata__", None)
             tensors = {name: self._place(name, entry, origin) for name, entry in header.items()}
@@ -107,6 +108,14 @@ class SafetensorsFile:
             raise self._torn(f"a header that is not safetensors ({error})") from None
         self._check_ranges(tensors, origin, size)
         return tensors
+
+    def _start(self, count: int, offset: int) -> bytes:
+        """At most *count* bytes from *offset* on: fewer where the file ends before."""
+        found = bytearray(count)
+        view, done = memoryview(found), 0
+        while got := read_at(self._fd, view[done:], offset + done):
+            done += got
+        return bytes(found[:done])
 
     def _place(self, name: str, entry: dict, origin: int) -> TensorInfo:
         """One header entry as a TensorInfo; ValueError where its range and shape disagree."""
@@ -183,7 +192,7 @@ class SafetensorsFile:
         while len(view):
             # One call moves at most 2 GiB, and may move less than it was asked to.
             try:
-                done = os.preadv(self._fd, [view], offset)
+                done = read_at(self._fd, view, offset)
             except OSError as error:
                 raise self._unreadable(error) from None
             if done == 0:

@@ -50,7 +50,7 @@ def command(
 
 def _write(out: Path, text: str) -> None:
     from melinoe.errors import WriteError
-    from melinoe.report.page import write_whole
+    from melinoe.whole_file import write_whole
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

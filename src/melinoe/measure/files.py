@@ -2,12 +2,12 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from melinoe.errors import DataError
+from melinoe.whole_file import write_whole
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -53,19 +53,10 @@ def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any]) -> No
     """
     text = _text(value, 1) + "\n"
     target = Path(path)
-    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            os.fchmod(file.fileno(), 0o644)  # temporary files are private, results are not
-        os.replace(temporary, target)
+        write_whole(target, text)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise DataError(
             f"cannot write to {target} ({error.strerror}); choose another place"
         ) from None

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from melinoe.checkpoint.describing import top_k_of
 from melinoe.checkpoint.files import quantisation, read_config
-from melinoe.checkpoint.opening import build_on_meta, find_model_class
+from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import find_experts
 from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
@@ -107,15 +107,15 @@ def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = Non
         model: A directory with a ``config.json``, such a file, a name on the hub (of which only
             the config is fetched), or a name of `known_models`.
         context: Tokens of a sequence, for the cache of keys and values.
-        dtype: Type of the weights; None takes the config's, else bfloat16.
+        dtype: Type of the weights; None takes the config's, else that of the weights that are
+            here, else bfloat16.
 
     Raises:
         CheckpointError: no readable config, or that of a quantised checkpoint.
         UnsupportedModelError: a dense model, or a family whose experts cannot be served.
     """
     config, source = _config(model)
-    wanted = dtype or config.dtype or torch.bfloat16
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    wanted = dtype or guess_dtype(model, config)
     built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
     built.eval()
     experts = find_experts(built)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from melinoe.checkpoint.positioned import BINARY, read_at
 from melinoe.errors import HardwareError
 
 _BYTES = 256 * 2**20
@@ -105,19 +106,19 @@ def _read_in_order(path: Path, nbytes: int) -> float:
     """Bytes a second of reading a file once, not from the page cache."""
     # An anonymous map is aligned to pages, which reading past the cache demands.
     buffer = mmap.mmap(-1, _CHUNK)
-    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
+    flags = BINARY | getattr(os, "O_DIRECT", 0)
     try:
         try:
             handle = os.open(path, flags)
         except OSError:  # some file systems know no direct reads
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, BINARY)
         try:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             whole = min(nbytes, os.fstat(handle).st_size) // _CHUNK * _CHUNK
             done, begin = 0, time.perf_counter()
             while done < whole:
-                got = os.preadv(handle, [buffer], done)
+                got = read_at(handle, memoryview(buffer), done)
                 if got <= 0:
                     break
                 done += got

@@ -4,9 +4,10 @@ from html import escape
 from pathlib import Path
 
 from melinoe.errors import DataError
-from melinoe.report.page import style_sheet, write_whole
+from melinoe.report.page import style_sheet
 from melinoe.report.records import Sources, read_records
 from melinoe.report.sections import assemble
+from melinoe.whole_file import write_whole
 
 
 def write_figures(sources: Sources, directory: Path | str) -> list[Path]:

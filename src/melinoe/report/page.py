@@ -1,7 +1,5 @@
 """Write a report: one HTML page that needs nothing else, and its Markdown twin."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ from melinoe.errors import DataError
 from melinoe.report import render
 from melinoe.report.records import Sources, read_records
 from melinoe.report.sections import Report, assemble
+from melinoe.whole_file import write_whole
 
 
 def write_report(sources: Sources, out: Path | str) -> None:
@@ -38,21 +37,6 @@ def write_report(sources: Sources, out: Path | str) -> None:
     except OSError as error:
         message = f"cannot write {out} ({error.strerror}); name a place that can be written to"
         raise DataError(message) from error
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8, so that a reader sees the old one or the new, never a part."""
-    blob = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-        os.chmod(temporary, mode)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def html_page(report: Report) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from melinoe.errors import DataError
 from melinoe.report import render
 from melinoe.report.benchmarks import benchmark_tables
-from melinoe.report.page import write_whole
 from melinoe.report.records import Sources, read_records
 from melinoe.report.scores import comparison_table, score_table
 from melinoe.report.study import study_tables
 from melinoe.report.tables import corpus_table, main_table, servings
+from melinoe.whole_file import write_whole
 
 OPENING = re.compile(r"<!-- report:([\w-]+) -->")
 

@@ -159,6 +159,8 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _force_to_disk(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no directories, and forces no file that is open to read
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

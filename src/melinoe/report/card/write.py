@@ -8,7 +8,7 @@ from melinoe.checkpoint.origin import read_card
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.report.card import figures
 from melinoe.report.card.text import UNKNOWN, card_text, front_matter
-from melinoe.report.page import write_whole
+from melinoe.whole_file import write_whole
 
 CARD = "README.md"
 FILES = {
