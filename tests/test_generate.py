@@ -83,7 +83,8 @@ def test_a_prefetch_for_the_completion_comes_after_the_prompts_forward_pass():
     model, tokenizer = tiny_model(), words_tokenizer()
     seen = []
     with attach(model, slots=3) as handle:
-        hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
+        first = model.model.layers[0]
+        hook = first.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
         predictor = always(model, [6, 1, 4])
         one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor)
         hook.remove()

@@ -39,7 +39,8 @@ class Generation:
         counters: Of this call alone; ``None`` for a plain model.
         predictor_s: Asking the prefetcher before the prompt, and issuing what it named then,
             seconds; part of *ttft_s*. One that loads for the completion is asked when it begins.
-        ttft_s: From the call to the first new token, seconds.
+        ttft_s: From the call to the first new token, seconds; waiting for other threads' texts
+            left out.
         seconds: From the call to the last new token.
         stall_s: Waited for experts while decoding, the prompt's forward pass left out.
         prompt_stall_s: Waited for experts in the prompt's forward pass.
@@ -173,15 +174,17 @@ def generate(
         # A checkpoint may carry these; greedy decoding would only warn about them.
         options |= {"temperature": None, "top_p": None, "top_k": None}
     watch = _Watch(device, handle)
-    before = handle.counters_before_text if handle is not None else None
-    stall_before_s = handle.stall_s if handle is not None else 0.0
+    before, stall_before_s = None, 0.0
     input_ids = torch.tensor([ids], device=device)
 
     asked = prefetch.predictor if isinstance(prefetch, Predicted) else None
     learner = asked if isinstance(asked, AdaptivePredictor) else None
     meter = None
-    start_s = time.perf_counter()
     with ExitStack() as stack:
+        if handle is not None:  # all of it is one text's, so other threads wait
+            stack.enter_context(handle.lock)
+            before, stall_before_s = handle.counters_before_text, handle.stall_s
+        start_s = time.perf_counter()
         if prefetch is not None and handle is not None:
             stack.enter_context(handle.prefetching(prefetch, ids))
         predictor_s = time.perf_counter() - start_s
@@ -196,6 +199,8 @@ def generate(
             streamer=streamer,
             **(options | sampling),
         )
+        counters = handle.counters.minus(before) if handle is not None and before else None
+        stall_s = handle.stall_s if handle is not None else 0.0
     if learner is not None and meter is not None:
         learner.observe(meter.counts())
     new = output[0, len(ids) :].tolist()
@@ -203,11 +208,11 @@ def generate(
         text=tokenizer.decode(new, skip_special_tokens=True),
         ids=new,
         prompt_ids=ids,
-        counters=handle.counters.minus(before) if handle is not None and before else None,
+        counters=counters,
         predictor_s=predictor_s if prefetch is not None else 0.0,
         ttft_s=watch.first_s - start_s,
         seconds=watch.last_s - start_s,
-        stall_s=handle.stall_s - watch.stall_at_first_s if handle is not None else 0.0,
+        stall_s=stall_s - watch.stall_at_first_s,
         prompt_stall_s=watch.stall_at_first_s - stall_before_s,
     )
 

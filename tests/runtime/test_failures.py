@@ -38,7 +38,9 @@ def test_an_expert_that_could_not_be_read_is_not_resident(model, monkeypatch, sl
             with pytest.raises(CheckpointError):
                 model(PROMPT)
             assert handle.resident()[0] == []
+            handle.audit()
             assert torch.equal(model(PROMPT).logits, expected)
+            assert handle.audit() > 0
 
 
 def test_an_expert_that_could_not_be_prefetched_is_not_resident(model, monkeypatch):
@@ -51,6 +53,7 @@ def test_an_expert_that_could_not_be_prefetched_is_not_resident(model, monkeypat
                 handle.prefetch([[0, 1, 2, 3], [0]])
             assert handle.resident() == [[], []]
             assert torch.equal(model(PROMPT).logits, expected)
+            assert handle.audit() > 0
 
 
 def test_a_prefetch_with_a_wrong_id_loads_nothing(model):
@@ -73,6 +76,7 @@ def test_a_recording_that_an_exception_ends_drops_the_open_pass(model):
         broken.remove()
         assert handle.counters.forwards.tolist() == [0, 0]
         assert recorder._passes == []
+        assert handle.audit() > 0
 
 
 def test_a_copy_into_the_store_that_stops_half_way_keeps_the_weights(model, monkeypatch):
@@ -106,6 +110,7 @@ def test_a_detach_that_fails_can_be_repeated(model, monkeypatch):
             with pytest.raises(CheckpointError):
                 handle.detach()
         assert torch.equal(model(PROMPT).logits, expected)
+        handle.audit()
         handle.detach()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name

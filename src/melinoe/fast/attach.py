@@ -250,7 +250,7 @@ def _from_checkpoint(
         layer, expert = place
         if isinstance(store, CompressedStore):
             tensors = checkpoint.layers[layer].tensors
-            whole = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in tensors}
+            whole = {t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in tensors}
             checkpoint.experts[layer].read(expert, whole)
             store.write(layer, expert, whole)
         else:

@@ -56,7 +56,9 @@ class Carrier:
             return
         if isinstance(self._store, CompressedStore):
             lists = [*zip(*pairs, strict=True), (len(pairs),) * len(pairs)]
-            on_device = to_device(torch.tensor(lists, dtype=torch.int32), self._device)
+            on_device = to_device(
+                torch.tensor(lists, dtype=torch.int32, device="cpu"), self._device
+            )
             self.plan.launch(on_device[0], on_device[1], on_device[2])
             return
         # Whole blocks whose addresses the host knows: the copy engine is faster than a kernel.

@@ -94,7 +94,7 @@ class CompiledForward:
         """
         if self._forward is None:
             self._forward = torch.compile(
-                self._model.forward, backend=self._backend, fullgraph=True, dynamic=False
+                self._passes.forward, backend=self._backend, fullgraph=True, dynamic=False
             )
         self._ran[0] = False
         begin = time.perf_counter()
@@ -144,10 +144,8 @@ class CompiledForward:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """In the body the model's hooks run as ever, and its forward is the compiled one."""
-        own = vars(self._model)
-        before = own.get("forward")
-        own["forward"] = self._forward
+        """In the body passes are followed as ever, and the compiled forward computes them."""
+        before, self._passes.forward = self._passes.forward, self._forward  # type: ignore[assignment]
         for one in self._experts:
             one.traced = True
         try:
@@ -155,9 +153,7 @@ class CompiledForward:
         finally:
             for one in self._experts:
                 one.traced = False
-            del own["forward"]
-            if before is not None:
-                own["forward"] = before
+            self._passes.forward = before
 
 
 def cache_length(positions: int, compiled: bool) -> int:

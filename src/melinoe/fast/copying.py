@@ -101,7 +101,7 @@ class CopyPlan:
         size = math.gcd(aligned, 8)
         self._word, self._size = _WORDS[size], size
         self._vector = math.gcd(aligned, 16) // size
-        table = torch.tensor(rows, dtype=torch.int64)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         table[:, 3] //= size
         self._chunks = table.to(addresses.device)
         self._addresses = addresses

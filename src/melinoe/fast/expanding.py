@@ -168,7 +168,7 @@ class ExpandPlan:
                     at = section.offset + start * bits // 8
                     scales = section.scales + start // GROUP * 4
                     rows.append((1, at, scales, into, stride, left // GROUP))
-        self._chunks = torch.tensor(rows, dtype=torch.int64).to(addresses.device)
+        self._chunks = torch.tensor(rows, dtype=torch.int64, device="cpu").to(addresses.device)
         self._addresses = addresses
         self._bits, self._type, self._groups = bits, _TYPES[dtype], chunk_groups
         self._keep = dict(slots)

@@ -75,7 +75,7 @@ class FastExperts:
         self._dtype = self.slots["down_proj"].dtype
         self._list = (who.load_expert[layer.index], who.load_slot[layer.index])
         self._count = who.num_loads[layer.index : layer.index + 1]
-        self._guard = Guard(device)
+        self._guard = Guard(device, layer.module, list(self.slots))
         self.watch = self._guard.watch
         self._number = operations.register(self)
         self.traced = False
@@ -108,11 +108,12 @@ class FastExperts:
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
-        self._passes.enter(self._index, top_k_index)
-        with self._at_work():
-            if self._passes.mode == DEVICE:
-                return self._on_device(hidden_states, top_k_index, top_k_weights)
-            return self._with_host(hidden_states, top_k_index, top_k_weights)
+        with self._passes.lock:
+            self._passes.enter(self._index, top_k_index)
+            with self._at_work():
+                if self._passes.mode == DEVICE:
+                    return self._on_device(hidden_states, top_k_index, top_k_weights)
+                return self._with_host(hidden_states, top_k_index, top_k_weights)
 
     def plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """

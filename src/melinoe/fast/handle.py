@@ -183,9 +183,16 @@ class FastHandle(Handle):
 
     def reset_counters(self) -> None:
         """As `Handle.reset_counters`."""
-        super().reset_counters()
-        self._who.counts.zero_()
-        self._seen, self._latest = None, np.zeros_like(self._latest)
+        with self.lock:
+            super().reset_counters()
+            self._who.counts.zero_()
+            self._seen, self._latest = None, np.zeros_like(self._latest)
+
+    def audit(self) -> int:
+        """As `Handle.audit`; waits for the device."""
+        with self.lock:
+            self._staging.finish()
+            return super().audit()
 
     def _forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
         self._who.forget_prefetches(but)
@@ -212,9 +219,10 @@ class FastHandle(Handle):
 
     def detach(self) -> None:
         """As `Handle.detach`; weights that were stored as codes come back as what those mean."""
-        if self._attached:
-            self._staging.finish()
-            self.graphs.forget()
-            if self._cap is not None:
-                self._cap.lift()  # experts that come back may need more
-        super().detach()
+        with self.lock:
+            if self._attached and not self._passes.inside:
+                self._staging.finish()
+                self.graphs.forget()
+                if self._cap is not None:
+                    self._cap.lift()  # experts that come back may need more
+            super().detach()

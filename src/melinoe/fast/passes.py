@@ -131,12 +131,11 @@ class FastPasses(ForwardPasses):
             )  # fmt: skip
         self.fallbacks += 1
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.given is not None:
-            self.settle()
-            self._inside, self._call, self.paged = True, self.given, False
+            self._call, self.paged = self.given, False
             return
-        super()._before(module, args, kwargs)
+        super()._before(args, kwargs)
         self.paged = "cu_seq_lens_q" in kwargs
         # transformers 5.17 calls it max_seqlen_q.
         self._only_decodes = kwargs.get("max_length_q", kwargs.get("max_seqlen_q")) == 1
@@ -144,10 +143,11 @@ class FastPasses(ForwardPasses):
     @contextmanager
     def generate(self, generating: Generating | None) -> Iterator[None]:
         """As `ForwardPasses.generate`."""
-        if self._generating is None and self.generation_begins is not None:
-            self.generation_begins()
-        with super().generate(generating):
-            yield
+        with self.lock:
+            if self._generating is None and self.generation_begins is not None:
+                self.generation_begins()
+            with super().generate(generating):
+                yield
 
 
 def _capturing() -> bool:

@@ -18,6 +18,11 @@ from melinoe.moe.experts import is_experts_module
 
 NAME = "melinoe"
 _BOUND = "_melinoe_bound"
+# Shown by torch.compile where it may leave nothing out (fullgraph=True).
+NOT_COMPILED = (
+    "offloaded experts cannot be compiled, because they ask the host which of them are resident; "
+    "leave fullgraph out, or detach() the runtime first"
+)
 
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -69,6 +74,22 @@ def use_melinoe(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def still_used(model: nn.Module) -> Callable[[], None]:
+    """Make a check, to be called after `use_melinoe`: raises AttachError once another is chosen."""
+    configs = list(_deciding(model))
+
+    def check() -> None:
+        for config in configs:
+            chosen = config._experts_implementation_internal  # type: ignore[attr-defined]
+            if chosen != NAME:
+                raise AttachError(
+                    f"the experts implementation was changed to {chosen!r}, which finds no weights "
+                    f"while a runtime is attached; choose {NAME!r} again, or detach() first"
+                )
+
+    return check
+
+
 def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
     """
     The function of transformers' own that *module* would use with all experts resident.
@@ -103,12 +124,21 @@ def _melinoe(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     function = vars(module).get(_BOUND)
+    if torch.compiler.is_dynamo_compiling() and getattr(function, "traced", False):
+        return function(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
+    return _as_it_is(function, hidden_states, top_k_index, top_k_weights)
+
+
+# A compiler that looked inside would keep who is resident now for all passes to come.
+@torch.compiler.disable(reason=NOT_COMPILED)
+def _as_it_is(function: ExpertsFunction | None, *tensors: torch.Tensor) -> torch.Tensor:
+    """Compute the experts outside of whatever graph their model is compiled to."""
     if function is None:
         raise AttachError(
             "the experts implementation 'melinoe' is chosen but no runtime is attached to this "
             "model; call melinoe.attach(model, ...) or choose another implementation"
         )
-    return function(hidden_states, top_k_index, top_k_weights)
+    return function(*tensors)
 
 
 def _deciding(model: nn.Module) -> Iterator[object]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.errors import UnsupportedModelError
+from melinoe.moe.dispatch import NOT_COMPILED
 from melinoe.moe.routing import Router, router_logits
 
 _HOOKS = (
@@ -132,6 +133,7 @@ class NextRouters:
         )
 
     def _see_inputs(self, layer: int) -> Any:
+        @torch.compiler.disable(reason=NOT_COMPILED)
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inputs[layer] = (args, kwargs)
 

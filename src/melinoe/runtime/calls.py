@@ -23,13 +23,15 @@ class Generating:
         prompt: tokens per row that it was given; all that come behind them are its own.
         began: whether it has called the model yet.
         warned: whether it was said that it computes the prompt again and again.
-        drafts: how many further ``generate`` of the same model run inside it, to make guesses.
+        guesses: whether the model makes guesses for itself, by a ``generate`` inside this one.
+        drafts: how many of those run.
         chunked: whether the prompt comes in several calls, and may not be over yet.
     """
 
     prompt: int
     began: bool = False
     warned: bool = False
+    guesses: bool = False
     drafts: int = 0
     chunked: bool = False
 

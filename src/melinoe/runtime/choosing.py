@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from melinoe.cache.counters import COMPLETION
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
-from melinoe.moe.dispatch import bind, unbind
+from melinoe.moe.dispatch import NOT_COMPILED, bind, unbind
 from melinoe.moe.routing import Router, find_routers, router_logits
 from melinoe.runtime.expert_cache import ExpertCache
 from melinoe.runtime.passes import ForwardPasses
@@ -87,6 +87,7 @@ def _insert(
 ) -> Callable[[], None]:
     seen: list[Tensor] = []
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     def see(module: nn.Module, args: Any, output: Any) -> None:
         seen[:] = [router_logits(output)]
 

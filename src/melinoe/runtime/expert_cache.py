@@ -75,7 +75,7 @@ class ExpertCache:
         self._forward = transformers_function(layer.module)
         self._stand_in = StandIn(layer.module, self.slots, num_slots)
         self._rule, self._host = rule, host
-        self._guard = Guard(device)
+        self._guard = Guard(device, layer.module, list(self.slots))
         self.watch = self._guard.watch
         self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
         self._as_numbered = False  # whether slot i holds expert i, for all i
@@ -92,17 +92,18 @@ class ExpertCache:
         Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes.
 
         Raises:
-            AttachError: gradients are wanted, or the model was moved or cast since `attach`.
+            AttachError: as `Guard.check`.
         """
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
-        self._passes.enter(self._index, top_k_index, top_k_weights)
-        try:
-            return self._compute(hidden_states, top_k_index, top_k_weights)
-        except BaseException:
-            self.reset()  # what was planned may not have been copied: trust no slot
-            raise
+        with self._passes.lock:
+            self._passes.enter(self._index, top_k_index, top_k_weights)
+            try:
+                return self._compute(hidden_states, top_k_index, top_k_weights)
+            except BaseException:
+                self.reset()  # what was planned may not have been copied: trust no slot
+                raise
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts, uses, whole = request_of(top_k_index, self._num_experts)
@@ -236,8 +237,10 @@ class ExpertCache:
     def _add_from_slots(self, pairs: Pairs, plan: Plan, flat: Tensor) -> None:
         """The pairs of a plan's experts."""
         # The last entry means "not due", as -1 does for experts that are not in the plan.
-        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)
-        present = torch.tensor([*plan.hits, *(load.expert for load in plan.loads)]).long()
+        # On the host by name: the user's default device may be another.
+        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
+        here = [*plan.hits, *(load.expert for load in plan.loads)]
+        present = torch.tensor(here, dtype=torch.int64, device="cpu")
         due[present] = self._host_slot_of[present]
         pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +37,11 @@ class Following:
     _choosing: Choosing | None
     _prefetching: Prefetching | None
     _askers: int
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by the thread whose call of the model runs."""
+        raise NotImplementedError
 
     def _check_attached(self) -> None:
         raise NotImplementedError
@@ -81,6 +87,15 @@ class Following:
             ValueError: it reads prompts and there is none; an answer that does not name every
                 layer, or an id that is out of range or given twice.
         """
+        with ExitStack() as stack:
+            with self.lock:
+                self._begin_prefetching(stack, prefetcher, ids)
+            yield
+
+    def _begin_prefetching(
+        self, stack: ExitStack, prefetcher: Prefetcher, ids: Sequence[int] | None
+    ) -> None:
+        """Ask *prefetcher* from now on, until *stack* is closed."""
         self._check_attached()
         if self._prefetching is not None:
             raise AttachError("a prefetcher is at work already; end it before you begin another")
@@ -106,14 +121,12 @@ class Following:
             experts,
             ids,
         )
-        with ExitStack() as stack:
-            if prefetcher.uses_guesses:
-                stack.enter_context(self._asking_next_routers())
-            self._prefetching = work
-            stack.callback(setattr, self, "_prefetching", None)
-            stack.callback(work.close)
-            work.begin()
-            yield
+        if prefetcher.uses_guesses:
+            stack.enter_context(self._asking_next_routers())
+        self._prefetching = work
+        stack.callback(setattr, self, "_prefetching", None)
+        stack.callback(work.close)
+        work.begin()
 
     @contextmanager
     def _asking_next_routers(self) -> Iterator[None]:
@@ -148,8 +161,6 @@ class Following:
                 model's; or guesses are wanted of one that cannot be asked.
         """
         self._check_attached()
-        if self._passes.recorder is not None:
-            raise AttachError("a recording is running already; end it before you begin another")
         config = getattr(self._model, "config", None)
         name = model_name or getattr(config, "_name_or_path", "") or type(self._model).__name__
         try:
@@ -165,9 +176,7 @@ class Following:
         with ExitStack() as stack:
             if guesses:
                 stack.enter_context(self._asking_next_routers())
-            self._passes.recorder = recorder
-            stack.callback(setattr, self._passes, "recorder", None)
-            stack.callback(self._passes.settle)
+            stack.enter_context(self._telling(recorder))
             yield recorder
 
     @contextmanager
@@ -182,12 +191,20 @@ class Following:
             AttachError: something is being recorded already, or the runtime is detached.
         """
         self._check_attached()
-        if self._passes.recorder is not None:
-            raise AttachError("a recording is running already; end it before you count uses")
         meter = UseMeter([layer.num_experts for layer in self.layers])
-        self._passes.recorder = meter
-        try:
+        with self._telling(meter):
             yield meter
+
+    @contextmanager
+    def _telling(self, listener: Recorder | UseMeter) -> Iterator[None]:
+        """Tell *listener* of each pass that begins in the body of the ``with`` statement."""
+        with self.lock:
+            if self._passes.recorder is not None:
+                raise AttachError("a recording is running already; end it before you begin another")
+            self._passes.recorder = listener
+        try:
+            yield
         finally:
-            self._passes.settle()
-            self._passes.recorder = None
+            with self.lock:  # not in the midst of another thread's pass
+                self._passes.settle()
+                self._passes.recorder = None

@@ -46,12 +46,16 @@ def watch_generate(
             args, kwargs = _uncompiled(args, kwargs)
         # Before anything runs: transformers shortens the model for its guesses, and an exception
         # in the middle of that would leave it short.
-        if passes.recorder is not None and _exits_early(config, args, kwargs):
+        early = _exits_early(config, args, kwargs)
+        if passes.recorder is not None and early:
             raise TraceError(
                 "a trace cannot hold guesses that the model makes with its own first layers; "
                 "generate without assistant_early_exit, or do not record"
             )
-        with passes.generate(_prompt_of(model, args, kwargs)):
+        known = _prompt_of(model, args, kwargs)
+        if known is not None:
+            known.guesses = early or kwargs.get("assistant_model") is model
+        with passes.generate(known):
             return original(*args, **kwargs)
 
     def restore() -> None:

@@ -1,9 +1,15 @@
-"""What makes a layer's experts refuse to run: gradients, and a model that was moved or cast."""
+"""Refuse to run a layer's experts where they would be silently wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.forward_ad import unpack_dual
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from melinoe.errors import AttachError
 
@@ -14,33 +20,76 @@ class Guard:
 
     Args:
         device: where the slots are.
+        module: the layer's experts.
+        names: of its stacked parameters.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, module: nn.Module, names: Sequence[str]) -> None:
         self._device = device
-        self._witness: tuple[Tensor, torch.dtype] | None = None
+        self._parameters = module._parameters
+        self._names = tuple(names)
+        self._dtypes: dict[str, torch.dtype] = {}
 
-    def watch(self, parameter: Tensor) -> None:
-        """Refuse to run once *parameter*, an empty one left in the module, is moved or cast."""
-        self._witness = (parameter, parameter.dtype)
+    def watch(self) -> None:
+        """Refuse from now on to run once an empty parameter is moved, cast or filled."""
+        self._dtypes = {name: self._parameters[name].dtype for name in self._names}  # type: ignore[union-attr]
 
     def check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """
         Let the call pass, or not.
 
         Raises:
-            AttachError: gradients are wanted, or the model was moved or cast since `attach`.
+            AttachError: gradients are wanted; the pass is traced or transformed; or the model was
+                moved, cast or given other experts since `attach`.
         """
         if hidden_states.requires_grad or top_k_weights.requires_grad:
             raise AttachError(
                 "offloaded experts have no gradient; run the model under torch.no_grad(), or "
                 "detach() the runtime to train"
             )
-        if self._witness is None:
-            return
-        parameter, dtype = self._witness
-        if parameter.dtype is not dtype or parameter.device != self._device:
+        way = _other_way(hidden_states)
+        if way is not None:
             raise AttachError(
-                f"the model was moved or cast (to {parameter.device}, {parameter.dtype}) after the "
-                "runtime was attached; detach() first, then move it and attach again"
+                f"offloaded experts cannot run under {way}, because which of them are resident is "
+                "asked while they run; call the model as it is, or detach() the runtime first"
             )
+        if hidden_states.device != self._device:
+            raise AttachError(
+                f"the model's hidden states are on {hidden_states.device} and its experts on "
+                f"{self._device}; detach() the runtime first, then move the model and attach again"
+            )
+        for name, dtype in self._dtypes.items():
+            parameter = self._parameters.get(name)
+            if parameter is None or parameter.shape[0] != 0:
+                raise AttachError(
+                    f"the experts were given other weights ({name}) than those the runtime "
+                    "serves; detach() it first, then change them and attach again"
+                )
+            if parameter.dtype is not dtype or parameter.device != self._device:
+                raise AttachError(
+                    f"the model was moved or cast (to {parameter.device}, {parameter.dtype}) after "
+                    "the runtime was attached; detach() first, then move it and attach again"
+                )
+
+
+def _other_way(tensor: Tensor) -> str | None:
+    """
+    The name of what runs this pass without values, or more than once; None if nothing does.
+
+    What that makes would keep today's residents for good, or hold no numbers to choose by.
+    """
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (vmap, grad, jvp, functionalize)"
+    if torch._C._len_torch_dispatch_stack():
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, FakeTensorMode):
+                return "FakeTensorMode"
+            if isinstance(mode, ProxyTorchDispatchMode):
+                return "make_fx"
+    if unpack_dual(tensor).tangent is not None:
+        return "forward-mode differentiation"
+    return None

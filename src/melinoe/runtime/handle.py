@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.errors import AttachError
 from melinoe.moe.choice import ChoiceSettings
-from melinoe.moe.dispatch import bind, unbind, use_melinoe
+from melinoe.moe.dispatch import bind, still_used, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.runtime.audit import audit
 from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.choosing import Choosing
 from melinoe.runtime.expert_cache import ExpertCache
@@ -27,15 +29,16 @@ from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.prefetching import Prefetching
 from melinoe.runtime.store import Store
 from melinoe.runtime.transfer import EmulatedLink, transfer_for
-from melinoe.runtime.weights import free_weights, give_weights_back, refuse_saving
+from melinoe.runtime.weights import free_weights, give_weights_back, refuse_copies
 
 
 class Handle(Following):
     """
     A runtime at work on a model. Made by `attach`, `attach_stores` or `load`.
 
-    Also a context manager: leaving it detaches. Like the model itself it serves one thread at a
-    time; it takes no lock and notices no second one.
+    Also a context manager: leaving it detaches. Several threads may call the model, and the
+    methods here: calls run one after another, a `generate` as a whole. Reading waits for nobody.
+    A recording holds whatever ran meanwhile, whichever thread asked for it.
 
     Attributes:
         slots: slots per layer, as given or as the memory allowed; the most, where layers differ.
@@ -73,6 +76,7 @@ class Handle(Following):
         self._choosing: Choosing | None = None
         self._prefetching: Prefetching | None = None
         self._askers = 0
+        self._on = device
         self._origins = [_origin(layer, device) for layer in layers]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             self._passes = self._follow(model)
@@ -82,11 +86,12 @@ class Handle(Following):
             self.policy = self._caches[0].residency.policy.name
             for layer, cache in zip(layers, self._caches, strict=True):
                 free_weights(layer, device)
-                undo.callback(refuse_saving(layer).remove)
-                cache.watch(layer.module.get_parameter("down_proj"))
+                undo.callback(refuse_copies(layer))
+                cache.watch()
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
+            self._passes.check = still_used(model)
             undo.callback(self._plug_in(model))
             self._undo = undo.pop_all()
         self._attached = True
@@ -114,6 +119,15 @@ class Handle(Following):
     def _plug_in(self, model: nn.Module) -> Callable[[], None]:
         """Fit `generate` to this engine; returns what undoes it."""
         return watch_generate(model, self._passes)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """
+        Held by the thread whose call of the model runs; for whoever makes several as one.
+
+        A thread that holds it must not wait for another that calls the model.
+        """
+        return self._passes.lock
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -149,9 +163,10 @@ class Handle(Following):
 
         What was prefetched before then, and is used later, counts as a prefetch no more.
         """
-        self._counters.reset()
-        self._transfer.reset()
-        self._passes.ahead.reset()
+        with self.lock:
+            self._counters.reset()
+            self._transfer.reset()
+            self._passes.ahead.reset()
 
     def _forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
         for cache, spared in zip(self._caches, but, strict=True):
@@ -159,11 +174,30 @@ class Handle(Following):
 
     def reset_cache(self) -> None:
         """Empty all slots, and let a choice forget earlier texts; the counters stay."""
-        self._check_attached()
-        for cache in self._caches:
-            cache.reset()
-        if self._choosing is not None:
-            self._choosing.reset()
+        with self.lock:
+            self._check_attached()
+            for cache in self._caches:
+                cache.reset()
+            if self._choosing is not None:
+                self._choosing.reset()
+
+    def audit(self) -> int:
+        """
+        Check that the books agree and that each slot holds, bit for bit, what they say.
+
+        Nothing has to be wrong for it: call it when something else went wrong. It reads every
+        resident expert once from the store, and waits for the call that runs.
+
+        Returns:
+            How many experts were compared with the store.
+
+        Raises:
+            AttachError: something differs, and what; or detached.
+        """
+        with self.lock:
+            self._check_attached()
+            self._transfer.finish()
+            return audit(self.layers, self._caches, self.store)
 
     def prefetch(
         self, experts_by_layer: Sequence[Sequence[int]], at: Literal["now", "completion"] = "now"
@@ -196,12 +230,13 @@ class Handle(Following):
         if at not in ("now", "completion"):
             raise ValueError(f"a prefetch is at now or completion, not at {at!r}")
         wanted = [list(map(int, experts)) for experts in experts_by_layer]
-        for cache, experts in zip(self._caches, wanted, strict=True):
-            cache.residency.check(experts)
-        if at == "completion":
-            self._passes.before_completion = lambda: self._prefetch(wanted)
-        else:
-            self._prefetch(wanted)
+        with self.lock:
+            for cache, experts in zip(self._caches, wanted, strict=True):
+                cache.residency.check(experts)
+            if at == "completion":
+                self._passes.before_completion = lambda: self._prefetch(wanted)
+            else:
+                self._prefetch(wanted)
 
     def drop_prefetch(self) -> None:
         """Forget a prefetch that still waits for a completion; without effect if none does."""
@@ -233,17 +268,18 @@ class Handle(Following):
                 no known rule is refused by the first forward pass.
             AttachError: detached, or an engine that cannot do this.
         """
-        self._check_attached()
-        if self._choosing is not None:
-            self._choosing.close()
-            self._choosing = None
-        if settings.kind == "exact":
-            return
-        if not all(type(cache) is ExpertCache for cache in self._caches):
-            raise AttachError(
-                'this engine cannot change choices; load the model with engine="reference"'
-            )
-        self._choosing = Choosing(self._model, self._caches, self._passes, settings)
+        with self.lock:
+            self._check_attached()
+            if self._choosing is not None:
+                self._choosing.close()
+                self._choosing = None
+            if settings.kind == "exact":
+                return
+            if not all(type(cache) is ExpertCache for cache in self._caches):
+                raise AttachError(
+                    'this engine cannot change choices; load the model with engine="reference"'
+                )
+            self._choosing = Choosing(self._model, self._caches, self._passes, settings)
 
     def detach(self) -> None:
         """
@@ -252,18 +288,36 @@ class Handle(Following):
         Needs memory for all experts beside the store. The files of a checkpoint that `load` left
         open for the store are closed, so that the store cannot be used again. Without effect the
         second time. If it fails, for want of that memory say, the runtime is still attached and
-        can be detached again.
+        can be detached again. Waits for a call, or a `generate`, of another thread.
+
+        Raises:
+            AttachError: a call of the model runs in this thread.
         """
-        if self._attached:
+        with self.lock:
+            if not self._attached:
+                return
+            if self._passes.inside:
+                raise AttachError("the model computes a call now; detach() when it has returned")
             self._transfer.finish()
-            for layer, origin in zip(self.layers, self._origins, strict=True):
-                give_weights_back(layer, self.store, origin)
+            self._give_weights_back()
             self.choose(ChoiceSettings())
             self._attached = False
             self.drop_prefetch()
             self._undo.close()
             if self._at_detach is not None:
                 self._at_detach()
+
+    def _give_weights_back(self) -> None:
+        """All of them, or none."""
+        given = []
+        try:
+            for layer, origin in zip(self.layers, self._origins, strict=True):
+                given.append(layer)
+                give_weights_back(layer, self.store, origin)
+        except BaseException:
+            for layer in given:
+                free_weights(layer, self._on)
+            raise
 
     def __enter__(self) -> Handle:
         return self

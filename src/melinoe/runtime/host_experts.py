@@ -60,7 +60,9 @@ class HostExperts:
         self._buffer: dict[str, Tensor] | None = None
         if not isinstance(store, RamStore):
             with torch.inference_mode(False):
-                self._buffer = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in layer.tensors}
+                self._buffer = {
+                    t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in layer.tensors
+                }
         # A norm of the module's own is needed here too.
         self._children = (
             {}
@@ -110,7 +112,7 @@ class HostExperts:
             for expert, count in zip(experts, counts, strict=True):
                 of_expert = hidden[index[begin : begin + count]]
                 # One choice per row and weight 1: the product and the sum change no bit.
-                first = torch.zeros((count, 1), dtype=torch.int64)
+                first = torch.zeros((count, 1), dtype=torch.int64, device="cpu")
                 ones = of_expert.new_ones((count, 1))
                 parts.append(self._forward(self._stand_in(expert), of_expert, first, ones))
                 begin += count

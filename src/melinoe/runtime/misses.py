@@ -177,7 +177,7 @@ def mean_block_bytes(store: Store) -> float:
 def _time_host(hosts: Sequence[HostExperts], threads: int, rows: int) -> float:
     """Seconds in which the host computes one expert for so many rows."""
     layers = [host.layer for host in hosts]
-    hidden = torch.randn(rows, hidden_size(layers[0])).to(layers[0].tensors[0].dtype)
+    hidden = torch.randn(rows, hidden_size(layers[0]), device="cpu").to(layers[0].tensors[0].dtype)
     place = np.arange(rows)
 
     def compute(layer: int, expert: int) -> None:

@@ -1,23 +1,27 @@
 """Follow a model's forward passes: where one begins, which phase it is, what each row is.
 
-The experts of a layer see tokens, not requests of a user. Hooks on the whole model see the rest:
-the batch, its padding, and whether anything came before; `melinoe.runtime.generating` tells when
-``generate`` is under way.
+The experts of a layer see tokens, not requests of a user. Whoever stands before the model's own
+``forward`` sees the rest: the batch, its padding, and whether anything came before;
+`melinoe.runtime.generating` tells when ``generate`` is under way.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.prefetcher import MOST_ROWS
 from melinoe.cache.route import Route
-from melinoe.errors import TraceError
+from melinoe.errors import AttachError, TraceError
+from melinoe.moe.dispatch import NOT_COMPILED
 from melinoe.moe.next_router import NextRouters
 from melinoe.runtime.ahead import Ahead
 from melinoe.runtime.calls import Batch, Generating, describe_call
@@ -42,7 +46,14 @@ class ForwardPasses:
     Passes that verify guesses (assisted decoding, prompt lookup) are completion like any other:
     their tokens, wrong guesses included, come behind the prompt.
 
+    One call at a time: another thread waits until the call that runs has returned, or the
+    ``generate`` that it belongs to.
+
     Attributes:
+        lock: held by the thread whose call or ``generate`` runs; by others while they change what
+            a call relies on.
+        forward: what computes a call of the model; its own, unless a compiled one stands in.
+        check: called before each call of the model; raises if it cannot be served.
         recorder: told of every pass, if there is one.
         before_completion: called once, when the next pass of the completion begins and before it
             asks for any expert; then forgotten.
@@ -58,6 +69,9 @@ class ForwardPasses:
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
         self.counters = counters
+        self.lock = threading.RLock()
+        self.forward: Callable[..., Any] = model.forward
+        self.check: Callable[[], None] = lambda: None
         self.recorder: Recorder | UseMeter | None = None
         self.before_completion: Callable[[], None] | None = None
         self.prompt_uses: PromptUses | None = None
@@ -72,10 +86,8 @@ class ForwardPasses:
         self._generating: Generating | None = None
         self._inside = False  # a call of the model has begun and not returned
         self._seen = 0  # bit i: layer i has run in the open pass
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
-        ]
+        self._warned_of_compiling = False
+        self._undo = self._stand_before(model)
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
@@ -104,49 +116,57 @@ class ForwardPasses:
                 self.recorder.end()
 
     def settle(self) -> None:
-        """
-        Between calls of the model: end the open pass, or drop it if its call never returned.
-
-        An exception leaves such a pass behind: its requests stay counted, the pass does not, and
-        no trace holds it.
-        """
+        """Between calls of the model: end a pass that is open, as one of a submodule may be."""
         if not self._inside:
-            self.end()  # a submodule was called directly
-        elif self._seen:
+            self.end()
+
+    def drop(self) -> None:
+        """
+        Drop the open pass, which an exception has ended.
+
+        Its requests stay counted, the pass does not, and no trace holds it.
+        """
+        if self._seen:
             self._seen = 0
             self.route.drop_pass()
             if self.recorder is not None:
                 self.recorder.drop()
-        self._inside = False
-        self._call = None
 
     @contextmanager
     def generate(self, generating: Generating | None) -> Iterator[None]:
         """The body of the ``with`` statement is a ``generate``; *generating* is what is known."""
-        outer = self._generating
-        if outer is not None:  # the model makes guesses for itself, with its first layers
-            outer.drafts += 1
-        else:
-            self._generating = generating
-        try:
-            yield
-        finally:
-            if outer is not None:
-                outer.drafts -= 1
+        with self.lock:
+            outer = self._generating
+            guesses = outer is not None and outer.guesses
+            if guesses:  # the model makes them for itself
+                assert outer is not None
+                outer.drafts += 1
             else:
-                self._generating = None
+                self._generating = generating
+            try:
+                yield
+            finally:
+                if guesses:
+                    assert outer is not None
+                    outer.drafts -= 1
+                else:
+                    self._generating = outer
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Follow no more."""
         self.settle()
-        for hook in self._hooks:
-            hook.remove()
+        self._undo()
 
     def phase_of_next(self, tokens: int) -> int:
         """Phase of a pass that would now run experts on so many tokens."""
         if self._call is not None:
             return self._call.phase
         return COMPLETION if tokens == 1 else PROMPT
+
+    @property
+    def inside(self) -> bool:
+        """Whether a call of the model runs."""
+        return self._inside
 
     @property
     def decodes_few(self) -> bool:
@@ -186,9 +206,64 @@ class ForwardPasses:
         if tell is not None:
             tell(target, self.guess)
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _stand_before(self, model: nn.Module) -> Callable[[], None]:
+        """Put ours before the model's own ``forward``; returns what takes it away."""
+        before = vars(model).get("forward")
+        own = self.forward
+        attached = True
+
+        # A compiler that looked inside would keep for good what is asked and counted once.
+        @torch.compiler.disable(reason=NOT_COMPILED)
+        def call(compiling: bool, *args: Any, **kwargs: Any) -> Any:
+            if compiling and attached and not self._warned_of_compiling:
+                self._warned_of_compiling = True
+                _log.warning(
+                    "torch.compile leaves the forward pass of an offloaded model as it is, because "
+                    "its experts ask the host which of them are resident"
+                )
+            with self.lock:
+                if attached:
+                    return self._run(args, kwargs)
+            return own(*args, **kwargs)
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return call(torch.compiler.is_dynamo_compiling(), *args, **kwargs)
+
+        def undo() -> None:
+            nonlocal attached
+            attached = False  # somebody may have put another before ours, which then stays
+            if vars(model).get("forward") is forward:
+                del vars(model)["forward"]
+                if before is not None:
+                    vars(model)["forward"] = before
+
+        vars(model)["forward"] = forward  # not setattr: nothing of it may be registered
+        return undo
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One call of the model."""
+        if self._inside:
+            raise AttachError(
+                "the model was called while it computes another call, as by a hook on one of its "
+                "layers; call it when that call has returned"
+            )
+        self.check()
         self.settle()
         self._inside = True
+        try:
+            self._before(args, kwargs)
+            output = self.forward(*args, **kwargs)
+            self.end()
+        except BaseException:
+            self.drop()
+            raise
+        finally:
+            self._inside, self._call = False, None
+        return output
+
+    def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A call with these arguments is about to run."""
         self._call = describe_call(args, kwargs, self._generating)
         if self._generating is not None:
             self._check(self._generating)
@@ -213,11 +288,6 @@ class ForwardPasses:
                 "generation without a key-value cache computes the prompt again for each token, "
                 "so all its passes count as the prompt's; use_cache=True avoids both"
             )
-
-    def _after(self, *_: Any) -> None:
-        self.end()
-        self._inside = False
-        self._call = None
 
     def _completion_begins(self) -> None:
         act, self.before_completion = self.before_completion, None

@@ -223,7 +223,7 @@ def time_calls(handle: Handle, repeats: int = 60) -> tuple[float, float]:
     with torch.inference_mode():
         for _ in range(repeats):
             cache = handle._caches[int(rng.integers(len(handle._caches)))]
-            hidden = torch.zeros(1, hidden_size(cache.layer), dtype=cache._dtype)
+            hidden = torch.zeros(1, hidden_size(cache.layer), dtype=cache._dtype, device="cpu")
             for times, count in zip(taken, (1, _chosen(handle)), strict=True):
                 index = torch.from_numpy(rng.permutation(cache.layer.num_experts)[None, :count])
                 weights = hidden.new_ones((1, count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,16 +53,33 @@ def give_weights_back(
             _put(layer.module, name, stacked)
 
 
-def refuse_saving(layer: ExpertsLayer) -> torch.utils.hooks.RemovableHandle:
-    """Make ``state_dict`` (so ``save_pretrained``) raise while the weights are elsewhere."""
+# How Python copies an object, pickles it, and how torch copies a module to several devices.
+_COPYING = ("__deepcopy__", "__reduce_ex__", "_replicate_for_data_parallel")
+
+
+def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
+    """
+    Make it an error to save, pickle or copy the model while its weights are elsewhere.
+
+    Returns:
+        What makes it possible again.
+    """
 
     def refuse(*_: object) -> None:
         raise AttachError(
-            f"the weights of {layer.name} are in the expert store, so the model cannot be saved; "
-            "detach() the runtime first"
+            f"the weights of {layer.name} are in the expert store, so the model cannot be saved or "
+            "copied; detach() the runtime first"
         )
 
-    return layer.module.register_state_dict_pre_hook(refuse)
+    hook = layer.module.register_state_dict_pre_hook(refuse)
+    vars(layer.module).update(dict.fromkeys(_COPYING, refuse))
+
+    def undo() -> None:
+        hook.remove()
+        for name in _COPYING:
+            vars(layer.module).pop(name, None)
+
+    return undo
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
