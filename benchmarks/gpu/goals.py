@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from plan import OLMOE, PAPER_RATE
+from plan import ENOUGH, OLMOE, PAPER_RATE
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,9 +49,17 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> str:
     """What was measured in a few lines."""
-    found = record["bandwidth_bytes_per_s"]
+    found = record["link"]
+    lines = [f"{record['gpu'] or 'no GPU'}; " + ", ".join(f"{k} {v}" for k, v in _card(record))]
     known = [k for k in ("copy_engine", "kernel_reads", "device") if k in found]
-    lines = ["GB/s: " + (", ".join(f"{k} {found[k] / 1e9:.1f}" for k in known) or "not measured")]
+    lines.append(
+        "GB/s: " + (", ".join(f"{k} {found[k] / 1e9:.1f}" for k in known) or "not measured")
+    )
+    if found.get("kernel_share", 1) < ENOUGH:
+        lines.append(
+            f"kernels read at {found['kernel_share']:.0%} of the copy engine's rate, below "
+            f"{ENOUGH:.0%}: bulk copies would be worth trying"
+        )
     for row in record["result"]:
         if row["section"] == "decode":
             share = row.get("share_of_roof")
@@ -67,7 +75,17 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['model']:14} {row['engine']:40} prompt of {row['tokens']} tokens: "
                 f"{row['ttft_s'] * 1e3:.0f} ms"
             )
-        else:
+        elif row["section"] == "smoke":
+            said = str(row["said"]).strip().splitlines()
+            lines.append(f"{'passed' if row['passed'] else 'FAILED'}: {row['step']}: {said[-1]}")
+        elif row["section"] in ("tests", "failed capture"):
+            lines.append(f"{row['section']}: {' '.join(row['last'])}")
+        elif row["section"] == "profile":
+            lines.append(f"{row['model']:14} one replay: {row['launches']} launches")
+            lines += [
+                f"  {k['us']:9.1f} us {k['count']:5} x {k['name']}" for k in row["kernels"][:8]
+            ]
+        elif row["section"] == "split":
             parts = ("decide_s", "copy_s", "compute_s", "rest_s")
             lines.append(
                 f"{row['model']:14} a step in {row['experts']}, miss {row['miss_rate']}: "
@@ -78,6 +96,15 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"{met}: {goal['goal']}: {goal['measured']} (goal {goal['target']})")
     lines += [f"not measured: {one['section']}: {one['reason']}" for one in record["not_measured"]]
     return "\n".join(lines)
+
+
+def _card(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What of the card's facts belongs into one line."""
+    card = next((row for row in record["result"] if row["section"] == "card"), {})
+    smi = card.get("nvidia_smi", {})
+    wanted = ("pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current")
+    facts = [(name, smi[name]) for name in wanted if name in smi]
+    return [*facts, *((k, card[k]) for k in ("capability", "torch", "triton") if k in card)]
 
 
 def _goal(name: str, target: float, measured: float | None, below: bool = False) -> dict[str, Any]:

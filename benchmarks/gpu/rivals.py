@@ -1,13 +1,12 @@
-"""The others on the same table and tokens: transformers, accelerate's offload, moe-policylang."""
+"""The others on the same table and tokens: transformers, and accelerate's offload."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import steps
 import torch
-from sections import Bench, Setup, decode, floor, prefill, share_of
+from sections import Bench, Setup, decode, prefill
 from transformers import StaticCache
 
 from melinoe.moe.experts import find_experts
@@ -17,7 +16,7 @@ def resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     """transformers with all experts on the GPU, by both of its grouped ways."""
     nbytes = shape.expert_weights * 2
     plain = Setup(bench, shape, shape.experts, "plain", None)
-    for batch in (1, 4, 16):
+    for batch in (1, 16):
         decode(bench, found, plain, "transformers, eager", kind, batch, (0.0,), False, nbytes)
     decode(bench, found, plain, "transformers, in our graph", kind, 1, (0.0,), True, nbytes)
     prefill(bench, plain, "transformers, all resident")
@@ -91,30 +90,3 @@ def dispatch(model: Any, gpu: int) -> None:
         name: gpu for name in leaves if not name.startswith(tuple(f"{one}." for one in experts))
     }
     dispatch_model(model, places | dict.fromkeys(experts, "cpu"), main_device=gpu)
-
-
-def policylang(bench: Bench, shape: Any, found: dict, kind: str) -> None:
-    """moe-policylang's LRU cache at the same slots, misses and tokens; it takes the experts out."""
-    if bench.dry:
-        raise LookupError("a GPU is needed")
-    if importlib.util.find_spec("moe_policylang") is None:
-        raise LookupError("it is not installed")
-    import moe_policylang
-
-    setup = Setup(bench, shape, shape.experts, "plain", None)
-    setup.slots = shape.experts // 2
-    policy = f"policy lru {{ cache {{ capacity = {setup.slots} eviction = lru }} }}"
-    moe_policylang.attach(setup.model, policy)
-    decoder = setup.decoder(1, False)
-    setup.forced.use(None, bench.device)
-    decoder.prefill()
-    few = min(8, bench.steps)
-    for rate in (0.1, 0.5):
-        begin = setup.begin(rate, 1)
-        timed = steps.measure(decoder, begin, few, 2)
-        roof = floor(bench, shape, found, setup, 1, shape.expert_weights * 2)
-        bench.add(section="decode", model=shape.name, layers=shape.layers, experts="bf16", batch=1,
-                  engine="moe-policylang", slots=setup.slots, miss_rate=rate, **timed, **roof,
-                  share_of_roof=share_of(roof, timed["step_s"]),
-                  note="its cache is not put into the drawn state, so misses may differ at first",
-                  )  # fmt: skip

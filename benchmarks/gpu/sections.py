@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import link
 import plan
 import shapes
 import steps
@@ -16,8 +18,7 @@ from melinoe.fast import compiled as compiling
 from melinoe.fast.attach import attach as attach_fast
 from melinoe.runtime.attach import attach as attach_reference
 
-RATES = (0.0, 0.05, 0.1, 0.24, 0.5, 1.0)
-COMPILED_RATES = (0.0, 0.1, 0.24, 0.5)
+RATES = (0.0, 0.1, 0.5)
 
 
 class Bench:
@@ -27,16 +28,16 @@ class Bench:
     Args:
         dry: Tiny, on the CPU.
         add: Takes one measured row.
+        folder: For files beside the results.
     """
 
-    def __init__(self, dry: bool, add: Callable[..., None]) -> None:
-        self.dry, self._add = dry, add
+    def __init__(self, dry: bool, add: Callable[..., None], folder: Path) -> None:
+        self.dry, self._add, self.folder = dry, add, folder
         self.device = torch.device("cpu" if dry else "cuda", None if dry else 0)
         self.steps = 2 if dry else 32
         self.repeats = 1 if dry else 3
         self.prompts = (4, 8) if dry else (512, 4096)
         self.rates = (0.0, 0.5) if dry else RATES
-        self.compiled_rates = (0.5,) if dry else COMPILED_RATES
         self._store: tuple[tuple[str, str], Any] | None = None
 
     def add(self, **row: Any) -> None:
@@ -179,33 +180,69 @@ def decode(bench: Bench, found: dict, setup: Setup, engine: str, kind: str, batc
         )  # fmt: skip
 
 
-def half_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
-    """Forced miss rates, the parts of a step, a batch of four, prompts."""
+def measure_link(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """Roofs for all that follows."""
     store = bench.store(shape, kind)
-    half, nbytes = shape.experts // 2, store.block_bytes(0)
-    setup = Setup(bench, shape, half, "fast", store)
+    found |= link.measure(store, shapes.find_experts(shapes.on_meta(shape)), bench.device)
+    bench.add(section="link", **found)
+
+
+def half_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """Decode at forced miss rates, a batch of four too, and compute prompts."""
+    store = bench.store(shape, kind)
+    setup = Setup(bench, shape, shape.experts // 2, "fast", store)
     paper = (plan.PAPER_RATE,) if (shape.name, kind) == (plan.OLMOE, "int4") else ()
-    rates = (*bench.rates, *paper)
-    decode(bench, found, setup, "fast", kind, 1, rates, True, nbytes)
-    for rate in (0.1, 0.5) if kind == "bf16" else (0.1,):
+    nbytes = store.block_bytes(0)
+    decode(bench, found, setup, "fast", kind, 1, (*bench.rates, *paper), True, nbytes)
+    if kind == "bf16":
+        decode(bench, found, setup, "fast", kind, 4, (0.1, 0.5), True, nbytes)
+        prefill(bench, setup, "fast, half resident")
+
+
+def split(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """Find what deciding, copying and computing take of a step, by leaving each out."""
+    setup = Setup(bench, shape, shape.experts // 2, "fast", bench.store(shape, kind))
+    for rate in (0.1, 0.5):
         parts = steps.split(
             lambda: setup.decoder(1, True), setup.handle, setup.begin(rate, 1), bench.steps,
             bench.repeats,
         )  # fmt: skip
         bench.add(section="split", model=shape.name, layers=shape.layers, experts=kind,
                   miss_rate=rate, **parts)  # fmt: skip
-    if kind == "bf16":
-        decode(bench, found, setup, "fast", kind, 4, (0.1, 0.5), True, nbytes)
-        # Sixteen might need more experts than there are slots, so the host plans them.
-        decode(bench, found, setup, "fast, planned by the host", kind, 16, (0.1,), False, nbytes)
-        prefill(bench, setup, "fast, half resident")
+
+
+def profile(bench: Bench, shape: Any, found: dict, kind: str) -> None:
+    """Trace one replayed step: its kernels by time, and the whole trace for a viewer."""
+    setup = Setup(bench, shape, shape.experts // 2, "fast", bench.store(shape, kind))
+    decoder = setup.decoder(1, True)
+    setup.forced.use(None, bench.device)
+    decoder.prefill()
+    begin = setup.begin(0.1, 1)
+    begin()
+    decoder.prepare()
+    decoder.rewind()
+    begin()
+    decoder.run(1)
+    with torch.profiler.profile() as trace:
+        decoder.run(1)
+    trace.export_chrome_trace(str(bench.folder / "replay.json.gz"))
+    on_gpu = bench.device.type == "cuda"
+    time_of = "device_time_total" if on_gpu else "cpu_time_total"
+    events = [one for one in trace.key_averages() if not on_gpu or one.device_time_total > 0]
+    events.sort(key=lambda one: -getattr(one, time_of))
+    kernels = [
+        {"name": one.key[:120], "count": one.count, "us": getattr(one, time_of)}
+        for one in events[:40]
+    ]
+    bench.add(section="profile", model=shape.name, layers=shape.layers, miss_rate=0.1,
+              launches=sum(one.count for one in events), kernels=kernels)  # fmt: skip
 
 
 def all_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     """As many slots as experts: nothing is copied, batches of any size fit."""
     store = bench.store(shape, kind)
     setup = Setup(bench, shape, shape.experts, "fast", store)
-    for batch in (1, 4, 16):
+    for batch in (1, 16):
         decode(bench, found, setup, "fast, all resident", kind, batch, (0.0,), True,
                store.block_bytes(0))  # fmt: skip
     prefill(bench, setup, "fast, all resident")
@@ -243,7 +280,7 @@ def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
     store = bench.store(shape, kind)
     wanted = [
         ("fast, all resident, compiled", shape.experts, (0.0,)),
-        ("fast, compiled", shape.experts // 2, bench.compiled_rates),
+        ("fast, compiled", shape.experts // 2, bench.rates),
     ]
     if kind != "bf16":
         wanted = [("fast, compiled", shape.experts // 2, (plan.PAPER_RATE,))]

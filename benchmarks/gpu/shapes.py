@@ -11,7 +11,6 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from melinoe.cache.residency import Residency
 from melinoe.fast.compressed import CompressedStore
-from melinoe.host_memory import free_host_bytes
 from melinoe.moe.experts import ExpertsLayer, find_experts, is_experts_module
 from melinoe.runtime.ram_store import PinnedStore, RamStore
 
@@ -62,36 +61,14 @@ class Shape:
         return OlmoeConfig(intermediate_size=self.width, **common)
 
 
-def fitting_layers(layers: int, layer_bytes: int, gpu_free: int, host_free: int | None) -> int:
-    """
-    How many layers fit with every expert on the GPU, and all experts in host memory too.
-
-    A tenth of both stays free, and 6 GB of the GPU for embeddings, caches and prompts.
-    """
-    most = int((0.9 * gpu_free - 6e9) // layer_bytes)
-    if host_free is not None:
-        most = min(most, int(0.9 * host_free // layer_bytes))
-    return max(1, min(layers, most))
-
-
-def qwen_layers() -> int:
-    """As many of Qwen3-30B-A3B's layers as fit here."""
-    experts, attention = 128 * 3 * 2048 * 768, 2048 * 128 * (2 * 32 + 2 * 4)
-    free = torch.cuda.mem_get_info()[0]
-    return fitting_layers(48, 2 * (experts + attention), free, free_host_bytes())
-
-
-def shapes(dry_run: bool, layers: int | None) -> list[Shape]:
-    """The two models, or two that fit a test; *layers* of the second, None: as many as fit."""
+def shape_of(name: str, layers: int | None, dry_run: bool) -> Shape:
+    """The dimensions of a model, or some that fit a test; *layers* of it, None: all."""
     if dry_run:
-        return [
-            Shape("OLMoE-1B-7B", 2, 16, 16, 2, 64, 32, 4, 4, 16, 64),
-            Shape("Qwen3-30B-A3B", 2, 48, 16, 2, 64, 32, 4, 2, 16, 64),
-        ]
-    return [
-        Shape("OLMoE-1B-7B", 16, 16, 64, 8, 2048, 1024, 16, 16, 128, 50304),
-        Shape("Qwen3-30B-A3B", layers or qwen_layers(), 48, 128, 8, 2048, 768, 32, 4, 128, 151936),
-    ]
+        heads = 2 if name.startswith("Qwen3") else 4
+        return Shape(name, 2, 16, 16, 2, 64, 32, 4, heads, 16, 64)
+    if name.startswith("Qwen3"):
+        return Shape(name, layers or 48, 48, 128, 8, 2048, 768, 32, 4, 128, 151936)
+    return Shape(name, layers or 16, 16, 64, 8, 2048, 1024, 16, 16, 128, 50304)
 
 
 def on_meta(shape: Shape) -> Any:

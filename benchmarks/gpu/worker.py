@@ -17,12 +17,14 @@ from typing import Any
 
 import plan
 import rivals
-import roofs
 import sections
 import shapes
-import torch
+import smoke
 
 PARTS = {
+    "link": sections.measure_link,
+    "split": sections.split,
+    "profile": sections.profile,
     "half resident": sections.half_resident,
     "all resident": sections.all_resident,
     "compiled": sections.compiled,
@@ -30,7 +32,6 @@ PARTS = {
     "transformers, all resident": rivals.resident,
     "accelerate offload": rivals.accelerate_offload,
     "transformers, compiled": rivals.compiled,
-    "moe-policylang": rivals.policylang,
 }
 
 
@@ -38,9 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--sections", nargs="+", required=True)
     parser.add_argument("--lines", type=Path, required=True)
-    parser.add_argument("--qwen-layers", type=int, help="default: as many as fit")
+    parser.add_argument("--folder", type=Path, required=True, help="for files beside the results")
     parser.add_argument("--seconds", type=float, default=1e9, help="until no section is begun")
-    parser.add_argument("--roofs", type=json.loads, help="measured before, in JSON")
+    parser.add_argument("--link", type=json.loads, help="measured before, in JSON")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
@@ -50,9 +51,8 @@ def main() -> None:
             lines.write(json.dumps({"event": event} | more) + "\n")
             print(json.dumps(more), flush=True)
 
-        bench = sections.Bench(arguments.dry_run, partial(tell, "row"))
-        models = {one.name: one for one in shapes.shapes(bench.dry, arguments.qwen_layers)}
-        found: dict[str, Any] = arguments.roofs or {}
+        bench = sections.Bench(arguments.dry_run, partial(tell, "row"), arguments.folder)
+        found: dict[str, Any] = arguments.link or {}
         for name in arguments.sections:
             if time.monotonic() > end:
                 tell("failed", section=name, reason="no time left")
@@ -61,7 +61,7 @@ def main() -> None:
             begin = time.monotonic()
             failure = None
             try:
-                run_one(bench, name, models, found)
+                run_one(bench, name, found)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"[:300]
                 if not isinstance(error, LookupError):
@@ -79,16 +79,20 @@ def main() -> None:
                 os._exit(3)
 
 
-def run_one(bench: Any, name: str, models: dict[str, Any], found: dict[str, Any]) -> None:
-    if name == plan.ROOFS:
-        first = next(iter(models.values()))
-        blocks = (4096, 4) if bench.dry else (first.expert_weights * 2, 32)
-        found |= roofs.measure(bench.device, *blocks)
-        gpu = None if bench.dry else torch.cuda.get_device_name()
-        bench.add(section="roofs", gpu=gpu, **found)
-        return
-    model, kind, part = plan.parts_of(name)
-    PARTS[part](bench, models[model], found, kind)
+def run_one(bench: Any, name: str, found: dict[str, Any]) -> None:
+    if name == plan.CARD:
+        bench.add(section=name, **smoke.card(bench.dry))
+    elif name == plan.SMOKE:
+        for step in smoke.smoke(bench.device):
+            bench.add(section=name, **step)
+    elif name == plan.TESTS:
+        others = ["-n", "6", "-k", "not failed_capture"]
+        bench.add(section=name, **smoke.run_tests(bench.folder, others))
+    elif name == plan.FAILED_CAPTURE:  # what it does to its process, no other test is to feel
+        bench.add(section=name, **smoke.run_tests(bench.folder, ["-k", "failed_capture"]))
+    else:
+        model, layers, kind, part = plan.parts_of(name)
+        PARTS[part](bench, shapes.shape_of(model, layers, bench.dry), found, kind)
 
 
 def is_sound(bench: Any) -> bool:

@@ -6,37 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "fast_engine.py"
-
-
-def run_dry(out, *options):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
-    """All engines on one drawn routing, whose loads the engines must count; JSON at the end."""
-    out = tmp_path / "result.json"
-    done = run_dry(out)
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(out.read_text())
-    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == record["benchmark"]
-    assert record["dry_run"] is True and "drawn" in record["routing"]
-    assert {"copy_engine", "kernel_reads", "device"} <= record["bandwidth_bytes_per_s"].keys()
-    rows = record["result"]
-    engines = {row["engine"] for row in rows if row["section"] == "decode"}
-    assert engines == {
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
+ENGINES = {
+    "A": {
         "fast",
-        "fast, planned by the host",
         "fast, all resident",
         "fast, all resident, batched_mm",
         "fast, all resident, by generate",
+    },
+    "B": {
+        "fast",
         "fast, all resident, compiled",
         "fast, compiled",
         "reference",
@@ -47,29 +26,65 @@ def test_a_dry_run_measures_every_section_and_judges_every_goal(tmp_path):
         "transformers, batched_mm, in our graph",
         "transformers, static cache and compile",
         "accelerate, experts on the CPU",
+    },
+}
+
+
+def run_dry(out, call, options=""):
+    environment = os.environ | {
+        "OPTIONS": f"--dry-run {options}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
     }
-    assert {row["experts"] for row in rows if row["section"] == "split"} == {"bf16", "int8", "int4"}
-    compiled = [row for row in rows if "compiled" in row.get("engine", "")]
-    assert len(compiled) == 3 and all(row["compile_s"] > 0 for row in compiled)
-    assert sum("compiled" in goal["goal"] for goal in record["goals"]) == 3
-    assert {row["section"] for row in rows} == {"decode", "prefill", "split"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), call, str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-1000:]
+    return json.loads((out / f"{call}.json").read_text()), done.stdout
+
+
+def test_a_dry_run_of_both_calls_measures_every_section_and_judges_every_goal(tmp_path):
+    """All engines on one drawn routing, whose loads the engines must count; B goes on from A."""
+    first, said = run_dry(tmp_path, "A")
+    assert first["not_measured"] == [] and first["dry_run"] is True and "drawn" in first["routing"]
+    assert "passed: int4 experts" in said and "GB/s: copy_engine" in said
+    assert {"copy_engine", "kernel_reads", "kernel_share", "device"} <= first["link"].keys()
+    assert {one["by"] for one in first["link"]["tried"]} == {"kernel", "copy engine"}
+    assert {one["experts"] for one in first["link"]["tried"]} == {1, 2, 8, 16}
+    rows = first["result"]
+    kinds = {row["section"] for row in rows}
+    assert kinds == {"card", "smoke", "decode", "prefill", "split", "profile"}
+    smoke = [row for row in rows if row["section"] == "smoke"]
+    assert len(smoke) == 4 and all(row["passed"] for row in smoke), smoke
+    assert (tmp_path / "replay.json.gz").stat().st_size > 0
+
+    second, _ = run_dry(tmp_path, "B")
+    assert second["not_measured"] == [] and second["link"] == first["link"]
+    rows = [*rows, *second["result"]]
     decode = [row for row in rows if row["section"] == "decode"]
+    for call, record in (("A", first), ("B", second)):
+        found = {row["engine"] for row in record["result"] if row["section"] == "decode"}
+        assert found == ENGINES[call]
     forced = [row for row in decode if row["miss_rate"] == 0.5 and row["engine"] == "fast"]
     # Two layers, two choices a token, half of them missing: two loads a step in the mean.
     single = [row for row in forced if row["batch"] == 1]
     assert all(0 < row["loads_per_step"] <= 4 for row in single) and len(single) == 4
-    assert {row["batch"] for row in forced} == {1, 4}
-    met = {goal["goal"]: goal["measured"] for goal in record["goals"]}
+    compiled = [row for row in decode if "compiled" in row["engine"]]
+    assert len(compiled) == 6 and all(row["compile_s"] > 0 for row in compiled)
+    met = {goal["goal"]: goal["measured"] for goal in second["goals"]}
+    assert met["tok/s, OLMoE, all resident"] > 0  # judged by what call A measured
     assert met["tok/s, OLMoE, 60 experts a token, 4 bits"] > 0
-    assert len(record["goals"]) == 9
-    assert all(goal["met"] in (True, False, None) for goal in record["goals"])
-    assert all("moe-policylang" in one["section"] for one in record["not_measured"])
-    assert record["bandwidth_bytes_per_s"]["gpu"] is None
-    assert {one["experts"] for one in record["stores"]} == {"bf16", "int8", "int4"}
-    # What the file has is kept: with --resume only the section that failed is tried again.
-    before = len(record["result"])
-    done = run_dry(out, "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    again = json.loads(out.read_text())
-    assert len(again["result"]) == before and again["sections"] == record["sections"]
-    assert again["not_measured"] == record["not_measured"]
+
+    # What a file has is kept: with --resume only a section that is missing is run.
+    again = {key: value for key, value in first.items() if key != "sections"}
+    again["sections"] = {k: v for k, v in first["sections"].items() if k != "smoke"}
+    again["result"] = [row for row in first["result"] if row["section"] != "smoke"]
+    (tmp_path / "A.json").write_text(json.dumps(again))
+    resumed, _ = run_dry(tmp_path, "A", "--resume")
+    assert resumed["sections"].keys() == first["sections"].keys()
+    assert len(resumed["result"]) == len(first["result"])
+    assert resumed["link"] == first["link"]

@@ -18,11 +18,10 @@ def model(dtype=torch.bfloat16, seed=0, **options):
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
         initializer_range=0.1,
         pad_token_id=0,
         eos_token_id=None,
-        **options,
+        **({"num_experts_per_tok": TOP_K} | options),
     )
     found = OlmoeForCausalLM(config).to("cuda", dtype).eval()
     found.set_experts_implementation("grouped_mm")

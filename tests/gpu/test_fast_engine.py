@@ -73,6 +73,18 @@ def test_logits_are_those_of_transformers_up_to_rounding():
         assert (found - expected).norm() <= 0.02 * expected.norm(), slots
 
 
+@pytest.mark.parametrize("length", [127, 128, 129, 520, 2050])
+def test_long_prompts_give_the_bits_of_all_resident(length):
+    """Groups of 128 rows and more are multiplied by other tiles."""
+    network = model(max_position_embeddings=4096)
+    ids = (torch.arange(length, device="cuda") % 500 + 1)[None]
+    found = []
+    for slots in (EXPERTS, TOP_K, 8):
+        with melinoe.attach(network, engine="fast", slots=slots), torch.no_grad():
+            found.append(network(ids, logits_to_keep=1).logits)
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
 def test_a_step_never_waits_for_the_host():
     """PyTorch raises at any call that would."""
     network = model()

@@ -74,8 +74,45 @@ def test_longer_texts_are_captured_anew():
             assert handle.graphs.captured >= captured
 
 
-def test_a_capture_that_fails_is_named_and_the_text_goes_on():
-    """A hook asks the device what it holds, which no capture can."""
+def test_a_failed_capture_is_named_and_others_succeed():
+    """
+    A wait inside a capture that no step before showed: the text goes on, and so does the process.
+
+    Afterwards another model's steps are captured, sampling works, and memory comes back.
+    """
+    network, other = model(), model(seed=1)
+    with melinoe.attach(network, engine="fast", slots=8, graphs=False):
+        expected = generate(network, cache_implementation="static")
+
+    def waits_when_captured(_, __, output):
+        if torch.cuda.is_current_stream_capturing():
+            output.sum().item()
+
+    hook = network.lm_head.register_forward_hook(waits_when_captured)
+    with melinoe.attach(network, engine="fast", slots=8) as handle:
+        for _ in range(2):
+            assert torch.equal(generate(network), expected)
+        assert "captur" in handle.graphs.reason and handle.graphs.replayed == 0
+    hook.remove()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(4, device="cuda").isfinite().all()
+    for again in (network, other):
+        with melinoe.attach(again, engine="fast", slots=8) as handle:
+            generate(again)
+            assert handle.graphs.reason is None and handle.graphs.captured == 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    large = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    side = torch.cuda.Stream()
+    large.record_stream(side)
+    del large
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_step_that_waits_is_never_captured():
+    """A hook asks the device what it holds; that shows before a capture is tried."""
     network = model()
     with melinoe.attach(network, engine="fast", slots=8, graphs=False):
         expected = generate(network, cache_implementation="static")
@@ -83,7 +120,19 @@ def test_a_capture_that_fails_is_named_and_the_text_goes_on():
     with melinoe.attach(network, engine="fast", slots=8) as handle:
         for _ in range(2):
             assert torch.equal(generate(network), expected)
-        assert "captur" in handle.graphs.reason and handle.graphs.replayed == 0
+        assert (handle.graphs.captured, handle.graphs.replayed) == (0, 0)
+        assert handle.graphs.reason is None  # no capture failed: none was tried
+
+
+def test_one_slot_and_one_choice_are_never_captured():
+    """With one group transformers' counting of rows waits for the host."""
+    network = model(num_experts_per_tok=1)
+    with melinoe.attach(network, engine="fast", slots=1, graphs=False):
+        expected = generate(network, cache_implementation="static")
+    with melinoe.attach(network, engine="fast", slots=1) as handle:
+        for _ in range(2):
+            assert torch.equal(generate(network), expected)
+        assert handle.graphs.reason is None
 
 
 def test_a_model_that_changes_is_captured_anew():

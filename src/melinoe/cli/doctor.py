@@ -86,7 +86,7 @@ def command(
         words = f"{format_bytes(left.free_bytes)} left ({left.limited_by})"
         rows.append({"": "memory of this host", " ": words})
     rows += [
-        {"": "fast engine", " ": fast["cannot_run"] or "runs here"},
+        {"": "fast engine", " ": fast["cannot_run"] or f"runs here; {fast['decoding']}"},
         {"": "a cache to capture", " ": fast["not_captured"] or "yes, a static one"},
     ]
     options.show_table(model, rows)
@@ -124,20 +124,35 @@ def _describe(model: str, name: str) -> Description:
 
 
 def _fast_engine(name: str) -> dict[str, str | None]:
-    """Why the fast engine cannot run here; why the model has no cache to capture; None: it can."""
+    """
+    Say why the fast engine cannot run here, why the model has no cache to capture, how it decodes.
+
+    The first two are None where nothing is in the way.
+    """
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
-        return {"cannot_run": "Triton is not installed", "not_captured": "not known without it"}
+        return {
+            "cannot_run": "Triton is not installed",
+            "not_captured": "not known without it",
+            "decoding": None,
+        }
     import torch
 
     from melinoe.checkpoint.files import read_config
     from melinoe.checkpoint.opening import find_model_class
     from melinoe.fast.plug import why_not_static
-    from melinoe.fast.support import why_not
+    from melinoe.fast.support import grouped_mm_waits, why_not
 
-    config = read_config(name)
+    config, cannot = read_config(name), why_not(torch.device("cuda"))
+    decoding = None
+    if cannot is None:
+        capability = torch.cuda.get_device_capability()
+        decoding = "decodes by grouped_mm in bfloat16, by batched_mm in other types"
+        if grouped_mm_waits(capability, torch.bfloat16):
+            decoding = "decodes by batched_mm, because grouped_mm waits for the host on this GPU"
     return {
-        "cannot_run": why_not(torch.device("cuda")),
+        "cannot_run": cannot,
+        "decoding": decoding,
         "not_captured": why_not_static(find_model_class(config), config),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,10 @@ class Step(Protocol):
 
 class CudaStep:
     """
-    A forward pass in a CUDA graph.
+    Capture a forward pass in a CUDA graph.
+
+    A capture that fails leaves the process as it was: the stream is the caller's again, and memory
+    and random numbers can be captured anew.
 
     Args:
         run: the pass; nothing of it is executed now.
@@ -32,15 +35,51 @@ class CudaStep:
 
     def __init__(self, run: Callable[[], Any], pool: Any, stream: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(
-            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        )
-        with uncollected(), capture:
-            self.output = run()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with uncollected(), torch.cuda.stream(stream):
+            self._graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                self.output = run()
+            except BaseException:
+                with suppress(RuntimeError):  # what *run* raised says more than what this raises
+                    self._end(pool, stream)
+                raise
+            self._end(pool, stream)
 
     def replay(self) -> None:
         """One launch."""
         self._graph.replay()
+
+    def _end(self, pool: Any, stream: Any) -> None:
+        try:
+            self._graph.capture_end()
+        except BaseException:
+            mend_after_failed_capture(stream.device_index, pool)
+            raise
+
+
+def mend_after_failed_capture(device: int, pool: Any) -> None:
+    """
+    Let memory and random numbers be used as before, after ``capture_end`` raised.
+
+    Until torch 2.12 it raises before it tells the allocator that the capture is over: every later
+    capture fails, and memory that other streams used is never given back (pytorch#180395). The
+    random generator goes on expecting a capture, and refuses to sample. Until torch 2.14 the
+    capture also keeps its hold on the pool's memory (pytorch#190308).
+
+    Args:
+        device: index of the GPU that was captured on.
+        pool: the capture's memory pool.
+    """
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 12):
+        with suppress(RuntimeError):  # raises if the capture was over for the allocator
+            torch._C._cuda_endAllocateToPool(device, pool)
+    if version < (2, 14):
+        torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @contextmanager

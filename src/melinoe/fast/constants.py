@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from melinoe.fast.waits import unwatched
+
 
 class Constants:
     """What `torch.tensor` made of numbers; kept for good, since graphs know where it lies."""
@@ -50,7 +52,8 @@ class _Watch(TorchFunctionMode):
         if self._giving:
             known = self._made.get(key)
             return func(*args, **kwargs) if known is None else known.clone()
-        made = func(*args, **kwargs)
+        with unwatched():  # it waits, but a captured step will be given it
+            made = func(*args, **kwargs)
         if key not in self._made:  # the first stays: graphs know where it lies
             self._made[key] = made.clone()
         return made

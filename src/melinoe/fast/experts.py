@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
@@ -17,12 +18,16 @@ from melinoe.fast.carrier import Carrier, FastStore, addresses_of
 from melinoe.fast.passes import DEVICE, STREAM, FastPasses
 from melinoe.fast.residency import DeviceResidency, to_device
 from melinoe.fast.staging import Staging
+from melinoe.fast.support import grouped_mm_waits
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.guard import Guard
 
 _KEEP = StreamedPrefill(admit=0)
+# (token, choice) pairs that are few: where the grouped product waits for the host, theirs are
+# multiplied by `batched_mm`, which can be captured but copies two thirds of an expert for each.
+FEW_PAIRS = 32
 
 
 class FastExperts:
@@ -69,7 +74,11 @@ class FastExperts:
         self._carrier = Carrier(store, layer.index, where, self.slots)
         blocks = staging.blocks(layer)
         self._through = [Carrier(store, layer.index, where, block) for block in blocks]
-        self._forward = transformers_function(layer.module)
+        self._forward = self._of_few = transformers_function(layer.module)
+        if device.type == "cuda" and grouped_mm_waits(
+            torch.cuda.get_device_capability(device), layer.tensors[0].dtype
+        ):
+            self._of_few = ALL_EXPERTS_FUNCTIONS["batched_mm"]
         self._stand_in = StandIn(layer.module, self.slots, self._num_slots)
         self._staged = [StandIn(layer.module, block, staging.experts) for block in blocks]
         self._dtype = self.slots["down_proj"].dtype
@@ -170,7 +179,11 @@ class FastExperts:
 
     def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         slots, weights = self._plan(top_k_index, top_k_weights)
-        return self._forward(self._stand_in, hidden, slots, weights)
+        return self._product(slots)(self._stand_in, hidden, slots, weights)
+
+    def _product(self, slots: Tensor) -> Callable[..., Tensor]:
+        """The experts function for a step with these (token, choice) pairs."""
+        return self._of_few if slots.numel() <= FEW_PAIRS else self._forward
 
     def _plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing here depends on what a tensor holds, so all of it can be captured."""
@@ -188,7 +201,7 @@ class FastExperts:
             # Compiled, transformers' grouped_mm asks the host for all other types.
             return operations.experts(hidden, top_k_index, top_k_weights, self._number)
         slots, weights = operations.plan(top_k_index, top_k_weights, self._number)
-        return self._forward(self._stand_in, hidden, slots, weights)
+        return self._product(slots)(self._stand_in, hidden, slots, weights)
 
     def _with_host(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if _capturing(self._device):

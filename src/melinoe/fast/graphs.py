@@ -3,8 +3,9 @@ Decode steps as CUDA graphs, inside transformers' own `generate`.
 
 `generate` asks the model for a compiled forward where its cache is static, on a GPU. We answer with
 one that captures the forward pass in a CUDA graph and replays it: the first step of a kind runs as
-it is, the second is captured, and from then on a step is one launch. What cannot be captured runs
-step by step, after one loud warning that says why. Where compiling was asked for, the second step
+it is, the second is captured, and from then on a step is one launch. A kind whose steps wait for
+the device is never captured. What cannot be captured runs step by step, after one loud warning that
+says why. Where compiling was asked for, the second step
 of a kind is compiled and the third is captured.
 """
 
@@ -29,6 +30,7 @@ from melinoe.fast.graph_inputs import buffer, fill
 from melinoe.fast.kept_cache import KeptCache
 from melinoe.fast.passes import DEVICE, PLANS, FastPasses
 from melinoe.fast.step_kind import StepKinds
+from melinoe.fast.waits import waits
 from melinoe.runtime.passes import Batch
 
 _log = logging.getLogger("melinoe")
@@ -42,6 +44,8 @@ _MOST_KINDS = 16
 _MOST_KNOWN = 64
 # Captures that may run out of memory before none is tried any more.
 _TRIES = 3
+# Steps of a kind that may wait for the device, as a first one does, before it is never captured.
+_WAITS = 3
 
 
 class DecodeGraphs:
@@ -80,6 +84,7 @@ class DecodeGraphs:
         # Kinds of which one step has run as it is, and kinds that only the host can plan.
         self._warm: dict[tuple, None] = {}
         self._hosted: dict[tuple, None] = {}
+        self._waited: dict[tuple, int] = {}
         self._stepping = False
         self._not_static: str | None = None
         self._warned: set[str] = set()
@@ -170,14 +175,24 @@ class DecodeGraphs:
         if key in self._hosted:
             return self._model(**inputs)
         before = self._kinds.caches(inputs)
-        with self._constants.learning():
+        with self._constants.learning(), waits(self._device) as waited:
             output = self._model(**inputs)
+        if waited:
+            self._note_wait(key, waited[0])
+            return output
         known = {DEVICE: self._warm, PLANS: self._hosted}.get(self._passes.mode)
         if self._kinds.is_steady(before, self._kinds.caches(inputs)) and known is not None:
             if len(known) >= _MOST_KNOWN:
                 known.pop(next(iter(known)))
             known[key] = None
         return output
+
+    def _note_wait(self, key: tuple, where: str) -> None:
+        """Count a step of a kind that waited for the device; after some it is never captured."""
+        self._waited[key] = self._waited.get(key, 0) + 1
+        if self._waited[key] == _WAITS:
+            self._hosted[key] = None
+            self._warn(f"they wait for the device, at {where}")
 
     @property
     def _compiles(self) -> bool:
@@ -271,7 +286,7 @@ class DecodeGraphs:
 
     def _drop(self) -> None:
         self._steps, self._compiled = {}, {}
-        self._warm, self._hosted = {}, {}
+        self._warm, self._hosted, self._waited = {}, {}, {}
         self._pool = None
 
     def look_at_model(self) -> None:

@@ -8,6 +8,9 @@ import torch
 
 # Ampere: what transformers' grouped_mm needs on a GPU.
 _CAPABILITY = (8, 0)
+# Major compute capabilities (Hopper, data centre Blackwell) on which PyTorch multiplies groups
+# without asking the host how large they are, in bfloat16 alone: pytorch#169970.
+_GROUPS_ON_DEVICE = (9, 10)
 _TRITON = (3, 4)
 
 
@@ -39,3 +42,17 @@ def why_not(device: torch.device) -> str | None:
             f"{_CAPABILITY[0]}.{_CAPABILITY[1]} is the least that works"
         )
     return None
+
+
+def grouped_mm_waits(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """
+    Say whether PyTorch's grouped matrix product makes the host wait for the device.
+
+    It then copies the groups' ends to the host and multiplies group by group, which no CUDA graph
+    can hold.
+
+    Args:
+        capability: the GPU's compute capability, as (major, minor).
+        dtype: of the experts' weights.
+    """
+    return capability[0] not in _GROUPS_ON_DEVICE or dtype != torch.bfloat16

@@ -70,13 +70,17 @@ def tune(
     for group in carriers:
         plan, size = group[0].plan, group[0].plan.nbytes
         if size not in tried and len(numbers) > 1:
-            count = min(_EXPERTS, group[0].num_slots, group[0].num_experts)
-            which = torch.arange(count, dtype=torch.int32, device=device)
+            experts = group[0].num_experts
+            count = min(_EXPERTS, group[0].num_slots, experts)
+            # Neighbours in memory are faster to read than what a step asks for.
+            drawn = torch.randperm(experts, generator=torch.Generator().manual_seed(0))[:count]
+            which = drawn.to(device, torch.int32)
+            slots = torch.arange(count, dtype=torch.int32, device=device)
             loads = torch.tensor([count], dtype=torch.int32, device=device)
             tried[size] = []
             for number in numbers:
                 plan.programs = number
-                took = time(partial(plan.launch, which, which, loads))
+                took = time(partial(plan.launch, which, slots, loads))
                 tried[size].append(Trial(number, count * size / took))
             _log.info("copying blocks of %d bytes: %s", size, _said(tried[size]))
         for carrier in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import weakref
 from collections.abc import Mapping, Sequence
@@ -171,6 +172,7 @@ class PinnedStore(RamStore):
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         room = super()._allocate(1, whole + mmap.PAGESIZE)[0]
         first = -room.data_ptr() % mmap.PAGESIZE
+        _ask_for_huge_pages(room.data_ptr() + first, whole)
         # All threads bring the pages in; locking pages that are not there yet takes one thread.
         room.zero_()
         blocks = room[first : first + size].view(num_experts, stride)
@@ -186,6 +188,18 @@ class PinnedStore(RamStore):
         # The storage, not the tensor: views of it may outlive the tensor object.
         weakref.finalize(blocks.untyped_storage(), _unpin, address)
         return blocks
+
+
+def _ask_for_huge_pages(address: int, size: int) -> None:
+    """
+    Ask Linux to back memory that nobody has touched by pages of 2 MiB.
+
+    A GPU that reads 20 GiB through pages of 4 KiB is reported to lose a third of the link's rate
+    (nvbandwidth#42). A refusal costs speed alone, so none is heard.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def _forget_error() -> None:
