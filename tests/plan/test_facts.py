@@ -194,13 +194,13 @@ def test_an_undecorated_family_is_refused_by_name(family, tmp_path):
         ("[]", "readable"),
         ('{"hidden_size": 3}', "model_type"),
         ('{"model_type": "no_such_family"}', "no_such_family"),
-        ('{"model_type": "olmoe", "quantization_config": {"quant_method": "fp8"}}', "fp8"),
+        ('{"model_type": "olmoe", "quantization_config": {"quant_method": "hqq"}}', "hqq"),
         ('{"model_type": "olmoe", "hidden_size": "wide"}', "olmoe"),
         ('{"model_type": "olmoe", "num_attention_heads": 0}', "Olmoe"),
     ],
 )
 def test_a_config_that_is_none_is_refused_in_a_sentence(content, words, tmp_path):
-    """Broken JSON, no object, no family, an unknown one, a quantised one, impossible values."""
+    """Broken JSON, no object, no family, an unknown one, an unknown packing, impossible values."""
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=words):

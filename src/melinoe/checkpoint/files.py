@@ -13,6 +13,7 @@ from melinoe.errors import CheckpointError, UnsupportedModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+PACKED_NOT_SERVED = "packed experts are not served yet"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -73,7 +74,8 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     kind = quantisation(raw)
     if kind is not None:
         raise CheckpointError(
-            f"{name} is quantised ({kind}), which is not supported; use its bf16 or fp16 checkpoint"
+            f"{name} is quantised ({kind}): {PACKED_NOT_SERVED}; `melinoe plan` counts them, and "
+            "to run take a checkpoint of the model that is not quantised, if there is one"
         )
     family = raw.get("model_type")
     if not family:

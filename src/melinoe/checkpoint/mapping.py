@@ -11,7 +11,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from melinoe.checkpoint.files import Place
+from melinoe.checkpoint.files import PACKED_NOT_SERVED, Place
 from melinoe.checkpoint.sources import Group
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import PLAIN_DTYPES
@@ -84,8 +84,8 @@ def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
             if place.info.dtype not in PLAIN_DTYPES:
                 raise CheckpointError(
                     f"{place.name} is stored as {str(place.info.dtype).removeprefix('torch.')}, so "
-                    "the checkpoint is quantised, which is not supported; use its bf16 or fp16 "
-                    "checkpoint"
+                    f"the checkpoint is quantised: {PACKED_NOT_SERVED}; take a checkpoint of the "
+                    "model that is not quantised, if there is one"
                 )
 
 

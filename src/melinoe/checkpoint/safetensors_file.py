@@ -121,8 +121,8 @@ class SafetensorsFile:
         """One header entry as a TensorInfo; ValueError where its range and shape disagree."""
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"the shard {self.path} keeps {name} as {entry['dtype']}, which is not supported; "
-                "use a bf16 or fp16 checkpoint of the model"
+                f"the shard {self.path} keeps {name} as {entry['dtype']}, a type that is not "
+                "read here; take a checkpoint of the model in another type, if there is one"
             )
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):

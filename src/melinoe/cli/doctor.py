@@ -119,7 +119,9 @@ def _describe(model: str, name: str) -> Description:
     about = describe(name)
     if name == model:
         return about
-    reason = about.reason and about.reason.replace(str(Path(name) / "config.json"), model)
+    reason = about.reason
+    for place in (str(Path(name) / "config.json"), name):
+        reason = reason and reason.replace(place, model)
     return replace(about, name=model, reason=reason)
 
 

@@ -10,10 +10,11 @@ from melinoe.plan.speed import Speed
 def show(model: str, done: Plan) -> None:
     """The plan as tables and sentences."""
     facts = done.facts
+    held = facts.dtype if facts.packed is None else f"{facts.dtype} where not packed"
     kv = "not known" if facts.kv_bytes is None else size(done.batch * facts.kv_bytes)
     rows = [
         ("config", "", facts.source),
-        ("backbone", size(facts.backbone_bytes), f"{facts.dtype}, every parameter but the experts"),
+        ("backbone", size(facts.backbone_bytes), f"{held}, every parameter but the experts"),
         ("keys and values", kv, f"{done.batch} x {facts.context} tokens; {facts.kv_source}"),
         ("kept free", size(done.reserve_bytes) if done.reserve_bytes else "0", ""),
         (

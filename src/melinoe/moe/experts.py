@@ -116,7 +116,7 @@ def _describe(model: nn.Module, index: int, name: str, module: nn.Module) -> Exp
     if odd or any("scale" in key for key, _ in own):
         raise UnsupportedModelError(
             f"the experts of {family(model)} are quantised ({', '.join(odd) or 'with scales'}); "
-            "load the checkpoint in bfloat16, float16 or float32"
+            "load it unpacked (transformers' quantisation configs take dequantize=True)"
         )
     if own and all(p.dim() > 0 and p.shape[0] == 0 for _, p in own):
         raise AttachError(
@@ -183,8 +183,8 @@ def _why_no_layers(model: nn.Module) -> str:
         return f"{name} has no mixture-of-experts layers; there is nothing to offload"
     if quantised:
         return (
-            f"the experts of {name} are quantised in a layout that has no experts function; "
-            "load the checkpoint in bfloat16, float16 or float32"
+            f"the experts of {name} are quantised in a layout that has no experts function; load "
+            "it with unpacked weights (transformers' quantisation configs take dequantize=True)"
         )
     if not classes:
         return (

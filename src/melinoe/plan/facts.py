@@ -14,12 +14,13 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from melinoe.checkpoint.describing import top_k_of
-from melinoe.checkpoint.files import quantisation, read_config
+from melinoe.checkpoint.files import quantisation, read_config, read_object, read_raw_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype
 from melinoe.errors import CheckpointError, UnsupportedModelError
-from melinoe.moe.experts import find_experts
+from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
 from melinoe.plan.kv_fallback import cache_bytes_by_heads
+from melinoe.plan.packed import Packed, packing, unpacked
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ModelFacts:
         kv_source: How that is known, or why not.
         context: Tokens of a sequence.
         max_context: What the config says the model was made for; None if it does not.
+        packed: How quantised weights are counted, in words; None where they are not quantised.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ModelFacts:
     kv_source: str
     context: int
     max_context: int | None
+    packed: str | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -99,7 +102,9 @@ class ModelFacts:
         }
 
 
-def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = None) -> ModelFacts:
+def model_facts(
+    model: str, context: int = 4096, dtype: torch.dtype | None = None, *, packed: bool = True
+) -> ModelFacts:
     """
     Count a model's bytes from its config.
 
@@ -109,22 +114,26 @@ def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = Non
         context: Tokens of a sequence, for the cache of keys and values.
         dtype: Type of the weights; None takes the config's, else that of the weights that are
             here, else bfloat16.
+        packed: Count quantised weights as they are packed, which no engine here serves; else as
+            they would be unpacked, in *dtype*.
 
     Raises:
-        CheckpointError: no readable config, or that of a quantised checkpoint.
+        CheckpointError: no readable config, or weights packed in a form that is not known.
         UnsupportedModelError: a dense model, or a family whose experts cannot be served.
     """
-    config, source = _config(model)
+    config, source, raw = _config(model)
+    how = packing(raw, model) if packed else None
     wanted = dtype or guess_dtype(model, config)
     built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
     built.eval()
     experts = find_experts(built)
     of_experts = {id(p) for one in experts for p in one.module.parameters(recurse=False)}
     others = [p for p in built.parameters() if id(p) not in of_experts]
-    backbone = sum(p.numel() * p.element_size() for p in others)
+    sizes = {id(p): p.numel() * p.element_size() for p in others} | _packed(built, how)
+    backbone = sum(sizes[id(p)] for p in others)
     text = config.get_text_config(decoder=True)
     try:
-        seen = forward(built, experts, min(context, DIRECT))
+        seen = forward(built, experts, min(context, DIRECT), sizes)
         read, top_k = seen.read_bytes, seen.top_k
         kv: int | None = cache_bytes(built, experts, context, seen)
         kv_source = "the model's own cache after a pass without weights"
@@ -140,7 +149,7 @@ def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = Non
         dtype=str(wanted).removeprefix("torch."),
         decoder_layers=int(getattr(text, "num_hidden_layers", len(experts))),
         layers=tuple(
-            Layer(one.num_experts, one.block_bytes, min(_top_k(config, k), one.num_experts))
+            Layer(one.num_experts, _block_bytes(one, how), min(_top_k(config, k), one.num_experts))
             for one, k in zip(experts, top_k, strict=True)
         ),
         backbone_bytes=backbone,
@@ -149,7 +158,28 @@ def model_facts(model: str, context: int = 4096, dtype: torch.dtype | None = Non
         kv_source=kv_source,
         context=context,
         max_context=getattr(text, "max_position_embeddings", None),
+        packed=None if how is None else how.words,
     )
+
+
+def _packed(model: torch.nn.Module, how: Packed | None) -> dict[int, int]:
+    """Bytes of each parameter outside the experts that is packed, by its identity."""
+    if how is None or how.experts_only:
+        return {}
+    return {
+        id(module.weight): round(how.matrix_bytes(module.out_features, module.in_features))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and how.packs(name)
+    }
+
+
+def _block_bytes(layer: ExpertsLayer, how: Packed | None) -> int:
+    """Bytes of one expert of a layer, packed if its experts are."""
+    if how is None or not how.packs(layer.name):
+        return layer.block_bytes
+    shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
+    turned = bool(vars(layer.module)["is_transposed"])
+    return how.expert_bytes(shapes, layer.tensors[0].dtype.itemsize, turned)
 
 
 @cache
@@ -159,37 +189,29 @@ def known_models() -> dict[str, dict[str, Any]]:
     return {one["label"]: one for one in json.loads(text)["models"]}
 
 
-def _config(model: str) -> tuple[PreTrainedConfig, str]:
-    """The config, and where it came from: what is here first, then what ships, then the hub."""
+def _config(model: str) -> tuple[PreTrainedConfig, str, dict[str, Any]]:
+    """The config, where it came from, and as it is written: here, as it ships, then the hub."""
     path = Path(model).expanduser()
     if path.is_file():
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(raw, dict):
-                raise ValueError("not a JSON object")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{model} is not a readable config ({error}); give a config.json"
-            ) from None
-        return _from_raw(raw, model), f"{model}"
+        raw = read_object(path)
+        return _from_raw(raw, model), model, raw
     if not path.is_dir():
         for label, one in known_models().items():
             if model.lower() in (label.lower(), one["name"].lower()):
-                return _from_raw(one["config"], model), f"{one['name']}, as shipped with melinoe"
-    return read_config(model), "its directory" if path.is_dir() else "the hub's config.json alone"
+                raw, source = one["config"], f"{one['name']}, as shipped with melinoe"
+                return _from_raw(raw, model), source, raw
+    source = "its directory" if path.is_dir() else "the hub's config.json alone"
+    _, raw = read_raw_config(model)
+    config = read_config(model) if quantisation(raw) is None else _from_raw(raw, model)
+    return config, source, raw
 
 
 def _from_raw(raw: dict[str, Any], name: str) -> PreTrainedConfig:
-    kind = quantisation(raw)
-    if kind is not None:
-        raise CheckpointError(
-            f"{name} is quantised ({kind}), which is not supported; use its bf16 or fp16 checkpoint"
-        )
     family = raw.get("model_type")
     if not family:
         raise CheckpointError(f"{name} names no model_type; give a transformers model's config")
     try:
-        return CONFIG_MAPPING[family].from_dict(raw)
+        return CONFIG_MAPPING[family].from_dict(unpacked(raw))
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} "

@@ -130,7 +130,8 @@ def plan(
         context: Tokens of a sequence.
         batch: Sequences decoded together.
         bits: 16, 8 or 4 of a stored weight: what the link carries. Slots hold 16, or the type of
-            facts that were read already.
+            facts that were read already. Absent, a quantised model's experts are counted as they
+            are packed, in store, link and slots, though no engine here serves them so yet.
         latency_s: Of each load on the link.
         trace: The model's choices; gives its hit rates instead of an assumption.
         tuned_trace: The same of the fine-tuned model.
@@ -161,7 +162,8 @@ def plan(
     else:
         import torch
 
-        facts = model_facts(model, context, torch.bfloat16 if bits else None)
+        wanted = torch.bfloat16 if bits else None
+        facts = model_facts(model, context, wanted, packed=bits is None)
     kept = _reserve(memory, reserve)
     slots = _slots(facts, memory, kept, batch)
     share = _stored_share(facts, bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from melinoe.checkpoint.files import PACKED_NOT_SERVED
 from melinoe.plan.facts import ModelFacts
 from melinoe.plan.hardware import Hardware
 from melinoe.plan.hit_rates import assumptions
@@ -11,6 +12,11 @@ from melinoe.plan.speed import paper_host_time
 def notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[str]:
     """What a reader of the plan must not miss."""
     out = []
+    if facts.packed is not None:
+        out.append(
+            f"Plan only: {PACKED_NOT_SERVED}, and `melinoe.load` refuses them. The figures are "
+            "what serving them as they are packed would take."
+        )
     if facts.kv_bytes is None:
         out.append(
             f"Keys and values: {facts.kv_source}; they are counted nowhere, so keep memory for "
@@ -63,6 +69,8 @@ def assumed(
     if bits in (8, 4):
         stored = known["stored_bits"][str(bits)]
         out.append(f"Stored weight: {stored['per_weight']} bits, {stored['source']}.")
+    if facts.packed is not None:
+        out.append(f"Packed weights, by the config: {facts.packed}.")
     host = paper_host_time()
     out.append(
         "Fast end: the slowest tier alone, all else overlapped, no host time. Slow end: the tiers "

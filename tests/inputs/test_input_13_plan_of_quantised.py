@@ -1,0 +1,215 @@
+"""A plan of a quantised model: sizes by its quantization_config, worked by hand."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from melinoe.cli.app import app
+from melinoe.errors import CheckpointError
+from melinoe.plan.facts import known_models, model_facts
+from melinoe.plan.packed import packing
+
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "sliding_window": 128,
+    "vocab_size": 201088,
+    "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
+}
+
+
+def written(path, config):
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_an_expert_of_gpt_oss_takes_what_its_blocks_do(tmp_path):
+    """
+    MXFP4: 17 bytes for 32 weights of 2880 x 5760 and 2880 x 2880; biases stay 16 bits.
+
+    5760 x 90 x 17 + 2880 x 90 x 17 + 2 x (5760 + 2880) = 13,236,480 bytes. The rest is not packed:
+    two tables of 201,088 x 2880; in each of 24 layers projections 2880 x 4096 (twice) and
+    2880 x 512 (twice) with biases, 64 sinks, a router, two norms; and the last norm. In all the
+    published checkpoint's 13.76 GB.
+    """
+    facts = model_facts(written(tmp_path / "config.json", GPT_OSS_20B))
+    assert {layer.block_bytes for layer in facts.layers} == {13_236_480}
+    layer = 2 * (2880 * 4096 + 2880 * 512) + 4096 + 2 * 512 + 2880 + 64 + 32 * 2881 + 2 * 2880
+    assert facts.backbone_bytes == 2 * (2 * 201_088 * 2880 + 24 * layer + 2880)
+    assert (facts.backbone_bytes + facts.expert_bytes) / 1e9 == pytest.approx(13.76, abs=0.01)
+    assert facts.packed.startswith("MXFP4: 17 bytes for 32 weights")
+
+
+# Qwen3-30B-A3B: an expert is three matrices of 768 x 2048, gate and up with 768 outputs.
+WEIGHTS = 768 * 2048
+QWEN = {
+    # 6 x 16 blocks of 128 x 128, 4 bytes each.
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 3 * (WEIGHTS + 96 * 4)),
+    "fp8 whole": ({"quant_method": "fp8"}, 3 * (WEIGHTS + 4)),
+    # 2048 / 128 groups of 768 outputs, or 768 / 128 of 2048: 12,288 scales of 2 bytes, zeros of 4
+    # bits; and an index of 4 bytes an input.
+    "gptq": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        3 * (WEIGHTS // 2 + 12_288 * 5 // 2) + 4 * (2048 + 2048 + 768),
+    ),
+    "gptq 8 bits": (
+        {"quant_method": "gptq", "bits": 8, "group_size": -1},
+        3 * WEIGHTS + (768 + 768 + 2048) * 3 + 4 * (2048 + 2048 + 768),
+    ),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+        3 * (WEIGHTS // 2 + 12_288 * 5 // 2),
+    ),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 3 * WEIGHTS * 9 // 16),
+    # A byte for 64 weights, and 4 for 256 of those bytes.
+    "nf4 twice": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+        3 * (WEIGHTS // 2 + 24_576 + 96 * 4),
+    ),
+    "int8": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        3 * WEIGHTS + 4 * (768 + 768 + 2048),
+    ),
+    "w4a16": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "ignore": ["lm_head", "re:.*mlp.gate$"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 4,
+                        "strategy": "group",
+                        "group_size": 128,
+                        "symmetric": True,
+                    },
+                }
+            },
+        },
+        3 * (WEIGHTS // 2 + 12_288 * 2),
+    ),
+    "nvfp4": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16},
+                }
+            },
+        },
+        3 * (WEIGHTS // 2 + WEIGHTS // 16),
+    ),
+    "fp8 by output": (
+        {
+            "quant_method": "compressed-tensors",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "strategy": "channel", "type": "float"},
+                }
+            },
+        },
+        3 * WEIGHTS + 2 * (768 + 768 + 2048),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", QWEN)
+def test_an_expert_of_qwen3_takes_its_codes_and_scales(form, tmp_path):
+    """The attention's linear layers are packed too; router, norms and tables are not."""
+    config, expert = QWEN[form]
+    raw = known_models()["Qwen3-30B-A3B"]["config"]
+    path = written(tmp_path / "config.json", raw | {"quantization_config": config})
+    facts, plain = model_facts(path, 64), model_facts("Qwen3-30B-A3B", 64)
+    assert {layer.block_bytes for layer in facts.layers} == {expert}
+    packed = packing({"quantization_config": config}, "m").matrix_bytes
+    attention = [(32 * 128, 2048), (4 * 128, 2048), (4 * 128, 2048), (2048, 32 * 128)]
+    saved = sum(
+        48 * (2 * outputs * inputs - packed(outputs, inputs)) for outputs, inputs in attention
+    )
+    assert plain.backbone_bytes - facts.backbone_bytes == saved
+    assert plain.read_bytes - facts.read_bytes == saved
+    assert facts.kv_bytes == plain.kv_bytes
+
+
+def test_modules_that_a_config_leaves_out_are_not_packed(tmp_path):
+    """Attention by a glob, experts by name: what is left out keeps its bytes."""
+    raw = known_models()["Qwen3-30B-A3B"]["config"]
+    plain = model_facts("Qwen3-30B-A3B", 64)
+    for names, backbone, experts in (
+        (["model.layers.*.self_attn"], True, False),
+        (["re:.*self_attn.*"], True, False),
+        (["mlp.experts"], False, True),
+    ):
+        config = QWEN["w4a16"][0] | {"ignore": ["lm_head", *names]}
+        path = written(tmp_path / "config.json", raw | {"quantization_config": config})
+        facts = model_facts(path, 64)
+        assert (facts.backbone_bytes == plain.backbone_bytes) is backbone
+        assert (facts.expert_bytes == plain.expert_bytes) is experts
+
+
+def test_the_plan_says_that_it_is_one_only(tmp_path):
+    """As a file and as a directory, by 16 bits on request; doctor says the same, nobody bf16."""
+    (tmp_path / "m").mkdir()
+    path = written(tmp_path / "m" / "config.json", GPT_OSS_20B)
+    for name in (path, str(tmp_path / "m")):
+        done = CliRunner().invoke(app, ["plan", name, "--gpu-memory", "8GiB"])
+        assert done.exit_code == 0
+        assert "Plan only: packed experts are not served yet" in done.stdout
+        assert "MXFP4: 17 bytes for 32 weights" in done.stdout
+        asked = ["plan", name, "--gpu-memory", "8GiB", "--bits", "4", "--json"]
+        facts = json.loads(CliRunner().invoke(app, asked).stdout)["model"]
+        assert facts["packed"] is None
+        assert facts["layers"][0]["block_bytes"] == 2 * (2880 * 5760 + 2880 * 2880 + 5760 + 2880)
+        error = str(CliRunner().invoke(app, ["doctor", name]).exception)
+        assert error.startswith(f"{name} is quantised (mxfp4): packed experts are not served yet")
+        assert "melinoe plan" in error and "bf16" not in error
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quant_method": "hqq"}, r"quantised \(hqq\).*--bits 8 or 4"),
+        ({}, None),
+        ({"bits": 4}, "unnamed form.*--bits"),
+        ("4 bits", "unnamed form"),
+        ({"quant_method": "gptq"}, "not readable.*bits.*--bits"),
+        ({"quant_method": "gptq", "bits": 0}, "not readable"),
+        ({"quant_method": "awq", "group_size": "all"}, "not readable"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "not readable"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "not readable"),
+    ],
+)
+def test_a_form_that_is_not_known_is_refused_with_a_way(config, words, tmp_path):
+    """Unless the bits are given, which plan its weights stored so."""
+    raw = known_models()["OLMoE-1B-7B"]["config"]
+    path = written(tmp_path / "config.json", raw | {"quantization_config": config})
+    if words is not None:
+        with pytest.raises(CheckpointError, match=words):
+            model_facts(path, 64)
+    asked = ["plan", path, "--gpu-memory", "8GiB", "--bits", "8"]
+    assert CliRunner().invoke(app, asked).exit_code == 0
