@@ -138,7 +138,7 @@ def test_an_adapter_of_another_shape_is_refused(directory):
     """The message names the tensor and both shapes."""
     with pytest.raises(CheckpointError, match=r"does not fit .*lora_A.*--base"):
         read_adapter(directory, tiny.tiny_model("olmoe", num_experts=4))
-    with pytest.raises(CheckpointError, match=r"mlp\.gate\.weight, which is no .*--base"):
+    with pytest.raises(CheckpointError, match=r"gate\.weight, and .* nothing of that name.*--base"):
         read_adapter(directory, tiny.tiny_model("gpt_oss"))
 
 
@@ -153,7 +153,6 @@ def damage_config(directory, **changes):
         ({"peft_type": "IA3"}, "kind IA3, not LORA"),
         ({"fan_in_fan_out": True}, "more than projections.*fan_in_fan_out"),
         ({"use_dora": True}, "use_dora"),
-        ({"alpha_pattern": {"experts": 2}}, "alpha_pattern"),
         ({"bias": "all"}, "bias"),
     ],
 )

@@ -10,6 +10,7 @@ checkpoint in bfloat16 must round is exact here.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import copymode
@@ -37,7 +38,10 @@ from melinoe.moe.routing import Router, find_routers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What else PEFT can put into such a file, and the values by which it says that it did not.
-_NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+_NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out")
+# What PEFT puts behind the name of a module, and the experts of transformers before its fifth.
+_OF_PEFT = re.compile(r"\.(?:base_layer|lora_|modules_to_save|original_module)")
+_OF_ONE_EXPERT = re.compile(r"experts\.\d+\.")
 _ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
 
 
@@ -115,8 +119,8 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     odd = [key for key in _NOT_OURS if config.get(key) not in _ABSENT]
     if odd:
         raise CheckpointError(
-            f"{path} changes more than projections and routers, or not all alike "
-            f"({', '.join(odd)}); merge it with PEFT (merge_and_unload)"
+            f"{path} changes more than projections and routers ({', '.join(odd)}); merge it with "
+            "PEFT (merge_and_unload)"
         )
     return config
 
@@ -141,68 +145,125 @@ def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
         raise CheckpointError(
             f"{path / WEIGHTS} is not readable ({error}); write the adapter again"
         ) from None
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    rank, scaling = _rank_and_scaling(config)
     factors = {}
     for layer in find_experts(model):
-        projections = _targeted(layer, config.get("target_parameters") or ())
+        projections = _targeted(layer, config)
         if projections:
-            factors[layer.name] = dict(_take_factors(path, layer, projections, rank, tensors))
+            factors[layer.name] = dict(_take_factors(path, layer, projections, config, tensors))
     routers = {
         router.name: state
         for router in find_routers(model)
         if (state := _take_router(path, router, tensors))
     }
-    linears = dict(_take_linears(path, model, rank, tensors))
+    linears = dict(_take_linears(path, model, config, tensors))
     if tensors:
-        raise CheckpointError(
-            f"{path} also changes {next(iter(tensors)).removeprefix(PREFIX)}, which is no "
-            "projection or router of this base model; give its own base with --base, or merge it "
-            "with PEFT (merge_and_unload)"
-        )
-    return Adapter(rank, alpha, scaling, factors, routers, linears)
+        raise CheckpointError(_why_not(path, next(iter(tensors)).removeprefix(PREFIX), model))
+    return Adapter(rank, float(config["lora_alpha"]), scaling, factors, routers, linears)
 
 
-def _targeted(layer: ExpertsLayer, targets: Sequence[str]) -> list[str]:
-    """The layer's projections that the adapter updates, by PEFT's rule for names."""
+def _rank_and_scaling(config: dict[str, Any], *names: str) -> tuple[int, float]:
+    """Rank and factor of the update of one module or parameter, by PEFT's rule for patterns."""
+
+    def found(kind: str, default: Any) -> Any:
+        for pattern, value in (config.get(kind) or {}).items():
+            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                return value
+        return default
+
+    rank = int(found("rank_pattern", config["r"]))
+    alpha = float(found("alpha_pattern", config["lora_alpha"]))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _targeted(layer: ExpertsLayer, config: dict[str, Any]) -> list[str]:
+    """The layer's projections that the adapter updates."""
     return [
         tensor.name
         for tensor in layer.tensors
-        if tensor.name in PROJECTIONS
-        and any(f".{layer.name}.{tensor.name}".endswith(f".{target}") for target in targets)
+        if tensor.name in PROJECTIONS and _is_target(f"{layer.name}.{tensor.name}", config)
     ]
 
 
+def _is_target(parameter: str, config: dict[str, Any]) -> bool:
+    """Whether an adapter names *parameter*, by PEFT's rule for names."""
+    targets: Sequence[str] = config.get("target_parameters") or ()
+    return any(f".{parameter}".endswith(f".{target}") for target in targets)
+
+
 def _take_factors(
-    path: Path, layer: ExpertsLayer, projections: list[str], rank: int, tensors: dict[str, Tensor]
+    path: Path,
+    layer: ExpertsLayer,
+    projections: list[str],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
     transposed, experts = bool(getattr(layer.module, "is_transposed", False)), layer.num_experts
     for projection, key_A, key_B in factor_keys(layer.name, projections):
         into, out = shapes[projection] if transposed else shapes[projection][::-1]
+        rank, scaling = _rank_and_scaling(config, f"{layer.name}.{projection}")
         down = _take(path, key_A, (experts * rank, into), tensors)
         up = _take(path, key_B, (out, rank * experts), tensors)
+        up = _scaled(up, scaling, config)
         yield projection, (from_peft_A(down, experts), from_peft_B(up, experts))
 
 
+def _scaled(up: Tensor, scaling: float, config: dict[str, Any]) -> Tensor:
+    """B of an update, so that the factor of all updates is right for it."""
+    _, common = _rank_and_scaling(config)
+    return up if scaling == common else up.float() * (scaling / common)
+
+
 def _take_linears(
-    path: Path, model: nn.Module, rank: int, tensors: dict[str, Tensor]
+    path: Path, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Updates of plain linear modules, whichever they are: their keys name them."""
+    """
+    Updates of single matrices: linear modules, routers, named parameters; their keys name them.
+
+    PEFT lays all of them out alike. What is a router's weight here was a linear module before
+    transformers 5, and may be named as such.
+    """
+    routers = {f"{one.name}.{one.source}".rstrip(".") for one in find_routers(model)}
     for name, module in model.named_modules():
         key_A, key_B = linear_keys(name)
-        if isinstance(module, nn.Linear) and (key_A in tensors or key_B in tensors):
-            down = _take(path, key_A, (rank, module.in_features), tensors)
-            yield name, (down, _take(path, key_B, (module.out_features, rank), tensors))
+        weight = getattr(module, "weight", None)
+        if not (key_A in tensors or key_B in tensors) or getattr(weight, "ndim", 0) != 2:
+            continue
+        named = _is_target(f"{name}.weight", config)
+        if isinstance(module, nn.Linear) or name in routers or named:
+            out, into = weight.shape  # type: ignore[union-attr]
+            rank, scaling = _rank_and_scaling(config, name, f"{name}.weight")
+            down = _take(path, key_A, (rank, into), tensors)
+            yield name, (down, _scaled(_take(path, key_B, (out, rank), tensors), scaling, config))
 
 
 def _take_router(path: Path, router: Router, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A router's state, or nothing where the adapter leaves it alone."""
+    """A router's state, or nothing where the adapter does not hold it whole."""
     own = router.module.state_dict()
     stem = f"{PREFIX}{router.name}."
-    if not any(key.startswith(stem) for key in tensors):
+    if not any(stem + key in tensors for key in own):
         return {}
     return {key: _take(path, stem + key, tuple(own[key].shape), tensors) for key in own}
+
+
+def _why_not(path: Path, name: str, model: nn.Module) -> str:
+    """Why a tensor of an adapter cannot be merged: its kind, or another base."""
+    if _OF_ONE_EXPERT.search(name):
+        return (
+            f"{path} changes {name}: it was made where each expert was a module of its own, as in "
+            "transformers 4; merge it there with PEFT (merge_and_unload)"
+        )
+    module = _OF_PEFT.split(name)[0]
+    if module in model.state_dict() or module in dict(model.named_modules()):
+        return (
+            f"{path} also changes {module}, which is no projection or router; merge it with PEFT "
+            "(merge_and_unload), which gives a plain checkpoint too"
+        )
+    return (
+        f"{path} changes {name}, and the base model has nothing of that name; give its own base "
+        "with --base"
+    )
 
 
 def _take(path: Path, key: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Tensor:

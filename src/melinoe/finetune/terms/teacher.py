@@ -138,8 +138,9 @@ def _frozen(layer: ExpertsLayer, adapter: Adapter, device: torch.device) -> LowR
     with torch.no_grad():
         for name in made.names:
             if name in factors:
-                made.lora_A[name].copy_(factors[name][0])
-                made.lora_B[name].copy_(factors[name][1])
+                # Not copied into: PEFT may give one projection another rank than the rest.
+                made.lora_A[name].data = factors[name][0].float().clone()
+                made.lora_B[name].data = factors[name][1].float().clone()
     return made.requires_grad_(False).to(device)
 
 
@@ -155,8 +156,8 @@ def _frozen_attention(
         if factors is not None:
             one = LinearUpdate(projection, adapter.rank, alpha, torch.Generator())
             with torch.no_grad():
-                one.lora_A.copy_(factors[0])
-                one.lora_B.copy_(factors[1])
+                one.lora_A.data = factors[0].float().clone()
+                one.lora_B.data = factors[1].float().clone()
             one.requires_grad_(False).to(device)
         made.append(one)
     return made
