@@ -9,7 +9,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from melinoe.data import Encoded
-from melinoe.errors import DataError
+from melinoe.errors import DataError, ModelError
 from melinoe.evaluate import (
     Perplexity,
     exact_match,
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_names_the_example():
     with torch.no_grad():
         model.get_input_embeddings().weight[9] = float("nan")
     encoded = [Encoded([3, 4, 5], [False, True, True]), Encoded([3, 9, 5], [False, True, True])]
-    with pytest.raises(DataError, match="example 1"):
+    with pytest.raises(ModelError, match="example 1"):
         perplexity(model, encoded, batch_size=1)
 
 

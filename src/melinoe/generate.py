@@ -20,6 +20,7 @@ from melinoe.cache.trace import Trace
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 from melinoe.data import check_text, pad_token_id
 from melinoe.errors import AttachError, DataError, TokenizerError
+from melinoe.moe.finite import generate_finite
 from melinoe.predictor import AdaptivePredictor, Predictor
 from melinoe.prefetch.predicted import Predicted
 from melinoe.runtime.attach import Handle
@@ -146,7 +147,8 @@ def generate(
     Raises:
         DataError: an empty prompt, or one that is no text.
         TokenizerError: ids that the model does not know.
-        ModelError: the predictor belongs to another model.
+        ModelError: the logits are no numbers, and which tensor is to blame; or the predictor
+            belongs to another model.
         AttachError: a prefetch without a handle to load through, or that its engine cannot do; a
             `AdaptivePredictor` while something is being recorded.
         UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
@@ -191,7 +193,8 @@ def generate(
         if learner is not None and handle is not None:
             meter = stack.enter_context(handle.measure_uses())
         stack.enter_context(torch.inference_mode())
-        output = model.generate(
+        output = generate_finite(
+            model,
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,

@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.data import Example, encode_prompts, pad_token_id
 from melinoe.errors import DataError
+from melinoe.moe.finite import generate_finite
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,8 @@ def _generate(
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
     with torch.inference_mode():
-        output = model.generate(
+        output = generate_finite(
+            model,
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=new_tokens,

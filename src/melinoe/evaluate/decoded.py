@@ -19,6 +19,7 @@ from melinoe.cache.counters import COMPLETION
 from melinoe.data import Encoded
 from melinoe.errors import DataError
 from melinoe.evaluate.perplexity import Perplexity
+from melinoe.moe.finite import not_finite
 from melinoe.runtime.handle import Handle
 
 
@@ -57,7 +58,8 @@ def decoded_perplexity(
         progress: Told in words after each tenth of the texts.
 
     Raises:
-        DataError: nothing to predict, or a loss that is not finite.
+        DataError: nothing to predict.
+        ModelError: a loss that is not finite, and which tensor is to blame.
     """
     if not encoded:
         raise DataError("there is no text to evaluate on; give at least one example")
@@ -72,6 +74,9 @@ def decoded_perplexity(
                 handle.reset_cache()
             before = handle.counters if handle is not None else None
             losses = _losses(model, one, device)
+            if not np.isfinite(losses).all():
+                ids = torch.tensor([one.input_ids], device=device)
+                raise not_finite(model, {"input_ids": ids}, f"the loss of text {number}")
             mask = np.asarray(one.completion_mask[len(one) - len(losses) :], dtype=bool)
             nll.append(float(losses[mask].sum()))
             counted.append(float(mask.sum()))
@@ -85,8 +90,6 @@ def decoded_perplexity(
     found = Perplexity(np.array(nll), np.array(counted))
     if found.tokens.sum() == 0:
         raise DataError("no token of the text is left to predict; give longer examples")
-    if not np.isfinite(found.nll).all():
-        raise DataError("a loss is not finite; check the model's weights, or use float32")
     return Decoded(found, np.array(loads), np.array(decoded))
 
 

@@ -7,6 +7,7 @@ resident experts answers like any other. It is an optional dependency and import
 
 import difflib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,6 +194,11 @@ def _scores(results: Mapping[str, Any], label: str, version: str) -> Iterator[Ta
         samples = results["samples"].get(task, [])
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
+            if isinstance(value, float) and not math.isfinite(value) and "_stderr" not in metric:
+                raise DataError(
+                    f"{metric} of {task} is not finite; `melinoe evaluate` without --tasks names "
+                    "the layer and the tensor"
+                )
             if not comma or metric.endswith("_stderr") or not _is_number(value):
                 continue
             rows = [row for row in samples if row["filter"] == chosen and metric in row]

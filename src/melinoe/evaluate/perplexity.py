@@ -10,6 +10,7 @@ from torch import nn
 
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.errors import DataError
+from melinoe.moe.finite import not_finite
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
 Floats = NDArray[np.float64]
@@ -59,7 +60,8 @@ def perplexity(
         completion_only: Count completion tokens alone; else every token but a sequence's first.
 
     Raises:
-        DataError: nothing to predict, or a loss that is not finite.
+        DataError: nothing to predict.
+        ModelError: a loss that is not finite, and which tensor is to blame.
         ValueError: *batch_size* below 1.
     """
     if batch_size < 1:
@@ -94,17 +96,19 @@ def perplexity(
                     reduction="none",
                 )
                 nll.append(losses.double().sum(1).cpu().numpy())
+                if not np.isfinite(nll[-1]).all():
+                    bad = start + int(np.flatnonzero(~np.isfinite(nll[-1]))[0])
+                    raise not_finite(
+                        model,
+                        {k: batch[k] for k in ("input_ids", "attention_mask")},
+                        f"the loss of example {bad}",
+                    )
                 tokens.append((labels[:, 1:] != IGNORED).sum(1).cpu().numpy())
     finally:
         model.train(was_training)
     result = Perplexity(np.concatenate(nll), np.concatenate(tokens).astype(np.float64))
     if result.tokens.sum() == 0:
         raise DataError("no token of the text is left to predict; give longer examples")
-    if not np.isfinite(result.nll).all():
-        bad = int(np.flatnonzero(~np.isfinite(result.nll))[0])
-        raise DataError(
-            f"the loss of example {bad} is not finite; check the model's weights, or use float32"
-        )
     return result
 
 

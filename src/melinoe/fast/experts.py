@@ -23,6 +23,7 @@ from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.runtime.guard import Guard
+from melinoe.runtime.store import read_expert
 
 _KEEP = StreamedPrefill(admit=0)
 # (token, choice) pairs that are few: where the grouped product waits for the host, theirs are
@@ -70,6 +71,7 @@ class FastExperts:
                 for t in layer.tensors
             }
         staging.adopt(*self.slots.values())
+        self._store = store
         where = addresses_of(store, layer.index, device)
         self._carrier = Carrier(store, layer.index, where, self.slots)
         blocks = staging.blocks(layer)
@@ -143,6 +145,10 @@ class FastExperts:
             )
         with self._at_work():
             return self._plan(top_k_index, top_k_weights)
+
+    def read(self, expert: int) -> dict[str, Tensor]:
+        """One expert as the store holds it, on the host."""
+        return read_expert(self.layer, self._store, expert)
 
     def prefetch(self, experts: Sequence[int]) -> int:
         """Load *experts*, the most wanted first; returns how many loads that takes."""

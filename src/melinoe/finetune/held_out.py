@@ -1,5 +1,6 @@
 """Means of every term over held-out examples, on one process or shared out over several."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ import torch
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded
+from melinoe.errors import TrainingError
 from melinoe.finetune.forward import forward_terms
 from melinoe.finetune.terms.objective import Objective
+from melinoe.moe.finite import broken_weight
 
 
 @torch.no_grad()
@@ -58,4 +61,9 @@ def held_out_terms(
     if processes > 1:
         totals = accelerator.reduce(totals, reduction="sum")
     *values, tokens_of_all = totals.tolist()
+    if not all(map(math.isfinite, values)):
+        raise TrainingError(
+            "the loss on held-out examples is not finite: "
+            f"{broken_weight(model) or 'lower learning_rate or lambda_cache'}"
+        )
     return {key: value / tokens_of_all for key, value in zip(sums, values, strict=True)}

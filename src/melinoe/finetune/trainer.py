@@ -38,6 +38,7 @@ from melinoe.finetune.resume.checkpoints import write_checkpoint
 from melinoe.finetune.resume.interrupt import StopRequest
 from melinoe.finetune.steps import Steps
 from melinoe.finetune.terms.objective import Objective
+from melinoe.moe.finite import broken_weight
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,14 @@ class LocalityTrainer(Trainer):
         for parameter in self.parts.all():
             parameter.grad = None
         step = self.state.global_step + 1
+        broken = None
+        if self.skipped_steps == 1 and not self.is_fsdp_enabled:
+            broken = broken_weight(self._plain_model())
+        if broken is not None:
+            raise TrainingError(
+                f"the loss of step {step} is not finite, because {broken}; get the checkpoint's "
+                "files again"
+            )
         if self.is_world_process_zero():
             log.warning("step %d is skipped because its loss is not finite", step)
         if self.bad_in_a_row >= self.settings.max_bad_steps:

@@ -222,6 +222,11 @@ def run_training(
             f"kept in {checkpoints}, so the same command with --resume goes on from there"
         )
     step = trainer.state.global_step
+    if step and trainer.skipped_steps == step:
+        raise TrainingError(
+            f"no step of {step} had a finite loss, so nothing was learned; lower learning_rate or "
+            "lambda_cache, or load the model in another dtype"
+        )
     if settings.keep == "best" and trainer.best is not None:
         step = trainer.best["step"]
         for name, parameter in trainer.trained().items():

@@ -74,8 +74,17 @@ class EmbeddingEncoder:
 
         Raises:
             TokenizerError: an id that the vocabulary does not have.
+            ModelError: an embedding that is no number.
         """
-        return torch.stack([pool(self.embeddings, prompt) for prompt in prompts])
+        found = torch.stack([pool(self.embeddings, prompt) for prompt in prompts])
+        if not found.isfinite().all():
+            ids = {id for prompt in prompts for id in prompt}
+            bad = min(id for id in ids if not self.embeddings[id].isfinite().all())
+            raise ModelError(
+                f"the model's token embedding of id {bad} holds NaN or infinity; get the "
+                "checkpoint's files again"
+            )
+        return found
 
     def describe(self) -> dict[str, Any]:
         """As `Encoder.describe`."""

@@ -127,6 +127,8 @@ def fit_shares(
         features = encoder.features([prompts[index] for index in kept])
     else:
         features = features[torch.from_numpy(kept)]
+    if not features.isfinite().all():
+        raise DataError("the features of a prompt are no numbers; look at the encoder's weights")
     together = same_prompts(prompts) if groups is None else groups
     learn, stop = _split(together[kept], settings.held_out, seed)
     popularity = goal[learn].mean(0)

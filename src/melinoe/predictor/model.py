@@ -230,6 +230,8 @@ class Predictor:
                     f"reads {FORMAT}; fit it again"
                 )
             weights = load_file(folder / _WEIGHTS)
+            if not all(tensor.isfinite().all() for tensor in weights.values()):
+                raise ValueError("a weight is no number")
             popularity = weights.pop("popularity").numpy()
             hidden, features = weights["hidden.weight"].shape
             network = PredictorNetwork(features, hidden, (header["layers"], header["experts"]), 0.0)

@@ -10,7 +10,7 @@ import torch
 
 from melinoe.errors import AttachError
 from melinoe.moe.experts import ExpertsLayer
-from melinoe.runtime.store import Store
+from melinoe.runtime.store import Store, read_expert
 
 
 def audit(layers: Sequence[ExpertsLayer], caches: Sequence[Any], store: Store) -> int:
@@ -45,14 +45,9 @@ def _audit_layer(layer: ExpertsLayer, cache: Any, store: Store) -> int:
         books = False
     if not (books and (expert_of[slot_of[resident]] == resident).all()):
         raise _fault(f"the books of {layer.name} disagree about which expert is in which slot")
-    block = {
-        t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu", requires_grad=False)
-        for t in layer.tensors
-    }
     for expert in resident.tolist():
-        store.read(layer.index, expert, block)
         slot = int(slot_of[expert])
-        for name, kept in block.items():
+        for name, kept in read_expert(layer, store, expert).items():
             if not torch.equal(_bits(cache.slots[name][slot].cpu()), _bits(kept)):
                 raise _fault(
                     f"slot {slot} of {layer.name} is to hold expert {expert}, and its {name} is "

@@ -108,6 +108,7 @@ def _insert(
             choice.observe(logits, top_k_index, top_k_weights)
         return cache(hidden_states, top_k_index, top_k_weights)
 
+    compute.read = cache.read  # type: ignore[attr-defined]
     part = router.module.get_submodule(router.source)
     hook = part.register_forward_hook(see)
     unbind(router.experts)

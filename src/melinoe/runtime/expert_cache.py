@@ -19,6 +19,7 @@ from melinoe.runtime.chosen import request_of, scores_of
 from melinoe.runtime.guard import Guard
 from melinoe.runtime.host_experts import HostExperts
 from melinoe.runtime.passes import ForwardPasses
+from melinoe.runtime.store import read_expert
 from melinoe.runtime.transfer import Transfer
 
 
@@ -131,6 +132,10 @@ class ExpertCache:
         if not self._as_numbered:
             top_k_index = self._slot_of.take(top_k_index.long())
         return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
+
+    def read(self, expert: int) -> dict[str, Tensor]:
+        """One expert as the store holds it, on the host."""
+        return read_expert(self.layer, self._transfer.store, expert)
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
         """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""

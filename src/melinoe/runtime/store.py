@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from melinoe.moe.experts import ExpertsLayer
 
 
 @runtime_checkable
@@ -43,3 +46,10 @@ class Store(Protocol):
             expert: id in ``[0, num_experts(layer))``.
             into: per parameter name, a view of one slot, shaped without the experts' dimension.
         """
+
+
+def read_expert(layer: ExpertsLayer, store: Store, expert: int) -> dict[str, Tensor]:
+    """One expert of *layer* in host memory of its own, by parameter name."""
+    block = {t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in layer.tensors}
+    store.read(layer.index, expert, block)
+    return block

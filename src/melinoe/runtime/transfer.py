@@ -62,6 +62,7 @@ class Transfer:
     Copies on the CPU, with or without an emulated link.
 
     Attributes:
+        store: where experts come from.
         stall_s: seconds a forward pass waited for experts: copying included, prefetches not.
         transferred_bytes: bytes copied into slots, on demand and ahead of it.
         host_s: seconds in which the host computed missing experts, activations' ways included.
@@ -69,7 +70,7 @@ class Transfer:
     """
 
     def __init__(self, store: Store, link: EmulatedLink | None = None) -> None:
-        self._store = store
+        self.store = store
         self._link = link
         self.stall_s = 0.0
         self.transferred_bytes = 0
@@ -83,11 +84,11 @@ class Transfer:
         Returns:
             A ticket for `wait`, or None if the experts have arrived.
         """
-        nbytes, arrival = self._store.block_bytes(layer), None
+        nbytes, arrival = self.store.block_bytes(layer), None
         for load in loads:
             if self._link is not None:
                 arrival = self._link.issue(nbytes)
-            self._store.read(layer, load.expert, slots[load.slot])
+            self.store.read(layer, load.expert, slots[load.slot])
         self.transferred_bytes += nbytes * len(loads)
         return arrival
 
@@ -169,10 +170,10 @@ class CudaTransfer(Transfer):
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for load in loads:
-                self._store.read(layer, load.expert, slots[load.slot])
+                self.store.read(layer, load.expert, slots[load.slot])
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
-        self.transferred_bytes += self._store.block_bytes(layer) * len(loads)
+        self.transferred_bytes += self.store.block_bytes(layer) * len(loads)
         return arrived
 
     def wait(self, ticket: Any) -> None:

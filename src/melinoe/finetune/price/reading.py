@@ -20,7 +20,9 @@ from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded
+from melinoe.errors import TrainingError
 from melinoe.finetune.forward import logits_of, model_outputs
+from melinoe.moe.finite import broken_weight
 from melinoe.moe.routing import Router, RoutingRecorder
 from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 
@@ -99,6 +101,9 @@ def read(
             logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
         nll[rows] = losses.double().sum(1).cpu().numpy()
+        broken = None if np.isfinite(nll[rows]).all() else broken_weight(model)
+        if broken is not None:  # else it is the run's own doing, and its price is infinite
+            raise TrainingError(f"the loss of a held-out text is not finite, because {broken}")
         tokens[rows] = (labels != IGNORED).sum(1).cpu().numpy()
         for layer in chosen:
             index = layer.top_k_index.view(*batch["labels"].shape, -1).cpu().numpy()

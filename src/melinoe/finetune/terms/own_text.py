@@ -20,6 +20,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, pad_token_id
 from melinoe.errors import TokenizerError, TrainingError
 from melinoe.finetune.rows import rows_of
+from melinoe.moe.finite import generate_finite
 
 _AT_ONCE = 64  # sequences sampled together
 _MOST = 512  # texts, where nobody says how many
@@ -126,7 +127,8 @@ def _some(
 ) -> list[Encoded]:
     prompt = torch.full((count, 1), start, device=device)
     # A checkpoint's own sampling settings would narrow what it writes.
-    written = model.generate(
+    written = generate_finite(
+        model,
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=True,
