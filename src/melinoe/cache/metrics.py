@@ -70,8 +70,11 @@ class Metrics:
         Those copied ahead whose first use came in a pass of the completion, over the same and all
         that such passes still missed: loaded on demand or computed elsewhere. What a prefetch
         displaced and made to be loaded again is in the latter. The literature on hardware
-        prefetchers calls it coverage. None if the completion would have missed nothing.
+        prefetchers calls it coverage. None if nothing was copied ahead, or the completion would
+        have missed nothing.
         """
+        if not self.prefetch_loads.any():
+            return None
         used = self._sum("prefetch_used", COMPLETION)
         missed = self._sum("loads", COMPLETION) + self._sum("elsewhere", COMPLETION)
         return used / (used + missed) if used + missed else None
@@ -82,8 +85,12 @@ class Metrics:
         return self.prefetch_loads - self.prefetch_used.sum(axis=0)
 
     def prefetch_waste_per_token(self) -> float | None:
-        """Experts copied ahead and not used, per completion token; None if there was none."""
-        tokens = self._sum("tokens", COMPLETION)
+        """
+        Experts copied ahead and not used, per completion token.
+
+        None if nothing was copied ahead, or there was no such token.
+        """
+        tokens = self._sum("tokens", COMPLETION) if self.prefetch_loads.any() else 0
         return int(self.prefetch_unused.sum()) / tokens if tokens else None
 
     def elsewhere_per_token(self, phase: int | str = "completion") -> float | None:

@@ -8,6 +8,7 @@ Source:
     Segment Routing Best Performance and Segment Cache Best Hit Rate, arXiv:2505.16056.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,7 +32,8 @@ def srp(trace: Trace, m: int, *, by_layer: bool = False) -> float | np.ndarray:
     Args:
         trace: Sequences shorter than *m* are left out.
         m: Tokens of a segment, 1 or more.
-        by_layer: The best threshold and value of each layer, float64 (layers,), instead of all.
+        by_layer: The best threshold and value of each layer, float64 (layers,), instead of all; nan
+            for one that its segments do not use.
 
     Raises:
         MelinoeError: no sequence has *m* completion tokens.
@@ -62,7 +64,7 @@ def _best_f1(seen: np.ndarray) -> float:
     m = len(seen) - 1
     matches = np.cumsum((seen * np.arange(m + 1))[::-1])[::-1]
     taken = np.cumsum(seen[::-1])[::-1] * m
-    return float((2 * matches / np.maximum(taken + matches[0], 1)).max())
+    return float((2 * matches / (taken + matches[0])).max()) if matches[0] else math.nan
 
 
 def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | np.ndarray:
@@ -84,7 +86,7 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
         trace: Its completion tokens.
         m: Tokens that are seen ahead, 0 or more; 0 is LRU.
         rho: Slots per layer as a multiple of top-k, 1 or more.
-        by_layer: Of each layer, float64 (layers,), instead of all.
+        by_layer: Of each layer, float64 (layers,), instead of all; nan for one without a use.
 
     Raises:
         MelinoeError: no completion tokens, or more slots than experts.
@@ -104,7 +106,9 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
                     hits[layer] += len(cache.request(request).hits)
     if not uses.any():
         raise MelinoeError("the trace has no completion to count; record a longer one")
-    return hits / np.maximum(uses, 1) if by_layer else float(hits.sum() / uses.sum())
+    if by_layer:
+        return np.where(uses > 0, hits, np.nan) / np.maximum(uses, 1)
+    return float(hits.sum() / uses.sum())
 
 
 class _SeesAhead(Policy):

@@ -122,7 +122,7 @@ def command(
         kept.save(prior)
     assert result.counters is not None  # there is a handle
     blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]
-    wasted = result.counters.prefetch_unused * blocks
+    copied, wasted = result.counters.prefetch_loads.any(), result.counters.prefetch_unused * blocks
     by_layer = handle.slots_by_layer
     cost = {
         "slots": handle.slots,
@@ -137,7 +137,7 @@ def command(
         "prefetch_per_token": result.counters.prefetch_per_token(),
         "prefetch_precision": result.counters.prefetch_precision(),
         "prefetch_recall": result.counters.prefetch_recall(),
-        "prefetch_waste_bytes": int(wasted.sum()),
+        "prefetch_waste_bytes": int(wasted.sum()) if copied else None,
         "adjusted_hit_rate": result.counters.adjusted_hit_rate("completion"),
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,

@@ -30,7 +30,6 @@ _ESTIMATES: dict[str, tuple[str, str | None]] = {
     "zero_miss_tokens": ("zero_miss", "tokens"),
     "transfers_per_token": ("loads", "tokens"),
     "prefetch_transfers_per_token": ("prefetch_loads", "tokens"),
-    "prefetch_waste_per_token": ("prefetch_unused", "tokens"),
     "computed_there_per_token": ("elsewhere", "tokens"),
     "prefill_transfers": ("prefill_loads", None),
     "tokens_per_s": ("new_tokens", "seconds"),
@@ -74,8 +73,8 @@ def serving(
       ``computed_there_per_token``: missing experts that the host computed instead.
     - ``prefetch_precision``: share of the experts copied ahead that were used before they left;
       ``prefetch_recall``: copied ahead in time, of what the completion would have missed;
-      ``prefetch_waste_per_token``: copied ahead and not used; see `melinoe.cache.counters`. The
-      first two stand only where something was copied ahead.
+      ``prefetch_waste_per_token``: copied ahead and not used; see `melinoe.cache.counters`.
+      These stand only where something was copied ahead.
     - ``prefill_transfers``: demand loads of the prompt's forward pass, per prompt.
     - ``tokens_per_s``: new tokens over the whole call; ``tpot_s``: time per token after the
       first; ``ttft_s``: to the first token, predictor included; ``stall_ms_per_token``.
@@ -262,11 +261,14 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
 
 
 def _of_prefetches(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """Precision and recall over prompts, where something was copied ahead."""
+    """Precision, recall and waste over prompts, where something was copied ahead."""
     if not any(columns["prefetch_loads"]):
         return {}
     used, missed = np.array(columns["prefetch_used_decoding"]), np.array(columns["missed"])
-    found = {"prefetch_precision": bootstrap(columns["prefetch_used"], columns["prefetch_loads"])}
+    found = {
+        "prefetch_precision": bootstrap(columns["prefetch_used"], columns["prefetch_loads"]),
+        "prefetch_waste_per_token": bootstrap(columns["prefetch_unused"], columns["tokens"]),
+    }
     if (used + missed).any():
         found["prefetch_recall"] = bootstrap(used, used + missed)
     return {name: value.to_dict() for name, value in found.items()}

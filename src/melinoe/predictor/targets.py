@@ -97,8 +97,9 @@ def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
         slots: Experts taken from each layer.
 
     Returns:
-        float64 ``(sequences,)``.
+        float64 ``(sequences,)``; nan for a sequence without a use.
     """
     chosen = top_ids(np.broadcast_to(scores, target.shape), slots)
     served = np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).sum(axis=-1)
-    return served / np.maximum((target.sum(axis=-1) > 0).sum(axis=-1), 1)
+    used = (target.sum(axis=-1) > 0).sum(axis=-1)
+    return np.where(used > 0, served, np.nan) / np.maximum(used, 1)

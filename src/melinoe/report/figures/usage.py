@@ -67,6 +67,7 @@ def _shares(counts: list[list[list[int]]]) -> NDArray[np.float64]:
 
 def _needed(shares: NDArray[np.float64], part: float) -> float:
     """How many experts, the most used first, take *part* of the choices; mean over the rest."""
+    shares = shares[shares.any(axis=-1)]  # a layer that a sequence does not use has no experts
     sums = np.cumsum(-np.sort(-shares, axis=-1), axis=-1)
     return float((1 + (sums < part - 1e-12).sum(axis=-1)).mean())
 

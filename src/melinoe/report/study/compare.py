@@ -53,11 +53,17 @@ def transfers(setting: Setting, cache: str) -> Estimate:
 
 
 def fewer(study: Study, setting: Setting, cache: str) -> Estimate | None:
-    """How many times fewer transfers than the base model, over seeds and prompts."""
+    """
+    How many times fewer transfers than the base model, over seeds and prompts.
+
+    ``None`` without a base, or where nothing was transferred, which has no ratio.
+    """
     if study.base is None:
         return None
     ours = list(setting.runs.values())
     columns = (*_moved([study.base] * len(ours), cache), *_moved(ours, cache))
+    if not np.any(columns[2]):
+        return None
 
     def statistic(sums: list[Floats]) -> Floats:
         base, base_tokens, mine, my_tokens = sums[0]
