@@ -31,10 +31,13 @@ def layers(found: Measurements, serving: Serving | None) -> Figure | None:
         }
         if estimates and not strategy.startswith("all resident"):
             rates[strategy] = estimates
+    left_out = list(rates)[LINES:]
     rates = dict(list(rates.items())[:LINES])
     if not rates:
         return None
     caption = _caption(rates, title)
+    if left_out:
+        caption += f" Not drawn: {', '.join(left_out)}."
     colours = dict(zip(rates, colours_of(list(rates)), strict=True))
     with panel(2.9) as (figure, axes):
         for index, (strategy, estimates) in enumerate(rates.items()):
@@ -83,9 +86,12 @@ def _compared(
 
 
 def _caption(rates: dict[str, Rates], title: str) -> str:
-    """Say which layer each strategy hits least in."""
+    """Say which layer each strategy hits least in, and whether the intervals bear it."""
     said = []
     for strategy, estimates in rates.items():
-        worst = min(estimates, key=lambda layer: estimates[layer].mean)
-        said.append(f"{strategy} layer {worst}, {inline(estimates[worst], '%')}")
+        worst, *others = sorted(estimates, key=lambda layer: estimates[layer].mean)
+        text = f"{strategy} layer {worst}, {inline(estimates[worst], '%')}"
+        if others and estimates[others[0]].low <= estimates[worst].high:
+            text += f" (layer {others[0]}'s interval overlaps)"
+        said.append(text)
     return f"{title}. Lowest hit rate: {'; '.join(said)}."

@@ -3,11 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from melinoe.report.amounts import plain
+from melinoe.report.amounts import inline
 from melinoe.report.figures.base import Figure, colour_of, last
 from melinoe.report.figures.svg import COLOUR, WIDTH_IN, finish, panel
 from melinoe.report.records import Measurements
-from melinoe.report.tables import Cell, Table, ordered_models
+from melinoe.report.tables import Cell, Table, cell, ordered_models
+from melinoe.stats import Estimate, bootstrap
 
 # Pictures of pixels cannot follow the page's colours; this one is legible on light and dark.
 HUE = (0.16, 0.55, 0.62)
@@ -23,13 +24,13 @@ def usage(found: Measurements) -> Figure | None:
     halves = {model: _needed(shares[model], 0.5) for model in models}
     most = {model: _needed(shares[model], 0.9) for model in models}
     num_experts = int(records[models[0]]["num_experts"])
-    said = [f"{model} {plain(halves[model])} and {plain(most[model])}" for model in models]
+    said = [f"{model} {inline(halves[model])} and {inline(most[model])}" for model in models]
     caption = (
         "Each row is a sequence, each column an expert; the stronger its colour, the more of the "
-        "sequence's choices in that layer fell on it. A model that prefers few experts per "
-        "sequence, and others in other sequences, shows few strong cells per row in changing "
-        "places; strong columns are experts that all sequences share. Experts that take half and "
-        f"nine tenths of a sequence's choices, mean over layers and sequences: {'; '.join(said)}."
+        "sequence's choices in that layer fell on it. Strong columns are experts that all "
+        "sequences share; strong cells in changing places are each sequence's own. Experts that "
+        "take half and nine tenths of a sequence's choices, mean over what is shown: "
+        f"{'; '.join(said)}."
     )
     panels: list[str] = []
     for model in models:
@@ -53,7 +54,7 @@ def usage(found: Measurements) -> Figure | None:
                 axes.spines[side].set_visible(False)
             axes.tick_params(colors=COLOUR["muted"])
             panels.append(finish(figure, f"fig-usage-{len(panels)}", f"{model}: {caption}"))
-    rows = [[Cell(model), Cell(plain(halves[model])), Cell(plain(most[model]))] for model in models]
+    rows = [[Cell(model), cell(halves[model]), cell(most[model])] for model in models]
     columns = ["model", "experts for half the choices", "experts for nine tenths"]
     table = Table("usage", "Experts that take most of a sequence's choices", columns, rows)
     return Figure("usage", "Experts by sequence and layer", panels, caption, table)
@@ -65,11 +66,13 @@ def _shares(counts: list[list[list[int]]]) -> NDArray[np.float64]:
     return np.asarray(found / np.maximum(found.sum(axis=-1, keepdims=True), 1))
 
 
-def _needed(shares: NDArray[np.float64], part: float) -> float:
-    """How many experts, the most used first, take *part* of the choices; mean over the rest."""
-    shares = shares[shares.any(axis=-1)]  # a layer that a sequence does not use has no experts
+def _needed(shares: NDArray[np.float64], part: float) -> Estimate:
+    """How many experts, the most used first, take *part* of the choices: mean over sequences."""
     sums = np.cumsum(-np.sort(-shares, axis=-1), axis=-1)
-    return float((1 + (sums < part - 1e-12).sum(axis=-1)).mean())
+    needed = 1 + (sums < part - 1e-12).sum(axis=-1)
+    used = shares.any(axis=-1)  # a layer that a sequence does not use needs none
+    kept = used.any(axis=0)
+    return bootstrap((needed * used).sum(axis=0)[kept], used.sum(axis=0)[kept])
 
 
 def _ink(shares: NDArray[np.float64]) -> NDArray[np.float64]:
