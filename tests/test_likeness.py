@@ -1,6 +1,6 @@
 """Which runs differ in the locality terms alone."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -9,7 +9,8 @@ from melinoe.config.likeness import differences, for_locality
 
 
 def settings(**changes):
-    return asdict(FinetuneSettings(**changes))
+    """A run with the cache term alone, and *changes*."""
+    return asdict(replace(FinetuneSettings().plain(), **{"lambda_cache": 1.0, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,8 @@ def test_a_term_that_a_record_does_not_name_was_off():
 
 
 def test_a_run_is_for_locality_if_any_such_term_is_on():
-    """A prior that is left to the run is on; records without settings say nothing."""
+    """Records without settings say nothing."""
     off = {"lambda_cache": 0.0, "cache_prior": 0.0}
-    assert for_locality(settings()) and for_locality(settings(lambda_cache=0.0))
+    assert for_locality(settings()) and for_locality(settings(lambda_cache=0.0, cache_prior=0.2))
     assert not for_locality(settings(**off)) and not for_locality({})
     assert for_locality(settings(**off, lambda_reuse=0.5))

@@ -108,18 +108,6 @@ def test_a_card_says_what_the_model_was_trained_for(copy, settings, said):
     assert "slots=SLOTS" in text and "slots=16" not in text
 
 
-def test_a_prior_that_the_settings_leave_to_the_run_is_said(copy):
-    """Trained under it alone the model had the aim, and the table has its strength."""
-    settings = {"lambda_cache": 0.0, "cache_prior": None}
-    for strength, said, cell in (
-        (0.2, AIM, "0.2"),
-        (0.0, PLAIN, "0"),
-    ):
-        write_metadata(copy, read_metadata(copy) | {"settings": settings, "cache_prior": strength})
-        text = write_card(copy)[0].read_text()
-        assert said in text and f"| cache prior | {cell} |" in text
-
-
 def test_a_card_that_cannot_be_written_or_read_is_said_in_a_sentence(copy):
     """A place that is taken by a directory; an earlier card that is no text."""
     (copy / "melinoe-losses.png").mkdir()

@@ -27,14 +27,15 @@ def main(records):
 
 def test_the_main_table_shows_mean_interval_and_ratio_to_base(records):
     """
-    Hand-formatted from the records: 5.824 / 2.528 = 2.304, 19.8765 / 31.5 - 1 = -36.9 %.
+    Hand-formatted from the records: 5.824 / 2.528 = 2.304 from base, .631 / .62 from control.
 
     Without counts per prompt the widest range stands: 5.699 / 2.653 = 2.148, 5.949 / 2.403 = 2.476.
     """
     shown = row(main(records), "fine-tuned")
     assert shown["hit rate"] == "84.2 % [83.0–85.4]"
     assert shown["transfers / token"] == "2.53 [2.40–2.65] (÷ 2.30 [2.15, 2.48])"
-    assert shown["perplexity in domain"] == "19.88 [19.18–20.57] (−36.9 %)"
+    assert shown["perplexity in domain"] == "19.88 [19.18–20.57] (+1.8 %)"
+    assert row(main(records), "control")["perplexity in domain"].endswith("(−38.0 %)")
     assert shown["tokens/s, unmodified link"] == "26.0 [25.5–26.5] (× 1.21 [1.16, 1.26])"
     assert (
         shown["tokens/s, emulated link 0.5 GB/s, 50 µs"] == "6.50 [6.00–7.00] (× 1.21 [1.02, 1.44])"

@@ -86,8 +86,9 @@ def test_captions_say_what_the_records_say(page):
     """Means of the fixture, exact by construction: 21.25, 9.75 and 21.5 of 32 experts."""
     text = " ".join(parse(page).text)
     assert re.search(
-        r"Fine-tuning cut the experts a sequence uses: from 21\.2 \[.*?\] to 9\.75 \[.*?\] of 32; "
-        r"the control, trained without cache losses, uses 21\.5",
+        r"A sequence of the fine-tuned model uses 9\.75 \[.*?\] of 32 experts per layer, fewer "
+        r"than the control's 21\.5 \[.*?\] and fewer than the base's 21\.2 \[.*?\]\. All sequences "
+        r"together use: base 31\.5, control 31\.5 and fine-tuned 31\.5",
         text,
     )
     assert "needs 2.30 [2.15, 2.48] times fewer expert transfers per token than the base" in text
@@ -106,7 +107,9 @@ def test_a_caption_follows_its_data(records, tmp_path):
             record["transfers_per_token"] = {"mean": 11.648, "low": 11, "high": 12, "n": 9}
     write_report(records, tmp_path / "r.html")
     text = " ".join(parse(tmp_path / "r.html").text)
-    assert "Fine-tuning raised the experts a sequence uses" in text
+    assert re.search(
+        r"of 32 experts per layer, more than the control's .* and more than the b", text
+    )
     assert "needs 2.00 [1.85, 2.11] times more expert transfers" in text
 
 
@@ -118,7 +121,11 @@ def test_overlapping_intervals_are_not_called_different(records, tmp_path):
         if record is not base:
             record["experts_per_sequence"] = base["experts_per_sequence"]
     write_report(records, tmp_path / "r.html")
-    assert "Fine-tuning did not measurably change" in (tmp_path / "r.html").read_text()
+    text = " ".join(parse(tmp_path / "r.html").text)
+    assert (
+        text.count("no difference shown from the ") >= 2
+        and "fewer than" not in text.split("How to")[0]
+    )
 
 
 def test_one_prompt_alone_is_not_called_a_difference(records, tmp_path):
@@ -132,7 +139,7 @@ def test_one_prompt_alone_is_not_called_a_difference(records, tmp_path):
             record["per_prompt"] = {"loads": loads, "tokens": [10]}
     write_report(records, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
-    assert "Fine-tuning did not measurably change" in text
+    assert "no difference shown from the control" in text
     assert "times fewer expert" not in text
 
 
@@ -159,6 +166,48 @@ def test_the_price_is_the_paired_increase_over_the_control_where_it_was_measured
     write_report(records, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert "+1.8 % [+0.9, +2.6] in domain (19.88 [19.18, 20.57] against 19.53" in text
+
+
+def test_a_price_is_said_of_a_like_for_like_control_alone(records, tmp_path):
+    """A control without the teacher that the fine-tuned model had: the change is no price."""
+    records = of_kinds(records, "serve", "quality", "training")
+    said = {}
+    for weight in (0.0, 10.0):
+        for record in records:
+            if record["kind"] == "training" and record["model"] == "fine-tuned":
+                record["settings"] = {"steps": 300, "lambda_cache": 1.0, "lambda_match": weight}
+        write_report(records, tmp_path / "r.html")
+        said[weight] = (tmp_path / "r.md").read_text()
+    assert "Its price in perplexity, over the control, the same training without the" in said[0.0]
+    assert "not like for like" not in said[0.0]
+    unlike = "not like for like (it differs in lambda\\_match too, so that no difference is the"
+    assert said[10.0].count(unlike) == 3  # the finding, and below both tables
+    assert "price in perplexity" not in said[10.0]
+
+
+def test_losses_of_two_choice_rules_do_not_share_a_panel(records, tmp_path):
+    """The control runs its own choices, the other trains under the prior: each has its panels."""
+    records = of_kinds(records, "training")
+    write_report(records, tmp_path / "alike.html")
+    for record in records:
+        record["settings"] = {"cache_prior": 0.2 if record["model"] == "fine-tuned" else 0.0}
+    write_report(records, tmp_path / "apart.html")
+    alike, apart = ((tmp_path / f"{name}.html").read_text() for name in ("alike", "apart"))
+    assert (alike.count("<svg "), apart.count("<svg ")) == (3, 6)
+    text = (tmp_path / "apart.md").read_text()
+    assert "own choices: next-token loss (nats) control" in text
+    assert "choices under the prior: next-token loss (nats) fine-tuned" in text
+    assert "Losses under one rule do not compare" in text
+    assert "Losses under one rule" not in alike and "own choices" not in alike
+
+
+def test_without_a_control_the_price_is_not_known(records, tmp_path):
+    """Said where the price would stand."""
+    records = [r for r in of_kinds(records, "serve", "quality") if r.get("model") != "control"]
+    write_report(records, tmp_path / "r.html")
+    text = (tmp_path / "r.md").read_text()
+    assert "No control was measured, so the price is not known." in text
+    assert "Changes of perplexity are from base." in text
 
 
 def test_words_from_records_are_escaped(records, tmp_path):

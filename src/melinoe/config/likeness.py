@@ -18,15 +18,19 @@ def recorded(settings: Settings) -> FinetuneSettings | None:
     A term that a record does not name was not there yet: it is off, whatever its default is now.
     ``None`` where a value is none that a run could use.
     """
+    # What may not be absent now, but was: the run decided it, and the record does not say how.
+    optional = {one.name for one in fields(FinetuneSettings) if one.default is None}
     known = {one.name for one in fields(FinetuneSettings)} & settings.keys()
+    said = {name: settings[name] for name in known}
+    said = {name: one for name, one in said.items() if one is not None or name in optional}
     try:
-        return replace(FinetuneSettings().plain(), **{name: settings[name] for name in known})
+        return replace(FinetuneSettings().plain(), **said)
     except (TrainingError, TypeError, ValueError):
         return None
 
 
 def for_locality(settings: Settings) -> bool:
-    """Say whether a record's run had a locality term; a prior that is left to the run is one."""
+    """Say whether a record's run had a locality term."""
     run = recorded(settings)
     return run is not None and not run.is_control
 

@@ -4,6 +4,7 @@ Tables and figures from measurement records, and from nothing else.
     schema.py      what a record holds   records.py      read and check
     amounts.py     numbers as text       facts.py        settings and machines as text
     tables.py      tables as data        benchmarks.py   tables of benchmark results
+    controls.py    what kind of control the records hold
     pairs.py       ratios, paired        scores.py       tables of task scores, comparisons
     captions.py    sentences, computed   figures.py   drawings     svg.py  drawings that fit a page
     glossary.py    what words mean       sections.py  all of it in order

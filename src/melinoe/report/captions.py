@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from melinoe.report.amounts import apart, geometric_mean, inline, plain, signed
+from melinoe.report.controls import about_control, is_priced
 from melinoe.report.pairs import quotient
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record, read_estimate
@@ -42,20 +43,37 @@ def moved(before: Estimate, after: Estimate, words: tuple[str, str, str]) -> str
     return words[0] if after.mean < before.mean else words[1]
 
 
-def locality(means: Mapping[str, Estimate], num_experts: int) -> str:
-    """Say how many experts a sequence uses, before and after."""
-    if "base" not in means or "fine-tuned" not in means:
+def locality(
+    means: Mapping[str, Estimate], num_experts: int, whole: Mapping[str, float] | None = None
+) -> str:
+    """
+    Say how many experts a sequence uses, and the fine-tuned model against the others.
+
+    Args:
+        means: By model, over sequences.
+        num_experts: Of a layer.
+        whole: By model, how many all sequences use together: what is fewer there too is narrowed
+            for the whole set of texts, and not for each.
+    """
+    after = means.get("fine-tuned")
+    others = [name for name in ("control", "base") if name in means]
+    if after is None or not others:
         each = [f"{model} {inline(mean)}" for model, mean in means.items()]
-        return f"A sequence uses, of {num_experts} experts per layer: {join(each)}."
-    before, after = means["base"], means["fine-tuned"]
-    verb = moved(before, after, ("cut", "raised", "did not measurably change"))
-    text = (
-        f"Fine-tuning {verb} the experts a sequence uses: from {inline(before)} "
-        f"to {inline(after)} of {num_experts}"
-    )
-    if "control" in means:
-        text += f"; the control, trained without cache losses, uses {inline(means['control'])}"
-    return text + "."
+        text = f"A sequence uses, of {num_experts} experts per layer: {join(each)}"
+    else:
+        words = ("fewer than", "more than", "no difference shown from")
+        against = [
+            f"{moved(means[name], after, words)} the {name}'s {inline(means[name])}"
+            for name in others
+        ]
+        text = (
+            f"A sequence of the fine-tuned model uses {inline(after)} of {num_experts} experts per "
+            f"layer, {join(against)}"
+        )
+    if whole:
+        each = [f"{model} {plain(count)}" for model, count in whole.items()]
+        text += f". All sequences together use: {join(each)}"
+    return f"{text}."
 
 
 def policy_name(policy: str) -> str:
@@ -152,19 +170,37 @@ def start_to_end(log: Sequence[Mapping[str, Any]], term: str) -> str:
     return "n/a" if found is None else f"{plain(found[0])} → {plain(found[1])}"
 
 
-def training(logs: Mapping[str, Sequence[Mapping[str, Any]]], terms: Mapping[str, str]) -> str:
-    """Say where each loss began and ended, model by model."""
-    sentences = []
-    for term, name in terms.items():
-        said = [
-            f"{model} {start_to_end(log, term)}"
-            for model, log in logs.items()
-            if ends(log, term) is not None
-        ]
-        if said:
-            sentences.append(f"{name} {join(said)}")
-    text = "; ".join(sentences)
-    return f"From the first to the last twentieth of the steps: {text}."
+def training(
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    terms: Mapping[str, str],
+    rules: Mapping[str, str],
+) -> str:
+    """
+    Say where each loss began and ended, model by model; those of one choice rule beside each other.
+
+    Args:
+        logs: By model.
+        terms: Losses, and their names for people.
+        rules: By model, how experts were chosen while it trained.
+    """
+    groups = list(dict.fromkeys(rules.values()))
+    said = []
+    for rule in groups:
+        sentences = []
+        for term, name in terms.items():
+            each = [
+                f"{model} {start_to_end(log, term)}"
+                for model, log in logs.items()
+                if rules[model] == rule and ends(log, term) is not None
+            ]
+            if each:
+                sentences.append(f"{name} {join(each)}")
+        if sentences:
+            said.append((f"{rule}: " if len(groups) > 1 else "") + "; ".join(sentences))
+    text = f"From the first to the last twentieth of the steps: {'. '.join(said)}."
+    if len(groups) > 1:
+        text += " Losses under one rule do not compare with those under the other."
+    return text
 
 
 def findings(found: Measurements, serving: Serving) -> list[str]:
@@ -176,7 +212,7 @@ def findings(found: Measurements, serving: Serving) -> list[str]:
         text
         for text in (
             _transfers(base, tuned, serving.run("control")),
-            _price(found),
+            _price(found, serving.run("control") is not None),
             *_speeds(serving),
         )
         if text is not None
@@ -191,19 +227,22 @@ def _transfers(base: Record, tuned: Record, control: Record | None) -> str | Non
     runs = (base, tuned) if fewer else (tuned, base)
     times = quotient(*runs, "transfers_per_token")
     if times is None or times.n < 2 or times.low <= 1:
-        return f"Expert transfers per token: {inline(before)} base, {inline(after)} fine-tuned."
+        return (
+            "No change in expert transfers shown: per token "
+            f"{inline(before)} base, {inline(after)} fine-tuned."
+        )
     text = (
         f"The fine-tuned model needs {inline(times)} times {'fewer' if fewer else 'more'} expert "
         f"transfers per token than the base: {inline(after)} instead of {inline(before)}"
     )
-    # Plain fine-tuning changes locality too; only the step from it is the cache losses' doing.
+    # Any fine-tuning changes locality; only the step from the control is the locality terms' doing.
     middle = estimate(control, "transfers_per_token")
     if control is None or middle is None:
         return f"{text}."
     runs = (control, tuned) if after.mean < middle.mean else (tuned, control)
     times = quotient(*runs, "transfers_per_token")
     if times is None or times.n < 2 or times.low <= 1:
-        return f"{text}; against the control, {inline(middle)}, no difference was measured."
+        return f"{text}; against the control, {inline(middle)}, no change shown."
     word = "fewer" if after.mean < middle.mean else "more"
     return f"{text}; against the control, {inline(middle)}, {inline(times)} times {word}."
 
@@ -226,7 +265,7 @@ def increase(found: Measurements, in_domain: bool) -> Estimate | None:
     return Estimate(mean.mean - 1, mean.low - 1, mean.high - 1, mean.n)
 
 
-def _price(found: Measurements) -> str | None:
+def _price(found: Measurements, has_control: bool) -> str | None:
     parts = []
     for in_domain, where in ((True, "in domain"), (False, "out of domain")):
         tuned = perplexity(found, "fine-tuned", in_domain)
@@ -241,8 +280,10 @@ def _price(found: Measurements) -> str | None:
             f"{inline(control, digits=4)}{unclear})"
         )
     if not parts:
-        return None
-    return f"Its price in perplexity, against training without cache losses: {join(parts)}."
+        return None if has_control else "No control was measured, so the price is not known."
+    if is_priced(found):
+        return f"Its price in perplexity, over {about_control(found)}: {join(parts)}."
+    return f"Its perplexity is {join(parts)}, over {about_control(found)}."
 
 
 def _speeds(serving: Serving) -> list[str]:

@@ -52,9 +52,10 @@ GLOSSARY: list[tuple[str, str]] = [
     ),
     (
         "base, control, fine-tuned",
-        "The model before training; trained on the same text, steps and seed with the next-token "
-        "loss alone; and trained with the cache losses added. Only the step from control to "
-        "fine-tuned shows what the cache losses did.",
+        "The model before training; trained without the locality terms; and trained with them. A "
+        "control is like for like if nothing else differs: data, steps, seed, teacher, replay. "
+        "Then the step from control to fine-tuned shows what the locality terms did, and is their "
+        "price. A change from the base also holds what any fine-tuning on that text does.",
     ),
     (
         "LRU, LFU, Belady",

@@ -9,6 +9,7 @@ from melinoe.report.amounts import (
     geometric_mean,
     spread,
 )
+from melinoe.report.controls import note, reference
 from melinoe.report.pairs import factor, increase
 from melinoe.report.records import Measurements
 from melinoe.report.schema import Record, read_estimate
@@ -194,9 +195,9 @@ def main_table(found: Measurements, serving: Serving) -> Table:
             less = "" if is_base else factor(own, read.get("base"), "transfers_per_token", "÷")
             row.append(cell(estimate(own, "transfers_per_token"), remark=less))
         for in_domain in (True, False):
-            remark = ""
-            if run["model"] != "base":
-                ours, theirs = (quality(found, m, in_domain) for m in (run["model"], "base"))
+            remark, of = "", reference(found, run["model"])
+            if of is not None:
+                ours, theirs = (quality(found, m, in_domain) for m in (run["model"], of))
                 remark = increase(ours, theirs)
             value = perplexity(found, run["model"], in_domain)
             row.append(cell(value, digits=4, remark=remark))
@@ -206,9 +207,10 @@ def main_table(found: Measurements, serving: Serving) -> Table:
             row.append(cell(estimate(fast, "tokens_per_s"), remark=remark))
         rows.append(row)
     notes = [
-        "Below or behind each mean: its 95 % interval. "
-        "÷: times fewer than base; ×: times as fast as base; +, −: change from base; in brackets "
-        "their intervals, paired by prompt or text where the records list those."
+        "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast "
+        "as base; in brackets their intervals, paired by prompt or text where the records list "
+        "those.",
+        note(found),
     ]
     if read:
         notes.append(
@@ -282,11 +284,12 @@ def corpus_table(found: Measurements) -> Table | None:
     for domain, in_domain in domains(found):
         row = [Cell(domain + (" (trained on)" if in_domain else ""))]
         for model in models:
-            one, base = records.get((model, domain)), records.get(("base", domain))
-            remark = increase([one], [base]) if model != "base" and one and base else ""
+            one, of = records.get((model, domain)), reference(found, model)
+            other = records.get((of, domain)) if of else None
+            remark = increase([one], [other]) if one and other else ""
             row.append(cell(estimate(one, "perplexity"), "", 4, remark))
         rows.append(row)
-    return Table("corpora", "Perplexity per corpus", ["corpus", *models], rows)
+    return Table("corpora", "Perplexity per corpus", ["corpus", *models], rows, [note(found)])
 
 
 def ordered_models(names: Any) -> list[str]:

@@ -68,8 +68,8 @@ def card_text(
         figures: ``losses``, ``experts`` and ``hit_rates``, as far as there are, to file names.
         adapter: Whether it is of an adapter alone, which needs its base.
     """
-    base = metadata.get("base")
-    for_locality, purpose = _purpose(_settings(metadata))
+    base, settings = metadata.get("base"), metadata.get("settings") or {}
+    for_locality, purpose = _purpose(settings)
     if adapter and for_locality:
         purpose = ADAPTER
     price = metadata.get("price")
@@ -82,7 +82,6 @@ def card_text(
         lines = paid.by_the_search(price)
         parts += ["\n".join(lines), "Nothing else was measured."] if lines else [UNMEASURED]
     else:
-        settings = _settings(metadata)
         asks = for_locality and not tables.has_control(outcome) and not (price or {}).get("paid")
         parts.append(verdict(outcome, settings, asks))
         lines = paid.sentences(outcome, settings, price)
@@ -104,12 +103,6 @@ def card_text(
         _limits(metadata, outcome),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run, with the strength of the prior where they leave it to the run."""
-    settings, prior = dict(metadata.get("settings") or {}), metadata.get("cache_prior")
-    return settings if not settings or prior is None else {**settings, "cache_prior": prior}
 
 
 def _purpose(settings: Mapping[str, Any]) -> tuple[bool, str]:
@@ -135,7 +128,7 @@ def _named(base: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _training(metadata: Mapping[str, Any]) -> list[str]:
-    settings, data = _settings(metadata), metadata.get("data") or {}
+    settings, data = metadata.get("settings") or {}, metadata.get("data") or {}
     facts = []
     if data.get("source"):
         facts.append(("data", data["source"] + (f", {data['split']}" if data.get("split") else "")))

@@ -73,8 +73,7 @@ def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
 
 
 def _draw(metadata: dict[str, Any]) -> dict[str, bytes]:
-    settings = metadata.get("settings") or {}
-    prior = metadata.get("cache_prior", settings.get("cache_prior", 0))
+    prior = (metadata.get("settings") or {}).get("cache_prior", 0)
     drawn = {"losses": figures.losses(metadata.get("log") or [], under_prior=prior != 0)}
     if outcome := metadata.get("outcome"):
         drawn["experts"] = figures.experts(outcome)

@@ -44,7 +44,7 @@ def locality(found: Measurements) -> Figure | None:
         axes.set(xlim=(0, num_experts), ylim=(-0.18, len(models) - 0.2), yticks=[])
         axes.set_xlabel(f"distinct experts a sequence uses, mean over layers (of {num_experts})")
         axes.grid(axis="x")
-        caption = captions.locality(means, num_experts)
+        caption = captions.locality(means, num_experts, _whole_sets(records, models))
         drawing = finish(figure, "fig-locality", caption)
     rows = []
     for m in models:
@@ -53,6 +53,10 @@ def locality(found: Measurements) -> Figure | None:
     columns = ["model", "experts per sequence", "reuse", "distinct over the whole set"]
     table = Table("locality", "Experts used", columns, rows)
     return Figure("locality", "Experts a sequence uses", [drawing], caption, table)
+
+
+def _whole_sets(records: dict[str, Record], models: list[str]) -> dict[str, float]:
+    return {m: n for m in models if (n := records[m].get("distinct_experts")) is not None}
 
 
 def _whole(record: Record) -> Cell:

@@ -15,19 +15,33 @@ from melinoe.report.tables import Cell, Table, ordered_models
 
 
 def training(found: Measurements) -> Figure | None:
-    """Each loss term over the training steps, one panel per term, one line per model."""
+    """
+    Each loss term over the training steps, one panel per term, one line per model.
+
+    A model that trains under the cache prior runs other experts than its routers choose. Its
+    losses do not compare with those of one that runs its own choices, and stand apart.
+    """
     records = {record["model"]: record for record in found.of("training")}
     logged = {name for record in records.values() for row in record["log"] for name in row}
     terms = [term for term in TRAINING_TERMS if term in logged]
     if not terms:
         return None
     models = ordered_models(records)
-    caption = captions.training({m: records[m]["log"] for m in models}, TRAINING_TERMS)
+    rules = {model: _rule(records[model]) for model in models}
+    caption = captions.training({m: records[m]["log"] for m in models}, TRAINING_TERMS, rules)
+    groups = list(dict.fromkeys(rules.values()))
+    shown = [
+        (term, rule, lines)
+        for term in terms
+        for rule in groups
+        if (lines := list(_series(records, [m for m in models if rules[m] == rule], term)))
+    ]
     panels = []
-    for term in terms:
-        with panel(2.8, 3.5 if len(terms) > 2 else WIDTH_IN) as (figure, axes):
+    for term, rule, lines in shown:
+        title = TRAINING_TERMS[term] + (f", {rule}" if len(groups) > 1 else "")
+        with panel(2.8, 3.5 if len(shown) > 2 else WIDTH_IN) as (figure, axes):
             ends = []
-            for model, steps, values in _series(records, models, term):
+            for model, steps, values in lines:
                 colour = colour_of(model)
                 smooth = running_mean(values)
                 if len(values) != len(smooth) or not np.array_equal(values, smooth):
@@ -36,17 +50,28 @@ def training(found: Measurements) -> Figure | None:
                 ends.append((float(smooth[-1]), model, float(steps[-1])))
             axes.margins(x=0.01)
             _label_ends(axes, ends)
-            axes.set_title(TRAINING_TERMS[term])
+            axes.set_title(title)
             axes.set_xlabel("training step")
-            described = f"{TRAINING_TERMS[term]}: {caption}"
-            panels.append(finish(figure, f"fig-training-{term}", described))
+            name = f"fig-training-{term}" + (f"-{groups.index(rule)}" if len(groups) > 1 else "")
+            panels.append(finish(figure, name, f"{title}: {caption}"))
     rows = [
-        [Cell(m), *(Cell(captions.start_to_end(records[m]["log"], t)) for t in terms)]
+        [
+            Cell(m),
+            *([Cell(rules[m])] if len(groups) > 1 else []),
+            *(Cell(captions.start_to_end(records[m]["log"], t)) for t in terms),
+        ]
         for m in models
     ]
-    columns = ["model", *(f"{TRAINING_TERMS[t]}, start → end" for t in terms)]
+    columns = ["model", *(["experts that ran"] if len(groups) > 1 else [])]
+    columns += [f"{TRAINING_TERMS[t]}, start → end" for t in terms]
     table = Table("training", "Losses: mean of first and last twentieth of steps", columns, rows)
     return Figure("training", "Losses over training", panels, caption, table)
+
+
+def _rule(record: Record) -> str:
+    """How experts were chosen while a model trained."""
+    prior = (record.get("settings") or {}).get("cache_prior", 0)
+    return "own choices" if prior == 0 else "choices under the prior"
 
 
 def _series(
