@@ -7,6 +7,7 @@ from small_olmoe import tiny_model, words_tokenizer
 from three_models import SEEDS, SETTINGS, texts
 
 from melinoe.checkpoint import write_metadata
+from melinoe.moe.routing import fingerprint
 from melinoe.outcome import record_origin, record_outcome
 
 
@@ -14,8 +15,11 @@ from melinoe.outcome import record_origin, record_outcome
 def checkpoints(tmp_path_factory):
     """A base and two other random models, one fine-tuned by its record, one its control."""
     root = tmp_path_factory.mktemp("models")
+    fingerprints = {}
     for name, seed in SEEDS.items():
-        tiny_model(seed).save_pretrained(root / name)
+        model = tiny_model(seed)
+        model.save_pretrained(root / name)
+        fingerprints[name] = fingerprint(model)
         words_tokenizer().save_pretrained(root / name)
     (root / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
     log = [
@@ -27,7 +31,8 @@ def checkpoints(tmp_path_factory):
     settings = {"capacity": 0.25, "lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3}
     write_metadata(root / "tuned", {"settings": settings, "log": log})
     off = {"lambda_cache": 0.0}
-    write_metadata(root / "control", {"settings": settings | off, "fingerprint": "f" * 64})
+    plain = {"settings": settings | off, "fingerprint": fingerprints["control"]}
+    write_metadata(root / "control", plain)
     return root
 
 

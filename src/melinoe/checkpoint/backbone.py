@@ -11,11 +11,13 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from melinoe.checkpoint.files import Place
+from melinoe.checkpoint.files import Place, read_raw_config
 from melinoe.checkpoint.hub import first_line, locate, split_revision
+from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import Checkpoint
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.routing import fingerprint
 
 _log = logging.getLogger("melinoe")
 
@@ -50,7 +52,8 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
 
     Raises:
         CheckpointError: a backbone tensor is missing or has another shape than the config says;
-            the generation config is not readable.
+            the generation config is not readable; the routers are not those that ``melinoe.json``
+            names.
     """
     given = {f"{layer.name}.{t.name}" for layer in checkpoint.layers for t in layer.tensors}
     stripped = _without_experts(checkpoint.model_class)
@@ -62,6 +65,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
             empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
             module._parameters[tensor.name] = nn.Parameter(empty)
     _name_it(model, checkpoint)
+    _check_routers(model, checkpoint)
     return model
 
 
@@ -157,6 +161,22 @@ def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
     if unexpected:
         _log.warning("%s: %d stored tensors are not used by the model, first %s",
                      name, len(unexpected), unexpected[0])  # fmt: skip
+
+
+def _check_routers(model: Any, checkpoint: Checkpoint) -> None:
+    """A fine-tuned model's routers are those that its ``melinoe.json`` speaks of."""
+    wanted = read_metadata(checkpoint.source).get("fingerprint")
+    raw = read_raw_config(checkpoint.source)[1]
+    own = raw.get("dtype") or raw.get("torch_dtype")
+    # In another type than it was written for, the numbers may be rounded otherwise.
+    if wanted is None or str(checkpoint.dtype) != f"torch.{own}":
+        return
+    if fingerprint(model) != wanted:
+        raise CheckpointError(
+            f"the routers of {checkpoint.name} are not those that its melinoe.json was written "
+            "for; write or download it again, or delete melinoe.json if they were changed on "
+            "purpose"
+        )
 
 
 def _x(shape: Any) -> str:

@@ -122,6 +122,8 @@ METADATA: Schema = {
     "skipped_steps?": "count",
     "seconds?": "number",
     "versions?": "object",
+    # Every other file that was written with this one, but the card.
+    "files?": {"*": {"bytes": "count", "sha256": "text"}},
     "price?": PRICE,
     "outcome?": OUTCOME,
 }

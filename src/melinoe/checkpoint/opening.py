@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from melinoe.checkpoint.files import Place, close_shards, open_shards, read_config, read_raw_config
 from melinoe.checkpoint.hub import first_line, is_directory, pinned
 from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
+from melinoe.checkpoint.safetensors_file import Stamp
 from melinoe.checkpoint.sources import LayerCache, Reader, WholeLayer, reader_for
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer, find_experts
@@ -52,7 +54,7 @@ class ExpertSource:
                 every parameter must be there. Converted where types or devices differ.
 
         Raises:
-            CheckpointError: a shard lost bytes since it was opened.
+            CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
@@ -106,6 +108,11 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """Bytes of all tensors as they are stored."""
         return sum(place.info.nbytes for place in self.files.values())
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """Each shard's stamp by its path; see `check_same`."""
+        return {place.file.path: place.file.stamp for place in self.files.values()}
 
     @property
     def whole_layers(self) -> bool:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from melinoe.checkpoint.files import Place
 from melinoe.checkpoint.mapping import group_by_parameter
 from melinoe.checkpoint.opening import Checkpoint
+from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.sources import Group, convert, is_stored_as_it_is
 from melinoe.errors import UnsupportedModelError, WriteError
 from melinoe.moe.experts import family, find_experts
@@ -82,6 +83,7 @@ def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], direct
     """
     for path in {place.file.path for place in checkpoint.files.values()}:
         copyfile(path, directory / path.name)
+    check_same(checkpoint.stamps)  # they were copied by their paths
     opened: dict[str, BinaryIO] = {}
     with ExitStack() as stack:
         for group, own in _touched(model, checkpoint, changed):

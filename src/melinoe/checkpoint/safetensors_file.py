@@ -2,8 +2,9 @@
 
 import json
 import os
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,12 +53,41 @@ class TensorInfo(NamedTuple):
         return self.stop - self.start
 
 
+# File systems note the time of a change in steps of a timer's tick, 10 ms at most.
+_TICK_NS = 20_000_000
+
+
+class Stamp(NamedTuple):
+    """A file's identity and times: its bytes are as they were if all of these are."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+    links: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Stamp":
+        """The stamp in what ``os.stat`` or ``os.fstat`` found."""
+        return cls(
+            found.st_dev,
+            found.st_ino,
+            found.st_size,
+            found.st_mtime_ns,
+            found.st_ctime_ns,
+            found.st_nlink,
+        )
+
+
 class SafetensorsFile:
     """
     A safetensors file whose header has been read and checked against the file's real size.
 
-    The file stays open, so that a later read costs one system call. Reads give the offset
-    themselves and share no position: threads may read at the same time.
+    The file stays open, so that a later read costs two system calls: the bytes, and whether the
+    file is still the one that was opened. Reads give the offset themselves and share no position:
+    threads may read at the same time. A file that another one replaces goes on being read, for its
+    bytes stay until it is closed; one that is written to in place is refused from then on.
 
     Args:
         path: The file.
@@ -83,16 +113,49 @@ class SafetensorsFile:
         # Closes the file once: by close(), or when nothing refers to this object any more.
         self._closing = weakref.finalize(self, os.close, self._fd)
         try:
+            self.stamp = self._take_stamp()
             self.tensors = self._read_header()
+            self.check_unchanged()
         except BaseException as error:
             self.close()  # not when the error and its frames are gone: nobody knows when that is
             if isinstance(error, OSError):
                 raise self._unreadable(error) from None
             raise
 
+    def _take_stamp(self) -> Stamp:
+        """The stamp; of a file changed within this tick, once a further change would show in it."""
+        found = os.fstat(self._fd)
+        if 0 <= time.time_ns() - found.st_ctime_ns < _TICK_NS:
+            time.sleep(_TICK_NS / 1e9)
+            found = os.fstat(self._fd)
+        return Stamp.of(found)
+
+    def check_unchanged(self) -> None:
+        """
+        Make sure that the file's bytes are those that were there when it was opened.
+
+        Raises:
+            CheckpointError: the file was written to, or its times say that it may have been.
+        """
+        now, then = Stamp.of(os.fstat(self._fd)), self.stamp
+        if now == then:
+            return
+        # A new name, a further one, or none any more changes the last time, and not a byte.
+        moved = now.links != then.links or not self._is_at_its_path(now)
+        if now[:4] != then[:4] or not moved:
+            raise _changed(self.path)
+        self.stamp = now
+
+    def _is_at_its_path(self, stamp: Stamp) -> bool:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == stamp[:2]
+
     def _read_header(self) -> dict[str, TensorInfo]:
         """Name -> place in the file, every range checked."""
-        size = os.fstat(self._fd).st_size
+        size = self.stamp.size
         length = int.from_bytes(self._start(8, 0), "little")
         if size >= 8 and length > LARGEST_HEADER_BYTES:
             raise self._torn(f"a header of {length} bytes, above the format's limit")
@@ -169,7 +232,8 @@ class SafetensorsFile:
             first: The first element to read, counted in the stored tensor's row-major order.
 
         Raises:
-            CheckpointError: the file has shrunk since it was opened, or the disk fails.
+            CheckpointError: the file was changed since it was opened, or the disk fails; *into*
+                then holds anything.
             ValueError: the elements are not all in the tensor, or the file is closed.
         """
         info = self.tensors[name]
@@ -196,8 +260,12 @@ class SafetensorsFile:
             except OSError as error:
                 raise self._unreadable(error) from None
             if done == 0:
-                raise self._torn(f"lost bytes after {offset} while it was being read")
+                break  # it has shrunk, which its stamp shows
             view, offset = view[done:], offset + done
+        # Afterwards: a change is stamped before its first byte can be read.
+        self.check_unchanged()
+        if len(view):
+            raise self._torn(f"lost bytes after {offset} while it was being read")
 
     @property
     def closed(self) -> bool:
@@ -207,6 +275,33 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading afterwards is a caller's mistake."""
         self._closing()
+
+
+def check_same(stamps: Mapping[Path, Stamp]) -> None:
+    """
+    Make sure that files that will be read again are those that were read before.
+
+    Raises:
+        CheckpointError: one was changed, replaced or removed.
+    """
+    for path, then in stamps.items():
+        if (now := _stamp_at(path)) is None or now[:4] != then[:4]:
+            raise _changed(path)
+
+
+def _stamp_at(path: Path) -> Stamp | None:
+    try:
+        return Stamp.of(os.stat(path))
+    except OSError:
+        return None
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"the file {path} was changed after it was opened, so what it gives now may belong to "
+        "another model; load the model again once the file is whole, and write a new one beside it "
+        "instead of into it"
+    )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from melinoe.checkpoint.metadata import write_metadata
+from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.other_files import copy_other_files, other_files
 from melinoe.checkpoint.rewriting import rewrite
+from melinoe.checkpoint.sums import sums_of
 from melinoe.checkpoint.unfinished import unfinished
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.moe.experts import find_experts
@@ -67,6 +68,9 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
     """
     A directory to fill, which takes the name *out* when the block ends, and is gone if it fails.
 
+    Its ``melinoe.json``, if it gets one, is given the sums of all other files, which costs one
+    more reading of them.
+
     Raises:
         OutputExistsError: *out* is taken.
         WriteError: a full disk, or another reason why it cannot be written.
@@ -76,6 +80,8 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(path) as directory:
             yield directory
+            if (directory / METADATA).is_file():
+                update_metadata(directory, files=sums_of(directory))
             if path.is_dir():
                 path.rmdir()  # empty, or it fails: Windows renames to no place that is taken
             os.replace(directory, path)

@@ -14,6 +14,7 @@ from melinoe.cli import options
 
 if TYPE_CHECKING:
     from melinoe.checkpoint import Description
+    from melinoe.checkpoint.verifying import Verified
 
 
 def command(
@@ -27,6 +28,14 @@ def command(
         list[str] | None,
         typer.Option(help="A memory budget for resident experts, as in 8GiB; may be repeated."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Also read every byte and compare it with the sums that melinoe.json, or the "
+            "hub's cache, has of the files.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
@@ -41,6 +50,7 @@ def command(
         if not about.supported:
             raise UnsupportedModelError(about.reason)
         fast = _fast_engine(name)
+        verified = _verify(name) if verify else None
     layers: Any = [
         SimpleNamespace(num_experts=experts, block_bytes=size) for experts, size in about.layers
     ]
@@ -52,7 +62,9 @@ def command(
     if as_json:
         host = None if left is None else left._asdict()
         options.show_json(
-            about.to_dict() | {"budgets": fits, "fast_engine": fast, "host_memory": host}
+            about.to_dict()
+            | {"budgets": fits, "fast_engine": fast, "host_memory": host}
+            | ({} if verified is None else {"verified": verified._asdict()})
         )
         return
     rows: list[dict[str, Any]] = [
@@ -89,7 +101,28 @@ def command(
         {"": "fast engine", " ": fast["cannot_run"] or f"runs here; {fast['decoding']}"},
         {"": "a cache to capture", " ": fast["not_captured"] or "yes, a static one"},
     ]
+    if verified is not None:
+        rows.append({"": "verified", " ": _in_words(verified)})
     options.show_table(model, rows)
+
+
+def _verify(name: str) -> Verified:
+    from melinoe.checkpoint.verifying import verify
+
+    options.say("reading every byte")
+    return verify(name)
+
+
+def _in_words(verified: Verified) -> str:
+    parts = [
+        f"{verified.recorded} files are what melinoe.json says",
+        f"{verified.named} what the hub named them by",
+        f"{verified.unknown} shards were read, and nobody recorded their sums",
+    ]
+    said = [part for part in parts if not part.startswith("0 ")]
+    return "; ".join(
+        [*said, *(["the routers are those it was written for"] * verified.fingerprint)]
+    )
 
 
 @contextmanager

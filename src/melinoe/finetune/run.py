@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from transformers import TrainerCallback
 
 from melinoe.checkpoint.backbone import load_model
 from melinoe.checkpoint.hub import commit_of
+from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.rewriting import check_rewritable, round_as_stored
+from melinoe.checkpoint.safetensors_file import Stamp, check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import bytes_of, check_output, check_room
 from melinoe.config import FinetuneSettings
@@ -95,7 +97,8 @@ def finetune(
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
         DataError: unusable data.
-        CheckpointError, TokenizerError: *model_path* or *teacher* cannot be read.
+        CheckpointError, TokenizerError: *model_path* or *teacher* cannot be read; or the model's
+            files were changed while it trained.
         UnsupportedModelError: no experts, or routers that cannot be trained.
         TrainingError: settings that do not fit the model, a checkpoint of another run, or too many
             non-finite losses; what was trained before those is in the run's checkpoints.
@@ -127,6 +130,7 @@ def finetune(
     arguments = training_arguments(settings, checkpoints)  # joins the other processes
     main = arguments.process_index == 0
     with open_checkpoint(source) as checkpoint:
+        stamps = checkpoint.stamps
         model = load_model(checkpoint)
         if settings.save != "adapter":
             check_rewritable(model, checkpoint)
@@ -204,7 +208,8 @@ def finetune(
         for callback in callbacks:
             if hasattr(callback, "metadata"):
                 metadata.update(callback.metadata())
-        _write(model, source, path, metadata, kept, checkpoints)
+        _write(model, source, path, metadata, kept, checkpoints, stamps)
+        metadata["files"] = read_metadata(path)["files"]
     wait_for_all(arguments)
     return FinetuneResult(path, trained.rows, metadata)
 
@@ -216,9 +221,11 @@ def _write(
     metadata: dict[str, Any],
     kept: KeptParts,
     checkpoints: Path,
+    stamps: Mapping[Path, Stamp],
 ) -> None:
     """Write the result; only then are the run's checkpoints of no more use."""
     try:
+        check_same(stamps)  # what did not change is copied from the base's files now
         write_result(model, base, path, metadata, kept)
     except (CheckpointError, WriteError) as error:  # the base may be gone by now, or the disk full
         if (newest := newest_checkpoint(checkpoints)) is None:

@@ -232,7 +232,7 @@ class Predictor:
             weights = load_file(folder / _WEIGHTS)
             if not all(tensor.isfinite().all() for tensor in weights.values()):
                 raise ValueError("a weight is no number")
-            popularity = weights.pop("popularity").numpy()
+            popularity = weights.pop("popularity").numpy().copy()  # the file is mapped
             hidden, features = weights["hidden.weight"].shape
             network = PredictorNetwork(features, hidden, (header["layers"], header["experts"]), 0.0)
             network.load_state_dict(weights)

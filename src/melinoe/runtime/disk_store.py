@@ -14,8 +14,9 @@ class DiskStore:
     """
     Reads an expert from the shards each time it is asked for; holds no expert in host memory.
 
-    The shards stay open, and must not be changed while they are. What the system's page cache
-    keeps of them is not this store's, and goes when the memory is needed elsewhere.
+    The shards stay open. One that is replaced by another file goes on being served from; one that
+    is written to in place is refused at the next read. What the system's page cache keeps of them
+    is not this store's, and goes when the memory is needed elsewhere.
 
     Args:
         checkpoint: An opened checkpoint; the store closes it.
@@ -48,7 +49,7 @@ class DiskStore:
         size of one stored tensor.
 
         Raises:
-            CheckpointError: a shard lost bytes since it was opened.
+            CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
         self._checkpoint.experts[layer].read(expert, into)
 

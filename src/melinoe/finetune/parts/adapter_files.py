@@ -140,7 +140,8 @@ def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
     """
     path, config = Path(directory).expanduser(), read_adapter_config(directory)
     try:
-        tensors = load_file(path / WEIGHTS)
+        # Copied: what is returned is the file, mapped, and would change with it in a long run.
+        tensors = {name: one.clone() for name, one in load_file(path / WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path / WEIGHTS} is not readable ({error}); write the adapter again"

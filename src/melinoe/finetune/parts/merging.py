@@ -10,6 +10,7 @@ from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.origin import describe_base
 from melinoe.checkpoint.rewriting import round_as_stored
+from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 from melinoe.errors import CheckpointError
@@ -38,7 +39,8 @@ def merge_adapter(
 
     Raises:
         OutputExistsError: *out* is taken.
-        CheckpointError: no adapter, a torn one, or one of another base.
+        CheckpointError: no adapter, a torn one, or one of another base; a base that is changed
+            meanwhile.
         UnsupportedModelError: the base has no experts.
         BudgetError: the host has no memory for the base's weights.
 
@@ -50,7 +52,7 @@ def merge_adapter(
     try:
         with open_checkpoint(name) as checkpoint:
             source = checkpoint.source  # of one commit, also where the branch moves meanwhile
-            size = checkpoint.stored_bytes
+            size, stamps = checkpoint.stored_bytes, checkpoint.stamps
             check_host_room(size, f"{format_bytes(size)} of weights", "merge on a host with more")
             load_tokenizer(source, checkpoint.config)
             model = load_model(checkpoint)
@@ -66,8 +68,9 @@ def merge_adapter(
     with open_checkpoint(source) as checkpoint:
         round_as_stored(model, checkpoint, merged.names())
     metadata = {**describe_base(name), **metadata, "fingerprint": fingerprint(model)}
+    check_same(stamps)  # what did not change is copied from the base's files now
     write_model(model, source, path, metadata, merged.names())
-    return metadata
+    return read_metadata(path)
 
 
 def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> str:

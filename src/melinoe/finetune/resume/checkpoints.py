@@ -15,7 +15,6 @@ torn all the same (a crash of the machine, a bad disk, a careless hand) is recog
 and passed over in favour of the one before. Frozen weights are never in it; nothing is pickled.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from melinoe.checkpoint.sums import sum_of
 from melinoe.checkpoint.unfinished import remove_unfinished, unfinished
 from melinoe.checkpoint.writing import reason_of
 from melinoe.errors import WriteError
@@ -74,7 +74,7 @@ def write_checkpoint(
                     )
             for name, text in texts.items():
                 (temporary / name).write_text(text, encoding="utf-8")
-            files = {one.name: _facts(one) for one in sorted(temporary.iterdir())}
+            files = {one.name: sum_of(one) for one in sorted(temporary.iterdir())}
             whole = {"format": FORMAT, "step": step, "files": files, **state}
             text = json.dumps(whole, indent=1, allow_nan=False)
             (temporary / STATE).write_text(text, encoding="utf-8")
@@ -120,7 +120,7 @@ def find_damage(path: Path) -> str | None:
         if state["format"] > FORMAT:
             return f"format {state['format']} is of a newer release"
         for name, facts in state["files"].items():
-            if _facts(path / name) != facts:
+            if sum_of(path / name) != facts:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
@@ -133,9 +133,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """One group of tensors of a checkpoint, on the CPU; empty if it has none of that name."""
+    """One group of tensors of a checkpoint, in memory; empty if it has none of that name."""
     file = path / _file(name)
-    return load_file(file) if file.is_file() else {}
+    # Copied: what is returned is the file, mapped, and would change with it.
+    return {key: one.clone() for key, one in load_file(file).items()} if file.is_file() else {}
 
 
 def remove_checkpoints(directory: Path) -> None:
@@ -150,12 +151,6 @@ def remove_checkpoints(directory: Path) -> None:
 
 def _file(name: str) -> str:
     return f"{name}.safetensors"
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _force_to_disk(path: Path) -> None:

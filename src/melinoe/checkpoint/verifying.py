@@ -1,0 +1,97 @@
+"""Compare a checkpoint byte by byte with the sums that are recorded of it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from melinoe.checkpoint.backbone import load_backbone
+from melinoe.checkpoint.files import read_raw_config
+from melinoe.checkpoint.hub import locate, pinned
+from melinoe.checkpoint.metadata import read_metadata
+from melinoe.checkpoint.opening import open_checkpoint
+from melinoe.checkpoint.sums import sum_of
+from melinoe.errors import CheckpointError
+
+# A large file in the hub's cache is named by the SHA-256 of its bytes.
+_NAMED_BY_SUM = re.compile(r"[0-9a-f]{64}")
+
+
+class Verified(NamedTuple):
+    """
+    How many files of a checkpoint were read and compared.
+
+    Attributes:
+        recorded: With the sums in its ``melinoe.json``.
+        named: With the sums by which the hub's cache names them.
+        unknown: Shards of which nobody has recorded a sum: they were read, no more.
+        fingerprint: Whether its routers were compared with ``melinoe.json``.
+    """
+
+    recorded: int
+    named: int
+    unknown: int
+    fingerprint: bool
+
+
+def verify(name: str) -> Verified:
+    """
+    Read all of a checkpoint, and compare it byte by byte with what is recorded of it.
+
+    Cost: every byte is read once; the weights beside the experts are in memory for a while.
+
+    Args:
+        name: A directory, or the name of a repository on the hub.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was recorded, cannot be read, or does not
+            belong to the config; the message names every one.
+        UnsupportedModelError: the family has no experts that can be served.
+    """
+    source = pinned(name, read_raw_config(name)[0])
+    metadata = read_metadata(source)
+    recorded = metadata.get("files") or {}
+    compared = {"recorded": 0, "named": 0, "unknown": 0}
+    with open_checkpoint(name) as checkpoint:  # what is torn is said before the long reading
+        problems = []
+        for file, path, wanted, by in _files(source, recorded, list(checkpoint.stamps)):
+            problem = _problem(path, wanted)
+            if problem is not None:
+                problems.append(f"{file} {problem}")
+            compared[by] += 1
+        if problems:
+            raise CheckpointError(
+                f"{name} is not what was written: {'; '.join(problems)}; write or download it again"
+            )
+        load_backbone(checkpoint)  # compares the fingerprint
+    return Verified(**compared, fingerprint="fingerprint" in metadata)
+
+
+def _files(
+    source: str, recorded: dict[str, dict[str, Any]], shards: list[Path]
+) -> Iterator[tuple[str, Path | None, dict[str, Any] | None, str]]:
+    """Every file to read: name, path, what is known of it, and who says so."""
+    for file, wanted in recorded.items():
+        yield file, locate(source, file), wanted, "recorded"
+    for path in shards:
+        if path.name in recorded:
+            continue
+        blob = path.resolve().name
+        if _NAMED_BY_SUM.fullmatch(blob):
+            yield path.name, path, {"sha256": blob}, "named"
+        else:
+            yield path.name, path, None, "unknown"
+
+
+def _problem(path: Path | None, wanted: dict[str, Any] | None) -> str | None:
+    if path is None:
+        return "is missing"
+    try:
+        found = sum_of(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if wanted is None or wanted.items() <= found.items():
+        return None
+    if "bytes" in wanted and found["bytes"] != wanted["bytes"]:
+        return f"has {found['bytes']} bytes instead of {wanted['bytes']}"
+    return "has other contents"
