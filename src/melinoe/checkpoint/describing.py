@@ -15,20 +15,8 @@ from melinoe.checkpoint.opening import (
     open_checkpoint,
 )
 from melinoe.errors import ModelError, UnsupportedModelError
-from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.experts import TOP_K, ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers
-
-# Names by which configurations of transformers' families say how many experts a token uses.
-_TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "top_k",
-)
 
 
 @dataclass(frozen=True)
@@ -142,7 +130,7 @@ def _of_layers(layers: list[ExpertsLayer]) -> dict[str, Any]:
 def top_k_of(config: Any) -> int | None:
     """Experts a token uses in a layer, by whichever name the config gives it; None if by none."""
     for part in (config, config.get_text_config()):
-        for key in _TOP_K:
+        for key in (*TOP_K, "top_k"):
             # ``top_k`` alone is a sampling setting in old configs, so it comes last.
             value = getattr(part, key, None)
             if isinstance(value, list) and value:

@@ -29,6 +29,16 @@ _EXPERT_COUNTS = (
     "moe_num_experts",
     "num_routed_experts",
 )
+# And how many of them a token gets.
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
 # Most families name whole model classes "...Moe...", also when they are configured dense.
 _EXPERT_CLASS = re.compile(r"[Ee]xpert|(MoE|Moe|MoeBlock|MoEBlock|SparseMLP)$")
 # Types that mean what they say; others need scales that stand elsewhere.
@@ -95,7 +105,9 @@ def find_experts(model: nn.Module) -> list[ExpertsLayer]:
     if not found:
         raise UnsupportedModelError(_why_no_layers(model))
     _refuse_adapters(model)
-    return [_describe(model, index, *pair) for index, pair in enumerate(found)]
+    layers = [_describe(model, index, *pair) for index, pair in enumerate(found)]
+    _check_choice(model, min(layer.num_experts for layer in layers))
+    return layers
 
 
 def family(model: nn.Module) -> str:
@@ -111,6 +123,11 @@ def _describe(model: nn.Module, index: int, name: str, module: nn.Module) -> Exp
             "load the model on one device without it"
         )
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
+    if num_experts < 1:
+        raise UnsupportedModelError(
+            f"the config gives {name} {num_experts} experts; correct it to what the model was "
+            "trained with"
+        )
     own = list(module.named_parameters(recurse=False))
     odd = sorted({str(p.dtype) for _, p in own if p.dtype not in PLAIN_DTYPES})
     if odd or any("scale" in key for key, _ in own):
@@ -137,6 +154,31 @@ def _describe(model: nn.Module, index: int, name: str, module: nn.Module) -> Exp
             "use a family in transformers' standard layout"
         )
     return ExpertsLayer(index, name, module, num_experts, tensors)
+
+
+def _check_choice(model: nn.Module, num_experts: int) -> None:
+    """Refuse a configuration whose routers could not choose as many experts as it says."""
+    for config in _configs(getattr(model, "config", None)):
+        for key in TOP_K:
+            value = getattr(config, key, None)
+            counts = value if isinstance(value, list) else [value]
+            for count in counts:
+                if isinstance(count, int) and not 1 <= count <= num_experts:
+                    raise UnsupportedModelError(
+                        f"the config gives each token {count} experts ({key}) of a layer that has "
+                        f"{num_experts}; correct it to what the model was trained with"
+                    )
+            groups, kept = getattr(config, "n_group", None), getattr(config, "topk_group", None)
+            if not (isinstance(groups, int) and groups > 1 and isinstance(kept, int)):
+                continue
+            reached = kept * (num_experts // groups)
+            fits = num_experts % groups == 0 and 1 <= kept <= groups
+            if not fits or any(isinstance(one, int) and one > reached for one in counts):
+                raise UnsupportedModelError(
+                    f"the config lets each token choose from {kept} of {groups} groups of experts "
+                    f"(topk_group, n_group), which does not fit {key} {value} of {num_experts} "
+                    "experts; correct it to what the model was trained with"
+                )
 
 
 def _refuse_adapters(model: nn.Module) -> None:
