@@ -1,29 +1,45 @@
 """Code that runs from a checkout, installed nowhere, says so and works."""
 
-import subprocess
+import importlib.metadata
+import io
+import multiprocessing
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
 
-SOURCE = Path(__file__).parents[1] / "src"
+import melinoe.runtime.record  # noqa: F401  torch and transformers are the child's too
+
+REAL = importlib.metadata.version
+
+
+def _version(name):
+    if name == "melinoe":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return REAL(name)
+
+
+def _import_anew_and_say():
+    """Import melinoe again, where its own metadata is missing, as it is in a checkout."""
+    importlib.metadata.version = _version
+    for name in [one for one in sys.modules if one.split(".")[0] == "melinoe"]:
+        del sys.modules[name]
+    from melinoe.runtime.record import _versions
+
+    found = _versions()
+    assert found["melinoe"] == "not installed" and found["torch"], found
+    from melinoe.cli import main
+
+    sys.argv, said = ["melinoe", "--version"], io.StringIO()
+    with redirect_stdout(said):
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code
+    assert "melinoe not installed" in said.getvalue(), said.getvalue()
 
 
 def test_a_checkout_that_is_not_installed_records_traces_and_says_its_version():
-    """Its own metadata is missing there, as on a machine that nothing may be installed on."""
-    program = (
-        "import importlib.metadata as m\n"
-        "real = m.version\n"
-        "def version(name):\n"
-        "    if name == 'melinoe':\n"
-        "        raise m.PackageNotFoundError(name)\n"
-        "    return real(name)\n"
-        "m.version = version\n"
-        "from melinoe.runtime.record import _versions\n"
-        "found = _versions()\n"
-        "assert found['melinoe'] == 'not installed' and found['torch'], found\n"
-        "from melinoe.cli import main\n"
-        "import sys; sys.argv = ['melinoe', '--version']; main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=SOURCE, check=False
-    )
-    assert "melinoe not installed" in done.stdout, done.stderr[-2000:]
+    """In a process of its own, which is forked so that it need not load torch again."""
+    child = multiprocessing.get_context("fork").Process(target=_import_anew_and_say)
+    child.start()
+    child.join()
+    assert child.exitcode == 0

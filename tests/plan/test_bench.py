@@ -7,6 +7,7 @@ import pytest
 
 from melinoe.cache.machine import Machine
 from melinoe.errors import BudgetError, MelinoeError
+from melinoe.plan import rehearsing
 from melinoe.plan.predicted import machine_of, seconds_of
 from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
 from melinoe.report import render_table
@@ -25,6 +26,13 @@ def place(tmp_path_factory):
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5"} for i in range(2, 20)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
+
+
+@pytest.fixture(autouse=True)
+def short_rehearsals(monkeypatch):
+    """Go through every motion of a miss, but once and briefly: here nobody reads the seconds."""
+    for name, value in (("_PROMPTS", 1), ("_TOKENS", 2), ("_REPEATS", 1)):
+        monkeypatch.setattr(rehearsing, name, value)
 
 
 def bench(melinoe, place, *more):

@@ -71,15 +71,15 @@ def test_the_command_reports_traces(tmp_path):
         path.parent.mkdir()
         two_sequences().save(path)
     out = tmp_path / "r.html"
-    command = [sys.executable, "-m", "melinoe", "report", *paths, "--out", out]
-    subprocess.run(command, check=True, capture_output=True)
+    told = ["report", *map(str, paths), "--out", str(out)]
+    assert CliRunner().invoke(app, told).exit_code == 0
     text, twin = out.read_text(), out.with_suffix(".md").read_text()
     for words in ("Hit rate against slots", "Hit rate by layer", "Experts by sequence and layer"):
         assert words in text
     for words in ("Each row is a sequence", "static hits", "Lowest hit rate", "a/t", "b/t"):
         assert words in text and words in twin
     # Another process hashes names in another order.
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "melinoe", *told], check=True, capture_output=True)
     assert out.read_text() == text
 
 
