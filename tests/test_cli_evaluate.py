@@ -1,13 +1,19 @@
 """`melinoe evaluate`, `card` and what `finetune` measures: the same offloaded, and read on."""
 
+import io
 import json
+import shutil
 import sys
+from contextlib import redirect_stdout
+from functools import partial
 
 import pytest
 from test_cli import run
 from tokenizers import pre_tokenizers
 
 from melinoe.checkpoint import read_metadata
+from melinoe.cli import main
+from melinoe.config import OutcomeSettings
 from melinoe.errors import DataError
 from melinoe.report import read_records, write_report
 from tests.small_olmoe import tiny_model, words_tokenizer
@@ -31,6 +37,14 @@ def models(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def little(monkeypatch):
+    """What fine-tuning measures by itself is kept short, and its figures undrawn: none is read."""
+    small = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
+    monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", small)
+    monkeypatch.setattr("melinoe.report.card.figures._png", lambda figure: b"")
+
+
 @pytest.fixture
 def melinoe(monkeypatch, capsys):
     return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
@@ -42,6 +56,19 @@ def everything(models, *more):
         *("--other", models / "far", "--rouge", "--answers", "--locality", "--prompts", 4),
         *("--at-slots", 2, "--max-new-tokens", 6, *more),
     )
+
+
+@pytest.fixture(scope="module")
+def evaluated(models, tmp_path_factory):
+    """Everything of both models, once: where its records are, and what people were told."""
+    out, told = tmp_path_factory.mktemp("evaluated") / "runs.jsonl", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
+        patch.setattr(sys, "argv", ["melinoe", *map(str, everything(models, "--out", out))])
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, stop
+    return out, told.getvalue()
 
 
 def test_an_offloaded_model_gives_every_number_of_the_resident_one(models, melinoe):
@@ -57,10 +84,9 @@ def test_an_offloaded_model_gives_every_number_of_the_resident_one(models, melin
     assert kinds.count("comparison") == 3 + 2 + 4
 
 
-def test_people_get_a_table_and_sentences(models, melinoe):
+def test_people_get_a_table_and_sentences(evaluated):
     """Each comparison says which is better, or that none is shown to be."""
-    code, out, err = melinoe(*everything(models))
-    assert code == 0, err
+    out = evaluated[1]
     assert "means with 95 % intervals" in out
     sentences = [line for line in out.splitlines() if " against " in line]
     assert len(sentences) == 9
@@ -83,14 +109,18 @@ def test_where_all_or_none_are_right_the_bound_is_the_exact_one():
     assert said(3, 10) == "m, d: 3 of 10 right"
 
 
-def test_records_are_appended_and_make_a_report(models, melinoe, tmp_path):
-    """Two runs leave twice the lines; the page shows scores and comparisons."""
+def test_records_are_appended_and_make_a_report(evaluated, models, melinoe, tmp_path):
+    """A second run's lines come after the first one's; the page shows scores and comparisons."""
     out = tmp_path / "runs.jsonl"
-    for _ in range(2):
-        code, _, err = melinoe(*everything(models, "--out", out))
-        assert code == 0, err
+    shutil.copy(evaluated[0], out)
+    code, _, err = melinoe(
+        *("evaluate", models / "ours", models / "theirs", "--data", models / "questions.jsonl"),
+        *("--limit", 3, "--out", out),
+    )
+    assert code == 0, err
+    assert out.read_text().startswith(evaluated[0].read_text())
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 2 * (6 + 4 + 4 + 8 + 9) and all(line["machine"] for line in lines)
+    assert len(lines) == (6 + 4 + 4 + 8 + 9) + (2 + 1) and all(line["machine"] for line in lines)
     assert not read_records(out).notes  # every kind is known
     write_report([out], tmp_path / "page.html")
     page = (tmp_path / "page.md").read_text()
@@ -169,7 +199,8 @@ def test_finetune_measures_before_and_after_and_writes_the_card(models, melinoe,
     code, _, err = melinoe(
         *("finetune", models / "ours", "--data", models / "prompts.jsonl", "--out", out),
         *("--eval-data", models / "questions.jsonl", "--other", models / "far" / "a.jsonl"),
-        *("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01),
+        *("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01, "--lora-rank", 2),
+        *("--lambda-replay", 0),
     )
     assert code == 0, err
     metadata = read_metadata(out)
@@ -187,6 +218,7 @@ def test_finetune_measures_before_and_after_and_writes_the_card(models, melinoe,
 def test_finetune_holds_examples_out_and_never_trains_on_them(models, melinoe, tmp_path):
     """Two fifths of 25 rows, evenly spread; too few to hold out is said, and all are trained on."""
     common = ("finetune", models / "ours", "--data", models / "prompts.jsonl", "--steps", 1)
+    common += ("--lora-rank", 2, "--lambda-replay", 0, "--batch-size", 4)
     code, _, err = melinoe(*common, "--out", tmp_path / "a", "--hold-out", 0.4, "--no-measure")
     assert code == 0, err
     data = read_metadata(tmp_path / "a")["data"]

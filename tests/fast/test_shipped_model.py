@@ -37,7 +37,7 @@ def generate(model, batch, tokens):
     ("policy", "slots", "batch", "tokens"),
     [
         ("lru", 4, 1, 8),  # as many slots as a token needs
-        ("lfu", 8, 1, 96),
+        ("lfu", 8, 1, 32),
         ("lru", 16, 4, 8),
         ("lfu", 32, 4, 5),  # everything resident in the end
     ],

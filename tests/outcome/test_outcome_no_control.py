@@ -4,11 +4,13 @@ import errno
 import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from small_olmoe import tiny_model, words_tokenizer
 from three_models import SETTINGS, texts
 
+import melinoe.outcome.record as module
 from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
@@ -84,6 +86,24 @@ def place(tmp_path_factory):
         saved = FinetuneSettings(**{**vars(chosen), "save": save})
         finetune(place / base, data, place / name, saved)
     return place
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_once():
+    """Base and run are the same in every test, and a model's figures do not change."""
+    measure, known = module.measure_model, {}
+
+    def once(path, *arguments):
+        name = Path(path).name
+        if name not in ("base", "tuned"):
+            return measure(path, *arguments)
+        if name not in known:
+            known[name] = measure(path, *arguments)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "measure_model", once)
+        yield
 
 
 @pytest.fixture
