@@ -2,11 +2,20 @@
 
 import gzip
 import json
+import shutil
+from codecs import BOM_UTF8
 
 import pytest
+from safetensors import safe_open
 
+from melinoe.checkpoint import load_tokenizer, read_metadata
+from melinoe.checkpoint.files import read_config
 from melinoe.data import load_examples
-from melinoe.errors import DataError
+from melinoe.errors import DataError, TokenizerError
+from melinoe.plan.facts import model_facts
+from melinoe.report.records import read_records
+from melinoe.runtime.load import load
+from melinoe.shipped import TINY_OLMOE
 
 ROWS = [{"text": "a ä"}, {"text": "b"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -58,3 +67,56 @@ def test_what_is_no_json_says_where_and_what_to_write(tmp_path, text, words):
     with pytest.raises(DataError, match=rf"rows\.jsonl.*{words}|{words}") as raised:
         load_examples(path)
     assert "rows.jsonl" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """The shipped model, in shards, every JSON file but the tokenizer's with a mark."""
+    path = tmp_path / "marked"
+    shutil.copytree(TINY_OLMOE, path)
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    with safe_open(path / "model-00001-of-00001.safetensors", "pt") as shard:
+        index = {"weight_map": dict.fromkeys(shard.keys(), "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "melinoe.json").write_text('{"base": "somebody/model"}')
+    for file in path.glob("*.json"):
+        if not file.name.startswith("tokenizer"):
+            file.write_bytes(BOM_UTF8 + file.read_bytes())
+    return path
+
+
+def test_a_checkpoint_with_marks_is_read_as_without(marked):
+    """Config, generation config, index and melinoe.json; the tokenizer asks for the config too."""
+    model, _ = load(marked, slots=4)
+    plain, _ = load(TINY_OLMOE, slots=4)
+    left_out = {"_name_or_path", "transformers_version"}
+    for one, other in (
+        (model.config, plain.config),
+        (model.generation_config, plain.generation_config),
+    ):
+        found, expected = one.to_dict(), other.to_dict()
+        assert {k: v for k, v in found.items() if k not in left_out} == {
+            k: v for k, v in expected.items() if k not in left_out
+        }
+    assert read_metadata(marked) == {"base": "somebody/model"}
+    assert load_tokenizer(str(marked), model.config)("a b")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_mark_that_transformers_cannot_read_is_named(marked, name):
+    """These files it reads itself: the sentence names the file, the fault and the way out."""
+    (marked / name).write_bytes(BOM_UTF8 + (marked / name).read_bytes())
+    with pytest.raises(TokenizerError, match=rf"{name} begins with a byte-order mark.*without one"):
+        load_tokenizer(str(marked), read_config(str(marked)))
+
+
+def test_other_files_of_json_are_read_with_marks(tmp_path):
+    """An adapter's config, a config alone for `plan`, records of a report, prompts of a trace."""
+    config = tmp_path / "config.json"
+    config.write_bytes(BOM_UTF8 + (TINY_OLMOE / "config.json").read_bytes())
+    assert model_facts(str(config)).num_experts == 32
+    for name, text in (("r.jsonl", '{"a": 1}\n'), ("r.json", '[{"a": 1}]')):
+        (tmp_path / name).write_bytes(BOM_UTF8 + text.encode())
+        with pytest.raises(DataError) as raised:  # it is JSON, and no record
+            read_records([tmp_path / name])
+        assert "not JSON" not in str(raised.value)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from melinoe.checkpoint.hub import first_line, is_directory, locate
 from melinoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
@@ -46,13 +46,13 @@ def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """
-    The JSON object that a file holds.
+    Read the JSON object that a file holds, with or without a byte-order mark.
 
     Raises:
         CheckpointError: it cannot be read, or is none.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -81,7 +81,8 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     if not family:
         raise CheckpointError(f"{path} names no model_type; give a transformers model's config")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        # As AutoConfig does with a file, but from what was read: it knows no byte-order mark.
+        return CONFIG_MAPPING[family].from_dict(raw)
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} ({first_line(error)}); "

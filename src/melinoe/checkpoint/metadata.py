@@ -30,7 +30,7 @@ def read_metadata(name: str | Path) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:

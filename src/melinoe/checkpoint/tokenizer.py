@@ -1,5 +1,6 @@
 """Load a checkpoint's tokenizer, and refuse one that belongs to another model."""
 
+from codecs import BOM_UTF8
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -38,9 +39,10 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            **hub_arguments(str(name)), trust_remote_code=False
+            **hub_arguments(str(name)), config=config, trust_remote_code=False
         )
     except Exception as error:
+        _check_marks(str(name))
         raise TokenizerError(
             f"the tokenizer of {name} cannot be read ({first_line(error)}); download it again"
         ) from None
@@ -58,6 +60,22 @@ def copy_tokenizer(name: str, directory: Path) -> None:
     for filename in (*TOKENIZER_FILES, *_MORE_FILES):
         if (path := locate(name, filename)) is not None:
             copyfile(path, directory / filename)
+
+
+def _check_marks(name: str) -> None:
+    """
+    Name a file that begins with a byte-order mark: transformers, which reads these, cannot.
+
+    Raises:
+        TokenizerError: there is one.
+    """
+    for filename in (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json"):
+        path = locate(name, filename)
+        if path is not None and path.read_bytes().startswith(BOM_UTF8):
+            raise TokenizerError(
+                f"{path} begins with a byte-order mark, which transformers cannot read; save it as "
+                "UTF-8 without one"
+            )
 
 
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:

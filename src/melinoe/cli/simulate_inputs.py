@@ -116,7 +116,7 @@ def _from_file(path: Path, trace: Trace) -> dict[int, list[list[int]]]:
         f"or name one of {', '.join(prefetcher_names())}"
     )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         lists = {int(key): [[int(e) for e in layer] for layer in v] for key, v in found.items()}
     except OSError as error:
         raise DataError(

@@ -46,7 +46,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _from_file(path: Path) -> Iterable[tuple[Any, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); name a file of records") from error
     except UnicodeDecodeError as error:

@@ -104,7 +104,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
             "`melinoe finetune --save adapter` or PEFT wrote"
         )
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
