@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from melinoe.checkpoint.files import Place, read_object, read_raw_config
+from melinoe.checkpoint.files import Place, read_raw_config, without_mark
 from melinoe.checkpoint.hub import first_line, locate, split_revision
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import Checkpoint
@@ -189,9 +189,8 @@ def _name_it(model: Any, checkpoint: Checkpoint) -> None:
     path = locate(checkpoint.source, "generation_config.json")
     if model.can_generate() and path is not None:
         try:
-            model.generation_config = GenerationConfig.from_dict(read_object(path))
-        except CheckpointError:
-            raise
+            with without_mark(path) as plain:
+                model.generation_config = GenerationConfig.from_pretrained(plain.parent)
         except Exception as error:
             raise CheckpointError(
                 f"{path} is not readable ({first_line(error)}); download it again"

@@ -1,10 +1,14 @@
 """Read a checkpoint's config and index, open its shards, and check them before any read."""
 
+import contextlib
 import json
+import tempfile
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from melinoe.checkpoint.hub import first_line, is_directory, locate
 from melinoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
@@ -81,13 +85,26 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     if not family:
         raise CheckpointError(f"{path} names no model_type; give a transformers model's config")
     try:
-        # As AutoConfig does with a file, but from what was read: it knows no byte-order mark.
-        return CONFIG_MAPPING[family].from_dict(raw)
+        with without_mark(path) as plain:
+            return AutoConfig.from_pretrained(plain, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} ({first_line(error)}); "
             "use a family that transformers itself implements"
         ) from None
+
+
+@contextlib.contextmanager
+def without_mark(path: Path) -> Iterator[Path]:
+    """Give *path*, or for a while a copy that transformers can read, without byte-order mark."""
+    blob = path.read_bytes()
+    if not blob.startswith(BOM_UTF8):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        plain = Path(directory) / path.name
+        plain.write_bytes(blob.removeprefix(BOM_UTF8))
+        yield plain
 
 
 def quantisation(config: dict) -> str | None:

@@ -52,6 +52,8 @@ def fit_command(
     from melinoe.predictor import EmbeddingEncoder, SentenceEncoder, compare, fit, load_prompts
     from melinoe.predictor.encoders import EMBEDDINGS, token_embeddings
 
+    if columns is not None and data is None:
+        raise typer.BadParameter("--columns go with --data", param_hint="--columns")
     options.quiet()
     check_output(out)
     loaded = Trace.load(trace)

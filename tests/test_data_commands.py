@@ -1,0 +1,147 @@
+"""Every command that reads rows reads them alike, says what is lost, and keeps the numbers."""
+
+import sys
+
+import pytest
+
+from melinoe.checkpoint import read_metadata
+from melinoe.cli import app as cli
+from melinoe.data import Encoded, count_losses, encode, load_examples
+from melinoe.errors import DataError
+from melinoe.evaluate import reference
+from tests.data_rows import byte_tokenizer, turns, write
+from tests.small_olmoe import tiny_model, words_tokenizer
+
+# Prompts of 3 to 6 words: at 5 tokens the completion of four (and its end) does not fit.
+ROWS = [{"q": " ".join(["w2"] * n), "a": "w5 w6 w7 w8", "id": n} for n in (3, 4, 5, 6)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random OLMoE in the hub's layout, and a trace of it."""
+    path = tmp_path_factory.mktemp("model") / "olmoe"
+    tiny_model().save_pretrained(path)
+    words_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def melinoe(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
+        monkeypatch.delenv("MELINOE_DEBUG", raising=False)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_finetune_says_what_is_lost_and_keeps_the_numbers(checkpoint, tmp_path, melinoe, caplog):
+    """Of prompts of 3, 4, 5 and 6 tokens at 5: two are cut by 3 and 4 tokens, two left out."""
+    data = write(tmp_path / "rows.jsonl", *ROWS)
+    code, err = melinoe(
+        *("finetune", checkpoint, "--data", data, "--columns", "prompt=q,completion=a"),
+        *("--out", tmp_path / "out", "--steps", 1, "--max-length", 5, "--batch-size", 1),
+        *("--no-measure", "--hold-out", 0),
+    )
+    assert code == 0, err
+    assert "4 rows; ignored columns: id (in 4)" in caplog.text
+    assert "2 were cut at 5 tokens (7 tokens fell away); 2 left out" in caplog.text
+    about = read_metadata(tmp_path / "out")["data"]
+    assert about["columns"] == "prompt=q,completion=a"
+    assert {key: about[key] for key in ("examples", "left_out", "shortened", "tokens_cut")} == {
+        "examples": 4,
+        "left_out": 2,
+        "shortened": 2,
+        "tokens_cut": 7,
+    }
+
+
+def test_evaluate_says_what_is_lost(checkpoint, tmp_path, melinoe, caplog):
+    """The same line as in training."""
+    data = write(tmp_path / "rows.jsonl", *ROWS)
+    given = ("--data", data, "--columns", "prompt=q,completion=a", "--max-length", 5)
+    code, err = melinoe("evaluate", checkpoint, *given)
+    assert code == 0, err
+    assert "2 were cut at 5 tokens (7 tokens fell away); 2 left out" in caplog.text
+
+
+def test_prompts_alone_are_traced_and_fitted(checkpoint, tmp_path, melinoe):
+    """`trace` and `predictor fit` read the same rows, without a completion to learn."""
+    rows = [{"q": f"w{n} w{n + 1} w{n + 2}"} for n in range(2, 22)]
+    data = write(tmp_path / "rows.jsonl", *rows)
+    trace = tmp_path / "t.safetensors"
+    given = ("--data", data, "--columns", "prompt=q")
+    code, err = melinoe("trace", checkpoint, *given, "--out", trace, "--max-new-tokens", 3)
+    assert code == 0, err
+    fit = ("predictor", "fit", trace, "--model", checkpoint, "--out", tmp_path / "p")
+    code, err = melinoe(*fit, *given)
+    assert code == 0, err
+    assert melinoe(*fit, "--columns", "prompt=q")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "trace", "bench"])
+@pytest.mark.parametrize(
+    ("row", "more", "words"),
+    [
+        (
+            ROWS[0],
+            ["--columns", "prompt=nothing,completion=nothing"],
+            "rows.jsonl:2 has no column 'nothing'",
+        ),
+        (ROWS[0], [], "rows.jsonl:2 has the keys ['a', 'id', 'q']"),
+        ({"text": "w2", "weight": 0}, [], 'rows.jsonl:2 has a "weight"'),
+        ("\ud83d", [], "rows.jsonl:2 in its"),
+    ],
+    ids=["column", "form", "weight", "half"],
+)
+def test_a_row_that_cannot_be_used_is_one_sentence(
+    checkpoint, tmp_path, melinoe, command, row, more, words
+):
+    """Before any model is read, in the same words from each command."""
+    row = {"prompt": row, "completion": "w2"} if isinstance(row, str) else row
+    good = {"prompt": "w2", "completion": "w3", "nothing": "w2"}
+    data = write(tmp_path / "rows.jsonl", good, row)
+    out = ["--out", tmp_path / "out"] if command in ("finetune", "trace") else []
+    code, err = melinoe(command, checkpoint, "--data", data, *out, *more)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert words in err and not (tmp_path / "out").exists()
+
+
+def test_losses_are_counted_by_hand():
+    """One left out of three, one cut by two tokens, one turn that is context."""
+    kept = [Encoded([1, 2], [False, True], 2), Encoded([1, 2], [False, True], 0, 1)]
+    assert count_losses([None] * 3, kept) == {
+        "left_out": 1,
+        "shortened": 1,
+        "tokens_cut": 2,
+        "turns_unlearned": 1,
+    }
+
+
+def test_a_reference_is_the_turn_that_is_learned(tmp_path):
+    """Not a later one that is marked as context; a call of a function has no words."""
+    chat = turns(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
+    chat[3]["weight"] = 0
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [{"messages": chat}, {"messages": [chat[0], call]}, {"prompt": "p"}]
+    spoken, calls, prompt = load_examples(write(tmp_path / "r.jsonl", *rows), prompts=True)
+    assert reference(spoken) == "2"
+    for example in (calls, prompt):
+        with pytest.raises(DataError, match=example.source):
+            reference(example)
+    with pytest.raises(DataError, match="nothing to learn"):
+        encode([prompt], byte_tokenizer(), 9)
+
+
+def test_rows_without_a_prompt_to_answer_are_refused_by_trace(checkpoint, tmp_path, melinoe):
+    """Answered from start-of-text, every one of them would be the same."""
+    data = write(tmp_path / "rows.jsonl", {"text": "w2 w3"})
+    code, err = melinoe("trace", checkpoint, "--data", data, "--out", tmp_path / "t.safetensors")
+    assert code == 1 and "--columns prompt=text" in err
