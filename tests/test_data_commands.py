@@ -106,7 +106,7 @@ def test_a_row_that_cannot_be_used_is_one_sentence(
 ):
     """Before any model is read, in the same words from each command."""
     row = {"prompt": row, "completion": "w2"} if isinstance(row, str) else row
-    good = {"prompt": "w2", "completion": "w3", "nothing": "w2"}
+    good = {"prompt": "w2", "completion": "w3", "x": "w2"}
     data = write(tmp_path / "rows.jsonl", good, row)
     out = ["--out", tmp_path / "out"] if command in ("finetune", "trace") else []
     code, err = melinoe(command, checkpoint, "--data", data, *out, *more)
