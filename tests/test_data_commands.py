@@ -92,8 +92,8 @@ def test_prompts_alone_are_traced_and_fitted(checkpoint, tmp_path, melinoe):
     [
         (
             ROWS[0],
-            ["--columns", "prompt=nothing,completion=nothing"],
-            "rows.jsonl:2 has no column 'nothing'",
+            ["--columns", "prompt=x,completion=x"],
+            "rows.jsonl:2 has no column 'x'",
         ),
         (ROWS[0], [], "rows.jsonl:2 has the keys ['a', 'id', 'q']"),
         ({"text": "w2", "weight": 0}, [], 'rows.jsonl:2 has a "weight"'),
