@@ -1,5 +1,7 @@
 """Cache simulation against its recurrence in float64, and against hand work."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from loss_checks import agree, packed_batch
@@ -10,6 +12,8 @@ from slow_losses import (
     slow_reuse_loss,
 )
 
+from melinoe.cache.eviction import LRU
+from melinoe.cache.residency import Residency
 from melinoe.losses import (
     CausalFilter,
     cache_simulation_loss,
@@ -231,3 +235,64 @@ def test_long_sequences_stay_exact(gamma):
     for t in range(4095):
         state = gamma * state + hard[0, t].double()
     torch.testing.assert_close(s[0, -1].double(), state, rtol=2e-6, atol=1e-5)
+
+
+def misses_of(index, capacity, gamma):
+    """Of one sequence, what a cache misses that keeps the *capacity* experts ordered first.
+
+    Order: by uses that count gamma less with each token, in exact fractions; never used: not there.
+    """
+    counts, misses = {}, 0
+    for chosen in index.tolist():
+        order = sorted(counts, key=lambda e: (-counts[e], e))[:capacity]
+        misses += len(set(chosen) - set(order))
+        counts = {e: gamma * n for e, n in counts.items()}
+        for expert in chosen:
+            counts[expert] = counts.get(expert, 0) + 1
+    return misses
+
+
+def lru_misses(index, capacity):
+    """Of one sequence, by the simulator's own LRU."""
+    cache, misses = Residency(8, capacity, LRU()), 0
+    for chosen in index.tolist():
+        misses += len(cache.request(sorted(chosen)).loads)
+    return misses
+
+
+def counted(index, capacity, gamma):
+    """What the loss counts on one sequence, as a number of misses."""
+    mask = torch.ones(1, len(index), dtype=torch.bool)
+    causal = CausalFilter.of(torch.zeros(1, len(index), dtype=torch.int64), gamma)
+    options = {"capacity": capacity, "form": "resident"}
+    loss = cache_simulation_loss(
+        torch.zeros(1, len(index), 8), index[None], mask, causal, **options
+    )
+    return round(loss.item() * len(index), 3)
+
+
+def test_with_one_expert_a_token_the_count_is_any_lrus():
+    """No two experts were used last by the same token."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(8, (60, 1), generator=generator)
+    assert counted(index, 3, 0.4) == lru_misses(index, 3)
+
+
+def test_with_more_the_count_is_that_of_the_rule_and_no_other_lrus():
+    """Twenty sequences: the rule's count in all, ours of the simulator in some only."""
+    same = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(40)])
+        assert counted(index, 3, 0.4) == misses_of(index, 3, Fraction(2, 5))
+        same.append(counted(index, 3, 0.4) == lru_misses(index, 3))
+    assert not all(same)
+
+
+def test_an_expert_unused_for_long_is_still_resident():
+    """A gap of 1,300 tokens at gamma .9 falls below the smallest float; there is room for both."""
+    index = torch.ones(1301, 1, dtype=torch.int64)
+    index[0], index[-1] = 0, 0
+    assert counted(index, 2, 0.9) == 2  # the first uses of 0 and of 1
+    index[-1] = 2
+    assert counted(index, 2, 0.9) == 3  # never used: not there

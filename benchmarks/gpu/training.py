@@ -89,7 +89,7 @@ class PlainTrainer(Trainer):
 def settings_for(arguments: argparse.Namespace, **changes: Any) -> FinetuneSettings:
     return FinetuneSettings(
         steps=arguments.steps, batch_size=arguments.batch, max_length=arguments.tokens,
-        log_every=arguments.steps, bf16=True, **changes,
+        log_every=arguments.steps, compute_dtype="bfloat16", **changes,
     )  # fmt: skip
 
 

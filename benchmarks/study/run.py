@@ -54,7 +54,12 @@ class Ground:
         """Those of *run* on this ground."""
         own = run.settings
         rate = self.rate * own.learning_rate
-        return replace(own, learning_rate=rate, steps=self.steps or own.steps, bf16=self.bf16)
+        return replace(
+            own,
+            learning_rate=rate,
+            steps=self.steps or own.steps,
+            compute_dtype="bfloat16" if self.bf16 else "float32",
+        )
 
 
 def train(run: Run, out: Path, ground: Ground) -> FinetuneResult:

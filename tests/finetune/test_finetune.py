@@ -121,7 +121,7 @@ def test_tensors_keep_the_types_they_came_with():
 def test_bfloat16_computing_trains_too():
     """Autocast over bfloat16 weights, with trained parts in float32."""
     model = tiny_model("olmoe", dtype=torch.bfloat16)
-    rows = trained(model, bf16=True, steps=8)
+    rows = trained(model, compute_dtype="bfloat16", steps=8)
     assert rows[-1]["total"] < rows[0]["total"]
     assert model.lm_head.weight.dtype == torch.bfloat16
 

@@ -95,6 +95,7 @@ METADATA: Schema = {
     # Whether the run had no locality terms, so that it is a control of one that had.
     "is_control?": "flag",
     # The peak rates that the run took; the settings may leave them to the model's width.
+    "compute_dtype?": "text",
     "learning_rates?": {"width": "count", "routers": "number", "low_rank": "number"},
     # The earlier run that this one learned from beside its data.
     "teacher?": {"source": "text", "fingerprint": "text"},

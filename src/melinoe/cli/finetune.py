@@ -21,8 +21,8 @@ PANELS = {
     "How it is trained": (
         "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "steps",
         "epochs", "batch_size", "gradient_accumulation", "max_length", "packing",
-        "gradient_checkpointing", "bf16", "warmup", "schedule", "weight_decay", "max_grad_norm",
-        "seed",
+        "gradient_checkpointing", "compute_dtype", "warmup", "schedule", "weight_decay",
+        "max_grad_norm", "seed",
     ),
     _RUN: (
         "log_every", "eval_every", "save_every", "keep_checkpoints", "keep", "save", "report_to",

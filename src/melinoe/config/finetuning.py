@@ -148,7 +148,13 @@ class FinetuneSettings:
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time"
     )
-    bf16: bool = setting(False, "compute in bfloat16; trained parts stay in float32")
+    compute_dtype: str = setting(
+        "auto",
+        "type that is computed in; frozen weights keep the checkpoint's, trained parts are "
+        "float32; auto: bfloat16 on a GPU for a checkpoint of 16 bits, else float32, in which "
+        "a CPU is faster",
+        choices=("auto", "float32", "bfloat16"),
+    )
     log_every: int = setting(10, "steps between log lines")
     eval_every: int | None = setting(
         None,

@@ -1,5 +1,6 @@
 """Our settings in the words of transformers' Trainer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
     """
-    The Trainer's arguments, but for steps and learning rate; see `set_steps`.
+    The Trainer's arguments, but for steps and learning rate: see `set_steps`.
+
+    The settings' type is decided: see `with_compute_dtype`.
 
     They also say on how many processes the run is, and which of them this one is: making them joins
     the others.
@@ -48,7 +51,7 @@ def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> Tr
         save_strategy="no",
         eval_strategy="no",
         seed=settings.seed,
-        bf16=settings.bf16,
+        bf16=settings.compute_dtype == "bfloat16",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
@@ -56,6 +59,14 @@ def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> Tr
         report_to=trackers,
         disable_tqdm=True,
     )
+
+
+def with_compute_dtype(settings: FinetuneSettings, stored: torch.dtype) -> FinetuneSettings:
+    """Decide the type that is computed in, where it is left open, by device and checkpoint."""
+    if settings.compute_dtype != "auto":
+        return settings
+    narrow = torch.cuda.is_available() and stored.itemsize == 2
+    return replace(settings, compute_dtype="bfloat16" if narrow else "float32")
 
 
 def set_steps(

@@ -31,7 +31,7 @@ def held_out_terms(
         data: At least one example; each is a row of its own, packing or not.
         objective: Says what the terms are.
         collator: Pads the rows.
-        settings: ``batch_size`` and ``bf16``.
+        settings: ``batch_size`` and ``compute_dtype``.
         accelerator: Of a run on several processes: each measures its share of the same batches
             that one process would, and all return the same means. Every process must call.
     """
@@ -50,7 +50,8 @@ def held_out_terms(
         start = starts[mine] if mine < len(starts) else 0
         batch = collator(ordered[start : start + settings.batch_size])
         batch = {key: value.to(device) for key, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        narrow = settings.compute_dtype == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
             terms, _ = forward_terms(model, batch, objective, training=False)
         count = int((batch["labels"] != IGNORED).sum()) if mine < len(starts) else 0
         for key, value in terms.detached().items():

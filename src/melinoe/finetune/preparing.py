@@ -9,6 +9,7 @@ from torch import nn
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
 from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.widening import Widened
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.experts import family
 
@@ -19,7 +20,7 @@ class ReadyModel:
 
     Args:
         model: Changed in place.
-        settings: ``bf16`` and ``gradient_checkpointing`` are read.
+        settings: ``train``, ``compute_dtype`` and ``gradient_checkpointing`` are read.
     """
 
     def __init__(self, model: Any, settings: FinetuneSettings) -> None:
@@ -27,8 +28,9 @@ class ReadyModel:
         self._types = {name: tensor.dtype for name, tensor in tensors(model)}
         if not torch.cuda.is_available():
             keep_freed_memory()
-        if not settings.bf16:
-            model.float()
+        self._widened = None if settings.compute_dtype == "bfloat16" else Widened(model)
+        if self._widened is not None and settings.train != "router":
+            self._widened.make_way()  # for the function that adds the updates
         self._configs = switch_off_balancing(model)
         # The Trainer switches the key-value cache off in the config, and would leave it so.
         if hasattr(model.config, "use_cache"):
@@ -50,6 +52,8 @@ class ReadyModel:
     def make_plain(self, parts: TrainedParts) -> None:
         """Updates become the model's own weights; tensors get back the types they came with."""
         parts.merge(self._model)
+        if self._widened is not None:
+            self._widened.undo()
         self._model.requires_grad_(True).eval()
         for name, tensor in tensors(self._model):
             tensor.data = tensor.data.to(self._types.get(name, tensor.dtype))

@@ -23,7 +23,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Example, count_losses, encode, load_examples, pad_token_id
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
-from melinoe.finetune.arguments import training_arguments
+from melinoe.finetune.arguments import training_arguments, with_compute_dtype
 from melinoe.finetune.parts.saving import KeptParts, write_result
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
 from melinoe.finetune.resume.checkpoints import (
@@ -127,7 +127,8 @@ def finetune(
     anchor = None
     if anchor_examples and not isinstance(anchor_examples, str):
         anchor = encode(anchor_examples, tokenizer, settings.max_length)
-    arguments = training_arguments(settings, checkpoints)  # joins the other processes
+    computed = with_compute_dtype(settings, checkpoint.dtype)
+    arguments = training_arguments(computed, checkpoints)  # joins the other processes
     main = arguments.process_index == 0
     with open_checkpoint(source) as checkpoint:
         stamps = checkpoint.stamps
@@ -147,7 +148,7 @@ def finetune(
         trained = run_training(
             model,
             encoded,
-            settings,
+            computed,
             pad_token_id=pad_token_id(tokenizer),
             eval_data=held_out,
             anchor_data=anchor,
@@ -180,6 +181,7 @@ def finetune(
             "is_control": settings.is_control,
             # The settings may leave them to the model's width.
             "learning_rates": asdict(trained.rates),
+            "compute_dtype": computed.compute_dtype,
             "teacher": None
             if taught_by is None
             else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import InterruptedRunError, TrainingError
-from melinoe.finetune.arguments import set_steps, training_arguments
+from melinoe.finetune.arguments import set_steps, training_arguments, with_compute_dtype
 from melinoe.finetune.packing import find_packing
 from melinoe.finetune.parts.adapter import Adapter, adapter_of
 from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
@@ -150,6 +150,8 @@ def run_training(
             "or give no teacher"
         )
     # The Trainer makes a directory even if it saves nothing.
+    stored = find_experts(model)[0].module.get_parameter("down_proj").dtype
+    settings = with_compute_dtype(settings, stored)
     with tempfile.TemporaryDirectory() as work, ExitStack() as undo:
         arguments = arguments or training_arguments(settings, checkpoints or work)
         processes, sharded = arguments.world_size, is_sharded(arguments)

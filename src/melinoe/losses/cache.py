@@ -5,10 +5,14 @@ How many of a token's experts an imagined cache lacks.
                the clip bounds the loss to [0, K].
     literal    c = C s / |s|, as in the paper. It rewards the same K experts for ever rather than at
                most C of them, and has no lower bound but K - C.
-    resident   c = 1 for the C experts with the highest s above 0, else 0. Closest to what a cache
-               does when it serves: with gamma in (0, 1/2) these are the C experts used last, so the
-               loss is the exact number of misses of an LRU cache; with gamma as in decayed LFU,
-               those of an LFU cache that remembers the experts it let go.
+    resident   c = 1 for the C experts with the highest s of those used before, else 0. Closest to
+               what a cache does when it serves. With gamma in (0, 1/2) these are the C experts used
+               last; of experts last used by the same token those stay that were used before later,
+               then the lower ids. So the loss counts the misses of that LRU cache exactly: with one
+               expert a token, of any; with more, an LRU cache that breaks those ties otherwise may
+               count a few more or fewer. With a larger gamma it is near the count of a decayed LFU
+               cache that remembers what it let go, but that one always holds what it has just
+               loaded, and this one only the experts with the highest s.
 
 All three pull on the router alike: along p_f, by what the cache lacks.
 
@@ -80,14 +84,19 @@ def cache_simulation_loss(
         s = select(causal_filter(hard), completion)
         p = select(router_logits, completion).float().softmax(-1)[..., :num_experts]
     chosen = select(hard, completion)
-    cost = missing_share(s, capacity, form)
+    used = None
+    if form == "resident" and causal_filter.ever is not None:
+        used = select(causal_filter.ever(hard), completion) > 0
+    cost = missing_share(s, capacity, form, used)
     if swap_margin is not None:
         cost = cost * _ease_of_swap(p.detach(), chosen, cost.detach(), swap_margin)
     value, pull = (chosen * cost).sum(-1), (p * cost.detach()).sum(-1)
     return mean(value + (pull - pull.detach()), denominator)
 
 
-def missing_share(s: Tensor, capacity: float | Tensor, form: Form) -> Tensor:
+def missing_share(
+    s: Tensor, capacity: float | Tensor, form: Form, used: Tensor | None = None
+) -> Tensor:
     """
     1 - c, the share of each expert that is not in the cache, from the filter's *s*.
 
@@ -95,10 +104,14 @@ def missing_share(s: Tensor, capacity: float | Tensor, form: Form) -> Tensor:
         s: ``(count, ..., experts)``, never below 0.
         capacity: As in `cache_simulation_loss`.
         form: See this module.
+        used: Experts used before in the sequence, where *s* may have fallen below the smallest
+            float since; bool, as *s*. Default: those with *s* above 0.
     """
     if isinstance(capacity, Tensor):
         capacity = capacity.to(s)[..., None]
     if form == "resident":
+        if used is not None:  # the longest unused are equals, and still before those never used
+            s = torch.where(used, s.clamp(min=torch.finfo(s.dtype).tiny), 0.0)
         # Stable, so that of equals the lower id is resident, whatever the device.
         order = s.sort(dim=-1, descending=True, stable=True).indices
         place = torch.arange(s.shape[-1], device=s.device).expand_as(s)

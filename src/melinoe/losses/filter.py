@@ -4,6 +4,8 @@ The memory of the imagined cache: one causal exponential filter over what a rout
 Source: MELINOE, arXiv:2602.11192, whose recurrence this is in closed form.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +44,11 @@ class CausalFilter:
     between: Tensor  # (batch, chunks, chunks): chunk from earlier chunk, same segment
     head: Tensor  # (batch, chunks, chunk): share of what was handed on in each token
     chunk: int
+    # The same without forgetting, where gamma makes float32 forget what was used long ago.
+    ever: CausalFilter | None = None
 
     @classmethod
-    def of(cls, segment_ids: Tensor, gamma: float, *, chunk: int = _CHUNK) -> "CausalFilter":
+    def of(cls, segment_ids: Tensor, gamma: float, *, chunk: int = _CHUNK) -> CausalFilter:
         """
         Prepare the filter.
 
@@ -79,7 +83,9 @@ class CausalFilter:
         hop = order[:, None] - order[None, :] - 1
         # What chunk i hands on reaches chunk k if the segment that ends i also ends k - 1.
         between = powers(hop * chunk) * (hop >= 0) * (first[:, :, None] == last[:, None, :])
-        return cls(inside, tail, between, head, chunk)
+        forgets = 0 < gamma < 1 and gamma**tokens < torch.finfo(torch.float32).tiny
+        ever = cls.of(segment_ids, 1.0, chunk=chunk) if forgets else None
+        return cls(inside, tail, between, head, chunk, ever)
 
     def __call__(self, choices: Tensor) -> Tensor:
         """

@@ -9,7 +9,7 @@ bit. Whatever differs between families is data on the module, as in `melinoe.moe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,11 +64,15 @@ def grouped_experts(
     counts = torch.histc(counted, bins=num_experts, min=0, max=num_experts - 1)
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
 
+    # Within an autocast rows are wider than they are computed with.
+    wide = not torch.is_autocast_enabled(rows.device.type)
+
     def project(name: str, rows: Tensor) -> Tensor:
         weight = getattr(module, name)
         if not getattr(module, "is_transposed", False):
             weight = weight.transpose(-2, -1)
-        rows = rows.to(weight.dtype)
+        if not wide:
+            rows = rows.to(weight.dtype)
         product = grouped_product(rows, weight, offsets)
         if addition is not None:
             product.add_(addition(name, rows, offsets))
@@ -94,17 +98,51 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Each row times the matrix of its group; with gradient, which is zero for a group of no rows.
 
     Args:
-        rows: ``(rows, in)``, sorted by group, of the dtype of *weight*.
+        rows: ``(rows, in)``, sorted by group, of the dtype of *weight*; or wider, where *weight* is
+            frozen: each matrix is then cast up as it is read.
         weight: ``(groups, in, out)``.
         offsets: int32 ``(groups,)``; rows up to and with each group.
 
     Returns:
         ``(rows, out)``.
     """
+    if rows.dtype != weight.dtype:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            raise ValueError("a weight of another type than its rows must be frozen")
+        return _Widened.apply(rows, weight, offsets)  # type: ignore[no-any-return]
     if weight.dtype in _KERNEL_DTYPES and is_aligned(weight):
         return _grouped_mm(rows, weight, offsets)
     # torch's kernel takes neither float64 nor rows that start between two 16-byte words.
     return torch.ops.transformers.grouped_mm_fallback(rows, weight, offsets)
+
+
+class _Widened(torch.autograd.Function):
+    """Grouped products whose matrices are cast to the rows' type, one group at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, offsets)
+        out = rows.new_empty(rows.shape[0], weight.shape[-1])
+        for group, some in _groups(offsets):
+            torch.mm(rows[some], weight[group].to(rows.dtype), out=out[some])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (weight, offsets) = gradients, ctx.saved_tensors
+        out = gradient.new_empty(gradient.shape[0], weight.shape[-2])
+        for group, some in _groups(offsets):
+            torch.mm(gradient[some], weight[group].to(gradient.dtype).T, out=out[some])
+        return out, None, None
+
+
+def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Groups that have rows, with their rows. Waits for the device."""
+    start = 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
 
 
 def is_aligned(weight: Tensor) -> bool:

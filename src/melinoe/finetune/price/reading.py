@@ -79,7 +79,7 @@ def read(
     Args:
         model: In any mode, which it is left in; with its updates on.
         texts: At least one with a completion.
-        settings: ``batch_size`` and ``bf16``.
+        settings: ``batch_size`` and ``compute_dtype``.
         routers: Whose choices are wanted; none: no trace.
 
     Cost: one forward pass over the texts, on each process that calls.
@@ -93,7 +93,8 @@ def read(
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
         batch = {k: v.to(device) for k, v in collate([texts[i] for i in rows]).items()}
-        with recorder, torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        narrow = settings.compute_dtype == "bfloat16"
+        with recorder, torch.autocast(device.type, torch.bfloat16, enabled=narrow):
             logits = logits_of(model, model_outputs(model, batch))
             chosen = recorder.take() if routers else []
         labels = batch["labels"][:, 1:]
