@@ -28,7 +28,7 @@ from melinoe.fast.handle import FastHandle
 from melinoe.fast.support import why_not
 from melinoe.fast.workspace import workspace_bytes
 from melinoe.host_memory import check_host_room, format_bytes
-from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
 from melinoe.runtime.attach import checked_settings
 from melinoe.runtime.load import fill_all
 from melinoe.runtime.ram_store import PinnedStore, RamStore
@@ -79,6 +79,7 @@ def attach(
         AttachError: the engine cannot run here, or the model is not in memory, or attached already.
         UnsupportedModelError, BudgetError, MelinoeError: as `melinoe.attach`.
     """
+    model = without_wrapper(model)
     layers = find_experts(model)
     for layer in layers:
         if store is None and any(p.is_meta for p in layer.module.parameters(recurse=False)):

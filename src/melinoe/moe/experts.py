@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +110,31 @@ def find_experts(model: nn.Module) -> list[ExpertsLayer]:
     return layers
 
 
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model that a PEFT model wraps, adapters in place: calls of either reach its forward."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def watch_for_adapters(model: nn.Module, layers: Sequence[ExpertsLayer]) -> Callable[[], None]:
+    """Make a check: raises AttachError once an adapter has been put on the experts of *layers*."""
+    places = []
+    for layer in layers:
+        block, _, child = layer.name.rpartition(".")
+        places.append((model.get_submodule(block), child, layer.name))
+
+    def check() -> None:
+        for block, child, name in places:
+            if hasattr(block._modules.get(child), "base_layer"):
+                raise AttachError(
+                    f"an adapter was put on the experts of {name}, whose weights are in the expert "
+                    "store; detach() the runtime and merge the adapter into the weights first "
+                    "(merge_and_unload, or `melinoe merge`)"
+                )
+
+    return check
+
+
 def family(model: nn.Module) -> str:
     """The model type as transformers names it, for messages."""
     return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
@@ -190,7 +215,7 @@ def _refuse_adapters(model: nn.Module) -> None:
         if wraps or (is_experts_module(module) and hasattr(module, "parametrizations")):
             raise AttachError(
                 f"an adapter sits on the experts of {name}; merge it into the weights first "
-                "(merge_and_unload)"
+                "(merge_and_unload, or `melinoe merge`)"
             )
         if is_experts_module(module) and hasattr(module, ADAPTER):
             raise AttachError(

@@ -12,7 +12,7 @@ from melinoe.cache.policy import Policy, policy_makers
 from melinoe.errors import AttachError, BudgetError
 from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.dispatch import bound
-from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
 from melinoe.runtime.budget import slots_by_layer, slots_for
 from melinoe.runtime.handle import Handle
 from melinoe.runtime.misses import Misses, check_miss, measure_misses
@@ -47,7 +47,8 @@ def attach(
     saved, moved or cast until `Handle.detach`.
 
     Args:
-        model: a transformers model of a decorated family.
+        model: a transformers model of a decorated family, or PEFT's model around one, with
+            adapters on any module but the experts.
         slots: experts per layer to keep in fast memory, 1 to all; or of each layer, as
             `melinoe.cache.allocate` makes them.
         expert_memory: the same as a budget for all layers, such as ``"8GiB"``; never exceeded.
@@ -68,6 +69,7 @@ def attach(
             store of another model; an unknown way to handle misses.
         MelinoeError: no such policy.
     """
+    model = without_wrapper(model)
     layers = find_experts(model)
     check_miss(miss, miss_threads)
     if isinstance(store, str):

@@ -16,7 +16,7 @@ from melinoe.cache.policy import Policy
 from melinoe.errors import AttachError
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, still_used, unbind, use_melinoe
-from melinoe.moe.experts import ExpertsLayer
+from melinoe.moe.experts import ExpertsLayer, watch_for_adapters
 from melinoe.runtime.audit import audit
 from melinoe.runtime.budget import slots_by_layer
 from melinoe.runtime.choosing import Choosing
@@ -91,7 +91,8 @@ class Handle(Following):
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
-            self._passes.check = still_used(model)
+            checks = still_used(model), watch_for_adapters(model, layers)
+            self._passes.check = lambda: [check() for check in checks]
             undo.callback(self._plug_in(model))
             self._undo = undo.pop_all()
         self._attached = True

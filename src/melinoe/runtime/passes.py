@@ -71,7 +71,7 @@ class ForwardPasses:
         self.counters = counters
         self.lock = threading.RLock()
         self.forward: Callable[..., Any] = model.forward
-        self.check: Callable[[], None] = lambda: None
+        self.check: Callable[[], object] = lambda: None
         self.recorder: Recorder | UseMeter | None = None
         self.before_completion: Callable[[], None] | None = None
         self.prompt_uses: PromptUses | None = None

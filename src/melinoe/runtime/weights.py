@@ -67,8 +67,9 @@ def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
 
     def refuse(*_: object) -> None:
         raise AttachError(
-            f"the weights of {layer.name} are in the expert store, so the model cannot be saved or "
-            "copied; detach() the runtime first"
+            f"the weights of {layer.name} are in the expert store, so the model's state cannot be "
+            "read, as to save it, copy it or load an adapter; detach() the runtime first, or "
+            "merge the adapter into the checkpoint (`melinoe merge`)"
         )
 
     hook = layer.module.register_state_dict_pre_hook(refuse)
