@@ -1,4 +1,4 @@
-"""`melinoe finetune`: teach a model to prefer few experts per sequence."""
+"""`melinoe finetune`: train a model to need fewer expert transfers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +168,7 @@ def command(
     given: dict[str, Any],
 ) -> None:
     """
-    Fine-tune any supported MoE checkpoint so that each sequence prefers few experts.
+    Fine-tune any supported MoE checkpoint with the aim of fewer expert transfers.
 
     On several devices: accelerate launch -m melinoe finetune ... (on the CPU with --multi_gpu; on
     several nodes with OUT on a disk that all share).
