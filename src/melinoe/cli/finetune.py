@@ -58,7 +58,8 @@ def command(
     resume: Annotated[
         bool,
         typer.Option(
-            help="Go on from the newest checkpoint of an interrupted run, in OUT.checkpoints.",
+            help="Go on from the newest checkpoint of an interrupted run, in OUT.checkpoints; or, "
+            "where OUT is written, complete its measuring and its card.",
             rich_help_panel=_RUN,
         ),
     ] = False,
@@ -187,14 +188,14 @@ def command(
         settings = replace(settings, lambda_match=MATCH)
     if control:
         settings = settings.control()
-    from melinoe.checkpoint import check_output
     from melinoe.data import load_examples
     from melinoe.finetune import finetune
     from melinoe.finetune.processes import leave
+    from melinoe.finetune.resume.finished import check_place
     from melinoe.finetune.taught import beside, train_control, train_teacher
 
     options.quiet()
-    check_output(out)
+    check_place(out, resume)
     if against is not None:
         _check_against(against, settings, measure, price is not None)
     examples = load_examples(data, split=split, limit=limit, columns=columns)
@@ -255,7 +256,7 @@ def command(
         held_out = measuring.judges(held_out, base, settings.max_length)
 
     of = None if against is None else Path(against)
-    measuring.finish(result.out, base, data, split, held_out, measure, of, columns)
+    measuring.finish(result.out, base, data, split, held_out, measure, of, columns, resume)
 
 
 def _check_against(against: str, settings: FinetuneSettings, measure: bool, priced: bool) -> None:

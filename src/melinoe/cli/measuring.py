@@ -113,6 +113,7 @@ def finish(
     measure: bool = True,
     control: Path | None = None,
     columns: str | None = None,
+    resume: bool = False,
 ) -> None:
     """
     Complete a fine-tuned checkpoint: its origin, its measured outcome, its card.
@@ -128,6 +129,7 @@ def finish(
         measure: Whether to.
         control: To state the price against, or none.
         columns: What the columns of *data* are, as it was given.
+        resume: Whether an outcome that is there already may be this one.
 
     Raises:
         TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
@@ -150,7 +152,7 @@ def finish(
             "too few examples to hold some out, so nothing was measured before and after; give "
             "--eval-data"
         )
-    elif measure:
+    elif measure and not (resume and _is_measured(out, control)):
         try:
             record_outcome(
                 out,
@@ -168,6 +170,14 @@ def finish(
     options.say(f"wrote {out}/README.md and its figures")
     if failed is not None:
         raise failed
+
+
+def _is_measured(out: Path, control: Path | None) -> bool:
+    """Whether the outcome is there, and beside the control if there is one."""
+    from melinoe.checkpoint import read_metadata
+
+    outcome = read_metadata(out).get("outcome") or {}
+    return bool(outcome) and (control is None or "control" in outcome)
 
 
 def _unmeasured(out: Path, control: Path | None, error: MelinoeError) -> TrainingError:

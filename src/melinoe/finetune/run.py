@@ -11,14 +11,14 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from melinoe.checkpoint.backbone import load_model
+from melinoe.checkpoint.backbone import load_backbone, load_model
 from melinoe.checkpoint.hub import commit_of
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.rewriting import check_rewritable, round_as_stored
 from melinoe.checkpoint.safetensors_file import Stamp, check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.writing import bytes_of, check_output, check_room
+from melinoe.checkpoint.writing import bytes_of, check_room
 from melinoe.config import FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Example, count_losses, encode, load_examples, pad_token_id
@@ -32,6 +32,7 @@ from melinoe.finetune.resume.checkpoints import (
     read_state,
     remove_checkpoints,
 )
+from melinoe.finetune.resume.finished import check_place, finished_run, is_written
 from melinoe.finetune.resume.state import data_fingerprint
 from melinoe.finetune.terms.own_text import write_own_text
 from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
@@ -92,7 +93,7 @@ def finetune(
         callbacks: As in `train`. What one's ``metadata()`` gives, if it has such a method, goes
             into the record of the run.
         resume: Go on from the run's newest whole checkpoint, in ``<out>.checkpoints``; from the
-            beginning if there is none.
+            beginning if there is none. A result that was written already is read.
 
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
@@ -107,7 +108,7 @@ def finetune(
         WriteError: the result could not be written; what was trained is in the run's checkpoints.
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
-    path, name = check_output(out), str(model_path)
+    path, name = check_place(out, resume), str(model_path)
     checkpoints = path.with_name(f"{path.name}.checkpoints")
     if not resume and list_checkpoints(checkpoints):
         raise OutputExistsError(
@@ -123,6 +124,12 @@ def finetune(
     from_name = isinstance(data, (str, Path))
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     encoded = encode(examples, tokenizer, settings.max_length)
+    if is_written(path, resume):
+        with open_checkpoint(source) as checkpoint:
+            base_fingerprint = fingerprint(load_backbone(checkpoint))
+        found = dict(finished_run(path, settings, encoded, base_fingerprint))
+        remove_checkpoints(checkpoints)
+        return FinetuneResult(path, found["log"], found)
     held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
     anchor = None
     if anchor_examples and not isinstance(anchor_examples, str):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint.metadata import read_metadata
-from melinoe.checkpoint.writing import check_output
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import TrainingError
+from melinoe.finetune.resume.finished import check_place
 from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
 
@@ -38,7 +38,7 @@ def finetune_taught(
 
     Cost: two trainings, of which the second has a forward pass more per batch.
     """
-    path = check_output(out)
+    path = check_place(out, resume)
     place = train_teacher(
         model_path, data, beside(path, "teacher"), settings, resume=resume, **options
     )

@@ -29,6 +29,7 @@ from melinoe.finetune.price.panel import OWN, Panel
 from melinoe.finetune.price.reference import Reference, ReferenceCallback, identity, is_reference
 from melinoe.finetune.price.steering import Price, PriceCallback
 from melinoe.finetune.price.strength import next_strength
+from melinoe.finetune.resume.finished import check_place, is_written
 from melinoe.finetune.resume.state import check_same_settings
 from melinoe.finetune.run import FinetuneResult, finetune
 from melinoe.finetune.taught import beside, train_teacher
@@ -137,7 +138,16 @@ def finetune_within(
         raise TrainingError(
             "a bound on other domains needs text of theirs; give other data, or leave the bound out"
         )
-    path, name = check_output(out), str(model_path)
+    path, name = check_place(out, resume), str(model_path)
+    work = path.with_name(f"{path.name}.runs")
+    if is_written(path, resume):  # all that was left to do is to clear up
+        metadata = read_metadata(path)
+        theirs = metadata.get("settings") or {}
+        strength = theirs.get("lambda_cache", settings.lambda_cache)
+        check_same_settings(path, theirs, replace(settings, lambda_cache=strength))
+        if _is_main():
+            shutil.rmtree(work, ignore_errors=True)
+        return FinetuneResult(path, metadata["log"], metadata)
     directory = _place_of(path, reference, resume)
     # A reference that was named must be there; one that an interrupted call wrote may be.
     found = Reference.load(directory) if reference is not None or is_reference(directory) else None
@@ -174,7 +184,6 @@ def finetune_within(
         if _is_main():
             found.save(directory)
     found.check(wanted, directory)
-    work = path.with_name(f"{path.name}.runs")
     if _is_main() and work.exists() and not resume:
         raise OutputExistsError(
             f"{work} holds runs of a search that did not end; go on with --resume, or delete them"
@@ -271,4 +280,9 @@ def _place_of(out: Path, reference: str | Path | None, resume: bool) -> Path:
     if reference is not None:
         return Path(reference).expanduser()
     beside = reference_place(out)
-    return beside if resume and is_reference(beside) else check_output(beside)
+    if resume and is_reference(beside):
+        return beside
+    if is_written(beside, resume) and _is_main():
+        # It was killed before it was measured as a reference, which takes its training.
+        shutil.rmtree(beside)
+    return check_output(beside)
