@@ -17,6 +17,7 @@ The hub's checkpoint layout: opened and checked without its weights, read piece 
     origin.py             where a fine-tuned model comes from: its base's licence, its data's hash
     rewriting.py          a copy of the base's weight files, what changed overwritten
     other_files.py        what else a checkpoint holds, copied as it is
+    export_rules.py       what other engines read otherwise
     writing.py            write_model: both of these, whole or not at all
     unfinished.py         a directory to fill beside what it will become; SIGTERM deletes it
 """

@@ -169,5 +169,6 @@ def _is_stored(place: Place, tensor: Tensor) -> bool:
 
 def _overwrite(file: BinaryIO, place: Place, tensor: Tensor) -> None:
     new = tensor.to("cpu", place.info.dtype).contiguous()
+    data: Any = new.reshape(-1).view(torch.uint8).numpy()
     file.seek(place.info.start)
-    file.write(memoryview(new.reshape(-1).view(torch.uint8).numpy()))
+    file.write(memoryview(data))

@@ -1,5 +1,6 @@
 """Write a model as a checkpoint of the hub's layout: all of it, or nothing."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from melinoe.checkpoint.export_rules import other_results
+from melinoe.checkpoint.files import read_raw_config
 from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.other_files import copy_other_files, other_files
@@ -17,6 +20,8 @@ from melinoe.checkpoint.sums import sums_of
 from melinoe.checkpoint.unfinished import unfinished
 from melinoe.errors import OutputExistsError, WriteError
 from melinoe.moe.experts import find_experts
+
+_log = logging.getLogger("melinoe")
 
 
 def check_output(out: str | Path) -> Path:
@@ -128,9 +133,21 @@ def write_model(
     with open_checkpoint(base) as checkpoint, whole_directory(out) as directory:
         rewrite(model, checkpoint, changed, directory)
         copy_other_files(checkpoint, directory)
+        _warn_of_other_engines(directory, out)
         write_metadata(directory, metadata)
         if also is not None:
             also(directory)
+
+
+def _warn_of_other_engines(directory: Path, out: str | Path) -> None:
+    """Say in one line who would compute something else, without a word, from what was written."""
+    found = other_results(read_raw_config(str(directory))[1])
+    for engines in dict.fromkeys(one.engines for one in found):
+        settings = " and ".join(one.what for one in found if one.engines == engines)
+        _log.warning(
+            "%s: %s compute something else from it (%s); see `melinoe doctor %s --export`",
+            out, engines, settings, out,
+        )  # fmt: skip
 
 
 def bytes_of(checkpoint: Checkpoint) -> int:

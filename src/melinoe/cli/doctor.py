@@ -36,6 +36,17 @@ def command(
             "hub's cache, has of the files.",
         ),
     ] = False,
+    export: Annotated[
+        bool,
+        typer.Option("--export", help="Say instead what other engines would read otherwise."),
+    ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --export: a JSON file to write greedy tokens and log-probabilities of four "
+            "prompts to, for another engine's to be compared with."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
@@ -45,6 +56,17 @@ def command(
 
     options.quiet()
     asked = options.resolve(model)
+    if reference is not None and not export:
+        raise typer.BadParameter("it belongs to --export", param_hint="--reference")
+    if export and (expert_memory or verify):
+        raise typer.BadParameter("it takes neither --expert-memory nor --verify; ask for those "
+                                 "without it", param_hint="--export")  # fmt: skip
+    if export:
+        from melinoe.cli.exporting import show_export
+
+        with _as_checkpoint(asked) as name:
+            show_export(asked, name, reference, as_json)
+        return
     with _as_checkpoint(asked) as name:
         about = _describe(asked, name)
         if not about.supported:

@@ -11,6 +11,7 @@ Run one configuration over prompts, count and time; records that `report` reads.
     timeline.py  one generation token by token, a record of kind ``timeline``
     link.py      how records name an emulated link
     reading.py   reading_trace: what a model chooses while it reads given text; its record
+    reference.py greedy tokens and log-probabilities for another engine's to be compared with
     training.py  a training log to a record of kind ``training``
 """
 
