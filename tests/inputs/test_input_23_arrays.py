@@ -21,7 +21,7 @@ def test_one_array_is_a_trace(tmp_path):
 
 
 def test_what_stands_beside_it_is_taken(tmp_path):
-    """Sequences, kinds, passes and weights; another array is left out and named."""
+    """Sequences, kinds, passes and weights; another number of each token is left out and named."""
     np.savez(
         tmp_path / "t.npz",
         topk_ids=EXPERTS,
@@ -29,12 +29,12 @@ def test_what_stands_beside_it_is_taken(tmp_path):
         kind=[0, 1, 0],
         forward=[0, 1, 2],
         scores=np.full(EXPERTS.shape, 0.5),
-        mood=[1],
+        mood=[1, 2, 3],
     )
     found = read_foreign(tmp_path / "t.npz", num_experts=4)
     assert found.trace.sequence.tolist() == [0, 0, 1] and found.trace.kind.tolist() == [0, 1, 0]
     assert found.trace.scores[0, 1].tolist() == [0.5, 0]
-    assert found.notes == ["arrays left out: mood"]
+    assert found.notes == ["columns left out: mood"]
     assert read_foreign(tmp_path / "t.npz", num_experts=4, statistics=True).counts.sum() == 11
 
 
@@ -46,10 +46,10 @@ def test_what_stands_beside_it_is_taken(tmp_path):
         ({"experts": EXPERTS + 1}, "row 1 has the value 4"),
         ({"experts": EXPERTS + 0.5}, "row 1 has the value 3.5"),
         ({"experts": EXPERTS, "kind": [0, 1]}, "kind has the shape"),
-        ({"experts": EXPERTS, "kind": [0, 1, 3]}, "row 3 has the value 3 as its kind"),
+        ({"experts": EXPERTS, "kind": [0, 1, 3]}, "row 5 has the kind 3"),
         ({"experts": EXPERTS, "forward": [2, 1, 0]}, "earlier forward pass"),
-        ({"experts": EXPERTS, "scores": [1.0]}, "scores"),
-        ({"one": EXPERTS, "two": EXPERTS}, "experts"),
+        ({"experts": EXPERTS, "scores": [1.0]}, "scores has the shape"),
+        ({"one": EXPERTS, "two": EXPERTS}, "which of one, two"),
         ({"experts": np.array([[[{}]]])}, "allow_pickle"),
     ],
 )
@@ -67,5 +67,5 @@ def test_a_torn_file_and_a_missing_number_are_refused(tmp_path):
         read_foreign(tmp_path / "t.npy")
     for blob in ((tmp_path / "t.npy").read_bytes()[:100], b"", b"PK\x03\x04", b"\x80\x04N."):
         (tmp_path / "x.npz").write_bytes(blob)
-        with pytest.raises(TraceError, match="cannot be imported"):
+        with pytest.raises(TraceError, match="cannot be read"):
             read_foreign(tmp_path / "x.npz", num_experts=4)

@@ -19,7 +19,7 @@ def command(
     ],
     out: Annotated[Path, typer.Option(help="The file to write: a trace, or statistics (.json).")],
     format: Annotated[
-        str, typer.Option(help="auto (by the name's end), table, arrays, sglang or llama.cpp.")
+        str, typer.Option(help="auto (by the name's end), table, sglang or llama.cpp.")
     ] = "auto",
     statistics: Annotated[
         bool, typer.Option(help="Write how often each expert was chosen, without the order.")

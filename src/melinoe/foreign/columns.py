@@ -1,9 +1,10 @@
-"""Read the columns of a table (CSV, Parquet, JSON lines), and exact whole numbers out of them."""
+"""Read the columns of a table (CSV, Parquet, JSON lines, arrays), and exact numbers out of them."""
 
 from __future__ import annotations
 
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from melinoe.errors import TraceError
 
-SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson", ".npz", ".npy")
 MOST = np.iinfo(np.int32).max
+_CHOICES = ("experts", "expert_ids", "topk_ids", "selected_experts")
 
 
 def read_columns(path: str | os.PathLike) -> dict[str, Any]:
@@ -20,8 +22,8 @@ def read_columns(path: str | os.PathLike) -> dict[str, Any]:
     Read a table.
 
     Args:
-        path: ``.csv`` with a header line, ``.parquet`` or ``.jsonl``, one object a line; also
-            gzipped, with ``.gz`` behind the name.
+        path: ``.csv`` with a header line, ``.jsonl``, one object a line (both also gzipped, with
+            ``.gz`` behind the name), ``.parquet``, or ``.npz`` and ``.npy`` as `_of_arrays` says.
 
     Returns:
         Arrow arrays by the name of the column, as the file has it.
@@ -36,6 +38,8 @@ def read_columns(path: str | os.PathLike) -> dict[str, Any]:
     if kind not in SUFFIXES:
         raise TraceError(f"{path} is not one of {', '.join(SUFFIXES)}; name a table so")
     try:
+        if kind in (".npz", ".npy"):
+            return _of_arrays(path)
         if kind == ".parquet":
             table = parquet.read_table(path)
         else:
@@ -47,8 +51,8 @@ def read_columns(path: str | os.PathLike) -> dict[str, Any]:
                 # A block must hold the longest line.
                 block = json.ReadOptions(block_size=1 << 26)
                 table = json.read_json(pa.BufferReader(blob), read_options=block)
-    except (OSError, pa.ArrowException) as error:
-        said = str(error).splitlines()[0]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # Arrow's are ValueErrors
+        said = (str(error) or "it is empty").splitlines()[0]
         raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
@@ -58,6 +62,40 @@ def read_columns(path: str | os.PathLike) -> dict[str, Any]:
         name: values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
         for name, values in columns.items()
     }
+
+
+def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Read arrays as a table whose rows are the layers of each token, in that order.
+
+    The array ``experts``, another name of it or the only one holds integers (tokens, layers, k);
+    beside it may stand one number for each token, and ``scores``, shaped as the experts.
+    """
+    import pyarrow as pa
+
+    with Path(path).open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)  # objects are pickles
+        arrays = {"experts": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    called = [name for name in arrays if name in _CHOICES] or list(arrays)
+    if len(called) != 1:
+        raise ValueError(f"which of {', '.join(called)} are the experts? call that experts")
+    experts = arrays.pop(called[0])
+    if experts.ndim != 3 or not experts.size:
+        raise ValueError(f"{called[0]} has the shape {experts.shape}, not (tokens, layers, k)")
+    tokens, layers, top_k = experts.shape
+    columns = {"token": np.repeat(np.arange(tokens), layers)}
+    columns["layer"] = np.tile(np.arange(layers), tokens)
+    columns |= {f"expert_{k}": experts[:, :, k].ravel() for k in range(top_k)}
+    for name, values in arrays.items():
+        if name == "scores" and values.shape == experts.shape:
+            columns |= {f"score_{k}": values[:, :, k].ravel() for k in range(top_k)}
+        elif values.shape == (tokens,):
+            columns[name] = np.repeat(values, layers)
+        else:
+            raise ValueError(
+                f"{name} has the shape {values.shape}, which fits no token; take it out"
+            )
+    return {name: pa.array(values) for name, values in columns.items()}
 
 
 def whole(

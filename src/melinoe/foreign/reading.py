@@ -11,9 +11,8 @@ from melinoe.cache.trace import Trace
 from melinoe.errors import TraceError
 from melinoe.foreign.columns import SUFFIXES
 
-FORMATS = ("auto", "table", "arrays", "sglang", "llama.cpp")
-_BY_SUFFIX = dict.fromkeys(SUFFIXES, "table") | dict.fromkeys((".npz", ".npy"), "arrays")
-_BY_SUFFIX |= {".pt": "sglang", ".gguf": "llama.cpp"}
+FORMATS = ("auto", "table", "sglang", "llama.cpp")
+_BY_SUFFIX = dict.fromkeys(SUFFIXES, "table") | {".pt": "sglang", ".gguf": "llama.cpp"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,6 @@ def read_foreign(
         from melinoe.foreign.tables import read_table
 
         found, notes = read_table(path, num_experts, model, statistics)
-    elif format == "arrays":
-        from melinoe.foreign.arrays import read_arrays
-
-        found, notes = read_arrays(path, num_experts, model, statistics)
     elif format == "sglang":
         from melinoe.foreign.sglang import read_sglang
 
