@@ -86,6 +86,28 @@ def test_a_long_table_that_says_no_order_is_refused(tmp_path, text, words):
         read_foreign(as_file(tmp_path / "t.csv", text), num_experts=4)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"token,layer,\xc3expert\n0,0,1\n"),
+        ("b.jsonl", b'{"token": 0, "expert": 1, "layer": null}\n'),
+        ("c.jsonl", b'{"token": 0, "expert": 1, "layer": 0, "kind": [1]}\n'),
+        ("d.jsonl", b'{"token": 0, "expert": 1, "layer": 0, "req_id": {"a": 1}}\n'),
+        ("e.jsonl", b"[1, 2]\n"),
+        ("f.jsonl", b""),
+        ("g.parquet", b"PAR1"),
+        ("h.csv.gz", b"\x1f\x8b\x08"),
+        ("i.pt", b"\x80\x02]q\x00."),
+    ],
+)
+def test_whatever_bytes_a_file_holds_it_is_refused_in_a_sentence(tmp_path, name, content):
+    """Found by changing files at random: no traceback."""
+    (tmp_path / name).write_bytes(content)
+    for statistics in (False, True):
+        with pytest.raises(TraceError, match=name):
+            read_foreign(tmp_path / name, num_experts=4, statistics=statistics)
+
+
 def test_every_long_table_can_be_counted(tmp_path):
     """What is refused as a trace has statistics."""
     path = as_file(tmp_path / "t.csv", LONG.replace("0,1,2\n0,1,0\n", ""))

@@ -51,13 +51,14 @@ def read_columns(path: str | os.PathLike) -> dict[str, Any]:
                 # A block must hold the longest line.
                 block = json.ReadOptions(block_size=1 << 26)
                 table = json.read_json(pa.BufferReader(blob), read_options=block)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # Arrow's are ValueErrors
+        twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    # Arrow's own, and what numpy, zip and texts of another encoding raise.
+    except (pa.ArrowException, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         said = (str(error) or "it is empty").splitlines()[0]
         raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
-        raise TraceError(f"the table {path} has two columns {twice[0]}; take one out")
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        raise TraceError(f"the table {path} has two columns {min(twice)}; take one out")
     return {
         name: values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
         for name, values in columns.items()
@@ -130,7 +131,8 @@ def whole(
             empty = values.is_null().to_numpy(zero_copy_only=False)
         values = _filled(values)
     if values.dtype.kind in "iuf":
-        numbers = values
+        # Bounds may lie beyond a small float's.
+        numbers = values = values.astype(np.float64) if values.dtype.kind == "f" else values
         good = (values >= low) & (values <= high)
         if values.dtype.kind == "f":  # which holds not every whole number beyond 2^53
             good &= (values == np.floor(values)) & (np.abs(values) <= 2**53)

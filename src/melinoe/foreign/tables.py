@@ -71,7 +71,7 @@ def read_table(
             return counts_of(rows, experts, notes), notes
         model = model or str(told.get("model_id", ""))
         return trace_of(rows, experts, model, f"imported from {Path(path).name}", notes), notes
-    except (ValueError, TraceError) as error:
+    except (ValueError, NotImplementedError, TraceError) as error:  # Arrow's, of nested columns
         raise TraceError(
             f"the table {path} cannot be imported: {error}; docs/traces.md has the forms"
         ) from error
@@ -120,7 +120,12 @@ def _without_header_lines(columns: dict[str, Any]) -> tuple[dict[str, Any], dict
     kept = np.flatnonzero(~header.to_numpy(zero_copy_only=False))
     rows = {name: values.take(kept) for name, values in columns.items()}
     # A column of header lines alone is none of the rows'.
-    rows = {n: v for n, v in rows.items() if v.null_count < len(v) or _OF_ONE.fullmatch(n)}
+    kept_empty = ("layer", chosen)
+    rows = {
+        name: values
+        for name, values in rows.items()
+        if values.null_count < len(values) or name in kept_empty or _OF_ONE.fullmatch(name)
+    }
     return rows | {"number": kept + 1}, told
 
 
