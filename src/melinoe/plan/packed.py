@@ -92,14 +92,16 @@ def unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(settings: Any, name: str) -> Packed:
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise CheckpointError(
             f"{name} is quantised ({method or 'in an unnamed form'}), and a plan knows "
             f"{', '.join(_METHODS)}; give --bits 8 or 4 to plan its weights stored so"
         )
     try:
-        return _METHODS[method](settings)
-    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        found = _METHODS[method](settings)
+        found.packs("lm_head_"), found.matrix_bytes(1, 1)  # every pattern and figure is one
+        return found
+    except (LookupError, TypeError, ValueError, AttributeError, re.error) as error:
         raise CheckpointError(
             f"{name} is quantised ({method}), but its quantization_config is not readable "
             f"({type(error).__name__}: {error}); give --bits 8 or 4 to plan its weights stored so"
@@ -110,13 +112,13 @@ def _mxfp4(settings: Mapping[str, Any]) -> Packed:
     return Packed(
         "MXFP4: 17 bytes for 32 weights, which are 4-bit codes and an 8-bit scale",
         lambda outputs, inputs: outputs * math.ceil(inputs / 32) * 17,
-        _left_out(settings, "modules_to_not_convert"),
+        _left_out(settings, "modules_to_not_convert", "lm_head"),
         experts_only=True,
     )
 
 
 def _fp8(settings: Mapping[str, Any]) -> Packed:
-    left_out = _left_out(settings, "modules_to_not_convert")
+    left_out = _left_out(settings, "modules_to_not_convert", "lm_head")
     block = settings.get("weight_block_size")
     if block is None:
         return Packed("FP8: a byte a weight, and 4 for the scale of each matrix",
@@ -148,12 +150,12 @@ def _awq(settings: Mapping[str, Any]) -> Packed:
         f"AWQ: {bits}-bit codes, {_every(group)} a 16-bit scale"
         + (f" and a {bits}-bit zero point" if zeros else ""),
         _grouped(_positive(bits), group, scale_bytes=2, zeros=zeros),
-        _left_out(settings, "modules_to_not_convert"),
+        _left_out(settings, "modules_to_not_convert", "lm_head"),
     )
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> Packed:
-    left_out = _left_out(settings, "llm_int8_skip_modules")
+    left_out = _left_out(settings, "llm_int8_skip_modules", "lm_head")
     if settings.get("load_in_8bit"):
         return Packed("bitsandbytes: a byte a weight, and 4 for the scale of each output",
                       lambda outputs, inputs: outputs * inputs + 4 * outputs, left_out)  # fmt: skip
@@ -174,7 +176,7 @@ def _compressed(settings: Mapping[str, Any]) -> Packed:
         (one for one in groups if any("expert" in t for t in one["targets"])), groups[0]
     )["weights"]
     bits, strategy = _positive(weights["num_bits"]), weights.get("strategy", "tensor")
-    left_out = tuple(settings.get("ignore") or ())
+    left_out = _left_out(settings, "ignore")
     zeros = not weights.get("symmetric", True)
     point = f" and a {bits}-bit zero point" if zeros else ""
     if strategy in ("group", "tensor_group"):
@@ -240,8 +242,9 @@ def _positive(value: Any) -> int:
     return value
 
 
-def _left_out(settings: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    return (*(settings.get(key) or ()), "lm_head")
+def _left_out(settings: Mapping[str, Any], key: str, *more: str) -> tuple[str, ...]:
+    given = settings.get(key) or ()
+    return (*([given] if isinstance(given, str) else given), *more)
 
 
 def _names(pattern: str, module: str) -> bool:
