@@ -39,6 +39,7 @@ SHARD_BYTES = 2**30
 
 def write_checkpoint(out: Path, layers: int) -> dict:
     """Write config, shards and index; never more than one tensor in memory."""
+    out.mkdir(parents=True, exist_ok=True)
     import torch
     from transformers import OlmoeConfig
 

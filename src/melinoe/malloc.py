@@ -34,3 +34,9 @@ def keep_freed_memory() -> bool:
             (_M_TOP_PAD, _AHEAD_BYTES),
         )
     )
+
+
+def return_freed_memory() -> None:
+    """Give the kernel what glibc keeps of freed memory now, as after loading a model."""
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

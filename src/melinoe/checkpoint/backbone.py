@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -100,7 +101,7 @@ def _from_pretrained(
     given: set[str],
 ) -> Any:
     """Build *model_class* from stored tensors; only those in *given* may be absent."""
-    with _quiet():
+    with _quiet(), _one_by_one():
         model, info = model_class.from_pretrained(
             None,
             config=checkpoint.config,
@@ -195,6 +196,25 @@ def _name_it(model: Any, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{path} is not readable ({first_line(error)}); download it again"
             ) from None
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """
+    Let transformers read each tensor when its turn comes.
+
+    By default it reads all of them ahead in threads, and so holds the experts that it stacks twice.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
 from melinoe.finetune.trainer import Progress
 from melinoe.finetune.training import run_training
 from melinoe.host_memory import check_host_room, format_bytes
+from melinoe.malloc import return_freed_memory
 from melinoe.moe.routing import find_routers, fingerprint
 
 
@@ -147,6 +148,7 @@ def finetune(
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
     if settings.lambda_replay > 0 and anchor is None:
         anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
+    return_freed_memory()  # of loading, and of the text that was written
     base_fingerprint = fingerprint(model)
     taught_by = read_teacher(teacher, model) if teacher is not None else None
     kept = KeptParts(model, settings)
