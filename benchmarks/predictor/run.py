@@ -8,8 +8,8 @@ charged in full; how long a guess takes beside the time to the first token; and 
 from what is served, on drifting traffic and for mixed users. Intervals are over documents.
 
 Bad news would be: the learned predictor no better than the experts that the prompt itself used,
-which are free; no transfers saved once its own loads are charged; a prior that hurts a predictor
-that knew the traffic already.
+which are free; no transfers saved once its own loads are charged; a prior that knows no more than
+popularity does.
 
 Known limits: the model is small and repeats itself, so a prompt of 64 tokens uses most experts and
 prefetches before it are pointless; all are made between prompt and completion. A prefetch never
