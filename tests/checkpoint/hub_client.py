@@ -27,7 +27,12 @@ def first_logits(model) -> list[float]:
 
 
 def answer(line: str) -> dict:
-    known = vars(checkpoint) | {"melinoe": melinoe, "torch": torch, "first_logits": first_logits}
+    known = vars(checkpoint) | {
+        "checkpoint": checkpoint,
+        "melinoe": melinoe,
+        "torch": torch,
+        "first_logits": first_logits,
+    }
     try:
         return {"value": eval(line, known)}  # written by the test, read by nobody else
     except melinoe.MelinoeError as error:

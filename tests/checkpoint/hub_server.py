@@ -1,6 +1,7 @@
 """A hub of one's own: the few answers that huggingface_hub's client asks for, from a directory."""
 
 import hashlib
+import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class _Answer(BaseHTTPRequestHandler):
-    """HEAD and GET of ``/<org>/<model>/resolve/<revision>/<file>``; all else is not there."""
+    """A commit's files, and HEAD and GET of ``/<org>/<model>/resolve/<revision>/<file>``."""
 
     def do_HEAD(self):
         self._answer(body=False)
@@ -23,6 +24,8 @@ class _Answer(BaseHTTPRequestHandler):
         server.asked.append((self.command, "/".join(parts)))
         if server.gone:
             return None  # the connection ends without a word
+        if parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
+            return self._list(server, parts[2:])
         if len(parts) != 5 or parts[2] != "resolve" or "/".join(parts[:2]) != server.name:
             return self._send(404, {"X-Error-Code": "RepoNotFound"})
         commit = server.revisions.get(parts[3])
@@ -39,6 +42,23 @@ class _Answer(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": commit}
         self._send(200, headers, data, body, len(file.read_bytes()))
+
+    def _list(self, server: "Hub", parts: list[str]) -> None:
+        """The files of a commit, as ``/api/models/<org>/<model>/tree/<commit>`` tells them."""
+        place = server.commits.get(parts[3]) if "/".join(parts[:2]) == server.name else None
+        if place is None:
+            return self._send(404, {"X-Error-Code": "RepoNotFound"})
+        files = [
+            {
+                "type": "file",
+                "path": path.relative_to(place).as_posix(),
+                "size": path.stat().st_size,
+                "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+            }
+            for path in sorted(place.rglob("*"))
+            if path.is_file()
+        ]
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(files).encode())
 
     def _send(self, status, headers, data=b"", body=True, length=None) -> None:
         self.send_response(status)

@@ -153,3 +153,24 @@ def test_a_model_in_the_cache_opens_when_the_hub_is_gone(world):
         assert error == "CheckpointError" and "check the name, the network" in message
     finally:
         hub.gone = False
+
+
+def test_what_lies_beside_the_weights_is_fetched_to_be_copied(world, commits):
+    """Licence and tokenizer, though nothing asked for them before; no other weights, no folder."""
+    hub, client = world
+    commit = commit_id(4)
+    place = damaged.write_olmoe(commits[commit_id(1)].with_name("fourth"))
+    for name in ("LICENSE", "README.md", "tokenizer.json", "other.safetensors", "model.gguf"):
+        (place / name).write_text(name)
+    (place / "original").mkdir()
+    (place / "original" / "params.json").write_text("{}")
+    hub.commits[commit] = place
+    hub.revisions |= {"v4": commit, commit: commit}
+    hub.asked.clear()
+    names = client.ask(
+        f"(lambda c: [p.name for p in checkpoint.other_files.other_files(c)[0]])"
+        f"(open_checkpoint('{NAME}@v4'))"
+    )
+    assert {"LICENSE", "README.md", "tokenizer.json", "config.json"} <= set(names)
+    asked = {path.rpartition("/")[2] for method, path in hub.asked if method == "GET"}
+    assert not asked & {"other.safetensors", "model.gguf", "params.json"}

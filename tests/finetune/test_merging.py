@@ -161,6 +161,24 @@ def test_the_base_is_found_by_its_path_where_the_record_keeps_its_name_alone(pla
     assert same_files(tmp_path / "out2", place / "merged") and merged["base"] == "base"
 
 
+def test_an_adapter_finds_its_base_from_every_directory(place, tmp_path, monkeypatch):
+    """The base was typed as a relative name; what is kept is where it is."""
+    monkeypatch.chdir(place)
+    settings = FinetuneSettings(
+        capacity=0.5, steps=1, batch_size=3, learning_rate=1e-2, lora_rank=2, save="adapter"
+    )
+    finetune("base", DATA, tmp_path / "adapter", settings)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str((place / "base").resolve())
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1 and modes != {0o600}  # what the umask gives, weights like the rest
+    assert (tmp_path / "adapter" / "tokenizer.json").read_bytes() == (
+        place / "base" / "tokenizer.json"
+    ).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+
+
 def test_the_command_merges_and_fails_in_one_sentence(place, tmp_path):
     """Exit 0 with a checkpoint and its card; an error of ours for what is no adapter."""
     done = CliRunner().invoke(app, ["merge", str(place / "adapter"), "--out", str(tmp_path / "o")])
