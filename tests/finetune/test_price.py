@@ -28,7 +28,7 @@ CHOSEN = settings(steps=12, lambda_cache=4.0, anchor="none")
 
 @pytest.fixture(scope="module")
 def reference_run():
-    """Texts, what the NLL-only run left, and its model; the texts are those it trained on.
+    """Texts, what the control left, and its model; the texts are those it trained on.
 
     So random a model learns nothing that helps with other text; here the cache term costs.
     """

@@ -1,5 +1,7 @@
 """The model card: from melinoe.json alone, as the hub reads it; what a person wrote stays."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -149,3 +151,16 @@ def test_one_prompt_bears_no_claim():
     )
     assert "times fewer" in _times(Estimate(3.0, 2.5, 3.5, 9), "it")
     assert "**more**" in _times(Estimate(0.5, 0.4, 0.6, 9), "it")
+
+
+def test_losses_under_the_prior_stand_apart_from_held_out_ones():
+    """Held-out texts are read with own choices: beside them such losses would compare unlike."""
+    from melinoe.report.card.figures import losses
+
+    log = [{"step": step, "nll": 3.0, "cache": 0.5} for step in (1, 9)]
+    log += [{"step": step, "eval_nll": 3.0, "eval_cache": 1.4} for step in (0, 9)]
+    wide = {}
+    for under_prior in (False, True):
+        with Image.open(io.BytesIO(losses(log, under_prior))) as image:
+            wide[under_prior] = image.width
+    assert wide[True] == pytest.approx(2 * wide[False], abs=2)

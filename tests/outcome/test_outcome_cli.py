@@ -102,7 +102,8 @@ def test_a_run_is_held_against_the_control_it_trains(place, finetune, tmp_path):
     assert set(change["perplexity"]) == {"held", "far"}
     card = (tmp_path / "out" / "README.md").read_text()
     first = card.split("## What fine-tuning changed\n\n")[1].split("\n")[0]
-    assert first.startswith("- Price: perplexity on held-out held **")
+    assert "its control, the same training without the locality terms" in first
+    assert "perplexity on held-out held" in first
     assert str(tmp_path) not in card + json.dumps(metadata)
 
 
@@ -124,11 +125,12 @@ def test_a_search_is_held_against_its_reference_on_texts_that_chose_nothing(
     paid = metadata["price"]["paid"]["own"]["mean"]
     assert by_hand["mean"] == pytest.approx(paid, abs=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.count("- Price: ") == 1 and "- Asked for was a price of at most 50 %" in card
+    assert "- Price: " not in card and "- Asked for was a price of at most 50 %" in card
+    assert card.count("against its control, the same training") == 1
 
 
 def test_an_earlier_control_is_named(place, finetune, tmp_path):
-    """`--against` takes it; without it the price over plain fine-tuning is not claimed."""
+    """`--against` takes it; without it no price is claimed."""
     assert finetune(tmp_path / "c", "--control", "--save", "both")[0] == 0
     code, err = finetune(tmp_path / "against", "--against", tmp_path / "c")
     assert code == 0, err
@@ -139,7 +141,7 @@ def test_an_earlier_control_is_named(place, finetune, tmp_path):
     assert beside(place, tmp_path) == ["against", "alone", "c"]
     assert "control" not in read_metadata(tmp_path / "alone")["outcome"]
     said = (tmp_path / "alone" / "README.md").read_text()
-    assert "the price over plain fine-tuning was not measured" in said
+    assert "What the locality terms saved and cost was not measured." in said
 
 
 def test_a_teacher_is_no_control(place, finetune, tmp_path):
@@ -200,7 +202,7 @@ def test_a_torn_control_leaves_the_run_whole_with_outcome_and_card(
     outcome = read_metadata(tmp_path / "out")["outcome"]
     assert "control" not in outcome and outcome["change"]["perplexity"]["held"]["n"] == 8
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "the price over plain fine-tuning was not measured" in card
+    assert "What the locality terms saved and cost was not measured." in card
 
 
 def test_a_weight_of_none_asks_for_no_teacher(finetune, tmp_path):
