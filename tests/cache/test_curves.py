@@ -61,6 +61,20 @@ def test_where_requests_fit_nothing_is_simulated(policy, monkeypatch):
     assert rate.shape == (8,) and rate[1] > rate[-1]
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "static", "belady"])
+def test_costs_of_all_sizes_that_hold_a_request_take_one_pass(policy, monkeypatch):
+    """Decoding alone, as in a long trace: no size of two slots or more is replayed."""
+    trace = random_trace(0, prompt=1, completion=60)
+    sizes, told = [], []
+    monkeypatch.setattr("melinoe.cache.curves.COMPILED_FROM", 0)
+    monkeypatch.setattr(
+        "melinoe.cache.curves.simulate",
+        lambda trace, slots, *a, **k: sizes.append(slots) or simulate(trace, slots, *a, **k),
+    )
+    unit_costs(trace, range(1, 9), policy, progress=lambda: told.append(len(sizes)))
+    assert sizes == [1] and told == [1] * 8
+
+
 def test_lru_distances_worked_by_hand():
     """
     {0,1} {2} {0} {3} {0,2} at top-2, one layer.
