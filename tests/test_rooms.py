@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "melinoe"
 
 # A module imports only from rooms of a lower number, or from its own package.
 ROOMS = [
-    ["errors", "config", "stats", "shipped", "malloc", "host_memory", "whole_file"],
+    ["errors", "config", "stats", "shipped", "malloc", "host_memory", "lock", "whole_file"],
     ["cache"],
     ["moe", "data", "checkpoint", "foreign", "prefetch"],
     ["losses", "predictor"],

@@ -27,6 +27,7 @@ from melinoe.cli import (
 from melinoe.cli.settings import PanelCommand
 from melinoe.config.names import version_of
 from melinoe.errors import InterruptedRunError, MelinoeError
+from melinoe.lock import holding
 
 app = typer.Typer(
     name="melinoe",
@@ -38,22 +39,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("demo")(demo.command)
+# Commands that write to what --out names; those that append lines to it may run at once.
+app.command("demo")(holding("out")(demo.command))
 app.command("doctor")(doctor.command)
-app.command("plan")(plan.command)
-app.command("finetune", cls=PanelCommand)(finetune.command)
-app.command("merge")(merge.command)
+app.command("plan")(holding("out")(plan.command))
+app.command("finetune", cls=PanelCommand)(holding("out")(finetune.command))
+app.command("merge")(holding("out")(merge.command))
 app.command("card")(card.command)
-app.command("own-text")(own_text.command)
-app.command("trace")(trace.command)
+app.command("own-text")(holding("out")(own_text.command))
+app.command("trace")(holding("out")(trace.command))
 app.add_typer(predictor.app, name="predictor")
 app.add_typer(prefetch.app, name="prefetch")
 app.command("generate")(generate.command)
-app.command("import-trace")(import_trace.command)
+app.command("import-trace")(holding("out")(import_trace.command))
 app.command("simulate")(simulate.command)
 app.command("bench")(bench.command)
 app.command("evaluate")(evaluate.command)
-app.command("report")(report.command)
+app.command("report")(holding("out")(report.command))
 
 
 def _version(asked: bool) -> None:

@@ -119,7 +119,7 @@ def command(
         **sampling,
     )
     if kept is not None and prior is not None:
-        kept.save(prior)
+        kept.update(prior)
     assert result.counters is not None  # there is a handle
     blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]
     copied, wasted = result.counters.prefetch_loads.any(), result.counters.prefetch_unused * blocks

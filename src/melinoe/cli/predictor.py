@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from melinoe.cli import options
+from melinoe.lock import held, holding
 
 app = typer.Typer(
     help="Learn from a trace which experts a prompt will need, and from what is served.",
@@ -16,6 +17,7 @@ PriorFile = Annotated[Path, typer.Argument(help="A file that `melinoe generate -
 
 
 @app.command("fit")
+@holding("out")
 def fit_command(
     trace: Annotated[Path, typer.Argument(help="A trace file written by `melinoe trace`.")],
     out: options.Out,
@@ -128,6 +130,14 @@ def reset_command(
     ] = None,
 ) -> None:
     """Forget what a prior has learned."""
+    from melinoe.predictor import Prior
+
+    Prior.load(prior)  # what is wrong with it shows before it is waited for
+    with held(prior, wait=True):
+        _reset(prior, user)
+
+
+def _reset(prior: Path, user: str | None) -> None:
     from melinoe.errors import DataError
     from melinoe.predictor import Prior
 

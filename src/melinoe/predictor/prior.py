@@ -25,6 +25,7 @@ from torch import nn
 from melinoe.cache.prefetcher import most_wanted
 from melinoe.cache.tensor_file import FileKind
 from melinoe.errors import CheckpointError, ModelError, WriteError
+from melinoe.lock import held
 from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.predictor.targets import Floats, shares
 
@@ -57,6 +58,8 @@ class Prior:
         self.num_layers, self.num_experts = num_layers, num_experts
         self.fingerprint = fingerprint
         self._known: OrderedDict[str, Floats] = OrderedDict()  # the longest unused first
+        # What was learned since the file was read, by key: what that multiplies and what it adds.
+        self._news: OrderedDict[str, tuple[Floats, Floats]] = OrderedDict()
 
     def observe(self, key: str, usage: NDArray) -> None:
         """
@@ -78,9 +81,16 @@ class Prior:
         used = counts.sum(axis=1, keepdims=True) > 0
         if not used.any():
             return
-        before = self._known.get(key, np.zeros(shape))
-        decay = np.where(used, 0.5 ** (1 / HALF_LIFE), 1.0)
-        self._known[key] = before * decay + shares(counts) * used
+        decay, added = np.where(used, 0.5 ** (1 / HALF_LIFE), 1.0), shares(counts) * used
+        factor, sums = self._news.get(key, (np.ones_like(decay), np.zeros(shape)))
+        self._news[key] = (factor * decay, sums * decay + added)
+        self._news.move_to_end(key)
+        while len(self._news) > MAX_KEYS:
+            self._news.popitem(last=False)
+        self._add(key, decay, added)
+
+    def _add(self, key: str, factor: Floats, added: Floats) -> None:
+        self._known[key] = self._known.get(key, np.zeros_like(added)) * factor + added
         self._known.move_to_end(key)
         while len(self._known) > MAX_KEYS:
             self._known.popitem(last=False)
@@ -98,10 +108,11 @@ class Prior:
 
     def reset(self, key: str | None = None) -> None:
         """Forget *key*, or all keys; a key that is not known is no error."""
-        if key is None:
-            self._known.clear()
-        else:
-            self._known.pop(key, None)
+        for table in (self._known, self._news):
+            if key is None:
+                table.clear()
+            else:
+                table.pop(key, None)
 
     def keys(self) -> list[str]:
         """Known keys, the longest unused first."""
@@ -161,6 +172,28 @@ class Prior:
             raise WriteError(
                 f"the prior cannot be written to {target} ({error.strerror}); choose another place"
             ) from error
+
+    def update(self, path: str | Path) -> None:
+        """
+        Add to the file what was learned since it was read, whoever has written to it meanwhile.
+
+        Waits for others that do the same, and knows afterwards what the file holds: their requests
+        first, then its own. A `reset` here is undone by a file that still knows the key.
+
+        Raises:
+            CheckpointError: the file is torn, no prior, or of another version.
+            ModelError: it is of another model.
+            WriteError: the place cannot be written to.
+        """
+        with held(path, wait=True):
+            if Path(path).exists():
+                there = Prior.load(path)
+                there.check_model(self.fingerprint, self.num_layers, self.num_experts)
+                self._known = there._known
+                for key, (factor, added) in self._news.items():
+                    self._add(key, factor, added)
+            self.save(path)
+        self._news.clear()
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:
