@@ -116,7 +116,8 @@ def command(
     if "fast" in engines:
         check_fast(target, emulated is not None)
     examples = load_examples(prompts, split=split, limit=limit, columns=columns, prompts=True)
-    tokenizer = load_tokenizer(path, read_config(path))
+    config = read_config(path)
+    tokenizer = load_tokenizer(path, config)
     records, moments, table = bench(
         Setting(
             path,
@@ -128,7 +129,7 @@ def command(
             repeat=repeat,
         ),
         chosen,
-        encode_prompts(examples, tokenizer),
+        encode_prompts(examples, tokenizer, config=config, new_tokens=max_new_tokens),
         made_of,
         label=model,
         say=options.say,
