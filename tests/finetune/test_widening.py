@@ -21,7 +21,9 @@ def narrow_model(family):
     return tiny_model(family).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["olmoe", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "jamba"]
+)
 def test_a_widened_model_computes_what_the_cast_one_does(family):
     """Logits of a copy that was cast to float32 as a whole, by transformers' own code."""
     model = narrow_model(family).eval()
