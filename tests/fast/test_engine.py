@@ -208,7 +208,7 @@ def test_a_failure_in_a_step_leaves_the_next_one_right(model):
     with attach(model, slots=3) as handle:
         for strike in (1, 4):
             cache = handle._caches[1]
-            grouped, calls = cache._forward, [0]
+            grouped, of_few, calls = cache._forward, cache._of_few, [0]
 
             def broken(*args, strike=strike, calls=calls, grouped=grouped):
                 calls[0] += 1
@@ -216,10 +216,10 @@ def test_a_failure_in_a_step_leaves_the_next_one_right(model):
                     raise torch.OutOfMemoryError("out of memory")
                 return grouped(*args)
 
-            cache._forward = broken
+            cache._forward = cache._of_few = broken
             with pytest.raises(torch.OutOfMemoryError):
                 generate(model, "one")
-            cache._forward = grouped
+            cache._forward, cache._of_few = grouped, of_few
             assert handle.resident() == [[], []]
             assert torch.equal(generate(model, "one"), expected)
 

@@ -134,7 +134,9 @@ def _broken(name: str, module: nn.Module) -> str | None:
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
     read = getattr(bound(module), "read", None)
-    for expert in range(int(module.num_experts)) if read is not None else ():  # type: ignore[arg-type]
+    if read is None:
+        return
+    for expert in range(int(module.num_experts)):  # type: ignore[arg-type]
         for key, tensor in read(expert).items():
             yield expert, key, tensor
 
