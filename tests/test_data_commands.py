@@ -3,11 +3,10 @@
 import sys
 
 import pytest
-from transformers import OlmoeConfig
 
 from melinoe.checkpoint import read_metadata
 from melinoe.cli import app as cli
-from melinoe.data import Encoded, count_losses, encode, encode_prompts, load_examples
+from melinoe.data import Encoded, count_losses, encode, load_examples
 from melinoe.errors import DataError
 from melinoe.evaluate import reference
 from tests.data_rows import byte_tokenizer, turns, write
@@ -113,15 +112,6 @@ def test_a_row_that_cannot_be_used_is_one_sentence(
     code, err = melinoe(command, checkpoint, "--data", data, *out, *more)
     assert (code, err.count("\n")) == (1, 1), err
     assert words in err and not (tmp_path / "out").exists()
-
-
-def test_prompts_beyond_the_context_are_counted(tmp_path, caplog):
-    """Of a context of 8, prompts of 5 and 6 tokens leave room for 3 and 2 of 3."""
-    rows = [{"prompt": "x" * 5}, {"prompt": "x" * 6}]
-    examples = load_examples(write(tmp_path / "r.jsonl", *rows), prompts=True)
-    config = OlmoeConfig(max_position_embeddings=8)
-    encode_prompts(examples, byte_tokenizer(), config=config, new_tokens=3)
-    assert "1 go beyond the model's context of 8 tokens with the 3 that follow" in caplog.text
 
 
 def test_losses_are_counted_by_hand():

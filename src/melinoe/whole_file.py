@@ -1,5 +1,6 @@
 """Write a file so that a reader sees the old one or the new, never a part."""
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -17,9 +18,11 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
         content: Text is written as UTF-8.
 
     Raises:
-        OSError: the place cannot be written to, or the disk is full.
+        OSError: the place cannot be written to, or is a device or a pipe, or the disk is full.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file, so it is not replaced by one", str(path))
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
         # Not a file of tempfile's, which no one but its owner may read.

@@ -21,9 +21,7 @@ def narrow_model(family):
     return tiny_model(family).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    "family", ["olmoe", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "jamba"]
-)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
 def test_a_widened_model_computes_what_the_cast_one_does(family):
     """Logits of a copy that was cast to float32 as a whole, by transformers' own code."""
     model = narrow_model(family).eval()

@@ -184,6 +184,10 @@ def _x(shape: Any) -> str:
     return "x".join(str(n) for n in shape)
 
 
+# How the names of a generation config's true-or-false settings begin.
+_SWITCHES = ("output_", "return_", "use_", "do_")
+
+
 def _name_it(model: Any, checkpoint: Checkpoint) -> None:
     """What from_pretrained does with a path: the model's name and its generation config."""
     model.config.name_or_path = model.name_or_path = split_revision(checkpoint.name)[0]
@@ -191,7 +195,11 @@ def _name_it(model: Any, checkpoint: Checkpoint) -> None:
     if model.can_generate() and path is not None:
         try:
             with without_mark(path) as plain:
-                model.generation_config = GenerationConfig.from_pretrained(plain.parent)
+                found = GenerationConfig.from_pretrained(plain.parent)
+            for name, value in vars(found).items():  # transformers fails at these in mid-generation
+                if name.startswith(_SWITCHES) and not isinstance(value, bool | None):
+                    raise ValueError(f"{name} is {str(value)[:40]}, not true or false")
+            model.generation_config = found
         except Exception as error:
             raise CheckpointError(
                 f"{path} is not readable ({first_line(error)}); download it again"

@@ -59,6 +59,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character could not be written
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({first_line(error)}); download it again"

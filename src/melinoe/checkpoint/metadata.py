@@ -33,7 +33,8 @@ def read_metadata(name: str | Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+        json.dumps(found, ensure_ascii=False).encode()  # half a character could not be written
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable ({error}); delete it, or write the checkpoint again"
         ) from None

@@ -211,15 +211,21 @@ def find_model_class(config: PreTrainedConfig) -> Any:
     The transformers class that a config's architecture names.
 
     Raises:
+        CheckpointError: the config's architectures are no list of names.
         UnsupportedModelError: transformers has no such class.
     """
-    if config.architectures:
-        found = getattr(transformers, config.architectures[0], None)
+    named = config.architectures
+    if named and not (isinstance(named, list) and isinstance(named[0], str)):
+        raise CheckpointError(
+            'the "architectures" of config.json are no list of names; download it again'
+        )
+    if named:
+        found = getattr(transformers, named[0], None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no architecture "
-            f"{config.architectures[0]}; use a family that transformers itself implements"
+            f"{named[0]}; use a family that transformers itself implements"
         )
     with contextlib.suppress(KeyError):
         return AutoModelForCausalLM._model_mapping[type(config)]

@@ -41,6 +41,7 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             **hub_arguments(str(name)), config=config, trust_remote_code=False
         )
+        tokenizer("a")  # odd settings show at the first use
     except Exception as error:
         _check_marks(str(name))
         raise TokenizerError(

@@ -25,9 +25,13 @@ from melinoe.cli import (
     trace,
 )
 from melinoe.cli.settings import PanelCommand
+from melinoe.cli.values import checked
 from melinoe.config.names import version_of
 from melinoe.errors import InterruptedRunError, MelinoeError
 from melinoe.lock import holding
+
+# Characters of an error that are printed.
+_LONGEST = 1000
 
 app = typer.Typer(
     name="melinoe",
@@ -57,6 +61,11 @@ app.command("bench")(bench.command)
 app.command("evaluate")(evaluate.command)
 app.command("report")(holding("out")(report.command))
 
+for _part in (app, predictor.app, prefetch.app):
+    for _registered in _part.registered_commands:
+        assert _registered.callback is not None
+        _registered.callback = checked(_registered.callback)
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -78,15 +87,12 @@ def root(
 
 def main() -> None:
     """Run the command line: exit 0, 1 for what a user can put right, 2 for wrong usage."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name need not be text that can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except MelinoeError as error:
-        if os.environ.get("MELINOE_DEBUG"):
-            raise
-        rank = os.environ.get("RANK", "0")
-        who = "melinoe" if rank == "0" else f"melinoe (process {rank})"
-        print(f"{who}: {error}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, InterruptedRunError) else 1)
+        _fail(error, str(error), 130 if isinstance(error, InterruptedRunError) else 1)
     except KeyboardInterrupt:
         print("melinoe: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -94,3 +100,21 @@ def main() -> None:
         # The reader of our output has gone (`| head`); what it wanted, it got.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a path that cannot be used, or a disk that is full or gone
+        place = f"{error.filename}: " if error.filename is not None else ""
+        _fail(error, f"{place}{error.strerror or error}; give another path, or put that right")
+    except MemoryError as error:
+        _fail(error, "out of memory; give it more, or ask for fewer slots or shorter texts")
+
+
+def _fail(error: BaseException, sentence: str, code: int = 1) -> None:
+    """Print one sentence and exit; with --debug, raise *error* again."""
+    if os.environ.get("MELINOE_DEBUG"):
+        raise error
+    rank = os.environ.get("RANK", "0")
+    who = "melinoe" if rank == "0" else f"melinoe (process {rank})"
+    if len(sentence) > _LONGEST:  # a value of thousands of characters is not worth repeating
+        sentence = f"{sentence[: _LONGEST // 2]} ... {sentence[-_LONGEST // 2 :]}"
+    line = sentence.encode("utf-8", "backslashreplace").decode()
+    print(f"{who}: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -116,8 +116,7 @@ def command(
     if "fast" in engines:
         check_fast(target, emulated is not None)
     examples = load_examples(prompts, split=split, limit=limit, columns=columns, prompts=True)
-    config = read_config(path)
-    tokenizer = load_tokenizer(path, config)
+    tokenizer = load_tokenizer(path, read_config(path))
     records, moments, table = bench(
         Setting(
             path,
@@ -129,7 +128,7 @@ def command(
             repeat=repeat,
         ),
         chosen,
-        encode_prompts(examples, tokenizer, config=config, new_tokens=max_new_tokens),
+        encode_prompts(examples, tokenizer),
         made_of,
         label=model,
         say=options.say,

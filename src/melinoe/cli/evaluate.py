@@ -260,13 +260,7 @@ def _locality(
     from melinoe.generate import trace_prompts
     from melinoe.measure import completion_counts, curve_record, locality_record, reading_trace
 
-    prompts = encode_prompts(
-        examples,
-        tokenizer,
-        text_tokens=max_length,
-        config=loaded.config,
-        new_tokens=max_new_tokens,
-    )
+    prompts = encode_prompts(examples, tokenizer, text_tokens=max_length)
     tell = _teller(label)
     written = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=tell)
     read = reading_trace(loaded, handle, encode(examples, tokenizer, max_length))

@@ -73,7 +73,7 @@ def fit_command(
         examples = load_examples(
             data, split=split, limit=loaded.num_sequences, columns=columns, prompts=True
         )
-        prompts = encode_prompts(examples, tokenizer, config=backbone.config)
+        prompts = encode_prompts(examples, tokenizer)
     reader = (
         EmbeddingEncoder(token_embeddings(backbone))
         if encoder == EMBEDDINGS

@@ -60,7 +60,7 @@ def command(
         miss=miss, miss_threads=miss_threads, allocate_from=allocate_from,
     )  # fmt: skip
     handle.choose(wanted)
-    prompts = encode_prompts(examples, tokenizer, config=loaded.config, new_tokens=max_new_tokens)
+    prompts = encode_prompts(examples, tokenizer)
     trace = trace_prompts(
         loaded,
         handle,

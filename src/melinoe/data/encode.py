@@ -123,27 +123,20 @@ def count_losses(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dic
 
 
 def encode_prompts(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    *,
-    text_tokens: int | None = None,
-    config: Any = None,
-    new_tokens: int = 0,
+    examples: Sequence[Example], tokenizer: Any, *, text_tokens: int | None = None
 ) -> list[list[int]]:
     """
     Give the token ids of the prompts alone, as in training: what generation starts from.
 
     Of a chat, everything before its last turn to learn, and all of it where there is none; of
-    prompt and completion, the prompt. What a chat template does not write, and prompts beyond the
-    model's context, are counted in one line of the log.
+    prompt and completion, the prompt. What a chat template does not write is counted in one line of
+    the log.
 
     Args:
         examples: Any number.
         tokenizer: A transformers tokenizer.
         text_tokens: Of plain text, take the first half of its first so many tokens; ``None``
             refuses it.
-        config: The model's, which knows its context; ``None`` does not ask.
-        new_tokens: How many will follow each prompt.
 
     Raises:
         DataError: a chat that the chat template refuses; plain text, where it is refused.
@@ -167,15 +160,7 @@ def encode_prompts(
         rendered = render(example, tokenizer)
         prompts.append([token for text in rendered.prompt for token in _ids(text, tokenizer)])
         said.hear(rendered)
-    words = []
-    text = None if config is None else config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    if context and (beyond := sum(len(one) + new_tokens > context for one in prompts)):
-        words.append(
-            f"{beyond} go beyond the model's context of {context} tokens with the {new_tokens} "
-            "that follow, where it was not trained"
-        )
-    said.say(examples, words)
+    said.say(examples, [])
     return prompts
 
 

@@ -1,6 +1,5 @@
 """A checkpoint and examples in; a plain checkpoint in the hub's layout, and a log, out."""
 
-import gc
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -173,8 +172,6 @@ def finetune(
     finally:
         if main:
             remove_if_empty(checkpoints)
-    gc.collect()  # the optimiser's state goes with the Trainer, which refers to itself
-    return_freed_memory()
     metadata: dict[str, Any] = {}
     if main:
         if trained.adapter is not None:  # a sharded model stays so: a whole one takes what it has

@@ -26,9 +26,6 @@ from melinoe.moe.routing import find_routers
 # Elements of a linear layer's weight that are cast up at a time: 32 MiB in float32.
 PIECE = 1 << 23
 
-# State-space layers compute with this weight themselves; it is small.
-_READ_BY_OTHERS = ("dt_proj",)
-
 
 class Widened:
     """
@@ -50,9 +47,7 @@ class Widened:
             for name, _ in module.named_parameters(recurse=False)
             if name in PROJECTIONS
         }
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in _READ_BY_OTHERS:
-                continue
+        for module in model.modules():
             if type(module) is nn.Linear and id(module) not in routers and _narrow(module.weight):
                 large.add(id(module.weight))
                 module.forward = partial(_wide_linear, module)  # type: ignore[method-assign]

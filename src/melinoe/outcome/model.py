@@ -77,13 +77,7 @@ def measure_model(
         for name, examples in {**held_out, **others}.items()
     }
     examples = next(iter(held_out.values()))[: settings.prompts]
-    prompts = encode_prompts(
-        examples,
-        tokenizer,
-        text_tokens=settings.max_length,
-        config=model.config,
-        new_tokens=settings.max_new_tokens,
-    )
+    prompts = encode_prompts(examples, tokenizer, text_tokens=settings.max_length)
     traces = {
         "writing": trace_prompts(model, handle, tokenizer, prompts, settings.max_new_tokens, say),
         "reading": reading_trace(model, handle, encode(examples, tokenizer, settings.max_length)),

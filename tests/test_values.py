@@ -1,0 +1,62 @@
+"""Values that no option could use are refused before a command runs, by one look at all of them."""
+
+import os
+import socket
+
+import pytest
+
+from melinoe.cli.app import app
+from melinoe.cli.values import check_number, check_place
+from melinoe.errors import MelinoeError
+from melinoe.whole_file import write_whole
+from tests.fuzz.running import run
+
+
+def test_pipes_devices_and_sockets_are_no_files(tmp_path):
+    """Each is named as what it is; files, directories and what is not there pass."""
+    pipe, place = tmp_path / "pipe", tmp_path / "socket"
+    os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place))
+        for path, kind in ((pipe, "a pipe"), ("/dev/zero", "a device"), (place, "a socket")):
+            with pytest.raises(MelinoeError, match=f"is {kind}, not a file"):
+                check_place(path)
+    for path in (tmp_path, __file__, tmp_path / "absent", "x" * 5000, "/dev/stdin", "/dev/fd/0"):
+        check_place(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2**63, -(10**40)])
+def test_numbers_that_are_none_are_named_with_their_option(value):
+    """2**63 - 1 is the largest integer that fits 64 bits with a sign."""
+    with pytest.raises(MelinoeError, match=r"--max-new-tokens cannot be .*; give a finite number"):
+        check_number("max_new_tokens", value)
+    check_number("max_new_tokens", 2**63 - 1)
+    check_number("gamma", 1e308)
+
+
+def test_every_command_looks_at_its_values(tmp_path):
+    """A pipe in place of the first argument that is a file, whatever the command."""
+    assert all(hasattr(one.callback, "__wrapped__") for one in app.registered_commands)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for words in (["simulate", pipe, "--slots", "2"], ["predictor", "prior", pipe]):
+        ended = run(words)
+        assert ended.code == 1 and "is a pipe, not a file" in ended.err, ended
+    ended = run(["generate", "no-such-model", str(pipe)])  # a prompt is text, whatever it names
+    assert "is a pipe" not in ended.err
+
+
+def test_a_file_replaces_no_pipe(tmp_path):
+    """Renaming a file over a device would take the device away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a file"):
+        write_whole(pipe, "text")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_sentence_of_thousands_of_characters_is_shortened():
+    """The value is repeated in part; beginning and end of the sentence stay."""
+    ended = run(["doctor", "n" * 5000])
+    assert ended.code == 1 and len(ended.err) < 1100 and " ... " in ended.err
+    assert ended.err.startswith("melinoe: nnn") and ended.err.endswith("put that right\n")
