@@ -160,7 +160,11 @@ def finetune_within(
     given = anchor_examples if not isinstance(anchor_examples, str) else None
     anchor = digest(given) if given else None  # else the base's own text, by the seed
     wanted = identity(settings, panel, name, digest(examples), anchor=anchor)
-    common = {"eval_examples": eval_examples, "progress": progress, "resume": resume}
+    common: dict[str, Any] = {
+        "eval_examples": eval_examples,
+        "progress": progress,
+        "resume": resume,
+    }
     if found is not None:  # before a teacher is trained
         found.check(wanted | {"teacher": found.identity.get("teacher")}, directory)
     if teacher == PLAIN:
