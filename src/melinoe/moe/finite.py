@@ -133,7 +133,7 @@ def _broken(name: str, module: nn.Module) -> str | None:
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
-    read = getattr(bound(module), "read", None)
+    read: Any = getattr(bound(module), "read", None)
     if read is None:
         return
     for expert in range(int(module.num_experts)):  # type: ignore[arg-type]
