@@ -89,7 +89,7 @@ class PlainTrainer(Trainer):
 def settings_for(arguments: argparse.Namespace, **changes: Any) -> FinetuneSettings:
     return FinetuneSettings(
         steps=arguments.steps, batch_size=arguments.batch, max_length=arguments.tokens,
-        log_every=arguments.steps, compute_dtype="bfloat16", **changes,
+        log_every=arguments.steps, compute_dtype="bfloat16", lambda_replay=0.0, **changes,
     )  # fmt: skip
 
 

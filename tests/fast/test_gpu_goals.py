@@ -67,17 +67,3 @@ def test_without_roofs_no_share_is_met(goals):
     found = judged(goals, [row(share=None)])
     assert found["share of the roof at miss rates of .1 and above"] == (None, None)
     assert all(met is None for measured, met in found.values() if measured is None)
-
-
-def test_as_many_layers_as_fit():
-    """Worked by hand: (0.9 x 80e9 - 6e9) / 1.3e9 = 50, host 0.9 x 64e9 / 1.3e9 = 44."""
-    sys.path.insert(0, str(GPU))
-    try:
-        import shapes
-    finally:
-        sys.path.remove(str(GPU))
-    size = int(1.3e9)
-    assert shapes.fitting_layers(48, size, int(80e9), int(128e9)) == 48
-    assert shapes.fitting_layers(64, size, int(80e9), int(128e9)) == 50
-    assert shapes.fitting_layers(48, size, int(80e9), int(64e9)) == 44
-    assert shapes.fitting_layers(48, size, int(4e9), None) == 1
