@@ -1,0 +1,44 @@
+"""24: a report of a long trace takes seconds: its policies are replayed compiled, in one pass each."""
+
+import numpy as np
+import pytest
+
+from melinoe.cache.residency import Residency
+from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.measure import trace_records
+from melinoe.report.glossary import GLOSSARY
+
+
+def long_trace(tokens=300, layers=3, experts=16, top_k=4):
+    """Four sequences of random choices."""
+    rng = np.random.default_rng(0)
+    ones = np.ones((layers, 1, top_k), np.float16)
+    builder = TraceBuilder(layers, experts, top_k)
+    for sequence in range(4):
+        for token in range(tokens):
+            chosen = rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)[:, :top_k]
+            builder.add_forward(chosen[:, None], sequence, int(token > 0), ones)
+    return builder.trace()
+
+
+def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
+    """Belady too; what must be asked request by request is named, and only then replayed."""
+
+    def slow(*_, **__):
+        raise RuntimeError("a request was planned in Python")
+
+    trace = long_trace()
+    for name in ("request", "plans", "partly"):
+        monkeypatch.setattr(Residency, name, slow)
+    records = trace_records(trace, "mine")
+    assert {one["policy"] for one in records if one["kind"] == "curve"} == {
+        "lru", "lfu", "lfru", "static", "belady",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="in Python"):
+        trace_records(trace, "mine", ["score"])
+
+
+def test_static_is_said_to_know_the_trace_that_is_replayed():
+    """Its popularity is hindsight here, and a serving engine has none."""
+    (said,) = [text for name, text in GLOSSARY if "static" in name]
+    assert "of the same trace, so with hindsight" in said and "elsewhere" not in said
