@@ -1,4 +1,4 @@
-"""24: a report of a long trace takes seconds: its policies are replayed compiled, in one pass each."""
+"""24: a report of a long trace takes seconds: its policies are replayed compiled, in one pass."""
 
 import numpy as np
 import pytest

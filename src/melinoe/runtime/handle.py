@@ -28,6 +28,7 @@ from melinoe.runtime.misses import Misses
 from melinoe.runtime.passes import ForwardPasses
 from melinoe.runtime.prefetching import Prefetching
 from melinoe.runtime.store import Store
+from melinoe.runtime.stream_order import StreamOrder
 from melinoe.runtime.transfer import EmulatedLink, transfer_for
 from melinoe.runtime.weights import free_weights, give_weights_back, refuse_copies
 
@@ -91,7 +92,8 @@ class Handle(Following):
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
-            checks = still_used(model), watch_for_adapters(model, layers)
+            order = StreamOrder(torch.device(device))
+            checks = order.follow, still_used(model), watch_for_adapters(model, layers)
             self._passes.check = lambda: [check() for check in checks]
             undo.callback(self._plug_in(model))
             self._undo = undo.pop_all()

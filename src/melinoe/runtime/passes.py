@@ -93,6 +93,8 @@ class ForwardPasses:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
         bit = 1 << layer
         if not self._seen or self._seen & bit:
+            if not self._inside:  # a submodule was called directly
+                self.check()
             self._begin(top_k_index.shape[0])
         self._seen |= bit
         if self.recorder is not None:
@@ -143,6 +145,7 @@ class ForwardPasses:
                 outer.drafts += 1
             else:
                 self._generating = generating
+                self.check()  # a captured step is replayed without a call of the model
             try:
                 yield
             finally:
