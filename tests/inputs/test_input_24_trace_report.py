@@ -12,12 +12,12 @@ from melinoe.report.glossary import GLOSSARY
 def long_trace(tokens=300, layers=3, experts=16, top_k=4):
     """Four sequences of random choices."""
     rng = np.random.default_rng(0)
-    ones = np.ones((layers, 1, top_k), np.float16)
+    ones = np.ones((1, layers, top_k), np.float16)
     builder = TraceBuilder(layers, experts, top_k)
     for sequence in range(4):
         for token in range(tokens):
             chosen = rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)[:, :top_k]
-            builder.add_forward(chosen[:, None], sequence, int(token > 0), ones)
+            builder.add_forward(chosen[None], sequence, int(token > 0), ones)
     return builder.trace()
 
 
