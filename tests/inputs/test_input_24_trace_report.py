@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from melinoe.cache import simulator
 from melinoe.cache.residency import Residency
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.measure import trace_records
@@ -28,6 +29,7 @@ def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
         raise RuntimeError("a request was planned in Python")
 
     trace = long_trace()
+    monkeypatch.setattr(simulator, "COMPILED_FROM", len(trace))  # as a trace of real length is
     for name in ("request", "plans", "partly"):
         monkeypatch.setattr(Residency, name, slow)
     records = trace_records(trace, "mine")
