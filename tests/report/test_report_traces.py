@@ -169,3 +169,13 @@ def test_the_timeline_shows_what_it_found_and_what_it_loaded(tmp_path):
     write_report([{**record, "hits": [[1, 2], [2, 2]]}], tmp_path / "new.html")
     assert "lru loaded 1 experts for 2 tokens" in (tmp_path / "old.md").read_text()
     assert "lru found 7 experts resident and loaded 1" in (tmp_path / "new.md").read_text()
+
+
+def test_a_page_with_another_name_is_refused_before_any_replay(tmp_path, monkeypatch):
+    """A trace of hours of text takes its time; the name is known at once."""
+    monkeypatch.setattr("melinoe.cli.report._with_traces", lambda *_: pytest.fail("replayed"))
+    path = tmp_path / "trace.safetensors"
+    two_sequences().save(path)
+    done = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "page")])
+    assert isinstance(done.exception, MelinoeError)
+    assert "let it end in .html" in str(done.exception)

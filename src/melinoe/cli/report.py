@@ -38,7 +38,7 @@ def command(
     """Write a self-contained page with tables and figures, or these by themselves."""
     from melinoe.cli import options
     from melinoe.errors import DataError
-    from melinoe.report import update_readme, write_figures, write_report
+    from melinoe.report import page_path, update_readme, write_figures, write_report
 
     if policy and not any(run.suffix == ".safetensors" for run in runs):
         raise typer.BadParameter(
@@ -51,6 +51,7 @@ def command(
         options.say(f"{figures}: wrote {len(written)} figures")
         return
     if readme is None:
+        page_path(out)
         write_report(_with_traces(runs, policy), out)
         options.say(f"wrote {out} and {out.with_suffix('.md')}")
         return

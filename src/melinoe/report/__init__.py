@@ -21,13 +21,20 @@ from melinoe.errors import DataError
 from melinoe.report import render
 from melinoe.report.benchmarks import benchmark_tables
 from melinoe.report.figure_files import write_figures
-from melinoe.report.page import write_report
+from melinoe.report.page import page_path, write_report
 from melinoe.report.readme import update_readme
 from melinoe.report.records import Sources, read_records
 from melinoe.report.scores import comparison_table, score_table
 from melinoe.report.tables import corpus_table, main_table, servings
 
-__all__ = ["read_records", "render_table", "update_readme", "write_figures", "write_report"]
+__all__ = [
+    "page_path",
+    "read_records",
+    "render_table",
+    "update_readme",
+    "write_figures",
+    "write_report",
+]
 
 
 def render_table(

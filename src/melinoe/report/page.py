@@ -10,6 +10,19 @@ from melinoe.report.sections import Report, assemble
 from melinoe.whole_file import write_whole
 
 
+def page_path(out: Path | str) -> Path:
+    """
+    The path of a page, if it is named as one; ask before minutes of replays.
+
+    Raises:
+        DataError: it does not end in .html or .htm.
+    """
+    path = Path(out)
+    if path.suffix not in (".html", ".htm"):
+        raise DataError(f"{path} is not the name of an HTML page; let it end in .html")
+    return path
+
+
 def write_report(sources: Sources, out: Path | str) -> None:
     """
     Write the report of some records as *out* (HTML) and beside it as Markdown (``.md``).
@@ -25,9 +38,7 @@ def write_report(sources: Sources, out: Path | str) -> None:
         DataError: a record is malformed (the message names file and line), there is none, or
             *out* cannot be written.
     """
-    out = Path(out)
-    if out.suffix not in (".html", ".htm"):
-        raise DataError(f"{out} is not the name of an HTML page; let it end in .html")
+    out = page_path(out)
     report = assemble(read_records(sources))
     texts = {out: html_page(report), out.with_suffix(".md"): markdown_page(report)}
     try:
