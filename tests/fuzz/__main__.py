@@ -5,6 +5,7 @@ Fuzz for longer than the suite does: every option and value, then damaged files 
 """
 
 import argparse
+import os
 import tempfile
 import time
 import warnings
@@ -33,6 +34,7 @@ def main():
             print(f"--- {what}: {why}\n", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # some values are names of places to write to
         whole = samples.make(Path(folder) / "whole")
         places = options.places(Path(folder) / "places")
         for case in options.cases(places, base_of(whole)):

@@ -58,8 +58,9 @@ def chosen(number, share):
     return zlib.crc32(str(number).encode()) % share == 0
 
 
-def test_no_value_of_any_option_ends_in_a_traceback(whole, tmp_path):
+def test_no_value_of_any_option_ends_in_a_traceback(whole, tmp_path, monkeypatch):
     """A part of all options x values, alike in every run: exit 0, 1 with a sentence, or 2."""
+    monkeypatch.chdir(tmp_path)  # some values are names of places to write to
     wrong = []
     places = options.places(tmp_path / "places")
     for number, case in enumerate(options.cases(places, base_of(whole))):

@@ -117,7 +117,7 @@ def miss_curves(
 @dataclass(frozen=True)
 class UnitCosts:
     """
-    What the completion of each unit (see `melinoe.cache.simulation.Simulation`) costs by slots.
+    Count what each unit's completion costs by slots; see `melinoe.cache.simulation.Simulation`.
 
     Attributes:
         hits: int64 (sizes, units), uses whose expert was resident, of all layers.

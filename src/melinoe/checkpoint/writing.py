@@ -151,7 +151,7 @@ def _warn_of_other_engines(directory: Path, out: str | Path) -> None:
 
 
 def bytes_of(checkpoint: Checkpoint) -> int:
-    """What the base's files take that `write_model` copies."""
+    """Add up the bytes of the base's files that `write_model` copies."""
     shards = {place.file.path for place in checkpoint.files.values()}
     others, _ = other_files(checkpoint)
     return sum(path.stat().st_size for path in (*shards, *others))

@@ -1,4 +1,4 @@
-"""What `melinoe doctor --export` says of a checkpoint, and its reference for another engine."""
+"""Show what `melinoe doctor --export` finds; write its reference for another engine."""
 
 from pathlib import Path
 

@@ -165,7 +165,7 @@ def encode_prompts(
 
 
 class _Remarks:
-    """What chat templates do to chats, counted."""
+    """Count what chat templates do to chats."""
 
     def __init__(self) -> None:
         self.rewriting = self.rewritten = self.headless = self.trailing = 0

@@ -59,7 +59,7 @@ def parse_list(value: Any, what: str) -> list[dict[str, Any]]:
     """
     Read a list of objects, or the JSON of one, as tools and calls are kept; nulls are as absent.
 
-    What is JSON inside of an object, as a call's arguments may be, stays a string, nulls and all.
+    JSON inside of an object, as a call's arguments may be, stays a string, nulls and all.
 
     Args:
         value: The list, or a string; each of its objects may be a string as well.

@@ -189,7 +189,7 @@ class FastHandle(Handle):
             self._seen, self._latest = None, np.zeros_like(self._latest)
 
     def audit(self) -> int:
-        """As `Handle.audit`; waits for the device."""
+        """Compare books and slots as `Handle.audit` does; waits for the device."""
         with self.lock:
             self._staging.finish()
             return super().audit()

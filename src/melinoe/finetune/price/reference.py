@@ -46,7 +46,7 @@ def identity(
 @dataclass(frozen=True)
 class Reference:
     """
-    What the control left.
+    Hold what the control left.
 
     Attributes:
         identity: See `identity`.

@@ -20,7 +20,7 @@ _LEVEL = 0.6827
 @dataclass(frozen=True)
 class Price:
     """
-    What may be paid: increases of perplexity over the control, as shares.
+    Hold what may be paid: increases of perplexity over the control, as shares.
 
     Attributes:
         own: On held-out text of the domain that is trained on.
