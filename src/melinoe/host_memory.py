@@ -90,7 +90,7 @@ def _own_limits(root: Path) -> Iterator[HostMemory]:
 
 
 def _groups(root: Path) -> Iterator[HostMemory]:
-    """What each control group leaves, from this process's own up to the topmost in sight."""
+    """Yield what each control group leaves, from this process's own to the topmost in sight."""
     groups = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
     for line in _read(root / "proc/self/mountinfo").splitlines():
         before, _, behind = line.partition(" - ")

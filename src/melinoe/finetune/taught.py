@@ -126,6 +126,6 @@ def train_beside(
 
 
 def beside(out: str | Path, what: str) -> Path:
-    """Where the ``teacher`` or the ``control`` of the run *out* is written: ``<out>.<what>``."""
+    """Name the place of the run *out*'s ``teacher`` or ``control``: ``<out>.<what>``."""
     path = Path(out).expanduser()
     return path.with_name(f"{path.name}.{what}")

@@ -122,7 +122,7 @@ def trace_of(rows: Rows, num_experts: int, model: str, note: str, notes: list[st
 
 
 def _changes(keys: list[np.ndarray]) -> np.ndarray:
-    """Where any of some arrays differs from the entry before; the first counts as different."""
+    """Mark entries in which an array differs from the one before; the first is marked."""
     changed = np.ones(len(keys[0]), bool)
     changed[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
     return changed
@@ -142,7 +142,7 @@ def _in_order(rows: Rows, layers: int) -> Rows:
     """
     Sort rows by token and layer, so that every token has each layer once.
 
-    What tells tokens apart is the first of these that does: their number; sequence and number;
+    Tokens are told apart by the first of these that does: their number; sequence and number;
     forward pass and number; and passes that begin wherever the numbers do not go on.
     """
     token, layer = rows["token"], rows["layer"]

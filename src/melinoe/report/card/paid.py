@@ -1,4 +1,4 @@
-"""What was paid and what it bought, in the list below a model card's first sentence."""
+"""List what was paid and what it bought, below a model card's first sentence."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a card may say was changed: by how much, at what price, or that no change was shown."""
+"""Say what was changed: by how much, at what price, or that no change was shown."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -84,7 +84,7 @@ def _moved(ratio: Estimate | None, other: str, name: str, where: str) -> str:
 
 
 def _paid(outcome: Mapping[str, Any], change: Mapping[str, Any], priced: bool) -> str:
-    """What became of perplexity in domain, as the end of the sentence."""
+    """End the sentence with what became of perplexity in domain."""
     told = []
     for domain, value in change["perplexity"].items():
         if not outcome["after"]["perplexity"][domain]["in_domain"]:

@@ -1,4 +1,4 @@
-"""What a setting costs over another, and what it saves against the base model."""
+"""Compute what a setting costs over another, and what it saves against the base model."""
 
 from collections.abc import Sequence
 
