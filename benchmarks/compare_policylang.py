@@ -35,9 +35,9 @@ from melinoe.cache.trace import Trace
 from melinoe.cache.trace_builder import TraceBuilder
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode_prompts, load_examples
+from melinoe.engine.load import load
 from melinoe.generate import trace_prompts
 from melinoe.measure import machine, write_json
-from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TEST, TINY_OLMOE
 
 SIZES = (0.25, 0.5, 0.75)

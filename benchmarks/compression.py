@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode, load_examples
+from melinoe.engine.device.compressed import CompressedStore
+from melinoe.engine.device.quantize import BITS, dequantise, quantise
+from melinoe.engine.weights import give_weights_back
 from melinoe.evaluate import perplexity, perplexity_increase
-from melinoe.fast.compressed import CompressedStore
-from melinoe.fast.quantize import BITS, dequantise, quantise
 from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
-from melinoe.runtime.weights import give_weights_back
 from melinoe.shipped import GSM8K_TEST, HELD_OUT, TINY_OLMOE
 
 

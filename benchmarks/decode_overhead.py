@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+from melinoe.engine.attach import attach
 from melinoe.measure import machine, write_json
-from melinoe.runtime.attach import attach
 
 PROMPT = torch.arange(5, 21)[None]
 

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, encode, load_examples, pad_token_id
+from melinoe.engine.attach import attach
 from melinoe.evaluate import perplexity
 from melinoe.finetune import train
 from melinoe.finetune.parts.adapter import Adapter, adapter_of
@@ -49,7 +50,6 @@ from melinoe.measure import (
     reading_trace,
     write_json,
 )
-from melinoe.runtime.attach import attach
 from melinoe.shipped import GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
 
 EXAMPLES, JUDGED_FROM, JUDGED, OTHERS = 1600, 6000, 96, 16

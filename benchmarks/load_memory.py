@@ -135,7 +135,7 @@ def measure(kind: str, path: str) -> dict:
     from transformers.utils import logging
 
     import melinoe
-    import melinoe.runtime.load  # the import is not what is measured
+    import melinoe.engine.load  # the import is not what is measured
 
     logging.disable_progress_bar()
     torch.set_num_threads(2)

@@ -5,7 +5,7 @@ Question: predicted against measured milliseconds per decoded token, for several
 policies and ways to handle misses, on the shipped model. The model is told figures of this machine
 and engine, measured in the same process on none of the configurations that it predicts: a runtime
 with every expert resident goes through the motions of misses, one kind at a time
-(`melinoe.runtime.rehearsal`). Loads per layer and token come from simulating one trace.
+(`melinoe.engine.rehearsal`). Loads per layer and token come from simulating one trace.
 
 The answer that would be bad news: an error beyond 10 % in any configuration; then time in the
 simulator's tables would be no better than a guess.
@@ -40,12 +40,12 @@ from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import predict
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode_prompts, load_examples
+from melinoe.engine.load import load
+from melinoe.engine.misses import Misses
+from melinoe.engine.rehearsal import LOADS, MOTIONS, Rehearsal, figures_from, over, time_calls
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import machine, write_json
-from melinoe.runtime.load import load
-from melinoe.runtime.misses import Misses
-from melinoe.runtime.rehearsal import LOADS, MOTIONS, Rehearsal, figures_from, over, time_calls
-from melinoe.runtime.transfer import EmulatedLink
 from melinoe.shipped import GSM8K_TEST, TINY_OLMOE
 
 EXPERTS = 32

@@ -2,7 +2,7 @@
 
 import torch
 
-from melinoe.fast.passes import DEVICE
+from melinoe.engine.device.passes import DEVICE
 from melinoe.moe.compute import StandIn
 from melinoe.moe.experts import find_experts
 

@@ -285,7 +285,7 @@ def test_models_are_let_go_one_by_one_and_never_made_whole(models, melinoe, monk
     import weakref
 
     from melinoe.cli import options
-    from melinoe.runtime import handle
+    from melinoe.engine import handle
 
     def refuse(*_):
         raise AssertionError("all experts were put back into memory")

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from melinoe.data import Example
+from melinoe.engine.attach import attach
 from melinoe.errors import DataError
 from melinoe.evaluate import complete, reference, rouge_l
 from melinoe.generate import generate
-from melinoe.runtime.attach import attach
 
 WORDS = ["<pad>", "<eos>", "Question:", "a", "b", "c", "d", "e", "f", "Answer:"]
 

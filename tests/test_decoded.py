@@ -8,10 +8,10 @@ from small_olmoe import EXPERTS, tiny_model
 
 from melinoe.cache.simulator import simulate
 from melinoe.data import Encoded
+from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, DataError
 from melinoe.evaluate import decoded_perplexity, perplexity, price_of_choice
 from melinoe.moe.choice import ChoiceSettings
-from melinoe.runtime.attach import attach
 
 TEXTS = [
     Encoded([3, 4, 5, 6, 7, 8, 9], [False, False, False, True, True, True, True]),

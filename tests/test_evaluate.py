@@ -9,6 +9,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from melinoe.data import Encoded
+from melinoe.engine.attach import attach
 from melinoe.errors import DataError, ModelError
 from melinoe.evaluate import (
     Perplexity,
@@ -18,7 +19,6 @@ from melinoe.evaluate import (
     perplexity_increase,
     quality_record,
 )
-from melinoe.runtime.attach import attach
 
 
 def tiny_model(seed=0):

@@ -13,11 +13,11 @@ from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cli.prefetching import Moment
 from melinoe.config import PREFETCH_AT
+from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
 from melinoe.prefetch import prefetcher_class
-from melinoe.runtime.attach import attach
 
 
 def test_few_slots_give_the_plain_models_tokens():

@@ -10,6 +10,8 @@ from two_sequences import small_trace
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.simulator import simulate
+from melinoe.engine.attach import attach
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.evaluate import Perplexity, quality_record
 from melinoe.generate import Generation, trace_prompts
@@ -25,8 +27,6 @@ from melinoe.measure import (
 )
 from melinoe.predictor import Comparison
 from melinoe.report.schema import check
-from melinoe.runtime.attach import attach
-from melinoe.runtime.transfer import EmulatedLink
 from melinoe.stats import bootstrap
 
 PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20 w2", "w30 w11 w12 w13 w14"]

@@ -7,12 +7,12 @@ from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenize
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.engine.attach import attach
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record
 from melinoe.measure.by_layer import hit_rates_by_layer
 from melinoe.report.schema import check
-from melinoe.runtime.attach import attach
-from melinoe.runtime.transfer import EmulatedLink
 
 
 def small_trace():

@@ -20,10 +20,10 @@ from melinoe import config
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.simulator import simulate
 from melinoe.cli.app import app
+from melinoe.engine.attach import attach
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import serve
 from melinoe.prefetch import prefetcher
-from melinoe.runtime.attach import attach
 from tests.outside import fresh_registries
 
 PAGE = Path(__file__).parents[1] / "docs" / "traces.md"

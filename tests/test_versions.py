@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 from contextlib import redirect_stdout
 
-import melinoe.runtime.record  # noqa: F401  torch and transformers are the child's too
+import melinoe.engine.record  # noqa: F401  torch and transformers are the child's too
 
 REAL = importlib.metadata.version
 
@@ -22,7 +22,7 @@ def _import_anew_and_say():
     importlib.metadata.version = _version
     for name in [one for one in sys.modules if one.split(".")[0] == "melinoe"]:
         del sys.modules[name]
-    from melinoe.runtime.record import _versions
+    from melinoe.engine.record import _versions
 
     found = _versions()
     assert found["melinoe"] == "not installed" and found["torch"], found

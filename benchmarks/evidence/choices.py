@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from texts import IN_DOMAIN, Texts
 
+from melinoe.engine.load import load
 from melinoe.evaluate.choice_price import ChoicePrice
 from melinoe.evaluate.decoded import decoded_perplexity
 from melinoe.moe.choice import ChoiceSettings
-from melinoe.runtime.load import load
 from melinoe.stats import Estimate
 
 POLICY, QUARTER = "lfu", 8

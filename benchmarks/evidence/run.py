@@ -36,8 +36,8 @@ from counts import CAUSAL, counts
 from texts import Seen, see, texts
 
 from melinoe.checkpoint import describe, load_tokenizer
+from melinoe.engine.load import load
 from melinoe.measure import append_jsonl, machine
-from melinoe.runtime.load import load
 from melinoe.shipped import TINY_OLMOE
 from melinoe.stats import Estimate
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from melinoe.fast import tuning
-from melinoe.fast.carrier import Carrier, addresses_of
+from melinoe.engine.device import tuning
+from melinoe.engine.device.carrier import Carrier, addresses_of
 
 # Experts of one request: what a step of one token, a few tokens and a prompt may ask for.
 COUNTS = (1, 2, 8, 32)

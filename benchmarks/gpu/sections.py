@@ -14,9 +14,9 @@ import shapes
 import steps
 import torch
 
-from melinoe.fast import compiled as compiling
-from melinoe.fast.attach import attach as attach_fast
-from melinoe.runtime.attach import attach as attach_reference
+from melinoe.engine.attach import attach as attach_reference
+from melinoe.engine.device import compiled as compiling
+from melinoe.engine.device.attach import attach as attach_fast
 
 RATES = (0.0, 0.1, 0.5)
 

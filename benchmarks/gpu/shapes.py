@@ -10,9 +10,9 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from melinoe.cache.residency import Residency
-from melinoe.fast.compressed import CompressedStore
+from melinoe.engine.device.compressed import CompressedStore
+from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.moe.experts import ExpertsLayer, find_experts, is_experts_module
-from melinoe.runtime.ram_store import PinnedStore, RamStore
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM, StaticCache
 
 import melinoe
-from melinoe.fast.support import grouped_mm_waits
+from melinoe.engine.calls import Batch
+from melinoe.engine.device.support import grouped_mm_waits
 from melinoe.host_memory import free_host_bytes
-from melinoe.runtime.calls import Batch
 
 ROOT = Path(__file__).parents[2]
 _CARD = (

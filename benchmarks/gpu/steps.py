@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from melinoe.fast.captured import uncollected
-from melinoe.runtime.calls import Batch
+from melinoe.engine.calls import Batch
+from melinoe.engine.device.captured import uncollected
 
 
 class Decoder:

@@ -19,9 +19,9 @@ import torch
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe, load_tokenizer
 from melinoe.data import Encoded, encode, load_examples
+from melinoe.engine.load import load
 from melinoe.generate import trace_prompts
 from melinoe.measure import reading_trace
-from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN, HELD_OUT
 
 PROMPT, COMPLETION = 64, 64

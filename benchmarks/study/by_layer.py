@@ -22,8 +22,8 @@ from melinoe.cache.curves import miss_curves
 from melinoe.cache.simulator import simulate
 from melinoe.checkpoint import describe, load_tokenizer
 from melinoe.data import encode, load_examples
+from melinoe.engine.load import load
 from melinoe.measure import append_jsonl, machine, reading_trace
-from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN
 
 SLOTS, POLICY, LEARNED_FROM = 8, "lfu", 64

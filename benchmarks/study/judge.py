@@ -20,10 +20,10 @@ from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe, load_tokenizer
 from melinoe.config import experts_in_share
 from melinoe.data import Example, encode, load_examples
+from melinoe.engine.load import load
 from melinoe.evaluate import Perplexity, perplexity
 from melinoe.generate import trace_prompts
 from melinoe.measure import reading_trace
-from melinoe.runtime.load import load
 from melinoe.shipped import HELD_OUT
 
 SHARES = (0.125, 0.25, 0.5)  # of the experts: 4, 8 and 16 of the shipped model's 32

@@ -18,10 +18,10 @@ from plan import JUDGED_FROM
 from melinoe.cache.counters import COMPLETION
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode, load_examples
+from melinoe.engine.load import load
 from melinoe.evaluate.decoded import decoded_perplexity
 from melinoe.measure import append_jsonl, machine
 from melinoe.moe.choice import ChoiceSettings
-from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN
 
 TEXTS, SLOTS, POLICY, LENGTH = 128, 8, "lfu", 512

@@ -33,9 +33,9 @@ from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, Trace
 from melinoe.checkpoint import describe, load_tokenizer
 from melinoe.data import Encoded, Example, encode, load_examples
+from melinoe.engine.load import load
 from melinoe.generate import trace_prompts
 from melinoe.measure import append_jsonl, machine, reading_trace
-from melinoe.runtime.load import load
 from melinoe.shipped import GSM8K_TRAIN, HELD_OUT
 
 CONTEXT, TRAINED = 512, 200

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from melinoe.cache.residency import Residency as Residency
     from melinoe.cache.simulator import simulate as simulate
     from melinoe.cache.trace import Trace as Trace
-    from melinoe.engine import attach as attach
-    from melinoe.engine import load as load
+    from melinoe.engine.attach import Handle as Handle
+    from melinoe.engine.choose import attach as attach
+    from melinoe.engine.choose import load as load
+    from melinoe.engine.transfer import EmulatedLink as EmulatedLink
     from melinoe.errors import MelinoeError as MelinoeError
     from melinoe.predictor import Predictor as Predictor
-    from melinoe.runtime.attach import Handle as Handle
-    from melinoe.runtime.transfer import EmulatedLink as EmulatedLink
 
 _HOMES = {
-    "EmulatedLink": "melinoe.runtime.transfer",
-    "Handle": "melinoe.runtime.attach",
+    "EmulatedLink": "melinoe.engine.transfer",
+    "Handle": "melinoe.engine.attach",
     "MelinoeError": "melinoe.errors",
     "Predictor": "melinoe.predictor",
     "Residency": "melinoe.cache.residency",
     "Trace": "melinoe.cache.trace",
-    "attach": "melinoe.engine",
-    "load": "melinoe.engine",
+    "attach": "melinoe.engine.choose",
+    "load": "melinoe.engine.choose",
     "simulate": "melinoe.cache.simulator",
 }
 

@@ -26,6 +26,8 @@ from melinoe.cache.trace import Trace
 from melinoe.checkpoint import check_output, describe, load_tokenizer
 from melinoe.config import DemoSettings, experts_in_share
 from melinoe.data import Example, encode, load_examples
+from melinoe.engine.load import load
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.evaluate import perplexity, perplexity_increase, quality_record
 from melinoe.finetune import finetune
 from melinoe.generate import prompt_ids, trace_prompts
@@ -44,8 +46,6 @@ from melinoe.measure import (
 )
 from melinoe.predictor import Predictor, compare, fit
 from melinoe.report import render_table, write_report
-from melinoe.runtime.load import load
-from melinoe.runtime.transfer import EmulatedLink
 from melinoe.shipped import GSM8K_TEST, GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
 
 BASE, CONTROL, TUNED = "base", "control", "fine-tuned"

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from melinoe.config import FinetuneSettings
+from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, TrainingError
 from melinoe.finetune.parts.adapters import make_trainable
 from melinoe.finetune.parts.low_rank import LowRankUpdates
@@ -16,7 +17,6 @@ from melinoe.finetune.parts.peft_layout import from_peft_A, from_peft_B
 from melinoe.moe.experts import find_experts
 from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers
-from melinoe.runtime.attach import attach
 
 # One of each layout: standard; transposed; own gate; transposed, biased, interleaved, own gate;
 # norm after each expert; no gate; transposed, biased, concatenated, own gate.

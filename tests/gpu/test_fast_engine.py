@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 import melinoe
 from melinoe.cache.simulator import simulate
-from melinoe.fast.batching import batching_config
-from melinoe.fast.budget import backbone_bytes, plan_budget
+from melinoe.engine.calls import Batch
+from melinoe.engine.device.batching import batching_config
+from melinoe.engine.device.budget import backbone_bytes, plan_budget
 from melinoe.moe.experts import find_experts
-from melinoe.runtime.calls import Batch
 
 pytestmark = pytest.mark.gpu
 

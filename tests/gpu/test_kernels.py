@@ -8,13 +8,13 @@ from on_cuda import EXPERTS, model
 from melinoe.cache.packing import pack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
-from melinoe.fast.blocks import addresses, segments
-from melinoe.fast.compressed import CompressedStore
-from melinoe.fast.copying import CopyPlan
-from melinoe.fast.expanding import ExpandPlan
-from melinoe.fast.residency import DeviceResidency
+from melinoe.engine.device.blocks import addresses, segments
+from melinoe.engine.device.compressed import CompressedStore
+from melinoe.engine.device.copying import CopyPlan
+from melinoe.engine.device.expanding import ExpandPlan
+from melinoe.engine.device.residency import DeviceResidency
+from melinoe.engine.ram_store import PinnedStore
 from melinoe.moe.experts import find_experts
-from melinoe.runtime.ram_store import PinnedStore
 
 pytestmark = pytest.mark.gpu
 

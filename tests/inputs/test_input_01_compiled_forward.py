@@ -3,7 +3,7 @@
 
 It was off by 12.75 on the shipped model, agreeing with it on 15 % of the tokens, without a warning;
 loaded by `melinoe.load`, dynamo reported a fault of its own. All other ways to run a forward pass:
-`tests/runtime/test_other_forwards.py`.
+`tests/engine/test_other_forwards.py`.
 """
 
 import pytest

@@ -23,15 +23,15 @@ from small_olmoe import words_tokenizer
 from melinoe import cli
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, Example
+from melinoe.engine.attach import attach
+from melinoe.engine.device.attach import attach as fast_attach
 from melinoe.errors import DataError, ModelError, TrainingError
 from melinoe.evaluate import decoded_perplexity, perplexity
-from melinoe.fast.attach import attach as fast_attach
 from melinoe.finetune import finetune
 from melinoe.generate import generate
 from melinoe.moe.finite import are_finite, broken_weight
 from melinoe.predictor.encoders import EmbeddingEncoder
 from melinoe.predictor.fit import fit_shares
-from melinoe.runtime.attach import attach
 
 NAN, INF = float("nan"), float("inf")
 ROWS = [{"prompt": "w3 w4", "completion": " w5 w6 w7"}] * 6

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from melinoe.checkpoint import load_tokenizer, read_metadata
 from melinoe.checkpoint.files import read_config
 from melinoe.data import load_examples
+from melinoe.engine.load import load
 from melinoe.errors import DataError, TokenizerError
 from melinoe.plan.facts import model_facts
 from melinoe.report.records import read_records
-from melinoe.runtime.load import load
 from melinoe.shipped import TINY_OLMOE
 
 ROWS = [{"text": "a ä"}, {"text": "b"}]

@@ -2,7 +2,7 @@
 Four threads call `generate` on one loaded model: each gets its own text.
 
 Three failed, or 48 texts of 224 were wrong without an error and the model stayed wrong afterwards.
-Streamers, recordings, failures and `detach` in threads: `tests/runtime/test_threads.py`.
+Streamers, recordings, failures and `detach` in threads: `tests/engine/test_threads.py`.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -5,9 +5,9 @@ import tiny
 import torch
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
+from melinoe.engine.attach import attach
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.experts import find_experts
-from melinoe.runtime.attach import attach
 
 FUNCTIONS = {"grouped_mm": grouped_mm_experts_forward, "batched_mm": batched_mm_experts_forward}
 

@@ -5,10 +5,10 @@ import tiny
 import torch
 
 from melinoe.cache.machine import Machine, Work
+from melinoe.engine.attach import attach
+from melinoe.engine.misses import Misses
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import find_experts
-from melinoe.runtime.attach import attach
-from melinoe.runtime.misses import Misses
 
 FAMILIES = [family for family in tiny.families() if family not in tiny.CANNOT]
 ON_THE_HOST = Misses(

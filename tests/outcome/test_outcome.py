@@ -9,11 +9,11 @@ from three_models import SETTINGS, loads_of_two_slots, texts
 
 from melinoe.checkpoint import read_metadata
 from melinoe.data import Example, encode
+from melinoe.engine.attach import attach
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
 from melinoe.outcome import measure_outcome
 from melinoe.outcome.record import around, cache_sizes
-from melinoe.runtime.attach import attach
 
 
 def test_sizes_include_half_and_double_of_what_was_trained_for():

@@ -11,10 +11,10 @@ from three_models import SEEDS, SETTINGS, loads_of_two_slots, texts
 
 from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.data import encode
+from melinoe.engine.attach import attach
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
 from melinoe.outcome import measure_outcome, record_outcome
-from melinoe.runtime.attach import attach
 
 
 @pytest.fixture(scope="module")

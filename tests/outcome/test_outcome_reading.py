@@ -7,9 +7,9 @@ from small_olmoe import EXPERTS, tiny_model
 
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.data import Encoded
+from melinoe.engine.attach import attach
 from melinoe.errors import DataError
 from melinoe.measure import reading_trace
-from melinoe.runtime.attach import attach
 
 
 def test_reading_gives_what_decoding_the_same_text_chooses():

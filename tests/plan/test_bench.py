@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from melinoe.cache.machine import Machine
+from melinoe.engine.misses import Misses
 from melinoe.errors import BudgetError, MelinoeError
 from melinoe.plan import rehearsing
 from melinoe.plan.predicted import machine_of, seconds_of
 from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
 from melinoe.report import render_table
-from melinoe.runtime.misses import Misses
 from tests.small_olmoe import EXPERTS, always, tiny_model, words_tokenizer
 
 
@@ -132,7 +132,7 @@ def test_computed_misses_are_counted_as_simulated(melinoe, place):
 
 def test_the_fast_engine_is_refused_where_it_cannot_run(melinoe, place, monkeypatch):
     """In one sentence, before a model is read; with an unknown engine the known ones."""
-    from melinoe.fast import support
+    from melinoe.engine.device import support
 
     code, _, err = bench(melinoe, place, "--engine", "both", "--link", "1GB/s")
     assert code == 1 and "no emulated link" in err

@@ -7,11 +7,11 @@ import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, TOP_K, tiny_model, words_tokenizer
 
 from melinoe.cache.trace import COMPLETION_ROW
+from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, ModelError
 from melinoe.generate import generate
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import AdaptivePredictor, Prior, use_counts
-from melinoe.runtime.attach import attach
 
 
 def new_prior(model):

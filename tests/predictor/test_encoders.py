@@ -12,6 +12,7 @@ from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenize
 
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.engine.attach import attach
 from melinoe.errors import CheckpointError, DependencyError, ModelError
 from melinoe.generate import generate
 from melinoe.moe.routing import fingerprint
@@ -26,7 +27,6 @@ from melinoe.predictor import (
 )
 from melinoe.predictor.encoders import token_embeddings
 from melinoe.predictor.fit import _split, fit_shares
-from melinoe.runtime.attach import attach
 
 QUICK = FitSettings(epochs=40, patience=15)
 

@@ -5,8 +5,8 @@ import torch
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from melinoe.cache.simulator import simulate
+from melinoe.engine.attach import attach
 from melinoe.prefetch import prefetcher
-from melinoe.runtime.attach import attach
 
 IMAGE, BEFORE, AFTER = 120, 122, 123
 TEXT = dict(

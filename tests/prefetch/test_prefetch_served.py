@@ -8,12 +8,12 @@ from melinoe.cache.prefetcher import Given, Prefetcher, Timed
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.checkpoint import load_tokenizer
+from melinoe.engine.attach import attach
+from melinoe.engine.device.attach import attach as attach_fast
+from melinoe.engine.load import load
 from melinoe.errors import AttachError
-from melinoe.fast.attach import attach as attach_fast
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.prefetch import prefetcher, prefetcher_names
-from melinoe.runtime.attach import attach
-from melinoe.runtime.load import load
 from melinoe.shipped import TINY_OLMOE
 from tests.small_olmoe import tiny_model, words_tokenizer
 

@@ -8,8 +8,8 @@ from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.route import Route
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.engine.attach import attach
 from melinoe.prefetch import prefetcher
-from melinoe.runtime.attach import attach
 from tests.tiny import tiny_model
 
 

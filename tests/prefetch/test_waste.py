@@ -9,10 +9,10 @@ from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace_builder import TraceBuilder
-from melinoe.fast.attach import attach as attach_fast
+from melinoe.engine.attach import attach
+from melinoe.engine.device.attach import attach as attach_fast
 from melinoe.generate import generate
 from melinoe.prefetch import prefetcher
-from melinoe.runtime.attach import attach
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 

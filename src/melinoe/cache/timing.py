@@ -49,7 +49,7 @@ the host's computing (U). Nothing is said about what shares the machine.
 
 Source:
     The limits of docs/method.md, taken apart by layer. Copies on one link follow one another and
-    take ``latency + bytes / bandwidth``, as `melinoe.runtime.transfer.EmulatedLink` has it.
+    take ``latency + bytes / bandwidth``, as `melinoe.engine.transfer.EmulatedLink` has it.
 """
 
 from dataclasses import dataclass

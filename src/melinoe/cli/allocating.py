@@ -37,7 +37,7 @@ def slots_from(
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import describe
     from melinoe.cli import options
-    from melinoe.runtime.budget import parse_bytes
+    from melinoe.engine.budget import parse_bytes
 
     about, trace = describe(path), Trace.load(trace_file)
     if len(set(about.layers)) > 1:

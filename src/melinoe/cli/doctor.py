@@ -50,9 +50,9 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
+    from melinoe.engine.budget import memory_of, slots_for
     from melinoe.errors import UnsupportedModelError
     from melinoe.host_memory import format_bytes, host_memory
-    from melinoe.runtime.budget import memory_of, slots_for
 
     options.quiet()
     asked = options.resolve(model)
@@ -198,8 +198,8 @@ def _fast_engine(name: str) -> dict[str, str | None]:
 
     from melinoe.checkpoint.files import read_config
     from melinoe.checkpoint.opening import find_model_class
-    from melinoe.fast.plug import why_not_static
-    from melinoe.fast.support import grouped_mm_waits, why_not
+    from melinoe.engine.device.plug import why_not_static
+    from melinoe.engine.device.support import grouped_mm_waits, why_not
 
     config, cannot = read_config(name), why_not(torch.device("cuda"))
     decoding = None

@@ -220,7 +220,7 @@ def open_model(
 
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.engine import load
+    from melinoe.engine.choose import load
 
     wanted = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):

@@ -150,10 +150,10 @@ def read_figures(
     if link is None:
         return None
     from melinoe.cache.machine import Machine, Work
+    from melinoe.engine.budget import parse_bytes
     from melinoe.errors import HardwareError
     from melinoe.plan.hardware import find_bandwidth
     from melinoe.plan.units import parse_seconds
-    from melinoe.runtime.budget import parse_bytes
 
     def of(text: str | None, part: str) -> float | None:
         return None if text is None else find_bandwidth(text, part).bytes_per_s

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from melinoe.data import Encoded
+from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError
 from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_rates
 from melinoe.evaluate.decoded import Decoded, decoded_perplexity
 from melinoe.evaluate.records import quality_record
 from melinoe.moe.choice import ChoiceSettings
-from melinoe.runtime.handle import Handle
 from melinoe.stats import bootstrap
 
 _HOW = "demand loads while reading token by token, the cache emptied before each text"

@@ -17,10 +17,10 @@ from torch import nn
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.data import Encoded
+from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
 from melinoe.evaluate.perplexity import Perplexity
 from melinoe.moe.finite import not_finite
-from melinoe.runtime.handle import Handle
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from melinoe.runtime.transfer import EmulatedLink
+from melinoe.engine.transfer import EmulatedLink
 
 
 def link_fields(link: EmulatedLink | None) -> dict[str, Any] | None:

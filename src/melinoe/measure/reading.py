@@ -17,11 +17,11 @@ from torch import nn
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.cache.trace_builder import known_ids
 from melinoe.data import Encoded
+from melinoe.engine.attach import Handle
 from melinoe.errors import DataError
 from melinoe.measure.locality import completion_counts
 from melinoe.moe.next_router import NextRouters
 from melinoe.moe.routing import Router, find_routers
-from melinoe.runtime.attach import Handle
 from melinoe.stats import bootstrap
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetcher import Prefetcher
 from melinoe.config import PREFETCH_AT, PrefetchAt
+from melinoe.engine.attach import Handle
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
 from melinoe.measure.by_layer import hit_rates_by_layer
 from melinoe.measure.link import link_fields
 from melinoe.measure.machine import machine
 from melinoe.predictor import Predictor
-from melinoe.runtime.attach import Handle
 from melinoe.stats import bootstrap
 
 # Assisted decoding computes guesses too, wrong ones included.

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from melinoe.engine.attach import Handle
 from melinoe.errors import DataError
 from melinoe.generate import Prompt, generate
 from melinoe.measure.link import link_fields
-from melinoe.runtime.attach import Handle
 
 
 class _Stamps:

@@ -13,10 +13,10 @@ from melinoe.cache.trace import Trace
 from melinoe.checkpoint import load_tokenizer
 from melinoe.config import OutcomeSettings
 from melinoe.data import Example, encode, encode_prompts
+from melinoe.engine.load import load
 from melinoe.evaluate import Perplexity, perplexity
 from melinoe.generate import trace_prompts
 from melinoe.measure import completion_counts, locality_record, reading_trace
-from melinoe.runtime.load import load
 from melinoe.stats import bootstrap
 
 Texts = Mapping[str, Sequence[Example]]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from melinoe.cache.machine import Machine
+from melinoe.engine.misses import time_read
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side, timeline_record
 from melinoe.plan.predicted import COUNTS, counts_of, machine_of, replay, seconds_of, work_of
@@ -29,7 +30,6 @@ from melinoe.plan.rehearsing import rehearse
 from melinoe.plan.runtimes import Runtimes, Setting, open_runtimes
 from melinoe.plan.strategies import Strategy, prefetcher_of
 from melinoe.prefetch import Given, Prefetcher
-from melinoe.runtime.misses import time_read
 from melinoe.stats import bootstrap
 
 Say = Callable[[str], None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from melinoe.cache.trace import Trace
+from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
 from melinoe.errors import BudgetError, HardwareError
 from melinoe.plan import words
 from melinoe.plan.facts import ModelFacts, model_facts
@@ -20,7 +21,6 @@ from melinoe.plan.hit_rates import (
     from_trace,
 )
 from melinoe.plan.speed import Speed, paper_host_time, speed, step_of
-from melinoe.runtime.budget import format_bytes, memory_of, parse_bytes, slots_for
 
 _MOST_MEMORY = 2**44  # 16 TiB: more is a slip of the unit
 

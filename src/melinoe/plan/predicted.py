@@ -20,9 +20,9 @@ from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.simulator import Simulation, simulate
 from melinoe.cache.timing import predict
 from melinoe.cache.trace import Trace
+from melinoe.engine.handle import Handle
+from melinoe.engine.misses import activation_bytes, link_figures, mean_block_bytes
 from melinoe.plan.strategies import Strategy
-from melinoe.runtime.handle import Handle
-from melinoe.runtime.misses import activation_bytes, link_figures, mean_block_bytes
 
 COUNTS = (
     "tokens",
@@ -119,7 +119,7 @@ def machine_of(
 
     Args:
         handle: Any of the runtimes: they share link and store.
-        read_s: From `melinoe.runtime.misses.time_read`.
+        read_s: From `melinoe.engine.misses.time_read`.
         resident: ``per_prompt`` of the record with every expert resident: computing is what it
             took less what it waited.
         rehearsed: From `melinoe.plan.rehearsing.rehearse`, where it could be: what else a miss

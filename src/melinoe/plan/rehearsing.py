@@ -10,9 +10,8 @@ import numpy as np
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.machine import Machine
-from melinoe.generate import generate
-from melinoe.runtime.handle import Handle
-from melinoe.runtime.rehearsal import (
+from melinoe.engine.handle import Handle
+from melinoe.engine.rehearsal import (
     LOADS,
     MOTIONS,
     Motion,
@@ -20,13 +19,14 @@ from melinoe.runtime.rehearsal import (
     figures_from,
     time_calls,
 )
+from melinoe.generate import generate
 
 _PROMPTS, _TOKENS, _REPEATS = 2, 16, 3
 
 
 def rehearse(model: Any, handle: Handle, tokenizer: Any, prompts: Sequence[Any]) -> Machine | None:
     """
-    Go through the motions of misses with every expert resident (`melinoe.runtime.rehearsal`).
+    Go through the motions of misses with every expert resident (`melinoe.engine.rehearsal`).
 
     Two prompts of up to 16 tokens, three times each, all motions in random order; a motion's time
     is the mean over prompts of the medians.

@@ -11,14 +11,14 @@ import torch
 
 from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
 from melinoe.checkpoint.backbone import layers_of
+from melinoe.engine.attach import attach_stores
+from melinoe.engine.handle import Handle
+from melinoe.engine.load import load
+from melinoe.engine.misses import Misses
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError
 from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.plan.strategies import Strategy
-from melinoe.runtime.attach import attach_stores
-from melinoe.runtime.handle import Handle
-from melinoe.runtime.load import load
-from melinoe.runtime.misses import Misses
-from melinoe.runtime.transfer import EmulatedLink
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Setting:
         model: Path or hub name.
         device: Where it runs.
         dtype: Type of the weights, or ``auto``.
-        store: As `melinoe.runtime.load.load`.
+        store: As `melinoe.engine.load.load`.
         link: Bandwidth in bytes a second and latency of an emulated link; None for the real one.
         max_new_tokens: For each prompt.
         repeat: Runs of each prompt, for steadier times; strategies with a warm cache run once.
@@ -66,7 +66,7 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
 
     Raises:
         BudgetError: host memory does not hold them all.
-        MelinoeError: as `melinoe.runtime.load.load`.
+        MelinoeError: as `melinoe.engine.load.load`.
     """
     kinds = list(dict.fromkeys(one.runtime for one in chosen))
     kinds.sort(key=lambda kind: -kind.slots)
@@ -132,7 +132,7 @@ def check_fast(device: str, emulated: bool) -> None:
     if find_spec("triton") is None:
         reason: str | None = "Triton is not installed"
     else:
-        from melinoe.fast.support import why_not
+        from melinoe.engine.device.support import why_not
 
         reason = why_not(torch.device(device))
     if reason is None and emulated:
@@ -143,7 +143,7 @@ def check_fast(device: str, emulated: bool) -> None:
 
 def _open_fast(setting: Setting, kind: Strategy, first: Handle | None) -> tuple[Any, Handle]:
     """A runtime of the fast engine; its experts in host memory are shared as well."""
-    from melinoe.fast.attach import load as load_fast
+    from melinoe.engine.device.attach import load as load_fast
 
     store: Any = None if first is None else first.store
     return load_fast(

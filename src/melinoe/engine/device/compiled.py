@@ -1,0 +1,178 @@
+"""
+A decode step of fewer kernels: the model's forward pass compiled by ``torch.compile``, on request.
+
+transformers' code launches a kernel for each norm, rotation, cast and addition; a compiler makes a
+few of them. What plans and copies experts is one operation to it, which it neither looks into nor
+moves: a layer's arithmetic needs the slots that this operation returns. The pass is one graph, so
+compiling fails, if it does, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from melinoe.engine.device.experts import FastExperts
+from melinoe.engine.device.passes import FastPasses
+
+_log = logging.getLogger("melinoe")
+
+# Compiled passes of one model class that torch keeps: kinds of step, and models in this process.
+_MOST_COMPILED = 256
+# Static caches are as long as a multiple of it, so that not every prompt is another kind of step.
+CACHE_STEP = 256
+# Round between fused operations where the model's own would: fewer last bits change.
+_OPTIONS = {"emulate_precision_casts": True}
+
+
+def inductor(graph: Any, example_inputs: Any) -> Callable[..., Any]:
+    """What compiles: PyTorch's own, without CUDA graphs of its own."""
+    compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    return compile_graph(graph, example_inputs, config_patches=_OPTIONS)
+
+
+# Exchanged by tests.
+backend = inductor
+
+
+class CompileError(RuntimeError):
+    """Nothing was computed, because compiling failed; the message says why."""
+
+
+class CompiledForward:
+    """
+    The compiled forward pass of one model; nothing is compiled before it is asked for.
+
+    Args:
+        model: a transformers model.
+        experts: of all its layers.
+        passes: of its runtime.
+
+    Attributes:
+        reason: why it will not be used any more; None while it may be.
+        compile_s: seconds that compiling has taken, the first pass included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        experts: Sequence[FastExperts],
+        passes: FastPasses,
+    ) -> None:
+        self._model: Any = model
+        self._experts, self._passes = experts, passes
+        self._ran = ran = [False]  # the graph outlives us, and must not keep the model alive
+
+        def compile_graph(graph: Any, example_inputs: Any) -> Callable[..., Any]:
+            made = backend(graph, example_inputs)
+
+            def run(*arguments: Any) -> Any:
+                ran[0] = True
+                return made(*arguments)
+
+            return run
+
+        self._backend = compile_graph
+        self._forward: Callable[..., Any] | None = None
+        self.reason: str | None = None
+        self.compile_s = 0.0
+
+    def first(self, inputs: Mapping[str, Any]) -> Any:
+        """
+        A pass of a kind that is not compiled yet: compile it, then compute it.
+
+        Raises:
+            CompileError: it cannot be compiled, and will not be tried again; nothing was computed.
+        """
+        if self._forward is None:
+            self._forward = torch.compile(
+                self._passes.forward, backend=self._backend, fullgraph=True, dynamic=False
+            )
+        self._ran[0] = False
+        begin = time.perf_counter()
+        limits = {
+            "recompile_limit": _MOST_COMPILED,
+            "accumulated_recompile_limit": 4 * _MOST_COMPILED,
+        }
+        try:
+            with torch._dynamo.config.patch(limits), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # how others' code is traced is nothing to a user
+                output = self._call(inputs)
+        except Exception as error:
+            self.give_up(error)
+            if self._ran[0]:
+                raise
+            raise CompileError(self.reason) from error
+        gc.collect()  # tracing leaves cycles behind that hold the cache, which is to be used again
+        took = time.perf_counter() - begin
+        self.compile_s += took
+        _log.info("compiled a decode step of shape %s in %.1f s", _shape(inputs), took)
+        return output
+
+    def again(self, inputs: Mapping[str, Any]) -> Any:
+        """
+        A pass of a kind that is compiled: nothing is compiled now.
+
+        Raises:
+            RuntimeError: torch would compile it again.
+        """
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return self._call(inputs)
+
+    def give_up(self, error: BaseException) -> None:
+        """Use it no more, and say so, once."""
+        while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
+            error = inner  # torch's own says only which of its parts failed
+        if self.reason is None:
+            self.reason = first_line(error)
+            _log.warning(
+                "decode steps are not compiled, so they launch more kernels: %s", self.reason
+            )
+
+    def _call(self, inputs: Mapping[str, Any]) -> Any:
+        assert self._forward is not None
+        with self._in_place():
+            return self._model(**inputs)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """In the body passes are followed as ever, and the compiled forward computes them."""
+        before, self._passes.forward = self._passes.forward, self._forward  # type: ignore[assignment]
+        for one in self._experts:
+            one.traced = True
+        try:
+            yield
+        finally:
+            for one in self._experts:
+                one.traced = False
+            self._passes.forward = before
+
+
+def cache_length(positions: int, compiled: bool) -> int:
+    """How long a static cache for so many *positions* is made."""
+    return -(-positions // CACHE_STEP) * CACHE_STEP if compiled else positions
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong in a capture: ending it raises an error of its own on top."""
+    while error.__context__ is not None and "captur" in str(error):
+        error = error.__context__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the trace that some libraries put into a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _shape(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = inputs.get("input_ids")
+    return tuple(ids.shape) if isinstance(ids, torch.Tensor) else ()

@@ -1,0 +1,154 @@
+"""Follow forward passes, and say for each whether the device or the host plans its experts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melinoe.cache.counters import COMPLETION, PROMPT, Counters
+from melinoe.engine.calls import Generating, describe_call
+from melinoe.engine.passes import Batch, ForwardPasses
+
+_log = logging.getLogger("melinoe")
+
+DEVICE, STREAM, PLANS = "device", "stream", "plans"
+# So many decode batches of continuous batching in a row, as they are, are none to warm up with.
+_MANY = 64
+
+
+class FastPasses(ForwardPasses):
+    """
+    As `ForwardPasses`, for an engine that plans most passes on the device.
+
+    A prompt is streamed. A pass of the completion is planned on the device if its tokens can never
+    need more experts of a layer than it has slots, and otherwise as the reference engine plans it,
+    with the host; that is counted and logged. A pass of transformers' continuous batching has no
+    phase: it is planned on the device and counts as completion if it fits, else it is streamed,
+    evicts nobody, and counts as prompt.
+
+    Args:
+        model: a transformers model.
+        counters: of its runtime.
+        fits: whether the device can plan so many tokens of so many choices.
+        most: experts of the layer that has the most.
+
+    Attributes:
+        mode: ``device``, ``stream`` or ``plans``: how the open pass is planned.
+        paged: whether the open pass belongs to continuous batching.
+        fallbacks: passes of the completion that were planned with the host.
+        given: the call that the next passes belong to, where it is known without asking the
+            model's cache, which would make the host wait.
+        unasked: told of each pass that the device plans and that nobody has announced: neither
+            continuous batching nor *given*. With True: of continuous batching without captures.
+        generation_begins: called when `generate` of the model begins.
+    """
+
+    def __init__(
+        self, model: nn.Module, counters: Counters, fits: Callable[[int, int], bool], most: int
+    ) -> None:
+        super().__init__(model, counters)
+        self._fits, self._most = fits, most
+        self._tokens = self._top_k = 0
+        self.mode = DEVICE
+        self.paged = False
+        self.fallbacks = 0
+        self.given: Batch | None = None
+        self.unasked: Callable[[bool], None] | None = None
+        self.generation_begins: Callable[[], None] | None = None
+        self._only_decodes = False
+        self._paged_decodes = 0
+
+    def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+        """As `ForwardPasses.enter`, but all layers of a pass compute the same number of tokens."""
+        tokens, self._top_k = top_k_index.shape
+        if self._seen and tokens != self._tokens:
+            self.end()  # an encoder's and a decoder's, say: what fits one may not fit the other
+        self._tokens = tokens
+        super().enter(layer, top_k_index, top_k_weights)
+        self.route.reached(layer)  # who was chosen only the device knows; somebody was, as a rule
+
+    def in_prompt(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call with *inputs* is a part of a prompt that comes in several."""
+        generating = self._generating
+        if generating is None or not generating.chunked:
+            return False
+        call = describe_call((), inputs, generating)  # waits for the device, until the prompt ends
+        generating.chunked = call is not None and call.phase == PROMPT
+        return generating.chunked
+
+    def end(self) -> None:
+        """End the open pass; one that the device planned, the device has counted."""
+        if self.mode != DEVICE:
+            super().end()
+        elif self._seen:
+            self._seen = 0
+            self.route.end_pass()
+            if self.recorder is not None:
+                self.recorder.end()
+
+    def completion_begins(self) -> None:
+        """A pass of the completion is about to be replayed; nothing else will say so."""
+        self._completion_begins()
+        self.ahead.pass_begins()
+
+    def _begin(self, tokens: int) -> None:
+        self.end()
+        call = self._call
+        phase = call.phase if call is not None else (COMPLETION if tokens == 1 else PROMPT)
+        fits = self._fits(tokens, self._top_k)
+        if self.paged:
+            self.mode, phase = (DEVICE, COMPLETION) if fits else (STREAM, PROMPT)
+        elif phase == PROMPT:
+            self.mode = STREAM
+        else:
+            self.mode = DEVICE if fits else PLANS
+        if self.mode == PLANS or (self.paged and self._only_decodes and not fits):
+            self._note_fallback(tokens)
+        elif self.mode == DEVICE and self.unasked and self.given is None:
+            if not self.paged:
+                self.unasked(False)
+            elif not _capturing():
+                self._paged_decodes = self._paged_decodes + 1 if self._only_decodes else 0
+                if self._paged_decodes == _MANY:
+                    self.unasked(True)
+        if phase == COMPLETION:
+            self._completion_begins()
+        if self.mode != DEVICE:
+            self.counters.begin_forward(phase, tokens)
+        self._tell(phase, tokens)
+
+    def _note_fallback(self, tokens: int) -> None:
+        if not self.fallbacks:
+            _log.warning(
+                "decode steps of %d tokens may need more experts of a layer than it has slots, so "
+                "the host plans them, as slowly as in the reference engine; raise the slots to %d, "
+                "or decode fewer sequences at once", tokens, min(tokens * self._top_k, self._most),
+            )  # fmt: skip
+        self.fallbacks += 1
+
+    def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.given is not None:
+            self._call, self.paged = self.given, False
+            return
+        super()._before(args, kwargs)
+        self.paged = "cu_seq_lens_q" in kwargs
+        # transformers 5.17 calls it max_seqlen_q.
+        self._only_decodes = kwargs.get("max_length_q", kwargs.get("max_seqlen_q")) == 1
+
+    @contextmanager
+    def generate(self, generating: Generating | None) -> Iterator[None]:
+        """As `ForwardPasses.generate`."""
+        with self.lock:
+            if self._generating is None and self.generation_begins is not None:
+                self.generation_begins()
+            with super().generate(generating):
+                yield
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

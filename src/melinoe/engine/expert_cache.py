@@ -1,0 +1,279 @@
+"""One layer's slots at work: ask who must come, have it copied, let transformers compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from melinoe.cache.misses import LoadRule
+from melinoe.cache.policy import Policy
+from melinoe.cache.residency import Load, Plan, Residency
+from melinoe.engine.chosen import request_of, scores_of
+from melinoe.engine.guard import Guard
+from melinoe.engine.host_experts import HostExperts
+from melinoe.engine.passes import ForwardPasses
+from melinoe.engine.store import read_expert
+from melinoe.engine.transfer import Transfer
+from melinoe.moe.compute import Pairs, StandIn
+from melinoe.moe.dispatch import transformers_function
+from melinoe.moe.experts import ExpertsLayer
+
+
+class ExpertCache:
+    """
+    Computes the experts of one MoE layer from its slots.
+
+    Args:
+        layer: the layer; its module's weights are taken out after this is made.
+        num_slots: between 1 and the layer's number of experts.
+        policy: of this layer alone.
+        transfer: shared by all layers.
+        passes: shared by all layers; also holds the counters.
+        device: where the slots are.
+        rule: how many of a request's missing experts are loaded; absent: all.
+        host: computes the others; needed with a *rule*.
+    """
+
+    def __init__(
+        self,
+        layer: ExpertsLayer,
+        num_slots: int,
+        policy: Policy,
+        transfer: Transfer,
+        passes: ForwardPasses,
+        device: torch.device,
+        rule: LoadRule | None = None,
+        host: HostExperts | None = None,
+    ) -> None:
+        self.layer = layer
+        self._bytes = num_slots * layer.block_bytes
+        self.residency = Residency(layer.num_experts, num_slots, policy)
+        self._uses_scores = policy.uses_scores
+        self._index = layer.index
+        self._num_experts = layer.num_experts
+        self._num_slots = num_slots
+        self._transfer = transfer
+        self._passes = passes
+        self._counters = passes.counters
+        with torch.inference_mode(False):
+            self.slots = {
+                t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
+                for t in layer.tensors
+            }
+            # Shares the residency's memory: on the CPU it is always up to date.
+            self._host_slot_of = torch.from_numpy(self.residency.slot_of)
+            self._slot_of = self._host_slot_of.to(device, copy=device.type != "cpu")
+        transfer.adopt(self.slots.values())
+        self._views = [
+            {name: tensor[slot] for name, tensor in self.slots.items()} for slot in range(num_slots)
+        ]
+        self._dtype = self.slots["down_proj"].dtype
+        self._device = device
+        self._forward = transformers_function(layer.module)
+        self._stand_in = StandIn(layer.module, self.slots, num_slots)
+        self._rule, self._host = rule, host
+        self._guard = Guard(device, layer.module, list(self.slots))
+        self.watch = self._guard.watch
+        self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
+        self._as_numbered = False  # whether slot i holds expert i, for all i
+        # Called once a request's loads are under way, with the layer and its experts.
+        self.after_request: Callable[[int, list[int]], None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's slots."""
+        return self._bytes
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes.
+
+        Raises:
+            AttachError: as `Guard.check`.
+        """
+        self._guard.check(hidden_states, top_k_weights)
+        if not top_k_index.shape[0]:  # no token came this way: no pass, no request
+            return torch.zeros_like(hidden_states)
+        with self._passes.lock:
+            self._passes.enter(self._index, top_k_index, top_k_weights)
+            try:
+                return self._compute(hidden_states, top_k_index, top_k_weights)
+            except BaseException:
+                self.reset()  # what was planned may not have been copied: trust no slot
+                raise
+
+    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        experts, uses, whole = request_of(top_k_index, self._num_experts)
+        scores = None
+        if self._uses_scores:
+            scores = scores_of(experts, top_k_index, top_k_weights, self._num_experts)
+        if self._rule is not None:
+            return self._partly(
+                experts, uses, scores, whole, hidden_states, top_k_index, top_k_weights
+            )
+        if not whole or len(experts) > self._num_slots:
+            return self._in_parts(experts, uses, scores, hidden_states, top_k_index, top_k_weights)
+        plan = self.residency.request(experts, None, scores)
+        if plan.loads:
+            self._load(plan.loads)
+        self._await(plan.hits)
+        self._counters.add_plans(self._index, experts, uses, (plan,))
+        self._served(experts)
+        return self._from_slots(hidden_states, top_k_index, top_k_weights)
+
+    def _from_slots(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """All at once: every choice is of an expert that has arrived in a slot."""
+        if not self._as_numbered:
+            top_k_index = self._slot_of.take(top_k_index.long())
+        return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
+
+    def read(self, expert: int) -> dict[str, Tensor]:
+        """One expert as the store holds it, on the host."""
+        return read_expert(self.layer, self._transfer.store, expert)
+
+    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
+        """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""
+        plan = self.residency.prefetch(experts, spare)
+        if plan.loads:
+            try:
+                ticket = self._transfer.issue(self._index, plan.loads, self._views)
+            except BaseException:
+                self.reset()
+                raise
+            for load in plan.loads:
+                self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
+                if ticket is not None:
+                    self._in_flight[load.expert] = ticket
+            self._renumber()
+            self._passes.prefetched(self._index, [load.expert for load in plan.loads])
+        return len(plan.loads)
+
+    def _served(self, experts: list[int]) -> None:
+        """The loads of a request are under way: now others may follow them over the link."""
+        if not experts:
+            return
+        self._passes.route.reached(self._index)
+        if self.after_request is not None:
+            self.after_request(self._index, experts)
+
+    def reset(self) -> None:
+        """Forget who is resident; the counters stay."""
+        # Copies that are under way still land, but before any that is issued from now on.
+        self._in_flight.clear()
+        self.residency.reset()
+        self._renumber()
+
+    # --- inner ----------------------------------------------------------------------------------
+
+    def _in_parts(
+        self,
+        experts: list[int],
+        uses: list[int],
+        scores: list[float] | None,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Several plans, or choices of no expert."""
+        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
+        flat = self._flat(top_k_index)
+        plans = []
+        for plan in self.residency.plans(experts, uses, scores):
+            plans.append(plan)
+            if plan.loads:
+                self._load(plan.loads)
+            self._await(plan.hits)
+            if len(experts) <= self._num_slots:  # else more plans come, and more loads with them
+                self._served(experts)
+            self._add_from_slots(pairs, plan, flat)
+        if len(experts) > self._num_slots:
+            self._served(experts)
+        self._counters.add_plans(self._index, experts, uses, plans)
+        return pairs.total(top_k_weights)
+
+    def _partly(
+        self,
+        experts: list[int],
+        uses: list[int],
+        scores: list[float] | None,
+        whole: bool,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Some of the missing are loaded; meanwhile the host computes the others."""
+        assert self._rule is not None and self._host is not None
+        plan, there = self.residency.partly(experts, uses, scores, load=self._rule)
+        if whole and not there:
+            if plan.loads:
+                self._load(plan.loads)
+            self._await(plan.hits)
+            self._counters.add_partly(self._index, experts, uses, plan, there)
+            self._served(experts)
+            return self._from_slots(hidden_states, top_k_index, top_k_weights)
+        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
+        ticket = None
+        if plan.loads:
+            self._make_way(plan.loads)
+            ticket = self._transfer.begin_demand(self._index, plan.loads, self._views)
+        self._served(experts)
+        if there:
+            self._host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), there)
+        if ticket is not None:
+            self._transfer.await_prefetched(ticket)
+        self._await(plan.hits)
+        if plan.hits or plan.loads:
+            self._add_from_slots(pairs, plan, self._flat(top_k_index))
+        self._counters.add_partly(self._index, experts, uses, plan, there)
+        return pairs.total(top_k_weights)
+
+    def _flat(self, top_k_index: Tensor) -> Tensor:
+        """The choices in a row; those of no expert are `num_experts`."""
+        flat = top_k_index.reshape(-1).long()
+        known = (flat >= 0) & (flat < self._num_experts)
+        return flat.masked_fill(~known, self._num_experts)
+
+    def _add_from_slots(self, pairs: Pairs, plan: Plan, flat: Tensor) -> None:
+        """The pairs of a plan's experts."""
+        # The last entry means "not due", as -1 does for experts that are not in the plan.
+        # On the host by name: the user's default device may be another.
+        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
+        here = [*plan.hits, *(load.expert for load in plan.loads)]
+        present = torch.tensor(here, dtype=torch.int64, device="cpu")
+        due[present] = self._host_slot_of[present]
+        pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
+
+    def _load(self, loads: Sequence[Load]) -> None:
+        self._make_way(loads)
+        self._transfer.demand(self._index, loads, self._views)
+
+    def _make_way(self, loads: Sequence[Load]) -> None:
+        """Bring the books up to date before *loads* are copied."""
+        if self._in_flight:
+            # Transfers keep their order, so a prefetch to the same slot cannot land after this.
+            for load in loads:
+                self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
+        # First, because on CUDA it makes the host wait for the computation, now without the copies.
+        self._renumber()
+
+    def _await(self, hits: Sequence[int]) -> None:
+        """Wait for those of *hits* whose prefetch is still under way."""
+        for expert in hits if self._in_flight else ():
+            ticket = self._in_flight.pop(expert, None)
+            if ticket is not None:
+                self._transfer.await_prefetched(ticket)
+
+    def _renumber(self) -> None:
+        """The residency has changed: bring what is derived from it up to date."""
+        if self._device.type != "cpu":
+            self._slot_of.copy_(self._host_slot_of)
+        if self._num_slots == self._num_experts:
+            self._as_numbered = bool(
+                (self.residency.expert_of == np.arange(self._num_experts)).all()
+            )

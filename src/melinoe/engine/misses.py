@@ -1,0 +1,222 @@
+"""What the runtime does about a miss, and the figures by which it chooses: measured when it begins.
+
+Figures are of this machine, this model's experts and this store: how long the host takes to compute
+one missing expert (with the number of threads that is fastest), and how long one takes to come. The
+simulator is told the same rule, so its counts stay the runtime's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from melinoe.cache.machine import Machine, Work
+from melinoe.cache.misses import MISSES, LoadRule, loads_when
+from melinoe.engine.host_experts import HostExperts
+from melinoe.engine.store import Store
+from melinoe.engine.transfer import EmulatedLink
+from melinoe.errors import AttachError
+from melinoe.moe.experts import ExpertsLayer
+
+_NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
+_ROWS = 8  # of one expert, to see what each further row takes
+_LEAST, _MOST, _ENOUGH_S = 5, 24, 0.2  # runs of one measurement, and when to stop early
+_WORTH = 0.95  # more threads must take at most this share of the time
+
+
+@dataclass(frozen=True)
+class Misses:
+    """
+    What is done about a miss.
+
+    Attributes:
+        kind: ``wait``: load it; ``cpu``: compute it on the host; ``split``: by cost.
+        machine: The figures that decide, and that a time model takes; None with ``wait``.
+        work: The model's.
+    """
+
+    kind: str = "wait"
+    machine: Machine | None = None
+    work: Work | None = None
+
+    @property
+    def rule(self) -> LoadRule | None:
+        """What `melinoe.cache.simulator.simulate` is told as ``load``, to count the same."""
+        if self.machine is None or self.work is None:
+            return None
+        return loads_when(self.kind, self.machine, self.work)
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of the host while it computes a miss."""
+        return None if self.machine is None else self.machine.host_threads
+
+    def to_dict(self) -> dict[str, Any]:
+        """For records: the way, and the figures it rests on."""
+        return {
+            "kind": self.kind,
+            "machine": None if self.machine is None else asdict(self.machine),
+            "work": None if self.work is None else asdict(self.work),
+        }
+
+
+def check_miss(miss: str | Misses, threads: int | None) -> None:
+    """
+    Refuse what cannot be before anything is moved.
+
+    Raises:
+        AttachError: an unknown way; threads below 1, or for a way that computes nothing.
+    """
+    kind = miss if isinstance(miss, str) else miss.kind
+    if kind not in MISSES:
+        raise AttachError(
+            f"misses cannot be handled by {kind!r}; choose one of {', '.join(MISSES)}"
+        )
+    if threads is None:
+        return
+    if kind == "wait" or not isinstance(miss, str):
+        raise AttachError(
+            "miss_threads are those of the host while it computes misses; give miss='cpu' or "
+            "'split' with them, or leave them out"
+        )
+    if threads < 1:
+        raise AttachError(f"miss_threads cannot be {threads}; give 1 or more")
+
+
+def measure_misses(
+    kind: str,
+    layers: Sequence[ExpertsLayer],
+    store: Store,
+    device: torch.device,
+    link: EmulatedLink | None,
+    threads: int | None = None,
+) -> Misses:
+    """
+    Time what *kind* rests on; nothing for ``wait``, else a second or two at most.
+
+    Args:
+        kind: As in `Misses`.
+        layers: The model's.
+        store: Holds their experts.
+        device: Where the slots are.
+        link: The emulated link, if any.
+        threads: Of the host; absent: of 1, 2, 4, ... up to torch's own number, the fewest that
+            are about as fast as any.
+    """
+    if kind == "wait":
+        return Misses()
+    size = mean_block_bytes(store)
+    hosts = [HostExperts(layer, store, None, device) for layer in layers]
+    tried = [threads] if threads is not None else _candidates()
+    best, best_s = tried[0], float("inf")
+    for count in tried:
+        taken = _time_host(hosts, count, rows=1)
+        if taken < _WORTH * best_s:
+            best, best_s = count, taken
+    more = (_time_host(hosts, best, rows=_ROWS) - best_s) / (_ROWS - 1)
+    machine = link_figures(store, link, time_read(layers, store, device))
+    machine = Machine(
+        **{
+            **asdict(machine),
+            "dram_bytes_per_s": size / best_s,
+            "host_row_s": max(more, 0.0),
+            "host_threads": best,
+        }
+    )
+    return Misses(
+        kind, machine, Work(expert_bytes=size, activation_bytes=activation_bytes(layers[0]))
+    )
+
+
+def link_figures(store: Store, link: EmulatedLink | None, read_s: float) -> Machine:
+    """
+    How experts come into slots.
+
+    Args:
+        store: Where from.
+        link: The emulated link, whose own figures count.
+        read_s: From `time_read`: the copy itself.
+    """
+    if link is not None:
+        return Machine(
+            link_bytes_per_s=link.bandwidth_bytes_per_s,
+            link_latency_s=link.latency_s,
+            copy_s=read_s,
+        )
+    if store.kind == "pinned":  # the host does not wait for it
+        return Machine(link_bytes_per_s=mean_block_bytes(store) / read_s)
+    return Machine(link_bytes_per_s=_NO_LINK, copy_s=read_s)
+
+
+def time_read(layers: Sequence[ExpertsLayer], store: Store, device: torch.device) -> float:
+    """Seconds of reading one expert from the store into a slot, alone: the median over some."""
+    with torch.inference_mode(False):
+        into = [
+            {t.name: torch.empty(t.shape, dtype=t.dtype, device=device) for t in layer.tensors}
+            for layer in layers
+        ]
+
+    def read(layer: int, expert: int) -> None:
+        store.read(layer, expert, into[layer])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return _median_s(read, layers)
+
+
+def mean_block_bytes(store: Store) -> float:
+    """Bytes of one expert, the mean over layers."""
+    return float(np.mean([store.block_bytes(n) for n in range(store.num_layers)]))
+
+
+def _time_host(hosts: Sequence[HostExperts], threads: int, rows: int) -> float:
+    """Seconds in which the host computes one expert for so many rows."""
+    layers = [host.layer for host in hosts]
+    hidden = torch.randn(rows, hidden_size(layers[0]), device="cpu").to(layers[0].tensors[0].dtype)
+    place = np.arange(rows)
+
+    def compute(layer: int, expert: int) -> None:
+        hosts[layer].threads = threads
+        hosts[layer].compute(hidden, place, [expert], [rows])
+
+    with torch.inference_mode():
+        return _median_s(compute, layers)
+
+
+def _median_s(run: Callable[[int, int], None], layers: Sequence[ExpertsLayer]) -> float:
+    """Median seconds of *run* on random experts, each time another one, after two to warm up."""
+    rng = np.random.default_rng(0)
+    taken: list[float] = []
+    for number in range(_MOST + 2):
+        layer = int(rng.integers(len(layers)))
+        expert = int(rng.integers(layers[layer].num_experts))
+        begin = time.perf_counter()
+        run(layer, expert)
+        if number >= 2:
+            taken.append(time.perf_counter() - begin)
+        if len(taken) >= _LEAST and sum(taken) > _ENOUGH_S:
+            break
+    return float(np.median(taken))
+
+
+def _candidates() -> list[int]:
+    """1, 2, 4, ... and torch's own number of threads, which is never exceeded."""
+    most = torch.get_num_threads()
+    return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
+
+
+def hidden_size(layer: ExpertsLayer) -> int:
+    """Width of what goes into the experts."""
+    name = "gate_up_proj" if getattr(layer.module, "has_gate", True) else "up_proj"
+    shape = next(t.shape for t in layer.tensors if t.name == name)
+    return shape[0] if getattr(layer.module, "is_transposed", False) else shape[1]
+
+
+def activation_bytes(layer: ExpertsLayer) -> int:
+    """Bytes of one token on its way to the host."""
+    return hidden_size(layer) * layer.tensors[0].dtype.itemsize

@@ -1,0 +1,91 @@
+"""A prefetcher at work while a model runs: asked as the simulator asks it, its wishes copied."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from melinoe.cache.counters import Counters
+from melinoe.cache.loads_ahead import LoadsAhead
+from melinoe.cache.prefetcher import Prefetcher, Prompt
+from melinoe.cache.requests import merge_guesses
+from melinoe.cache.trace_builder import known_ids
+from melinoe.engine.passes import ForwardPasses
+from melinoe.engine.prompt_uses import PromptUses
+
+
+class Prefetching:
+    """
+    One prefetcher for one sequence, from before its prompt until `close`.
+
+    Args:
+        prefetcher: Asked at its moments.
+        caches: Of all layers; they begin the copies.
+        passes: Tell when a completion begins, and what the next routers said.
+        counters: Count the loads.
+        slots: Of each layer.
+        num_experts: Of each layer.
+        ids: Token ids of the prompt, if the prefetcher reads them.
+    """
+
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        caches: Sequence[Any],
+        passes: ForwardPasses,
+        counters: Counters,
+        slots: Sequence[int],
+        num_experts: Sequence[int],
+        ids: Sequence[int] | None,
+    ) -> None:
+        self._caches, self._passes, self._counters = caches, passes, counters
+        self._num_experts = tuple(num_experts)
+        given = None if ids is None else tuple(map(int, ids))
+        self._prompt = Prompt(tuple(slots), max(num_experts), given)
+        self._ahead = LoadsAhead(prefetcher, passes.route, len(caches), self._load)
+        self._between = prefetcher.between_layers
+        self._for_prompt = prefetcher.for_prompt
+
+    def begin(self) -> None:
+        """Ask for what comes before the prompt, and wait for the other moments."""
+        self._ahead.before_prompt(self._prompt)
+        if self._for_prompt:
+            self._passes.prompt_uses = PromptUses(self._num_experts)
+            self._passes.before_completion = self._completion_begins
+        if self._between:
+            for cache in self._caches:
+                cache.after_request = self._after_request
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._passes.prompt_uses = self._passes.before_completion = None
+        if self._between:
+            for cache in self._caches:
+                cache.after_request = None
+
+    def _completion_begins(self) -> None:
+        assert self._passes.prompt_uses is not None
+        uses = self._passes.prompt_uses.counts()
+        self._passes.prompt_uses = None
+        known = Prompt(self._prompt.slots, self._prompt.num_experts, self._prompt.ids, uses)
+        self._ahead.before_completion(known)
+
+    def _after_request(self, layer: int, experts: list[int]) -> None:
+        self._ahead.requested(layer)
+        target = self._passes.route.after(layer)
+        if target is None or not self._passes.decodes_few:
+            return
+        guess = self._passes.guess
+        early: list[int] = []
+        if guess is not None:
+            early = merge_guesses(
+                known_ids(guess.cpu().numpy(), self._num_experts[target]).tolist()
+            )
+        self._ahead.after_router(layer, experts, early)
+
+    def _load(self, layer: int, experts: Sequence[int], spare: Collection[int]) -> int:
+        cache = self._caches[layer]
+        loads = cache.prefetch(experts, spare) if spare else cache.prefetch(experts)
+        # At once: should a later layer's answer be wrong, these have been copied all the same.
+        self._counters.add_prefetch(layer, loads)
+        return loads

@@ -1,0 +1,213 @@
+"""Experts in host memory: every expert one contiguous block, pageable or pinned."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from melinoe.engine.budget import format_bytes
+from melinoe.engine.weights import free_weights, give_weights_back
+from melinoe.errors import AttachError, BudgetError
+from melinoe.moe.experts import ExpertsLayer
+
+# Each tensor of a block begins at a multiple of this: a cache line, and wide enough for any copy.
+_ALIGNMENT = 64
+
+
+class RamStore:
+    """
+    All experts in pageable host memory.
+
+    Made with room for *layers* and no contents: fill it with `write`, or through `views`. Or let
+    `from_modules` move the weights of a model into it.
+
+    Args:
+        layers: as `find_experts` lists them; their weights are not read.
+
+    Raises:
+        BudgetError: the host does not have the memory.
+    """
+
+    kind: ClassVar[str] = "ram"
+
+    def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
+        self._sizes: list[tuple[int, int]] = []  # per layer: experts, bytes of one
+        self._blocks: list[Tensor] = []  # per layer: uint8 (num_experts, stride)
+        self._views: list[dict[str, Tensor]] = []
+        for layer in layers:
+            self._add(layer)
+
+    @classmethod
+    def from_modules(cls, layers: Sequence[ExpertsLayer]) -> Self:
+        """
+        Move the weights of *layers* out of their modules, one layer at a time.
+
+        A layer's stacked parameters are freed before the next layer is read, so that never more
+        than one layer exists twice. Afterwards the parameters are empty. Layers that share their
+        weights are stored each for itself.
+
+        Raises:
+            AttachError, BudgetError: as the constructor; every module has its weights as before.
+        """
+        store = cls()
+        last = {id(p): at for at, layer in enumerate(layers) for p in _stacked(layer).values()}
+        copied = 0  # a layer that was copied half-way still has its weights, and keeps them
+        try:
+            for at, layer in enumerate(layers):
+                store._add(layer)
+                own = _stacked(layer)
+                for name, view in store._views[-1].items():
+                    view.copy_(own[name].detach())
+                copied = at + 1
+                # Weights that a later layer shares are needed until that layer has been read.
+                if all(last[id(p)] == at for p in own.values()):
+                    free_weights(layer)
+        except BaseException:
+            for layer in layers[:copied]:
+                give_weights_back(layer, store)
+            raise
+        return store
+
+    @property
+    def num_layers(self) -> int:
+        """How many MoE layers."""
+        return len(self._sizes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all blocks, with the padding between their tensors."""
+        return sum(blocks.numel() for blocks in self._blocks)
+
+    def num_experts(self, layer: int) -> int:
+        """How many experts MoE layer *layer* has."""
+        return self._sizes[layer][0]
+
+    def block_bytes(self, layer: int) -> int:
+        """Bytes of one expert of *layer*, without padding."""
+        return self._sizes[layer][1]
+
+    def views(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """One block, per parameter name, in the parameter's shape without E; write to fill it."""
+        return {name: stack[expert] for name, stack in self._views[layer].items()}
+
+    def write(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy *tensors*, named and shaped as `views` gives them, into one block."""
+        for name, view in self.views(layer, expert).items():
+            view.copy_(tensors[name])
+
+    def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
+        """Copy one block into *into*; see `Store.read`."""
+        for name, stack in self._views[layer].items():
+            into[name].copy_(stack[expert])
+
+    def _add(self, layer: ExpertsLayer) -> None:
+        """Make room for one more layer."""
+        offsets, stride = [], 0
+        for tensor in layer.tensors:
+            offsets.append(stride)
+            stride += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        blocks = self._allocate(layer.num_experts, stride)
+        views = {}
+        for offset, tensor in zip(offsets, layer.tensors, strict=True):
+            flat = blocks[:, offset : offset + tensor.nbytes].view(tensor.dtype)
+            views[tensor.name] = flat.unflatten(1, tensor.shape) if tensor.shape else flat[:, 0]
+        self._blocks.append(blocks)
+        self._views.append(views)
+        self._sizes.append((layer.num_experts, layer.block_bytes))
+
+    def _allocate(self, num_experts: int, stride: int) -> Tensor:
+        try:
+            # Never inference tensors: they could not be filled or read outside inference mode.
+            with torch.inference_mode(False):
+                return torch.empty((num_experts, stride), dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            raise BudgetError(
+                f"the host has no room for {format_bytes(num_experts * stride)} of experts after "
+                f"{format_bytes(self.host_bytes)}; choose the disk store"
+            ) from error
+
+
+def _stacked(layer: ExpertsLayer) -> dict[str, Tensor]:
+    """The layer's stacked parameters by name."""
+    return {tensor.name: layer.module.get_parameter(tensor.name) for tensor in layer.tensors}
+
+
+class PinnedStore(RamStore):
+    """
+    All experts in page-locked host memory, from which a GPU copies without a detour.
+
+    The memory is locked in place, not taken from torch's pinned allocator, which rounds every
+    block up to a power of two. It is locked by whole pages, which no other block has a part in.
+
+    Raises:
+        AttachError: there is no CUDA device to pin memory for.
+        BudgetError: the system refuses to lock that much.
+    """
+
+    kind: ClassVar[str] = "pinned"
+
+    def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
+        if not torch.cuda.is_available():
+            raise AttachError(
+                "pinned memory needs a CUDA device and this machine has none; "
+                'choose store="ram" or store="disk"'
+            )
+        torch.cuda.init()
+        super().__init__(layers)
+
+    def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
+        """Copy one block into *into*; to a GPU without waiting, in the order of its stream."""
+        for name, stack in self._views[layer].items():
+            into[name].copy_(stack[expert], non_blocking=True)
+
+    def _allocate(self, num_experts: int, stride: int) -> Tensor:
+        size = num_experts * stride
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        room = super()._allocate(1, whole + mmap.PAGESIZE)[0]
+        first = -room.data_ptr() % mmap.PAGESIZE
+        _ask_for_huge_pages(room.data_ptr() + first, whole)
+        # All threads bring the pages in; locking pages that are not there yet takes one thread.
+        room.zero_()
+        blocks = room[first : first + size].view(num_experts, stride)
+        address = blocks.data_ptr()
+        code = torch.cuda.cudart().cudaHostRegister(address, whole, 0)
+        if int(code) != 0:
+            _forget_error()
+            raise BudgetError(
+                f"the system refuses to pin {format_bytes(size)} after "
+                f"{format_bytes(self.host_bytes)} (CUDA error {int(code)}); raise the limit on "
+                'locked memory (ulimit -l) or choose store="ram"'
+            )
+        # The storage, not the tensor: views of it may outlive the tensor object.
+        weakref.finalize(blocks.untyped_storage(), _unpin, address)
+        return blocks
+
+
+def _ask_for_huge_pages(address: int, size: int) -> None:
+    """
+    Ask Linux to back memory that nobody has touched by pages of 2 MiB.
+
+    A GPU that reads 20 GiB through pages of 4 KiB is reported to lose a third of the link's rate
+    (nvbandwidth#42). A refusal costs speed alone, so none is heard.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+
+
+def _forget_error() -> None:
+    """CUDA keeps a call's error for whoever asks next, which is torch after its next kernel."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()  # a copy may still read the block
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,0 +1,92 @@
+"""Take the stacked weights out of an experts module, and put them back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from melinoe.errors import AttachError
+from melinoe.moe.experts import ExpertsLayer
+
+if TYPE_CHECKING:
+    from melinoe.engine.store import Store
+
+
+def free_weights(layer: ExpertsLayer, device: torch.device | None = None) -> None:
+    """
+    Replace the stacked parameters of *layer* by empty ones, ``(0, ...)``; their memory is freed.
+
+    The parameter objects stay, unless they were on the meta device. An empty parameter follows the
+    model in ``model.to(...)``, by which the runtime sees that the model was moved.
+    """
+    for tensor in layer.tensors:
+        old = getattr(layer.module, tensor.name)
+        where = device or old.device
+        with torch.inference_mode(False):
+            empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=where)
+        _put(layer.module, tensor.name, empty)
+
+
+def give_weights_back(
+    layer: ExpertsLayer, store: Store, device: torch.device | str | None = None
+) -> None:
+    """
+    Fill the parameters of *layer* from *store* again, in the dtype they had.
+
+    Args:
+        layer: whose module's parameters are empty.
+        store: holds all experts of the layer.
+        device: where to put them; absent means where the empty parameters are.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        full = {}
+        for tensor in layer.tensors:
+            where = device or getattr(layer.module, tensor.name).device
+            shape = (layer.num_experts, *tensor.shape)
+            full[tensor.name] = torch.empty(shape, dtype=tensor.dtype, device=where)
+        for expert in range(layer.num_experts):
+            store.read(layer.index, expert, {name: full[name][expert] for name in full})
+        for name, stacked in full.items():
+            _put(layer.module, name, stacked)
+
+
+# How Python copies an object, pickles it, and how torch copies a module to several devices.
+_COPYING = ("__deepcopy__", "__reduce_ex__", "_replicate_for_data_parallel")
+
+
+def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
+    """
+    Make it an error to save, pickle or copy the model while its weights are elsewhere.
+
+    Returns:
+        What makes it possible again.
+    """
+
+    def refuse(*_: object) -> None:
+        raise AttachError(
+            f"the weights of {layer.name} are in the expert store, so the model's state cannot be "
+            "read, as to save it, copy it or load an adapter; detach() the runtime first, or "
+            "merge the adapter into the checkpoint (`melinoe merge`)"
+        )
+
+    hook = layer.module.register_state_dict_pre_hook(refuse)
+    vars(layer.module).update(dict.fromkeys(_COPYING, refuse))
+
+    def undo() -> None:
+        hook.remove()
+        for name in _COPYING:
+            vars(layer.module).pop(name, None)
+
+    return undo
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Set a parameter's contents; in the same object where torch allows it."""
+    old = getattr(module, name)
+    if old.device.type == "meta" or old.device != tensor.device:
+        setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    else:
+        old.data = tensor

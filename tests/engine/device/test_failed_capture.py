@@ -1,0 +1,165 @@
+"""A capture that fails, and steps that wait: seen through a stand-in for CUDA."""
+
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from replayed import BATCH, attach, plain, static
+
+from melinoe.engine.device import captured, graphs, waits
+from melinoe.engine.device.support import grouped_mm_waits
+
+
+class Cuda:
+    """
+    The allocator, the generator and the stream as torch 2.11 leaves them when a capture fails.
+
+    ``capture_end`` raises before it tells the allocator; until the pool has been ended and released
+    and the generator has a new state, no capture begins and no number is drawn.
+    """
+
+    def __init__(self, monkeypatch, version):
+        self.allocating, self.held, self.generator_captures = [], [], False
+        self.stream, self.device_index = "default", 0
+        self.version = version
+        monkeypatch.setattr(torch, "__version__", version)
+        for name, value in {
+            "synchronize": lambda: None, "empty_cache": lambda: None, "CUDAGraph": self.graph,
+            "stream": self.on, "default_generators": [self],
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+
+    @contextmanager
+    def on(self, stream):
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def graph(self):
+        return self
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert not self.allocating and not self.generator_captures, "captures are poisoned"
+        self.allocating.append(pool)
+        self.held.append(pool)
+        self.generator_captures, self.broken = True, False
+
+    def capture_end(self):
+        if self.broken:
+            if self.version >= "2.12":
+                self.allocating.clear()
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.allocating.clear()
+        self.generator_captures = False
+
+    def end(self, device, pool):
+        if pool not in self.allocating:
+            raise RuntimeError("not currently recording to the pool")
+        self.allocating.remove(pool)
+
+    def release(self, device, pool):
+        self.held.remove(pool)
+
+    def clone_state(self):
+        return "fresh"
+
+    def graphsafe_set_state(self, state):
+        assert state == "fresh"
+        self.generator_captures = False
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.13.0"])
+@pytest.mark.parametrize("raises", [True, False])
+def test_after_a_failed_capture_the_next_one_succeeds(monkeypatch, version, raises):
+    """Whether the pass raises itself or only the end does; the caller's stream comes back."""
+    cuda = Cuda(monkeypatch, version)
+
+    class Stream(str):
+        device_index = 0
+
+    def run():
+        assert cuda.stream == "side"
+        cuda.broken = True
+        if raises:
+            raise ValueError("operation not permitted when stream is capturing")
+
+    with pytest.raises(ValueError if raises else RuntimeError, match=r"not permitted|previous"):
+        captured.CudaStep(run, "pool", Stream("side"))
+    assert cuda.stream == "default"
+    assert (cuda.allocating, cuda.held, cuda.generator_captures) == ([], [], False)
+    step = captured.CudaStep(lambda: "output", "pool", Stream("side"))
+    assert step.output == "output" and cuda.held == ["pool"]
+
+
+def test_a_step_that_waits_is_never_captured(model, monkeypatch, caplog):
+    """Told thrice; the same tokens, one warning that names the place, and no capture."""
+    expected = plain(model, BATCH[:1])
+
+    @contextmanager
+    def waited(device):
+        found = []
+        yield found
+        found.append("modeling.py:7")
+
+    monkeypatch.setattr(graphs, "waits", waited)
+    with attach(model, slots=8, graphs=True) as handle:
+        for _ in range(2):
+            assert torch.equal(static(model, BATCH[:1]), expected)
+        assert (handle.graphs.captured, handle.graphs.replayed) == (0, 0)
+    said = [r.getMessage() for r in caplog.records if "not as CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and "they wait for the device, at modeling.py:7" in said[0]
+
+
+def test_a_first_step_that_waits_is_no_reason(model, monkeypatch):
+    """What is made once, such as a cache, may wait; the next step shows that the kind does not."""
+    expected, told = plain(model, BATCH[:1]), iter([["modeling.py:7"]])
+
+    @contextmanager
+    def waited(device):
+        found = []
+        yield found
+        found += next(told, [])
+
+    monkeypatch.setattr(graphs, "waits", waited)
+    with attach(model, slots=8, graphs=True) as handle:
+        assert torch.equal(static(model, BATCH[:1]), expected)
+        assert handle.graphs.captured == 1 and handle.graphs.replayed > 0
+
+
+def test_only_calls_that_wait_are_collected():
+    """As PyTorch words it; its note on the mode itself is dropped, other warnings are passed on."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for text in (
+            "called a synchronizing CUDA operation (Triggered internally at x.cpp:12.)",
+            "Synchronization debug mode is a prototype feature",
+            "something else",
+        ):
+            warnings.warn(text, stacklevel=1)
+    with pytest.warns(UserWarning, match="something else") as passed_on:
+        found = waits.calls_that_wait(caught)
+    assert len(found) == 1 and found[0].startswith("test_failed_capture.py:")
+    assert len(passed_on) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ((8, 0), torch.bfloat16, True),  # A100
+        ((8, 6), torch.bfloat16, True),  # RTX 3090
+        ((8, 9), torch.bfloat16, True),  # RTX 4090
+        ((9, 0), torch.bfloat16, False),  # H100
+        ((9, 0), torch.float16, True),
+        ((9, 0), torch.float32, True),
+        ((10, 0), torch.bfloat16, False),  # B200
+        ((12, 0), torch.bfloat16, True),  # RTX 5090
+    ],
+)
+def test_grouped_products_wait_but_on_two_chips(capability, dtype, expected):
+    """From PyTorch's sources and pytorch#169970; the card that each stands for beside it."""
+    assert grouped_mm_waits(capability, dtype) is expected

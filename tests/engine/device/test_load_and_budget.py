@@ -1,0 +1,390 @@
+"""Loading by engine, and a budget of GPU memory shared out to the byte."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from small_olmoe import tiny_model
+from transformers import StaticCache
+
+import melinoe
+import melinoe.engine.choose as engine_module
+import melinoe.engine.device.attach as attach_module
+from melinoe.engine.choose import attach
+from melinoe.engine.device import support
+from melinoe.engine.device.allocator import Cap, pieces
+from melinoe.engine.device.budget import (
+    backbone_bytes,
+    plan_budget,
+)
+from melinoe.engine.device.cache_bytes import cache_bytes
+from melinoe.engine.device.cache_state import tensors
+from melinoe.engine.device.handle import FastHandle
+from melinoe.engine.device.staging import Staging, staging_bytes
+from melinoe.engine.device.support import why_not
+from melinoe.engine.device.workspace import watched, workspace_bytes
+from melinoe.engine.handle import Handle
+from melinoe.errors import AttachError, BudgetError, CheckpointError
+from melinoe.moe.experts import find_experts
+
+IDS = torch.tensor([[3, 4, 5, 6]])
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    model.save_pretrained(path)
+    return path, model.generate(IDS, max_new_tokens=6, do_sample=False)
+
+
+def generated(model):
+    with torch.no_grad():
+        return model.generate(IDS, max_new_tokens=6, do_sample=False)
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast", "auto"])
+def test_every_engine_loads_the_same_model(saved, engine):
+    """Each gives its handle, and the plain model's tokens."""
+    path, expected = saved
+    model, handle = melinoe.load(path, engine=engine, slots=4)
+    assert type(handle) is (Handle if engine == "reference" else FastHandle)
+    assert torch.equal(generated(model), expected)
+    handle.detach()
+    assert torch.equal(generated(model), expected)
+
+
+@pytest.mark.parametrize("compression", ["int8", "int4"])
+def test_a_checkpoint_is_loaded_into_codes(saved, compression):
+    """The same codes as when the model's own weights are put into them."""
+    path, _ = saved
+    model, handle = melinoe.load(path, engine="fast", slots=4, compression=compression)
+    own = tiny_model()
+    with torch.no_grad(), melinoe.attach(own, engine="fast", slots=4, compression=compression):
+        assert torch.equal(model(IDS).logits, own(IDS).logits)
+    assert handle.store.compression == compression
+
+
+def test_auto_says_once_and_loudly_why_it_is_not_fast(saved, caplog, monkeypatch):
+    """The reason by name; the options of the fast engine alone are left out."""
+    path, expected = saved
+    reason = "the GPU has compute capability 7.5, and 8.0 is the least that works"
+    monkeypatch.setattr("melinoe.engine.device.attach.why_not", lambda device: reason)
+    model, handle = melinoe.load(path, engine="auto", slots=4, compression="int8", admit=0)
+    assert type(handle) is Handle
+    assert torch.equal(generated(model), expected)
+    said = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1 and reason in said[0].getMessage()
+    handle.detach()
+    with melinoe.attach(model, engine="auto", slots=2) as again:
+        assert type(again) is Handle
+    with pytest.raises(AttachError, match=r"7\.5"):
+        melinoe.load(path, engine="fast", slots=4)
+    with pytest.raises(AttachError, match="gpu_memory"):
+        melinoe.load(path, engine="auto", gpu_memory="8GiB")
+
+
+def test_without_triton_the_reason_is_named(saved, monkeypatch):
+    """An error for fast, a warning for auto."""
+    path, expected = saved
+    monkeypatch.setattr(engine_module, "find_spec", lambda name: None)
+    with pytest.raises(AttachError, match="Triton is not installed"):
+        melinoe.load(path, engine="fast", slots=4)
+    model, handle = melinoe.load(path, engine="auto", slots=4)
+    assert type(handle) is Handle
+    assert torch.equal(generated(model), expected)
+
+
+def test_pinned_memory_that_cannot_be_had_falls_back_or_fails(saved, monkeypatch, caplog):
+    """auto serves by reference and says so; fast passes the error on."""
+    path, expected = saved
+
+    def refuse(*_):
+        raise BudgetError("the system refuses to pin 58GiB after 0B (CUDA error 2); raise ulimit")
+
+    monkeypatch.setattr("melinoe.engine.device.attach._from_checkpoint", refuse)
+    with pytest.raises(BudgetError, match="refuses to pin"):
+        melinoe.load(path, engine="fast", slots=4)
+    model, handle = melinoe.load(path, engine="auto", slots=4)
+    assert type(handle) is Handle and torch.equal(generated(model), expected)
+    assert any("refuses to pin" in record.getMessage() for record in caplog.records)
+
+
+def test_what_the_user_got_wrong_is_not_hidden_by_auto(saved, tmp_path):
+    """A missing checkpoint, an impossible number of slots, options of the other engine."""
+    path, _ = saved
+    with pytest.raises(CheckpointError):
+        melinoe.load(tmp_path / "nowhere", engine="auto", slots=4)
+    with pytest.raises(BudgetError, match="between 1 and 8"):
+        melinoe.load(path, engine="auto", slots=9)
+    with pytest.raises(AttachError, match="no engine 'quick'"):
+        melinoe.load(path, engine="quick", slots=4)
+    with pytest.raises(AttachError, match=r'compression belongs.*engine="fast"'):
+        melinoe.load(path, slots=4, compression="int8")
+    with pytest.raises(AttachError, match=r'store belongs.*engine="reference"'):
+        melinoe.load(path, engine="fast", slots=4, store="disk")
+
+
+@pytest.mark.parametrize(
+    ("found", "cuda", "capability", "interpret", "said"),
+    [
+        ("3.3.1", True, (9, 0), False, "3.3.1 is too old"),
+        ("3.6.0", False, (9, 0), False, "no CUDA device"),
+        ("3.6.0", True, (7, 5), False, "7.5"),
+        ("3.6.0", True, (9, 0), True, "TRITON_INTERPRET"),
+        ("3.6.0", True, (9, 0), False, None),
+        ("3.10.0", True, (8, 0), False, None),
+    ],
+)
+def test_why_the_engine_cannot_run_is_said(monkeypatch, found, cuda, capability, interpret, said):
+    """Old Triton, no GPU, an old GPU, the interpreter on a GPU."""
+    import triton
+
+    monkeypatch.setattr(support, "version", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    reason = why_not(torch.device("cuda"))
+    assert reason is None if said is None else said in reason
+    if not interpret:
+        assert "it needs a CUDA device" in why_not(torch.device("cpu")) or found == "3.3.1"
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def olmoe_1b_7b():
+    """The shape alone, on the meta device."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(
+        hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return OlmoeForCausalLM(config).to(torch.bfloat16)
+
+
+def test_a_budget_is_shared_out_as_worked_by_hand():
+    """OLMoE-1B-7B in 8 GiB, batch 1, 2,048 tokens: the parts, and the most slots that fit."""
+    model = olmoe_1b_7b()
+    layers = find_experts(model)
+    backbone = backbone_bytes(model, layers)
+    # Embeddings and head 2 x 50304 x 2048, attention 4 x 2048^2, router 64 x 2048, norms; bf16.
+    by_hand = 2 * (2 * 50304 * 2048 + 16 * (4 * 2048**2 + 64 * 2048 + 4 * 2048) + 2048)
+    assert backbone == pytest.approx(by_hand, rel=1e-3)
+    cache = cache_bytes(model, layers, 1, 2048)
+    prompt = workspace_bytes(model, layers, 1, 2048)
+    options = {"batch": 1, "context": 2048, "staging_experts": 4}
+    budget = plan_budget("8GiB", layers, backbone, cache, prompt, **options)
+    kv = 16 * 2 * 2048 * 2048 * 2  # layers, keys and values, tokens, width
+    assert kv <= budget.kv_cache <= kv + 16 * 512  # and each layer's count of tokens
+    assert budget.staging == 2 * 4 * 3 * 2048 * 1024 * 2
+    assert budget.slots == budget.slots_per_layer * 16 * 3 * 2048 * 1024 * 2
+    assert budget.used <= budget.total < budget.used + 16 * 3 * 2048 * 1024 * 2
+    assert 30 < budget.slots_per_layer < 36
+    assert "slots" in str(budget) and "8GiB" in str(budget)
+    # Twice the sequences take slots away, and more memory than all experts need gives all.
+    shorter = plan_budget("8GiB", layers, backbone, 8 * kv, 8 * prompt, **options | {"batch": 8})
+    assert shorter.slots_per_layer < budget.slots_per_layer
+    everything = plan_budget("80GiB", layers, backbone, cache, prompt, **options)
+    assert everything.slots_per_layer == 64
+
+
+def test_a_budget_below_the_least_names_the_least():
+    """And that very amount works, with one slot per layer."""
+    model = olmoe_1b_7b()
+    layers = find_experts(model)
+    options = {"batch": 1, "context": 512, "staging_experts": 1}
+    known = (
+        backbone_bytes(model, layers),
+        cache_bytes(model, layers, 1, 512),
+        workspace_bytes(model, layers, 1, 512),
+    )
+    with pytest.raises(BudgetError, match=r"give (\S+) or more") as error:
+        plan_budget("1GiB", layers, *known, **options)
+    least = str(error.value).split("give ")[1].split(" ")[0]
+    found = plan_budget(least, layers, *known, **options)
+    assert found.slots_per_layer == 1
+
+
+def test_tied_weights_are_counted_once():
+    """One memory under two names."""
+    model = tiny_model()
+    layers = find_experts(model)
+    before = backbone_bytes(model, layers)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert before - backbone_bytes(model, layers) == -(-32 * 16 * 4 // 512) * 512
+
+
+def test_staging_is_what_is_allocated():
+    """The blocks' own bytes."""
+    layers = find_experts(tiny.tiny_model("gpt_oss"))
+    staging = Staging(torch.device("cpu"), 3)
+    for layer in layers:
+        staging.blocks(layer)
+    assert staging.nbytes == staging_bytes(tuple(layers), 3)
+
+
+NO_STATIC_CACHE = ("deepseek_v4", "minimax")
+LOOKS_AT_VALUES = ("glm5_next", "qwen4_exp")
+GENERATES = [f for f in tiny.families() if hasattr(tiny._model_class(f), "generate")]
+
+
+@pytest.mark.parametrize("family", GENERATES)
+def test_the_cache_is_counted_as_the_model_allocates_it(family):
+    """Every family: a static cache after a real pass, and what is told of one before."""
+    model = tiny.tiny_model(family)
+    hollow = tiny.on_meta(model)
+    layers = find_experts(hollow)
+    if family in LOOKS_AT_VALUES:
+        with pytest.raises(BudgetError, match="give slots or expert_memory"):
+            cache_bytes(hollow, layers, 2, 48)
+        return
+    counted = cache_bytes(hollow, layers, 2, 48)
+    ids = torch.tensor([[5, 6, 7], [3, 4, 5]])
+    with torch.no_grad():
+        if family in NO_STATIC_CACHE:  # at its full length; some keys are the values too
+            cache = model(ids.repeat(1, 16), use_cache=True).past_key_values
+            held = {t.data_ptr(): t.nbytes for layer in cache.layers for t in tensors(layer)}
+            assert sum(held.values()) <= counted + 64 <= 1.5 * sum(held.values())
+            return
+        cache = StaticCache(config=model.config, max_cache_len=48)
+        model(ids, past_key_values=cache)
+    held = [t for layer in cache.layers for t in tensors(layer)]
+    assert counted == sum(pieces(t.nbytes) for t in held) > 0
+    assert counted >= sum(t.nbytes for t in held)
+
+
+@pytest.mark.parametrize("family", GENERATES)
+def test_a_prompts_workspace_is_what_its_pass_makes(family):
+    """Every family: told from a pass without values; then followed in one with its experts."""
+    model = tiny.tiny_model(family)
+    hollow = tiny.on_meta(model)
+    if family in LOOKS_AT_VALUES:
+        with pytest.raises(BudgetError, match="give slots or expert_memory"):
+            workspace_bytes(hollow, find_experts(hollow), 2, 120)
+        return
+    told = workspace_bytes(hollow, find_experts(hollow), 2, 120)
+    ids = torch.randint(3, 90, (2, 120), generator=torch.Generator().manual_seed(0))
+    options = {"use_cache": True}
+    if getattr(model, "_supports_logits_to_keep", bool)():
+        options["logits_to_keep"] = 1
+    with attach(model, engine="fast", slots=6) as handle, torch.no_grad():
+        known = [ids, *model.parameters(), *model.buffers(), *held_by(handle)]
+        if family not in NO_STATIC_CACHE:
+            cache = StaticCache(config=model.config, max_cache_len=120)
+            model(ids[:, :2], past_key_values=cache)
+            cache.reset()
+            known += [one for layer in cache.layers for one in tensors(layer)]
+            options["past_key_values"] = cache
+        with watched(known) as live:
+            model(ids, **options)
+    assert live.most <= 1.02 * told  # what the engine notes of a pass is of no size
+    assert told <= 2.5 * live.most
+
+
+def held_by(handle):
+    """Memory that the engine had before: slots, staging, and the experts in host memory."""
+    for one in handle._caches:
+        yield from one.slots.values()
+    for pair in handle._staging._blocks.values():
+        for block in pair:
+            yield from block.values()
+    for layer in handle.layers:
+        for expert in range(layer.num_experts):
+            yield from handle.store.views(layer.index, expert).values()
+
+
+def test_attention_that_keeps_all_probabilities_is_counted():
+    """Eager attention makes tokens x tokens numbers a head; fused attention does not."""
+    found = {}
+    for way in ("eager", "sdpa"):
+        model = olmoe_1b_7b()
+        model.set_attn_implementation(way)
+        layers = find_experts(model)
+        found[way] = [workspace_bytes(model, layers, 1, tokens) for tokens in (1024, 2048)]
+    eager, fused = found["eager"], found["sdpa"]
+    # Scores in bfloat16 and their softmax in float32, of 16 heads, at least.
+    assert eager[1] > 16 * 2048**2 * (2 + 4) and eager[1] > fused[1]
+    assert fused[1] < 2.2 * fused[0]
+
+
+def test_the_allocator_is_told_the_budget_and_then_what_was_before(monkeypatch):
+    """As a share of the device's memory; on the CPU nothing is."""
+    told = [0.5]
+
+    class Properties:
+        total_memory = 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: told[-1])
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share)
+    )
+    for device in ("cpu", "cuda"):
+        cap = Cap(8 << 30, torch.device(device))
+        cap.lift()  # nothing to lift
+        cap.put()
+        cap.lift()
+        cap.lift()
+    assert told == [0.5, 0.1, 0.5]
+
+
+def test_a_budget_is_kept_from_loading_to_detaching(saved, monkeypatch):
+    """And lifted where loading fails; what is put back may need more than the budget."""
+    told = []
+    monkeypatch.setattr(Cap, "put", lambda self: told.append(self._total))
+    monkeypatch.setattr(Cap, "lift", lambda self: told.append("lifted"))
+    path, _ = saved
+    _, handle = melinoe.load(path, engine="fast", gpu_memory="1GiB", context=32)
+    assert told == [1 << 30] and handle.budget.total == 1 << 30
+    handle.detach()
+    assert told == [1 << 30, "lifted"]
+
+    def failing(*_, **__):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(attach_module, "FastHandle", failing)
+    with pytest.raises(RuntimeError, match="luck"):
+        melinoe.load(path, engine="fast", gpu_memory="1GiB", context=32)
+    assert told == [1 << 30, "lifted"] * 2
+
+
+def test_load_takes_its_slots_from_the_budget(saved):
+    """And refuses to be told twice, or half."""
+    path, expected = saved
+    model, handle = melinoe.load(path, engine="fast", gpu_memory="1GiB", batch=2, context=32)
+    assert handle.slots == 8 and torch.equal(generated(model), expected)
+    for options in ({"gpu_memory": "1GiB", "slots": 2}, {"slots": 2, "batch": 4}):
+        with pytest.raises(BudgetError):
+            melinoe.load(path, engine="fast", **options)
+    with pytest.raises(BudgetError, match="or more"):
+        melinoe.load(path, engine="fast", gpu_memory="1MiB")
+
+
+def test_the_command_line_serves_with_the_fast_engine():
+    """generate --engine fast gives the reference engine's text; codes and budgets are heard."""
+    import json
+
+    from typer.testing import CliRunner
+
+    from melinoe.cli.app import app
+
+    said = []
+    for extra in (
+        ["--slots", "32"],
+        ["--engine", "fast", "--gpu-memory", "2GiB", "--context", "64"],
+    ):
+        done = CliRunner().invoke(
+            app, ["generate", "tiny", "Once", "--max-new-tokens", "3", "--json", "--device", "cpu",
+                  *extra],
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        said.append(json.loads(done.stdout))
+    assert said[0]["text"] == said[1]["text"]
+    assert said[1]["slots"] == 32
+    refused = CliRunner().invoke(app, ["generate", "tiny", "Once", "--compression", "int8"])
+    assert refused.exit_code != 0

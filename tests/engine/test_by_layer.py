@@ -1,0 +1,95 @@
+"""Slots and policies that differ by layer, and policies that look at the router's weights."""
+
+import numpy as np
+import pytest
+import torch
+from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
+
+from melinoe.cache.allocate import allocate, cost_of
+from melinoe.cache.curves import miss_curves
+from melinoe.cache.locality import popularity
+from melinoe.cache.simulator import simulate
+from melinoe.engine.attach import attach
+from melinoe.errors import BudgetError, MelinoeError
+from melinoe.generate import generate
+
+PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20"]
+
+
+def serve(slots, policy="lru", options=None, scores=False):
+    """Generated ids, counters and trace of three prompts."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    with attach(model, slots=slots, policy=policy, policy_options=options) as handle:
+        with handle.record(scores=scores) as recorder:
+            ids = [generate(model, handle, tokenizer, prompt, 8).ids for prompt in PROMPTS]
+        return ids, handle.counters, recorder.trace(), handle
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru"])
+def test_slots_may_differ_by_layer_and_count_as_simulated(policy):
+    """One slot in layer 0, more in each that follows: the plain ids, and the simulator's counts."""
+    slots = [1 + 2 * layer for layer in range(LAYERS)]
+    ids, counted, trace, handle = serve(slots, policy)
+    assert handle.slots_by_layer == tuple(slots) and handle.slots == max(slots)
+    assert simulate(trace, slots, policy).counters == counted
+    assert ids == serve(EXPERTS)[0]
+
+
+def test_an_allocation_from_a_trace_can_be_served():
+    """What `allocate` makes of a trace is what `attach` takes, and it costs what it promised."""
+    trace = serve(EXPERTS)[2]
+    cost = cost_of(miss_curves(trace, "lru"), None)
+    slots = allocate(cost, 3 * LAYERS)
+    counted = serve(slots)[1]
+    assert counted.loads.sum() == sum(cost[n, c - 1] for n, c in enumerate(slots))
+
+
+@pytest.mark.parametrize("slots", [2, 3, EXPERTS])
+def test_the_score_policy_counts_as_simulated_from_recorded_scores(slots):
+    """The runtime's own weights and the trace's float16 ones lead to the same evictions."""
+    _, counted, trace, _ = serve(slots, "score", scores=True)
+    assert trace.scores is not None and trace.scores.dtype == np.float16
+    assert (trace.scores.sum(axis=-1) <= 1.001).all() and (trace.scores > 0).all()
+    assert simulate(trace, slots, "score").counters == counted
+
+
+def test_the_score_policy_counts_as_simulated_in_half_precision():
+    """bfloat16 weights are rounded to float16 on both sides."""
+    model, tokenizer = tiny_model().to(torch.bfloat16), words_tokenizer()
+    with attach(model, slots=3, policy="score") as handle:
+        with handle.record(scores=True) as recorder:
+            for prompt in PROMPTS:
+                generate(model, handle, tokenizer, prompt, 8)
+        counted, trace = handle.counters, recorder.trace()
+    assert simulate(trace, 3, "score").counters == counted
+
+
+def test_a_static_policy_has_each_layer_s_popularity():
+    """Counts of another run, per layer, served and simulated alike."""
+    popular = popularity(serve(EXPERTS)[2])
+    options = {"popularity": popular.tolist()}
+    _, counted, trace, _ = serve(3, "static", options)
+    assert simulate(trace, 3, "static", policy_options=options).counters == counted
+    with pytest.raises(MelinoeError, match="popularity"):
+        attach(tiny_model(), slots=3, policy="static")
+
+
+def test_a_trace_without_scores_says_nothing_of_them():
+    """Scores are recorded on demand, since they double a trace."""
+    assert serve(3)[2].scores is None
+
+
+@pytest.mark.parametrize(
+    ("slots", "text"),
+    [
+        ([2], f"1 layers of {LAYERS}"),
+        ([0] * LAYERS, "layer 0"),
+        ([EXPERTS + 1] * LAYERS, "layer 0"),
+    ],
+)
+def test_impossible_slots_by_layer_are_refused(slots, text):
+    """Too few numbers, no slot, or more than experts: one sentence, the model untouched."""
+    model = tiny_model()
+    with pytest.raises(BudgetError, match=text):
+        attach(model, slots=slots)
+    attach(model, slots=2).detach()
