@@ -1,6 +1,7 @@
 """Shared by all tests: nothing is downloaded, and one thread is enough for tiny models."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -8,6 +9,28 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # kernels run on the CPU; benchmarks/gpu/run.sh sets 0 to run tests/gpu compiled.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def melinoe(monkeypatch, capsys):
+    """Run a command of `melinoe` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        from melinoe.cli import main
+
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.delenv("MELINOE_DEBUG", raising=False)
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from melinoe.cli import app as cli
 from tests import tiny
 from tests.small_olmoe import tiny_model, words_tokenizer
 
@@ -47,24 +46,6 @@ def prompts(tmp_path):
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 27)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def run(*arguments, monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
-    monkeypatch.delenv("MELINOE_DEBUG", raising=False)
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.fixture
-def melinoe(monkeypatch, capsys):
-    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def refused(result, *words):
@@ -360,24 +341,18 @@ def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path, melinoe):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_own_text_of_an_offloaded_model_is_that_of_the_whole_one(
-    checkpoint, tmp_path, monkeypatch, capsys
-):
+def test_own_text_of_an_offloaded_model_is_that_of_the_whole_one(checkpoint, tmp_path, melinoe):
     """Two slots of eight; the rows are what `own_text` writes with all experts resident."""
     from melinoe.data import load_examples
     from melinoe.finetune.terms.own_text import own_text
 
     out = tmp_path / "own.jsonl"
     asked = ("--texts", "5", "--length", "12", "--seed", "3", "--device", "cpu", "--slots", "2")
-    code, _, _ = run(
-        "own-text", checkpoint, "--out", out, *asked, monkeypatch=monkeypatch, capsys=capsys
-    )
+    code, _, _ = melinoe("own-text", checkpoint, "--out", out, *asked)
     assert code == 0
     tokenizer = words_tokenizer()
     whole = own_text(tiny_model(), tokenizer, 5, 12, seed=3)
     expected = [tokenizer.decode(one.input_ids, skip_special_tokens=True) for one in whole]
     assert [one.completion for one in load_examples(out)] == expected
-    code, _, error = run(
-        "own-text", checkpoint, "--out", out, monkeypatch=monkeypatch, capsys=capsys
-    )
+    code, _, error = melinoe("own-text", checkpoint, "--out", out)
     assert code == 1 and "exists" in error

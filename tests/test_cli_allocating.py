@@ -9,36 +9,29 @@ from melinoe.cache.curves import miss_curves
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe
 from tests.small_olmoe import tiny_model, words_tokenizer
-from tests.test_cli import run
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-
-@pytest.fixture
-def traced(tmp_path, cli):
+def traced(tmp_path, melinoe):
     """A tiny checkpoint, and a trace of it."""
     path, prompts, trace = tmp_path / "olmoe", tmp_path / "p.jsonl", tmp_path / "t.safetensors"
     tiny_model().save_pretrained(path)
     words_tokenizer().save_pretrained(path)
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5"} for i in range(2, 12)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = cli("trace", path, "--data", prompts, "--out", trace, "--max-new-tokens", 8)
+    code, _, err = melinoe("trace", path, "--data", prompts, "--out", trace, "--max-new-tokens", 8)
     assert code == 0, err
     return path, trace
 
 
-def generated(cli, path, *more):
+def generated(melinoe, path, *more):
     given = ("--max-new-tokens", 8, "--policy", "lfu", "--json", *more)
-    code, out, err = cli("generate", path, "w2 w3 w4", *given)
+    code, out, err = melinoe("generate", path, "w2 w3 w4", *given)
     assert code == 0, err
     return json.loads(out)
 
 
-def test_slots_go_where_the_trace_says_and_the_text_stays(traced, cli):
+def test_slots_go_where_the_trace_says_and_the_text_stays(traced, melinoe):
     """The best split of as many slots, given as slots or as bytes; more at random is no better."""
     path, trace = traced
     about, recorded = describe(str(path)), Trace.load(trace)
@@ -46,10 +39,10 @@ def test_slots_go_where_the_trace_says_and_the_text_stays(traced, cli):
     budget = slots * layers
     cost = cost_of(miss_curves(recorded, "lfu"))
     best = allocate(cost, budget, at_least=recorded.top_k)
-    plain = generated(cli, path, "--slots", slots)
-    by_slots = generated(cli, path, "--slots", slots, "--allocate-from", trace)
+    plain = generated(melinoe, path, "--slots", slots)
+    by_slots = generated(melinoe, path, "--slots", slots, "--allocate-from", trace)
     memory = budget * about.bytes_per_expert + 1  # a byte more buys nothing
-    by_bytes = generated(cli, path, "--expert-memory", memory, "--allocate-from", trace)
+    by_bytes = generated(melinoe, path, "--expert-memory", memory, "--allocate-from", trace)
     for one in (by_slots, by_bytes):
         assert one["ids"] == plain["ids"]
         assert tuple(one.get("slots_by_layer", [one["slots"]] * layers)) == best
@@ -58,7 +51,7 @@ def test_slots_go_where_the_trace_says_and_the_text_stays(traced, cli):
     assert sum(int(cost[layer][count - 1]) for layer, count in enumerate(best)) <= even
 
 
-def test_what_does_not_go_together_is_refused(traced, cli, tmp_path):
+def test_what_does_not_go_together_is_refused(traced, melinoe, tmp_path):
     """A budget below the top-k of each layer; another model's trace, of this shape or not."""
     path, trace = traced
     other = tmp_path / "other"
@@ -72,8 +65,8 @@ def test_what_does_not_go_together_is_refused(traced, cli, tmp_path):
         (wrong, "trace this model"),
         (shape, "the trace is of another model"),
     ):
-        code, _, err = cli(*command, "--max-new-tokens", 2)
+        code, _, err = melinoe(*command, "--max-new-tokens", 2)
         assert code == 1 and said in err
     both = ("--gpu-memory", "1GiB", "--engine", "fast", "--allocate-from", trace)
-    code, _, err = cli("generate", path, "w2", *both)
+    code, _, err = melinoe("generate", path, "w2", *both)
     assert code == 2 and "leave --gpu-memory out" in err

@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 from functools import partial
 
 import pytest
-from test_cli import run
 from tokenizers import pre_tokenizers
 
 from melinoe.checkpoint import read_metadata
@@ -43,11 +42,6 @@ def little(monkeypatch):
     small = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
     monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", small)
     monkeypatch.setattr("melinoe.report.card.figures._png", lambda figure: b"")
-
-
-@pytest.fixture
-def melinoe(monkeypatch, capsys):
-    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def everything(models, *more):

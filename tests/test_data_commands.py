@@ -1,11 +1,8 @@
 """Every command that reads rows reads them alike, says what is lost, and keeps the numbers."""
 
-import sys
-
 import pytest
 
 from melinoe.checkpoint import read_metadata
-from melinoe.cli import app as cli
 from melinoe.data import Encoded, count_losses, encode, load_examples
 from melinoe.errors import DataError
 from melinoe.evaluate import reference
@@ -25,27 +22,10 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def melinoe(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
-        monkeypatch.delenv("MELINOE_DEBUG", raising=False)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err
-
-    return run
-
-
 def test_finetune_says_what_is_lost_and_keeps_the_numbers(checkpoint, tmp_path, melinoe, caplog):
     """Of prompts of 3, 4, 5 and 6 tokens at 5: two are cut by 3 and 4 tokens, two left out."""
     data = write(tmp_path / "rows.jsonl", *ROWS)
-    code, err = melinoe(
+    code, _, err = melinoe(
         *("finetune", checkpoint, "--data", data, "--columns", "prompt=q,completion=a"),
         *("--out", tmp_path / "out", "--steps", 1, "--max-length", 5, "--batch-size", 1),
         *("--no-measure", "--hold-out", 0),
@@ -67,7 +47,7 @@ def test_evaluate_says_what_is_lost(checkpoint, tmp_path, melinoe, caplog):
     """The same line as in training."""
     data = write(tmp_path / "rows.jsonl", *ROWS)
     given = ("--data", data, "--columns", "prompt=q,completion=a", "--max-length", 5)
-    code, err = melinoe("evaluate", checkpoint, *given)
+    code, _, err = melinoe("evaluate", checkpoint, *given)
     assert code == 0, err
     assert "2 were cut at 5 tokens (7 tokens fell away); 2 left out" in caplog.text
 
@@ -78,10 +58,10 @@ def test_prompts_alone_are_traced_and_fitted(checkpoint, tmp_path, melinoe):
     data = write(tmp_path / "rows.jsonl", *rows)
     trace = tmp_path / "t.safetensors"
     given = ("--data", data, "--columns", "prompt=q")
-    code, err = melinoe("trace", checkpoint, *given, "--out", trace, "--max-new-tokens", 3)
+    code, _, err = melinoe("trace", checkpoint, *given, "--out", trace, "--max-new-tokens", 3)
     assert code == 0, err
     fit = ("predictor", "fit", trace, "--model", checkpoint, "--out", tmp_path / "p")
-    code, err = melinoe(*fit, *given)
+    code, _, err = melinoe(*fit, *given)
     assert code == 0, err
     assert melinoe(*fit, "--columns", "prompt=q")[0] == 2
 
@@ -109,7 +89,7 @@ def test_a_row_that_cannot_be_used_is_one_sentence(
     good = {"prompt": "w2", "completion": "w3", "x": "w2"}
     data = write(tmp_path / "rows.jsonl", good, row)
     out = ["--out", tmp_path / "out"] if command in ("finetune", "trace") else []
-    code, err = melinoe(command, checkpoint, "--data", data, *out, *more)
+    code, _, err = melinoe(command, checkpoint, "--data", data, *out, *more)
     assert (code, err.count("\n")) == (1, 1), err
     assert words in err and not (tmp_path / "out").exists()
 
@@ -143,5 +123,5 @@ def test_a_reference_is_the_turn_that_is_learned(tmp_path):
 def test_rows_without_a_prompt_to_answer_are_refused_by_trace(checkpoint, tmp_path, melinoe):
     """Answered from start-of-text, every one of them would be the same."""
     data = write(tmp_path / "rows.jsonl", {"text": "w2 w3"})
-    code, err = melinoe("trace", checkpoint, "--data", data, "--out", tmp_path / "t.safetensors")
+    code, _, err = melinoe("trace", checkpoint, "--data", data, "--out", tmp_path / "t.safetensors")
     assert code == 1 and "--columns prompt=text" in err

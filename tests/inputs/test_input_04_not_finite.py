@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import re
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_olmoe import words_tokenizer
 
-from melinoe import cli
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, Example
 from melinoe.engine.attach import attach
@@ -94,19 +92,15 @@ COMMANDS = {
     ("command", "fault"),
     [(c, "router") for c in COMMANDS] + [("generate", f) for f in FAULTS if f != "router"],
 )
-def test_commands_name_the_tensor_and_leave_nothing(
-    command, fault, base, data, tmp_path, monkeypatch, capsys
-):
+def test_commands_name_the_tensor_and_leave_nothing(command, fault, base, data, tmp_path, melinoe):
     """Exit 1 and one line on stderr."""
     plant(base, fault)
     out = tmp_path / "out"
     arguments = [part.format(base=base, data=data, out=out) for part in COMMANDS[command]]
     before = {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr(sys, "argv", ["melinoe", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 1, lines
+    code, _, said = melinoe(*arguments)
+    lines = said.strip().splitlines()
+    assert code == 1, lines
     assert len([line for line in lines if "holds" in line]) == 1 and "Traceback" not in lines
     assert re.search(FAULTS[fault][2], lines[-1]), lines
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -3,11 +3,9 @@
 import json
 from functools import partial
 
-import pytest
 from small_olmoe import tiny_model, words_tokenizer
 
 from melinoe.checkpoint import read_metadata, write_metadata
-from melinoe.cli import main
 from melinoe.config import OutcomeSettings
 from melinoe.report.card import write_card
 
@@ -15,7 +13,7 @@ STEPS = ("--steps", 2, "--batch-size", 4, "--lora-rank", 2)
 NOTHING = ("--learning-rate", 1e-9, "--lora-learning-rate", 1e-9)
 
 
-def test_two_steps_at_a_rate_of_nothing_show_no_change(tmp_path, monkeypatch):
+def test_two_steps_at_a_rate_of_nothing_show_no_change(tmp_path, monkeypatch, melinoe):
     """With a control, and from the same record without one: no saving is claimed of any model."""
     little = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
     monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", little)
@@ -26,11 +24,7 @@ def test_two_steps_at_a_rate_of_nothing_show_no_change(tmp_path, monkeypatch):
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = (tmp_path / "base", "--data", data, "--eval-data", data, "--out", out)
-    arguments = ("finetune", *common, *STEPS, *NOTHING, "--against", "control")
-    monkeypatch.setattr("sys.argv", ["melinoe", *map(str, arguments)])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 0
+    assert melinoe("finetune", *common, *STEPS, *NOTHING, "--against", "control")[0] == 0
 
     def card(other):
         text = write_card(out)[0].read_text()

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from melinoe.cli import app as cli
 from melinoe.data import Example, load_examples
 from melinoe.errors import DataError
 from melinoe.generate import prompt_ids
@@ -88,20 +87,16 @@ def test_a_prompt_that_is_no_text_is_one_sentence():
             prompt_ids(byte_tokenizer(), half)
 
 
-def generate_from(stdin, monkeypatch, capsys):
-    """Run `melinoe generate tiny -`: (exit code, stdout, stderr)."""
-    given = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii")
-    monkeypatch.setattr(sys, "stdin", given)
-    words = ["melinoe", "generate", "tiny", "-", "--max-new-tokens", "2", "--json"]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.delenv("MELINOE_DEBUG", raising=False)
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+@pytest.fixture
+def generate_from(melinoe, monkeypatch):
+    """Run `melinoe generate tiny -` on these bytes: (exit code, stdout, stderr)."""
+
+    def run(stdin):
+        given = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii")
+        monkeypatch.setattr(sys, "stdin", given)
+        return melinoe("generate", "tiny", "-", "--max-new-tokens", 2, "--json")
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -116,17 +111,17 @@ def generate_from(stdin, monkeypatch, capsys):
     ],
     ids=["Latin-1", "UTF-16", "nothing", "blank", "closed", "endless"],
 )
-def test_standard_input_that_is_no_prompt_is_one_sentence(stdin, words, monkeypatch, capsys):
+def test_standard_input_that_is_no_prompt_is_one_sentence(stdin, words, generate_from):
     """Before any model is opened: one line, exit 1."""
-    code, out, err = generate_from(stdin, monkeypatch, capsys)
+    code, out, err = generate_from(stdin)
     assert (code, out) == (1, "")
     assert err.startswith("melinoe: standard input") and err.count("\n") == 1 and words in err
 
 
-def test_standard_input_is_utf8_whatever_the_locale(monkeypatch, capsys):
+def test_standard_input_is_utf8_whatever_the_locale(generate_from):
     """A byte-order mark is no part of the prompt; the rest is, as it came."""
     assert TINY_OLMOE.is_dir()
     text = "Question: ä?\nAnswer:"
-    code, out, err = generate_from(text.encode("utf-8-sig"), monkeypatch, capsys)
+    code, out, err = generate_from(text.encode("utf-8-sig"))
     assert code == 0, err
     assert json.loads(out)["prompt"] == text

@@ -5,7 +5,6 @@ A config that gives each token more experts than a layer has: every command says
 """
 
 import json
-import sys
 
 import damaged
 import pytest
@@ -14,7 +13,6 @@ import torch
 from small_olmoe import words_tokenizer
 
 import melinoe
-from melinoe import cli
 from melinoe.checkpoint import describe
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
@@ -49,20 +47,16 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_it(command, base, tmp_path, monkeypatch, capsys):
+def test_every_command_says_it(command, base, tmp_path, melinoe):
     """64 of 4: exit 1, and nothing is written."""
     says(base, "num_experts_per_tok", 64)
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "w3", "completion": " w4 w5"}) + "\n")
     out = tmp_path / "out"
     arguments = [part.format(base=base, data=data, out=out) for part in COMMANDS[command]]
-    monkeypatch.setattr(sys, "argv", ["melinoe", *arguments])
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    said = capsys.readouterr()
-    text = " ".join((said.out + said.err).split())
-    assert stop.value.code == 1, text
+    code, printed, said = melinoe(*arguments)
+    text = " ".join((printed + said).split())
+    assert code == 1, text
     assert "each token 64 experts (num_experts_per_tok) of a layer that has 4" in text
     assert "Traceback" not in text and not out.exists()
 

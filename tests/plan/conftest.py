@@ -1,12 +1,9 @@
 """Published hyperparameters of four models, stated here once more, and a way to run the command."""
 
 import json
-import sys
 
 import pytest
 from transformers import MixtralConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
-
-from melinoe.cli import app as cli
 
 
 def shaped(family, vocabulary, hidden, expert, layers, heads, key_heads, top_k, **own):
@@ -76,22 +73,3 @@ def small(tmp_path_factory):
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     return write_config(tmp_path_factory.mktemp("small"), config)
-
-
-@pytest.fixture
-def melinoe(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
-        monkeypatch.delenv("MELINOE_DEBUG", raising=False)
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run

@@ -5,7 +5,6 @@ import json
 import pytest
 from small_olmoe import tiny_model, words_tokenizer
 
-from melinoe.cli import main
 from melinoe.predictor import Prior
 
 
@@ -16,22 +15,6 @@ def checkpoint(tmp_path_factory):
     tiny_model().save_pretrained(path)
     words_tokenizer().save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def melinoe(monkeypatch, capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["melinoe", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -1,31 +1,11 @@
 """Prefetches on the command line: recorded, listed, simulated, served, and words refused."""
 
 import json
-import sys
 
 import pytest
 
 from melinoe.cache.trace import Trace
-from melinoe.cli import app as cli
 from melinoe.shipped import TINY_OLMOE
-
-
-@pytest.fixture
-def melinoe(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["melinoe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
