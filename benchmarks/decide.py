@@ -2,8 +2,8 @@
 How long does it take to decide who is resident, at OLMoE's shape?
 
 Question: microseconds of one `Residency.request` for one token of one layer (64 experts, top-8,
-16 slots), with all 8 resident and with one missing, for each policy; and what `plans` and
-counting add for a runtime; and layer requests a second when a whole trace is replayed.
+16 slots), with all 8 resident and with one missing, for each policy; and what `request_in_parts`
+and counting add for a runtime; and layer requests a second when a whole trace is replayed.
 
 The answer that would be bad news: over 10 us for an all-hits request. With 16 layers that is
 160 us of every token, a fifth of the 0.77 ms that OLMoE's weights need through an H100's memory,
@@ -101,8 +101,8 @@ def decide_and_count(residency: Residency, requests: list[list[int]]) -> int:
     counters.begin_forward("completion", 1)
     scores = SCORES if residency.policy.uses_scores else None
     for experts in requests:
-        plans = tuple(residency.plans(experts, uses, scores))
-        counters.add_plans(0, experts, uses, plans)
+        plans = tuple(residency.request_in_parts(experts, uses, scores))
+        counters.add_decisions(0, experts, uses, plans)
     return int(counters.loads.sum())
 
 

@@ -106,7 +106,7 @@ def serve(cases, prompts, tokenizer, tokens, repeat):
                     done = generate(model, handle, tokenizer, prompt, tokens)
                 if not turn:
                     counted = done.counters
-                    counts[case] += counted.loads[1].sum(), counted.elsewhere[1].sum()
+                    counts[case] += counted.loads[1].sum(), counted.on_host[1].sum()
         for case, times in runs.items():
             steps[case].append(np.median(times, axis=0))
         print(f"prompt {number + 1} of {len(prompts)}", file=sys.stderr)
@@ -127,7 +127,7 @@ def row_of(case, handle, trace, figures, work, measured, counted):
     rule = handle.misses.rule
     simulation = simulate(trace, slots, policy, load=rule, reset_between_sequences=True, steps=True)
     counters = simulation.counters
-    found = counters.loads[1].sum(), counters.elsewhere[1].sum()
+    found = counters.loads[1].sum(), counters.on_host[1].sum()
     assert tuple(counted) == found, f"simulated {found}, measured {tuple(counted)}"
     seconds = predicted_steps(simulation, over(figures, handle), work)
     assert len(seconds) == len(measured), "not the same steps"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.residency import Load, Plan
+from melinoe.cache.residency import Decision, Load
 
 
 def filled():
@@ -13,7 +13,7 @@ def filled():
     counters = Counters(2)
     counters.add_prefetch(1, 3)
     counters.begin_forward("prompt", 10)
-    counters.add_request(0, uses=20, hits=5, loads=4, plans=2)
+    counters.add_request(0, uses=20, hits=5, loads=4, decisions=2)
     counters.add_request(1, uses=20, hits=20, loads=0)
     counters.end_forward()
     counters.begin_forward("completion", 1)
@@ -59,8 +59,8 @@ def test_hits_of_plans_weigh_by_uses_and_only_what_was_resident_at_first():
     """Experts 0, 1, 2 with uses 5, 1, 3; 0 resident: 5 hits of 9 uses, 2 loads, two plans."""
     counters = Counters(1)
     counters.begin_forward(0, 9)
-    plans = [Plan((0,), (Load(1, 1, None),)), Plan((), (Load(2, 0, 0),))]
-    counters.add_plans(0, [0, 1, 2], [5, 1, 3], plans)
+    plans = [Decision((0,), (Load(1, 1, None),)), Decision((), (Load(2, 0, 0),))]
+    counters.add_decisions(0, [0, 1, 2], [5, 1, 3], plans)
     assert (counters.uses[0, 0], counters.hits[0, 0], counters.loads[0, 0]) == (9, 5, 2)
     assert counters.chunked[0, 0] == 1
 

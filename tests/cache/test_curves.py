@@ -100,7 +100,7 @@ def test_inclusion_fails_once_a_request_comes_in_parts():
     for slots in (1, 2):
         residency = Residency(5, slots)
         for request in ([3, 4], [1, 2, 3]):
-            list(residency.plans(request))
+            list(residency.request_in_parts(request))
         held.append({expert for expert in range(5) if expert in residency})
     assert held == [{3}, {1, 2}]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from melinoe.cache.policy import policy
-from melinoe.cache.residency import Load, Plan, Residency
+from melinoe.cache.residency import Decision, Load, Residency
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 NUM_EXPERTS = 7
@@ -15,9 +15,9 @@ NUM_EXPERTS = 7
 def test_a_request_fills_the_lowest_free_slots_in_order():
     """Three slots, {2,5}, then {1}: slots 0, 1, then 2; then {4} takes the slot of 2."""
     residency = Residency(NUM_EXPERTS, 3)
-    assert residency.request([2, 5]) == Plan((), (Load(2, 0, None), Load(5, 1, None)))
-    assert residency.request([1]) == Plan((), (Load(1, 2, None),))
-    assert residency.request([4, 5]) == Plan((5,), (Load(4, 0, 2),))
+    assert residency.request([2, 5]) == Decision((), (Load(2, 0, None), Load(5, 1, None)))
+    assert residency.request([1]) == Decision((), (Load(1, 2, None),))
+    assert residency.request([4, 5]) == Decision((5,), (Load(4, 0, 2),))
     assert residency.expert_of.tolist() == [4, 5, 1]
     assert residency.slot_of.tolist() == [-1, 2, -1, -1, 0, 1, -1]
 
@@ -30,11 +30,11 @@ def test_parts_worked_by_hand():
     """
     residency = Residency(NUM_EXPERTS, 2)
     residency.request([1, 4])
-    plans = list(residency.plans([0, 1, 2, 3, 4, 5], [1, 1, 3, 9, 1, 1]))
+    plans = list(residency.request_in_parts([0, 1, 2, 3, 4, 5], [1, 1, 3, 9, 1, 1]))
     assert plans == [
-        Plan((1, 4), ()),
-        Plan((), (Load(0, 0, 1), Load(5, 1, 4))),
-        Plan((), (Load(2, 0, 0), Load(3, 1, 5))),
+        Decision((1, 4), ()),
+        Decision((), (Load(0, 0, 1), Load(5, 1, 4))),
+        Decision((), (Load(2, 0, 0), Load(3, 1, 5))),
     ]
 
 
@@ -42,17 +42,17 @@ def test_the_first_part_fills_up_with_the_least_used_missing():
     """Three slots hold {0,6}; 0-3 needed: first 0 and the least used 2, 3 (6 leaves), then 1."""
     residency = Residency(NUM_EXPERTS, 3)
     residency.request([0, 6])
-    plans = list(residency.plans([0, 1, 2, 3], [1, 5, 1, 2]))
+    plans = list(residency.request_in_parts([0, 1, 2, 3], [1, 5, 1, 2]))
     assert plans == [
-        Plan((0,), (Load(2, 2, None), Load(3, 1, 6))),
-        Plan((), (Load(1, 0, 0),)),
+        Decision((0,), (Load(2, 2, None), Load(3, 1, 6))),
+        Decision((), (Load(1, 0, 0),)),
     ]
 
 
 def test_under_lru_the_most_used_missing_experts_stay_after_a_large_request():
     """Empty, three slots, seven experts with uses 1 to 7: the three most used remain."""
     residency = Residency(NUM_EXPERTS, 3)
-    list(residency.plans(range(7), [4, 7, 1, 6, 2, 5, 3]))
+    list(residency.request_in_parts(range(7), [4, 7, 1, 6, 2, 5, 3]))
     assert sorted(residency.expert_of.tolist()) == [1, 3, 5]
 
 
@@ -60,14 +60,14 @@ def test_a_request_in_parts_is_one_request_to_the_policy():
     """LFU decays once: after {0..6} in four parts of two slots every score is one."""
     lfu = policy("lfu")
     residency = Residency(NUM_EXPERTS, 2, lfu)
-    assert len(list(residency.plans(range(7)))) == 4
+    assert len(list(residency.request_in_parts(range(7)))) == 4
     assert lfu.scores() == [1.0] * 7
 
 
 def test_a_prefetch_drops_what_does_not_fit_and_keeps_the_most_wanted():
     """Two slots: of 5, 3, 1 the first two load; then one miss evicts 3, the less wanted."""
     residency = Residency(NUM_EXPERTS, 2)
-    assert residency.prefetch([5, 3, 1]) == Plan((), (Load(5, 0, None), Load(3, 1, None)))
+    assert residency.prefetch([5, 3, 1]) == Decision((), (Load(5, 0, None), Load(3, 1, None)))
     assert residency.request([0]).loads == (Load(0, 1, 3),)
 
 
@@ -75,7 +75,7 @@ def test_a_prefetch_never_evicts_what_it_wants_itself():
     """Two slots hold {1,2}; prefetch 0, 1 keeps 1 as a hit and evicts 2."""
     residency = Residency(NUM_EXPERTS, 2)
     residency.request([1, 2])
-    assert residency.prefetch([0, 1]) == Plan((1,), (Load(0, 1, 2),))
+    assert residency.prefetch([0, 1]) == Decision((1,), (Load(0, 1, 2),))
 
 
 def test_a_prefetch_is_no_request_to_belady():
@@ -108,7 +108,7 @@ def test_too_many_experts_for_one_request_change_nothing():
 
 
 @pytest.mark.parametrize("bad", [[-1], [7], [2, 2], [0, 1, 2, 3, 3]])
-@pytest.mark.parametrize("call", ["request", "plans", "prefetch"])
+@pytest.mark.parametrize("call", ["request", "request_in_parts", "prefetch"])
 def test_ids_out_of_range_or_twice_change_nothing(bad, call):
     """A caller's mistake is a ValueError, before anything moves."""
     residency = Residency(NUM_EXPERTS, 6)
@@ -132,8 +132,8 @@ def test_arrays_do_as_well_as_lists():
     ours, theirs = Residency(NUM_EXPERTS, 2), Residency(NUM_EXPERTS, 2)
     for request in ([1, 2], [2, 3], [0, 1, 2, 3, 4]):
         array = np.array(request)
-        plans = list(ours.plans(array, np.ones(len(array), dtype=np.int64)))
-        assert plans == list(theirs.plans(request))
+        plans = list(ours.request_in_parts(array, np.ones(len(array), dtype=np.int64)))
+        assert plans == list(theirs.request_in_parts(request))
         assert all(type(e) is int for plan in plans for e in plan.hits)
         assert all(type(load.expert) is int for plan in plans for load in plan.loads)
 
@@ -169,7 +169,7 @@ def test_plans_cover_each_request_once_and_never_evict_what_they_need(capacity, 
         else:
             covered = []
             for number, plan in enumerate(
-                residency.plans(experts, [use_counts[e] for e in experts])
+                residency.request_in_parts(experts, [use_counts[e] for e in experts])
             ):
                 served = [*plan.hits, *(load.expert for load in plan.loads)]
                 covered += served
@@ -197,8 +197,8 @@ def test_part_of_a_request_is_loaded_and_the_rest_left_where_it_is():
     residency = Residency(5, 3)
     residency.request([0])
     residency.request([1])
-    plan, there = residency.partly([1, 2, 3, 4], [1, 3, 1, 2], load=lambda missing: 2)
-    assert plan == Plan((1,), (Load(4, 2, None), Load(2, 0, 0))) and there == (3,)
+    plan, there = residency.request_with_host([1, 2, 3, 4], [1, 3, 1, 2], load=lambda missing: 2)
+    assert plan == Decision((1,), (Load(4, 2, None), Load(2, 0, 0))) and there == (3,)
     residency.check_invariants()
 
 
@@ -207,12 +207,15 @@ def test_nothing_is_loaded_where_nothing_may_be():
     residency, usual = Residency(5, 2), Residency(5, 2)
     for one in (residency, usual):
         one.prefetch([0, 1])
-    assert residency.partly([0, 3, 4], load=lambda missing: 0) == (Plan((0,), (), 1), (3, 4))
-    assert residency.partly([], load=lambda missing: 9) == (Plan((), ()), ())
+    assert residency.request_with_host([0, 3, 4], load=lambda missing: 0) == (
+        Decision((0,), (), 1),
+        (3, 4),
+    )
+    assert residency.request_with_host([], load=lambda missing: 9) == (Decision((), ()), ())
     usual.policy.use([0, 3, 4])  # what the other one's has heard
     usual.first_uses([0, 3, 4])
     for request in ([0, 3], [2], [1, 4], [0, 4]):
-        plan, there = residency.partly(request, load=len)
+        plan, there = residency.request_with_host(request, load=len)
         assert not there
         assert plan == usual.request(request)
 
@@ -221,7 +224,7 @@ def test_no_more_is_loaded_than_slots_beside_the_hits():
     """Two slots, one hit: one load, however many are allowed."""
     residency = Residency(5, 2)
     residency.request([0])
-    plan, there = residency.partly([0, 1, 2, 3], load=len)
+    plan, there = residency.request_with_host([0, 1, 2, 3], load=len)
     assert [load.expert for load in plan.loads] == [3] and there == (1, 2)
 
 
@@ -231,5 +234,7 @@ def test_the_rule_of_loads_is_told_the_uses_of_what_is_missing():
     for uses in ([9, 4, 1, 2], None):
         residency = Residency(5, 2)
         residency.request([0])
-        residency.partly([0, 1, 2, 3], uses, load=lambda uses: told.append(list(uses)) or 0)
+        residency.request_with_host(
+            [0, 1, 2, 3], uses, load=lambda uses: told.append(list(uses)) or 0
+        )
     assert told == [[1, 2, 4], [1, 1, 1]]

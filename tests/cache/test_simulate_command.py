@@ -77,7 +77,7 @@ def test_time_is_what_the_model_predicts(trace):
         done = simulate(loaded, 4, "lru", load=loads_when(miss, machine, work), steps=True)
         want = predict(done, machine, work).metrics()
         assert {name: row[name] for name in want} == pytest.approx(want)
-        free = (done.steps.loads + done.steps.elsewhere).sum(axis=1) == 0
+        free = (done.steps.loads + done.steps.on_host).sum(axis=1) == 0
         assert row["zero_miss_tokens"] == free[done.steps.phase == 1].mean()
 
 

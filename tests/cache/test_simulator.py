@@ -162,10 +162,10 @@ def test_a_prefetch_comes_before_the_first_pass_and_is_charged_apart():
 def test_the_residency_is_called_as_a_runtime_would(monkeypatch):
     """One call of plans per pass and layer, layers in order, ids ascending, with their uses."""
     calls = []
-    plans = Residency.plans
+    plans = Residency.request_in_parts
     monkeypatch.setattr(
         Residency,
-        "plans",
+        "request_in_parts",
         lambda self, experts, uses: (
             calls.append((self, experts, uses)) or plans(self, experts, uses)
         ),
@@ -239,7 +239,7 @@ def test_an_empty_trace_costs_nothing():
     assert simulation.counters == Counters(2)
 
 
-def test_what_is_computed_elsewhere_is_a_miss_but_no_load():
+def test_what_is_computed_on_the_host_is_a_miss_but_no_load():
     """Two slots hold {0,1} by prefetch and nothing is loaded: of {0,2} {1,2} {0,1} half miss."""
     trace = trace_of([[0, 2]], [[1, 2]], [[0, 1]], num_experts=4, top_k=2)
     simulation = simulate(
@@ -248,9 +248,9 @@ def test_what_is_computed_elsewhere_is_a_miss_but_no_load():
     assert simulation.counters.hit_rate() == 4 / 6
     assert simulation.counters.loads.sum() == 0
     assert simulation.counters.prefetch_loads.tolist() == [2]
-    assert simulation.steps.elsewhere.tolist() == [[1], [1], [0]]
-    assert simulation.steps.elsewhere_uses.tolist() == [[1], [1], [0]]
-    assert simulation.counters.elsewhere.sum() == 2
+    assert simulation.steps.on_host.tolist() == [[1], [1], [0]]
+    assert simulation.steps.on_host_uses.tolist() == [[1], [1], [0]]
+    assert simulation.counters.on_host.sum() == 2
     assert simulation.counters.adjusted_hit_rate() == 1 - (2 + 2) / 6  # two prefetched, two there
     assert simulation.counters.zero_miss_tokens.sum() == 1  # who is computed there waits, too
     assert simulation.steps.experts.tolist() == [[2], [2], [2]]
@@ -264,4 +264,4 @@ def test_loading_everything_partly_is_loading_everything():
     partly = simulate(trace, 4, steps=True, load=len)
     assert partly.counters.loads.sum() == whole.counters.loads.sum()
     assert partly.counters.hit_rate() == whole.counters.hit_rate()
-    assert not partly.steps.elsewhere.any()
+    assert not partly.steps.on_host.any()

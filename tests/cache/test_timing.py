@@ -68,7 +68,7 @@ def test_parts_are_paid_by_their_number():
         link_bytes_per_s=1e12, dram_bytes_per_s=1e12, pass_s=0.010, experts_share=0.2,
         call_s=0.001, parts_s=0.004, part_s=0.003,
     )  # fmt: skip
-    done = run([[0], [0], [0], [0]], [[5], [2], [2], [2]], elsewhere=[[0], [0], [1], [2]])
+    done = run([[0], [0], [0], [0]], [[5], [2], [2], [2]], on_host=[[0], [0], [1], [2]])
     done = replace(done, slots=(2,))
     expected = [0.010 + 0.010, 0.010, 0.014 - 0.0005, 0.014 - 0.002]
     assert predict(done, machine, WORK).pass_s == pytest.approx(expected)
@@ -173,7 +173,7 @@ def test_what_is_not_known_is_asked_for():
     with pytest.raises(HardwareError, match="host memory"):
         loads_when("cpu", link, WORK)
     with pytest.raises(HardwareError, match="host"):
-        predict(run([[0]], [[1]], elsewhere=[[1]]), Machine(**SLOW), WORK)
+        predict(run([[0]], [[1]], on_host=[[1]]), Machine(**SLOW), WORK)
     with pytest.raises(HardwareError, match="expert_bytes"):
         Work(expert_bytes=0)
     with pytest.raises(ValueError, match="steps=True"):

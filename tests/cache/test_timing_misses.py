@@ -13,7 +13,7 @@ from melinoe.cache.timing import predict
 def test_misses_computed_by_the_host_worked_by_hand():
     """3 experts of 100 B at 20 kB/s: 15 ms, and 2 ms for activations; the hit is 1 ms of device."""
     machine = Machine(**SLOW, dram_bytes_per_s=2e4)
-    timing = predict(run([[0]], [[4]], elsewhere=[[3]]), machine, WORK)
+    timing = predict(run([[0]], [[4]], on_host=[[3]]), machine, WORK)
     assert timing.pass_s == pytest.approx([0.004 + 0.017 + 0.001])
     assert (timing.host_s[0], timing.link_s[0]) == (pytest.approx(0.017), 0)
     assert timing.metrics()["cpu_stall_ms_per_token"] == pytest.approx(17)
@@ -31,7 +31,7 @@ def test_a_split_makes_the_slower_side_fastest():
     assert [split([1] * n) for n in range(5)] == [0, 0, 1, 1, 1]
     even = Machine(link_bytes_per_s=1e4, device_bytes_per_s=1e5, dram_bytes_per_s=1e4)
     assert [loads_when("split", even, WORK)([1] * n) for n in (1, 2, 3)] == [1, 1, 2]
-    timing = predict(run([[1]], [[4]], elsewhere=[[3]]), machine, WORK)
+    timing = predict(run([[1]], [[4]], on_host=[[3]]), machine, WORK)
     assert timing.host_s == pytest.approx([0.017]) and timing.link_s == pytest.approx([0.0])
     assert transfer_s(machine, WORK) == pytest.approx(0.011)
     assert computed_s(machine, WORK, 3) == pytest.approx(0.017)
@@ -49,8 +49,8 @@ def test_activations_travel_both_ways_and_rows_are_computed_one_by_one():
     assert computed_s(machine, work, 2, 5, 3) == pytest.approx(
         0.004 + 0.010 + 0.003 + 0.040 + 0.002
     )
-    done = run([[1]], [[4]], elsewhere=[[2]], tokens=[3])
-    done.steps.elsewhere_uses[:] = 5
+    done = run([[1]], [[4]], on_host=[[2]], tokens=[3])
+    done.steps.on_host_uses[:] = 5
     assert predict(done, machine, work).host_s == pytest.approx([0.059 + 0.003])
 
 
@@ -74,5 +74,5 @@ def test_handling_misses_on_the_host_is_simulated_as_it_is_timed():
         found[miss] = simulate(trace, 3, prefetch=wanted, load=load, steps=True)
     assert found["cpu"].counters.loads.sum() == 0 < found["split"].counters.loads.sum()
     steps = found["split"].steps
-    assert (steps.loads + steps.elsewhere <= steps.experts).all() and steps.elsewhere.any()
-    assert not found["wait"].steps.elsewhere.any()
+    assert (steps.loads + steps.on_host <= steps.experts).all() and steps.on_host.any()
+    assert not found["wait"].steps.on_host.any()

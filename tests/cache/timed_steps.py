@@ -7,9 +7,7 @@ from melinoe.cache.machine import Work
 from melinoe.cache.simulation import Simulation, Steps
 
 
-def run(
-    loads, experts, ahead=None, elsewhere=None, phase=None, tokens=None, unit=None, between=None
-):
+def run(loads, experts, ahead=None, on_host=None, phase=None, tokens=None, unit=None, between=None):
     """A simulation of which only the steps matter; rows are passes, columns layers."""
     loads = np.array(loads, np.int32)
     zero = np.zeros_like(loads)
@@ -20,8 +18,8 @@ def run(
         loads,
         np.array(experts, np.int32),
         zero if ahead is None else np.array(ahead, np.int32),
-        zero if elsewhere is None else np.array(elsewhere, np.int32),
-        np.zeros_like(loads) if elsewhere is None else np.array(elsewhere, np.int32),
+        zero if on_host is None else np.array(on_host, np.int32),
+        np.zeros_like(loads) if on_host is None else np.array(on_host, np.int32),
         zero if between is None else np.array(between, np.int32),
     )
     layers = loads.shape[1]

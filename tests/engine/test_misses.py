@@ -45,7 +45,7 @@ def test_tokens_and_logits_equal_all_resident(model, bf16_model, slots, dtype, m
         assert torch.equal(model(PROMPT[:, :1]).logits, one)
         counted = handle.counters
     if slots < 8 or miss == "cpu":
-        assert counted.elsewhere.sum() > 0
+        assert counted.on_host.sum() > 0
     assert counted.loads.sum() == 0 if miss == "cpu" else counted.loads.sum() > 0
 
 
@@ -95,7 +95,7 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, miss):
         recorder.trace(), 3, policy, load=rule, prefetch=wanted, prefetch_at="prompt"
     )
     assert simulated.counters == counted
-    assert counted.elsewhere.sum() > 0 and counted.requests.sum() > 0
+    assert counted.on_host.sum() > 0 and counted.requests.sum() > 0
 
 
 def test_measured_costs_decide_alike_in_runtime_and_simulator(model):
@@ -154,7 +154,7 @@ def test_the_host_computes_while_experts_travel(model, monkeypatch):
     )
     with attach(model, slots=2, miss=even, link=link) as handle, torch.no_grad():
         model(PROMPT[:, :1])
-        assert (handle.counters.loads.sum(), handle.counters.elsewhere.sum()) == (2, 2)
+        assert (handle.counters.loads.sum(), handle.counters.on_host.sum()) == (2, 2)
         assert handle.host_s >= 0.1
         assert handle.stall_s < 0.06  # of 120 ms on the link, what the host's 100 did not hide
 
@@ -166,7 +166,7 @@ def test_a_store_on_disk_reads_into_a_buffer_and_not_into_a_slot(model, tmp_path
     loaded, handle = melinoe.load(tmp_path, slots=2, store="disk", miss="cpu", dtype="float32")
     assert torch.equal(generate(loaded, "greedy"), expected)
     assert handle.transferred_bytes == 0 == handle.counters.loads.sum()
-    assert handle.counters.elsewhere.sum() > 0
+    assert handle.counters.on_host.sum() > 0
     host = handle._caches[0]._host
     assert sum(t.nbytes for t in host._buffer.values()) == handle.store.block_bytes(0)
     handle.detach()
@@ -182,7 +182,7 @@ def test_choices_of_no_expert_give_nothing(model):
     with attach(model, slots=2, miss=MISSES["cpu"]) as handle, torch.no_grad():
         assert torch.equal(handle._caches[0](hidden, index, weights), expected)
         handle._caches[0](hidden, torch.full((3, 2), 8), weights)
-        assert handle.counters.elsewhere.sum() == 3
+        assert handle.counters.on_host.sum() == 3
     assert not expected[1].any() and layer.num_experts == 8
 
 

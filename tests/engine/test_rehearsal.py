@@ -69,10 +69,10 @@ def test_each_motion_does_what_its_name_says(model, monkeypatch):
             found[motion] = (
                 int(counted.loads[1].sum()) > 0,
                 int(counted.chunked[1].sum()),
-                int(counted.elsewhere[1].sum()),
+                int(counted.on_host[1].sum()),
                 set(computed),
             )
-            assert counted.loads[0].sum() == counted.elsewhere[0].sum() == 0  # prompts as always
+            assert counted.loads[0].sum() == counted.on_host[0].sum() == 0  # prompts as always
     assert found == {
         PLAIN: (False, 0, 0, set()),
         ONE_PART: (False, 0, 0, set()),

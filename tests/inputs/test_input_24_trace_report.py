@@ -30,7 +30,7 @@ def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
 
     trace = long_trace()
     monkeypatch.setattr(simulator, "COMPILED_FROM", len(trace))  # as a trace of real length is
-    for name in ("request", "plans", "partly"):
+    for name in ("request", "request_in_parts", "request_with_host"):
         monkeypatch.setattr(Residency, name, slow)
     records = trace_records(trace, "mine")
     assert {one["policy"] for one in records if one["kind"] == "curve"} == {

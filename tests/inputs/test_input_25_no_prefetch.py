@@ -54,9 +54,7 @@ def test_counters_of_nothing_have_no_measure():
     """No use, no token, no prefetch: every measure is absent, in every phase; a count is not."""
     nothing = Counters(2)
     assert set(nothing.metrics().values()) == {None}
-    assert (
-        nothing.hit_rate() is nothing.adjusted_hit_rate() is nothing.elsewhere_per_token() is None
-    )
+    assert nothing.hit_rate() is nothing.adjusted_hit_rate() is nothing.on_host_per_token() is None
 
 
 def test_a_layer_without_uses_has_no_rate():

@@ -42,7 +42,7 @@ def decoded_one_by_one(logits, index, segments, completion, capacity, strength, 
                 z = logits[run]
                 result[run], _ = choice(z, *chosen_by(z), resident)
             needed, uses = result[run].unique(return_counts=True)
-            for _ in residency.plans(needed.tolist(), uses.tolist()):
+            for _ in residency.request_in_parts(needed.tolist(), uses.tolist()):
                 pass
     return result
 

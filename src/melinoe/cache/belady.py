@@ -14,7 +14,7 @@ class Belady(Policy):
     Rule: the expert whose next request comes last leaves, those never requested again first,
     and of equal ones the lowest id. Experts next used by the same request are equal for good:
     whichever leaves, one of them must be loaded then. A request with more experts than slots is
-    served in the order that `Residency.plans` fixes, and the bound holds given that order.
+    served in the order of `Residency.request_in_parts`, and the bound holds given that order.
     A prefetch is no request, and changes nothing.
 
     Args:

@@ -205,7 +205,7 @@ def _counters(
             {
                 "num_layers": layers,
                 **dict(zip(names, per_layer[number], strict=True)),
-                "elsewhere": [[0] * layers] * 2,  # `_compiles` leaves partly loaded misses out
+                "on_host": [[0] * layers] * 2,  # `_compiles` leaves partly loaded misses out
                 "prefetch_loads": prefetched[number].tolist(),
                 "tokens": per_phase[0][number],
                 "forwards": per_phase[1][number],

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.metrics import COMPLETION, PHASES, PROMPT, Metrics, phase_number
-from melinoe.cache.plan import Plan
 from melinoe.cache.prefill import Stream
+from melinoe.cache.slots import Decision
 
 __all__ = ["COMPLETION", "PHASES", "PROMPT", "Counters"]
 
-_PER_LAYER = ("uses", "hits", "loads", "requests", "chunked", "elsewhere", "prefetch_used")
+_PER_LAYER = ("uses", "hits", "loads", "requests", "chunked", "on_host", "prefetch_used")
 _PER_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
 
 
@@ -38,11 +38,11 @@ class Counters(Metrics):
 
     - ``uses``: (token, choice) pairs; a choice of no expert is none.
     - ``hits``: uses whose expert was resident when its request began, also if the request was
-      then served in several plans.
+      then served by several decisions.
     - ``loads``: experts copied in because a request needed them (on demand).
     - ``requests``: forward passes in which the layer's tokens chose some expert; ``chunked``: those
       that took more than one plan.
-    - ``elsewhere``: experts that were missing and were not copied in, but computed where they live.
+    - ``on_host``: experts that were missing and that the host computed instead of loading them.
 
     - ``prefetch_used``: experts copied in ahead of need that a request of that phase was the first
       to ask for, before they left, and in the text that they were copied for.
@@ -51,11 +51,11 @@ class Counters(Metrics):
 
     By phase, int64 (2,): ``tokens``, rows that finished forward passes computed, padding too;
     ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand or
-    had an expert computed elsewhere; ``zero_miss_tokens``, the rows of those.
+    had an expert computed by the host; ``zero_miss_tokens``, the rows of those.
     """
 
     uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
-    elsewhere = _Count()
+    on_host = _Count()
     prefetch_loads, prefetch_used = _Count(), _Count()  # type: ignore[assignment]
     tokens, forwards = _Count(), _Count()
     zero_miss_forwards, zero_miss_tokens = _Count(), _Count()
@@ -74,7 +74,7 @@ class Counters(Metrics):
         self._loads = [[0] * self.num_layers for _ in PHASES]
         self._requests = [[0] * self.num_layers for _ in PHASES]
         self._chunked = [[0] * self.num_layers for _ in PHASES]
-        self._elsewhere = [[0] * self.num_layers for _ in PHASES]
+        self._on_host = [[0] * self.num_layers for _ in PHASES]
         self._prefetch_used = [[0] * self.num_layers for _ in PHASES]
         self._prefetch_loads = [0] * self.num_layers
         self._tokens = [0, 0]
@@ -104,8 +104,8 @@ class Counters(Metrics):
         uses: int,
         hits: int,
         loads: int,
-        plans: int = 1,
-        elsewhere: int = 0,
+        decisions: int = 1,
+        on_host: int = 0,
         first_uses: int = 0,
     ) -> None:
         """Count one request of the open pass: *uses* pairs, *hits* of them on resident experts."""
@@ -118,58 +118,46 @@ class Counters(Metrics):
         if loads:
             self._loads[phase][layer] += loads
             self._now_misses += loads
-        if elsewhere:
-            self._elsewhere[phase][layer] += elsewhere
-            self._now_misses += elsewhere
+        if on_host:
+            self._on_host[phase][layer] += on_host
+            self._now_misses += on_host
         if first_uses:
             self._prefetch_used[phase][layer] += first_uses
-        if plans > 1:
+        if decisions > 1:
             self._chunked[phase][layer] += 1
 
-    def add_plans(
-        self, layer: int, experts: Sequence[int], uses: Sequence[int], plans: Sequence[Plan]
-    ) -> None:
-        """
-        Count one request from the plans that served it; *experts* and *uses* are parallel.
-
-        Without experts there was no request, and nothing is counted: a trace cannot tell a layer
-        that did not run from one whose tokens all chose no expert.
-        """
-        if not len(experts):
-            return
-        total = sum(uses)
-        loads = len(plans[0].loads) if len(plans) == 1 else sum(len(p.loads) for p in plans)
-        hits = total
-        if loads:
-            # Hits only occur in the first plan: what is resident when the request begins.
-            resident = plans[0].hits
-            if total == len(experts):
-                hits = len(resident)
-            else:
-                of = dict(zip(experts, uses, strict=True))
-                hits = sum(of[expert] for expert in resident)
-        self.add_request(layer, total, hits, loads, len(plans), first_uses=plans[0].first_uses)
-
-    def add_partly(
+    def add_decisions(
         self,
         layer: int,
         experts: Sequence[int],
         uses: Sequence[int],
-        plan: Plan,
-        elsewhere: Sequence[int],
+        decisions: Sequence[Decision],
+        on_host: Sequence[int] = (),
     ) -> None:
-        """Count one request that `Residency.partly` served; *experts* and *uses* are parallel."""
-        if len(experts):
-            of = dict(zip(experts, uses, strict=True))
-            hits = sum(of[expert] for expert in plan.hits)
-            self.add_request(
-                layer,
-                sum(uses),
-                hits,
-                len(plan.loads),
-                elsewhere=len(elsewhere),
-                first_uses=plan.first_uses,
-            )
+        """
+        Count one request from the decisions that served it.
+
+        Without experts there was no request, and nothing is counted: a trace cannot tell a layer
+        that did not run from one whose tokens all chose no expert.
+
+        Args:
+            layer: Of the request.
+            experts, uses: What was requested, and how many (token, choice) pairs picked each.
+            decisions: In order; only the first can have hits.
+            on_host: Experts that the host computed instead of loading them.
+        """
+        if not len(experts):
+            return
+        first = decisions[0]
+        total = hits = sum(uses)
+        loads = len(first.loads) if len(decisions) == 1 else sum(len(d.loads) for d in decisions)
+        if loads or on_host:
+            if total == len(experts):
+                hits = len(first.hits)
+            else:
+                of = dict(zip(experts, uses, strict=True))
+                hits = sum(of[expert] for expert in first.hits)
+        self.add_request(layer, total, hits, loads, len(decisions), len(on_host), first.first_uses)
 
     def add_stream(
         self, layer: int, experts: Sequence[int], uses: Sequence[int], stream: Stream

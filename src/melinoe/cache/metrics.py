@@ -34,12 +34,12 @@ class Metrics:
 
     def adjusted_hit_rate(self, phase: int | str | None = None) -> float | None:
         """
-        1 - (demand + prefetch loads + experts computed elsewhere) / uses.
+        1 - (demand + prefetch loads + experts computed by the host) / uses.
 
         Prefetches are charged in full to any phase.
         """
         uses = self._sum("uses", phase)
-        loads = self._sum("loads", phase) + self._sum("elsewhere", phase)
+        loads = self._sum("loads", phase) + self._sum("on_host", phase)
         loads += int(self.prefetch_loads.sum())
         return 1 - loads / uses if uses else None
 
@@ -68,7 +68,7 @@ class Metrics:
         Share of what the completion's passes would have missed that was copied ahead in time.
 
         Those copied ahead whose first use came in a pass of the completion, over the same and all
-        that such passes still missed: loaded on demand or computed elsewhere. What a prefetch
+        that such passes still missed: loaded on demand or computed by the host. What a prefetch
         displaced and made to be loaded again is in the latter. The literature on hardware
         prefetchers calls it coverage. None if nothing was copied ahead, or the completion would
         have missed nothing.
@@ -76,7 +76,7 @@ class Metrics:
         if not self.prefetch_loads.any():
             return None
         used = self._sum("prefetch_used", COMPLETION)
-        missed = self._sum("loads", COMPLETION) + self._sum("elsewhere", COMPLETION)
+        missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)
         return used / (used + missed) if used + missed else None
 
     @property
@@ -93,10 +93,10 @@ class Metrics:
         tokens = self._sum("tokens", COMPLETION) if self.prefetch_loads.any() else 0
         return int(self.prefetch_unused.sum()) / tokens if tokens else None
 
-    def elsewhere_per_token(self, phase: int | str = "completion") -> float | None:
+    def on_host_per_token(self, phase: int | str = "completion") -> float | None:
         """Experts of all layers computed where they live, per token; None if there was none."""
         tokens = self._sum("tokens", phase)
-        return self._sum("elsewhere", phase) / tokens if tokens else None
+        return self._sum("on_host", phase) / tokens if tokens else None
 
     def zero_miss_share(self, phase: int | str = "completion") -> float | None:
         """Share of the tokens of *phase* that waited for no expert; None if it had none."""

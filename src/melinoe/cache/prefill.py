@@ -21,7 +21,7 @@ class Stream(NamedTuple):
         hits: Experts that are resident, ids ascending.
         admitted: Experts copied into slots, the most used first.
         passing: Experts that only pass through, the most used first.
-        first_uses: As `Plan.first_uses`.
+        first_uses: As `Decision.first_uses`.
     """
 
     hits: tuple[int, ...]
@@ -65,7 +65,7 @@ class StreamedPrefill:
         scores: Sequence[float] | None = None,
     ) -> Stream:
         """
-        Plan one request of a prompt, and remember what it admits.
+        Decide one request of a prompt, and remember what it admits.
 
         Args:
             residency: Of the layer.

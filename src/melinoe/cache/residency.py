@@ -9,13 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from melinoe.cache.plan import Load, Plan
 from melinoe.cache.policy import Policy
 from melinoe.cache.policy import policy as make_policy
-from melinoe.cache.slots import Slots
+from melinoe.cache.slots import Decision, Load, Slots
 from melinoe.errors import CacheTooSmallError
 
-__all__ = ["Load", "Plan", "Residency"]
+__all__ = ["Decision", "Load", "Residency"]
 
 _NOTHING: tuple[Load, ...] = ()
 
@@ -53,7 +52,7 @@ class Residency(Slots):
         experts: Sequence[int],
         uses: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
-    ) -> Plan:
+    ) -> Decision:
         """
         Make *experts* resident together, and say which transfers that takes.
 
@@ -68,7 +67,7 @@ class Residency(Slots):
             No ids, no request: the plan is empty and the policy does not hear of it.
 
         Raises:
-            CacheTooSmallError: more ids than slots. Nothing has changed; use `plans`.
+            CacheTooSmallError: more ids than slots. Nothing has changed; use `request_in_parts`.
             ValueError: an id is out of range or given twice. Nothing has changed. (Looked at
                 only when something is missing, to keep the usual request cheap.)
         """
@@ -82,7 +81,7 @@ class Residency(Slots):
                     self.policy.weigh(experts, scores)
                 self._use(experts)
             first = self.first_uses(experts) if self._unused else 0
-            return Plan(tuple(experts), _NOTHING, first)
+            return Decision(tuple(experts), _NOTHING, first)
         if len(experts) > self.capacity:
             raise CacheTooSmallError(
                 f"one request needs {len(experts)} experts of a layer that has {self.capacity} "
@@ -95,14 +94,14 @@ class Residency(Slots):
             self.policy.weigh(experts, scores)
         self._use(experts)
         first = self.first_uses(experts) if self._unused else 0
-        return Plan(hits, self._admit(missing, needed), first)
+        return Decision(hits, self._admit(missing, needed), first)
 
-    def plans(
+    def request_in_parts(
         self,
         experts: Sequence[int],
         uses: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
-    ) -> Iterator[Plan]:
+    ) -> Iterator[Decision]:
         """
         Serve a request of any size, in as many plans as it takes.
 
@@ -136,7 +135,7 @@ class Residency(Slots):
         experts: Sequence[int],
         uses: Sequence[int] | None,
         scores: Sequence[float] | None,
-    ) -> Iterator[Plan]:
+    ) -> Iterator[Decision]:
         hits, missing = self._sorted(experts, uses)
         if scores is not None:
             self.policy.weigh(experts, scores)
@@ -145,28 +144,28 @@ class Residency(Slots):
         room = self.capacity - len(hits)
         first = missing[:room]
         loads = self._admit(first, {*hits, *first}) if first else _NOTHING
-        yield Plan(tuple(hits), loads, first_uses)
+        yield Decision(tuple(hits), loads, first_uses)
         for start in range(room, len(missing), self.capacity):
             part = missing[start : start + self.capacity]
-            yield Plan((), self._admit(part, set(part)))
+            yield Decision((), self._admit(part, set(part)))
 
-    def partly(
+    def request_with_host(
         self,
         experts: Sequence[int],
         uses: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
         *,
         load: Callable[[Sequence[int]], int],
-    ) -> tuple[Plan, tuple[int, ...]]:
+    ) -> tuple[Decision, tuple[int, ...]]:
         """
         Serve a request of any size by loading some of the missing, and computing the rest there.
 
         What is not loaded is computed where it lives (on the host's processor), so that it needs
         no slot and everything is one plan. The most used are loaded, of equally used ones those of
-        the higher ids, as `plans` would have kept them. The policy notes one request of all.
+        the higher ids, which `request_in_parts` keeps too. The policy notes one request of all.
 
         Args:
-            experts, uses, scores: As in `plans`.
+            experts, uses, scores: As in `request_in_parts`.
             load: From the *uses* of each missing expert, ascending, to how many of them to load;
                 cut to the slots beside the hits.
 
@@ -180,19 +179,19 @@ class Residency(Slots):
             experts = experts.tolist()
         self.check(experts)
         if not experts:
-            return Plan((), _NOTHING), ()
+            return Decision((), _NOTHING), ()
         hits, missing = self._sorted(experts, uses)
         of = {} if uses is None else dict(zip(experts, uses, strict=True))
         if scores is not None:
             self.policy.weigh(experts, scores)
-        # In the order of `plans`, so that to load everything is to be served by it.
+        # In the order of `request_in_parts`, so that to load everything is to be served by it.
         self._use(list(experts) if len(experts) <= self.capacity else hits + missing)
         wanted = load([of.get(expert, 1) for expert in missing]) if missing else 0
         count = max(0, min(wanted, self.capacity - len(hits)))
         there, here = missing[: len(missing) - count], missing[len(missing) - count :]
         first = self.first_uses(experts) if self._unused else 0
         loads = self._admit(here, {*hits, *here}) if here else _NOTHING
-        return Plan(tuple(hits), loads, first), tuple(there)
+        return Decision(tuple(hits), loads, first), tuple(there)
 
     def _sorted(
         self, experts: Sequence[int], uses: Sequence[int] | None
@@ -226,7 +225,7 @@ class Residency(Slots):
         """
         self._unused.intersection_update(but)
 
-    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Plan:
+    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Decision:
         """
         Load experts ahead of need.
 
@@ -253,13 +252,13 @@ class Residency(Slots):
             dropped = set(absent[max(room, 0) :])
             kept = [expert for expert in kept if expert not in dropped]
         if not kept:
-            return Plan((), _NOTHING)
+            return Decision((), _NOTHING)
         hits = tuple([expert for expert in kept if expert in self._slot])
         missing = [expert for expert in kept if expert not in self._slot]
         self.policy.prefetched(kept[::-1])
         loads = self._admit(missing, needed) if missing else _NOTHING
         self._unused.update(missing)
-        return Plan(hits, loads)
+        return Decision(hits, loads)
 
     def reset(self) -> None:
         """Empty all slots, and let the policy forget."""

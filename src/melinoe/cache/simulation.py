@@ -19,9 +19,9 @@ class Steps:
         loads: int32 (passes, layers), experts copied on demand.
         experts: int32 (passes, layers), distinct experts requested.
         ahead: int32 (passes, layers), experts copied by prefetches right before the pass.
-        elsewhere: int32 (passes, layers), missing experts that were not copied but computed where
+        on_host: int32 (passes, layers), missing experts that were not copied but computed where
             they were.
-        elsewhere_uses: int32 (passes, layers), (token, choice) pairs that those were computed for.
+        on_host_uses: int32 (passes, layers), (token, choice) pairs that those were computed for.
         between: int32 (passes, layers), experts of the layer copied by a prefetch that was issued
             within the pass, when the layer reached before it had its experts and began to compute.
     """
@@ -32,8 +32,8 @@ class Steps:
     loads: np.ndarray
     experts: np.ndarray
     ahead: np.ndarray
-    elsewhere: np.ndarray
-    elsewhere_uses: np.ndarray
+    on_host: np.ndarray
+    on_host_uses: np.ndarray
     between: np.ndarray
 
 

@@ -20,7 +20,7 @@ from melinoe.cache.policy import Policy, policy_class, policy_makers
 from melinoe.cache.prefetcher import Prefetch, Prefetcher
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.requests import ForwardPass
-from melinoe.cache.residency import Plan, Residency
+from melinoe.cache.residency import Decision, Residency
 from melinoe.cache.simulation import Simulation, Steps
 from melinoe.cache.trace import Trace
 from melinoe.cache.units import units_of
@@ -68,7 +68,7 @@ def simulate(
             ``static`` counts its popularity from this very trace unless one is given here.
         load: How many of a request's missing experts are loaded, if not all of them, as
             `melinoe.cache.misses.loads_when` or ``Handle.load_rule`` say it; the rest is computed
-            where it is (`Residency.partly`). They are misses, but no loads.
+            where it is (`Residency.request_with_host`). They are misses, but no loads.
         steps: Also keep what happened in each forward pass and layer.
         engine: ``residency``: drive the runtime's own class. ``compiled``: the compiled rules, for
             lru, lfu, lfru, static and belady by name. ``auto``: compiled
@@ -192,41 +192,39 @@ def _serve(
     load: Callable[[Sequence[int]], int] | None,
     replay: Replay | None,
 ) -> tuple[list[int], ...]:
-    """Serve one pass; what `Steps` keeps of each layer: loads, and from ``elsewhere`` on."""
-    loads, elsewhere, elsewhere_uses = [], [], []
+    """Serve one pass; what `Steps` keeps of each layer: loads, and from ``on_host`` on."""
+    loads, on_host, on_host_uses = [], [], []
     between = [0] * len(residencies)
     counters.begin_forward(forward.phase, forward.tokens)
     for layer, (experts, uses) in enumerate(forward.requests):
         scores = None if forward.scores is None else forward.scores[layer]
-        there: tuple[int, ...] = ()
+        host: tuple[int, ...] = ()
         if prefill is not None:
             stream = prefill.serve(residencies[layer], experts, uses, scores)
             counters.add_stream(layer, experts, uses, stream)
             loads.append(stream.loads)
-            elsewhere.append(0)
-            elsewhere_uses.append(0)
+            on_host.append(0)
+            on_host_uses.append(0)
             if replay is not None:
                 replay.streamed(layer, forward)
             continue
         if load is not None:
-            plan, there = residencies[layer].partly(experts, uses, scores, load=load)
-            counters.add_partly(layer, experts, uses, plan, there)
-            plans: tuple[Plan, ...] = (plan,)
+            one, host = residencies[layer].request_with_host(experts, uses, scores, load=load)
+            decisions: tuple[Decision, ...] = (one,)
         elif scores is None:
-            plans = tuple(residencies[layer].plans(experts, uses))
-            counters.add_plans(layer, experts, uses, plans)
+            decisions = tuple(residencies[layer].request_in_parts(experts, uses))
         else:
-            plans = tuple(residencies[layer].plans(experts, uses, scores))
-            counters.add_plans(layer, experts, uses, plans)
-        loads.append(sum(len(plan.loads) for plan in plans))
-        elsewhere.append(len(there))
-        of = dict(zip(experts, uses, strict=True)) if there else {}
-        elsewhere_uses.append(sum(of[expert] for expert in there))
+            decisions = tuple(residencies[layer].request_in_parts(experts, uses, scores))
+        counters.add_decisions(layer, experts, uses, decisions, host)
+        loads.append(sum(len(one.loads) for one in decisions))
+        on_host.append(len(host))
+        of = dict(zip(experts, uses, strict=True)) if host else {}
+        on_host_uses.append(sum(of[expert] for expert in host))
         if replay is not None:
             target, early = replay.after_request(layer, forward, counters)
             between[target] += early
     counters.end_forward()
-    return loads, elsewhere, elsewhere_uses, between
+    return loads, on_host, on_host_uses, between
 
 
 def _steps(record: list[tuple[Any, ...]], num_layers: int) -> Steps:

@@ -1,11 +1,34 @@
-"""Slots: which expert is in which slot."""
+"""Slots, which hold one expert each, and the decision that changes what they hold."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from melinoe.cache.plan import Load
 from melinoe.errors import CacheTooSmallError, MelinoeError
+
+
+class Load(NamedTuple):
+    """Copy *expert* into *slot*, which held *evicted* (None: nothing)."""
+
+    expert: int
+    slot: int
+    evicted: int | None
+
+
+class Decision(NamedTuple):
+    """
+    How one request is served: from slots, and by loads.
+
+    Attributes:
+        hits: Experts that were resident.
+        loads: One for each expert that was not.
+        first_uses: How many of the hits a prefetch had brought and no request had used since.
+    """
+
+    hits: tuple[int, ...]
+    loads: tuple[Load, ...]
+    first_uses: int = 0
 
 
 def check_capacity(num_experts: int, capacity: int) -> None:

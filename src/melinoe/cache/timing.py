@@ -133,7 +133,7 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
             "how fast the model computes is not given; give the device memory's bandwidth, or the "
             "measured time of a pass with all experts resident"
         )
-    if steps.elsewhere.any() and machine.dram_bytes_per_s is None:
+    if steps.on_host.any() and machine.dram_bytes_per_s is None:
         raise HardwareError("misses are computed on the host, so give its memory's bandwidth")
     passes, layers = steps.loads.shape
     in_parts = _parts(simulation, steps)
@@ -145,9 +145,9 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     arrives = np.zeros(layers)  # when each layer's last prefetch has arrived
     now = free = 0.0  # the clock, and when the link will be free
     loads, experts = steps.loads.tolist(), steps.experts.tolist()
-    ahead, elsewhere = steps.ahead.tolist(), steps.elsewhere.tolist()
+    ahead, on_host = steps.ahead.tolist(), steps.on_host.tolist()
     between = steps.between.tolist()
-    pairs, rows = steps.elsewhere_uses.tolist(), steps.tokens.tolist()
+    pairs, rows = steps.on_host_uses.tolist(), steps.tokens.tolist()
     for step in range(passes):
         begin = now
         now += machine.host_s_per_pass
@@ -159,7 +159,7 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
                 arrives[layer] = free
         ahead_s[step] = now - begin - machine.host_s_per_pass
         for layer in range(layers):
-            count, host = loads[step][layer], elsewhere[step][layer]
+            count, host = loads[step][layer], on_host[step][layer]
             now += other[step][layer]
             late = 0.0
             if arrives[layer] and experts[step][layer] > count + host:
@@ -217,16 +217,16 @@ def _computing(
 ) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
     """F, H and N by pass and layer; a measured pass is shared out evenly over its layers."""
     layers = steps.loads.shape[1]
-    here = (steps.experts - steps.loads - steps.elsewhere).astype(float)
+    here = (steps.experts - steps.loads - steps.on_host).astype(float)
     extra = machine.parts_s + np.maximum(parts - 1, 0) * machine.part_s
-    put_together = (parts > 1) | (steps.elsewhere > 0)
+    put_together = (parts > 1) | (steps.on_host > 0)
     other = machine.host_s_per_layer + np.where(put_together, extra, 0.0)
     if machine.pass_s is not None:
         of_layer = (machine.pass_s + machine.row_s * (steps.tokens - 1))[:, None] / layers
         by_expert = np.maximum(machine.experts_share * of_layer - machine.call_s, 0.0)
         per_expert = by_expert / np.maximum(steps.experts, 1)
         other += of_layer - by_expert
-        in_slots = steps.experts > steps.elsewhere
+        in_slots = steps.experts > steps.on_host
         other -= np.where(in_slots | (steps.experts == 0), 0.0, machine.call_s)
         return other.tolist(), (per_expert * here).tolist(), (per_expert * steps.loads).tolist()
     assert machine.device_bytes_per_s is not None
@@ -245,4 +245,4 @@ def _computing(
 def _parts(simulation: Simulation, steps: Steps) -> np.ndarray:
     """m by pass and layer."""
     capacity = np.array(simulation.slots)
-    return np.where(steps.elsewhere > 0, 1, -(-steps.experts // capacity))
+    return np.where(steps.on_host > 0, 1, -(-steps.experts // capacity))

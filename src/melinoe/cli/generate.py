@@ -132,7 +132,7 @@ def command(
         "changed_choices": handle.changed_choices,
         "hit_rate": result.counters.hit_rate("completion"),
         "transfers_per_token": result.counters.transfers_per_token(),
-        "computed_there_per_token": result.counters.elsewhere_per_token(),
+        "computed_there_per_token": result.counters.on_host_per_token(),
         "prefetch": names[0],
         "prefetch_per_token": result.counters.prefetch_per_token(),
         "prefetch_precision": result.counters.prefetch_precision(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from melinoe.cache.misses import LoadRule
 from melinoe.cache.policy import Policy
-from melinoe.cache.residency import Load, Plan, Residency
+from melinoe.cache.residency import Decision, Load, Residency
 from melinoe.engine.chosen import request_of, scores_of
 from melinoe.engine.guard import Guard
 from melinoe.engine.host_experts import HostExperts
@@ -121,7 +121,7 @@ class ExpertCache:
         if plan.loads:
             self._load(plan.loads)
         self._await(plan.hits)
-        self._counters.add_plans(self._index, experts, uses, (plan,))
+        self._counters.add_decisions(self._index, experts, uses, (plan,))
         self._served(experts)
         return self._from_slots(hidden_states, top_k_index, top_k_weights)
 
@@ -184,7 +184,7 @@ class ExpertCache:
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
         flat = self._flat(top_k_index)
         plans = []
-        for plan in self.residency.plans(experts, uses, scores):
+        for plan in self.residency.request_in_parts(experts, uses, scores):
             plans.append(plan)
             if plan.loads:
                 self._load(plan.loads)
@@ -194,7 +194,7 @@ class ExpertCache:
             self._add_from_slots(pairs, plan, flat)
         if len(experts) > self._num_slots:
             self._served(experts)
-        self._counters.add_plans(self._index, experts, uses, plans)
+        self._counters.add_decisions(self._index, experts, uses, plans)
         return pairs.total(top_k_weights)
 
     def _partly(
@@ -209,12 +209,12 @@ class ExpertCache:
     ) -> Tensor:
         """Some of the missing are loaded; meanwhile the host computes the others."""
         assert self._rule is not None and self._host is not None
-        plan, there = self.residency.partly(experts, uses, scores, load=self._rule)
+        plan, there = self.residency.request_with_host(experts, uses, scores, load=self._rule)
         if whole and not there:
             if plan.loads:
                 self._load(plan.loads)
             self._await(plan.hits)
-            self._counters.add_partly(self._index, experts, uses, plan, there)
+            self._counters.add_decisions(self._index, experts, uses, (plan,), there)
             self._served(experts)
             return self._from_slots(hidden_states, top_k_index, top_k_weights)
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
@@ -230,7 +230,7 @@ class ExpertCache:
         self._await(plan.hits)
         if plan.hits or plan.loads:
             self._add_from_slots(pairs, plan, self._flat(top_k_index))
-        self._counters.add_partly(self._index, experts, uses, plan, there)
+        self._counters.add_decisions(self._index, experts, uses, (plan,), there)
         return pairs.total(top_k_weights)
 
     def _flat(self, top_k_index: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class ExpertCache:
         known = (flat >= 0) & (flat < self._num_experts)
         return flat.masked_fill(~known, self._num_experts)
 
-    def _add_from_slots(self, pairs: Pairs, plan: Plan, flat: Tensor) -> None:
+    def _add_from_slots(self, pairs: Pairs, plan: Decision, flat: Tensor) -> None:
         """The pairs of a plan's experts."""
         # The last entry means "not due", as -1 does for experts that are not in the plan.
         # On the host by name: the user's default device may be another.

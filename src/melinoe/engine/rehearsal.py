@@ -19,7 +19,7 @@ import torch
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.machine import Machine
-from melinoe.cache.residency import Load, Plan, Residency
+from melinoe.cache.residency import Decision, Load, Residency
 from melinoe.engine.expert_cache import ExpertCache
 from melinoe.engine.handle import Handle
 from melinoe.engine.host_experts import HostExperts
@@ -61,22 +61,24 @@ class _Resident:
         # Decides as a cache of a quarter of the experts would, at the cost of deciding.
         self._shadow = Residency(experts, max(1, experts // 4))
 
-    def request(self, experts: list[int], *_: Any) -> Plan:
+    def request(self, experts: list[int], *_: Any) -> Decision:
         if self._motion != LOADS or not self._decodes() or len(experts) > self._shadow.capacity:
-            return Plan(tuple(experts), ())
+            return Decision(tuple(experts), ())
         plan = self._shadow.request(experts)
         loads = [Load(one.expert, int(self._slot_of[one.expert]), None) for one in plan.loads]
-        return Plan(plan.hits, tuple(loads))
+        return Decision(plan.hits, tuple(loads))
 
-    def plans(self, experts: list[int], *_: Any) -> list[Plan]:
+    def request_in_parts(self, experts: list[int], *_: Any) -> list[Decision]:
         if self._motion != PARTS or not self._decodes():
-            return [Plan(tuple(experts), ())]
-        return [Plan((expert,), ()) for expert in experts]
+            return [Decision(tuple(experts), ())]
+        return [Decision((expert,), ()) for expert in experts]
 
-    def partly(self, experts: list[int], *_: Any, **__: Any) -> tuple[Plan, tuple[int, ...]]:
+    def request_with_host(
+        self, experts: list[int], *_: Any, **__: Any
+    ) -> tuple[Decision, tuple[int, ...]]:
         count = {HOST_ONE: 1, HOST_MOST: len(experts) - 1}.get(self._motion, len(experts))
         there = count if self._decodes() else 0
-        return Plan(tuple(experts[there:]), ()), tuple(experts[:there])
+        return Decision(tuple(experts[there:]), ()), tuple(experts[:there])
 
     def forget_prefetches(self, **_: Any) -> None:
         """Nobody counts what is used here."""

@@ -233,7 +233,7 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         raise ValueError("a plain model has no cache to count; attach the runtime first")
     uses, loads = int(counters.uses[COMPLETION].sum()), int(counters.loads[COMPLETION].sum())
     prefetches = int(counters.prefetch_loads.sum())
-    elsewhere = int(counters.elsewhere[COMPLETION].sum())
+    elsewhere = int(counters.on_host[COMPLETION].sum())
     return {
         "prompt_tokens": len(one.prompt_ids),
         "new_tokens": len(one.ids),
@@ -246,7 +246,7 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "prefetch_used_decoding": int(counters.prefetch_used[COMPLETION].sum()),
         "prefetch_unused": int(counters.prefetch_unused.sum()),
         "elsewhere": elsewhere,
-        "prefill_elsewhere": int(counters.elsewhere[PROMPT].sum()),
+        "prefill_elsewhere": int(counters.on_host[PROMPT].sum()),
         "missed": loads + elsewhere,
         "uses_not_paid": uses - loads - prefetches - elsewhere,
         "prefill_loads": int(counters.loads[PROMPT].sum()),

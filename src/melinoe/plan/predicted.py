@@ -82,8 +82,8 @@ def counts_of(done: Simulation) -> dict[str, list[int]]:
             one.prefetch_loads.sum(),
             one.prefetch_used.sum(),
             one.loads[PROMPT].sum(),
-            one.elsewhere[COMPLETION].sum(),
-            one.elsewhere[PROMPT].sum(),
+            one.on_host[COMPLETION].sum(),
+            one.on_host[PROMPT].sum(),
             one.zero_miss_tokens[COMPLETION],
         )
         for name, value in zip(COUNTS, row, strict=True):

@@ -195,7 +195,7 @@ def decide(
     lanes: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """
-    Plan one request, on the device, without the host learning of it.
+    Decide one request, on the device, without the host learning of it.
 
     The caller guarantees that no more than *capacity* distinct experts are chosen.
 

@@ -242,14 +242,14 @@ class FastExperts:
     ) -> None:
         """As the reference engine."""
         plans = []
-        for plan in residency.plans(experts, uses):
+        for plan in residency.request_in_parts(experts, uses):
             plans.append(plan)
             self._carrier.bring([(load.expert, load.slot) for load in plan.loads])
             present = [*plan.hits, *(load.expert for load in plan.loads)]
             due = np.full(self._num_experts + 1, -1)
             due[present] = residency.slot_of[present]
             pairs.add(self._forward, self._stand_in, self._to_device(due)[flat])
-        self._passes.counters.add_plans(self._index, experts, uses, plans)
+        self._passes.counters.add_decisions(self._index, experts, uses, plans)
 
     def _stream(
         self,

@@ -95,7 +95,7 @@ class DeviceResidency:
     def decide(
         self, layer: int, top_k_index: Tensor, top_k_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Plan one request of *layer* on the device; see `melinoe.engine.device.decide.decide`."""
+        """Decide one request of *layer* on the device (see `decide`)."""
         return decide(
             self.state,
             self.gamma,
