@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from melinoe.engine.attach import attach
+from melinoe import attach
 from melinoe.measure import machine, write_json
 
 PROMPT = torch.arange(5, 21)[None]

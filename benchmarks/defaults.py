@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from melinoe import attach
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, encode, load_examples, pad_token_id
-from melinoe.engine.attach import attach
 from melinoe.evaluate import perplexity
 from melinoe.finetune import train
 from melinoe.finetune.parts.adapter import Adapter, adapter_of

@@ -8,8 +8,8 @@ from small_olmoe import tiny_model, words_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from melinoe import attach
 from melinoe.data import Example
-from melinoe.engine.attach import attach
 from melinoe.errors import DataError
 from melinoe.evaluate import complete, reference, rouge_l
 from melinoe.generate import generate

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small_olmoe import EXPERTS, tiny_model
 
+from melinoe import attach
 from melinoe.cache.simulator import simulate
 from melinoe.data import Encoded
-from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, DataError
 from melinoe.evaluate import decoded_perplexity, perplexity, price_of_choice
 from melinoe.moe.choice import ChoiceSettings

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from melinoe import attach
 from melinoe.data import Encoded
-from melinoe.engine.attach import attach
 from melinoe.errors import DataError, ModelError
 from melinoe.evaluate import (
     Perplexity,

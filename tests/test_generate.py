@@ -8,12 +8,12 @@ import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, TOP_K, always, tiny_model, words_tokenizer
 from transformers import TextStreamer
 
+from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cli.prefetching import Moment
 from melinoe.config import PREFETCH_AT
-from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint

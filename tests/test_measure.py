@@ -8,9 +8,9 @@ import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, always, tiny_model, words_tokenizer
 from two_sequences import small_trace
 
+from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.evaluate import Perplexity, quality_record

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
+from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cache.trace_builder import TraceBuilder
-from melinoe.engine.attach import attach
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record

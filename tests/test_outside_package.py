@@ -16,11 +16,10 @@ import torch
 from small_olmoe import tiny_model, words_tokenizer
 from typer.testing import CliRunner
 
-from melinoe import config
+from melinoe import attach, config
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.simulator import simulate
 from melinoe.cli.app import app
-from melinoe.engine.attach import attach
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import serve
 from melinoe.prefetch import prefetcher

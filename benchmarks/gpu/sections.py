@@ -14,7 +14,7 @@ import shapes
 import steps
 import torch
 
-from melinoe.engine.attach import attach as attach_reference
+from melinoe import attach as attach_reference
 from melinoe.engine.device import compiled as compiling
 from melinoe.engine.device.attach import attach as attach_fast
 

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from melinoe.cache.residency import Residency as Residency
     from melinoe.cache.simulator import simulate as simulate
     from melinoe.cache.trace import Trace as Trace
-    from melinoe.engine.attach import Handle as Handle
     from melinoe.engine.choose import attach as attach
     from melinoe.engine.choose import load as load
+    from melinoe.engine.handle import Handle as Handle
     from melinoe.engine.transfer import EmulatedLink as EmulatedLink
     from melinoe.errors import MelinoeError as MelinoeError
     from melinoe.predictor import Predictor as Predictor
 
 _HOMES = {
     "EmulatedLink": "melinoe.engine.transfer",
-    "Handle": "melinoe.engine.attach",
+    "Handle": "melinoe.engine.handle",
     "MelinoeError": "melinoe.errors",
     "Predictor": "melinoe.predictor",
     "Residency": "melinoe.cache.residency",

@@ -19,7 +19,7 @@ from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.trace import Trace
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 from melinoe.data import check_text, pad_token_id
-from melinoe.engine.attach import Handle
+from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.moe.finite import generate_finite
 from melinoe.predictor import AdaptivePredictor, Predictor

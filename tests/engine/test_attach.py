@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import TextStreamer
 
+from melinoe import attach
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError, BudgetError, MelinoeError, UnsupportedModelError
 from melinoe.moe.experts import find_experts

@@ -5,11 +5,11 @@ import pytest
 import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
+from melinoe import attach
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.locality import popularity
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.errors import BudgetError, MelinoeError
 from melinoe.generate import generate
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_olmoe import EXPERTS, TOP_K, tiny_model
 
+from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
 

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
+from melinoe import attach
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.engine.ram_store import RamStore
 from melinoe.errors import AttachError, CheckpointError
 from melinoe.moe.experts import find_experts

@@ -7,8 +7,8 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
+from melinoe import attach
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.errors import TraceError
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])

@@ -11,13 +11,13 @@ import pickle
 
 import pytest
 import torch
+from fast_attach import attach as fast_attach
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from melinoe.engine.attach import attach
-from melinoe.engine.device.attach import attach as fast_attach
+from melinoe import attach
 from melinoe.errors import AttachError
 from melinoe.moe.choice import ChoiceSettings
 

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
+from fast_attach import attach as fast_attach
 from transformers import LogitsProcessor, TextIteratorStreamer
 
-from melinoe.engine.attach import attach
-from melinoe.engine.device.attach import attach as fast_attach
+from melinoe import attach
 from melinoe.engine.ram_store import RamStore
 from melinoe.errors import AttachError, CheckpointError
 from melinoe.generate import generate

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
+from melinoe import attach
 from melinoe.cache.residency import Load
-from melinoe.engine.attach import attach
 from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
 from melinoe.engine.ram_store import RamStore
 from melinoe.engine.store import Store

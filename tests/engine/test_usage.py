@@ -3,8 +3,8 @@
 import torch
 from small_olmoe import EXPERTS, LAYERS, TOP_K, tiny_model
 
+from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.engine.attach import attach
 from melinoe.engine.calls import Batch
 from melinoe.engine.usage import UseMeter
 

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from melinoe import attach
 from melinoe.config import FinetuneSettings
-from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, TrainingError
 from melinoe.finetune.parts.adapters import make_trainable
 from melinoe.finetune.parts.low_rank import LowRankUpdates

@@ -16,13 +16,13 @@ import damaged
 import pytest
 import tiny
 import torch
+from fast_attach import attach as fast_attach
 from safetensors.torch import load_file, save_file
 from small_olmoe import words_tokenizer
 
+from melinoe import attach
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, Example
-from melinoe.engine.attach import attach
-from melinoe.engine.device.attach import attach as fast_attach
 from melinoe.errors import DataError, ModelError, TrainingError
 from melinoe.evaluate import decoded_perplexity, perplexity
 from melinoe.finetune import finetune

@@ -81,7 +81,7 @@ def test_an_adapter_beside_the_experts_is_served(model, kind, way, order):
 
 def test_the_fast_engine_serves_an_adapter(model):
     """As far as a CPU shows it."""
-    from melinoe.engine.device.attach import attach
+    from fast_attach import attach
 
     logits, text = says(adapted(copy.deepcopy(model), SERVED["attention"], "get_peft_model"))
     handle = attach(model, slots=4)

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-from melinoe.engine.attach import attach
+from melinoe import attach
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.experts import find_experts
 

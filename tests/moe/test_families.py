@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
+from melinoe import attach
 from melinoe.cache.machine import Machine, Work
-from melinoe.engine.attach import attach
 from melinoe.engine.misses import Misses
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import find_experts

@@ -7,9 +7,9 @@ import pytest
 from small_olmoe import EXPERTS, LAYERS, TOP_K, tiny_model, words_tokenizer
 from three_models import SETTINGS, loads_of_two_slots, texts
 
+from melinoe import attach
 from melinoe.checkpoint import read_metadata
 from melinoe.data import Example, encode
-from melinoe.engine.attach import attach
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
 from melinoe.outcome import measure_outcome

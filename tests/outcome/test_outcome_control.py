@@ -9,9 +9,9 @@ import pytest
 from small_olmoe import EXPERTS, tiny_model, words_tokenizer
 from three_models import SEEDS, SETTINGS, loads_of_two_slots, texts
 
+from melinoe import attach
 from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.data import encode
-from melinoe.engine.attach import attach
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
 from melinoe.outcome import measure_outcome, record_outcome

@@ -5,9 +5,9 @@ import pytest
 import torch
 from small_olmoe import EXPERTS, tiny_model
 
+from melinoe import attach
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.data import Encoded
-from melinoe.engine.attach import attach
 from melinoe.errors import DataError
 from melinoe.measure import reading_trace
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, TOP_K, tiny_model, words_tokenizer
 
+from melinoe import attach
 from melinoe.cache.trace import COMPLETION_ROW
-from melinoe.engine.attach import attach
 from melinoe.errors import AttachError, ModelError
 from melinoe.generate import generate
 from melinoe.moe.routing import fingerprint

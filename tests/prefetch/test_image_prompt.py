@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
+from melinoe import attach
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.prefetch import prefetcher
 
 IMAGE, BEFORE, AFTER = 120, 122, 123

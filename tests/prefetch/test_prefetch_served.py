@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from fast_attach import attach as attach_fast
 
+from melinoe import attach
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetcher import Given, Prefetcher, Timed
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.checkpoint import load_tokenizer
-from melinoe.engine.attach import attach
-from melinoe.engine.device.attach import attach as attach_fast
 from melinoe.engine.load import load
 from melinoe.errors import AttachError
 from melinoe.generate import generate, prompt_ids, trace_prompts

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from melinoe import attach
 from melinoe.cache.prefetcher import Prefetcher
 from melinoe.cache.route import Route
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace_builder import TraceBuilder
-from melinoe.engine.attach import attach
 from melinoe.prefetch import prefetcher
 from tests.tiny import tiny_model
 

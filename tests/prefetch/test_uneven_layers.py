@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from melinoe import attach
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetcher import Given, Prompt, most_wanted
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import AdaptivePredictor, FitSettings, Prior, compare, fit

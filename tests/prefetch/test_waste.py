@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from fast_attach import attach as attach_fast
 
+from melinoe import attach
 from melinoe.cache.prefetcher import Given
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace_builder import TraceBuilder
-from melinoe.engine.attach import attach
-from melinoe.engine.device.attach import attach as attach_fast
 from melinoe.generate import generate
 from melinoe.prefetch import prefetcher
 from tests.small_olmoe import tiny_model, words_tokenizer

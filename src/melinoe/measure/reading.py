@@ -17,7 +17,7 @@ from torch import nn
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.cache.trace_builder import known_ids
 from melinoe.data import Encoded
-from melinoe.engine.attach import Handle
+from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
 from melinoe.measure.locality import completion_counts
 from melinoe.moe.next_router import NextRouters

@@ -8,7 +8,7 @@ import numpy as np
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetcher import Prefetcher
 from melinoe.config import PREFETCH_AT, PrefetchAt
-from melinoe.engine.attach import Handle
+from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
 from melinoe.measure.by_layer import hit_rates_by_layer

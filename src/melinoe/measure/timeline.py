@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from melinoe.engine.attach import Handle
+from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
 from melinoe.generate import Prompt, generate
 from melinoe.measure.link import link_fields

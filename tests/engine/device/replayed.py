@@ -2,10 +2,10 @@
 
 import tape
 import torch
+from fast_attach import attach as attach_fast
 from transformers import CompileConfig
 
-from melinoe.engine.attach import attach as attach_reference
-from melinoe.engine.device.attach import attach as attach_fast
+from melinoe import attach as attach_reference
 
 BATCH = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4], [2, 3, 4, 5]])
 

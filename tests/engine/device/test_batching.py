@@ -5,7 +5,7 @@ import torch
 from small_olmoe import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from melinoe.engine.choose import attach
+from melinoe import attach
 from melinoe.engine.device import experts as experts_module
 from melinoe.engine.device import passes as passes_module
 from melinoe.engine.device.batching import batching_config

@@ -9,8 +9,8 @@ from tape import WAITING
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from melinoe import attach
 from melinoe.engine.calls import Batch
-from melinoe.engine.choose import attach
 from melinoe.engine.device.captured import uncollected
 
 

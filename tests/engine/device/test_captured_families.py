@@ -8,9 +8,9 @@ import pytest
 import tape
 import tiny
 import torch
+from fast_attach import attach
 from replayed import static
 
-from melinoe.engine.device.attach import attach
 from melinoe.engine.device.plug import why_not_static
 
 # A padded row and one that is not; half the slots, so that captured steps load.

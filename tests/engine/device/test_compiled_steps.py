@@ -11,13 +11,13 @@ import weakref
 import pytest
 import tiny
 import torch
+from fast_attach import attach
 from replayed import static
 from small_olmoe import tiny_model
 from transformers import AutoModelForCausalLM
 
 import melinoe.engine.device.compiled as compiled_module
 from melinoe.cache.simulator import simulate
-from melinoe.engine.device.attach import attach
 from melinoe.errors import AttachError
 from melinoe.shipped import TINY_OLMOE
 

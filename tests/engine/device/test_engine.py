@@ -3,12 +3,12 @@
 import pytest
 import tiny
 import torch
+from fast_attach import attach
 from small_olmoe import tiny_model
 
+from melinoe import attach as attach_reference
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.simulator import simulate
-from melinoe.engine.attach import attach as attach_reference
-from melinoe.engine.device.attach import attach
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.experts import find_experts
 

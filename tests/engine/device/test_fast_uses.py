@@ -5,9 +5,9 @@ import logging
 import numpy as np
 import tiny
 import torch
+from fast_attach import attach
 
-from melinoe.engine.attach import attach as attach_reference
-from melinoe.engine.device.attach import attach
+from melinoe import attach as attach_reference
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 PROMPT = torch.tensor([[5, 6, 7, 8]])

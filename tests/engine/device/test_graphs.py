@@ -11,7 +11,7 @@ import torch
 from replayed import BATCH, attach, plain, static
 from transformers.cache_utils import StaticCache
 
-from melinoe.engine.attach import attach as attach_reference
+from melinoe import attach as attach_reference
 from melinoe.generate import generate as generate_text
 
 

@@ -11,7 +11,7 @@ from transformers import StaticCache
 import melinoe
 import melinoe.engine.choose as engine_module
 import melinoe.engine.device.attach as attach_module
-from melinoe.engine.choose import attach
+from melinoe import attach
 from melinoe.engine.device import support
 from melinoe.engine.device.allocator import Cap, pieces
 from melinoe.engine.device.budget import (

@@ -7,7 +7,7 @@ import torch
 from replayed import BATCH, attach, plain, static
 from transformers.cache_utils import StaticCache
 
-from melinoe.engine.attach import attach as attach_reference
+from melinoe import attach as attach_reference
 
 
 def test_steps_that_need_the_host_are_never_captured(model):

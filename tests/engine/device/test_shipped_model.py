@@ -5,8 +5,8 @@ import torch
 from library_bits import LibraryBits
 from transformers import AutoModelForCausalLM
 
+from melinoe import attach
 from melinoe.cache.simulator import simulate
-from melinoe.engine.choose import attach
 from melinoe.shipped import TINY_OLMOE
 
 PROMPTS = torch.arange(100, 100 + 4 * 12).reshape(4, 12)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from fast_attach import attach
 from small_olmoe import tiny_model
 
-from melinoe.engine.device.attach import attach
 from melinoe.engine.device.carrier import Carrier
 
 IDS = torch.arange(3, 31)[None]

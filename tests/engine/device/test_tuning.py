@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fast_attach import attach
 from small_olmoe import tiny_model
 
 from melinoe.engine.device import tuning
-from melinoe.engine.device.attach import attach
 from melinoe.engine.device.tuning import Trial, best, candidates, tune
 
 
