@@ -8,15 +8,16 @@ them. This module only looks; `melinoe.moe.dispatch` registers the function and
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from melinoe.errors import AttachError, UnsupportedModelError
+from melinoe.experts.format import PLAIN, ExpertFormat, Part
 
 # The child of an experts module that holds low-rank updates while a model is fine-tuned.
 ADAPTER = "low_rank"
@@ -46,37 +47,40 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
-class ExpertTensor:
-    """One stacked parameter, seen per expert: *shape* is without the experts' dimension."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one expert's share."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class ExpertsLayer:
     """
     One MoE layer: the module that holds its experts, and what one expert consists of.
 
-    *index* counts MoE layers in ``named_modules()`` order; it is not the decoder layer's number.
+    Attributes:
+        index: Counts MoE layers in ``named_modules()`` order; not the decoder layer's number.
+        name: Of the module within its model.
+        module: Stacks the experts' weights.
+        num_experts: Of this layer.
+        tensors: The module's tensors, seen per expert.
+        format: How an expert is stored outside its module.
     """
 
     index: int
     name: str
     module: nn.Module = field(repr=False)
     num_experts: int
-    tensors: tuple[ExpertTensor, ...]
+    tensors: tuple[Part, ...]
+    format: ExpertFormat = PLAIN
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of one expert's block; the module's own tensors where the format is plain."""
+        return self.format.parts(self.tensors)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one expert: the sum over its tensors, without padding."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Bytes of one expert's block, without padding."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the module's projections are computed in."""
+        return next(tensor.dtype for tensor in self.tensors if tensor.name == "down_proj")
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -165,8 +169,9 @@ def _describe(model: nn.Module, index: int, name: str, module: nn.Module) -> Exp
             f"the experts of {name} hold no weights because a runtime is attached to this model; "
             "detach() it first"
         )
+    transposed = bool(getattr(module, "is_transposed", False))
     tensors = tuple(
-        ExpertTensor(key, tuple(p.shape[1:]), p.dtype)
+        Part(key, tuple(p.shape[1:]), p.dtype, transposed and p.dim() == 3)
         for key, p in own
         if p.dim() > 0 and p.shape[0] == num_experts
     )

@@ -13,7 +13,8 @@ from melinoe.engine.device.quantize import BITS, GROUP, Codes, dequantise, quant
 from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.engine.weights import free_weights
 from melinoe.errors import AttachError
-from melinoe.moe.experts import ExpertsLayer, ExpertTensor
+from melinoe.experts.format import Part
+from melinoe.moe.experts import ExpertsLayer
 
 _ALIGNMENT = 64
 
@@ -60,7 +61,7 @@ class CompressedStore:
                 layer.name,
                 layer.module,
                 layer.num_experts,
-                (ExpertTensor(self._raw, (size,), torch.uint8),),
+                (Part(self._raw, (size,), torch.uint8),),
             )
             for layer, size in zip(layers, sizes, strict=True)
         ]
