@@ -168,7 +168,7 @@ def test_what_lies_beside_the_weights_is_fetched_to_be_copied(world, commits):
     hub.revisions |= {"v4": commit, commit: commit}
     hub.asked.clear()
     names = client.ask(
-        f"(lambda c: [p.name for p in checkpoint.other_files.other_files(c)[0]])"
+        f"(lambda c: [p.name for p in checkpoint.writing.other_files(c)[0]])"
         f"(open_checkpoint('{NAME}@v4'))"
     )
     assert {"LICENSE", "README.md", "tokenizer.json", "config.json"} <= set(names)

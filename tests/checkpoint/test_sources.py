@@ -8,8 +8,8 @@ from damaged import check_experts
 from melinoe.checkpoint import open_checkpoint
 from melinoe.checkpoint.files import Place
 from melinoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
-from melinoe.checkpoint.sources import WholeLayer
-from melinoe.checkpoint.tracing import rows_by_trial
+from melinoe.checkpoint.sources import rows_by_trial
+from melinoe.errors import UnsupportedModelError
 
 FAMILY = "ernie4_5_vl_moe"  # one list of experts in the files, two stacks in the model
 
@@ -27,7 +27,6 @@ def test_a_rule_over_all_experts_is_read_expert_by_expert(ernie, monkeypatch):
     """Text and vision experts share a list in the files; one costs its own bytes and no others."""
     path, weights = ernie
     with open_checkpoint(str(path), torch.float32) as checkpoint:
-        assert not checkpoint.whole_layers
         check_experts(checkpoint, weights)
         read, moved = SafetensorsFile.read, []
 
@@ -43,16 +42,11 @@ def test_a_rule_over_all_experts_is_read_expert_by_expert(ernie, monkeypatch):
             assert sum(moved) == source.layer.block_bytes
 
 
-def test_a_rule_that_is_not_understood_is_run_on_the_whole_layer(ernie, monkeypatch):
-    """The last resort gives the same bits, and keeps one layer's parameters at the most."""
-    path, weights = ernie
+def test_a_rule_that_is_not_understood_is_refused(ernie, monkeypatch):
+    """Where no expert can be read alone, the sentence names the way that remains."""
     monkeypatch.setattr("melinoe.checkpoint.sources.rows_by_trial", lambda *_: None)
-    with open_checkpoint(str(path), torch.float32) as checkpoint:
-        assert checkpoint.whole_layers
-        check_experts(checkpoint, weights)
-        readers = [r for source in checkpoint.experts for r in source.readers.values()]
-        assert all(isinstance(reader, WholeLayer) for reader in readers)
-        assert len(readers[0].cache.kept) <= 2
+    with pytest.raises(UnsupportedModelError, match=r"no expert can be read alone.*attach"):
+        open_checkpoint(str(ernie[0]))
 
 
 def places(count: int, shape: tuple[int, ...]) -> list[Place]:

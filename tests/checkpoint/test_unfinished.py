@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from melinoe.checkpoint.unfinished import unfinished
+from melinoe.whole_file import unfinished
 
 WORK = """
 import signal, sys, time
 from pathlib import Path
-from melinoe.checkpoint.unfinished import unfinished
+from melinoe.whole_file import unfinished
 # A shell's background job is started deaf to Ctrl-C, and so is what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with unfinished(Path(sys.argv[1])) as directory:

@@ -1,7 +1,5 @@
 """What is written is the base's own files with what changed in them, for every decorated family."""
 
-import gc
-
 import pytest
 import tiny
 import torch
@@ -9,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from melinoe.checkpoint import load_model, open_checkpoint, write_model
-from melinoe.checkpoint.rewriting import check_rewritable, round_as_stored
+from melinoe.checkpoint.writing import check_rewritable, round_as_stored
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -76,5 +74,3 @@ def test_a_written_model_is_its_base_with_what_changed(family, tmp_path):
     assert PREDICTS_MORE.keys() <= same
     moved = old.keys() - same
     assert moved and all("gate" in name or "router" in name for name in moved & backbone)
-    del model, loaded, old, new
-    gc.collect()  # the tests of all families must fit into memory together

@@ -10,7 +10,7 @@ from damaged import write_olmoe
 from small_olmoe import words_tokenizer
 
 import melinoe
-from melinoe.checkpoint import open_checkpoint, positioned
+from melinoe.checkpoint import open_checkpoint, safetensors_file
 from melinoe.checkpoint.safetensors_file import SafetensorsFile, check_same
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
@@ -203,7 +203,7 @@ def test_a_disk_that_fails_once_fails_one_call(olmoe, monkeypatch):
     model, handle = melinoe.load(olmoe, slots=2, store="disk")
     expected = logits(model)
     handle.reset_cache()
-    real, read_at = positioned.read_at, "melinoe.checkpoint.safetensors_file.read_at"
+    real, read_at = safetensors_file.read_at, "melinoe.checkpoint.safetensors_file.read_at"
 
     def failing(*_):
         raise OSError(5, "Input/output error")
@@ -248,13 +248,13 @@ def test_a_base_that_changes_while_it_is_trained_on_is_refused(base, tmp_path, c
 
 def test_a_base_that_changes_while_it_is_copied_is_refused(base, tmp_path, monkeypatch):
     """Between its opening and the copy, which is made by path."""
-    from melinoe.checkpoint import rewriting
+    from melinoe.checkpoint import writing
 
     def copy(source, target):
         replace(Path(source))
         shutil.copyfile(source, target)
 
-    monkeypatch.setattr(rewriting, "copyfile", copy)
+    monkeypatch.setattr(writing, "copyfile", copy)
     with pytest.raises(WriteError, match=r"was changed .*--resume"):
         finetune(base, DATA, tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out").exists()

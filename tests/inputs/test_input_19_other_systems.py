@@ -9,7 +9,7 @@ from pathlib import Path
 import damaged
 import torch
 
-import melinoe.checkpoint.unfinished as unfinished_module
+import melinoe.whole_file as unfinished_module
 from melinoe.checkpoint import load_model, open_checkpoint, write_model
 
 SOURCE = Path(unfinished_module.__file__).parents[1]
@@ -28,7 +28,7 @@ def test_a_checkpoint_is_read_and_written_where_there_is_no_pread(tmp_path, monk
         expected = load_model(checkpoint).state_dict()
     for name in POSIX_CALLS - {"sysconf"}:
         monkeypatch.delattr(os, name, raising=False)
-    monkeypatch.setattr("melinoe.checkpoint.positioned._ONCE_BYTES", 100)  # in many pieces
+    monkeypatch.setattr("melinoe.checkpoint.safetensors_file._ONCE_BYTES", 100)  # in many pieces
     monkeypatch.setitem(sys.modules, "fcntl", None)
     try:
         importlib.reload(unfinished_module)

@@ -186,7 +186,7 @@ def test_a_disk_too_small_for_the_merged_control_is_said_before_it_is_merged(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 100))
     monkeypatch.setattr("melinoe.outcome.control.merge_adapter", None)
-    unmeasured(out, place, place / "adapter", WriteError, r"cannot be merged .* KiB are free")
+    unmeasured(out, place, place / "adapter", WriteError, r"cannot be merged .* 100B are free")
 
 
 def test_a_disk_that_fills_up_while_it_is_merged_leaves_nothing(place, out, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_while_it_is_merged_leaves_nothing(place, out, monk
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("melinoe.checkpoint.rewriting.copyfile", full)
+    monkeypatch.setattr("melinoe.checkpoint.writing.copyfile", full)
     unmeasured(out, place, place / "adapter", WriteError, "No space left on device")
 
 

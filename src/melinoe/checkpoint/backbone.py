@@ -31,7 +31,7 @@ class _Lazy:
 
     def __getitem__(self, _: object) -> torch.Tensor:
         tensor = torch.empty(self.place.info.shape, dtype=self.place.info.dtype, device="cpu")
-        self.place.file.read(self.place.name, tensor)
+        self.place.read(tensor)
         return tensor
 
 

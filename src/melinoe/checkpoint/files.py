@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from melinoe.checkpoint.hub import first_line, is_directory, locate
@@ -27,6 +28,10 @@ class Place(NamedTuple):
     file: SafetensorsFile
     name: str
     info: TensorInfo
+
+    def read(self, into: Tensor, first: int = 0) -> None:
+        """Read ``into.numel()`` elements from *first* on; see `SafetensorsFile.read`."""
+        self.file.read(self.name, into, first)
 
 
 def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
@@ -48,7 +53,7 @@ def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
     return path, read_object(path)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, way_out: str = "download it again") -> dict[str, Any]:
     """
     Read the JSON object that a file holds, with or without a byte-order mark.
 
@@ -62,7 +67,7 @@ def read_object(path: Path) -> dict[str, Any]:
         json.dumps(raw, ensure_ascii=False).encode()  # half a character could not be written
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not readable JSON ({first_line(error)}); download it again"
+            f"{path} is not readable JSON ({first_line(error)}); {way_out}"
         ) from None
     return raw
 

@@ -80,7 +80,7 @@ def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
     for group in groups.values():
         if not any(target in parameters for target in group.targets):
             continue
-        for place in (place for part in group.tensors.values() for place in part):
+        for place in group.places:
             if place.info.dtype not in PLAIN_DTYPES:
                 raise CheckpointError(
                     f"{place.name} is stored as {str(place.info.dtype).removeprefix('torch.')}, so "
@@ -112,7 +112,7 @@ def split(
     for group in groups.values():
         hits = wanted.intersection(group.targets)
         if not hits:
-            backbone += [place for part in group.tensors.values() for place in part]
+            backbone += group.places
         elif len(hits) < len(group.targets):
             raise UnsupportedModelError(
                 f"this family's checkpoint keeps {sorted(hits)[0]} together with weights that are "

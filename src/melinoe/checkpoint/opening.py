@@ -20,7 +20,7 @@ from melinoe.checkpoint.files import Place, close_shards, open_shards, read_conf
 from melinoe.checkpoint.hub import first_line, is_directory, pinned
 from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
 from melinoe.checkpoint.safetensors_file import Stamp
-from melinoe.checkpoint.sources import LayerCache, Reader, WholeLayer, reader_for
+from melinoe.checkpoint.sources import Reader, reader_for
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer, find_experts
 
@@ -74,6 +74,7 @@ class Checkpoint:
         model_class: The transformers class that its architecture names.
         dtype: Type that the weights are given in memory.
         files: Stored name -> where it lies.
+        tensors: Name -> weights that the files hold, packed ones as what they mean.
         layers: MoE layers, whose modules are on the meta device.
         experts: One source per MoE layer.
         backbone: Every stored tensor that belongs to no expert.
@@ -85,6 +86,7 @@ class Checkpoint:
     model_class: type
     dtype: torch.dtype
     files: dict[str, Place]
+    tensors: dict[str, Place]
     layers: list[ExpertsLayer]
     experts: list[ExpertSource]
     backbone: list[Place]
@@ -113,11 +115,6 @@ class Checkpoint:
     def stamps(self) -> dict[Path, Stamp]:
         """Each shard's stamp by its path; see `check_same`."""
         return {place.file.path: place.file.stamp for place in self.files.values()}
-
-    @property
-    def whole_layers(self) -> bool:
-        """Whether some expert can only be had by converting its whole layer."""
-        return any(isinstance(r, WholeLayer) for s in self.experts for r in s.readers.values())
 
     @property
     def closed(self) -> bool:
@@ -172,7 +169,9 @@ def open_checkpoint(
     except BaseException:
         close_shards(files)
         raise
-    return Checkpoint(name, source, config, model_class, resolved, files, layers, experts, backbone)
+    return Checkpoint(
+        name, source, config, model_class, resolved, files, files, layers, experts, backbone
+    )
 
 
 def _sources(
@@ -187,7 +186,6 @@ def _sources(
     groups = group_by_parameter(model, files)
     refuse_integers(model, groups)
     found, backbone = split(groups, shapes)
-    cache = LayerCache(max(len(layer.tensors) for layer in layers))
     tied = model.all_tied_weights_keys
     sources = []
     for layer in layers:
@@ -201,7 +199,7 @@ def _sources(
                     f"the checkpoint has no tensor for {name}; a shard or a part of its index is "
                     "missing, download it again"
                 )
-            readers[tensor.name] = reader_for(found[name], name, shapes, config, cache)
+            readers[tensor.name] = reader_for(found[name], name, shapes, config)
         sources.append(ExpertSource(layer, readers))
     return sources, backbone
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from melinoe.checkpoint.positioned import BINARY, read_at
 from melinoe.errors import CheckpointError
 
 # The names that the format gives to the types of a tensor, and what torch calls them.
@@ -37,6 +37,37 @@ DTYPES = {
 
 # The format's own limit on a header, which keeps a garbled length from asking for all memory.
 LARGEST_HEADER_BYTES = 100_000_000
+
+
+# Windows opens files as text unless told otherwise.
+BINARY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+_ONCE_BYTES = 1 << 24
+_lock = threading.Lock()
+
+
+def read_at(handle: int, into: memoryview, offset: int) -> int:
+    """
+    Read a file from *offset* on, also while other threads read from it.
+
+    Args:
+        handle: A file that is open for reading.
+        into: Bytes that can be written to.
+        offset: The first byte to read.
+
+    Returns:
+        How many bytes were read, at most ``len(into)`` and often fewer; 0 at the file's end.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [into], offset)
+    with _lock:  # Windows and macOS: the position belongs to the open file, so one at a time
+        os.lseek(handle, offset, os.SEEK_SET)
+        got = os.read(handle, min(len(into), _ONCE_BYTES))
+    into[: len(got)] = got
+    return len(got)
 
 
 class TensorInfo(NamedTuple):

@@ -1,26 +1,25 @@
 """
-Where each expert's weights lie in a checkpoint, and how to read one of them alone.
+Find where each expert's weights lie in a checkpoint, and read one expert alone.
 
-A checkpoint and a model in memory call things differently: the hub keeps one tensor per expert and
-projection, the model stacks all experts of a layer. transformers knows the way from one to the
-other (`conversion_mapping`), a whole layer at a time. Here the same rules are applied to a single
-expert. There are four ways, and the first that reproduces transformers is taken:
+The hub keeps one tensor per expert and projection; the model stacks all experts of a layer.
+transformers converts one into the other by rules (`conversion_mapping`), a whole layer at a time.
+Here the same rules are applied to one expert. The first of three readers that reproduces
+transformers is taken:
 
     Stacked     the parameter is stored as it is: expert e is a range of its bytes
-    Rows        one tensor per expert, laid one under the other: each goes straight to its rows;
-                found by the rule's name, or by running it on stand-ins (`tracing`)
-    OneExpert   any other rule that treats the experts alike: the rule, run on expert e's tensors
-    WholeLayer  the rest: the rule, run on all experts; the layer last read is kept
+    Rows        one tensor per expert, one above the other: each is read straight into its rows;
+                recognised by the rule's name, or by running the rule on small stand-ins
+    OneExpert   any other rule that treats all experts alike: run it on expert e's tensors
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from transformers.core_model_loading import (
     Concatenate,
     Interleave,
@@ -30,8 +29,8 @@ from transformers.core_model_loading import (
 )
 
 from melinoe.checkpoint.files import Place
-from melinoe.checkpoint.fitting import check_complete, check_shape, mismatch
-from melinoe.checkpoint.tracing import rows_by_trial
+from melinoe.checkpoint.safetensors_file import describe_shape
+from melinoe.errors import CheckpointError, UnsupportedModelError
 
 
 class Group(NamedTuple):
@@ -42,157 +41,44 @@ class Group(NamedTuple):
     converter: WeightConverter | None  # None: a renaming at most
     tensors: dict[str, list[Place]]  # source pattern -> tensors, in transformers' order
 
+    @property
+    def places(self) -> list[Place]:
+        """All stored tensors of the group."""
+        return [place for part in self.tensors.values() for place in part]
 
-class Reader(Protocol):
-    """Reads one expert's part of one parameter."""
+    @property
+    def operations(self) -> list:
+        """Steps of the rule."""
+        return [] if self.converter is None else list(self.converter.operations)
 
-    def read(self, expert: int, into: torch.Tensor) -> None:
-        """Fill *into*, shaped like the parameter without its leading E."""
+    def is_stored_as(self, shape: tuple[int, ...]) -> bool:
+        """Whether the one stored tensor is the parameter, which has this *shape*."""
+        operations = self.operations
+        if len(operations) == 1 and getattr(operations[0], "check_dims", False):
+            # A transposition that leaves a tensor of the right shape alone.
+            return self.places[0].info.shape == shape
+        return not operations
 
+    def convert(
+        self, pieces: dict[str, list[Tensor]], shapes: dict[str, tuple[int, ...]], config: Any
+    ) -> dict[str, Tensor]:
+        """
+        Run the rule on *pieces*.
 
-class Stacked:
-    """The parameter as it is stored: expert e is a range of its bytes."""
+        Args:
+            pieces: Source pattern -> tensors, in the group's order.
+            shapes: Full name -> shape of the parameters that the rule may ask for.
+            config: The model's config, which some rules look into.
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def read(self, expert: int, into: torch.Tensor) -> None:
-        """As `Reader.read`."""
-        self.place.file.read(self.place.name, into, first=expert * into.numel())
-
-
-class Rows:
-    """One tensor per expert and projection, laid one under the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Place]]) -> None:
-        self.parts = parts
-
-    def read(self, expert: int, into: torch.Tensor) -> None:
-        """As `Reader.read`."""
-        row = 0
-        for part in self.parts:
-            file, name, info = part[expert]
-            rows = info.shape[0]
-            file.read(name, into.narrow(0, row, rows))
-            row += rows
-
-
-class OneExpert:
-    """transformers' own rule, run on the tensors of one expert."""
-
-    def __init__(self, group: Group, parameter: str, shape: Sequence[int], config: Any) -> None:
-        self.group, self.parameter, self.shape, self.config = group, parameter, shape, config
-        self.listed = isinstance(_operations(group)[0], MergeModulelist)
-
-    def convert(self, expert: int, device: str = "cpu") -> torch.Tensor:
-        """The expert's part as ``(1, ...)``; on device "meta" only its shape, nothing is read."""
-        pieces = {
-            p: [self._piece(places, expert, device)] for p, places in self.group.tensors.items()
-        }
-        shapes = {self.parameter: (1, *self.shape[1:])}
-        return convert(self.group, pieces, shapes, self.config)[self.parameter]
-
-    def _piece(self, places: list[Place], expert: int, device: str) -> torch.Tensor:
-        file, name, info = places[expert] if self.listed else places[0]
-        shape = info.shape if self.listed else (1, *info.shape[1:])
-        piece = torch.empty(shape, dtype=info.dtype, device=device)
-        if device != "meta":
-            file.read(name, piece, first=0 if self.listed else expert * piece.numel())
-        return piece
-
-    def read(self, expert: int, into: torch.Tensor) -> None:
-        """As `Reader.read`."""
-        into.copy_(self.convert(expert)[0])
-
-
-class LayerCache:
-    """Parameters of the layer last converted, shared by the readers of one checkpoint."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.lock = threading.Lock()
-        self.kept: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
-
-
-class WholeLayer:
-    """transformers' own rule, run on all experts of a layer; costs that layer's bytes in memory."""
-
-    def __init__(
-        self, group: Group, parameter: str, shapes: dict[str, tuple[int, ...]], config: Any,
-        cache: LayerCache,
-    ) -> None:  # fmt: skip
-        self.group, self.parameter, self.shapes, self.config = group, parameter, shapes, config
-        self.cache = cache
-
-    def convert(self, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Every parameter that the rule makes; on device "meta" only the shapes."""
-        pieces: dict[str, list[torch.Tensor]] = {}
-        for pattern, places in self.group.tensors.items():
-            pieces[pattern] = []
-            for file, name, info in places:
-                piece = torch.empty(info.shape, dtype=info.dtype, device=device)
-                if device != "meta":
-                    file.read(name, piece)
-                pieces[pattern].append(piece)
-        return convert(self.group, pieces, self.shapes, self.config)
-
-    def read(self, expert: int, into: torch.Tensor) -> None:
-        """As `Reader.read`."""
-        with self.cache.lock:
-            kept = self.cache.kept
-            if self.group.target not in kept:
-                while len(kept) >= self.cache.capacity:
-                    kept.popitem(last=False)  # before the next is made: never one too many
-                kept[self.group.target] = self.convert()
-            kept.move_to_end(self.group.target)
-            into.copy_(kept[self.group.target][self.parameter][expert])
-
-
-def reader_for(
-    group: Group, parameter: str, shapes: dict[str, tuple[int, ...]], config: Any, cache: LayerCache
-) -> Reader:
-    """
-    The cheapest reader that gives what transformers would, checked by shape without reading.
-
-    Args:
-        group: The stored tensors and their rule.
-        parameter: Full name of the parameter to read, one of ``group.targets``.
-        shapes: Full shapes ``(E, ...)`` of the model's experts' parameters, by full name.
-        config: The model's config, which some rules look into.
-        cache: Shared by all readers of one checkpoint.
-
-    Raises:
-        CheckpointError: tensors of some experts are missing, or have another shape.
-    """
-    shape = shapes[parameter]
-    places = [place for part in group.tensors.values() for place in part]
-    operations = _operations(group)
-    if is_stored_as_it_is(group, shape):
-        if len(places) != 1 or places[0].info.shape != shape:
-            raise mismatch(parameter, shape, places[0])
-        return Stacked(places[0])
-    if isinstance(operations[0], MergeModulelist):
-        expected = shape[0] if len(group.targets) == 1 else None
-        check_complete(group.tensors, _patterns(group), parameter, expected)
-    if len(group.targets) == 1 and _alike(group, operations, shape[0]):
-        parts = [group.tensors[p] for p in _patterns(group) if p in group.tensors]
-        if _rows(operations) and _rows_fit(parts, shape):
-            return Rows(parts)
-        one = OneExpert(group, parameter, shape, config)
-        check_shape(lambda: one.convert(0, "meta"), parameter, (1, *shape[1:]), places[0])
-        for part in parts:  # the rule was tried on expert 0; the others must look the same
-            for place in part:
-                if place.info.shape != part[0].info.shape:
-                    raise mismatch(place.name, part[0].info.shape, place)
-        return one
-    whole = WholeLayer(group, parameter, shapes, config, cache)
-    found = rows_by_trial(
-        group.tensors, parameter, shape[0], lambda pieces: convert(group, pieces, shapes, config)
-    )
-    if found is not None and _rows_fit(found, shape):
-        return Rows(found)
-    check_shape(lambda: whole.convert("meta")[parameter], parameter, shape, places[0])
-    return whole
+        Returns:
+            Full parameter name -> tensor.
+        """
+        converter: Any = deepcopy(self.converter)
+        for pattern, tensors in pieces.items():
+            for tensor in tensors:
+                converter.add_tensor(self.target, pattern, pattern, tensor)
+        made = converter.convert(self.target, model=_Shapes(shapes), config=config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
 
 class _Shapes:
@@ -201,70 +87,182 @@ class _Shapes:
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
 
-    def get_parameter(self, name: str) -> torch.Tensor:
+    def get_parameter(self, name: str) -> Tensor:
         return torch.empty(self.shapes[name], device="meta")
 
 
-def is_stored_as_it_is(group: Group, shape: tuple[int, ...]) -> bool:
-    """Whether the one stored tensor of a group is the parameter, which has this *shape*."""
-    operations = _operations(group)
-    if _optional(operations):
-        return next(iter(group.tensors.values()))[0].info.shape == shape
-    return not operations
+class Piece(NamedTuple):
+    """Rows of one expert's part of a parameter, and the stored elements that are these rows."""
+
+    place: Place
+    first: int  # of the stored elements, counted in row-major order
+    row: int
+    rows: int
 
 
-def convert(
-    group: Group, pieces: dict[str, list[torch.Tensor]], shapes: dict, config: Any
-) -> dict[str, torch.Tensor]:
+class Reader(Protocol):
+    """Reads one expert's part of one parameter."""
+
+    def read(self, expert: int, into: Tensor) -> None:
+        """Fill *into*, shaped like the parameter without its leading E."""
+
+    def pieces(self, expert: int) -> list[Piece] | None:
+        """Name the stored elements that each row is; None where a rule computes them."""
+
+
+class Stacked:
+    """The parameter is stored as it is: expert e is a range of its bytes."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._size = prod(place.info.shape[1:])
+        self._rows = place.info.shape[1] if len(place.info.shape) > 1 else 0
+
+    def pieces(self, expert: int) -> list[Piece]:
+        """Return the expert's range of the one stored tensor."""
+        return [Piece(self.place, expert * self._size, 0, self._rows)]
+
+    def read(self, expert: int, into: Tensor) -> None:
+        """Read that range."""
+        self.place.read(into, expert * self._size)
+
+
+class Rows:
+    """One tensor per expert and projection, one above the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Place]]) -> None:
+        self.parts = parts
+
+    def pieces(self, expert: int) -> list[Piece]:
+        """Return the expert's tensor of each projection, from the top."""
+        found, row = [], 0
+        for part in self.parts:
+            found.append(Piece(part[expert], 0, row, rows := part[expert].info.shape[0]))
+            row += rows
+        return found
+
+    def read(self, expert: int, into: Tensor) -> None:
+        """Read each projection into its rows."""
+        for place, first, row, rows in self.pieces(expert):
+            place.read(into.narrow(0, row, rows), first)
+
+
+class OneExpert:
+    """transformers' own rule, run on the tensors of one expert."""
+
+    def __init__(self, group: Group, parameter: str, shape: Sequence[int], config: Any) -> None:
+        self.group, self.parameter, self.shape, self.config = group, parameter, shape, config
+        self.listed = isinstance(group.operations[0], MergeModulelist)
+
+    def pieces(self, expert: int) -> None:
+        """Return nothing: a rule computes the rows."""
+
+    def places(self, expert: int) -> dict[str, tuple[Place, int]]:
+        """The expert's stored tensor of each source pattern, and its first element there."""
+        return {
+            pattern: (places[expert], 0)
+            if self.listed
+            else (places[0], expert * prod(places[0].info.shape[1:]))
+            for pattern, places in self.group.tensors.items()
+        }
+
+    def convert(self, pieces: dict[str, Tensor]) -> Tensor:
+        """Make the expert's part ``(1, ...)`` of one tensor for each source pattern."""
+        shapes = {self.parameter: (1, *self.shape[1:])}
+        lists = {pattern: [piece] for pattern, piece in pieces.items()}
+        return self.group.convert(lists, shapes, self.config)[self.parameter]
+
+    def empty(self, device: str) -> dict[str, Tensor]:
+        """Tensors for one expert's stored numbers, by source pattern."""
+        found = {}
+        for pattern, (place, _) in self.places(0).items():
+            shape = place.info.shape if self.listed else (1, *place.info.shape[1:])
+            found[pattern] = torch.empty(shape, dtype=place.info.dtype, device=device)
+        return found
+
+    def shape_made(self) -> tuple[int, ...] | None:
+        """Run the rule on the meta device, and return the shape; None where it fails."""
+        try:
+            return tuple(self.convert(self.empty("meta")).shape)
+        except Exception:  # whatever a rule trips over whose tensors do not fit
+            return None
+
+    def read(self, expert: int, into: Tensor) -> None:
+        """Read the expert's tensors and run the rule on them."""
+        pieces = self.empty("cpu")
+        for pattern, (place, first) in self.places(expert).items():
+            place.read(pieces[pattern], first)
+        into.copy_(self.convert(pieces)[0])
+
+
+def reader_for(
+    group: Group, parameter: str, shapes: dict[str, tuple[int, ...]], config: Any
+) -> Reader:
     """
-    Run a group's rule on *pieces*.
+    Choose the cheapest reader that gives what transformers would; check shapes, read nothing.
 
     Args:
-        group: Its rule is not changed.
-        pieces: Source pattern -> tensors, in the group's order.
-        shapes: Full name -> shape of the parameters that the rule may ask for.
-        config: The model's config.
+        group: The stored tensors and their rule.
+        parameter: Full name of the parameter to read, one of ``group.targets``.
+        shapes: Full shapes ``(E, ...)`` of the model's experts' parameters, by full name.
+        config: The model's config, which some rules look into.
 
-    Returns:
-        Full parameter name -> tensor.
+    Raises:
+        CheckpointError: tensors of some experts are missing, or have another shape.
+        UnsupportedModelError: the rule mixes experts, so that none can be read alone.
     """
-    converter: Any = deepcopy(group.converter)
-    for pattern, tensors in pieces.items():
-        for tensor in tensors:
-            converter.add_tensor(group.target, pattern, pattern, tensor)
-    made = converter.convert(group.target, model=_Shapes(shapes), config=config)
-    return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+    shape, places, operations = shapes[parameter], group.places, group.operations
+    if group.is_stored_as(shape):
+        if len(places) != 1 or places[0].info.shape != shape:
+            raise _mismatch(parameter, shape, places[0])
+        return Stacked(places[0])
+    patterns = [] if group.converter is None else group.converter.source_patterns
+    if isinstance(operations[0], MergeModulelist):
+        expected = shape[0] if len(group.targets) == 1 else None
+        check_complete(group.tensors, patterns, parameter, expected)
+    if len(group.targets) == 1 and _treats_experts_alike(group, shape[0]):
+        parts = [group.tensors[p] for p in patterns if p in group.tensors]
+        if _stacks_rows(operations) and _rows_fit(parts, shape):
+            return Rows(parts)
+        one = OneExpert(group, parameter, shape, config)
+        if one.shape_made() != (1, *shape[1:]):
+            raise _mismatch(parameter, shape, places[0])
+        for part in parts:  # the rule was tried on expert 0; the others must look the same
+            for place in part:
+                if place.info.shape != part[0].info.shape:
+                    raise _mismatch(place.name, part[0].info.shape, place)
+        return one
+    found = rows_by_trial(
+        group.tensors, parameter, shape[0], lambda pieces: group.convert(pieces, shapes, config)
+    )
+    if found is None:
+        raise UnsupportedModelError(
+            f"the stored tensors of {parameter} (first {places[0].name}) can only be converted all "
+            "at once, so no expert can be read alone; load the model with from_pretrained and use "
+            "melinoe.attach"
+        )
+    if not _rows_fit(found, shape):
+        raise _mismatch(parameter, shape, places[0])
+    return Rows(found)
 
 
-def _operations(group: Group) -> list:
-    return [] if group.converter is None else list(group.converter.operations)
-
-
-def _patterns(group: Group) -> list[str]:
-    return [] if group.converter is None else group.converter.source_patterns
-
-
-def _optional(operations: list) -> bool:
-    """A transposition that leaves a tensor of the right shape alone."""
-    return len(operations) == 1 and getattr(operations[0], "check_dims", False)
-
-
-def _rows(operations: list) -> bool:
-    """Stack the experts, then at most lay the projections one under the other."""
+def _stacks_rows(operations: list) -> bool:
+    """Whether a rule stacks the experts, and at most puts projections one above the other."""
     kinds = [(type(op), getattr(op, "dim", None)) for op in operations]
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def _rows_fit(parts: list[list[Place]], shape: tuple[int, ...]) -> bool:
-    """Every expert's tensors have the same shapes, and together the parameter's."""
+    """Whether all experts' tensors have the same shapes, and together the parameter's."""
     first = [part[0].info.shape for part in parts]
     same = all(place.info.shape == part[0].info.shape for part in parts for place in part)
     rows = sum(s[0] for s in first if s)
     return same and all(s[1:] == shape[2:] for s in first) and rows == prod(shape[1:2])
 
 
-def _alike(group: Group, operations: list, num_experts: int) -> bool:
-    """Whether the rule treats experts independently, so that it may be run on one of them."""
+def _treats_experts_alike(group: Group, num_experts: int) -> bool:
+    """Whether the rule computes each expert from its own tensors only."""
+    operations = group.operations
     first = operations[0]
     if isinstance(first, MergeModulelist):
         if first.dim != 0:
@@ -276,4 +274,133 @@ def _alike(group: Group, operations: list, num_experts: int) -> bool:
         (type(op) in (Concatenate, Interleave) and op.dim >= 1)
         or (type(op) is Transpose and min(op.dim0, op.dim1) >= 1)
         for op in operations
+    )
+
+
+# --- a rule's effect on one expert, found by running it on stand-ins -----------------------------
+
+Run = Callable[[dict[str, list[Tensor]]], Mapping[str, Tensor]]
+
+
+def rows_by_trial(
+    tensors: Mapping[str, Sequence[Place]], parameter: str, num_experts: int, run: Run
+) -> list[list[Place]] | None:
+    """
+    Find out whether a rule only puts stored tensors one above the other, by running it.
+
+    Some rules treat all experts of a layer at once, and their code does not say what becomes of
+    one expert. So each stored tensor is given a small stand-in whose every number occurs once, the
+    rule is run on those, and the numbers are looked up in the result.
+
+    Args:
+        tensors: Source pattern -> stored tensors, in transformers' order.
+        parameter: The parameter that is asked for.
+        num_experts: Of the parameter.
+        run: The rule: source pattern -> tensors, to full parameter name -> tensor.
+
+    Returns:
+        For each position in an expert, the tensors of all experts in order. None where the rule
+        does anything else, or cannot be run on stand-ins.
+    """
+    stand_ins, owner = _stand_ins(tensors)
+    try:
+        made = run(stand_ins)[parameter]
+    except Exception:  # whatever a rule trips over that looks at sizes
+        return None
+    if made.dtype != torch.int64 or made.dim() < 2 or made.shape[0] != num_experts:
+        return None
+    found: list[list[Place]] = []
+    for expert in made:
+        parts, row = [], 0
+        while row < expert.shape[0]:
+            place, piece = owner.get(int(expert[row].reshape(-1)[0]), (None, None))
+            if place is None or piece is None:
+                return None
+            rows = piece.shape[0]
+            if not torch.equal(expert[row : row + rows], piece):
+                return None
+            parts.append(place)
+            row += rows
+        found.append(parts)
+    if len({len(parts) for parts in found}) != 1:
+        return None
+    return [list(parts) for parts in zip(*found, strict=True)]
+
+
+def _stand_ins(
+    tensors: Mapping[str, Sequence[Place]],
+) -> tuple[dict[str, list[Tensor]], dict[int, tuple[Place, Tensor]]]:
+    """Small tensors of unique numbers for the stored ones, and the owner of each first number."""
+    sizes = sorted({n for places in tensors.values() for p in places for n in p.info.shape})
+    # Sizes that were different stay different, and even: rules halve.
+    small = {size: 2 * rank for rank, size in enumerate(sizes, start=1)}
+    stand_ins: dict[str, list[Tensor]] = {}
+    owner: dict[int, tuple[Place, Tensor]] = {}
+    following = 0
+    for pattern, places in tensors.items():
+        stand_ins[pattern] = []
+        for place in places:
+            shape = [small[n] for n in place.info.shape]
+            piece = torch.arange(following, following + prod(shape)).reshape(shape)
+            stand_ins[pattern].append(piece)
+            if piece.dim():
+                owner[following] = (place, piece)
+            following += piece.numel()
+    return stand_ins, owner
+
+
+# --- whether the stored tensors are all there, and of the right shapes ----------------------------
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_complete(
+    tensors: Mapping[str, Sequence[Place]],
+    patterns: Sequence[str],
+    parameter: str,
+    expected: int | None,
+) -> None:
+    """
+    Check that every source pattern of a rule has one tensor for each expert, 0 to the last.
+
+    Args:
+        tensors: Source pattern -> stored tensors.
+        patterns: All source patterns of the rule.
+        parameter: What the rule makes, for messages.
+        expected: Experts; None where the rule makes several parameters of one list.
+
+    Raises:
+        CheckpointError: tensors are missing, too many, or of other experts.
+    """
+    for pattern in patterns:
+        places = tensors.get(pattern, ())
+        found = len(places)
+        needs = (
+            f"{parameter} needs {expected or 'its'} tensors {pattern} and the checkpoint has "
+            f"{found or 'none'}"
+        )
+        if expected is not None and found > expected:
+            raise CheckpointError(
+                f"{needs}; the weights are of another model than the config, use one model's"
+            )
+        if found == 0 or (expected is not None and found < expected):
+            raise CheckpointError(
+                f"{needs}; a shard or a part of its index is missing, download it again"
+            )
+        in_names = [_NUMBER.findall(place.name) for place in places]
+        if ".*." not in pattern or not all(in_names):
+            continue
+        numbers = [int(one[-1]) for one in in_names]
+        if numbers != list(range(found)):
+            raise CheckpointError(
+                f"{needs}, but has them for experts {', '.join(map(str, numbers))}; a shard or a "
+                "part of its index is missing, download it again"
+            )
+
+
+def _mismatch(parameter: str, shape: tuple[int, ...], place: Place) -> CheckpointError:
+    return CheckpointError(
+        f"{place.name} has shape {describe_shape(place.info.shape)}, which does not fit "
+        f"{parameter} of shape {describe_shape(shape)}; the weights are of another model than "
+        "the config"
     )

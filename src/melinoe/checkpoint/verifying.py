@@ -1,5 +1,6 @@
-"""Compare a checkpoint byte by byte with the sums that are recorded of it."""
+"""Record the SHA-256 of a checkpoint's files, and compare the files with it later."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,30 @@ from melinoe.checkpoint.files import read_raw_config
 from melinoe.checkpoint.hub import locate, pinned
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
-from melinoe.checkpoint.sums import sum_of
 from melinoe.errors import CheckpointError
 
 # A large file in the hub's cache is named by the SHA-256 of its bytes.
 _NAMED_BY_SUM = re.compile(r"[0-9a-f]{64}")
+
+
+# Written anew once a checkpoint is there: its own record, and its card.
+CHANGING = ("melinoe.json", "README.md")
+
+
+def sum_of(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as JSON holds them. Cost: all of it is read."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def sums_of(directory: Path) -> dict[str, dict[str, Any]]:
+    """Sums by name of all files in a directory that was written just now, but its own record."""
+    return {
+        path.relative_to(directory).as_posix(): sum_of(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in CHANGING
+    }
 
 
 class Verified(NamedTuple):

@@ -1,100 +1,43 @@
-"""Write a model as a checkpoint of the hub's layout: all of it, or nothing."""
+"""
+Write a changed model as a checkpoint: its base's own files, in which what changed is overwritten.
+
+Names, order, shapes, types and shards stay the base's, and so does every byte of what was not
+trained: layers for predicting several tokens, towers for images, buffers, whatever a release of
+transformers would leave out or store otherwise. The directory appears whole or not at all.
+"""
 
 import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from shutil import copyfile
+from typing import Any, BinaryIO
 
+import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from melinoe.checkpoint.export_rules import other_results
-from melinoe.checkpoint.files import read_raw_config
+from melinoe.checkpoint.files import INDEX, SINGLE, Place, read_raw_config
+from melinoe.checkpoint.hub import first_line, is_directory, locate, split_revision
+from melinoe.checkpoint.mapping import group_by_parameter
 from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
-from melinoe.checkpoint.other_files import copy_other_files, other_files
-from melinoe.checkpoint.rewriting import rewrite
-from melinoe.checkpoint.sums import sums_of
-from melinoe.checkpoint.unfinished import unfinished
-from melinoe.errors import OutputExistsError, WriteError
-from melinoe.moe.experts import find_experts
+from melinoe.checkpoint.safetensors_file import check_same
+from melinoe.checkpoint.sources import Group, OneExpert, Reader
+from melinoe.checkpoint.verifying import sums_of
+from melinoe.errors import OutputExistsError, UnsupportedModelError, WriteError
+from melinoe.host_memory import format_bytes
+from melinoe.moe.experts import family, find_experts
+from melinoe.moe.routing import find_routers
+from melinoe.whole_file import unfinished
 
 _log = logging.getLogger("melinoe")
-
-
-def check_output(out: str | Path) -> Path:
-    """
-    The directory *out*, if a checkpoint may be written there; ask before hours of work.
-
-    Raises:
-        OutputExistsError: it is a file, or a directory that is not empty.
-    """
-    path = Path(out).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputExistsError(f"{path} exists and is not empty; choose another place for output")
-    return path
-
-
-def check_room(out: str | Path, needed_bytes: int) -> None:
-    """
-    Refuse a disk that cannot take what will be written; ask before hours of work.
-
-    Raises:
-        WriteError: less than *needed_bytes* are free where *out* will be.
-    """
-    place = Path(out).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise WriteError(
-            f"{out} will take {_in_words(needed_bytes)}, but only {_in_words(free)} are free "
-            "there; free some space, or choose another place for output"
-        )
-
-
-def _in_words(amount_bytes: int) -> str:
-    """In the largest unit of which there is a tenth."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if amount_bytes >= size / 10:
-            return f"{amount_bytes / size:,.1f} {unit}"
-    return f"{amount_bytes / 2**10:.1f} KiB"
-
-
-def reason_of(error: BaseException) -> str:
-    """An error of the operating system, or of safetensors' writer, in its own few words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).strip()
-
-
-@contextmanager
-def whole_directory(out: str | Path) -> Iterator[Path]:
-    """
-    A directory to fill, which takes the name *out* when the block ends, and is gone if it fails.
-
-    Its ``melinoe.json``, if it gets one, is given the sums of all other files, which costs one
-    more reading of them.
-
-    Raises:
-        OutputExistsError: *out* is taken.
-        WriteError: a full disk, or another reason why it cannot be written.
-    """
-    path = check_output(out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished(path) as directory:
-            yield directory
-            if (directory / METADATA).is_file():
-                update_metadata(directory, files=sums_of(directory))
-            if path.is_dir():
-                path.rmdir()  # empty, or it fails: Windows renames to no place that is taken
-            os.replace(directory, path)
-    except (OSError, SafetensorError) as error:
-        raise WriteError(
-            f"{path} could not be written ({reason_of(error)}); free some space there, or "
-            "choose another place"
-        ) from error
 
 
 def write_model(
@@ -126,13 +69,13 @@ def write_model(
         CheckpointError: the base can no longer be opened.
         WriteError: a full disk, or another reason why it cannot be written; nothing is left there.
         UnsupportedModelError: as `check_rewritable`.
-        AttachError: the experts' weights are in a runtime's store; detach it first.
+        AttachError: the experts' weights are in an engine's store; detach it first.
     """
     check_output(out)
     find_experts(model)
     with open_checkpoint(base) as checkpoint, whole_directory(out) as directory:
         rewrite(model, checkpoint, changed, directory)
-        copy_other_files(checkpoint, directory)
+        _copy_other_files(checkpoint, directory)
         _warn_of_other_engines(directory, out)
         write_metadata(directory, metadata)
         if also is not None:
@@ -140,7 +83,7 @@ def write_model(
 
 
 def _warn_of_other_engines(directory: Path, out: str | Path) -> None:
-    """Say in one line who would compute something else, without a word, from what was written."""
+    """Name in one line the engines that compute something else from what was written."""
     found = other_results(read_raw_config(str(directory))[1])
     for engines in dict.fromkeys(one.engines for one in found):
         settings = " and ".join(one.what for one in found if one.engines == engines)
@@ -150,8 +93,370 @@ def _warn_of_other_engines(directory: Path, out: str | Path) -> None:
         )  # fmt: skip
 
 
+# --- the directory -------------------------------------------------------------------------------
+
+
+def check_output(out: str | Path) -> Path:
+    """
+    Return the directory *out*, if a checkpoint may be written there; ask before hours of work.
+
+    Raises:
+        OutputExistsError: it is a file, or a directory that is not empty.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputExistsError(f"{path} exists and is not empty; choose another place for output")
+    return path
+
+
+def check_room(out: str | Path, needed_bytes: int) -> None:
+    """
+    Refuse a disk that cannot take what will be written; ask before hours of work.
+
+    Raises:
+        WriteError: less than *needed_bytes* are free where *out* will be.
+    """
+    place = Path(out).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise WriteError(
+            f"{out} will take {format_bytes(needed_bytes)}, but only {format_bytes(free)} are free "
+            "there; free some space, or choose another place for output"
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in a few words why the system, or safetensors' writer, failed."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).strip()
+
+
+@contextmanager
+def whole_directory(out: str | Path) -> Iterator[Path]:
+    """
+    Give a directory to fill, which becomes *out* when the block ends, and is gone if it fails.
+
+    Its ``melinoe.json``, if it gets one, is given the sums of all other files, which costs one
+    more reading of them.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+        WriteError: a full disk, or another reason why it cannot be written.
+    """
+    path = check_output(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished(path) as directory:
+            yield directory
+            if (directory / METADATA).is_file():
+                update_metadata(directory, files=sums_of(directory))
+            if path.is_dir():
+                path.rmdir()  # empty, or it fails: Windows renames to no place that is taken
+            os.replace(directory, path)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(
+            f"{path} could not be written ({reason_of(error)}); free some space there, or "
+            "choose another place"
+        ) from error
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+class _Part:
+    """
+    A part of the model that is written at once: one expert's share of a parameter, or a group.
+
+    Args:
+        own: The model's tensors, by full name.
+        stored: Where each piece of them is stored: place, first element there, and the numbers;
+            views of *own* where the checkpoint stores them unchanged.
+        load: Makes *own* of the numbers in the order of *stored*, as transformers does when it
+            loads them; None where *stored* are views.
+    """
+
+    def __init__(
+        self,
+        own: dict[str, Tensor],
+        stored: list[tuple[Place, int, Tensor]],
+        load: Callable[[list[Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self.own, self.stored, self.load = own, stored, load
+
+    def round(self) -> None:
+        """Round the model's numbers to the types in which they are stored."""
+        if all(place.info.dtype == tensor.dtype for place, _, tensor in self.stored):
+            return
+        rounded = [tensor.to(place.info.dtype) for place, _, tensor in self.stored]
+        if self.load is None:
+            for (_, _, tensor), new in zip(self.stored, rounded, strict=True):
+                tensor.copy_(new)
+            return
+        for name, tensor in self.load(rounded).items():
+            self.own[name].copy_(tensor)
+
+    def comes_back(self) -> bool:
+        """Whether loading what will be stored gives the model's own numbers."""
+        if self.load is None:
+            return True
+        made = self.load([tensor for _, _, tensor in self.stored])
+        return all(torch.equal(made[name], tensor) for name, tensor in self.own.items())
+
+
+def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
+    """
+    Refuse a base whose experts and routers could not be written back; ask before hours of work.
+
+    Args:
+        model: From `load_model`.
+        checkpoint: What it was loaded from, open.
+
+    Raises:
+        UnsupportedModelError: transformers' rules do not lead back to the names that are stored.
+    """
+    names = [f"{x.name}.{tensor.name}" for x in find_experts(model) for tensor in x.tensors]
+    names += [name for router in find_routers(model) for name, _ in router.parameters()]
+    for _ in _parts(model, checkpoint, names, only_first=True):
+        pass
+
+
+@torch.no_grad()
+def round_as_stored(model: Any, checkpoint: Checkpoint, changed: Collection[str]) -> None:
+    """
+    Round what changed to the types that the base stores it in, so that *model* is what loads.
+
+    Args:
+        model: Loaded from *checkpoint*, then changed; rounded in place.
+        checkpoint: Open.
+        changed: Full names of the tensors that may have changed.
+    """
+    for part in _parts(model, checkpoint, changed):
+        part.round()
+
+
+@torch.no_grad()
+def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], directory: Any) -> None:
+    """
+    Copy the base's weight files into *directory* and overwrite there what changed.
+
+    Tensors that equal the base's are left alone, in whatever type they are stored.
+
+    Args:
+        model: Loaded from *checkpoint*, then changed.
+        checkpoint: Open.
+        changed: Full names of the tensors that may have changed.
+        directory: Exists.
+
+    Raises:
+        UnsupportedModelError: as `check_rewritable`.
+        WriteError: what would be written is not what *model* holds; a fault of the rules.
+        OSError: a full disk.
+
+    Cost: every byte of the base copied once; a few copies of one expert in memory, of a layer in
+    the families whose files can only be converted a layer at a time.
+    """
+    for path in {place.file.path for place in checkpoint.files.values()}:
+        copyfile(path, directory / path.name)
+    check_same(checkpoint.stamps)  # they were copied by their paths
+    opened: dict[str, BinaryIO] = {}
+    with ExitStack() as stack:
+        for part in _parts(model, checkpoint, changed):
+            if not part.comes_back():
+                raise _other_layout(model, next(iter(part.own)), part.stored[0][0])
+            for place, first, tensor in part.stored:
+                name = place.file.path.name
+                if name not in opened:
+                    opened[name] = stack.enter_context((directory / name).open("r+b"))
+                if not _is_stored(place, first, tensor):
+                    _overwrite(opened[name], place, first, tensor)
+
+
+def _parts(
+    model: Any, checkpoint: Checkpoint, changed: Collection[str], only_first: bool = False
+) -> Iterator[_Part]:
+    """Each part of *model* that may have changed; of experts *only_first* those of number 0."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    # Not by name: what is shared is stored under one of its names, or under several.
+    left = {id(tensors[name]): name for name in changed if name in tensors}
+    wanted = left.copy()
+    by_expert = set()
+    for source in checkpoint.experts:
+        for tensor_name, reader in source.readers.items():
+            name = f"{source.layer.name}.{tensor_name}"
+            if id(tensors.get(name)) not in wanted or not _writes_by_expert(reader):
+                continue
+            by_expert.add(name)
+            left.pop(id(tensors[name]), None)
+            for expert in range(1 if only_first else source.num_experts):
+                yield _expert_part(model, reader, name, expert, tensors[name].detach()[expert])
+    for group in group_by_parameter(model, checkpoint.tensors).values():
+        own = {name: tensors[name].detach() for name in group.targets if name in tensors}
+        if by_expert.issuperset(own):
+            continue
+        if any(id(tensors[name]) in wanted for name in own):
+            for name in own:
+                left.pop(id(tensors[name]), None)
+            yield _group_part(model, group, own)
+    persistent = model.state_dict().keys()
+    for name in left.values():
+        if name in persistent:
+            raise UnsupportedModelError(
+                f"{checkpoint.name} stores nothing for {name} of {family(model)}, so a change of "
+                "it cannot be written; save an adapter instead (--save adapter)"
+            )
+
+
+def _writes_by_expert(reader: Reader) -> bool:
+    return isinstance(reader, OneExpert) or reader.pieces(0) is not None
+
+
+def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor) -> _Part:
+    """One expert's share of a parameter."""
+    pieces = reader.pieces(expert)
+    if pieces is not None:
+        views = [own.narrow(0, row, rows) if own.dim() else own for _, _, row, rows in pieces]
+        return _Part(
+            {name: own},
+            [(p.place, p.first, view) for p, view in zip(pieces, views, strict=True)],
+        )
+    assert isinstance(reader, OneExpert)
+    # Reverted as a layer of one expert, whose stored names are those of expert 0.
+    made = revert_weight_conversion(model, {name: own[None]})
+    named = {pattern: place.name for pattern, (place, _) in reader.places(0).items()}
+    shapes = {pattern: tuple(one.shape) for pattern, one in reader.empty("meta").items()}
+    if made.keys() != set(named.values()) or any(
+        made[key].numel() != prod(shapes[pattern]) for pattern, key in named.items()
+    ):
+        raise _other_layout(model, name, next(iter(reader.places(expert).values()))[0])
+
+    def load(tensors: list[Tensor]) -> dict[str, Tensor]:
+        given = zip(shapes.items(), tensors, strict=True)
+        pieces = {
+            pattern: tensor.to(own.dtype).reshape(shape) for (pattern, shape), tensor in given
+        }
+        return {name: reader.convert(pieces)[0]}
+
+    places = reader.places(expert)
+    return _Part({name: own}, [(*places[p], made[named[p]]) for p in named], load)
+
+
+def _group_part(model: Any, group: Group, own: dict[str, Tensor]) -> _Part:
+    """All tensors of a group: a router, or a layer's experts whose rule mixes them."""
+    shape = tuple(next(iter(own.values())).shape)
+    places = {place.name: place for place in group.places}
+    if group.is_stored_as(shape) and len(places) == 1:
+        (place,) = places.values()
+        first = own.get(group.target, next(iter(own.values())))
+        if place.info.shape != tuple(first.shape):
+            raise _other_layout(model, group.target, place)
+        return _Part({group.target: first}, [(place, 0, first)])
+    made = revert_weight_conversion(model, own)
+    if {name: tuple(tensor.shape) for name, tensor in made.items()} != {
+        name: place.info.shape for name, place in places.items()
+    }:
+        raise _other_layout(model, group.target, group.places[0])
+    wide, shapes = next(iter(own.values())).dtype, {n: tuple(t.shape) for n, t in own.items()}
+
+    def load(tensors: list[Tensor]) -> dict[str, Tensor]:
+        by_name = dict(zip(made, tensors, strict=True))
+        pieces = {
+            pattern: [by_name[place.name].to(wide) for place in part]
+            for pattern, part in group.tensors.items()
+        }
+        return group.convert(pieces, shapes, model.config)
+
+    return _Part(own, [(places[name], 0, tensor) for name, tensor in made.items()], load)
+
+
+def _other_layout(model: Any, name: str, place: Place) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} of {family(model)} cannot be laid out as this base stores it (first "
+        f"{place.name}); save an adapter instead (--save adapter)"
+    )
+
+
+def _is_stored(place: Place, first: int, tensor: Tensor) -> bool:
+    """Whether the base's own file holds these numbers already, as far as their type tells."""
+    old = torch.empty(tensor.shape, dtype=place.info.dtype)
+    place.read(old, first)
+    return torch.equal(old.to(tensor.dtype), tensor.cpu())
+
+
+def _overwrite(file: BinaryIO, place: Place, first: int, tensor: Tensor) -> None:
+    new = tensor.to("cpu", place.info.dtype).contiguous()
+    data: Any = new.reshape(-1).view(torch.uint8).numpy()
+    file.seek(place.info.start + first * place.info.dtype.itemsize)
+    file.write(memoryview(data))
+
+
+# --- everything that is no weight, copied as it is -----------------------------------------------
+
+BASE_CARD = "BASE_README.md"
+_CARD = "README.md"
+# Weights in any format; what an index tells is of weights too.
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx",
+    ".onnx_data", ".ot", ".nemo", ".index.json",
+)  # fmt: skip
+
+
 def bytes_of(checkpoint: Checkpoint) -> int:
     """Add up the bytes of the base's files that `write_model` copies."""
     shards = {place.file.path for place in checkpoint.files.values()}
     others, _ = other_files(checkpoint)
     return sum(path.stat().st_size for path in (*shards, *others))
+
+
+def other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """
+    List the files beside a checkpoint's weights, fetched from the hub where it is one of its names.
+
+    Returns:
+        Files to copy, the index that was read among them; names of what is left out: weights
+        that were not read, directories, ``adapter_config.json``.
+    """
+    directory = _fetched(checkpoint.source)
+    read = {place.file.path.name for place in checkpoint.files.values()}
+    index = INDEX if SINGLE not in read else None
+    files, left = [], []
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name == index:
+            files.append(path)
+        elif path.name in read or path.name.startswith((".", "melinoe")):
+            continue  # copied with the weights; of the hub's own tools; a run's record and figures
+        elif path.is_dir() or path.name.endswith(_WEIGHTS) or path.name == "adapter_config.json":
+            left.append(path.name)
+        else:
+            files.append(path)
+    return files, left
+
+
+def _copy_other_files(checkpoint: Checkpoint, directory: Path) -> None:
+    """Copy what `other_files` gives; the base's card becomes `BASE_CARD`: ours takes its name."""
+    files, left = other_files(checkpoint)
+    for path in files:
+        copyfile(path, directory / (BASE_CARD if path.name == _CARD else path.name))
+    if left:
+        _log.warning(
+            "%s: left out of the copy, as no part of what was read: %s",
+            checkpoint.name, ", ".join(left),
+        )  # fmt: skip
+
+
+def _fetched(source: str) -> Path:
+    """Fetch all files of *source* that can be had, weights aside; return their directory."""
+    config = locate(source, "config.json")
+    assert config is not None  # it was read
+    if not is_directory(source):
+        repository, revision = split_revision(source)
+        ignored = [f"*{ending}" for ending in _WEIGHTS] + ["*/*"]
+        try:
+            snapshot_download(repository, revision=revision, ignore_patterns=ignored)
+        except Exception as error:  # the hub's client lets through errors of many libraries
+            _log.warning(
+                "%s: the hub does not say which files it has (%s); those that are here are copied",
+                source, first_line(error),
+            )  # fmt: skip
+    return config.parent

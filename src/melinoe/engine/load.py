@@ -117,11 +117,6 @@ def load(
 def _fill(checkpoint: Checkpoint, kind: str) -> Store:
     """A store with all experts in it; the disk's has them already."""
     if kind == "disk":
-        if checkpoint.whole_layers:
-            _log.warning(
-                "%s: this family's files can only be converted a layer at a time, so each miss "
-                "reads a whole layer; the ram store reads each layer once", checkpoint.name,
-            )  # fmt: skip
         return DiskStore(checkpoint)
     store = (PinnedStore if kind == "pinned" else RamStore)(checkpoint.layers)
 
@@ -140,8 +135,7 @@ def fill_all(checkpoint: Checkpoint, fill: Callable[[tuple[int, int]], None]) ->
         for index, layer in enumerate(checkpoint.layers)
         for expert in range(layer.num_experts)
     ]
-    readers = 1 if checkpoint.whole_layers else _READERS
-    with ThreadPoolExecutor(readers, thread_name_prefix="melinoe-fill") as pool:
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="melinoe-fill") as pool:
         for _ in tqdm(pool.map(fill, places), total=len(places), desc="Loading experts"):
             pass
 

@@ -15,10 +15,9 @@ from melinoe.checkpoint.backbone import load_backbone, load_model
 from melinoe.checkpoint.hub import commit_of
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
-from melinoe.checkpoint.rewriting import check_rewritable, round_as_stored
 from melinoe.checkpoint.safetensors_file import Stamp, check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.writing import bytes_of, check_room
+from melinoe.checkpoint.writing import bytes_of, check_rewritable, check_room, round_as_stored
 from melinoe.config import FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Example, count_losses, encode, load_examples, pad_token_id

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint import describe, read_metadata
-from melinoe.checkpoint.unfinished import unfinished
 from melinoe.checkpoint.writing import check_room
 from melinoe.config import FinetuneSettings
 from melinoe.config.likeness import differences, recorded
 from melinoe.errors import CheckpointError, WriteError
 from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.whole_file import unfinished
 
 # Compared as the rows of a step.
 _ROWS = {"batch_size", "gradient_accumulation"}

@@ -142,7 +142,7 @@ def measure_outcome(
         keep: Told what is known before the control is measured, lest that fail.
 
     Returns:
-        What ``melinoe.json`` keeps as ``outcome``; see `melinoe.checkpoint.metadata_schema`.
+        What ``melinoe.json`` keeps as ``outcome``; see `melinoe.checkpoint.metadata`.
 
     Raises:
         DataError, CheckpointError, WriteError: as `record_outcome`.

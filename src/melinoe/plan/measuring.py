@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from melinoe.checkpoint.positioned import BINARY, read_at
+from melinoe.checkpoint.safetensors_file import BINARY, read_at
 from melinoe.errors import HardwareError
 
 _BYTES = 256 * 2**20

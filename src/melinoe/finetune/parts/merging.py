@@ -6,13 +6,11 @@ from typing import Any
 from torch import nn
 
 from melinoe.checkpoint.backbone import load_model
-from melinoe.checkpoint.metadata import read_metadata
+from melinoe.checkpoint.metadata import describe_base, read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
-from melinoe.checkpoint.origin import describe_base
-from melinoe.checkpoint.rewriting import round_as_stored
 from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.writing import check_output, write_model
+from melinoe.checkpoint.writing import check_output, round_as_stored, write_model
 from melinoe.errors import CheckpointError
 from melinoe.finetune.parts.adapter_files import read_adapter, read_adapter_config
 from melinoe.host_memory import check_host_room, format_bytes

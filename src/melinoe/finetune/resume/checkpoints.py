@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from melinoe.checkpoint.sums import sum_of
-from melinoe.checkpoint.unfinished import remove_unfinished, unfinished
+from melinoe.checkpoint.verifying import sum_of
 from melinoe.checkpoint.writing import reason_of
 from melinoe.errors import WriteError
+from melinoe.whole_file import remove_unfinished, unfinished
 
 log = logging.getLogger(__name__)
 

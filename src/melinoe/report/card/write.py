@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint import read_metadata
-from melinoe.checkpoint.origin import read_card
+from melinoe.checkpoint.metadata import read_card
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.report.card import figures
 from melinoe.report.card.text import UNKNOWN, card_text, front_matter
