@@ -12,7 +12,7 @@ import torch
 from transformers import StaticCache
 
 from melinoe.engine.calls import Batch
-from melinoe.engine.device.captured import uncollected
+from melinoe.engine.device.capture import uncollected
 
 
 class Decoder:

@@ -198,7 +198,7 @@ def _fast_engine(name: str) -> dict[str, str | None]:
 
     from melinoe.checkpoint.files import read_config
     from melinoe.checkpoint.opening import find_model_class
-    from melinoe.engine.device.plug import why_not_static
+    from melinoe.engine.device.static_cache import why_not_static
     from melinoe.engine.device.support import grouped_mm_waits, why_not
 
     config, cannot = read_config(name), why_not(torch.device("cuda"))

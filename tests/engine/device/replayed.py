@@ -42,3 +42,17 @@ def plain(model, ids, tokens=8):
             do_sample=False,
             cache_implementation="static",
         )
+
+
+class Rerun:
+    """A captured step that runs its pass again, Python and all, where a tape cannot record it."""
+
+    def __init__(self, run, pool, stream):
+        self.replay = lambda: setattr(self, "output", run())
+
+
+def attach_rerun(model, **options):
+    """The fast engine, with captured steps run again instead of replayed."""
+    handle = attach_fast(model, **options)
+    handle.graphs._make = Rerun
+    return handle

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from triton.runtime import interpreter
 
-from melinoe.engine.device.cache_state import tensors
+from melinoe.engine.device.static_cache import tensors
 
 # Their result, or its shape, is known only when the device has computed: the host would wait.
 WAITING = (
@@ -40,7 +40,7 @@ def play(handle: Any) -> None:
     """Let *handle*, of the fast engine on the CPU, record its steps instead of running them."""
 
     def memory() -> Iterable[torch.Tensor]:
-        who = handle._who
+        who = handle._residencies
         yield from (who.state, who.load_expert, who.load_slot, who.num_loads, who.counts)
         for experts in handle._caches:
             yield from experts.slots.values()
@@ -57,7 +57,7 @@ class NotCapturable(RuntimeError):
 
 class Tape:
     """
-    A recorded pass; stands for `melinoe.engine.device.captured.CudaStep`.
+    A recorded pass; stands for `melinoe.engine.device.capture.CudaStep`.
 
     Args:
         run: the pass.

@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from melinoe import attach
 from melinoe.engine.calls import Batch
-from melinoe.engine.device.captured import uncollected
+from melinoe.engine.device.capture import uncollected
 
 
 class Waits(TorchDispatchMode):

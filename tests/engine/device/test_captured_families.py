@@ -11,7 +11,7 @@ import torch
 from fast_attach import attach
 from replayed import static
 
-from melinoe.engine.device.plug import why_not_static
+from melinoe.engine.device.static_cache import why_not_static
 
 # A padded row and one that is not; half the slots, so that captured steps load.
 IDS = torch.tensor([[0, 5, 6, 7], [9, 3, 4, 11]])

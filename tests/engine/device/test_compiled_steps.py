@@ -11,13 +11,14 @@ import weakref
 import pytest
 import tiny
 import torch
-from fast_attach import attach
+from replayed import attach_rerun as attach
 from replayed import static
 from small_olmoe import tiny_model
 from transformers import AutoModelForCausalLM
 
 import melinoe.engine.device.compiled as compiled_module
 from melinoe.cache.simulator import simulate
+from melinoe.engine.device import static_cache
 from melinoe.errors import AttachError
 from melinoe.shipped import TINY_OLMOE
 
@@ -108,7 +109,7 @@ def test_another_batch_or_longer_cache_is_compiled_anew_and_shorter_texts_are_no
     as_it_is, monkeypatch
 ):
     """Caches are multiples of a length; inference mode is another kind too."""
-    monkeypatch.setattr(compiled_module, "CACHE_STEP", 16)
+    monkeypatch.setattr(static_cache, "CACHE_STEP", 16)
     model = tiny_model()
     with attach(model, slots=8, graphs=True, compile=True) as handle:
         for batch, tokens, kinds in ((1, 4, 1), (1, 9, 1), (2, 4, 2), (1, 14, 3)):
@@ -129,7 +130,7 @@ def test_a_compile_that_fails_is_said_once_and_steps_are_captured_as_they_are(ca
         raise RuntimeError("no such instruction\nlong traceback")
 
     monkeypatch.setattr(compiled_module, "backend", failing)
-    monkeypatch.setattr(compiled_module, "CACHE_STEP", 1)  # the length shows in the last bits
+    monkeypatch.setattr(static_cache, "CACHE_STEP", 1)  # the length shows in the last bits
     model = tiny_model()
     with attach(model, slots=8, graphs=True) as handle:
         expected, logits = generate(model, IDS)
@@ -214,7 +215,7 @@ def test_without_graphs_there_is_nothing_to_compile():
 
 def test_pytorchs_compiler_gives_bits_that_do_not_depend_on_the_slots(shipped, monkeypatch):
     """In few slots as all resident, both compiled; and the model's own but for rounding."""
-    monkeypatch.setattr(compiled_module, "CACHE_STEP", 1)  # the length shows in the last bits
+    monkeypatch.setattr(static_cache, "CACHE_STEP", 1)  # the length shows in the last bits
     found = {}
     for name, slots, compiled in (("own", 32, False), ("few", 8, True), ("all", 32, True)):
         with attach(shipped, slots=slots, graphs=True, compile=compiled) as handle:

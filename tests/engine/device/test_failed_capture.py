@@ -7,7 +7,7 @@ import pytest
 import torch
 from replayed import BATCH, attach, plain, static
 
-from melinoe.engine.device import captured, graphs, waits
+from melinoe.engine.device import capture, graphs
 from melinoe.engine.device.support import grouped_mm_waits
 
 
@@ -89,10 +89,10 @@ def test_after_a_failed_capture_the_next_one_succeeds(monkeypatch, version, rais
             raise ValueError("operation not permitted when stream is capturing")
 
     with pytest.raises(ValueError if raises else RuntimeError, match=r"not permitted|previous"):
-        captured.CudaStep(run, "pool", Stream("side"))
+        capture.CudaStep(run, "pool", Stream("side"))
     assert cuda.stream == "default"
     assert (cuda.allocating, cuda.held, cuda.generator_captures) == ([], [], False)
-    step = captured.CudaStep(lambda: "output", "pool", Stream("side"))
+    step = capture.CudaStep(lambda: "output", "pool", Stream("side"))
     assert step.output == "output" and cuda.held == ["pool"]
 
 
@@ -142,7 +142,7 @@ def test_only_calls_that_wait_are_collected():
         ):
             warnings.warn(text, stacklevel=1)
     with pytest.warns(UserWarning, match="something else") as passed_on:
-        found = waits.calls_that_wait(caught)
+        found = capture.calls_that_wait(caught)
     assert len(found) == 1 and found[0].startswith("test_failed_capture.py:")
     assert len(passed_on) == 1
 

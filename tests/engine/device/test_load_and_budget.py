@@ -13,17 +13,19 @@ import melinoe.engine.choose as engine_module
 import melinoe.engine.device.attach as attach_module
 from melinoe import attach
 from melinoe.engine.device import support
-from melinoe.engine.device.allocator import Cap, pieces
 from melinoe.engine.device.budget import (
+    Cap,
     backbone_bytes,
+    cache_bytes,
+    pieces,
     plan_budget,
+    watched,
+    workspace_bytes,
 )
-from melinoe.engine.device.cache_bytes import cache_bytes
-from melinoe.engine.device.cache_state import tensors
 from melinoe.engine.device.handle import FastHandle
 from melinoe.engine.device.staging import Staging, staging_bytes
+from melinoe.engine.device.static_cache import tensors
 from melinoe.engine.device.support import why_not
-from melinoe.engine.device.workspace import watched, workspace_bytes
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, BudgetError, CheckpointError
 from melinoe.moe.experts import find_experts

@@ -12,7 +12,7 @@ from small_olmoe import tiny_model
 from transformers.cache_utils import StaticCache
 
 import melinoe.engine.device.graphs as graphs_module
-from melinoe.engine.device.fingerprint import fingerprint
+from melinoe.engine.device.graphs import fingerprint
 
 
 def test_another_prompt_or_batch_size_is_another_kind(model):
@@ -48,7 +48,7 @@ def test_a_window_that_fills_up_is_another_kind(monkeypatch):
         assert (handle.graphs.captured, handle.graphs.replayed) == (2, 9 + 11)
         assert handle.counters.tokens.tolist() == [2 * 16, 2 * 44]
     # Were the count left to Python, the window would never seem full to a replayed step.
-    monkeypatch.setattr(graphs_module.cache_state, "set_counts", lambda *_: None)
+    monkeypatch.setattr(graphs_module.static_cache, "set_counts", lambda *_: None)
     with attach(model, slots=8, graphs=True), pytest.raises(IndexError):
         static(model, BATCH, 12)
 
@@ -73,7 +73,10 @@ def test_at_most_so_many_kinds_are_kept(model, monkeypatch):
                 model(BATCH[1:2], past_key_values=cache)
                 for _ in range(3):
                     step.step(input_ids=BATCH[:1, -1:], past_key_values=cache, return_dict=True)
-        assert (step.captured, len(step._steps)) == (3, 2)
+        assert (step.captured, sum(one.captured is not None for one in step._kinds.values())) == (
+            3,
+            2,
+        )
 
 
 def test_steps_of_a_model_that_has_changed_are_captured_anew(original):

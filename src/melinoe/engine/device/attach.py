@@ -18,15 +18,19 @@ from melinoe.cache.prefill import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.engine.attach import checked_settings
-from melinoe.engine.device.allocator import Cap
-from melinoe.engine.device.budget import GpuBudget, backbone_bytes, plan_budget
-from melinoe.engine.device.cache_bytes import cache_bytes
+from melinoe.engine.device.budget import (
+    Cap,
+    GpuBudget,
+    backbone_bytes,
+    cache_bytes,
+    plan_budget,
+    workspace_bytes,
+)
 from melinoe.engine.device.carrier import FastStore
-from melinoe.engine.device.compiled import cache_length
 from melinoe.engine.device.compressed import CompressedStore
 from melinoe.engine.device.handle import FastHandle
+from melinoe.engine.device.static_cache import cache_length
 from melinoe.engine.device.support import why_not
-from melinoe.engine.device.workspace import workspace_bytes
 from melinoe.engine.load import fill_all
 from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.engine.weights import give_weights_back

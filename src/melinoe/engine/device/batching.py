@@ -1,4 +1,4 @@
-"""Settings under which transformers' continuous batching runs on the fast engine without a host."""
+"""Choose settings for transformers' continuous batching whose decode steps never ask the host."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from melinoe.engine.device.decide import MOST_PAIRS
 from melinoe.engine.device.handle import FastHandle
 from melinoe.errors import BudgetError
 
-# Tokens of a batch that transformers allows where nobody says otherwise.
+# transformers' default for the tokens of a batch.
 _USUAL = 8192
 
 
 def batching_config(handle: FastHandle, top_k: int, **options: Any) -> ContinuousBatchingConfig:
     """
-    A `ContinuousBatchingConfig` whose decode batches always fit the slots.
+    Make a `ContinuousBatchingConfig` whose decode batches always fit the slots.
 
-    With fewer slots than experts, a batch of *n* sequences may need *n* x *top_k* experts of a
-    layer, so it is limited to what fits. Then no decode step asks the host, and steps may be
-    captured in CUDA graphs. Batches that also hold parts of prompts are streamed with the host;
-    with fewer slots than experts these are not captured. They evict nobody: others are decoding.
-    Where decode batches are padded to be captured, padding is counted like tokens.
+    A batch of *n* sequences may need *n* x *top_k* experts of a layer, so with fewer slots than
+    experts its size is limited. Then no decode step asks the host, and steps may be captured in
+    CUDA graphs. Batches that also hold parts of prompts are streamed by the host, evict no expert
+    (others are decoding), and are captured only if every expert has a slot. Where decode batches
+    are padded to be captured, padding is counted like tokens.
 
     Args:
         handle: of the model that will generate.
@@ -45,7 +45,7 @@ def batching_config(handle: FastHandle, top_k: int, **options: Any) -> Continuou
             f"a token uses {top_k} experts of a layer that has {slots} slots; give {top_k} or more"
         )
     on_gpu = handle.device.type == "cuda"
-    # What the device can count in one pass; what is captured must not be more.
+    # The device counts no more in one pass, so no more may be captured.
     most = MOST_PAIRS // top_k
     tokens = options.get("max_batch_tokens") or min(_USUAL, most // 64 * 64)
     chosen: dict[str, Any] = {
@@ -53,6 +53,6 @@ def batching_config(handle: FastHandle, top_k: int, **options: Any) -> Continuou
         "max_batch_tokens": tokens,
     }
     if not resident:
-        # Padded to more than fits, decode batches would be planned by the host.
+        # Decode batches padded to more than fits would be planned by the host.
         chosen |= {"max_requests_per_batch": slots // top_k, "q_padding_interval_size": 1}
     return ContinuousBatchingConfig(**(chosen | options))

@@ -2,39 +2,89 @@
 A decode step of fewer kernels: the model's forward pass compiled by ``torch.compile``, on request.
 
 transformers' code launches a kernel for each norm, rotation, cast and addition; a compiler makes a
-few of them. What plans and copies experts is one operation to it, which it neither looks into nor
-moves: a layer's arithmetic needs the slots that this operation returns. The pass is one graph, so
-compiling fails, if it does, before anything is computed.
+few of them. What decides and copies experts is one operation to it (``melinoe::plan``), which it
+neither looks into nor moves: a layer's arithmetic needs the slots that this operation returns. The
+pass is one graph, so compiling fails, if it does, before anything is computed.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from melinoe.engine.device.experts import FastExperts
+from melinoe.engine.device.capture import first_line
 from melinoe.engine.device.passes import FastPasses
 
 _log = logging.getLogger("melinoe")
 
 # Compiled passes of one model class that torch keeps: kinds of step, and models in this process.
 _MOST_COMPILED = 256
-# Static caches are as long as a multiple of it, so that not every prompt is another kind of step.
-CACHE_STEP = 256
 # Round between fused operations where the model's own would: fewer last bits change.
 _OPTIONS = {"emulate_precision_casts": True}
 
+# --- a layer as operations ----------------------------------------------------------------------
+#
+# The compiler sees tensors and a number; behind the number is the layer. An operation changes the
+# slots' memory, which the compiler is not told: it would make copies of it to be safe. It need not
+# know, because whatever reads the slots needs what the operation returns.
+
+_layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(layer: Any) -> int:
+    """Number *layer*, a `FastExperts`, for `plan` and `experts`; forgotten with the layer."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+@torch.library.custom_op(
+    "melinoe::plan",
+    mutates_args=(),
+    schema="(Tensor index, Tensor weights, int layer) -> (Tensor, Tensor)",
+)
+def plan(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Bring the chosen experts into slots, as `FastExperts.plan`: slots (int64) and weights."""
+    return _layers[layer].plan(index, weights)
+
+
+@plan.register_fake
+def _plan(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    slots = torch.empty(index.shape, dtype=torch.int64, device=index.device)
+    return slots, torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+
+
+@torch.library.custom_op(
+    "melinoe::experts",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor index, Tensor weights, int layer) -> Tensor",
+)
+def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
+    """Compute all of a layer's experts, as calling a `FastExperts`."""
+    return _layers[layer](hidden, index, weights)
+
+
+@experts.register_fake
+def _experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
+    return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+
+
+# --- the forward pass ---------------------------------------------------------------------------
+
 
 def inductor(graph: Any, example_inputs: Any) -> Callable[..., Any]:
-    """What compiles: PyTorch's own, without CUDA graphs of its own."""
+    """Compile with PyTorch's own backend, without CUDA graphs of its own."""
     compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     return compile_graph(graph, example_inputs, config_patches=_OPTIONS)
 
@@ -44,7 +94,7 @@ backend = inductor
 
 
 class CompileError(RuntimeError):
-    """Nothing was computed, because compiling failed; the message says why."""
+    """Compiling failed and nothing was computed; the message says why."""
 
 
 class CompiledForward:
@@ -53,7 +103,7 @@ class CompiledForward:
 
     Args:
         model: a transformers model.
-        experts: of all its layers.
+        experts: the `FastExperts` of all its layers.
         passes: of its runtime.
 
     Attributes:
@@ -61,12 +111,7 @@ class CompiledForward:
         compile_s: seconds that compiling has taken, the first pass included.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        experts: Sequence[FastExperts],
-        passes: FastPasses,
-    ) -> None:
+    def __init__(self, model: nn.Module, experts: Sequence[Any], passes: FastPasses) -> None:
         self._model: Any = model
         self._experts, self._passes = experts, passes
         self._ran = ran = [False]  # the graph outlives us, and must not keep the model alive
@@ -87,7 +132,7 @@ class CompiledForward:
 
     def first(self, inputs: Mapping[str, Any]) -> Any:
         """
-        A pass of a kind that is not compiled yet: compile it, then compute it.
+        Compile a pass of a new kind, then compute it.
 
         Raises:
             CompileError: it cannot be compiled, and will not be tried again; nothing was computed.
@@ -114,12 +159,13 @@ class CompiledForward:
         gc.collect()  # tracing leaves cycles behind that hold the cache, which is to be used again
         took = time.perf_counter() - begin
         self.compile_s += took
-        _log.info("compiled a decode step of shape %s in %.1f s", _shape(inputs), took)
+        shape = tuple(inputs["input_ids"].shape)
+        _log.info("compiled a decode step of shape %s in %.1f s", shape, took)
         return output
 
     def again(self, inputs: Mapping[str, Any]) -> Any:
         """
-        A pass of a kind that is compiled: nothing is compiled now.
+        Compute a pass of a kind that is compiled.
 
         Raises:
             RuntimeError: torch would compile it again.
@@ -144,7 +190,7 @@ class CompiledForward:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """In the body passes are followed as ever, and the compiled forward computes them."""
+        """Let the compiled forward compute the passes in the body, which are followed as ever."""
         before, self._passes.forward = self._passes.forward, self._forward  # type: ignore[assignment]
         for one in self._experts:
             one.traced = True
@@ -154,25 +200,3 @@ class CompiledForward:
             for one in self._experts:
                 one.traced = False
             self._passes.forward = before
-
-
-def cache_length(positions: int, compiled: bool) -> int:
-    """How long a static cache for so many *positions* is made."""
-    return -(-positions // CACHE_STEP) * CACHE_STEP if compiled else positions
-
-
-def cause(error: BaseException) -> BaseException:
-    """What went wrong in a capture: ending it raises an error of its own on top."""
-    while error.__context__ is not None and "captur" in str(error):
-        error = error.__context__
-    return error
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, without the trace that some libraries put into a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _shape(inputs: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = inputs.get("input_ids")
-    return tuple(ids.shape) if isinstance(ids, torch.Tensor) else ()

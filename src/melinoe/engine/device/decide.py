@@ -1,9 +1,9 @@
 """
-Decide on the device: who is hit, who is loaded into which slot, who leaves for it.
+Decide on the device which chosen experts are resident, which are loaded, and which leave for them.
 
-One Triton program plans one layer's request and gives exactly the plan of
-`melinoe.cache.residency.Residency.request`. It reads what the router chose, so no host needs to;
-it is launched once per layer and step and can be captured in a CUDA graph.
+One Triton program plans one layer's request, exactly as `cache.residency.Residency.request`. It
+reads what the router chose, so that the host need not; it is launched once per layer and step and
+can be captured in a CUDA graph.
 
 The state of one layer is one row of int64, laid out as
 
@@ -36,7 +36,7 @@ _FIELDS = tl.constexpr(NUM_COUNTERS)
 
 # (token, choice) pairs of one request: 16 bits count them.
 MOST_PAIRS = 65535
-# From so many on, more warps take more pairs at a time: a prompt's batch, not a decode step.
+# From so many on (a prompt's batch, not a decode step), more warps take more pairs at a time.
 _MANY_PAIRS = 256
 
 
@@ -75,7 +75,7 @@ def _decide(
     unused_at = expert_of_at[:, None] + capacity + experts
     pairs = lane[:, None] * num_pairs + tl.arange(0, BLOCK_P)[None, :]
 
-    # Who is needed, and by how many (token, choice) pairs.
+    # Which experts are needed, and by how many (token, choice) pairs.
     uses = tl.zeros((LANES, BLOCK_E), dtype=tl.int32)
     for start in range(0, num_pairs, BLOCK_P):
         inside = (start + tl.arange(0, BLOCK_P))[None, :] < num_pairs
@@ -96,7 +96,7 @@ def _decide(
     filled = (sums >> 20 & 1023).to(tl.int32)
     hit_uses, num_uses = sums >> 30 & 65535, sums >> 46
 
-    # Whom a prefetch brought, and this request is the first to ask for.
+    # Experts that a prefetch brought and that this request is the first to ask for.
     unused = tl.load(unused_at, mask=exists, other=0)
     first_uses = tl.sum(tl.where(needed, unused, 0), axis=1)
 
@@ -195,9 +195,9 @@ def decide(
     lanes: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """
-    Decide one request, on the device, without the host learning of it.
+    Decide one request on the device; the host neither waits nor learns of it.
 
-    The caller guarantees that no more than *capacity* distinct experts are chosen.
+    No more than *capacity* distinct experts may be chosen, which the caller guarantees.
 
     Args:
         state: int64 ``(layers, 1 + 3 * num_experts + capacity)`` or wider; changed in place.
@@ -224,34 +224,19 @@ def decide(
     slots = torch.empty_like(index, dtype=torch.int64)
     kept = torch.empty_like(weights)
     pairs = index.numel() // lanes
-    assert pairs <= MOST_PAIRS, "the caller sends these elsewhere"
+    assert pairs <= MOST_PAIRS, "the host plans such a pass"
     block = triton.next_power_of_2(num_experts)
     warps, most = (1 if block <= 128 else block // 128), 2048
     if pairs > _MANY_PAIRS:
         warps, most = max(4, warps), 8192
     _decide[(1,)](
-        index,
-        weights,
-        slots,
-        kept,
-        state,
-        state if gamma is None else gamma,
-        load_expert,
-        load_slot,
-        num_loads,
-        counters,
-        layer,
-        pairs,
-        num_experts,
-        capacity,
-        state.stride(0),
-        load_expert.stride(0),
+        index, weights, slots, kept, state, state if gamma is None else gamma,
+        load_expert, load_slot, num_loads, counters, layer, pairs, num_experts, capacity,
+        state.stride(0), load_expert.stride(0),
         BLOCK_E=block,
         BLOCK_P=max(2, min(most // 128, triton.next_power_of_2(pairs), most // block)),
-        LFU=gamma is not None,
-        LANES=lanes,
-        num_warps=warps,
-    )
+        LFU=gamma is not None, LANES=lanes, num_warps=warps,
+    )  # fmt: skip
     return slots, kept
 
 

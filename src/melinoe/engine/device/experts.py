@@ -1,4 +1,4 @@
-"""One layer's experts function: planned on the device, or with the host where that cannot be."""
+"""One layer's experts function: planned on the device, or by the host where that cannot be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.cache.residency import Residency
-from melinoe.engine.device import operations
+from melinoe.engine.device import compiled
 from melinoe.engine.device.carrier import Carrier, FastStore, addresses_of
 from melinoe.engine.device.passes import DEVICE, STREAM, FastPasses
 from melinoe.engine.device.residency import DeviceResidency, to_device
@@ -26,8 +26,8 @@ from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 
 _KEEP = StreamedPrefill(admit=0)
-# (token, choice) pairs that are few: where the grouped product waits for the host, theirs are
-# multiplied by `batched_mm`, which can be captured but copies two thirds of an expert for each.
+# Up to so many (token, choice) pairs are multiplied by `batched_mm` where the grouped product waits
+# for the host: it can be captured, but copies two thirds of an expert for each pair.
 FEW_PAIRS = 32
 
 
@@ -37,21 +37,22 @@ class FastExperts:
 
     Args:
         layer: the layer; its module's weights are taken out after this is made.
-        who: of all layers.
+        residencies: of all layers.
         store: holds the experts; readable by the device.
         staging: shared by all layers.
         passes: shared by all layers.
-        prefill: gives the rule by which prompts are streamed.
+        prefill: returns the rule by which prompts are streamed.
         device: where the slots are.
 
     Attributes:
+        slots: by name, the parameters of the experts in slots, ``(num_slots, ...)``.
         traced: whether ``torch.compile`` is to see the arithmetic; see `device.compiled`.
     """
 
     def __init__(
         self,
         layer: ExpertsLayer,
-        who: DeviceResidency,
+        residencies: DeviceResidency,
         store: FastStore,
         staging: Staging,
         passes: FastPasses,
@@ -59,22 +60,21 @@ class FastExperts:
         device: torch.device,
     ) -> None:
         self.layer = layer
-        self._who, self._staging, self._passes, self._prefill = who, staging, passes, prefill
         self._index, self._num_experts = layer.index, layer.num_experts
-        self._num_slots = who.capacity[layer.index]
-        self._is_last = layer.index == len(who.capacity) - 1
-        self._device = device
+        self._residencies, self._store, self._staging = residencies, store, staging
+        self._passes, self._prefill, self._device = passes, prefill, device
+        self._num_slots = residencies.capacity[layer.index]
+        self._is_last = layer.index == len(residencies.capacity) - 1
         with torch.inference_mode(False):
-            # Numbers, because a choice of no expert computes some slot, with weight zero.
+            # Zeros, because a choice of no expert computes some slot, with weight zero.
             self.slots = {
                 t.name: torch.zeros((self._num_slots, *t.shape), dtype=t.dtype, device=device)
                 for t in layer.tensors
             }
         staging.adopt(*self.slots.values())
-        self._store = store
         where = addresses_of(store, layer.index, device)
-        self._carrier = Carrier(store, layer.index, where, self.slots)
         blocks = staging.blocks(layer)
+        self._carrier = Carrier(store, layer.index, where, self.slots)
         self._through = [Carrier(store, layer.index, where, block) for block in blocks]
         self._forward = self._of_few = transformers_function(layer.module)
         if device.type == "cuda" and grouped_mm_waits(
@@ -84,21 +84,19 @@ class FastExperts:
         self._stand_in = StandIn(layer.module, self.slots, self._num_slots)
         self._staged = [StandIn(layer.module, block, staging.experts) for block in blocks]
         self._dtype = self.slots["down_proj"].dtype
-        self._list = (who.load_expert[layer.index], who.load_slot[layer.index])
-        self._count = who.num_loads[layer.index : layer.index + 1]
         self._guard = Guard(device, layer.module, list(self.slots))
         self.watch = self._guard.watch
-        self._number = operations.register(self)
+        self._number = compiled.register(self)
         self.traced = False
 
     @property
     def residency(self) -> Residency:
-        """Who is resident now, on the host; waits for the device."""
-        return self._who.pull(self._index)
+        """Which experts are resident now, on the host; waits for the device."""
+        return self._residencies.pull(self._index)
 
     @property
     def carriers(self) -> list[Carrier]:
-        """What copies to the slots, and to the two staging blocks."""
+        """Copy to the slots, and to the two staging blocks."""
         return [self._carrier, *self._through]
 
     @property
@@ -122,13 +120,14 @@ class FastExperts:
         with self._passes.lock:
             self._passes.enter(self._index, top_k_index)
             with self._at_work():
-                if self._passes.mode == DEVICE:
-                    return self._on_device(hidden_states, top_k_index, top_k_weights)
-                return self._with_host(hidden_states, top_k_index, top_k_weights)
+                if self._passes.mode != DEVICE:
+                    return self._with_host(hidden_states, top_k_index, top_k_weights)
+                slots, weights = self._plan(top_k_index, top_k_weights)
+                return self._product(slots)(self._stand_in, hidden_states, slots, weights)
 
     def plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Bring the chosen experts into their slots, for whoever computes them there.
+        Bring the chosen experts into slots; a compiled step computes them there.
 
         Returns:
             Slots, int64, and weights, both shaped as *top_k_index*.
@@ -147,32 +146,29 @@ class FastExperts:
             return self._plan(top_k_index, top_k_weights)
 
     def read(self, expert: int) -> dict[str, Tensor]:
-        """One expert as the store holds it, on the host."""
+        """Read one expert from the store, to the host."""
         return read_expert(self.layer, self._store, expert)
 
     def prefetch(self, experts: Sequence[int]) -> int:
-        """Load *experts*, the most wanted first; returns how many loads that takes."""
+        """Load *experts*, the most wanted first; returns the number of loads."""
         try:
-            plan = self._who.pull(self._index).prefetch(experts)
+            plan = self._residencies.pull(self._index).prefetch(experts)
             self._carrier.bring([(load.expert, load.slot) for load in plan.loads])
-            self._who.push(self._index)
+            self._residencies.push(self._index)
         except BaseException:
-            self._who.reset()
+            self._residencies.reset()
             raise
         self._passes.prefetched(self._index, [load.expert for load in plan.loads])
         return len(plan.loads)
 
     def reset(self) -> None:
-        """Forget who is resident; the counters stay."""
-        self._who.pull(self._index).reset()
-        self._who.push(self._index)
-
-    # --- inner ----------------------------------------------------------------------------------
+        """Empty all slots of the layer; the counters stay."""
+        self._residencies.pull(self._index).reset()
+        self._residencies.push(self._index)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Triton launches on the current device; what fails half-way leaves nothing to trust."""
-        # With several GPUs the current one may be another.
+        """Make the device current, as Triton needs; trust no slot after an exception."""
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else None
         try:
             with on_device or nullcontext():
@@ -180,36 +176,40 @@ class FastExperts:
         except BaseException:
             if not _capturing(self._device):  # capturing runs nothing, so nothing is half done
                 self._staging.arrive()  # a copy under way must not land on a later one
-                self._who.reset()  # what was planned may not have been copied: trust no slot
+                self._residencies.reset()  # what was planned may not have been copied
             raise
 
-    def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        slots, weights = self._plan(top_k_index, top_k_weights)
-        return self._product(slots)(self._stand_in, hidden, slots, weights)
-
-    def _product(self, slots: Tensor) -> Callable[..., Tensor]:
-        """The experts function for a step with these (token, choice) pairs."""
-        return self._of_few if slots.numel() <= FEW_PAIRS else self._forward
+    # --- planned on the device ------------------------------------------------------------------
 
     def _plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing here depends on what a tensor holds, so all of it can be captured."""
+        """Decide and copy. Nothing here depends on what a tensor holds, so it can be captured."""
         # The kernel could not refuse: it would write beyond its lists.
         assert min(top_k_index.numel(), self._num_experts) <= self._num_slots
-        planned = self._who.decide(self._index, top_k_index, top_k_weights)
-        self._carrier.bring_listed(*self._list, self._count)
+        at, all_layers = self._index, self._residencies
+        planned = all_layers.decide(at, top_k_index, top_k_weights)
+        self._carrier.bring_listed(
+            all_layers.load_expert[at], all_layers.load_slot[at], all_layers.num_loads[at : at + 1]
+        )
         if self._is_last:
-            self._who.close_step(top_k_index.shape[0])
+            all_layers.close_step(top_k_index.shape[0])
         return planned
 
+    def _product(self, slots: Tensor) -> Callable[..., Tensor]:
+        """Choose transformers' experts function for a step with these (token, choice) pairs."""
+        return self._of_few if slots.numel() <= FEW_PAIRS else self._forward
+
     def _traced(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the compiler sees of a layer."""
+        """Show the compiler a layer: one operation, or in bfloat16 one and the arithmetic."""
         if self._dtype != torch.bfloat16:
             # Compiled, transformers' grouped_mm asks the host for all other types.
-            return operations.experts(hidden, top_k_index, top_k_weights, self._number)
-        slots, weights = operations.plan(top_k_index, top_k_weights, self._number)
+            return compiled.experts(hidden, top_k_index, top_k_weights, self._number)
+        slots, weights = compiled.plan(top_k_index, top_k_weights, self._number)
         return self._product(slots)(self._stand_in, hidden, slots, weights)
 
+    # --- planned by the host --------------------------------------------------------------------
+
     def _with_host(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute a prompt, or a step whose experts may not fit the slots."""
         if _capturing(self._device):
             raise AttachError(
                 f"a CUDA graph is to hold a pass of {hidden.shape[0]} tokens, which may need more "
@@ -218,29 +218,23 @@ class FastExperts:
         ids = top_k_index.reshape(-1).cpu().numpy()
         known = ids[(ids >= 0) & (ids < self._num_experts)]
         uses = np.bincount(known, minlength=self._num_experts)
-        experts = uses.nonzero()[0]
-        request = experts.tolist(), uses[experts].tolist()
+        experts = uses.nonzero()[0].tolist()
         flat = top_k_index.reshape(-1).long()
-        if known.size != ids.size:
+        if known.size != ids.size:  # no expert is one more
             flat = torch.where((flat >= 0) & (flat < self._num_experts), flat, self._num_experts)
         pairs = Pairs(hidden, top_k_index.shape[1], self._dtype)
-        residency = self._who.pull(self._index)
+        residency = self._residencies.pull(self._index)
         if self._passes.mode == STREAM:
-            self._stream(residency, *request, pairs, flat, uses)
+            self._stream(residency, experts, uses, pairs, flat)
         else:
-            self._in_plans(residency, *request, pairs, flat)
-        self._who.push(self._index)
+            self._in_plans(residency, experts, uses[experts].tolist(), pairs, flat)
+        self._residencies.push(self._index)
         return pairs.total(top_k_weights)
 
     def _in_plans(
-        self,
-        residency: Residency,
-        experts: list[int],
-        uses: list[int],
-        pairs: Pairs,
-        flat: Tensor,
+        self, residency: Residency, experts: list[int], uses: list[int], pairs: Pairs, flat: Tensor
     ) -> None:
-        """As the reference engine."""
+        """Compute plan by plan, as the reference engine."""
         plans = []
         for plan in residency.request_in_parts(experts, uses):
             plans.append(plan)
@@ -252,18 +246,15 @@ class FastExperts:
         self._passes.counters.add_decisions(self._index, experts, uses, plans)
 
     def _stream(
-        self,
-        residency: Residency,
-        experts: list[int],
-        uses: list[int],
-        pairs: Pairs,
-        flat: Tensor,
-        uses_of: np.ndarray,
+        self, residency: Residency, experts: list[int], uses: np.ndarray, pairs: Pairs, flat: Tensor
     ) -> None:
-        """Residents first; meanwhile the others are copied, computed as they arrive."""
+        """
+        Compute a prompt in rounds: the residents first; while one round is computed, the next is
+        copied, into the slots of admitted experts or into a staging block.
+        """
         rule = _KEEP if self._passes.paged else self._prefill()
-        stream = rule.serve(residency, experts, uses)
-        self._passes.counters.add_stream(self._index, experts, uses, stream)
+        stream = rule.serve(residency, experts, uses[experts].tolist())
+        self._passes.counters.add_stream(self._index, experts, uses[experts].tolist(), stream)
         step = self._staging.experts
         placed = [(load.expert, load.slot) for load in stream.admitted]
         rounds = [[(expert, int(residency.slot_of[expert])) for expert in stream.hits]]
@@ -292,7 +283,7 @@ class FastExperts:
                 with self._staging.copying(done[block] if staged else None):
                     (self._through[block] if staged else self._carrier).bring(members)
                 self._staging.arrive()
-            end = begin + int(sum(uses_of[expert] for expert, _ in members))
+            end = begin + int(sum(uses[expert] for expert, _ in members))
             stand_in = self._staged[block] if staged else self._stand_in
             pairs.add(self._forward, stand_in, slot_of_pair, order[begin:end])
             if staged:

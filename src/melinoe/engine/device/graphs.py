@@ -2,11 +2,11 @@
 Decode steps as CUDA graphs, inside transformers' own `generate`.
 
 `generate` asks the model for a compiled forward where its cache is static, on a GPU. We answer with
-one that captures the forward pass in a CUDA graph and replays it: the first step of a kind runs as
-it is, the second is captured, and from then on a step is one launch. A kind whose steps wait for
-the device is never captured. What cannot be captured runs step by step, after one loud warning that
-says why. Where compiling was asked for, the second step
-of a kind is compiled and the third is captured.
+`DecodeGraphs.step`: the first step of a kind runs as it is, the second is captured in a CUDA graph,
+and from then on a step is one launch. Where compiling was asked for, the second is compiled and the
+third is captured. Steps of a kind agree in the shapes of their inputs, in the cache and in
+PyTorch's modes. A kind whose steps wait for the device is never captured; what cannot be captured
+runs step by step, after one warning that says why.
 """
 
 from __future__ import annotations
@@ -14,38 +14,68 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
-from melinoe.engine.device import cache_state, plug
-from melinoe.engine.device.captured import CudaStep, PlainStep, Step
-from melinoe.engine.device.compiled import CompiledForward, CompileError, cause, first_line
-from melinoe.engine.device.constants import Constants
-from melinoe.engine.device.fingerprint import fingerprint
-from melinoe.engine.device.graph_inputs import buffer, fill
-from melinoe.engine.device.kept_cache import KeptCache
+from melinoe.engine.device import static_cache
+from melinoe.engine.device.capture import (
+    Constants,
+    CudaStep,
+    buffer,
+    cause,
+    fill,
+    first_line,
+    signature,
+    waits,
+)
+from melinoe.engine.device.compiled import CompiledForward, CompileError
 from melinoe.engine.device.passes import DEVICE, PLANS, FastPasses
-from melinoe.engine.device.step_kind import StepKinds
-from melinoe.engine.device.waits import waits
 from melinoe.engine.passes import Batch
 
 _log = logging.getLogger("melinoe")
 
-Forward = Callable[[Mapping[str, Any]], Any]
 Counts = list[list[int | None]]
 
-# Kinds of step (batch size, cache length) that are kept; each holds its own buffers.
+# Kinds of step (batch size, cache length) that are captured at once; each holds its own buffers.
 _MOST_KINDS = 16
-# Kinds that are remembered to have run once, or to need the host.
+# Other kinds that are remembered.
 _MOST_KNOWN = 64
 # Captures that may run out of memory before none is tried any more.
 _TRIES = 3
 # Steps of a kind that may wait for the device, as a first one does, before it is never captured.
 _WAITS = 3
+# Outputs that the next replay would overwrite while the caller keeps them.
+_KEPT = ("output_attentions", "output_hidden_states")
+# What `plug_in` changes: of the model's generation config, and of the model.
+_SETTINGS = ("disable_compile", "cache_implementation")
+_METHODS = ("get_compiled_call", "_prepare_static_cache")
+
+
+@dataclass
+class Kind:
+    """
+    How far one kind of step is on its way to a CUDA graph.
+
+    Attributes:
+        ran: whether one has run as it is and can be captured.
+        never: whether it is never captured: the host plans such steps, or they wait for the device.
+        waited: how many steps have waited for the device.
+        buffers: inputs that the compiled step, or the captured one, reads.
+        counts: tokens in the cache when it was compiled.
+        captured: the graph.
+    """
+
+    ran: bool = False
+    never: bool = False
+    waited: int = 0
+    buffers: dict[str, Any] | None = None
+    counts: Counts | None = None
+    captured: CudaStep | None = None
 
 
 class DecodeGraphs:
@@ -74,52 +104,64 @@ class DecodeGraphs:
         compiled: CompiledForward | None = None,
     ) -> None:
         self._model: Any = model
-        self._passes, self._device = passes, device
-        self._enabled = enabled
+        self._passes, self._device, self._enabled = passes, device, enabled
         self.compiled = compiled
-        self._make: Callable[[Callable[[], Any], Any, Any], Step]
-        self._make = CudaStep if device.type == "cuda" else PlainStep
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._steps: dict[tuple, tuple[dict[str, Any], Step]] = {}
-        # Kinds of which one step has run as it is, and kinds that only the host can plan.
-        self._warm: dict[tuple, None] = {}
-        self._hosted: dict[tuple, None] = {}
-        self._waited: dict[tuple, int] = {}
-        self._stepping = False
-        self._not_static: str | None = None
-        self._warned: set[str] = set()
-        self._fingerprint: int | None = None
-        self._no_room = 0
-        self._pool: Any = None
-        # Buffers on which steps of a kind have been compiled, and which the captured step reads;
-        # and what the cache counted then.
-        self._compiled: dict[tuple, tuple[dict[str, Any], Counts]] = {}
-        self._caches: dict[str, StaticCache] = {}
-        self._kinds = StepKinds(device, self._warn)
-        self._constants = Constants()
-        self._kept = KeptCache(renewed=self._drop)
-        self._paused = 0
         self.captured = self.replayed = 0
         self.reason: str | None = None
+        self._make: Callable[[Callable[[], Any], Any, Any], CudaStep] = CudaStep
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool: Any = None
+        self._kinds: dict[tuple, Kind] = {}
+        self._cache_kinds = static_cache.CacheKinds()
+        self._moving: set[str] = set()  # classes of cache layers that steps leave in other memory
+        self._constants = Constants()
+        self._kept = static_cache.KeptCache(self._drop, lambda: self._compiles)
+        self._caches: dict[str, StaticCache] = {}  # of the step that runs, by input
+        self._fingerprint: int | None = None
+        self._out_of_memory = 0
+        self._stepping = False
+        self._paused = 0
+        self._not_static: str | None = None
+        self._warned: set[str] = set()
+
+    # --- in transformers' generate --------------------------------------------------------------
 
     def plug_in(self) -> Callable[[], None]:
         """Answer `generate` when it asks for a compiled forward; returns what undoes it."""
-        if not self._enabled:
-            return plug.forbid_compiling(self._model)
-        self._passes.unasked = self._unasked
-        self._passes.generation_begins = self.look_at_model
-        generates = getattr(self._model, "generation_config", None) is not None
-        on_gpu = self._device.type == "cuda" and generates
-        if on_gpu:
-            self._not_static = plug.why_not_static(type(self._model), self._model.config)
-            if self._not_static is not None:
-                self._warn(self._not_static)
-        return plug.answer(
-            self._model, self.step, lambda given: self._kept.reusing(given, lambda: self._compiles),
-            static=on_gpu and self._not_static is None,
-        )  # fmt: skip
+        model = self._model
+        config = getattr(model, "generation_config", None)
+        if self._enabled:
+            self._passes.unasked = self._unasked
+            self._passes.generation_begins = self.look_at_model
+        if config is None:
+            return lambda: None
+        settings = {name: getattr(config, name, None) for name in _SETTINGS}
+        methods = {name: vars(model).get(name) for name in _METHODS}
+        config.disable_compile = not self._enabled
+        if self._enabled:
+            if self._device.type == "cuda":
+                self._not_static = static_cache.why_not_static(type(model), model.config)
+                if self._not_static is not None:
+                    self._warn(self._not_static)
+                elif config.cache_implementation is None:
+                    config.cache_implementation = "static"
+            vars(model)["get_compiled_call"] = lambda *_: self.step
+            prepare = getattr(model, "_prepare_static_cache", None)
+            if prepare is not None:
+                vars(model)["_prepare_static_cache"] = self._kept.reusing(prepare)
+
+        def undo() -> None:
+            for name, value in settings.items():
+                setattr(config, name, value)
+            for name, method in methods.items():
+                vars(model).pop(name, None)
+                if method is not None:
+                    vars(model)[name] = method
+
+        return undo
 
     def _unasked(self, batched: bool) -> None:
+        """Warn of decode steps that `generate` did not ask of us."""
         if batched:
             self._warn("in continuous batching its attention has no block tables")
         elif not (self._stepping or self._paused or self.reason or self._not_static):
@@ -127,109 +169,158 @@ class DecodeGraphs:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """In the body every step runs as it is, so that hooks and recorders see it."""
+        """Run every step in the body as it is, so that hooks and recorders see it."""
         self._paused += 1
         try:
             yield
         finally:
             self._paused -= 1
 
+    def look_at_model(self) -> None:
+        """Forget captured steps if the model has changed since; called before a generation."""
+        now = self._fingerprint if self._paused else fingerprint(self._model)
+        if now != self._fingerprint:
+            self._fingerprint, self.reason = now, None  # what was in the way may be gone
+            self._drop()
+
     def forget(self) -> None:
         """Free the graphs, their buffers and the kept cache."""
         self._drop()
         self._kept.forget()
 
+    def _drop(self) -> None:
+        self._kinds, self._pool = {}, None
+
+    # --- one step -------------------------------------------------------------------------------
+
     def step(self, **inputs: Any) -> Any:
-        """One forward pass of the model with these arguments, replayed if it can be."""
+        """Compute one forward pass of the model with these arguments, by replay if possible."""
         # Held while a step runs and no longer, so that it is known when nobody else holds them.
         self._caches = {name: one for name, one in inputs.items() if isinstance(one, StaticCache)}
         self._stepping = True
         try:
             as_it_is = self._paused or self.reason or self._passes.in_prompt(inputs)
-            key = None if as_it_is else self._kinds.of(inputs)
-            return self._model(**inputs) if key is None else self._step(key, inputs)
+            key = None if as_it_is else self._key(inputs)
+            return self._model(**inputs) if key is None else self._step(self._kind(key), inputs)
         finally:
             self._stepping, self._caches = False, {}
 
-    def _step(self, key: tuple, inputs: Mapping[str, Any]) -> Any:
-        """A step of a kind that can be captured, or that has not shown yet that it cannot."""
-        if key not in self._steps and key not in self._warm:
-            return self._as_it_is(key, inputs)
-        if key not in self._steps and self._compiles and key not in self._compiled:
-            output = self._first_compiled(key, inputs)
+    def _key(self, inputs: Mapping[str, Any]) -> tuple | None:
+        """What steps of the kind of *inputs* have in common; None if they cannot be captured."""
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
+            return None
+        kept = [name for name in _KEPT if inputs.get(name)]
+        if kept:
+            self._warn(f"{kept[0]} is asked for, and would be overwritten by the next step")
+            return None
+        kind = self._device.type
+        key: list[Any] = [torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
+        key += [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)]
+        for name in sorted(inputs):
+            value = inputs[name]
+            if isinstance(value, StaticCache):
+                if getattr(value, "offloading", False):
+                    self._warn("its cache is offloaded, and moves in every step")
+                    return None
+                if any(type(layer).__name__ in self._moving for layer in value.layers):
+                    return None
+                key.append((name, self._cache_kinds.of(value)))
+                continue
+            part = signature(value)
+            if part is None:
+                self._warn(f"nothing is known of its input {name}, a {type(value).__name__}")
+                return None
+            key.append((name, part))
+        return tuple(key)
+
+    def _kind(self, key: tuple) -> Kind:
+        if key not in self._kinds:
+            idle = [known for known, one in self._kinds.items() if one.captured is None]
+            if len(idle) >= _MOST_KNOWN:
+                self._kinds.pop(idle[0])
+            self._kinds[key] = Kind()
+        return self._kinds[key]
+
+    def _step(self, kind: Kind, inputs: Mapping[str, Any]) -> Any:
+        if kind.never:
+            return self._model(**inputs)
+        if not kind.ran:
+            return self._as_it_is(kind, inputs)
+        if kind.captured is None and self._compiles and kind.buffers is None:
+            output = self._first_compiled(kind, inputs)
             if output is not None:
                 return output
         counts = self._counts()
         self._passes.completion_begins()  # no hook says so, and it may ask the device
-        if key not in self._steps and not self._capture(key, inputs):
+        if kind.captured is None and not self._capture(kind, inputs):
             return self._model(**inputs)
-        buffers, step = self._steps[key]
-        fill(buffers, inputs)
-        step.replay()
+        assert kind.captured is not None
+        fill(kind.buffers, inputs)
+        kind.captured.replay()
         self._set_counts(counts, 1)
         self.replayed += 1
-        return self._joined(step.output)
+        return self._joined(kind.captured.output)
 
-    def _as_it_is(self, key: tuple, inputs: Mapping[str, Any]) -> Any:
-        """The first step of a kind, which also compiles the kernels."""
-        if key in self._hosted:
-            return self._model(**inputs)
-        before = self._kinds.caches(inputs)
+    def _as_it_is(self, kind: Kind, inputs: Mapping[str, Any]) -> Any:
+        """Run a first step, which compiles the kernels too, and learn whether to capture others."""
+        before = list(map(static_cache.describe, self._caches.values()))
         with self._constants.learning(), waits(self._device) as waited:
             output = self._model(**inputs)
         if waited:
-            self._note_wait(key, waited[0])
+            kind.waited += 1
+            if kind.waited == _WAITS:
+                kind.never = True
+                self._warn(f"they wait for the device, at {waited[0]}")
             return output
-        known = {DEVICE: self._warm, PLANS: self._hosted}.get(self._passes.mode)
-        if self._kinds.is_steady(before, self._kinds.caches(inputs)) and known is not None:
-            if len(known) >= _MOST_KNOWN:
-                known.pop(next(iter(known)))
-            known[key] = None
+        after = map(static_cache.describe, self._caches.values())
+        odd: set[str] = set().union(*map(static_cache.moved, before, after))
+        if odd:
+            self._moving |= odd
+            self._warn(f"a step leaves other memory in {', '.join(sorted(odd))} of its cache")
+        else:
+            kind.ran = self._passes.mode == DEVICE
+            kind.never = self._passes.mode == PLANS
         return output
-
-    def _note_wait(self, key: tuple, where: str) -> None:
-        """Count a step of a kind that waited for the device; after some it is never captured."""
-        self._waited[key] = self._waited.get(key, 0) + 1
-        if self._waited[key] == _WAITS:
-            self._hosted[key] = None
-            self._warn(f"they wait for the device, at {where}")
 
     @property
     def _compiles(self) -> bool:
         return self.compiled is not None and self.compiled.reason is None
 
-    def _first_compiled(self, key: tuple, inputs: Mapping[str, Any]) -> Any | None:
-        """The step compiled, on the buffers it will be captured with; None if that fails."""
+    def _first_compiled(self, kind: Kind, inputs: Mapping[str, Any]) -> Any | None:
+        """Compile the step on the buffers it will be captured with; None if that fails."""
         assert self.compiled is not None
-        buffers, counts = self._compiled[key] = self._buffers_for(inputs), self._counts()
+        kind.buffers, kind.counts = self._buffers_for(inputs), self._counts()
         try:
-            return self._joined(self._run(self.compiled.first, buffers))
+            return self._joined(self._run(self.compiled.first, kind.buffers))
         except CompileError:
-            self._set_counts(counts)
+            self._set_counts(kind.counts)
             return None
         finally:
             if not self._compiles:
-                self._compiled = {}
+                for one in self._kinds.values():
+                    if one.captured is None:
+                        one.buffers = one.counts = None
 
-    def _capture(self, key: tuple, inputs: Mapping[str, Any]) -> bool:
-        """Capture one kind of step; False if that does not work, which is said."""
+    def _capture(self, kind: Kind, inputs: Mapping[str, Any]) -> bool:
+        """Capture one kind of step; False, after a warning, if that does not work."""
         counts = self._counts()
-        known = self._compiled.pop(key, None)
-        buffers, compiled_at = known or (self._buffers_for(inputs), counts)
-        # The oldest goes first, and before the new one takes memory.
-        if len(self._steps) >= _MOST_KINDS:
-            self._steps.pop(next(iter(self._steps)))
+        if kind.buffers is None:
+            kind.buffers, kind.counts = self._buffers_for(inputs), counts
+        captured = [key for key, one in self._kinds.items() if one.captured is not None]
+        if len(captured) >= _MOST_KINDS:  # the oldest goes before the new one takes memory
+            self._kinds.pop(captured.pop(0))
         if self._compiles:
-            assert self.compiled is not None
+            assert self.compiled is not None and kind.counts is not None
             try:
-                self._steps[key] = self._made(self.compiled.again, buffers, compiled_at)
+                kind.captured = self._made(self.compiled.again, kind.buffers, kind.counts)
             except Exception as error:  # nothing was computed: the model's own may be captured
                 self.compiled.give_up(cause(error))
                 self._passes.settle()
-                self._pool = self._pool if self._steps else None
-        if key not in self._steps:
+                self._pool = self._pool if captured else None
+        if kind.captured is None:
             try:
-                self._steps[key] = self._made(self._own, buffers, counts)
+                kind.captured = self._made(self._own, kind.buffers, counts)
             except Exception as error:  # whatever a kernel or the driver objects to
                 self._set_counts(counts)
                 self._failed(cause(error))
@@ -237,17 +328,21 @@ class DecodeGraphs:
         self.captured += 1
         return True
 
-    def _counts(self) -> Counts:
-        return list(map(cache_state.counts, self._caches.values()))
-
-    def _set_counts(self, counts: Counts, more: int = 0) -> None:
-        for cache, values in zip(self._caches.values(), counts, strict=True):
-            cache_state.set_counts(cache, values, more)
+    def _failed(self, error: BaseException) -> None:
+        """Try no more captures after one failed; for want of memory, a few times more."""
+        reason = f"capturing a step failed: {first_line(error)}"
+        no_room = isinstance(error, torch.OutOfMemoryError)
+        self._out_of_memory += no_room
+        if not no_room or self._out_of_memory == _TRIES:
+            self.reason = reason
+        self._drop()
+        self._passes.settle()
+        self._warn(reason)
 
     def _made(
-        self, forward: Forward, buffers: dict[str, Any], counts: Counts
-    ) -> tuple[dict[str, Any], Step]:
-        """The captured step; *counts* are those that *forward* was compiled for, or today's."""
+        self, forward: Callable[..., Any], buffers: dict[str, Any], counts: Counts
+    ) -> CudaStep:
+        """Capture *forward* on *buffers*, at the *counts* that it was compiled for, or today's."""
 
         def run() -> Any:
             self._set_counts(counts)
@@ -255,24 +350,21 @@ class DecodeGraphs:
 
         if self._pool is None and self._stream is not None:
             self._pool = torch.cuda.graph_pool_handle()
-        return buffers, self._make(run, self._pool, self._stream)
+        return self._make(run, self._pool, self._stream)
 
     def _own(self, inputs: Mapping[str, Any]) -> Any:
         with self._constants.giving():
             return self._model(**inputs)
 
-    def _buffers_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: buffer(value) for name, value in inputs.items() if name not in self._caches}
-
-    def _run(self, forward: Forward, buffers: dict[str, Any]) -> Any:
-        """The pass on *buffers*; its output without the cache, which a graph must not hold."""
+    def _run(self, forward: Callable[..., Any], buffers: dict[str, Any]) -> Any:
+        """Compute a pass on *buffers*; the output lacks the cache, which a graph must not hold."""
         batch, length = buffers["input_ids"].shape
         # Whether something came before is known here; asking the cache would wait for it.
         self._passes.given = Batch(batch, length, 1, 0, None)
         try:
             with ExitStack() as body:
                 for cache in self._caches.values():
-                    body.enter_context(cache_state.uncounted(cache))
+                    body.enter_context(static_cache.uncounted(cache))
                 output = forward({**buffers, **self._caches})
             return type(output)(
                 **{name: one for name, one in output.items() if not isinstance(one, Cache)}
@@ -281,31 +373,18 @@ class DecodeGraphs:
             self._passes.given = None
 
     def _joined(self, output: Any) -> Any:
-        """What the caller expects: the output with its cache."""
+        """The output with its cache, as the caller expects it."""
         return type(output)(**{**output, **self._caches})
 
-    def _drop(self) -> None:
-        self._steps, self._compiled = {}, {}
-        self._warm, self._hosted, self._waited = {}, {}, {}
-        self._pool = None
+    def _buffers_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: buffer(value) for name, value in inputs.items() if name not in self._caches}
 
-    def look_at_model(self) -> None:
-        """Before a generation: steps captured of a model that has changed since are of no use."""
-        now = self._fingerprint if self._paused else fingerprint(self._model)
-        if now != self._fingerprint:
-            self._fingerprint, self.reason = now, None  # what was in the way may be gone
-            self._drop()
+    def _counts(self) -> Counts:
+        return list(map(static_cache.counts, self._caches.values()))
 
-    def _failed(self, error: BaseException) -> None:
-        """A step cannot be captured: no more are tried, but for want of memory a few times."""
-        reason = f"capturing a step failed: {first_line(error)}"
-        no_room = isinstance(error, torch.OutOfMemoryError)
-        self._no_room += no_room
-        if not no_room or self._no_room == _TRIES:
-            self.reason = reason
-        self._drop()
-        self._passes.settle()
-        self._warn(reason)
+    def _set_counts(self, counts: Counts, more: int = 0) -> None:
+        for cache, values in zip(self._caches.values(), counts, strict=True):
+            static_cache.set_counts(cache, values, more)
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
@@ -313,3 +392,28 @@ class DecodeGraphs:
             _log.warning(
                 "decode steps are launched one kernel at a time, not as CUDA graphs: %s", reason
             )
+
+
+# What decides in Python how a module computes; all but the first are PEFT's.
+_MODES = ("training", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+
+
+def fingerprint(model: nn.Module) -> int:
+    """
+    Hash what a captured step relies on: where weights lie, hooks, adapters and their scale, and the
+    implementation of attention.
+
+    Weights that are changed where they lie do not matter: a captured step reads them anew. Takes
+    about a millisecond for a few hundred modules, so it is asked once a generation.
+    """
+    config: Any = getattr(model, "config", None)
+    texts = [config, config.get_text_config(decoder=True)] if config is not None else []
+    parts: list[Any] = [getattr(one, "_attn_implementation", None) for one in texts]
+    for module in model.modules():
+        own = vars(module)
+        for held in (own["_parameters"], own["_buffers"]):
+            parts += [0 if tensor is None else tensor.data_ptr() for tensor in held.values()]
+        parts += [tuple(own[name]) for name in ("_forward_hooks", "_forward_pre_hooks")]
+        parts += [str(own[name]) for name in _MODES if name in own]
+        parts.append(id(own.get("forward")))
+    return hash(tuple(parts))

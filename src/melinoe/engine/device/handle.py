@@ -15,8 +15,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.prefill import StreamedPrefill
 from melinoe.engine.budget import slots_by_layer
-from melinoe.engine.device.allocator import Cap
-from melinoe.engine.device.budget import GpuBudget
+from melinoe.engine.device.budget import Cap, GpuBudget
 from melinoe.engine.device.carrier import FastStore
 from melinoe.engine.device.compiled import CompiledForward
 from melinoe.engine.device.experts import FastExperts
@@ -76,21 +75,21 @@ class FastHandle(Handle):
         self.budget, self._cap = budget, cap
         self._warned_of_uses = False
         # Before anything is moved: a policy or a model that cannot run here shows now.
-        self._who = DeviceResidency(
+        self._residencies = DeviceResidency(
             [layer.num_experts for layer in layers],
             slots_by_layer(slots, layers),
             [policy] * len(layers) if callable(policy) else policy,
             device,
         )
         self._seen: tuple[torch.Tensor, Any] | None = None
-        self._latest = self._who.counts.cpu().numpy()
+        self._latest = self._residencies.counts.cpu().numpy()
         super().__init__(model, layers, store, slots, policy, None, device)
 
     # --- what another engine does otherwise -----------------------------------------------------
 
     def _follow(self, model: nn.Module) -> ForwardPasses:
-        most = max(self._who.num_experts)
-        return FastPasses(model, self._counters, self._who.fits, most)
+        most = max(self._residencies.num_experts)
+        return FastPasses(model, self._counters, self._residencies.fits, most)
 
     def _make_caches(
         self, policy: Callable[[], Policy] | Sequence[Callable[[], Policy]], device: torch.device
@@ -98,7 +97,8 @@ class FastHandle(Handle):
         assert isinstance(self._passes, FastPasses)
         made = [
             FastExperts(
-                layer, self._who, self._store, self._staging, self._passes, self._rule, device
+                layer, self._residencies, self._store, self._staging, self._passes, self._rule,
+                device,
             )
             for layer in self.layers
         ]  # fmt: skip
@@ -128,7 +128,7 @@ class FastHandle(Handle):
     @property
     def counters(self) -> Counters:
         """What was counted since the start or `reset_counters`; waits for the device."""
-        return self._counters.plus(to_counters(self._who.counts.cpu().numpy()))
+        return self._counters.plus(to_counters(self._residencies.counts.cpu().numpy()))
 
     @property
     def latest_counters(self) -> Counters:
@@ -144,8 +144,8 @@ class FastHandle(Handle):
             self._latest = self._seen[0].numpy().copy()
             self._seen = None
         if self._seen is None:
-            buffer = torch.empty(self._who.counts.shape, dtype=torch.int64, pin_memory=True)
-            buffer.copy_(self._who.counts, non_blocking=True)
+            buffer = torch.empty(self._residencies.counts.shape, dtype=torch.int64, pin_memory=True)
+            buffer.copy_(self._residencies.counts, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
             self._seen = (buffer, event)
@@ -185,7 +185,7 @@ class FastHandle(Handle):
         """As `Handle.reset_counters`."""
         with self.lock:
             super().reset_counters()
-            self._who.counts.zero_()
+            self._residencies.counts.zero_()
             self._seen, self._latest = None, np.zeros_like(self._latest)
 
     def audit(self) -> int:
@@ -195,7 +195,7 @@ class FastHandle(Handle):
             return super().audit()
 
     def _forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        self._who.forget_prefetches(but)
+        self._residencies.forget_prefetches(but)
 
     @contextmanager
     def record(

@@ -1,4 +1,4 @@
-"""Who is resident, kept on the device: the tensors that the decide kernel works on."""
+"""Which experts are resident, kept on the device as the tensors that the decide kernel works on."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ from melinoe.engine.device.decide import (
 from melinoe.errors import AttachError
 
 MOST_EXPERTS = 512
+# Counters by layer, and their columns.
+_FIELDS = {
+    "uses": USES, "hits": HITS, "loads": LOADS, "requests": REQUESTS,
+    "prefetch_used": PREFETCH_USED,
+}  # fmt: skip
 
 
 class DeviceResidency:
     """
     The slots of all layers of a model, as tensors on its device.
 
-    A layer can be taken to the host, as a `Residency`, and brought back: that is how a prompt is
-    planned. `decide` plans a decode step without the host.
+    `decide` plans a decode step without the host. To plan a prompt, a layer is taken to the host as
+    a `Residency` (`pull`) and brought back (`push`).
 
     Args:
         num_experts: per layer, at most 512.
@@ -81,7 +86,7 @@ class DeviceResidency:
             self.load_expert = zeros(layers, most, dtype=torch.int32)
             self.load_slot = zeros(layers, most, dtype=torch.int32)
             self.num_loads = zeros(layers, dtype=torch.int32)
-            # By layer, and behind the last layer the passes; one tensor, so one copy reads it.
+            # By layer, and in the last row by pass: one tensor, so that one copy reads it.
             self.counts = zeros(layers + 1, NUM_COUNTERS, dtype=torch.int64)
             first = self.on_host[0].policy
             self.gamma = (
@@ -97,37 +102,28 @@ class DeviceResidency:
     ) -> tuple[Tensor, Tensor]:
         """Decide one request of *layer* on the device (see `decide`)."""
         return decide(
-            self.state,
-            self.gamma,
-            self.load_expert,
-            self.load_slot,
-            self.num_loads,
-            self.counts,
-            layer,
-            self.num_experts[layer],
-            self.capacity[layer],
-            top_k_index,
-            top_k_weights,
-        )
+            self.state, self.gamma, self.load_expert, self.load_slot, self.num_loads, self.counts,
+            layer, self.num_experts[layer], self.capacity[layer], top_k_index, top_k_weights,
+        )  # fmt: skip
 
     def close_step(self, tokens: int) -> None:
-        """Count the pass whose layers have all decided."""
+        """Count a pass of *tokens* tokens whose layers have all decided."""
         close_step(self.num_loads, self.counts[-1], tokens)
 
     def pull(self, layer: int) -> Residency:
-        """The layer as it is now, on the host; waits for the device."""
+        """Copy the layer's state to the host; waits for the device."""
         residency = self.on_host[layer]
         length = packed_length(residency.num_experts, residency.capacity)
         unpack(self.state[layer, :length].cpu().numpy(), residency)
         return residency
 
     def push(self, layer: int) -> None:
-        """Make the device's state of *layer* that of the host's `Residency`."""
+        """Copy the host's `Residency` of *layer* to the device."""
         row = to_device(torch.from_numpy(pack(self.on_host[layer])), self.state.device)
         self.state[layer, : row.shape[0]].copy_(row)
 
     def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """As `Residency.forget_prefetches`, in all layers; *but* by layer."""
+        """Count no prefetch of before as used later, but those of *but*, by layer."""
         for layer, (experts, slots) in enumerate(zip(self.num_experts, self.capacity, strict=True)):
             end = packed_length(experts, slots)
             unused = self.state[layer, end - experts : end]
@@ -143,7 +139,7 @@ class DeviceResidency:
             self.push(layer)
 
     def fits(self, tokens: int, top_k: int) -> bool:
-        """Whether the device can plan *tokens*: never more experts of a layer than it has slots."""
+        """Tell whether *tokens* tokens can never need more experts of a layer than it has slots."""
         return tokens * top_k <= MOST_PAIRS and all(
             min(tokens * top_k, experts) <= slots
             for experts, slots in zip(self.num_experts, self.capacity, strict=True)
@@ -151,7 +147,7 @@ class DeviceResidency:
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on *device*, in the order of its stream; the host goes on."""
+    """Copy a small tensor to *device*, in the order of its stream, without waiting."""
     if device.type != "cuda":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
@@ -159,22 +155,14 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 
 def to_counters(counts: np.ndarray) -> Counters:
     """
-    What the device counted, all of it in the completion's phase.
+    Read the device's counts, which are all of the completion's phase.
 
     Args:
         counts: int64 ``(layers + 1, 5)``, as `DeviceResidency.counts`.
     """
-    layers = counts.shape[0] - 1
-    values = Counters(layers).to_dict()
-    by_layer, by_pass = counts[:-1], counts[-1]
-    for name, field in (
-        ("uses", USES),
-        ("hits", HITS),
-        ("loads", LOADS),
-        ("requests", REQUESTS),
-        ("prefetch_used", PREFETCH_USED),
-    ):
-        values[name][COMPLETION] = by_layer[:, field].tolist()
+    values = Counters(len(counts) - 1).to_dict()
+    for name, field in _FIELDS.items():
+        values[name][COMPLETION] = counts[:-1, field].tolist()
     for field, name in enumerate(("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")):
-        values[name][COMPLETION] = int(by_pass[field])
+        values[name][COMPLETION] = int(counts[-1, field])
     return Counters.from_dict(values)

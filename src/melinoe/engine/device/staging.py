@@ -1,8 +1,8 @@
-"""Two blocks of memory through which a prompt's experts pass, and the stream that fills them."""
+"""Two blocks of GPU memory that a prompt's experts pass through, and the stream that fills them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from melinoe.moe.experts import ExpertsLayer
-
-Blocks = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Staging:
@@ -26,10 +24,10 @@ class Staging:
     def __init__(self, device: torch.device, experts: int) -> None:
         self.experts = experts
         self._device = device
-        self._blocks: dict[tuple, Blocks] = {}
+        self._blocks: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def blocks(self, layer: ExpertsLayer) -> Blocks:
+    def blocks(self, layer: ExpertsLayer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The two blocks for *layer*; each maps names to tensors ``(experts, ...)``."""
         key = layer.tensors
         if key not in self._blocks:
@@ -42,13 +40,13 @@ class Staging:
         return sum(t.nbytes for pair in self._blocks.values() for b in pair for t in b.values())
 
     def begin(self) -> None:
-        """Copies issued from now on come after what the computation has queued so far."""
+        """Let the copies to come wait for what the computation has queued so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     @contextmanager
     def copying(self, after: Any = None) -> Iterator[None]:
-        """Issue copies in the body; they wait for *after*, an earlier `mark`."""
+        """Issue copies in the body that wait for *after*, an earlier `mark`."""
         if self._stream is None:
             yield
             return
@@ -58,12 +56,12 @@ class Staging:
             yield
 
     def arrive(self) -> None:
-        """The computation waits for all copies issued so far."""
+        """Let the computation wait for all copies issued so far."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def mark(self) -> Any:
-        """When the computation has done what is queued so far."""
+        """Mark what the computation has queued so far."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -71,13 +69,13 @@ class Staging:
         return event
 
     def adopt(self, *tensors: Tensor) -> None:
-        """The allocator gives the memory of *tensors* to nobody before their last copy is done."""
+        """Keep the allocator from reusing the memory of *tensors* before a copy to it is done."""
         if self._stream is not None:
             for tensor in tensors:
                 tensor.record_stream(self._stream)
 
     def finish(self) -> None:
-        """Return when no copy is under way."""
+        """Wait until no copy is under way."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -91,7 +89,7 @@ class Staging:
         return block
 
 
-def staging_bytes(layers: list[ExpertsLayer] | tuple[ExpertsLayer, ...], experts: int) -> int:
+def staging_bytes(layers: Sequence[ExpertsLayer], experts: int) -> int:
     """Bytes of the two blocks for each distinct shape among *layers*."""
     return sum(
         2 * experts * sum(tensor.nbytes for tensor in tensors)

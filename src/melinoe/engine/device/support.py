@@ -1,4 +1,4 @@
-"""Whether the fast engine can run here, and if not, why; asked before anything is moved."""
+"""Tell whether the fast engine can run here, before anything is moved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-# Ampere: what transformers' grouped_mm needs on a GPU.
+# Ampere, which transformers' grouped_mm needs.
 _CAPABILITY = (8, 0)
 # Major compute capabilities (Hopper, data centre Blackwell) on which PyTorch multiplies groups
 # without asking the host how large they are, in bfloat16 alone: pytorch#169970.
@@ -16,9 +16,9 @@ _TRITON = (3, 4)
 
 def why_not(device: torch.device) -> str | None:
     """
-    Why the fast engine cannot run on *device*, in words; None if it can.
+    Say why the fast engine cannot run on *device*; None if it can.
 
-    The CPU will do only where Triton interprets its kernels (``TRITON_INTERPRET=1``), for tests.
+    A CPU will do only where Triton interprets its kernels (``TRITON_INTERPRET=1``), for tests.
     """
     try:
         found = version("triton")
@@ -46,7 +46,7 @@ def why_not(device: torch.device) -> str | None:
 
 def grouped_mm_waits(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     """
-    Say whether PyTorch's grouped matrix product makes the host wait for the device.
+    Tell whether PyTorch's grouped matrix product makes the host wait for the device.
 
     It then copies the groups' ends to the host and multiplies group by group, which no CUDA graph
     can hold.

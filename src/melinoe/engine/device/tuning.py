@@ -1,5 +1,5 @@
 """
-How many programs copy at once: tried on the device when an engine is attached.
+Choose how many programs copy experts at once, by a trial on the device when an engine is attached.
 
 What keeps a link busy differs from card to card. Too few programs have too little under way, and
 too many may be in each other's way: a kernel that read an H100's host memory with all it had is
@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -23,20 +23,19 @@ _log = logging.getLogger("melinoe")
 
 # Experts of one trial, and how often each is repeated; one more run is discarded.
 _EXPERTS, _REPEATS = 8, 3
-# What must be gained over the number that is usual.
+# What must be gained over the usual number.
 _WORTH = 1.03
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One number of programs: how fast it copied, in bytes of the store a second."""
+class Trial(NamedTuple):
+    """One number of programs, and the bytes of the store that it copied a second."""
 
     programs: int
     bytes_per_s: float
 
 
 def candidates(device: torch.device) -> list[int]:
-    """Numbers of programs worth a trial, the usual one first."""
+    """List the numbers of programs worth a trial, the usual one first."""
     usual = default_programs(device)
     if device.type != "cuda":
         return [usual]
@@ -53,16 +52,16 @@ def tune(
     """
     Give each carrier's kernel the number of programs that copies fastest here.
 
-    What the first carrier of a kind fills is overwritten; nobody may be resident there yet.
+    The trial overwrites slots, so no expert may be resident yet.
 
     Args:
-        carriers: by layer, those that copy blocks of the layer, that to the slots first. Layers
-            whose blocks are as long are tried once.
+        carriers: by layer; the first of a layer, which copies to its slots, is tried. Layers whose
+            blocks are equally long are tried once.
         device: where they copy to.
         seconds: times a launch; exchanged by tests.
 
     Returns:
-        By bytes of a block, what was tried; nothing where there is nothing to choose from.
+        The trials, by bytes of a block; empty where there is nothing to choose from.
     """
     time = seconds or partial(_seconds, device)
     tried: dict[int, list[Trial]] = {}
@@ -82,7 +81,10 @@ def tune(
                 plan.programs = number
                 took = time(partial(plan.launch, which, slots, loads))
                 tried[size].append(Trial(number, count * size / took))
-            _log.info("copying blocks of %d bytes: %s", size, _said(tried[size]))
+            rates = ", ".join(f"{n} programs {rate / 1e9:.1f}" for n, rate in tried[size])
+            _log.info(
+                "copying blocks of %d bytes: %s GB/s; %d are used", size, rates, best(tried[size])
+            )
         for carrier in group:
             carrier.plan.programs = best(tried[size]) if size in tried else numbers[0]
     return tried
@@ -95,7 +97,7 @@ def best(trials: Sequence[Trial]) -> int:
 
 
 def _seconds(device: torch.device, launch: Callable[[], None]) -> float:
-    """Median time on the device, the first run discarded."""
+    """Measure the median time on the device, the first run discarded."""
     times = []
     with torch.cuda.device(device):  # Triton launches on the current one
         for _ in range(_REPEATS + 1):
@@ -106,8 +108,3 @@ def _seconds(device: torch.device, launch: Callable[[], None]) -> float:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
     return statistics.median(times[1:])
-
-
-def _said(trials: Sequence[Trial]) -> str:
-    said = ", ".join(f"{one.programs} programs {one.bytes_per_s / 1e9:.1f}" for one in trials)
-    return f"{said} GB/s; {best(trials)} are used"
