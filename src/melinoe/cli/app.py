@@ -1,8 +1,8 @@
-"""The application, and what every command has in common: one-line errors and exit codes."""
+"""The application: its commands, and the one-line errors and exit codes that all have."""
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -24,7 +24,7 @@ from melinoe.cli import (
     simulate,
     trace,
 )
-from melinoe.cli.settings import PanelCommand
+from melinoe.cli.command import Command, Group
 from melinoe.cli.values import checked
 from melinoe.config.names import version_of
 from melinoe.errors import InterruptedRunError, MelinoeError
@@ -32,9 +32,38 @@ from melinoe.lock import holding
 
 # Characters of an error that are printed.
 _LONGEST = 1000
+# Commands under their headings, in the order of the help.
+_COMMANDS: dict[str, dict[str, Any]] = {
+    "Run a model": {"generate": generate, "plan": plan, "doctor": doctor},
+    "Fine-tune it for fewer expert loads": {
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "merge": merge,
+        "card": card,
+        "own-text": own_text,
+    },
+    "Look at its experts": {
+        "trace": trace,
+        "simulate": simulate,
+        "bench": bench,
+        "import-trace": import_trace,
+        "predictor": predictor,
+        "prefetch": prefetch,
+        "report": report,
+    },
+    "See it all at work": {"demo": demo},
+}
+# These append to the file that --out names, or write to another place; several may run at once.
+_WITHOUT_LOCK = ("generate", "doctor", "card", "simulate", "bench", "evaluate")
+
+
+class _Melinoe(Group):
+    headings: ClassVar[Any] = _COMMANDS
+
 
 app = typer.Typer(
     name="melinoe",
+    cls=_Melinoe,
     help="Run Mixture-of-Experts language models in a fraction of their memory, and measure it.",
     no_args_is_help=True,
     add_completion=False,
@@ -43,23 +72,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Commands that write to what --out names; those that append lines to it may run at once.
-app.command("demo")(holding("out")(demo.command))
-app.command("doctor")(doctor.command)
-app.command("plan")(holding("out")(plan.command))
-app.command("finetune", cls=PanelCommand)(holding("out")(finetune.command))
-app.command("merge")(holding("out")(merge.command))
-app.command("card")(card.command)
-app.command("own-text")(holding("out")(own_text.command))
-app.command("trace")(holding("out")(trace.command))
-app.add_typer(predictor.app, name="predictor")
-app.add_typer(prefetch.app, name="prefetch")
-app.command("generate")(generate.command)
-app.command("import-trace")(holding("out")(import_trace.command))
-app.command("simulate")(simulate.command)
-app.command("bench")(bench.command)
-app.command("evaluate")(evaluate.command)
-app.command("report")(holding("out")(report.command))
+for _name, _module in (pair for part in _COMMANDS.values() for pair in part.items()):
+    if hasattr(_module, "app"):
+        app.add_typer(_module.app, name=_name)
+    else:
+        _command = _module.command if _name in _WITHOUT_LOCK else holding("out")(_module.command)
+        app.command(_name, cls=Command)(_command)
 
 for _part in (app, predictor.app, prefetch.app):
     for _registered in _part.registered_commands:

@@ -1,73 +1,105 @@
-"""`melinoe bench`: the strategies for real on this machine, predicted beside measured."""
+"""`melinoe bench`: serve prompts by several strategies, with predicted beside measured cost."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import options, prefetching
+from melinoe.cli import models, options, output, prefetching
+
+_LINK = "Link and prediction"
 
 
 def command(
     model: options.Model,
-    prompts: Annotated[
-        str, typer.Option("--prompts", "--data", help="Prompts: a file or hub data set.")
-    ],
+    data: options.Prompts,
+    limit: Annotated[int, typer.Option(help="Use only the first examples.", min=1)] = 8,
     slots: Annotated[
         list[int] | None,
-        typer.Option(help="Experts of each layer; may be repeated. Default: a quarter.", min=1),
-    ] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help="May be repeated. Default: lru and lfu.")
-    ] = None,
-    miss: Annotated[
-        list[str] | None,
         typer.Option(
-            help="What is done about a miss: wait, until the expert is there; cpu, compute it "
-            "where it is; split, by measured costs; may be repeated. Default: wait."
+            help="Experts kept resident in each layer. Repeatable. Default: a quarter of them.",
+            min=1,
         ),
     ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which resident expert is evicted first. Repeatable. Default: lru and lfu."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Generate at most this many tokens.", min=2)
+    ] = 64,
+    repeat: Annotated[
+        int, typer.Option(help="Serve each prompt this often, and take the median.", min=1)
+    ] = 1,
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu or cuda.")] = "auto",
+    raw: options.Raw = False,
+    out: options.RecordsOut = None,
+    as_json: options.AsJson = False,
+    columns: options.Columns = None,
+    split: options.Split = "test",
     engine: Annotated[
         str,
         typer.Option(
-            help="reference: runs everywhere; fast: needs a GPU, lru or lfu, and waits for misses; "
-            "both, one beside the other."
+            help="reference runs everywhere; fast needs a GPU, lru or lfu, and --miss wait; both: "
+            "one beside the other.",
+            rich_help_panel=options.ENGINE,
         ),
     ] = "reference",
+    store: Annotated[
+        str,
+        typer.Option(
+            help="Where the experts that are not resident wait (auto | ram | pinned | disk).",
+            rich_help_panel=options.ENGINE,
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type of the weights: auto (as stored), float32 or bfloat16.",
+            rich_help_panel=options.ENGINE,
+        ),
+    ] = "auto",
+    miss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
+            "whichever is faster by measured costs. Repeatable. Default: wait.",
+            rich_help_panel=options.ENGINE,
+        ),
+    ] = None,
     prefetch: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What is loaded ahead of need: {prefetching.NAMES}; may be repeated. Default: "
-            "none, and what the files given are for."
+            help=f"{prefetching.HELP} Repeatable. Default: none, and those that the files given "
+            "are for.",
+            rich_help_panel=options.AHEAD,
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
     popularity: prefetching.PopularityFile = None,
     prefetch_at: prefetching.Moment = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens to generate for each prompt.", min=2)
-    ] = 64,
-    columns: options.Columns = None,
-    limit: Annotated[int, typer.Option(help="Use only the first examples.", min=1)] = 8,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    repeat: Annotated[int, typer.Option(help="Runs of each prompt, the median counts.", min=1)] = 1,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    store: options.StoreKind = "auto",
     link: Annotated[
         str | None,
-        typer.Option(help="Emulate a link of this bandwidth, as in 0.3GB/s; on the CPU only."),
+        typer.Option(
+            help="Emulate a link of this bandwidth, as in 0.3GB/s. On the CPU only.",
+            rich_help_panel=_LINK,
+        ),
     ] = None,
-    link_latency: Annotated[str, typer.Option(help="Of each transfer on it, as in 10us.")] = "0us",
+    link_latency: Annotated[
+        str,
+        typer.Option(help="Its latency for each transfer, as in 10us.", rich_help_panel=_LINK),
+    ] = "0us",
     tolerance: Annotated[
-        float, typer.Option(help="Error of a predicted time that passes, as a share.", min=0)
+        float,
+        typer.Option(
+            help="Name predicted times that are further off than this share.",
+            min=0,
+            rich_help_panel=_LINK,
+        ),
     ] = 0.1,
-    out: Annotated[
-        Path | None, typer.Option(help="Append the records to this .jsonl, for `melinoe report`.")
-    ] = None,
-    as_json: options.AsJson = False,
 ) -> None:
-    """Run strategies for real, in turn, and print what the simulator predicted beside each."""
+    """Serve prompts by several strategies in turn; print predicted beside measured cost."""
     from melinoe.plan.units import parse_bandwidth, parse_seconds
 
     wanted = prefetching.names_of(prefetch, prefetch_at, predictor=predictor, popularity=popularity)
@@ -75,7 +107,7 @@ def command(
         # A predictor also knows what is popular, which is its first rival.
         also = ("popularity",) if predictor and popularity is None else ()
         wanted = ("none", *also, *wanted)
-    options.check_misses(miss or [])
+    models.check_misses(miss or [])
     if engine not in ("reference", "fast", "both"):
         raise typer.BadParameter(
             f"{engine!r} is not one of reference, fast, both", param_hint="--engine"
@@ -88,7 +120,7 @@ def command(
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.checkpoint.files import read_config
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.data import encode_prompts, load_examples
+    from melinoe.data import load_examples
     from melinoe.errors import MelinoeError, UnsupportedModelError
     from melinoe.measure import append_jsonl
     from melinoe.plan.bench import Setting, bench
@@ -97,10 +129,10 @@ def command(
     from melinoe.predictor import Predictor
     from melinoe.report import render_table
 
-    options.quiet()
+    output.quiet()
     guess = Predictor.load(predictor) if predictor else None
     made_of = prefetching.given(guess, popularity, prefetch_at)
-    path = options.resolve(model)
+    path = models.resolve(model)
     about = describe(path)
     if not about.supported:
         raise UnsupportedModelError(about.reason)
@@ -112,10 +144,10 @@ def command(
         miss or ["wait"],
         engines,
     )
-    target = options.resolve_device(device)
+    target = models.resolve_device(device)
     if "fast" in engines:
         check_fast(target, emulated is not None)
-    examples = load_examples(prompts, split=split, limit=limit, columns=columns, prompts=True)
+    examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
     tokenizer = load_tokenizer(path, read_config(path))
     records, moments, table = bench(
         Setting(
@@ -128,17 +160,17 @@ def command(
             repeat=repeat,
         ),
         chosen,
-        encode_prompts(examples, tokenizer),
+        models.prompt_ids(examples, tokenizer, raw),
         made_of,
         label=model,
-        say=options.say,
+        say=output.say,
     )
     if out is not None:
         for record in (*records, moments, table):
             append_jsonl(out, record)
-        options.say(f"wrote {len(records) + 2} records to {out}")
+        output.say(f"wrote {len(records) + 2} records to {out}")
     if as_json:
-        options.show_json({"records": records, "timeline": moments, "table": table})
+        output.show_json({"records": records, "timeline": moments, "table": table})
     else:
         print(render_table([_short(table)]))
         far = [row for row in table["result"] if abs(row["error_percent"]) > 100 * tolerance]
@@ -160,7 +192,7 @@ def command(
 
 
 def _short(table: dict[str, Any]) -> dict[str, Any]:
-    """The table in columns that a terminal has room for; the record has all of them."""
+    """Choose the columns that a terminal has room for; the record has all of them."""
     rows = [
         {
             "strategy": row["strategy"],

@@ -13,8 +13,8 @@ def command(
     ] = False,
 ) -> None:
     """Write README.md, with a table and figures, beside a fine-tuned checkpoint's weights."""
-    from melinoe.cli import options
+    from melinoe.cli import output
     from melinoe.report.card import write_card
 
     for path in write_card(directory, overwrite):
-        options.say(f"wrote {path}")
+        output.say(f"wrote {path}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import options, output
 
 
 def command(
@@ -22,10 +22,10 @@ def command(
     from melinoe.demo import run
 
     check_output(out)
-    options.quiet()
-    table = run(out, seed=seed, quick=quick, say=options.say)
+    output.quiet()
+    table = run(out, seed=seed, quick=quick, say=output.say)
     if as_json:
         lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
-        options.show_json([json.loads(line) for line in lines])
+        output.show_json([json.loads(line) for line in lines])
     else:
         print(table)

@@ -1,4 +1,4 @@
-"""`melinoe doctor`: what a model is, and what fits."""
+"""`melinoe doctor`: say what a model is, what fits, and what other engines would read otherwise."""
 
 from __future__ import annotations
 
@@ -10,62 +10,69 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import models, options, output
 
 if TYPE_CHECKING:
     from melinoe.checkpoint import Description
     from melinoe.checkpoint.verifying import Verified
+
+_REFERENCE_TOKENS = 32  # of each prompt, for another engine to compare with
+_EXPORT = "Other engines"
 
 
 def command(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint directory, config.json, or hub name; `tiny` is the model that ships."
+            help="A checkpoint directory, a config.json, or a name on the hub; `tiny` is the model "
+            "that ships."
         ),
     ],
     expert_memory: Annotated[
         list[str] | None,
-        typer.Option(help="A memory budget for resident experts, as in 8GiB; may be repeated."),
+        typer.Option(help="Say what fits in this memory, as in 8GiB. Repeatable."),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Also read every byte and compare it with the sums that melinoe.json, or the "
-            "hub's cache, has of the files.",
+            help="Also read every byte, and compare the files with the checksums in melinoe.json "
+            "or the hub's cache.",
         ),
     ] = False,
     export: Annotated[
         bool,
-        typer.Option("--export", help="Say instead what other engines would read otherwise."),
+        typer.Option(
+            "--export",
+            help="Say instead what other engines would compute otherwise.",
+            rich_help_panel=_EXPORT,
+        ),
     ] = False,
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="With --export: a JSON file to write greedy tokens and log-probabilities of four "
-            "prompts to, for another engine's to be compared with."
+            help="With --export: write greedy tokens and log-probabilities of four prompts to this "
+            "JSON file, to compare another engine with.",
+            rich_help_panel=_EXPORT,
         ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Say what a model's experts weigh and what fits in a budget; refuse what cannot be served."""
+    """Say what a model's experts weigh and what fits in memory; refuse what cannot be served."""
     from melinoe.engine.budget import memory_of, slots_for
     from melinoe.errors import UnsupportedModelError
     from melinoe.host_memory import format_bytes, host_memory
 
-    options.quiet()
-    asked = options.resolve(model)
+    output.quiet()
+    asked = models.resolve(model)
     if reference is not None and not export:
         raise typer.BadParameter("it belongs to --export", param_hint="--reference")
     if export and (expert_memory or verify):
         raise typer.BadParameter("it takes neither --expert-memory nor --verify; ask for those "
                                  "without it", param_hint="--export")  # fmt: skip
     if export:
-        from melinoe.cli.exporting import show_export
-
         with _as_checkpoint(asked) as name:
-            show_export(asked, name, reference, as_json)
+            _show_export(asked, name, reference, as_json)
         return
     with _as_checkpoint(asked) as name:
         about = _describe(asked, name)
@@ -83,7 +90,7 @@ def command(
     left = host_memory()
     if as_json:
         host = None if left is None else left._asdict()
-        options.show_json(
+        output.show_json(
             about.to_dict()
             | {"budgets": fits, "fast_engine": fast, "host_memory": host}
             | ({} if verified is None else {"verified": verified._asdict()})
@@ -125,13 +132,13 @@ def command(
     ]
     if verified is not None:
         rows.append({"": "verified", " ": _in_words(verified)})
-    options.show_table(model, rows)
+    output.show_table(model, rows)
 
 
 def _verify(name: str) -> Verified:
     from melinoe.checkpoint.verifying import verify
 
-    options.say("reading every byte")
+    output.say("reading every byte")
     return verify(name)
 
 
@@ -213,3 +220,38 @@ def _fast_engine(name: str) -> dict[str, str | None]:
         "decoding": decoding,
         "not_captured": why_not_static(find_model_class(config), config),
     }
+
+
+def _show_export(model: str, name: str, reference: Path | None, as_json: bool) -> None:
+    """Print what other engines read otherwise, and write *reference* if one is asked for."""
+    from melinoe.checkpoint.export_rules import find_export_faults
+
+    alone = name != model  # a config without a checkpoint lacks every other file
+    found = [
+        finding._asdict()
+        for finding in find_export_faults(name)
+        if not (alone and finding.engines == "all")
+    ]
+    if reference is not None:
+        _write_reference(name, reference)
+    if as_json:
+        output.show_json({"model": model, "export": found})
+    elif found:
+        for one in found:
+            change = "" if one["changes_results"] else " (no other results)"
+            print(f"{one['engines']}: {one['what']}{change}: {one['why']}")
+    else:
+        output.say(f"{model}: no rule is known by which another engine computes something else")
+
+
+def _write_reference(model: str, reference: Path) -> None:
+    """Let the model, all experts resident, continue some prompts, and write what it said."""
+    from melinoe.checkpoint import load_model, load_tokenizer, open_checkpoint
+    from melinoe.measure import write_json
+    from melinoe.measure.reference import PROMPTS, reference_record
+
+    with open_checkpoint(model) as checkpoint:
+        tokenizer = load_tokenizer(model, checkpoint.config)
+        loaded = load_model(checkpoint)
+    write_json(reference, reference_record(loaded, tokenizer, model, PROMPTS, _REFERENCE_TOKENS))
+    output.say(f"wrote {reference}")

@@ -1,4 +1,4 @@
-"""`melinoe evaluate`: how well one model does, or how two differ, with intervals."""
+"""`melinoe evaluate`: measure how well one model does, or how two differ, with intervals."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -8,13 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import models, options, output
+from melinoe.cli.command import with_settings
 from melinoe.cli.texts import named_texts
+
+_LOCALITY = "With --locality"
+_TASKS = "With --tasks"
 
 
 @dataclass
 class _Found:
-    """What one model showed: scores by text, harness scores, what caches of each size cost."""
+    """Results of one model: scores by text, harness scores, loads at each cache size."""
 
     scores: list[Any] = field(default_factory=list)
     prices: list[Any] = field(default_factory=list)
@@ -23,85 +27,116 @@ class _Found:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
+@with_settings(
+    options.ModelOptions,
+    options.model_panels(
+        "engine", "compression", "compile", "context", "gpu_memory", "allocate_from", "choice",
+        "choice_strength", "choice_keep",
+    ),
+)  # fmt: skip
 def command(
     model: options.Model,
     other_model: Annotated[
-        str | None, typer.Argument(help="A second model; differences are paired by example.")
+        str | None, typer.Argument(help="A second model to compare with, example by example.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Held-out examples: a file or hub data set.")
+        str | None,
+        typer.Option(help="Held-out examples: a file, a directory, or a hub data set."),
     ] = None,
-    other: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Other texts, for perplexity out of domain: a file, a directory of them, or a "
-            "hub data set; may be repeated."
-        ),
-    ] = None,
+    limit: options.Limit = None,
     rouge: Annotated[
         bool, typer.Option("--rouge", help="Also generate, and score ROUGE-L (F1, stemmed).")
     ] = False,
     answers: Annotated[
         bool,
-        typer.Option("--answers", help="Also generate, and match the number after '####' (GSM8K)."),
+        typer.Option(
+            "--answers", help="Also generate, and compare the number after '####' (GSM8K)."
+        ),
     ] = False,
     locality: Annotated[
         bool,
         typer.Option(
-            "--locality", help="Also trace completions: experts used, transfers per token."
+            "--locality", help="Also trace completions: experts used, loads for each token."
         ),
     ] = False,
-    prompts: Annotated[int, typer.Option(help="Prompts traced by --locality.", min=1)] = 32,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Run these tasks of the lm-evaluation-harness, as in gsm8k,arc_easy."),
+    ] = None,
+    out: options.RecordsOut = None,
+    as_json: options.AsJson = False,
+    other: options.Other = None,
+    columns: options.Columns = None,
+    split: options.Split = "test",
+    max_length: Annotated[
+        int, typer.Option(help="Longest sequence, in tokens.", min=2, rich_help_panel=options.DATA)
+    ] = 512,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Generate at most this many tokens.", min=1, rich_help_panel=options.DATA
+        ),
+    ] = 256,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="Sequences in one forward pass.", min=1, rich_help_panel=options.DATA),
+    ] = 8,
+    prompts: Annotated[
+        int, typer.Option(help="Trace this many prompts.", min=1, rich_help_panel=_LOCALITY)
+    ] = 32,
     at_slots: Annotated[
         list[int] | None,
         typer.Option(
-            help="Slots to simulate with --locality; may be repeated. Default: an eighth, a "
+            help="Simulate this many slots in each layer. Repeatable. Default: an eighth, a "
             "quarter and half of the experts.",
             min=1,
+            rich_help_panel=_LOCALITY,
         ),
     ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of the lm-evaluation-harness, as in gsm8k,arc_easy."),
-    ] = None,
     task_path: Annotated[
-        Path | None, typer.Option(help="Directory of further task files (YAML).")
+        Path | None,
+        typer.Option(help="Directory of further task files (YAML).", rich_help_panel=_TASKS),
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each task's question.", min=0)
+        int | None,
+        typer.Option(help="Examples put before each question.", min=0, rich_help_panel=_TASKS),
     ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Wrap the tasks' prompts in the chat template.")
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Put the questions through the tokenizer's chat template.",
+            rich_help_panel=_TASKS,
+        ),
     ] = False,
-    columns: options.Columns = None,
-    limit: options.Limit = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    max_length: Annotated[int, typer.Option(help="Longest sequence, in tokens.", min=2)] = 512,
-    max_new_tokens: options.NewTokens = 256,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.", min=1)] = 8,
-    slots: options.Slots = None,
-    expert_memory: options.ExpertMemory = None,
-    policy: options.Policy = "lru",
-    store: options.StoreKind = "auto",
-    miss: options.Miss = "wait",
-    miss_threads: options.MissThreads = None,
     choice: Annotated[
         str,
         typer.Option(
-            help="Also read the texts token by token with cache-prior, and say what that "
-            "costs and saves against the exact choice."
+            help="cache-prior: also read the texts with tokens that prefer resident experts, and "
+            "say what that costs and saves. exact: do not.",
+            rich_help_panel=options.MISSES,
         ),
     ] = "exact",
-    choice_strength: options.ChoiceStrength = 0.1,
-    choice_keep: options.ChoiceKeep = 1,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="Append the records to this JSONL file, for `report`.")
-    ] = None,
-    as_json: options.AsJson = False,
+    choice_strength: Annotated[
+        float,
+        typer.Option(
+            help="How strongly cache-prior prefers them (its lambda).",
+            min=0.0,
+            rich_help_panel=options.MISSES,
+        ),
+    ] = 0.1,
+    choice_keep: Annotated[
+        int,
+        typer.Option(
+            help="First choices of the router that cache-prior never changes.",
+            min=0,
+            rich_help_panel=options.MISSES,
+        ),
+    ] = 1,
+    *,
+    given: dict[str, Any],
 ) -> None:
-    """Measure perplexity, ROUGE-L, exact match, locality and harness tasks, with intervals."""
+    """Measure quality and locality of one model, or how two differ, with 95 % intervals."""
     if data is None and tasks is None:
         raise typer.BadParameter("give --data, --tasks, or both", param_hint="--data")
     if data is None and (rouge or answers or locality or other or choice != "exact"):
@@ -117,21 +152,19 @@ def command(
         raise typer.BadParameter("--columns go with --data", param_hint="--columns")
     if at_slots and not locality:
         raise typer.BadParameter("--at-slots goes with --locality", param_hint="--at-slots")
-    from melinoe.cli.evaluate_text import remarks, rows
     from melinoe.evaluate import run_tasks, score
+    from melinoe.moe.choice import ChoiceSettings
 
-    wanted = options.choice_of(choice, choice_strength, choice_keep)
+    asked = options.ModelOptions(**given)
+    wanted = ChoiceSettings(choice, choice_strength if choice != "exact" else 0.0, choice_keep)
     texts = named_texts(data, other or [], split, limit, columns)  # before any model is read
     names = _labels(model, other_model)
     found: list[_Found] = []
     for name, label in names.items():
         one = _Found()
-        loaded, handle, tokenizer = options.open_model(
-            name, device, dtype, slots, expert_memory, policy, store,
-            miss=miss, miss_threads=miss_threads,
-        )  # fmt: skip
+        loaded, handle, tokenizer = models.open_model(name, asked)
         for domain, (examples, in_domain) in texts.items():
-            options.say(f"{label}: {domain}, {len(examples)} examples")
+            output.say(f"{label}: {domain}, {len(examples)} examples")
             one.scores.append(
                 score(
                     loaded,
@@ -155,7 +188,7 @@ def command(
             lengths = (max_length, max_new_tokens)
             _locality(one, loaded, handle, tokenizer, examples, label, at_slots, *lengths)
         if tasks:
-            options.say(f"{label}: {tasks}")
+            output.say(f"{label}: {tasks}")
             one.tasks = run_tasks(
                 loaded,
                 tokenizer,
@@ -182,30 +215,30 @@ def command(
     _append(out, compared)
     records += compared
     if as_json:
-        options.show_json(records)
+        output.show_json(records)
         return
-    options.show_table("means with 95 % intervals over examples", rows(records))
+    output.show_table("means with 95 % intervals over examples", _rows(records))
     for line in [*remarks(records), *(comparison.sentence for comparison in comparisons)]:
         print(line)
 
 
 def _append(out: Path | None, records: Sequence[dict[str, Any]]) -> None:
-    """Put what was measured into the file at once: what comes later may fail."""
+    """Append records as soon as they are measured, because what comes later may fail."""
     from melinoe.measure import append_jsonl, machine
 
     if out is not None and records:
         facts = machine()
         for record in records:
             append_jsonl(out, {**record, "machine": facts})
-        options.say(f"appended {len(records)} records to {out}")
+        output.say(f"appended {len(records)} records to {out}")
 
 
 def _teller(label: str) -> Callable[[str], None]:
-    return lambda text: options.say(f"{label}: {text}")
+    return lambda text: output.say(f"{label}: {text}")
 
 
 def _labels(model: str, other: str | None) -> dict[str, str]:
-    """Each model as given to its short name, or to itself where short names would be equal."""
+    """Map each model to a short name, or to itself where the short names would be equal."""
     given = [model] if other is None else [model, other]
     if len(set(given)) < len(given):
         raise typer.BadParameter("the two models are one", param_hint="OTHER_MODEL")
@@ -254,7 +287,7 @@ def _locality(
     max_length: int,
     max_new_tokens: int,
 ) -> None:
-    """Trace what is written and what is read, and simulate what caches of each size would move."""
+    """Trace texts written and read, and simulate the loads of caches of each size."""
     from melinoe.config import experts_in_share
     from melinoe.data import encode, encode_prompts
     from melinoe.generate import trace_prompts
@@ -276,7 +309,7 @@ def _locality(
 
 
 def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
-    """Every difference of the first model from the second that can be paired."""
+    """Compare the two models in everything that can be paired."""
     from melinoe.evaluate import compare_rates
 
     ours, theirs = found
@@ -299,3 +332,52 @@ def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
         if twin is not None and (comparison := task.against(twin)) is not None:
             comparisons.append(comparison)
     return comparisons
+
+
+def _rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make the table: one row for each estimate."""
+    found = []
+
+    def add(record: dict[str, Any], measure: str, value: dict[str, Any]) -> None:
+        about = {"model": record["model"], "text": record.get("domain", "completions")}
+        found.append({**about, "measure": measure, **value})
+
+    for record in records:
+        kind = record["kind"]
+        if kind == "quality":
+            add(record, "perplexity", record["perplexity"])
+            for model, rate in record.get("transfers", {}).items():
+                add({**record, "model": model}, record["transfers_metric"], rate)
+        elif kind == "score":
+            add(record, record["metric"].replace("_", " "), record["score"])
+        elif kind == "locality":
+            add(record, "experts per sequence", record["experts_per_sequence_mean"])
+            add(record, "reuse", record["reuse"])
+        elif kind == "curve":
+            for size, value in zip(record["slots"], record["transfers_per_token"], strict=True):
+                policy = record["policy"].upper()
+                add(record, f"transfers per token, {policy}, {size} slots", value)
+    return found
+
+
+def remarks(records: list[dict[str, Any]]) -> list[str]:
+    """Say what an interval over examples does not."""
+    lines = []
+    for record in records:
+        if record["kind"] == "locality":
+            lines.append(
+                f"{record['model']}: all completions together use "
+                f"{record['distinct_experts']:.1f} of {record['num_experts']} experts, mean over "
+                "layers; caches were emptied before each prompt"
+            )
+        if record["kind"] == "score" and "right" in record:
+            right, n = record["right"], record["score"]["n"]
+            line = f"{record['model']}, {record['domain']}: {right} of {n} right"
+            # All resamples are alike where all or none are right: the bootstrap has no width.
+            most = 1 - 0.05 ** (1 / n)  # of errors or successes, none of which was seen
+            if right == 0:
+                line += f"; the rate is below {most:.1%} (95 %)"
+            elif right == n:
+                line += f"; the rate is above {1 - most:.1%} (95 %)"
+            lines.append(line)
+    return lines

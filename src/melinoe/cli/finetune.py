@@ -1,38 +1,38 @@
 """`melinoe finetune`: train a model to need fewer expert transfers."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import measuring, options
-from melinoe.cli.progress import training_progress
-from melinoe.cli.settings import with_settings
+from melinoe.cli import models, options, output, texts
+from melinoe.cli.command import with_settings
 from melinoe.config import CONTROL, MATCH, PLAIN, FinetuneSettings, OutcomeSettings
-from melinoe.errors import TrainingError
+from melinoe.errors import MelinoeError, TrainingError
 
-_DATA, _PRICE, _RUN = "Data", "The price", "The run on its way"
+_OBJECTIVE = "Objective"
+_TRAINING = "Training"
+_RUN = "Run and output"
+_PRICE = "Search for a price"
 
-PANELS = {
-    "What is trained for": (
-        "capacity", "lambda_cache", "cache_prior", "lambda_rank", "gamma", "cache_loss", "anchor",
+PANELS: dict[str | None, tuple[str, ...]] = {
+    None: ("capacity", "lambda_cache", "steps", "batch_size", "max_length", "seed"),
+    _OBJECTIVE: (
+        "lambda_rank", "cache_prior", "gamma", "cache_loss", "anchor", "rho", "rank_reduce",
+        "reference", "cache_gradient", "swap_margin", "capacity_curriculum", "layer_capacity",
+        "layer_weight", "lambda_reuse", "lambda_match", "lambda_distill", "lambda_replay",
+        "replay_loss", "replay_batch_size", "own_texts",
     ),
-    "How it is trained": (
-        "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "steps",
-        "epochs", "batch_size", "gradient_accumulation", "max_length", "packing",
-        "gradient_checkpointing", "compute_dtype", "warmup", "schedule", "weight_decay",
-        "max_grad_norm", "seed",
+    _TRAINING: (
+        "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "epochs",
+        "gradient_accumulation", "packing", "gradient_checkpointing", "compute_dtype", "warmup",
+        "schedule", "weight_decay", "max_grad_norm",
     ),
     _RUN: (
         "log_every", "eval_every", "save_every", "keep_checkpoints", "keep", "save", "report_to",
         "max_bad_steps",
-    ),
-    "Finer points of the objective": (
-        "rho", "rank_reduce", "reference", "cache_gradient", "swap_margin", "capacity_curriculum",
-        "layer_capacity", "layer_weight", "lambda_reuse", "lambda_match", "lambda_distill",
-        "lambda_replay",
-        "replay_loss", "replay_batch_size", "own_texts",
     ),
 }  # fmt: skip
 
@@ -44,124 +44,109 @@ def command(
     data: Annotated[
         str,
         typer.Option(
-            help="Examples: a file (JSONL, JSON, CSV, Parquet), a directory, a hub data set.",
-            rich_help_panel=_DATA,
+            help="Examples: a file (JSONL, JSON, CSV, Parquet), a directory, a hub data set."
         ),
     ],
     out: options.Out,
-    control: Annotated[
-        bool,
+    eval_data: Annotated[
+        str | None,
         typer.Option(
-            help="Train the control of these options: the same run without the locality terms."
+            help="Held-out examples to measure on. Default: a part of --data, kept from training."
         ),
-    ] = False,
+    ] = None,
+    limit: options.Limit = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure what locality costs and saves against a control, the same run "
+            "without the locality terms: the directory of one (see --control); or the word "
+            "control: train it first, in OUT.control."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             help="Go on from the newest checkpoint of an interrupted run, in OUT.checkpoints; or, "
-            "where OUT is written, complete its measuring and its card.",
-            rich_help_panel=_RUN,
+            "where OUT is written, complete its measuring and its card."
         ),
     ] = False,
-    split: Annotated[
-        str, typer.Option(help="Split of a hub data set.", rich_help_panel=_DATA)
-    ] = "train",
-    columns: Annotated[
+    control: Annotated[
+        bool,
+        typer.Option(
+            help="Train the control of these options: the same run without the locality terms.",
+            rich_help_panel=_OBJECTIVE,
+        ),
+    ] = False,
+    teacher: Annotated[
         str | None,
         typer.Option(
-            help="Of --data and --eval-data: what their columns are, as in prompt=question,"
-            "completion=answer. Default: the names of TRL's forms, and some others.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Use only the first examples.", min=1, rich_help_panel=_DATA)
-    ] = None,
-    eval_data: Annotated[
-        str | None, typer.Option(help="Held-out examples to measure.", rich_help_panel=_DATA)
-    ] = None,
-    eval_split: Annotated[
-        str, typer.Option(help="The same for --eval-data.", rich_help_panel=_DATA)
-    ] = "test",
-    hold_out: Annotated[
-        float,
-        typer.Option(
-            help="Share of the data kept out of training and measured on, without --eval-data.",
-            min=0.0,
-            max=0.5,
-            rich_help_panel=_DATA,
-        ),
-    ] = OutcomeSettings().held_out,
-    other: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Other texts, to measure what is lost out of domain: a file, a directory, a hub "
-            "data set; may be repeated.",
-            rich_help_panel=_DATA,
+            help="Also learn from an earlier run, at --lambda-match (10 unless you set it or "
+            "--lambda-distill): its directory (of --save adapter or both); or the word plain: "
+            "train it first, on next tokens alone, in OUT.teacher.",
+            rich_help_panel=_OBJECTIVE,
         ),
     ] = None,
     anchor_data: Annotated[
         str | None,
         typer.Option(
-            help="Text of other kinds to replay, at --lambda-replay: a file or a hub data set. "
+            help="Replay text of other kinds, at --lambda-replay: a file or a hub data set. "
             "Default: own, what the base model writes from an empty prompt.",
-            rich_help_panel=_DATA,
+            rich_help_panel=_OBJECTIVE,
         ),
     ] = None,
-    teacher: Annotated[
-        str | None,
+    split: options.Split = "train",
+    eval_split: Annotated[
+        str,
         typer.Option(
-            help="Learn from an earlier run too, at --lambda-match (10 unless you set it or "
-            "--lambda-distill): the directory of a run on this base (--save adapter or both), or "
-            "plain: a run on next tokens alone, trained first, in OUT.teacher. Default: none; what "
-            "asks for a teacher asks the base.",
-            rich_help_panel=_DATA,
+            help="Split of a hub data set given for --eval-data.", rich_help_panel=options.DATA
         ),
-    ] = None,
+    ] = "test",
+    columns: options.Columns = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            help="Share of --data kept from training to measure on, without --eval-data.",
+            min=0.0,
+            max=0.5,
+            rich_help_panel=options.DATA,
+        ),
+    ] = OutcomeSettings().held_out,
+    other: options.Other = None,
     measure: Annotated[
         bool,
         typer.Option(
-            help="Measure quality and locality before and after, and of the control if there is "
-            "one, for melinoe.json and the card.",
-            rich_help_panel=_DATA,
+            help="Measure quality and locality before and after, for melinoe.json and the model "
+            "card.",
+            rich_help_panel=_RUN,
         ),
     ] = True,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="State price and saving against a control too: the directory of what --control "
-            "wrote with otherwise the same options; or control: trained first, in OUT.control.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
     max_ppl_increase: Annotated[
         str | None,
         typer.Option(
             help="Find the strongest --lambda-cache whose perplexity on held-out text is at most "
-            "this above its control's: 1% or 0.01. Trains that run too, and several more.",
+            "this above the control's: 1% or 0.01. Trains the control and several runs.",
             rich_help_panel=_PRICE,
         ),
     ] = None,
     max_other_ppl_increase: Annotated[
         str | None,
-        typer.Option(help="The same bound on the --other texts.", rich_help_panel=_PRICE),
+        typer.Option(help="Bound the perplexity on the --other texts too.", rich_help_panel=_PRICE),
     ] = None,
     price_reference: Annotated[
         Path | None,
         typer.Option(
-            help="The control that an earlier search wrote, OUT.reference, to save training it "
-            "again.",
+            help="Use the control that an earlier search wrote, OUT.reference.",
             rich_help_panel=_PRICE,
         ),
     ] = None,
     price_runs: Annotated[
         int,
-        typer.Option(help="Runs that the search may train.", min=1, rich_help_panel=_PRICE),
+        typer.Option(help="Train at most this many runs.", min=1, rich_help_panel=_PRICE),
     ] = 4,
     steer: Annotated[
         bool,
         typer.Option(
-            help="Search within one run, by changing --lambda-cache on the way: for long runs.",
+            help="Search within one run, by changing --lambda-cache on the way. For long runs.",
             rich_help_panel=_PRICE,
         ),
     ] = False,
@@ -169,7 +154,7 @@ def command(
     given: dict[str, Any],
 ) -> None:
     """
-    Fine-tune any supported MoE checkpoint with the aim of fewer expert transfers.
+    Fine-tune a model so that its tokens share experts, and fewer must be loaded.
 
     On several devices: accelerate launch -m melinoe finetune ... (on the CPU with --multi_gpu; on
     several nodes with OUT on a disk that all share).
@@ -194,17 +179,17 @@ def command(
     from melinoe.finetune.resume.finished import check_place
     from melinoe.finetune.taught import beside, train_control, train_teacher
 
-    options.quiet()
+    output.quiet()
     check_place(out, resume)
     if against is not None:
         _check_against(against, settings, measure, price is not None)
     examples = load_examples(data, split=split, limit=limit, columns=columns)
     # Before any training, so that bad held-out data costs no time.
-    held_out = measuring.hold_out(
+    held_out = texts.hold_out(
         data, examples, eval_data, eval_split, other or [], hold_out, limit, columns
     )
     anchor = _anchor(anchor_data, split, limit, settings) if anchor_data else None
-    with training_progress() as progress:
+    with output.training_progress() as progress:
         common: dict[str, Any] = {
             "eval_examples": held_out.examples,
             "anchor_examples": anchor,
@@ -212,13 +197,13 @@ def command(
             "callbacks": progress.callbacks,
             "resume": resume,
         }
-        base, train = options.resolve(model), held_out.train
+        base, train = models.resolve(model), held_out.train
         if teacher == PLAIN and price is None:
-            options.say("first the teacher, on next tokens alone")
+            output.say("first the teacher, on next tokens alone")
             teacher = str(train_teacher(base, train, beside(out, "teacher"), settings, **common))
         common["teacher"] = teacher
         if against == CONTROL:
-            options.say("first the control, without the locality terms")
+            output.say("first the control, without the locality terms")
             against = str(train_control(base, train, beside(out, "control"), settings, **common))
         if price is None:
             result = finetune(base, train, out, settings, **common)
@@ -239,24 +224,24 @@ def command(
             )
             against = str(price_reference or reference_place(result.out))
     leave()
-    options.say(f"wrote {result.out}")
+    output.say(f"wrote {result.out}")
     if rates := result.metadata.get("learning_rates"):
-        options.say(
+        output.say(
             f"peak learning rates: routers {rates['routers']:.2g}, low-rank updates "
             f"{rates['low_rank']:.2g}"
         )
     if price is not None:
         from melinoe.finetune.price.search import describe
 
-        options.say(describe(result.metadata["price"]))
+        output.say(describe(result.metadata["price"]))
     if measure and settings.save == "adapter":
-        options.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
+        output.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
     if measure and price is not None:
-        held_out = measuring.judges(held_out, base, settings.max_length)
+        held_out = texts.judges(held_out, base, settings.max_length)
 
     of = None if against is None else Path(against)
-    measuring.finish(result.out, base, data, split, held_out, measure, of, columns, resume)
+    finish(result.out, base, data, split, held_out, measure, of, columns, resume)
 
 
 def _check_against(against: str, settings: FinetuneSettings, measure: bool, priced: bool) -> None:
@@ -304,3 +289,95 @@ def _price(own: str | None, other: str | None) -> Any:
     from melinoe.finetune.price.strength import parse_increase
 
     return Price(parse_increase(own), None if other is None else parse_increase(other))
+
+
+def finish(
+    out: Path,
+    base: str,
+    data: str,
+    split: str,
+    held_out: texts.HeldOut,
+    measure: bool = True,
+    control: Path | None = None,
+    columns: str | None = None,
+    resume: bool = False,
+) -> None:
+    """
+    Complete a fine-tuned checkpoint: its origin, its measured outcome, its card.
+
+    Only the first process of a distributed run does it.
+
+    Args:
+        out: The checkpoint.
+        base: What it was fine-tuned from.
+        data: As it was given.
+        split: Of a hub data set.
+        held_out: What to measure on.
+        measure: Whether to.
+        control: To state the price against, or none.
+        columns: What the columns of *data* are, as it was given.
+        resume: Whether an outcome that is there already may be this one.
+
+    Raises:
+        TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
+            measured.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from melinoe.outcome import record_origin, record_outcome
+    from melinoe.report.card import write_card
+
+    kept: dict[str, Any] = {"held_out": len(held_out.examples) + held_out.chosen_by}
+    if columns is not None:
+        kept["columns"] = columns
+    if held_out.chosen_by:
+        kept["chosen_by"] = held_out.chosen_by
+    record_origin(out, base, data, held_out.train, split, **kept)
+    failed: TrainingError | None = None
+    if measure and not held_out.examples:
+        output.say(
+            "too few examples to hold some out, so nothing was measured before and after; give "
+            "--eval-data"
+        )
+    elif measure and not (resume and _is_measured(out, control)):
+        try:
+            record_outcome(
+                out,
+                base,
+                {held_out.domain: held_out.examples},
+                held_out.others,
+                control=control,
+                device=models.resolve_device("auto"),
+                say=output.say,
+            )
+        except MelinoeError as error:
+            failed = _unmeasured(out, control, error)
+            failed.__cause__ = error
+    write_card(out)
+    output.say(f"wrote {out}/README.md and its figures")
+    if failed is not None:
+        raise failed
+
+
+def _is_measured(out: Path, control: Path | None) -> bool:
+    """Whether the outcome is there, and beside the control if there is one."""
+    from melinoe.checkpoint import read_metadata
+
+    outcome = read_metadata(out).get("outcome") or {}
+    return bool(outcome) and (control is None or "control" in outcome)
+
+
+def _unmeasured(out: Path, control: Path | None, error: MelinoeError) -> TrainingError:
+    """What is there and what is not, after an error on the way to the outcome."""
+    from melinoe.checkpoint import read_metadata
+
+    if control is not None and read_metadata(out).get("outcome"):
+        return TrainingError(
+            f"{out} is written, whole and measured beside its base, but not beside the control "
+            f"({error}); `melinoe evaluate {out} CONTROL` compares it with a checkpoint of one, "
+            "which `melinoe merge` makes of an adapter"
+        )
+    return TrainingError(
+        f"{out} is written and whole, but could not be measured ({error}); measure it with "
+        "`melinoe evaluate`"
+    )

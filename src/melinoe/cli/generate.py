@@ -1,32 +1,35 @@
-"""`melinoe generate`: prompt to text, with few experts resident."""
+"""`melinoe generate`: write text with few experts resident."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import allocating, options, prefetching
+from melinoe.cli import models, options, output, prefetching
+from melinoe.cli.command import with_settings
 
 _LONGEST_PROMPT_BYTES = 16 << 20  # far beyond any context; a stream may have no end
 
 
+@with_settings(options.ModelOptions, options.model_panels())
 def command(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     max_new_tokens: options.NewTokens = 64,
-    slots: options.Slots = None,
-    expert_memory: options.ExpertMemory = None,
-    allocate_from: allocating.AllocateFrom = None,
-    policy: options.Policy = "lru",
-    store: options.StoreKind = "auto",
-    miss: options.Miss = "wait",
-    miss_threads: options.MissThreads = None,
+    temperature: Annotated[
+        float, typer.Option(help="Sample at this temperature. 0: take the likeliest token.", min=0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    raw: options.Raw = False,
+    as_json: options.AsJson = False,
     prefetch: Annotated[
         str | None,
         typer.Option(
-            help=f"What is loaded ahead of need: {prefetching.NAMES}. Default: what --predictor, "
-            "--prior or --popularity is for, else none."
+            help=f"{prefetching.HELP} Default: the one that --predictor, --prior or --popularity "
+            "is for, else none.",
+            rich_help_panel=options.AHEAD,
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
@@ -35,34 +38,25 @@ def command(
     prior: Annotated[
         Path | None,
         typer.Option(
-            help="Prefetch what was used lately, and learn from this completion: a file, made if "
-            "it is absent. Instead of --predictor."
+            help="Prefetch the experts used lately, and learn from this text too: a file, made if "
+            "it is absent. Instead of --predictor.",
+            rich_help_panel=options.AHEAD,
         ),
     ] = None,
     user: Annotated[
-        str, typer.Option(help="With --prior: whose request this is; users are kept apart.")
+        str,
+        typer.Option(
+            help="With --prior: whose request this is. Users are kept apart.",
+            rich_help_panel=options.AHEAD,
+        ),
     ] = "",
-    choice: options.Choice = "exact",
-    choice_strength: options.ChoiceStrength = 0.1,
-    choice_keep: options.ChoiceKeep = 1,
-    temperature: Annotated[
-        float, typer.Option(help="Above 0: sample; 0: the likeliest token.", min=0.0)
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    engine: options.Engine = "reference",
-    compression: options.Compression = None,
-    compile: options.Compile = False,
-    gpu_memory: options.GpuMemory = None,
-    context: options.Context = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    as_json: options.AsJson = False,
+    *,
+    given: dict[str, Any],
 ) -> None:
-    """Generate text with few experts resident; the text to stdout, what it cost to stderr."""
-    from dataclasses import replace
-
+    """Write text with few experts resident: the text to stdout, its cost to stderr."""
     import torch
 
+    from melinoe.data import Example
     from melinoe.generate import generate
     from melinoe.predictor import AdaptivePredictor, Predictor, Prior, open_prior
     from melinoe.prefetch import prefetcher
@@ -85,16 +79,13 @@ def command(
     made_of = prefetching.given(guess, popularity, prefetch_at)
     ahead = None if prior is not None else prefetcher(names[0], made_of)
     if prior is not None and prior.exists():
-        Prior.load(prior)  # what is wrong with it shows before the model is opened
+        Prior.load(prior)
     text = _read_prompt() if prompt == "-" else prompt
-    wanted = options.choice_of(choice, choice_strength, choice_keep)
-    loaded, handle, tokenizer = options.open_model(
-        model, device, dtype, slots, expert_memory, policy, store, engine,
-        miss=miss, miss_threads=miss_threads, allocate_from=allocate_from,
-        compression=compression, gpu_memory=gpu_memory, context=context,
-        compile=compile or None,
-    )  # fmt: skip
-    handle.choose(wanted)
+    wanted = options.ModelOptions(**given)
+    loaded, handle, tokenizer = models.open_model(model, wanted)
+    asked: Any = text
+    if tokenizer.chat_template and not raw:
+        (asked,) = models.prompt_ids([Example(text, "", "the prompt")], tokenizer, raw)
     kept = None
     if prior is not None:
         kept = open_prior(prior, loaded)
@@ -112,7 +103,7 @@ def command(
         loaded,
         handle,
         tokenizer,
-        text,
+        asked,
         max_new_tokens=max_new_tokens,
         prefetch=ahead,
         streamer=streamer,
@@ -120,32 +111,37 @@ def command(
     )
     if kept is not None and prior is not None:
         kept.update(prior)
-    assert result.counters is not None  # there is a handle
+    cost = _cost(handle, result, wanted.choice, names[0])
+    if as_json:
+        output.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
+    else:
+        short = {key: round(v, 3) if isinstance(v, float) else v for key, v in cost.items()}
+        output.say("  ".join(f"{name} {value}" for name, value in short.items()))
+
+
+def _cost(handle: Any, result: Any, choice: str, prefetch: str) -> dict[str, Any]:
+    """Give what a text cost: memory, hits and loads, and time."""
+    counters, by_layer = result.counters, handle.slots_by_layer
     blocks = [handle.store.block_bytes(layer) for layer in range(len(handle.layers))]
-    copied, wasted = result.counters.prefetch_loads.any(), result.counters.prefetch_unused * blocks
-    by_layer = handle.slots_by_layer
-    cost = {
+    wasted = counters.prefetch_unused * blocks
+    return {
         "slots": handle.slots,
         **({"slots_by_layer": list(by_layer)} if len(set(by_layer)) > 1 else {}),
         "expert_memory_bytes": handle.expert_memory_bytes,
         "choice": choice,
         "changed_choices": handle.changed_choices,
-        "hit_rate": result.counters.hit_rate("completion"),
-        "transfers_per_token": result.counters.transfers_per_token(),
-        "computed_there_per_token": result.counters.on_host_per_token(),
-        "prefetch": names[0],
-        "prefetch_per_token": result.counters.prefetch_per_token(),
-        "prefetch_precision": result.counters.prefetch_precision(),
-        "prefetch_recall": result.counters.prefetch_recall(),
-        "prefetch_waste_bytes": int(wasted.sum()) if copied else None,
-        "adjusted_hit_rate": result.counters.adjusted_hit_rate("completion"),
+        "hit_rate": counters.hit_rate("completion"),
+        "transfers_per_token": counters.transfers_per_token(),
+        "computed_there_per_token": counters.on_host_per_token(),
+        "prefetch": prefetch,
+        "prefetch_per_token": counters.prefetch_per_token(),
+        "prefetch_precision": counters.prefetch_precision(),
+        "prefetch_recall": counters.prefetch_recall(),
+        "prefetch_waste_bytes": int(wasted.sum()) if counters.prefetch_loads.any() else None,
+        "adjusted_hit_rate": counters.adjusted_hit_rate("completion"),
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,
     }
-    if as_json:
-        options.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
-    else:
-        options.say("  ".join(f"{name} {value}" for name, value in _short(cost).items()))
 
 
 def _read_prompt() -> str:
@@ -179,7 +175,3 @@ def _read_prompt() -> str:
     if not text.strip():
         raise DataError(f"standard input is empty; {way_out}")
     return text
-
-
-def _short(cost: dict) -> dict:
-    return {name: round(v, 3) if isinstance(v, float) else v for name, v in cost.items()}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import output
 
 
 def command(
@@ -43,10 +43,10 @@ def command(
     found = read_foreign(file, format, num_experts=num_experts, model=model, statistics=statistics)
     layers, experts = found.counts.shape
     for note in found.notes:
-        options.say(f"{file}: {note}")
+        output.say(f"{file}: {note}")
     if statistics:
         save_statistics(out, found.counts, model=model, note=f"imported from {file.name}")
-        options.say(f"statistics of {layers} layers of {experts} experts -> {out}")
+        output.say(f"statistics of {layers} layers of {experts} experts -> {out}")
         return
     if found.trace is None:
         raise TraceError(
@@ -54,7 +54,7 @@ def command(
             "trace; import it with --statistics, for the policy static and --prefetch popularity"
         )
     found.trace.save(out)
-    options.say(
+    output.say(
         f"{found.trace.num_sequences} sequences, {len(found.trace)} tokens, {layers} layers of "
         f"{experts} experts -> {out}"
     )

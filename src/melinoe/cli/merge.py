@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import models, options, output
 
 
 def command(
@@ -21,11 +21,11 @@ def command(
     """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""
     from melinoe.finetune.parts.merging import merge_adapter
 
-    options.quiet()
-    made = merge_adapter(adapter, out, base=options.resolve(base) if base is not None else None)
-    options.say(f"wrote {out}")
+    output.quiet()
+    made = merge_adapter(adapter, out, base=models.resolve(base) if base is not None else None)
+    output.say(f"wrote {out}")
     if made.get("settings"):  # of an adapter of ours, whose melinoe.json says what a card tells
         from melinoe.report.card import write_card
 
         write_card(out)
-        options.say(f"wrote {out}/README.md and its figures")
+        output.say(f"wrote {out}/README.md and its figures")

@@ -1,32 +1,39 @@
-"""`melinoe own-text`: what a model writes from an empty prompt, as anchor text for its training."""
+"""`melinoe own-text`: let a model write freely, as text to be trained beside other data."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import models, options, output
+from melinoe.cli.command import with_settings
 
 
+@with_settings(
+    options.ModelOptions,
+    options.model_panels(
+        "engine", "compression", "compile", "context", "gpu_memory", "allocate_from", "miss",
+        "miss_threads", "choice", "choice_strength", "choice_keep",
+    ),
+    policy="lfu",
+)  # fmt: skip
 def command(
     model: options.Model,
     out: Annotated[Path, typer.Option(help="The JSONL file to write, one text a row.")],
-    texts: Annotated[int, typer.Option(help="How many.", min=1)] = 512,
-    length: Annotated[int, typer.Option(help="Tokens of each at most.", min=8)] = 512,
-    seed: Annotated[int, typer.Option(help="Decides them.")] = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    slots: options.Slots = None,
-    expert_memory: options.ExpertMemory = None,
-    policy: options.Policy = "lfu",
-    store: options.StoreKind = "auto",
+    texts: Annotated[int, typer.Option(help="Write this many texts.", min=1)] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Generate at most this many tokens for each.", min=8)
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """
-    Let a model write freely, from few resident experts, for `finetune --anchor-data FILE`.
+    Let a model write freely from an empty prompt, for `finetune --anchor-data FILE`.
 
-    That is what `--anchor-data own` does by itself before a run, but for a model that no device
-    holds whole, such as one that will be trained sharded.
+    Fine-tuning does that by itself, but needs the whole model for it. This command writes from few
+    resident experts, for a model that no device holds whole.
     """
     from melinoe.errors import OutputExistsError
     from melinoe.finetune.terms.own_text import own_text
@@ -35,17 +42,15 @@ def command(
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     _write(out, "")  # before the work, so that it cannot be for nothing
     try:
-        loaded, _, tokenizer = options.open_model(
-            model, device, dtype, slots, expert_memory, policy, store
-        )
-        written = own_text(loaded, tokenizer, texts, length, seed=seed)
+        loaded, _, tokenizer = models.open_model(model, options.ModelOptions(**given))
+        written = own_text(loaded, tokenizer, texts, max_new_tokens, seed=seed)
         rows = [tokenizer.decode(one.input_ids, skip_special_tokens=True) for one in written]
         kept = [json.dumps({"text": row}, ensure_ascii=False) for row in rows if row.strip()]
         _write(out, "".join(f"{row}\n" for row in kept))
     finally:
         if not out.stat().st_size:
             out.unlink()
-    options.say(f"{len(kept)} texts -> {out}")
+    output.say(f"{len(kept)} texts -> {out}")
 
 
 def _write(out: Path, text: str) -> None:

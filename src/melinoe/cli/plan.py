@@ -1,83 +1,123 @@
-"""`melinoe plan`: will a model fit, how fast can it be, and what would bound it."""
+"""`melinoe plan`: say from a config alone what fits, how fast it can be, and what bounds it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import models, options, output
+
+if TYPE_CHECKING:
+    from melinoe.plan.planner import Plan
+    from melinoe.plan.speed import Speed
+
+_MACHINE = "Machine"
+_RATES = "Hit rates"
+_INSTEAD = "Tables of several models"
 
 
 def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint directory, config.json, or hub name (only the config is fetched); "
-            "`tiny` is the model that ships."
+            help="A checkpoint directory, a config.json, or a name on the hub, of which only the "
+            "config is fetched; `tiny` is the model that ships."
         ),
     ] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option(help="Of the device, as in 8GiB. Default: all of --card's.")
-    ] = None,
     card: Annotated[
-        str | None, typer.Option(help="A card by name: h100, rtx4090, l4, ...; see --list.")
+        str | None, typer.Option(help="A GPU by name: rtx4090, l4, h100, ...; see --list.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of the GPU, as in 8GiB. Default: all of --card's.")
     ] = None,
     ram: Annotated[
-        str | None, typer.Option(help="Of the host, as in 32GiB. Default: enough for all experts.")
-    ] = None,
-    link: Annotated[
         str | None,
-        typer.Option(help="Host to device: 25GB/s or pcie4x16, ... Default: the card's."),
+        typer.Option(help="Memory of the host, as in 32GiB. Default: enough for all experts."),
     ] = None,
-    link_latency: Annotated[str, typer.Option(help="Of each transfer, as in 10us.")] = "0us",
-    device_bandwidth: Annotated[
-        str | None, typer.Option(help="Of the device's memory, as in 1TB/s. Default: the card's.")
-    ] = None,
-    dram: Annotated[
-        str | None, typer.Option(help="Bandwidth of host memory: 70GB/s, or ddr5-2ch, ...")
-    ] = None,
-    disk: Annotated[
-        str | None,
-        typer.Option(help="Where experts are that RAM cannot hold: 7GB/s or nvme4, ..."),
-    ] = None,
-    reserve: Annotated[
-        str | None,
-        typer.Option(help="Device memory kept free. Default: a tenth of it, at most 1GiB."),
-    ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Take hit rates from this trace of the model.")
-    ] = None,
-    tuned_trace: Annotated[
-        Path | None, typer.Option(help="And those after fine-tuning from this one.")
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
+    context: Annotated[int, typer.Option(help="Longest text, in tokens.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 1,
     bits: Annotated[
         int | None,
-        typer.Option(help="Of a stored weight: 16, 8 or 4. Default: as the config says."),
+        typer.Option(help="Bits of a stored weight: 16, 8 or 4. Default: as the config says."),
+    ] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="List the cards and links known by name instead.")
+    ] = False,
+    as_json: options.AsJson = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Take hit rates from this trace of the model.", rich_help_panel=_RATES),
+    ] = None,
+    tuned_trace: Annotated[
+        Path | None,
+        typer.Option(help="Take those after fine-tuning from this trace.", rich_help_panel=_RATES),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="Link from host to GPU: 25GB/s, or a name as pcie4x16. Default: the card's.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    link_latency: Annotated[
+        str, typer.Option(help="Latency of each transfer, as in 10us.", rich_help_panel=_MACHINE)
+    ] = "0us",
+    device_bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            help="Bandwidth of the GPU's memory, as in 1TB/s. Default: the card's.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    dram: Annotated[
+        str | None,
+        typer.Option(
+            help="Bandwidth of the host's memory: 70GB/s, or a name as ddr5-2ch.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            help="Bandwidth of the disk, for experts that --ram cannot hold: 7GB/s, or a name as "
+            "nvme4.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    reserve: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU memory kept free. Default: a tenth of it, at most 1GiB.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time this machine's memory, disk and link, use them.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time this machine's memory, disk and link, and plan with them.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = False,
     limits: Annotated[
         bool,
         typer.Option(
             "--limits",
-            help="Instead: the table of what no engine can pass, for MODEL or the four that ship, "
-            "over --link (pcie5x16) on --card (h100).",
+            help="Print what no engine can pass, for MODEL or the four that ship, over --link "
+            "(pcie5x16) on --card (h100).",
+            rich_help_panel=_INSTEAD,
         ),
     ] = False,
-    show_list: Annotated[
-        bool, typer.Option("--list", help="Instead: the cards and links known by name.")
-    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="With --limits: also write the record to this .json file.")
+        Path | None,
+        typer.Option(
+            help="Also write the record of --limits to this .json file.", rich_help_panel=_INSTEAD
+        ),
     ] = None,
-    as_json: options.AsJson = False,
 ) -> None:
-    """Plan a model on a machine from its config alone: what fits, tokens a second, bottleneck."""
+    """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
     if show_list:
         _show_known(as_json)
         return
@@ -95,14 +135,13 @@ def command(
         _show_measured(measured, as_json)
         return
     from melinoe.cache.trace import Trace
-    from melinoe.cli.plan_text import show
     from melinoe.host_memory import host_memory
     from melinoe.plan.planner import plan
     from melinoe.plan.units import parse_seconds
 
-    options.quiet()
+    output.quiet()
     done = plan(
-        options.resolve(model),
+        models.resolve(model),
         gpu_memory=gpu_memory,
         card=card,
         ram=ram,
@@ -122,17 +161,17 @@ def command(
     if as_json:
         left = host_memory()
         host = None if left is None else left._asdict()
-        options.show_json(done.to_dict() | {"host_memory_here": host})
+        output.show_json(done.to_dict() | {"host_memory_here": host})
     else:
-        show(model, done)
+        _show(model, done)
 
 
 def _measure(model: str | None) -> dict[str, float]:
-    """This machine's own figures; the disk is the one that the model is on, if it is here."""
+    """Time this machine, and the disk that the model is on, if it is here."""
     from melinoe.plan.measuring import measure
 
-    options.say("timing this machine's memory, disk and link")
-    place = Path(options.resolve(model)).expanduser() if model else None
+    output.say("timing this machine's memory, disk and link")
+    place = Path(models.resolve(model)).expanduser() if model else None
     return measure(place if place is not None and place.is_dir() else None)
 
 
@@ -140,11 +179,11 @@ def _show_measured(measured: dict[str, float], as_json: bool) -> None:
     from melinoe.plan.units import format_bandwidth
 
     if as_json:
-        options.show_json(
+        output.show_json(
             {f"{part.replace(' ', '_')}_bytes_per_s": v for part, v in measured.items()}
         )
         return
-    options.show_table(
+    output.show_table(
         "This machine (disk: one run; the rest: best of several)",
         [{"part": part, "bandwidth": format_bandwidth(v)} for part, v in measured.items()],
     )
@@ -154,9 +193,9 @@ def _show_known(as_json: bool) -> None:
     from melinoe.plan.hardware import known
 
     if as_json:
-        options.show_json(known())
+        output.show_json(known())
         return
-    options.show_table(
+    output.show_table(
         "Cards (--card)",
         [
             {
@@ -171,7 +210,7 @@ def _show_known(as_json: bool) -> None:
     )
     for title, key in (("Links (--link)", "links"), ("Host memory (--dram)", "dram"),
                        ("Disks (--disk)", "disks")):  # fmt: skip
-        options.show_table(
+        output.show_table(
             title,
             [
                 {"name": one["names"][0], "GB/s": f"{one['gb_s']:g}", "source": one["source"]}
@@ -186,16 +225,127 @@ def _show_limits(
     from melinoe.plan.limits import limits, limits_record
     from melinoe.report import render_table
 
-    options.quiet()
-    models = [options.resolve(model)] if model else []
-    table = limits(models, link or "pcie5x16", card or "h100")
+    output.quiet()
+    table = limits([models.resolve(model)] if model else [], link or "pcie5x16", card or "h100")
     record = limits_record(table)
     if out is not None:
         from melinoe.measure import write_json
 
         write_json(out, record)
-        options.say(f"wrote {out}")
+        output.say(f"wrote {out}")
     if as_json:
-        options.show_json(table)
+        output.show_json(table)
     else:
         print(render_table([record]))
+
+
+def _show(model: str, done: Plan) -> None:
+    """Print a plan as tables and sentences."""
+    from melinoe.host_memory import format_bytes as size
+    from melinoe.host_memory import host_memory
+
+    facts = done.facts
+    held = facts.dtype if facts.packed is None else f"{facts.dtype} where not packed"
+    kv = "not known" if facts.kv_bytes is None else size(done.batch * facts.kv_bytes)
+    rows = [
+        ("config", "", facts.source),
+        ("backbone", size(facts.backbone_bytes), f"{held}, every parameter but the experts"),
+        ("keys and values", kv, f"{done.batch} x {facts.context} tokens; {facts.kv_source}"),
+        ("kept free", size(done.reserve_bytes) if done.reserve_bytes else "0", ""),
+        (
+            "expert slots",
+            size(done.slot_bytes),
+            f"{done.slots} of {facts.num_experts} experts in each of {len(facts.layers)} layers; a "
+            f"token uses {facts.top_k}",
+        ),
+        ("all experts", size(facts.expert_bytes), _where(done)),
+    ]
+    output.show_table(
+        f"{model} ({facts.model_type}) in {size(done.gpu_memory_bytes)}",
+        [{"what": what, "bytes": amount, "how": how} for what, amount, how in rows],
+    )
+    output.show_table(
+        "Expected, not measured"
+        + (f"; all {done.batch} sequences together" if done.batch > 1 else ""),
+        [
+            {
+                "": name,
+                "hit rate": _range(rates.low, rates.high, percent=True),
+                "tokens/s": _range(found.low, found.high),
+                "fast end bound by": found.bottleneck,
+                "slow end mostly": found.slow_bottleneck,
+            }
+            for name, rates, found in (
+                ("as it is", done.before, done.speed_before),
+                ("fine-tuned for locality", done.after, done.speed_after),
+            )
+        ],
+    )
+    _show_tiers(done)
+    for name, rates in (("as it is", done.before), ("fine-tuned", done.after)):
+        print(f"Hit rate, {name}: {rates.source}.")
+        if "belady" in rates.by_policy:
+            figures = ", ".join(f"{key} {value:.1%}" for key, value in rates.by_policy.items())
+            print(f"  by policy: {figures}; no policy passes belady.")
+        if done.before == done.after:
+            break
+    for sentence in (*done.assumed, *done.notes):
+        print(sentence)
+    if (left := host_memory()) is not None:
+        print(
+            f"The host that plans has {size(left.free_bytes)} of memory left ({left.limited_by}); "
+            "to plan with it, give that as --ram."
+        )
+
+
+def _show_tiers(done: Plan) -> None:
+    """Print the milliseconds of one step on each tier alone."""
+    parts = done.hardware
+
+    def row(name: str, figure: object, key: str) -> dict[str, str]:
+        def of(one: Speed) -> str:
+            ends = (getattr(one.tiers_high, key), getattr(one.tiers_low, key))
+            return _range(*(1e3 * end for end in ends))
+
+        return {
+            "tier": name,
+            "bandwidth": str(figure),
+            "ms a step, as it is": of(done.speed_before),
+            "ms a step, fine-tuned": of(done.speed_after),
+        }
+
+    rows = [
+        row("link", parts.link, "link"),
+        row("device memory", parts.device, "device"),
+    ]
+    if done.fits_in_ram is False:
+        rows.append(row("disk", parts.disk, "disk"))
+    rows.append(row("host in the loop (slow end)", "-", "host"))
+    rows.append(row("DRAM, were misses computed on the CPU", parts.dram, "dram_if_computed"))
+    output.show_table("What each tier would take alone, fast end to slow end", rows)
+    faster = done.speed_before.computed_high / done.speed_before.high
+    if done.speed_before.bottleneck == "link" and abs(faster - 1) > 0.05:
+        print(
+            f"Computing misses on the CPU instead of loading them would make the fast end "
+            f"{faster:.2g} times as fast as it is, as far as DRAM bounds it."
+        )
+
+
+def _where(done: Plan) -> str:
+    if done.all_resident:
+        return "all of them in slots"
+    kept = "" if done.bits is None else f"stored at {done.bits} bits; "
+    if done.fits_in_ram is None:
+        return kept + "wait in host memory, if it is large enough (--ram)"
+    if done.fits_in_ram:
+        return kept + "fit in host memory"
+    return kept + "do not fit in host memory: misses go to the disk"
+
+
+def _range(low: float, high: float, percent: bool = False) -> str:
+    ends = [f"{one:.1%}" if percent else _three(one) for one in (low, high)]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _three(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,26 +1,34 @@
-"""`melinoe predictor`: learn which experts a prompt will need, and keep what was served lately."""
+"""`melinoe predictor`: learn which experts a prompt will need, and see what a prior learned."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import options, output
+from melinoe.cli.command import Command
 from melinoe.lock import held, holding
 
 app = typer.Typer(
-    help="Learn from a trace which experts a prompt will need, and from what is served.",
+    help="Learn which experts a prompt will need, from a trace or from what is served.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 PriorFile = Annotated[Path, typer.Argument(help="A file that `melinoe generate --prior` keeps.")]
 
 
-@app.command("fit")
+@app.command("fit", cls=Command)
 @holding("out")
 def fit_command(
-    trace: Annotated[Path, typer.Argument(help="A trace file written by `melinoe trace`.")],
+    trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
     out: options.Out,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            help="Judge by this many slots in each layer. Default: a quarter of the experts.",
+            min=1,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -31,32 +39,32 @@ def fit_command(
         str | None,
         typer.Option(help="The prompts that were traced. Default: those beside the trace."),
     ] = None,
-    columns: options.Columns = None,
+    raw: options.Raw = False,
     encoder: Annotated[
         str,
         typer.Option(
-            help="What reads prompts: embeddings (the model's own), or the name of a "
+            help="What reads the prompts: embeddings (the model's own), or the name of a "
             "sentence-transformers model, such as BAAI/bge-base-en-v1.5."
         ),
     ] = "embeddings",
-    slots: options.Slots = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    seed: Annotated[int, typer.Option(help="Of the split and the start.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the folds and of the start.")] = 0,
     as_json: options.AsJson = False,
+    columns: options.Columns = None,
+    split: options.Split = "test",
 ) -> None:
     """Fit a predictor, and compare it with rivals that cost nothing."""
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import check_output
-    from melinoe.cli.prefetching import open_backbone
+    from melinoe.cli.models import open_backbone, prompt_ids
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.data import encode_prompts, load_examples
+    from melinoe.data import load_examples
     from melinoe.errors import BudgetError
     from melinoe.predictor import EmbeddingEncoder, SentenceEncoder, compare, fit, load_prompts
     from melinoe.predictor.encoders import EMBEDDINGS, token_embeddings
 
     if columns is not None and data is None:
         raise typer.BadParameter("--columns go with --data", param_hint="--columns")
-    options.quiet()
+    output.quiet()
     check_output(out)
     loaded = Trace.load(trace)
     prompts = load_prompts(trace, loaded) if data is None else None
@@ -73,7 +81,7 @@ def fit_command(
         examples = load_examples(
             data, split=split, limit=loaded.num_sequences, columns=columns, prompts=True
         )
-        prompts = encode_prompts(examples, tokenizer)
+        prompts = prompt_ids(examples, tokenizer, raw)
     reader = (
         EmbeddingEncoder(token_embeddings(backbone))
         if encoder == EMBEDDINGS
@@ -96,17 +104,17 @@ def fit_command(
         for strategy, value in (*comparison.recall.items(), ("ceiling", comparison.ceiling))
     ]
     if as_json:
-        options.show_json(comparison.to_record(name))
+        output.show_json(comparison.to_record(name))
     else:
-        options.show_table(f"experts of the completion, {size} slots a layer", rows)
-    options.say(
+        output.show_table(f"experts of the completion, {size} slots a layer", rows)
+    output.say(
         f"wrote {out}; the best guess here: {comparison.winner}; what to load ahead of need: "
         f"{comparison.prefetch}"
         + (" (its own loads cost what it saves)" if comparison.prefetch == "none" else "")
     )
 
 
-@app.command("prior")
+@app.command("prior", cls=Command)
 def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
     """Show whose requests a prior has learned from, the latest first."""
     from melinoe.predictor.prior import HALF_LIFE, Prior
@@ -114,15 +122,15 @@ def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
     found = Prior.load(prior)
     rows = [{"user": key, "requests": found.requests(key)} for key in found.keys()[::-1]]
     if as_json:
-        options.show_json({"fingerprint": found.fingerprint, "users": rows})
+        output.show_json({"fingerprint": found.fingerprint, "users": rows})
     elif rows:
         title = f"half-life {HALF_LIFE:g} requests"
-        options.show_table(title, [{**row, "user": row["user"] or "(all)"} for row in rows])
+        output.show_table(title, [{**row, "user": row["user"] or "(all)"} for row in rows])
     else:
-        options.say(f"{prior} has learned nothing yet")
+        output.say(f"{prior} has learned nothing yet")
 
 
-@app.command("reset")
+@app.command("reset", cls=Command)
 def reset_command(
     prior: PriorFile,
     user: Annotated[
@@ -150,4 +158,4 @@ def _reset(prior: Path, user: str | None) -> None:
         )
     found.reset(user)
     found.save(prior)
-    options.say(f"forgot {len(known) - len(found.keys())} of {len(known)} users")
+    output.say(f"forgot {len(known) - len(found.keys())} of {len(known)} users")

@@ -2,14 +2,15 @@
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli import options, output
+from melinoe.cli.command import Command
 
 app = typer.Typer(
     help="Strategies that load experts ahead of need.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_command(as_json: options.AsJson = False) -> None:
     """Print every prefetch that can be named, with what it is made of and when it loads."""
     from melinoe.prefetch import NONE, prefetcher_class, prefetcher_names
@@ -24,6 +25,6 @@ def list_command(as_json: options.AsJson = False) -> None:
             about = about or f"{cls.__module__}:{cls.__qualname__}, which does not say."
         rows.append({"prefetch": name, "what it loads": about})
     if as_json:
-        options.show_json(rows)
+        output.show_json(rows)
     else:
-        options.show_table("prefetches", rows)
+        output.show_table("prefetches", rows)

@@ -1,4 +1,4 @@
-"""What is loaded ahead of need, from the words of the command line."""
+"""Options of prefetching, and the prefetchers that they name."""
 
 from __future__ import annotations
 
@@ -8,32 +8,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli import options
+from melinoe.cli.options import AHEAD
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS
 
 if TYPE_CHECKING:
-    from melinoe.cache.trace import Trace
-    from melinoe.prefetch import Given, Prefetcher
+    from melinoe.prefetch import Given
 
-NAMES = (
-    "none; popularity, the most used experts; prefill, those the prompt used; predictor; "
-    "next-router, what the next layer's router says early; or one of an installed "
-    "package"
+HELP = (
+    "Load experts ahead of need: none; popularity: the most used; prefill: those the prompt used; "
+    "predictor: those a fitted predictor names; next-router: those that the next layer's router "
+    "names one layer early; or a prefetch of an installed package."
 )
 PredictorDir = Annotated[
-    Path | None, typer.Option(help="What `melinoe predictor fit` wrote: for --prefetch predictor.")
+    Path | None,
+    typer.Option(
+        help="Predictor for --prefetch predictor: what `melinoe predictor fit` wrote.",
+        rich_help_panel=AHEAD,
+    ),
 ]
 PopularityFile = Annotated[
     Path | None,
     typer.Option(
-        help="A trace or imported statistics: for --prefetch popularity. Default: the predictor's."
+        help="Counts for --prefetch popularity: a trace, or imported statistics. Default: the "
+        "predictor's.",
+        rich_help_panel=AHEAD,
     ),
 ]
 Moment = Annotated[
     str | None,
     typer.Option(
-        help="When popularity and predictor load: prompt, before it is read, where a long one "
-        f"evicts them again; completion, after it. Default: {PREFETCH_AT}."
+        help="When popularity and predictor load: prompt: before it is read, though a long prompt "
+        f"evicts them again; completion: after it. Default: {PREFETCH_AT}.",
+        rich_help_panel=AHEAD,
     ),
 ]
 
@@ -42,13 +48,13 @@ def names_of(
     named: Sequence[str] | None, at: str | None, *, prior: Any = None, **material: Any
 ) -> tuple[str, ...]:
     """
-    The prefetches meant, each once.
+    Name the prefetches that a command line asks for, each once.
 
     Args:
-        named: As given; absent: what the material is for, or ``none``.
-        at: As given.
-        prior: What was given for --prior, None if nothing was; it takes part in `predictor`.
-        material: Name of a prefetch to what was given for it, None if nothing was.
+        named: Given for --prefetch. Absent: those that the material is for, or ``none``.
+        at: Given for --prefetch-at.
+        prior: Given for --prior; it works as `predictor`.
+        material: Name of a prefetch to what was given for it; None where nothing was.
 
     Raises:
         BadParameter: an unknown name or moment, or material for a prefetch that is not named.
@@ -59,11 +65,11 @@ def names_of(
         raise typer.BadParameter(
             f"{at!r} is not one of {', '.join(PREFETCH_MOMENTS)}", param_hint="--prefetch-at"
         )
-    there = [name for name, value in material.items() if value is not None]
+    material_for = [name for name, value in material.items() if value is not None]
     if not named:
-        if prior is not None and "predictor" not in there:
-            there.insert(0, "predictor")
-        return tuple(there) or ("none",)
+        if prior is not None and "predictor" not in material_for:
+            material_for.insert(0, "predictor")
+        return tuple(material_for) or ("none",)
     known = prefetcher_names()
     for name in named:
         if name not in known:
@@ -74,7 +80,7 @@ def names_of(
         raise typer.BadParameter(
             "it is for --prefetch predictor, which is not named", param_hint="--prior"
         )
-    for name in there:
+    for name in material_for:
         # A predictor also knows what is popular.
         if name not in named and not (name == "predictor" and "popularity" in named):
             raise typer.BadParameter(
@@ -85,12 +91,12 @@ def names_of(
 
 def given(predictor: Any, popularity: Any, at: str | None) -> Given:
     """
-    What prefetchers are made of.
+    Collect what prefetchers are made of.
 
     Args:
         predictor: A loaded one, or None.
-        popularity: A file of counts, or the counts; None: the predictor's, if it has some.
-        at: As given.
+        popularity: A file of counts, or the counts. None: the predictor's, if it has some.
+        at: Given for --prefetch-at.
 
     Raises:
         MelinoeError: a file that cannot be used.
@@ -102,56 +108,3 @@ def given(predictor: Any, popularity: Any, at: str | None) -> Given:
     if counts is None:
         counts = getattr(predictor, "popularity", None)
     return Given(counts, predictor, at)
-
-
-def bound_to(
-    prefetchers: Sequence[Prefetcher | None], trace: Trace, path: Path, model: str | None
-) -> list[list[int]] | None:
-    """
-    The prompts of a trace, and prefetchers that read them bound to its model; None if none does.
-
-    Args:
-        prefetchers: Bound.
-        trace: Whose prompts lie beside it.
-        path: Of the trace.
-        model: Named by the user; absent: as the trace says.
-
-    Raises:
-        MelinoeError: no prompts, no such model, or another model's.
-    """
-    reading = [one for one in prefetchers if one is not None and one.uses_ids]
-    if not reading:
-        return None
-    from melinoe.predictor import load_prompts
-
-    prompts = load_prompts(path, trace)
-    backbone, tokenizer = open_backbone(trace, path, model)
-    for one in reading:
-        one.bind(backbone, tokenizer)
-    return prompts
-
-
-def open_backbone(trace: Trace, path: Path, model: str | None) -> tuple[Any, Any]:
-    """
-    The model of a trace without its experts, and its tokenizer.
-
-    Raises:
-        TraceError: the trace is of another model, or does not say of which.
-    """
-    from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
-    from melinoe.errors import TraceError
-    from melinoe.moe.routing import fingerprint
-
-    name = model or trace.model
-    if not name:
-        raise TraceError(f"{path} does not say which model it is of; name it with --model")
-    options.quiet()
-    with open_checkpoint(options.resolve(name)) as checkpoint:
-        backbone = load_backbone(checkpoint)
-        tokenizer = load_tokenizer(options.resolve(name), backbone.config)
-    if (found := fingerprint(backbone)) != trace.fingerprint:
-        raise TraceError(
-            f"{path} is of another model ({trace.fingerprint[:12]}) than {name} ({found[:12]}); "
-            "name the model that was traced, or trace this one"
-        )
-    return backbone, tokenizer

@@ -36,7 +36,7 @@ def command(
     ] = False,
 ) -> None:
     """Write a self-contained page with tables and figures, or these by themselves."""
-    from melinoe.cli import options
+    from melinoe.cli import output
     from melinoe.errors import DataError
     from melinoe.report import page_path, update_readme, write_figures, write_report
 
@@ -48,19 +48,19 @@ def command(
         if readme is not None:
             raise typer.BadParameter("--figures and --readme are two things; give one at a time")
         written = write_figures(_with_traces(runs, policy), figures)
-        options.say(f"{figures}: wrote {len(written)} figures")
+        output.say(f"{figures}: wrote {len(written)} figures")
         return
     if readme is None:
         page_path(out)
         write_report(_with_traces(runs, policy), out)
-        options.say(f"wrote {out} and {out.with_suffix('.md')}")
+        output.say(f"wrote {out} and {out.with_suffix('.md')}")
         return
     stale = update_readme(readme, list(runs), check=check)
     if check and stale:
         raise DataError(
             f"{readme} is out of date in {', '.join(stale)}; run the same without --check"
         )
-    options.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
+    output.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
 
 
 def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
@@ -70,7 +70,7 @@ def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
         return list(runs)
     from melinoe.cache.simulator import COMPILED_POLICIES
     from melinoe.cache.trace import Trace
-    from melinoe.cli.progress import counted
+    from melinoe.cli.output import counted
     from melinoe.measure import trace_records
 
     alike = len({run.stem for run in traces}) < len(traces)

@@ -1,59 +1,89 @@
-"""`melinoe simulate`: what a trace would have cost with any cache, and how long it would take."""
+"""`melinoe simulate`: replay a trace through caches; count what each would load, and how long."""
 
 from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli import options, prefetching, simulate_inputs, simulate_tables
+from melinoe.cli import options, output, prefetching, simulate_inputs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from melinoe.cache.simulation import Simulation
+    from melinoe.cache.trace import Trace
+
+_SPLIT = "Slots by layer, and options of a policy"
+_TIME = "Predicted time"
+# Tokens of a segment, in the published measures 2 to 256; ours are as long as an answer.
+SEGMENTS = (4, 16)
+OF_PREFETCHES = (
+    "adjusted_hit_rate",
+    "prefetch_precision",
+    "prefetch_recall",
+    "prefetch_waste_per_token",
+)
 
 
 def command(
-    trace: Annotated[Path, typer.Argument(help="A trace file written by `melinoe trace`.")],
+    trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
     slots: Annotated[
         list[str] | None,
         typer.Option(
-            help="Slots in each layer, as 8, or of every layer, as 6,8,10,8; may be repeated. "
+            help="Slots in each layer, as 8, or layer by layer, as 6,8,10,8. Repeatable. "
             "Default: a quarter of the experts."
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="belady, lfru, lfu, lru, score, static, or one of an installed "
-            "package; may be repeated. Default: lru, lfu and belady."
+            help="Which resident expert is evicted first: belady, lfru, lfu, lru, score, static, "
+            "or a policy of an installed package. Repeatable. Default: lru, lfu and belady."
         ),
     ] = None,
-    policy_option: Annotated[
-        list[str] | None,
-        typer.Option(help="Of the policy, as in gamma=0.5; may be repeated. For one policy only."),
-    ] = None,
-    cold: Annotated[bool, typer.Option(help="Start every sequence with an empty cache.")] = False,
-    allocate: Annotated[
-        bool,
-        typer.Option(
-            help="Also split the same slots over layers by their miss-ratio curves, per policy."
-        ),
-    ] = False,
-    allocate_from: Annotated[
-        Path | None, typer.Option(help="Make that split from this trace; default: the same one.")
-    ] = None,
+    cold: Annotated[bool, typer.Option(help="Empty the cache before every sequence.")] = False,
     curve: Annotated[
         bool, typer.Option(help="Print the miss rate of every number of slots instead.")
     ] = False,
     locality: Annotated[
         bool,
-        typer.Option(help="Print what no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."),
+        typer.Option(
+            help="Print measures that no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."
+        ),
     ] = False,
+    out: options.RecordsOut = None,
+    as_json: options.AsJson = False,
+    policy_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An option of the one policy named, as in gamma=0.5. Repeatable.",
+            rich_help_panel=_SPLIT,
+        ),
+    ] = None,
+    allocate: Annotated[
+        bool,
+        typer.Option(
+            help="Also share out the same slots over the layers by their miss-ratio curves.",
+            rich_help_panel=_SPLIT,
+        ),
+    ] = False,
+    allocate_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Share them out by this trace's curves. Default: the same trace's.",
+            rich_help_panel=_SPLIT,
+        ),
+    ] = None,
     prefetch: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What is loaded ahead of need: {prefetching.NAMES}; or a JSON file of lists, "
-            "sequence -> layer -> ids. May be repeated. Default: predictor if --predictor is "
-            "given, else none. next-router needs a trace recorded with --guesses."
+            help=f"{prefetching.HELP} Or a JSON file of lists: sequence -> layer -> ids. "
+            "Repeatable. Default: predictor if --predictor is given, else none. next-router needs "
+            "a trace recorded with --guesses.",
+            rich_help_panel=options.AHEAD,
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
@@ -61,59 +91,81 @@ def command(
     popularity: Annotated[
         Path | None,
         typer.Option(
-            help="Count popularity (policy static, prefetch popularity) from this trace or "
-            "imported statistics; default: the trace itself."
+            help="Counts for the policy static and --prefetch popularity: a trace, or imported "
+            "statistics. Default: the trace itself.",
+            rich_help_panel=options.AHEAD,
         ),
     ] = None,
-    miss: Annotated[
-        str,
-        typer.Option(
-            help="What a miss does: wait for the load; cpu, be computed there; split, by cost."
-        ),
-    ] = "wait",
     link: Annotated[
         str | None,
-        typer.Option(help="Predict time over this link: 25GB/s, or a name such as pcie4x16."),
+        typer.Option(
+            help="Predict time over this link from host to GPU: 25GB/s, or a name as pcie4x16.",
+            rich_help_panel=_TIME,
+        ),
     ] = None,
-    link_latency: Annotated[str, typer.Option(help="Of each transfer, as in 10us.")] = "0s",
+    link_latency: Annotated[
+        str, typer.Option(help="Latency of each transfer, as in 10us.", rich_help_panel=_TIME)
+    ] = "0s",
     copy_time: Annotated[
-        str, typer.Option(help="Host time of each copy that the link does not hide, as in 50us.")
+        str,
+        typer.Option(
+            help="Host time of each copy that the link does not hide, as in 50us.",
+            rich_help_panel=_TIME,
+        ),
     ] = "0s",
     device_bandwidth: Annotated[
-        str | None, typer.Option(help="Of the memory that holds the slots, as in 3.35TB/s.")
+        str | None,
+        typer.Option(help="Bandwidth of the GPU's memory, as in 3.35TB/s.", rich_help_panel=_TIME),
     ] = None,
-    dram_bandwidth: Annotated[
-        str | None, typer.Option(help="Of the host's memory, for misses it computes: 80GB/s.")
+    dram: Annotated[
+        str | None,
+        typer.Option(
+            help="Bandwidth of the host's memory, for misses computed on the CPU: 80GB/s.",
+            rich_help_panel=_TIME,
+        ),
     ] = None,
     pass_time: Annotated[
         str | None,
-        typer.Option(help="Measured time of a token with all experts resident, as in 5ms."),
+        typer.Option(
+            help="Measured time of a token with all experts resident, as in 5ms.",
+            rich_help_panel=_TIME,
+        ),
     ] = None,
     overlap: Annotated[
-        str, typer.Option(help="none: wait, then compute; hits: compute them meanwhile.")
+        str,
+        typer.Option(
+            help="none: load the misses, then compute; hits: compute the hits meanwhile.",
+            rich_help_panel=_TIME,
+        ),
     ] = "none",
+    miss: Annotated[
+        str,
+        typer.Option(
+            help="On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
+            "whichever is faster.",
+            rich_help_panel=_TIME,
+        ),
+    ] = "wait",
     model: Annotated[
         str | None,
         typer.Option(
-            help="Take sizes from this model's config; `tiny` is ours. Its embeddings read prompts "
-            "for --prefetch predictor; default there: the model the trace names."
+            help="Take sizes from this model's config; `tiny` is the one that ships. It also reads "
+            "the prompts for --prefetch predictor. Default for that: as the trace says.",
+            rich_help_panel=_TIME,
         ),
     ] = None,
     expert_size: Annotated[
-        str | None, typer.Option(help="Bytes of one expert instead, as in 12.6MB.")
+        str | None,
+        typer.Option(help="Size of one expert instead, as in 12.6MB.", rich_help_panel=_TIME),
     ] = None,
     backbone_size: Annotated[
-        str, typer.Option(help="Bytes outside the experts that a token reads, as in 1.2GB.")
-    ] = "0B",
-    out: Annotated[
-        Path | None,
+        str,
         typer.Option(
-            help="Append a record of it to this .jsonl, with intervals, for `melinoe report`."
+            help="What a token reads outside the experts, as in 1.2GB.", rich_help_panel=_TIME
         ),
-    ] = None,
-    as_json: options.AsJson = False,
+    ] = "0B",
 ) -> None:
-    """Replay a trace through caches of any size and policy: counts, and time if told the link."""
+    """Replay a trace through caches of any size and policy: count loads, and predict time."""
     from melinoe.cache.misses import loads_when
     from melinoe.cache.simulator import simulate
     from melinoe.cache.timing import predict
@@ -130,9 +182,9 @@ def command(
     names = policy or ["lru", "lfu", "belady"]
     own = simulate_inputs.read_policy_options(policy_option, names)
     if locality:
-        return simulate_tables.print_locality(loaded, as_json)
+        return _print_locality(loaded, as_json)
     if curve:
-        return simulate_tables.print_curve(loaded, names, own, popular, cold, as_json)
+        return _print_curve(loaded, names, own, popular, cold, as_json)
     sizes = [
         simulate_inputs.read_slots(text, loaded)
         for text in slots or [str(max(1, loaded.num_experts // 4))]
@@ -141,7 +193,7 @@ def command(
         prefetch, prefetch_at, loaded, trace, popular, model, predictor
     )
     figures = simulate_inputs.read_figures(
-        loaded, link, link_latency, copy_time, device_bandwidth, dram_bandwidth, pass_time,
+        loaded, link, link_latency, copy_time, device_bandwidth, dram, pass_time,
         overlap, model, expert_size, backbone_size,
     )  # fmt: skip
     if miss != "wait" and figures is None:
@@ -176,8 +228,8 @@ def command(
                     load=None if figures is None else loads_when(miss, *figures),
                     steps=figures is not None,
                 )
-                who = simulate_tables.who_of(done, how if split else None)
-                counts.append(who | simulate_tables.counts_of(done))
+                who = _who_of(done, how if split else None)
+                counts.append(who | _counts_of(done))
                 replays.append((who, done))
                 if figures is not None:
                     times.append(who | {"miss": miss} | predict(done, *figures).metrics())
@@ -186,14 +238,121 @@ def command(
 
         predicted = [row["ms_per_token"] for row in times] or [None] * len(replays)
         append_jsonl(out, replay_record(trace.stem, cold, replays, predicted))
-        options.say(f"wrote a record to {out}")
+        output.say(f"wrote a record to {out}")
     if as_json:
-        options.show_json(
+        output.show_json(
             [row | (times[number] if times else {}) for number, row in enumerate(counts)]
         )
         return
-    simulate_tables.print_counts(loaded, counts, any(one is not None for one in ahead))
+    _print_counts(loaded, counts, any(one is not None for one in ahead))
     if times:
-        options.show_table(
-            f"predicted time over {link}", [simulate_tables.short(row) for row in times]
+        output.show_table(f"predicted time over {link}", [_short(row) for row in times])
+
+
+def _who_of(done: Simulation, how: str | None) -> dict[str, Any]:
+    """Name what was replayed: policy, slots, how they were shared out if asked, prefetch."""
+    alike = len(set(done.slots)) == 1
+    return {
+        "policy": done.policy,
+        "slots": done.slots[0] if alike else ",".join(map(str, done.slots)),
+        **({"split": how} if how is not None else {}),
+        "prefetch": done.prefetch,
+    }
+
+
+def _counts_of(done: Simulation) -> dict[str, Any]:
+    """Give the counts of a replay."""
+    counters = done.counters
+    return {
+        "hit_rate": counters.hit_rate("completion"),
+        "zero_miss_tokens": counters.zero_miss_share(),
+        "transfers_per_token": counters.transfers_per_token(),
+        "prefetch_per_token": counters.prefetch_per_token(),
+        "prefill_transfers_per_token": counters.transfers_per_token("prompt"),
+        **{name: counters.metrics()[name] for name in OF_PREFETCHES},
+    }
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Keep what fits a terminal; the JSON has all."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in ("miss", "stall_ms_per_token", "prefetch_ms_per_token")
+    }
+
+
+def _print_counts(trace: Trace, counts: list[dict[str, Any]], prefetched: bool) -> None:
+    """Print the counts, and those of a prefetch in a table of their own."""
+    hidden = OF_PREFETCHES if prefetched else ("prefetch", *OF_PREFETCHES)
+    output.show_table(
+        f"{trace.num_sequences} sequences, {trace.num_experts} experts, "
+        f"top-{trace.top_k}, {trace.num_layers} layers",
+        [{k: v for k, v in row.items() if k not in hidden} for row in counts],
+    )
+    if prefetched:
+        first = ("policy", "slots", "split", "prefetch", "prefetch_per_token", *OF_PREFETCHES)
+        output.show_table(
+            "what was loaded ahead", [{k: row[k] for k in first if k in row} for row in counts]
         )
+
+
+def _print_curve(
+    trace: Trace,
+    names: list[str],
+    own: dict[str, Any],
+    popular: np.ndarray,
+    cold: bool,
+    as_json: bool,
+) -> None:
+    """Print the miss rate of every number of slots, one column for each policy."""
+    from melinoe.cache.curves import miss_curves
+
+    rates = {
+        name: miss_curves(
+            trace,
+            name,
+            policy_options=simulate_inputs.with_popularity(name, own, popular),
+            reset_between_sequences=cold,
+        ).miss_rate()
+        for name in names
+    }
+    rows = [
+        {"slots": count + 1, **{name: float(rate[count]) for name, rate in rates.items()}}
+        for count in range(trace.num_experts)
+    ]
+    if as_json:
+        output.show_json(rows)
+        return
+    output.show_table("miss rate of the completion, by slots in each layer", rows)
+
+
+def _print_locality(trace: Trace, as_json: bool) -> None:
+    """Print the measures of locality that no cache decides."""
+    import numpy as np
+
+    from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
+    from melinoe.cache.segments import sch, srp
+    from melinoe.errors import MelinoeError
+
+    def mean(values: np.ndarray) -> float | None:
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if known.size else None
+
+    values: dict[str, Any] = {
+        "experts_per_sequence": mean(experts_per_sequence(trace)),
+        "reuse": mean(reuse(trace)),
+        "distinct_experts": float(distinct_experts(trace).mean()),
+    }
+    for m in SEGMENTS:
+        try:
+            values[f"srp({m})"] = srp(trace, m)
+            values[f"sch({m}, 2)"] = sch(trace, m, min(2, trace.num_experts / trace.top_k))
+        except MelinoeError:  # no sequence is that long, or none has a completion
+            values[f"srp({m})"] = values[f"sch({m}, 2)"] = None
+    if as_json:
+        output.show_json(values)
+        return
+    output.show_table(
+        "locality of the completions", [{"measure": k, "value": v} for k, v in values.items()]
+    )

@@ -1,13 +1,14 @@
-"""What `melinoe simulate` is told, from the words of the command line."""
+"""Read what `melinoe simulate` is told: slots, policies, prefetches, and the machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from melinoe.cli import options, prefetching
+from melinoe.cli import models, prefetching
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_slots(text: str, trace: Trace) -> int | list[int]:
-    """Slots as written: one number, or one for each layer."""
+    """Read --slots: one number, or one for each layer."""
     from melinoe.errors import MelinoeError
 
     try:
@@ -38,7 +39,7 @@ def read_slots(text: str, trace: Trace) -> int | list[int]:
 
 
 def read_policy_options(given: list[str] | None, names: list[str]) -> dict[str, Any]:
-    """Options of the one policy named, tried out on it."""
+    """Read --policy-option, and try the options on the policy named."""
     if not given:
         return {}
     if len(names) != 1:
@@ -62,7 +63,7 @@ def read_policy_options(given: list[str] | None, names: list[str]) -> dict[str, 
 
 
 def read_popularity(path: Path | None, trace: Trace) -> np.ndarray:
-    """Choices of each layer and expert: of the trace, or of what *path* holds."""
+    """Count the choices of each layer and expert, in the trace or in the file *path*."""
     from melinoe.cache.locality import popularity
     from melinoe.cache.statistics import load_statistics
 
@@ -78,7 +79,7 @@ def read_prefetches(
     model: str | None,
     predictor: Path | None,
 ) -> tuple[list[Prefetcher | None], list[list[int]] | None]:
-    """What each --prefetch stands for, None for none; and the prompts, if one reads them."""
+    """Make each --prefetch, None for none; and read the prompts, if one needs them."""
     from dataclasses import replace
 
     from melinoe.cache.prefetcher import Listed
@@ -102,7 +103,37 @@ def read_prefetches(
             continue
         fits = text == "none" or issubclass(prefetcher_class(text), Timed) or len(names) == 1
         found.append(prefetcher(text, made_of if fits else replace(made_of, at=None)))
-    return found, prefetching.bound_to(found, trace, path, model)
+    return found, _bound_to(found, trace, path, model)
+
+
+def _bound_to(
+    prefetchers: Sequence[Prefetcher | None], trace: Trace, path: Path, model: str | None
+) -> list[list[int]] | None:
+    """
+    Bind the prefetchers that read prompts to the traced model.
+
+    Args:
+        prefetchers: To bind, where they read prompts.
+        trace: Its prompts lie beside it.
+        path: Of the trace.
+        model: As the user names it. Absent: as the trace says.
+
+    Returns:
+        The prompts; None if no prefetcher reads them.
+
+    Raises:
+        MelinoeError: no prompts, no such model, or another model's.
+    """
+    reading = [one for one in prefetchers if one is not None and one.uses_ids]
+    if not reading:
+        return None
+    from melinoe.predictor import load_prompts
+
+    prompts = load_prompts(path, trace)
+    backbone, tokenizer = models.open_backbone(trace, path, model)
+    for one in reading:
+        one.bind(backbone, tokenizer)
+    return prompts
 
 
 def _from_file(path: Path, trace: Trace) -> dict[int, list[list[int]]]:
@@ -146,7 +177,7 @@ def read_figures(
     expert_size: str | None,
     backbone_size: str,
 ) -> tuple[Machine, Work] | None:
-    """What the time model needs, or None where no link is given."""
+    """Read what the time model needs, or None where no link is given."""
     if link is None:
         return None
     from melinoe.cache.machine import Machine, Work
@@ -170,7 +201,7 @@ def read_figures(
         from melinoe.plan.facts import model_facts
         from melinoe.plan.hit_rates import check_shape
 
-        facts = model_facts(options.resolve(model))
+        facts = model_facts(models.resolve(model))
         check_shape(trace, facts)
         work = Work(
             expert_bytes=facts.layers[0].block_bytes,
@@ -192,7 +223,7 @@ def read_figures(
 
 
 def check_words(miss: str, overlap: str) -> None:
-    """Refuse ways to handle misses and to overlap that are not known."""
+    """Check the words given for --miss and --overlap."""
     from melinoe.cache.machine import OVERLAPS
     from melinoe.cache.misses import MISSES
 
@@ -217,7 +248,7 @@ def allocated(
     source: Path | None,
     cold: bool,
 ) -> tuple[int, ...]:
-    """As many slots as *size* has in all, split by the miss-ratio curves of a trace."""
+    """Share out as many slots as *size* has in all by the miss-ratio curves of a trace."""
     from melinoe.cache.allocate import allocate, cost_of
     from melinoe.cache.curves import miss_curves
     from melinoe.cache.slots import check_capacity

@@ -1,8 +1,11 @@
-"""Several texts by name: what `evaluate` reads, and `finetune` measures on."""
+"""Texts that commands read beside a model: those to measure on, and those kept from training."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+_FEWEST = 8  # held-out examples below which an interval says nothing
 
 
 def name_of(source: str) -> str:
@@ -55,3 +58,94 @@ def named_texts(
         )
     others = other_texts(other, split, limit, list(texts))
     return texts | {name: (examples, False) for name, examples in others.items()}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """
+    Examples that training never sees.
+
+    Attributes:
+        train: What is left to train on.
+        domain: Name of the text.
+        examples: Held out of it, or given apart; empty if there are too few.
+        others: Names to texts of other kinds.
+        chosen_by: How many more there are, by which a search for a price chose.
+    """
+
+    train: Sequence[Any]
+    domain: str
+    examples: Sequence[Any] = ()
+    others: dict[str, Sequence[Any]] = field(default_factory=dict)
+    chosen_by: int = 0
+
+
+def hold_out(
+    data: str,
+    examples: Sequence[Any],
+    eval_data: str | None,
+    eval_split: str,
+    other: Sequence[str],
+    share: float,
+    limit: int | None = None,
+    columns: str | None = None,
+) -> HeldOut:
+    """
+    Decide what is kept from training, before any of it.
+
+    Args:
+        data: The training data's name.
+        examples: What was read of it.
+        eval_data: Held-out data of the same kind; then all of *examples* are trained on.
+        eval_split: Split of it on the hub.
+        other: Files, directories or hub names of other texts.
+        share: Of *examples*, evenly spread, to hold out where *eval_data* is absent.
+        limit: Read only so many rows of each.
+        columns: What the columns of *eval_data* are.
+
+    Raises:
+        DataError: a text that cannot be read.
+    """
+    from melinoe.data import load_examples
+
+    domain = name_of(data if eval_data is None else eval_data)
+    others = other_texts(other, eval_split, limit, {domain})
+    if eval_data is not None:
+        held_out = load_examples(eval_data, split=eval_split, limit=limit, columns=columns)
+        return HeldOut(examples, domain, held_out, others)
+    count = int(share * len(examples))
+    if count < _FEWEST:
+        return HeldOut(examples, domain, (), others)
+    # Evenly spread, because files are often sorted by topic.
+    chosen = {int((index + 0.5) * len(examples) / count) for index in range(count)}
+    kept = [one for index, one in enumerate(examples) if index not in chosen]
+    return HeldOut(kept, domain, [examples[index] for index in sorted(chosen)], others)
+
+
+def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
+    """
+    What of the held-out text a search for a price did not choose by: only that may say the price.
+
+    Args:
+        held_out: What the search was given.
+        base: The checkpoint, for its tokenizer.
+        max_length: Of the search; it leaves out what has no completion within it.
+    """
+    from melinoe.checkpoint import load_tokenizer
+    from melinoe.checkpoint.files import read_config
+    from melinoe.finetune.price.panel import halves
+
+    tokenizer = load_tokenizer(base, read_config(base))
+    joined = [(name, one) for name, some in held_out.others.items() for one in some]
+    _, rest = halves([one for _, one in joined], tokenizer, max_length)
+    others: dict[str, Sequence[Any]] = {
+        name: [joined[index][1] for index in rest if joined[index][0] == name]
+        for name in held_out.others
+    }
+    choosing, judging = halves(held_out.examples, tokenizer, max_length)
+    return replace(
+        held_out,
+        examples=[held_out.examples[index] for index in judging],
+        others={name: some for name, some in others.items() if some},
+        chosen_by=len(choosing),
+    )

@@ -6,7 +6,7 @@ Prompt and completion are tokenised apart, so that the border between them is ex
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from melinoe.data.examples import Example
@@ -123,12 +123,16 @@ def count_losses(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dic
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer: Any, *, text_tokens: int | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    text_tokens: int | None = None,
+    chat: bool = False,
 ) -> list[list[int]]:
     """
-    Give the token ids of the prompts alone, as in training: what generation starts from.
+    Give the token ids of the prompts alone: what generation starts from.
 
-    Of a chat, everything before its last turn to learn, and all of it where there is none; of
+    Of a chat that is everything before its last turn to learn, or all of it where there is none; of
     prompt and completion, the prompt. What a chat template does not write is counted in one line of
     the log.
 
@@ -137,6 +141,8 @@ def encode_prompts(
         tokenizer: A transformers tokenizer.
         text_tokens: Of plain text, take the first half of its first so many tokens; ``None``
             refuses it.
+        chat: Put a prompt that is a string through the chat template, as a user's turn. Training
+            does not.
 
     Raises:
         DataError: a chat that the chat template refuses; plain text, where it is refused.
@@ -144,6 +150,9 @@ def encode_prompts(
     """
     prompts, said = [], _Remarks()
     for example in examples:
+        if chat and example.messages is None and example.prompt:
+            turns = ({"role": "user", "content": example.prompt},)
+            example = replace(example, prompt="", messages=turns, learned=())
         if example.messages is None:
             ids = list(tokenizer(example.prompt, verbose=False)["input_ids"])
             if not example.prompt:

@@ -1,38 +1,79 @@
-"""How far a run is: a live bar on a terminal, a plain line per log row elsewhere; on stderr."""
+"""Print: data to stdout, as a table or JSON; notes and progress to stderr."""
 
+import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from melinoe.cli import options
-
+# Values of a log row that a progress bar shows.
 _SHOWN = ("total", "nll", "cache", "eval_nll", "eval_cache", "skipped_steps")
 
 
-def describe_row(row: dict[str, Any]) -> str:
-    """One log row in one line: the step, then each term."""
-    terms = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if _is_term(value))
-    return f"step {row.get('step', 0)} of {row.get('steps', '?')}  {terms}"
+def is_main_process() -> bool:
+    """Tell whether this process is alone, or the first of several that were launched."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _is_term(value: Any) -> bool:
-    return isinstance(value, float)
+def quiet() -> None:
+    """Silence the progress bars and notices of libraries, and the warnings of other processes."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not is_main_process():
+        logging.getLogger("melinoe").setLevel(logging.ERROR)
+
+
+def say(text: str) -> None:
+    """Print a note to stderr, from the first process only."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    """Print JSON to stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def show_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of equal keys as a table to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for name in rows[0]:
+        # Fold, or a narrow terminal would cut numbers; Text, or brackets in a path would be markup.
+        justify: Any = "left" if any(isinstance(row[name], str) for row in rows) else "right"
+        table.add_column(name.replace("_", " "), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 class Lines:
-    """A line for each row; and where several processes run, only the first one's."""
+    """Report training by a line for each log row."""
 
     callbacks: tuple[Any, ...] = ()
 
     def __call__(self, row: dict[str, Any]) -> None:
-        """Take a log row."""
-        options.say(describe_row(row))
+        """Print a log row: the step, then each term."""
+        terms = "  ".join(f"{key} {one:.4g}" for key, one in row.items() if isinstance(one, float))
+        say(f"step {row.get('step', 0)} of {row.get('steps', '?')}  {terms}")
 
 
 class Bar:
     """
-    A bar that moves with every step, and the newest value of what matters most beside it.
+    Report training by a bar that moves with every step, with the newest values beside it.
 
     Args:
         display: `rich.progress.Progress`, shown already, with a column for the field ``terms``.
@@ -47,7 +88,7 @@ class Bar:
         bar = self
 
         class Move(TrainerCallback):
-            """Moves the bar."""
+            """Move the bar."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 bar.display.update(bar.task, total=state.max_steps, completed=state.global_step)
@@ -70,8 +111,8 @@ class Bar:
 
 @contextmanager
 def training_progress() -> Iterator[Lines | Bar]:
-    """What to give a run as ``progress``, and its ``callbacks`` as such."""
-    if not sys.stderr.isatty() or not options.is_main_process():
+    """Give a run's ``progress``, with ``callbacks``: a bar on a terminal, else lines."""
+    if not sys.stderr.isatty() or not is_main_process():
         yield Lines()
         return
     from rich.console import Console
@@ -99,9 +140,9 @@ def training_progress() -> Iterator[Lines | Bar]:
 
 @contextmanager
 def counted(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """Say what is being done; on a terminal a bar shows how many are done of how many."""
+    """Say what is done, and on a terminal show how many of how many are."""
     if not sys.stderr.isatty():
-        options.say(doing)
+        say(doing)
         yield lambda done, of: None
         return
     from rich.console import Console

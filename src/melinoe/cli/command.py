@@ -1,0 +1,147 @@
+"""
+Commands whose help comes in two lengths, and options made from a settings class.
+
+An option without a panel is an everyday one: `--help` lists those, and says how many more there
+are. `--help-all` lists all, panel by panel.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+HELP_ALL = "--help-all"
+_PLACEHOLDERS = (
+    (r"<(list\[)?int( range)?\]?>", "N"),
+    (r"<(list\[)?float( range)?\]?>", "X"),
+    (r"<(list\[)?str\]?>", "TEXT"),
+    (r"<(list\[)?path\]?>", "PATH"),
+)
+
+
+class Command(TyperCommand):
+    """A command that lists its everyday options with `--help`, and all with `--help-all`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Print the long help if it is asked for; else parse as always."""
+        if HELP_ALL in (args[: args.index("--")] if "--" in args else args):
+            ctx.meta[HELP_ALL] = True
+            print(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, everyday options, and the other panels or how many options they have."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is None:
+                continue
+            name, text = _shortened(param, *record)
+            panel = getattr(param, "rich_help_panel", None) or "Options"
+            panel = "Arguments" if param.param_type_name == "argument" else panel
+            sections.setdefault(panel, []).append((name, text))
+        others = [panel for panel in sections if panel not in ("Arguments", "Options")]
+        if others and HELP_ALL not in ctx.meta:
+            count = sum(len(sections.pop(panel)) for panel in others)
+            more = f"Show {count} more options: {', '.join(others)}."
+            sections["Options"].append((HELP_ALL, more))
+        for panel, records in sections.items():
+            if records:
+                with formatter.section(panel):
+                    formatter.write_dl(records)
+
+
+def _shortened(param: Any, name: str, text: str) -> tuple[str, str]:
+    """Give one word for a type, and the one name of a flag that is off by default."""
+    for pattern, word in _PLACEHOLDERS:
+        name = re.sub(pattern, word, name)
+    if getattr(param, "is_flag", False) and param.default is False:
+        name, text = name.split(" / ")[0], text.split("  [default: ")[0]
+    return name, text
+
+
+class Group(TyperGroup):
+    """A group that lists its commands under headings."""
+
+    headings: ClassVar[Mapping[str, Sequence[str]]] = {}
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, heading by heading."""
+        for heading, names in self.headings.items():
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(name, str(self.commands[name].help).split("\n\n")[0]) for name in names]
+                )
+
+
+def with_settings(
+    settings: type, panels: Mapping[str | None, Sequence[str]], **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """
+    Give a command one option for each of some fields of a settings class.
+
+    The command takes ``given``: a dictionary from names to values, for the class.
+
+    Args:
+        settings: A dataclass whose fields are made by `melinoe.config.setting`.
+        panels: Title of a panel, None for the everyday options, to names of fields, in order.
+        defaults: Of this command, where they are not those of the class.
+    """
+    by_name = {one.name: one for one in fields(settings)}
+    named = [name for names in panels.values() for name in names]
+    hints = get_type_hints(settings)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.name != "given"]
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, by_name[name].default),
+                annotation=Annotated[
+                    _type(hints[name]),
+                    typer.Option(help=_help(by_name[name]), rich_help_panel=panel),
+                ],
+            )
+            for panel, names in panels.items()
+            for name in names
+        ]
+
+        def wrapped(**values: Any) -> None:
+            given = {name: _value(values.pop(name)) for name in named}
+            command(**values, given=given)
+
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + options
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {one.name: one.annotation for one in parameters}
+        wrapped.__doc__ = command.__doc__
+        return wrapped
+
+    return decorate
+
+
+def _type(hint: Any) -> Any:
+    """Give the hint as Typer takes it: a tuple of any length is an option that may be repeated."""
+    repeated = {
+        tuple[float, ...] | None: list[float] | None,
+        tuple[str, ...] | None: list[str] | None,
+    }
+    return repeated.get(hint, hint)
+
+
+def _value(given: Any) -> Any:
+    return (tuple(given) or None) if isinstance(given, list) else given
+
+
+def _help(field: Field[Any]) -> str:
+    unit, choices = field.metadata["unit"], field.metadata["choices"]
+    text = field.metadata["help"]
+    if choices and not callable(choices):  # a call may look through what is installed
+        text += f" ({' | '.join(choices)})"
+    text = f"{text} ({unit})" if unit else text
+    return f"{text[:1].upper()}{text[1:]}."

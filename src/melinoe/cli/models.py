@@ -1,0 +1,183 @@
+"""Open what a command line names: a model with few resident experts, its backbone, its prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from melinoe.cli import output
+from melinoe.cli.options import ModelOptions
+
+
+def resolve(model: str) -> str:
+    """Give the path of the shipped model for `tiny`; any other name as it is."""
+    if model == "tiny":
+        from melinoe.shipped import TINY_OLMOE
+
+        return str(TINY_OLMOE)
+    return model
+
+
+def resolve_device(device: str) -> str:
+    """Give CUDA for `auto` where there is a GPU, else the CPU; any other device as it is."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_misses(named: Sequence[str]) -> None:
+    """
+    Check the names given to --miss.
+
+    Raises:
+        BadParameter: an unknown name.
+    """
+    from melinoe.cache.misses import MISSES
+
+    if unknown := [one for one in named if one not in MISSES]:
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is not one of {', '.join(MISSES)}", param_hint="--miss"
+        )
+
+
+def open_model(model: str, options: ModelOptions) -> tuple[Any, Any, Any]:
+    """
+    Open a model with few resident experts: a quarter of each layer's, if nothing is asked for.
+
+    Returns:
+        The model, its handle and its tokenizer.
+    """
+    check_misses([options.miss])
+    if options.allocate_from is not None and options.gpu_memory is not None:
+        raise typer.BadParameter(
+            "slots are shared out of --slots or --expert-memory; leave --gpu-memory out",
+            param_hint="--allocate-from",
+        )
+    import torch
+
+    from melinoe.checkpoint import describe, load_tokenizer
+    from melinoe.config import ServeSettings, experts_in_share
+    from melinoe.engine.choose import load
+    from melinoe.moe.choice import ChoiceSettings
+
+    strength = options.choice_strength if options.choice != "exact" else 0.0
+    choice = ChoiceSettings(options.choice, strength, options.choice_keep)
+    wanted = getattr(torch, options.dtype, None)
+    if options.dtype != "auto" and not (
+        isinstance(wanted, torch.dtype) and wanted.is_floating_point
+    ):
+        raise typer.BadParameter(
+            f"{options.dtype!r} is not auto, float32 or bfloat16", param_hint="--dtype"
+        )
+    output.quiet()
+    path, slots = resolve(model), options.slots
+    if slots is None and options.expert_memory is None and options.gpu_memory is None:
+        slots = experts_in_share(ServeSettings().slots, describe(path).num_experts)
+    by_layer = None
+    if options.allocate_from is not None:
+        by_layer = _slots_by_layer(path, slots, options)
+    loaded, handle = load(
+        path,
+        device=resolve_device(options.device),
+        dtype=options.dtype,
+        slots=by_layer or slots,
+        expert_memory=None if by_layer else options.expert_memory,
+        policy=options.policy,
+        engine=options.engine,
+        # Only the reference engine has a choice of stores; "auto" is no choice.
+        store=None if options.engine != "reference" and options.store == "auto" else options.store,
+        miss=options.miss,
+        miss_threads=options.miss_threads,
+        gpu_memory=options.gpu_memory,
+        context=options.context,
+        compression=options.compression,
+        compile=options.compile or None,
+    )
+    if options.allocate_from is not None:
+        from melinoe.cache.trace import Trace
+        from melinoe.moe.routing import fingerprint
+
+        trace = Trace.load(Path(options.allocate_from))
+        trace.check_model(fingerprint(loaded), trace.num_layers, trace.num_experts)
+    if options.miss == "cpu":
+        output.say("misses are computed on the CPU; only a prefetch fills the slots")
+    handle.choose(choice)
+    return loaded, handle, load_tokenizer(path, loaded.config)
+
+
+def _slots_by_layer(path: str, slots: int | None, options: ModelOptions) -> tuple[int, ...]:
+    """
+    Share out slots over layers by the miss-ratio curves of a trace of the same model.
+
+    Raises:
+        TraceError: not a trace, or one of another shape.
+        BudgetError: too little for what one token needs.
+        BadParameter: layers of different experts, between which no slot can be moved.
+    """
+    from melinoe.cache.allocate import allocate, cost_of
+    from melinoe.cache.curves import miss_curves
+    from melinoe.cache.trace import Trace
+    from melinoe.checkpoint import describe
+    from melinoe.engine.budget import parse_bytes
+
+    assert options.allocate_from is not None
+    about, trace = describe(path), Trace.load(Path(options.allocate_from))
+    if len(set(about.layers)) > 1:
+        raise typer.BadParameter(
+            "this model's layers have experts of different number or size, so slots cannot be "
+            "moved between them; leave it out",
+            param_hint="--allocate-from",
+        )
+    trace.check_model(trace.fingerprint, about.moe_layers, about.num_experts, about.top_k)
+    if options.expert_memory is not None:
+        budget = parse_bytes(options.expert_memory) // about.bytes_per_expert
+    else:
+        budget = (slots or 0) * about.moe_layers
+    cost = cost_of(miss_curves(trace, options.policy))
+    split = allocate(cost, budget, at_least=trace.top_k)
+    output.say(f"slots by layer: {', '.join(map(str, split))} ({sum(split)} in all)")
+    return split
+
+
+def open_backbone(trace: Any, path: Path, model: str | None) -> tuple[Any, Any]:
+    """
+    Open the model of a trace without its experts, and its tokenizer.
+
+    Args:
+        trace: A loaded one.
+        path: Of its file.
+        model: As the user names it. Absent: as the trace says.
+
+    Raises:
+        TraceError: the trace is of another model, or does not say of which.
+    """
+    from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
+    from melinoe.errors import TraceError
+    from melinoe.moe.routing import fingerprint
+
+    name = model or trace.model
+    if not name:
+        raise TraceError(f"{path} does not say which model it is of; name it with --model")
+    output.quiet()
+    with open_checkpoint(resolve(name)) as checkpoint:
+        backbone = load_backbone(checkpoint)
+        tokenizer = load_tokenizer(resolve(name), backbone.config)
+    if (found := fingerprint(backbone)) != trace.fingerprint:
+        raise TraceError(
+            f"{path} is of another model ({trace.fingerprint[:12]}) than {name} ({found[:12]}); "
+            "name the model that was traced, or trace this one"
+        )
+    return backbone, tokenizer
+
+
+def prompt_ids(examples: Sequence[Any], tokenizer: Any, raw: bool) -> list[list[int]]:
+    """Give the token ids of prompts, through the tokenizer's chat template unless *raw*."""
+    from melinoe.data import encode_prompts
+
+    chat = not raw and bool(tokenizer.chat_template)
+    if chat and any(one.messages is None for one in examples):
+        output.say("prompts go through the tokenizer's chat template; --raw leaves it out")
+    return encode_prompts(examples, tokenizer, chat=chat)
