@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,8 +10,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from melinoe.cli.app import app
 from tests import tiny
+from tests.fuzz.options import commands, key_of
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 COMMANDS = [
@@ -71,12 +75,25 @@ def test_help_takes_under_half_a_second_of_processor_time():
     assert all(name in result.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, melinoe):
-    """`melinoe COMMAND --help` exits 0 and says how to use it."""
-    code, out, _ = melinoe(command, "--help")
-    assert code == 0
-    assert f"melinoe {command}" in out
+def helped(command, *more):
+    """The help of a command: its text, and the options that it lists."""
+    out = CliRunner().invoke(app, [*command, *more]).stdout
+    listed = out[out.index("\nOptions:") :]
+    return out, set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", listed, re.MULTILINE))
+
+
+def test_help_lists_at_most_a_dozen_everyday_options_and_the_long_help_all(monkeypatch):
+    """Of every command; what `--help` leaves out is counted there, and `--help-all` has it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, parameters in commands():
+        out, everyday = helped(command, "--help")
+        assert "Usage: " in out and " ".join(command) in out
+        named = {key_of(one) for one in parameters if key_of(one).startswith("--")}
+        every = helped(command, "--help-all")[1]
+        assert every == named | {"--help"}, command
+        assert len(everyday - {"--help", "--help-all"}) <= 12, command
+        left = len(every) - len(everyday - {"--help-all"})
+        assert (f"Show {left} more options" in out) == ("--help-all" in everyday) == (left > 0)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +172,7 @@ def test_generate_is_the_same_wherever_misses_are_computed(checkpoint, melinoe):
     for miss in ("wait", "cpu", "split"):
         code, out, err = melinoe(*command, "--miss", miss)
         assert code == 0, err
-        assert ("slots hold what a prefetch brings" in err) == (miss == "cpu")
+        assert ("only a prefetch fills the slots" in err) == (miss == "cpu")
         found[miss] = json.loads(out)
     assert found["wait"]["ids"] == found["cpu"]["ids"] == found["split"]["ids"]
     assert found["cpu"]["transfers_per_token"] == 0 < found["wait"]["transfers_per_token"]
@@ -347,7 +364,18 @@ def test_own_text_of_an_offloaded_model_is_that_of_the_whole_one(checkpoint, tmp
     from melinoe.finetune.terms.own_text import own_text
 
     out = tmp_path / "own.jsonl"
-    asked = ("--texts", "5", "--length", "12", "--seed", "3", "--device", "cpu", "--slots", "2")
+    asked = (
+        "--texts",
+        "5",
+        "--max-new-tokens",
+        "12",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+        "--slots",
+        "2",
+    )
     code, _, _ = melinoe("own-text", checkpoint, "--out", out, *asked)
     assert code == 0
     tokenizer = words_tokenizer()

@@ -90,7 +90,7 @@ def test_people_get_a_table_and_sentences(evaluated):
 
 def test_where_all_or_none_are_right_the_bound_is_the_exact_one():
     """All resamples are alike there: p^n = 5 % at the bound, also for few examples."""
-    from melinoe.cli.evaluate_text import remarks
+    from melinoe.cli.evaluate import remarks
 
     def said(right, n):
         score = {"mean": right / n, "low": 0, "high": 0, "n": n}
@@ -225,16 +225,16 @@ def test_finetune_holds_examples_out_and_never_trains_on_them(models, melinoe, t
 
 def test_only_the_first_process_measures(models, melinoe, tmp_path, monkeypatch):
     """The others of a distributed run leave the checkpoint to it."""
-    from melinoe.cli import measuring
+    from melinoe.cli import finetune, texts
 
     monkeypatch.setenv("RANK", "1")
-    measuring.finish(tmp_path, "x", "y", "train", measuring.HeldOut([], "y"))
+    finetune.finish(tmp_path, "x", "y", "train", texts.HeldOut([], "y"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_texts_of_one_name_are_all_kept_and_an_empty_directory_is_refused(models, tmp_path):
     """Two files called a.jsonl; a text called as the held-out data; a directory without texts."""
-    from melinoe.cli.measuring import hold_out
+    from melinoe.cli.texts import hold_out
 
     far = models / "far"
     (tmp_path / "near").mkdir()
@@ -278,13 +278,13 @@ def test_models_are_let_go_one_by_one_and_never_made_whole(models, melinoe, monk
     """An offloaded model may be larger than memory: its experts are not put back at the end."""
     import weakref
 
-    from melinoe.cli import options
+    from melinoe.cli import models as opening_models
     from melinoe.engine import handle
 
     def refuse(*_):
         raise AssertionError("all experts were put back into memory")
 
-    opened, open_model = [], options.open_model
+    opened, open_model = [], opening_models.open_model
 
     def opening(*arguments, **more):
         assert all(ref() is None for ref in opened)
@@ -293,7 +293,7 @@ def test_models_are_let_go_one_by_one_and_never_made_whole(models, melinoe, monk
         return found
 
     monkeypatch.setattr(handle, "give_weights_back", refuse)
-    monkeypatch.setattr(options, "open_model", opening)
+    monkeypatch.setattr(opening_models, "open_model", opening)
     code, _, err = melinoe(
         *("evaluate", models / "ours", models / "theirs", "--slots", 2, "--store", "disk"),
         *("--data", models / "prompts.jsonl", "--limit", 2),

@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from melinoe.cli import finetune, options, progress
-from melinoe.cli.settings import PanelCommand, with_settings
+from melinoe.cli import finetune, output
+from melinoe.cli.command import Command, with_settings
 from melinoe.config import FinetuneSettings
 
 
@@ -24,7 +24,7 @@ def parsed(*arguments):
         seen.append((name, FinetuneSettings(**given)))
 
     app = typer.Typer()
-    app.command(cls=PanelCommand)(command)
+    app.command(cls=Command)(command)
     result = CliRunner().invoke(app, ["it", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return seen[0][1]
@@ -59,13 +59,13 @@ def test_options_become_settings_of_their_types():
     )
 
 
-def test_the_help_shows_each_setting_in_its_panel():
-    """With its default and its choices; units survive rich's markup."""
-    app = typer.Typer()
-    app.command(cls=PanelCommand)(finetune.command)
-    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "250", "TERM": "dumb"}).output
-    for title in (*finetune.PANELS, "Data"):
-        assert f" {title} " in shown
+def test_the_long_help_shows_each_setting_in_its_panel():
+    """With its default, its choices and its unit."""
+    app = typer.Typer(rich_markup_mode=None)
+    app.command(cls=Command)(finetune.command)
+    shown = CliRunner().invoke(app, ["--help-all"], env={"COLUMNS": "250"}).output
+    for title in finetune.PANELS:
+        assert f"\n{title or 'Options'}:\n" in shown
     for one in fields(FinetuneSettings):
         assert f"--{one.name.replace('_', '-')} " in shown, one.name
     assert "(tokens)" in shown and "(last | best)" in shown
@@ -73,7 +73,7 @@ def test_the_help_shows_each_setting_in_its_panel():
 
 def test_progress_is_lines_where_nobody_watches(capsys, monkeypatch):
     """A row's numbers in one line on stderr; other processes of the run say nothing."""
-    with progress.training_progress() as shown:
+    with output.training_progress() as shown:
         shown({"step": 3, "steps": 9, "nll": 1.5, "skipped_steps": 0, "lost": None})
         monkeypatch.setenv("RANK", "1")
         shown({"step": 4, "steps": 9, "nll": 1.25})
@@ -90,7 +90,7 @@ def test_a_terminal_gets_a_bar_that_moves_with_every_step(monkeypatch):
     console = Console(file=text, force_terminal=True, width=120)
     columns = (MofNCompleteColumn(), TextColumn("{task.fields[terms]}"))
     with Progress(*columns, console=console, auto_refresh=False) as display:
-        bar = progress.Bar(display)
+        bar = output.Bar(display)
         (move,) = bar.callbacks
         state = TrainerState(max_steps=9)
         move.on_train_begin(None, state, None)
@@ -110,7 +110,7 @@ def test_only_the_first_process_warns(monkeypatch, rank, level):
     monkeypatch.setitem(os.environ, "RANK", rank)
     try:
         log.setLevel(logging.NOTSET)
-        options.quiet()
+        output.quiet()
         assert log.level == level
     finally:
         log.setLevel(before)

@@ -266,8 +266,7 @@ def test_weights_that_do_not_fit_are_refused_before_training_and_merging(tmp_pat
 def test_doctor_and_plan_show_what_is_left_and_why(monkeypatch, command):
     """In words, and as JSON."""
     left = HostMemory(3 * GIB, "the limit of a test")
-    for module in ("melinoe.host_memory", "melinoe.cli.plan_text"):
-        monkeypatch.setattr(f"{module}.host_memory", lambda: left)
+    monkeypatch.setattr("melinoe.host_memory.host_memory", lambda: left)
     said = CliRunner().invoke(app, [command[0], "tiny", *command[1:]])
     assert "3GiB" in said.output
     assert "limit of a test" in said.output.replace("\n", " ")

@@ -71,7 +71,7 @@ def test_time_is_what_the_model_predicts(trace):
     assert popular.shape == (4, 12)
     for miss in ("wait", "split"):
         (row,) = rows(
-            trace, "--policy", "lru", "--slots", 4, *TIMED, "--dram-bandwidth", "2GB/s",
+            trace, "--policy", "lru", "--slots", 4, *TIMED, "--dram", "2GB/s",
             "--miss", miss,
         )  # fmt: skip
         done = simulate(loaded, 4, "lru", load=loads_when(miss, machine, work), steps=True)
@@ -84,7 +84,7 @@ def test_time_is_what_the_model_predicts(trace):
 def test_misses_on_the_cpu_keep_the_popular_where_they_are(trace):
     """Nothing is loaded on demand, the popular ones once for each sequence and layer at most."""
     (row,) = rows(
-        trace, "--policy", "static", "--slots", 4, *TIMED, "--dram-bandwidth", "2GB/s",
+        trace, "--policy", "static", "--slots", 4, *TIMED, "--dram", "2GB/s",
         "--miss", "cpu", "--prefetch", "popularity",
     )  # fmt: skip
     assert row["transfers_per_token"] == 0 < row["hit_rate"]

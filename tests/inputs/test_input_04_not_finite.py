@@ -82,7 +82,7 @@ COMMANDS = {
     "sampling": ["generate", "{base}", "w3 w4", "--slots", "4",
                  "--temperature", "1"],
     "trace": ["trace", "{base}", "--data", "{data}", "--out", "{out}"],
-    "bench": ["bench", "{base}", "--prompts", "{data}", "--slots", "4"],
+    "bench": ["bench", "{base}", "--data", "{data}", "--slots", "4"],
     "evaluate": ["evaluate", "{base}", "--data", "{data}"],
     "finetune": ["finetune", "{base}", "--data", "{data}", "--out", "{out}", "--epochs", "1"],
 }  # fmt: skip

@@ -40,7 +40,7 @@ COMMANDS = {
     "plan": ["plan", "{base}", "--gpu-memory", "8GiB"],
     "generate": ["generate", "{base}", "w3 w4", "--slots", "2"],
     "trace": ["trace", "{base}", "--data", "{data}", "--out", "{out}"],
-    "bench": ["bench", "{base}", "--prompts", "{data}", "--slots", "2"],
+    "bench": ["bench", "{base}", "--data", "{data}", "--slots", "2"],
     "evaluate": ["evaluate", "{base}", "--data", "{data}"],
     "finetune": ["finetune", "{base}", "--data", "{data}", "--out", "{out}"],
 }

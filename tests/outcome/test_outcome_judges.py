@@ -2,7 +2,7 @@
 
 from small_olmoe import words_tokenizer
 
-from melinoe.cli.measuring import HeldOut, judges
+from melinoe.cli.texts import HeldOut, judges
 from melinoe.data import Example, encode
 from melinoe.finetune.price.panel import OTHER, OWN, Panel, halves
 

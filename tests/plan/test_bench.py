@@ -37,7 +37,7 @@ def short_rehearsals(monkeypatch):
 
 def bench(melinoe, place, *more):
     return melinoe(
-        "bench", place / "model", "--prompts", place / "prompts.jsonl", "--limit", 3,
+        "bench", place / "model", "--data", place / "prompts.jsonl", "--limit", 3,
         "--max-new-tokens", 8, "--device", "cpu", *more,
     )  # fmt: skip
 

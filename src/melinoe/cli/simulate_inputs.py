@@ -170,7 +170,7 @@ def read_figures(
     link_latency: str,
     copy_time: str,
     device_bandwidth: str | None,
-    dram_bandwidth: str | None,
+    dram: str | None,
     pass_time: str | None,
     overlap: str,
     model: str | None,
@@ -215,7 +215,7 @@ def read_figures(
         link_latency_s=parse_seconds(link_latency),
         copy_s=parse_seconds(copy_time),
         device_bytes_per_s=of(device_bandwidth, "device memory"),
-        dram_bytes_per_s=of(dram_bandwidth, "DRAM"),
+        dram_bytes_per_s=of(dram, "DRAM"),
         pass_s=None if pass_time is None else parse_seconds(pass_time),
         overlap=overlap,
     )
