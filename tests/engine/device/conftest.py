@@ -1,10 +1,14 @@
-"""The fast engine's kernels, run in Triton's interpreter on the CPU; see tests/conftest.py."""
+"""
+The device engine's kernels on the CPU: computed by numpy, which is equal and much faster, or in
+Triton's interpreter in files of `INTERPRETED = True` and in tests that ask for `interpreted`.
+"""
 
 import inspect
 
 import pytest
 import triton
 import triton.language as tl
+from kernels_on_the_host import on_the_host
 from small_olmoe import tiny_model
 from triton.runtime import interpreter
 
@@ -40,3 +44,17 @@ def model(original):
     """It, without what generate notes on it."""
     yield original
     original.__dict__.pop("_previous_max_cache_length", None)
+
+
+@pytest.fixture
+def interpreted():
+    """Run the kernels themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request):
+    if "interpreted" in request.fixturenames or getattr(request.module, "INTERPRETED", False):
+        yield
+        return
+    with on_the_host():
+        yield

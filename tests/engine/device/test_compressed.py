@@ -12,6 +12,7 @@ from melinoe.engine.device.quantize import Codes, dequantise, quantise
 from melinoe.errors import AttachError
 from melinoe.moe.experts import find_experts
 
+INTERPRETED = True
 CPU = torch.device("cpu")
 KINDS = {
     "normal": lambda g: torch.randn(128, 64, generator=g) * 0.02,

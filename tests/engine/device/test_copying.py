@@ -5,6 +5,7 @@ import torch
 
 from melinoe.engine.device.copying import CopyPlan, Segment
 
+INTERPRETED = True
 GUARD = 64
 POISON = 0xAB
 

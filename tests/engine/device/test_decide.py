@@ -12,6 +12,7 @@ from melinoe.engine.device.decide import MOST_PAIRS, PREFETCH_USED, decide
 from melinoe.engine.device.residency import DeviceResidency, to_counters
 from melinoe.errors import AttachError, MelinoeError
 
+INTERPRETED = True
 POLICIES = {
     "lru": lambda: make_policy("lru"),
     "lfu": lambda: make_policy("lfu"),

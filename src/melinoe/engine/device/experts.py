@@ -120,10 +120,8 @@ class FastExperts:
         with self._passes.lock:
             self._passes.enter(self._index, top_k_index)
             with self._at_work():
-                if self._passes.mode != DEVICE:
-                    return self._with_host(hidden_states, top_k_index, top_k_weights)
-                slots, weights = self._plan(top_k_index, top_k_weights)
-                return self._product(slots)(self._stand_in, hidden_states, slots, weights)
+                how = self._on_device if self._passes.mode == DEVICE else self._with_host
+                return how(hidden_states, top_k_index, top_k_weights)
 
     def plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -180,6 +178,10 @@ class FastExperts:
             raise
 
     # --- planned on the device ------------------------------------------------------------------
+
+    def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        slots, weights = self._plan(top_k_index, top_k_weights)
+        return self._product(slots)(self._stand_in, hidden, slots, weights)
 
     def _plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Decide and copy. Nothing here depends on what a tensor holds, so it can be captured."""

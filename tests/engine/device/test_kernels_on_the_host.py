@@ -1,0 +1,61 @@
+"""The stand-ins of the kernels do what the kernels do, in every byte that either writes."""
+
+import numpy as np
+import pytest
+import torch
+from kernels_on_the_host import on_the_host
+from test_copying import World
+
+from melinoe.cache.policy import policy as make_policy
+from melinoe.engine.device.residency import DeviceResidency
+
+INTERPRETED = True
+TABLES = ("state", "load_expert", "load_slot", "num_loads", "counts")
+
+
+def decided(policy, dtype):
+    """Everything that 30 steps of two layers write, prefetched experts and skips among them."""
+    rng = np.random.default_rng(5)
+    who = DeviceResidency(
+        [9, 6], [5, 4], [lambda: make_policy(policy, **OPTIONS[policy])] * 2, torch.device("cpu")
+    )
+    written = []
+    for turn in range(30):
+        for layer, (experts, slots) in enumerate(((9, 5), (6, 4))):
+            if turn % 7 == 3:
+                who.pull(layer).prefetch(rng.permutation(experts)[:2].tolist())
+                who.push(layer)
+            few = rng.permutation(experts)[: rng.integers(1, slots + 1)]
+            index = torch.from_numpy(rng.choice([*few, -1, experts], size=(3, 2)))
+            index = torch.full_like(index, -1) if turn == 11 else index
+            weights = torch.from_numpy(rng.random((3, 2))).to(dtype)
+            written += who.decide(
+                layer, index.to(torch.int32 if turn % 2 else index.dtype), weights
+            )
+        who.close_step(3)
+        written += [getattr(who, name).clone() for name in TABLES]
+    return written
+
+
+OPTIONS = {"lru": {}, "lfu": {"gamma": 0.8}}
+
+
+@pytest.mark.parametrize(("policy", "dtype"), [("lru", torch.float32), ("lfu", torch.bfloat16)])
+def test_decisions_are_those_of_the_kernel(policy, dtype):
+    """Slots, weights, lists, state and counters, after each step."""
+    interpreted = decided(policy, dtype)
+    with on_the_host():
+        found = decided(policy, dtype)
+    for one, other in zip(found, interpreted, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_copies_are_those_of_the_kernel():
+    """Experts in slots, guard zones, and chunks of odd sizes, as `World` says they must be."""
+    with on_the_host():
+        for sizes, align in (([256, 128], 64), ([33, 7, 1], 1), ([2048], 64)):
+            world = World(sizes, 5, 4, align, chunk_bytes=64)
+            world.load([(3, 1), (0, 2)])
+            world.load([(4, 2), (2, 0), (1, 3)])
+            world.load([])
+            world.check()
