@@ -31,8 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode_prompts, load_examples
 from melinoe.engine.load import load

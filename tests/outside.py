@@ -6,7 +6,7 @@ import sys
 
 def fresh_registries(monkeypatch):
     """Policies and prefetches have not been looked up before, and are forgotten afterwards."""
-    for registry in ("melinoe.cache.policy", "melinoe.prefetch.registry"):
+    for registry in ("melinoe.cache.policy", "melinoe.cache.prefetch"):
         monkeypatch.setattr(f"{registry}._registry._known", {})
     importlib.invalidate_caches()
 

@@ -12,7 +12,7 @@ from slow_losses import (
     slow_reuse_loss,
 )
 
-from melinoe.cache.eviction import LRU
+from melinoe.cache.policy import LRU
 from melinoe.cache.residency import Residency
 from melinoe.losses import (
     CausalFilter,

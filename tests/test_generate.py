@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.prefetch import prefetcher_class
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.cli.prefetching import Moment
@@ -17,7 +18,6 @@ from melinoe.config import PREFETCH_AT
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
-from melinoe.prefetch import prefetcher_class
 
 
 def test_few_slots_give_the_plain_models_tokens():

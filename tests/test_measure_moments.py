@@ -6,8 +6,7 @@ from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenize
 
 from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record

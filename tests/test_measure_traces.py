@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from two_sequences import small_trace
 
-from melinoe.cache.trace import PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import PROMPT_ROW, TraceBuilder
 from melinoe.errors import DataError
 from melinoe.measure import (
     curve_record,

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from melinoe import attach, config
 from melinoe.cache.curves import miss_curves
+from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import simulate
 from melinoe.cli.app import app
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import serve
-from melinoe.prefetch import prefetcher
 from tests.outside import fresh_registries
 
 PAGE = Path(__file__).parents[1] / "docs" / "traces.md"

@@ -14,7 +14,7 @@ ROOMS = [
     ["errors", "config", "stats", "shipped", "malloc", "host_memory", "lock", "whole_file"],
     ["cache"],
     ["experts"],
-    ["moe", "data", "checkpoint", "foreign", "prefetch"],
+    ["moe", "data", "checkpoint", "foreign"],
     ["losses", "predictor"],
     ["finetune", "engine"],
     ["generate"],
@@ -59,7 +59,7 @@ def test_a_module_imports_only_from_rooms_above_its_own(path):
         assert other == own or LEVEL[other] < LEVEL[own] or other in siblings, f"{own} -> {name}"
 
 
-@pytest.mark.parametrize("package", ["cache", "errors", "config", "cli", "prefetch"])
+@pytest.mark.parametrize("package", ["cache", "errors", "config", "cli"])
 def test_light_rooms_import_without_torch(package):
     """The decisions and the command line's help never pay for torch."""
     code = f"import sys, melinoe.{package}; sys.exit('torch' in sys.modules)"

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 
 
 def small_trace():

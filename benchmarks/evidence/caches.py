@@ -12,9 +12,8 @@ from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.locality import popularity
-from melinoe.cache.simulation import Simulation
-from melinoe.cache.simulator import simulate
-from melinoe.prefetch import prefetcher
+from melinoe.cache.prefetch import prefetcher
+from melinoe.cache.simulator import Simulation, simulate
 from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 
 POLICIES = ("lru", "lfu", "lfru", "score", "static", "belady")
@@ -48,7 +47,7 @@ def sums(done: Simulation, documents: np.ndarray) -> Sums:
 def replay(seen: Seen, slots: int | Sequence[int], policy: str, prefetch: Any = None) -> Sums:
     """One cell; what ``static`` keeps is counted on the texts to learn from."""
     options = {"popularity": popularity(seen.learned_from)} if policy == "static" else None
-    able = policy in COMPILED and not (prefetch is not None and prefetch.between_layers)
+    able = policy in COMPILED and prefetch is None
     done = simulate(
         seen.judged,
         slots,

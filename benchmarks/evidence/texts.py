@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.locality import popularity
+from melinoe.cache.prefetch import Given
 from melinoe.cache.trace import Trace
 from melinoe.data import Encoded, encode, load_examples
 from melinoe.measure import reading_trace
 from melinoe.predictor import fit
-from melinoe.prefetch import Given
 from melinoe.shipped import GSM8K_TRAIN
 
 sys.path.append(str(Path(__file__).parent.parent / "predictor"))

@@ -15,7 +15,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.prefetcher import Prefetcher
+from melinoe.cache.prefetch import Predicted, Prefetcher
 from melinoe.cache.trace import Trace
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 from melinoe.data import check_text, pad_token_id
@@ -23,7 +23,6 @@ from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.moe.finite import generate_finite
 from melinoe.predictor import AdaptivePredictor, Predictor
-from melinoe.prefetch.predicted import Predicted
 
 Prompt = str | Sequence[int]
 
@@ -141,7 +140,7 @@ def generate(
             last. ``prompt``: before the prompt's forward pass, which then waits for fewer loads,
             but evicts what was prefetched if it uses more experts than there are slots.
         streamer: Gets tokens as they come; see transformers.
-        prefetch: What is loaded ahead of need, and when; see `melinoe.prefetch`.
+        prefetch: What is loaded ahead of need, and when; see `melinoe.cache.prefetch`.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
     Raises:

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import Trace, TraceBuilder
 
 
 def trace_of(*forwards, num_experts, top_k, sequence=0, kind=1):

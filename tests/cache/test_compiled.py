@@ -24,7 +24,7 @@ def outcome(simulation):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("seed", range(30))
 def test_compiled_counts_equal_the_residency_s(rule, seed):
-    """Random shapes, prompts, batches, padding, absent ids, few slots, prefetches and resets."""
+    """Random shapes, prompts, batches, padding, absent ids, few slots and resets."""
     rng = np.random.default_rng(seed)
     layers, experts = int(rng.integers(1, 4)), int(rng.integers(4, 40))
     trace = random_trace(
@@ -37,18 +37,8 @@ def test_compiled_counts_equal_the_residency_s(rule, seed):
         completion=20,
         batch=int(rng.integers(1, 4)),
     )
-    prefetch = {
-        sequence: [
-            rng.permutation(experts)[: int(rng.integers(0, experts + 1))].tolist()
-            for _ in range(layers)
-        ]
-        for sequence in range(4)
-        if rng.random() < 0.6
-    }
     slots = rng.integers(1, experts + 1, layers)
     settings = {
-        "prefetch": prefetch or None,
-        "prefetch_at": ("prompt", "completion")[int(rng.integers(2))],
         "reset_between_sequences": bool(rng.integers(2)),
         "policy_options": {"gamma": 0.3} if rule == "lfu" and seed % 2 else None,
         "steps": True,
@@ -82,14 +72,17 @@ def test_the_engine_is_chosen_by_rule_and_size():
     assert simulate(small, 3).engine == "residency"
     assert simulate(large, 3).engine == "compiled"
     assert simulate(large, 3, load=len).engine == "residency"
-    with pytest.raises(ValueError, match="loading all"):
-        simulate(small, 3, load=len, engine="compiled")
+    nothing = {0: [[], []]}
+    assert simulate(large.select([0]), 3, prefetch=nothing).engine == "residency"
+    for special in ({"load": len}, {"prefetch": nothing}):
+        with pytest.raises(ValueError, match="loading all"):
+            simulate(small, 3, engine="compiled", **special)
     with pytest.raises(ValueError, match="engine must be"):
         simulate(small, 3, engine="fast")
 
 
 def test_compiled_code_refuses_what_the_classes_refuse():
-    """No slot, too many, an impossible decay, an impossible prefetch: the same errors."""
+    """No slot, too many, an impossible decay: the same errors."""
     trace = random_trace(0)
     with pytest.raises(CacheTooSmallError, match="at least 1"):
         simulate(trace, 0, engine="compiled")
@@ -97,10 +90,6 @@ def test_compiled_code_refuses_what_the_classes_refuse():
         simulate(trace, 9, engine="compiled")
     with pytest.raises(ValueError, match="gamma"):
         simulate(trace, 3, "lfu", policy_options={"gamma": 2}, engine="compiled")
-    with pytest.raises(ValueError, match="twice"):
-        simulate(trace, 3, prefetch={0: [[1, 1], []]}, engine="compiled")
-    with pytest.raises(ValueError, match="1 layers of 2"):
-        simulate(trace, 3, prefetch={0: [[1]]}, engine="compiled")
 
 
 def test_an_empty_trace_costs_nothing_in_compiled_code_too():

@@ -11,7 +11,7 @@ from melinoe.cache.curves import miss_curves, unit_costs
 from melinoe.cache.policy import policy_names
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import BudgetError, MelinoeError
 
 
@@ -107,7 +107,7 @@ def test_inclusion_fails_once_a_request_comes_in_parts():
 
 def test_other_policies_are_replayed_once_per_size():
     """A rule given as a function has a curve too, the same as by name."""
-    from melinoe.cache.eviction import LFRU
+    from melinoe.cache.policy import LFRU
 
     trace = random_trace(4)
     assert (miss_curves(trace, LFRU).loads == miss_curves(trace, "lfru").loads).all()

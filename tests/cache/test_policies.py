@@ -75,7 +75,7 @@ def test_lfu_in_a_growing_unit_equals_decaying_every_score(gamma):
         literal = gamma * literal
         literal[used] += 1
     assert np.allclose(lfu.scores(), literal, rtol=1e-11)
-    assert all(math.isfinite(score) for score in lfu._score)
+    assert all(math.isfinite(score) for score in lfu._rank)
 
 
 def test_lfu_rescaling_changes_no_choice():
@@ -155,7 +155,7 @@ def test_no_policy_beats_belady_when_requests_come_in_parts(seed):
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():
     """The message is the list to choose from."""
-    with pytest.raises(MelinoeError, match="'fifo'; choose one of belady, lfru, l"):
+    with pytest.raises(MelinoeError, match="'fifo'; choose one of lru, lfu, score, l"):
         policy("fifo")
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from cache_traces import random_trace
 
-from melinoe.cache.prefill import Stream, StreamedPrefill
-from melinoe.cache.residency import Load, Residency
+from melinoe.cache.residency import Load, Residency, Stream, StreamedPrefill
 from melinoe.cache.simulator import simulate
 
 
@@ -97,5 +96,5 @@ def test_the_simulator_streams_prompts_only(policy):
 
 def test_streaming_is_refused_where_it_is_not_defined():
     """By the compiled rules."""
-    with pytest.raises(ValueError, match="streamed"):
+    with pytest.raises(ValueError, match="loading all"):
         simulate(random_trace(0), 3, "lru", prefill=StreamedPrefill(), engine="compiled")

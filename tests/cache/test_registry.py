@@ -118,7 +118,7 @@ def test_a_package_cannot_take_a_name_of_ours(tmp_path, monkeypatch):
     """An entry point named lru is not what lru means."""
     points = "[melinoe.policies]\nlru = usurper:Lru\n"
     for _ in installed_package(tmp_path, monkeypatch, "usurper", "Lru = None\n", points):
-        assert policy_class("lru").__module__ == "melinoe.cache.eviction"
+        assert policy_class("lru").__module__ == "melinoe.cache.policy"
         assert policy_names().count("lru") == 1
 
 

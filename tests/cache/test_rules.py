@@ -3,12 +3,10 @@
 import pytest
 from cache_traces import random_trace, trace_of
 
-from melinoe.cache.belady import Belady
-from melinoe.cache.eviction import LFRU, DecayedLFU, Score, Static
-from melinoe.cache.policy import policy_makers
+from melinoe.cache.policy import LFRU, Belady, DecayedLFU, Score, Static, policy_makers
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
 
 
@@ -20,7 +18,7 @@ def test_lfru_divides_uses_by_the_age_of_the_last():
         residency.request(experts)
     (load,) = residency.request([2]).loads
     assert load.evicted == 1
-    assert [lfru.value(e) for e in range(3)] == [3 / 3, 1 / 2, 1 / 1]
+    assert [lfru.rank(e) for e in range(3)] == [3 / 3, 1 / 2, 1 / 1]
 
 
 def test_lfru_lets_an_old_favourite_go_in_the_end():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from cache_traces import random_trace, trace_of
 
-from melinoe.cache.segments import sch, srp
+from melinoe.cache.locality import sch, srp
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import MelinoeError
 
 

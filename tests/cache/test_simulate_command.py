@@ -8,13 +8,10 @@ from typer.testing import CliRunner
 
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
-from melinoe.cache.locality import popularity, reuse
-from melinoe.cache.machine import Machine, Work
-from melinoe.cache.misses import loads_when
-from melinoe.cache.segments import sch, srp
+from melinoe.cache.locality import popularity, reuse, sch, srp
 from melinoe.cache.simulator import simulate
 from melinoe.cache.statistics import load_statistics, save_statistics
-from melinoe.cache.timing import predict
+from melinoe.cache.timing import Machine, Work, loads_when, predict
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError, TraceError
 
@@ -150,7 +147,7 @@ def test_popularity_may_come_from_elsewhere(trace, tmp_path):
         (("--slots", 0), "at least 1"),
         (("--slots", 13), "at most 12"),
         (("--slots", "2,3"), "2 layers"),
-        (("--policy", "fifo"), "choose one of belady, lfru"),
+        (("--policy", "fifo"), "choose one of lru, lfu"),
         (("--link", "25Gb/s", "--expert-size", "1MB"), "bits"),
         (("--link", "0GB/s", "--expert-size", "1MB"), "above 0"),
         (("--link", "9e9GB/s", "--expert-size", "1MB"), "not a bandwidth"),

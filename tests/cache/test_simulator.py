@@ -9,7 +9,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import LRU, DecayedLFU
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import hit_rate_curve, simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 RULES = ["lru", "lfu", "lfru", "score", "static", "belady"]
@@ -166,8 +166,8 @@ def test_the_residency_is_called_as_a_runtime_would(monkeypatch):
     monkeypatch.setattr(
         Residency,
         "request_in_parts",
-        lambda self, experts, uses: (
-            calls.append((self, experts, uses)) or plans(self, experts, uses)
+        lambda self, experts, uses, scores: (
+            calls.append((self, experts, uses)) or plans(self, experts, uses, scores)
         ),
     )
     trace = random_trace(3, sequences=1, layers=3, completion=2)

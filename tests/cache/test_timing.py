@@ -7,10 +7,8 @@ import pytest
 from cache_traces import random_trace
 from timed_steps import SLOW, WORK, run
 
-from melinoe.cache.machine import Machine, Work
-from melinoe.cache.misses import loads_when
 from melinoe.cache.simulator import simulate
-from melinoe.cache.timing import predict
+from melinoe.cache.timing import Machine, Work, loads_when, predict
 from melinoe.errors import HardwareError
 
 

@@ -4,10 +4,8 @@ import pytest
 from cache_traces import random_trace
 from timed_steps import SLOW, WORK, run
 
-from melinoe.cache.machine import Machine, Work
-from melinoe.cache.misses import computed_s, loads_when, transfer_s
 from melinoe.cache.simulator import simulate
-from melinoe.cache.timing import predict
+from melinoe.cache.timing import Machine, Work, computed_s, loads_when, predict, transfer_s
 
 
 def test_misses_computed_by_the_host_worked_by_hand():

@@ -3,8 +3,7 @@
 import pytest
 from timed_steps import SLOW, WORK, run
 
-from melinoe.cache.machine import Machine
-from melinoe.cache.timing import predict
+from melinoe.cache.timing import Machine, predict
 
 
 def test_a_prefetch_between_layers_comes_while_the_layer_before_computes():

@@ -10,8 +10,7 @@ import pytest
 from cache_traces import random_trace, trace_of
 from safetensors.numpy import save
 
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import TraceError
 
 ARRAYS = ("experts", "forward", "sequence", "kind")

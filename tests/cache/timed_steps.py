@@ -3,8 +3,8 @@
 import numpy as np
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.machine import Work
-from melinoe.cache.simulation import Simulation, Steps
+from melinoe.cache.simulator import Simulation, Steps
+from melinoe.cache.timing import Work
 
 
 def run(loads, experts, ahead=None, on_host=None, phase=None, tokens=None, unit=None, between=None):

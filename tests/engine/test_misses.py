@@ -10,8 +10,8 @@ from test_attach import BATCH, GREEDY, MASK, PROMPT, WAYS, block_floats, generat
 
 import melinoe
 from melinoe import attach
-from melinoe.cache.machine import Machine, Work
 from melinoe.cache.simulator import simulate
+from melinoe.cache.timing import Machine, Work
 from melinoe.engine.host_experts import HostExperts
 from melinoe.engine.misses import Misses, measure_misses
 from melinoe.engine.ram_store import RamStore

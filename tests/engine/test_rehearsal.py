@@ -7,7 +7,7 @@ import torch
 from test_attach import PROMPT, block_floats, generate
 
 from melinoe import attach
-from melinoe.cache.machine import Machine
+from melinoe.cache.timing import Machine
 from melinoe.engine.host_experts import HostExperts
 from melinoe.engine.rehearsal import (
     HOST_ALL,

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 
 # What other tools' own code wrote; its README says how.
 WRITTEN = Path(__file__).parent / "written"

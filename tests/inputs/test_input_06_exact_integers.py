@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import TraceError
 from melinoe.foreign import read_foreign
 

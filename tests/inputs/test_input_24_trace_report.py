@@ -5,7 +5,7 @@ import pytest
 
 from melinoe.cache import simulator
 from melinoe.cache.residency import Residency
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.measure import trace_records
 from melinoe.report.glossary import GLOSSARY
 

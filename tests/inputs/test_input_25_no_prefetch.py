@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.segments import sch, srp
+from melinoe.cache.locality import sch, srp
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.measure.replays import replay_record
 from melinoe.predictor.targets import recall_at

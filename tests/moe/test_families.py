@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from melinoe import attach
-from melinoe.cache.machine import Machine, Work
+from melinoe.cache.timing import Machine, Work
 from melinoe.engine.misses import Misses
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import find_experts

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from melinoe.cache.machine import Machine
+from melinoe.cache.timing import Machine
 from melinoe.engine.misses import Misses
 from melinoe.errors import BudgetError, MelinoeError
 from melinoe.plan import rehearsing
@@ -219,9 +219,9 @@ def test_bad_input_is_refused_before_anything_runs(more, code, words, melinoe, p
 
 def test_a_link_s_transfers_are_predicted_by_hand():
     """Passes of 1 ms, loads of 2 ms: the prompt loads in both layers, 5 ms; the token in one, 3."""
-    from melinoe.cache.machine import Work
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.trace_builder import TraceBuilder
+    from melinoe.cache.timing import Work
+    from melinoe.cache.trace import TraceBuilder
 
     builder = TraceBuilder(2, 4, 1)
     builder.add_forward(np.array([[[0], [0]]]), 0, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import BudgetError, HardwareError, TraceError
 from melinoe.plan.facts import Layer, ModelFacts, model_facts
 from melinoe.plan.hit_rates import after_fine_tuning, by_chance

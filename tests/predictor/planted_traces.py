@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.predictor import (
     FitSettings,
 )

@@ -5,8 +5,7 @@ import pytest
 from planted_traces import EXPERTS, LAYERS, QUICK, TOP_K, VOCABULARY, embeddings, planted
 
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.predictor import (
     Comparison,
     compare,

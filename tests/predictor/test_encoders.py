@@ -11,8 +11,7 @@ import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
 from melinoe import attach
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.errors import CheckpointError, DependencyError, ModelError
 from melinoe.generate import generate
 from melinoe.moe.routing import fingerprint

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import DataError
 from melinoe.predictor import load_prompts, save_prompts
 from melinoe.predictor.prompts import prompts_path

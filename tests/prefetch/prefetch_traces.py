@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 
 
 def decoding(chosen, guessed, num_experts=4, top_k=1):

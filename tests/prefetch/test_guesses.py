@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 from prefetch_traces import decoding
 
-from melinoe.cache.prefetcher import Timed
+from melinoe.cache.prefetch import NextRouter, Timed
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import TraceError
-from melinoe.prefetch.routed import NextRouter
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from melinoe import attach
+from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import simulate
-from melinoe.prefetch import prefetcher
 
 IMAGE, BEFORE, AFTER = 120, 122, 123
 TEXT = dict(

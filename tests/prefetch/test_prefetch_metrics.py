@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from prefetch_traces import decoding
 
+from melinoe.cache.prefetch import NextRouter, Popularity
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
-from melinoe.prefetch.counted import Popularity
-from melinoe.prefetch.routed import NextRouter
+from melinoe.cache.trace import TraceBuilder
 
 
 def test_precision_recall_waste_and_adjusted_hit_rate_by_hand():

@@ -9,12 +9,19 @@ import pytest
 from prefetch_traces import decoding
 from typer.testing import CliRunner
 
-from melinoe.cache.prefetcher import Given, Prefetcher, Prompt
+from melinoe.cache.prefetch import (
+    Given,
+    Popularity,
+    Prefetcher,
+    Prompt,
+    prefetcher,
+    prefetcher_class,
+    prefetcher_names,
+    register,
+)
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import MelinoeError
-from melinoe.prefetch import prefetcher, prefetcher_class, prefetcher_names, register
-from melinoe.prefetch.counted import Popularity
 from tests.outside import installed_package
 
 OURS = ["none", "popularity", "prefill", "predictor", "next-router"]
@@ -52,7 +59,7 @@ def test_a_moment_is_for_those_that_have_a_choice():
 
 OUTSIDE = '''
 """The expert whose number follows that of each chosen one: a strategy from outside."""
-from melinoe.prefetch import Prefetcher
+from melinoe.cache.prefetch import Prefetcher
 
 
 class Successor(Prefetcher):
@@ -102,7 +109,7 @@ def test_a_prefetch_from_outside_works_on_the_command_line(tmp_path):
 def test_what_a_package_declares_is_checked_and_takes_no_name_of_ours():
     """Not a prefetcher, not there, and one that would be prefill."""
     assert "successor" in prefetcher_names() and prefetcher_names().count("prefill") == 1
-    assert prefetcher_class("prefill").__module__ == "melinoe.prefetch.counted"
+    assert prefetcher_class("prefill").__module__ == "melinoe.cache.prefetch"
     with pytest.raises(MelinoeError, match="no prefetcher of that name"):
         prefetcher_class("impostor")
     with pytest.raises(MelinoeError, match="cannot be loaded"):
@@ -115,7 +122,7 @@ def test_what_a_package_declares_is_checked_and_takes_no_name_of_ours():
 def test_the_prefetch_on_the_page_of_traces_works():
     """The class in docs/traces.md, run as it stands: of 1, 1, 2, 2, 2, 4, 5 it names 2, 1."""
     page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
-    block = page[page.index("    from melinoe.prefetch import Prefetcher") :]
+    block = page[page.index("    from melinoe.cache.prefetch import Prefetcher") :]
     code = textwrap.dedent(block[: block.index("\nDeclare it")])
     scope: dict = {}
     exec(code, scope)

@@ -4,15 +4,12 @@ import numpy as np
 import pytest
 from prefetch_traces import decoding
 
-from melinoe.cache.loads_ahead import LoadsAhead
-from melinoe.cache.prefetcher import Prefetcher, Prompt
+from melinoe.cache.ahead import LoadsAhead, Route
+from melinoe.cache.prefetch import NextRouter, Popularity, Prefetcher, Prompt
 from melinoe.cache.residency import Residency
-from melinoe.cache.route import Route
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import MelinoeError
-from melinoe.prefetch.counted import Popularity, Prefill
-from melinoe.prefetch.routed import NextRouter
 
 
 def test_a_prefetch_spares_what_it_is_told_to_and_drops_what_finds_no_slot():
@@ -72,29 +69,6 @@ def test_between_layers_a_prompt_is_not_asked_about():
 
     simulate(builder.trace(), 2, prefetch=Ear())
     assert heard == [(0, [0], [])]
-
-
-def test_the_compiled_rules_serve_prefetchers_that_speak_before_passes():
-    """Same counts as the runtime's own class; between layers they refuse."""
-    rng = np.random.default_rng(3)
-    builder = TraceBuilder(2, 8, 2)
-    for sequence in range(3):
-        builder.add_forward(rng.integers(0, 8, (5, 2, 2)), sequence, 0)
-        for _ in range(6):
-            builder.add_forward(rng.integers(0, 8, (1, 2, 2)), sequence, 1)
-    trace = builder.trace()
-    used = 0
-    for one in (Prefill(), Popularity(rng.random((2, 8)), "prompt")):
-        for policy in ("lru", "lfu", "belady"):
-            done = [
-                simulate(trace, 3, policy, prefetch=one, engine=engine).counters
-                for engine in ("residency", "compiled")
-            ]
-            assert done[0] == done[1]
-            used += done[0].prefetch_used.sum()
-    assert used > 0
-    with pytest.raises(ValueError, match="between layers"):
-        simulate(trace, 3, prefetch=NextRouter(), engine="compiled")
 
 
 def test_wishes_must_name_every_layer():

@@ -6,14 +6,13 @@ from fast_attach import attach as attach_fast
 
 from melinoe import attach
 from melinoe.cache.locality import popularity
-from melinoe.cache.prefetcher import Given, Prefetcher, Timed
-from melinoe.cache.prefill import StreamedPrefill
+from melinoe.cache.prefetch import Given, Prefetcher, Timed, prefetcher, prefetcher_names
+from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.checkpoint import load_tokenizer
 from melinoe.engine.load import load
 from melinoe.errors import AttachError
 from melinoe.generate import generate, prompt_ids, trace_prompts
-from melinoe.prefetch import prefetcher, prefetcher_names
 from melinoe.shipped import TINY_OLMOE
 from tests.small_olmoe import tiny_model, words_tokenizer
 

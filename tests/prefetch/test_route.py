@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from melinoe import attach
-from melinoe.cache.prefetcher import Prefetcher
-from melinoe.cache.route import Route
+from melinoe.cache.ahead import Route
+from melinoe.cache.prefetch import Prefetcher, prefetcher
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
-from melinoe.prefetch import prefetcher
+from melinoe.cache.trace import TraceBuilder
 from tests.tiny import tiny_model
 
 

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from melinoe.cache.prefetcher import Prompt
+from melinoe.cache.prefetch import Popularity, Prefill, Prompt
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import MelinoeError
-from melinoe.prefetch.counted import Popularity, Prefill
 
 
 def test_prefill_names_what_the_prompt_used_most():

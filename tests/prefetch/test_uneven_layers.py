@@ -6,12 +6,11 @@ import torch
 
 from melinoe import attach
 from melinoe.cache.locality import popularity
-from melinoe.cache.prefetcher import Given, Prompt, most_wanted
+from melinoe.cache.prefetch import Given, Prompt, most_wanted, prefetcher
 from melinoe.cache.simulator import simulate
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import AdaptivePredictor, FitSettings, Prior, compare, fit
-from melinoe.prefetch import prefetcher
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 FEWER, SLOTS = 3, 6

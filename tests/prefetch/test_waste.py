@@ -6,13 +6,11 @@ import torch
 from fast_attach import attach as attach_fast
 
 from melinoe import attach
-from melinoe.cache.prefetcher import Given
-from melinoe.cache.prefill import StreamedPrefill
-from melinoe.cache.residency import Residency
+from melinoe.cache.prefetch import Given, prefetcher
+from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.generate import generate
-from melinoe.prefetch import prefetcher
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 
@@ -25,14 +23,13 @@ def two_texts():
     return builder.trace()
 
 
-@pytest.mark.parametrize("engine", ["residency", "compiled"])
-def test_what_a_text_did_not_use_is_its_waste_whoever_uses_it_later(engine):
+def test_what_a_text_did_not_use_is_its_waste_whoever_uses_it_later():
     """
     5 is copied for the first text, which does not use it; the second finds it there.
 
     So the first wasted one copy and the second none, and their sum is that of the whole.
     """
-    done = simulate(two_texts(), 4, prefetch={0: [[5]]}, engine=engine)
+    done = simulate(two_texts(), 4, prefetch={0: [[5]]})
     assert [one.hits.sum() for one in done.per_sequence] == [0, 2]
     assert [one.prefetch_unused.tolist() for one in done.per_sequence] == [[1], [0]]
     assert done.counters.prefetch_unused.tolist() == [1]

@@ -8,7 +8,7 @@ import pytest
 from report_records import estimate, serve_record
 from typer.testing import CliRunner
 
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError
 from melinoe.measure import trace_records

@@ -1,187 +1,122 @@
-"""Ask a prefetcher at the moments of a replay, as the runtime asks it while serving."""
+"""Carry out a prefetcher's wishes by one rule for the simulator and the runtime."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-
-from melinoe.cache.counters import COMPLETION, Counters
-from melinoe.cache.loads_ahead import LoadsAhead
-from melinoe.cache.prefetcher import MOST_ROWS, Listed, Prefetch, Prefetcher, Prompt
-from melinoe.cache.requests import ForwardPass
-from melinoe.cache.residency import Residency
-from melinoe.cache.route import Route
-from melinoe.cache.trace import PROMPT_ROW, Trace
-from melinoe.errors import TraceError
+from melinoe.cache.prefetch import ByLayer, Prefetcher, Prompt
 
 
-def as_prefetcher(prefetch: Prefetcher | Prefetch | None, at: str) -> Prefetcher | None:
-    """Make lists by sequence number a prefetcher that names them at *at*."""
-    if prefetch is None or isinstance(prefetch, Prefetcher):
-        return prefetch
-    return Listed(prefetch, at)
-
-
-class Prompts:
+class Route:
     """
-    What a prefetcher is told of the sequences of a trace.
+    Which layer a forward pass reaches next, learned from the pass before.
+
+    Most models run all MoE layers in the order of their numbers. Some hold several stacks of
+    experts in one decoder layer and send a token through one of them (one for text and one for
+    images, say), so that the layer of the next number is not the one that is needed next. No name
+    tells which it is; the last pass does.
+
+    Only layers that made a request count, in ascending order, so that the simulator, which has the
+    requests alone, learns what the runtime learns. Until a pass has shown otherwise the next layer
+    is the next number; a layer that the last pass left out keeps what was known of it.
 
     Args:
-        trace: Replayed.
-        slots: Of each layer.
-        ids: Token ids of each sequence's prompt, by its number; None where they are not known.
-
-    Raises:
-        TraceError: the prompts are not the trace's.
+        num_layers: MoE layers.
     """
 
-    def __init__(
-        self, trace: Trace, slots: Sequence[int], ids: Sequence[Sequence[int]] | None
-    ) -> None:
-        self._trace, self._slots, self._ids = trace, tuple(slots), ids
-        rows = np.flatnonzero(trace.kind == PROMPT_ROW)
-        self._rows = rows[np.argsort(trace.sequence[rows], kind="stable")]
-        ends = np.bincount(trace.sequence[rows], minlength=trace.num_sequences)
-        self._bounds = np.concatenate([[0], np.cumsum(ends)])
-        if ids is not None:
-            _check_prompts(ids, ends)
+    def __init__(self, num_layers: int) -> None:
+        self._next: list[int | None] = [*range(1, num_layers), None]
+        self._known: list[int] = []  # the order of the last whole pass
+        self._order: list[int] = []  # of the open one, so far
 
-    def before(self, sequence: int) -> Prompt:
-        """What is known of a sequence before its prompt was read."""
-        ids = None if self._ids is None else tuple(map(int, self._ids[sequence]))
-        return Prompt(self._slots, self._trace.num_experts, ids, None, sequence)
+    def reached(self, layer: int) -> None:
+        """Note that *layer* made a request in the open pass."""
+        if not self._order or layer > self._order[-1]:
+            self._order.append(layer)
 
-    def after(self, sequence: int) -> Prompt:
-        """The same once it was read."""
-        prompt = self.before(sequence)
-        rows = self._rows[self._bounds[sequence] : self._bounds[sequence + 1]]
-        chosen = self._trace.experts[rows].astype(np.int64)
-        layers, experts = self._trace.num_layers, self._trace.num_experts
-        cells = (np.arange(layers)[:, None] * experts + chosen)[chosen >= 0]
-        uses = np.bincount(cells, minlength=layers * experts).reshape(layers, experts)
-        return Prompt(prompt.slots, experts, prompt.ids, uses, sequence)
+    def end_pass(self) -> None:
+        """End the open pass, if there is one, and learn its order."""
+        order, self._order = self._order, []
+        if order and order != self._known:
+            for layer, following in zip(order, [*order[1:], None], strict=True):
+                self._next[layer] = following
+            self._known = order
 
+    def drop_pass(self) -> None:
+        """Learn nothing from the open pass, which broke off."""
+        self._order = []
 
-def _check_prompts(ids: Sequence[Sequence[int]], rows: np.ndarray) -> None:
-    """Hold prompts against the rows that each sequence's has in the trace."""
-    way_out = "give the prompts that it was recorded from, in their order"
-    if len(ids) != len(rows):
-        raise TraceError(
-            f"the trace has {len(rows)} sequences but {len(ids)} prompts were given; {way_out}"
-        )
-    for sequence, (prompt, count) in enumerate(zip(ids, rows.tolist(), strict=True)):
-        if len(prompt) != count:
-            raise TraceError(
-                f"sequence {sequence} of the trace has {count} prompt tokens but its prompt has "
-                f"{len(prompt)}; {way_out}"
-            )
+    def after(self, layer: int) -> int | None:
+        """The layer that is expected to make the next request after *layer*; None for none."""
+        return self._next[layer]
 
 
-def check_prefetcher(
-    prefetcher: Prefetcher, trace: Trace, ids: Sequence[Sequence[int]] | None
-) -> None:
+class LoadsAhead:
     """
-    Make sure that the trace, and what was given with it, tells a prefetcher what it asks for.
+    Ask a prefetcher, and load what it names.
 
-    Raises:
-        TraceError: it does not.
-    """
-    if prefetcher.uses_guesses and trace.guesses is None and len(trace):
-        raise TraceError(
-            f"prefetch {prefetcher.name!r} needs what the next layer's router said, which the "
-            "trace does not hold; record one with guesses"
-        )
-    if prefetcher.uses_ids and ids is None:
-        raise TraceError(
-            f"prefetch {prefetcher.name!r} reads prompts, which a trace does not hold; give the "
-            "prompts that it was recorded from"
-        )
-
-
-class Replay:
-    """
-    One prefetcher along one replay.
+    Between layers a prefetch evicts nothing that an earlier prefetch named for the same
+    layer if that has not made a request since, and nothing that it names itself. What then finds
+    no slot is dropped, the least wanted first. The policy chooses whom it evicts; to it a
+    prefetch is one request (`Residency.prefetch`). Before a prompt or a completion a prefetch
+    spares the experts that it names itself, layer by layer, and nothing else.
 
     Args:
-        prefetcher: Asked at its moments.
-        trace: Replayed.
-        slots: Of each layer.
-        residencies: Of all layers.
-        ids: As `Prompts`.
-
-    Raises:
-        TraceError: it needs what is not there, or the prompts are not the trace's.
+        prefetcher: Asked.
+        route: Says which layer comes next; told of the requests by whoever serves them.
+        num_layers: MoE layers.
+        load: Begins to load experts of a layer, sparing some residents, and returns how many loads
+            that takes: `Residency.prefetch`, and in the runtime the copies too.
     """
 
     def __init__(
         self,
         prefetcher: Prefetcher,
-        trace: Trace,
-        slots: Sequence[int],
-        residencies: Sequence[Residency],
-        ids: Sequence[Sequence[int]] | None,
+        route: Route,
+        num_layers: int,
+        load: Callable[[int, Sequence[int], Collection[int]], int],
     ) -> None:
-        check_prefetcher(prefetcher, trace, ids)
-        self._prompts = Prompts(trace, slots, ids)
-        self._route = Route(len(residencies))
-        self._ahead = LoadsAhead(
-            prefetcher,
-            self._route,
-            len(residencies),
-            lambda layer, experts, spare: len(residencies[layer].prefetch(experts, spare).loads),
-        )
-        self._between = prefetcher.between_layers
-        self._begun: tuple[set[int], set[int]] = (set(), set())
+        self.prefetcher = prefetcher
+        self._route = route
+        self._load = load
+        # By layer: named by a prefetch, and no request of that layer has come since.
+        self._waiting: list[set[int]] = [set() for _ in range(num_layers)]
 
-    def before_pass(self, forward: ForwardPass, counters: Counters) -> list[int]:
-        """What comes right before a pass; how many loads of each layer that takes."""
-        self._route.end_pass()
-        total = np.zeros(len(counters.prefetch_loads), np.int64)
-        for sequence in self._new(forward, 0):
-            total += self._ahead.before_prompt(self._prompts.before(sequence))
-        if forward.phase == COMPLETION:
-            for sequence in self._new(forward, 1):
-                total += self._ahead.before_completion(self._prompts.after(sequence))
-        loads = total.tolist()
-        for layer, count in enumerate(loads):
-            counters.add_prefetch(layer, count)
-        return loads
+    def before_prompt(self, prompt: Prompt) -> list[int]:
+        """Ask and load; returns how many loads of each layer that takes."""
+        return self._all(self.prefetcher.before_prompt(prompt))
 
-    def streamed(self, layer: int, forward: ForwardPass) -> None:
-        """A prompt's request of *layer* was streamed."""
-        if forward.requests[layer][0]:
-            self._requested(layer)
+    def before_completion(self, prompt: Prompt) -> list[int]:
+        """Ask and load; returns how many loads of each layer that takes."""
+        return self._all(self.prefetcher.before_completion(prompt))
 
-    def after_request(
-        self, layer: int, forward: ForwardPass, counters: Counters
-    ) -> tuple[int, int]:
+    def requested(self, layer: int) -> None:
+        """Note that a request of *layer* is served: experts brought for it had their chance."""
+        self._waiting[layer].clear()
+
+    def after_router(self, layer: int, chosen: Sequence[int], guess: Sequence[int]) -> int:
         """
-        What comes once a layer has its experts.
+        Ask and load for the layer that comes next; returns how many loads of it that takes.
 
-        Returns:
-            The layer that is loaded for, and how many loads that takes.
+        Args:
+            layer, chosen, guess: As in `Prefetcher.after_router`.
         """
-        chosen = forward.requests[layer][0]
-        if not chosen:
-            return layer, 0
-        self._requested(layer)
-        if not self._between or forward.phase != COMPLETION or forward.tokens > MOST_ROWS:
-            return layer, 0
         target = self._route.after(layer)
         if target is None:
-            return layer, 0
-        guess = [] if forward.guesses is None else forward.guesses[target]
-        loads = self._ahead.after_router(layer, chosen, guess)
-        if loads:
-            counters.add_prefetch(target, loads)
-        return target, loads
+            return 0
+        wanted = self.prefetcher.after_router(layer, chosen, guess)
+        if not len(wanted):
+            return 0
+        return self._one(target, wanted, self._waiting[target])
 
-    def _requested(self, layer: int) -> None:
-        self._route.reached(layer)
-        self._ahead.requested(layer)
+    def _all(self, wanted: ByLayer | None) -> list[int]:
+        layers = len(self._waiting)
+        if wanted is None:
+            return [0] * layers
+        if len(wanted) != layers:
+            raise ValueError(f"a prefetch names {len(wanted)} layers of {layers}")
+        return [self._one(layer, experts, ()) for layer, experts in enumerate(wanted)]
 
-    def _new(self, forward: ForwardPass, moment: int) -> Iterator[int]:
-        begun = self._begun[moment]
-        for sequence in forward.sequences:
-            if sequence not in begun:
-                begun.add(sequence)
-                yield sequence
+    def _one(self, layer: int, experts: Sequence[int], spared: Collection[int]) -> int:
+        experts = [int(expert) for expert in experts]
+        loads = self._load(layer, experts, spared)
+        self._waiting[layer].update(experts)
+        return loads

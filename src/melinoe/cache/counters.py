@@ -1,5 +1,5 @@
 """
-Counters: what serving experts cost, by phase and layer.
+Counters: what serving experts cost, by phase and layer, and the rates that follow from them.
 
 The simulator and the runtime fill the same structure by the same calls, so that it can be
 compared with ``==``.
@@ -10,14 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.metrics import COMPLETION, PHASES, PROMPT, Metrics, phase_number
-from melinoe.cache.prefill import Stream
-from melinoe.cache.slots import Decision
+from melinoe.cache.residency import Decision, Stream
 
-__all__ = ["COMPLETION", "PHASES", "PROMPT", "Counters"]
+PHASES = ("prompt", "completion")
+PROMPT, COMPLETION = 0, 1
 
-_PER_LAYER = ("uses", "hits", "loads", "requests", "chunked", "on_host", "prefetch_used")
-_PER_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
+# Counts by their names: int64 (2, layers), (layers,) and (2,), phases in the order of PHASES.
+_BY_PHASE_AND_LAYER = ("uses", "hits", "loads", "requests", "chunked", "on_host", "prefetch_used")
+_BY_LAYER = ("prefetch_loads",)
+_BY_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
+_ALL = (*_BY_PHASE_AND_LAYER, *_BY_LAYER, *_BY_PHASE)
+
+
+def phase_number(phase: int | str) -> int:
+    """Number of a phase that is given by its name or already by its number."""
+    return PHASES.index(phase) if isinstance(phase, str) else phase
 
 
 class _Count:
@@ -30,7 +37,7 @@ class _Count:
         return np.array(getattr(instance, self._name), dtype=np.int64)
 
 
-class Counters(Metrics):
+class Counters:
     """
     Counts of one run, all of them whole numbers.
 
@@ -41,9 +48,8 @@ class Counters(Metrics):
       then served by several decisions.
     - ``loads``: experts copied in because a request needed them (on demand).
     - ``requests``: forward passes in which the layer's tokens chose some expert; ``chunked``: those
-      that took more than one plan.
+      that took more than one decision.
     - ``on_host``: experts that were missing and that the host computed instead of loading them.
-
     - ``prefetch_used``: experts copied in ahead of need that a request of that phase was the first
       to ask for, before they left, and in the text that they were copied for.
 
@@ -52,11 +58,13 @@ class Counters(Metrics):
     By phase, int64 (2,): ``tokens``, rows that finished forward passes computed, padding too;
     ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand or
     had an expert computed by the host; ``zero_miss_tokens``, the rows of those.
+
+    Rates are None where nothing was counted. Hit rates count uses, transfers count copies, and an
+    eviction copies nothing.
     """
 
     uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
-    on_host = _Count()
-    prefetch_loads, prefetch_used = _Count(), _Count()  # type: ignore[assignment]
+    on_host, prefetch_used, prefetch_loads = _Count(), _Count(), _Count()
     tokens, forwards = _Count(), _Count()
     zero_miss_forwards, zero_miss_tokens = _Count(), _Count()
 
@@ -68,19 +76,16 @@ class Counters(Metrics):
 
     def reset(self) -> None:
         """Set everything to zero."""
+
         # Lists of Python ints: adding to one costs a third of adding to an array element.
-        self._uses = [[0] * self.num_layers for _ in PHASES]
-        self._hits = [[0] * self.num_layers for _ in PHASES]
-        self._loads = [[0] * self.num_layers for _ in PHASES]
-        self._requests = [[0] * self.num_layers for _ in PHASES]
-        self._chunked = [[0] * self.num_layers for _ in PHASES]
-        self._on_host = [[0] * self.num_layers for _ in PHASES]
-        self._prefetch_used = [[0] * self.num_layers for _ in PHASES]
+        def zeros() -> list[list[int]]:
+            return [[0] * self.num_layers for _ in PHASES]
+
+        self._uses, self._hits, self._loads, self._requests = zeros(), zeros(), zeros(), zeros()
+        self._chunked, self._on_host, self._prefetch_used = zeros(), zeros(), zeros()
         self._prefetch_loads = [0] * self.num_layers
-        self._tokens = [0, 0]
-        self._forwards = [0, 0]
-        self._zero_miss_forwards = [0, 0]
-        self._zero_miss_tokens = [0, 0]
+        self._tokens, self._forwards = [0, 0], [0, 0]
+        self._zero_miss_forwards, self._zero_miss_tokens = [0, 0], [0, 0]
         self._now: int | None = None
         self._now_tokens = 0
         self._now_misses = 0
@@ -142,7 +147,7 @@ class Counters(Metrics):
 
         Args:
             layer: Of the request.
-            experts, uses: What was requested, and how many (token, choice) pairs picked each.
+            experts, uses: Experts requested, and how many (token, choice) pairs picked each.
             decisions: In order; only the first can have hits.
             on_host: Experts that the host computed instead of loading them.
         """
@@ -152,11 +157,7 @@ class Counters(Metrics):
         total = hits = sum(uses)
         loads = len(first.loads) if len(decisions) == 1 else sum(len(d.loads) for d in decisions)
         if loads or on_host:
-            if total == len(experts):
-                hits = len(first.hits)
-            else:
-                of = dict(zip(experts, uses, strict=True))
-                hits = sum(of[expert] for expert in first.hits)
+            hits = _uses_of(first.hits, experts, uses, total)
         self.add_request(layer, total, hits, loads, len(decisions), len(on_host), first.first_uses)
 
     def add_stream(
@@ -164,9 +165,9 @@ class Counters(Metrics):
     ) -> None:
         """Count one request of a prompt that was streamed; *experts* and *uses* are parallel."""
         if len(experts):
-            of = dict(zip(experts, uses, strict=True))
-            hits = sum(of[expert] for expert in stream.hits)
-            self.add_request(layer, sum(uses), hits, stream.loads, first_uses=stream.first_uses)
+            total = sum(uses)
+            hits = _uses_of(stream.hits, experts, uses, total)
+            self.add_request(layer, total, hits, stream.loads, first_uses=stream.first_uses)
 
     def add_prefetch(self, layer: int, loads: int) -> None:
         """Count experts copied in ahead of need; belongs to no phase."""
@@ -184,12 +185,97 @@ class Counters(Metrics):
             self._zero_miss_tokens[phase] += self._now_tokens
         self._now = None
 
+    # --- rates ----------------------------------------------------------------------------------
+
+    def _sum(self, name: str, phase: int | str | None) -> int:
+        values = getattr(self, name)
+        return int(values.sum() if phase is None else values[phase_number(phase)].sum())
+
+    def hit_rate(self, phase: int | str | None = None) -> float | None:
+        """Share of uses whose expert was resident."""
+        return _rate(self._sum("hits", phase), self._sum("uses", phase))
+
+    def adjusted_hit_rate(self, phase: int | str | None = None) -> float | None:
+        """
+        1 - (demand + prefetch loads + experts computed by the host) / uses.
+
+        Prefetches are charged in full to any phase.
+        """
+        uses = self._sum("uses", phase)
+        loads = self._sum("loads", phase) + self._sum("on_host", phase)
+        loads += self._sum("prefetch_loads", None)
+        return 1 - loads / uses if uses else None
+
+    def transfers_per_token(self, phase: int | str = "completion") -> float | None:
+        """Demand loads of all layers per token of *phase*."""
+        return _rate(self._sum("loads", phase), self._sum("tokens", phase))
+
+    def prefetch_per_token(self) -> float | None:
+        """Prefetch loads of all layers per completion token."""
+        return _rate(self._sum("prefetch_loads", None), self._sum("tokens", COMPLETION))
+
+    def prefetch_precision(self) -> float | None:
+        """
+        Share of the experts copied ahead that a request asked for before they left.
+
+        An expert that still waits for its first use counts as not used. The literature on
+        hardware prefetchers calls it accuracy. None if nothing was copied ahead.
+        """
+        return _rate(self._sum("prefetch_used", None), self._sum("prefetch_loads", None))
+
+    def prefetch_recall(self) -> float | None:
+        """
+        Share of what the completion's passes would have missed that was copied ahead in time.
+
+        Those copied ahead whose first use came in a pass of the completion, over the same and all
+        that such passes still missed: loaded on demand or computed by the host. Experts that a
+        prefetch pushed out and that were loaded again are among the latter. The literature on
+        hardware prefetchers calls it coverage. None if nothing was copied ahead.
+        """
+        if not self.prefetch_loads.any():
+            return None
+        used = self._sum("prefetch_used", COMPLETION)
+        missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)
+        return _rate(used, used + missed)
+
+    @property
+    def prefetch_unused(self) -> np.ndarray:
+        """Waste: experts copied ahead and not used so far, int64 (layers,)."""
+        return self.prefetch_loads - self.prefetch_used.sum(axis=0)
+
+    def prefetch_waste_per_token(self) -> float | None:
+        """Experts copied ahead and not used, per completion token; None if none was copied."""
+        tokens = self._sum("tokens", COMPLETION) if self.prefetch_loads.any() else 0
+        return _rate(int(self.prefetch_unused.sum()), tokens)
+
+    def on_host_per_token(self, phase: int | str = "completion") -> float | None:
+        """Experts of all layers that the host computed, per token."""
+        return _rate(self._sum("on_host", phase), self._sum("tokens", phase))
+
+    def zero_miss_share(self, phase: int | str = "completion") -> float | None:
+        """Share of the tokens of *phase* that waited for no expert."""
+        return _rate(self._sum("zero_miss_tokens", phase), self._sum("tokens", phase))
+
+    def metrics(self) -> dict[str, float | None]:
+        """Rates by their names in reports; of the completion unless the name says otherwise."""
+        return {
+            "hit_rate": self.hit_rate("completion"),
+            "adjusted_hit_rate": self.adjusted_hit_rate("completion"),
+            "transfers_per_token": self.transfers_per_token("completion"),
+            "prefetch_per_token": self.prefetch_per_token(),
+            "prefetch_precision": self.prefetch_precision(),
+            "prefetch_recall": self.prefetch_recall(),
+            "prefetch_waste_per_token": self.prefetch_waste_per_token(),
+            "zero_miss_tokens": self.zero_miss_share("completion"),
+            "prompt_hit_rate": self.hit_rate("prompt"),
+            "prompt_transfers_per_token": self.transfers_per_token("prompt"),
+        }
+
     # --- as values ------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; `from_dict` reads them back."""
-        fields = (*_PER_LAYER, "prefetch_loads", *_PER_PHASE)
-        return {"num_layers": self.num_layers} | {f: getattr(self, f).tolist() for f in fields}
+        return {"num_layers": self.num_layers} | {f: getattr(self, f).tolist() for f in _ALL}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Counters":
@@ -204,11 +290,9 @@ class Counters(Metrics):
         if values.keys() != expected.keys():
             odd = sorted(values.keys() ^ expected.keys())
             raise ValueError(f"not a dictionary of counters: check {', '.join(odd)}")
-        for name, zeros in expected.items():
-            if name == "num_layers":
-                continue
+        for name in _ALL:
             array = np.asarray(values[name])
-            if array.shape != np.shape(zeros) or array.dtype.kind not in "iu":
+            if array.shape != np.shape(expected[name]) or array.dtype.kind not in "iu":
                 raise ValueError(f"not a dictionary of counters: {name} has another shape")
             setattr(counters, "_" + name, array.tolist())
         return counters
@@ -221,7 +305,7 @@ class Counters(Metrics):
         if self.num_layers != other.num_layers:
             raise ValueError(f"counters of {self.num_layers} and of {other.num_layers} layers")
         result = Counters(self.num_layers)
-        for name in (*_PER_LAYER, "prefetch_loads", *_PER_PHASE):
+        for name in _ALL:
             value = getattr(self, name) + sign * getattr(other, name)
             setattr(result, "_" + name, value.tolist())
         return result
@@ -231,7 +315,7 @@ class Counters(Metrics):
         return self._combine(other, 1)
 
     def minus(self, other: "Counters") -> "Counters":
-        """What happened since *other*, an earlier copy."""
+        """Counts since *other*, an earlier copy."""
         return self._combine(other, -1)
 
     def __eq__(self, other: object) -> bool:
@@ -241,3 +325,15 @@ class Counters(Metrics):
 
     def __repr__(self) -> str:
         return f"Counters({self.to_dict()})"
+
+
+def _rate(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _uses_of(chosen: Sequence[int], experts: Sequence[int], uses: Sequence[int], total: int) -> int:
+    """Sum of the *uses* of those of *experts* that are *chosen*."""
+    if total == len(experts):  # one use each, as for one token
+        return len(chosen)
+    of = dict(zip(experts, uses, strict=True))
+    return sum(of[expert] for expert in chosen)

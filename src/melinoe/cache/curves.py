@@ -2,7 +2,7 @@
 Miss-ratio curves: what every number of slots would have cost, most of it in one pass.
 
 Each built-in rule orders all experts of a layer by a number that does not depend on the slots
-(`melinoe.cache.eviction`), and that makes it a stack algorithm: **as long as every request fits**,
+(`melinoe.cache.policy`), and that makes it a stack algorithm: **as long as every request fits**,
 a cache of C slots holds what one of C - 1 holds, and one expert more. Let both serve a request of
 n <= C - 1 experts. The smaller one keeps its best C - 1 - n others; the larger one has at most one
 other that the smaller one has not, so each of those is among its best C - n. So one stack per
@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.compiled import owners_of, passes_of, settings_of
 from melinoe.cache.counters import COMPLETION, PHASES
 from melinoe.cache.locality import popularity
-from melinoe.cache.policy import Policy
-from melinoe.cache.simulator import COMPILED_FROM, COMPILED_POLICIES, simulate
-from melinoe.cache.slots import check_capacity
+from melinoe.cache.policy import COMPILED_POLICIES, Policy
+from melinoe.cache.residency import check_capacity
+from melinoe.cache.simulator import COMPILED_FROM, simulate
 from melinoe.cache.trace import Trace
 from melinoe.errors import MelinoeError
 
@@ -117,7 +116,7 @@ def miss_curves(
 @dataclass(frozen=True)
 class UnitCosts:
     """
-    Count what each unit's completion costs by slots; see `melinoe.cache.simulation.Simulation`.
+    Count what each unit's completion costs by slots; see `melinoe.cache.simulator.Simulation`.
 
     Attributes:
         hits: int64 (sizes, units), uses whose expert was resident, of all layers.
@@ -200,10 +199,12 @@ class _Stack:
         self._trace, self._policy = trace, policy
         if policy == "static":
             options.setdefault("popularity", popularity(trace))
+        from melinoe.cache.kernel import settings_of
+
         self._gamma, self._popular = settings_of(trace, policy, options)
-        self.bounds, phase = passes_of(trace)
+        self.bounds, phase = trace.bounds()
         self.phase = phase.astype(np.int64)
-        units, self.unit, begins = owners_of(trace, self.bounds)
+        units, self.unit, begins = trace.unit_of_passes(self.bounds)
         self.units = len(units)
         self._resets = begins if reset_between_sequences else np.zeros_like(begins)
 
@@ -211,8 +212,7 @@ class _Stack:
         self, group: np.ndarray, groups: int, layers: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loads and uses by distance as the kernel fills them, and each layer's largest request."""
-        from melinoe.cache.kernel_rules import RULES
-        from melinoe.cache.kernel_stack import distances
+        from melinoe.cache.kernel import RULES, distances
 
         trace = self._trace
         loads_at = np.zeros((groups, layers, trace.num_experts + 1), np.int64)

@@ -1,34 +1,215 @@
 """
-The simulator's inner loop, compiled: the same decisions as `Residency` with a built-in rule.
+Long traces, compiled: the decisions of `Residency` with a built-in policy, for one number of slots
+(`replay`) or for all at once (`distances`).
 
-Import it only when it is used; see `melinoe.cache.kernel_rules`.
+A policy is a number here, its place in `COMPILED_POLICIES`; its rule is the function of
+`melinoe.cache.policy` itself, compiled. Every expert of a layer has a float64 *rank*, the lowest
+leaves, and of equal ones the lowest id. Experts that are needed together carry the same *mark*.
+
+Import it only when it is used: numba takes a good second to load. Compiled code is kept on disk
+beside its file (or where ``NUMBA_CACHE_DIR`` says), so only the first use on a machine waits for
+the compiler.
 """
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numba
 import numpy as np
 
-from melinoe.cache.kernel_rules import (
-    BELADY,
-    LRU,
-    RULES,
-    STAMP,
-    STATIC,
-    admit,
-    compiled,
-    distinct,
-    least_used_first,
-    look_ahead,
-    use,
-    workspace,
-)
+from melinoe.cache import policy as policies
+from melinoe.cache.policy import COMPILED_POLICIES, policy_class
+from melinoe.cache.trace import Trace
 
-__all__ = ["RULES", "replay"]
+RULES = {name: number for number, name in enumerate(COMPILED_POLICIES)}
+LRU, LFU, LFRU, STATIC, BELADY = RULES.values()
+
+# Compiled code is kept by the time of its own file alone. As the default of an argument this is
+# part of what it is kept by, so that a change here or in the rules compiles it anew.
+STAMP = crc32(Path(__file__).read_bytes(), crc32(Path(policies.__file__).read_bytes()))
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile *function* when it is first called, or take what was kept of an earlier process."""
+    try:
+        return numba.njit(cache=True, boundscheck=False)(function)
+    except RuntimeError:  # nowhere to keep the result: compile anew in each process
+        return numba.njit(boundscheck=False)(function)
+
+
+_note_lru, _note_lfu = compiled(policies.note_lru), compiled(policies.note_lfu)
+_note_lfru, _rank_lfru = compiled(policies.note_lfru), compiled(policies.rank_lfru)
+
+
+def settings_of(trace: Trace, policy: str, options: Mapping[str, Any]) -> tuple[float, np.ndarray]:
+    """
+    Decay and popularity, float64 (layers, num_experts), as compiled functions take them.
+
+    Raises:
+        MelinoeError, ValueError: the options are none that the policy's class would take.
+    """
+    cls, layers = policy_class(policy), trace.num_layers
+    popularity = np.zeros((layers, trace.num_experts))
+    if policy == "static":
+        for layer in range(layers):
+            cls.for_layer(layer, layers, **options).reset(trace.num_experts)
+        return 1.0, np.asarray(options["popularity"], np.float64).reshape(popularity.shape)
+    made = cls.for_layer(0, 1, future=[[]]) if cls.offline else cls.for_layer(0, 1, **options)
+    return float(getattr(made, "gamma", 1.0)), popularity
+
+
+# --- a request, in the parts that both loops share ------------------------------------------------
+
+
+@compiled
+def workspace(experts, num_experts, rule):  # type: ignore[no-untyped-def]
+    """Make the arrays that a loop writes on: ids, uses, places, next requests, state, future."""
+    rows = experts.shape[0] if rule == BELADY else 0
+    return (
+        np.empty(num_experts, np.int64),
+        np.zeros(num_experts, np.int64),
+        np.empty(num_experts, np.int64),
+        np.zeros(num_experts, np.int64),
+        np.empty((3, num_experts), np.float64),
+        np.empty((rows, experts.shape[2]), np.int64),
+    )
+
+
+@compiled
+def forget(rule, state):  # type: ignore[no-untyped-def]
+    """Forget all requests; returns *now*. Popularity and the future stay."""
+    if rule != STATIC and rule != BELADY:
+        state[:] = 0.0
+    return 1.0 if rule == LFU else 0.0
+
+
+@compiled
+def use(rule, order, state, now, gamma, following):  # type: ignore[no-untyped-def]
+    """Tell the rule of one request, served in *order*; returns the new *now*."""
+    rank, last, count = state[0], state[1], state[2]
+    if rule == LRU:
+        return _note_lru(order, rank, last, count, now, gamma)
+    if rule == LFU:
+        return _note_lfu(order, rank, last, count, now, gamma)
+    if rule == LFRU:
+        return _note_lfru(order, rank, last, count, now, gamma)
+    if rule == BELADY:
+        for expert in order:
+            rank[expert] = -following[expert]
+    return now
+
+
+@compiled
+def refresh(rule, experts, state, now):  # type: ignore[no-untyped-def]
+    """Bring ranks up to date that change without a use."""
+    if rule == LFRU:
+        for expert in experts:
+            state[0, expert] = _rank_lfru(expert, state[1], state[2], now)
+
+
+@compiled
+def admit(  # type: ignore[no-untyped-def]
+    rule, missing, begin, end, resident, place, filled, capacity, mark, step, state, now
+):
+    """Give slots to ``missing[begin:end]``, evicting nobody marked *step*; returns slots in use."""
+    rank = state[0]
+    free = capacity - filled
+    for i in range(begin, min(end, begin + free)):
+        resident[filled] = missing[i]
+        place[missing[i]] = filled
+        filled += 1
+    if begin + free >= end:
+        return filled
+    refresh(rule, resident[:filled], state, now)
+    for i in range(begin + free, end):
+        victim = -1
+        for j in range(filled):
+            expert = resident[j]
+            if mark[expert] == step:
+                continue
+            if (
+                victim < 0
+                or rank[expert] < rank[victim]
+                or (rank[expert] == rank[victim] and expert < victim)
+            ):
+                victim = expert
+        slot = place[victim]
+        place[victim] = -1
+        resident[slot] = missing[i]
+        place[missing[i]] = slot
+    return filled
+
+
+@compiled
+def least_used_first(missing, absent, count):  # type: ignore[no-untyped-def]
+    """Sort ``missing[:absent]``, ascending, by uses; of equally used ones the lowest id first."""
+    for i in range(1, absent):
+        expert = missing[i]
+        j = i - 1
+        while j >= 0 and count[missing[j]] > count[expert]:
+            missing[j + 1] = missing[j]
+            j -= 1
+        missing[j + 1] = expert
+
+
+@compiled
+def distinct(experts, low, high, layer, ids, count, following, upcoming):  # type: ignore[no-untyped-def]
+    """Collect the experts of rows *low* to *high*, ascending, and their uses; returns how many."""
+    found = 0
+    for row in range(low, high):
+        for k in range(experts.shape[2]):
+            expert = experts[row, layer, k]
+            if expert >= 0:
+                if count[expert] == 0:
+                    ids[found] = expert
+                    found += 1
+                count[expert] += 1
+                if len(upcoming):
+                    following[expert] = upcoming[row, k]
+    if found <= 24:  # insertion sort
+        for i in range(1, found):
+            expert = ids[i]
+            j = i - 1
+            while j >= 0 and ids[j] > expert:
+                ids[j + 1] = ids[j]
+                j -= 1
+            ids[j + 1] = expert
+    else:
+        found = 0
+        for expert in range(len(count)):
+            if count[expert]:
+                ids[found] = expert
+                found += 1
+    return found
+
+
+@compiled
+def look_ahead(experts, bounds, layer, upcoming, following):  # type: ignore[no-untyped-def]
+    """For each choice, find the pass that next requests its expert; leave each expert's first."""
+    never = len(bounds)
+    following[:] = never
+    for step in range(len(bounds) - 2, -1, -1):
+        for row in range(bounds[step], bounds[step + 1]):
+            for k in range(experts.shape[2]):
+                expert = experts[row, layer, k]
+                if expert >= 0:
+                    upcoming[row, k] = following[expert]
+        for row in range(bounds[step], bounds[step + 1]):
+            for k in range(experts.shape[2]):
+                expert = experts[row, layer, k]
+                if expert >= 0:
+                    following[expert] = step
+
+
+# --- one number of slots --------------------------------------------------------------------------
 
 
 @compiled
 def replay(  # type: ignore[no-untyped-def]
-    experts, bounds, phase, unit_of, begins, resets, slots, num_experts, rule, gamma, popularity,
-    event_pass, event_begin, event_ids, counts, prefetched, waited, loads_of, experts_of, ahead_of,
-    stamp=STAMP,
+    experts, bounds, phase, unit_of, resets, slots, num_experts, rule, gamma, popularity,
+    counts, waited, loads_of, experts_of, stamp=STAMP,
 ):  # fmt: skip
     """
     Replay all layers, one after the other.
@@ -38,22 +219,16 @@ def replay(  # type: ignore[no-untyped-def]
         bounds: int64 (passes + 1,), where each pass's rows begin.
         phase: uint8 (passes,).
         unit_of: int64 (passes,), whose counters the pass belongs to.
-        begins: bool (passes,), whether the pass is the first of its unit.
         resets: bool (passes,), whether the cache is emptied before the pass.
         slots: int64 (layers,).
         num_experts: Experts of each layer.
         rule: A value of `RULES`.
         gamma: For LFU.
         popularity: float64 (layers, num_experts), for STATIC.
-        event_pass: int64 (events,), ascending: before which pass each prefetch comes.
-        event_begin: int64 (events * layers + 1,), where the ids of each (event, layer) begin.
-        event_ids: int64, the most wanted first.
-        counts: int64 (units, 2, 6, layers), filled: uses, hits, loads, requests, chunked, and
-            experts of prefetches that were used.
-        prefetched: int64 (units, layers), filled.
-        waited: int64 (passes,), filled: demand loads of all layers.
-        loads_of, experts_of, ahead_of: int32 (passes, layers), filled unless empty: demand loads,
-            distinct experts, and loads of prefetches that come right before the pass.
+        counts: int64 (units, 2, 5, layers), filled: uses, hits, loads, requests, chunked.
+        waited: int64 (passes,), filled: loads of all layers.
+        loads_of, experts_of: int32 (passes, layers), filled unless empty: loads, and distinct
+            experts.
         stamp: Left out.
     """
     passes, layers = len(bounds) - 1, experts.shape[1]
@@ -62,59 +237,20 @@ def replay(  # type: ignore[no-untyped-def]
     missing = np.empty(num_experts, np.int64)
     resident = np.empty(num_experts, np.int64)
     mark = np.zeros(num_experts, np.int64)
-    # Of residents: by a prefetch for this unit, and not requested since.
-    unused = np.zeros(num_experts, np.bool_)
     detailed = len(loads_of) > 0
-    now = 0
+    mine = 0
     for layer in range(layers):
         capacity = slots[layer]
-        state[:] = 0.0
-        if rule == LRU:
-            state[0] = -1.0
-        elif rule == STATIC:
+        if rule == STATIC:
             state[0] = popularity[layer]
         elif rule == BELADY:
             look_ahead(experts, bounds, layer, upcoming, following)
-            state[0] = -following
-        clock, unit, filled, event = 0, 1.0, 0, 0
+        now, filled = forget(rule, state), 0
         place[:] = -1
         for step in range(passes):
             if resets[step]:
-                filled = 0
+                now, filled = forget(rule, state), 0
                 place[:] = -1
-                clock, unit = 0, 1.0
-                if rule != STATIC and rule != BELADY:
-                    state[:] = 0.0
-            if begins[step]:
-                unused[:] = False
-            own = counts[unit_of[step], phase[step]]
-            while event < len(event_pass) and event_pass[event] == step:
-                begin = event_begin[event * layers + layer]
-                kept = min(event_begin[event * layers + layer + 1] - begin, capacity)
-                event += 1
-                if kept == 0:
-                    continue
-                now += 1
-                absent = 0
-                for i in range(kept):
-                    expert = event_ids[begin + i]
-                    mark[expert] = now
-                    order[kept - 1 - i] = expert
-                    if place[expert] < 0:
-                        missing[absent] = expert
-                        absent += 1
-                if rule != BELADY:
-                    clock, unit = use(rule, order, kept, state, clock, unit, gamma, following)
-                filled = admit(
-                    rule, missing, 0, absent, resident, place, filled, capacity, mark, now, state,
-                    clock,
-                )  # fmt: skip
-                for i in range(absent):
-                    unused[missing[i]] = True
-                prefetched[unit_of[step], layer] += absent
-                if detailed:
-                    ahead_of[step, layer] += absent
-
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
             )
@@ -126,40 +262,38 @@ def replay(  # type: ignore[no-untyped-def]
                 uses += count[expert]
                 if place[expert] >= 0:
                     hits += count[expert]
-                    own[5, layer] += unused[expert]
                     order[present] = expert
                     present += 1
                 else:
                     missing[absent] = expert
                     absent += 1
-                unused[expert] = False
+            own = counts[unit_of[step], phase[step]]
+            mine += 1
             if found <= capacity:
-                now += 1
                 for i in range(found):
-                    mark[ids[i]] = now
-                clock, unit = use(rule, ids, found, state, clock, unit, gamma, following)
+                    mark[ids[i]] = mine
+                now = use(rule, ids[:found], state, now, gamma, following)
                 filled = admit(
-                    rule, missing, 0, absent, resident, place, filled, capacity, mark, now, state,
-                    clock,
+                    rule, missing, 0, absent, resident, place, filled, capacity, mark, mine, state,
+                    now,
                 )  # fmt: skip
             else:
                 least_used_first(missing, absent, count)
                 for i in range(absent):
                     order[present + i] = missing[i]
-                clock, unit = use(rule, order, found, state, clock, unit, gamma, following)
-                now += 1
+                now = use(rule, order[:found], state, now, gamma, following)
                 for i in range(present):
-                    mark[order[i]] = now
-                begin, end = 0, capacity - present
-                while begin < absent:
-                    for i in range(begin, end):
-                        mark[missing[i]] = now
+                    mark[order[i]] = mine
+                low, high = 0, capacity - present
+                while low < absent:
+                    for i in range(low, high):
+                        mark[missing[i]] = mine
                     filled = admit(
-                        rule, missing, begin, end, resident, place, filled, capacity, mark, now,
-                        state, clock,
+                        rule, missing, low, high, resident, place, filled, capacity, mark, mine,
+                        state, now,
                     )  # fmt: skip
-                    begin, end = end, min(end + capacity, absent)
-                    now += 1
+                    low, high = high, min(high + capacity, absent)
+                    mine += 1
                 own[4, layer] += 1
             own[0, layer] += uses
             own[1, layer] += hits
@@ -169,5 +303,90 @@ def replay(  # type: ignore[no-untyped-def]
             if detailed:
                 loads_of[step, layer] = absent
                 experts_of[step, layer] = found
+            for i in range(found):
+                count[ids[i]] = 0
+
+
+# --- all numbers of slots in one pass -------------------------------------------------------------
+
+
+@compiled
+def distances(  # type: ignore[no-untyped-def]
+    experts, bounds, group, resets, num_experts, rule, gamma, popularity, loads_at, uses_at,
+    largest, stamp=STAMP,
+):  # fmt: skip
+    """
+    Find the least slots with which each request's experts would have been resident.
+
+    A stack holds every expert seen, so that a cache of C slots holds the first C of it. A request
+    of n experts puts them first; after them, the cache of C slots keeps the best C - n others that
+    it held, so each place takes the best that has not found one yet.
+
+    Args:
+        experts, bounds, resets, num_experts, rule, gamma, popularity: As in `replay`.
+        group: int64 (passes,), whose counts the pass belongs to.
+        loads_at, uses_at: int64 (groups, layers, num_experts + 1), filled: by group, layer and
+            distance - 1, how many experts of requests, and uses of them; the last column is "never
+            before". With one layer in these alone, all layers are added up.
+        largest: int64 (layers,), filled: experts of the largest request.
+        stamp: Left out.
+    """
+    passes, layers = len(bounds) - 1, experts.shape[1]
+    ids, count, place, following, state, upcoming = workspace(experts, num_experts, rule)
+    stack = np.empty(num_experts, np.int64)
+    after = np.empty(num_experts, np.int64)
+    pool = np.empty(num_experts, np.int64)
+    rank = state[0]
+    for layer in range(layers):
+        at_layer = layer if loads_at.shape[1] > 1 else 0
+        if rule == STATIC:
+            rank[:] = popularity[layer]
+        elif rule == BELADY:
+            look_ahead(experts, bounds, layer, upcoming, following)
+        now, depth = forget(rule, state), 0
+        place[:] = -1
+        for step in range(passes):
+            if resets[step]:
+                now, depth = forget(rule, state), 0
+                place[:] = -1
+            found = distinct(
+                experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
+            )
+            if found == 0:
+                continue
+            largest[layer] = max(largest[layer], found)
+            for i in range(found):
+                at = place[ids[i]]
+                distance = at if at >= 0 else num_experts
+                loads_at[group[step], at_layer, distance] += 1
+                uses_at[group[step], at_layer, distance] += count[ids[i]]
+            now = use(rule, ids[:found], state, now, gamma, following)
+            refresh(rule, stack[:depth], state, now)
+
+            for i in range(found):
+                after[i] = ids[i]
+            waiting, seen, filled = 0, 0, found
+            while seen < depth or waiting:
+                # Those that a cache of filled + 1 slots held, and no smaller one has kept.
+                while seen < min(filled + 1, depth):
+                    if count[stack[seen]] == 0:
+                        pool[waiting] = stack[seen]
+                        waiting += 1
+                    seen += 1
+                if waiting == 0:
+                    break
+                best = 0
+                for i in range(1, waiting):
+                    one, other = pool[i], pool[best]
+                    if rank[one] > rank[other] or (rank[one] == rank[other] and one > other):
+                        best = i
+                after[filled] = pool[best]
+                filled += 1
+                waiting -= 1
+                pool[best] = pool[waiting]
+            depth = filled
+            for i in range(depth):
+                stack[i] = after[i]
+                place[after[i]] = i
             for i in range(found):
                 count[ids[i]] = 0

@@ -1,15 +1,20 @@
 """
-Policies: which resident expert leaves when another needs its slot.
+Eviction policies: which resident expert leaves when another one needs its slot.
 
 A policy belongs to the cache of one layer. It hears of every request before it is asked for
-victims, and it never sees slots or bytes. To add one, subclass `Policy` and give it a name; then
-either decorate the class with `register`, or let the package that holds it declare an entry point,
-and melinoe finds it wherever policies are named:
+victims, and it never sees slots or bytes. To add one, write a subclass of `Policy` with a name here
+under ``@_registry.own``; or outside, decorated with `register` or declared as an entry point of an
+installed package, which melinoe finds wherever policies are named:
 
     [project.entry-points."melinoe.policies"]
     mru = "my_package.mru:Mru"
+
+The built-in policies that look at the past are a `RankedPolicy` each: a number for every expert,
+kept up by a plain function (``note_lru``, ...) that Python calls in the runtime and that
+`melinoe.cache.kernel` compiles for long traces. So each rule is written once.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -17,11 +22,13 @@ from melinoe.cache.registry import Registry
 from melinoe.errors import MelinoeError
 
 ENTRY_POINTS = "melinoe.policies"
+# Policies that the compiled replay knows, numbered there in this order.
+COMPILED_POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 
 
 class Policy:
     """
-    What a residency asks before it evicts.
+    Choose who is evicted.
 
     All methods must be deterministic: the same calls give the same answers, on every machine.
 
@@ -37,11 +44,7 @@ class Policy:
 
     @classmethod
     def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
-        """
-        Make the policy of one layer.
-
-        A class whose options differ between layers overrides this.
-        """
+        """Make the policy of one layer; override it if options differ between layers."""
         return cls(**options)
 
     def reset(self, num_experts: int) -> None:
@@ -50,7 +53,7 @@ class Policy:
 
     def weigh(self, experts: Sequence[int], scores: Sequence[float]) -> None:
         """
-        Note how much the router wanted each expert of the request that `use` is told of next.
+        Note the router's weights of the request that `use` is told of next.
 
         Args:
             experts: As in `use`, ids ascending.
@@ -64,7 +67,7 @@ class Policy:
 
         Called once per request, before its victims are chosen, with all its distinct experts (at
         least one), resident or not. Those listed later are served later: ids ascend when the
-        request fits into the slots (see `melinoe.cache.residency` for the order when it does not).
+        request fits into the slots (see `Residency.request_in_parts` for when it does not).
         """
         raise NotImplementedError
 
@@ -82,25 +85,359 @@ class Policy:
         raise NotImplementedError
 
     def prefetched(self, experts: Sequence[int]) -> None:
-        """Note a prefetch, the most wanted expert last; unless a policy differs, one request."""
+        """Note a prefetch, the most wanted expert last; by default like a request."""
         self.use(experts)
 
 
-_registry = Registry(
-    ENTRY_POINTS,
-    Policy,
-    {
-        "belady": "melinoe.cache.belady:Belady",
-        "lfru": "melinoe.cache.eviction:LFRU",
-        "lfu": "melinoe.cache.eviction:DecayedLFU",
-        "lru": "melinoe.cache.eviction:LRU",
-        "score": "melinoe.cache.eviction:Score",
-        "static": "melinoe.cache.eviction:Static",
-    },
-    kind="cache policy",
-    word="cache policy",
-)
+_registry = Registry(ENTRY_POINTS, Policy, kind="cache policy", word="cache policy")
 _Class = TypeVar("_Class", bound=type[Policy])
+
+
+# --- policies that look at the past ---------------------------------------------------------------
+
+
+class RankedPolicy(Policy):
+    """
+    Keep a rank for every expert, resident or not; the lowest leaves, of equal ones the lowest id.
+
+    Ranks depend on the requests alone, never on the slots, which makes these policies stack
+    algorithms (see `melinoe.cache.curves`). They outlive eviction.
+
+    Attributes:
+        note: The function that keeps the state up with a request. It is compiled as well, so it
+            works on lists and arrays alike and calls nothing but `math`:
+            ``note(experts, rank, last, count, now, gamma) -> now``, the first four by expert.
+        start: *now* before the first request: a clock, or the unit of the ranks.
+    """
+
+    note: ClassVar[Callable[..., float]]
+    start: ClassVar[float] = 0.0
+    gamma = 1.0
+
+    def reset(self, num_experts: int) -> None:
+        """Forget all requests."""
+        self._now = self.start
+        self._rank = [0.0] * num_experts
+        self._last = [0.0] * num_experts
+        self._count = [0.0] * num_experts
+        self._note = type(self).note  # looked up once: `use` runs per layer and token
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Let the rule keep its state up."""
+        self._now = self._note(experts, self._rank, self._last, self._count, self._now, self.gamma)
+
+    def rank(self, expert: int) -> float:
+        """Rank of an expert now."""
+        return self._rank[expert]
+
+    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
+        """Lowest ranks first; *candidates* ascend, and both min and sort keep the first."""
+        if count == 1:
+            return (min(candidates, key=self._rank.__getitem__),)
+        return sorted(candidates, key=self._rank.__getitem__)[:count]
+
+
+def note_lru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
+    """Stamp each expert with the time of its use."""
+    for expert in experts:
+        rank[expert] = now
+        now += 1.0
+    return now
+
+
+@_registry.own
+class LRU(RankedPolicy):
+    """
+    Evict the expert whose last use is longest ago.
+
+    Rule: a clock ticks once per expert served; an expert's rank is the tick of its last use.
+    Experts of one request are stamped in the order listed, so of two last used together the lower
+    id leaves first. No two stamps are equal.
+
+    Source:
+        The usual rule; for experts of one layer, arXiv:2312.17238.
+    """
+
+    name = "lru"
+    note = staticmethod(note_lru)
+
+
+def note_lfu(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
+    """Decay every rank by growing the unit, *now*, then credit the experts used."""
+    unit = now / gamma
+    if unit > 2.0**512:
+        shift = math.frexp(unit)[1]
+        for expert in range(len(rank)):
+            rank[expert] = math.ldexp(rank[expert], -shift)
+        unit = math.ldexp(unit, -shift)
+    for expert in experts:
+        rank[expert] += unit
+    return unit
+
+
+@_registry.own
+class DecayedLFU(RankedPolicy):
+    """
+    Evict the expert used least, where old uses count less.
+
+    Rule: with each request every score becomes ``gamma * score``, then each expert requested
+    gains 1; the lowest score leaves.
+
+    Scores are kept in a unit that grows by ``1 / gamma`` per request, which is the same without
+    touching all of them. Near the end of the double range the unit and all scores are divided by
+    the power of two in it, which rounds nothing; a score that falls below the smallest double this
+    way counts as zero.
+
+    Args:
+        gamma: Decay per request, in [0.001, 1]; 1 counts uses without forgetting.
+
+    Raises:
+        ValueError: *gamma* is outside its range.
+
+    Source:
+        The cache of the training loss of arXiv:2602.11192 (closed form s <- gamma s + r), with
+        hard slots in place of soft ones.
+    """
+
+    name = "lfu"
+    note = staticmethod(note_lfu)
+    start = 1.0
+
+    def __init__(self, gamma: float = 0.9):
+        if not 0.001 <= gamma <= 1:
+            raise ValueError(f"gamma is {gamma}, and must lie between 0.001 and 1")
+        self.gamma = gamma
+
+    def scores(self) -> list[float]:
+        """Scores in units of one use now, float (num_experts,)."""
+        return [rank / self._now for rank in self._rank]
+
+
+@_registry.own
+class Score(DecayedLFU):
+    """
+    Evict the expert that the router has wanted least of late.
+
+    Rule: with each request ``S <- alpha * TopP(p) + (1 - alpha) * S`` for all experts of the layer,
+    where ``p`` are the router's scores of this pass and TopP keeps the *top* best and sets the
+    others to zero; the lowest S leaves.
+
+    Differences from the source: ``p`` is known for the experts that a token chose, so TopP can
+    keep no more than those (the source keeps twice the model's top-k); a pass of several tokens
+    counts as one step with their mean. S is kept divided by alpha, which changes no order, and in
+    the growing unit of `DecayedLFU`. With every weight equal it is ``lfu`` with gamma 1 - alpha.
+
+    Args:
+        alpha: Weight of the present, in (0, 0.999].
+        top: Scores kept of each pass.
+
+    Raises:
+        ValueError: a value outside its range.
+        MelinoeError: from `use`, when nobody told the router's weights.
+
+    Source:
+        Minus-recent-score caching of HybriMoE, arXiv:2504.05897; alpha .5 and the 12 best as in
+        its published settings.
+    """
+
+    name = "score"
+    uses_scores = True
+
+    def __init__(self, alpha: float = 0.5, top: int = 12):
+        if not 0 < alpha <= 0.999 or top < 1:
+            raise ValueError(f"alpha is {alpha} and top {top}; want (0, 0.999] and 1 or more")
+        super().__init__(gamma=1 - alpha)
+        self._top = top
+        self._weights: dict[int, float] | None = None
+
+    def weigh(self, experts: Sequence[int], scores: Sequence[float]) -> None:
+        """Keep the *top* best scores, of equal ones those of the lower ids."""
+        best = sorted(zip(experts, scores, strict=True), key=lambda one: (-one[1], one[0]))
+        self._weights = dict(best[: self._top])
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Decay every score, then credit by the weights told last."""
+        if self._weights is None:
+            raise MelinoeError(
+                "policy 'score' needs the router's weights, which this trace does not hold; record "
+                "it again with scores, or choose lfu with gamma 0.5, the same rule on choices alone"
+            )
+        super().use(())
+        for expert, weight in self._weights.items():
+            self._rank[expert] += self._now * weight
+        self._weights = None
+
+    def prefetched(self, experts: Sequence[int]) -> None:
+        """Change nothing: no router has wanted them yet."""
+
+
+def note_lfru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
+    """Let one tick pass; note it, and one more use, for each expert."""
+    now += 1.0
+    for expert in experts:
+        last[expert] = now
+        count[expert] += 1.0
+    return now
+
+
+def rank_lfru(expert, last, count, now):  # type: ignore[no-untyped-def]
+    """Divide the uses of an expert by the age of the last one."""
+    return count[expert] / (now - last[expert] + 1.0)
+
+
+@_registry.own
+class LFRU(RankedPolicy):
+    """
+    Evict the expert with the fewest uses for the time since the last one.
+
+    Rule: ``frequency / (clock - last + 1)``, where the clock counts requests, *last* is its value
+    at the expert's last use and *frequency* the requests that used the expert, never decayed.
+
+    Source:
+        The ratio form, as compared for experts in public studies of MoE traces. Another rule with
+        two partitions has the same name (Bilal and Kang, IEEE Access 5, 2017); it is not this one.
+    """
+
+    name = "lfru"
+    note = staticmethod(note_lfru)
+
+    def rank(self, expert: int) -> float:
+        """Rank of an expert now; it falls while the expert is not used."""
+        return rank_lfru(expert, self._last, self._count, self._now)
+
+    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
+        """Lowest ranks first."""
+        return sorted(candidates, key=self.rank)[:count]
+
+
+@_registry.own
+class Static(Policy):
+    """
+    Keep the experts that were popular on other traffic, whatever happens now.
+
+    Rule: the resident expert of lowest *popularity* leaves, of equal ones the lowest id; uses and
+    prefetches change nothing. An unpopular expert that must be loaded takes the slot of the least
+    popular one and is the next to leave. With the popular ones prefetched and misses computed on
+    the host, nothing ever moves: that is the source's placement.
+
+    Args:
+        popularity: A number per expert of the layer, such as how often it was chosen. From
+            `for_layer`: per layer and expert, (layers, num_experts).
+
+    Raises:
+        ValueError: from `reset`, a popularity of another number of experts.
+
+    Source:
+        Fiddler, arXiv:2402.07033, which places experts by popularity on calibration data.
+    """
+
+    name = "static"
+
+    def __init__(self, popularity: Sequence[float]):
+        self._popularity = [float(value) for value in popularity]
+
+    @classmethod
+    def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
+        """Take this layer's row of the popularities."""
+        rows = options.pop("popularity", None)
+        if rows is None or len(rows) != num_layers:
+            raise MelinoeError(
+                f"policy 'static' needs the popularity of every expert in all {num_layers} layers; "
+                "give a trace or statistics of this model to count it from"
+            )
+        return cls(rows[layer], **options)
+
+    def reset(self, num_experts: int) -> None:
+        """Check the number of experts; there is nothing to forget."""
+        if len(self._popularity) != num_experts:
+            raise ValueError(
+                f"popularity is given for {len(self._popularity)} experts of {num_experts}"
+            )
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Change nothing: the order was fixed before."""
+
+    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
+        """Least popular first."""
+        return sorted(candidates, key=self._popularity.__getitem__)[:count]
+
+
+# --- the bound, which knows the future ------------------------------------------------------------
+
+
+@_registry.own
+class Belady(Policy):
+    """
+    Evict the expert whose next use is furthest ahead: the fewest loads possible, offline.
+
+    Rule: the expert whose next request comes last leaves, those never requested again first,
+    and of equal ones the lowest id. Experts next used by the same request are equal for good:
+    whichever leaves, one of them must be loaded then. A request with more experts than slots is
+    served in the order of `Residency.request_in_parts`, and the bound holds given that order.
+    A prefetch is no request, and changes nothing.
+
+    Args:
+        future: All requests of the layer in order, each its distinct experts; empty ones are none.
+
+    Raises:
+        ValueError: from `use`, when a request is not the promised one.
+
+    Source:
+        L. A. Belady, A study of replacement algorithms for a virtual-storage computer, IBM
+        Systems Journal 5(2), 1966.
+    """
+
+    name = "belady"
+    offline = True
+
+    def __init__(self, future: Sequence[Sequence[int]]):
+        self._future = [request for request in future if len(request)]
+        self._ahead: list[list[float]] | None = None
+
+    @classmethod
+    def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
+        """Take this layer's future."""
+        future = options.pop("future")
+        return cls(future[layer], **options)
+
+    def reset(self, num_experts: int) -> None:
+        """
+        Before the first use: start at the first request. Later: empty slots, same place in time.
+
+        The requests to come are still to come when the cache is emptied between two prompts.
+        """
+        if self._ahead is not None:
+            return
+        # Requests ahead per expert, the nearest last, so that passing one is a pop.
+        ahead: list[list[float]] = [[math.inf] for _ in range(num_experts)]
+        for when in range(len(self._future) - 1, -1, -1):
+            for expert in self._future[when]:
+                ahead[expert].append(when)
+        self._ahead = ahead
+        self._next = [of_one[-1] for of_one in ahead]
+        self._now = 0
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Move one request on."""
+        assert self._ahead is not None
+        for expert in experts:
+            if self._next[expert] != self._now:
+                raise ValueError(
+                    f"request {self._now} uses expert {expert}, which the future did not promise"
+                )
+            self._ahead[expert].pop()
+            self._next[expert] = self._ahead[expert][-1]
+        self._now += 1
+
+    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
+        """Furthest next use first."""
+        return sorted(candidates, key=self._next.__getitem__, reverse=True)[:count]
+
+    def prefetched(self, experts: Sequence[int]) -> None:
+        """Change nothing: the future stays what it is."""
+
+
+# --- policies by name -----------------------------------------------------------------------------
 
 
 def register(cls: _Class) -> _Class:
@@ -130,7 +467,7 @@ def policy(name: str, **options: Any) -> Policy:
 
     Args:
         name: One of `policy_names`.
-        options: What its class takes, for example ``gamma=0.9`` for ``lfu``.
+        options: Arguments of its class, for example ``gamma=0.9`` for ``lfu``.
 
     Raises:
         MelinoeError: unknown name, or a policy that must know the requests to come and does not.
@@ -163,11 +500,3 @@ def _check_future(cls: type[Policy], options: Mapping[str, Any]) -> None:
             f"policy {cls.name!r} must know all requests to come, so it only works in the "
             "simulator; choose lru or lfu to run a model"
         )
-
-
-def __getattr__(name: str) -> Any:
-    """Our own policies can also be imported from here, where their base is."""
-    try:
-        return _registry.own(name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

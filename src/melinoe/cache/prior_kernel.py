@@ -12,7 +12,7 @@ under decayed LFU, in the same arithmetic; a test holds them against each other.
 
 import numpy as np
 
-from melinoe.cache.kernel_rules import LFU, STAMP, admit, compiled, least_used_first, use
+from melinoe.cache.kernel import LFU, STAMP, admit, compiled, least_used_first, use
 
 MEMORY = 0.99  # of the running mean of the logits' spread, per token
 
@@ -173,7 +173,7 @@ def choose(  # type: ignore[no-untyped-def]
             for i in range(absent):
                 order[present + i] = missing[i]
             if found:
-                _, unit = use(LFU, order, found, state, 0, unit, gamma, order)
+                unit = use(LFU, order[:found], state, unit, gamma, order)
             now += 1
             for i in range(present):
                 mark[order[i]] = now
@@ -183,7 +183,7 @@ def choose(  # type: ignore[no-untyped-def]
                     mark[missing[i]] = now
                 filled = admit(
                     LFU, missing, begin, until, resident, place, filled, capacity, mark, now, state,
-                    0,
+                    unit,
                 )  # fmt: skip
                 begin, until = until, min(until + capacity, absent)
                 now += 1

@@ -6,25 +6,65 @@ with the same calls, which is why their counts agree.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from melinoe.cache.policy import Policy
 from melinoe.cache.policy import policy as make_policy
-from melinoe.cache.slots import Decision, Load, Slots
-from melinoe.errors import CacheTooSmallError
+from melinoe.errors import CacheTooSmallError, MelinoeError
 
-__all__ = ["Decision", "Load", "Residency"]
+
+class Load(NamedTuple):
+    """Copy *expert* into *slot*, which held *evicted* (None: nothing)."""
+
+    expert: int
+    slot: int
+    evicted: int | None
+
+
+class Decision(NamedTuple):
+    """
+    How one request is served: from slots, and by loads.
+
+    Attributes:
+        hits: Experts that were resident.
+        loads: One for each expert that was not.
+        first_uses: How many of the hits a prefetch had brought and no request had used since.
+    """
+
+    hits: tuple[int, ...]
+    loads: tuple[Load, ...]
+    first_uses: int = 0
+
 
 _NOTHING: tuple[Load, ...] = ()
 
 
-class Residency(Slots):
+def check_capacity(num_experts: int, capacity: int) -> None:
+    """
+    Make sure that a layer can have so many slots.
+
+    Raises:
+        CacheTooSmallError: *capacity* is below 1.
+        MelinoeError: it is above *num_experts*.
+    """
+    if capacity < 1:
+        raise CacheTooSmallError(f"a layer was given {capacity} slots; it needs at least 1")
+    if capacity > num_experts:
+        raise MelinoeError(
+            f"a layer was given {capacity} slots, but has {num_experts} experts; "
+            f"give it at most {num_experts} slots"
+        )
+
+
+class Residency:
     """
     The slots of one layer.
 
     Free slots are filled lowest first; after that a load takes the slot of the expert that the
-    policy gives up. Experts of one plan are never evicted for one another.
+    policy gives up. Experts of one decision are never evicted for one another.
 
     Args:
         num_experts: Experts of the layer; ids lie in ``[0, num_experts)``.
@@ -41,11 +81,26 @@ class Residency(Slots):
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = "lru"):
-        super().__init__(num_experts, capacity)
-        self.policy: Policy = make_policy(policy) if isinstance(policy, str) else policy
+        check_capacity(num_experts, capacity)
+        self.num_experts = num_experts
+        self.capacity = capacity
+        self.slot_of = np.full(num_experts, -1, dtype=np.int64)
+        self.expert_of = np.full(capacity, -1, dtype=np.int64)
+        # The same facts again as a dictionary: looking one id up in an array costs five times more.
+        self._slot: dict[int, int] = {}
+        self._all = frozenset(range(num_experts))
         self._unused: set[int] = set()  # resident by a prefetch, and not requested since
+        self.policy: Policy = make_policy(policy) if isinstance(policy, str) else policy
         self.policy.reset(num_experts)
         self._use = self.policy.use
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._slot
+
+    # --- requests -------------------------------------------------------------------------------
 
     def request(
         self,
@@ -59,12 +114,12 @@ class Residency(Slots):
         Args:
             experts: Distinct ids, ascending (any order works, but the order is what breaks the
                 policy's ties), at most `capacity` of them.
-            uses: How many (token, choice) pairs picked each; one plan does not depend on it.
-            scores: How much the router wanted each, for policies that ask (`Policy.weigh`).
+            uses: How many (token, choice) pairs picked each; one decision does not depend on it.
+            scores: The router's weights, for policies that ask (`Policy.weigh`).
 
         Returns:
             Ids that were resident, and one `Load` per id that was not, both in the order given.
-            No ids, no request: the plan is empty and the policy does not hear of it.
+            No ids, no request: the decision is empty and the policy does not hear of it.
 
         Raises:
             CacheTooSmallError: more ids than slots. Nothing has changed; use `request_in_parts`.
@@ -103,17 +158,16 @@ class Residency(Slots):
         scores: Sequence[float] | None = None,
     ) -> Iterator[Decision]:
         """
-        Serve a request of any size, in as many plans as it takes.
+        Serve a request of any size, by as many decisions as it takes.
 
-        A request that fits is one plan, that of `request`. Otherwise the first plan holds the
+        A request that fits is one decision, that of `request`. Otherwise the first one holds the
         resident experts, ids ascending, and as many missing ones as there are slots left; the
-        rest follow in plans of `capacity` experts. The missing come in ascending order of
+        rest follow in decisions of `capacity` experts. The missing come in ascending order of
         *uses*, ties by ascending id, so that the most used come last and stay resident. The
         policy notes one request, with the experts in the order in which they are served.
 
-        Each expert is in exactly one plan. Compute with one plan before asking for the next:
-        a later plan may evict the experts of an earlier one. Do not begin another request in
-        between.
+        Each expert is in exactly one decision. Compute with one before asking for the next: a
+        later one may evict the experts of an earlier one. Do not begin another request in between.
 
         Args:
             experts: Distinct ids, ascending.
@@ -128,9 +182,9 @@ class Residency(Slots):
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
         self.check(experts)
-        return self._in_parts(experts, uses, scores)
+        return self._parts(experts, uses, scores)
 
-    def _in_parts(
+    def _parts(
         self,
         experts: Sequence[int],
         uses: Sequence[int] | None,
@@ -158,11 +212,11 @@ class Residency(Slots):
         load: Callable[[Sequence[int]], int],
     ) -> tuple[Decision, tuple[int, ...]]:
         """
-        Serve a request of any size by loading some of the missing, and computing the rest there.
+        Serve a request of any size by loading some of the missing, and leave others to the host.
 
-        What is not loaded is computed where it lives (on the host's processor), so that it needs
-        no slot and everything is one plan. The most used are loaded, of equally used ones those of
-        the higher ids, which `request_in_parts` keeps too. The policy notes one request of all.
+        The host's processor computes the others from its own memory, so they need no slot and
+        one decision is enough. The most used are loaded, of equally used ones those of the higher
+        ids, which `request_in_parts` keeps too. The policy notes one request of all.
 
         Args:
             experts, uses, scores: As in `request_in_parts`.
@@ -170,7 +224,7 @@ class Residency(Slots):
                 cut to the slots beside the hits.
 
         Returns:
-            The plan, and the ids that were neither resident nor loaded, least used first.
+            The decision, and the ids left to the host, least used first.
 
         Raises:
             ValueError: an id is out of range or given twice. Nothing has changed.
@@ -188,42 +242,24 @@ class Residency(Slots):
         self._use(list(experts) if len(experts) <= self.capacity else hits + missing)
         wanted = load([of.get(expert, 1) for expert in missing]) if missing else 0
         count = max(0, min(wanted, self.capacity - len(hits)))
-        there, here = missing[: len(missing) - count], missing[len(missing) - count :]
+        on_host, loaded = missing[: len(missing) - count], missing[len(missing) - count :]
         first = self.first_uses(experts) if self._unused else 0
-        loads = self._admit(here, {*hits, *here}) if here else _NOTHING
-        return Decision(tuple(hits), loads, first), tuple(there)
+        loads = self._admit(loaded, {*hits, *loaded}) if loaded else _NOTHING
+        return Decision(tuple(hits), loads, first), tuple(on_host)
 
     def _sorted(
         self, experts: Sequence[int], uses: Sequence[int] | None
     ) -> tuple[list[int], list[int]]:
         """Residents by id, and the missing by uses and id, the most used last."""
         hits = sorted(expert for expert in experts if expert in self._slot)
-        weight = (
-            dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
-        )
+        of = dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
         missing = sorted(
             (expert for expert in experts if expert not in self._slot),
-            key=lambda expert: (weight[expert], expert),
+            key=lambda expert: (of[expert], expert),
         )
         return hits, missing
 
-    def first_uses(self, experts: Sequence[int]) -> int:
-        """Note that a request needs *experts*; how many a prefetch had brought for the first."""
-        used = self._unused.intersection(experts)
-        self._unused -= used
-        return len(used)
-
-    def forget_prefetches(self, but: Collection[int] = ()) -> None:
-        """
-        Count no longer whether what prefetches brought so far is used.
-
-        That is done when a text begins: what was brought for the one before, and not used by it,
-        was wasted, whatever the next one finds.
-
-        Args:
-            but: Ids that still count.
-        """
-        self._unused.intersection_update(but)
+    # --- prefetches -----------------------------------------------------------------------------
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Decision:
         """
@@ -260,23 +296,168 @@ class Residency(Slots):
         self._unused.update(missing)
         return Decision(hits, loads)
 
+    def first_uses(self, experts: Sequence[int]) -> int:
+        """Note a request of *experts*; returns for how many it is the first use of a prefetch."""
+        used = self._unused.intersection(experts)
+        self._unused -= used
+        return len(used)
+
+    def forget_prefetches(self, but: Collection[int] = ()) -> None:
+        """
+        Stop counting whether what prefetches brought so far is used.
+
+        That is done when a text begins: an expert that was brought for the one before, and not
+        used by it, was wasted, whatever the next one asks for.
+
+        Args:
+            but: Ids that still count.
+        """
+        self._unused.intersection_update(but)
+
+    # --- slots ----------------------------------------------------------------------------------
+
     def reset(self) -> None:
         """Empty all slots, and let the policy forget."""
-        self.clear()
+        self._slot.clear()
+        self.slot_of.fill(-1)
+        self.expert_of.fill(-1)
         self._unused.clear()
         self.policy.reset(self.num_experts)
 
     def _admit(self, missing: Sequence[int], needed: set[int]) -> tuple[Load, ...]:
-        """Put *missing* into slots, evicting nobody in *needed*."""
-        short = len(missing) - self.free
-        if short <= 0:
-            return self.put(missing)
-        candidates = sorted([expert for expert in self._slot if expert not in needed])
-        victims = self.policy.victims(candidates, short)
-        self._unused.difference_update(victims)
-        return self.put(missing, victims)
+        """Put *missing* into the free slots, then into those of victims; nobody of *needed*."""
+        slot_of, expert_of, slot = self.slot_of, self.expert_of, self._slot
+        # A slot once filled never falls free but by `reset`, so the free ones are the last ones.
+        filled = len(slot)
+        free = self.capacity - filled
+        victims: Sequence[int] = ()
+        if len(missing) > free:
+            candidates = sorted([expert for expert in slot if expert not in needed])
+            victims = self.policy.victims(candidates, len(missing) - free)
+            self._unused.difference_update(victims)
+        loads = []
+        for number, expert in enumerate(missing):
+            evicted: int | None = None
+            if number < free:
+                place = filled + number
+            else:
+                evicted = victims[number - free]
+                place = slot.pop(evicted)
+                slot_of[evicted] = -1
+            slot[expert] = place
+            slot_of[expert] = place
+            expert_of[place] = expert
+            loads.append(Load(expert, place, evicted))
+        return tuple(loads)
+
+    def check(self, experts: Sequence[int]) -> set[int]:
+        """Make *experts* a set; ValueError if an id is out of range or given twice."""
+        distinct = set(experts)
+        if len(distinct) != len(experts):
+            raise ValueError(f"a request names an expert twice: {list(experts)}")
+        if not distinct <= self._all:
+            raise ValueError(
+                f"a request names an expert outside 0 to {self.num_experts - 1}: {list(experts)}"
+            )
+        return distinct
 
     def check_invariants(self) -> None:
-        """As `Slots.check_invariants`; and what a prefetch brought is there."""
-        super().check_invariants()
+        """Assert that all views of the slots agree; for tests."""
+        resident = {int(e): int(s) for e, s in enumerate(self.slot_of) if s >= 0}
+        assert resident == self._slot
+        assert {int(s): int(e) for s, e in enumerate(self.expert_of) if e >= 0} == {
+            s: e for e, s in resident.items()
+        }
+        assert len(resident) <= self.capacity
+        assert sorted(resident.values()) == list(range(len(resident)))
         assert self._unused <= self._slot.keys()
+
+
+# --- prompts that must not push out what decoding uses --------------------------------------------
+
+
+class Stream(NamedTuple):
+    """
+    How one request of a prompt is served by `StreamedPrefill`.
+
+    Attributes:
+        hits: Experts that are resident, ids ascending.
+        admitted: Experts copied into slots, the most used first.
+        passing: Experts that only pass through, the most used first.
+        first_uses: As `Decision.first_uses`.
+    """
+
+    hits: tuple[int, ...]
+    admitted: tuple[Load, ...]
+    passing: tuple[int, ...]
+    first_uses: int = 0
+
+    @property
+    def loads(self) -> int:
+        """Experts copied: each that was not resident, once."""
+        return len(self.admitted) + len(self.passing)
+
+
+@dataclass(frozen=True)
+class StreamedPrefill:
+    """
+    Serve prompts without losing the experts that decoding uses.
+
+    A prompt needs most experts of a layer once. Served as a request it would evict everything, so
+    the fast engine streams it: experts that are not resident pass through staging memory, one after
+    the other, and only the most used of them are given slots. The simulator follows the same rule.
+
+    Of the experts that are not resident the most used (ties: the lowest id) are admitted: as many
+    as there are free slots, and at most *admit* more, in place of residents that the same pass
+    does not use; which of those leave, the policy says. No expert that the pass uses is evicted.
+    Slots are given in that order, the free ones first. The policy hears of one request, with the
+    experts in ascending order of their uses, ties by id: so the most used count as the most recent.
+
+    Args:
+        admit: The most experts of one request that may evict another; None sets no limit. 0 keeps
+            every resident, which is what sequences that decode meanwhile want.
+    """
+
+    admit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.admit is not None and self.admit < 0:
+            raise ValueError(f"admit cannot be {self.admit}; it must be 0 or more, or None")
+
+    def serve(
+        self,
+        residency: Residency,
+        experts: Sequence[int],
+        uses: Sequence[int],
+        scores: Sequence[float] | None = None,
+    ) -> Stream:
+        """
+        Decide one request of a prompt, and remember what it admits.
+
+        Args:
+            residency: Of the layer.
+            experts: Distinct ids, ascending.
+            uses: How many (token, choice) pairs picked each.
+            scores: As in `Residency.request`.
+
+        Raises:
+            ValueError: an id is out of range or given twice. Nothing has changed.
+        """
+        if not len(experts):
+            return Stream((), (), ())
+        needed = residency.check(experts)
+        count = dict(zip(experts, uses, strict=True))
+        hits = tuple(expert for expert in experts if expert in residency)
+        missing = sorted(
+            (expert for expert in experts if expert not in residency),
+            key=lambda expert: (-count[expert], expert),
+        )
+        if scores is not None:
+            residency.policy.weigh(experts, scores)
+        residency.policy.use(sorted(experts, key=lambda expert: (count[expert], expert)))
+        first = residency.first_uses(experts)
+        free = residency.capacity - len(residency)
+        replaceable = len(residency) - len(hits)
+        room = free + (replaceable if self.admit is None else min(self.admit, replaceable))
+        admitted = residency._admit(missing[:room], needed) if missing[:room] else ()
+        return Stream(hits, admitted, tuple(missing[room:]), first)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.locality import popularity
+from melinoe.cache.tensor_file import write_file
 from melinoe.cache.trace import Trace
-from melinoe.cache.trace_file import write_whole
 from melinoe.errors import TraceError
 
 FORMAT, VERSION = "melinoe-expert-statistics", 1
@@ -42,7 +42,7 @@ def save_statistics(
         "note": note,
         "counts": [[float(value) for value in row] for row in counts],
     }
-    write_whole(path, (json.dumps(record) + "\n").encode(), "statistics")
+    write_file(path, (json.dumps(record) + "\n").encode(), "statistics")
 
 
 def load_statistics(path: str | os.PathLike, trace: Trace) -> np.ndarray:

@@ -1,45 +1,47 @@
-"""Arrays and what is said of them, out of the bytes of a safetensors file."""
+"""Safetensors files that hold arrays and a header in JSON."""
 
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
-from melinoe.errors import MelinoeError
+from melinoe.errors import MelinoeError, TraceError
+from melinoe.whole_file import write_whole
 
 
-def parse_tensors(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def write_file(path: str | os.PathLike, blob: bytes, noun: str) -> None:
     """
-    Arrays by name, and the metadata, which `safetensors.numpy.load` leaves out.
+    Write a file that appears whole or not at all; one already there is replaced.
 
     Raises:
-        ValueError: the bytes are torn, or no safetensors file.
+        TraceError: the place cannot be written to; *noun* is the word for it in the message.
     """
     try:
-        arrays = load(blob)
-        (length,) = struct.unpack_from("<Q", blob)
-        return arrays, json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, KeyError, struct.error) as error:
-        raise ValueError(str(error)) from error
+        write_whole(path, blob)
+    except OSError as error:
+        raise TraceError(
+            f"the {noun} cannot be written to {path}: {error.strerror}; choose another place"
+        ) from error
 
 
 @dataclass(frozen=True)
 class FileKind:
     """
-    Files of one kind, whose metadata names their ``format`` and holds a ``header`` in JSON.
+    One kind of file: its metadata names the ``format`` and holds a ``header`` in JSON.
 
     Attributes:
         format: The word in the metadata.
         versions: Those that can be read, ascending.
-        what: What a file is, with its verb, for people: ``the trace {} is``, {} its path.
+        what: Begins a sentence about a file: ``the trace {} is``, {} its path.
         noun: The same in one word: ``trace``.
-        way_out: What a user does about a bad one.
+        way_out: Ends a sentence about a bad file: what to do.
         error: Raised.
     """
 
@@ -50,9 +52,22 @@ class FileKind:
     way_out: str
     error: type[MelinoeError]
 
+    def write(
+        self, path: str | os.PathLike, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]
+    ) -> None:
+        """
+        Write a file, the ``version`` in its header.
+
+        Raises:
+            TraceError: as `write_file`.
+        """
+        metadata = {"format": self.format, "header": json.dumps(header)}
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_file(path, save(whole, metadata=metadata), self.noun)
+
     def read(self, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
         """
-        Arrays by name, the header without its version, and that; what they hold is not checked.
+        Read arrays by name, the header without its version, and that; their contents are unchecked.
 
         Raises:
             MelinoeError: the kind's *error*: the file is missing, torn, of another kind, or of a
@@ -66,8 +81,11 @@ class FileKind:
                 f"the {self.noun} {path} cannot be read: {error.strerror}; check the path"
             ) from error
         try:
-            arrays, metadata = parse_tensors(blob)
-        except ValueError as error:
+            arrays = load(blob)
+            (length,) = struct.unpack_from("<Q", blob)
+            # The library's reader of bytes leaves the metadata out.
+            metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+        except (SafetensorError, KeyError, ValueError, struct.error) as error:
             raise self.error(
                 f"{subject} torn, or no {self.noun} ({error}); copy it again, or {self.way_out}"
             ) from error

@@ -52,15 +52,231 @@ Source:
     take ``latency + bytes / bandwidth``, as `melinoe.engine.transfer.EmulatedLink` has it.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.machine import Machine, Work
-from melinoe.cache.misses import computed_s, transfer_s
-from melinoe.cache.simulation import Simulation, Steps
+from melinoe.cache.simulator import Simulation, Steps
 from melinoe.errors import HardwareError
+
+OVERLAPS = ("none", "hits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """
+    Figures of the machine and of the engine that runs on it.
+
+    Attributes:
+        link_bytes_per_s: Host to device.
+        link_latency_s: Of each transfer.
+        copy_s: Host time of each copy that the link does not hide; the emulated link's real copy.
+        device_bytes_per_s: Memory of the device; None: computing is not modelled from bytes.
+        dram_bytes_per_s: At what rate the host computes missing experts from its memory, one row
+            each, what a call of its own costs included.
+        host_row_s: What each further row of such an expert takes.
+        host_call_s: What it takes once for all experts of a request that it computes.
+        host_threads: Threads that figure was measured with; the model does not depend on it.
+        flops_per_s: Arithmetic of the device; None: never the bound.
+        host_s_per_layer: Host work of each layer that nothing hides.
+        host_s_per_pass: Of each pass.
+        pass_s: Measured time of a pass of one row with all experts resident.
+        row_s: Measured time of each further row of a pass.
+        experts_share: Of the measured time, what the experts' computation takes; matters only
+            where some of them are hidden or computed by the host.
+        call_s: Of that, by layer, what does not depend on how many experts are computed.
+        parts_s: What a request costs more for being computed in parts, and is then put together.
+        part_s: What each part after the first costs more.
+        after_wait_s: How much longer what follows a wait takes, for it finds caches and clock cold:
+            pairs of seconds waited and seconds more, waits ascending; nothing more after no wait,
+            between them in a straight line, beyond the last as after it.
+        part_after_wait_s: The same for a part of a request that is computed in several, where what
+            follows a wait is shorter; as ``after_wait_s`` where it is empty.
+        overlap: ``none`` or ``hits``, see the module.
+
+    Raises:
+        HardwareError: a figure that no machine has.
+    """
+
+    link_bytes_per_s: float
+    link_latency_s: float = 0.0
+    copy_s: float = 0.0
+    device_bytes_per_s: float | None = None
+    dram_bytes_per_s: float | None = None
+    host_row_s: float = 0.0
+    host_call_s: float = 0.0
+    host_threads: int | None = None
+    flops_per_s: float | None = None
+    host_s_per_layer: float = 0.0
+    host_s_per_pass: float = 0.0
+    pass_s: float | None = None
+    row_s: float = 0.0
+    experts_share: float = 0.0
+    call_s: float = 0.0
+    parts_s: float = 0.0
+    part_s: float = 0.0
+    after_wait_s: tuple[tuple[float, float], ...] = ()
+    part_after_wait_s: tuple[tuple[float, float], ...] = ()
+    overlap: str = "none"
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name == "overlap" or value is None:
+                continue
+            if one.name in ("after_wait_s", "part_after_wait_s"):
+                _check_curve(one.name, value)
+                continue
+            positive = one.name.endswith("_per_s")
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                raise HardwareError(
+                    f"{one.name} cannot be {value}; it must be a number "
+                    f"{'above 0' if positive else 'of 0 or more'}"
+                )
+        if self.experts_share > 1:
+            raise HardwareError(f"experts_share cannot be {self.experts_share}; it is at most 1")
+        if self.overlap not in OVERLAPS:
+            raise HardwareError(
+                f"overlap cannot be {self.overlap!r}; choose one of {', '.join(OVERLAPS)}"
+            )
+
+    def colder_s(self, waited_s: float, *, part: bool = False) -> float:
+        """Seconds more that what follows a wait takes; it is all of a request, or a *part*."""
+        before, slower = 0.0, 0.0
+        for wait, more in (part and self.part_after_wait_s) or self.after_wait_s:
+            if waited_s <= wait:
+                share = (waited_s - before) / (wait - before) if wait > before else 1.0
+                return slower + share * (more - slower)
+            before, slower = wait, more
+        return slower
+
+
+def _check_curve(name: str, curve: tuple[tuple[float, float], ...]) -> None:
+    waits = [waited for waited, _ in curve]
+    finite = all(math.isfinite(value) and value >= 0 for pair in curve for value in pair)
+    if waits != sorted(set(waits)) or not finite:
+        raise HardwareError(f"{name} cannot be {curve}; give pairs of seconds, waits ascending")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """
+    What the model asks of it.
+
+    Attributes:
+        expert_bytes: Of one expert, as it is carried.
+        activation_bytes: Of one token between layers: what goes to the host for a missing expert
+            that it computes, and comes back for each choice of one.
+        backbone_bytes: Weights outside the experts that a pass reads.
+        kv_bytes: Of the KV cache that a pass reads.
+        flops_per_row: Arithmetic of one token through the whole model.
+
+    Raises:
+        HardwareError: no bytes, or less than none.
+    """
+
+    expert_bytes: float
+    activation_bytes: float = 0.0
+    backbone_bytes: float = 0.0
+    kv_bytes: float = 0.0
+    flops_per_row: float = 0.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            least_is_open = one.name == "expert_bytes"
+            if not math.isfinite(value) or value < 0 or (least_is_open and value == 0):
+                raise HardwareError(f"{one.name} cannot be {value}; give the model's own figure")
+
+
+# --- misses ---
+
+MISSES = ("wait", "cpu", "split")
+
+LoadRule = Callable[[Sequence[int]], int]
+"""From the uses of each missing expert, ascending, to how many of them are loaded."""
+
+
+def loads_when(miss: str, machine: Machine, work: Work) -> LoadRule | None:
+    """
+    What `simulate` is told as ``load``, for a way to handle misses.
+
+    ``wait``: all are loaded (None). ``cpu``: none is; the host computes them. ``split``: of the
+    missing, least used first, as many are computed and the rest loaded as makes the slower of both
+    sides fastest, ``max(k x, k c + U)``; of equally fast splits the one that loads most, since a
+    load may be used again. A token's experts have one use each; a prompt's have many, which the
+    host computes one row after the other and a load brings in once.
+
+    Raises:
+        HardwareError: the host shall compute, and its memory's bandwidth is not given.
+        ValueError: an unknown way.
+    """
+    if miss not in MISSES:
+        raise ValueError(f"miss must be one of {', '.join(MISSES)}, got {miss!r}")
+    if miss == "wait":
+        return None
+    if machine.dram_bytes_per_s is None:
+        raise HardwareError(
+            f"misses cannot be handled by {miss!r} without the host memory's bandwidth; give it"
+        )
+    if miss == "cpu":
+        return lambda uses: 0
+    each = transfer_s(machine, work)
+
+    def split(uses: Sequence[int]) -> int:
+        costs = [(len(uses) * each, -len(uses))]
+        there, pairs = 0, 0
+        for there, pairs in enumerate(accumulate(uses), start=1):
+            here = len(uses) - there
+            host = here * machine.copy_s + computed_s(machine, work, there, pairs)
+            costs.append((max(here * each, host), -here))
+        return -min(costs)[1]
+
+    return split
+
+
+def transfer_s(machine: Machine, work: Work) -> float:
+    """Seconds of one expert's transfer: x of the module's formulas."""
+    carried = machine.link_latency_s + work.expert_bytes / machine.link_bytes_per_s
+    return max(carried, machine.copy_s)
+
+
+def computed_s(
+    machine: Machine,
+    work: Work,
+    experts: int,
+    pairs: int | None = None,
+    rows: int | None = None,
+) -> float:
+    """
+    Seconds in which the host computes missing experts: U of the formulas.
+
+    Args:
+        machine, work: Figures; the machine's *dram_bytes_per_s* among them.
+        experts: How many.
+        pairs: (token, choice) pairs that chose them; absent: one each.
+        rows: Tokens that did; absent: the most used one's, as if spread evenly, at least one.
+    """
+    if not experts:
+        return 0.0
+    assert machine.dram_bytes_per_s is not None
+    pairs = experts if pairs is None else pairs
+    rows = -(-pairs // experts) if rows is None else min(rows, pairs)
+    weights = experts * work.expert_bytes / machine.dram_bytes_per_s
+    return (
+        machine.host_call_s
+        + weights
+        + (pairs - experts) * machine.host_row_s
+        + 2 * machine.link_latency_s
+        + (rows + pairs) * work.activation_bytes / machine.link_bytes_per_s
+    )
+
+
+# --- a whole run ---
 
 
 @dataclass(frozen=True)

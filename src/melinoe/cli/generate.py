@@ -56,10 +56,10 @@ def command(
     """Write text with few experts resident: the text to stdout, its cost to stderr."""
     import torch
 
+    from melinoe.cache.prefetch import prefetcher
     from melinoe.data import Example
     from melinoe.generate import generate
     from melinoe.predictor import AdaptivePredictor, Predictor, Prior, open_prior
-    from melinoe.prefetch import prefetcher
 
     names = prefetching.names_of(
         None if prefetch is None else [prefetch],

@@ -35,7 +35,7 @@ def check_misses(named: Sequence[str]) -> None:
     Raises:
         BadParameter: an unknown name.
     """
-    from melinoe.cache.misses import MISSES
+    from melinoe.cache.timing import MISSES
 
     if unknown := [one for one in named if one not in MISSES]:
         raise typer.BadParameter(

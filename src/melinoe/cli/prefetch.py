@@ -13,7 +13,7 @@ app = typer.Typer(
 @app.command("list", cls=Command)
 def list_command(as_json: options.AsJson = False) -> None:
     """Print every prefetch that can be named, with what it is made of and when it loads."""
-    from melinoe.prefetch import NONE, prefetcher_class, prefetcher_names
+    from melinoe.cache.prefetch import NONE, prefetcher_class, prefetcher_names
 
     rows = []
     for name in prefetcher_names():

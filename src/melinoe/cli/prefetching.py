@@ -12,7 +12,7 @@ from melinoe.cli.options import AHEAD
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS
 
 if TYPE_CHECKING:
-    from melinoe.prefetch import Given
+    from melinoe.cache.prefetch import Given
 
 HELP = (
     "Load experts ahead of need: none; popularity: the most used; prefill: those the prompt used; "
@@ -59,7 +59,7 @@ def names_of(
     Raises:
         BadParameter: an unknown name or moment, or material for a prefetch that is not named.
     """
-    from melinoe.prefetch import prefetcher_names
+    from melinoe.cache.prefetch import prefetcher_names
 
     if at is not None and at not in PREFETCH_MOMENTS:
         raise typer.BadParameter(
@@ -101,8 +101,8 @@ def given(predictor: Any, popularity: Any, at: str | None) -> Given:
     Raises:
         MelinoeError: a file that cannot be used.
     """
+    from melinoe.cache.prefetch import Given
     from melinoe.cache.statistics import load_counts
-    from melinoe.prefetch import Given
 
     counts = load_counts(popularity) if isinstance(popularity, Path) else popularity
     if counts is None:

@@ -13,7 +13,7 @@ from melinoe.cli import options, output, prefetching, simulate_inputs
 if TYPE_CHECKING:
     import numpy as np
 
-    from melinoe.cache.simulation import Simulation
+    from melinoe.cache.simulator import Simulation
     from melinoe.cache.trace import Trace
 
 _SPLIT = "Slots by layer, and options of a policy"
@@ -166,9 +166,8 @@ def command(
     ] = "0B",
 ) -> None:
     """Replay a trace through caches of any size and policy: count loads, and predict time."""
-    from melinoe.cache.misses import loads_when
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.timing import predict
+    from melinoe.cache.timing import loads_when, predict
     from melinoe.cache.trace import Trace
 
     simulate_inputs.check_words(miss, overlap)
@@ -331,8 +330,7 @@ def _print_locality(trace: Trace, as_json: bool) -> None:
     """Print the measures of locality that no cache decides."""
     import numpy as np
 
-    from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
-    from melinoe.cache.segments import sch, srp
+    from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse, sch, srp
     from melinoe.errors import MelinoeError
 
     def mean(values: np.ndarray) -> float | None:

@@ -13,9 +13,9 @@ from melinoe.cli import models, prefetching
 if TYPE_CHECKING:
     import numpy as np
 
-    from melinoe.cache.machine import Machine, Work
+    from melinoe.cache.prefetch import Prefetcher
+    from melinoe.cache.timing import Machine, Work
     from melinoe.cache.trace import Trace
-    from melinoe.prefetch import Prefetcher
 
 
 def read_slots(text: str, trace: Trace) -> int | list[int]:
@@ -82,8 +82,7 @@ def read_prefetches(
     """Make each --prefetch, None for none; and read the prompts, if one needs them."""
     from dataclasses import replace
 
-    from melinoe.cache.prefetcher import Listed
-    from melinoe.prefetch import Timed, prefetcher, prefetcher_class
+    from melinoe.cache.prefetch import Listed, Timed, prefetcher, prefetcher_class
 
     files = [text for text in named or [] if text.endswith(".json")]
     known = [text for text in named or [] if text not in files]
@@ -139,8 +138,8 @@ def _bound_to(
 def _from_file(path: Path, trace: Trace) -> dict[int, list[list[int]]]:
     import json
 
+    from melinoe.cache.prefetch import prefetcher_names
     from melinoe.errors import DataError
-    from melinoe.prefetch import prefetcher_names
 
     way_out = (
         f"write sequence -> {trace.num_layers} lists of ids below {trace.num_experts} as JSON, "
@@ -180,7 +179,7 @@ def read_figures(
     """Read what the time model needs, or None where no link is given."""
     if link is None:
         return None
-    from melinoe.cache.machine import Machine, Work
+    from melinoe.cache.timing import Machine, Work
     from melinoe.engine.budget import parse_bytes
     from melinoe.errors import HardwareError
     from melinoe.plan.hardware import find_bandwidth
@@ -224,8 +223,7 @@ def read_figures(
 
 def check_words(miss: str, overlap: str) -> None:
     """Check the words given for --miss and --overlap."""
-    from melinoe.cache.machine import OVERLAPS
-    from melinoe.cache.misses import MISSES
+    from melinoe.cache.timing import MISSES, OVERLAPS
 
     for name, value, known in (
         ("--miss", miss, MISSES),
@@ -251,7 +249,7 @@ def allocated(
     """Share out as many slots as *size* has in all by the miss-ratio curves of a trace."""
     from melinoe.cache.allocate import allocate, cost_of
     from melinoe.cache.curves import miss_curves
-    from melinoe.cache.slots import check_capacity
+    from melinoe.cache.residency import check_capacity
     from melinoe.cache.trace import Trace
 
     for count in size if isinstance(size, list) else [size]:

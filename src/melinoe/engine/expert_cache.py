@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from melinoe.cache.misses import LoadRule
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import Decision, Load, Residency
+from melinoe.cache.timing import LoadRule
 from melinoe.engine.chosen import request_of, scores_of
 from melinoe.engine.guard import Guard
 from melinoe.engine.host_experts import HostExperts

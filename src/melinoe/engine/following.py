@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.prefetcher import Prefetcher
+from melinoe.cache.prefetch import Prefetcher
 from melinoe.engine.choosing import Choosing
 from melinoe.engine.expert_cache import ExpertCache
 from melinoe.engine.passes import ForwardPasses
@@ -72,7 +72,7 @@ class Following:
 
         It is asked at once for what to load before the prompt; when the first pass of the
         completion begins; and in each pass of the completion with few rows
-        (`melinoe.cache.prefetcher.MOST_ROWS`) between layers. One that only speaks between layers
+        (`melinoe.cache.prefetch.MOST_ROWS`) between layers. One that only speaks between layers
         serves any number of sequences, batches too. What the model says stays the same.
 
         Args:

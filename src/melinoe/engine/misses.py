@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from melinoe.cache.machine import Machine, Work
-from melinoe.cache.misses import MISSES, LoadRule, loads_when
+from melinoe.cache.timing import MISSES, LoadRule, Machine, Work, loads_when
 from melinoe.engine.host_experts import HostExperts
 from melinoe.engine.store import Store
 from melinoe.engine.transfer import EmulatedLink

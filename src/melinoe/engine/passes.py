@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from melinoe.cache.ahead import Route
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.cache.prefetcher import MOST_ROWS
-from melinoe.cache.route import Route
+from melinoe.cache.prefetch import MOST_ROWS
 from melinoe.engine.ahead import Ahead
 from melinoe.engine.calls import Batch, Generating, describe_call
 from melinoe.errors import AttachError, TraceError

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from melinoe.cache.ahead import LoadsAhead
 from melinoe.cache.counters import Counters
-from melinoe.cache.loads_ahead import LoadsAhead
-from melinoe.cache.prefetcher import Prefetcher, Prompt
+from melinoe.cache.prefetch import Prefetcher, Prompt
 from melinoe.cache.requests import merge_guesses
-from melinoe.cache.trace_builder import known_ids
+from melinoe.cache.trace import known_ids
 from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.prompt_uses import PromptUses
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.counters import PROMPT
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import known_ids
+from melinoe.cache.trace import Trace, known_ids
 from melinoe.config.names import version_of
 from melinoe.engine.calls import Batch, rows_of
 from melinoe.errors import TraceError

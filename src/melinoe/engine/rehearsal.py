@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.machine import Machine
 from melinoe.cache.residency import Decision, Load, Residency
+from melinoe.cache.timing import Machine
 from melinoe.engine.expert_cache import ExpertCache
 from melinoe.engine.handle import Handle
 from melinoe.engine.host_experts import HostExperts

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.cache.trace import Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import TraceError
 from melinoe.foreign.columns import whole
 

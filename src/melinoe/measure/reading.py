@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
-from melinoe.cache.trace_builder import known_ids
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, known_ids
 from melinoe.data import Encoded
 from melinoe.engine.handle import Handle
 from melinoe.errors import DataError

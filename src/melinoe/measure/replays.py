@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.simulation import Simulation
+from melinoe.cache.simulator import Simulation
 from melinoe.stats import bootstrap
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.prefetcher import Prefetcher
+from melinoe.cache.prefetch import Prefetcher
 from melinoe.config import PREFETCH_AT, PrefetchAt
 from melinoe.engine.handle import Handle
 from melinoe.errors import DataError

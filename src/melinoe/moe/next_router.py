@@ -95,7 +95,7 @@ class NextRouters:
 
         Args:
             layer: MoE layer whose router has run.
-            target: The layer that comes next (`melinoe.cache.route.Route`).
+            target: The layer that comes next (`melinoe.cache.ahead.Route`).
             rows: Tokens that its experts are about to compute.
             top_k: Ids to name for each, where the router itself does not say how many.
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from melinoe.cache.machine import Machine
+from melinoe.cache.prefetch import Given, Prefetcher
+from melinoe.cache.timing import Machine
 from melinoe.engine.misses import time_read
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side, timeline_record
@@ -29,7 +30,6 @@ from melinoe.plan.predicted import COUNTS, counts_of, machine_of, replay, second
 from melinoe.plan.rehearsing import rehearse
 from melinoe.plan.runtimes import Runtimes, Setting, open_runtimes
 from melinoe.plan.strategies import Strategy, prefetcher_of
-from melinoe.prefetch import Given, Prefetcher
 from melinoe.stats import bootstrap
 
 Say = Callable[[str], None]

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.machine import Machine, Work
-from melinoe.cache.prefetcher import Prefetcher
+from melinoe.cache.prefetch import Prefetcher
 from melinoe.cache.simulator import Simulation, simulate
-from melinoe.cache.timing import predict
+from melinoe.cache.timing import Machine, Work, predict
 from melinoe.cache.trace import Trace
 from melinoe.engine.handle import Handle
 from melinoe.engine.misses import activation_bytes, link_figures, mean_block_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.machine import Machine
+from melinoe.cache.timing import Machine
 from melinoe.engine.handle import Handle
 from melinoe.engine.rehearsal import (
     LOADS,

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from melinoe.cache.policy import policy_class
-from melinoe.errors import BudgetError, MelinoeError
-from melinoe.prefetch import (
+from melinoe.cache.prefetch import (
     NONE,
     Given,
     Prefetcher,
@@ -15,6 +14,7 @@ from melinoe.prefetch import (
     prefetcher,
     prefetcher_class,
 )
+from melinoe.errors import BudgetError, MelinoeError
 
 ON_DEMAND, ON_THE_CPU, ALL_RESIDENT = "on demand", "all misses by the CPU", "all resident"
 _MISSES = {"wait": "", "cpu": ", misses by the CPU", "split": ", misses split"}
@@ -29,7 +29,7 @@ class Strategy:
         name: For tables.
         slots: Experts of each layer.
         policy: Which leaves.
-        prefetch: What is loaded ahead of need; a name that `melinoe.prefetch` knows.
+        prefetch: What is loaded ahead of need; a name that `melinoe.cache.prefetch` knows.
         warm: Whether the cache keeps what the prompt before left; with every expert resident
             nothing else would make sense.
         miss: What is done about a miss: ``wait``, ``cpu``, ``split``.
@@ -88,7 +88,7 @@ def strategies(
         num_experts: Of a layer.
         slots: Numbers to try; each in ``[1, num_experts]``.
         policies: Names; those that look ahead cannot serve.
-        prefetches: Names that `melinoe.prefetch` knows.
+        prefetches: Names that `melinoe.cache.prefetch` knows.
         misses: ``wait``, ``cpu``, ``split``.
         engines: ``reference``, ``fast``; each has its own run with every expert resident.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.prefetcher import most_wanted
+from melinoe.cache.prefetch import most_wanted
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError

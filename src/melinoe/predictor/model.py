@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from melinoe.cache.prefetcher import most_wanted
+from melinoe.cache.prefetch import most_wanted
 from melinoe.errors import (
     CheckpointError,
     DataError,

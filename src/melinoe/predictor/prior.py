@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 from torch import nn
 
-from melinoe.cache.prefetcher import most_wanted
+from melinoe.cache.prefetch import most_wanted
 from melinoe.cache.tensor_file import FileKind
 from melinoe.errors import CheckpointError, ModelError, WriteError
 from melinoe.lock import held

@@ -9,8 +9,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from melinoe.cache.tensor_file import write_file
 from melinoe.cache.trace import Trace
-from melinoe.cache.trace_file import write_whole
 from melinoe.errors import DataError
 
 FORMAT, VERSION = "melinoe-prompts", 1
@@ -44,7 +44,7 @@ def save_prompts(
         "fingerprint": fingerprint,
         "prompts": [[int(token) for token in prompt] for prompt in prompts],
     }
-    write_whole(path, (json.dumps(record) + "\n").encode(), "prompts")
+    write_file(path, (json.dumps(record) + "\n").encode(), "prompts")
     return path
 
 

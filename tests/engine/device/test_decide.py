@@ -120,17 +120,17 @@ def test_scores_are_rescaled_alike():
     lanes.step(torch.tensor([[[3]]]))
     for _ in range(3):
         # As if 50 requests of nobody's interest had passed: the unit grows, scores stay.
-        policy._unit *= 1000.0**50
+        policy._now *= 1000.0**50
         lanes.device.state[0] = torch.from_numpy(pack(lanes.hosts[0]))
         for expert in (0, 1, 2, 1):
-            before = policy._unit
+            before = policy._now
             lanes.step(torch.tensor([[[expert]]]))
-            if policy._unit < before:
+            if policy._now < before:
                 break
         else:
             raise AssertionError("the unit was never rescaled")
         lanes.step(torch.tensor([[[2]]]))
-    assert policy._score[3] == 0 < policy._score[2]
+    assert policy._rank[3] == 0 < policy._rank[2]
 
 
 def test_a_request_of_nobody_changes_nothing():

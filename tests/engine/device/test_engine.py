@@ -7,7 +7,7 @@ from fast_attach import attach
 from small_olmoe import tiny_model
 
 from melinoe import attach as attach_reference
-from melinoe.cache.prefill import StreamedPrefill
+from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.experts import find_experts

@@ -14,7 +14,7 @@ from torch import nn
 
 from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy
-from melinoe.cache.prefill import StreamedPrefill
+from melinoe.cache.residency import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.engine.attach import checked_settings

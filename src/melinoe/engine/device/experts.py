@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from melinoe.cache.prefill import StreamedPrefill
-from melinoe.cache.residency import Residency
+from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.device import compiled
 from melinoe.engine.device.carrier import Carrier, FastStore, addresses_of
 from melinoe.engine.device.passes import DEVICE, STREAM, FastPasses

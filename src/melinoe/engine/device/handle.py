@@ -13,7 +13,7 @@ from torch import nn
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
-from melinoe.cache.prefill import StreamedPrefill
+from melinoe.cache.residency import StreamedPrefill
 from melinoe.engine.budget import slots_by_layer
 from melinoe.engine.device.budget import Cap, GpuBudget
 from melinoe.engine.device.carrier import FastStore

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.counters import COMPLETION, Counters
-from melinoe.cache.eviction import DecayedLFU
 from melinoe.cache.packing import pack, packed_length, unpack
-from melinoe.cache.policy import Policy
+from melinoe.cache.policy import DecayedLFU, Policy
 from melinoe.cache.residency import Residency
 from melinoe.engine.device.decide import (
     HITS,

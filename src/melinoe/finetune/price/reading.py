@@ -16,8 +16,7 @@ from torch import nn
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
-from melinoe.cache.trace_builder import TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, TraceBuilder
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.errors import TrainingError
