@@ -23,14 +23,14 @@ check: $(DEV)  ## style, types, and whether the README's tables are those of the
 	$(BIN)/melinoe report benchmarks/results --readme README.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md --check
-	$(BIN)/melinoe report benchmarks/results --readme docs/study.md --check
+	$(BIN)/python benchmarks/study/tables.py --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md --check
 
 report: $(READY) ## write the tables of README and docs again from benchmarks/results
 	$(BIN)/melinoe report benchmarks/results --readme README.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md
-	$(BIN)/melinoe report benchmarks/results --readme docs/study.md
+	$(BIN)/python benchmarks/study/tables.py
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md
 
 # torch goes first and alone: asked for together with the rest, other packages may pull another build.

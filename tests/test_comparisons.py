@@ -5,7 +5,7 @@ import pytest
 
 from melinoe.errors import DataError
 from melinoe.evaluate import Perplexity, Scores, compare_perplexity, compare_scores
-from melinoe.report.schema import check
+from melinoe.report.records import check
 
 
 def scores(ours, theirs, metric="exact_match", **more):

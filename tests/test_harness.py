@@ -11,7 +11,7 @@ import melinoe
 from melinoe.checkpoint import load_tokenizer
 from melinoe.errors import DataError, DependencyError
 from melinoe.evaluate import run_tasks
-from melinoe.report.schema import check
+from melinoe.report.records import check
 from melinoe.shipped import TINY_OLMOE
 
 ROWS = [

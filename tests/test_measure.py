@@ -26,7 +26,7 @@ from melinoe.measure import (
     write_json,
 )
 from melinoe.predictor import Comparison
-from melinoe.report.schema import check
+from melinoe.report.records import check
 from melinoe.stats import bootstrap
 
 PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20 w2", "w30 w11 w12 w13 w14"]

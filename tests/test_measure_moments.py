@@ -11,7 +11,7 @@ from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record
 from melinoe.measure.by_layer import hit_rates_by_layer
-from melinoe.report.schema import check
+from melinoe.report.records import check
 
 
 def small_trace():

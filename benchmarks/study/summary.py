@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import RESULTS, Setting, crossed, fewer, gather, increase, transfers
 
 from melinoe.config.likeness import for_locality
 from melinoe.measure import machine, write_json
-from melinoe.report.records import read_records
-from melinoe.report.study.compare import fewer, increase, transfers
-from melinoe.report.study.runs import Setting, gather
-from melinoe.report.study.seeds import crossed
 from melinoe.stats import Estimate
 
 CACHE, SHARE = "lfu-8", "LFU, 8 of 32 experts resident, reading held-out answers"
-RESULTS = Path("benchmarks/results")
 Verdict = Callable[[Estimate, float], bool]
 
 
@@ -51,8 +47,8 @@ def percent(found: Estimate) -> dict[str, float]:
 
 def goals(study_file: Path, stacked_file: Path, by_layer_file: Path) -> dict[str, Any]:
     """Of each setting of the goals' runs: even slots, slots by layer, and cache priors on it."""
-    study = gather(read_records([study_file]))
-    assert study is not None and study.base is not None
+    study = gather(lines(study_file))
+    assert study.base is not None
     rows, unjudged = [], []
     for setting in study.tried("goals"):
         control = study.control(setting)

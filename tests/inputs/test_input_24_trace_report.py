@@ -7,7 +7,7 @@ from melinoe.cache import simulator
 from melinoe.cache.residency import Residency
 from melinoe.cache.trace import TraceBuilder
 from melinoe.measure import trace_records
-from melinoe.report.glossary import GLOSSARY
+from melinoe.report.page import glossary
 
 
 def long_trace(tokens=300, layers=3, experts=16, top_k=4):
@@ -42,5 +42,5 @@ def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
 
 def test_static_is_said_to_know_the_trace_that_is_replayed():
     """Its popularity is hindsight here, and a serving engine has none."""
-    (said,) = [text for name, text in GLOSSARY if "static" in name]
+    (said,) = [text for name, text in glossary() if "static" in name]
     assert "of the same trace, so with hindsight" in said and "elsewhere" not in said

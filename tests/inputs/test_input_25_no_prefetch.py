@@ -13,7 +13,7 @@ from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.measure.replays import replay_record
 from melinoe.predictor.targets import recall_at
-from melinoe.report.figures.usage import _needed, _shares
+from melinoe.report.figures.experts import experts_needed, used_shares
 
 OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
 
@@ -68,4 +68,4 @@ def test_a_layer_without_uses_has_no_rate():
 
 def test_a_layer_that_a_sequence_does_not_use_needs_no_experts():
     """Half the choices lie on one expert, whatever unused layers there are."""
-    assert _needed(_shares([[[3, 1, 0, 0]], [[0, 0, 0, 0]]]), 0.5).mean == 1
+    assert experts_needed(used_shares([[[3, 1, 0, 0]], [[0, 0, 0, 0]]]), 0.5).mean == 1

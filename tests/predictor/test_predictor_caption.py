@@ -2,7 +2,7 @@
 
 import pytest
 
-from melinoe.report.captions import predictor
+from melinoe.report.figures.predictor import predictor_caption
 
 
 def record(low, high):
@@ -27,11 +27,11 @@ def record(low, high):
 )
 def test_the_caption_says_whether_loading_ahead_saves(low, high, said):
     """Only an interval above 0 counts as a saving."""
-    assert said in predictor({"tiny": record(low, high)})
+    assert said in predictor_caption({"tiny": record(low, high)})
 
 
 def test_records_without_transfers_say_nothing_of_them():
     """As those of earlier runs."""
     plain = record(0.25, 0.75)
     del plain["saved"]
-    assert "loaded ahead" not in predictor({"tiny": plain})
+    assert "loaded ahead" not in predictor_caption({"tiny": plain})

@@ -3,9 +3,9 @@
 from report_records import estimate, serve_record
 
 from melinoe.report import read_records, write_report
-from melinoe.report.figures.layers import layers
+from melinoe.report.figures.caches import layers
+from melinoe.report.figures.experts import usage
 from melinoe.report.figures.timeline import timeline
-from melinoe.report.figures.usage import usage
 from melinoe.report.tables import servings
 
 

@@ -185,22 +185,6 @@ def test_a_price_is_said_of_a_like_for_like_control_alone(records, tmp_path):
     assert "price in perplexity" not in said[10.0]
 
 
-def test_losses_of_two_choice_rules_do_not_share_a_panel(records, tmp_path):
-    """The control runs its own choices, the other trains under the prior: each has its panels."""
-    records = of_kinds(records, "training")
-    write_report(records, tmp_path / "alike.html")
-    for record in records:
-        record["settings"] = {"cache_prior": 0.2 if record["model"] == "fine-tuned" else 0.0}
-    write_report(records, tmp_path / "apart.html")
-    alike, apart = ((tmp_path / f"{name}.html").read_text() for name in ("alike", "apart"))
-    assert (alike.count("<svg "), apart.count("<svg ")) == (3, 6)
-    text = (tmp_path / "apart.md").read_text()
-    assert "own choices: next-token loss (nats) control" in text
-    assert "choices under the prior: next-token loss (nats) fine-tuned" in text
-    assert "Losses under one rule do not compare" in text
-    assert "Losses under one rule" not in alike and "own choices" not in alike
-
-
 def test_without_a_control_the_price_is_not_known(records, tmp_path):
     """Said where the price would stand."""
     records = [r for r in of_kinds(records, "serve", "quality") if r.get("model") != "control"]
@@ -239,9 +223,9 @@ def test_words_from_records_are_escaped(records, tmp_path):
 )
 def test_a_section_without_records_is_left_out_with_a_note(records, tmp_path, kind, title):
     """Take one kind away: its heading goes, a note stays, the rest is whole."""
+    from melinoe.report.contents import assemble
     from melinoe.report.page import html_page
     from melinoe.report.records import read_records
-    from melinoe.report.sections import assemble
 
     # One other kind besides, so that few figures are drawn.
     kept = [r for r in records if r["kind"] == ("quality" if kind != "quality" else "locality")]

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from melinoe.report import render_table, update_readme
-from melinoe.report.pairs import factor, increase, quotient
+from melinoe.report.comparing import factor, increase, quotient
 from melinoe.report.records import read_records
-from melinoe.report.scores import comparison_table, score_table
+from melinoe.report.tables import comparison_table, score_table
 
 
 def estimate(mean, half=0.0, n=4):

@@ -7,7 +7,7 @@ import pytest
 
 from melinoe.errors import DataError
 from melinoe.report import read_records, update_readme
-from melinoe.report.benchmarks import benchmark_table, benchmark_tables
+from melinoe.report.tables import benchmark_table, benchmark_tables
 
 TEXT = """# Title
 

@@ -13,10 +13,9 @@ from melinoe.cli.app import app
 from melinoe.errors import MelinoeError
 from melinoe.measure import trace_records
 from melinoe.report import read_records, write_report
-from melinoe.report.benchmarks import benchmark_table
-from melinoe.report.figures.layers import layers
-from melinoe.report.sections import assemble
-from melinoe.report.tables import servings
+from melinoe.report.contents import assemble
+from melinoe.report.figures.caches import layers
+from melinoe.report.tables import benchmark_table, servings
 
 
 def two_sequences():

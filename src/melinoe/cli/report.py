@@ -38,7 +38,13 @@ def command(
     """Write a self-contained page with tables and figures, or these by themselves."""
     from melinoe.cli import output
     from melinoe.errors import DataError
-    from melinoe.report import page_path, update_readme, write_figures, write_report
+    from melinoe.report import (
+        figures_of,
+        page_path,
+        update_readme,
+        write_figures,
+        write_report,
+    )
 
     if policy and not any(run.suffix == ".safetensors" for run in runs):
         raise typer.BadParameter(
@@ -47,7 +53,7 @@ def command(
     if figures is not None:
         if readme is not None:
             raise typer.BadParameter("--figures and --readme are two things; give one at a time")
-        written = write_figures(_with_traces(runs, policy), figures)
+        written = write_figures(figures_of(_with_traces(runs, policy)), figures)
         output.say(f"{figures}: wrote {len(written)} figures")
         return
     if readme is None:

@@ -1,33 +1,37 @@
 """
-Tables and figures from measurement records, and from nothing else.
+Make tables and figures from measurement records, and from nothing else.
 
-    schema.py      what a record holds   records.py      read and check
-    amounts.py     numbers as text       facts.py        settings and machines as text
-    tables.py      tables as data        benchmarks.py   tables of benchmark results
-    controls.py    what kind of control the records hold
-    pairs.py       ratios, paired        scores.py       tables of task scores, comparisons
-    captions.py    sentences, computed   figures.py   drawings     svg.py  drawings that fit a page
-    glossary.py    what words mean       sections.py  all of it in order
-    render.py      a table as Markdown, text or HTML
-    page.py        the page and its twin readme.py    tables between a README's markers
-    figure_files.py  drawings as files   study/       tables and frontiers of fine-tunings
-    card/          a checkpoint's model card
+    records.py    read records, and check what they hold
+    amounts.py    numbers, estimates and settings as text
+    comparing.py  which model is compared with which; paired ratios
+    table.py      a table as data, Markdown, text or HTML
+    tables.py     the tables of a report, and those of benchmark results
+    figures/      the figures, each with a sentence on what it shows
+    contents.py   all of it in reading order, and the findings
+    page.py       the HTML page, its Markdown twin, figures as files
+    readme.py     the tables between a README's markers
+    card.py       a fine-tuned checkpoint's model card
 """
 
 import shutil
 from typing import Literal
 
 from melinoe.errors import DataError
-from melinoe.report import render
-from melinoe.report.benchmarks import benchmark_tables
-from melinoe.report.figure_files import write_figures
-from melinoe.report.page import page_path, write_report
+from melinoe.report.page import figures_of, page_path, write_figures, write_report
 from melinoe.report.readme import update_readme
 from melinoe.report.records import Sources, read_records
-from melinoe.report.scores import comparison_table, score_table
-from melinoe.report.tables import corpus_table, main_table, servings
+from melinoe.report.table import render
+from melinoe.report.tables import (
+    benchmark_tables,
+    comparison_table,
+    corpus_table,
+    main_table,
+    score_table,
+    servings,
+)
 
 __all__ = [
+    "figures_of",
     "page_path",
     "read_records",
     "render_table",
@@ -50,8 +54,7 @@ def render_table(
     Args:
         sources: Records, paths of `.jsonl` and `.json` files, or both.
         form: ``"markdown"``, or ``"text"`` for a terminal.
-        width: Columns of the terminal; this terminal's own if ``None``, 120
-            where there is none.
+        width: Columns of the terminal; ``None`` takes this terminal's, or 120 without one.
 
     Raises:
         DataError: a record is malformed, there is none, or none that makes a table.
@@ -66,4 +69,4 @@ def render_table(
         message = "no record makes a table; give records of kind serve, quality or a benchmark"
         raise DataError(message)
     columns = width if width is not None else shutil.get_terminal_size((120, 24)).columns
-    return render.render(tables, form, columns)
+    return render(tables, form, columns)

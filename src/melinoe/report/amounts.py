@@ -1,8 +1,9 @@
 # ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
-"""Numbers as text, and the little arithmetic that a report does on estimates."""
+"""Write numbers, estimates, settings and machines as text, and compute ratios of estimates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from melinoe.stats import Estimate
 
@@ -18,6 +19,7 @@ UNITS = {
     "_percent": "%",
     "_gb_s": "GB/s",
 }
+Facts = list[tuple[str, str]]  # a name and a text each
 
 
 def label(key: str) -> str:
@@ -29,7 +31,7 @@ def label(key: str) -> str:
 
 
 def decimals(value: float, digits: int = 3) -> int:
-    """Say how many decimals show *value* with *digits* significant digits; 0 to 5."""
+    """Return how many decimals show *value* with *digits* significant digits; 0 to 5."""
     if value == 0 or not math.isfinite(value):
         return max(0, digits - 1)
     return min(5, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
@@ -38,11 +40,6 @@ def decimals(value: float, digits: int = 3) -> int:
 def plain(value: float, digits: int = 3) -> str:
     """Write *value* with *digits* significant digits, thousands apart, never an exponent."""
     return f"{value:,.{decimals(value, digits)}f}"
-
-
-def percent(value: float) -> str:
-    """Write a share between 0 and 1 as a percentage with one decimal."""
-    return f"{100 * value:.1f} %"
 
 
 def spread(estimate: Estimate, unit: str = "", digits: int = 3) -> tuple[str, str]:
@@ -64,8 +61,7 @@ def spread(estimate: Estimate, unit: str = "", digits: int = 3) -> tuple[str, st
 def inline(estimate: Estimate, unit: str = "", digits: int = 3) -> str:
     """Write mean and interval for use in a sentence: ``9.81 [9.40, 10.22]``."""
     mean, interval = spread(estimate, unit, digits)
-    ends = interval.replace(" to ", ", ").replace(DASH, ", ")
-    return f"{mean} [{ends}]"
+    return f"{mean} [{interval.replace(' to ', ', ').replace(DASH, ', ')}]"
 
 
 def signed(change: Estimate) -> str:
@@ -73,6 +69,18 @@ def signed(change: Estimate) -> str:
     ends = (change.mean, change.low, change.high)
     mean, low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in ends)
     return f"{mean} % [{low}, {high}]"
+
+
+def change(value: Estimate | None, base: Estimate | None) -> str:
+    """Write how far a mean lies from the base's, in percent with its sign."""
+    if value is None or base is None or base.mean == 0:
+        return ""
+    return f"{100 * (value.mean / base.mean - 1):+.1f} %".replace("-", "−")
+
+
+def join(parts: Sequence[str]) -> str:
+    """Join phrases: ``a``, ``a and b``, ``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
@@ -97,7 +105,7 @@ def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
 
 def ratio(top: Estimate, bottom: Estimate) -> Estimate | None:
     """
-    Divide two positive estimates; the range is the widest their intervals allow.
+    Divide two positive estimates; the range is the widest that their intervals allow.
 
     Wider than a paired interval would be, never narrower. ``None`` where the divisor's interval
     reaches zero.
@@ -110,9 +118,39 @@ def ratio(top: Estimate, bottom: Estimate) -> Estimate | None:
 
 def apart(one: Estimate, other: Estimate) -> bool:
     """
-    Say whether the two intervals do not touch: only then does a sentence call them different.
+    Return whether two intervals do not touch: only then does a sentence call them different.
 
     An interval over one item has no width and says nothing about the next: never apart.
     """
     separate = one.high < other.low or other.high < one.low
     return separate and min(one.n, other.n) > 1
+
+
+def say(value: Any) -> str:
+    """Write a setting: ``none``, ``yes``, four significant digits, or as it is."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Facts:
+    """Write a mapping as names and texts, nested names joined: ``link bandwidth (GB/s)``."""
+    facts: Facts = []
+    for key, value in values.items():
+        name = f"{prefix}{label(key)}"
+        if isinstance(value, Mapping):
+            facts += flat(value, f"{name} ")
+        elif isinstance(value, list | tuple):
+            facts.append((name, ", ".join(say(item) for item in value)))
+        else:
+            facts.append((name, say(value)))
+    return facts
+
+
+def hardware(machine: Mapping[str, Any]) -> str:
+    """Write a machine on one line, leaving out what it does not have."""
+    parts = {k: item for k, item in machine.items() if k not in ("versions", "commit", "date")}
+    said = [f"{name}: {text}" for name, text in flat(parts) if text not in ("none", "")]
+    return "; ".join(said)

@@ -1,18 +1,21 @@
-"""Write a report: one HTML page that needs nothing else, and its Markdown twin."""
+"""Write a report: one HTML page that needs nothing else, its Markdown twin, figures as files."""
 
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from melinoe.errors import DataError
-from melinoe.report import render
+from melinoe.report.contents import Report, assemble
+from melinoe.report.figures.svg import Figure
 from melinoe.report.records import Sources, read_records
-from melinoe.report.sections import Report, assemble
+from melinoe.report.table import html, literal, markdown
 from melinoe.whole_file import write_whole
 
 
 def page_path(out: Path | str) -> Path:
     """
-    The path of a page, if it is named as one; ask before minutes of replays.
+    Return the path of a page, if it is named as one; call it before minutes of replays.
 
     Raises:
         DataError: it does not end in .html or .htm.
@@ -28,11 +31,11 @@ def write_report(sources: Sources, out: Path | str) -> None:
     Write the report of some records as *out* (HTML) and beside it as Markdown (``.md``).
 
     The page makes no request: style and figures are inside. The same records give the same bytes.
-    Both files appear whole or not at all; older ones are replaced. Takes some seconds for a demo.
+    Each file appears whole or not at all; older ones are replaced. Takes some seconds for a demo.
 
     Args:
         sources: Records, paths of `.jsonl` and `.json` files, or both.
-        out: Path of the page; its directory is made if it is not there.
+        out: Path of the page; its directory is made if it does not exist.
 
     Raises:
         DataError: a record is malformed (the message names file and line), there is none, or
@@ -40,13 +43,59 @@ def write_report(sources: Sources, out: Path | str) -> None:
     """
     out = page_path(out)
     report = assemble(read_records(sources))
-    texts = {out: html_page(report), out.with_suffix(".md"): markdown_page(report)}
+    _write({out: html_page(report), out.with_suffix(".md"): markdown_page(report)}, out)
+
+
+def figures_of(sources: Sources) -> list[Figure]:
+    """Return the figures of the page that these records make, in the page's order."""
+    report = assemble(read_records(sources))
+    return [figure for section in report.sections for figure in section.figures]
+
+
+def write_figures(figures: Sequence[Figure], directory: Path | str) -> list[Path]:
+    """
+    Write every panel of every figure as an SVG file that needs nothing else.
+
+    A file is named after its figure, and where that has several panels, numbered from 1. It brings
+    the page's colours, those of the dark theme too, and its background.
+
+    Args:
+        figures: From `figures_of`.
+        directory: Made if it does not exist; files of the same names are replaced, others stay.
+
+    Returns:
+        The files, in the order of *figures*.
+
+    Raises:
+        DataError: there is no figure, or *directory* cannot be written to.
+    """
+    drawings = {
+        f"{figure.name}-{number}.svg" if len(figure.panels) > 1 else f"{figure.name}.svg": panel
+        for figure in figures
+        for number, panel in enumerate(figure.panels, 1)
+    }
+    if not drawings:
+        raise DataError("none of these records makes a figure; give those of a demo")
+    colours = escape(_environment().get_template("colours.css").render(), quote=False)
+    texts = {}
+    for name, drawing in drawings.items():
+        head, body = drawing.split(">", 1)
+        texts[Path(directory) / name] = (
+            f'{head} xmlns="http://www.w3.org/2000/svg">'
+            f"<style>{colours}svg {{ color: var(--ink); }}</style>"
+            f'<rect width="100%" height="100%" fill="var(--page)"/>{body}\n'
+        )
+    _write(texts, directory)
+    return [*texts]
+
+
+def _write(texts: Mapping[Path, str], named: Path | str) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text)
     except OSError as error:
-        message = f"cannot write {out} ({error.strerror}); name a place that can be written to"
+        message = f"cannot write {named} ({error.strerror}); name a place that can be written to"
         raise DataError(message) from error
 
 
@@ -56,15 +105,18 @@ def html_page(report: Report) -> str:
 
     environment = _environment()
     # Tables and drawings arrive as markup whose texts are escaped already.
-    environment.filters["table"] = lambda table: Markup(render.html(table))
+    environment.filters["table"] = lambda table: Markup(html(table))
     environment.filters["drawing"] = Markup
     style = Markup(environment.get_template("style.css").render())
-    return str(environment.get_template("page.html").render(report=report, style=style))
+    page = environment.get_template("page.html")
+    return str(page.render(report=report, style=style, glossary=glossary()))
 
 
-def style_sheet(name: str) -> str:
-    """Give one of the page's style sheets by the name of its file."""
-    return str(_environment().get_template(name).render())
+def glossary() -> list[tuple[str, str]]:
+    """Return the terms of a report and what they mean."""
+    lines = _environment().get_template("glossary.md").render().splitlines()
+    terms = [line.removeprefix("**").partition("**: ") for line in lines]
+    return [(term, meaning) for term, _, meaning in terms]
 
 
 def _environment() -> Any:
@@ -81,23 +133,25 @@ def _environment() -> Any:
 
 def markdown_page(report: Report) -> str:
     """Write a report as Markdown: the same words and numbers, figures as tables."""
-    parts = [f"# {render.plain(report.title)}"]
-    parts.append("\n".join(f"- {render.plain(k)}: {render.plain(v)}" for k, v in report.facts))
-    parts.append("\n".join(f"- {render.plain(text)}" for text in report.findings))
+
+    def listed(facts: Sequence[tuple[str, str]]) -> str:
+        return "\n".join(f"- {literal(name)}: {literal(text)}" for name, text in facts)
+
+    def bullets(texts: Sequence[str]) -> str:
+        return "\n".join(f"- {literal(text)}" for text in texts)
+
+    parts = [f"# {literal(report.title)}", listed(report.facts), bullets(report.findings)]
     for section in report.sections:
-        parts.append(f"## {render.plain(section.title)}")
+        parts.append(f"## {literal(section.title)}")
         for table in section.tables:
-            parts += [f"**{render.plain(table.title)}**", render.markdown(table)]
+            parts += [f"**{literal(table.title)}**", markdown(table)]
         for figure in section.figures:
-            parts.append(render.plain(figure.caption))
+            parts.append(literal(figure.caption))
             if figure.table not in section.tables:
-                parts.append(render.markdown(figure.table))
+                parts.append(markdown(figure.table))
         for title, facts in section.facts.items():
-            parts.append(f"**{render.plain(title)}**")
-            parts.append("\n".join(f"- {render.plain(k)}: {render.plain(v)}" for k, v in facts))
+            parts += [f"**{literal(title)}**", listed(facts)]
     parts.append("## How to read this")
-    parts.append("\n".join(f"- **{term}**: {text}" for term, text in report.glossary))
-    parts.append("## Limits and omissions")
-    said = [*report.limits, *report.notes]
-    parts.append("\n".join(f"- {render.plain(text)}" for text in said))
+    parts.append("\n".join(f"- **{term}**: {text}" for term, text in glossary()))
+    parts += ["## Limits and omissions", bullets([*report.limits, *report.notes])]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,44 +1,36 @@
-"""Keep a README's tables equal to the records they come from."""
+"""Write the tables of a README or a page of the docs from the records, or check them."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from melinoe.errors import DataError
-from melinoe.report import render
-from melinoe.report.benchmarks import benchmark_tables
-from melinoe.report.records import Sources, read_records
-from melinoe.report.scores import comparison_table, score_table
-from melinoe.report.study import study_tables
-from melinoe.report.tables import corpus_table, main_table, servings
+from melinoe.report.records import Measurements, Sources, read_records
+from melinoe.report.table import Table, markdown, render
+from melinoe.report.tables import (
+    benchmark_tables,
+    comparison_table,
+    corpus_table,
+    main_table,
+    score_table,
+    servings,
+)
 from melinoe.whole_file import write_whole
 
 OPENING = re.compile(r"<!-- report:([\w-]+) -->")
 
 
-def generated(sources: Sources) -> dict[str, str]:
-    """Give the Markdown for each marker name that the records can fill."""
-    found = read_records(sources)
-    texts = {}
-    if configurations := servings(found):
-        tables = [main_table(found, configuration) for configuration in configurations]
-        texts["demo"] = render.render(tables, "markdown", 0)
-    if (corpora := corpus_table(found)) is not None:
-        texts["corpora"] = render.render([corpora], "markdown", 0)
-    judged = (score_table(found), comparison_table(found))
-    texts |= {table.name: render.markdown(table) for table in judged if table is not None}
-    for table in [*study_tables(found), *benchmark_tables(found)]:
-        texts[table.name.replace("_", "-")] = render.markdown(table)
-    return texts
-
-
-def update_readme(readme: Path | str, sources: Sources, check: bool = False) -> list[str]:
+def update_readme(
+    readme: Path | str, sources: Sources, check: bool = False, more: Iterable[Table] = ()
+) -> list[str]:
     """
-    Replace what stands between ``<!-- report:NAME -->`` and ``<!-- /report:NAME -->``.
+    Replace the text between ``<!-- report:NAME -->`` and ``<!-- /report:NAME -->``.
 
     Args:
         readme: The file that has the markers. It is written only if something changes.
         sources: Records, paths of `.jsonl` and `.json` files, or both.
-        check: Only say what is out of date; write nothing.
+        check: Return the names that are out of date, and write nothing.
+        more: Tables that `melinoe report` does not make, by their own names.
 
     Returns:
         The names whose text was out of date, in the order of the file; empty if none was.
@@ -53,7 +45,7 @@ def update_readme(readme: Path | str, sources: Sources, check: bool = False) -> 
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise DataError(f"cannot read {path} ({reason}); name a Markdown file") from error
-    texts = generated(sources)
+    texts = _texts(read_records(sources), more)
     pieces, stale, position = [], [], 0
     while opening := OPENING.search(before, position):
         name = opening.group(1)
@@ -83,3 +75,16 @@ def update_readme(readme: Path | str, sources: Sources, check: bool = False) -> 
                 f"cannot write {path} ({error.strerror}); make it and its directory writable"
             ) from None
     return stale
+
+
+def _texts(found: Measurements, more: Iterable[Table]) -> dict[str, str]:
+    """The Markdown for each marker name that the records can fill."""
+    texts = {}
+    if tables := [main_table(found, configuration) for configuration in servings(found)]:
+        texts["demo"] = render(tables, "markdown")
+    if (corpora := corpus_table(found)) is not None:
+        texts["corpora"] = render([corpora], "markdown")
+    for table in (score_table(found), comparison_table(found), *benchmark_tables(found), *more):
+        if table is not None:
+            texts[table.name.replace("_", "-")] = markdown(table)
+    return texts

@@ -1,64 +1,30 @@
 # ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
-"""The tables of a report, as data: what stands in each cell, before any markup."""
+"""Make the tables of a report: strategies, times, transfers, perplexity, scores, benchmarks."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from melinoe.report.amounts import (
-    NOT_MEASURED,
-    geometric_mean,
-    spread,
+from melinoe.report.amounts import hardware, label, plain, signed, spread
+from melinoe.report.comparing import (
+    domains,
+    factor,
+    in_order,
+    increase,
+    perplexity,
+    quality,
+    quality_note,
+    reference,
 )
-from melinoe.report.controls import note, reference
-from melinoe.report.pairs import factor, increase
-from melinoe.report.records import Measurements
-from melinoe.report.schema import Record, read_estimate
+from melinoe.report.records import Measurements, Record, estimate
+from melinoe.report.table import Cell, Table, cell
 from melinoe.stats import Estimate
 
-STRATEGIES = ("base", "control", "fine-tuned", "fine-tuned + prefetch", "all resident")
-Link = tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: the mean (or a text), its interval, and a remark such as a ratio to base."""
-
-    text: str
-    interval: str = ""
-    remark: str = ""
-
-    def inline(self) -> str:
-        """Write the cell on one line: ``4.81 [4.60, 5.02] (÷ 3.1)``."""
-        interval = f" [{self.interval}]" if self.interval else ""
-        return self.text + interval + (f" ({self.remark})" if self.remark else "")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under headings; the first column names the row."""
-
-    name: str
-    title: str
-    columns: list[str]
-    rows: list[list[Cell]]
-    notes: list[str] = field(default_factory=list)
-
-
-def cell(estimate: Estimate | None, unit: str = "", digits: int = 3, remark: str = "") -> Cell:
-    """Make the cell of an estimate; one that was not measured says so."""
-    if estimate is None:
-        return Cell(NOT_MEASURED)
-    mean, interval = spread(estimate, unit, digits)
-    return Cell(mean, interval, remark)
-
-
-def estimate(record: Record | None, name: str) -> Estimate | None:
-    """Take an estimate out of a record, if both are there."""
-    return None if record is None else read_estimate(record.get(name))
+Link = tuple[float, float] | None  # bandwidth in GB/s and latency in us; None: unmodified
 
 
 def link_of(record: Record) -> Link:
-    """Give (bandwidth in GB/s, latency in us) of a record's emulated link; ``None`` without one."""
+    """Return a record's emulated link; ``None`` where the link was not emulated."""
     link = record.get("link")
     return None if link is None else (float(link["bandwidth_gb_s"]), float(link["latency_us"]))
 
@@ -72,7 +38,7 @@ def link_text(link: Link) -> str:
 
 @dataclass
 class Serving:
-    """The serve records of one cache configuration: by strategy and link."""
+    """The serve records of one cache configuration, by strategy and link."""
 
     slots: int | None
     policy: str | None
@@ -82,8 +48,7 @@ class Serving:
     @property
     def strategies(self) -> list[str]:
         """Known strategies in their fixed order, then the others as they came."""
-        known = [name for name in STRATEGIES if name in self.runs]
-        return known + [name for name in self.runs if name not in STRATEGIES]
+        return in_order(self.runs)
 
     @property
     def links(self) -> list[Link]:
@@ -92,13 +57,13 @@ class Serving:
         return sorted(found, key=lambda link: (link is not None, link or ()))
 
     def run(self, strategy: str) -> Record | None:
-        """The run whose counts stand for the strategy: over the unmodified link if there is one."""
+        """Return the strategy's run over the unmodified link, else over another: counts agree."""
         runs = self.runs.get(strategy, {})
         return runs.get(None) or next(iter(runs.values()), None)
 
     @property
     def title(self) -> str:
-        """Say the configuration in words."""
+        """The configuration in words."""
         if self.slots is None:
             return "All experts resident"
         share = f"{100 * self.slots / self.num_experts:.0f} %"
@@ -108,10 +73,10 @@ class Serving:
 
 def servings(found: Measurements) -> list[Serving]:
     """
-    Sort the serve records into configurations; where two say the same, the later one stands.
+    Sort the serve records by configuration; of two alike, the later one stands.
 
-    The all-resident run joins every configuration, as it is what each is compared with. Runs of
-    `melinoe bench`, which are of one model and have a table of their own, are not among them.
+    The all-resident run joins every configuration, as each is compared with it. Runs of
+    `melinoe bench` have a table of their own and are left out.
     """
     records = [record for record in found.of("serve") if "predicted" not in record]
     bounded = [record for record in records if record["strategy"] != "all resident"]
@@ -137,40 +102,8 @@ def servings(found: Measurements) -> list[Serving]:
     return list(configurations.values())
 
 
-def perplexity(found: Measurements, model: str, in_domain: bool) -> Estimate | None:
-    """Perplexity of *model*: over one domain as measured, over several their geometric mean."""
-    latest = {
-        record["domain"]: read_estimate(record["perplexity"])
-        for record in found.of("quality")
-        if record["model"] == model and record["in_domain"] is in_domain
-    }
-    estimates = [item for item in latest.values() if item is not None]
-    if len(estimates) == 1:
-        return estimates[0]
-    return geometric_mean(estimates) if estimates else None
-
-
-def domains(found: Measurements) -> list[tuple[str, bool]]:
-    """Corpora in order, the ones trained on first: (name, in domain)."""
-    seen = dict.fromkeys((r["domain"], r["in_domain"]) for r in found.of("quality"))
-    return sorted(seen, key=lambda item: not item[1])
-
-
-def change(value: Estimate | None, base: Estimate | None) -> str:
-    """Write how far a mean lies from the base's, in percent with its sign."""
-    if value is None or base is None or base.mean == 0:
-        return ""
-    return f"{100 * (value.mean / base.mean - 1):+.1f} %".replace("-", "−")
-
-
-def quality(found: Measurements, model: str, in_domain: bool) -> list[Record]:
-    """Give the quality records of *model*, the last of each corpus."""
-    records = [r for r in found.of("quality") if r["model"] == model]
-    return list({r["domain"]: r for r in records if r["in_domain"] is in_domain}.values())
-
-
 def main_table(found: Measurements, serving: Serving) -> Table:
-    """One row per strategy: what it hits, moves, answers and how fast, beside the base."""
+    """Make the main table: per strategy hits, transfers, perplexity and speed, beside the base."""
     read = {
         record["model"]: record
         for record in found.of("reading")
@@ -210,7 +143,7 @@ def main_table(found: Measurements, serving: Serving) -> Table:
         "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast "
         "as base; in brackets their intervals, paired by prompt or text where the records list "
         "those.",
-        note(found),
+        quality_note(found),
     ]
     if read:
         notes.append(
@@ -245,10 +178,11 @@ TRANSFERS = {
     "prefetch_waste_per_token": ("prefetched in vain / token", ""),
     "prefill_transfers": ("transfers in prefill", ""),
 }
+OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
 
 
 def time_table(serving: Serving) -> Table:
-    """Where the time of a token went, one row per strategy, over each link."""
+    """Make the table of times and stalls, one row per strategy, over each link."""
     rows = []
     for strategy in serving.strategies:
         runs = [serving.runs[strategy].get(link) for link in serving.links]
@@ -258,28 +192,26 @@ def time_table(serving: Serving) -> Table:
 
 
 def transfer_table(serving: Serving) -> Table:
-    """What was moved and when, one row per strategy; the link changes none of it."""
-    rows = []
-    ahead = any(estimate(serving.run(one), "prefetch_precision") for one in serving.strategies)
+    """Make the table of what was copied and when, one row per strategy, the same on any link."""
+    runs = {strategy: serving.run(strategy) for strategy in serving.strategies}
+    prefetched = any(estimate(run, "prefetch_precision") for run in runs.values())
     shown = {
-        key: about
-        for key, about in TRANSFERS.items()
-        if ahead or key not in ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
+        key: about for key, about in TRANSFERS.items() if prefetched or key not in OF_PREFETCHES
     }
-    for strategy in serving.strategies:
-        run = serving.run(strategy)
-        values = [cell(estimate(run, key), unit) for key, (_, unit) in shown.items()]
-        rows.append([Cell(strategy), *values])
+    rows = [
+        [Cell(strategy), *(cell(estimate(run, key), unit) for key, (_, unit) in shown.items())]
+        for strategy, run in runs.items()
+    ]
     columns = ["strategy", *(text for text, _ in shown.values())]
     return Table("transfers", f"Transfers: {serving.title}", columns, rows)
 
 
 def corpus_table(found: Measurements) -> Table | None:
-    """Perplexity of every model on every corpus, or ``None`` without quality records."""
+    """Make the table of every model's perplexity on every corpus; ``None`` without records."""
     records = {(r["model"], r["domain"]): r for r in found.of("quality")}
     if not records:
         return None
-    models = ordered_models(r["model"] for r in found.of("quality"))
+    models = in_order(r["model"] for r in found.of("quality"))
     rows = []
     for domain, in_domain in domains(found):
         row = [Cell(domain + (" (trained on)" if in_domain else ""))]
@@ -289,10 +221,166 @@ def corpus_table(found: Measurements) -> Table | None:
             remark = increase([one], [other]) if one and other else ""
             row.append(cell(estimate(one, "perplexity"), "", 4, remark))
         rows.append(row)
-    return Table("corpora", "Perplexity per corpus", ["corpus", *models], rows, [note(found)])
+    return Table(
+        "corpora", "Perplexity per corpus", ["corpus", *models], rows, [quality_note(found)]
+    )
 
 
-def ordered_models(names: Any) -> list[str]:
-    """Models without repetition: base, control and fine-tuned first, others as they came."""
-    seen = dict.fromkeys(names)
-    return [n for n in STRATEGIES if n in seen] + [n for n in seen if n not in STRATEGIES]
+def score_table(found: Measurements) -> Table | None:
+    """Make the table of every model's task scores; ``None`` without score records."""
+    records = {(r["domain"], r["metric"], r["model"]): r for r in found.of("score")}
+    if not records:
+        return None
+    models = in_order(model for _, _, model in records)
+    rows = [
+        [
+            Cell(f"{domain}: {metric.replace('_', ' ')}"),
+            *(_score(records.get((domain, metric, model))) for model in models),
+        ]
+        for domain, metric in dict.fromkeys(key[:2] for key in records)
+    ]
+    notes = {
+        f"{r['metric'].replace('_', ' ')}: {r['how']}" for r in records.values() if r.get("how")
+    }
+    return Table("scores", "Task scores", ["text or task", *models], rows, sorted(notes))
+
+
+def _score(record: Record | None) -> Cell:
+    score = estimate(record, "score")
+    if record is None or score is None:
+        return cell(None)
+    right = f"{record['right']:,} " if record.get("right") is not None else ""
+    return cell(score, remark=f"{right}of {score.n:,}")
+
+
+def comparison_table(found: Measurements) -> Table | None:
+    """Make the table of paired differences of two models; the last of each stands."""
+    records = {
+        (r["domain"], r["metric"], r["model"], r["other"]): r for r in found.of("comparison")
+    }
+    if not records:
+        return None
+    rows = []
+    for (domain, metric, model, other), record in records.items():
+        change = Estimate.from_dict(dict(record["change"]))
+        if record["relative"]:
+            shown = Cell(signed(change))
+        else:
+            mean, interval = spread(change)
+            shown = Cell(mean, interval)
+        better = record.get("better") or "no difference shown"
+        name = f"{metric.replace('_', ' ')}, {domain}: {model} against {other}"
+        rows.append([Cell(name), shown, Cell(better)])
+    note = "Paired by example; no difference is shown where the interval holds none."
+    columns = ["comparison", "change", "better"]
+    return Table("comparisons", "Two models on the same examples", columns, rows, [note])
+
+
+# --- benchmark results: JSON with ``benchmark``, its figures, and the machine ---------------------
+
+# Keys that describe a result file and are no figures.
+ABOUT = frozenset(
+    {"benchmark", "kind", "machine", "versions", "commit", "date", "command", "question", "note"}
+    | {"notes", "settings", "title", "floor", "bad_news", "not_measured"}
+)
+# The middle of a figure and its two ends, by the names that benchmarks give them.
+RANGES = tuple(
+    (middle, low, high)
+    for middle in ("mean", "median")
+    for low, high in (("low", "high"), ("p5", "p95"), ("min", "max"))
+)
+INTERVALS = "Below or in brackets: a 95 % interval."
+SEEN = "Below or in brackets: the range that the benchmark saw."
+BOTH = (
+    "Below or in brackets: a 95 % interval for a mean, "
+    "the range that the benchmark saw for a median."
+)
+
+
+def benchmark_tables(found: Measurements) -> list[Table]:
+    """Make the tables of all benchmarks; a later result of the same name replaces an earlier."""
+    latest = {record["benchmark"]: record for record in found.of("benchmark")}
+    return [benchmark_table(record) for record in latest.values()]
+
+
+def benchmark_table(record: Record) -> Table:
+    """
+    Make the table of one benchmark's result.
+
+    ``result`` (without it, every figure of the record) may be a list of rows or
+    a mapping of figures, nested as deep as it likes; ``{mean, low, high}``, ``{median, min, max}``
+    and ``{median, p5, p95}`` are one value with its range. Sentences in ``notes`` stand below it.
+    Columns that hold nothing in any row are left out.
+    """
+    result = record.get("result")
+    if result is None:
+        result = {key: value for key, value in record.items() if key not in ABOUT}
+    name = record["benchmark"].replace("_", "-")
+    kinds = set(_kinds_of_ranges(result))
+    notes = [BOTH if len(kinds) == 2 else INTERVALS if True in kinds else SEEN] if kinds else []
+    notes += [str(note) for note in record.get("notes") or []]
+    machine = hardware(record.get("machine") or {})
+    notes += [f"Machine: {machine}."] if machine else []
+    title = str(record.get("title") or name.replace("-", " ").capitalize())
+    if isinstance(result, list) and result and all(isinstance(row, Mapping) for row in result):
+        told = {key for row in result for key, value in row.items() if value is not None}
+        columns = [key for key in dict.fromkeys(k for row in result for k in row) if key in told]
+        cells = [[value_cell(key, row.get(key)) for key in columns] for row in result]
+        return Table(name, title, [label(key) for key in columns], cells, notes)
+    figures = result if isinstance(result, Mapping) else {"result": result}
+    rows = [[Cell(text), value] for text, value in _figures(figures)]
+    return Table(name, title, ["figure", "value"], rows, notes)
+
+
+def spread_of(value: Any) -> Estimate | None:
+    """Return an estimate, or a median with its range, if a value is a mapping that holds one."""
+    if isinstance(value, Mapping):
+        for names in RANGES:
+            ends = [value.get(name) for name in names]
+            if all(isinstance(end, int | float) for end in ends):
+                centre, low, high = (float(end) for end in ends if end is not None)
+                return Estimate(centre, low, high, int(value.get("n", 0)))
+    return None
+
+
+def _kinds_of_ranges(value: Any) -> Iterator[bool]:
+    """For each range within *value*, whether it is an interval: a mean between low and high."""
+    if spread_of(value) is not None:
+        yield {"mean", "low", "high"} <= value.keys()
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _kinds_of_ranges(one)
+
+
+def value_cell(key: str, value: Any) -> Cell:
+    """Make the cell of one figure: an estimate, a median with its range, a number or a text."""
+    scale = 1 / 2**30 if key.endswith("_bytes") else 1.0
+    if (found := spread_of(value)) is not None:
+        return cell(Estimate(scale * found.mean, scale * found.low, scale * found.high, found.n))
+    if isinstance(value, Mapping):
+        return Cell(", ".join(f"{label(k)} {value_cell(k, v).inline()}" for k, v in value.items()))
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no")
+    if isinstance(value, int) and scale == 1:
+        return Cell(f"{value:,}")
+    if isinstance(value, int | float):
+        return Cell(plain(scale * value))
+    if isinstance(value, list | tuple):
+        return Cell(", ".join(value_cell(key, item).inline() for item in value))
+    return Cell("n/a" if value is None else str(value))
+
+
+def _figures(
+    result: Mapping[str, Any], path: tuple[str, ...] = (), unit: str = ""
+) -> Iterator[tuple[str, Cell]]:
+    """Nested figures, each as name and cell: ``request, lru, all hits (µs)``."""
+    for key, value in result.items():
+        own = unit if label(key) == key.replace("_", " ") else key
+        names = (*path, str(key))
+        if isinstance(value, Mapping) and spread_of(value) is None and value:
+            yield from _figures(value, names, own)
+            continue
+        bare = [label(one).partition(" (")[0] if one == own else label(one) for one in names]
+        ending = label(own).partition(" (")[2]
+        name = ", ".join(bare) + (f" ({ending}" if ending else "")
+        yield name, value_cell(own or str(key), value)

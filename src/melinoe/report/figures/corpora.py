@@ -1,24 +1,23 @@
-"""Perplexity of each model on each corpus."""
+"""Draw the perplexity of each model on each corpus."""
 
 import math
 from typing import Any
 
-from melinoe.report import captions
-from melinoe.report.figures.base import Figure, colour_of, last, mark_models, marker
-from melinoe.report.figures.svg import COLOUR, finish, panel
-from melinoe.report.records import Measurements
-from melinoe.report.schema import Record
-from melinoe.report.tables import Table, domains, ordered_models
+from melinoe.report.amounts import inline, join
+from melinoe.report.comparing import domains, in_order, perplexity
+from melinoe.report.figures.svg import COLOUR, Figure, colour_of, finish, mark_models, marker, panel
+from melinoe.report.records import Measurements, Record
+from melinoe.report.table import Table
 
 
 def corpora(found: Measurements, table: Table | None) -> Figure | None:
-    """Perplexity of each model on each corpus, as dots with intervals on a log axis."""
-    records = last(found.of("quality"), "model", "domain")
+    """Draw each model's perplexity on each corpus, as dots with intervals on a log axis."""
+    records = {(record["model"], record["domain"]): record for record in found.of("quality")}
     if not records or table is None:
         return None
     names = domains(found)
-    models = ordered_models(model for model, _ in records)
-    caption = captions.corpora(found)
+    models = in_order(model for model, _ in records)
+    caption = corpora_caption(found)
     with panel(1.0 + 0.46 * len(names)) as (figure, axes):
         axes.set_xscale("log")
         for index, model in enumerate(models):
@@ -42,7 +41,7 @@ def corpora(found: Measurements, table: Table | None) -> Figure | None:
     return Figure("corpora", "Perplexity of each model", [drawing], caption, table)
 
 
-def _plain_log_ticks(axes: Any, records: dict[tuple[str, ...], Record]) -> None:
+def _plain_log_ticks(axes: Any, records: dict[tuple[str, str], Record]) -> None:
     """Put plain numbers at 1, 2, 5 times powers of ten: a short log axis has few others."""
     low = min(record["perplexity"]["low"] for record in records.values()) / 1.05
     high = max(record["perplexity"]["high"] for record in records.values()) * 1.05
@@ -52,3 +51,20 @@ def _plain_log_ticks(axes: Any, records: dict[tuple[str, ...], Record]) -> None:
     axes.set_xlim(low, high)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
+
+
+def corpora_caption(found: Measurements) -> str:
+    """Say every model's perplexity on the texts trained on, and on the others."""
+    sentences = []
+    for in_domain, where in ((True, "in domain"), (False, "out of domain")):
+        values = {
+            model: value
+            for model in in_order(record["model"] for record in found.of("quality"))
+            if (value := perplexity(found, model, in_domain)) is not None
+        }
+        if values:
+            said = [f"{model} {inline(value, digits=4)}" for model, value in values.items()]
+            many = sum(inside is in_domain for _, inside in domains(found)) > 1
+            mean = " (geometric mean)" if many else ""
+            sentences.append(f"{where}{mean} {join(said)}")
+    return f"Perplexity, lower is better: {'; '.join(sentences)}."

@@ -1,87 +1,84 @@
-"""The figure of losses over training steps."""
+"""Draw the losses over training steps."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from melinoe.report import captions
-from melinoe.report.figures.base import Figure, colour_of
-from melinoe.report.figures.svg import WIDTH_IN, finish, panel
-from melinoe.report.records import Measurements
-from melinoe.report.schema import TRAINING_TERMS, Record
-from melinoe.report.tables import Cell, Table, ordered_models
+from melinoe.report.amounts import join, plain
+from melinoe.report.comparing import in_order
+from melinoe.report.figures.svg import WIDTH_IN, Figure, colour_of, finish, panel
+from melinoe.report.records import TRAINING_TERMS, Measurements
+from melinoe.report.table import Cell, Table
+
+Log = Sequence[Mapping[str, Any]]
 
 
 def training(found: Measurements) -> Figure | None:
-    """
-    Each loss term over the training steps, one panel per term, one line per model.
-
-    A model that trains under the cache prior runs other experts than its routers choose. Its
-    losses do not compare with those of one that runs its own choices, and stand apart.
-    """
-    records = {record["model"]: record for record in found.of("training")}
-    logged = {name for record in records.values() for row in record["log"] for name in row}
-    terms = [term for term in TRAINING_TERMS if term in logged]
+    """Draw each loss over the training steps, one panel per loss, one line per model."""
+    logs: dict[str, Log] = {m: record["log"] for m, record in found.by_model("training").items()}
+    models = in_order(logs)
+    terms = {
+        term: name
+        for term, name in TRAINING_TERMS.items()
+        if any(term in row for log in logs.values() for row in log)
+    }
     if not terms:
         return None
-    models = ordered_models(records)
-    rules = {model: _rule(records[model]) for model in models}
-    caption = captions.training({m: records[m]["log"] for m in models}, TRAINING_TERMS, rules)
-    groups = list(dict.fromkeys(rules.values()))
-    shown = [
-        (term, rule, lines)
-        for term in terms
-        for rule in groups
-        if (lines := list(_series(records, [m for m in models if rules[m] == rule], term)))
-    ]
+    caption = training_caption({model: logs[model] for model in models}, terms)
+    drawn = [term for term in terms if any(len(series(log, term)[0]) for log in logs.values())]
     panels = []
-    for term, rule, lines in shown:
-        title = TRAINING_TERMS[term] + (f", {rule}" if len(groups) > 1 else "")
-        with panel(2.8, 3.5 if len(shown) > 2 else WIDTH_IN) as (figure, axes):
+    for term in drawn:
+        with panel(2.8, 3.5 if len(drawn) > 2 else WIDTH_IN) as (figure, axes):
             ends = []
-            for model, steps, values in lines:
+            for model in models:
+                steps, values = series(logs[model], term)
+                if not len(steps):
+                    continue
                 colour = colour_of(model)
                 smooth = running_mean(values)
-                if len(values) != len(smooth) or not np.array_equal(values, smooth):
+                if not np.array_equal(values, smooth):
                     axes.plot(steps, values, color=colour, lw=0.7, alpha=0.35)
                 axes.plot(steps, smooth, color=colour)
                 ends.append((float(smooth[-1]), model, float(steps[-1])))
             axes.margins(x=0.01)
             _label_ends(axes, ends)
-            axes.set_title(title)
+            axes.set_title(terms[term])
             axes.set_xlabel("training step")
-            name = f"fig-training-{term}" + (f"-{groups.index(rule)}" if len(groups) > 1 else "")
-            panels.append(finish(figure, name, f"{title}: {caption}"))
+            panels.append(finish(figure, f"fig-training-{term}", f"{terms[term]}: {caption}"))
     rows = [
-        [
-            Cell(m),
-            *([Cell(rules[m])] if len(groups) > 1 else []),
-            *(Cell(captions.start_to_end(records[m]["log"], t)) for t in terms),
-        ]
-        for m in models
+        [Cell(m), *(Cell(start_to_end(logs[m], term) or "n/a") for term in terms)] for m in models
     ]
-    columns = ["model", *(["experts that ran"] if len(groups) > 1 else [])]
-    columns += [f"{TRAINING_TERMS[t]}, start → end" for t in terms]
+    columns = ["model", *(f"{name}, start → end" for name in terms.values())]
     table = Table("training", "Losses: mean of first and last twentieth of steps", columns, rows)
     return Figure("training", "Losses over training", panels, caption, table)
 
 
-def _rule(record: Record) -> str:
-    """How experts were chosen while a model trained."""
-    prior = (record.get("settings") or {}).get("cache_prior", 0)
-    return "own choices" if prior == 0 else "choices under the prior"
+def training_caption(logs: Mapping[str, Log], terms: Mapping[str, str]) -> str:
+    """Say where each loss began and ended, model by model."""
+    sentences = []
+    for term, name in terms.items():
+        ends = {model: start_to_end(log, term) for model, log in logs.items()}
+        if each := [f"{model} {said}" for model, said in ends.items() if said]:
+            sentences.append(f"{name} {join(each)}")
+    return f"From the first to the last twentieth of the steps: {'; '.join(sentences)}."
 
 
-def _series(
-    records: dict[str, Record], models: list[str], term: str
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    for model in models:
-        rows = [row for row in records[model]["log"] if row.get(term) is not None]
-        if rows:
-            steps = np.array([row["step"] for row in rows], dtype=float)
-            yield model, steps, np.array([row[term] for row in rows], dtype=float)
+def start_to_end(log: Log, term: str) -> str | None:
+    """Write a loss's means over the first and last twentieth of its steps: ``3.62 → 3.51``."""
+    _, values = series(log, term)
+    some = max(1, len(values) // 20)
+    if not len(values):
+        return None
+    return f"{plain(sum(values[:some]) / some)} → {plain(sum(values[-some:]) / some)}"
+
+
+def series(log: Log, term: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps at which a loss was logged, and its values."""
+    rows = [(row["step"], row[term]) for row in log if row.get(term) is not None]
+    steps, values = np.array(rows, dtype=float).reshape(-1, 2).T
+    return steps, values
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
 """
-Matplotlib's drawings as inline SVG that follows the page: its colours, its fonts, its dark mode.
+Turn matplotlib's drawings into inline SVG that follows the page: colours, fonts, dark mode.
 
 Figures are drawn in stand-in colours that the page's style sheet names; here each is replaced by
 ``var(--name)``, so one drawing serves light, dark and paper. Text stays text.
@@ -9,9 +9,12 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 from xml.etree import ElementTree
+
+from melinoe.report.table import Table
 
 # Stand-in colour -> name in the style sheet. Nothing but a key has such a colour by chance.
 STAND_INS = {
@@ -62,10 +65,21 @@ RC: dict[Any, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure: its panels as SVG, a sentence on what they show, and its numbers as a table."""
+
+    name: str
+    title: str
+    panels: list[str]
+    caption: str
+    table: Table
+
+
 @contextmanager
 def panel(height_in: float = HEIGHT_IN, width_in: float = WIDTH_IN) -> Iterator[tuple[Any, Any]]:
     """
-    Open one panel to draw on, in the house's style: a matplotlib figure and its axes.
+    Open one panel to draw on, in the report's style: a matplotlib figure and its axes.
 
     A third of the page's width is 3.5 inches, half of it 5: text then comes out equally large.
     """
@@ -105,7 +119,7 @@ def finish(figure: Any, name: str, description: str) -> str:
 
 
 def _inline(element: ElementTree.Element, name: str) -> str:
-    """Write one element without namespaces, ids made unique, colours and fonts made variable."""
+    """One element without namespaces, ids made unique, colours and fonts made variable."""
     tag = element.tag.rpartition("}")[2]
     if tag == "metadata":
         return ""
@@ -128,3 +142,42 @@ def _themed(text: str) -> str:
     for stand_in, colour in STAND_INS.items():
         text = text.replace(stand_in, f"var(--{colour})")
     return re.sub(r"(font: [^;]*?[\d.]+px) [^;]+", r"\1 var(--sans)", text)
+
+
+def colour_of(model: str) -> str:
+    """Return the colour of a model, the same on the whole page."""
+    known = {"base": "base", "control": "control", "fine-tuned": "tuned"}
+    return COLOUR[known.get(model, "other")]
+
+
+def colours_of(names: list[str]) -> list[str]:
+    """Return a colour for each line of a panel: models their own, others in turn."""
+    others = ("other", "base", "tuned", "rose", "olive", "slate")
+    own = [colour_of(name) for name in names]
+    if len(set(own)) == len(own):
+        return own
+    return [COLOUR[others[index % len(others)]] for index in range(len(names))]
+
+
+def marker(index: int) -> str:
+    """Return the marker of the line drawn at this place."""
+    return ("o", "s", "D", "^", "v")[index % 5]
+
+
+def mark_models(axes: Any, models: list[str]) -> None:
+    """Name the models once, in their colours and markers, on a line above the rows."""
+    handles = [
+        axes.plot([], [], marker(index), color=colour_of(model), label=model)[0]
+        for index, model in enumerate(models)
+    ]
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.98),
+        ncols=len(models),
+        frameon=False,
+        labelcolor=[colour_of(model) for model in models],
+        handletextpad=0.2,
+        columnspacing=1.4,
+        borderpad=0,
+    )

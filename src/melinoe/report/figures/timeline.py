@@ -1,25 +1,25 @@
-"""One generation token by token: what each waited for, and which layer loaded."""
+"""Draw one generation token by token: what each waited for, and which layer loaded."""
 
 from typing import Any
 
 import numpy as np
 
 from melinoe.report.amounts import plain
-from melinoe.report.figures.base import Figure, colour_of
-from melinoe.report.figures.svg import COLOUR, finish, panel
-from melinoe.report.records import Measurements
-from melinoe.report.schema import Record
-from melinoe.report.tables import Cell, Table, link_of, link_text, ordered_models
+from melinoe.report.comparing import in_order
+from melinoe.report.figures.svg import COLOUR, Figure, colour_of, finish, panel
+from melinoe.report.records import Measurements, Record
+from melinoe.report.table import Cell, Table
+from melinoe.report.tables import link_of, link_text
 
 _PALE = "; pale behind them, those that it found there"
 
 
 def timeline(found: Measurements) -> Figure | None:
-    """One panel per model: time of each token above, loads of each layer below."""
-    records = {record["model"]: record for record in found.of("timeline")}
+    """Draw one panel per model: time of each token above, loads of each layer below."""
+    records = found.by_model("timeline")
     if not records:
         return None
-    models = ordered_models(records)
+    models = in_order(records)
     some = records[models[0]]
     said = []
     for model in models:
@@ -51,16 +51,10 @@ def timeline(found: Measurements) -> Figure | None:
     rows = []
     for model in models:
         record = records[model]
-        numbers = [sum(map(sum, record["loads"])), sum(not any(s) for s in record["loads"])]
-        rows.append(
-            [
-                Cell(model),
-                Cell(f"{len(record['ms'])}"),
-                *(Cell(f"{number:,}") for number in numbers),
-                Cell(plain(float(np.median(record["ms"])))),
-                Cell(plain(float(np.sum(record["stall_ms"])))),
-            ]
-        )
+        loads, free = sum(map(sum, record["loads"])), sum(not any(s) for s in record["loads"])
+        numbers = [f"{len(record['ms'])}", f"{loads:,}", f"{free:,}"]
+        numbers += [plain(float(np.median(record["ms"]))), plain(float(np.sum(record["stall_ms"])))]
+        rows.append([Cell(model), *map(Cell, numbers)])
     columns = ["model", "tokens", "loads", "tokens without a load"]
     columns += ["median time per token (ms)", "waited in all (ms)"]
     table = Table("timeline", "One generation", columns, rows)

@@ -1,18 +1,23 @@
 """Studies of fine-tunings: intervals over seeds and items, like-for-like prices, tables."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from melinoe.errors import DataError
-from melinoe.report import read_records, write_report
+from benchmarks.study.tables import (
+    NO_CONTROL,
+    crossed,
+    fewer,
+    frontier,
+    gather,
+    increase,
+    main,
+    study_tables,
+    transfers,
+)
 from melinoe.report.amounts import DASH
-from melinoe.report.study import frontier, study_tables
-from melinoe.report.study.compare import fewer, increase, transfers
-from melinoe.report.study.runs import gather
-from melinoe.report.study.seeds import crossed
-from melinoe.report.study.table import NO_CONTROL
 
 
 def run(
@@ -71,7 +76,7 @@ def price_of(study, name, in_domain=True):
 
 def test_the_price_is_paired_with_the_control_of_the_same_seed():
     """Gaps of .1 and .2 nats per token and seed: exp of their mean is the price."""
-    study = gather(read_records(records()))
+    study = gather(records())
     price = price_of(study, "clipped 1")
     assert price.mean == pytest.approx(math.expm1(0.15))
     # Every example of a seed has the same gap, so only the seeds move the interval: two of them,
@@ -85,12 +90,12 @@ def test_the_price_is_paired_with_the_control_of_the_same_seed():
 def test_a_run_without_its_control_has_no_price():
     """A seed that the control lacks is left out; a setting left with none has no price."""
     rows = [row for row in records() if (row["name"], row["seed"]) != ("plain", 1)]
-    study = gather(read_records(rows))
+    study = gather(rows)
     assert price_of(study, "clipped 1").mean == pytest.approx(math.expm1(0.1))
     rows = [row for row in rows if row["name"] != "plain"]
-    study = gather(read_records(rows))
+    study = gather(rows)
     assert price_of(study, "clipped 1") is None
-    assert study_tables(read_records(rows)) == []
+    assert study_tables(study) == []
 
 
 TAUGHT = {"group": "frontier", "lambda_match": 10.0}
@@ -104,10 +109,10 @@ def test_a_taught_run_is_priced_against_a_taught_run_alone():
     exp(.1) - 1, and what it gains over plain fine-tuning is the teacher's.
     """
     taught = [run("taught 1", seed, 19.0, 20, family="taught", **TAUGHT) for seed in (0, 1)]
-    study = gather(read_records([*records(), *taught]))
+    study = gather([*records(), *taught])
     assert study.control(study.settings["taught 1"]) is None
     assert increase(study.settings["taught 1"], study.settings["plain"], True).mean < 0
-    price, texts, _ = study_tables(read_records([*records(), *taught]))
+    price, texts, _ = study_tables(study)
     row = dict(zip(price.columns, price.rows[-1], strict=True))
     assert row["price in domain"].text == row["price out of domain"].text == NO_CONTROL
     assert row["over plain fine-tuning, in domain"].text.endswith("9.5 %")
@@ -118,7 +123,7 @@ def test_a_taught_run_is_priced_against_a_taught_run_alone():
         run("taught alone", seed, 18.0, 50, strength=None, lambda_cache=0.0, **TAUGHT)
         for seed in (0, 1)
     ]
-    study = gather(read_records([*records(), *taught, *alone]))
+    study = gather([*records(), *taught, *alone])
     assert study.control(study.settings["taught 1"]).name == "taught alone"
     assert price_of(study, "taught 1").mean == pytest.approx(math.expm1(0.1))
     assert price_of(study, "clipped 1").mean == pytest.approx(math.expm1(0.15))
@@ -129,7 +134,7 @@ def test_one_seed_that_was_trained_otherwise_makes_no_control():
     """Seed 1 took more steps than the plain run with that seed."""
     rows = records()
     rows[-1]["settings"]["steps"] = 400
-    study = gather(read_records(rows))
+    study = gather(rows)
     assert study.control(study.settings["clipped 1"]) is None
 
 
@@ -137,9 +142,9 @@ def test_a_group_without_a_control_has_no_frontier():
     """There is no price to draw; the table says so."""
     rows = [row for row in records() if row["name"] != "clipped 1"]
     taught = [run("taught 1", seed, 19.0, 20, **TAUGHT) for seed in (0, 1)]
-    found = read_records([*rows, *taught])
-    assert frontier(found, "frontier") is None
-    assert [table.name for table in study_tables(found)] == [
+    study = gather([*rows, *taught])
+    assert frontier(study, "frontier") is None
+    assert [table.name for table in study_tables(study)] == [
         "study-frontier",
         "study-frontier-caches",
     ]
@@ -147,7 +152,7 @@ def test_a_group_without_a_control_has_no_frontier():
 
 def test_transfers_are_summed_over_seeds_and_prompts():
     """20 and 10 loads a prompt of 10 tokens: 1.5 a token, 4 times fewer than the base's 6."""
-    study = gather(read_records(records()))
+    study = gather(records())
     assert transfers(study.settings["clipped 1"], "lfu-8").mean == pytest.approx(1.5)
     times = fewer(study, study.settings["clipped 1"], "lfu-8")
     assert times.mean == pytest.approx(4.0)
@@ -191,7 +196,7 @@ def test_parts_with_other_seeds_are_refused():
 
 def test_the_table_names_base_and_plain_runs_first():
     """Base and plain runs stand above, without a price, and the notes name the cache."""
-    price, texts, caches = study_tables(read_records(records()))
+    price, texts, caches = study_tables(gather(records()))
     assert [row[0].text for row in price.rows] == ["base", "plain", "clipped 1"]
     # Four and two nats a token.
     assert price.columns[2] == "perplexity, maths"
@@ -210,20 +215,30 @@ def test_the_table_names_base_and_plain_runs_first():
     ]
 
 
-def test_the_page_draws_the_frontier_and_names_who_is_not_beaten(tmp_path):
+def test_the_frontier_names_who_is_not_beaten():
     """Of two settings, the one that costs more and saves less is not named as unbeaten."""
     worse = [run("literal 1", seed, 23.0, 40, family="literal", strength=1.0) for seed in (0, 1)]
-    write_report([*records(), *worse], tmp_path / "study.html")
-    page = (tmp_path / "study.html").read_text()
-    assert page.count("<svg") == 2
-    text = (tmp_path / "study.md").read_text()
-    unbeaten = text.partition("cheapest first: ")[2].partition("\n")[0]
+    figure = frontier(gather([*records(), *worse]))
+    assert [panel.count("<svg") for panel in figure.panels] == [1, 1]
+    unbeaten = figure.caption.partition("cheapest first: ")[2]
     assert "clipped 1" in unbeaten
     assert "literal 1" not in unbeaten
 
 
-def test_a_study_record_without_transfers_is_refused(tmp_path):
-    """The message names the record and the field."""
-    broken = {key: value for key, value in records()[0].items() if key != "transfers"}
-    with pytest.raises(DataError, match="transfers"):
-        read_records([broken])
+def test_the_page_is_written_and_checked(monkeypatch, capsys, tmp_path):
+    """Tables between the markers; `--check` passes, and names the one that somebody changed."""
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
+    page = tmp_path / "study.md"
+    page.write_text("# Study\n<!-- report:study-frontier --><!-- /report:study-frontier -->\n")
+    monkeypatch.setattr("benchmarks.study.tables.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.study.tables.PAGE", page)
+    monkeypatch.setattr("sys.argv", ["tables.py"])
+    main()
+    assert "| clipped 1 | 2 |" in page.read_text()
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    main()
+    assert "up to date" in capsys.readouterr().err
+    page.write_text(page.read_text().replace("| clipped 1 | 2 |", "| clipped 1 | 3 |"))
+    with pytest.raises(SystemExit, match="out of date in study-frontier"):
+        main()
+    assert "| clipped 1 | 3 |" in page.read_text()

@@ -1,29 +1,68 @@
-"""One table as Markdown, as plain text for a terminal, or as HTML rows for the page."""
+"""A table as data, and written as Markdown, as text for a terminal, or as HTML."""
 
 import io
+from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
-from melinoe.report.tables import Cell, Table
+from melinoe.report.amounts import NOT_MEASURED, spread
+from melinoe.stats import Estimate
 
 # A table of more columns does not fit on paper in full size.
 WIDE = 8
 
 
-def markdown(table: Table) -> str:
-    """Write a table in GitHub's Markdown, notes below it."""
-    lines = [" | ".join(plain(column) for column in table.columns)]
-    lines.append(" | ".join(["---"] + ["---:"] * (len(table.columns) - 1)))
-    lines += [" | ".join(plain(cell.inline()) for cell in row) for row in table.rows]
-    text = "\n".join(f"| {line} |" for line in lines)
-    return text + "".join(f"\n\n{plain(note)}" for note in table.notes)
+@dataclass(frozen=True)
+class Cell:
+    """One cell: a mean (or a text), its interval, and a remark such as a ratio to base."""
+
+    text: str
+    interval: str = ""
+    remark: str = ""
+
+    def inline(self) -> str:
+        """Write the cell on one line: ``4.81 [4.60, 5.02] (÷ 3.1)``."""
+        interval = f" [{self.interval}]" if self.interval else ""
+        return self.text + interval + (f" ({self.remark})" if self.remark else "")
+
+    def stacked(self) -> str:
+        """Write the cell on several lines, so that its column stays narrow."""
+        lines = (self.text, self.interval, *self.remark.replace(" [", "\n[", 1).split("\n"))
+        return "\n".join(part for part in lines if part)
 
 
-def plain(text: str) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under headings; the first column names the row, notes stand below."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+def cell(estimate: Estimate | None, unit: str = "", digits: int = 3, remark: str = "") -> Cell:
+    """Make the cell of an estimate; one that was not measured says so."""
+    if estimate is None:
+        return Cell(NOT_MEASURED)
+    return Cell(*spread(estimate, unit, digits), remark)
+
+
+def literal(text: str) -> str:
     """Write a text for Markdown on one line, its special characters taken literally."""
     for special in ("\\", "|", "<", ">", "*", "_", "`"):
         text = text.replace(special, "\\" + special)
     return " ".join(text.split())
+
+
+def markdown(table: Table) -> str:
+    """Write a table in GitHub's Markdown, notes below it."""
+    lines = [" | ".join(literal(column) for column in table.columns)]
+    lines.append(" | ".join(["---"] + ["---:"] * (len(table.columns) - 1)))
+    lines += [" | ".join(literal(cell.inline()) for cell in row) for row in table.rows]
+    text = "\n".join(f"| {line} |" for line in lines)
+    return text + "".join(f"\n\n{literal(note)}" for note in table.notes)
 
 
 def terminal(table: Table, width: int) -> str:
@@ -40,7 +79,7 @@ def terminal(table: Table, width: int) -> str:
     # A heading may break between words, a row's name too, a number nowhere.
     needs = []
     for index, column in enumerate(table.columns):
-        lines = [line for row in table.rows for line in _stacked(row[index]).split("\n")]
+        lines = [line for row in table.rows for line in row[index].stacked().split("\n")]
         if index == 0:
             lines = [word for line in lines for word in line.split()]
         needs.append(max(map(len, [*column.split(), *lines])))
@@ -52,7 +91,7 @@ def terminal(table: Table, width: int) -> str:
     for index, (column, need) in enumerate(zip(table.columns, needs, strict=True)):
         drawn.add_column(Text(column), justify="right" if index else "left", min_width=need)
     for row in table.rows:
-        drawn.add_row(*(Text(_stacked(cell)) for cell in row))
+        drawn.add_row(*(Text(cell.stacked()) for cell in row))
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None)
     console.print(drawn)
@@ -71,12 +110,6 @@ def _blocks(table: Table) -> str:
             lines.append(f"  {column:<{widest}}  {cell.inline()}")
         blocks.append("\n".join(lines))
     return "\n\n".join([*blocks, *table.notes])
-
-
-def _stacked(cell: Cell) -> str:
-    # A remark's own interval stands below it, so that the column stays narrow.
-    lines = (cell.text, cell.interval, *cell.remark.replace(" [", "\n[", 1).split("\n"))
-    return "\n".join(part for part in lines if part)
 
 
 def html(table: Table) -> str:
@@ -111,7 +144,7 @@ def html(table: Table) -> str:
     )
 
 
-def render(tables: list[Table], form: Literal["markdown", "text"], width: int) -> str:
+def render(tables: list[Table], form: Literal["markdown", "text"], width: int = 0) -> str:
     """
     Write tables one below the other.
 
@@ -122,5 +155,5 @@ def render(tables: list[Table], form: Literal["markdown", "text"], width: int) -
         return "\n\n".join(terminal(table, width) for table in tables)
     if form != "markdown":
         raise ValueError(f"form must be 'markdown' or 'text', not {form!r}")
-    titled = [f"**{plain(table.title)}**\n\n{markdown(table)}" for table in tables]
+    titled = [f"**{literal(table.title)}**\n\n{markdown(table)}" for table in tables]
     return "\n\n".join(titled)
