@@ -41,7 +41,7 @@ def little(monkeypatch):
     """What fine-tuning measures by itself is kept short, and its figures undrawn: none is read."""
     small = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
     monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", small)
-    monkeypatch.setattr("melinoe.report.card.figures._png", lambda figure: b"")
+    monkeypatch.setattr("melinoe.report.card.figures_of", lambda records: [])
 
 
 def everything(models, *more):
@@ -202,7 +202,7 @@ def test_finetune_measures_before_and_after_and_writes_the_card(models, melinoe,
     assert metadata["outcome"]["examples"] == 10 and metadata["outcome"]["slots"] == 2
     assert set(metadata["outcome"]["change"]["perplexity"]) == {"questions", "a"}
     card = (out / "README.md").read_text()
-    assert "## What fine-tuning changed" in card and "melinoe-hit-rates.png" in card
+    assert "## What fine-tuning changed" in card and "melinoe-curves-1.svg" in card
     assert str(models) not in card + json.dumps(metadata)
     before = card
     assert melinoe("card", out)[0] == 0

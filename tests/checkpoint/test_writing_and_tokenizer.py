@@ -94,7 +94,9 @@ def test_a_base_that_stores_a_parameter_under_other_names_is_refused(tmp_path, m
     monkeypatch.setattr("melinoe.checkpoint.writing.revert_weight_conversion", lambda _, own: own)
     with open_checkpoint(str(tmp_path)) as checkpoint:
         model = load_model(checkpoint)
-        with pytest.raises(UnsupportedModelError, match="gate_up_proj of inkling2.* cannot be laid"):
+        with pytest.raises(
+            UnsupportedModelError, match="gate_up_proj of inkling2.* cannot be laid"
+        ):
             check_rewritable(model, checkpoint)
 
 

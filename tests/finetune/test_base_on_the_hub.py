@@ -8,7 +8,7 @@ from melinoe.checkpoint import describe_base
 from melinoe.checkpoint.metadata import read_metadata, update_metadata
 from melinoe.data import load_examples
 from melinoe.finetune import finetune
-from melinoe.report.card.text import _named
+from melinoe.report.card import base_link
 
 NAME = "org/tiny"
 
@@ -26,6 +26,6 @@ def test_the_record_names_the_commit_that_was_trained(checkpoint, cache):
         finetune(base, data, checkpoint / out, settings(steps=1))
         update_metadata(checkpoint / out, **describe_base(base))
         assert read_metadata(checkpoint / out)["base_commit"] == commit
-    link = _named(NAME, read_metadata(checkpoint / "hub"))
+    link = base_link(NAME, read_metadata(checkpoint / "hub"))
     assert link == f"[{NAME}](https://huggingface.co/{NAME}/tree/{commit_id(3)})"
-    assert _named("base", read_metadata(checkpoint / "local")) == "base"
+    assert base_link("base", read_metadata(checkpoint / "local")) == "base"

@@ -17,7 +17,7 @@ def test_two_steps_at_a_rate_of_nothing_show_no_change(tmp_path, monkeypatch, me
     """With a control, and from the same record without one: no saving is claimed of any model."""
     little = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
     monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", little)
-    monkeypatch.setattr("melinoe.report.card.figures._png", lambda figure: b"")
+    monkeypatch.setattr("melinoe.report.card.figures_of", lambda records: [])
     tiny_model().save_pretrained(tmp_path / "base")
     words_tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"prompt": f"w{2 + i} ", "completion": f"w{9 + i} w4 w{3 + i}"} for i in range(16)]

@@ -48,7 +48,7 @@ def little(monkeypatch):
     """Three short completions of each model are enough here, and no figure is looked at."""
     small = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
     monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", small)
-    monkeypatch.setattr("melinoe.report.card.figures._png", lambda figure: b"")
+    monkeypatch.setattr("melinoe.report.card.figures_of", lambda records: [])
 
 
 @pytest.fixture

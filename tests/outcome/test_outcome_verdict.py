@@ -2,8 +2,7 @@
 
 import pytest
 
-from melinoe.report.card.paid import explained, sentences
-from melinoe.report.card.verdict import NO_CHANGE, verdict
+from melinoe.report.card import NO_CHANGE, explained, verdict
 
 SETTINGS = {"lambda_cache": 1.0, "steps": 200, "lambda_match": 10.0}
 ALIKE = {"lambda_cache": 0.0, "cache_prior": 0.0, "steps": 200, "lambda_match": 10.0}
@@ -44,7 +43,8 @@ def test_fewer_transfers_are_said_with_their_price():
     assert verdict(outcome(estimate(3.0, 2.8, 3.2), PRICE), SETTINGS, False) == (
         f"Against {CONTROL}, this model needs **3.00 [2.80, 3.20] times fewer** transfers per "
         "token (8 of 32 experts per layer resident, LFU, reading the same held-out text); at a "
-        "price of **+2.2 % [+1.8, +2.7]** in perplexity on held-out maths."
+        "price of **+2.2 % [+1.8, +2.7]** in perplexity on held-out maths. Price out "
+        "of domain, against the control: perplexity on held-out far **+30.0 % [+20.0, +40.0]**."
     )
 
 
@@ -109,11 +109,7 @@ def test_a_control_that_is_not_like_for_like_sets_no_price(theirs, said):
     """Neither in domain nor out of it: the difference may be the teacher's."""
     found = outcome(estimate(3.0, 2.8, 3.2), PRICE, theirs)
     first = verdict(found, SETTINGS, False)
-    rest = "\n".join(sentences(found, SETTINGS, None))
     assert said in first
-    metadata = {"settings": SETTINGS}
-    counted = explained(found | {"prompts": 5}, SETTINGS, metadata, False)
-    assert not any("rice" in one for one in (first, rest, counted))
-    assert "Perplexity out of domain, against that control: far" in rest
-    alike = "\n".join(sentences(outcome(estimate(3.0, 2.8, 3.2), PRICE), SETTINGS, None))
-    assert "Price out of domain, against the control: far" in alike
+    counted = explained(found | {"prompts": 5}, SETTINGS, {"settings": SETTINGS}, False)
+    assert "rice" not in first and "rice" not in counted
+    assert "Perplexity out of domain, against the control: perplexity on held-out far" in first

@@ -69,24 +69,28 @@ def write_figures(figures: Sequence[Figure], directory: Path | str) -> list[Path
     Raises:
         DataError: there is no figure, or *directory* cannot be written to.
     """
-    drawings = {
-        f"{figure.name}-{number}.svg" if len(figure.panels) > 1 else f"{figure.name}.svg": panel
-        for figure in figures
-        for number, panel in enumerate(figure.panels, 1)
-    }
+    drawings = svg_files(figures)
     if not drawings:
         raise DataError("none of these records makes a figure; give those of a demo")
-    colours = escape(_environment().get_template("colours.css").render(), quote=False)
-    texts = {}
-    for name, drawing in drawings.items():
-        head, body = drawing.split(">", 1)
-        texts[Path(directory) / name] = (
-            f'{head} xmlns="http://www.w3.org/2000/svg">'
-            f"<style>{colours}svg {{ color: var(--ink); }}</style>"
-            f'<rect width="100%" height="100%" fill="var(--page)"/>{body}\n'
-        )
+    texts = {Path(directory) / name: text for name, text in drawings.items()}
     _write(texts, directory)
     return [*texts]
+
+
+def svg_files(figures: Sequence[Figure]) -> dict[str, str]:
+    """Return the files of `write_figures` by name."""
+    colours = escape(_environment().get_template("colours.css").render(), quote=False)
+    files = {}
+    for figure in figures:
+        for number, panel in enumerate(figure.panels, 1):
+            head, body = panel.split(">", 1)
+            name = f"{figure.name}-{number}" if len(figure.panels) > 1 else figure.name
+            files[f"{name}.svg"] = (
+                f'{head} xmlns="http://www.w3.org/2000/svg">'
+                f"<style>{colours}svg {{ color: var(--ink); }}</style>"
+                f'<rect width="100%" height="100%" fill="var(--page)"/>{body}\n'
+            )
+    return files
 
 
 def _write(texts: Mapping[Path, str], named: Path | str) -> None:
