@@ -24,7 +24,9 @@ SETTINGS = (
 
 def prices(name: str, path: Path, domains: list[Texts], count: int) -> list[dict[str, Any]]:
     """Read *count* texts of each domain, of as many documents, token by token, as each setting."""
-    model, handle = load(str(path), slots=QUARTER, policy=POLICY, dtype=torch.float32, store="ram")
+    model, handle = load(
+        str(path), "cpu", slots=QUARTER, policy=POLICY, dtype=torch.float32, store="ram"
+    )
     rows = []
     for of in domains:
         one_each = np.sort(np.unique(of.documents, return_index=True)[1])[:count]

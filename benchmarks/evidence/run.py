@@ -74,7 +74,7 @@ def main() -> None:
     priced: Rows = []
     for name, path in (("base", TINY_OLMOE), (args.tuned_name, args.tuned)):
         everything = describe(str(path)).num_experts
-        model, handle = load(str(path), slots=everything, dtype=torch.float32, store="ram")
+        model, handle = load(str(path), "cpu", slots=everything, dtype=torch.float32, store="ram")
         tokenizer = load_tokenizer(str(path), model.config)
         domains = texts(tokenizer, args.judged, args.learned)
         for of in domains:

@@ -14,9 +14,8 @@ import shapes
 import steps
 import torch
 
-from melinoe import attach as attach_reference
+import melinoe
 from melinoe.engine.device import compiled as compiling
-from melinoe.engine.device.attach import attach as attach_fast
 
 RATES = (0.0, 0.1, 0.5)
 
@@ -90,14 +89,16 @@ class Setup:
         self.passes: Any = None
         self.compiled: Any = None
         if engine == "fast":
-            self.handle = attach_fast(
-                self.model, slots=slots, store=store, device=device, graphs=compile or graphs,
-                compile=compile,
+            self.handle = melinoe.attach(
+                self.model, engine="fast", slots=slots, store=store, device=device,
+                graphs=compile or graphs, compile=compile,
             )  # fmt: skip
             self.passes = self.handle._passes
             self.compiled = self.handle.graphs.compiled
         elif engine == "reference":
-            self.handle = attach_reference(self.model, slots=slots, store=store, device=device)
+            self.handle = melinoe.attach(
+                self.model, engine="reference", slots=slots, store=store, device=device
+            )
         self.programs = (
             self.handle._caches[0].carriers[0].plan.programs if engine == "fast" else None
         )

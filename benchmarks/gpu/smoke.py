@@ -103,7 +103,7 @@ def _text(model: Any) -> torch.Tensor:
 def _generates(device: torch.device) -> str:
     model = _model(device)
     with melinoe.attach(model, engine="fast", slots=6, graphs=False) as handle:
-        return f"{_text(model).shape[1]} tokens, {handle.copies} programs copy"
+        return f"{_text(model).shape[1]} tokens, {handle.engine.copies} programs copy"
 
 
 def _never_waits(device: torch.device) -> str:

@@ -100,7 +100,7 @@ def written_rows(items: Sequence[Item]) -> list[int]:
 def open_model(path: Path, slots: int | None = None, **options: Any) -> tuple[Any, Any, Any]:
     """A model in float32, all experts resident unless told; its handle and its tokenizer."""
     slots = slots or describe(str(path)).num_experts
-    model, handle = load(str(path), slots=slots, dtype=torch.float32, store="ram", **options)
+    model, handle = load(str(path), "cpu", slots=slots, dtype=torch.float32, store="ram", **options)
     return model, handle, load_tokenizer(str(path), model.config)
 
 

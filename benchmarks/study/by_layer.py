@@ -31,7 +31,7 @@ SLOTS, POLICY, LEARNED_FROM = 8, "lfu", 64
 
 def measure(name: str, seed: int, path: str) -> dict:
     """Loads and tokens of each text, with even slots and with slots by layer."""
-    model, handle = load(path, slots=describe(path).num_experts, dtype=torch.float32)
+    model, handle = load(path, "cpu", slots=describe(path).num_experts, dtype=torch.float32)
     end = JUDGED_FROM + JUDGED
     examples = load_examples(GSM8K_TRAIN)[JUDGED_FROM : end + LEARNED_FROM]
     encoded = encode(examples, load_tokenizer(path, model.config), LENGTH)

@@ -46,7 +46,9 @@ def judge(path: Path, held_out: list[Example], *, written: bool = True) -> dict[
     """
     everything = describe(str(path)).num_experts
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, handle = load(str(path), slots=everything, dtype=torch.float32, device=device)
+    model, handle = load(
+        str(path), device, slots=everything, dtype=torch.float32, engine="reference"
+    )
     tokenizer = load_tokenizer(str(path), model.config)
     ours = encode(held_out, tokenizer, LENGTH)
     others = {

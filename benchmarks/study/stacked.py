@@ -30,7 +30,7 @@ STRENGTHS = (0.05, 0.1, 0.2)
 
 def measure(name: str, seed: int, path: str, strength: float, count: int) -> dict:
     """Loss and loads of each text; strength 0 is the router's own choice."""
-    model, handle = load(path, slots=SLOTS, policy=POLICY, dtype=torch.float32)
+    model, handle = load(path, "cpu", slots=SLOTS, policy=POLICY, dtype=torch.float32)
     texts = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + count]
     encoded = encode(texts, load_tokenizer(path, model.config), LENGTH)
     if strength:

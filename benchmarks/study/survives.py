@@ -46,7 +46,7 @@ CACHES = ((8, "lru"), (8, "lfu"))
 
 def measure(path: str, seed: int, name: str) -> dict[str, Any]:
     """Transfers per token of one checkpoint under every condition."""
-    model, handle = load(path, slots=describe(path).num_experts, dtype=torch.float32)
+    model, handle = load(path, "cpu", slots=describe(path).num_experts, dtype=torch.float32)
     tokenizer = load_tokenizer(path, model.config)
     held_out = load_examples(GSM8K_TRAIN)[JUDGED_FROM : JUDGED_FROM + 6 * ANSWERS]
     answers = encode(held_out[:ANSWERS], tokenizer, CONTEXT)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from melinoe.cache.residency import Residency as Residency
     from melinoe.cache.simulator import simulate as simulate
     from melinoe.cache.trace import Trace as Trace
-    from melinoe.engine.choose import attach as attach
-    from melinoe.engine.choose import load as load
     from melinoe.engine.handle import Handle as Handle
+    from melinoe.engine.load import attach as attach
+    from melinoe.engine.load import load as load
     from melinoe.engine.transfer import EmulatedLink as EmulatedLink
     from melinoe.errors import MelinoeError as MelinoeError
     from melinoe.predictor import Predictor as Predictor
@@ -29,8 +29,8 @@ _HOMES = {
     "Predictor": "melinoe.predictor",
     "Residency": "melinoe.cache.residency",
     "Trace": "melinoe.cache.trace",
-    "attach": "melinoe.engine.choose",
-    "load": "melinoe.engine.choose",
+    "attach": "melinoe.engine.load",
+    "load": "melinoe.engine.load",
     "simulate": "melinoe.cache.simulator",
 }
 

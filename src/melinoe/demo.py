@@ -171,7 +171,7 @@ class Demo:
     def _open(self, name: str, slots: int, **more: Any) -> tuple[Any, Any, Any]:
         """A model from its checkpoint, through the loader that opens any hub checkpoint."""
         path = str(self.paths[name])
-        model, handle = load(path, slots=slots, dtype=torch.float32, **more)
+        model, handle = load(path, "cpu", slots=slots, dtype=torch.float32, **more)
         return model, handle, load_tokenizer(path, model.config)
 
     def _perplexity(self) -> None:

@@ -267,7 +267,6 @@ def test_an_unattached_model_that_asks_for_melinoe_is_refused(model):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, BudgetError, "either slots"),
         ({"slots": 2, "expert_memory": "1GiB"}, BudgetError, "not both"),
         ({"slots": 0}, BudgetError, "between 1 and 8"),
         ({"slots": 9}, BudgetError, "between 1 and 8"),
@@ -275,6 +274,7 @@ def test_an_unattached_model_that_asks_for_melinoe_is_refused(model):
         ({"slots": 2, "policy": "belady"}, MelinoeError, "simulator"),
         ({"slots": 2, "store": "tape"}, AttachError, "no store 'tape'"),
         ({"slots": 2, "store": "disk"}, AttachError, r"melinoe\.load"),
+        ({"slots": 2, "engine": "quick"}, AttachError, "no engine 'quick'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_moves(model, arguments, error, message):

@@ -41,7 +41,7 @@ def test_a_motion_changes_no_bit_and_leaves_the_runtime_as_it_was(model, motion)
             assert torch.equal(generate(model, "greedy"), expected)
             took_s = time.perf_counter() - begin
         assert [dict(vars(cache)) for cache in handle._caches] == before
-        assert handle.link is handle._transfer._link
+        assert handle.link is handle.engine.transfer._link
         if isinstance(motion, Wait):  # decoding passes x layers, x experts of a token
             assert took_s > 7 * 2 * motion.seconds * (2 if motion.in_parts else 1)
         handle.reset_counters()

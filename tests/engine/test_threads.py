@@ -253,10 +253,11 @@ def test_the_audit_finds_a_planted_fault(model, engine, fault):
             slot = int(cache.residency.expert_of.argmax())
             cache.slots["down_proj"][slot].view(torch.uint8)[3, 2] ^= 1
         elif engine == "fast":
-            handle._who.on_host[1].reset()  # what the device is told was there is another
-            handle._who.on_host[1].prefetch([7, 6, 5, 4])
+            residencies = handle.engine.residencies
+            residencies.on_host[1].reset()  # the device is told of others than are there
+            residencies.on_host[1].prefetch([7, 6, 5, 4])
             cache.slots["gate_up_proj"].zero_()
-            handle._who.push(1)
+            residencies.push(1)
         elif fault == "books":
             cache.residency.expert_of[0] = cache.residency.expert_of[1]
         else:

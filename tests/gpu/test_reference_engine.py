@@ -27,7 +27,7 @@ def test_tokens_equal_the_all_resident_models(slots, store):
     """Greedy tokens from few slots are those of the untouched model."""
     network = model()
     expected = generate(network)
-    with melinoe.attach(network, slots=slots, store=store):
+    with melinoe.attach(network, engine="reference", slots=slots, store=store):
         assert generate(network) == expected
         assert generate(network) == expected  # from a warm cache too
     assert generate(network) == expected  # and detached
@@ -38,7 +38,7 @@ def test_prefetches_in_flight_never_show():
     network = model()
     expected = generate(network, tokens=32)
     rng = torch.Generator().manual_seed(0)
-    with melinoe.attach(network, slots=5, store="pinned") as handle:
+    with melinoe.attach(network, engine="reference", slots=5, store="pinned") as handle:
         for _ in range(20):
             handle.prefetch(
                 [torch.randperm(EXPERTS, generator=rng)[:5].tolist() for _ in range(LAYERS)]
@@ -50,7 +50,7 @@ def test_a_stale_slot_would_show():
     """The control of the tests above: slots with another expert's weights change the tokens."""
     network = model()
     expected = generate(network)
-    with melinoe.attach(network, slots=EXPERTS, store="pinned") as handle:
+    with melinoe.attach(network, engine="reference", slots=EXPERTS, store="pinned") as handle:
         handle.prefetch([list(range(EXPERTS))] * LAYERS)
         for cache in handle._caches:
             for tensor in cache.slots.values():
@@ -62,7 +62,9 @@ def test_a_stale_slot_would_show():
 def test_counts_equal_the_simulators(policy):
     """What ran on the GPU is what its trace simulates to."""
     network = model()
-    with melinoe.attach(network, slots=5, store="pinned", policy=policy) as handle:
+    with melinoe.attach(
+        network, engine="reference", slots=5, store="pinned", policy=policy
+    ) as handle:
         with handle.record() as recorder:
             generate(network)
         assert handle.counters == simulate(recorder.trace(), 5, policy).counters
@@ -72,7 +74,9 @@ def test_the_pinned_store_is_pinned_and_slots_stay_within_the_budget():
     """Host blocks are page-locked; device memory grows by the slots alone."""
     network = model()
     full = torch.cuda.memory_allocated()
-    with melinoe.attach(network, expert_memory="2MiB", store="pinned") as handle:
+    with melinoe.attach(
+        network, engine="reference", expert_memory="2MiB", store="pinned"
+    ) as handle:
         assert handle.expert_memory_bytes <= 2 * 2**20
         assert all(block.is_pinned() for block in handle.store._blocks)
         experts = handle.store.block_bytes(0) * EXPERTS * LAYERS
@@ -85,7 +89,7 @@ def test_a_checkpoint_loads_straight_to_the_gpu(tmp_path):
     network.save_pretrained(tmp_path)
     expected = generate(network)
     for store in ("pinned", "disk", "auto"):
-        loaded, handle = melinoe.load(tmp_path, "cuda", slots=5, store=store)
+        loaded, handle = melinoe.load(tmp_path, "cuda", engine="reference", slots=5, store=store)
         assert generate(loaded) == expected, store
         handle.detach()
 
@@ -93,7 +97,7 @@ def test_a_checkpoint_loads_straight_to_the_gpu(tmp_path):
 def test_stalls_are_measured_on_the_device():
     """Loads on demand make the computation wait, and the wait is counted."""
     network = model()
-    with melinoe.attach(network, slots=TOP_K, store="pinned") as handle:
+    with melinoe.attach(network, engine="reference", slots=TOP_K, store="pinned") as handle:
         generate(network)
         assert handle.stall_s > 0
         assert handle.transferred_bytes == handle.counters.loads.sum() * handle.store.block_bytes(0)
@@ -103,6 +107,6 @@ def test_float32_on_the_gpu_equals_the_cpu():
     """The tiny model of the other tests, one token at a time."""
     on_cpu, on_gpu = tiny_model(), tiny_model().to("cuda")
     ids = torch.arange(3, 12).reshape(1, -1)
-    with torch.no_grad(), melinoe.attach(on_gpu, slots=3, store="pinned"):
+    with torch.no_grad(), melinoe.attach(on_gpu, engine="reference", slots=3, store="pinned"):
         expected = on_cpu(input_ids=ids).logits
         assert torch.allclose(on_gpu(input_ids=ids.cuda()).logits.cpu(), expected, atol=1e-4)

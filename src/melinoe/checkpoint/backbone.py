@@ -42,7 +42,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
     The model comes out of transformers' ``from_pretrained``, so tied weights, buffers, types and
     the generation config are its own doing; only the experts' parameters were taken out while the
     model had no memory yet. They are left as empty parameters ``(0, ...)``, the form that
-    `melinoe.engine.attach` leaves too.
+    `melinoe.attach` leaves too.
 
     Args:
         checkpoint: An opened checkpoint.

@@ -60,7 +60,7 @@ def open_model(model: str, options: ModelOptions) -> tuple[Any, Any, Any]:
 
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.config import ServeSettings, experts_in_share
-    from melinoe.engine.choose import load
+    from melinoe.engine.load import load
     from melinoe.moe.choice import ChoiceSettings
 
     strength = options.choice_strength if options.choice != "exact" else 0.0
@@ -87,8 +87,7 @@ def open_model(model: str, options: ModelOptions) -> tuple[Any, Any, Any]:
         expert_memory=None if by_layer else options.expert_memory,
         policy=options.policy,
         engine=options.engine,
-        # Only the reference engine has a choice of stores; "auto" is no choice.
-        store=None if options.engine != "reference" and options.store == "auto" else options.store,
+        store=options.store,
         miss=options.miss,
         miss_threads=options.miss_threads,
         gpu_memory=options.gpu_memory,

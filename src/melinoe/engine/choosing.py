@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.engine.expert_cache import ExpertCache
 from melinoe.engine.passes import ForwardPasses
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
@@ -41,7 +40,7 @@ class Choosing:
     def __init__(
         self,
         model: nn.Module,
-        caches: Sequence[ExpertCache],
+        caches: Sequence[Any],
         passes: ForwardPasses,
         settings: ChoiceSettings,
     ) -> None:
@@ -83,7 +82,7 @@ class Choosing:
 
 
 def _insert(
-    router: Router, cache: ExpertCache, passes: ForwardPasses, choice: CacheAwareChoice
+    router: Router, cache: Any, passes: ForwardPasses, choice: CacheAwareChoice
 ) -> Callable[[], None]:
     seen: list[Tensor] = []
 

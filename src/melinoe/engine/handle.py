@@ -1,54 +1,161 @@
-"""The runtime at work on a model: what it counted, what it can be told, and how it leaves."""
+"""A served model's handle: what it counted, what it can be told, and how it leaves."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.policy import Policy
+from melinoe.cache.prefetch import Prefetcher
+from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.audit import audit
-from melinoe.engine.budget import slots_by_layer
 from melinoe.engine.choosing import Choosing
-from melinoe.engine.expert_cache import ExpertCache
-from melinoe.engine.following import Following
-from melinoe.engine.generating import watch_generate
-from melinoe.engine.host_experts import HostExperts
+from melinoe.engine.device.budget import Cap, GpuBudget
 from melinoe.engine.misses import Misses
 from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.prefetching import Prefetching
+from melinoe.engine.record import Recorder
 from melinoe.engine.store import Store
 from melinoe.engine.stream_order import StreamOrder
-from melinoe.engine.transfer import EmulatedLink, transfer_for
+from melinoe.engine.usage import UseMeter
 from melinoe.engine.weights import free_weights, give_weights_back, refuse_copies
-from melinoe.errors import AttachError
+from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, still_used, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer, watch_for_adapters
+from melinoe.moe.next_router import NextRouters
+from melinoe.moe.routing import find_routers, fingerprint
 
 
-class Handle(Following):
+class LayerExperts(Protocol):
+    """The experts of one MoE layer, computed from its slots."""
+
+    @property
+    def layer(self) -> ExpertsLayer:
+        """The layer."""
+
+    @property
+    def slots(self) -> Mapping[str, Tensor]:
+        """By parameter name, ``(num_slots, ...)``."""
+
+    @property
+    def residency(self) -> Residency:
+        """Which experts are resident now."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's slots."""
+
+    @property
+    def watch(self) -> Callable[[], None]:
+        """Refuse from now on to run once the layer's empty parameters are changed."""
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes."""
+
+    def prefetch(self, experts: Sequence[int]) -> int:
+        """Begin to load *experts*; returns how many loads that takes."""
+
+    def reset(self) -> None:
+        """Empty the slots; the counters stay."""
+
+    def read(self, expert: int) -> dict[str, Tensor]:
+        """One expert as the store holds it, on the host."""
+
+
+class Engine(Protocol):
     """
-    A runtime at work on a model. Made by `attach`, `attach_stores` or `load`.
+    Who decides which experts are loaded: all that differs between the host and the device.
+
+    `melinoe.engine.reference.ReferenceEngine` asks the host in every layer,
+    `melinoe.engine.device.engine.DeviceEngine` never does in a decode step. Made while the weights
+    are still in the model; changes nothing of it before `plug_in`.
+    """
+
+    name: str
+    """``reference`` or ``fast``."""
+
+    asks_host: bool
+    """Whether the host learns between layers what a layer chose."""
+
+    prefill: StreamedPrefill | None
+    """The rule by which prompts are streamed; None: they are served like any request."""
+
+    @property
+    def passes(self) -> ForwardPasses:
+        """Follow the model's forward passes."""
+
+    @property
+    def experts(self) -> Sequence[LayerExperts]:
+        """By layer."""
+
+    @property
+    def graphs(self) -> Any:
+        """The captured decode steps; None if this engine captures none."""
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds for which forward passes waited for experts, where that is known."""
+
+    @property
+    def host_s(self) -> float:
+        """Seconds for which the host computed missing experts."""
+
+    @property
+    def transferred_bytes(self) -> int:
+        """Bytes copied into slots."""
+
+    def plug_in(self, model: nn.Module) -> Callable[[], None]:
+        """Fit the model's ``generate`` to this engine; returns what undoes it."""
+
+    def counters(self) -> Counters:
+        """What was counted; a copy."""
+
+    def latest_counters(self) -> Counters:
+        """The same without waiting for a device; may lag by a call."""
+
+    def reset_counters(self) -> None:
+        """Count from zero."""
+
+    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        """As `Residency.forget_prefetches`, in all layers; *but* by layer."""
+
+    def every_step_seen(self, counting: bool) -> AbstractContextManager[None]:
+        """Within the body the recorder of `passes` sees every step."""
+
+    def finish(self) -> None:
+        """Return when no copy is under way."""
+
+    def close(self) -> None:
+        """Free what holds the slots: the model is about to get its weights back."""
+
+
+class Handle:
+    """
+    A model served with few resident experts. Made by `melinoe.load` and `melinoe.attach`.
 
     Also a context manager: leaving it detaches. Several threads may call the model, and the
     methods here: calls run one after another, a `generate` as a whole. Reading waits for nobody.
     A recording holds whatever ran meanwhile, whichever thread asked for it.
 
     Attributes:
-        slots: slots per layer, as given or as the memory allowed; the most, where layers differ.
-        slots_by_layer: of each layer.
-        policy: name of the cache policy.
-        store: where the experts are that are not resident.
-        link: the emulated link, or None where experts come over the real one.
-        misses: what is done about a miss, and the figures that decide it.
-        layers: the MoE layers, in order.
+        slots: Slots per layer, as given or as the memory allowed; the most, where layers differ.
+        slots_by_layer: Of each layer.
+        policy: Name of the cache policy.
+        store: Where the experts are that are not resident.
+        link: The emulated link, or None where experts come over the real one.
+        misses: What is done about a miss, and the figures that decide it.
+        layers: The MoE layers, in order.
+        device: Where the slots are.
+        engine: Who decides what is loaded.
+        budget: Of the GPU's memory, kept until `detach`; None if none was given.
+        placement: One line: what was chosen to serve the model, and why.
     """
 
     def __init__(
@@ -56,35 +163,34 @@ class Handle(Following):
         model: nn.Module,
         layers: Sequence[ExpertsLayer],
         store: Store,
-        slots: int | Sequence[int],
-        policy: Callable[[], Policy] | Sequence[Callable[[], Policy]],
-        link: EmulatedLink | None,
+        engine: Engine,
         device: torch.device,
-        at_detach: Callable[[], None] | None = None,
+        *,
+        slots: Sequence[int],
         misses: Misses | None = None,
+        link: Any = None,
+        budget: GpuBudget | None = None,
+        cap: Cap | None = None,
+        at_detach: Callable[[], None] | None = None,
+        placement: str = "",
     ) -> None:
-        self.layers = tuple(layers)
-        self.store = store
-        self.link = link
-        self.misses = misses or Misses()
+        self.layers, self.store, self.engine, self.device = tuple(layers), store, engine, device
+        self.slots_by_layer, self.slots = tuple(slots), max(slots)
+        self.link, self.misses = link, misses or Misses()
+        self.budget, self._cap = budget, cap
+        self.placement = placement
         self._at_detach = at_detach
-        self.slots_by_layer = slots_by_layer(slots, layers)
-        self.slots = slots if isinstance(slots, int) else max(slots)
         self._model = model
-        self._counters = Counters(len(layers))
-        self._transfer = transfer_for(store, device, link)
+        self._passes, self._caches = engine.passes, engine.experts
         self._undo = ExitStack()
         self._choosing: Choosing | None = None
         self._prefetching: Prefetching | None = None
         self._askers = 0
-        self._on = device
+        self.policy = self._caches[0].residency.policy.name
         self._origins = [_origin(layer, device) for layer in layers]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
-            self._passes = self._follow(model)
-            self._passes.ahead.forget = self._forget_prefetches
-            undo.callback(self._passes.close)
-            self._caches = self._make_caches(policy, device)
-            self.policy = self._caches[0].residency.policy.name
+            undo.callback(self._passes.follow())
+            self._passes.ahead.forget = engine.forget_prefetches
             for layer, cache in zip(layers, self._caches, strict=True):
                 free_weights(layer, device)
                 undo.callback(refuse_copies(layer))
@@ -92,36 +198,12 @@ class Handle(Following):
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
-            order = StreamOrder(torch.device(device))
+            order = StreamOrder(device)
             checks = order.follow, still_used(model), watch_for_adapters(model, layers)
             self._passes.check = lambda: [check() for check in checks]
-            undo.callback(self._plug_in(model))
+            undo.callback(engine.plug_in(model))
             self._undo = undo.pop_all()
         self._attached = True
-
-    # --- what another engine does otherwise -----------------------------------------------------
-
-    def _follow(self, model: nn.Module) -> ForwardPasses:
-        """Follow the model's forward passes."""
-        return ForwardPasses(model, self._counters)
-
-    def _make_caches(
-        self, policy: Callable[[], Policy] | Sequence[Callable[[], Policy]], device: torch.device
-    ) -> list[Any]:
-        """What computes each layer's experts; the weights are still in the modules."""
-        makers = [policy] * len(self.layers) if callable(policy) else list(policy)
-        rule, threads = self.misses.rule, self.misses.threads
-        return [
-            ExpertCache(
-                layer, count, make(), self._transfer, self._passes, device, rule,
-                HostExperts(layer, self.store, threads, device, self._transfer) if rule else None,
-            )
-            for layer, count, make in zip(self.layers, self.slots_by_layer, makers, strict=True)
-        ]  # fmt: skip
-
-    def _plug_in(self, model: nn.Module) -> Callable[[], None]:
-        """Fit `generate` to this engine; returns what undoes it."""
-        return watch_generate(model, self._passes)
 
     @property
     def lock(self) -> threading.RLock:
@@ -135,19 +217,66 @@ class Handle(Following):
     # --- reading --------------------------------------------------------------------------------
 
     @property
+    def counters(self) -> Counters:
+        """What was counted since the start or `reset_counters`, a copy; waits for the device."""
+        return self.engine.counters()
+
+    @property
+    def latest_counters(self) -> Counters:
+        """What the device had counted when its last reading arrived; waits for nothing."""
+        return self.engine.latest_counters()
+
+    @property
+    def counters_before_text(self) -> Counters:
+        """
+        As `counters`, without the prefetches that wait for the text to come.
+
+        Those are part of its cost, so this is what to subtract from the counters after it.
+        """
+        counters = self.counters
+        for layer, count in enumerate(self._passes.ahead.waiting):
+            counters.add_prefetch(layer, -count)
+        return counters
+
+    @property
+    def prefill(self) -> StreamedPrefill | None:
+        """
+        The rule by which prompts are streamed, None where they are served like any request.
+
+        For ``simulate(..., prefill=handle.prefill)``. May be exchanged between two prompts.
+        """
+        return self.engine.prefill
+
+    @prefill.setter
+    def prefill(self, rule: StreamedPrefill) -> None:
+        if self.engine.prefill is None:
+            raise AttachError('this engine streams no prompts; load the model with engine="fast"')
+        self.engine.prefill = rule
+
+    @property
+    def graphs(self) -> Any:
+        """The captured decode steps; None with an engine that captures none."""
+        return self.engine.graphs
+
+    @property
+    def fallbacks(self) -> int:
+        """Decode steps that the host planned, because they might have needed more slots."""
+        return self._passes.fallbacks
+
+    @property
     def stall_s(self) -> float:
-        """Seconds for which forward passes waited for experts."""
-        return self._transfer.stall_s
+        """Seconds for which forward passes waited for experts; 0 where the device does it."""
+        return self.engine.stall_s
 
     @property
     def host_s(self) -> float:
         """Seconds for which the host computed missing experts, activations' ways included."""
-        return self._transfer.host_s
+        return self.engine.host_s
 
     @property
     def transferred_bytes(self) -> int:
-        """Bytes copied into slots, on demand and by prefetches."""
-        return self._transfer.transferred_bytes
+        """Bytes copied from the store, for prompts, on demand and by prefetches."""
+        return self.engine.transferred_bytes
 
     @property
     def expert_memory_bytes(self) -> int:
@@ -167,13 +296,8 @@ class Handle(Following):
         What was prefetched before then, and is used later, counts as a prefetch no more.
         """
         with self.lock:
-            self._counters.reset()
-            self._transfer.reset()
+            self.engine.reset_counters()
             self._passes.ahead.reset()
-
-    def _forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        for cache, spared in zip(self._caches, but, strict=True):
-            cache.residency.forget_prefetches(but=spared)
 
     def reset_cache(self) -> None:
         """Empty all slots, and let a choice forget earlier texts; the counters stay."""
@@ -199,7 +323,7 @@ class Handle(Following):
         """
         with self.lock:
             self._check_attached()
-            self._transfer.finish()
+            self.engine.finish()
             return audit(self.layers, self._caches, self.store)
 
     def prefetch(
@@ -247,7 +371,147 @@ class Handle(Following):
 
     def _prefetch(self, wanted: list[list[int]]) -> None:
         for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
-            self._counters.add_prefetch(index, cache.prefetch(experts))
+            self._passes.counters.add_prefetch(index, cache.prefetch(experts))
+
+    @contextmanager
+    def prefetching(
+        self, prefetcher: Prefetcher, ids: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """
+        Load ahead what *prefetcher* names, for the one sequence that the body generates.
+
+        It is asked at once for what to load before the prompt; when the first pass of the
+        completion begins; and in each pass of the completion with few rows
+        (`melinoe.cache.prefetch.MOST_ROWS`) between layers. One that only speaks between layers
+        serves any number of sequences, batches too. What the model says stays the same.
+
+        Args:
+            prefetcher: Bound to the model, if it reads prompts (`Prefetcher.bind`).
+            ids: Token ids of the prompt, for one that reads them.
+
+        Raises:
+            AttachError: detached; another prefetcher is at work, or `Handle.prefetch` waits for a
+                completion that this one would speak for; or this engine cannot ask between layers.
+                From the body: several prompts came together.
+            UnsupportedModelError: it asks the next router, and this model's cannot be asked.
+            ValueError: it reads prompts and there is none; an answer that does not name every
+                layer, or an id that is out of range or given twice.
+        """
+        with ExitStack() as stack:
+            with self.lock:
+                self._begin_prefetching(stack, prefetcher, ids)
+            yield
+
+    def _begin_prefetching(
+        self, stack: ExitStack, prefetcher: Prefetcher, ids: Sequence[int] | None
+    ) -> None:
+        """Ask *prefetcher* from now on, until *stack* is closed."""
+        self._check_attached()
+        if self._prefetching is not None:
+            raise AttachError("a prefetcher is at work already; end it before you begin another")
+        if prefetcher.for_prompt and self._passes.before_completion is not None:
+            raise AttachError(
+                "a prefetch waits for the next completion already, and a prefetcher would take its "
+                "place; call drop_prefetch() first"
+            )
+        if prefetcher.uses_ids and ids is None:
+            raise ValueError(f"prefetch {prefetcher.name!r} reads prompts; give its token ids")
+        if prefetcher.between_layers and not self.engine.asks_host:
+            raise AttachError(
+                f"this engine cannot ask prefetch {prefetcher.name!r} between layers, because its "
+                'steps never return to the host; load the model with engine="reference"'
+            )
+        work = Prefetching(prefetcher, self._caches, self._passes, ids)
+        if prefetcher.uses_guesses:
+            stack.enter_context(self._asking_next_routers())
+        self._prefetching = work
+        stack.callback(setattr, self, "_prefetching", None)
+        stack.callback(work.close)
+        work.begin()
+
+    @contextmanager
+    def _asking_next_routers(self) -> Iterator[None]:
+        """Have the next router asked early; recording and prefetching may both want it."""
+        if self._passes.next_routers is None:
+            self._passes.next_routers = NextRouters(find_routers(self._model))
+        self._askers += 1
+        try:
+            yield
+        finally:
+            self._askers -= 1
+            if not self._askers:
+                self._passes.next_routers.close()
+                self._passes.next_routers = self._passes.guess = None
+
+    @contextmanager
+    def record(
+        self, model_name: str = "", scores: bool = False, guesses: bool = False
+    ) -> Iterator[Recorder]:
+        """
+        Record what the routers choose in the body of the ``with`` statement.
+
+        Args:
+            model_name: for the trace's header; absent means the configuration's name.
+            scores: also the weight that each choice was given, as the policy ``score`` needs it.
+            guesses: also what each layer's router says one layer early while decoding, as the
+                prefetch ``next-router`` needs it.
+
+        Raises:
+            AttachError: something is being recorded already, or the runtime is detached.
+            UnsupportedModelError: no router is found, by which a trace is told from another
+                model's; or guesses are wanted of one that cannot be asked.
+        """
+        self._check_attached()
+        config = getattr(self._model, "config", None)
+        name = model_name or getattr(config, "_name_or_path", "") or type(self._model).__name__
+        try:
+            which = fingerprint(self._model)
+        except UnsupportedModelError:
+            raise UnsupportedModelError(
+                f"{name} cannot be recorded: beside some of its experts no router is found, so its "
+                "trace could not be told from another model's; read handle.counters instead"
+            ) from None
+        experts = [layer.num_experts for layer in self.layers]
+        note = "" if self._choosing is None else self._choosing.note(self.policy, self.slots)
+        recorder = Recorder(experts, name, which, scores=scores, guesses=guesses, note=note)
+        with ExitStack() as stack:
+            if guesses:
+                stack.enter_context(self._asking_next_routers())
+            stack.enter_context(self._telling(recorder))
+            yield recorder
+
+    @contextmanager
+    def measure_uses(self) -> Iterator[UseMeter]:
+        """
+        Count which experts completions choose in the body of the ``with`` statement.
+
+        Cheaper than `record`, and for models too that cannot be recorded; nothing is kept of who
+        chose what when.
+
+        Raises:
+            AttachError: something is being recorded already, or the runtime is detached.
+        """
+        self._check_attached()
+        meter = UseMeter([layer.num_experts for layer in self.layers])
+        with self._telling(meter):
+            yield meter
+
+    @contextmanager
+    def _telling(self, listener: Recorder | UseMeter) -> Iterator[None]:
+        """Tell *listener* of each pass that begins in the body of the ``with`` statement."""
+        with self.engine.every_step_seen(counting=isinstance(listener, UseMeter)):
+            with self.lock:
+                if self._passes.recorder is not None:
+                    raise AttachError(
+                        "a recording is running already; end it before you begin another"
+                    )
+                self._passes.recorder = listener
+            try:
+                yield
+            finally:
+                with self.lock:  # not in the midst of another thread's pass
+                    self._passes.settle()
+                    self._passes.recorder = None
 
     @property
     def choice(self) -> ChoiceSettings:
@@ -278,7 +542,7 @@ class Handle(Following):
                 self._choosing = None
             if settings.kind == "exact":
                 return
-            if not all(type(cache) is ExpertCache for cache in self._caches):
+            if not self.engine.asks_host:
                 raise AttachError(
                     'this engine cannot change choices; load the model with engine="reference"'
                 )
@@ -301,7 +565,10 @@ class Handle(Following):
                 return
             if self._passes.inside:
                 raise AttachError("the model computes a call now; detach() when it has returned")
-            self._transfer.finish()
+            self.engine.finish()
+            self.engine.close()
+            if self._cap is not None:
+                self._cap.lift()  # experts that come back may need more than the budget
             self._give_weights_back()
             self.choose(ChoiceSettings())
             self._attached = False
@@ -319,7 +586,7 @@ class Handle(Following):
                 give_weights_back(layer, self.store, origin)
         except BaseException:
             for layer in given:
-                free_weights(layer, self._on)
+                free_weights(layer, self.device)
             raise
 
     def __enter__(self) -> Handle:

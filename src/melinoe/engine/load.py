@@ -1,135 +1,359 @@
-"""From a checkpoint to a model that runs offloaded, without ever holding all of it twice."""
+"""Serve a model with few resident experts: from a checkpoint, or one that is in memory."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.logging import tqdm
 
 from melinoe.cache.policy import Policy
+from melinoe.cache.residency import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
-from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
-from melinoe.config import STORES
-from melinoe.engine.attach import Handle, attach_stores, checked_settings
+from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.engine.budget import slots_by_layer
+from melinoe.engine.device.budget import (
+    Cap,
+    GpuBudget,
+    backbone_bytes,
+    cache_bytes,
+    plan_budget,
+    workspace_bytes,
+)
+from melinoe.engine.device.static_cache import cache_length
 from melinoe.engine.disk_store import DiskStore
-from melinoe.engine.misses import Misses, check_miss
+from melinoe.engine.handle import Engine, Handle
+from melinoe.engine.misses import Misses, measure_misses
+from melinoe.engine.options import STAGING_EXPERTS, Options
+from melinoe.engine.placement import Model, Placement, check_graphs, place
 from melinoe.engine.ram_store import PinnedStore, RamStore
-from melinoe.engine.store import Store
+from melinoe.engine.reference import ReferenceEngine
+from melinoe.engine.store import Store, read_expert
 from melinoe.engine.transfer import EmulatedLink
-from melinoe.errors import AttachError
-from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
+from melinoe.engine.weights import give_weights_back
+from melinoe.errors import (
+    AttachError,
+    BudgetError,
+    CheckpointError,
+    MelinoeError,
+    UnsupportedModelError,
+)
+from melinoe.moe.dispatch import bound
+from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
 
 _log = logging.getLogger("melinoe")
 
 # Reading is bound by the disk; more readers than this gained nothing.
 _READERS = 4
 
-# Of the memory that is free, what "auto" would pin at most: the rest is for the system's own use.
-_PINNABLE_SHARE = 0.8
-
 
 def load(
     name: str | Path,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     *,
+    gpu_memory: str | int | None = None,
+    ram: str | int | None = None,
+    batch: int | None = None,
+    context: int | None = None,
+    dtype: torch.dtype | str = "auto",
     slots: int | Sequence[int] | None = None,
     expert_memory: str | int | None = None,
     policy: str | Callable[[], Policy] = "lru",
     policy_options: Mapping[str, Any] | None = None,
-    store: str = "auto",
-    dtype: torch.dtype | str = "auto",
-    link: EmulatedLink | None = None,
+    engine: str = "auto",
+    store: str | Store = "auto",
+    compression: str | None = None,
     miss: str | Misses = "wait",
     miss_threads: int | None = None,
+    admit: int | None = None,
+    staging_experts: int = STAGING_EXPERTS,
+    graphs: bool | None = None,
+    compile: bool | None = None,
+    link: EmulatedLink | None = None,
 ) -> tuple[Any, Handle]:
     """
-    Load a checkpoint for offloaded use: the backbone on *device*, a few experts in slots beside it.
+    Load a checkpoint and serve it with few resident experts.
 
-    Experts go straight from the shards' bytes to where they stay. Host memory peaks near the
-    experts' bytes plus the backbone with a store in RAM, and near the slots plus the backbone with
-    the store on disk (`benchmarks/load_memory.py`).
+    Say what you have, and get the best that runs there: ``melinoe.load("org/model")`` takes a GPU
+    if there is one and as many slots as fit; *gpu_memory* and *ram* set limits. One line in the log
+    (``handle.placement``) says what was chosen and why.
+
+    Experts go straight from the files to where they stay. Host memory peaks near the experts' bytes
+    plus the backbone with a store in RAM, and near the slots plus the backbone with the store on
+    disk (`benchmarks/load_memory.py`).
 
     Args:
         name: A directory in the hub's layout, or the name of a repository on the hub.
-        device: Where the backbone and the slots go: "cpu", "cuda", "cuda:1".
-        slots: Experts per layer to keep in fast memory, 1 to all; or of each layer.
-        expert_memory: The same as a budget for all layers, such as ``"8GiB"``; never exceeded.
-        policy: Name of a cache policy, or a function that makes one per layer.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; absent: CUDA if there is one, else the CPU.
+        gpu_memory: Limit on everything that PyTorch allocates on the GPU, such as ``"8GiB"``, kept
+            until `Handle.detach`.
+        ram: Limit on host memory for experts, such as ``"32GiB"``: they wait in RAM if they fit,
+            else on disk.
+        batch: Sequences at once that the GPU's memory is to hold; absent: 1.
+        context: Tokens of a sequence that it is to hold; absent: 2,048.
+        dtype: Type of all weights; ``auto`` takes the checkpoint's.
+        slots: Experts of each layer to keep in slots, 1 to all; or a number for each layer, as
+            `melinoe.cache.allocate` makes them. Absent: as many as fit.
+        expert_memory: Instead of *slots*: memory of the slots of all layers; never exceeded.
+        policy: Name of a cache policy, or a function that makes one for each layer.
         policy_options: What the named policy takes, such as ``{"gamma": 0.9}`` for ``lfu``.
-        store: Where experts wait: "ram", "pinned" (for a GPU), "disk". "auto" pins them for a GPU
-            if they fit into the host's free memory, and else leaves them on disk.
-        dtype: Type of all weights; "auto" takes the config's.
+        engine: Who decides what is loaded. ``reference``: the host, in every layer; runs
+            everywhere. ``fast``: the GPU, so that a decode step never asks the host; needs LRU or
+            LFU and host memory that can be pinned for all experts. ``auto``: ``fast`` where it can
+            run.
+        store: Where experts wait: ``ram``, ``pinned`` (for a GPU), ``disk``; ``auto``: the fastest
+            that has the room. Or a store that holds this checkpoint's experts already.
+        compression: ``int8`` or ``int4``: keep experts as integers in host memory, expanded as they
+            are copied. The exact weights are gone. With the fast engine.
+        miss: ``wait`` for the expert to come; ``cpu``: the host computes it where it is, and
+            nothing is loaded on demand, so that slots hold what prefetches bring; ``split``: by
+            cost, which is measured now. Or another handle's ``misses``, to decide by its figures.
+        miss_threads: Threads of the host while it computes misses; absent: measured now.
+        admit: Experts of a prompt that may evict others, with the fast engine; absent: no limit.
+        staging_experts: Experts that one of the two staging blocks of the fast engine holds.
+        graphs: Replay decode steps from CUDA graphs; absent: where there is CUDA.
+        compile: Capture decode steps of fewer kernels, made by ``torch.compile``. The first steps
+            of a batch size and cache length take as long as compiling does, and fused kernels round
+            otherwise: the last bits of logits change.
         link: Emulate a slow link; on the CPU only.
-        miss, miss_threads: As for `melinoe.engine.attach.attach`. With a store on disk the host
-            reads the missing expert into a buffer of its own, which is no transfer into a slot.
 
     Returns:
         The transformers model, in evaluation mode, on which ``generate`` works as always; and the
         handle with counters, prefetch and record. The tokenizer is the caller's to load.
 
     Raises:
-        CheckpointError: files missing, torn, quantised, or of another model than the config's.
-        UnsupportedModelError: the family has no experts that can be served.
-        BudgetError: neither or both of *slots* and *expert_memory*; or too little memory, also of
-            the host's for all experts.
-        AttachError: an unknown store or way to handle misses, or a device that is not there.
+        CheckpointError: Files missing, torn, quantised, or of another model than the config's.
+        UnsupportedModelError: The family has no experts that can be served.
+        BudgetError: Too little memory; two options that say how much is resident.
+        AttachError: An unknown word; a device that is not there; an engine that cannot run.
     """
-    target = _device(device)
-    check_miss(miss, miss_threads)
-    if store not in STORES:
-        raise AttachError(f"there is no store {store!r}; choose one of {', '.join(STORES)}")
-    checkpoint = open_checkpoint(str(name), dtype)
-    try:
-        options: dict[str, Any] = {
-            "slots": slots,
-            "expert_memory": expert_memory,
-            "policy": policy,
-            "policy_options": policy_options,
-            "link": link,
-            "device": target,
-        }
-        # Before anything is read.
-        count, _, _ = checked_settings(checkpoint.layers[0].module, checkpoint.layers, **options)
-        kind = _auto(checkpoint, target) if store == "auto" else store
-        _check_room(checkpoint, kind, target, count)
-        model = load_backbone(checkpoint, target)
-        layers = layers_of(checkpoint, model)
-        filled = _fill(checkpoint, kind)
-        at_detach = checkpoint.close if kind == "disk" else None
-        handle = attach_stores(
-            model, layers, filled, miss=miss, miss_threads=miss_threads, at_detach=at_detach,
-            **options,
-        )  # fmt: skip
-    except BaseException:
-        checkpoint.close()
-        raise
-    if kind != "disk":
-        checkpoint.close()
+    options = _options(locals(), but="name")
+    with ExitStack() as on_failure:
+        checkpoint = open_checkpoint(str(name), options.dtype)
+        on_failure.callback(checkpoint.close)
+
+        if not isinstance(options.store, str):
+            _check_holds(checkpoint.layers, options.store)
+
+        def budget(total: int, staging: int) -> GpuBudget:
+            return _share_out(checkpoint, options, total, staging)
+
+        facts = Model(checkpoint.layers, checkpoint.backbone_bytes, budget=budget)
+
+        def serve(chosen: Placement) -> tuple[Any, Handle]:
+            return _load(checkpoint, options, chosen)
+
+        model, handle = _best(options, facts, serve)
+        if handle.store.kind == "disk" and isinstance(options.store, str):
+            on_failure.pop_all()  # the store reads on, until the model is detached
     return model, handle
 
 
-def _fill(checkpoint: Checkpoint, kind: str) -> Store:
+def attach(
+    model: nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    slots: int | Sequence[int] | None = None,
+    expert_memory: str | int | None = None,
+    policy: str | Callable[[], Policy] = "lru",
+    policy_options: Mapping[str, Any] | None = None,
+    engine: str = "auto",
+    store: str | Store = "auto",
+    compression: str | None = None,
+    miss: str | Misses = "wait",
+    miss_threads: int | None = None,
+    admit: int | None = None,
+    staging_experts: int = STAGING_EXPERTS,
+    graphs: bool | None = None,
+    compile: bool | None = None,
+    link: EmulatedLink | None = None,
+) -> Handle:
+    """
+    Serve a model that is in memory with few resident experts.
+
+    The stacked weights are moved into the store and freed; the model computes the same as before,
+    ``generate`` included, without gradients. It cannot be saved, moved or cast until
+    `Handle.detach`.
+
+    Args:
+        model: A transformers model of a decorated family, or PEFT's model around one, with adapters
+            on any module but the experts.
+        device: Where the slots are; absent: where the rest of the model is.
+        slots, expert_memory, policy, policy_options, engine, store, compression, miss,
+            miss_threads, admit, staging_experts, graphs, compile, link: As for `load`; the store is
+            in host memory.
+
+    Raises:
+        UnsupportedModelError: The model's family or layout cannot be served.
+        BudgetError: Too little memory; two options that say how much is resident.
+        AttachError: Attached already; weights that are not in memory; a store of another model; an
+            unknown word; an engine that cannot run. The model is as before.
+    """
+    options = _options(locals(), but="model")
+    model = without_wrapper(model)
+    layers = find_experts(model)
+    if any(bound(layer.module) is not None for layer in layers):
+        raise AttachError("a runtime is attached to this model already; detach() it first")
+    if isinstance(options.store, str):
+        _check_in_memory(layers)
+    else:
+        _check_holds(layers, options.store)
+
+    def serve(chosen: Placement) -> Handle:
+        filled = options.store
+        if isinstance(filled, str):
+            filled = _store_type(options, chosen).from_modules(layers)
+        try:
+            return _handle(model, layers, filled, options, chosen)
+        except BaseException:
+            for layer in layers:
+                give_weights_back(layer, filled)
+            raise
+
+    return _best(options, Model(layers, in_memory=True, device=_home(model, layers)), serve)
+
+
+def _options(given: dict[str, Any], but: str) -> Options:
+    return Options(**{name: value for name, value in given.items() if name != but})
+
+
+def _best(options: Options, model: Model, serve: Callable[[Placement], Any]) -> Any:
+    """Serve as was chosen; by the host if the device turns out not to be able to."""
+    chosen = place(options, model)
+    try:
+        made = serve(chosen)
+    except (MelinoeError, RuntimeError) as error:
+        if options.engine != "auto" or chosen.engine != "fast" or not _host_may(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        chosen = place(options, model, host_because=reason)
+        made = serve(chosen)
+    # The slower way on a GPU is said loudly.
+    slower = chosen.device.type == "cuda" and chosen.engine != "fast" and options.engine == "auto"
+    _log.log(logging.WARNING if slower else logging.INFO, chosen.describe(model.layers))
+    return made
+
+
+def _host_may(error: Exception) -> bool:
+    """Whether the reference engine may do what the fast one could not."""
+    if isinstance(error, BudgetError):
+        return "pin" in str(error)
+    return not isinstance(error, CheckpointError | UnsupportedModelError)
+
+
+def _load(checkpoint: Checkpoint, options: Options, chosen: Placement) -> tuple[Any, Handle]:
+    model = load_backbone(checkpoint, chosen.device)
+    layers = layers_of(checkpoint, model)
+    cap: Cap | None = None
+    with ExitStack() as on_failure:
+        if chosen.budget is not None:
+            cap = Cap(chosen.budget.total, chosen.device)
+            on_failure.callback(cap.lift)
+            cap.put()
+        filled: Any = options.store
+        if isinstance(filled, str):
+            filled = _fill(checkpoint, options, chosen)
+        closes = chosen.store == "disk" and isinstance(options.store, str)
+        handle = _handle(
+            model, layers, filled, options, chosen, cap, checkpoint.close if closes else None
+        )
+        on_failure.pop_all()  # the handle lifts it now
+    return model, handle
+
+
+def _handle(
+    model: nn.Module,
+    layers: Sequence[ExpertsLayer],
+    store: Store,
+    options: Options,
+    chosen: Placement,
+    cap: Cap | None = None,
+    at_detach: Callable[[], None] | None = None,
+) -> Handle:
+    device, slots = chosen.device, slots_by_layer(chosen.slots, layers)
+    misses = options.miss
+    if not isinstance(misses, Misses):
+        misses = measure_misses(misses, layers, store, device, options.link, options.miss_threads)
+    engine: Engine
+    if chosen.engine == "fast":
+        from melinoe.engine.device.engine import DeviceEngine  # Triton may be absent
+
+        engine = DeviceEngine(
+            model, layers, store, slots, chosen.makers, device,  # type: ignore[arg-type]
+            prefill=StreamedPrefill(options.admit), staging_experts=options.staging_experts,
+            use_graphs=check_graphs(options, device), compile=bool(options.compile),
+        )  # fmt: skip
+    else:
+        engine = ReferenceEngine(
+            model, layers, store, slots, chosen.makers, device, options.link, misses
+        )
+    return Handle(
+        model, layers, store, engine, device, slots=slots, misses=misses, link=options.link,
+        budget=chosen.budget, cap=cap, at_detach=at_detach, placement=chosen.describe(layers),
+    )  # fmt: skip
+
+
+def _share_out(checkpoint: Checkpoint, options: Options, total: int, staging: int) -> GpuBudget:
+    """Share *total* bytes of a GPU out, as a model without weights tells what it needs."""
+    batch = options.batch or 1
+    context = cache_length(options.context or 2048, bool(options.compile))
+    config = copy.deepcopy(checkpoint.config)
+    hollow = build_on_meta(checkpoint.model_class, config, checkpoint.dtype)
+    layers = find_experts(hollow)
+    asked = hollow, layers, batch, context
+    return plan_budget(
+        total, layers, backbone_bytes(hollow, layers), cache_bytes(*asked), workspace_bytes(*asked),
+        batch=batch, context=context, staging_experts=staging,
+    )  # fmt: skip
+
+
+# --- stores -------------------------------------------------------------------------------------
+
+
+def _store_type(options: Options, chosen: Placement) -> Any:
+    """What makes a store in host memory."""
+    pinned = chosen.store == "pinned"
+    if options.compression is not None:
+        from melinoe.engine.device.compressed import CompressedStore
+
+        return _Compressed(CompressedStore, options.compression, pinned)
+    return PinnedStore if pinned else RamStore
+
+
+class _Compressed:
+    """Makes compressed stores as `RamStore` makes others."""
+
+    def __init__(self, kind: Any, compression: str, pinned: bool) -> None:
+        self._kind, self._compression, self._pinned = kind, compression, pinned
+
+    def __call__(self, layers: Sequence[ExpertsLayer]) -> Any:
+        return self._kind(layers, self._compression, self._pinned)
+
+    def from_modules(self, layers: Sequence[ExpertsLayer]) -> Any:
+        return self._kind.from_modules(layers, self._compression, self._pinned)
+
+
+def _fill(checkpoint: Checkpoint, options: Options, chosen: Placement) -> Any:
     """A store with all experts in it; the disk's has them already."""
-    if kind == "disk":
+    if chosen.store == "disk":
         return DiskStore(checkpoint)
-    store = (PinnedStore if kind == "pinned" else RamStore)(checkpoint.layers)
+    store = _store_type(options, chosen)(checkpoint.layers)
+    disk = DiskStore(checkpoint)
 
     def fill(place: tuple[int, int]) -> None:
         layer, expert = place
-        checkpoint.experts[layer].read(expert, store.views(layer, expert))
+        if options.compression is None:
+            disk.read(layer, expert, store.views(layer, expert))
+        else:
+            store.write(layer, expert, read_expert(checkpoint.layers[layer], disk, expert))
 
-    fill_all(checkpoint, fill)
-    return store
-
-
-def fill_all(checkpoint: Checkpoint, fill: Callable[[tuple[int, int]], None]) -> None:
-    """Call *fill* with (layer, expert) for every expert, in several threads where that helps."""
     places = [
         (index, expert)
         for index, layer in enumerate(checkpoint.layers)
@@ -138,41 +362,59 @@ def fill_all(checkpoint: Checkpoint, fill: Callable[[tuple[int, int]], None]) ->
     with ThreadPoolExecutor(_READERS, thread_name_prefix="melinoe-fill") as pool:
         for _ in tqdm(pool.map(fill, places), total=len(places), desc="Loading experts"):
             pass
+    return store
 
 
-def _auto(checkpoint: Checkpoint, device: torch.device) -> str:
-    """Pinned if a GPU is to be served and the experts fit; else disk."""
-    kind = "disk"
-    free = free_host_bytes() or 0
-    if device.type == "cuda" and checkpoint.expert_bytes <= _PINNABLE_SHARE * free:
-        kind = "pinned"
-    _log.info("store: %s, for %s of experts on %s",
-              kind, format_bytes(checkpoint.expert_bytes), device)  # fmt: skip
-    return kind
+def _check_in_memory(layers: Sequence[ExpertsLayer]) -> None:
+    for layer in layers:
+        if any(p.is_meta for p in layer.module.parameters(recurse=False)):
+            raise AttachError(
+                f"the experts of {layer.name} are not in memory (they are on the meta device); "
+                "load the model without device_map, or with melinoe.load"
+            )
 
 
-def _check_room(
-    checkpoint: Checkpoint, kind: str, device: torch.device, slots: int | Sequence[int]
-) -> None:
-    """Refuse what the system would end the process for: before anything is read."""
-    parts = {"experts": 0 if kind == "disk" else checkpoint.expert_bytes}
-    if device.type == "cpu":
-        counts = slots_by_layer(slots, checkpoint.layers)
-        parts["slots"] = sum(
-            n * layer.block_bytes for n, layer in zip(counts, checkpoint.layers, strict=True)
+def _check_holds(layers: Sequence[ExpertsLayer], store: Store) -> None:
+    """
+    The store can be read, has as many layers and experts as the model, and holds the same ones.
+
+    Of each layer the last expert's bits are compared: the model's own weights are given up for
+    the store's, so a store that was never filled would be their end.
+    """
+    if getattr(store, "closed", False):
+        raise AttachError(
+            "the store is closed, because the runtime that it was opened for was detached; load "
+            "the checkpoint again, or attach with store='ram'"
         )
-        parts["all other weights"] = checkpoint.backbone_bytes
-    what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)
-    fewer = "give fewer slots" if kind == "disk" else "choose the disk store, or fewer slots"
-    check_host_room(sum(parts.values()), what, fewer)
+    compressed = getattr(store, "compression", None) is not None  # smaller blocks, other bits
+    has = [(store.num_experts(n), store.block_bytes(n)) for n in range(store.num_layers)]
+    same = has == [(layer.num_experts, layer.block_bytes) for layer in layers]
+    if not compressed and not (same and all(_holds_last_of(layer, store) for layer in layers)):
+        raise AttachError(
+            "the store holds other experts than this model's; give the store that was filled from "
+            "this model"
+        )
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """The device, if it is there."""
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise AttachError(f"there is no device {str(device)!r}; use cpu or cuda") from None
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise AttachError(f"this machine has no device {target}; use cpu, or another GPU")
-    return target
+def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
+    """Whether the last expert of *layer* is the store's bit for bit, or only the store has it."""
+    parameters = {t.name: layer.module.get_parameter(t.name) for t in layer.tensors}
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return True
+    own = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}
+    kept = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    store.read(layer.index, layer.num_experts - 1, kept)
+    return all(torch.equal(_bits(own[name]), _bits(kept[name])) for name in own)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _home(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:
+    """Where the model's other weights are."""
+    stacked = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if id(parameter) not in stacked and not parameter.is_meta:
+            return parameter.device
+    return torch.device("cpu")

@@ -65,6 +65,8 @@ class ForwardPasses:
         route: which layer comes next; whoever serves a request tells it.
         ahead: which prefetches belong to the text to come.
         phase: of the open pass, or of the last one.
+        fallbacks: decode steps that the host planned where the device should; see
+            `melinoe.engine.device.passes`.
     """
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
@@ -87,7 +89,8 @@ class ForwardPasses:
         self._inside = False  # a call of the model has begun and not returned
         self._seen = 0  # bit i: layer i has run in the open pass
         self._warned_of_compiling = False
-        self._undo = self._stand_before(model)
+        self.fallbacks = 0
+        self._model = model
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
@@ -155,11 +158,6 @@ class ForwardPasses:
                 else:
                     self._generating = outer
 
-    def close(self) -> None:
-        """Follow no more."""
-        self.settle()
-        self._undo()
-
     def phase_of_next(self, tokens: int) -> int:
         """Phase of a pass that would now run experts on so many tokens."""
         if self._call is not None:
@@ -209,8 +207,9 @@ class ForwardPasses:
         if tell is not None:
             tell(target, self.guess)
 
-    def _stand_before(self, model: nn.Module) -> Callable[[], None]:
-        """Put ours before the model's own ``forward``; returns what takes it away."""
+    def follow(self) -> Callable[[], None]:
+        """Stand before the model's own ``forward`` from now on; returns what ends that."""
+        model = self._model
         before = vars(model).get("forward")
         own = self.forward
         attached = True
@@ -235,6 +234,7 @@ class ForwardPasses:
 
         def undo() -> None:
             nonlocal attached
+            self.settle()
             attached = False  # somebody may have put another before ours, which then stays
             if vars(model).get("forward") is forward:
                 del vars(model)["forward"]

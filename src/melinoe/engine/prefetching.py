@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from melinoe.cache.ahead import LoadsAhead
-from melinoe.cache.counters import Counters
 from melinoe.cache.prefetch import Prefetcher, Prompt
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.trace import known_ids
@@ -21,10 +20,7 @@ class Prefetching:
     Args:
         prefetcher: Asked at its moments.
         caches: Of all layers; they begin the copies.
-        passes: Tell when a completion begins, and what the next routers said.
-        counters: Count the loads.
-        slots: Of each layer.
-        num_experts: Of each layer.
+        passes: Tell when a completion begins, and what the next routers said; hold the counters.
         ids: Token ids of the prompt, if the prefetcher reads them.
     """
 
@@ -33,15 +29,13 @@ class Prefetching:
         prefetcher: Prefetcher,
         caches: Sequence[Any],
         passes: ForwardPasses,
-        counters: Counters,
-        slots: Sequence[int],
-        num_experts: Sequence[int],
         ids: Sequence[int] | None,
     ) -> None:
-        self._caches, self._passes, self._counters = caches, passes, counters
-        self._num_experts = tuple(num_experts)
+        self._caches, self._passes = caches, passes
+        self._num_experts = tuple(cache.layer.num_experts for cache in caches)
+        slots = tuple(next(iter(cache.slots.values())).shape[0] for cache in caches)
         given = None if ids is None else tuple(map(int, ids))
-        self._prompt = Prompt(tuple(slots), max(num_experts), given)
+        self._prompt = Prompt(slots, max(self._num_experts), given)
         self._ahead = LoadsAhead(prefetcher, passes.route, len(caches), self._load)
         self._between = prefetcher.between_layers
         self._for_prompt = prefetcher.for_prompt
@@ -87,5 +81,5 @@ class Prefetching:
         cache = self._caches[layer]
         loads = cache.prefetch(experts, spare) if spare else cache.prefetch(experts)
         # At once: should a later layer's answer be wrong, these have been copied all the same.
-        self._counters.add_prefetch(layer, loads)
+        self._passes.counters.add_prefetch(layer, loads)
         return loads

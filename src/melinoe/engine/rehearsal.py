@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ import torch
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.residency import Decision, Load, Residency
 from melinoe.cache.timing import Machine
-from melinoe.engine.expert_cache import ExpertCache
 from melinoe.engine.handle import Handle
 from melinoe.engine.host_experts import HostExperts
 from melinoe.engine.misses import hidden_size
+from melinoe.engine.reference import ExpertCache, ReferenceEngine
 
 PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_MOST, HOST_ALL = (
     "plain", "one part", "parts", "loads", "one on the host", "all but one", "all on the host",
@@ -94,14 +94,15 @@ class Rehearsal:
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self._caches: list[ExpertCache] = handle._caches
+        self._engine = cast(ReferenceEngine, handle.engine)
+        self._caches = self._engine.experts
         self._hosts = [
             HostExperts(
                 layer,
                 handle.store,
                 handle.misses.threads,
                 cache._device,
-                handle._transfer,
+                self._engine.transfer,
                 cache._forward,
             )
             for layer, cache in zip(handle.layers, self._caches, strict=True)
@@ -113,7 +114,7 @@ class Rehearsal:
         """Add *motion* to each decoding pass in the body of the ``with`` statement."""
         name = (PARTS if motion.in_parts else PLAIN) if isinstance(motion, Wait) else motion
         with ExitStack() as undo:
-            _swap(undo, self._handle._transfer, "_link", None)
+            _swap(undo, self._engine.transfer, "_link", None)
             for cache, host in zip(self._caches, self._hosts, strict=True):
                 if isinstance(motion, Wait):
                     act = "_add_from_slots" if motion.in_parts else "_compute"
@@ -133,7 +134,7 @@ class Rehearsal:
     def _after(self, seconds: float, compute: Callable[..., Any]) -> Callable[..., Any]:
         def waited(*arguments: Any) -> Any:
             if self._decodes():
-                self._handle._transfer.wait(time.perf_counter() + seconds)
+                self._engine.transfer.wait(time.perf_counter() + seconds)
             return compute(*arguments)
 
         return waited
@@ -220,11 +221,11 @@ def over(machine: Machine, handle: Handle) -> Machine:
 
 def time_calls(handle: Handle, repeats: int = 60) -> tuple[float, float]:
     """Median seconds of transformers' function on one expert, and on as many as a token chooses."""
-    rng = np.random.default_rng(0)
+    rng, caches = np.random.default_rng(0), handle.engine.experts
     taken: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
         for _ in range(repeats):
-            cache = handle._caches[int(rng.integers(len(handle._caches)))]
+            cache: Any = caches[int(rng.integers(len(caches)))]
             hidden = torch.zeros(1, hidden_size(cache.layer), dtype=cache._dtype, device="cpu")
             for times, count in zip(taken, (1, _chosen(handle)), strict=True):
                 index = torch.from_numpy(rng.permutation(cache.layer.num_experts)[None, :count])

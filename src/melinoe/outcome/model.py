@@ -66,7 +66,7 @@ def measure_model(
     Raises:
         DataError, CheckpointError: as `record_outcome`.
     """
-    model, handle = load(path, device, slots=sizes[-1])
+    model, handle = load(path, device, engine="reference", slots=sizes[-1])
     tokenizer = load_tokenizer(str(path), model.config)
     perplexities = {
         name: perplexity(

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
-from melinoe.checkpoint.backbone import layers_of
-from melinoe.engine.attach import attach_stores
+from melinoe.checkpoint import load_tokenizer, open_checkpoint
 from melinoe.engine.handle import Handle
 from melinoe.engine.load import load
 from melinoe.engine.misses import Misses
@@ -81,41 +79,23 @@ def open_runtimes(setting: Setting, chosen: Sequence[Strategy]) -> Runtimes:
         what = f"{len(kinds)} caches side by side, {format_bytes(needed)} of them,"
         check_host_room(needed, what, "try fewer --slots or --policy at once")
     runtimes = Runtimes(load_tokenizer(setting.model, config))
-    first: Handle | None = None
-    fast: Handle | None = None
+    shared: dict[str, Any] = {}  # by engine, the store of the first runtime
     measured: dict[str, Misses] = {}
     for kind in kinds:
-        if kind.engine == "fast":
-            runtimes.opened[kind] = _open_fast(setting, kind, fast)
-            fast = runtimes.opened[kind][1]
-            continue
-        miss = measured.get(kind.miss, kind.miss)
-        if first is None or first.store.kind == "disk":
-            model, handle = load(
-                setting.model,
-                setting.device,
-                slots=kind.slots,
-                policy=kind.policy,
-                store=setting.store,
-                dtype=setting.dtype,
-                link=setting.new_link(),
-                miss=miss,
-            )
-            first = first or handle
-        else:
-            with open_checkpoint(setting.model, setting.dtype) as checkpoint:
-                model = load_backbone(checkpoint, setting.device)
-                layers = layers_of(checkpoint, model)
-            handle = attach_stores(
-                model,
-                layers,
-                first.store,
-                slots=kind.slots,
-                policy=kind.policy,
-                link=setting.new_link(),
-                miss=miss,
-                device=setting.device,
-            )
+        reference = kind.engine == "reference"
+        model, handle = load(
+            setting.model,
+            setting.device,
+            engine=kind.engine,
+            slots=kind.slots,
+            policy=kind.policy,
+            store=shared.get(kind.engine, setting.store if reference else "auto"),
+            dtype=setting.dtype,
+            link=setting.new_link() if reference else None,
+            miss=measured.get(kind.miss, kind.miss) if reference else "wait",
+        )
+        if handle.store.kind != "disk":
+            shared[kind.engine] = handle.store
         if handle.misses.machine is not None:  # measured once, for all
             measured |= {way: replace(handle.misses, kind=way) for way in ("cpu", "split")}
         runtimes.opened[kind] = (model, handle)
@@ -139,14 +119,3 @@ def check_fast(device: str, emulated: bool) -> None:
         reason = "it has no emulated link"
     if reason is not None:
         raise AttachError(f"the fast engine cannot run here: {reason}; give --engine reference")
-
-
-def _open_fast(setting: Setting, kind: Strategy, first: Handle | None) -> tuple[Any, Handle]:
-    """A runtime of the fast engine; its experts in host memory are shared as well."""
-    from melinoe.engine.device.attach import load as load_fast
-
-    store: Any = None if first is None else first.store
-    return load_fast(
-        setting.model, setting.device, slots=kind.slots, policy=kind.policy, dtype=setting.dtype,
-        store=store,
-    )  # fmt: skip

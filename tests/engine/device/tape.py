@@ -40,7 +40,7 @@ def play(handle: Any) -> None:
     """Let *handle*, of the fast engine on the CPU, record its steps instead of running them."""
 
     def memory() -> Iterable[torch.Tensor]:
-        who = handle._residencies
+        who = handle.engine.residencies
         yield from (who.state, who.load_expert, who.load_slot, who.num_loads, who.counts)
         for experts in handle._caches:
             yield from experts.slots.values()

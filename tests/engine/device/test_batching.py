@@ -131,7 +131,7 @@ def test_batches_that_nobody_captures_are_named(model, monkeypatch, caplog):
 def test_what_is_captured_is_never_more_than_the_device_counts(model, monkeypatch):
     """65,535 choices: of 2 a token transformers' own 8,192 tokens, of 8 fewer, unless asked for."""
     with attach(model, engine="fast", slots=8) as handle:
-        monkeypatch.setattr(type(handle), "device", torch.device("cuda"))
+        monkeypatch.setattr(handle, "device", torch.device("cuda"))
         for top_k, asked, tokens, graphs in (
             (2, {}, 8192, (True, True)),
             (8, {}, 8128, (True, True)),
@@ -141,5 +141,5 @@ def test_what_is_captured_is_never_more_than_the_device_counts(model, monkeypatc
             config = batching_config(handle, top_k, **asked)
             assert (config.max_batch_tokens, config.use_cuda_graph) == (tokens, graphs)
     with attach(model, engine="fast", slots=4) as handle:
-        monkeypatch.setattr(type(handle), "device", torch.device("cuda"))
+        monkeypatch.setattr(handle, "device", torch.device("cuda"))
         assert batching_config(handle, 2).use_cuda_graph == (False, True)

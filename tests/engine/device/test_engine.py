@@ -104,7 +104,7 @@ def test_staging_of_any_size_gives_the_same_bits(any_model, staging_experts):
     expected = generate(any_model, "batch with padding")
     with attach(any_model, slots=2, admit=0, staging_experts=staging_experts) as handle:
         assert torch.equal(generate(any_model, "batch with padding"), expected)
-        assert handle.staging_bytes == 2 * staging_experts * handle.store.block_bytes(0)
+        assert handle.engine.staging.nbytes == 2 * staging_experts * handle.store.block_bytes(0)
 
 
 def test_prefetches_count_apart_and_agree(model):
@@ -129,7 +129,10 @@ def test_unused_slots_never_leak(model):
     expected = generate(model, "one")
     with attach(model, slots=5) as handle:
         for cache in handle._caches:
-            for tensor in (*cache.slots.values(), *handle._staging.blocks(cache.layer)[0].values()):
+            for tensor in (
+                *cache.slots.values(),
+                *handle.engine.staging.blocks(cache.layer)[0].values(),
+            ):
                 tensor.fill_(float("nan"))
         assert torch.equal(generate(model, "one"), expected)
         handle.reset_cache()
@@ -238,7 +241,6 @@ def test_steps_that_may_not_fit_are_counted_and_logged_once(model, caplog):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, BudgetError, "either slots"),
         ({"slots": 9}, BudgetError, "between 1 and 8"),
         ({"slots": 2, "policy": "belady"}, Exception, "belady"),
         ({"slots": 2, "policy": "lfru"}, AttachError, "lru or lfu"),

@@ -18,7 +18,7 @@ def test_uses_equal_the_reference_engines_and_lost_graphs_are_logged_once(caplog
     model, counts = tiny.tiny_model("olmoe"), []
     for way in (attach_reference, attach):
         with way(model, slots=3) as handle:
-            handle._use_graphs = True  # as on a GPU; what is counted does not depend on it
+            handle.engine._use_graphs = True  # as on a GPU; what is counted does not depend on it
             for _ in range(2):
                 with handle.measure_uses() as meter:
                     model.generate(PROMPT, **GREEDY)

@@ -97,11 +97,11 @@ def test_a_prefetch_for_the_completion_is_not_made_while_capturing(model, monkey
         static(model, BATCH[:1], 2)  # one step, as it is: the next one is captured
         assert handle.graphs.captured == 0
         pulls, make = [], handle.graphs._make
-        pull = handle._residencies.pull
+        pull = handle.engine.residencies.pull
 
         def capture(run, pool, stream):
             with monkeypatch.context() as strict:
-                strict.setattr(handle._residencies, "pull", lambda layer: pulls.append(layer))
+                strict.setattr(handle.engine.residencies, "pull", lambda layer: pulls.append(layer))
                 return make(run, pool, stream)
 
         handle.graphs._make = capture
@@ -110,7 +110,7 @@ def test_a_prefetch_for_the_completion_is_not_made_while_capturing(model, monkey
         static(model, BATCH[:1], 2)
         assert handle.graphs.captured == 1 and not pulls
         assert handle.counters.prefetch_loads.sum() > 0
-        assert handle._residencies.pull == pull
+        assert handle.engine.residencies.pull == pull
 
 
 def test_a_prompt_in_chunks_is_a_prompt_to_its_end(model):

@@ -1,7 +1,5 @@
 """Loading by engine, and a budget of GPU memory shared out to the byte."""
 
-import logging
-
 import pytest
 import tiny
 import torch
@@ -9,8 +7,7 @@ from small_olmoe import tiny_model
 from transformers import StaticCache
 
 import melinoe
-import melinoe.engine.choose as engine_module
-import melinoe.engine.device.attach as attach_module
+import melinoe.engine.device.engine as engine_module
 from melinoe import attach
 from melinoe.engine.device import support
 from melinoe.engine.device.budget import (
@@ -22,12 +19,10 @@ from melinoe.engine.device.budget import (
     watched,
     workspace_bytes,
 )
-from melinoe.engine.device.handle import FastHandle
 from melinoe.engine.device.staging import Staging, staging_bytes
 from melinoe.engine.device.static_cache import tensors
 from melinoe.engine.device.support import why_not
-from melinoe.engine.handle import Handle
-from melinoe.errors import AttachError, BudgetError, CheckpointError
+from melinoe.errors import BudgetError
 from melinoe.moe.experts import find_experts
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -52,7 +47,7 @@ def test_every_engine_loads_the_same_model(saved, engine):
     """Each gives its handle, and the plain model's tokens."""
     path, expected = saved
     model, handle = melinoe.load(path, engine=engine, slots=4)
-    assert type(handle) is (Handle if engine == "reference" else FastHandle)
+    assert handle.engine.name == ("fast" if engine == "fast" else "reference")
     assert torch.equal(generated(model), expected)
     handle.detach()
     assert torch.equal(generated(model), expected)
@@ -67,66 +62,6 @@ def test_a_checkpoint_is_loaded_into_codes(saved, compression):
     with torch.no_grad(), melinoe.attach(own, engine="fast", slots=4, compression=compression):
         assert torch.equal(model(IDS).logits, own(IDS).logits)
     assert handle.store.compression == compression
-
-
-def test_auto_says_once_and_loudly_why_it_is_not_fast(saved, caplog, monkeypatch):
-    """The reason by name; the options of the fast engine alone are left out."""
-    path, expected = saved
-    reason = "the GPU has compute capability 7.5, and 8.0 is the least that works"
-    monkeypatch.setattr("melinoe.engine.device.attach.why_not", lambda device: reason)
-    model, handle = melinoe.load(path, engine="auto", slots=4, compression="int8", admit=0)
-    assert type(handle) is Handle
-    assert torch.equal(generated(model), expected)
-    said = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(said) == 1 and reason in said[0].getMessage()
-    handle.detach()
-    with melinoe.attach(model, engine="auto", slots=2) as again:
-        assert type(again) is Handle
-    with pytest.raises(AttachError, match=r"7\.5"):
-        melinoe.load(path, engine="fast", slots=4)
-    with pytest.raises(AttachError, match="gpu_memory"):
-        melinoe.load(path, engine="auto", gpu_memory="8GiB")
-
-
-def test_without_triton_the_reason_is_named(saved, monkeypatch):
-    """An error for fast, a warning for auto."""
-    path, expected = saved
-    monkeypatch.setattr(engine_module, "find_spec", lambda name: None)
-    with pytest.raises(AttachError, match="Triton is not installed"):
-        melinoe.load(path, engine="fast", slots=4)
-    model, handle = melinoe.load(path, engine="auto", slots=4)
-    assert type(handle) is Handle
-    assert torch.equal(generated(model), expected)
-
-
-def test_pinned_memory_that_cannot_be_had_falls_back_or_fails(saved, monkeypatch, caplog):
-    """auto serves by reference and says so; fast passes the error on."""
-    path, expected = saved
-
-    def refuse(*_):
-        raise BudgetError("the system refuses to pin 58GiB after 0B (CUDA error 2); raise ulimit")
-
-    monkeypatch.setattr("melinoe.engine.device.attach._from_checkpoint", refuse)
-    with pytest.raises(BudgetError, match="refuses to pin"):
-        melinoe.load(path, engine="fast", slots=4)
-    model, handle = melinoe.load(path, engine="auto", slots=4)
-    assert type(handle) is Handle and torch.equal(generated(model), expected)
-    assert any("refuses to pin" in record.getMessage() for record in caplog.records)
-
-
-def test_what_the_user_got_wrong_is_not_hidden_by_auto(saved, tmp_path):
-    """A missing checkpoint, an impossible number of slots, options of the other engine."""
-    path, _ = saved
-    with pytest.raises(CheckpointError):
-        melinoe.load(tmp_path / "nowhere", engine="auto", slots=4)
-    with pytest.raises(BudgetError, match="between 1 and 8"):
-        melinoe.load(path, engine="auto", slots=9)
-    with pytest.raises(AttachError, match="no engine 'quick'"):
-        melinoe.load(path, engine="quick", slots=4)
-    with pytest.raises(AttachError, match=r'compression belongs.*engine="fast"'):
-        melinoe.load(path, slots=4, compression="int8")
-    with pytest.raises(AttachError, match=r'store belongs.*engine="reference"'):
-        melinoe.load(path, engine="fast", slots=4, store="disk")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +227,7 @@ def held_by(handle):
     """Memory that the engine had before: slots, staging, and the experts in host memory."""
     for one in handle._caches:
         yield from one.slots.values()
-    for pair in handle._staging._blocks.values():
+    for pair in handle.engine.staging._blocks.values():
         for block in pair:
             yield from block.values()
     for layer in handle.layers:
@@ -349,7 +284,7 @@ def test_a_budget_is_kept_from_loading_to_detaching(saved, monkeypatch):
     def failing(*_, **__):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(attach_module, "FastHandle", failing)
+    monkeypatch.setattr(engine_module, "DeviceEngine", failing)
     with pytest.raises(RuntimeError, match="luck"):
         melinoe.load(path, engine="fast", gpu_memory="1GiB", context=32)
     assert told == [1 << 30, "lifted"] * 2

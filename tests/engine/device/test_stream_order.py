@@ -25,7 +25,7 @@ class LateCopies:
         self.waiting, self.copying_now, self.after = [], False, None
         self.begun = self.marks = self.staged = self.most_waiting = 0
         self.blocks = [b for one in handle._caches for b in one.carriers[1:]]
-        staging = handle._staging
+        staging = handle.engine.staging
         for name in ("begin", "copying", "arrive", "mark"):
             monkeypatch.setattr(staging, name, getattr(self, name))
         bring = Carrier.bring
@@ -90,6 +90,6 @@ def test_what_has_not_arrived_shows(monkeypatch):
         expected = model(IDS).logits
     with attach(model, slots=2, staging_experts=1) as handle:
         LateCopies(handle, monkeypatch)
-        monkeypatch.setattr(handle._staging, "arrive", lambda: None)
+        monkeypatch.setattr(handle.engine.staging, "arrive", lambda: None)
         with torch.no_grad():
             assert not torch.equal(model(IDS).logits, expected)

@@ -58,7 +58,7 @@ def test_the_usual_number_stays_unless_another_is_clearly_faster():
 
 def test_nothing_is_tried_without_a_gpu(handle):
     """The interpreter's speed says nothing."""
-    assert handle.copies == {} and candidates(torch.device("cpu")) == [3]
+    assert handle.engine.copies == {} and candidates(torch.device("cpu")) == [3]
 
 
 def test_on_a_gpu_few_and_many_programs_are_tried(monkeypatch):

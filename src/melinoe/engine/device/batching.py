@@ -7,14 +7,14 @@ from typing import Any
 from transformers import ContinuousBatchingConfig
 
 from melinoe.engine.device.decide import MOST_PAIRS
-from melinoe.engine.device.handle import FastHandle
+from melinoe.engine.handle import Handle
 from melinoe.errors import BudgetError
 
 # transformers' default for the tokens of a batch.
 _USUAL = 8192
 
 
-def batching_config(handle: FastHandle, top_k: int, **options: Any) -> ContinuousBatchingConfig:
+def batching_config(handle: Handle, top_k: int, **options: Any) -> ContinuousBatchingConfig:
     """
     Make a `ContinuousBatchingConfig` whose decode batches always fit the slots.
 

@@ -40,7 +40,6 @@ class FastPasses(ForwardPasses):
     Attributes:
         mode: ``device``, ``stream`` or ``plans``: how the open pass is planned.
         paged: whether the open pass belongs to continuous batching.
-        fallbacks: passes of the completion that were planned with the host.
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
         unasked: told of each pass that the device plans and that nobody has announced: neither
@@ -56,7 +55,6 @@ class FastPasses(ForwardPasses):
         self._tokens = self._top_k = 0
         self.mode = DEVICE
         self.paged = False
-        self.fallbacks = 0
         self.given: Batch | None = None
         self.unasked: Callable[[bool], None] | None = None
         self.generation_begins: Callable[[], None] | None = None

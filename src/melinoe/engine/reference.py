@@ -1,26 +1,125 @@
-"""One layer's slots at work: ask who must come, have it copied, let transformers compute."""
+"""
+The reference engine: the host decides, layer by layer, which experts are loaded.
+
+In each layer it waits for the router's choice, asks `melinoe.cache.residency` what to load, copies
+that into the slots, and lets transformers' own function compute from them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
-from melinoe.cache.residency import Decision, Load, Residency
+from melinoe.cache.residency import Decision, Load, Residency, StreamedPrefill
 from melinoe.cache.timing import LoadRule
 from melinoe.engine.chosen import request_of, scores_of
+from melinoe.engine.generating import watch_generate
 from melinoe.engine.guard import Guard
 from melinoe.engine.host_experts import HostExperts
+from melinoe.engine.misses import Misses
 from melinoe.engine.passes import ForwardPasses
-from melinoe.engine.store import read_expert
-from melinoe.engine.transfer import Transfer
+from melinoe.engine.store import Store, read_expert
+from melinoe.engine.transfer import EmulatedLink, Transfer, transfer_for
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
+
+
+class ReferenceEngine:
+    """
+    Let the host decide what is loaded; see `melinoe.engine.handle.Engine`.
+
+    Args:
+        model: A transformers model.
+        layers: Its MoE layers, with their weights.
+        store: Holds their experts.
+        slots: Of each layer.
+        policies: By layer, a function that makes its policy.
+        device: Where the slots are.
+        link: The emulated link, if any.
+        misses: What is done about a miss.
+    """
+
+    name = "reference"
+    asks_host = True
+    prefill: StreamedPrefill | None = None
+    graphs = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertsLayer],
+        store: Store,
+        slots: Sequence[int],
+        policies: Sequence[Callable[[], Policy]],
+        device: torch.device,
+        link: EmulatedLink | None,
+        misses: Misses,
+    ) -> None:
+        self.passes = ForwardPasses(model, Counters(len(layers)))
+        self.transfer = transfer_for(store, device, link)
+        rule, threads = misses.rule, misses.threads
+        self.experts = [
+            ExpertCache(
+                layer, count, make(), self.transfer, self.passes, device, rule,
+                HostExperts(layer, store, threads, device, self.transfer) if rule else None,
+            )
+            for layer, count, make in zip(layers, slots, policies, strict=True)
+        ]  # fmt: skip
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds for which forward passes waited for experts."""
+        return self.transfer.stall_s
+
+    @property
+    def host_s(self) -> float:
+        """Seconds for which the host computed missing experts."""
+        return self.transfer.host_s
+
+    @property
+    def transferred_bytes(self) -> int:
+        """Bytes copied into slots, on demand and by prefetches."""
+        return self.transfer.transferred_bytes
+
+    def plug_in(self, model: nn.Module) -> Callable[[], None]:
+        """Learn of ``generate``, and keep it from compiling."""
+        return watch_generate(model, self.passes)
+
+    def counters(self) -> Counters:
+        """What was counted; a copy."""
+        return self.passes.counters.copy()
+
+    latest_counters = counters
+
+    def reset_counters(self) -> None:
+        """Count from zero."""
+        self.passes.counters.reset()
+        self.transfer.reset()
+
+    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        """As `Residency.forget_prefetches`, in all layers."""
+        for cache, spared in zip(self.experts, but, strict=True):
+            cache.residency.forget_prefetches(but=spared)
+
+    @contextmanager
+    def every_step_seen(self, counting: bool) -> Iterator[None]:
+        """The host sees every step as it is."""
+        yield
+
+    def finish(self) -> None:
+        """Return when no copy is under way."""
+        self.transfer.finish()
+
+    def close(self) -> None:
+        """Nothing stands in the weights' place but the slots."""
 
 
 class ExpertCache:

@@ -1,0 +1,176 @@
+"""The fast engine: the device decides, so that a decode step never asks the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from melinoe.cache.counters import Counters
+from melinoe.cache.policy import Policy
+from melinoe.cache.residency import StreamedPrefill
+from melinoe.engine.device.carrier import FastStore
+from melinoe.engine.device.compiled import CompiledForward
+from melinoe.engine.device.experts import FastExperts
+from melinoe.engine.device.graphs import DecodeGraphs
+from melinoe.engine.device.passes import FastPasses
+from melinoe.engine.device.residency import DeviceResidency, to_counters
+from melinoe.engine.device.staging import Staging
+from melinoe.engine.device.tuning import tune
+from melinoe.engine.generating import watch_generate
+from melinoe.moe.experts import ExpertsLayer
+
+_log = logging.getLogger("melinoe")
+
+
+class DeviceEngine:
+    """
+    Let the device decide what is loaded; see `melinoe.engine.handle.Engine`.
+
+    Time that a step waits for experts passes on the device and is not measured: `stall_s` is 0.
+
+    Args:
+        model: A transformers model.
+        layers: Its MoE layers, with their weights.
+        store: Holds their experts; readable by the device.
+        slots: Of each layer.
+        policies: By layer, a function that makes its policy: LRU or decayed LFU, one rule in all.
+        device: Where the slots are.
+        prefill: How prompts are streamed.
+        staging_experts: Experts that one of the two staging blocks holds.
+        use_graphs: Whether ``generate`` replays decode steps from CUDA graphs.
+        compile: Whether the captured steps are compiled.
+
+    Attributes:
+        residencies: Which experts are resident, on the device.
+        staging: The blocks that prompts' experts pass through.
+        copies: How fast kernels copied experts when this was made, by bytes of a block and number
+            of programs; see `melinoe.engine.device.tuning`. Empty without CUDA.
+    """
+
+    name = "fast"
+    asks_host = False
+    stall_s = host_s = 0.0
+    graphs: DecodeGraphs
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertsLayer],
+        store: FastStore,
+        slots: Sequence[int],
+        policies: Sequence[Callable[[], Policy]],
+        device: torch.device,
+        *,
+        prefill: StreamedPrefill,
+        staging_experts: int,
+        use_graphs: bool,
+        compile: bool = False,
+    ) -> None:
+        self.prefill: StreamedPrefill | None = prefill
+        self.staging = Staging(device, staging_experts)
+        self._store, self._device = store, device
+        self._use_graphs, self._compile = use_graphs, compile
+        self._warned_of_uses = False
+        # First: a policy or a model that cannot run here shows now.
+        self.residencies = DeviceResidency(
+            [layer.num_experts for layer in layers], list(slots), policies, device
+        )
+        self._seen: tuple[torch.Tensor, Any] | None = None
+        self._latest = self.residencies.counts.cpu().numpy()
+        counters = Counters(len(layers))
+        self.passes = FastPasses(
+            model, counters, self.residencies.fits, max(self.residencies.num_experts)
+        )
+        self.experts = [
+            FastExperts(
+                layer, self.residencies, store, self.staging, self.passes, self._rule, device
+            )
+            for layer in layers
+        ]  # fmt: skip
+        self.copies = tune((one.carriers for one in self.experts), device)
+
+    @property
+    def transferred_bytes(self) -> int:
+        """Bytes copied from the store, for prompts, on demand and by prefetches; waits."""
+        counters = self.counters()
+        loads = counters.loads.sum(axis=0) + counters.prefetch_loads
+        return sum(int(n) * self._store.block_bytes(layer) for layer, n in enumerate(loads))
+
+    def plug_in(self, model: nn.Module) -> Callable[[], None]:
+        """Let ``generate`` take captured steps; returns what undoes it."""
+        compiled = None
+        if self._compile:
+            compiled = CompiledForward(model, self.experts, self.passes)
+            _log.info(
+                "decode steps are compiled: fused kernels round otherwise than the model's own, so "
+                "the last bits of logits change"
+            )
+        self.graphs = DecodeGraphs(model, self.passes, self._device, self._use_graphs, compiled)
+        with ExitStack() as undo:
+            undo.callback(watch_generate(model, self.passes, may_compile=self._use_graphs))
+            undo.callback(self.graphs.plug_in())
+            return undo.pop_all().close
+
+    def counters(self) -> Counters:
+        """What was counted; waits for the device."""
+        return self.passes.counters.plus(to_counters(self.residencies.counts.cpu().numpy()))
+
+    def latest_counters(self) -> Counters:
+        """
+        Counters as of the last reading that arrived; waits for nothing.
+
+        Each call takes in a reading that has arrived and begins the next one, so it lags behind by
+        one call. Forward passes under way are in it in part.
+        """
+        if self._device.type != "cuda":
+            return self.counters()
+        if self._seen is not None and self._seen[1].query():
+            self._latest = self._seen[0].numpy().copy()
+            self._seen = None
+        if self._seen is None:
+            buffer = torch.empty(self.residencies.counts.shape, dtype=torch.int64, pin_memory=True)
+            buffer.copy_(self.residencies.counts, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+            self._seen = (buffer, event)
+        return self.passes.counters.plus(to_counters(self._latest))
+
+    def reset_counters(self) -> None:
+        """Count from zero."""
+        self.passes.counters.reset()
+        self.residencies.counts.zero_()
+        self._seen, self._latest = None, np.zeros_like(self._latest)
+
+    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        """As `Residency.forget_prefetches`, in all layers; *but* by layer."""
+        self.residencies.forget_prefetches(but)
+
+    @contextmanager
+    def every_step_seen(self, counting: bool) -> Iterator[None]:
+        """No step is replayed from a graph in the body; said once where uses are counted."""
+        if counting and self._use_graphs and not self._warned_of_uses:
+            self._warned_of_uses = True
+            _log.warning(
+                "counting which experts are used runs decode steps without CUDA graphs, which is "
+                "slower; leave the prior out, or let it learn on the reference engine"
+            )
+        with self.graphs.paused():
+            yield
+
+    def _rule(self) -> StreamedPrefill:
+        assert self.prefill is not None
+        return self.prefill
+
+    def finish(self) -> None:
+        """Return when no copy is under way."""
+        self.staging.finish()
+
+    def close(self) -> None:
+        """Free the captured steps, which hold the slots."""
+        self.graphs.forget()

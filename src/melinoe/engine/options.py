@@ -1,0 +1,145 @@
+"""
+Every option of a served model, once: default, unit, help.
+
+`melinoe.load` and `melinoe.attach` take these by name; the command line reads its help from here.
+"""
+# ruff: noqa: RUF009  (a setting is a field)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from melinoe.cache.timing import MISSES
+from melinoe.config import STORES
+from melinoe.config.setting import setting
+from melinoe.errors import AttachError, BudgetError
+
+ENGINES = ("auto", "reference", "fast")
+# Experts that one of the two staging blocks holds: enough for a copy to outlast its launch.
+STAGING_EXPERTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """
+    How a model is served with few resident experts.
+
+    Raises:
+        AttachError: an unknown word; options that contradict each other.
+        BudgetError: slots or memory given in two ways; half of a budget.
+    """
+
+    device: Any = setting(
+        None, "where the model runs: cpu, cuda, cuda:1; absent: CUDA if there is one, else the CPU"
+    )
+    gpu_memory: str | int | None = setting(
+        None, "limit on everything on the GPU, as in 8GiB; absent: what is free", unit="bytes"
+    )
+    ram: str | int | None = setting(
+        None, "limit on experts in host memory, as in 32GiB; absent: what is free", unit="bytes"
+    )
+    batch: int | None = setting(
+        None, "sequences at once that the GPU's memory is to hold; absent: 1", unit="sequences"
+    )
+    context: int | None = setting(
+        None, "tokens of a sequence that it is to hold; absent: 2048", unit="tokens"
+    )
+    dtype: Any = setting("auto", "type of the weights; auto: as they are stored")
+    slots: int | Sequence[int] | None = setting(
+        None, "experts of each layer to keep in slots; absent: as many as fit", unit="experts"
+    )
+    expert_memory: str | int | None = setting(
+        None, "instead of slots: memory of the slots of all layers, as in 8GiB", unit="bytes"
+    )
+    policy: str | Callable[[], Any] = setting("lru", "which resident expert leaves first")
+    policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
+    engine: str = setting(
+        "auto",
+        "who decides what is loaded: reference, the host, everywhere; fast, the GPU itself, with "
+        "lru or lfu and all experts in pinned memory; auto: fast where it can run",
+        choices=ENGINES,
+    )
+    store: Any = setting(
+        "auto", "where experts wait that are not resident; auto: the fastest that has the room",
+        choices=STORES,
+    )  # fmt: skip
+    compression: str | None = setting(
+        None, "keep experts as int8 or int4 in host memory; changes what the model says"
+    )
+    miss: Any = setting(
+        "wait",
+        "on a miss: wait for the expert; cpu, compute it on the host; split, both, by cost",
+        choices=MISSES,
+    )
+    miss_threads: int | None = setting(
+        None, "threads of the host while it computes a miss; absent: measured", unit="threads"
+    )
+    admit: int | None = setting(
+        None, "experts of a prompt that may evict others; absent: all", unit="experts"
+    )
+    staging_experts: int = setting(
+        STAGING_EXPERTS, "experts that one of a prompt's two staging blocks holds", unit="experts"
+    )
+    graphs: bool | None = setting(None, "replay decode steps from CUDA graphs; absent: on a GPU")
+    compile: bool | None = setting(
+        None, "compile the captured decode steps, which changes the last bits of logits"
+    )
+    link: Any = setting(None, "emulate a slow link to the slots, on the CPU")
+
+    def __post_init__(self) -> None:
+        for name in ("engine", "store"):
+            self._check_word(name)
+        sizes = (self.slots, self.expert_memory, self.gpu_memory)
+        if sum(size is not None for size in sizes) > 1:
+            raise BudgetError(
+                "give one of slots, expert_memory and gpu_memory, and not both of two: each says "
+                "how many experts are resident"
+            )
+        if (self.slots is not None or self.expert_memory is not None) and (
+            self.batch is not None or self.context is not None
+        ):
+            raise BudgetError(
+                "batch and context share a GPU's memory out, and slots or expert_memory do that "
+                "already; give gpu_memory, or leave them out"
+            )
+        if self.engine == "reference" and (other := self.needs_device) is not None:
+            raise AttachError(
+                f'{other} belongs to the other engine; leave it out, or give engine="fast"'
+            )
+        if self.engine == "fast" and (other := self.needs_host) is not None:
+            raise AttachError(
+                f'{other} belongs to the other engine; leave it out, or give engine="reference"'
+            )
+        if self.staging_experts < 1:
+            raise AttachError(f"staging_experts cannot be {self.staging_experts}; give 1 or more")
+
+    @property
+    def needs_device(self) -> str | None:
+        """The first option given that only the fast engine knows; None if none is."""
+        given = {
+            "compression": self.compression is not None,
+            "admit": self.admit is not None,
+            "staging_experts": self.staging_experts != STAGING_EXPERTS,
+            "graphs": self.graphs is not None,
+            "compile": bool(self.compile),
+        }
+        return next((name for name, is_given in given.items() if is_given), None)
+
+    @property
+    def needs_host(self) -> str | None:
+        """The first option given that only the reference engine knows; None if none is."""
+        given = {
+            "miss": getattr(self.miss, "kind", self.miss) != "wait",
+            "miss_threads": self.miss_threads is not None,
+            "link": self.link is not None,
+            "store": self.store == "disk",
+        }
+        return next((name for name, is_given in given.items() if is_given), None)
+
+    def _check_word(self, name: str) -> None:
+        value = getattr(self, name)
+        choices = next(one.metadata["choices"] for one in fields(self) if one.name == name)
+        if isinstance(value, str) and value not in choices:
+            raise AttachError(f"there is no {name} {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,330 @@
+"""Choose what serves a model best on this machine: device, who decides, store and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from melinoe.cache.packing import PACKABLE
+from melinoe.cache.policy import Policy, policy_makers
+from melinoe.engine.budget import memory_of, parse_bytes, slots_by_layer, slots_for
+from melinoe.engine.device.budget import GpuBudget
+from melinoe.engine.device.support import why_not
+from melinoe.engine.misses import check_miss
+from melinoe.engine.options import Options
+from melinoe.engine.transfer import check_link
+from melinoe.errors import AttachError, BudgetError
+from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
+from melinoe.moe.experts import ExpertsLayer
+
+# Of the memory that is free, what is taken where nobody says how much: the rest is for the system
+# and for what a prompt needs while it runs.
+_SHARE = 0.8
+
+Makers = Sequence[Callable[[], Policy]]
+"""By layer, a function that makes its policy."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    What is known of a model before it is loaded.
+
+    Attributes:
+        layers: Its MoE layers; their weights are not read.
+        backbone_bytes: Bytes of all other weights that loading will add; 0 for a model in memory.
+        in_memory: Whether the experts are in memory, so that no disk can hold them.
+        device: Where its other weights are; None for a checkpoint.
+        budget: Shares so many bytes of a GPU out, with so many experts in a staging block; None
+            where the model cannot be asked.
+    """
+
+    layers: Sequence[ExpertsLayer]
+    backbone_bytes: int = 0
+    in_memory: bool = False
+    device: torch.device | None = None
+    budget: Callable[[int, int], GpuBudget] | None = None
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    What was chosen, and why.
+
+    Attributes:
+        device: Of the slots, and of all other weights.
+        engine: ``fast``: the device decides; ``reference``: the host does.
+        store: ``ram``, ``pinned`` or ``disk``: where the experts wait.
+        slots: Per layer, as given or as fit.
+        makers: Make the layers' policies.
+        budget: The limit on the GPU's memory, shared out; None if none was given.
+        why: In words: why the host decides; what the slots fit into.
+    """
+
+    device: torch.device
+    engine: str
+    store: str
+    slots: int | tuple[int, ...]
+    makers: Makers
+    budget: GpuBudget | None
+    why: tuple[str, str]
+
+    def describe(self, layers: Sequence[ExpertsLayer]) -> str:
+        """One line for the log."""
+        counts = slots_by_layer(self.slots, layers)
+        size = sum(n * layer.block_bytes for n, layer in zip(counts, layers, strict=True))
+        some = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        who = "the GPU decides what is loaded" if self.engine == "fast" else "the host decides"
+        where = {
+            "ram": "all experts wait in host memory",
+            "pinned": "all experts wait in pinned host memory",
+            "disk": "experts are read from disk",
+        }[self.store]
+        reason, room = (f" ({one})" if one else "" for one in self.why)
+        return (
+            f"served on {self.device}: {who}{reason}; {some} of "
+            f"{max(layer.num_experts for layer in layers)} experts of each layer in slots, "
+            f"{format_bytes(size)}{room}; {where}"
+        )
+
+
+def place(options: Options, model: Model, host_because: str | None = None) -> Placement:
+    """
+    Choose, and refuse what cannot work, before anything is read or moved.
+
+    Args:
+        options: What the user said.
+        model: What is to be served.
+        host_because: Why the host must decide; absent: found out.
+
+    Raises:
+        AttachError: the device is not there, or the engine or store that was asked for cannot work.
+        BudgetError: too little memory.
+        MelinoeError: no such policy.
+    """
+    check_miss(options.miss, options.miss_threads)
+    layers = model.layers
+    if isinstance(options.slots, int | Sequence):
+        slots_by_layer(options.slots, layers)
+    device = _device(options.device, model.device)
+    check_link(device, options.link)
+    makers = _policy_makers(options, len(layers))
+    limit = _host_limit(options)
+    reason = host_because or _why_host(options, device, makers, model, limit)
+    if options.engine == "fast" and reason is not None:
+        raise AttachError(
+            f'the fast engine cannot run here: {reason}; leave engine out, or give "reference"'
+        )
+    engine = "fast" if reason is None and options.engine != "reference" else "reference"
+    if engine == "reference" and options.compression is not None:
+        raise AttachError(
+            f"compression is for the fast engine, which cannot run here: {reason}; leave it out"
+        )
+    if engine == "fast":
+        check_graphs(options, device)
+    store = _store(options, device, engine, model, limit)
+    slots, budget, room = _slots(options, device, engine, store, model, limit)
+    _check_host(options, device, store, slots, model)
+    return Placement(device, engine, store, slots, makers, budget, (reason or "", room))
+
+
+def check_graphs(options: Options, device: torch.device) -> bool:
+    """Whether decode steps are captured in CUDA graphs."""
+    graphs = device.type == "cuda" if options.graphs is None else options.graphs
+    if options.compile and not graphs:
+        raise AttachError(
+            "compile=True compiles the decode steps that CUDA graphs capture, and none are "
+            "captured; leave graphs on, or leave compile out"
+        )
+    return graphs
+
+
+def _device(asked: Any, home: torch.device | None) -> torch.device:
+    """The device, if it is there, in the form that tensors say it."""
+    if asked is None:
+        asked = home or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise AttachError(f"there is no device {str(asked)!r}; use cpu or cuda") from None
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise AttachError(f"this machine has no device {device}; use cpu, or another GPU")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _policy_makers(options: Options, num_layers: int) -> Makers:
+    given, more = options.policy, dict(options.policy_options or {})
+    if isinstance(given, str):
+        makers: Makers = policy_makers(given, more, num_layers)
+    elif more:
+        raise ValueError("policy_options belong to a policy given by name")
+    else:
+        makers = [given] * num_layers
+    for make in makers:
+        make()  # an unknown policy or option shows here
+    return makers
+
+
+def _host_limit(options: Options) -> int | None:
+    """Bytes of host memory that experts may take; None if nobody knows."""
+    if options.ram is not None:
+        return parse_bytes(options.ram)
+    free = free_host_bytes()
+    return None if free is None else int(_SHARE * free)
+
+
+def _why_host(
+    options: Options, device: torch.device, makers: Makers, model: Model, limit: int | None
+) -> str | None:
+    """Why the host must decide, in words; None if the device can."""
+    if options.engine == "reference":
+        return None
+    if device.type == "cpu" and options.engine == "auto":
+        return "on the CPU they are one"
+    if (name := options.needs_host) is not None:
+        return f"because of {name}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if (reason := why_not(device)) is not None:
+        return reason
+    for name in {make().name for make in makers} - set(PACKABLE):
+        return f"the GPU can decide by {' or '.join(PACKABLE)}, not by {name}"
+    too_many = limit is not None and model.expert_bytes > limit
+    if too_many and options.compression is None and (options.engine == "auto" or options.ram):
+        return (
+            f"all experts, {format_bytes(model.expert_bytes)}, do not fit into "
+            f"{format_bytes(limit or 0)} of host memory"
+        )
+    return None
+
+
+def _store(
+    options: Options, device: torch.device, engine: str, model: Model, limit: int | None
+) -> str:
+    if not isinstance(options.store, str):
+        return options.store.kind
+    fits = limit is None or model.expert_bytes <= limit
+    if options.store != "auto":
+        if options.store == "disk" and model.in_memory:
+            raise AttachError(
+                "a model in memory has no files to read experts from; choose the ram or pinned "
+                "store, or load the checkpoint with melinoe.load"
+            )
+        if options.store != "disk" and options.ram is not None and not fits:
+            raise BudgetError(
+                f"the {options.store} store holds all experts, "
+                f"{format_bytes(model.expert_bytes)}, which is more than ram allows; "
+                "give more ram, or leave store out"
+            )
+        return options.store
+    if engine == "fast":
+        return "pinned" if device.type == "cuda" else "ram"
+    if device.type == "cuda" and fits and limit is not None:
+        return "pinned"
+    if model.in_memory:
+        return "ram"
+    # On the CPU slots and store are the same memory, which slots use better, if all may be slots.
+    told = options.slots is not None or options.expert_memory is not None
+    if device.type == "cpu" and options.ram is not None and told and limit is not None:
+        slots = options.slots if options.slots is not None else _within(options, model.layers)
+        if model.expert_bytes + _bytes_of(slots, model.layers) <= limit:
+            return "ram"
+    return "disk"
+
+
+def _within(options: Options, layers: Sequence[ExpertsLayer]) -> int:
+    assert options.expert_memory is not None
+    return slots_for(options.expert_memory, layers)
+
+
+def _slots(
+    options: Options,
+    device: torch.device,
+    engine: str,
+    store: str,
+    model: Model,
+    limit: int | None,
+) -> tuple[int | tuple[int, ...], GpuBudget | None, str]:
+    """Slots, the budget they were taken from if it is to be kept, and in words where they fit."""
+    layers = model.layers
+    if options.slots is not None:
+        counts = slots_by_layer(options.slots, layers)
+        return (options.slots if isinstance(options.slots, int) else counts), None, ""
+    if options.expert_memory is not None:
+        return _within(options, layers), None, "what expert_memory allows"
+    staging = options.staging_experts if engine == "fast" else 0
+    if options.gpu_memory is not None:
+        if device.type != "cuda" and engine != "fast":
+            raise AttachError(
+                "gpu_memory limits a GPU's memory, and the model runs on the CPU; "
+                "give ram instead, or a device"
+            )
+        if model.budget is None:
+            raise BudgetError("a budget for a whole GPU is kept by melinoe.load alone; give slots")
+        budget = model.budget(parse_bytes(options.gpu_memory), staging)
+        return budget.slots_per_layer, budget, "what gpu_memory allows"
+    most = max(layer.num_experts for layer in layers)
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0] * _SHARE)
+        words = f"what fits into {format_bytes(free)} of the GPU"
+        if model.budget is not None:
+            try:
+                return model.budget(free, staging).slots_per_layer, None, words
+            except BudgetError as error:
+                if "told beforehand" not in str(error):
+                    raise
+        return slots_for(max(free - model.backbone_bytes, 1), layers), None, words
+    if limit is None:
+        return most, None, ""
+    if options.ram is None:
+        limit -= model.backbone_bytes
+    if store != "disk" and not model.in_memory:
+        limit -= model.expert_bytes
+    return slots_for(max(limit, 1), layers), None, f"what fits into {format_bytes(max(limit, 0))}"
+
+
+def _check_host(
+    options: Options, device: torch.device, store: str, slots: Any, model: Model
+) -> None:
+    """Refuse what the system would end the process for."""
+    on_cpu = device.type == "cpu"
+    # A model in memory gives its experts to the store layer by layer; a store may be filled.
+    held = store == "disk" or model.in_memory or not isinstance(options.store, str)
+    parts = {
+        "experts": 0 if held or options.compression is not None else model.expert_bytes,
+        "slots": _bytes_of(slots, model.layers) if on_cpu else 0,
+        "all other weights": model.backbone_bytes if on_cpu else 0,
+    }
+    what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)
+    fewer = "give fewer slots"
+    if not on_cpu:
+        fewer = "choose the disk store"
+    elif not held:
+        fewer = "choose the disk store, or fewer slots"
+    if what:
+        check_host_room(sum(parts.values()), what, fewer)
+    if options.ram is not None and on_cpu:
+        taken = parts["experts"] + parts["slots"]
+        if taken > parse_bytes(options.ram):
+            raise BudgetError(
+                f"experts would take {format_bytes(taken)} of host memory, slots included, which "
+                "is more than ram allows; give more ram, or fewer slots"
+            )
+
+
+def _bytes_of(slots: Any, layers: Sequence[ExpertsLayer]) -> int:
+    if isinstance(slots, int):
+        return memory_of(slots, layers)
+    return sum(n * layer.block_bytes for n, layer in zip(slots, layers, strict=True))
