@@ -10,7 +10,7 @@ from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.measure import serve, timeline_record, usage_record
-from melinoe.measure.by_layer import hit_rates_by_layer
+from melinoe.measure.traces import hit_rates_by_layer
 from melinoe.report.records import check
 
 

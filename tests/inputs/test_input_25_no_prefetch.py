@@ -11,7 +11,7 @@ from melinoe.cache.locality import sch, srp
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
-from melinoe.measure.replays import replay_record
+from melinoe.measure.traces import replay_record
 from melinoe.predictor.targets import recall_at
 from melinoe.report.figures.experts import experts_needed, used_shares
 

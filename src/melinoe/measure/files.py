@@ -1,8 +1,9 @@
-"""Records to files: appended a line at a time, or written whole; never half a record."""
+"""Write records to files: appended a line at a time, or whole; never half a record."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,17 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
         DataError: the place cannot be written to, or the record holds a number that is not finite.
     """
     line = (_text(record, None) + "\n").encode()
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _named(Path(path)) as target:
         # O_APPEND keeps lines of two writers apart; a text buffer could cut one into pieces.
         handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             _write_line(handle, line)
         finally:
             os.close(handle)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {target} ({error.strerror}); choose another place"
-        ) from None
 
 
 def _write_line(handle: int, line: bytes) -> None:
-    """Write all of *line*; where the disk holds a part of it alone, take that part back."""
+    """Write all of *line*; where the disk takes only a part of it, take that part back."""
     written = os.write(handle, line)
     try:
         while written < len(line):
@@ -52,10 +47,16 @@ def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any]) -> No
         DataError: as `append_jsonl`.
     """
     text = _text(value, 1) + "\n"
-    target = Path(path)
+    with _named(Path(path)) as target:
+        write_whole(target, text)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[Path]:
+    """Make the target's folder, and name the target where it cannot be written to."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, text)
+        yield target
     except OSError as error:
         raise DataError(
             f"cannot write to {target} ({error.strerror}); choose another place"
@@ -69,3 +70,24 @@ def _text(value: Any, indent: int | None) -> str:
         raise DataError(
             "a record holds a number that is not finite; look for what went wrong before it"
         ) from None
+
+
+def training_record(
+    model: str, log: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Return the record of kind ``training``.
+
+    Args:
+        model: Label of the run.
+        log: One mapping per logged step, with ``step`` and the losses: ``loss``, ``nll``,
+            ``cache``, …; entries without a step (summaries) are left out.
+        settings: Those of the run.
+
+    Raises:
+        DataError: no step was logged.
+    """
+    steps = [dict(entry) for entry in log if "step" in entry]
+    if not steps:
+        raise DataError("the training run logged no step; log at least one")
+    return {"kind": "training", "model": model, "log": steps, "settings": dict(settings)}

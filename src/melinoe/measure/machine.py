@@ -1,8 +1,9 @@
-"""What a measurement ran on: no number stands without it."""
+"""Describe the machine and software that a measurement ran on."""
 
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,11 +22,10 @@ def machine() -> dict[str, Any]:
     (``None`` without CUDA), ``system``, ``versions``, ``commit`` (``None`` outside a checkout of
     the project; ``-dirty`` behind it if files were changed) and ``date`` (UTC, to the second).
     """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": os.cpu_count() if cores is None else len(cores),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -57,15 +57,13 @@ def _memory_gib() -> float | None:
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def _commit(folder: Path) -> str | None:
-    """Commit of the checkout that this code runs from; an installed package has none."""
+    """The commit of the checkout that this code runs from; an installed package has none."""
 
     def git(*words: str) -> str | None:
         try:

@@ -1,5 +1,5 @@
 """
-What a model chooses while it reads given text, as if it had written it token by token.
+Record which experts a model chooses while it reads given text, as if it had written that text.
 
 Traces of a model's own completions mix two things: how it routes, and what it writes; one that
 repeats itself needs few experts. Reading the same text, two models differ in routing alone.
@@ -18,7 +18,7 @@ from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, known_ids
 from melinoe.data import Encoded
 from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
-from melinoe.measure.locality import completion_counts
+from melinoe.measure.traces import completion_counts
 from melinoe.moe.next_router import NextRouters
 from melinoe.moe.routing import Router, find_routers
 from melinoe.stats import bootstrap
@@ -33,7 +33,7 @@ def reading_trace(
     guesses: bool = False,
 ) -> Trace:
     """
-    Record what every token of *encoded* chose, and lay it out as generation would have.
+    Record which experts every token of *encoded* chose, laid out as generation would have it.
 
     A token's routing depends on what stands before it alone, so one forward pass per example
     gives what decoding that text would give, up to rounding: the prompt in one pass, then each
@@ -41,11 +41,11 @@ def reading_trace(
 
     Args:
         model: A causal language model that *handle* is attached to; any number of slots.
-        handle: What `attach` or `load` gave for it.
+        handle: From `attach` or `load`.
         encoded: At least one example, with at least one completion token.
         scores: Also record the weight that each choice was given, as the policy ``score`` needs it.
-        guesses: Also record what each layer's router says one layer early of each completion
-            token, as the prefetch ``next-router`` needs it.
+        guesses: Also ask each layer's router one layer early about each completion token, as the
+            prefetch ``next-router`` does, and record what it said.
 
     Returns:
         One sequence per example, in order.
@@ -90,10 +90,10 @@ def reading_trace(
 
 class _Early:
     """
-    Asks each router about what the one before it saw, for all tokens of a text at once.
+    Ask each router about the inputs of the one before it, for all tokens of a text at once.
 
-    A recording asks only where few tokens are decoded, because that is where a prefetch would; to
-    read a text in one pass is to decode it, so here all of them are asked.
+    A recording asks only where few tokens are decoded, as a prefetch would; here a whole text is
+    read in one pass in place of decoding it, so all its tokens are asked about.
     """
 
     def __init__(self, model: Any, stack: ExitStack) -> None:
@@ -120,7 +120,7 @@ class _Early:
         return hook
 
     def guesses(self, trace: Trace, is_completion: np.ndarray) -> np.ndarray:
-        """As a `Trace` keeps them, int16: -1 in prompts, and in the first layer."""
+        """Return the guesses as a `Trace` keeps them: -1 in prompts, and in the first layer."""
         out = np.full_like(trace.experts, -1)
         for layer, said in enumerate(self._said):
             if said:

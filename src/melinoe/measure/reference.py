@@ -1,4 +1,4 @@
-"""Greedy tokens and their log-probabilities, for another engine's to be compared with."""
+"""Record greedy tokens and their log-probabilities, to compare another engine's with."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ def reference_record(
     model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_new_tokens: int
 ) -> dict[str, Any]:
     """
-    Let a model continue *prompts* greedily, and keep what it said.
+    Let a model continue *prompts* greedily, and record tokens and log-probabilities.
 
     Args:
         model: In memory, or offloaded; in the type that the other engine will compute in.
         tokenizer: Its own.
-        name: What the record calls it.
+        name: The model's name in the record.
         prompts: Texts; given to the model as they are, without a chat template.
         max_new_tokens: Of each continuation; fewer where it ends before.
 

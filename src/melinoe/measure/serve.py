@@ -1,23 +1,25 @@
-"""Serve prompts one by one under one configuration, and say what it cost, with intervals."""
+"""Serve prompts one by one under one configuration; count and time, with intervals."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetch import Prefetcher
 from melinoe.config import PREFETCH_AT, PrefetchAt
 from melinoe.engine.handle import Handle
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
-from melinoe.measure.by_layer import hit_rates_by_layer
-from melinoe.measure.link import link_fields
 from melinoe.measure.machine import machine
+from melinoe.measure.traces import hit_rates_by_layer
 from melinoe.predictor import Predictor
 from melinoe.stats import bootstrap
 
-# Assisted decoding computes guesses too, wrong ones included.
+# Generation options with which a forward pass computes other tokens than the one it yields.
 _SEVERAL_TOKENS_A_PASS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 Serving = Generator[None, None, dict[str, Any]]
@@ -58,9 +60,9 @@ def serving(
     **sampling: Any,
 ) -> Serving:
     """
-    Generate from each prompt, batch 1, pausing after each; at the end, a record of kind ``serve``.
+    Generate from each prompt, batch 1, pausing after each; return a record of kind ``serve``.
 
-    To be driven by `serve` or `side_by_side`; nothing is checked or run before that.
+    A generator for `serve` or `side_by_side` to drive; nothing is checked or run before that.
 
     Counts and times are of the completion's forward passes, one token each, unless their name
     says else:
@@ -88,10 +90,10 @@ def serving(
         tokenizer: The model's.
         prompts: At least one.
         max_new_tokens: At most so many for each; at least 2.
-        predictor: Names experts to prefetch for each prompt: short for a *prefetch*.
-        prefetch: What is loaded ahead of need.
+        predictor: Names experts to prefetch for each prompt; short for a *prefetch*.
+        prefetch: The rule by which experts are loaded ahead of need.
         label: The model's name in tables.
-        strategy: What is done about misses, for tables; ``""`` names policy and prefetch.
+        strategy: The strategy's name in tables; ``""`` names policy and prefetch.
         prefetch_at: Of *predictor*, as in `melinoe.generate.generate`.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
         repeat: Runs per prompt, for steadier times.
@@ -231,32 +233,38 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
     counters = one.counters
     if counters is None:
         raise ValueError("a plain model has no cache to count; attach the runtime first")
-    uses, loads = int(counters.uses[COMPLETION].sum()), int(counters.loads[COMPLETION].sum())
+
+    def count(name: str, kind: int = COMPLETION) -> int:
+        return int(np.sum(getattr(counters, name)[kind]))
+
+    def median(name: str) -> float:
+        return float(np.median([getattr(run, name) for run in runs]))
+
+    uses, loads, on_host = count("uses"), count("loads"), count("on_host")
     prefetches = int(counters.prefetch_loads.sum())
-    elsewhere = int(counters.on_host[COMPLETION].sum())
     return {
         "prompt_tokens": len(one.prompt_ids),
         "new_tokens": len(one.ids),
-        "tokens": int(counters.tokens[COMPLETION]),
+        "tokens": count("tokens"),
         "uses": uses,
-        "hits": int(counters.hits[COMPLETION].sum()),
+        "hits": count("hits"),
         "loads": loads,
         "prefetch_loads": prefetches,
         "prefetch_used": int(counters.prefetch_used.sum()),
-        "prefetch_used_decoding": int(counters.prefetch_used[COMPLETION].sum()),
+        "prefetch_used_decoding": count("prefetch_used"),
         "prefetch_unused": int(counters.prefetch_unused.sum()),
-        "elsewhere": elsewhere,
-        "prefill_elsewhere": int(counters.on_host[PROMPT].sum()),
-        "missed": loads + elsewhere,
-        "uses_not_paid": uses - loads - prefetches - elsewhere,
-        "prefill_loads": int(counters.loads[PROMPT].sum()),
-        "zero_miss": int(counters.zero_miss_tokens[COMPLETION]),
-        "seconds": _median(run.seconds for run in runs),
-        "ttft_s": _median(run.ttft_s for run in runs),
-        "predictor_s": _median(run.predictor_s for run in runs),
-        "decode_s": _median(run.seconds - run.ttft_s for run in runs),
-        "stall_ms": _median(run.stall_s * 1e3 for run in runs),
-        "prompt_stall_ms": _median(run.prompt_stall_s * 1e3 for run in runs),
+        "elsewhere": on_host,
+        "prefill_elsewhere": count("on_host", PROMPT),
+        "missed": loads + on_host,
+        "uses_not_paid": uses - loads - prefetches - on_host,
+        "prefill_loads": count("loads", PROMPT),
+        "zero_miss": count("zero_miss_tokens"),
+        "seconds": median("seconds"),
+        "ttft_s": median("ttft_s"),
+        "predictor_s": median("predictor_s"),
+        "decode_s": float(np.median([run.seconds - run.ttft_s for run in runs])),
+        "stall_ms": 1e3 * median("stall_s"),
+        "prompt_stall_ms": 1e3 * median("prompt_stall_s"),
     }
 
 
@@ -274,13 +282,103 @@ def _of_prefetches(columns: dict[str, list[Any]]) -> dict[str, Any]:
     return {name: value.to_dict() for name, value in found.items()}
 
 
-def _median(values: Iterable[float]) -> float:
-    return float(np.median(list(values)))
-
-
 def _top_k(generations: Sequence[Sequence[Generation]]) -> int | None:
     """Choices per token and layer, from what was counted; skip slots count as none."""
     counters = [runs[0].counters for runs in generations if runs[0].counters is not None]
     requests = sum(int(one.requests[COMPLETION].sum()) for one in counters)
     uses = sum(int(one.uses[COMPLETION].sum()) for one in counters)
     return round(uses / requests) if requests else None
+
+
+def link_fields(link: EmulatedLink | None) -> dict[str, Any] | None:
+    """Return an emulated link as records name it; ``None`` where the link is as it is."""
+    if link is None:
+        return None
+    return {
+        "bandwidth_gb_s": link.bandwidth_bytes_per_s / 1e9,
+        "latency_us": link.latency_s * 1e6,
+        "emulated": True,
+    }
+
+
+class _Stamps:
+    """A streamer that notes clock, stall, and hits and loads by layer so far at each new token."""
+
+    def __init__(self, handle: Handle, device: torch.device) -> None:
+        self.handle, self.device = handle, device
+        self.times_s: list[tuple[float, float]] = []
+        self.counts: list[np.ndarray] = []
+        self.at_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.at_prompt:  # transformers hands the prompt over first
+            self.at_prompt = True
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times_s.append((time.perf_counter(), self.handle.stall_s))
+        self.count()
+
+    def count(self) -> None:
+        counters = self.handle.counters
+        self.counts.append(np.stack([counters.hits.sum(axis=0), counters.loads.sum(axis=0)]))
+
+    def end(self) -> None:
+        pass
+
+
+def timeline_record(
+    model: Any,
+    handle: Handle,
+    tokenizer: Any,
+    prompt: Prompt,
+    max_new_tokens: int = 64,
+    *,
+    label: str,
+    **options: Any,
+) -> dict[str, Any]:
+    """
+    Generate once, from an empty cache, and return the record of kind ``timeline``.
+
+    Its lists have one entry per token after the first: ``ms`` from the token before to this one,
+    ``stall_ms`` of it waiting for experts, ``hits`` and ``loads`` by layer (uses whose expert was
+    resident, experts copied on demand), and ``tokens``, the text of each. What the prompt took
+    stands apart: ``ttft_s`` and ``prompt_loads``.
+
+    Args:
+        model: As in `melinoe.generate.generate`.
+        handle: Attached to *model*.
+        tokenizer: The model's.
+        prompt: Text or token ids.
+        max_new_tokens: At most so many.
+        label: The model's name in reports.
+        options: As in `melinoe.generate.generate`.
+
+    Raises:
+        DataError: fewer than two tokens came.
+    """
+    stamps = _Stamps(handle, model.get_input_embeddings().weight.device)
+    handle.reset_cache()
+    stamps.count()
+    done = generate(model, handle, tokenizer, prompt, max_new_tokens, streamer=stamps, **options)
+    if len(stamps.times_s) < 2:
+        raise DataError("the prompt got fewer than two tokens; take another for a timeline")
+    ms, stall_ms = 1e3 * np.diff(stamps.times_s, axis=0).T
+    # (tokens, hits and loads, layers), the first token with the prompt.
+    hits, loads = np.diff(stamps.counts, axis=0).swapaxes(0, 1)
+    return {
+        "kind": "timeline",
+        "model": label,
+        "slots": handle.slots,
+        "num_experts": handle.layers[0].num_experts,
+        "policy": handle.policy,
+        "link": link_fields(handle.link),
+        "ttft_s": done.ttft_s,
+        "prompt_tokens": len(done.prompt_ids),
+        "prompt_loads": loads[0].tolist(),
+        "ms": ms.tolist(),
+        "stall_ms": stall_ms.tolist(),
+        "hits": hits[1:].tolist(),
+        "loads": loads[1:].tolist(),
+        "tokens": [tokenizer.decode([token]) for token in done.ids[1:]],
+    }

@@ -1,17 +1,18 @@
-"""A trace to all that a report shows of one: locality, usage, curves by policy, rates by layer."""
+"""Turn a trace into the records that a report shows: locality, use, curves by slots, rates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from melinoe.cache.locality import popularity
-from melinoe.cache.simulator import COMPILED_POLICIES, simulate
-from melinoe.cache.trace import Trace
+from melinoe.cache.counters import COMPLETION, Counters
+from melinoe.cache.curves import unit_costs
+from melinoe.cache.locality import distinct_experts, experts_per_sequence, popularity, reuse
+from melinoe.cache.simulator import COMPILED_POLICIES, Simulation, simulate
+from melinoe.cache.trace import COMPLETION_ROW, Trace
 from melinoe.config import ServeSettings, experts_in_share
-from melinoe.measure.by_layer import hit_rates_by_layer
-from melinoe.measure.locality import curve_record, locality_record
-from melinoe.measure.usage import usage_record
+from melinoe.errors import DataError
+from melinoe.stats import bootstrap
 
 # A curve is drawn through so many numbers of slots at most.
 _POINTS = 16
@@ -55,32 +56,234 @@ def trace_records(
         progress(done, of)
 
     found = [locality_record(trace, model), usage_record(trace, model)]
-    options = {name: _options(trace, name) for name in names}
+    options: dict[str, dict[str, Any]] = (
+        {"static": {"popularity": popularity(trace)}} if "static" in names else {}
+    )
     for name in names:
-        found.append(curve_record(trace, model, name, slots, progress=step, **options[name]))
-        found[-1].pop("policy_options")  # popularity is long, and no record's business
+        given = options.get(name, {})
+        found.append(curve_record(trace, model, name, slots, progress=step, **given))
+        found[-1].pop("policy_options")  # popularity is too long for a record
     for name in names:
-        found.append(_layers_record(trace, model, name, quarter, options[name]))
+        replay = simulate(
+            trace,
+            quarter,
+            name,
+            reset_between_sequences=True,
+            policy_options=options.get(name),
+        )
+        found.append(
+            {
+                "kind": "layers",
+                "model": model,
+                "policy": name,
+                "slots": quarter,
+                "num_experts": trace.num_experts,
+                "hit_rate_by_layer": hit_rates_by_layer(replay.per_sequence),
+            }
+        )
         step()
     return found
 
 
-def _options(trace: Trace, policy: str) -> dict[str, Any]:
-    return {"popularity": popularity(trace)} if policy == "static" else {}
+def locality_record(trace: Trace, model: str) -> dict[str, Any]:
+    """
+    Return the record of kind ``locality``, of completion tokens alone.
+
+    ``experts_per_sequence`` holds one mean over layers per sequence with a completion, ``reuse``
+    is an estimate over sequences, ``distinct_experts`` the mean over layers of what the whole
+    trace used: small there is collapse, small per sequence is locality.
+
+    Raises:
+        DataError: the trace has no completion tokens.
+    """
+    used = experts_per_sequence(trace)
+    used = used[~np.isnan(used)]
+    if used.size == 0:
+        raise DataError("the trace has no completion tokens; generate at least two per prompt")
+    again = reuse(trace)
+    return {
+        "kind": "locality",
+        "model": model,
+        "num_experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "layers": trace.num_layers,
+        "experts_per_sequence": used.tolist(),
+        "experts_per_sequence_mean": bootstrap(used).to_dict(),
+        "reuse": bootstrap(again[~np.isnan(again)]).to_dict(),
+        "distinct_experts": float(distinct_experts(trace).mean()),
+    }
 
 
-def _layers_record(
-    trace: Trace, model: str, policy: str, slots: int, options: dict[str, Any]
+def usage_record(trace: Trace, model: str, sequences: int = 24, layers: int = 4) -> dict[str, Any]:
+    """
+    Return the record of kind ``usage``, of completion tokens alone.
+
+    ``counts`` holds, for each shown layer, one row per sequence with the number of its choices
+    that fell on each expert; ``shown_layers`` lists those layers.
+
+    Args:
+        trace: As `melinoe.generate.trace_prompts` makes it.
+        model: Label of the model.
+        sequences: Show so many sequences at most, the first.
+        layers: Show so many layers at most, evenly from the first to the last.
+
+    Raises:
+        DataError: the trace has no completion tokens.
+    """
+    rows = np.flatnonzero(trace.kind == COMPLETION_ROW)
+    if rows.size == 0:
+        raise DataError("the trace has no completion tokens; generate at least two per prompt")
+    shown = np.unique(np.linspace(0, trace.num_layers - 1, layers).round().astype(int))
+    present = np.unique(trace.sequence[rows])[:sequences]
+    counts = np.zeros((len(shown), len(present), trace.num_experts + 1), dtype=np.int64)
+    for place, sequence in enumerate(present):
+        chosen = trace.experts[rows[trace.sequence[rows] == sequence]][:, shown]
+        for layer in range(len(shown)):
+            # -1, which means no expert, falls into the extra place.
+            np.add.at(counts[layer, place], chosen[:, layer].ravel(), 1)
+    return {
+        "kind": "usage",
+        "model": model,
+        "num_experts": trace.num_experts,
+        "layers": trace.num_layers,
+        "shown_layers": shown.tolist(),
+        "counts": counts[..., :-1].tolist(),
+    }
+
+
+def curve_record(
+    trace: Trace,
+    model: str,
+    policy: str,
+    slots: Sequence[int],
+    cold: bool = True,
+    progress: Callable[[], None] = lambda: None,
+    **policy_options: Any,
 ) -> dict[str, Any]:
-    """Hit rate of each layer over sequences, as the record of kind ``layers``."""
-    done = simulate(
-        trace, slots, policy, reset_between_sequences=True, policy_options=options or None
+    """
+    Return the record of kind ``curve``: hit rate and transfers of completions by slots, simulated.
+
+    Args:
+        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
+        model: Label of the model.
+        policy: ``lru``, ``lfu``, ``belady``, …
+        slots: Numbers of slots per layer to try.
+        cold: Empty the cache before each sequence; else it keeps what the one before left.
+        progress: Called once for each number of slots that is done.
+        policy_options: What the policy takes.
+
+    Raises:
+        DataError: no completion tokens.
+        MelinoeError: no such policy, or a number of slots that the model cannot have.
+    """
+    costs = unit_costs(
+        trace,
+        slots,
+        policy,
+        policy_options=policy_options,
+        reset_between_sequences=cold,
+        progress=progress,
     )
     return {
-        "kind": "layers",
+        "kind": "curve",
         "model": model,
         "policy": policy,
-        "slots": slots,
+        "policy_options": policy_options,
         "num_experts": trace.num_experts,
-        "hit_rate_by_layer": hit_rates_by_layer(done.per_sequence),
+        "slots": list(slots),
+        "hit_rate": [bootstrap(hits, costs.uses).to_dict() for hits in costs.hits],
+        "transfers_per_token": [bootstrap(one, costs.tokens).to_dict() for one in costs.loads],
+        "cold": cold,
     }
+
+
+def completion_counts(
+    trace: Trace, slots: int, policy: str, cold: bool = True, **policy_options: Any
+) -> dict[str, list[int]]:
+    """
+    Count what each sequence's completion would have cost with other slots or another policy.
+
+    Args:
+        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
+        slots: Slots of each layer.
+        policy: ``lru``, ``lfu``, ``belady``, …
+        cold: Empty the cache before each sequence; else it keeps what the one before left.
+        policy_options: What the policy takes.
+
+    Returns:
+        ``uses``, ``hits``, ``loads`` of all layers and ``tokens``: one number per sequence, so
+        that rates have intervals and two models can be paired.
+
+    Raises:
+        MelinoeError: no such policy, or a number of slots that the model cannot have.
+    """
+    options = policy_options or None
+    done = simulate(trace, slots, policy, reset_between_sequences=cold, policy_options=options)
+    return {name: _per_sequence(done, name) for name in ("uses", "hits", "loads", "tokens")}
+
+
+def _per_sequence(done: Simulation, name: str) -> list[int]:
+    """Each sequence's count, of its completion and all layers."""
+    return [int(np.sum(getattr(one, name)[COMPLETION])) for one in done.per_sequence]
+
+
+def hit_rates_by_layer(counters: Iterable[Counters]) -> list[dict[str, Any] | None]:
+    """
+    Return an estimate of each layer's hit rate of completions, over *counters*, one a sequence.
+
+    None stands for a layer that served no token: of a model with two stacks one may never run.
+    """
+    listed = list(counters)
+    hits = np.array([one.hits[COMPLETION] for one in listed])
+    uses = np.array([one.uses[COMPLETION] for one in listed])
+    return [
+        bootstrap(hits[:, layer], uses[:, layer]).to_dict() if uses[:, layer].any() else None
+        for layer in range(uses.shape[1])
+    ]
+
+
+def replay_record(
+    label: str,
+    cold: bool,
+    replays: Sequence[tuple[Mapping[str, Any], Simulation]],
+    ms_per_token: Sequence[float | None],
+) -> dict[str, Any]:
+    """
+    Return a benchmark record with a row for each replay; means have intervals over sequences.
+
+    Args:
+        label: Of the trace.
+        cold: Whether every sequence started from an empty cache.
+        replays: The settings of each replay, and its result.
+        ms_per_token: The time model's prediction for each; None where there is none.
+    """
+    start = "each from an empty cache" if cold else "one after the other"
+    sequences = len(replays[0][1].sequences) if replays else 0
+    return {
+        "benchmark": f"replay-{label}",
+        "title": f"Simulated: {label}",
+        "result": [
+            {**settings, **_estimates(done), "predicted_ms": milliseconds}
+            for (settings, done), milliseconds in zip(replays, ms_per_token, strict=True)
+        ],
+        "notes": [
+            f"{sequences} sequences of a trace, {start}; completions alone. Intervals are over "
+            "sequences; transfers are experts copied on demand, per token and all layers."
+        ],
+    }
+
+
+def _estimates(done: Simulation) -> dict[str, Any]:
+    """Rates of the completion over sequences, numerators and denominators together."""
+    uses, tokens = _per_sequence(done, "uses"), _per_sequence(done, "tokens")
+    if not any(uses) or not any(tokens):
+        return {}
+    found = {
+        "hit_rate": bootstrap(_per_sequence(done, "hits"), uses),
+        "zero_miss_tokens": bootstrap(_per_sequence(done, "zero_miss_tokens"), tokens),
+        "transfers_per_token": bootstrap(_per_sequence(done, "loads"), tokens),
+    }
+    prefetched = [int(one.prefetch_loads.sum()) for one in done.per_sequence]
+    if any(prefetched):
+        found["prefetched_per_token"] = bootstrap(prefetched, tokens)
+    return {name: value.to_dict() for name, value in found.items()}
