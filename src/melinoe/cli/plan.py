@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -110,10 +110,19 @@ def command(
             rich_help_panel=_INSTEAD,
         ),
     ] = False,
+    cards: Annotated[
+        bool,
+        typer.Option(
+            "--cards",
+            help="Print what each of some models does on cards of 8, 12, 16 and 24 GB.",
+            rich_help_panel=_INSTEAD,
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Also write the record of --limits to this .json file.", rich_help_panel=_INSTEAD
+            help="Also write the record of --limits or --cards to this .json file.",
+            rich_help_panel=_INSTEAD,
         ),
     ] = None,
 ) -> None:
@@ -124,8 +133,11 @@ def command(
     if limits:
         _show_limits(model, link, card, out, as_json)
         return
+    if cards:
+        _show_cards(out, as_json)
+        return
     if out is not None:
-        raise typer.BadParameter("only --limits writes a record", param_hint="--out")
+        raise typer.BadParameter("only --limits and --cards write a record", param_hint="--out")
     measured = _measure(model) if measure else None
     if model is None:
         if measured is None:
@@ -223,18 +235,31 @@ def _show_limits(
     model: str | None, link: str | None, card: str | None, out: Path | None, as_json: bool
 ) -> None:
     from melinoe.plan.limits import limits, limits_record
-    from melinoe.report import render_table
 
     output.quiet()
-    table = limits([models.resolve(model)] if model else [], link or "pcie5x16", card or "h100")
-    record = limits_record(table)
-    if out is not None:
-        from melinoe.measure import write_json
+    models_asked = [models.resolve(model)] if model else []
+    table = limits(models_asked, link or "pcie5x16", card or "h100")
+    _show_record(limits_record(table), table, out, as_json)
 
+
+def _show_cards(out: Path | None, as_json: bool) -> None:
+    from melinoe.plan.cards import forecast, forecast_record
+
+    output.quiet()
+    rows = forecast()
+    _show_record(forecast_record(rows), rows, out, as_json)
+
+
+def _show_record(record: dict[str, Any], raw: Any, out: Path | None, as_json: bool) -> None:
+    """Write a record if a file is named, and print it as a table or what it is made of as JSON."""
+    from melinoe.measure import write_json
+    from melinoe.report import render_table
+
+    if out is not None:
         write_json(out, record)
         output.say(f"wrote {out}")
     if as_json:
-        output.show_json(table)
+        output.show_json(raw)
     else:
         print(render_table([record]))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from melinoe.plan.facts import ModelFacts, known_models, model_facts
+from melinoe.plan.facts import ModelFacts, model_facts
 from melinoe.plan.hardware import find_bandwidth, find_card
 
+# Rows of the table where no model is named.
+MODELS = ("OLMoE-1B-7B", "Qwen3-30B-A3B", "Phi-3.5-MoE", "Mixtral-8x7B")
 HIT_RATES = (0.0, 0.5, 0.8, 0.9, 0.95)
 
 
@@ -57,7 +59,7 @@ def limits(
     The table of limits.
 
     Args:
-        models: As `model_facts` takes them; none: the four that ship.
+        models: As `model_facts` takes them; none: `MODELS`.
         link: A name or a figure.
         card: Whose memory.
 
@@ -77,10 +79,7 @@ def limits(
             "gb_s": speeds[1] / 1e9,
             "source": memory.bandwidth.source,
         },
-        "rows": [
-            limits_of(model_facts(model, context=1), *speeds)
-            for model in (models or list(known_models()))
-        ],
+        "rows": [limits_of(model_facts(model, context=1), *speeds) for model in (models or MODELS)],
     }
 
 
