@@ -24,7 +24,7 @@ from melinoe.cli import (
     simulate,
     trace,
 )
-from melinoe.cli.command import Command, Group
+from melinoe.cli.command import Command, Group, option
 from melinoe.cli.values import checked
 from melinoe.config.names import version_of
 from melinoe.errors import InterruptedRunError, MelinoeError
@@ -96,7 +96,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    debug: Annotated[bool, option("Show a traceback on errors.", name="--debug")] = False,
 ) -> None:
     """Options of every command."""
     if debug:

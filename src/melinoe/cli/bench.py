@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output, prefetching
+from melinoe.cli.command import option
 
 _LINK = "Link and prediction"
 
@@ -12,27 +13,20 @@ _LINK = "Link and prediction"
 def command(
     model: options.Model,
     data: options.Prompts,
-    limit: Annotated[int, typer.Option(help="Use only the first examples.", min=1)] = 8,
+    limit: Annotated[int, option("Use only the first examples.", min=1)] = 8,
     slots: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Experts kept resident in each layer. Repeatable. Default: a quarter of them.",
-            min=1,
+        option(
+            "Experts kept resident in each layer. Repeatable. Default: a quarter of them.", min=1
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Which resident expert is evicted first. Repeatable. Default: lru and lfu."
-        ),
+        option("Which resident expert is evicted first. Repeatable. Default: lru and lfu."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Generate at most this many tokens.", min=2)
-    ] = 64,
-    repeat: Annotated[
-        int, typer.Option(help="Serve each prompt this often, and take the median.", min=1)
-    ] = 1,
-    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu or cuda.")] = "auto",
+    max_new_tokens: Annotated[int, option("Generate at most this many tokens.", min=2)] = 64,
+    repeat: Annotated[int, option("Serve each prompt this often, and take the median.", min=1)] = 1,
+    device: Annotated[str, option("Where the model runs: auto, cpu or cuda.")] = "auto",
     raw: options.Raw = False,
     out: options.RecordsOut = None,
     as_json: options.AsJson = False,
@@ -40,40 +34,36 @@ def command(
     split: options.Split = "test",
     engine: Annotated[
         str,
-        typer.Option(
-            help="reference runs everywhere; fast needs a GPU, lru or lfu, and --miss wait; both: "
+        option(
+            "reference runs everywhere; fast needs a GPU, lru or lfu, and --miss wait; both: "
             "one beside the other.",
-            rich_help_panel=options.ENGINE,
+            options.ENGINE,
         ),
     ] = "reference",
     store: Annotated[
         str,
-        typer.Option(
-            help="Where the experts that are not resident wait (auto | ram | pinned | disk).",
-            rich_help_panel=options.ENGINE,
+        option(
+            "Where the experts that are not resident wait (auto | ram | pinned | disk).",
+            options.ENGINE,
         ),
     ] = "auto",
     dtype: Annotated[
-        str,
-        typer.Option(
-            help="Type of the weights: auto (as stored), float32 or bfloat16.",
-            rich_help_panel=options.ENGINE,
-        ),
+        str, option("Type of the weights: auto (as stored), float32 or bfloat16.", options.ENGINE)
     ] = "auto",
     miss: Annotated[
         list[str] | None,
-        typer.Option(
-            help="On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
+        option(
+            "On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
             "whichever is faster by measured costs. Repeatable. Default: wait.",
-            rich_help_panel=options.ENGINE,
+            options.ENGINE,
         ),
     ] = None,
     prefetch: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"{prefetching.HELP} Repeatable. Default: none, and those that the files given "
+        option(
+            f"{prefetching.HELP} Repeatable. Default: none, and those that the files given "
             "are for.",
-            rich_help_panel=options.AHEAD,
+            options.AHEAD,
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
@@ -81,22 +71,13 @@ def command(
     prefetch_at: prefetching.Moment = None,
     link: Annotated[
         str | None,
-        typer.Option(
-            help="Emulate a link of this bandwidth, as in 0.3GB/s. On the CPU only.",
-            rich_help_panel=_LINK,
-        ),
+        option("Emulate a link of this bandwidth, as in 0.3GB/s. On the CPU only.", _LINK),
     ] = None,
     link_latency: Annotated[
-        str,
-        typer.Option(help="Its latency for each transfer, as in 10us.", rich_help_panel=_LINK),
+        str, option("Its latency for each transfer, as in 10us.", _LINK)
     ] = "0us",
     tolerance: Annotated[
-        float,
-        typer.Option(
-            help="Name predicted times that are further off than this share.",
-            min=0,
-            rich_help_panel=_LINK,
-        ),
+        float, option("Name predicted times that are further off than this share.", _LINK, min=0)
     ] = 0.1,
 ) -> None:
     """Serve prompts by several strategies in turn; print predicted beside measured cost."""

@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from melinoe.cli.command import option
+
 
 def command(
     directory: Annotated[Path, typer.Argument(help="A checkpoint that `melinoe finetune` wrote.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a README.md that melinoe did not write.")
+        bool, option("Replace a README.md that melinoe did not write.", name="--overwrite")
     ] = False,
 ) -> None:
     """Write README.md, with a table and figures, beside a fine-tuned checkpoint's weights."""

@@ -78,6 +78,11 @@ class Group(TyperGroup):
                 )
 
 
+def option(help: str, panel: str | None = None, *, name: str | None = None, **bounds: float) -> Any:
+    """Describe one option: an everyday one, or one of a panel; *name* where it is not its own."""
+    return typer.Option(*([name] if name else []), help=help, rich_help_panel=panel, **bounds)  # type: ignore[arg-type]
+
+
 def with_settings(
     settings: type, panels: Mapping[str | None, Sequence[str]], **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -105,7 +110,7 @@ def with_settings(
                 default=defaults.get(name, by_name[name].default),
                 annotation=Annotated[
                     _type(hints[name]),
-                    typer.Option(help=_help(by_name[name]), rich_help_panel=panel),
+                    option(_help(by_name[name]), panel),
                 ],
             )
             for panel, names in panels.items()

@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from melinoe.cli import options, output
+from melinoe.cli.command import option
 
 
 def command(
     out: options.Out = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
+    seed: Annotated[int, option("Decides everything that is random.")] = 0,
     quick: Annotated[
-        bool, typer.Option(help="A minute instead of eight: the same path, worthless figures.")
+        bool, option("A minute instead of eight: the same path, worthless figures.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:

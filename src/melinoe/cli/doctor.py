@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output
+from melinoe.cli.command import option
 
 if TYPE_CHECKING:
     from melinoe.checkpoint import Description
@@ -29,31 +30,26 @@ def command(
         ),
     ],
     expert_memory: Annotated[
-        list[str] | None,
-        typer.Option(help="Say what fits in this memory, as in 8GiB. Repeatable."),
+        list[str] | None, option("Say what fits in this memory, as in 8GiB. Repeatable.")
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option(
-            "--verify",
-            help="Also read every byte, and compare the files with the checksums in melinoe.json "
+        option(
+            "Also read every byte, and compare the files with the checksums in melinoe.json "
             "or the hub's cache.",
+            name="--verify",
         ),
     ] = False,
     export: Annotated[
         bool,
-        typer.Option(
-            "--export",
-            help="Say instead what other engines would compute otherwise.",
-            rich_help_panel=_EXPORT,
-        ),
+        option("Say instead what other engines would compute otherwise.", _EXPORT, name="--export"),
     ] = False,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="With --export: write greedy tokens and log-probabilities of four prompts to this "
+        option(
+            "With --export: write greedy tokens and log-probabilities of four prompts to this "
             "JSON file, to compare another engine with.",
-            rich_help_panel=_EXPORT,
+            _EXPORT,
         ),
     ] = None,
     as_json: options.AsJson = False,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output
-from melinoe.cli.command import with_settings
+from melinoe.cli.command import option, with_settings
 from melinoe.cli.texts import named_texts
 
 _LOCALITY = "With --locality"
@@ -40,97 +40,73 @@ def command(
         str | None, typer.Argument(help="A second model to compare with, example by example.")
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="Held-out examples: a file, a directory, or a hub data set."),
+        str | None, option("Held-out examples: a file, a directory, or a hub data set.")
     ] = None,
     limit: options.Limit = None,
     rouge: Annotated[
-        bool, typer.Option("--rouge", help="Also generate, and score ROUGE-L (F1, stemmed).")
+        bool, option("Also generate, and score ROUGE-L (F1, stemmed).", name="--rouge")
     ] = False,
     answers: Annotated[
         bool,
-        typer.Option(
-            "--answers", help="Also generate, and compare the number after '####' (GSM8K)."
-        ),
+        option("Also generate, and compare the number after '####' (GSM8K).", name="--answers"),
     ] = False,
     locality: Annotated[
         bool,
-        typer.Option(
-            "--locality", help="Also trace completions: experts used, loads for each token."
-        ),
+        option("Also trace completions: experts used, loads for each token.", name="--locality"),
     ] = False,
     tasks: Annotated[
-        str | None,
-        typer.Option(help="Run these tasks of the lm-evaluation-harness, as in gsm8k,arc_easy."),
+        str | None, option("Run these tasks of the lm-evaluation-harness, as in gsm8k,arc_easy.")
     ] = None,
     out: options.RecordsOut = None,
     as_json: options.AsJson = False,
     other: options.Other = None,
     columns: options.Columns = None,
     split: options.Split = "test",
-    max_length: Annotated[
-        int, typer.Option(help="Longest sequence, in tokens.", min=2, rich_help_panel=options.DATA)
-    ] = 512,
+    max_length: Annotated[int, option("Longest sequence, in tokens.", options.DATA, min=2)] = 512,
     max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Generate at most this many tokens.", min=1, rich_help_panel=options.DATA
-        ),
+        int, option("Generate at most this many tokens.", options.DATA, min=1)
     ] = 256,
-    batch_size: Annotated[
-        int,
-        typer.Option(help="Sequences in one forward pass.", min=1, rich_help_panel=options.DATA),
-    ] = 8,
-    prompts: Annotated[
-        int, typer.Option(help="Trace this many prompts.", min=1, rich_help_panel=_LOCALITY)
-    ] = 32,
+    batch_size: Annotated[int, option("Sequences in one forward pass.", options.DATA, min=1)] = 8,
+    prompts: Annotated[int, option("Trace this many prompts.", _LOCALITY, min=1)] = 32,
     at_slots: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Simulate this many slots in each layer. Repeatable. Default: an eighth, a "
+        option(
+            "Simulate this many slots in each layer. Repeatable. Default: an eighth, a "
             "quarter and half of the experts.",
+            _LOCALITY,
             min=1,
-            rich_help_panel=_LOCALITY,
         ),
     ] = None,
     task_path: Annotated[
-        Path | None,
-        typer.Option(help="Directory of further task files (YAML).", rich_help_panel=_TASKS),
+        Path | None, option("Directory of further task files (YAML).", _TASKS)
     ] = None,
     fewshot: Annotated[
-        int | None,
-        typer.Option(help="Examples put before each question.", min=0, rich_help_panel=_TASKS),
+        int | None, option("Examples put before each question.", _TASKS, min=0)
     ] = None,
     chat_template: Annotated[
         bool,
-        typer.Option(
-            "--chat-template",
-            help="Put the questions through the tokenizer's chat template.",
-            rich_help_panel=_TASKS,
+        option(
+            "Put the questions through the tokenizer's chat template.",
+            _TASKS,
+            name="--chat-template",
         ),
     ] = False,
     choice: Annotated[
         str,
-        typer.Option(
-            help="cache-prior: also read the texts with tokens that prefer resident experts, and "
+        option(
+            "cache-prior: also read the texts with tokens that prefer resident experts, and "
             "say what that costs and saves. exact: do not.",
-            rich_help_panel=options.MISSES,
+            options.MISSES,
         ),
     ] = "exact",
     choice_strength: Annotated[
         float,
-        typer.Option(
-            help="How strongly cache-prior prefers them (its lambda).",
-            min=0.0,
-            rich_help_panel=options.MISSES,
-        ),
+        option("How strongly cache-prior prefers them (its lambda).", options.MISSES, min=0.0),
     ] = 0.1,
     choice_keep: Annotated[
         int,
-        typer.Option(
-            help="First choices of the router that cache-prior never changes.",
-            min=0,
-            rich_help_panel=options.MISSES,
+        option(
+            "First choices of the router that cache-prior never changes.", options.MISSES, min=0
         ),
     ] = 1,
     *,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output, texts
-from melinoe.cli.command import with_settings
+from melinoe.cli.command import option, with_settings
 from melinoe.config import CONTROL, MATCH, PLAIN, FinetuneSettings, OutcomeSettings
 from melinoe.errors import MelinoeError, TrainingError
 
@@ -43,111 +43,94 @@ def command(
     model: options.Model,
     data: Annotated[
         str,
-        typer.Option(
-            help="Examples: a file (JSONL, JSON, CSV, Parquet), a directory, a hub data set."
-        ),
+        option("Examples: a file (JSONL, JSON, CSV, Parquet), a directory, a hub data set."),
     ],
     out: options.Out,
     eval_data: Annotated[
         str | None,
-        typer.Option(
-            help="Held-out examples to measure on. Default: a part of --data, kept from training."
-        ),
+        option("Held-out examples to measure on. Default: a part of --data, kept from training."),
     ] = None,
     limit: options.Limit = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            help="Also measure what locality costs and saves against a control, the same run "
+        option(
+            "Also measure what locality costs and saves against a control, the same run "
             "without the locality terms: the directory of one (see --control); or the word "
             "control: train it first, in OUT.control."
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            help="Go on from the newest checkpoint of an interrupted run, in OUT.checkpoints; or, "
+        option(
+            "Go on from the newest checkpoint of an interrupted run, in OUT.checkpoints; or, "
             "where OUT is written, complete its measuring and its card."
         ),
     ] = False,
     control: Annotated[
         bool,
-        typer.Option(
-            help="Train the control of these options: the same run without the locality terms.",
-            rich_help_panel=_OBJECTIVE,
+        option(
+            "Train the control of these options: the same run without the locality terms.",
+            _OBJECTIVE,
         ),
     ] = False,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            help="Also learn from an earlier run, at --lambda-match (10 unless you set it or "
+        option(
+            "Also learn from an earlier run, at --lambda-match (10 unless you set it or "
             "--lambda-distill): its directory (of --save adapter or both); or the word plain: "
             "train it first, on next tokens alone, in OUT.teacher.",
-            rich_help_panel=_OBJECTIVE,
+            _OBJECTIVE,
         ),
     ] = None,
     anchor_data: Annotated[
         str | None,
-        typer.Option(
-            help="Replay text of other kinds, at --lambda-replay: a file or a hub data set. "
+        option(
+            "Replay text of other kinds, at --lambda-replay: a file or a hub data set. "
             "Default: own, what the base model writes from an empty prompt.",
-            rich_help_panel=_OBJECTIVE,
+            _OBJECTIVE,
         ),
     ] = None,
     split: options.Split = "train",
     eval_split: Annotated[
-        str,
-        typer.Option(
-            help="Split of a hub data set given for --eval-data.", rich_help_panel=options.DATA
-        ),
+        str, option("Split of a hub data set given for --eval-data.", options.DATA)
     ] = "test",
     columns: options.Columns = None,
     hold_out: Annotated[
         float,
-        typer.Option(
-            help="Share of --data kept from training to measure on, without --eval-data.",
+        option(
+            "Share of --data kept from training to measure on, without --eval-data.",
+            options.DATA,
             min=0.0,
             max=0.5,
-            rich_help_panel=options.DATA,
         ),
     ] = OutcomeSettings().held_out,
     other: options.Other = None,
     measure: Annotated[
         bool,
-        typer.Option(
-            help="Measure quality and locality before and after, for melinoe.json and the model "
-            "card.",
-            rich_help_panel=_RUN,
+        option(
+            "Measure quality and locality before and after, for melinoe.json and the model card.",
+            _RUN,
         ),
     ] = True,
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(
-            help="Find the strongest --lambda-cache whose perplexity on held-out text is at most "
+        option(
+            "Find the strongest --lambda-cache whose perplexity on held-out text is at most "
             "this above the control's: 1% or 0.01. Trains the control and several runs.",
-            rich_help_panel=_PRICE,
+            _PRICE,
         ),
     ] = None,
     max_other_ppl_increase: Annotated[
-        str | None,
-        typer.Option(help="Bound the perplexity on the --other texts too.", rich_help_panel=_PRICE),
+        str | None, option("Bound the perplexity on the --other texts too.", _PRICE)
     ] = None,
     price_reference: Annotated[
-        Path | None,
-        typer.Option(
-            help="Use the control that an earlier search wrote, OUT.reference.",
-            rich_help_panel=_PRICE,
-        ),
+        Path | None, option("Use the control that an earlier search wrote, OUT.reference.", _PRICE)
     ] = None,
-    price_runs: Annotated[
-        int,
-        typer.Option(help="Train at most this many runs.", min=1, rich_help_panel=_PRICE),
-    ] = 4,
+    price_runs: Annotated[int, option("Train at most this many runs.", _PRICE, min=1)] = 4,
     steer: Annotated[
         bool,
-        typer.Option(
-            help="Search within one run, by changing --lambda-cache on the way. For long runs.",
-            rich_help_panel=_PRICE,
+        option(
+            "Search within one run, by changing --lambda-cache on the way. For long runs.", _PRICE
         ),
     ] = False,
     *,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output, prefetching
-from melinoe.cli.command import with_settings
+from melinoe.cli.command import option, with_settings
 
 _LONGEST_PROMPT_BYTES = 16 << 20  # far beyond any context; a stream may have no end
 
@@ -19,17 +19,17 @@ def command(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     max_new_tokens: options.NewTokens = 64,
     temperature: Annotated[
-        float, typer.Option(help="Sample at this temperature. 0: take the likeliest token.", min=0)
+        float, option("Sample at this temperature. 0: take the likeliest token.", min=0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, option("Seed of the sampling.")] = 0,
     raw: options.Raw = False,
     as_json: options.AsJson = False,
     prefetch: Annotated[
         str | None,
-        typer.Option(
-            help=f"{prefetching.HELP} Default: the one that --predictor, --prior or --popularity "
+        option(
+            f"{prefetching.HELP} Default: the one that --predictor, --prior or --popularity "
             "is for, else none.",
-            rich_help_panel=options.AHEAD,
+            options.AHEAD,
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
@@ -37,18 +37,14 @@ def command(
     prefetch_at: prefetching.Moment = None,
     prior: Annotated[
         Path | None,
-        typer.Option(
-            help="Prefetch the experts used lately, and learn from this text too: a file, made if "
+        option(
+            "Prefetch the experts used lately, and learn from this text too: a file, made if "
             "it is absent. Instead of --predictor.",
-            rich_help_panel=options.AHEAD,
+            options.AHEAD,
         ),
     ] = None,
     user: Annotated[
-        str,
-        typer.Option(
-            help="With --prior: whose request this is. Users are kept apart.",
-            rich_help_panel=options.AHEAD,
-        ),
+        str, option("With --prior: whose request this is. Users are kept apart.", options.AHEAD)
     ] = "",
     *,
     given: dict[str, Any],

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from melinoe.cli import output
+from melinoe.cli.command import option
 
 
 def command(
@@ -17,17 +18,17 @@ def command(
             "importance matrix (.gguf)."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The file to write: a trace, or statistics (.json).")],
+    out: Annotated[Path, option("The file to write: a trace, or statistics (.json).")],
     format: Annotated[
-        str, typer.Option(help="auto (by the name's end), table, sglang or llama.cpp.")
+        str, option("auto (by the name's end), table, sglang or llama.cpp.")
     ] = "auto",
     statistics: Annotated[
-        bool, typer.Option(help="Write how often each expert was chosen, without the order.")
+        bool, option("Write how often each expert was chosen, without the order.")
     ] = False,
     num_experts: Annotated[
-        int | None, typer.Option(help="Experts of each layer, where the file does not say.", min=1)
+        int | None, option("Experts of each layer, where the file does not say.", min=1)
     ] = None,
-    model: Annotated[str, typer.Option(help="The model's name, for people.")] = "",
+    model: Annotated[str, option("The model's name, for people.")] = "",
 ) -> None:
     """Make a trace, or statistics of use, from what another tool recorded."""
     from melinoe.cache.statistics import save_statistics

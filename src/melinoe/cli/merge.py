@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from melinoe.cli import models, options, output
+from melinoe.cli.command import option
 
 
 def command(
@@ -14,8 +15,7 @@ def command(
     ],
     out: options.Out,
     base: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint directory or hub name. Default: what the adapter names."),
+        str | None, option("Checkpoint directory or hub name. Default: what the adapter names.")
     ] = None,
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""

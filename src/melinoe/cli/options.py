@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from melinoe.cli.command import option
 from melinoe.config import STORES, policies, setting
 from melinoe.config.setting import check_choices
 from melinoe.errors import BudgetError
@@ -28,33 +29,33 @@ Model = Annotated[
     ),
 ]
 Prompts = Annotated[
-    str, typer.Option("--data", help="Prompts: a file, a directory of files, or a hub data set.")
+    str, option("Prompts: a file, a directory of files, or a hub data set.", name="--data")
 ]
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Leave out the chat template that the tokenizer brings.")
+    bool, option("Leave out the chat template that the tokenizer brings.", name="--raw")
 ]
-NewTokens = Annotated[int, typer.Option(help="Generate at most this many tokens.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text and tables.")]
-Out = Annotated[Path, typer.Option(help="The directory to write; new or empty.")]
+NewTokens = Annotated[int, option("Generate at most this many tokens.", min=1)]
+AsJson = Annotated[bool, option("Print JSON instead of text and tables.", name="--json")]
+Out = Annotated[Path, option("The directory to write; new or empty.")]
 RecordsOut = Annotated[
-    Path | None, typer.Option(help="Append the records to this .jsonl file, for `melinoe report`.")
+    Path | None, option("Append the records to this .jsonl file, for `melinoe report`.")
 ]
-Split = Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel=DATA)]
-Limit = Annotated[int | None, typer.Option(help="Use only the first examples.", min=1)]
+Split = Annotated[str, option("Split of a hub data set.", DATA)]
+Limit = Annotated[int | None, option("Use only the first examples.", min=1)]
 Columns = Annotated[
     str | None,
-    typer.Option(
-        help="Name the columns of --data, as in prompt=question,completion=answer. Default: the "
+    option(
+        "Name the columns of --data, as in prompt=question,completion=answer. Default: the "
         "names that docs/data.md lists.",
-        rich_help_panel=DATA,
+        DATA,
     ),
 ]
 Other = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Also measure on this text of another kind: a file, a directory, a hub data set. "
+    option(
+        "Also measure on this text of another kind: a file, a directory, a hub data set. "
         "Repeatable.",
-        rich_help_panel=DATA,
+        DATA,
     ),
 ]
 

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from melinoe.cli import models, options, output
-from melinoe.cli.command import with_settings
+from melinoe.cli.command import option, with_settings
 
 
 @with_settings(
@@ -20,12 +18,12 @@ from melinoe.cli.command import with_settings
 )  # fmt: skip
 def command(
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="The JSONL file to write, one text a row.")],
-    texts: Annotated[int, typer.Option(help="Write this many texts.", min=1)] = 512,
+    out: Annotated[Path, option("The JSONL file to write, one text a row.")],
+    texts: Annotated[int, option("Write this many texts.", min=1)] = 512,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Generate at most this many tokens for each.", min=8)
+        int, option("Generate at most this many tokens for each.", min=8)
     ] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, option("Seed of the sampling.")] = 0,
     *,
     given: dict[str, Any],
 ) -> None:

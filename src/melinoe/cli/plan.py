@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output
+from melinoe.cli.command import option
 
 if TYPE_CHECKING:
     from melinoe.plan.planner import Plan
@@ -27,103 +28,82 @@ def command(
         ),
     ] = None,
     card: Annotated[
-        str | None, typer.Option(help="A GPU by name: rtx4090, l4, h100, ...; see --list.")
+        str | None, option("A GPU by name: rtx4090, l4, h100, ...; see --list.")
     ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of the GPU, as in 8GiB. Default: all of --card's.")
+        str | None, option("Memory of the GPU, as in 8GiB. Default: all of --card's.")
     ] = None,
     ram: Annotated[
-        str | None,
-        typer.Option(help="Memory of the host, as in 32GiB. Default: enough for all experts."),
+        str | None, option("Memory of the host, as in 32GiB. Default: enough for all experts.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Longest text, in tokens.", min=1)] = 4096,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 1,
+    context: Annotated[int, option("Longest text, in tokens.", min=1)] = 4096,
+    batch: Annotated[int, option("Sequences decoded together.", min=1)] = 1,
     bits: Annotated[
-        int | None,
-        typer.Option(help="Bits of a stored weight: 16, 8 or 4. Default: as the config says."),
+        int | None, option("Bits of a stored weight: 16, 8 or 4. Default: as the config says.")
     ] = None,
     show_list: Annotated[
-        bool, typer.Option("--list", help="List the cards and links known by name instead.")
+        bool, option("List the cards and links known by name instead.", name="--list")
     ] = False,
     as_json: options.AsJson = False,
     trace: Annotated[
-        Path | None,
-        typer.Option(help="Take hit rates from this trace of the model.", rich_help_panel=_RATES),
+        Path | None, option("Take hit rates from this trace of the model.", _RATES)
     ] = None,
     tuned_trace: Annotated[
-        Path | None,
-        typer.Option(help="Take those after fine-tuning from this trace.", rich_help_panel=_RATES),
+        Path | None, option("Take those after fine-tuning from this trace.", _RATES)
     ] = None,
     link: Annotated[
         str | None,
-        typer.Option(
-            help="Link from host to GPU: 25GB/s, or a name as pcie4x16. Default: the card's.",
-            rich_help_panel=_MACHINE,
+        option(
+            "Link from host to GPU: 25GB/s, or a name as pcie4x16. Default: the card's.", _MACHINE
         ),
     ] = None,
-    link_latency: Annotated[
-        str, typer.Option(help="Latency of each transfer, as in 10us.", rich_help_panel=_MACHINE)
-    ] = "0us",
+    link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _MACHINE)] = "0us",
     device_bandwidth: Annotated[
         str | None,
-        typer.Option(
-            help="Bandwidth of the GPU's memory, as in 1TB/s. Default: the card's.",
-            rich_help_panel=_MACHINE,
-        ),
+        option("Bandwidth of the GPU's memory, as in 1TB/s. Default: the card's.", _MACHINE),
     ] = None,
     dram: Annotated[
         str | None,
-        typer.Option(
-            help="Bandwidth of the host's memory: 70GB/s, or a name as ddr5-2ch.",
-            rich_help_panel=_MACHINE,
-        ),
+        option("Bandwidth of the host's memory: 70GB/s, or a name as ddr5-2ch.", _MACHINE),
     ] = None,
     disk: Annotated[
         str | None,
-        typer.Option(
-            help="Bandwidth of the disk, for experts that --ram cannot hold: 7GB/s, or a name as "
-            "nvme4.",
-            rich_help_panel=_MACHINE,
+        option(
+            "Bandwidth of the disk, for experts that --ram cannot hold: 7GB/s, or a name as nvme4.",
+            _MACHINE,
         ),
     ] = None,
     reserve: Annotated[
-        str | None,
-        typer.Option(
-            help="GPU memory kept free. Default: a tenth of it, at most 1GiB.",
-            rich_help_panel=_MACHINE,
-        ),
+        str | None, option("GPU memory kept free. Default: a tenth of it, at most 1GiB.", _MACHINE)
     ] = None,
     measure: Annotated[
         bool,
-        typer.Option(
-            "--measure",
-            help="Time this machine's memory, disk and link, and plan with them.",
-            rich_help_panel=_MACHINE,
+        option(
+            "Time this machine's memory, disk and link, and plan with them.",
+            _MACHINE,
+            name="--measure",
         ),
     ] = False,
     limits: Annotated[
         bool,
-        typer.Option(
-            "--limits",
-            help="Print what no engine can pass, for MODEL or the four that ship, over --link "
+        option(
+            "Print what no engine can pass, for MODEL or the four that ship, over --link "
             "(pcie5x16) on --card (h100).",
-            rich_help_panel=_INSTEAD,
+            _INSTEAD,
+            name="--limits",
         ),
     ] = False,
     cards: Annotated[
         bool,
-        typer.Option(
-            "--cards",
-            help="Print what each of some models does on cards of 8, 12, 16 and 24 GB.",
-            rich_help_panel=_INSTEAD,
+        option(
+            "Print what each of some models does on cards of 8, 12, 16 and 24 GB.",
+            _INSTEAD,
+            name="--cards",
         ),
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Also write the record of --limits or --cards to this .json file.",
-            rich_help_panel=_INSTEAD,
-        ),
+        option("Also write the record of --limits or --cards to this .json file.", _INSTEAD),
     ] = None,
 ) -> None:
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
@@ -339,10 +319,7 @@ def _show_tiers(done: Plan) -> None:
             "ms a step, fine-tuned": of(done.speed_after),
         }
 
-    rows = [
-        row("link", parts.link, "link"),
-        row("device memory", parts.device, "device"),
-    ]
+    rows = [row("link", parts.link, "link"), row("device memory", parts.device, "device")]
     if done.fits_in_ram is False:
         rows.append(row("disk", parts.disk, "disk"))
     rows.append(row("host in the loop (slow end)", "-", "host"))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from melinoe.cli import options, output
-from melinoe.cli.command import Command
+from melinoe.cli.command import Command, option
 from melinoe.lock import held, holding
 
 app = typer.Typer(
@@ -24,30 +24,24 @@ def fit_command(
     out: options.Out,
     slots: Annotated[
         int | None,
-        typer.Option(
-            help="Judge by this many slots in each layer. Default: a quarter of the experts.",
-            min=1,
-        ),
+        option("Judge by this many slots in each layer. Default: a quarter of the experts.", min=1),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="The traced model; `tiny` is the one that ships. Default: as the trace says."
-        ),
+        option("The traced model; `tiny` is the one that ships. Default: as the trace says."),
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="The prompts that were traced. Default: those beside the trace."),
+        str | None, option("The prompts that were traced. Default: those beside the trace.")
     ] = None,
     raw: options.Raw = False,
     encoder: Annotated[
         str,
-        typer.Option(
-            help="What reads the prompts: embeddings (the model's own), or the name of a "
+        option(
+            "What reads the prompts: embeddings (the model's own), or the name of a "
             "sentence-transformers model, such as BAAI/bge-base-en-v1.5."
         ),
     ] = "embeddings",
-    seed: Annotated[int, typer.Option(help="Seed of the folds and of the start.")] = 0,
+    seed: Annotated[int, option("Seed of the folds and of the start.")] = 0,
     as_json: options.AsJson = False,
     columns: options.Columns = None,
     split: options.Split = "test",
@@ -133,9 +127,7 @@ def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
 @app.command("reset", cls=Command)
 def reset_command(
     prior: PriorFile,
-    user: Annotated[
-        str | None, typer.Option(help="Forget this user alone. Default: everybody.")
-    ] = None,
+    user: Annotated[str | None, option("Forget this user alone. Default: everybody.")] = None,
 ) -> None:
     """Forget what a prior has learned."""
     from melinoe.predictor import Prior

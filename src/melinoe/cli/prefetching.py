@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melinoe.cli.command import option
 from melinoe.cli.options import AHEAD
 from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS
 
@@ -21,25 +22,22 @@ HELP = (
 )
 PredictorDir = Annotated[
     Path | None,
-    typer.Option(
-        help="Predictor for --prefetch predictor: what `melinoe predictor fit` wrote.",
-        rich_help_panel=AHEAD,
-    ),
+    option("Predictor for --prefetch predictor: what `melinoe predictor fit` wrote.", AHEAD),
 ]
 PopularityFile = Annotated[
     Path | None,
-    typer.Option(
-        help="Counts for --prefetch popularity: a trace, or imported statistics. Default: the "
+    option(
+        "Counts for --prefetch popularity: a trace, or imported statistics. Default: the "
         "predictor's.",
-        rich_help_panel=AHEAD,
+        AHEAD,
     ),
 ]
 Moment = Annotated[
     str | None,
-    typer.Option(
-        help="When popularity and predictor load: prompt: before it is read, though a long prompt "
+    option(
+        "When popularity and predictor load: prompt: before it is read, though a long prompt "
         f"evicts them again; completion: after it. Default: {PREFETCH_AT}.",
-        rich_help_panel=AHEAD,
+        AHEAD,
     ),
 ]
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from melinoe.cli.command import option
+
 
 def command(
     runs: Annotated[
@@ -14,25 +16,24 @@ def command(
             "(.safetensors), which are replayed with each --policy."
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(help="The page to write; a .md twin stands beside it.")
-    ] = Path("report.html"),
+    out: Annotated[Path, option("The page to write; a .md twin stands beside it.")] = Path(
+        "report.html"
+    ),
     policy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="With which traces are replayed; may be repeated. Default: lru, lfu, lfru, static "
+        option(
+            "With which traces are replayed; may be repeated. Default: lru, lfu, lfru, static "
             "and belady, which take seconds; score, and those of installed packages, take minutes."
         ),
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Instead of a page, write the tables of this Markdown file.")
+        Path | None, option("Instead of a page, write the tables of this Markdown file.")
     ] = None,
     figures: Annotated[
-        Path | None,
-        typer.Option(help="Instead of a page, write its figures into this directory, as SVG."),
+        Path | None, option("Instead of a page, write its figures into this directory, as SVG.")
     ] = None,
     check: Annotated[
-        bool, typer.Option(help="With --readme: write nothing, fail if it is out of date.")
+        bool, option("With --readme: write nothing, fail if it is out of date.")
     ] = False,
 ) -> None:
     """Write a self-contained page with tables and figures, or these by themselves."""

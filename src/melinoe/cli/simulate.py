@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melinoe.cli import options, output, prefetching, simulate_inputs
+from melinoe.cli.command import option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,137 +33,101 @@ def command(
     trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
     slots: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Slots in each layer, as 8, or layer by layer, as 6,8,10,8. Repeatable. "
+        option(
+            "Slots in each layer, as 8, or layer by layer, as 6,8,10,8. Repeatable. "
             "Default: a quarter of the experts."
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Which resident expert is evicted first: belady, lfru, lfu, lru, score, static, "
+        option(
+            "Which resident expert is evicted first: belady, lfru, lfu, lru, score, static, "
             "or a policy of an installed package. Repeatable. Default: lru, lfu and belady."
         ),
     ] = None,
-    cold: Annotated[bool, typer.Option(help="Empty the cache before every sequence.")] = False,
-    curve: Annotated[
-        bool, typer.Option(help="Print the miss rate of every number of slots instead.")
-    ] = False,
+    cold: Annotated[bool, option("Empty the cache before every sequence.")] = False,
+    curve: Annotated[bool, option("Print the miss rate of every number of slots instead.")] = False,
     locality: Annotated[
         bool,
-        typer.Option(
-            help="Print measures that no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."
-        ),
+        option("Print measures that no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."),
     ] = False,
     out: options.RecordsOut = None,
     as_json: options.AsJson = False,
     policy_option: Annotated[
         list[str] | None,
-        typer.Option(
-            help="An option of the one policy named, as in gamma=0.5. Repeatable.",
-            rich_help_panel=_SPLIT,
-        ),
+        option("An option of the one policy named, as in gamma=0.5. Repeatable.", _SPLIT),
     ] = None,
     allocate: Annotated[
         bool,
-        typer.Option(
-            help="Also share out the same slots over the layers by their miss-ratio curves.",
-            rich_help_panel=_SPLIT,
-        ),
+        option("Also share out the same slots over the layers by their miss-ratio curves.", _SPLIT),
     ] = False,
     allocate_from: Annotated[
         Path | None,
-        typer.Option(
-            help="Share them out by this trace's curves. Default: the same trace's.",
-            rich_help_panel=_SPLIT,
-        ),
+        option("Share them out by this trace's curves. Default: the same trace's.", _SPLIT),
     ] = None,
     prefetch: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"{prefetching.HELP} Or a JSON file of lists: sequence -> layer -> ids. "
+        option(
+            f"{prefetching.HELP} Or a JSON file of lists: sequence -> layer -> ids. "
             "Repeatable. Default: predictor if --predictor is given, else none. next-router needs "
             "a trace recorded with --guesses.",
-            rich_help_panel=options.AHEAD,
+            options.AHEAD,
         ),
     ] = None,
     predictor: prefetching.PredictorDir = None,
     prefetch_at: prefetching.Moment = None,
     popularity: Annotated[
         Path | None,
-        typer.Option(
-            help="Counts for the policy static and --prefetch popularity: a trace, or imported "
+        option(
+            "Counts for the policy static and --prefetch popularity: a trace, or imported "
             "statistics. Default: the trace itself.",
-            rich_help_panel=options.AHEAD,
+            options.AHEAD,
         ),
     ] = None,
     link: Annotated[
         str | None,
-        typer.Option(
-            help="Predict time over this link from host to GPU: 25GB/s, or a name as pcie4x16.",
-            rich_help_panel=_TIME,
+        option(
+            "Predict time over this link from host to GPU: 25GB/s, or a name as pcie4x16.", _TIME
         ),
     ] = None,
-    link_latency: Annotated[
-        str, typer.Option(help="Latency of each transfer, as in 10us.", rich_help_panel=_TIME)
-    ] = "0s",
+    link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _TIME)] = "0s",
     copy_time: Annotated[
-        str,
-        typer.Option(
-            help="Host time of each copy that the link does not hide, as in 50us.",
-            rich_help_panel=_TIME,
-        ),
+        str, option("Host time of each copy that the link does not hide, as in 50us.", _TIME)
     ] = "0s",
     device_bandwidth: Annotated[
-        str | None,
-        typer.Option(help="Bandwidth of the GPU's memory, as in 3.35TB/s.", rich_help_panel=_TIME),
+        str | None, option("Bandwidth of the GPU's memory, as in 3.35TB/s.", _TIME)
     ] = None,
     dram: Annotated[
         str | None,
-        typer.Option(
-            help="Bandwidth of the host's memory, for misses computed on the CPU: 80GB/s.",
-            rich_help_panel=_TIME,
-        ),
+        option("Bandwidth of the host's memory, for misses computed on the CPU: 80GB/s.", _TIME),
     ] = None,
     pass_time: Annotated[
-        str | None,
-        typer.Option(
-            help="Measured time of a token with all experts resident, as in 5ms.",
-            rich_help_panel=_TIME,
-        ),
+        str | None, option("Measured time of a token with all experts resident, as in 5ms.", _TIME)
     ] = None,
     overlap: Annotated[
-        str,
-        typer.Option(
-            help="none: load the misses, then compute; hits: compute the hits meanwhile.",
-            rich_help_panel=_TIME,
-        ),
+        str, option("none: load the misses, then compute; hits: compute the hits meanwhile.", _TIME)
     ] = "none",
     miss: Annotated[
         str,
-        typer.Option(
-            help="On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
+        option(
+            "On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
             "whichever is faster.",
-            rich_help_panel=_TIME,
+            _TIME,
         ),
     ] = "wait",
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Take sizes from this model's config; `tiny` is the one that ships. It also reads "
+        option(
+            "Take sizes from this model's config; `tiny` is the one that ships. It also reads "
             "the prompts for --prefetch predictor. Default for that: as the trace says.",
-            rich_help_panel=_TIME,
+            _TIME,
         ),
     ] = None,
     expert_size: Annotated[
-        str | None,
-        typer.Option(help="Size of one expert instead, as in 12.6MB.", rich_help_panel=_TIME),
+        str | None, option("Size of one expert instead, as in 12.6MB.", _TIME)
     ] = None,
     backbone_size: Annotated[
-        str,
-        typer.Option(
-            help="What a token reads outside the experts, as in 1.2GB.", rich_help_panel=_TIME
-        ),
+        str, option("What a token reads outside the experts, as in 1.2GB.", _TIME)
     ] = "0B",
 ) -> None:
     """Replay a trace through caches of any size and policy: count loads, and predict time."""

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from melinoe.cli import models, options, output
-from melinoe.cli.command import with_settings
+from melinoe.cli.command import option, with_settings
 
 _MORE = "What is recorded"
 
@@ -18,32 +16,25 @@ _MORE = "What is recorded"
 def command(
     model: options.Model,
     data: options.Prompts,
-    out: Annotated[Path, typer.Option(help="The trace file to write (.safetensors).")],
+    out: Annotated[Path, option("The trace file to write (.safetensors).")],
     limit: options.Limit = 64,
     max_new_tokens: options.NewTokens = 64,
     raw: options.Raw = False,
     columns: options.Columns = None,
     split: options.Split = "test",
     scores: Annotated[
-        bool,
-        typer.Option(
-            help="Also record each choice's weight, for the policy score.", rich_help_panel=_MORE
-        ),
+        bool, option("Also record each choice's weight, for the policy score.", _MORE)
     ] = False,
     guesses: Annotated[
         bool,
-        typer.Option(
-            help="Also record what each layer's router says one layer early, for the prefetch "
+        option(
+            "Also record what each layer's router says one layer early, for the prefetch "
             "next-router.",
-            rich_help_panel=_MORE,
+            _MORE,
         ),
     ] = False,
     keep_prompts: Annotated[
-        bool,
-        typer.Option(
-            help="Write the prompts' token ids beside the trace, for `predictor fit`.",
-            rich_help_panel=_MORE,
-        ),
+        bool, option("Write the prompts' token ids beside the trace, for `predictor fit`.", _MORE)
     ] = True,
     *,
     given: dict[str, Any],

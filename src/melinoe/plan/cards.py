@@ -79,7 +79,8 @@ def forecast_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "does not fit"
                 if found is None
                 else f"{found['slots']} of {row['num_experts']}, "
-                + " to ".join(_two(end) for end in found["tokens_per_s"])
+                + "–".join(_two(end) for end in found["tokens_per_s"])
+                + " tokens/s"
             )
         result.append(shown)
     return {
