@@ -172,22 +172,18 @@ def test_modules_that_a_config_leaves_out_are_not_packed(tmp_path):
         assert (facts.expert_bytes == plain.expert_bytes) is experts
 
 
-def test_the_plan_says_that_it_is_one_only(tmp_path):
-    """As a file and as a directory, by 16 bits on request; doctor says the same, nobody bf16."""
+def test_a_plan_says_how_experts_are_packed(tmp_path):
+    """Of a file and of a directory; by bits on request."""
     (tmp_path / "m").mkdir()
     path = written(tmp_path / "m" / "config.json", GPT_OSS_20B)
     for name in (path, str(tmp_path / "m")):
         done = CliRunner().invoke(app, ["plan", name, "--gpu-memory", "8GiB"])
         assert done.exit_code == 0
-        assert "Plan only: packed experts are not served yet" in done.stdout
         assert "MXFP4: 17 bytes for 32 weights" in done.stdout
         asked = ["plan", name, "--gpu-memory", "8GiB", "--bits", "4", "--json"]
         facts = json.loads(CliRunner().invoke(app, asked).stdout)["model"]
         assert facts["packed"] is None
         assert facts["layers"][0]["block_bytes"] == 2 * (2880 * 5760 + 2880 * 2880 + 5760 + 2880)
-        error = str(CliRunner().invoke(app, ["doctor", name]).exception)
-        assert error.startswith(f"{name} is quantised (mxfp4): packed experts are not served yet")
-        assert "melinoe plan" in error and "bf16" not in error
 
 
 @pytest.mark.parametrize(

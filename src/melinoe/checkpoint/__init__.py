@@ -4,6 +4,7 @@ Read and write checkpoints of the hub's layout: opened and checked without a wei
     safetensors_file.py   one file: header checked, any range read into the caller's memory
     hub.py                one file by its name: in a directory, in the local cache, on the hub
     files.py              config, index and shards, read and checked
+    packed.py             codes and scales -> one matrix, read as stored or decoded
     mapping.py            stored names -> parameters of the model, by transformers' own rules
     sources.py            how to read one expert's part of a parameter
     opening.py            open_checkpoint: all of the above, nothing read yet

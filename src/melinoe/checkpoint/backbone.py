@@ -12,10 +12,11 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from melinoe.checkpoint.files import Place, read_raw_config, without_mark
+from melinoe.checkpoint.files import read_raw_config, without_mark
 from melinoe.checkpoint.hub import first_line, locate, split_revision
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import Checkpoint
+from melinoe.checkpoint.sources import Weights
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import fingerprint
@@ -26,7 +27,7 @@ _log = logging.getLogger("melinoe")
 class _Lazy:
     """A stored tensor that transformers reads by slicing it with ``[...]``."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Weights) -> None:
         self.place = place
 
     def __getitem__(self, _: object) -> torch.Tensor:
@@ -87,7 +88,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> An
     Raises:
         CheckpointError: as `load_backbone`.
     """
-    places = list(checkpoint.files.values())
+    places = list(checkpoint.tensors.values())
     model = _from_pretrained(checkpoint, checkpoint.model_class, places, device, set())
     _name_it(model, checkpoint)
     return model
@@ -96,7 +97,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> An
 def _from_pretrained(
     checkpoint: Checkpoint,
     model_class: Any,
-    places: list[Place],
+    places: list[Weights],
     device: torch.device | str,
     given: set[str],
 ) -> Any:

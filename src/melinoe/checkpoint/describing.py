@@ -1,7 +1,7 @@
 """What a checkpoint is and what it would take to run it, without reading a weight."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,13 @@ class Description:
         reason: Why not; None where it can.
         weights: Whether weight files are there; without them the numbers are the config's.
         dtype: The type the weights are given in memory, like ``bfloat16``.
+        format: How experts are stored: ``plain``, or packed, like ``mxfp4``; None where the
+            weights are not here.
         moe_layers: How many layers have experts.
         num_experts: Experts of a layer; the most, where layers differ.
         top_k: Experts a token uses in a layer; None where the config does not say.
-        bytes_per_expert: Of one expert in one layer; the most, where layers differ.
+        bytes_per_expert: Of one expert in one layer, packed if it is stored so; the most, where
+            layers differ.
         expert_bytes: Of all experts of all layers.
         backbone_bytes: Of all else.
         layers: Per MoE layer: experts, and bytes of one.
@@ -48,6 +51,7 @@ class Description:
     reason: str | None
     weights: bool
     dtype: str | None = None
+    format: str | None = None
     moe_layers: int = 0
     num_experts: int = 0
     top_k: int | None = None
@@ -88,7 +92,9 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
         known = _from_config(config, wanted or guess_dtype(name, config))
         if weights:
             with open_checkpoint(name, dtype, download=False) as checkpoint:
-                known = _from_config(config, checkpoint.dtype) | _of_layers(checkpoint.layers)
+                stored = [replace(x.layer, format=x.format) for x in checkpoint.experts]
+                known = _from_config(config, checkpoint.dtype) | _of_layers(stored)
+                known["format"] = stored[0].format.name
     except ModelError as error:
         reason = str(error)
     return Description(

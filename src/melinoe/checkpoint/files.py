@@ -6,32 +6,19 @@ import tempfile
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from melinoe.checkpoint.hub import first_line, is_directory, locate
-from melinoe.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from melinoe.checkpoint.packed import check_packing, find_packing
+from melinoe.checkpoint.safetensors_file import Place, SafetensorsFile
 from melinoe.errors import CheckpointError, UnsupportedModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-PACKED_NOT_SERVED = "packed experts are not served yet"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-class Place(NamedTuple):
-    """One stored tensor: the file that holds it, its name there, its header entry."""
-
-    file: SafetensorsFile
-    name: str
-    info: TensorInfo
-
-    def read(self, into: Tensor, first: int = 0) -> None:
-        """Read ``into.numel()`` elements from *first* on; see `SafetensorsFile.read`."""
-        self.file.read(self.name, into, first)
 
 
 def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
@@ -74,30 +61,39 @@ def read_object(path: Path, way_out: str = "download it again") -> dict[str, Any
 
 def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     """
-    The model's config, refused if its weights are quantised. Code from the hub is never run.
+    Read the model's config, as of plain weights. Code from the hub is never run.
 
     Raises:
-        CheckpointError: no readable ``config.json``, or a quantised checkpoint.
+        CheckpointError: no readable ``config.json``, or weights packed in a way that is not read.
         UnsupportedModelError: transformers does not know the family.
     """
     path, raw = read_raw_config(name, download)
-    kind = quantisation(raw)
-    if kind is not None:
-        raise CheckpointError(
-            f"{name} is quantised ({kind}): {PACKED_NOT_SERVED}; `melinoe plan` counts them, and "
-            "to run take a checkpoint of the model that is not quantised, if there is one"
-        )
+    packing = find_packing(raw)
+    if packing is not None:
+        check_packing(packing, name)
     family = raw.get("model_type")
     if not family:
         raise CheckpointError(f"{path} names no model_type; give a transformers model's config")
     try:
         with without_mark(path) as plain:
-            return AutoConfig.from_pretrained(plain, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(plain, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} ({first_line(error)}); "
             "use a family that transformers itself implements"
         ) from None
+    _forget_packing(config)
+    return config
+
+
+def _forget_packing(config: Any) -> None:
+    """Take out what would make transformers build a quantised model."""
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):
+            delattr(config, key)
+    for part in getattr(config, "sub_configs", None) or ():
+        if (inner := getattr(config, part, None)) is not None:
+            _forget_packing(inner)
 
 
 @contextlib.contextmanager
@@ -111,16 +107,6 @@ def without_mark(path: Path) -> Iterator[Path]:
         plain = Path(directory) / path.name
         plain.write_bytes(blob.removeprefix(BOM_UTF8))
         yield plain
-
-
-def quantisation(config: dict) -> str | None:
-    """The kind of quantisation that a raw config, or any part of it, declares; None if none."""
-    for key in ("quantization_config", "compression_config"):
-        if settings := config.get(key):
-            found = settings.get("quant_method") if isinstance(settings, dict) else None
-            return str(found or "of an unnamed kind")
-    parts = (quantisation(part) for part in config.values() if isinstance(part, dict))
-    return next((kind for kind in parts if kind is not None), None)
 
 
 def open_shards(name: str, download: bool = True) -> dict[str, Place]:

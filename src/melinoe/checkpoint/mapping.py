@@ -1,6 +1,6 @@
 """Sort a checkpoint's tensors by the parameter of the model that they belong to."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -11,13 +11,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from melinoe.checkpoint.files import PACKED_NOT_SERVED, Place
-from melinoe.checkpoint.sources import Group
+from melinoe.checkpoint.sources import Group, Weights
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import PLAIN_DTYPES
 
 
-def group_by_parameter(model: Any, places: dict[str, Place]) -> dict[str, Group]:
+def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, Group]:
     """
     Apply transformers' renamings and rules to every stored name.
 
@@ -83,15 +82,15 @@ def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
         for place in group.places:
             if place.info.dtype not in PLAIN_DTYPES:
                 raise CheckpointError(
-                    f"{place.name} is stored as {str(place.info.dtype).removeprefix('torch.')}, so "
-                    f"the checkpoint is quantised: {PACKED_NOT_SERVED}; take a checkpoint of the "
-                    "model that is not quantised, if there is one"
+                    f"{place.name} is stored as {str(place.info.dtype).removeprefix('torch.')}, "
+                    "which means something only with scales, and the checkpoint has none for it; "
+                    "download it again, or take one that is not quantised"
                 )
 
 
 def split(
     groups: dict[str, Group], experts: Collection[str]
-) -> tuple[dict[str, Group], list[Place]]:
+) -> tuple[dict[str, Group], list[Weights]]:
     """
     Part the experts' tensors from all others.
 
@@ -108,7 +107,7 @@ def split(
     """
     wanted = set(experts)
     of_expert: dict[str, Group] = {}
-    backbone: list[Place] = []
+    backbone: list[Weights] = []
     for group in groups.values():
         hits = wanted.intersection(group.targets)
         if not hits:

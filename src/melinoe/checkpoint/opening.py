@@ -14,14 +14,18 @@ from typing import Any, Self
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from melinoe.checkpoint.files import Place, close_shards, open_shards, read_config, read_raw_config
+from melinoe.checkpoint.files import close_shards, open_shards, read_config, read_raw_config
 from melinoe.checkpoint.hub import first_line, is_directory, pinned
 from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
-from melinoe.checkpoint.safetensors_file import Stamp
-from melinoe.checkpoint.sources import Reader, reader_for
+from melinoe.checkpoint.packed import PackedPlace, Packing, find_packing, unpack
+from melinoe.checkpoint.safetensors_file import Place, Stamp
+from melinoe.checkpoint.sources import Reader, Weights, reader_for
 from melinoe.errors import CheckpointError, UnsupportedModelError
+from melinoe.experts.format import PLAIN, ExpertFormat
+from melinoe.experts.fp8 import BLOCK
 from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer, find_experts
 
 _log = logging.getLogger("melinoe")
@@ -34,19 +38,27 @@ class ExpertSource:
     Args:
         layer: What the layer's experts consist of; its module is on the meta device.
         readers: Parameter name -> reader.
+
+    Attributes:
+        format: How the checkpoint stores an expert.
+
+    Raises:
+        UnsupportedModelError: some of an expert's matrices are packed otherwise than others, or
+            not by rows of the model's own.
     """
 
     def __init__(self, layer: ExpertsLayer, readers: dict[str, Reader]) -> None:
         self.layer, self.readers = layer, readers
+        self.format = _stored_format(layer, readers)
 
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
         return self.layer.num_experts
 
-    def read(self, expert: int, into: Mapping[str, torch.Tensor]) -> None:
+    def read(self, expert: int, into: Mapping[str, Tensor]) -> None:
         """
-        Read one expert straight from the shards.
+        Read one expert straight from the shards; decode it if it is packed.
 
         Args:
             expert: In ``[0, num_experts)``.
@@ -61,6 +73,80 @@ class ExpertSource:
         for name, reader in self.readers.items():
             reader.read(expert, into[name])
 
+    def read_block(self, expert: int, format: ExpertFormat, into: Mapping[str, Tensor]) -> None:
+        """
+        Read one expert as a block of *format*.
+
+        In the format of the checkpoint the parts go straight from the shards; in another packed one
+        the expert is decoded, and encoded again.
+
+        Args:
+            expert: In ``[0, num_experts)``.
+            format: `PLAIN` gives the expert's tensors, as `read`.
+            into: Part name -> tensor, as ``format.parts(layer.tensors)`` lists them.
+
+        Raises:
+            CheckpointError: as `read`.
+            AttachError: a weight that *format* cannot hold.
+        """
+        if format.exact:
+            self.read(expert, into)
+        elif format != self.format:
+            plain = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.layer.tensors}
+            self.read(expert, plain)
+            for name, part in format.encode(self.layer.tensors, plain).items():
+                into[name].copy_(part)
+        else:
+            for tensor in self.layer.tensors:
+                if not tensor.is_matrix:
+                    self.readers[tensor.name].read(expert, into[tensor.name])
+                    continue
+                for place, first, row, rows in self.readers[tensor.name].pieces(expert) or ():
+                    assert isinstance(place, PackedPlace)
+                    share = slice(None)
+                    parts = {}
+                    for kind in place.format.matrix_parts(place.rows, place.columns):
+                        part = into[f"{tensor.name}.{kind}"]
+                        if rows != tensor.shape[0]:
+                            step = tensor.shape[0] // len(part)  # rows that one row of it is of
+                            share = slice(row // step, (row + rows) // step)
+                        parts[kind] = part[share]
+                    place.read_parts(parts, first // (place.rows * place.columns))
+
+
+def _stored_format(layer: ExpertsLayer, readers: dict[str, Reader]) -> ExpertFormat:
+    """How a layer's experts are stored: plain, or all matrices packed in one way."""
+    found: dict[Any, str] = {}
+    for tensor in layer.tensors:
+        name = f"{layer.name}.{tensor.name}"
+        places = readers[tensor.name].places()
+        packed = [place for place in places if isinstance(place, PackedPlace)]
+        if not packed:
+            if tensor.is_matrix:
+                found[PLAIN] = name
+            continue
+        pieces = readers[tensor.name].pieces(0)
+        if pieces is None or any(place.transposed != tensor.transposed for place in packed):
+            raise UnsupportedModelError(
+                f"{name} is stored packed ({packed[0].format.name}) in rows that the model "
+                "rearranges, which is not read here; take a checkpoint that is not quantised"
+            )
+        if len(pieces) > 1 and packed[0].format.name == "fp8" and packed[0].rows % BLOCK:
+            raise UnsupportedModelError(
+                f"{name} consists of matrices with {packed[0].rows} outputs, whose scales do not "
+                f"join in blocks of {BLOCK}; take a checkpoint that is not quantised"
+            )
+        found |= {place.format: name for place in packed}
+        if len(packed) < len(places):
+            found[PLAIN] = name
+    if len(found) > 1:
+        names = " and ".join(f"{format.name} ({name})" for format, name in found.items())
+        raise UnsupportedModelError(
+            f"experts of one layer are stored in different formats, {names}, which is not read "
+            "here; take another checkpoint of the model"
+        )
+    return next(iter(found), PLAIN)
+
 
 @dataclass
 class Checkpoint:
@@ -74,7 +160,8 @@ class Checkpoint:
         model_class: The transformers class that its architecture names.
         dtype: Type that the weights are given in memory.
         files: Stored name -> where it lies.
-        tensors: Name -> weights that the files hold, packed ones as what they mean.
+        packing: How its config says that weights are packed; None where they are not.
+        tensors: Name -> stored weights; packed ones under the name of the plain ones.
         layers: MoE layers, whose modules are on the meta device.
         experts: One source per MoE layer.
         backbone: Every stored tensor that belongs to no expert.
@@ -86,10 +173,11 @@ class Checkpoint:
     model_class: type
     dtype: torch.dtype
     files: dict[str, Place]
-    tensors: dict[str, Place]
+    packing: Packing | None
+    tensors: dict[str, Weights]
     layers: list[ExpertsLayer]
     experts: list[ExpertSource]
-    backbone: list[Place]
+    backbone: list[Weights]
 
     @property
     def backbone_keys(self) -> list[str]:
@@ -156,34 +244,39 @@ def open_checkpoint(
     name = str(name)
     wanted = None if dtype == "auto" else as_dtype(dtype)
     source = pinned(name, read_raw_config(name, download)[0])
+    packing = find_packing(read_raw_config(source, download)[1])
     config = read_config(source, download)
     model_class = find_model_class(config)
     if download and not is_directory(name):
         find_experts(build_on_meta(model_class, copy.deepcopy(config), torch.bfloat16))
     files = open_shards(source, download)
     try:
-        resolved = wanted or _own_dtype(name, config, files)
+        resolved = wanted or _own_dtype(name, config, files, packing is not None)
+        tensors: dict[str, Weights] = dict(files)
+        if packing is not None:
+            tensors = unpack(files, packing, name, resolved)
         model = build_on_meta(model_class, config, resolved)
         layers = [_with_plan(layer, model, resolved) for layer in find_experts(model)]
-        experts, backbone = _sources(model, config, layers, files)
+        experts, backbone = _sources(model, config, layers, tensors)
     except BaseException:
         close_shards(files)
         raise
     return Checkpoint(
-        name, source, config, model_class, resolved, files, files, layers, experts, backbone
-    )
+        name, source, config, model_class, resolved, files, packing, tensors, layers, experts,
+        backbone,
+    )  # fmt: skip
 
 
 def _sources(
-    model: Any, config: PreTrainedConfig, layers: list[ExpertsLayer], files: dict[str, Place]
-) -> tuple[list[ExpertSource], list[Place]]:
+    model: Any, config: PreTrainedConfig, layers: list[ExpertsLayer], tensors: dict[str, Weights]
+) -> tuple[list[ExpertSource], list[Weights]]:
     """One source per layer, and the tensors that belong to none."""
     shapes = {
         f"{layer.name}.{tensor.name}": (layer.num_experts, *tensor.shape)
         for layer in layers
         for tensor in layer.tensors
     }
-    groups = group_by_parameter(model, files)
+    groups = group_by_parameter(model, tensors)
     refuse_integers(model, groups)
     found, backbone = split(groups, shapes)
     tied = model.all_tied_weights_keys
@@ -293,9 +386,14 @@ def dtype_of(config: PreTrainedConfig) -> torch.dtype | None:
         ) from None
 
 
-def _own_dtype(name: str, config: PreTrainedConfig, files: dict[str, Place]) -> torch.dtype:
-    """The config's type, else the majority's; a word where the stored types leave a doubt."""
-    told, amounts = dtype_of(config), _stored_dtypes(files)
+def _own_dtype(
+    name: str, config: PreTrainedConfig, files: dict[str, Place], packed: bool
+) -> torch.dtype:
+    """Choose the config's type, else that of most bytes; say so where the two leave a doubt."""
+    told = dtype_of(config)
+    if packed:  # the stored types are those of scales
+        return told or torch.bfloat16
+    amounts = _stored_dtypes(files)
     most = max(amounts, key=amounts.__getitem__)
     share = f"{100 * amounts[most] / sum(amounts.values()):.0f} % of the stored bytes"
     if told is None:
@@ -319,10 +417,11 @@ def guess_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
         return told
     try:
         files = open_shards(name, download=False)
+        packed = find_packing(read_raw_config(name)[1]) is not None
     except CheckpointError:
         return torch.bfloat16
     try:
-        return _own_dtype(name, config, files)
+        return _own_dtype(name, config, files, packed)
     finally:
         close_shards(files)
 

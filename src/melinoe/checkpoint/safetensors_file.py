@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from melinoe.errors import CheckpointError
 
@@ -250,7 +251,7 @@ class SafetensorsFile:
             "it again"
         )
 
-    def read(self, name: str, into: torch.Tensor, first: int = 0) -> None:
+    def read(self, name: str, into: Tensor, first: int = 0) -> None:
         """
         Read consecutive elements of a tensor into *into*, converting the type if it differs.
 
@@ -278,7 +279,7 @@ class SafetensorsFile:
             self._fill(buffer, start)
             into.copy_(buffer)
 
-    def _fill(self, into: torch.Tensor, offset: int) -> None:
+    def _fill(self, into: Tensor, offset: int) -> None:
         """Fill a contiguous CPU tensor with the file's bytes from *offset* on."""
         if self.closed:
             raise ValueError(f"{self.path} is closed")
@@ -306,6 +307,18 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading afterwards is a caller's mistake."""
         self._closing()
+
+
+class Place(NamedTuple):
+    """One stored tensor: the file that holds it, its name there, its header entry."""
+
+    file: SafetensorsFile
+    name: str
+    info: TensorInfo
+
+    def read(self, into: Tensor, first: int = 0) -> None:
+        """Read ``into.numel()`` elements from *first* on; see `SafetensorsFile.read`."""
+        self.file.read(self.name, into, first)
 
 
 def check_same(stamps: Mapping[Path, Stamp]) -> None:

@@ -28,9 +28,11 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from melinoe.checkpoint.files import Place
-from melinoe.checkpoint.safetensors_file import describe_shape
+from melinoe.checkpoint.packed import PackedPlace
+from melinoe.checkpoint.safetensors_file import Place, describe_shape
 from melinoe.errors import CheckpointError, UnsupportedModelError
+
+Weights = Place | PackedPlace  # where stored weights lie, as they are or packed
 
 
 class Group(NamedTuple):
@@ -39,10 +41,10 @@ class Group(NamedTuple):
     target: str  # the first of the parameters, by its full name in the model
     targets: tuple[str, ...]
     converter: WeightConverter | None  # None: a renaming at most
-    tensors: dict[str, list[Place]]  # source pattern -> tensors, in transformers' order
+    tensors: dict[str, list[Weights]]  # source pattern -> tensors, in transformers' order
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[Weights]:
         """All stored tensors of the group."""
         return [place for part in self.tensors.values() for place in part]
 
@@ -94,7 +96,7 @@ class _Shapes:
 class Piece(NamedTuple):
     """Rows of one expert's part of a parameter, and the stored elements that are these rows."""
 
-    place: Place
+    place: Weights
     first: int  # of the stored elements, counted in row-major order
     row: int
     rows: int
@@ -109,14 +111,21 @@ class Reader(Protocol):
     def pieces(self, expert: int) -> list[Piece] | None:
         """Name the stored elements that each row is; None where a rule computes them."""
 
+    def places(self) -> list[Weights]:
+        """List all stored weights that the parameter is made of."""
+
 
 class Stacked:
     """The parameter is stored as it is: expert e is a range of its bytes."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Weights) -> None:
         self.place = place
         self._size = prod(place.info.shape[1:])
         self._rows = place.info.shape[1] if len(place.info.shape) > 1 else 0
+
+    def places(self) -> list[Weights]:
+        """Return the one stored tensor."""
+        return [self.place]
 
     def pieces(self, expert: int) -> list[Piece]:
         """Return the expert's range of the one stored tensor."""
@@ -130,8 +139,12 @@ class Stacked:
 class Rows:
     """One tensor per expert and projection, one above the other."""
 
-    def __init__(self, parts: Sequence[Sequence[Place]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[Weights]]) -> None:
         self.parts = parts
+
+    def places(self) -> list[Weights]:
+        """Return the tensors of all experts and projections."""
+        return [place for part in self.parts for place in part]
 
     def pieces(self, expert: int) -> list[Piece]:
         """Return the expert's tensor of each projection, from the top."""
@@ -157,7 +170,11 @@ class OneExpert:
     def pieces(self, expert: int) -> None:
         """Return nothing: a rule computes the rows."""
 
-    def places(self, expert: int) -> dict[str, tuple[Place, int]]:
+    def places(self) -> list[Weights]:
+        """Return all stored tensors of the rule."""
+        return self.group.places
+
+    def sources(self, expert: int) -> dict[str, tuple[Weights, int]]:
         """The expert's stored tensor of each source pattern, and its first element there."""
         return {
             pattern: (places[expert], 0)
@@ -175,7 +192,7 @@ class OneExpert:
     def empty(self, device: str) -> dict[str, Tensor]:
         """Tensors for one expert's stored numbers, by source pattern."""
         found = {}
-        for pattern, (place, _) in self.places(0).items():
+        for pattern, (place, _) in self.sources(0).items():
             shape = place.info.shape if self.listed else (1, *place.info.shape[1:])
             found[pattern] = torch.empty(shape, dtype=place.info.dtype, device=device)
         return found
@@ -190,7 +207,7 @@ class OneExpert:
     def read(self, expert: int, into: Tensor) -> None:
         """Read the expert's tensors and run the rule on them."""
         pieces = self.empty("cpu")
-        for pattern, (place, first) in self.places(expert).items():
+        for pattern, (place, first) in self.sources(expert).items():
             place.read(pieces[pattern], first)
         into.copy_(self.convert(pieces)[0])
 
@@ -252,7 +269,7 @@ def _stacks_rows(operations: list) -> bool:
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
-def _rows_fit(parts: list[list[Place]], shape: tuple[int, ...]) -> bool:
+def _rows_fit(parts: list[list[Weights]], shape: tuple[int, ...]) -> bool:
     """Whether all experts' tensors have the same shapes, and together the parameter's."""
     first = [part[0].info.shape for part in parts]
     same = all(place.info.shape == part[0].info.shape for part in parts for place in part)
@@ -283,8 +300,8 @@ Run = Callable[[dict[str, list[Tensor]]], Mapping[str, Tensor]]
 
 
 def rows_by_trial(
-    tensors: Mapping[str, Sequence[Place]], parameter: str, num_experts: int, run: Run
-) -> list[list[Place]] | None:
+    tensors: Mapping[str, Sequence[Weights]], parameter: str, num_experts: int, run: Run
+) -> list[list[Weights]] | None:
     """
     Find out whether a rule only puts stored tensors one above the other, by running it.
 
@@ -309,7 +326,7 @@ def rows_by_trial(
         return None
     if made.dtype != torch.int64 or made.dim() < 2 or made.shape[0] != num_experts:
         return None
-    found: list[list[Place]] = []
+    found: list[list[Weights]] = []
     for expert in made:
         parts, row = [], 0
         while row < expert.shape[0]:
@@ -328,14 +345,14 @@ def rows_by_trial(
 
 
 def _stand_ins(
-    tensors: Mapping[str, Sequence[Place]],
-) -> tuple[dict[str, list[Tensor]], dict[int, tuple[Place, Tensor]]]:
+    tensors: Mapping[str, Sequence[Weights]],
+) -> tuple[dict[str, list[Tensor]], dict[int, tuple[Weights, Tensor]]]:
     """Small tensors of unique numbers for the stored ones, and the owner of each first number."""
     sizes = sorted({n for places in tensors.values() for p in places for n in p.info.shape})
     # Sizes that were different stay different, and even: rules halve.
     small = {size: 2 * rank for rank, size in enumerate(sizes, start=1)}
     stand_ins: dict[str, list[Tensor]] = {}
-    owner: dict[int, tuple[Place, Tensor]] = {}
+    owner: dict[int, tuple[Weights, Tensor]] = {}
     following = 0
     for pattern, places in tensors.items():
         stand_ins[pattern] = []
@@ -355,7 +372,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def check_complete(
-    tensors: Mapping[str, Sequence[Place]],
+    tensors: Mapping[str, Sequence[Weights]],
     patterns: Sequence[str],
     parameter: str,
     expected: int | None,
@@ -398,7 +415,7 @@ def check_complete(
             )
 
 
-def _mismatch(parameter: str, shape: tuple[int, ...], place: Place) -> CheckpointError:
+def _mismatch(parameter: str, shape: tuple[int, ...], place: Weights) -> CheckpointError:
     return CheckpointError(
         f"{place.name} has shape {describe_shape(place.info.shape)}, which does not fit "
         f"{parameter} of shape {describe_shape(shape)}; the weights are of another model than "

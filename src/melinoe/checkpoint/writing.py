@@ -9,7 +9,7 @@ transformers would leave out or store otherwise. The directory appears whole or 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from melinoe.checkpoint.export_rules import other_results
-from melinoe.checkpoint.files import INDEX, SINGLE, Place, read_raw_config
+from melinoe.checkpoint.files import INDEX, SINGLE, read_raw_config
 from melinoe.checkpoint.hub import first_line, is_directory, locate, split_revision
 from melinoe.checkpoint.mapping import group_by_parameter
 from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
+from melinoe.checkpoint.packed import PackedPlace
 from melinoe.checkpoint.safetensors_file import check_same
-from melinoe.checkpoint.sources import Group, OneExpert, Reader
+from melinoe.checkpoint.sources import Group, OneExpert, Reader, Weights
 from melinoe.checkpoint.verifying import sums_of
 from melinoe.errors import OutputExistsError, UnsupportedModelError, WriteError
 from melinoe.host_memory import format_bytes
@@ -174,15 +175,25 @@ class _Part:
             views of *own* where the checkpoint stores them unchanged.
         load: Makes *own* of the numbers in the order of *stored*, as transformers does when it
             loads them; None where *stored* are views.
+
+    Raises:
+        UnsupportedModelError: a piece is stored packed.
     """
 
     def __init__(
         self,
         own: dict[str, Tensor],
-        stored: list[tuple[Place, int, Tensor]],
+        stored: Sequence[tuple[Weights, int, Tensor]],
         load: Callable[[list[Tensor]], dict[str, Tensor]] | None = None,
     ) -> None:
         self.own, self.stored, self.load = own, stored, load
+        for place, _, _ in stored:
+            if isinstance(place, PackedPlace):
+                raise UnsupportedModelError(
+                    f"{place.name} is stored packed ({place.format.name}), and changed weights are "
+                    "not packed again; save an adapter instead (--save adapter), or first unpack "
+                    "the base (`melinoe pack BASE --format plain --out DIR`)"
+                )
 
     def round(self) -> None:
         """Round the model's numbers to the types in which they are stored."""
@@ -324,12 +335,12 @@ def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor
     assert isinstance(reader, OneExpert)
     # Reverted as a layer of one expert, whose stored names are those of expert 0.
     made = revert_weight_conversion(model, {name: own[None]})
-    named = {pattern: place.name for pattern, (place, _) in reader.places(0).items()}
+    named = {pattern: place.name for pattern, (place, _) in reader.sources(0).items()}
     shapes = {pattern: tuple(one.shape) for pattern, one in reader.empty("meta").items()}
     if made.keys() != set(named.values()) or any(
         made[key].numel() != prod(shapes[pattern]) for pattern, key in named.items()
     ):
-        raise _other_layout(model, name, next(iter(reader.places(expert).values()))[0])
+        raise _other_layout(model, name, next(iter(reader.sources(expert).values()))[0])
 
     def load(tensors: list[Tensor]) -> dict[str, Tensor]:
         given = zip(shapes.items(), tensors, strict=True)
@@ -338,7 +349,7 @@ def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor
         }
         return {name: reader.convert(pieces)[0]}
 
-    places = reader.places(expert)
+    places = reader.sources(expert)
     return _Part({name: own}, [(*places[p], made[named[p]]) for p in named], load)
 
 
@@ -370,21 +381,22 @@ def _group_part(model: Any, group: Group, own: dict[str, Tensor]) -> _Part:
     return _Part(own, [(places[name], 0, tensor) for name, tensor in made.items()], load)
 
 
-def _other_layout(model: Any, name: str, place: Place) -> UnsupportedModelError:
+def _other_layout(model: Any, name: str, place: Weights) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name} of {family(model)} cannot be laid out as this base stores it (first "
         f"{place.name}); save an adapter instead (--save adapter)"
     )
 
 
-def _is_stored(place: Place, first: int, tensor: Tensor) -> bool:
+def _is_stored(place: Weights, first: int, tensor: Tensor) -> bool:
     """Whether the base's own file holds these numbers already, as far as their type tells."""
     old = torch.empty(tensor.shape, dtype=place.info.dtype)
     place.read(old, first)
     return torch.equal(old.to(tensor.dtype), tensor.cpu())
 
 
-def _overwrite(file: BinaryIO, place: Place, first: int, tensor: Tensor) -> None:
+def _overwrite(file: BinaryIO, place: Weights, first: int, tensor: Tensor) -> None:
+    assert not isinstance(place, PackedPlace)  # refused before
     new = tensor.to("cpu", place.info.dtype).contiguous()
     data: Any = new.reshape(-1).view(torch.uint8).numpy()
     file.seek(place.info.start + first * place.info.dtype.itemsize)

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from melinoe.checkpoint.describing import top_k_of
-from melinoe.checkpoint.files import quantisation, read_config, read_object, read_raw_config
+from melinoe.checkpoint.files import read_config, read_object, read_raw_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype
+from melinoe.checkpoint.packed import find_packing
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
@@ -202,7 +203,7 @@ def _config(model: str) -> tuple[PreTrainedConfig, str, dict[str, Any]]:
                 return _from_raw(raw, model), source, raw
     source = "its directory" if path.is_dir() else "the hub's config.json alone"
     _, raw = read_raw_config(model)
-    config = read_config(model) if quantisation(raw) is None else _from_raw(raw, model)
+    config = read_config(model) if find_packing(raw) is None else _from_raw(raw, model)
     return config, source, raw
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from melinoe.checkpoint.files import PACKED_NOT_SERVED
 from melinoe.plan.facts import ModelFacts
 from melinoe.plan.hardware import Hardware
 from melinoe.plan.hit_rates import assumptions
@@ -13,10 +12,7 @@ def notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[s
     """What a reader of the plan must not miss."""
     out = []
     if facts.packed is not None:
-        out.append(
-            f"Plan only: {PACKED_NOT_SERVED}, and `melinoe.load` refuses them. The figures are "
-            "what serving them as they are packed would take."
-        )
+        out.append("The figures are what serving them as they are packed would take.")
     if facts.kv_bytes is None:
         out.append(
             f"Keys and values: {facts.kv_source}; they are counted nowhere, so keep memory for "
