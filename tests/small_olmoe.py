@@ -13,14 +13,14 @@ from melinoe.predictor.model import PredictorNetwork
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 
-def tiny_model(seed=0):
+def tiny_model(seed=0, num_hidden_layers=LAYERS):
     torch.manual_seed(seed)
     model = OlmoeForCausalLM(
         OlmoeConfig(
             vocab_size=32,
             hidden_size=16,
             intermediate_size=8,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=num_hidden_layers,
             num_attention_heads=2,
             num_key_value_heads=2,
             num_experts=EXPERTS,

@@ -2,7 +2,8 @@
 Decode steps compiled by torch.compile: the same text and counts, and nothing lost where it fails.
 
 Most tests compile with a backend that runs the traced graph as it is; one compiles with PyTorch's
-own, on the CPU. That a GPU captures what was compiled is for tests/gpu.
+own, on the CPU. Compiling takes a time for each layer, so most models have one.
+That a GPU captures what was compiled is for tests/gpu.
 """
 
 import gc
@@ -96,7 +97,7 @@ def test_compiled_counts_are_the_simulators(as_it_is, policy, slots):
 def test_the_slots_are_seen_by_the_compiler_in_bfloat16_alone(as_it_is):
     """There grouped_mm is compiled too; else the layer is one operation, which asks nobody."""
     for dtype, seen in ((torch.bfloat16, ("plan", "grouped_mm")), (torch.float32, ("experts",))):
-        model = tiny.tiny_model("olmoe", dtype=dtype)
+        model = tiny.tiny_model("olmoe", dtype=dtype, num_hidden_layers=1)
         with attach(model, slots=8, graphs=True, compile=True):
             generate(model, IDS[1:2])
         called = [str(n.target) for n in as_it_is.pop().graph.nodes if n.op == "call_function"]
@@ -110,7 +111,7 @@ def test_another_batch_or_longer_cache_is_compiled_anew_and_shorter_texts_are_no
 ):
     """Caches are multiples of a length; inference mode is another kind too."""
     monkeypatch.setattr(static_cache, "CACHE_STEP", 16)
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     with attach(model, slots=8, graphs=True, compile=True) as handle:
         for batch, tokens, kinds in ((1, 4, 1), (1, 9, 1), (2, 4, 2), (1, 14, 3)):
             with handle.graphs.paused():
@@ -131,7 +132,7 @@ def test_a_compile_that_fails_is_said_once_and_steps_are_captured_as_they_are(ca
 
     monkeypatch.setattr(compiled_module, "backend", failing)
     monkeypatch.setattr(static_cache, "CACHE_STEP", 1)  # the length shows in the last bits
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     with attach(model, slots=8, graphs=True) as handle:
         expected, logits = generate(model, IDS)
         counted = handle.counters
@@ -149,7 +150,7 @@ def test_a_compile_that_fails_is_said_once_and_steps_are_captured_as_they_are(ca
 
 def test_a_compiled_step_that_fails_half_way_fails_its_request_and_no_other(as_it_is, monkeypatch):
     """What it has computed by then cannot be taken back; the next request is not compiled."""
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
 
     def strikes(graph, example_inputs):
         def run(*arguments):
@@ -170,7 +171,7 @@ def test_a_compiled_step_that_fails_half_way_fails_its_request_and_no_other(as_i
 
 def test_a_compiled_step_that_cannot_be_captured_is_captured_as_it_is(as_it_is, monkeypatch):
     """Capturing computes nothing, so the model's own can take its place."""
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     with attach(model, slots=8, graphs=True) as handle:
         expected, _ = generate(model, IDS)
     with attach(model, slots=8, graphs=True, compile=True) as handle:
@@ -189,7 +190,7 @@ def test_a_compiled_step_that_cannot_be_captured_is_captured_as_it_is(as_it_is, 
 
 def test_detaching_leaves_nothing_compiled_behind(as_it_is):
     """The model's own forward, and no slot or model held by what torch keeps compiled."""
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     own = set(vars(model)) | {"_previous_max_cache_length"}
     handle = attach(model, slots=4, graphs=True, compile=True)
     generate(model, IDS[:1])
@@ -210,7 +211,7 @@ def test_detaching_leaves_nothing_compiled_behind(as_it_is):
 def test_without_graphs_there_is_nothing_to_compile():
     """Refused before anything is moved."""
     with pytest.raises(AttachError, match="leave graphs on"):
-        attach(tiny_model(), slots=4, compile=True)
+        attach(tiny_model(num_hidden_layers=1), slots=4, compile=True)
 
 
 def test_pytorchs_compiler_gives_bits_that_do_not_depend_on_the_slots(shipped, monkeypatch):

@@ -228,10 +228,9 @@ def test_a_batch_of_prompts_is_planned_alike(policy):
 def test_counts_of_the_largest_request_are_right():
     """65,535 pairs of one expert fill 16 bits; one more is not the device's to plan."""
     who = DeviceResidency([4], [4], [POLICIES["lru"]], torch.device("cpu"))
-    index = torch.zeros(MOST_PAIRS, 1, dtype=torch.int64)
-    for _ in range(2):
-        who.decide(0, index, torch.ones(MOST_PAIRS, 1))
-    assert who.counts[0, :3].tolist() == [2 * MOST_PAIRS, MOST_PAIRS, 1]
+    for pairs in (1, MOST_PAIRS):
+        who.decide(0, torch.zeros(pairs, 1, dtype=torch.int64), torch.ones(pairs, 1))
+    assert who.counts[0, :3].tolist() == [1 + MOST_PAIRS, MOST_PAIRS, 1]
     assert who.fits(MOST_PAIRS, 1) and not who.fits(MOST_PAIRS + 1, 1)
     assert who.fits(8191, 8) and not who.fits(8192, 8)
 

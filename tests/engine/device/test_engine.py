@@ -1,5 +1,7 @@
 """The fast engine computes what the model computes, and counts what the simulator counts."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -37,7 +39,7 @@ def any_model(original, request):
 
 @pytest.fixture
 def model(original):
-    return original[torch.float32]
+    return copy.deepcopy(original[torch.float32])
 
 
 def generate(model, way):
@@ -73,6 +75,22 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, slots):
         assert handle.transferred_bytes == moved
         handle.reset_counters()
         assert handle.counters.uses.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "compression"), [("lru", 2, None), ("lfu", 4, None), ("lru", 2, "int4")]
+)
+def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots, compression):
+    """Tokens and counts of kernels run by Triton's interpreter; other tests compute by numpy."""
+    with attach(model, slots=slots, policy=policy, compression=compression) as handle:
+        with handle.record() as recorder:
+            tokens = generate(model, "one")
+        counted, trace = handle.counters, recorder.trace()
+        assert simulate(trace, slots, policy, prefill=handle.prefill).counters == counted
+        assert counted.loads[1].sum() > 0
+    assert torch.equal(
+        generate(model, "one"), tokens
+    )  # detached, it holds the weights of the codes
 
 
 @pytest.mark.parametrize("admit", [0, 1, None])

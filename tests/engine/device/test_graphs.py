@@ -31,6 +31,15 @@ def test_replayed_steps_give_the_same_tokens(model, batch):
         assert handle.counters.tokens.tolist() == [3 * 4 * batch, 21 * batch]
 
 
+def test_captured_kernels_are_replayed(model, interpreted):
+    """As above, by the kernels in Triton's interpreter, with loads on the way."""
+    expected = plain(model, BATCH[:2])
+    with attach(model, slots=4, graphs=True) as handle:
+        assert torch.equal(static(model, BATCH[:2]), expected)
+        assert (handle.graphs.captured, handle.graphs.replayed) == (1, 6)
+        assert handle.counters.loads[1].sum() > 0
+
+
 def test_a_cache_that_the_caller_keeps_is_left_alone(model):
     """The next call gets another one."""
     with attach(model, slots=8, graphs=True) as handle:
