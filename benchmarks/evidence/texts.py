@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from early import EarlyRouters
 
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import Given
@@ -79,7 +80,8 @@ class Seen:
 
 def see(name: str, model: Any, handle: Any, of: Texts) -> Seen:
     """Let a model read all texts of a domain."""
-    judged = reading_trace(model, handle, of.judged, scores=True, guesses=True)
+    with EarlyRouters(model) as early:
+        judged = early.added_to(reading_trace(model, handle, of.judged, scores=True))
     return Seen(
         name,
         of.domain,

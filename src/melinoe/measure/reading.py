@@ -6,36 +6,27 @@ repeats itself needs few experts. Reading the same text, two models differ in ro
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace, known_ids
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.data import Encoded
 from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
 from melinoe.measure.traces import completion_counts
-from melinoe.moe.next_router import NextRouters
-from melinoe.moe.routing import Router, find_routers
 from melinoe.stats import bootstrap
 
 
 def reading_trace(
-    model: Any,
-    handle: Handle,
-    encoded: Sequence[Encoded],
-    *,
-    scores: bool = False,
-    guesses: bool = False,
+    model: Any, handle: Handle, encoded: Sequence[Encoded], *, scores: bool = False
 ) -> Trace:
     """
     Record which experts every token of *encoded* chose, laid out as generation would have it.
 
-    A token's routing depends on what stands before it alone, so one forward pass per example
+    A token's routing depends on the tokens before it alone, so one forward pass per example
     gives what decoding that text would give, up to rounding: the prompt in one pass, then each
     completion token in its own.
 
@@ -44,15 +35,12 @@ def reading_trace(
         handle: From `attach` or `load`.
         encoded: At least one example, with at least one completion token.
         scores: Also record the weight that each choice was given, as the policy ``score`` needs it.
-        guesses: Also ask each layer's router one layer early about each completion token, as the
-            prefetch ``next-router`` does, and record what it said.
 
     Returns:
         One sequence per example, in order.
 
     Raises:
         DataError: nothing to read.
-        UnsupportedModelError: guesses are wanted of a model whose routers cannot be asked early.
     """
     if not encoded:
         raise DataError("there is no text to read; give at least one example")
@@ -60,14 +48,9 @@ def reading_trace(
     was_training = model.training
     model.eval()
     try:
-        with ExitStack() as stack:
-            asked = _Early(model, stack) if guesses else None
-            recorder = stack.enter_context(handle.record(scores=scores))
-            stack.enter_context(torch.inference_mode())
+        with handle.record(scores=scores) as recorder, torch.inference_mode():
             for one in encoded:
                 ids = torch.tensor([one.input_ids], device=device)
-                if asked is not None:
-                    asked.rows = len(one)
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         trace = recorder.trace("read, not written")
     finally:
@@ -78,56 +61,12 @@ def reading_trace(
     # A pass begins with each example, each completion token, and the prompt's turn after one.
     follows = np.concatenate([[False], is_completion[:-1]])
     forward = np.cumsum(starts | is_completion | follows) - 1
-    if asked is not None:
-        trace = replace(trace, guesses=asked.guesses(trace, is_completion))
     return replace(
         trace,
         forward=forward.astype(np.int32),
         sequence=(np.cumsum(starts) - 1).astype(np.int32),
         kind=np.where(is_completion, COMPLETION_ROW, PROMPT_ROW).astype(np.uint8),
     )
-
-
-class _Early:
-    """
-    Ask each router about the inputs of the one before it, for all tokens of a text at once.
-
-    A recording asks only where few tokens are decoded, as a prefetch would; here a whole text is
-    read in one pass in place of decoding it, so all its tokens are asked about.
-    """
-
-    def __init__(self, model: Any, stack: ExitStack) -> None:
-        routers = find_routers(model)
-        self.rows = 0  # tokens of the text that is being read
-        self._next = NextRouters(routers)
-        stack.callback(self._next.close)
-        self._said: list[list[np.ndarray]] = [[] for _ in routers]
-        self._before: Router | None = None  # whose inputs the router that runs now is asked about
-        for router in routers:
-            hook = router.module.register_forward_hook(self._ask(router))
-            stack.callback(hook.remove)
-
-    def _ask(self, router: Router) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            before, self._before = self._before, router
-            if before is None or before.index >= router.index:  # a text begins
-                return
-            top_k = router.top_k or router.num_experts
-            said = self._next.guess(before.index, router.index, self.rows, top_k)
-            known = known_ids(said.cpu().numpy(), router.num_experts)
-            self._said[router.index].append(known)
-
-        return hook
-
-    def guesses(self, trace: Trace, is_completion: np.ndarray) -> np.ndarray:
-        """Return the guesses as a `Trace` keeps them: -1 in prompts, and in the first layer."""
-        out = np.full_like(trace.experts, -1)
-        for layer, said in enumerate(self._said):
-            if said:
-                found = np.concatenate(said)[:, : trace.top_k]
-                out[:, layer, : found.shape[1]] = found
-        out[~is_completion] = -1
-        return out
 
 
 def reading_record(trace: Trace, model: str, slots: int, policy: str) -> dict[str, Any]:

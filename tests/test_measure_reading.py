@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_olmoe import EXPERTS, tiny_model
 
+from benchmarks.evidence.early import EarlyRouters
 from melinoe import attach
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.data import Encoded
@@ -23,7 +24,8 @@ def test_reading_gives_what_decoding_the_same_text_chooses():
         Encoded([8, 9], [False, True]),
     ]
     handle = attach(model, slots=EXPERTS)
-    trace = reading_trace(model, handle, encoded, scores=True, guesses=True)
+    with EarlyRouters(model) as early:
+        trace = early.added_to(reading_trace(model, handle, encoded, scores=True))
     with handle.record(scores=True, guesses=True) as recorder, torch.no_grad():
         for one in encoded:
             start = one.completion_mask.index(True)
