@@ -13,11 +13,11 @@ from melinoe.data import Encoded
 from melinoe.errors import DataError, ModelError
 from melinoe.evaluate import (
     Perplexity,
-    exact_match,
     extract_answer,
     perplexity,
     perplexity_increase,
     quality_record,
+    right_answers,
 )
 
 
@@ -188,23 +188,23 @@ def test_answers_are_read(text, answer):
     assert extract_answer(text) == answer
 
 
-def test_exact_match_is_the_share_of_right_answers():
-    """Right, right in other writing, wrong, and silent: 2 of 4."""
-    estimate = exact_match(
+def test_right_answers_are_told_from_wrong_and_missing_ones():
+    """Right, right in other writing, wrong, and silent."""
+    right = right_answers(
         ["... #### 1,000", "#### 5.0", "#### 3", "I do not know"],
         ["#### 1000", "#### 5", "#### 4", "#### 5"],
     )
-    assert estimate.mean == 0.5 and estimate.n == 4
+    assert right.tolist() == [1, 1, 0, 0]
 
 
 def test_answers_need_questions_and_references_need_answers():
     """Nothing to score, and a solution without its line, are the data's faults."""
     with pytest.raises(DataError):
-        exact_match([], [])
+        right_answers([], [])
     with pytest.raises(DataError, match="reference 0"):
-        exact_match(["#### 1"], ["1"])
+        right_answers(["#### 1"], ["1"])
     with pytest.raises(ValueError):
-        exact_match(["#### 1"], [])
+        right_answers(["#### 1"], [])
 
 
 def test_a_quality_record_holds_what_reports_read():

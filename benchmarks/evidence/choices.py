@@ -10,8 +10,7 @@ import torch
 from texts import IN_DOMAIN, Texts
 
 from melinoe.engine.load import load
-from melinoe.evaluate.choice_price import ChoicePrice
-from melinoe.evaluate.decoded import decoded_perplexity
+from melinoe.evaluate import ChoicePrice, decoded_perplexity
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.stats import Estimate
 

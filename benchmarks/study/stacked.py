@@ -19,7 +19,7 @@ from melinoe.cache.counters import COMPLETION
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode, load_examples
 from melinoe.engine.load import load
-from melinoe.evaluate.decoded import decoded_perplexity
+from melinoe.evaluate import decoded_perplexity
 from melinoe.measure import append_jsonl, machine
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.shipped import GSM8K_TRAIN

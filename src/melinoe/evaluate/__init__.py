@@ -1,22 +1,18 @@
 """
-How well a model does, with an interval over examples, paired where two models are compared.
+Measure how well a model does, with an interval over examples, paired where two are compared.
 
-    perplexity.py   loss per token of a text, exp of it
-    decoded.py      the same read token by token, as decoding does, the cache at work
-    choice_price.py what a cache-aware choice costs and saves, against the exact one
-    completions.py  what a model writes after each prompt, greedy, in batches
-    rouge.py        ROUGE-L of completions against references
-    answers.py      exact match of the number that ends a solution
-    scores.py       all of these for one model on one text
+    perplexity.py   loss per token of a text, in one pass or token by token
+    completions.py  greedy completions of prompts, in batches
+    metrics.py      ROUGE-L, and exact match of the number that ends a solution
+    scores.py       all of these for one model on one text, and their records
     compare.py      two models on the same examples: difference, interval, a sentence
+    choice_price.py the price and saving of a cache-aware choice, against the exact one
     harness.py      tasks of the lm-evaluation-harness
-    records.py      records of kinds ``quality`` and ``score``
 
-Every function takes a plain transformers model or one that runs with few resident experts; the
-two are the same model and must give the same numbers.
+Every function takes a plain transformers model or one that runs with few resident experts; both
+are the same model and must give the same numbers.
 """
 
-from melinoe.evaluate.answers import exact_match, extract_answer, right_answers
 from melinoe.evaluate.choice_price import ChoicePrice, price_of_choice
 from melinoe.evaluate.compare import (
     Comparison,
@@ -25,12 +21,16 @@ from melinoe.evaluate.compare import (
     compare_scores,
 )
 from melinoe.evaluate.completions import complete, reference
-from melinoe.evaluate.decoded import Decoded, decoded_perplexity
 from melinoe.evaluate.harness import TaskScore, run_tasks
-from melinoe.evaluate.perplexity import Perplexity, perplexity, perplexity_increase
-from melinoe.evaluate.records import quality_record, score_record
-from melinoe.evaluate.rouge import rouge_l
-from melinoe.evaluate.scores import Scores, score
+from melinoe.evaluate.metrics import extract_answer, right_answers, rouge_l
+from melinoe.evaluate.perplexity import (
+    Decoded,
+    Perplexity,
+    decoded_perplexity,
+    perplexity,
+    perplexity_increase,
+)
+from melinoe.evaluate.scores import Scores, quality_record, score, score_record
 
 __all__ = [
     "ChoicePrice",
@@ -44,7 +44,6 @@ __all__ = [
     "compare_scores",
     "complete",
     "decoded_perplexity",
-    "exact_match",
     "extract_answer",
     "perplexity",
     "perplexity_increase",

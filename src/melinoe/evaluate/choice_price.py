@@ -1,4 +1,4 @@
-"""What a cache-aware choice costs in perplexity and saves in transfers, against the exact one."""
+"""Measure the price of a cache-aware choice in perplexity, and its saving in transfers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -8,8 +8,8 @@ from melinoe.data import Encoded
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError
 from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_rates
-from melinoe.evaluate.decoded import Decoded, decoded_perplexity
-from melinoe.evaluate.records import quality_record
+from melinoe.evaluate.perplexity import Decoded, decoded_perplexity
+from melinoe.evaluate.scores import quality_record
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.stats import bootstrap
 
@@ -43,7 +43,7 @@ class ChoicePrice:
 
     @property
     def label(self) -> str:
-        """Of the model with changed choices."""
+        """Label of the model with changed choices."""
         return f"{self.model}, {self.settings.kind} {self.settings.strength:g}"
 
     @property
@@ -52,7 +52,7 @@ class ChoicePrice:
         return f"transfers per decoded token ({self.cache})"
 
     def records(self) -> list[dict[str, Any]]:
-        """Perplexity with changed choices, of kind ``quality``, transfers of both beside it."""
+        """Return a record of kind ``quality``: perplexity with changed choices, both transfers."""
         about = {
             "choice": asdict(self.settings),
             "changed_choices": self.changed_choices,
@@ -67,12 +67,12 @@ class ChoicePrice:
         return [quality_record(perplexity, self.label, self.domain, self.in_domain, **about)]
 
     def comparisons(self) -> list[Comparison]:
-        """The changed choices against the exact ones, paired by text: the price and the saving."""
+        """Compare changed with exact choices, paired by text: the price and the saving."""
         return self._compare(self.exact, self.model)
 
     def against(self, other: "ChoicePrice") -> list[Comparison]:
         """
-        This model with changed choices against *other* with its own.
+        Compare this model with changed choices with *other* with its own.
 
         Raises:
             DataError: the two did not read the same tokens.

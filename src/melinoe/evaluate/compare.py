@@ -1,4 +1,4 @@
-"""Two models on the same examples: their paired difference, and what it says in a sentence."""
+"""Compare two models on the same examples: their paired difference, and a sentence on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ LOWER_IS_BETTER = {"perplexity": True, "rouge_l": False, "exact_match": False}
 @dataclass(frozen=True)
 class Comparison:
     """
-    How one model differs from another, on the same examples.
+    The difference of one model from another, on the same examples.
 
     Attributes:
-        metric: Name of what is compared.
+        metric: Name of the quantity.
         domain: Name of the text or task.
         model: The model that the change is of.
         other: The model that it is compared with.
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """Say how the two differ, and which is better or that none is shown to be."""
+        """A sentence on how the two differ, and which is better or that none is shown to be."""
         metric = self.metric.replace("_", " ")
         start = f"{metric} on {self.domain}, {self.model} against {self.other}: {self._amount()}; "
         if self.change.n < 2:

@@ -1,4 +1,4 @@
-"""What a model writes after each prompt: greedy, in batches, ended where an answer ends."""
+"""Let a model complete prompts: greedily, in batches, each ended where an answer ends."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,9 @@ NEXT_QUESTION = "Question:"
 
 def reference(example: Example) -> str:
     """
-    What the completion of *example* should have been, without space around it.
+    Return the right completion of *example*, without space around it.
 
-    The last assistant turn of a chat, the answer of a question, the completion of a prompt.
+    It is the last assistant turn of a chat, the answer of a question, the completion of a prompt.
 
     Raises:
         DataError: plain text has no prompt, so nothing of it is a reference; a prompt alone and a
@@ -138,11 +138,7 @@ def _batches(
 
 
 class _Written(StoppingCriteria):
-    """
-    Ends a row once it holds a text.
-
-    transformers' own stop strings need a tokenizer that can spell any word; this needs none.
-    """
+    """Ends a row once it holds a text; unlike stop strings, with any tokenizer."""
 
     def __init__(self, text: str, tokenizer: Any, prompt_tokens: int) -> None:
         self.text, self.tokenizer, self.prompt_tokens = text, tokenizer, prompt_tokens

@@ -1,5 +1,5 @@
 """
-Tasks of the lm-evaluation-harness, run through its own Python API on a model of ours.
+Run tasks of the lm-evaluation-harness through its own Python API.
 
 The harness asks a transformers model for log-likelihoods and completions; one that runs with few
 resident experts answers like any other. It is an optional dependency and imported only here.
@@ -19,7 +19,7 @@ import numpy as np
 from melinoe.errors import DataError, DependencyError, MelinoeError
 from melinoe.evaluate.compare import Comparison, compare_scores
 from melinoe.evaluate.perplexity import Floats
-from melinoe.evaluate.records import score_record
+from melinoe.evaluate.scores import score_record
 from melinoe.stats import Estimate
 
 _RESAMPLES = 1000  # of the harness's own standard errors, where no mean of examples is taken
@@ -35,9 +35,9 @@ class TaskScore:
         model: Label of the model.
         task: The task's name.
         metric: The metric's name, with the harness's filter behind it if it has one.
-        value: What the harness gives.
+        value: The harness's own.
         per_example: One number per example, where *value* is their mean; else ``None``.
-        examples: What tells the examples apart, in order: the harness's hashes of them.
+        examples: The harness's hash of each example, in order.
         estimate: *value* with its interval where there is no *per_example*: 1.96 of the
             harness's standard errors to each side; no width if it gives none.
         higher_is_better: As the task says; ``None`` if it does not.
@@ -165,7 +165,7 @@ def _harness() -> tuple[Any, Any]:
 
 
 def _find_tasks(tasks: Sequence[str], task_path: str | Path | None) -> tuple[Any, list[str]]:
-    """The harness's task manager, and the names that it knows of what was asked for."""
+    """Return the harness's task manager, and the names of the tasks that were asked for."""
     _harness()
     from lm_eval.tasks import TaskManager
 
@@ -225,7 +225,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _mean_of(numbers: Sequence[Any], value: float) -> Floats | None:
-    """The examples' own numbers, if their mean is what the harness gives."""
+    """Return the examples' own numbers, if their mean is the harness's value."""
     if not numbers or not all(_is_number(number) for number in numbers):
         return None
     found = np.asarray(numbers, dtype=np.float64)

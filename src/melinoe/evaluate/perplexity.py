@@ -1,14 +1,18 @@
-"""Perplexity, with an interval over sequences."""
+"""Measure perplexity, in one pass over a text or token by token as decoding does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from melinoe.cache.counters import COMPLETION
 from melinoe.data import IGNORED, Collator, Encoded
+from melinoe.engine.handle import Handle
 from melinoe.errors import DataError
 from melinoe.moe.finite import not_finite
 from melinoe.stats import Estimate, bootstrap, paired_difference
@@ -19,7 +23,7 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class Perplexity:
     """
-    What a text cost a model.
+    The loss of a model on a text.
 
     Attributes:
         nll: float64 ``(sequences,)``, summed negative log-likelihood in nats.
@@ -66,50 +70,52 @@ def perplexity(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if not encoded:
-        raise DataError("there is no text to evaluate on; give at least one example")
     collate = Collator(pad_token_id=0)  # masked everywhere, so any id will do
     device = next(model.parameters()).device
+    nll, tokens = [], []
+    with _evaluating(model, encoded):
+        for start in range(0, len(encoded), batch_size):
+            batch = {
+                name: value.to(device)
+                for name, value in collate(encoded[start : start + batch_size]).items()
+            }
+            labels = batch.pop("labels")
+            if not completion_only:
+                labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+            logits = model(**batch, use_cache=False).logits
+            # (batch, vocabulary, tokens - 1): each position predicts the token after it.
+            losses = nn.functional.cross_entropy(
+                logits[:, :-1].float().transpose(1, 2),
+                labels[:, 1:],
+                ignore_index=IGNORED,
+                reduction="none",
+            )
+            nll.append(losses.double().sum(1).cpu().numpy())
+            if not np.isfinite(nll[-1]).all():
+                bad = start + int(np.flatnonzero(~np.isfinite(nll[-1]))[0])
+                raise not_finite(model, batch, f"the loss of example {bad}")
+            tokens.append((labels[:, 1:] != IGNORED).sum(1).cpu().numpy())
+    return _counted(np.concatenate(nll), np.concatenate(tokens).astype(np.float64))
+
+
+@contextmanager
+def _evaluating(model: nn.Module, encoded: Sequence[Encoded]) -> Iterator[None]:
+    """Refuse no text; else evaluate without gradients, and put the training mode back."""
+    if not encoded:
+        raise DataError("there is no text to evaluate on; give at least one example")
     was_training = model.training
     model.eval()
-    nll, tokens = [], []
     try:
         with torch.inference_mode():
-            for start in range(0, len(encoded), batch_size):
-                batch = {
-                    name: value.to(device)
-                    for name, value in collate(encoded[start : start + batch_size]).items()
-                }
-                labels = batch["labels"]
-                if not completion_only:
-                    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-                logits = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                ).logits
-                # (batch, vocabulary, tokens - 1): each position predicts the token after it.
-                losses = nn.functional.cross_entropy(
-                    logits[:, :-1].float().transpose(1, 2),
-                    labels[:, 1:],
-                    ignore_index=IGNORED,
-                    reduction="none",
-                )
-                nll.append(losses.double().sum(1).cpu().numpy())
-                if not np.isfinite(nll[-1]).all():
-                    bad = start + int(np.flatnonzero(~np.isfinite(nll[-1]))[0])
-                    raise not_finite(
-                        model,
-                        {k: batch[k] for k in ("input_ids", "attention_mask")},
-                        f"the loss of example {bad}",
-                    )
-                tokens.append((labels[:, 1:] != IGNORED).sum(1).cpu().numpy())
+            yield
     finally:
         model.train(was_training)
-    result = Perplexity(np.concatenate(nll), np.concatenate(tokens).astype(np.float64))
-    if result.tokens.sum() == 0:
+
+
+def _counted(nll: Floats, tokens: Floats) -> Perplexity:
+    if tokens.sum() == 0:
         raise DataError("no token of the text is left to predict; give longer examples")
-    return result
+    return Perplexity(nll, tokens)
 
 
 def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
@@ -126,3 +132,82 @@ def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
             "the two perplexities are of different texts; evaluate both models on the same data"
         )
     return paired_difference(ours.nll, theirs.nll, ours.tokens, theirs.tokens, transform=np.expm1)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """
+    The cost of reading a text token by token.
+
+    Attributes:
+        perplexity: Over completion tokens.
+        loads: int64 ``(sequences,)``, transfers on demand while decoding.
+        tokens: int64 ``(sequences,)``, tokens decoded: forward passes after the prompt's.
+    """
+
+    perplexity: Perplexity
+    loads: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+
+def decoded_perplexity(
+    model: Any,
+    handle: Handle | None,
+    encoded: Sequence[Encoded],
+    *,
+    cold: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Decoded:
+    """
+    Read each text as decoding would: the prompt in one pass, then every token in one of its own.
+
+    Where experts depend on what is resident (cache-aware choice), one pass over a whole text would
+    not show what that costs. With the exact choice both agree up to rounding.
+
+    Args:
+        model: A causal language model, offloaded or not.
+        handle: Of *model*; ``None`` for a plain one, whose loads are 0.
+        encoded: At least one, each with a token before its completion.
+        cold: Empty the cache before each text.
+        progress: Told in words after each tenth of the texts.
+
+    Raises:
+        DataError: nothing to predict.
+        ModelError: a loss that is not finite, and which tensor is to blame.
+    """
+    device = model.get_input_embeddings().weight.device
+    nll, counted, loads, decoded = [], [], [], []
+    step = max(1, len(encoded) // 10)
+    with _evaluating(model, encoded):
+        for number, one in enumerate(encoded, start=1):
+            if handle is not None and cold:
+                handle.reset_cache()
+            before = handle.counters if handle is not None else None
+            ids = torch.tensor([one.input_ids], device=device)
+            losses = _losses(model, one, ids)
+            if not np.isfinite(losses).all():
+                raise not_finite(model, {"input_ids": ids}, f"the loss of text {number}")
+            mask = np.asarray(one.completion_mask[len(one) - len(losses) :], dtype=bool)
+            nll.append(float(losses[mask].sum()))
+            counted.append(float(mask.sum()))
+            decoded.append(max(len(losses) - 1, 0))  # the prompt's pass predicts the first
+            spent = handle.counters.minus(before) if handle is not None and before else None
+            loads.append(int(spent.loads[COMPLETION].sum()) if spent is not None else 0)
+            if progress is not None and (number % step == 0 or number == len(encoded)):
+                progress(f"read {number} of {len(encoded)} texts token by token")
+    found = _counted(np.array(nll), np.array(counted))
+    return Decoded(found, np.array(loads), np.array(decoded))
+
+
+def _losses(model: Any, one: Encoded, ids: torch.Tensor) -> Floats:
+    """Loss of every token from the first of the completion on, in nats."""
+    first = max(1, one.completion_mask.index(True)) if True in one.completion_mask else len(one)
+    losses: list[float] = []
+    given, past = ids[:, :first], None
+    for place in range(first, len(one)):
+        output = model(input_ids=given, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = output.past_key_values
+        target = ids[:, place]
+        losses.append(float(nn.functional.cross_entropy(output.logits[:, -1].double(), target)))
+        given = target[:, None]
+    return np.array(losses)

@@ -1,22 +1,27 @@
-"""One model on one text: every score that is asked for, from a single set of completions."""
+"""Score one model on one text, and make the records of it that `report` reads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from melinoe.data import Example, encode
-from melinoe.evaluate.answers import right_answers
 from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_scores
 from melinoe.evaluate.completions import complete, reference
+from melinoe.evaluate.metrics import right_answers, rouge_l
 from melinoe.evaluate.perplexity import Floats, Perplexity, perplexity
-from melinoe.evaluate.records import quality_record, score_record
-from melinoe.evaluate.rouge import rouge_l
+from melinoe.stats import Estimate, bootstrap
+
+# How a metric is computed, where its name alone leaves it open.
+_HOW = {
+    "rouge_l": "rouge-score's ROUGE-L, F1, Porter stemmer",
+    "exact_match": "the number after the first '####', greedy completions",
+}
 
 
 @dataclass(frozen=True)
 class Scores:
     """
-    What one model scored on one text.
+    The scores of one model on one text.
 
     Attributes:
         model: Label of the model.
@@ -106,3 +111,56 @@ def score(
         if answers:
             scores.per_example["exact_match"] = right_answers(texts, references)
     return scores
+
+
+def quality_record(
+    result: Perplexity, model: str, domain: str, in_domain: bool, **more: Any
+) -> dict[str, Any]:
+    """
+    Return the record of kind ``quality``.
+
+    Args:
+        result: What `perplexity` measured.
+        model: Label of the model.
+        domain: Name of the text.
+        in_domain: Whether the model was fine-tuned on text of this kind.
+        more: Further fields, such as ``"increase"`` over a control.
+    """
+    return {
+        "kind": "quality",
+        "model": model,
+        "domain": domain,
+        "in_domain": in_domain,
+        "perplexity": result.estimate.to_dict(),
+        "nll": result.mean_nll.to_dict(),
+        "tokens": int(result.tokens.sum()),
+        # So that two models can be paired later.
+        "per_sequence": {"nll": result.nll.tolist(), "tokens": result.tokens.astype(int).tolist()},
+        **more,
+    }
+
+
+def score_record(
+    values: Floats | Estimate, model: str, domain: str, metric: str, **more: Any
+) -> dict[str, Any]:
+    """
+    Return the record of kind ``score``: the mean of one number per example, with its interval.
+
+    Args:
+        values: One number per example; or the estimate itself, where only that is known.
+        model: Label of the model.
+        domain: Name of the text or task.
+        metric: Name of the score; ``exact_match`` also gets how many were right.
+        more: Further fields, such as settings.
+    """
+    record: dict[str, Any] = {"kind": "score", "model": model, "domain": domain, "metric": metric}
+    if isinstance(values, Estimate):
+        record["score"] = values.to_dict()
+    else:
+        record["score"] = bootstrap(values).to_dict()
+        record["per_example"] = [float(value) for value in values]
+        if metric == "exact_match":
+            record["right"] = int(values.sum())
+    if metric in _HOW:
+        record["how"] = _HOW[metric]
+    return record | more
