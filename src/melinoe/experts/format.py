@@ -123,8 +123,38 @@ class ExpertFormat(ABC):
         return 8 * self.block_bytes(tensors) / sum(math.prod(t.shape) for t in tensors)
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """
+    How compiled products read a packed matrix.
+
+    Attributes:
+        codes: ``uint4`` or ``e2m1``, two to a byte; ``uint8`` or ``e4m3``.
+        group: Neighbours of a row that share a scale and an offset.
+        offset: ``none``; ``minimum``, which is added; ``zero``, which is taken off the code; or
+            ``symmetric``: half the codes is taken off.
+        rows_per_scale: Rows that share one row of scales.
+        groups_per_scale: Groups that share one scale.
+    """
+
+    codes: str
+    group: int
+    offset: str = "none"
+    rows_per_scale: int = 1
+    groups_per_scale: int = 1
+
+    @property
+    def lanes(self) -> int:
+        """Numbers that products add up side by side."""
+        return 16 if self.group % 32 == 0 else 8
+
+
 class PackedFormat(ExpertFormat):
     """A format that packs each matrix by itself, given as ``(out, in)``, and keeps biases."""
+
+    @abstractmethod
+    def arithmetic(self, columns: int) -> Arithmetic:
+        """How products read a matrix whose rows have so many *columns*."""
 
     @abstractmethod
     def matrix_parts(self, rows: int, columns: int) -> Shapes:

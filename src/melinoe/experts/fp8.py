@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from melinoe.errors import AttachError
-from melinoe.experts.format import PackedFormat, Shapes, groups_of
+from melinoe.experts.format import Arithmetic, PackedFormat, Shapes, groups_of
 
 BLOCK = 128
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -32,6 +32,11 @@ class Fp8(PackedFormat):
     """
 
     name = "fp8"
+
+    def arithmetic(self, columns: int) -> Arithmetic:
+        """How products read a matrix."""
+        group = groups_of(columns, BLOCK)
+        return Arithmetic("e4m3", group, "none", BLOCK, BLOCK // group)
 
     def matrix_parts(self, rows: int, columns: int) -> Shapes:
         """Give the parts of a matrix; see the class."""

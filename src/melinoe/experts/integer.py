@@ -9,6 +9,7 @@ fused and unfused arithmetic round alike and every machine decodes the same numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from melinoe.errors import AttachError
-from melinoe.experts.format import PackedFormat, Shapes, groups_of
+from melinoe.experts.format import Arithmetic, PackedFormat, Shapes, groups_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Integer(PackedFormat):
     def name(self) -> str:  # type: ignore[override]
         """``int8`` or ``int4``, with the group where it is not 64."""
         return f"int{self.bits}" + ("" if self.group == 64 else f"-g{self.group or 'row'}")
+
+    def arithmetic(self, columns: int) -> Arithmetic:
+        """How products read a matrix."""
+        shared = groups_of(columns, self.group)
+        group = math.gcd(shared, 128)  # what is unrolled is compiled in a second, not in minutes
+        return Arithmetic(f"uint{self.bits}", group, self.offset, groups_per_scale=shared // group)
 
     def matrix_parts(self, rows: int, columns: int) -> Shapes:
         """Give the parts of a matrix; see the class."""

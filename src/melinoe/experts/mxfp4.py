@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from melinoe.errors import AttachError, UnsupportedModelError
-from melinoe.experts.format import PackedFormat, Shapes
+from melinoe.experts.format import Arithmetic, PackedFormat, Shapes
 from melinoe.experts.integer import pack_pairs
 
 GROUP = 32
@@ -34,6 +34,10 @@ class Mxfp4(PackedFormat):
     """
 
     name = "mxfp4"
+
+    def arithmetic(self, columns: int) -> Arithmetic:
+        """How products read a matrix."""
+        return Arithmetic("e2m1", GROUP)
 
     def matrix_parts(self, rows: int, columns: int) -> Shapes:
         """Give the parts of a matrix; see the class."""
@@ -73,6 +77,7 @@ class Mxfp4(PackedFormat):
     def decode_matrix(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """Compute level times power of two, exactly."""
         codes = parts["codes"]
-        levels = torch.tensor(LEVELS)[torch.stack([codes & 15, codes >> 4], dim=-1).int()]
+        levels = torch.tensor(LEVELS, device=codes.device)
+        levels = levels[torch.stack([codes & 15, codes >> 4], dim=-1).int()]
         exponent = parts["scales"].int()[..., None] - _BIAS
         return torch.ldexp(levels.reshape(rows, -1, GROUP), exponent).reshape(rows, columns)

@@ -1,0 +1,139 @@
+"""
+How much faster than 16-bit experts does the CPU compute packed ones?
+
+OLMoE's expert shape (hidden 2048, intermediate 1024), one layer, one thread unless told otherwise.
+The baseline is transformers' `grouped_mm` experts function in bfloat16 in the same process, run in
+turn with each format, on the same inputs; the ratio is the median over pairs of runs. A token that
+uses 8 experts reads 96 MiB in bfloat16 and 27 in int4: memory alone allows 3.6 at equal bandwidth,
+and more than that is what the baseline loses. Bad news would be less than 4.5 for int4 and mxfp4, 3
+for int8 or 2.5 for fp8 at one token, more than 1.15 times the time for a prompt, or an error
+above 1e-6 of the product with the unpacked weights in float64. Not measured: the rest of a decode
+step, several layers, GPUs.
+
+    python benchmarks/packed_experts.py [--threads 1] [--out benchmarks/results/packed_experts.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import OlmoeConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from melinoe.experts.format import PackedFormat, Part
+from melinoe.experts.formats import named_format
+from melinoe.experts.packed import PackedExperts
+from melinoe.measure import machine, write_json
+from melinoe.moe.compute import StandIn
+
+FORMATS = ("int4", "mxfp4", "int8", "fp8")
+HIDDEN, INNER, TOP_K = 2048, 1024, 8
+# Tokens, experts of the layer, pairs of runs: a decode step, a few sequences, a short prompt.
+CASES = ((1, 8, 40), (4, 16, 20), (16, 16, 10), (512, 16, 4))
+
+
+def make(experts: int) -> OlmoeExperts:
+    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_experts=experts)
+    module = OlmoeExperts(config).to(torch.bfloat16).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return module
+
+
+def pack(module: OlmoeExperts, kind: PackedFormat) -> tuple[PackedExperts, StandIn]:
+    """The function of a format, and slots that hold all experts."""
+    own = dict(module.named_parameters(recurse=False))
+    tensors = tuple(Part(name, tuple(p.shape[1:]), p.dtype) for name, p in own.items())
+    blocks = [
+        kind.encode(tensors, {name: p.detach()[expert] for name, p in own.items()})
+        for expert in range(module.num_experts)
+    ]
+    slots = {p.name: torch.stack([block[p.name] for block in blocks]) for p in kind.parts(tensors)}
+    return PackedExperts(kind, tensors), StandIn(module, slots, module.num_experts)
+
+
+def error(module: OlmoeExperts, kind: PackedFormat) -> float:
+    """The largest error of one projection over the largest result, against float64."""
+    function, slots = pack(module, kind)
+    x = torch.randn(1, HIDDEN)
+    found = function._multiply(
+        slots, "gate_up_proj", x, np.zeros(1, np.int64), np.zeros(1, np.int64)
+    )
+    parts = {
+        n: getattr(slots, f"gate_up_proj.{n}")[0] for n in kind.matrix_parts(2 * INNER, HIDDEN)
+    }
+    true = kind.decode_matrix(parts, 2 * INNER, HIDDEN).double() @ x.double()[0]
+    return float((found[0].double() - true).abs().max() / true.abs().max())
+
+
+def times(
+    functions: dict[str, Any], inputs: tuple[torch.Tensor, ...], pairs: int
+) -> dict[str, Any]:
+    """Seconds of the baseline and of each format, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(pairs + 2):
+        for name, (function, module) in functions.items():
+            begin = time.perf_counter()
+            function(module, *inputs)
+            if number >= 2:
+                found[name].append(time.perf_counter() - begin)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the result here as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    rows = []
+    with torch.inference_mode():
+        for tokens, experts, pairs in CASES:
+            module = make(experts)
+            functions: dict[str, Any] = {"bf16": (ALL_EXPERTS_FUNCTIONS["grouped_mm"], module)}
+            for name in FORMATS:
+                kind = named_format(name)
+                assert isinstance(kind, PackedFormat)
+                functions[name] = pack(module, kind)
+            hidden = torch.randn(tokens, HIDDEN).bfloat16()
+            choice = torch.rand(tokens, experts).topk(TOP_K).indices
+            weights = torch.full((tokens, TOP_K), 1 / TOP_K, dtype=torch.bfloat16)
+            found = times(functions, (hidden, choice, weights), pairs)
+            base = np.array(found["bf16"])
+            for name, taken in found.items():
+                ratio = base / np.array(taken)
+                row = {
+                    "format": name, "tokens": tokens, "experts": experts,
+                    "median_ms": float(np.median(taken)) * 1e3, "min_ms": min(taken) * 1e3,
+                    "speedup": float(np.median(ratio)),
+                    "range": [float(ratio.min()), float(ratio.max())],
+                }  # fmt: skip
+                rows.append(row)
+                print(
+                    f"{tokens:4} tokens  {name:6} {row['median_ms']:8.2f} ms "
+                    f"(least {row['min_ms']:.2f})   {row['speedup']:.2f} x bf16"
+                )
+        errors = {name: error(make(1), named_format(name)) for name in FORMATS}  # type: ignore[arg-type]
+    print("error over the largest result:", {n: f"{e:.1e}" for n, e in errors.items()})
+    result = {
+        "kind": "packed_experts",
+        "threads": arguments.threads,
+        "rows": rows,
+        "errors": errors,
+    }
+    result |= {"machine": machine()}
+    if arguments.out is not None:
+        write_json(arguments.out, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
