@@ -75,11 +75,9 @@ def perplexity(
     nll, tokens = [], []
     with _evaluating(model, encoded):
         for start in range(0, len(encoded), batch_size):
-            batch = {
-                name: value.to(device)
-                for name, value in collate(encoded[start : start + batch_size]).items()
-            }
-            labels = batch.pop("labels")
+            collated = collate(encoded[start : start + batch_size])
+            labels = collated["labels"].to(device)
+            batch = {key: collated[key].to(device) for key in ("input_ids", "attention_mask")}
             if not completion_only:
                 labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
             logits = model(**batch, use_cache=False).logits
