@@ -15,8 +15,8 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM, StaticCache
 
 import melinoe
-from melinoe.engine.calls import Batch
 from melinoe.engine.device.support import grouped_mm_waits
+from melinoe.engine.passes import Batch
 from melinoe.host_memory import free_host_bytes
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from melinoe.engine.calls import Batch
 from melinoe.engine.device.capture import uncollected
+from melinoe.engine.passes import Batch
 
 
 class Decoder:

@@ -12,8 +12,7 @@ import melinoe
 from melinoe import attach
 from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import Machine, Work
-from melinoe.engine.host_experts import HostExperts
-from melinoe.engine.misses import Misses, measure_misses
+from melinoe.engine.misses import HostExperts, Misses, measure_misses
 from melinoe.engine.ram_store import RamStore
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError

@@ -8,7 +8,7 @@ from test_attach import PROMPT, block_floats, generate
 
 from melinoe import attach
 from melinoe.cache.timing import Machine
-from melinoe.engine.host_experts import HostExperts
+from melinoe.engine.misses import HostExperts
 from melinoe.engine.rehearsal import (
     HOST_ALL,
     HOST_MOST,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import melinoe
-from melinoe.engine import stream_order
-from melinoe.engine.stream_order import StreamOrder
+from melinoe.engine import handle as handle_module
+from melinoe.engine.checks import stream_order
 from tests.small_olmoe import tiny_model
 
 
@@ -32,27 +32,27 @@ class Stream:
 def test_a_call_on_another_stream_waits_for_the_one_before(monkeypatch):
     """first, first, second, first: two changes, two waits; a capture is left alone."""
     streams = Streams(monkeypatch)
-    order = StreamOrder(torch.device("cuda"))
+    follow = stream_order(torch.device("cuda"))
     for name in ("first", "first", "second", "first"):
         streams.current = name
-        order.follow()
+        follow()
     assert streams.waits == [("second", "first"), ("first", "second")]
     streams.current, streams.capturing = "third", True
-    order.follow()
+    follow()
     assert len(streams.waits) == 2
 
 
 def test_the_cpu_has_no_streams(monkeypatch):
     """Nothing of CUDA is asked."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: 1 / 0)
-    StreamOrder(torch.device("cpu")).follow()
+    stream_order(torch.device("cpu"))()
 
 
 @pytest.mark.parametrize("way", ["call", "generate", "layer"])
 def test_every_way_into_the_slots_follows(monkeypatch, way):
     """A call of the model, a generate, whose replays call no module, and a layer by itself."""
     followed = []
-    monkeypatch.setattr(stream_order.StreamOrder, "follow", lambda self: followed.append(1))
+    monkeypatch.setattr(handle_module, "stream_order", lambda _: lambda: followed.append(1))
     model = tiny_model()
     ids = torch.tensor([[2, 3, 4]])
     with melinoe.attach(model, slots=4), torch.no_grad():

@@ -5,8 +5,8 @@ from small_olmoe import EXPERTS, LAYERS, TOP_K, tiny_model
 
 from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.engine.calls import Batch
-from melinoe.engine.usage import UseMeter
+from melinoe.engine.passes import Batch
+from melinoe.engine.record import UseMeter
 
 
 def test_choices_of_completion_rows_are_counted_and_padding_and_skip_slots_are_not():

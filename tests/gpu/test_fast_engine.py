@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 import melinoe
 from melinoe.cache.simulator import simulate
-from melinoe.engine.calls import Batch
 from melinoe.engine.device.batching import batching_config
 from melinoe.engine.device.budget import backbone_bytes, plan_budget
+from melinoe.engine.passes import Batch
 from melinoe.moe.experts import find_experts
 
 pytestmark = pytest.mark.gpu

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.prefetch import Prefetcher
 from melinoe.cache.residency import Residency, StreamedPrefill
-from melinoe.engine.audit import audit
+from melinoe.engine.checks import audit, stream_order
 from melinoe.engine.choosing import Choosing
 from melinoe.engine.device.budget import Cap, GpuBudget
 from melinoe.engine.misses import Misses
 from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.prefetching import Prefetching
-from melinoe.engine.record import Recorder
+from melinoe.engine.record import Recorder, UseMeter
 from melinoe.engine.store import Store
-from melinoe.engine.stream_order import StreamOrder
-from melinoe.engine.usage import UseMeter
 from melinoe.engine.weights import free_weights, give_weights_back, refuse_copies
 from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
@@ -198,8 +196,7 @@ class Handle:
                 bind(layer.module, cache)
                 undo.callback(unbind, layer.module)
             undo.callback(use_melinoe(model))
-            order = StreamOrder(device)
-            checks = order.follow, still_used(model), watch_for_adapters(model, layers)
+            checks = stream_order(device), still_used(model), watch_for_adapters(model, layers)
             self._passes.check = lambda: [check() for check in checks]
             undo.callback(engine.plug_in(model))
             self._undo = undo.pop_all()

@@ -19,6 +19,7 @@ from melinoe.cache.residency import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.engine.budget import slots_by_layer
+from melinoe.engine.checks import same_bits
 from melinoe.engine.device.budget import (
     Cap,
     GpuBudget,
@@ -404,11 +405,7 @@ def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
     own = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}
     kept = {name: torch.empty_like(tensor) for name, tensor in own.items()}
     store.read(layer.index, layer.num_experts - 1, kept)
-    return all(torch.equal(_bits(own[name]), _bits(kept[name])) for name in own)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    return all(same_bits(own[name], kept[name]) for name in own)
 
 
 def _home(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:

@@ -1,25 +1,31 @@
-"""What the runtime does about a miss, and the figures by which it chooses: measured when it begins.
+"""
+On a miss: wait for the expert, compute it on the host, or both, by costs measured at attach.
 
-Figures are of this machine, this model's experts and this store: how long the host takes to compute
-one missing expert (with the number of threads that is fastest), and how long one takes to come. The
-simulator is told the same rule, so its counts stay the runtime's.
+The figures are of this machine, this model's experts and this store: how long the host takes to
+compute one missing expert, with the number of threads that is fastest, and how long one takes to
+come. The simulator is told the same rule, so its counts stay the engine's.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from melinoe.cache.timing import MISSES, LoadRule, Machine, Work, loads_when
-from melinoe.engine.host_experts import HostExperts
+from melinoe.engine.ram_store import RamStore
 from melinoe.engine.store import Store
-from melinoe.engine.transfer import EmulatedLink
+from melinoe.engine.transfer import EmulatedLink, Transfer
 from melinoe.errors import AttachError
+from melinoe.moe.compute import Forward, Pairs, StandIn
+from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
 
 _NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
@@ -87,6 +93,119 @@ def check_miss(miss: str | Misses, threads: int | None) -> None:
         raise AttachError(f"miss_threads cannot be {threads}; give 1 or more")
 
 
+class HostExperts:
+    """
+    One layer's experts, computed on the host where their weights are: activations travel.
+
+    The arithmetic is transformers' own function, called with one block of the store in the place of
+    the stacked weights. It is one product for each expert there too, over the same rows, so on the
+    CPU the result has the same bits as from slots; a GPU rounds otherwise. A store in host memory
+    is computed from in place. Of any other store the block is read into one buffer first; that is
+    no transfer into a slot and not counted as one.
+
+    Args:
+        layer: The layer.
+        store: Holds its experts.
+        threads: Torch's threads while it computes; None leaves them as they are.
+        device: Where the slots are.
+        transfer: Told what travels, and how long it took; absent while costs are measured.
+        forward: Transformers' function; absent: the one that the module would use.
+    """
+
+    def __init__(
+        self,
+        layer: ExpertsLayer,
+        store: Store,
+        threads: int | None,
+        device: torch.device,
+        transfer: Transfer | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        self.layer = layer
+        self.threads = threads
+        self._store = store
+        self._transfer = transfer
+        self._device = device
+        self._forward = forward or transformers_function(layer.module)
+        self._stand_ins: dict[int, StandIn] = {}
+        self._buffer: dict[str, Tensor] | None = None
+        if not isinstance(store, RamStore):
+            with torch.inference_mode(False):
+                self._buffer = {
+                    t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in layer.tensors
+                }
+        # A norm of the module's own is needed here too.
+        self._children = (
+            {}
+            if device.type == "cpu"
+            else {n: copy.deepcopy(m).cpu() for n, m in layer.module.named_children()}
+        )
+
+    def add_to(self, pairs: Pairs, ids: np.ndarray, experts: Sequence[int]) -> None:
+        """Compute all *pairs* of *experts*; *ids* is ``top_k_index``, flat, on the host."""
+        begin = time.perf_counter()
+        due = [np.flatnonzero(ids == expert) for expert in experts]
+        all_due = np.concatenate(due)
+        rows, place = np.unique(pairs.tokens_of(all_due), return_inverse=True)
+        hidden = pairs.rows(torch.from_numpy(rows).to(self._device)).cpu()
+        self._travel(hidden)
+        outputs = self.compute(hidden, place, experts, [len(one) for one in due])
+        self._travel(outputs)
+        pairs.put(torch.from_numpy(all_due).to(self._device), outputs.to(self._device))
+        if self._transfer is not None:
+            self._transfer.host_s += time.perf_counter() - begin
+
+    def compute(
+        self, hidden: Tensor, place: np.ndarray, experts: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
+        """
+        Compute unweighted outputs for rows of *hidden*.
+
+        Args:
+            hidden: ``(rows, hidden)``, on the host, in the experts' dtype.
+            place: Row of each pair; those of the first expert first.
+            experts: Ids.
+            counts: How many pairs each has.
+
+        Returns:
+            ``(pairs, hidden)``, in the order of *place*.
+        """
+        parts, begin = [], 0
+        index = torch.from_numpy(place)
+        with _threads(self.threads):
+            for expert, count in zip(experts, counts, strict=True):
+                of_expert = hidden[index[begin : begin + count]]
+                # One choice per row and weight 1: the product and the sum change no bit.
+                first = torch.zeros((count, 1), dtype=torch.int64, device="cpu")
+                ones = of_expert.new_ones((count, 1))
+                parts.append(self._forward(self._stand_in(expert), of_expert, first, ones))
+                begin += count
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _stand_in(self, expert: int) -> StandIn:
+        """An experts module of the one expert, as transformers' function takes it."""
+        if self._buffer is not None:
+            self._store.read(self.layer.index, expert, self._buffer)
+            expert = 0  # always the same buffer
+        made = self._stand_ins.get(expert)
+        if made is None:
+            block: Mapping[str, Tensor]
+            if self._buffer is not None:
+                block = self._buffer
+            else:
+                assert isinstance(self._store, RamStore)
+                block = self._store.views(self.layer.index, expert)
+            slots = {name: tensor.unsqueeze(0) for name, tensor in block.items()}
+            made = self._stand_ins[expert] = StandIn(self.layer.module, slots, 1)
+            for name, child in self._children.items():
+                setattr(made, name, child)
+        return made
+
+    def _travel(self, activations: Tensor) -> None:
+        if self._transfer is not None:
+            self._transfer.carry_activations(activations.nbytes)
+
+
 def measure_misses(
     kind: str,
     layers: Sequence[ExpertsLayer],
@@ -119,17 +238,11 @@ def measure_misses(
             best, best_s = count, taken
     more = (_time_host(hosts, best, rows=_ROWS) - best_s) / (_ROWS - 1)
     machine = link_figures(store, link, time_read(layers, store, device))
-    machine = Machine(
-        **{
-            **asdict(machine),
-            "dram_bytes_per_s": size / best_s,
-            "host_row_s": max(more, 0.0),
-            "host_threads": best,
-        }
+    machine = replace(
+        machine, dram_bytes_per_s=size / best_s, host_row_s=max(more, 0.0), host_threads=best
     )
-    return Misses(
-        kind, machine, Work(expert_bytes=size, activation_bytes=activation_bytes(layers[0]))
-    )
+    work = Work(expert_bytes=size, activation_bytes=activation_bytes(layers[0]))
+    return Misses(kind, machine, work)
 
 
 def link_figures(store: Store, link: EmulatedLink | None, read_s: float) -> Machine:
@@ -219,3 +332,17 @@ def hidden_size(layer: ExpertsLayer) -> int:
 def activation_bytes(layer: ExpertsLayer) -> int:
     """Bytes of one token on its way to the host."""
     return hidden_size(layer) * layer.tensors[0].dtype.itemsize
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """So many threads for torch in the body of the ``with`` statement."""
+    before = torch.get_num_threads()
+    if wanted is None or wanted == before:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,37 +1,160 @@
-"""Follow a model's forward passes: where one begins, which phase it is, what each row is.
+"""
+Follow a model's forward passes: where one begins, whose each row is, and what it is.
 
-The experts of a layer see tokens, not requests of a user. Whoever stands before the model's own
-``forward`` sees the rest: the batch, its padding, and whether anything came before;
-`melinoe.engine.generating` tells when ``generate`` is under way.
+Experts see the tokens of a layer and nothing else. `ForwardPasses` stands before the model's own
+``forward`` and ``generate`` and sees the rest: the batch, its padding, the prompt's length.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from melinoe.cache.ahead import Route
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.prefetch import MOST_ROWS
-from melinoe.engine.ahead import Ahead
-from melinoe.engine.calls import Batch, Generating, describe_call
+from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW
 from melinoe.errors import AttachError, TraceError
 from melinoe.moe.dispatch import NOT_COMPILED
 from melinoe.moe.next_router import NextRouters
 
 _log = logging.getLogger("melinoe")
 
-if TYPE_CHECKING:
-    from melinoe.engine.prompt_uses import PromptUses
-    from melinoe.engine.record import Recorder
-    from melinoe.engine.usage import UseMeter
+
+@dataclass
+class Generating:
+    """
+    A ``generate`` that is under way.
+
+    Attributes:
+        prompt: Tokens per row that it was given; all that come behind them are its own.
+        began: Whether it has called the model yet.
+        warned: Whether it was said that it computes the prompt again and again.
+        guesses: Whether the model makes guesses for itself, by a ``generate`` inside this one.
+        drafts: How many of those run.
+        chunked: Whether the prompt comes in several calls, and may not be over yet.
+    """
+
+    prompt: int
+    began: bool = False
+    warned: bool = False
+    guesses: bool = False
+    drafts: int = 0
+    chunked: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    One call of the model: *batch* rows of *length* tokens.
+
+    Attributes:
+        start: Tokens per row that came before these; their keys and values are in the cache.
+        prompt: How many of the *length* tokens are the prompt's; those behind are completion.
+        mask: The attention mask, ``(batch, length or more)`` or ``(batch, 1 or more, length,
+            length or more)``, or None.
+        repeats: Whether ``generate`` computes the prompt once more, having no cache.
+    """
+
+    batch: int
+    length: int
+    start: int
+    prompt: int
+    mask: Tensor | None
+    repeats: bool = False
+
+    @property
+    def phase(self) -> int:
+        """`PROMPT` if some token is the prompt's, else `COMPLETION`."""
+        return PROMPT if self.prompt else COMPLETION
+
+    @property
+    def continues(self) -> bool:
+        """Whether something came before."""
+        return self.start > 0 or self.repeats
+
+    def padding(self) -> Tensor | None:
+        """Bool ``(batch, length)``, true where a token is padding; None if no mask tells."""
+        if self.mask is None:
+            return None
+        if self.mask.dim() == 2:
+            return ~self.mask[:, -self.length :].bool()
+        return _padding_of(self.mask[:, 0], self.start)
+
+
+class Listener(Protocol):
+    """Is told of forward passes: a recorder, or a meter of uses."""
+
+    def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
+        """A pass of *tokens* rows begins, within *call* if the model was called as a whole."""
+
+    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+        """The rows of the open pass chose ``top_k_index`` ``(tokens, top_k)`` in *layer*."""
+
+    def end(self) -> None:
+        """The open pass is complete."""
+
+    def drop(self) -> None:
+        """Forget the open pass, which an exception has ended."""
+
+
+class Ahead:
+    """
+    Tell which prefetches belong to the text to come, so that each is judged by its own text.
+
+    What is loaded before a text's first pass, and since the pass before, is for that text; what
+    was loaded earlier was for an earlier one and wasted, even where a later text finds it resident.
+    The simulator, which knows where a text begins before it loads for it, comes to the same.
+
+    Attributes:
+        forget: Called when a text begins with what still counts as loaded ahead, by layer
+            (`melinoe.cache.residency.Residency.forget_prefetches`).
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._waiting: list[list[int]] = [[] for _ in range(num_layers)]
+        self._any = False  # whether anything was loaded ahead since a text began
+        self.forget: Callable[[Sequence[Collection[int]]], None] = lambda _: None
+
+    def loaded(self, layer: int, experts: Sequence[int], waits: bool) -> None:
+        """*experts* of *layer* were loaded ahead; *waits*: between passes, not within one."""
+        if experts:
+            self._any = True
+            if waits:
+                self._waiting[layer].extend(experts)
+
+    def text_begins(self) -> None:
+        """A text's first pass is about to begin."""
+        if self._any:
+            self.forget(self._waiting)
+            self._any = any(self._waiting)
+
+    def pass_begins(self) -> None:
+        """Nothing waits for the pass that begins any more."""
+        for waiting in self._waiting if self._any else ():
+            waiting.clear()
+
+    def reset(self) -> None:
+        """Counters begin anew: nothing that was loaded so far counts."""
+        self.pass_begins()
+        self.forget(self._waiting)
+        self._any = False
+
+    @property
+    def waiting(self) -> list[int]:
+        """How many experts of each layer were loaded ahead for the text to come."""
+        return [len(experts) for experts in self._waiting]
 
 
 class ForwardPasses:
@@ -41,32 +164,27 @@ class ForwardPasses:
     A pass begins when the first experts of a call run, so that its tokens are those that experts
     compute. Experts that run a second time before the call has ended begin another pass. Without a
     call (a submodule was called directly) a pass of one token counts as completion, any other as
-    prompt.
-
-    Passes that verify guesses (assisted decoding, prompt lookup) are completion like any other:
-    their tokens, wrong guesses included, come behind the prompt.
+    prompt. Passes that verify guesses (assisted decoding, prompt lookup) are completion: their
+    tokens, wrong guesses included, come behind the prompt.
 
     One call at a time: another thread waits until the call that runs has returned, or the
     ``generate`` that it belongs to.
 
     Attributes:
-        lock: held by the thread whose call or ``generate`` runs; by others while they change what
+        lock: Held by the thread whose call or ``generate`` runs; by others while they change what
             a call relies on.
-        forward: what computes a call of the model; its own, unless a compiled one stands in.
-        check: called before each call of the model; raises if it cannot be served.
-        recorder: told of every pass, if there is one.
-        before_completion: called once, when the next pass of the completion begins and before it
+        forward: Computes a call of the model; its own, unless a compiled one stands in.
+        check: Called before each call of the model; raises if it cannot be served.
+        recorder: Told of every pass, if there is one.
+        prompt_uses: Told too: counts which experts a prompt's tokens choose, for a prefetcher.
+        before_completion: Called once, when the next pass of the completion begins and before it
             asks for any expert; then forgotten.
-        prompt_uses: counts which experts a prompt's tokens choose, if somebody wants to know.
-        next_routers: asked early in passes of the completion with few rows, if somebody wants to
-            know.
-        guess: what the next layer's router said in the layer entered last; None if it was not
-            asked.
-        route: which layer comes next; whoever serves a request tells it.
-        ahead: which prefetches belong to the text to come.
-        phase: of the open pass, or of the last one.
-        fallbacks: decode steps that the host planned where the device should; see
-            `melinoe.engine.device.passes`.
+        next_routers: Asked early in passes of the completion with few rows, if somebody wants it.
+        guess: What the next layer's router said in the layer entered last; None if not asked.
+        route: Which layer comes next; whoever serves a request tells it.
+        ahead: Which prefetches belong to the text to come.
+        phase: Of the open pass, or of the last one.
+        fallbacks: Decode steps that the host planned where the device should.
     """
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
@@ -74,23 +192,23 @@ class ForwardPasses:
         self.lock = threading.RLock()
         self.forward: Callable[..., Any] = model.forward
         self.check: Callable[[], object] = lambda: None
-        self.recorder: Recorder | UseMeter | None = None
+        self.recorder: Listener | None = None
+        self.prompt_uses: Listener | None = None
         self.before_completion: Callable[[], None] | None = None
-        self.prompt_uses: PromptUses | None = None
         self.next_routers: NextRouters | None = None
         self.guess: Tensor | None = None
         self.route = Route(counters.num_layers)
         self.ahead = Ahead(counters.num_layers)
         self.phase = PROMPT
         self.tokens = 0
+        self.fallbacks = 0
+        self._model = model
         self._batch = 0  # sequences of the text that began last
         self._call: Batch | None = None
         self._generating: Generating | None = None
         self._inside = False  # a call of the model has begun and not returned
         self._seen = 0  # bit i: layer i has run in the open pass
         self._warned_of_compiling = False
-        self.fallbacks = 0
-        self._model = model
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
@@ -102,7 +220,7 @@ class ForwardPasses:
         self._seen |= bit
         if self.recorder is not None:
             self.recorder.add(layer, top_k_index, top_k_weights)
-        if self.prompt_uses is not None and self.phase == PROMPT:
+        if self.prompt_uses is not None:
             self.prompt_uses.add(layer, top_k_index)
         if self.next_routers is not None:
             self._ask_early(self.next_routers, layer, *top_k_index.shape)
@@ -114,11 +232,8 @@ class ForwardPasses:
     def end(self) -> None:
         """End the open pass, if one is open."""
         if self._seen:
-            self._seen = 0
-            self.route.end_pass()
             self.counters.end_forward()
-            if self.recorder is not None:
-                self.recorder.end()
+            self._end_uncounted()
 
     def settle(self) -> None:
         """Between calls of the model: end a pass that is open, as one of a submodule may be."""
@@ -126,37 +241,31 @@ class ForwardPasses:
             self.end()
 
     def drop(self) -> None:
-        """
-        Drop the open pass, which an exception has ended.
-
-        Its requests stay counted, the pass does not, and no trace holds it.
-        """
+        """Drop the open pass, which an exception has ended: its requests stay counted."""
         if self._seen:
             self._seen = 0
             self.route.drop_pass()
-            if self.recorder is not None:
-                self.recorder.drop()
+            for listener in self._listeners():
+                listener.drop()
 
     @contextmanager
     def generate(self, generating: Generating | None) -> Iterator[None]:
         """The body of the ``with`` statement is a ``generate``; *generating* is what is known."""
         with self.lock:
             outer = self._generating
-            guesses = outer is not None and outer.guesses
-            if guesses:  # the model makes them for itself
-                assert outer is not None
+            if outer is not None and outer.guesses:  # the model makes them for itself
                 outer.drafts += 1
-            else:
-                self._generating = generating
-                self.check()  # a captured step is replayed without a call of the model
+                try:
+                    yield
+                finally:
+                    outer.drafts -= 1
+                return
+            self._generating = generating
+            self.check()  # a captured step is replayed without a call of the model
             try:
                 yield
             finally:
-                if guesses:
-                    assert outer is not None
-                    outer.drafts -= 1
-                else:
-                    self._generating = outer
+                self._generating = outer
 
     def phase_of_next(self, tokens: int) -> int:
         """Phase of a pass that would now run experts on so many tokens."""
@@ -173,39 +282,6 @@ class ForwardPasses:
     def decodes_few(self) -> bool:
         """Whether the open pass is one in which prefetchers are asked between layers."""
         return self.phase == COMPLETION and self.tokens <= MOST_ROWS
-
-    def _begin(self, tokens: int) -> None:
-        self.end()
-        phase = self.phase_of_next(tokens)
-        if phase == COMPLETION:
-            self._completion_begins()  # of a submodule; a call of the model said so earlier
-        self.counters.begin_forward(phase, tokens)
-        self._tell(phase, tokens)
-
-    def _tell(self, phase: int, tokens: int) -> None:
-        """Tell whoever follows that a pass has begun."""
-        self.phase, self.tokens = phase, tokens
-        call, batch = self._call, 1 if self._call is None else self._call.batch
-        # As a recording tells sequences apart.
-        if phase == PROMPT and not (call is not None and call.continues and batch == self._batch):
-            self._batch = batch
-            self.ahead.text_begins()
-        self.ahead.pass_begins()
-        if self.recorder is not None:
-            self.recorder.begin(phase, tokens, self._call)
-        if self.prompt_uses is not None and phase == PROMPT:
-            self.prompt_uses.begin(phase, tokens, self._call)
-
-    def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
-        target = self.route.after(layer) if self.decodes_few else None
-        if target is None:
-            self.guess = None
-            routers.forget(layer)
-            return
-        self.guess = routers.guess(layer, target, rows, top_k)
-        tell = getattr(self.recorder, "add_guess", None)
-        if tell is not None:
-            tell(target, self.guess)
 
     def follow(self) -> Callable[[], None]:
         """Stand before the model's own ``forward`` from now on; returns what ends that."""
@@ -244,6 +320,51 @@ class ForwardPasses:
         vars(model)["forward"] = forward  # not setattr: nothing of it may be registered
         return undo
 
+    # --- inner ----------------------------------------------------------------------------------
+
+    def _listeners(self) -> Iterator[Listener]:
+        if self.recorder is not None:
+            yield self.recorder
+        if self.prompt_uses is not None:
+            yield self.prompt_uses
+
+    def _begin(self, tokens: int) -> None:
+        self.end()
+        phase = self.phase_of_next(tokens)
+        if phase == COMPLETION:
+            self._completion_begins()  # of a submodule; a call of the model said so earlier
+        self.counters.begin_forward(phase, tokens)
+        self._tell(phase, tokens)
+
+    def _tell(self, phase: int, tokens: int) -> None:
+        """Tell whoever follows that a pass has begun."""
+        self.phase, self.tokens = phase, tokens
+        call, batch = self._call, 1 if self._call is None else self._call.batch
+        # As a recording tells sequences apart.
+        if phase == PROMPT and not (call is not None and call.continues and batch == self._batch):
+            self._batch = batch
+            self.ahead.text_begins()
+        self.ahead.pass_begins()
+        for listener in self._listeners():
+            listener.begin(phase, tokens, self._call)
+
+    def _end_uncounted(self) -> None:
+        self._seen = 0
+        self.route.end_pass()
+        for listener in self._listeners():
+            listener.end()
+
+    def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
+        target = self.route.after(layer) if self.decodes_few else None
+        if target is None:
+            self.guess = None
+            routers.forget(layer)
+            return
+        self.guess = routers.guess(layer, target, rows, top_k)
+        tell = getattr(self.recorder, "add_guess", None)
+        if tell is not None:
+            tell(target, self.guess)
+
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call of the model."""
         if self._inside:
@@ -269,11 +390,11 @@ class ForwardPasses:
         """A call with these arguments is about to run."""
         self._call = describe_call(args, kwargs, self._generating)
         if self._generating is not None:
-            self._check(self._generating)
+            self._check_repeats(self._generating)
         if self._call is not None and self._call.phase == COMPLETION:
             self._completion_begins()
 
-    def _check(self, generating: Generating) -> None:
+    def _check_repeats(self, generating: Generating) -> None:
         """Say, or refuse to record, that the prompt is computed again and again."""
         if generating.drafts:
             return
@@ -296,3 +417,210 @@ class ForwardPasses:
         act, self.before_completion = self.before_completion, None
         if act is not None:
             act()
+
+
+# --- calls of the model -------------------------------------------------------------------------
+
+
+def rows_of(call: Batch | None, phase: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Sequence and kind of each row of a pass.
+
+    Args:
+        call: The call that the pass belongs to; None if the model was not called as a whole.
+        phase: Of the pass.
+        tokens: Rows of the pass.
+
+    Returns:
+        int32 (tokens,), number of the batch's row that each belongs to; uint8 (tokens,), its kind
+        as a trace has it.
+    """
+    kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
+    rows = np.zeros(tokens, dtype=np.int32)
+    # Some models compute other tokens than they are given (images); then rows stay unassigned.
+    if call is not None and tokens == call.batch * call.length:
+        rows = np.repeat(np.arange(call.batch, dtype=np.int32), call.length)
+        by_row = kinds.reshape(call.batch, call.length)
+        by_row[:, call.prompt :] = COMPLETION_ROW
+        padding = call.padding()
+        # Rows of padding alone would be read as a prompt's, so they stay the completion's.
+        if padding is not None and (phase == PROMPT or not padding.all()):
+            by_row[padding.cpu().numpy()] = PADDING_ROW
+    return rows, kinds
+
+
+def describe_call(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], generating: Generating | None = None
+) -> Batch | None:
+    """
+    What a call of the model with these arguments computes, or None if it has no token input.
+
+    Within ``generate`` the prompt's length is known. Else a call of one token that continues an
+    earlier call is completion, and any other is prompt.
+    """
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None and args and isinstance(args[0], Tensor):
+        tokens = args[0]
+    if tokens is None or tokens.dim() < 2:
+        return None
+    batch, length = tokens.shape[:2]
+    mask = _mask(kwargs.get("attention_mask"), batch, length)
+    start = _start(length, mask, kwargs)
+    if generating is None:
+        return Batch(batch, length, start, 0 if start and length == 1 else length, mask)
+    repeats = generating.began and start == 0 and length > generating.prompt
+    prompt = min(max(generating.prompt - start, 0), length)
+    return Batch(batch, length, start, prompt, mask, repeats)
+
+
+def _mask(given: Any, batch: int, length: int) -> Tensor | None:
+    """The attention mask in a form that tells padding; the widest of several."""
+    if isinstance(given, Mapping):  # one per kind of layer
+        given = given.get("full_attention", next(iter(given.values()), None))
+    if not isinstance(given, Tensor) or given.shape[:1] != (batch,):
+        return None
+    if given.dim() == 2 and given.shape[1] >= length:
+        return given
+    return given if given.dim() == 4 and given.shape[2] == length else None
+
+
+def _start(length: int, mask: Tensor | None, kwargs: Mapping[str, Any]) -> int:
+    """How many tokens per row came before these."""
+    if mask is not None and mask.dim() == 2 and mask.shape[1] > length:
+        return mask.shape[1] - length
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = kwargs.get("cache_params")
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        # A cache of recurrent states knows no length; where its next token stands tells.
+        position = kwargs.get("cache_position", kwargs.get("position_ids"))
+        last = int(position.max()) if isinstance(position, Tensor) else 0
+        return max(last + 1 - length, 0)
+
+
+def _padding_of(mask: Tensor, start: int) -> Tensor:
+    """
+    Padding by a mask ``(batch, query, key)``: boolean, true where a query sees a key; or added.
+
+    A token that does not see itself is padding. But attention functions want every query to see
+    some key, so queries of padding that would see none are let see all. Such a query says nothing
+    of itself, and the next one that does not see all says whether it sees that token.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    batch, length, keys = seen.shape
+    if start + length > keys:  # a window's cache: which key is whose is not known
+        return torch.zeros(batch, length, dtype=torch.bool, device=mask.device)
+    number = torch.arange(length, device=mask.device)
+    telling = torch.where(seen.all(-1), length, number)
+    telling = telling.flip(1).cummin(1).values.flip(1)  # the next that tells; length if none does
+    telling = torch.where(telling == length, number, telling)
+    rows = torch.arange(batch, device=mask.device)[:, None]
+    return ~seen[rows, telling, start + number]
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def watch_generate(
+    model: nn.Module, passes: ForwardPasses, *, may_compile: bool = False
+) -> Callable[[], None]:
+    """
+    Put a ``generate`` before the model's own that tells *passes* when it begins and ends.
+
+    Unless *may_compile*, it also forbids compilation, which transformers begins by itself with a
+    static cache on a GPU: the experts ask the host who is resident, once per layer, and that cannot
+    be compiled. The caller's generation config is not touched; the model's own is, until the end.
+
+    Returns:
+        A function that puts back what was there.
+    """
+    original = getattr(model, "generate", None)
+    if not callable(original):
+        return lambda: None
+    before = vars(model).get("generate")
+    config = getattr(model, "generation_config", None)
+    compiling = getattr(config, "disable_compile", None)
+    if config is not None and not may_compile:
+        config.disable_compile = True
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if not may_compile:
+            args, kwargs = _uncompiled(args, kwargs)
+        # Before anything runs: transformers shortens the model for its guesses, and an exception
+        # in the middle of that would leave it short.
+        early = _exits_early(config, args, kwargs)
+        if passes.recorder is not None and early:
+            raise TraceError(
+                "a trace cannot hold guesses that the model makes with its own first layers; "
+                "generate without assistant_early_exit, or do not record"
+            )
+        known = _prompt_of(model, args, kwargs)
+        if known is not None:
+            known.guesses = early or kwargs.get("assistant_model") is model
+        with passes.generate(known):
+            return original(*args, **kwargs)
+
+    def restore() -> None:
+        vars(model).pop("generate", None)
+        if before is not None:
+            vars(model)["generate"] = before
+        if config is not None and not may_compile:
+            config.disable_compile = compiling
+
+    vars(model)["generate"] = generate  # not setattr: nothing of it may be registered
+    return restore
+
+
+def _uncompiled(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, with whatever they say about compilation turned off."""
+    if len(args) > 1 and isinstance(args[1], GenerationConfig):
+        args = (args[0], _without_compiling(args[1]), *args[2:])
+    if kwargs.get("disable_compile") is False:
+        _log.warning("disable_compile=False is overruled: offloaded experts cannot be compiled")
+        kwargs = kwargs | {"disable_compile": True}
+    if kwargs.get("generation_config") is not None:
+        kwargs = kwargs | {"generation_config": _without_compiling(kwargs["generation_config"])}
+    return args, kwargs
+
+
+def _without_compiling(config: GenerationConfig) -> GenerationConfig:
+    own = copy.deepcopy(config)
+    own.disable_compile = True
+    return own
+
+
+def _config_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+
+
+def _exits_early(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether guesses are asked of the model's own first layers."""
+    if "assistant_early_exit" in kwargs:
+        return kwargs["assistant_early_exit"] is not None
+    return getattr(_config_of(args, kwargs) or config, "assistant_early_exit", None) is not None
+
+
+def _prompt_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Generating | None:
+    """What ``generate`` was asked to continue; None where that are not tokens in a row."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    # The mask covers what a cache holds already where only the new tokens are given.
+    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+    given = [*args[:1], *(kwargs.get(name) for name in names)]
+    lengths = [one.shape[1] for one in given if isinstance(one, Tensor) and one.dim() >= 2]
+    if not lengths:
+        return None
+    configs = (_config_of(args, kwargs), getattr(model, "generation_config", None))
+    sizes = [getattr(one, "prefill_chunk_size", None) for one in configs]
+    return Generating(max(lengths), chunked=any([kwargs.get("prefill_chunk_size"), *sizes]))

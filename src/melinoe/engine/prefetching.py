@@ -1,4 +1,4 @@
-"""A prefetcher at work while a model runs: asked as the simulator asks it, its wishes copied."""
+"""Ask a prefetcher while a model runs, as the simulator asks it, and copy what it names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from melinoe.cache.ahead import LoadsAhead
+from melinoe.cache.counters import PROMPT
 from melinoe.cache.prefetch import Prefetcher, Prompt
 from melinoe.cache.requests import merge_guesses
 from melinoe.cache.trace import known_ids
 from melinoe.engine.passes import ForwardPasses
-from melinoe.engine.prompt_uses import PromptUses
+from melinoe.engine.record import UseMeter
 
 
 class Prefetching:
@@ -31,37 +32,36 @@ class Prefetching:
         passes: ForwardPasses,
         ids: Sequence[int] | None,
     ) -> None:
-        self._caches, self._passes = caches, passes
+        self._prefetcher, self._caches, self._passes = prefetcher, caches, passes
         self._num_experts = tuple(cache.layer.num_experts for cache in caches)
         slots = tuple(next(iter(cache.slots.values())).shape[0] for cache in caches)
         given = None if ids is None else tuple(map(int, ids))
         self._prompt = Prompt(slots, max(self._num_experts), given)
         self._ahead = LoadsAhead(prefetcher, passes.route, len(caches), self._load)
-        self._between = prefetcher.between_layers
-        self._for_prompt = prefetcher.for_prompt
 
     def begin(self) -> None:
         """Ask for what comes before the prompt, and wait for the other moments."""
         self._ahead.before_prompt(self._prompt)
-        if self._for_prompt:
-            self._passes.prompt_uses = PromptUses(self._num_experts)
+        if self._prefetcher.for_prompt:
+            self._passes.prompt_uses = UseMeter(self._num_experts, PROMPT)
             self._passes.before_completion = self._completion_begins
-        if self._between:
+        if self._prefetcher.between_layers:
             for cache in self._caches:
                 cache.after_request = self._after_request
 
     def close(self) -> None:
         """Ask no more."""
         self._passes.prompt_uses = self._passes.before_completion = None
-        if self._between:
+        if self._prefetcher.between_layers:
             for cache in self._caches:
                 cache.after_request = None
 
     def _completion_begins(self) -> None:
-        assert self._passes.prompt_uses is not None
-        uses = self._passes.prompt_uses.counts()
-        self._passes.prompt_uses = None
-        known = Prompt(self._prompt.slots, self._prompt.num_experts, self._prompt.ids, uses)
+        meter, self._passes.prompt_uses = self._passes.prompt_uses, None
+        assert isinstance(meter, UseMeter)
+        known = Prompt(
+            self._prompt.slots, self._prompt.num_experts, self._prompt.ids, meter.counts()
+        )
         self._ahead.before_completion(known)
 
     def _after_request(self, layer: int, experts: list[int]) -> None:
@@ -69,12 +69,10 @@ class Prefetching:
         target = self._passes.route.after(layer)
         if target is None or not self._passes.decodes_few:
             return
-        guess = self._passes.guess
-        early: list[int] = []
+        guess, early = self._passes.guess, list[int]()
         if guess is not None:
-            early = merge_guesses(
-                known_ids(guess.cpu().numpy(), self._num_experts[target]).tolist()
-            )
+            ids = known_ids(guess.cpu().numpy(), self._num_experts[target])
+            early = merge_guesses(ids.tolist())
         self._ahead.after_router(layer, experts, early)
 
     def _load(self, layer: int, experts: Sequence[int], spare: Collection[int]) -> int:

@@ -1,4 +1,4 @@
-"""Record what a model's routers chose while it runs, offloaded or with every expert resident."""
+"""Record what a model's routers choose while it runs, or only count it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from melinoe.cache.counters import PROMPT
+from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.trace import Trace, known_ids
 from melinoe.config.names import version_of
-from melinoe.engine.calls import Batch, rows_of
-from melinoe.errors import TraceError
+from melinoe.engine.passes import Batch, rows_of
+from melinoe.errors import AttachError, TraceError
 
 
 class Recorder:
@@ -22,12 +22,12 @@ class Recorder:
     Each row of a batch that begins a prompt is a sequence of its own; beams count as such rows.
 
     Args:
-        num_experts: of each MoE layer.
-        model: its name, for people.
-        fingerprint: of the weights that choose.
-        scores: whether to keep the weight that each choice was given.
-        guesses: whether to keep what the next layer's router said early.
-        note: what a reader of the trace must know of how it came about.
+        num_experts: Of each MoE layer.
+        model: Its name, for people.
+        fingerprint: Of the weights that choose.
+        scores: Whether to keep the weight that each choice was given.
+        guesses: Whether to keep what the next layer's router said early.
+        note: What a reader of the trace must know of how it came about.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Recorder:
         guesses: bool = False,
         note: str = "",
     ) -> None:
-        self._note = note
         self._num_experts = tuple(num_experts)
-        self._model = model
-        self._fingerprint = fingerprint
+        self._model, self._fingerprint, self._note = model, fingerprint, note
         self._keeps_scores, self._keeps_guesses = scores, guesses
+        # Of the open pass, by layer.
         self._chosen: dict[int, Tensor] = {}
         self._early: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
+        # Of each pass that has ended.
         self._passes: list[np.ndarray] = []
         self._scores: list[np.ndarray] = []
         self._guesses: list[np.ndarray] = []
@@ -58,7 +58,7 @@ class Recorder:
         self._batch = 0  # rows of that batch
 
     def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
-        """A pass of *tokens* rows begins, within *call* if the model was called as a whole."""
+        """Begin a pass; see `melinoe.engine.passes.Listener`."""
         batch = call.batch if call is not None else 1
         if phase == PROMPT and not (call is not None and call.continues and self._batch == batch):
             self._base += self._batch
@@ -68,14 +68,19 @@ class Recorder:
         self._chosen, self._weights, self._early = {}, {}, {}
 
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
-        """The rows of the open pass chose ``top_k_index`` ``(tokens, top_k)`` in *layer*."""
-        if self._now is not None and self._keeps_scores:
+        """
+        Keep a copy on the device; it is brought to the host at the end of the pass.
+
+        Raises:
+            TraceError: scores are wanted and this engine does not tell weights.
+        """
+        if self._now is None:
+            return
+        if self._keeps_scores:
             if top_k_weights is None:
                 raise TraceError("this engine does not tell weights; record without scores")
             self._weights[layer] = top_k_weights.detach().to(torch.float16, copy=True)
-        if self._now is not None:
-            # A copy on the device; brought to the host at the end of the pass, not layer by layer.
-            self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
+        self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
 
     def add_guess(self, layer: int, guess: Tensor) -> None:
         """The router of *layer* was asked early, and said *guess* ``(tokens, top_k)``."""
@@ -84,7 +89,7 @@ class Recorder:
 
     def end(self) -> None:
         """
-        The open pass is complete.
+        Bring the pass to the host.
 
         Raises:
             TraceError: its layers computed different numbers of tokens.
@@ -94,22 +99,23 @@ class Recorder:
         (sequences, kinds), self._now = self._now, None
         rows = len(kinds)
         top_k = max(one.shape[1] for one in (*self._chosen.values(), *self._early.values()))
-        experts = np.full((rows, len(self._num_experts), top_k), -1, dtype=np.int16)
-        scores = np.zeros(experts.shape if self._keeps_scores else (0, 0, 0), dtype=np.float16)
+        shape = rows, len(self._num_experts), top_k
+        experts = np.full(shape, -1, dtype=np.int16)
+        scores = np.zeros(shape if self._keeps_scores else (0, 0, 0), dtype=np.float16)
+        early = np.full(shape if self._keeps_guesses else (0, 0, 0), -1, dtype=np.int16)
         for layer, chosen in self._chosen.items():
             if chosen.shape[0] != rows:
                 raise TraceError(
                     f"one forward pass computed {rows} tokens in one layer and {chosen.shape[0]} "
                     "in another, which a trace cannot hold; this model cannot be traced"
                 )
-            ids = known_ids(chosen.cpu().numpy(), self._num_experts[layer])
+            ids = self._known(layer, chosen)
             experts[:, layer, : ids.shape[1]] = ids
             if self._keeps_scores:
                 weights = self._weights[layer].cpu().numpy()
                 scores[:, layer, : ids.shape[1]] = np.where(ids >= 0, weights, 0)
-        early = np.full(experts.shape if self._keeps_guesses else (0, 0, 0), -1, dtype=np.int16)
         for layer, guess in self._early.items():
-            ids = known_ids(guess.cpu().numpy(), self._num_experts[layer])
+            ids = self._known(layer, guess)
             early[:, layer, : ids.shape[1]] = ids
         self._guesses.append(early)
         self._passes.append(experts)
@@ -152,6 +158,83 @@ class Recorder:
             versions=_versions(),
             note="; ".join(filter(None, (self._note, note))),
         )
+
+    def _known(self, layer: int, ids: Tensor) -> np.ndarray:
+        return known_ids(ids.cpu().numpy(), self._num_experts[layer])
+
+
+class UseMeter:
+    """
+    Counts how often each expert is chosen in one phase, without keeping who chose it when.
+
+    Padding counts nowhere. Counting stays on the device that the choices are on, and waits for
+    nothing until `counts`.
+
+    Args:
+        num_experts: Of each MoE layer.
+        phase: `COMPLETION`; or `PROMPT`, of one sequence.
+    """
+
+    def __init__(self, num_experts: Sequence[int], phase: int = COMPLETION) -> None:
+        self._num_experts, self._phase = tuple(num_experts), phase
+        self._uses: dict[int, Tensor] = {}
+        self._now: dict[int, Tensor] | None = None
+        self._skipped: Tensor | None = None
+
+    def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
+        """
+        Begin a pass; those of the other phase are not counted.
+
+        Raises:
+            AttachError: several prompts came together.
+        """
+        self._now, self._skipped = None, None
+        if phase != self._phase:
+            return
+        if phase == PROMPT and call is not None and call.batch > 1:
+            raise AttachError(
+                f"a prefetch for a prompt serves one sequence at a time and {call.batch} came "
+                "together; generate from one prompt after the other, or prefetch by next-router"
+            )
+        self._now = {}
+        if call is None or tokens != call.batch * call.length:
+            return
+        self._skipped = call.padding()
+        if phase == PROMPT and call.prompt < call.length:  # guesses come with the prompt's end
+            if self._skipped is None:
+                self._skipped = torch.zeros(call.batch, call.length, dtype=torch.bool, device="cpu")
+            self._skipped = self._skipped.clone()
+            self._skipped[:, call.prompt :] = True
+
+    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+        """Keep a copy of the choices, which the engine may renumber."""
+        if self._now is not None:
+            self._now[layer] = top_k_index.detach().to(torch.int64, copy=True)
+
+    def end(self) -> None:
+        """Count the pass."""
+        for layer, ids in (self._now or {}).items():
+            experts = self._num_experts[layer]
+            # One place more, for what is no expert: skip slots and padding.
+            ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
+            if self._skipped is not None and self._skipped.numel() == ids.shape[0]:
+                ids = torch.where(self._skipped.to(ids.device).reshape(-1, 1), experts, ids)
+            if layer not in self._uses:
+                self._uses[layer] = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
+            flat = ids.reshape(-1)
+            self._uses[layer].scatter_add_(0, flat, torch.ones_like(flat))
+        self._now = None
+
+    def drop(self) -> None:
+        """Forget the open pass."""
+        self._now = None
+
+    def counts(self) -> np.ndarray:
+        """Uses so far, int64 ``(layers, most experts of a layer)``; waits for the device."""
+        found = np.zeros((len(self._num_experts), max(self._num_experts)), np.int64)
+        for layer, uses in self._uses.items():
+            found[layer, : self._num_experts[layer]] = uses[:-1].cpu().numpy()
+        return found
 
 
 def _versions() -> Mapping[str, str]:

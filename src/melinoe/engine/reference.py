@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
+from melinoe.cache.requests import mean_scores
 from melinoe.cache.residency import Decision, Load, Residency, StreamedPrefill
 from melinoe.cache.timing import LoadRule
-from melinoe.engine.chosen import request_of, scores_of
-from melinoe.engine.generating import watch_generate
-from melinoe.engine.guard import Guard
-from melinoe.engine.host_experts import HostExperts
-from melinoe.engine.misses import Misses
-from melinoe.engine.passes import ForwardPasses
+from melinoe.engine.checks import Guard
+from melinoe.engine.misses import HostExperts, Misses
+from melinoe.engine.passes import ForwardPasses, watch_generate
 from melinoe.engine.store import Store, read_expert
 from melinoe.engine.transfer import EmulatedLink, Transfer, transfer_for
 from melinoe.moe.compute import Pairs, StandIn
@@ -124,17 +122,20 @@ class ReferenceEngine:
 
 class ExpertCache:
     """
-    Computes the experts of one MoE layer from its slots.
+    The experts of one MoE layer, computed from its slots.
 
     Args:
-        layer: the layer; its module's weights are taken out after this is made.
-        num_slots: between 1 and the layer's number of experts.
-        policy: of this layer alone.
-        transfer: shared by all layers.
-        passes: shared by all layers; also holds the counters.
-        device: where the slots are.
-        rule: how many of a request's missing experts are loaded; absent: all.
-        host: computes the others; needed with a *rule*.
+        layer: Its module's weights are taken out after this is made.
+        num_slots: Between 1 and the layer's number of experts.
+        policy: Of this layer alone.
+        transfer: Shared by all layers.
+        passes: Shared by all layers; also holds the counters.
+        device: Where the slots are.
+        rule: How many of a request's missing experts are loaded; absent: all.
+        host: Computes the others; needed with a *rule*.
+
+    Attributes:
+        after_request: Called with the layer and its experts once a request's loads are under way.
     """
 
     def __init__(
@@ -149,15 +150,11 @@ class ExpertCache:
         host: HostExperts | None = None,
     ) -> None:
         self.layer = layer
-        self._bytes = num_slots * layer.block_bytes
+        self.nbytes = num_slots * layer.block_bytes
         self.residency = Residency(layer.num_experts, num_slots, policy)
         self._uses_scores = policy.uses_scores
-        self._index = layer.index
-        self._num_experts = layer.num_experts
-        self._num_slots = num_slots
-        self._transfer = transfer
-        self._passes = passes
-        self._counters = passes.counters
+        self._index, self._num_experts, self._num_slots = layer.index, layer.num_experts, num_slots
+        self._transfer, self._passes, self._counters = transfer, passes, passes.counters
         with torch.inference_mode(False):
             self.slots = {
                 t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
@@ -179,13 +176,7 @@ class ExpertCache:
         self.watch = self._guard.watch
         self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
         self._as_numbered = False  # whether slot i holds expert i, for all i
-        # Called once a request's loads are under way, with the layer and its experts.
         self.after_request: Callable[[int, list[int]], None] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the layer's slots."""
-        return self._bytes
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
@@ -202,35 +193,8 @@ class ExpertCache:
             try:
                 return self._compute(hidden_states, top_k_index, top_k_weights)
             except BaseException:
-                self.reset()  # what was planned may not have been copied: trust no slot
+                self.reset()  # what was decided may not have been copied: trust no slot
                 raise
-
-    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        experts, uses, whole = request_of(top_k_index, self._num_experts)
-        scores = None
-        if self._uses_scores:
-            scores = scores_of(experts, top_k_index, top_k_weights, self._num_experts)
-        if self._rule is not None:
-            return self._partly(
-                experts, uses, scores, whole, hidden_states, top_k_index, top_k_weights
-            )
-        if not whole or len(experts) > self._num_slots:
-            return self._in_parts(experts, uses, scores, hidden_states, top_k_index, top_k_weights)
-        plan = self.residency.request(experts, None, scores)
-        if plan.loads:
-            self._load(plan.loads)
-        self._await(plan.hits)
-        self._counters.add_decisions(self._index, experts, uses, (plan,))
-        self._served(experts)
-        return self._from_slots(hidden_states, top_k_index, top_k_weights)
-
-    def _from_slots(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        """All at once: every choice is of an expert that has arrived in a slot."""
-        if not self._as_numbered:
-            top_k_index = self._slot_of.take(top_k_index.long())
-        return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
 
     def read(self, expert: int) -> dict[str, Tensor]:
         """One expert as the store holds it, on the host."""
@@ -238,28 +202,20 @@ class ExpertCache:
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
         """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""
-        plan = self.residency.prefetch(experts, spare)
-        if plan.loads:
+        decision = self.residency.prefetch(experts, spare)
+        if decision.loads:
             try:
-                ticket = self._transfer.issue(self._index, plan.loads, self._views)
+                ticket = self._transfer.issue(self._index, decision.loads, self._views)
             except BaseException:
                 self.reset()
                 raise
-            for load in plan.loads:
+            for load in decision.loads:
                 self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
                 if ticket is not None:
                     self._in_flight[load.expert] = ticket
             self._renumber()
-            self._passes.prefetched(self._index, [load.expert for load in plan.loads])
-        return len(plan.loads)
-
-    def _served(self, experts: list[int]) -> None:
-        """The loads of a request are under way: now others may follow them over the link."""
-        if not experts:
-            return
-        self._passes.route.reached(self._index)
-        if self.after_request is not None:
-            self.after_request(self._index, experts)
+            self._passes.prefetched(self._index, [load.expert for load in decision.loads])
+        return len(decision.loads)
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""
@@ -270,67 +226,103 @@ class ExpertCache:
 
     # --- inner ----------------------------------------------------------------------------------
 
+    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        request = _request_of(top_k_index, self._num_experts)
+        scores = None
+        if self._uses_scores:
+            scores = _scores_of(request.experts, top_k_index, top_k_weights, self._num_experts)
+        if self._rule is not None:
+            return self._partly(request, scores, hidden_states, top_k_index, top_k_weights)
+        experts, uses, whole = request
+        if not whole or len(experts) > self._num_slots:
+            return self._in_parts(request, scores, hidden_states, top_k_index, top_k_weights)
+        decision = self.residency.request(experts, None, scores)
+        if decision.loads:
+            self._make_way(decision.loads)
+            self._transfer.demand(self._index, decision.loads, self._views)
+        self._await(decision.hits)
+        self._counters.add_decisions(self._index, experts, uses, (decision,))
+        self._served(experts)
+        return self._from_slots(hidden_states, top_k_index, top_k_weights)
+
     def _in_parts(
         self,
-        experts: list[int],
-        uses: list[int],
+        request: _Request,
         scores: list[float] | None,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        """Several plans, or choices of no expert."""
+        """Compute in several turns, or with choices of no expert."""
+        experts, uses, _ = request
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
         flat = self._flat(top_k_index)
-        plans = []
-        for plan in self.residency.request_in_parts(experts, uses, scores):
-            plans.append(plan)
-            if plan.loads:
-                self._load(plan.loads)
-            self._await(plan.hits)
-            if len(experts) <= self._num_slots:  # else more plans come, and more loads with them
+        decisions = []
+        for decision in self.residency.request_in_parts(experts, uses, scores):
+            decisions.append(decision)
+            if decision.loads:
+                self._make_way(decision.loads)
+                self._transfer.demand(self._index, decision.loads, self._views)
+            self._await(decision.hits)
+            if len(experts) <= self._num_slots:  # else more turns come, and more loads with them
                 self._served(experts)
-            self._add_from_slots(pairs, plan, flat)
+            self._add_from_slots(pairs, decision, flat)
         if len(experts) > self._num_slots:
             self._served(experts)
-        self._counters.add_decisions(self._index, experts, uses, plans)
+        self._counters.add_decisions(self._index, experts, uses, decisions)
         return pairs.total(top_k_weights)
 
     def _partly(
         self,
-        experts: list[int],
-        uses: list[int],
+        request: _Request,
         scores: list[float] | None,
-        whole: bool,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        """Some of the missing are loaded; meanwhile the host computes the others."""
+        """Load some of the missing; meanwhile the host computes the others."""
         assert self._rule is not None and self._host is not None
-        plan, there = self.residency.request_with_host(experts, uses, scores, load=self._rule)
-        if whole and not there:
-            if plan.loads:
-                self._load(plan.loads)
-            self._await(plan.hits)
-            self._counters.add_decisions(self._index, experts, uses, (plan,), there)
+        experts, uses, whole = request
+        decision, on_host = self.residency.request_with_host(experts, uses, scores, load=self._rule)
+        ticket = None
+        if decision.loads:
+            self._make_way(decision.loads)
+            issue = self._transfer.begin_demand if on_host or not whole else self._transfer.demand
+            ticket = issue(self._index, decision.loads, self._views)
+        if whole and not on_host:
+            self._await(decision.hits)
+            self._counters.add_decisions(self._index, experts, uses, (decision,), on_host)
             self._served(experts)
             return self._from_slots(hidden_states, top_k_index, top_k_weights)
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
-        ticket = None
-        if plan.loads:
-            self._make_way(plan.loads)
-            ticket = self._transfer.begin_demand(self._index, plan.loads, self._views)
         self._served(experts)
-        if there:
-            self._host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), there)
+        if on_host:
+            self._host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), on_host)
         if ticket is not None:
             self._transfer.await_prefetched(ticket)
-        self._await(plan.hits)
-        if plan.hits or plan.loads:
-            self._add_from_slots(pairs, plan, self._flat(top_k_index))
-        self._counters.add_decisions(self._index, experts, uses, (plan,), there)
+        self._await(decision.hits)
+        if decision.hits or decision.loads:
+            self._add_from_slots(pairs, decision, self._flat(top_k_index))
+        self._counters.add_decisions(self._index, experts, uses, (decision,), on_host)
         return pairs.total(top_k_weights)
+
+    def _from_slots(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Compute all at once: every choice is of an expert that has arrived in a slot."""
+        if not self._as_numbered:
+            top_k_index = self._slot_of.take(top_k_index.long())
+        return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
+
+    def _add_from_slots(self, pairs: Pairs, decision: Decision, flat: Tensor) -> None:
+        """Compute the pairs of a decision's experts."""
+        # The last entry means "not due", as -1 does for experts that are not in the decision.
+        # On the host by name: the user's default device may be another.
+        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
+        here = [*decision.hits, *(load.expert for load in decision.loads)]
+        present = torch.tensor(here, dtype=torch.int64, device="cpu")
+        due[present] = self._host_slot_of[present]
+        pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
 
     def _flat(self, top_k_index: Tensor) -> Tensor:
         """The choices in a row; those of no expert are `num_experts`."""
@@ -338,19 +330,13 @@ class ExpertCache:
         known = (flat >= 0) & (flat < self._num_experts)
         return flat.masked_fill(~known, self._num_experts)
 
-    def _add_from_slots(self, pairs: Pairs, plan: Decision, flat: Tensor) -> None:
-        """The pairs of a plan's experts."""
-        # The last entry means "not due", as -1 does for experts that are not in the plan.
-        # On the host by name: the user's default device may be another.
-        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
-        here = [*plan.hits, *(load.expert for load in plan.loads)]
-        present = torch.tensor(here, dtype=torch.int64, device="cpu")
-        due[present] = self._host_slot_of[present]
-        pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
-
-    def _load(self, loads: Sequence[Load]) -> None:
-        self._make_way(loads)
-        self._transfer.demand(self._index, loads, self._views)
+    def _served(self, experts: list[int]) -> None:
+        """The loads of a request are under way: now others may follow them over the link."""
+        if not experts:
+            return
+        self._passes.route.reached(self._index)
+        if self.after_request is not None:
+            self.after_request(self._index, experts)
 
     def _make_way(self, loads: Sequence[Load]) -> None:
         """Bring the books up to date before *loads* are copied."""
@@ -376,3 +362,36 @@ class ExpertCache:
             self._as_numbered = bool(
                 (self.residency.expert_of == np.arange(self._num_experts)).all()
             )
+
+
+class _Request(NamedTuple):
+    """Distinct ids ascending, how often each is used, and whether every choice is one."""
+
+    experts: list[int]
+    uses: list[int]
+    whole: bool
+
+
+def _request_of(top_k_index: Tensor, num_experts: int) -> _Request:
+    """The request of ``top_k_index`` ``(tokens, top_k)``; other ids are no expert."""
+    if top_k_index.shape[0] == 1:
+        chosen = sorted(top_k_index.tolist()[0])
+        distinct = len(set(chosen)) == len(chosen)
+        if distinct and chosen[0] >= 0 and chosen[-1] < num_experts:
+            return _Request(chosen, [1] * len(chosen), True)
+    ids = top_k_index.reshape(-1).cpu().numpy()
+    known = ids[(ids >= 0) & (ids < num_experts)]
+    counts = np.bincount(known, minlength=num_experts)
+    experts = counts.nonzero()[0]
+    return _Request(experts.tolist(), counts[experts].tolist(), known.size == ids.size)
+
+
+def _scores_of(
+    experts: list[int], top_k_index: Tensor, top_k_weights: Tensor, num_experts: int
+) -> list[float]:
+    """How much the router wanted each of *experts*, the number that a trace would give."""
+    ids = top_k_index.reshape(-1).cpu().numpy()
+    weights = top_k_weights.reshape(-1).to(torch.float16).cpu().numpy()
+    known = (ids >= 0) & (ids < num_experts)
+    rows = top_k_index.shape[0]
+    return mean_scores(ids[known], weights[known], rows, num_experts)[experts].tolist()

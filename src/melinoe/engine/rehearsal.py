@@ -21,8 +21,7 @@ from melinoe.cache.counters import COMPLETION
 from melinoe.cache.residency import Decision, Load, Residency
 from melinoe.cache.timing import Machine
 from melinoe.engine.handle import Handle
-from melinoe.engine.host_experts import HostExperts
-from melinoe.engine.misses import hidden_size
+from melinoe.engine.misses import HostExperts, hidden_size
 from melinoe.engine.reference import ExpertCache, ReferenceEngine
 
 PLAIN, ONE_PART, PARTS, LOADS, HOST_ONE, HOST_MOST, HOST_ALL = (

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from melinoe import attach
-from melinoe.engine.calls import Batch
 from melinoe.engine.device.capture import uncollected
+from melinoe.engine.passes import Batch
 
 
 class Waits(TorchDispatchMode):

@@ -22,7 +22,7 @@ from melinoe.engine.device.passes import FastPasses
 from melinoe.engine.device.residency import DeviceResidency, to_counters
 from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.tuning import tune
-from melinoe.engine.generating import watch_generate
+from melinoe.engine.passes import watch_generate
 from melinoe.moe.experts import ExpertsLayer
 
 _log = logging.getLogger("melinoe")

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.cache.residency import Residency, StreamedPrefill
+from melinoe.engine.checks import Guard
 from melinoe.engine.device import compiled
 from melinoe.engine.device.carrier import Carrier, FastStore, addresses_of
 from melinoe.engine.device.passes import DEVICE, STREAM, FastPasses
 from melinoe.engine.device.residency import DeviceResidency, to_device
 from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.support import grouped_mm_waits
-from melinoe.engine.guard import Guard
 from melinoe.engine.store import read_expert
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.engine.calls import Generating, describe_call
-from melinoe.engine.passes import Batch, ForwardPasses
+from melinoe.engine.passes import Batch, ForwardPasses, Generating, describe_call
 
 _log = logging.getLogger("melinoe")
 
@@ -84,10 +83,7 @@ class FastPasses(ForwardPasses):
         if self.mode != DEVICE:
             super().end()
         elif self._seen:
-            self._seen = 0
-            self.route.end_pass()
-            if self.recorder is not None:
-                self.recorder.end()
+            self._end_uncounted()
 
     def completion_begins(self) -> None:
         """A pass of the completion is about to be replayed; nothing else will say so."""

@@ -1,9 +1,11 @@
-"""Refuse to run a layer's experts where they would be silently wrong."""
+"""Refuse what would be silently wrong, and check that slots hold what the books say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,7 +13,9 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from melinoe.engine.store import Store, read_expert
 from melinoe.errors import AttachError
+from melinoe.moe.experts import ExpertsLayer
 
 
 class Guard:
@@ -19,9 +23,9 @@ class Guard:
     Looks at each call of one layer's experts, whichever engine computes them.
 
     Args:
-        device: where the slots are.
-        module: the layer's experts.
-        names: of its stacked parameters.
+        device: Where the slots are.
+        module: The layer's experts.
+        names: Of its stacked parameters.
     """
 
     def __init__(self, device: torch.device, module: nn.Module, names: Sequence[str]) -> None:
@@ -93,3 +97,76 @@ def _other_way(tensor: Tensor) -> str | None:
     if unpack_dual(tensor).tangent is not None:
         return "forward-mode differentiation"
     return None
+
+
+def stream_order(device: torch.device) -> Callable[[], None]:
+    """
+    Make what lets a call begin on the device after the call before it; to be called before each.
+
+    Calls share slots: without this a call on a second CUDA stream would load an expert into a slot
+    that the first stream still computes with. The host does not wait.
+    """
+    last: Any = None
+
+    def follow() -> None:
+        nonlocal last
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        now = torch.cuda.current_stream(device)
+        if last is not None and now != last:
+            now.wait_stream(last)
+        last = now
+
+    return follow
+
+
+def audit(layers: Sequence[ExpertsLayer], caches: Sequence[Any], store: Store) -> int:
+    """
+    Compare every resident expert with the store; see `melinoe.engine.handle.Handle.audit`.
+
+    Args:
+        layers: In order.
+        caches: Of each layer: its ``residency``, and ``slots`` by parameter name.
+        store: Holds all experts.
+
+    Returns:
+        How many experts were compared.
+
+    Raises:
+        AttachError: they differ, or the books of a layer disagree.
+    """
+    return sum(_audit_layer(*pair, store) for pair in zip(layers, caches, strict=True))
+
+
+def _audit_layer(layer: ExpertsLayer, cache: Any, store: Store) -> int:
+    residency = cache.residency
+    slot_of, expert_of = residency.slot_of, residency.expert_of
+    resident = np.flatnonzero(slot_of >= 0)
+    try:
+        residency.check_invariants()
+        books = len(resident) == int((expert_of >= 0).sum())
+    except AssertionError:
+        books = False
+    if not (books and (expert_of[slot_of[resident]] == resident).all()):
+        raise _fault(f"the books of {layer.name} disagree about which expert is in which slot")
+    for expert in resident.tolist():
+        slot = int(slot_of[expert])
+        for name, kept in read_expert(layer, store, expert).items():
+            if not same_bits(cache.slots[name][slot].cpu(), kept):
+                raise _fault(
+                    f"slot {slot} of {layer.name} is to hold expert {expert}, and its {name} is "
+                    "not what the store holds"
+                )
+    return len(resident)
+
+
+def _fault(what: str) -> AttachError:
+    return AttachError(
+        f"{what}; call reset_cache(), which empties the slots, and report how it came about"
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the host are equal, NaN and signs of zero included."""
+    flat = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)
