@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from melinoe.errors import AttachError, UnsupportedModelError
-from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings
-from melinoe.moe.weighting import Weighting, find_weighting
+from melinoe.moe.choice import CacheAwareChoice, ChoiceSettings, Weighting, find_weighting
 
 
 def router(logits, top_k):

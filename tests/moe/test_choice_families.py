@@ -5,8 +5,8 @@ import torch
 from tiny import families, tiny_model
 
 from melinoe.errors import UnsupportedModelError
+from melinoe.moe.choice import find_weighting
 from melinoe.moe.routing import RoutingRecorder, find_routers
-from melinoe.moe.weighting import find_weighting
 
 # Their routers weigh by rules of their own: sparse mixing, and logits shared with other outputs.
 REFUSED = {"inkling", "phimoe"}

@@ -19,24 +19,22 @@ _ATTENTION_CLASS = re.compile(r"Attention|DeltaNet")
 
 def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str, nn.Linear]:
     """
-    The linear projections of all attention in the decoder layers that hold experts.
+    Find the linear projections of attention in the decoder layers.
 
     Decoder layers are the elements of the outermost list of modules around each experts module, so
-    those without experts count too, and towers for pictures or sound do not. Projections are those
-    that are plain ``nn.Linear``: of queries, keys, values, gates and outputs, latent or not.
+    those without experts count too, and towers for pictures or sound do not. Projections are plain
+    ``nn.Linear``: of queries, keys, values, gates and outputs, latent or not. One warning names
+    projections of another kind, and layers without any (a convolution or a state-space mixer).
 
     Args:
-        model: Of any family.
-        layers: Of *model*, from `find_experts`.
+        model: of any family.
+        layers: of *model*, from `find_experts`.
 
     Returns:
-        Full name and module, in the model's own order.
+        Module by full name, in the model's own order.
 
     Raises:
         UnsupportedModelError: there are none.
-
-    Decoder layers without any (a convolution or a state-space mixer in the place of attention) and
-    projections of another kind are named in one warning.
     """
     found: dict[str, nn.Linear] = {}
     bare: set[str] = set()
@@ -67,7 +65,7 @@ def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str
 def _decoder_layers(
     model: nn.Module, layers: Sequence[ExpertsLayer]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every element of the lists around the experts."""
+    """Yield name and module of every element of the lists around the experts."""
     lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
     around: dict[str, None] = {}
     for layer in layers:
@@ -80,7 +78,7 @@ def _decoder_layers(
 
 
 def _attention(prefix: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a decoder layer that are within something whose class is called attention."""
+    """Yield the modules of a decoder layer that are within one whose class is named attention."""
     inside: set[str] = set()
     for name, module in layer.named_modules(prefix=prefix):
         parent = name.rpartition(".")[0]

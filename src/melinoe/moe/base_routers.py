@@ -20,13 +20,13 @@ def _widen(value: Any) -> Any:
 
 class BaseRouters:
     """
-    Frozen copies of routers as they are now: asked about other inputs, or put in their place.
+    Frozen copies of routers as they are now, to be asked about other inputs or used in their place.
 
     They compute in float32, whatever the model computes in, except within an autocast.
 
     Args:
-        routers: Of the model, as they are now.
-        states: Router name to another state that its copy gets: routers of an earlier run.
+        routers: of the model, as they are now.
+        states: by router name, another state for its copy: routers of an earlier run.
 
     Cost: the routers' parameters once more in float32; a router's forward pass per question.
     """
@@ -44,7 +44,7 @@ class BaseRouters:
 
     @torch.no_grad()
     def logits(self, routing: Routing) -> Tensor:
-        """The base router's logits on the inputs the router saw: ``(tokens, num_logits)``."""
+        """Compute the base router's logits on the router's inputs: ``(tokens, num_logits)``."""
         args, kwargs = routing.inputs
         args = tuple(map(_widen, args))
         kwargs = {key: _widen(value) for key, value in kwargs.items()}
@@ -56,10 +56,10 @@ class BaseRouters:
     @contextmanager
     def in_place(self) -> Iterator[dict[int, Tensor]]:
         """
-        Let the copies answer for the routers, whose weights stay as they are.
+        Let the copies answer for the routers in the body: a pass of the base model, no gradients.
 
-        For a pass of the base model, without gradients. Yields a dictionary that each layer's
-        logits ``(tokens, num_logits)`` go into as the pass runs.
+        Yields:
+            A dictionary that gets each layer's logits ``(tokens, num_logits)`` as the pass runs.
         """
         logits: dict[int, Tensor] = {}
         before: list[tuple[nn.Module, Any]] = []
@@ -86,7 +86,7 @@ class BaseRouters:
         return forward
 
     def _copy(self, router: Router, inputs: tuple[Any, ...]) -> nn.Module:
-        """The layer's copy, on the device of what it is asked about."""
+        """Move the layer's copy to the device of its inputs."""
         module = self._copies[router.index]
         device = next((x.device for x in inputs if isinstance(x, Tensor)), None)
         return module if device is None else module.to(device)
@@ -94,7 +94,7 @@ class BaseRouters:
 
 @contextmanager
 def _logits_of(module: nn.Module, source: str) -> Iterator[list[Tensor]]:
-    """Collect what the part that makes the logits gives, ``(tokens, num_logits)`` each time."""
+    """Collect the logits that *source* of *module* makes, ``(tokens, num_logits)`` each time."""
     seen: list[Tensor] = []
 
     def hook(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -1,32 +1,39 @@
 """
 Cache-aware choice: let a resident expert stand in for a missing one that matters little.
 
-This changes what the model computes, so it is off by default, has a name, and its cost in
-perplexity must be measured beside what it saves. Only decoding is touched: a prompt's tokens need
-nearly all experts anyway, and its experts are loaded once.
+This changes what the model computes, so it is off by default, and its cost in perplexity must be
+measured beside what it saves. Only decoding is touched: a prompt's tokens need nearly all experts
+anyway, and its experts are loaded once.
 
     cache-prior   rank experts by z + strength * spread * resident, where z are the router's logits
                   and spread is the running mean of max(z) - min(z) in that layer, over decoded
                   tokens; the first *keep* choices of the router stay. Source: arXiv:2412.00099.
 
-A resident expert takes a missing one's place or nothing happens. Where a
-router chooses by more than its logits (correction biases, groups), the cache prior counts an
-expert that it did not choose for hardly more than the least of those it did.
+A resident expert takes a missing one's place, or nothing happens. Where a router chooses by more
+than its logits (correction biases, groups), an expert that it did not choose counts for hardly more
+than the least of those it did.
 
-Weights of a changed choice follow the router's own rule on the unchanged logits (see `weighting`);
-a token whose choice stays keeps its weights bit for bit. The rule is read off the tokens that pass
-by, the prompt's included; until two have, nothing is changed, since one alone fits several rules.
+Weights of a changed choice follow the router's own rule on the unchanged logits; a token whose
+choice stays keeps its weights bit for bit. Families differ (softmax or sigmoid, over all experts or
+over the chosen, scaled or not), yet nearly all follow
+
+    weight_k = scale * f(z)_k                      for some, and
+    weight_k = scale * f(z)_k / sum_chosen f(z)    for others.
+
+Which one holds is read off the tokens that pass by (`find_weighting`), the prompt's included. Until
+two have passed nothing is changed, since one alone fits several rules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from melinoe.errors import AttachError
-from melinoe.moe.weighting import Weighting, find_weighting
+from melinoe.errors import AttachError, UnsupportedModelError
 
 KINDS = ("exact", "cache-prior")
 _MEMORY = 0.99  # of the running mean of the logits' spread, per token
@@ -36,12 +43,12 @@ _EVIDENCE = 64  # tokens that the rule of the weights is read off
 @dataclass(frozen=True)
 class ChoiceSettings:
     """
-    What is done about a chosen expert that is not resident.
+    How choices are changed if a chosen expert is not resident.
 
     Attributes:
-        kind: ``exact`` (nothing) or ``cache-prior``.
+        kind: ``exact`` (nothing is changed) or ``cache-prior``.
         strength: lambda of the cache prior, 0 or more.
-        keep: The router's first so many choices of a token always stay.
+        keep: choices of a token, the router's most wanted ones, that always stay.
 
     Raises:
         AttachError: a value that means nothing.
@@ -64,27 +71,30 @@ class ChoiceSettings:
 
 class CacheAwareChoice:
     """
-    Changes the choices of one layer's router, given who is resident.
+    Changes the choices of one layer's router, given which experts are resident.
 
     Args:
-        settings: Kind and strength; not ``exact``.
-        num_experts: Experts of the layer; logits beyond them are skip slots and left alone.
+        settings: not ``exact``.
+        num_experts: experts of the layer; logits beyond them are skip slots and left alone.
+
+    Attributes:
+        changed: choices replaced so far.
     """
 
     def __init__(self, settings: ChoiceSettings, num_experts: int) -> None:
         self.settings, self.num_experts = settings, num_experts
         self.weighting: Weighting | None = None
-        self.changed = 0  # choices replaced so far
+        self.changed = 0
         self._spread: float | None = None
         self._evidence: tuple[Tensor, Tensor, Tensor] | None = None
 
     def reset(self) -> None:
-        """Forget the spread of earlier tokens, so that a text is decoded as if it came first."""
+        """Forget the spread of earlier tokens: the next text is decoded as if it came first."""
         self._spread = None
 
     def observe(self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """
-        See what a router gave its choices, and change nothing; arguments as for the call.
+        Learn from the weights that a router gave, and change nothing; arguments as for the call.
 
         Raises:
             UnsupportedModelError: the router's weights follow no known rule.
@@ -96,7 +106,7 @@ class CacheAwareChoice:
         self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, resident: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
-        The choices to run.
+        Replace choices.
 
         Args:
             logits: ``(tokens, num_logits)`` of the router, for the same tokens.
@@ -129,30 +139,30 @@ class CacheAwareChoice:
         return index, torch.where(moved[:, None], weights, top_k_weights)
 
     def _whole(self, top_k_index: Tensor) -> Tensor:
-        """Bool ``(tokens,)``: which tokens chose an expert in every place."""
+        """Tell which tokens chose an expert in every place: bool ``(tokens,)``."""
         return ((top_k_index >= 0) & (top_k_index < self.num_experts)).all(-1)
 
     def _learn(
         self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, whole: Tensor
     ) -> Weighting | None:
-        """The rule of the weights, held against these tokens too; None where it is not known."""
+        """Find the rule of the weights, or check it on these tokens; None while it is not known."""
         if not bool(whole.any()):
             return None
         now = (logits[whole], top_k_index[whole], top_k_weights[whole])
-        # Held against what the router gave, each time: a wrong rule must not go unseen.
+        # Checked each time: a wrong rule must not go unseen.
         fits = self.weighting is not None and self.weighting.gives(*now)
         before = self._evidence
         if not fits or before is None or len(before[0]) < _EVIDENCE:
-            room = [one[:_EVIDENCE].detach().clone() for one in now]
-            seen = (
-                room if before is None else [torch.cat(p) for p in zip(before, room, strict=True)]
-            )
+            seen = [one[:_EVIDENCE].detach().clone() for one in now]
+            if before is not None:
+                seen = [torch.cat(pair) for pair in zip(before, seen, strict=True)]
             self._evidence = (seen[0], seen[1], seen[2])
             if not fits and len(seen[0]) > 1:
                 self.weighting = find_weighting(*self._evidence)
         return self.weighting
 
     def _prior(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
+        """Rank experts by the cache prior; the best ``(tokens, top_k)``, in no order."""
         spread = (scores.amax(-1) - scores.amin(-1)).mean().item()
         memory = _MEMORY ** len(scores) if self._spread is not None else 0.0
         self._spread = memory * (self._spread or 0.0) + (1 - memory) * spread
@@ -161,20 +171,18 @@ class CacheAwareChoice:
         # Above the least of the chosen, only the order counts: the router preferred that one.
         over = (scores - least).clamp(min=0)
         ranked = torch.where(resident, scores - 0.999 * over + gain, -float("inf"))
-        stays = self._stays(scores, chosen, resident)
-        kept = torch.where(stays, float("inf"), scores.gather(-1, chosen))
-        return ranked.scatter(-1, chosen, kept).topk(chosen.shape[-1], dim=-1).indices
-
-    def _stays(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
-        """Bool, as *chosen*: who is resident, or among the *keep* most wanted by logit."""
+        # Chosen experts stay that are resident, or among the *keep* most wanted.
+        of_chosen = scores.gather(-1, chosen)
         keep = min(self.settings.keep, chosen.shape[-1])
-        first = chosen.gather(-1, scores.gather(-1, chosen).topk(keep, dim=-1).indices)
-        is_first = (chosen[:, :, None] == first[:, None, :]).any(-1)
-        return is_first | resident.expand_as(scores).gather(-1, chosen)
+        first = chosen.gather(-1, of_chosen.topk(keep, dim=-1).indices)
+        stays = (chosen[:, :, None] == first[:, None, :]).any(-1)
+        stays |= resident.expand_as(scores).gather(-1, chosen)
+        kept = torch.where(stays, float("inf"), of_chosen)
+        return ranked.scatter(-1, chosen, kept).topk(chosen.shape[-1], dim=-1).indices
 
     @staticmethod
     def _in_place(before: Tensor, wanted: Tensor) -> Tensor:
-        """*wanted* as a set, with everyone who was chosen before in the same column as before."""
+        """Order *wanted* so that every expert that was chosen before keeps its column."""
         stays = (before[:, :, None] == wanted[:, None, :]).any(-1)
         is_new = ~(wanted[:, :, None] == before[:, None, :]).any(-1)
         # The nth free place takes the nth newcomer, in their order of rank.
@@ -182,3 +190,99 @@ class CacheAwareChoice:
         newcomers = wanted.gather(-1, order)
         nth = (~stays).long().cumsum(-1) - 1
         return torch.where(stays, before, newcomers.gather(-1, nth.clamp(min=0)))
+
+
+# --- weights of a changed choice ----------------------------------------------------------------
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt-softplus": lambda z: F.softplus(z).sqrt(),
+    "softplus": F.softplus,
+}
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """
+    The rule by which one router makes weights of logits.
+
+    Attributes:
+        function: name of f.
+        normalised: whether the values of the chosen experts are divided by their sum.
+        scale: factor on all.
+    """
+
+    function: str
+    normalised: bool
+    scale: float
+
+    def weights(self, logits: Tensor, index: Tensor) -> Tensor:
+        """
+        Compute the weights of any choice.
+
+        Args:
+            logits: ``(tokens, num_logits)``.
+            index: int64 ``(tokens, top_k)``, ids within the logits.
+
+        Returns:
+            float32 ``(tokens, top_k)``.
+        """
+        values = _FUNCTIONS[self.function](logits.float()).gather(-1, index)
+        if self.normalised:
+            values = values / values.sum(-1, keepdim=True).clamp(min=1e-20)
+        return self.scale * values
+
+    def gives(self, logits: Tensor, index: Tensor, weights: Tensor) -> bool:
+        """Tell whether the rule gives these weights, up to the rounding of their type."""
+        return self.error(logits, index, weights) <= _tolerance(weights)
+
+    def error(self, logits: Tensor, index: Tensor, weights: Tensor) -> float:
+        """Largest distance between the rule and *weights*, as a share of the latter."""
+        observed = weights.float()
+        error = (observed - self.weights(logits, index)).abs()
+        return float((error / observed.abs().clamp(min=1e-3)).max())
+
+
+def find_weighting(logits: Tensor, index: Tensor, weights: Tensor) -> Weighting:
+    """
+    Find the rule that gave *weights*; of several that would do, the one that comes nearest.
+
+    Args:
+        logits: ``(tokens, num_logits)`` of the router.
+        index: int64 ``(tokens, top_k)``, what it chose, all of them experts.
+        weights: ``(tokens, top_k)``, what it gave them.
+
+    Raises:
+        UnsupportedModelError: no known rule gives these weights.
+    """
+    best: tuple[float, Weighting] | None = None
+    total = weights.float().sum()
+    for name in _FUNCTIONS:
+        for normalised in (False, True):
+            sums = Weighting(name, normalised, 1.0).weights(logits, index).sum()
+            scale = _plain(float(total / sums.clamp(min=1e-20)), _tolerance(weights) / 20)
+            rule = Weighting(name, normalised, scale)
+            error = rule.error(logits, index, weights)
+            if error <= _tolerance(weights) and (best is None or error < best[0]):
+                best = error, rule
+    if best is not None:
+        return best[1]
+    raise UnsupportedModelError(
+        "this model's routers weigh experts by a rule that is not known here, so its choices "
+        'cannot be changed; serve it with choice="exact"'
+    )
+
+
+def _tolerance(weights: Tensor) -> float:
+    """Rounding of the weights' own type, and of a router that computes in it."""
+    return 2e-4 if weights.dtype == torch.float32 else 3e-2
+
+
+def _plain(scale: float, tolerance: float) -> float:
+    """Round *scale* to the fewest digits within *tolerance*: configs say 2.5 or 1."""
+    for digits in range(1, 5):
+        short = float(f"{scale:.{digits}g}")
+        if abs(short - scale) <= tolerance * abs(scale):
+            return short
+    return scale

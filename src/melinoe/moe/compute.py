@@ -1,9 +1,10 @@
-"""Compute experts from slots with transformers' own functions; ours is only the renumbering.
+"""
+Compute experts from slots with transformers' own functions; ours is only the renumbering.
 
-One plan (all experts of a request in slots at once) is one call of transformers' function. Several
-plans compute the (token, choice) pairs plan by plan, unweighted, and then weight and sum them with
-the same operations, in the same order, as transformers' last lines, so that both ways agree to the
-last bit.
+If all experts of a request are in slots at once, it is one call of transformers' function, on a
+`StandIn` for the module. Otherwise the (token, choice) pairs are computed part by part, unweighted,
+and then weighted and summed by the same operations, in the same order, as transformers' last lines
+(`Pairs`), so that both ways agree to the last bit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class StandIn:
     Looks like an experts module whose experts are the slots.
 
     Args:
-        module: the real one; anything not named here is looked up there (activation, limits, norm).
-        slots: per parameter name, ``(num_slots, ...)``, else shaped like the module's own.
+        module: the real one, which has everything else (activation, limits, norm).
+        slots: by parameter name, ``(num_slots, ...)``, else shaped like the module's own.
         num_slots: how many.
     """
 
@@ -47,34 +48,11 @@ class StandIn:
 Forward = Callable[..., torch.Tensor]
 
 
-def compute(
-    forward: Forward,
-    stand_in: StandIn,
-    hidden_states: torch.Tensor,
-    slot_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """
-    All pairs of a request at once; every entry of *slot_index* is a slot.
-
-    Args:
-        forward: transformers' ``grouped_mm`` or ``batched_mm`` experts function.
-        stand_in: carries the slots.
-        hidden_states: ``(tokens, hidden)``.
-        slot_index: int64 ``(tokens, top_k)`` in ``[0, num_slots)``.
-        top_k_weights: ``(tokens, top_k)``.
-
-    Returns:
-        ``(tokens, hidden)``.
-    """
-    return forward(stand_in, hidden_states, slot_index, top_k_weights)
-
-
 class Pairs:
     """
-    The outputs of a request that is computed in several plans, or that holds "no expert" entries.
+    The outputs of a request that is computed in parts, or that has choices of no expert.
 
-    A pair that no plan computes contributes nothing, as in transformers' eager loop, which skips
+    A pair that is never computed contributes nothing, as in transformers' eager loop, which skips
     ids outside ``[0, num_experts)``.
 
     Args:
@@ -100,11 +78,11 @@ class Pairs:
         Compute the pairs that have a slot now.
 
         Args:
-            forward: as in `compute`.
+            forward: transformers' ``grouped_mm`` or ``batched_mm`` experts function.
             stand_in: carries the slots.
             slot_of_pair: int64 ``(tokens * top_k,)``; below 0 for pairs that are not due.
-            due: int64, the pairs that are, ascending, where the caller knows them: finding them
-                makes the host wait for the device.
+            due: int64, the pairs that are due, ascending. Absent: found, for which the host waits
+                for the device.
         """
         if due is None:
             due = (slot_of_pair >= 0).nonzero().squeeze(-1)
@@ -116,19 +94,19 @@ class Pairs:
         self.put(due, forward(stand_in, hidden, slot_of_pair[due].unsqueeze(-1), weights))
 
     def tokens_of(self, due: Any) -> Any:
-        """The token of each of the pairs *due*."""
+        """Map pairs to their tokens."""
         return due // self._top_k
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states of *tokens* in the experts' dtype, ``(len(tokens), hidden)``."""
+        """Gather the hidden states of *tokens* in the experts' dtype, ``(len(tokens), hidden)``."""
         return self._hidden_states[tokens].to(self._outputs.dtype)
 
     def put(self, due: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Take the *outputs* ``(len(due), hidden)`` of pairs that were computed elsewhere."""
+        """Store the *outputs* ``(len(due), hidden)`` of the pairs *due*."""
         self._outputs[due] = outputs
 
     def total(self, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """Weight the pairs with *top_k_weights* ``(tokens, top_k)``, sum: ``(tokens, hidden)``."""
+        """Weight the pairs by *top_k_weights* ``(tokens, top_k)`` and sum: ``(tokens, hidden)``."""
         tokens, hidden = self._hidden_states.shape
         weighted = self._outputs * top_k_weights.reshape(-1).unsqueeze(-1)
         summed = weighted.view(tokens, self._top_k, hidden).sum(dim=1)

@@ -1,7 +1,8 @@
-"""Our entry in transformers' experts registry: one function, ``melinoe``, for every family.
+"""
+Enter one function, ``melinoe``, into transformers' registry of experts functions, for every family.
 
 transformers looks the function up by the name in ``module.config._experts_implementation`` and
-calls it with the experts module. Ours calls the object that `bind` put on that module. A module
+calls it with the experts module. Ours calls the function that `bind` put on that module. A module
 without one is an error, never a fallback to weights that may be gone.
 """
 
@@ -18,7 +19,7 @@ from melinoe.moe.experts import is_experts_module
 
 NAME = "melinoe"
 _BOUND = "_melinoe_bound"
-# Shown by torch.compile where it may leave nothing out (fullgraph=True).
+# Shown by torch.compile with fullgraph=True.
 NOT_COMPILED = (
     "offloaded experts cannot be compiled, because they ask the host which of them are resident; "
     "leave fullgraph out, or detach() the runtime first"
@@ -51,7 +52,7 @@ def unbind(module: nn.Module) -> None:
 
 
 def bound(module: nn.Module) -> ExpertsFunction | None:
-    """What `bind` put on *module*, or None."""
+    """The function that `bind` put on *module*, or None."""
     return vars(module).get(_BOUND)
 
 
@@ -60,9 +61,10 @@ def use_melinoe(model: nn.Module) -> Callable[[], None]:
     Choose ``melinoe`` as the experts implementation of *model*, nested configurations included.
 
     Returns:
-        A function that puts back what was chosen before.
+        A function that restores the implementation of before.
     """
-    _register()
+    if NAME not in ALL_EXPERTS_FUNCTIONS:  # not at import, which changes nothing
+        ALL_EXPERTS_FUNCTIONS.register(NAME, _melinoe)
     before = [(config, config._experts_implementation_internal) for config in _deciding(model)]  # type: ignore[attr-defined]
     for config, _ in before:
         config._experts_implementation_internal = NAME  # type: ignore[attr-defined]
@@ -75,7 +77,7 @@ def use_melinoe(model: nn.Module) -> Callable[[], None]:
 
 
 def still_used(model: nn.Module) -> Callable[[], None]:
-    """Make a check, to be called after `use_melinoe`: raises AttachError once another is chosen."""
+    """Make a check, after `use_melinoe`, that raises AttachError once another one is chosen."""
     configs = list(_deciding(model))
 
     def check() -> None:
@@ -92,10 +94,9 @@ def still_used(model: nn.Module) -> Callable[[], None]:
 
 def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
     """
-    The function of transformers' own that *module* would use with all experts resident.
+    Find transformers' function that *module* would use with all experts resident.
 
-    ``eager`` becomes ``grouped_mm``: it loops over experts in Python and gives the same values up
-    to rounding.
+    ``eager``, a loop over experts in Python, becomes ``grouped_mm``: the same up to rounding.
 
     Raises:
         AttachError: an implementation that does not take its weights from the module as they are.
@@ -111,12 +112,6 @@ def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
     return ALL_EXPERTS_FUNCTIONS[name]
 
 
-def _register() -> None:
-    """Enter the registry once; at first use, so that importing melinoe changes nothing."""
-    if NAME not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(NAME, _melinoe)
-
-
 def _melinoe(
     module: nn.Module,
     hidden_states: torch.Tensor,
@@ -129,10 +124,10 @@ def _melinoe(
     return _as_it_is(function, hidden_states, top_k_index, top_k_weights)
 
 
-# A compiler that looked inside would keep who is resident now for all passes to come.
+# A compiler that looked inside would keep today's residents for all passes to come.
 @torch.compiler.disable(reason=NOT_COMPILED)
 def _as_it_is(function: ExpertsFunction | None, *tensors: torch.Tensor) -> torch.Tensor:
-    """Compute the experts outside of whatever graph their model is compiled to."""
+    """Compute the experts outside the graph that their model is compiled to."""
     if function is None:
         raise AttachError(
             "the experts implementation 'melinoe' is chosen but no runtime is attached to this "
@@ -142,7 +137,7 @@ def _as_it_is(function: ExpertsFunction | None, *tensors: torch.Tensor) -> torch
 
 
 def _deciding(model: nn.Module) -> Iterator[object]:
-    """Each configuration object, once, that an experts module or a generate call reads."""
+    """Yield each configuration, once, that an experts module or a generate call reads."""
     seen: set[int] = set()
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -1,14 +1,14 @@
 """
-Stop where a model's output is no number, and say which layer and which tensor made it so.
+Stop when a model's output is not finite, and say which layer and which tensor made it so.
 
 The check is one maximum over the vocabulary of logits that are there anyway. Only when it fails is
-the model run once more, with an eye on each module.
+the model run once more, with a hook on each module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from melinoe.moe.experts import is_experts_module
 
 def are_finite(logits: Tensor) -> bool:
     """
-    Whether each row of *logits* ``(..., vocabulary)`` has a largest one that is a number.
+    Tell whether the largest of each row of *logits* ``(..., vocabulary)`` is finite.
 
     Single logits may be -inf: masked tokens are, and padding of the vocabulary. Waits for the
     device.
@@ -30,30 +30,9 @@ def are_finite(logits: Tensor) -> bool:
     return bool(logits.amax(-1).isfinite().all())
 
 
-def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelError:
-    """
-    Make the error that says where it comes from that *what* is no finite number.
-
-    Args:
-        model: offloaded or not.
-        inputs: of the call that gave it; the model is called with them once more.
-        what: such as ``the loss of example 3``.
-    """
-    return ModelError(f"{what} is not finite: {_cause(model, inputs)}")
-
-
-def broken_weight(model: nn.Module) -> str | None:
-    """Name the first weight of *model* that holds NaN or infinity; None if all are numbers."""
-    for name, module in model.named_modules():
-        found = _broken(name, module)
-        if found is not None:
-            return found
-    return None
-
-
 def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
     """
-    Call the ``generate`` of *model*, and stop at the first logits that are no numbers.
+    Call the ``generate`` of *model*, and stop at the first logits that are not finite.
 
     Raises:
         ModelError: there are such; it names the layer and the tensor.
@@ -62,17 +41,16 @@ def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
     try:
         return model.generate(*inputs, **options, logits_processor=processors)
     except _NotFiniteError as error:
-        ids = error.ids
+        ids = error.args[0]
     raise not_finite(model, {"input_ids": ids}, "what the model says")
 
 
 class _NotFiniteError(Exception):
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
+    """Its argument is the token ids."""
 
 
 class _Watch(LogitsProcessor):
-    """Looks at the logits of each step, before anything is drawn from them."""
+    """Checks the logits of each step before a token is drawn from them."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if not are_finite(scores):
@@ -84,8 +62,15 @@ class _FoundError(Exception):
     pass
 
 
-def _cause(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The module that is first to make NaN or infinity of numbers, and why it does."""
+def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelError:
+    """
+    Make the error that says why *what* is not finite: the first module that made it so.
+
+    Args:
+        model: offloaded or not.
+        inputs: of the call that gave it; the model is called with them once more.
+        what: such as ``the loss of example 3``.
+    """
     found: list[tuple[str, nn.Module, str]] = []
 
     def look(name: str) -> Any:
@@ -101,48 +86,45 @@ def _cause(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(look(name)).remove)
-        try:
-            with torch.no_grad():
-                model(**inputs)
-        except _FoundError:
-            pass
-    if not found:
-        return "only in that call; run it again, and if it stays so, load the model in float32"
-    name, module, kind = found[0]
-    broken = _broken(name, module) or broken_weight(model)
-    if broken is not None:
-        return f"{name} gave {kind}, because {broken}; get the checkpoint's files again"
-    return (
-        f"{name} gave {kind} though its weights are numbers, so they grew beyond the model's type; "
-        "load it in float32, or in bfloat16 if it is in float16"
-    )
+        with torch.no_grad(), suppress(_FoundError):
+            model(**inputs)
+    cause = "only in that call; run it again, and if it stays so, load the model in float32"
+    if found:
+        name, module, kind = found[0]
+        broken = _broken(name, module) or broken_weight(model)
+        why = (
+            f", because {broken}; get the checkpoint's files again"
+            if broken is not None
+            else " though its weights are numbers, so they grew beyond the model's type; load it "
+            "in float32, or in bfloat16 if it is in float16"
+        )
+        cause = f"{name} gave {kind}{why}"
+    return ModelError(f"{what} is not finite: {cause}")
+
+
+def broken_weight(model: nn.Module) -> str | None:
+    """Name the first weight of *model* that holds NaN or infinity; None if there is none."""
+    return next(filter(None, (_broken(*named) for named in model.named_modules())), None)
 
 
 def _broken(name: str, module: nn.Module) -> str | None:
-    """Which tensor of *module* itself holds what is no number; offloaded experts included."""
+    """Name a tensor of *module* itself that holds NaN or infinity; also of offloaded experts."""
     for key, parameter in module.named_parameters(recurse=False):
         kind = _kind(parameter)
         if kind is not None:
             return f"{name}.{key} holds {kind}"
-    if is_experts_module(module):
-        for expert, key, tensor in _offloaded(module):
-            kind = _kind(tensor)
-            if kind is not None:
-                return f"expert {expert} of {name} holds {kind} in its {key}"
+    read: Any = getattr(bound(module), "read", None) if is_experts_module(module) else None
+    if read is not None:
+        for expert in range(int(module.num_experts)):  # type: ignore[arg-type]
+            for key, tensor in read(expert).items():
+                kind = _kind(tensor)
+                if kind is not None:
+                    return f"expert {expert} of {name} holds {kind} in its {key}"
     return None
 
 
-def _offloaded(module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
-    read: Any = getattr(bound(module), "read", None)
-    if read is None:
-        return
-    for expert in range(int(module.num_experts)):  # type: ignore[arg-type]
-        for key, tensor in read(expert).items():
-            yield expert, key, tensor
-
-
 def _kind(tensor: Tensor) -> str | None:
-    """NaN or infinity, if *tensor* holds it; -inf alone is how something is masked."""
+    """Return NaN or infinity if *tensor* holds it; -inf alone is how something is masked."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return None
     largest = tensor.detach().max()
@@ -154,9 +136,6 @@ def _kind(tensor: Tensor) -> str | None:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, Mapping):
-        for part in output.values():
-            yield from _tensors(part)
-    elif isinstance(output, tuple | list):
-        for part in output:
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(part)

@@ -1,10 +1,9 @@
 """
-Compute all experts of a layer with transformers' grouped products, and add to each product.
+Compute all experts of a layer for training, with a term added to the product of each projection.
 
-transformers' own ``grouped_mm`` function takes each projection's weight from the module and leaves
-no room for a low-rank term beside it. This is the same function with that room: the same order of
-operations and the same grouped product underneath, so that without an addition both agree bit for
-bit. Whatever differs between families is data on the module, as in `melinoe.moe.compute`.
+transformers' own ``grouped_mm`` function leaves no room for a low-rank term beside a projection's
+weight. This is the same function with that room: the same order of operations and the same grouped
+product underneath, so that without an addition both agree bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers.integrations.moe import _grouped_mm
 
 Addition = Callable[[str, Tensor, Tensor], Tensor]
-"""Of a parameter's name, rows ``(pairs, in)`` sorted by expert, and offsets ``(experts,)``."""
+"""From a parameter's name, rows ``(pairs, in)`` sorted by expert, and offsets ``(experts,)``."""
 
 _ALIGNMENT_BYTES = 16
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,29 +30,25 @@ def grouped_experts(
     addition: Addition | None = None,
 ) -> Tensor:
     """
-    What an experts module computes, with a term added to the product of each projection.
+    Compute an experts module, as ``transformers.integrations.moe.grouped_mm_experts_forward`` does.
+
+    Never waits for the device; takes memory of the order of ``tokens x top_k`` rows.
 
     Args:
-        module: An experts module with its weights in it; only their data is read.
+        module: an experts module with its weights in it; only their data is read.
         hidden_states: ``(tokens, hidden)``.
         top_k_index: int64 ``(tokens, top_k)``; ids outside ``[0, num_experts)`` mean no expert.
         top_k_weights: ``(tokens, top_k)``.
-        addition: Called with the parameter's name, the rows that its product takes, sorted by
-            expert, and for each expert the number of rows up to and with its own.
+        addition: returns the term, from the parameter's name, the rows that its product takes,
+            sorted by expert, and for each expert the number of rows up to and with its own.
 
     Returns:
         ``(tokens, hidden)`` in the dtype of *hidden_states*.
-
-    Cost: no synchronisation with the host; memory of the order of ``tokens x top_k`` rows.
-
-    Source:
-        ``transformers.integrations.moe.grouped_mm_experts_forward``, whose weighting and order of
-        summation are kept.
     """
     num_experts, top_k = module.num_experts, top_k_index.shape[-1]
     tokens, hidden = hidden_states.shape
     ids, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
-    # A choice of no expert is computed by some expert and weighs nothing: no row stays unwritten.
+    # A choice of no expert is computed by some expert with weight 0: no row stays unwritten.
     none = (ids < 0) | (ids >= num_experts)
     ids, weights = ids.clamp(0, num_experts - 1), weights.masked_fill(none, 0)
 
@@ -95,10 +90,10 @@ def grouped_experts(
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
-    Each row times the matrix of its group; with gradient, which is zero for a group of no rows.
+    Multiply each row by the matrix of its group; with gradient, zero for a group of no rows.
 
     Args:
-        rows: ``(rows, in)``, sorted by group, of the dtype of *weight*; or wider, where *weight* is
+        rows: ``(rows, in)``, sorted by group, of the dtype of *weight*; or wider if *weight* is
             frozen: each matrix is then cast up as it is read.
         weight: ``(groups, in, out)``.
         offsets: int32 ``(groups,)``; rows up to and with each group.
@@ -137,7 +132,7 @@ class _Widened(torch.autograd.Function):
 
 
 def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Groups that have rows, with their rows. Waits for the device."""
+    """Yield the groups that have rows, with their rows. Waits for the device."""
     start = 0
     for group, end in enumerate(offsets.tolist()):
         if end > start:
@@ -146,11 +141,11 @@ def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def is_aligned(weight: Tensor) -> bool:
-    """Whether rows and columns of each matrix are whole 16-byte words."""
+    """Tell whether rows and columns of each matrix are whole 16-byte words."""
     return all(size * weight.itemsize % _ALIGNMENT_BYTES == 0 for size in weight.shape[-2:])
 
 
 def aligned_size(size: int, dtype: torch.dtype) -> int:
-    """The smallest size not below *size* that fills whole 16-byte words."""
+    """Round *size* up to whole 16-byte words."""
     step = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
     return -(-size // step) * step

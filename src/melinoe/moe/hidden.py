@@ -12,16 +12,16 @@ from melinoe.moe.routing import Router
 
 class HiddenRecorder:
     """
-    Collects what each router and the language-model head were shown, with its graph.
+    Collects the inputs of each router and of the language-model head, with their graph.
 
     Between one router and the next lies one MoE block, so these are the model's hidden states after
-    each of them, whatever a family calls its layers; what the head sees comes after the last. Used
-    as a context manager around one forward pass; ``take()`` empties it. Where a part runs twice
-    within the pass (recomputed activations), the first counts.
+    each block, whatever a family calls its layers. Used as a context manager around one forward
+    pass; ``take()`` empties it. Where a part runs twice within the pass (recomputed activations),
+    the first run counts.
 
     Args:
-        routers: Of *model*, from `find_routers`.
-        model: Gives the head, ``get_output_embeddings()``; one without a head has a place less.
+        routers: of *model*, from `find_routers`.
+        model: gives the head, ``get_output_embeddings()``; without a head there is one place less.
     """
 
     def __init__(self, routers: list[Router], model: Any) -> None:
@@ -34,28 +34,26 @@ class HiddenRecorder:
 
     def __enter__(self) -> HiddenRecorder:
         self._seen = {}
-        for place, part in enumerate(self._parts):
-            hook = self._see(place)
-            self._handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles = [
+            part.register_forward_pre_hook(self._see(place), with_kwargs=True)
+            for place, part in enumerate(self._parts)
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
 
     def take(self) -> dict[int, Tensor]:
-        """Place in the model's order, those that ran, to ``(tokens, features)``."""
+        """Return hidden states ``(tokens, features)`` by place in the model's order."""
         seen, self._seen = self._seen, {}
         return seen
 
     def _see(self, place: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if place in self._seen:
-                return
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor) and torch.is_floating_point(value) and value.dim() > 1:
-                    self._seen[place] = value.reshape(-1, value.shape[-1])
+                    self._seen.setdefault(place, value.reshape(-1, value.shape[-1]))
                     return
 
         return hook

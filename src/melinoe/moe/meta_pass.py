@@ -1,11 +1,11 @@
 """
-One forward pass on the meta device: what decoding reads and remembers, asked of the model itself.
+Learn from one forward pass on the meta device what decoding reads, and what the cache keeps.
 
-The model is built without a byte of weights and run on tokens without values. Experts are replaced
-by a function that notes how many of them a token asked for. What the pass leaves in the model's own
-cache are the keys, values and states of that many tokens, whatever the family does: latent
-attention, sliding windows, linear attention, indexers, caches of its own. Which parameters its
-operators touched is what a token reads; of a table that is only looked up, a row.
+The model is built without weights and run on tokens without values. Its experts are replaced by a
+function that notes how many of them a token asks for. The pass leaves the keys, values and states
+of its tokens in the model's own cache, whatever the family does: latent attention, sliding windows,
+linear attention, indexers. The parameters that its operators took are what a token reads; of a
+table that is only looked up, a row.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer
 
 DIRECT = 4096
-"""Tokens up to which the cache is simply asked; beyond, it is continued from there."""
+"""Tokens of the longest pass; the cache of longer texts is extrapolated."""
 
 _LOOKUPS = (torch.nn.functional.embedding, torch.embedding, torch.index_select)
+_ASKS = ("__get__", "size", "dim", "numel", "stride")
 
 
 @dataclass(frozen=True)
 class Pass:
     """
-    What one forward pass over some tokens of one sequence did.
+    Figures of one forward pass over some tokens of one sequence.
 
     Attributes:
-        cache_bytes: Left in the cache, by part of it: a layer, mostly.
-        windows: Tokens that part keeps at most; None where it keeps all.
-        read_bytes: Of parameters outside the experts that take part in every token's arithmetic.
-        looked_up_bytes: Of tables from which a token takes a row.
-        top_k: Experts a token asked for, by MoE layer; None for a layer that was not called.
+        cache_bytes: left in the cache, by part of it: a layer, mostly.
+        windows: tokens that the part keeps at most; None where it keeps all.
+        read_bytes: of parameters outside the experts that take part in every token's arithmetic.
+        looked_up_bytes: of tables from which a token takes a row.
+        top_k: experts that a token asked for, by MoE layer; None for a layer that was not called.
     """
 
     cache_bytes: tuple[int, ...]
@@ -49,7 +50,7 @@ class Pass:
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which parameters any function of torch takes, and which are only looked up."""
+    """Notes which parameters any function of torch takes, and which it only looks up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,15 +60,10 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         into = self.looked_up if func in _LOOKUPS else self.read
         for value in (*args, *(kwargs or {}).values()):
-            # Only these, or looking at a parameter (its shape, its type) would count as reading it.
-            if isinstance(value, torch.nn.Parameter) and not _asks_only(func):
+            # Looking at a parameter's shape or type is no reading.
+            if isinstance(value, torch.nn.Parameter) and getattr(func, "__name__", "") not in _ASKS:
                 into.add(id(value))
         return func(*args, **(kwargs or {}))
-
-
-def _asks_only(func: Any) -> bool:
-    """Whether *func* is a property's getter or another question about a tensor."""
-    return getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "stride")
 
 
 @contextlib.contextmanager
@@ -77,7 +73,7 @@ def without_experts(
     called: Callable[[ExpertsLayer, torch.Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """
-    In the body *model*, on the meta device, runs; its experts give back what they are given.
+    Make *model*, on the meta device, run in the body; its experts return their inputs.
 
     Args:
         model: on the meta device.
@@ -121,15 +117,16 @@ def forward(
     sizes: Mapping[int, int] | None = None,
 ) -> Pass:
     """
-    Run *model*, which is on the meta device, over *tokens* tokens without values.
+    Run *model*, on the meta device, over *tokens* tokens: no memory, and well under a second.
 
-    *sizes* says what each parameter outside the experts takes, by its identity, if not its own.
-
-    Costs well under a second for most families up to `DIRECT` tokens, and no memory.
+    Args:
+        model: on the meta device.
+        layers: its MoE layers.
+        tokens: at most `DIRECT`.
+        sizes: bytes of each parameter outside the experts, by ``id``; absent: its own.
 
     Raises:
-        RuntimeError: the family's code looks at values, or keeps no cache (any exception of its
-            own, chained).
+        RuntimeError: the family's code looks at values, or keeps no cache.
     """
     reads = _Reads()
     with without_experts(model, layers) as top_k:
@@ -155,16 +152,15 @@ def cache_bytes(
     model: Any, layers: Sequence[ExpertsLayer], context: int, seen: Pass | None = None
 ) -> int:
     """
-    Bytes that the cache holds for one sequence of *context* tokens.
+    Count the bytes that the cache holds for one sequence of *context* tokens.
 
-    Up to `DIRECT` tokens it is read off; beyond, each part goes on as it grew over the last half
-    of them, up to its window.
+    Beyond `DIRECT` tokens each part grows on as over the last half of them, up to its window.
 
     Args:
-        model: On the meta device.
-        layers: Its MoE layers.
-        context: Tokens.
-        seen: A pass over ``min(context, DIRECT)`` tokens, if one was made already.
+        model: on the meta device.
+        layers: its MoE layers.
+        context: tokens.
+        seen: a pass over ``min(context, DIRECT)`` tokens, if one was made already.
 
     Raises:
         RuntimeError: as `forward`.
@@ -188,7 +184,7 @@ def cache_bytes(
 
 
 def _parts(kept: Any) -> Iterator[Any]:
-    """The cache's layers, and whatever else it keeps as one part."""
+    """Yield the cache's layers, and whatever else it keeps as one part."""
     layers = list(getattr(kept, "layers", None) or ())
     yield from layers
     yield {key: value for key, value in vars(kept).items() if key != "layers"}
@@ -200,7 +196,7 @@ def _window(part: Any) -> int | None:
 
 
 def _tensors(value: Any, found: dict[int, int], depth: int = 0) -> dict[int, int]:
-    """Bytes of every tensor with at least two dimensions inside *value*, each once."""
+    """Collect in *found* the bytes of every tensor of two or more dimensions inside *value*."""
     if isinstance(value, torch.Tensor):
         if value.dim() > 1:  # below that it is bookkeeping, of a few bytes
             found[id(value)] = value.numel() * value.element_size()
@@ -219,7 +215,7 @@ def _tensors(value: Any, found: dict[int, int], depth: int = 0) -> dict[int, int
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence notices about missing kernels: nothing is computed here."""
+    """Silence notices about missing kernels: nothing is computed."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,10 +1,9 @@
 """
-Ask the next layer's router early, of what this layer's router sees.
+Ask the next layer's router early: show it the inputs of this layer's router.
 
-Hidden states change little from one layer to the next, so the next layer's router, shown what the
-router of this one is shown, often names the experts that the next layer will ask for. The router
-module itself is run on the same inputs, whatever it makes of them; nothing here repeats a family's
-way of choosing.
+Hidden states change little from one layer to the next, so the next layer's router, given the inputs
+of this layer's, often names the experts that the next layer will ask for. The router module itself
+is run, whatever it makes of its inputs; nothing here repeats a family's way of choosing.
 """
 
 from __future__ import annotations
@@ -21,32 +20,20 @@ from melinoe.errors import UnsupportedModelError
 from melinoe.moe.dispatch import NOT_COMPILED
 from melinoe.moe.routing import Router, router_logits
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
 
 class NextRouters:
     """
-    The routers of a model, each asked about what the one before it saw.
+    The routers of a model, each to be asked about the inputs of the one before it.
 
-    While it is open, a hook on each router keeps its latest inputs. The modules asked are the
-    model's own without their hooks, so that whoever listens to the routers hears nothing of it;
-    they share the model's parameters.
+    While it is open, a hook on each router keeps its latest inputs. The modules asked share the
+    model's parameters but not its hooks, so that a recorder of the routers sees nothing of it.
 
     The experts named are the router's own choice where it returns one (an integer tensor beside
-    its logits), so that correction biases and groups count; else its highest logits.
-
-    Cost: one router's forward pass per question.
+    its logits), so that correction biases and groups count; else its highest logits. A question
+    costs one router's forward pass.
 
     Args:
-        routers: Of all MoE layers, in order.
+        routers: of all MoE layers, in order.
 
     Raises:
         UnsupportedModelError: a router reads vectors of another width than the one before it.
@@ -65,10 +52,12 @@ class NextRouters:
                     f"{one.name} of {one.weight.shape[1]}, so it cannot be asked early; choose "
                     "another prefetch than next-router"
                 )
-        self._bare = [_without_hooks(router.module) for router in self._routers]
         self._logits: list[Tensor] = []
+        self._bare = [_without_hooks(router.module) for router in self._routers]
         for bare, router in zip(self._bare, self._routers, strict=True):
-            bare.get_submodule(router.source).register_forward_hook(self._see_logits)
+            bare.get_submodule(router.source).register_forward_hook(
+                lambda _, __, output: self._logits.append(router_logits(output))
+            )
         self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._handles = [
             router.module.register_forward_pre_hook(
@@ -85,52 +74,48 @@ class NextRouters:
         self._inputs.clear()
 
     def forget(self, layer: int) -> None:
-        """Nobody will ask about what the router of *layer* saw."""
+        """Drop the inputs of the router of *layer*: nobody will ask about them."""
         self._inputs.pop(layer, None)
 
     @torch.no_grad()
     def guess(self, layer: int, target: int, rows: int, top_k: int) -> Tensor:
         """
-        What the router of *target* says of what the router of *layer* saw last.
+        Ask the router of *target* about the latest inputs of the router of *layer*.
 
         Args:
             layer: MoE layer whose router has run.
-            target: The layer that comes next (`melinoe.cache.ahead.Route`).
-            rows: Tokens that its experts are about to compute.
-            top_k: Ids to name for each, where the router itself does not say how many.
+            target: the layer that comes next (`melinoe.cache.route.Route`).
+            rows: tokens that its experts are about to compute.
+            top_k: ids to name for each, where the router itself does not say how many.
 
         Returns:
             Integers ``(rows, top_k)``, the likeliest first where logits were sorted; ids outside
             the experts mean none.
 
         Raises:
-            UnsupportedModelError: the router cannot take these inputs, or says nothing that can be
+            UnsupportedModelError: the router cannot take these inputs, or its output cannot be
                 read.
         """
         router = self._routers[target]
         given = self._inputs.pop(layer, None)
         if given is None:
-            raise self._refusal(router, f"{self._routers[layer].name} did not run before it")
+            raise _refusal(router, f"{self._routers[layer].name} did not run before it")
         self._logits.clear()
         try:
             output = self._bare[target](*given[0], **given[1])
         except Exception as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self._refusal(router, f"it does not take its inputs ({what})") from error
-        chosen = _own_choice(output, rows)
-        if chosen is not None:
-            return chosen
+            raise _refusal(router, f"it does not take its inputs ({what})") from error
+        for part in output if isinstance(output, tuple | list) else ():
+            if isinstance(part, Tensor) and part.dtype in (torch.int64, torch.int32):
+                ids = part.reshape(-1, part.shape[-1])
+                if ids.shape[0] == rows:
+                    return ids  # the router's own choice
         logits = self._logits[0] if self._logits else None
         if logits is None or logits.shape[0] != rows:
-            raise self._refusal(router, "it gives no logits for each token")
+            raise _refusal(router, "it gives no logits for each token")
         count = min(router.top_k or top_k, router.num_experts)
         return logits[:, : router.num_experts].topk(count).indices
-
-    def _refusal(self, router: Router, why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"the router {router.name} cannot be asked early: {why}; choose another prefetch than "
-            "next-router"
-        )
 
     def _see_inputs(self, layer: int) -> Any:
         @torch.compiler.disable(reason=NOT_COMPILED)
@@ -139,26 +124,21 @@ class NextRouters:
 
         return hook
 
-    def _see_logits(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._logits.append(router_logits(output))
 
-
-def _own_choice(output: Any, rows: int) -> Tensor | None:
-    """The ids that a router chose, if it says so itself."""
-    for part in output if isinstance(output, tuple | list) else ():
-        if isinstance(part, Tensor) and part.dtype in (torch.int64, torch.int32):
-            ids = part.reshape(-1, part.shape[-1])
-            if ids.shape[0] == rows:
-                return ids
-    return None
+def _refusal(router: Router, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the router {router.name} cannot be asked early: {why}; choose another prefetch than "
+        "next-router"
+    )
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """The same module, parameters and buffers shared, whose calls nobody listens to."""
+    """Copy *module* without its hooks; parameters and buffers are shared."""
     bare = copy.copy(module)
     bare.__dict__ = dict(module.__dict__)
-    for name in _HOOKS:
-        bare.__dict__[name] = OrderedDict()
+    for name in module.__dict__:
+        if name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+            bare.__dict__[name] = OrderedDict()
     bare.__dict__["_modules"] = {
         name: None if child is None else _without_hooks(child)
         for name, child in module._modules.items()

@@ -1,10 +1,9 @@
 """
-Find the routers of a transformers model, and record what they said and what then ran.
+Find the routers of a transformers model, and record their logits and the choices that then run.
 
-A router is the ``gate`` or ``router`` that stands beside an experts module in its block. Families
-choose in many ways (correction biases, groups, sigmoid scores, skip slots), so nothing here ever
-repeats a choice: ids are taken at the door of the experts module, logits where the router's weight
-makes them.
+A router is the ``gate`` or ``router`` beside an experts module in its block. Families choose in
+many ways (correction biases, groups, sigmoid scores, skip slots), so nothing here repeats a choice:
+ids are taken from the inputs of the experts module, logits where the router's weight makes them.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ class Router:
     The router of one MoE layer.
 
     Attributes:
-        index: Number of the MoE layer, as in `find_experts`.
-        name: Of the router module, as in ``named_modules()``.
-        module: The router module.
-        source: Dotted name, below *module*, of the submodule that makes the logits; empty where
+        index: number of the MoE layer, as in `find_experts`.
+        name: of the router module, as in ``named_modules()``.
+        module: the router module.
+        source: dotted name, below *module*, of the submodule that makes the logits; empty where
             the module itself does, as the first of its outputs.
-        experts: The experts module it chooses for; its weights may have been taken out.
-        num_experts: Experts of the layer, skip slots not counted.
-        num_logits: Width of its logits: the experts, then skip slots if it has any.
-        top_k: Experts per token.
+        experts: the experts module it chooses for; its weights may have been taken out.
+        num_experts: experts of the layer, skip slots not counted.
+        num_logits: width of its logits: the experts, then skip slots if it has any.
+        top_k: experts per token.
     """
 
     index: int
@@ -54,14 +53,14 @@ class Router:
         return self.module.get_submodule(self.source).weight  # type: ignore[return-value]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Full name and parameter, for all that decides the logits or the choice."""
+        """Yield full name and parameter of all that decides the logits or the choice."""
         for name, parameter in self.module.named_parameters():
             yield f"{self.name}.{name}", parameter
 
 
 def find_routers(model: nn.Module) -> list[Router]:
     """
-    The router of each MoE layer, in the order of `find_experts`; also of an offloaded model.
+    Find the router of each MoE layer, in the order of `find_experts`; also of an offloaded model.
 
     Raises:
         UnsupportedModelError: no MoE layers; a layer without a router, or whose router has no
@@ -83,7 +82,7 @@ def _router_of(model: nn.Module, index: int, experts_name: str, experts: nn.Modu
             continue
         for source, part in module.named_modules():
             weight = getattr(part, "weight", None)
-            # A layer may have as many hidden features as experts: rows are what makes logits.
+            # A layer may have as many hidden features as experts: its rows make the logits.
             if (
                 isinstance(weight, nn.Parameter)
                 and weight.dim() == 2
@@ -102,9 +101,9 @@ def _router_of(model: nn.Module, index: int, experts_name: str, experts: nn.Modu
 
 def router_logits(output: Any) -> Tensor:
     """
-    The logits among what a router returns, ``(tokens, num_logits)``.
+    Take the logits from what a router returns, ``(tokens, num_logits)``.
 
-    They come first, as a rule; a few families of transformers 5.17 put what was chosen there.
+    They come first, as a rule; a few families of transformers 5.17 return the choice first.
     """
     logits = output if isinstance(output, Tensor) else output[0]
     if not logits.is_floating_point():
@@ -115,12 +114,13 @@ def router_logits(output: Any) -> Tensor:
 @dataclass
 class Routing:
     """
-    What one layer's router did in one forward pass; tokens are flat, in the batch's order.
+    The record of one layer's router in one forward pass; tokens are flat, in the batch's order.
 
     Attributes:
         logits: ``(tokens, num_logits)``, with gradient.
-        top_k_index: int64 ``(tokens, top_k)``, what ran; ids outside the experts mean none.
-        inputs: Positional and keyword inputs of the router, detached: for a reference router.
+        top_k_index: int64 ``(tokens, top_k)``, the choices that ran; ids outside the experts mean
+            none.
+        inputs: positional and keyword inputs of the router, detached: for a reference router.
     """
 
     router: Router
@@ -131,29 +131,28 @@ class Routing:
 
 class RoutingRecorder:
     """
-    Collects, during a forward pass, what every router said and what ran.
+    Collects, during a forward pass, every router's inputs and logits, and the choices that ran.
 
-    Used as a context manager around one forward pass; ``take()`` gives the layers' `Routing` and
-    empties the recorder. Hooks only look; the pass is the same with and without them. Where a
-    layer runs twice within the pass (recomputed activations in a backward pass), the first counts.
+    Used as a context manager around one forward pass; ``take()`` returns the layers' `Routing` and
+    empties the recorder. The pass is the same with and without it. Where a layer runs twice within
+    the pass (recomputed activations in a backward pass), the first run counts.
     """
 
     def __init__(self, routers: list[Router]):
         self.routers = routers
-        self._logits: dict[int, Tensor] = {}
-        self._index: dict[int, Tensor] = {}
-        self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._handles: list[Any] = []
+        self._clear()
 
     def __enter__(self) -> RoutingRecorder:
         self._clear()
         for router in self.routers:
-            layer = router.index
-            add = self._handles.append
             part = router.module.get_submodule(router.source)
-            add(router.module.register_forward_pre_hook(self._see_inputs(layer), with_kwargs=True))
-            add(part.register_forward_hook(self._see_logits(layer)))
-            add(router.experts.register_forward_pre_hook(self._see_choice(layer), with_kwargs=True))
+            inputs, logits, choice = self._hooks(router.index)
+            self._handles += [
+                router.module.register_forward_pre_hook(inputs, with_kwargs=True),
+                part.register_forward_hook(logits),
+                router.experts.register_forward_pre_hook(choice, with_kwargs=True),
+            ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -163,7 +162,7 @@ class RoutingRecorder:
 
     def take(self) -> list[Routing]:
         """
-        What the pass recorded, one `Routing` per layer that ran, in layer order.
+        Return the record of the pass, one `Routing` per layer that ran, in layer order.
 
         Raises:
             UnsupportedModelError: a layer gave ids but no logits, or the other way round.
@@ -183,30 +182,26 @@ class RoutingRecorder:
         return taken
 
     def _clear(self) -> None:
-        self._logits, self._index, self._inputs = {}, {}, {}
+        self._logits: dict[int, Tensor] = {}
+        self._index: dict[int, Tensor] = {}
+        self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def _see_inputs(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _hooks(self, layer: int) -> tuple[Any, Any, Any]:
+        def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer not in self._inputs:
                 detached = {key: _detach(value) for key, value in kwargs.items()}
                 self._inputs[layer] = (tuple(map(_detach, args)), detached)
 
-        return hook
-
-    def _see_logits(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if layer not in self._logits:
                 self._logits[layer] = router_logits(output)
 
-        return hook
-
-    def _see_choice(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def choice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer not in self._index:
                 index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
                 self._index[layer] = index.detach().reshape(-1, index.shape[-1])
 
-        return hook
+        return inputs, logits, choice
 
 
 def _detach(value: Any) -> Any:
@@ -215,11 +210,10 @@ def _detach(value: Any) -> Any:
 
 def fingerprint(model: nn.Module) -> str:
     """
-    Name a model's routing: sha256 over all router weights and the experts' geometry.
+    Hash a model's routing: sha256 over all router weights and the experts' geometry.
 
-    Two models have equal fingerprints exactly if their routers hold equal numbers; a trace or
-    predictor of one then belongs to the other. Loading bfloat16 weights as float32 changes
-    nothing. The experts' weights are not read.
+    Fingerprints are equal exactly if the routers hold equal numbers, in whatever type; a trace or
+    predictor of one model then belongs to the other. The experts' weights are not read.
 
     Returns:
         64 hexadecimal digits.
