@@ -167,20 +167,6 @@ def test_the_exact_split_costs_the_least_possible(seed):
     split = allocate(cost, budget, at_least=at_least)
     assert sum(split) <= budget and min(split) >= at_least and max(split) <= experts
     assert total_cost(cost, split) == best_by_search(cost, budget, at_least)
-    greedy = allocate(cost, budget, at_least=at_least, method="marginal")
-    assert sum(greedy) <= budget
-    assert total_cost(cost, greedy) >= total_cost(cost, split)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_marginal_gain_is_exact_on_convex_curves(seed):
-    """Where each further slot saves no more than the one before, greedy is optimal."""
-    rng = np.random.default_rng(seed)
-    savings = -np.sort(-rng.integers(0, 20, (3, 6)), axis=1)
-    cost = 200 - np.cumsum(savings, axis=1)
-    for budget in range(3, 19):
-        greedy = allocate(cost, budget, method="marginal")
-        assert total_cost(cost, greedy) == best_by_search(cost, budget, 1)
 
 
 def test_a_split_from_a_trace_costs_what_it_promised():
@@ -214,8 +200,6 @@ def test_impossible_budgets_are_refused():
     cost = np.zeros((3, 4))
     with pytest.raises(BudgetError, match="at least 6"):
         allocate(cost, 5, at_least=2)
-    with pytest.raises(ValueError, match="method"):
-        allocate(cost, 5, method="luck")
     with pytest.raises(ValueError, match="at_least"):
         allocate(cost, 50, at_least=5)
     assert allocate(cost, 100) == (4, 4, 4)
