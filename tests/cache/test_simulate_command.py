@@ -170,7 +170,6 @@ def test_what_cannot_be_is_refused_in_one_sentence(trace, arguments, text):
     ("arguments", "text"),
     [
         (("--miss", "hope"), "wait, cpu, split"),
-        (("--overlap", "all"), "none, hits"),
         (("--slots", "many"), "neither a number"),
         (("--miss", "split"), "--link"),
         ((*TIMED, "--miss", "cpu"), "--prefetch popular"),

@@ -21,25 +21,10 @@ def test_waiting_for_loads_worked_by_hand():
     assert timing.transferred_bytes == 200
 
 
-def test_hits_hide_behind_loads():
-    """With overlap, layer 0 takes 2 + max(22, 2) + 2: its two hits cost nothing."""
-    timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW, overlap="hits"), WORK)
-    assert timing.pass_s == pytest.approx([0.032])
-    assert timing.link_s == pytest.approx([0.020])
-
-
 def test_copies_slower_than_the_link_are_not_hidden():
     """Each of 2 copies takes the host 15 ms, the link 11: 30 ms of stall."""
     timing = predict(run([[2, 0]], [[4, 4]]), Machine(**SLOW, copy_s=0.015), WORK)
     assert timing.link_s == pytest.approx([0.030])
-
-
-def test_host_work_is_paid_by_pass_and_by_layer():
-    """3 ms a pass and 1 a layer on top of 2 + 4 ms twice."""
-    machine = Machine(**SLOW, host_s_per_pass=0.003, host_s_per_layer=0.001)
-    timing = predict(run([[0, 0]], [[4, 4]]), machine, WORK)
-    assert timing.pass_s == pytest.approx([0.003 + 2 * (0.001 + 0.002 + 0.004)])
-    assert timing.link_s.sum() == 0
 
 
 def test_a_measured_pass_replaces_bytes():
@@ -47,13 +32,6 @@ def test_a_measured_pass_replaces_bytes():
     machine = Machine(link_bytes_per_s=1e4, link_latency_s=1e-3, pass_s=0.010, row_s=0.001)
     timing = predict(run([[2, 0], [0, 0]], [[4, 4], [4, 4]], tokens=[1, 3]), machine, WORK)
     assert timing.pass_s == pytest.approx([0.032, 0.012])
-
-
-def test_of_a_measured_pass_only_the_experts_share_can_be_hidden():
-    """10 ms, .4 of it experts: 2 ms a layer, half of them hits: 1 ms is hidden behind 22."""
-    figures = {"link_bytes_per_s": 1e4, "link_latency_s": 1e-3, "pass_s": 0.010}
-    machine = Machine(**figures, experts_share=0.4, overlap="hits")
-    assert predict(run([[2, 0]], [[4, 4]]), machine, WORK).pass_s == pytest.approx([0.031])
 
 
 def test_parts_are_paid_by_their_number():
@@ -104,14 +82,6 @@ def test_each_part_waits_for_itself():
         assert difference == pytest.approx([more])
 
 
-def test_a_prompt_is_bound_by_arithmetic():
-    """1,000 rows of 1 kFLOP at 10 MFLOP/s take 100 ms, however little memory they read."""
-    machine = Machine(**SLOW, flops_per_s=1e7)
-    work = Work(expert_bytes=100, backbone_bytes=300, kv_bytes=100, flops_per_row=1000)
-    timing = predict(run([[0, 0]], [[4, 4]], phase=[0], tokens=[1000]), machine, work)
-    assert timing.pass_s == pytest.approx([0.1])
-
-
 def test_metrics_are_of_the_completion_and_the_prompt_s_are_ttft():
     """Two units, prompts of 34 and 12 ms: mean 23; one token each of 12 ms."""
     simulation = run(
@@ -152,7 +122,6 @@ def test_time_is_never_below_the_limits():
         {"link_bytes_per_s": 1e9, "link_latency_s": -1},
         {"link_bytes_per_s": 1e9, "device_bytes_per_s": float("inf")},
         {"link_bytes_per_s": 1e9, "experts_share": 1.5},
-        {"link_bytes_per_s": 1e9, "overlap": "all"},
         {"link_bytes_per_s": 1e9, "after_wait_s": ((2.0, 0.1), (1.0, 0.2))},
         {"link_bytes_per_s": 1e9, "part_after_wait_s": ((1.0, -0.1),)},
     ],

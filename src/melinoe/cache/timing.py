@@ -1,7 +1,7 @@
 """
 A time model: how long a simulated run would take on a machine of given figures.
 
-Written for one forward pass after the other, as one user's decoding is. With
+It takes one forward pass after the other, as one user's decoding does. With
 
     B        bytes of one expert               L        MoE layers
     d        distinct experts of a request     n        loaded on demand
@@ -9,7 +9,7 @@ Written for one forward pass after the other, as one user's decoding is. With
     W, l     link: bytes/s, latency in s       D        device memory, bytes/s
     c        host seconds per copy             R        host memory (DRAM), bytes/s
 
-one layer of one pass takes
+one layer of one pass takes ``F + w + max(T, U) + G + H + N``: wait for the experts, then compute.
 
     x   = max(l + B / W, c)                       one transfer; they follow one another
     T   = q + n x                                 q: the link is still busy with a prefetch
@@ -19,37 +19,35 @@ one layer of one pass takes
                                                   activations of a bytes go over, and come back
                                                   by pairs
     H   = h B / D,  N = n B / D                   experts read through device memory
-    F   = f + (backbone + KV) / (L D) + P         all else, f host seconds per layer
+    F   = (backbone + KV) / (L D) + P             all else
     P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below
-    w   = what is left until this layer's prefetch has arrived, if it is used
-    G   = k g((w + T - max(U, n c)) / k)          what follows a wait takes longer, g is
+    w                                             until this layer's prefetch has arrived, if used
+    G   = k g((w + T - max(U, n c)) / k)          code that runs after a wait is slower, by g =
                                                   ``after_wait_s``; k waits, one a part: min(m, n);
                                                   where m > 1, g is ``part_after_wait_s``
 
-    overlap none:   F + w + max(T, U) + G + H + N    wait, then compute
-    overlap hits:   F + w + max(T, U, H) + G + N     hits are computed while misses come
-
-and a pass its layers' sum plus the host's seconds per pass. Where a pass with all experts resident
-was measured (``pass_s``, and ``row_s`` for each row more), that replaces F + H + N, of which
-``experts_share`` is H + N: ``call_s`` a layer, the rest by d experts alike. A pass of many rows is
-bound by arithmetic sooner than by memory, so for prompts `Machine.flops_per_s` bounds it from below
-where it is known.
+A pass takes the sum of its layers. Where a pass with all experts resident was measured (``pass_s``,
+and ``row_s`` for each row more), that replaces F + H + N, of which ``experts_share`` is H + N:
+``call_s`` a layer, the rest by d experts alike.
 
 A request of more experts than the layer has slots, C, is computed in ``m = ceil(d / C)`` parts,
 each a call of its own: u is ``parts_s``, v ``part_s``. With misses on the host m is 1, or 0 if no
-expert is in a slot, and then ``call_s`` is not paid; what the host's parts cost is in R.
+expert is in a slot, and then ``call_s`` is not paid; the cost of the host's parts is in R.
 
 Prefetches of all layers are issued one after the other right before their pass: the host spends c
 on each, and the link carries them while layers compute. They delay later loads on demand (q).
 Those of a prefetch between layers are issued when the layer before has its experts, before H + N;
 w is as if the last of a layer's were used.
 
-Stall is what the layers take beyond F + G + H + N: by the link (w, or T where it is longest) or by
-the host's computing (U). Nothing is said about what shares the machine.
+Stall is the time of layers beyond F + G + H + N: by the link (w, or T where it is longest) or by
+the host's computing (U). Whatever shares the machine is left out.
 
 Source:
     The limits of docs/method.md, taken apart by layer. Copies on one link follow one another and
     take ``latency + bytes / bandwidth``, as `melinoe.engine.transfer.EmulatedLink` has it.
+    Computing a miss where its weights are, on the host: Fiddler (arXiv:2402.07033), and llama.cpp's
+    experts on the CPU. Splitting misses by measured bandwidths so that both sides end together:
+    FreeToken 0.2. The rules are written down from those ideas; no code is theirs.
 """
 
 import math
@@ -63,7 +61,13 @@ from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import Simulation, Steps
 from melinoe.errors import HardwareError
 
-OVERLAPS = ("none", "hits")
+MISSES = ("wait", "cpu", "split")
+
+Curve = tuple[tuple[float, float], ...]
+"""Pairs of seconds waited and seconds more, waits ascending."""
+
+LoadRule = Callable[[Sequence[int]], int]
+"""From the uses of each missing expert, ascending, to how many of them are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +80,22 @@ class Machine:
         link_latency_s: Of each transfer.
         copy_s: Host time of each copy that the link does not hide; the emulated link's real copy.
         device_bytes_per_s: Memory of the device; None: computing is not modelled from bytes.
-        dram_bytes_per_s: At what rate the host computes missing experts from its memory, one row
-            each, what a call of its own costs included.
-        host_row_s: What each further row of such an expert takes.
-        host_call_s: What it takes once for all experts of a request that it computes.
+        dram_bytes_per_s: Rate at which the host computes missing experts from its memory, one row
+            each, the cost of a call for each included.
+        host_row_s: Seconds of each further row of such an expert.
+        host_call_s: Seconds once for all experts of a request that the host computes.
         host_threads: Threads that figure was measured with; the model does not depend on it.
-        flops_per_s: Arithmetic of the device; None: never the bound.
-        host_s_per_layer: Host work of each layer that nothing hides.
-        host_s_per_pass: Of each pass.
         pass_s: Measured time of a pass of one row with all experts resident.
         row_s: Measured time of each further row of a pass.
-        experts_share: Of the measured time, what the experts' computation takes; matters only
-            where some of them are hidden or computed by the host.
-        call_s: Of that, by layer, what does not depend on how many experts are computed.
-        parts_s: What a request costs more for being computed in parts, and is then put together.
-        part_s: What each part after the first costs more.
-        after_wait_s: How much longer what follows a wait takes, for it finds caches and clock cold:
-            pairs of seconds waited and seconds more, waits ascending; nothing more after no wait,
-            between them in a straight line, beyond the last as after it.
-        part_after_wait_s: The same for a part of a request that is computed in several, where what
-            follows a wait is shorter; as ``after_wait_s`` where it is empty.
-        overlap: ``none`` or ``hits``, see the module.
+        experts_share: Share of the measured time in which experts are computed; matters only
+            where the host computes some of them.
+        call_s: Part of that, by layer, which does not depend on how many experts are computed.
+        parts_s: Seconds more of a request that is computed in parts and then put together.
+        part_s: Seconds more of each part after the first.
+        after_wait_s: Seconds more of computing after a wait, for it finds caches and clock cold;
+            none after no wait, between the pairs in a straight line, beyond the last as after it.
+        part_after_wait_s: The same for a part of a request that is computed in several; as
+            ``after_wait_s`` where it is empty.
 
     Raises:
         HardwareError: a figure that no machine has.
@@ -110,42 +109,37 @@ class Machine:
     host_row_s: float = 0.0
     host_call_s: float = 0.0
     host_threads: int | None = None
-    flops_per_s: float | None = None
-    host_s_per_layer: float = 0.0
-    host_s_per_pass: float = 0.0
     pass_s: float | None = None
     row_s: float = 0.0
     experts_share: float = 0.0
     call_s: float = 0.0
     parts_s: float = 0.0
     part_s: float = 0.0
-    after_wait_s: tuple[tuple[float, float], ...] = ()
-    part_after_wait_s: tuple[tuple[float, float], ...] = ()
-    overlap: str = "none"
+    after_wait_s: Curve = ()
+    part_after_wait_s: Curve = ()
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name == "overlap" or value is None:
-                continue
-            if one.name in ("after_wait_s", "part_after_wait_s"):
-                _check_curve(one.name, value)
-                continue
-            positive = one.name.endswith("_per_s")
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                raise HardwareError(
-                    f"{one.name} cannot be {value}; it must be a number "
-                    f"{'above 0' if positive else 'of 0 or more'}"
-                )
+            if isinstance(value, tuple):
+                waits = [waited for waited, _ in value]
+                finite = all(math.isfinite(s) and s >= 0 for pair in value for s in pair)
+                if waits != sorted(set(waits)) or not finite:
+                    raise HardwareError(
+                        f"{one.name} cannot be {value}; give pairs of seconds, waits ascending"
+                    )
+            elif value is not None:
+                positive = one.name.endswith("_per_s")
+                if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                    raise HardwareError(
+                        f"{one.name} cannot be {value}; it must be a number "
+                        f"{'above 0' if positive else 'of 0 or more'}"
+                    )
         if self.experts_share > 1:
             raise HardwareError(f"experts_share cannot be {self.experts_share}; it is at most 1")
-        if self.overlap not in OVERLAPS:
-            raise HardwareError(
-                f"overlap cannot be {self.overlap!r}; choose one of {', '.join(OVERLAPS)}"
-            )
 
     def colder_s(self, waited_s: float, *, part: bool = False) -> float:
-        """Seconds more that what follows a wait takes; it is all of a request, or a *part*."""
+        """Seconds more that computing takes after a wait; of all of a request, or of a *part*."""
         before, slower = 0.0, 0.0
         for wait, more in (part and self.part_after_wait_s) or self.after_wait_s:
             if waited_s <= wait:
@@ -155,25 +149,17 @@ class Machine:
         return slower
 
 
-def _check_curve(name: str, curve: tuple[tuple[float, float], ...]) -> None:
-    waits = [waited for waited, _ in curve]
-    finite = all(math.isfinite(value) and value >= 0 for pair in curve for value in pair)
-    if waits != sorted(set(waits)) or not finite:
-        raise HardwareError(f"{name} cannot be {curve}; give pairs of seconds, waits ascending")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """
-    What the model asks of it.
+    Bytes that the model asks the machine to move.
 
     Attributes:
         expert_bytes: Of one expert, as it is carried.
-        activation_bytes: Of one token between layers: what goes to the host for a missing expert
-            that it computes, and comes back for each choice of one.
+        activation_bytes: Of one token between layers: sent to the host for a missing expert
+            that it computes, and back for each choice of one.
         backbone_bytes: Weights outside the experts that a pass reads.
         kv_bytes: Of the KV cache that a pass reads.
-        flops_per_row: Arithmetic of one token through the whole model.
 
     Raises:
         HardwareError: no bytes, or less than none.
@@ -183,33 +169,26 @@ class Work:
     activation_bytes: float = 0.0
     backbone_bytes: float = 0.0
     kv_bytes: float = 0.0
-    flops_per_row: float = 0.0
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            least_is_open = one.name == "expert_bytes"
-            if not math.isfinite(value) or value < 0 or (least_is_open and value == 0):
+            if not math.isfinite(value) or value < 0 or (one.name == "expert_bytes" and not value):
                 raise HardwareError(f"{one.name} cannot be {value}; give the model's own figure")
 
 
-# --- misses ---
-
-MISSES = ("wait", "cpu", "split")
-
-LoadRule = Callable[[Sequence[int]], int]
-"""From the uses of each missing expert, ascending, to how many of them are loaded."""
+# --- misses ---------------------------------------------------------------------------------------
 
 
 def loads_when(miss: str, machine: Machine, work: Work) -> LoadRule | None:
     """
-    What `simulate` is told as ``load``, for a way to handle misses.
+    Make the rule that `simulate` takes as ``load``, for a way to handle misses.
 
     ``wait``: all are loaded (None). ``cpu``: none is; the host computes them. ``split``: of the
-    missing, least used first, as many are computed and the rest loaded as makes the slower of both
-    sides fastest, ``max(k x, k c + U)``; of equally fast splits the one that loads most, since a
-    load may be used again. A token's experts have one use each; a prompt's have many, which the
-    host computes one row after the other and a load brings in once.
+    missing, the host computes the least used and the others are loaded, so many that the slower of
+    both sides, ``max(k x, k c + U)``, is fastest; of equally fast splits the one that loads most,
+    since a load may be used again. A token's experts have one use each; a prompt's have many, which
+    the host computes one row after the other and a load brings in once.
 
     Raises:
         HardwareError: the host shall compute, and its memory's bandwidth is not given.
@@ -229,11 +208,10 @@ def loads_when(miss: str, machine: Machine, work: Work) -> LoadRule | None:
 
     def split(uses: Sequence[int]) -> int:
         costs = [(len(uses) * each, -len(uses))]
-        there, pairs = 0, 0
-        for there, pairs in enumerate(accumulate(uses), start=1):
-            here = len(uses) - there
-            host = here * machine.copy_s + computed_s(machine, work, there, pairs)
-            costs.append((max(here * each, host), -here))
+        for on_host, pairs in enumerate(accumulate(uses), start=1):
+            loads = len(uses) - on_host
+            host = loads * machine.copy_s + computed_s(machine, work, on_host, pairs)
+            costs.append((max(loads * each, host), -loads))
         return -min(costs)[1]
 
     return split
@@ -276,7 +254,7 @@ def computed_s(
     )
 
 
-# --- a whole run ---
+# --- a whole run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -366,14 +344,13 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     pairs, rows = steps.on_host_uses.tolist(), steps.tokens.tolist()
     for step in range(passes):
         begin = now
-        now += machine.host_s_per_pass
         for layer, count in enumerate(ahead[step]):
             for _ in range(count):
                 free = max(free, now) + carried
                 now += machine.copy_s
             if count:
                 arrives[layer] = free
-        ahead_s[step] = now - begin - machine.host_s_per_pass
+        ahead_s[step] = now - begin
         for layer in range(layers):
             count, host = loads[step][layer], on_host[step][layer]
             now += other[step][layer]
@@ -389,9 +366,7 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
             cpu = computed_s(machine, work, host, pairs[step][layer], rows[step])
             if host:
                 cpu += count * machine.copy_s
-            longest = max(link, cpu)
-            hidden = min(longest, resident[step][layer]) if machine.overlap == "hits" else 0.0
-            now += longest - hidden
+            now += max(link, cpu)
             if machine.after_wait_s:
                 idle = late + max(0.0, link - max(cpu, count * machine.copy_s))
                 several = parts[step][layer] > 1
@@ -407,10 +382,7 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
                 ahead_s[step] += early * machine.copy_s
             now += resident[step][layer] + fresh[step][layer]
             link_s[step] += late
-            if link >= cpu:
-                link_s[step] += longest - hidden
-            else:
-                host_s[step] += longest - hidden
+            (link_s if link >= cpu else host_s)[step] += max(link, cpu)
         pass_s[step] = now - begin
     copied = steps.loads.sum() + steps.ahead.sum() + steps.between.sum()
     carried_bytes = float(copied) * work.expert_bytes
@@ -418,7 +390,7 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
 
 
 def _loaded_for(layer: int, between: list[int], experts: list[int]) -> int | None:
-    """For which layer a prefetch was issued while *layer* was at work; None if none was."""
+    """The layer for which a prefetch was issued while *layer* was at work; None if none was."""
     if experts[layer]:
         for target in range(layer + 1, len(between)):
             if between[target]:
@@ -436,7 +408,7 @@ def _computing(
     here = (steps.experts - steps.loads - steps.on_host).astype(float)
     extra = machine.parts_s + np.maximum(parts - 1, 0) * machine.part_s
     put_together = (parts > 1) | (steps.on_host > 0)
-    other = machine.host_s_per_layer + np.where(put_together, extra, 0.0)
+    other = np.where(put_together, extra, 0.0)
     if machine.pass_s is not None:
         of_layer = (machine.pass_s + machine.row_s * (steps.tokens - 1))[:, None] / layers
         by_expert = np.maximum(machine.experts_share * of_layer - machine.call_s, 0.0)
@@ -449,12 +421,6 @@ def _computing(
     other += (work.backbone_bytes + work.kv_bytes) / (layers * machine.device_bytes_per_s)
     resident = here * work.expert_bytes / machine.device_bytes_per_s
     fresh = steps.loads * work.expert_bytes / machine.device_bytes_per_s
-    if machine.flops_per_s is not None and work.flops_per_row:
-        # Where arithmetic takes longer than memory, all of a pass is stretched to it.
-        least = steps.tokens * work.flops_per_row / machine.flops_per_s
-        total = (other + resident + fresh).sum(axis=1)
-        stretch = np.maximum(1.0, least / np.maximum(total, 1e-30))[:, None]
-        other, resident, fresh = other * stretch, resident * stretch, fresh * stretch
     return other.tolist(), resident.tolist(), fresh.tolist()
 
 

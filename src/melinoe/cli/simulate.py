@@ -104,9 +104,6 @@ def command(
     pass_time: Annotated[
         str | None, option("Measured time of a token with all experts resident, as in 5ms.", _TIME)
     ] = None,
-    overlap: Annotated[
-        str, option("none: load the misses, then compute; hits: compute the hits meanwhile.", _TIME)
-    ] = "none",
     miss: Annotated[
         str,
         option(
@@ -135,7 +132,7 @@ def command(
     from melinoe.cache.timing import loads_when, predict
     from melinoe.cache.trace import Trace
 
-    simulate_inputs.check_words(miss, overlap)
+    simulate_inputs.check_miss(miss)
     if out is not None and (curve or locality):
         raise typer.BadParameter(
             "a record is of replays, which --curve and --locality leave out; leave those or it out",
@@ -158,7 +155,7 @@ def command(
     )
     figures = simulate_inputs.read_figures(
         loaded, link, link_latency, copy_time, device_bandwidth, dram, pass_time,
-        overlap, model, expert_size, backbone_size,
+        model, expert_size, backbone_size,
     )  # fmt: skip
     if miss != "wait" and figures is None:
         raise typer.BadParameter(f"{miss} needs --link and its figures", param_hint="--miss")

@@ -171,7 +171,6 @@ def read_figures(
     device_bandwidth: str | None,
     dram: str | None,
     pass_time: str | None,
-    overlap: str,
     model: str | None,
     expert_size: str | None,
     backbone_size: str,
@@ -216,21 +215,16 @@ def read_figures(
         device_bytes_per_s=of(device_bandwidth, "device memory"),
         dram_bytes_per_s=of(dram, "DRAM"),
         pass_s=None if pass_time is None else parse_seconds(pass_time),
-        overlap=overlap,
     )
     return machine, work
 
 
-def check_words(miss: str, overlap: str) -> None:
-    """Check the words given for --miss and --overlap."""
-    from melinoe.cache.timing import MISSES, OVERLAPS
+def check_miss(miss: str) -> None:
+    """Check the word given for --miss."""
+    from melinoe.cache.timing import MISSES
 
-    for name, value, known in (
-        ("--miss", miss, MISSES),
-        ("--overlap", overlap, OVERLAPS),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=name)
+    if miss not in MISSES:
+        raise typer.BadParameter(f"{miss!r} is not one of {', '.join(MISSES)}", param_hint="--miss")
 
 
 def with_popularity(name: str, own: dict[str, Any], popular: np.ndarray) -> dict[str, Any]:
