@@ -121,7 +121,7 @@ class Machine:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, tuple):
+            if isinstance(value, tuple | list):
                 waits = [waited for waited, _ in value]
                 finite = all(math.isfinite(s) and s >= 0 for pair in value for s in pair)
                 if waits != sorted(set(waits)) or not finite:
