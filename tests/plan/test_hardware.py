@@ -8,9 +8,17 @@ import pytest
 
 from melinoe.errors import HardwareError
 from melinoe.plan import measuring
-from melinoe.plan.hardware import cards, find_bandwidth, find_card, known, machine_of
+from melinoe.plan.hardware import (
+    cards,
+    find_bandwidth,
+    find_card,
+    format_bandwidth,
+    known,
+    machine_of,
+    parse_bandwidth,
+    parse_seconds,
+)
 from melinoe.plan.measuring import measure
-from melinoe.plan.units import format_bandwidth, parse_bandwidth, parse_seconds
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Who is resident in fast memory, and why: decisions and counts, no tensors and no copies."""
+"""Decide which experts are resident in fast memory, and count; no tensors and no copies."""

@@ -7,7 +7,7 @@ from melinoe.cache.prefetch import ByLayer, Prefetcher, Prompt
 
 class Route:
     """
-    Which layer a forward pass reaches next, learned from the pass before.
+    Know which layer a forward pass reaches next, from the pass before.
 
     Most models run all MoE layers in the order of their numbers. Some hold several stacks of
     experts in one decoder layer and send a token through one of them (one for text and one for

@@ -1,5 +1,5 @@
 """
-Miss-ratio curves: what every number of slots would have cost, most of it in one pass.
+Miss-ratio curves: the cost of every number of slots, most of it found in one pass.
 
 Each built-in rule orders all experts of a layer by a number that does not depend on the slots
 (`melinoe.cache.policy`), and that makes it a stack algorithm: **as long as every request fits**,
@@ -36,7 +36,7 @@ from melinoe.errors import MelinoeError
 @dataclass(frozen=True)
 class MissCurves:
     """
-    What each layer costs with 1 to all slots.
+    Cost of each layer with 1 to all slots.
 
     Attributes:
         loads: int64 (2, layers, num_experts), demand loads by phase, layer and slots - 1.
@@ -78,7 +78,7 @@ def miss_curves(
     The cost of every number of slots per layer under one policy; equal to simulating each.
 
     Args:
-        trace: What the model chose.
+        trace: The model's choices.
         policy: As in `simulate`, with slots per layer. Built-in rules go in one pass where that is
             exact; others are replayed once per size.
         policy_options, reset_between_sequences: As in `simulate`.

@@ -64,7 +64,7 @@ def distinct_experts(trace: Trace) -> np.ndarray:
 
 def popularity(trace: Trace, *, prompts_only: bool = False) -> np.ndarray:
     """
-    How often each expert was chosen, prompts and completions, padding not: int64 (layers, experts).
+    Choices of each expert, in prompts and completions without padding: int64 (layers, experts).
     """
     wanted = trace.kind == PROMPT_ROW if prompts_only else trace.kind != PADDING_ROW
     counts = np.empty((trace.num_layers, trace.num_experts), np.int64)
@@ -85,7 +85,7 @@ def _rows_by_sequence(trace: Trace, wanted: np.ndarray) -> list[tuple[int, np.nd
 
 
 def _used(trace: Trace, rows: np.ndarray) -> np.ndarray:
-    """Which experts the rows used, bool (layers, num_experts)."""
+    """Mark the experts that the rows used, bool (layers, num_experts)."""
     used = np.zeros((trace.num_layers, trace.num_experts + 1), dtype=bool)
     choices = trace.experts[rows]
     used[np.arange(trace.num_layers)[None, :, None], choices] = True  # -1 falls into the extra one
@@ -153,7 +153,7 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
     it keeps what is used often but late. On 38 answers of gpt-oss-20b with 8 slots (LRU .656,
     Belady's bound .773) it rises to .757 at *m* = 4, and falls to .706 at 512.
 
-    Where the published code counts the current token as the first of the *m*, this does not.
+    The published code counts the current token as the first of the *m*; this does not.
 
     Args:
         trace: Its completion tokens.
@@ -212,7 +212,7 @@ class _SeesAhead(Policy):
 
 
 def _uses(trace: Trace) -> Iterator[np.ndarray]:
-    """Which experts each completion token used: per sequence, int64 (tokens, layers, experts)."""
+    """Mark the experts that each completion token used: int64 (tokens, layers, experts)."""
     for sequence in range(trace.num_sequences):
         chosen = trace.completion(sequence)
         used = np.zeros((len(chosen), trace.num_layers, trace.num_experts + 1), np.int64)

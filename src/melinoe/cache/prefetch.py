@@ -38,7 +38,7 @@ MOST_ROWS = 8
 @dataclass(frozen=True)
 class Prompt:
     """
-    What is known of a sequence when experts are loaded ahead for it.
+    A sequence for which experts are loaded ahead.
 
     Attributes:
         slots: Of each layer.
@@ -60,7 +60,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Given:
     """
-    What prefetchers are made of when they are asked for by name; each takes what it needs.
+    Parts for prefetchers that are asked for by name; each takes those that it needs.
 
     Attributes:
         popularity: How often each expert was chosen, (layers, num_experts).

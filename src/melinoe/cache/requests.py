@@ -1,4 +1,4 @@
-"""From rows to requests: what each forward pass asks of each layer, the simulator's hot loop."""
+"""Turn the rows of a trace into the requests that each forward pass makes of every layer."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -20,10 +20,8 @@ class ForwardPass(NamedTuple):
         sequences: Whose rows, ascending.
         requests: Per layer the distinct experts, ascending, and how many (token, choice) pairs
             picked each.
-        scores: Per layer how much the router wanted each of them (see `mean_scores`); None if that
-            is not known.
-        guesses: Per layer what its router said one layer early (see `merge_guesses`); None if the
-            trace holds no guesses.
+        scores: Per layer the router's weight of each of them (see `mean_scores`), or None.
+        guesses: Per layer the choices of its router one layer early (see `merge_guesses`), or None.
     """
 
     phase: int
@@ -36,13 +34,13 @@ class ForwardPass(NamedTuple):
 
 def mean_scores(ids: np.ndarray, weights: np.ndarray, rows: int, num_experts: int) -> np.ndarray:
     """
-    How much the router wanted each expert in one pass: the mean over its rows, absent ones as 0.
+    Average the router's weights of each expert over the rows of one pass, absent ones as 0.
 
     The simulator and a runtime both call this, in the same order of rows and with weights rounded
     to float16, so that they hand a policy the same numbers.
 
     Args:
-        ids: Any integers (pairs,) in ``[0, num_experts)``: who was chosen, row by row.
+        ids: Any integers (pairs,) in ``[0, num_experts)``: the choices, row by row.
         weights: (pairs,), the router's weight of each choice.
         rows: Of the pass, padding and rows without a choice too.
         num_experts: Experts of the layer; or cells, where several requests are counted at once.
@@ -56,7 +54,7 @@ def mean_scores(ids: np.ndarray, weights: np.ndarray, rows: int, num_experts: in
 
 def merge_guesses(rows: Sequence[Sequence[int]]) -> list[int]:
     """
-    What the guesses for all rows of a pass come to, the most wanted first.
+    Merge the guesses for all rows of a pass, the most wanted first.
 
     The more rows guess an expert, the more it is wanted; of equally wanted ones the one that
     stands further in front in some row, then the lower id. The simulator and the runtime both
@@ -100,7 +98,7 @@ def forward_passes(
         is_completion: bool (rows,); rows that are neither are padding.
         num_experts: Experts of each layer.
         scores: float16, as *experts*: the router's weight of each choice.
-        guesses: int16, as *experts*: what each layer's router said one layer early.
+        guesses: int16, as *experts*: see `melinoe.cache.trace.Trace`.
     """
     rows, layers, _ = experts.shape
     if not rows:

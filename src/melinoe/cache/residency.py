@@ -26,7 +26,7 @@ class Load(NamedTuple):
 
 class Decision(NamedTuple):
     """
-    How one request is served: from slots, and by loads.
+    The answer to one request: experts served from slots, and loads for the others.
 
     Attributes:
         hits: Experts that were resident.
@@ -378,7 +378,7 @@ class Residency:
 
 class Stream(NamedTuple):
     """
-    How one request of a prompt is served by `StreamedPrefill`.
+    The answer of `StreamedPrefill` to one request of a prompt.
 
     Attributes:
         hits: Experts that are resident, ids ascending.

@@ -1,5 +1,5 @@
 """
-Simulator: what a trace would have cost with other slots or another policy.
+Simulate a trace's cost with other slots or another policy.
 
 It drives the same `Residency` as the runtime, with the same calls in the same order: forward pass
 by forward pass, layer by layer. So its counts are the runtime's, not an estimate of them. Long
@@ -34,7 +34,7 @@ COMPILED_FROM = 50_000
 @dataclass(frozen=True)
 class Steps:
     """
-    What happened in each forward pass and layer, for a time model.
+    Loads of each forward pass and layer, for a time model.
 
     Attributes:
         phase: uint8 (passes,), 0 prompt, 1 completion.
@@ -461,7 +461,7 @@ class _Replay:
 
 class _Prompts:
     """
-    What a prefetcher is told of the sequences of a trace.
+    Describe the sequences of a trace to a prefetcher.
 
     Args:
         trace: Replayed.

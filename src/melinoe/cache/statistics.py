@@ -1,8 +1,8 @@
 """
-Statistics of use: how often each expert was chosen, without the order; kept as JSON.
+Counts of each expert's choices, without their order; kept as JSON.
 
-They are enough for popularity (the policy ``static``, a prefetch of the popular), and for nothing
-else: no cache can be replayed from them.
+They are enough for popularity (the policy ``static``, a prefetch of the popular), but not to replay
+a cache.
 """
 
 import json
@@ -71,7 +71,7 @@ def load_statistics(path: str | os.PathLike, trace: Trace) -> np.ndarray:
 
 def load_counts(path: str | os.PathLike) -> np.ndarray:
     """
-    As `load_statistics`, of whatever model.
+    Load counts as `load_statistics` does, of whatever model.
 
     Raises:
         TraceError: it is neither.

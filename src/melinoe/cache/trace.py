@@ -151,7 +151,7 @@ class Trace:
         return layers
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the rows of each forward pass begin, int64 (passes + 1,), and its phase, uint8."""
+        """Find where each forward pass's rows begin, int64 (passes + 1,), and its phase, uint8."""
         if not len(self):
             return np.zeros(1, np.int64), np.zeros(0, np.uint8)
         starts = np.flatnonzero(np.diff(self.forward, prepend=self.forward[0] - 1))

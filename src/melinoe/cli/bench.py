@@ -81,7 +81,7 @@ def command(
     ] = 0.1,
 ) -> None:
     """Serve prompts by several strategies in turn; print predicted beside measured cost."""
-    from melinoe.plan.units import parse_bandwidth, parse_seconds
+    from melinoe.plan.hardware import parse_bandwidth, parse_seconds
 
     wanted = prefetching.names_of(prefetch, prefetch_at, predictor=predictor, popularity=popularity)
     if not prefetch and wanted != ("none",):

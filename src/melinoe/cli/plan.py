@@ -128,8 +128,8 @@ def command(
         return
     from melinoe.cache.trace import Trace
     from melinoe.host_memory import host_memory
+    from melinoe.plan.hardware import parse_seconds
     from melinoe.plan.planner import plan
-    from melinoe.plan.units import parse_seconds
 
     output.quiet()
     done = plan(
@@ -168,7 +168,7 @@ def _measure(model: str | None) -> dict[str, float]:
 
 
 def _show_measured(measured: dict[str, float], as_json: bool) -> None:
-    from melinoe.plan.units import format_bandwidth
+    from melinoe.plan.hardware import format_bandwidth
 
     if as_json:
         output.show_json(

@@ -181,8 +181,7 @@ def read_figures(
     from melinoe.cache.timing import Machine, Work
     from melinoe.engine.budget import parse_bytes
     from melinoe.errors import HardwareError
-    from melinoe.plan.hardware import find_bandwidth
-    from melinoe.plan.units import parse_seconds
+    from melinoe.plan.hardware import find_bandwidth, parse_seconds
 
     def of(text: str | None, part: str) -> float | None:
         return None if text is None else find_bandwidth(text, part).bytes_per_s

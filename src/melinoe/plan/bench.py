@@ -26,8 +26,15 @@ from melinoe.cache.timing import Machine
 from melinoe.engine.misses import time_read
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side, timeline_record
-from melinoe.plan.predicted import COUNTS, counts_of, machine_of, replay, seconds_of, work_of
-from melinoe.plan.rehearsing import rehearse
+from melinoe.plan.predicted import (
+    COUNTS,
+    counts_of,
+    machine_of,
+    rehearse,
+    replay,
+    seconds_of,
+    work_of,
+)
 from melinoe.plan.runtimes import Runtimes, Setting, open_runtimes
 from melinoe.plan.strategies import Strategy, prefetcher_of
 from melinoe.stats import bootstrap

@@ -1,4 +1,4 @@
-"""What a model weighs, from its config alone: no weight is read and none is downloaded."""
+"""Weigh a model by its config alone: no weight is read and none is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from melinoe.checkpoint.packed import find_packing
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
-from melinoe.plan.kv_fallback import cache_bytes_by_heads
 from melinoe.plan.packed import Packed, packing, unpacked
 
 
@@ -36,7 +35,7 @@ class Layer:
 @dataclass(frozen=True)
 class ModelFacts:
     """
-    What a config tells.
+    Sizes of a model, as its config tells them.
 
     Attributes:
         name: As it was asked for.
@@ -90,7 +89,7 @@ class ModelFacts:
         return max(layer.top_k for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, totals included; layers that are alike are counted together."""
+        """Plain values for JSON, totals included; layers that are alike are counted together."""
         out = asdict(self)
         alike: dict[Layer, int] = {}
         for layer in self.layers:
@@ -140,9 +139,7 @@ def model_facts(
         kv_source = "the model's own cache after a pass without weights"
     except RuntimeError as error:
         read, top_k = _all_but_embedding(built, backbone), (None,) * len(experts)
-        kv, kv_source = cache_bytes_by_heads(text, context, wanted)
-        if kv is None:
-            kv_source += f" ({str(error).splitlines()[0][:80]})"
+        kv, kv_source = None, f"not known: no pass runs ({str(error).splitlines()[0][:80]})"
     return ModelFacts(
         name=model,
         source=source,
@@ -233,7 +230,7 @@ def _top_k(config: PreTrainedConfig, seen: int | None) -> int:
 
 
 def _all_but_embedding(model: Any, backbone: int) -> int:
-    """What a token reads if no pass could be made: everything but the table of tokens."""
+    """Bytes that a token reads if no pass can be made: all but the table of tokens."""
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = head is not None and getattr(head, "weight", None) is table

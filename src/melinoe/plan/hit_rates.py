@@ -1,5 +1,5 @@
 """
-What share of expert uses finds its expert resident: an assumption with a source, or a trace's.
+Share of expert uses that hit: an assumption with a source, or simulated from a trace.
 
 A plan measures nothing, so it gives two ends and says what each rests on.
 
@@ -46,7 +46,7 @@ class HitRates:
     simulated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Plain values for JSON."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""Will it fit, and how fast? One plan from a model's facts and a machine's figures."""
+"""Forecast what fits and how fast it runs, from a model's sizes and a machine's figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from melinoe.cache.trace import Trace
 from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
 from melinoe.errors import BudgetError, HardwareError
-from melinoe.plan import words
 from melinoe.plan.facts import ModelFacts, model_facts
 from melinoe.plan.hardware import Hardware, find_card, machine_of
 from melinoe.plan.hit_rates import (
@@ -20,15 +19,19 @@ from melinoe.plan.hit_rates import (
     check_shape,
     from_trace,
 )
-from melinoe.plan.speed import Speed, paper_host_time, speed, step_of
+from melinoe.plan.speed import Speed, paper_host_time, speed
 
 _MOST_MEMORY = 2**44  # 16 TiB: more is a slip of the unit
+_FIGURES = (
+    "gpu_memory_bytes", "reserve_bytes", "ram_bytes", "batch", "bits", "slots", "slot_bytes",
+    "stored_bytes", "fits_in_ram", "all_resident",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    What a model would do on a machine; nothing of it is measured.
+    Forecast of one model on one machine; nothing of it is measured.
 
     Attributes:
         facts: The model.
@@ -72,20 +75,11 @@ class Plan:
         return self.slots >= self.facts.num_experts
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Plain values for JSON."""
         return {
             "model": self.facts.to_dict(),
             "hardware": self.hardware.to_dict(),
-            "gpu_memory_bytes": self.gpu_memory_bytes,
-            "reserve_bytes": self.reserve_bytes,
-            "ram_bytes": self.ram_bytes,
-            "batch": self.batch,
-            "bits": self.bits,
-            "slots": self.slots,
-            "slot_bytes": self.slot_bytes,
-            "stored_bytes": self.stored_bytes,
-            "fits_in_ram": self.fits_in_ram,
-            "all_resident": self.all_resident,
+            **{name: getattr(self, name) for name in _FIGURES},
             "before": _scenario(self.before, self.speed_before),
             "after": _scenario(self.after, self.speed_after),
             "notes": list(self.notes),
@@ -175,20 +169,12 @@ def plan(
 
     # Slow end: what RAM cannot hold is what misses ask for. Fast end: misses ask for all alike.
     from_disk = (0.0, 0.0) if fits is not False else (1.0, 1 - (usable or 0) / stored)
-    step = step_of(facts, batch, share)
-    slots_hold = memory_of(slots, facts.layers)  # type: ignore[arg-type]
 
-    def fast(rates: HitRates) -> Speed:
+    def speed_at(rates: HitRates) -> Speed:
         return speed(
-            step,
-            rates,
-            hardware,
-            batch,
-            from_disk=from_disk,
-            latency_s=latency_s,
-            decoder_layers=facts.decoder_layers,
-            host=paper_host_time(),
-        )
+            facts, rates, hardware, batch,
+            stored_share=share, from_disk=from_disk, latency_s=latency_s,
+        )  # fmt: skip
 
     return Plan(
         facts=facts,
@@ -199,16 +185,16 @@ def plan(
         batch=batch,
         bits=bits,
         slots=slots,
-        slot_bytes=slots_hold,
+        slot_bytes=memory_of(slots, facts.layers),  # type: ignore[arg-type]
         stored_bytes=stored,
         fits_in_ram=fits,
         before=before,
         after=after,
-        speed_before=fast(before),
-        speed_after=fast(after),
-        notes=tuple(words.notes(facts, slots, batch, bits)),
+        speed_before=speed_at(before),
+        speed_after=speed_at(after),
+        notes=tuple(_notes(facts, slots, batch, bits)),
         assumed=tuple(
-            words.assumed(
+            _assumed(
                 facts,
                 hardware,
                 ram_bytes,
@@ -300,3 +286,75 @@ def _stored_share(facts: ModelFacts, bits: int | None) -> float:
     in_slots = 8 * getattr(torch, facts.dtype).itemsize
     known = assumptions()["stored_bits"]
     return (known[str(bits)]["per_weight"] if str(bits) in known else bits) / in_slots
+
+
+def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[str]:
+    """Write the sentences that a reader of the plan must not miss."""
+    out = []
+    if facts.packed is not None:
+        out.append("The figures are those of serving the experts as they are packed.")
+    if facts.kv_bytes is None:
+        out.append(
+            f"Keys and values: {facts.kv_source}; they are counted nowhere, so keep memory for "
+            "them."
+        )
+    if facts.max_context is not None and facts.context > facts.max_context:
+        out.append(f"The config was made for {facts.max_context} tokens, not for {facts.context}.")
+    if slots < facts.top_k:
+        out.append(
+            f"{slots} slots a layer hold fewer experts than one token uses ({facts.top_k}): "
+            "every token's request is served in pieces, and little stays for the next."
+        )
+    if slots >= facts.num_experts:
+        out.append("Every expert fits: nothing is loaded, and fine-tuning would change nothing.")
+    if batch > 1:
+        out.append(
+            "The experts that a batch asks for are counted as if its sequences chose "
+            "independently; sequences that agree ask for fewer."
+        )
+    if bits in (8, 4):
+        out.append(
+            f"At {bits} bits the store and the link carry less; slots, and the arithmetic on the "
+            "device, stay at 16 bits."
+        )
+    return out
+
+
+def _assumed(
+    facts: ModelFacts,
+    hardware: Hardware,
+    ram_bytes: int | None,
+    bits: int | None,
+    *,
+    reserve_given: bool,
+    from_disk: bool,
+) -> list[str]:
+    """Each figure that the plan rests on, with its source."""
+    known = assumptions()
+    parts = [("Device memory", hardware.device), ("Link", hardware.link), ("DRAM", hardware.dram)]
+    if from_disk:
+        parts.append(("Disk", hardware.disk))
+    out = [f"{label}: {part}, {part.source}." for label, part in parts]
+    if not reserve_given:
+        out.append(f"Kept free: {known['reserve']['source']}.")
+    if ram_bytes is None:
+        out.append("Host memory: not given, so the experts are taken to fit into it.")
+    else:
+        share = known["ram_share"]
+        out.append(f"Host memory for experts: {share['value']:.0%} {share['source']}.")
+    if bits in (8, 4):
+        stored = known["stored_bits"][str(bits)]
+        out.append(f"Stored weight: {stored['per_weight']} bits, {stored['source']}.")
+    if facts.packed is not None:
+        out.append(f"Packed weights, by the config: {facts.packed}.")
+    host = paper_host_time()
+    out.append(
+        "Fast end: the slowest tier alone, all else overlapped, no host time. Slow end: the tiers "
+        f"one after the other, and {1e3 * host.layer:.2f} ms of host time a decoder layer and "
+        f"{1e3 * host.load:.2f} ms a load ({known['host_time']['source']})."
+    )
+    out.append(
+        "A token reads the parameters that its arithmetic touches; keys and values are those of a "
+        "full context."
+    )
+    return out

@@ -1,8 +1,8 @@
 """
-What the simulator says a strategy will count and take, in the form of what `measure` measures.
+Predict the counts and seconds of a strategy by simulation, in the form that `measure` measures.
 
 Counts are the simulator's and must equal the measured ones. Time is `melinoe.cache.timing`'s, from
-figures that were taken apart from the strategy: a pass with every expert resident, reading one
+figures that were measured apart from the strategy: a pass with every expert resident, reading one
 expert from the store alone, and the emulated link's own.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from melinoe.cache.timing import Machine, Work, predict
 from melinoe.cache.trace import Trace
 from melinoe.engine.handle import Handle
 from melinoe.engine.misses import activation_bytes, link_figures, mean_block_bytes
+from melinoe.engine.rehearsal import LOADS, MOTIONS, Motion, Rehearsal, figures_from, time_calls
+from melinoe.generate import generate
 from melinoe.plan.strategies import Strategy
 
 COUNTS = (
@@ -35,6 +38,8 @@ COUNTS = (
     "prefill_elsewhere",
     "zero_miss",
 )
+# Generations of a rehearsal.
+_PROMPTS, _TOKENS, _REPEATS = 2, 16, 3
 _REHEARSED = ("copy_s", "host_call_s", "call_s", "parts_s", "part_s")  # seconds
 
 
@@ -121,7 +126,7 @@ def machine_of(
         read_s: From `melinoe.engine.misses.time_read`.
         resident: ``per_prompt`` of the record with every expert resident: computing is what it
             took less what it waited.
-        rehearsed: From `melinoe.plan.rehearsing.rehearse`, where it could be: what else a miss
+        rehearsed: From `rehearse`, where it could be: what else a miss
             costs the engine.
     """
     rows = {name: np.array(values, dtype=float) for name, values in resident.items()}
@@ -164,3 +169,45 @@ def work_of(handle: Handle) -> Work:
         expert_bytes=mean_block_bytes(handle.store),
         activation_bytes=activation_bytes(handle.layers[0]),
     )
+
+
+def rehearse(model: Any, handle: Handle, tokenizer: Any, prompts: Sequence[Any]) -> Machine | None:
+    """
+    Go through the motions of misses with every expert resident (`melinoe.engine.rehearsal`).
+
+    Two prompts of up to 16 tokens, three times each, all motions in random order; a motion's time
+    is the mean over prompts of the medians.
+
+    Args:
+        model, handle: With a slot for every expert.
+        tokenizer: The model's.
+        prompts: Some to generate from.
+
+    Returns:
+        The figures; None where there are none: on a GPU, where the host does not wait for what it
+        began, or where no prompt got a second token.
+    """
+    if model.device.type != "cpu":
+        return None
+    rehearsal = Rehearsal(handle)
+    motions = list(MOTIONS)
+    times: dict[Motion, list[float]] = {motion: [] for motion in motions}
+    loads = passes = 0
+    order = Random(0)
+    for prompt in prompts[:_PROMPTS]:
+        runs: dict[Motion, list[float]] = {motion: [] for motion in motions}
+        for _ in range(_REPEATS):
+            order.shuffle(motions)
+            for motion in motions:
+                with rehearsal.doing(motion):
+                    done = generate(model, handle, tokenizer, prompt, _TOKENS)
+                if not done.decode_tokens or done.counters is None:
+                    return None
+                runs[motion].append((done.seconds - done.ttft_s) / done.decode_tokens)
+                if motion == LOADS:
+                    loads += int(done.counters.loads[COMPLETION].sum())
+                    passes += done.decode_tokens
+        for motion, taken in runs.items():
+            times[motion].append(float(np.median(taken)))
+    seconds = {motion: float(np.mean(taken)) for motion, taken in times.items()}
+    return figures_from(seconds, handle, loads / passes, time_calls(handle))

@@ -22,7 +22,7 @@ from melinoe.plan.strategies import Strategy
 @dataclass(frozen=True)
 class Setting:
     """
-    What all strategies have in common.
+    Settings that all strategies share.
 
     Attributes:
         model: Path or hub name.

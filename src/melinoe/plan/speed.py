@@ -1,5 +1,5 @@
 """
-From bytes and bandwidths to seconds a token: what each tier would take alone, and both ends.
+Seconds a token from bytes and bandwidths: of each tier alone, and both ends.
 
     link    q M' / link bandwidth + loads x latency        M': the experts as they are stored
     device  (backbone read + M + KV) / device bandwidth
@@ -23,24 +23,6 @@ from melinoe.plan.hit_rates import HitRates, assumptions
 
 
 @dataclass(frozen=True)
-class Step:
-    """
-    What one decoding step of *batch* sequences moves if every expert use hits; bytes.
-
-    Attributes:
-        loads: Distinct experts asked for over all layers: what would be loaded at hit rate 0.
-        load_bytes: Of those, as the store keeps them.
-        expert_bytes: Of those, as the slots hold them.
-        other_bytes: Of the backbone and the keys and values.
-    """
-
-    loads: float
-    load_bytes: float
-    expert_bytes: float
-    other_bytes: float
-
-
-@dataclass(frozen=True)
 class Tiers:
     """Seconds that one decoding step would take on each tier alone; 0 where it is not passed."""
 
@@ -60,10 +42,11 @@ class Tiers:
         """One thing after the other, on a host in the loop."""
         return self.link + self.device + self.disk + self.host
 
-    @property
-    def bottleneck(self) -> str:
-        """The hardware tier that takes longest."""
+    def longest(self, *, with_host: bool = False) -> str:
+        """Name the hardware tier that takes longest, or the host if that takes longer."""
         seconds = {"link": self.link, "device memory": self.device, "disk": self.disk}
+        if with_host:
+            seconds["host"] = self.host
         return max(seconds, key=lambda name: seconds[name])
 
 
@@ -91,13 +74,63 @@ class Speed:
     computed_high: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Plain values for JSON."""
         return asdict(self)
+
+
+def speed(
+    facts: ModelFacts,
+    rates: HitRates,
+    hardware: Hardware,
+    batch: int,
+    *,
+    stored_share: float,
+    from_disk: Sequence[float],
+    latency_s: float = 0.0,
+) -> Speed:
+    """
+    Find both ends of the speed.
+
+    Args:
+        facts: The model.
+        rates: Both ends of the hit rate.
+        hardware: The bandwidths.
+        batch: Sequences decoded together.
+        stored_share: Bytes of an expert in the store, over its bytes in a slot.
+        from_disk: Share of loads that the disk serves, at the slow end and at the fast one.
+        latency_s: Of each load on the link.
+    """
+    asked = [distinct_experts(layer, batch) for layer in facts.layers]
+    expert_bytes = sum(n * layer.block_bytes for n, layer in zip(asked, facts.layers, strict=True))
+    other_bytes = facts.read_bytes + batch * (facts.kv_bytes or 0)
+    host = paper_host_time()
+
+    def tiers(hit_rate: float, from_disk: float) -> Tiers:
+        loads = (1 - hit_rate) * sum(asked)
+        load_bytes = (1 - hit_rate) * expert_bytes * stored_share
+        return Tiers(
+            link=hardware.link.seconds(load_bytes) + loads * latency_s,
+            device=hardware.device.seconds(other_bytes + expert_bytes),
+            disk=hardware.disk.seconds(from_disk * load_bytes),
+            dram_if_computed=hardware.dram.seconds(load_bytes),
+            host=facts.decoder_layers * host.layer + loads * host.load,
+        )
+
+    low, high = (tiers(*each) for each in zip((rates.low, rates.high), from_disk, strict=True))
+    return Speed(
+        low=batch / low.slowest,
+        high=batch / high.fastest,
+        bottleneck=high.longest(),
+        slow_bottleneck=low.longest(with_host=True),
+        tiers_low=low,
+        tiers_high=high,
+        computed_high=batch / max(high.dram_if_computed, high.device, high.disk),
+    )
 
 
 def distinct_experts(layer: Layer, batch: int) -> float:
     """
-    Experts that *batch* tokens ask of a layer together, chosen evenly and independently.
+    Count the experts that *batch* tokens ask of a layer, if they choose evenly and independently.
 
     ``E (1 - (1 - K/E)^batch)``: K for one token. Tokens that agree ask for fewer.
     """
@@ -105,31 +138,12 @@ def distinct_experts(layer: Layer, batch: int) -> float:
     return layer.num_experts * (1 - (1 - share) ** batch)
 
 
-def step_of(facts: ModelFacts, batch: int, stored_share: float) -> Step:
-    """
-    What a step moves.
-
-    Args:
-        facts: The model.
-        batch: Sequences decoded together.
-        stored_share: Bytes of an expert in the store, over its bytes in a slot.
-    """
-    asked = [distinct_experts(layer, batch) for layer in facts.layers]
-    in_slots = sum(n * layer.block_bytes for n, layer in zip(asked, facts.layers, strict=True))
-    return Step(
-        loads=sum(asked),
-        load_bytes=in_slots * stored_share,
-        expert_bytes=in_slots,
-        other_bytes=facts.read_bytes + batch * (facts.kv_bytes or 0),
-    )
-
-
 @dataclass(frozen=True)
 class HostTime:
     """Seconds of a host in the loop: of each decoder layer in a step, and of each load."""
 
-    layer: float = 0.0
-    load: float = 0.0
+    layer: float
+    load: float
 
 
 def paper_host_time() -> HostTime:
@@ -148,85 +162,4 @@ def paper_host_time() -> HostTime:
     return HostTime(
         layer=resident_s / known["layers"],
         load=(offloaded_s - resident_s) / (loads / known["counts_per_load"]),
-    )
-
-
-def tiers(
-    step: Step,
-    hit_rate: float,
-    hardware: Hardware,
-    *,
-    from_disk: float,
-    latency_s: float,
-    decoder_layers: int,
-    host: HostTime,
-) -> Tiers:
-    """
-    Seconds of one step on each tier.
-
-    Args:
-        step: What it moves.
-        hit_rate: Share of expert uses that load nothing.
-        hardware: The bandwidths.
-        from_disk: Share of loads that the disk serves.
-        latency_s: Of each load on the link.
-        decoder_layers: How often the host prepares a layer.
-        host: What that and each load cost it.
-    """
-    missed = 1 - hit_rate
-    return Tiers(
-        link=hardware.link.seconds(missed * step.load_bytes) + missed * step.loads * latency_s,
-        device=hardware.device.seconds(step.other_bytes + step.expert_bytes),
-        disk=hardware.disk.seconds(from_disk * missed * step.load_bytes),
-        dram_if_computed=hardware.dram.seconds(missed * step.load_bytes),
-        host=decoder_layers * host.layer + missed * step.loads * host.load,
-    )
-
-
-def speed(
-    step: Step,
-    rates: HitRates,
-    hardware: Hardware,
-    batch: int,
-    *,
-    from_disk: Sequence[float],
-    latency_s: float = 0.0,
-    decoder_layers: int = 0,
-    host: HostTime | None = None,
-) -> Speed:
-    """
-    Both ends of the speed.
-
-    Args:
-        step: What a decoding step moves.
-        rates: Both ends of the hit rate.
-        hardware: The bandwidths.
-        batch: Sequences decoded together.
-        from_disk: Share of loads that the disk serves, at the slow end and at the fast one.
-        latency_s: Of each load.
-        decoder_layers: How often the host prepares a layer in a step.
-        host: What that and each load cost it, at the slow end.
-    """
-    low, high = (
-        tiers(
-            step,
-            rate,
-            hardware,
-            from_disk=share,
-            latency_s=latency_s,
-            decoder_layers=decoder_layers,
-            host=host or HostTime(),
-        )
-        for rate, share in zip((rates.low, rates.high), from_disk, strict=True)
-    )
-    slow = {"link": low.link, "device memory": low.device, "disk": low.disk, "host": low.host}
-    computed = max(high.dram_if_computed, high.device, high.disk)
-    return Speed(
-        low=batch / low.slowest,
-        high=batch / high.fastest,
-        bottleneck=high.bottleneck,
-        slow_bottleneck=max(slow, key=lambda name: slow[name]),
-        tiers_low=low,
-        tiers_high=high,
-        computed_high=batch / computed,
     )

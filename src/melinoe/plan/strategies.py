@@ -1,4 +1,4 @@
-"""What `melinoe bench` runs: policies x slots x prefetch x misses x engines, and two extremes."""
+"""Strategies for `melinoe bench`: policies x slots x prefetches x misses x engines."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Strategy:
 
 def prefetcher_of(strategy: Strategy, given: Given | None) -> Prefetcher | None:
     """
-    What a strategy loads ahead, made of *given*; its moment is for those that have a choice.
+    Make the prefetcher of a strategy of *given*; its moment is for those that have a choice.
 
     Raises:
         MelinoeError: what it is made of is missing.
@@ -81,7 +81,7 @@ def strategies(
     """
     All combinations, between loading every expert that is asked for and holding all of them.
 
-    Where the CPU computes all misses and nothing is loaded ahead, slots stay empty, so that is one
+    If the CPU computes all misses and nothing is loaded ahead, slots stay empty, so that is one
     strategy whatever the slots and the policy. The fast engine waits for misses, always.
 
     Args:
