@@ -8,7 +8,7 @@ import pytest
 from melinoe.cache.timing import Machine
 from melinoe.engine.misses import Misses
 from melinoe.errors import BudgetError, MelinoeError
-from melinoe.plan import rehearsing
+from melinoe.plan import predicted
 from melinoe.plan.predicted import machine_of, seconds_of
 from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
 from melinoe.report import render_table
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 def short_rehearsals(monkeypatch):
     """Go through every motion of a miss, but once and briefly: here nobody reads the seconds."""
     for name, value in (("_PROMPTS", 1), ("_TOKENS", 2), ("_REPEATS", 1)):
-        monkeypatch.setattr(rehearsing, name, value)
+        monkeypatch.setattr(predicted, name, value)
 
 
 def bench(melinoe, place, *more):

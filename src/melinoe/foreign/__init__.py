@@ -1,5 +1,101 @@
-"""Traces and statistics written elsewhere: a documented table, SGLang's recorder, llama.cpp's."""
+"""
+Read traces and statistics that other tools wrote: a trace if the file has the order of tokens.
 
-from melinoe.foreign.reading import FORMATS, Imported, read_foreign
+    tables.py      CSV, Parquet, JSON lines, .npz and .npy
+    sglang.py      the files of SGLang's expert distribution recorder
+    llamacpp.py    the importance matrix of llama.cpp
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from melinoe.cache.locality import popularity
+from melinoe.cache.trace import Trace
+from melinoe.errors import TraceError
 
 __all__ = ["FORMATS", "Imported", "read_foreign"]
+
+FORMATS = ("auto", "table", "sglang", "llama.cpp")
+_TABLES = (".csv", ".parquet", ".jsonl", ".ndjson", ".npz", ".npy")
+_BY_SUFFIX = dict.fromkeys(_TABLES, "table") | {".pt": "sglang", ".gguf": "llama.cpp"}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """
+    Contents of a file.
+
+    Attributes:
+        format: One of `FORMATS`.
+        trace: None where the file has no order.
+        counts: Choices, float64 (layers, num_experts).
+        notes: Assumptions and omissions, for people.
+    """
+
+    format: str
+    trace: Trace | None
+    counts: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+def read_foreign(
+    path: str | os.PathLike,
+    format: str = "auto",
+    *,
+    num_experts: int | None = None,
+    model: str = "",
+    statistics: bool = False,
+) -> Imported:
+    """
+    Read a file of another tool.
+
+    Args:
+        path: The file.
+        format: One of `FORMATS`; ``auto`` goes by the suffix.
+        num_experts: Experts of each layer, if the file does not say.
+        model: For people.
+        statistics: Counts are enough, so choices in an unknown order are counted rather than
+            refused.
+
+    Raises:
+        TraceError: an unknown suffix, an unreadable file, no number of experts for a table, or
+            one that the file contradicts.
+        ValueError: an unknown format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if not Path(path).is_file():
+        raise TraceError(f"{path} is no file; check the path")
+    if format == "auto":
+        suffix = Path(str(path).removesuffix(".gz")).suffix
+        if suffix not in _BY_SUFFIX:
+            raise TraceError(
+                f"what {path} is cannot be told from its name; give it one that ends in "
+                f"{', '.join(_BY_SUFFIX)}, or say which it is with --format"
+            )
+        format = _BY_SUFFIX[suffix]
+    found: Trace | np.ndarray
+    notes: list[str] = []
+    if format == "table":
+        from melinoe.foreign.tables import read_table
+
+        found, notes = read_table(path, num_experts, model, statistics)
+    elif format == "sglang":
+        from melinoe.foreign.sglang import read_sglang
+
+        found = read_sglang(path, num_experts, model, statistics=statistics)
+    else:
+        from melinoe.foreign.llamacpp import read_imatrix
+
+        found = read_imatrix(path)
+        if num_experts not in (None, found.shape[1]):
+            raise TraceError(
+                f"{path} counts {found.shape[1]} experts a layer, not {num_experts}; leave "
+                "--num-experts out"
+            )
+    if isinstance(found, Trace):
+        return Imported(format, found, popularity(found).astype(np.float64), notes)
+    return Imported(format, None, found, notes)

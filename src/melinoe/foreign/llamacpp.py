@@ -1,7 +1,7 @@
 """
-llama.cpp's importance matrix in GGUF (``llama-imatrix``; ``--output-format gguf`` is the default
-since that form exists, mid-2025): beside the activations it counts how often each expert was used.
+Read llama.cpp's importance matrix in GGUF: how often each expert was used.
 
+``llama-imatrix`` writes that form by default since mid-2025 (``--output-format gguf``).
 Of a tensor of experts, such as ``blk.3.ffn_down_exps.weight``, it holds, all float32,
 ``....in_sum2`` and in newer versions ``....in_sum`` (experts, columns), and ``....counts``
 (experts, 1): the tokens x choices routed to each. That is popularity on the calibration text, no

@@ -1,12 +1,11 @@
 """
-SGLang's expert distribution recorder: the ``.pt`` files that ``/dump_expert_distribution_record``
-writes, ``expert_distribution_recorder_<time>[_<rank>].pt``, as
-`python/sglang/srt/eplb/expert_distribution.py` of SGLang 0.5.23 has them; the keys are the same
-since 0.4.7.
+Read the files of SGLang's expert distribution recorder.
 
-They are torch files, which are pickles. They are read with ``weights_only=True``: torch's
-unpickler then builds numbers, texts, lists, dicts and tensors, and refuses whatever else a file
-names, so that nothing in it is run.
+``/dump_expert_distribution_record`` writes ``expert_distribution_recorder_<time>[_<rank>].pt``, as
+`python/sglang/srt/eplb/expert_distribution.py` of SGLang 0.5.23 has it; the keys are the same since
+0.4.7. These are torch files, which are pickles. They are read with ``weights_only=True``: torch's
+unpickler then builds numbers, texts, lists, dicts and tensors, and refuses anything else, so that
+nothing in a file is run.
 
 - ``--expert-distribution-recorder-mode per_token``: a dict with ``records``, one per forward pass,
   each with ``topk_ids_of_layer`` (layers, tokens, 8), ``extend_seq_lens`` (a list in passes that
@@ -26,7 +25,7 @@ import numpy as np
 
 from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import TraceError
-from melinoe.foreign.columns import whole
+from melinoe.foreign.tables import whole
 
 _INT64 = np.iinfo(np.int64)
 # `ForwardMode` of SGLang: a prompt, one token of each answer, nothing.
@@ -47,10 +46,10 @@ def read_sglang(
         path: The file; of several ranks, rank 0's.
         num_experts: Experts of each layer; absent, as many as the file's map names.
         model: For people.
-        statistics: Count, even where each token's choices are recorded, whosever they are.
+        statistics: Count, even if each token's choices are recorded.
 
     Returns:
-        A trace where the order is recorded, else counts, float64 (layers, num_experts).
+        A trace if the order is recorded, else counts, float64 (layers, num_experts).
 
     Raises:
         TraceError: another file, one without a pass, another number of experts, or passes whose
@@ -101,7 +100,7 @@ def _load(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _array(value: Any) -> np.ndarray:
-    """Whole numbers, which is all that the recorder writes; -1 is no expert."""
+    """Read whole numbers, which are all that the recorder writes; -1 is no expert."""
     array = np.asarray(value.cpu() if hasattr(value, "cpu") else value)
     return whole("number", array.ravel(), -1, _INT64.max).reshape(array.shape)
 
@@ -147,7 +146,7 @@ def _logical(path: str | os.PathLike, record: dict[str, Any], physical: np.ndarr
 
 
 def _count(chosen: np.ndarray, experts: int) -> np.ndarray:
-    """How often each expert of each layer was chosen, (layers, experts)."""
+    """Count the choices of each expert of each layer, (layers, experts)."""
     return np.stack(
         [np.bincount(ids[ids >= 0], minlength=experts) for ids in chosen.transpose(1, 0, 2)]
     )

@@ -1,24 +1,35 @@
 """
-Tables of choices, as people and tools write them: CSV, Parquet or JSON lines.
+Tables of choices, as people and tools write them: CSV, Parquet, JSON lines or numpy arrays.
 
 A row is a token in one layer, with all its choices, or a single choice; docs/traces.md lists the
 columns. A table that has no token is no trace but statistics: how often each expert was chosen.
+
+    1. read the columns, and know them by any of their common names
+    2. take exact numbers out of them: rows, which are arrays by name, one entry for each token and
+       layer: ``number`` (of the row in its file), ``layer``, ``experts`` (rows, k), and, if the
+       file has them, ``token``, ``sequence``, ``kind``, ``forward``, ``scores`` (rows, k),
+       ``count`` and ``rank``
+    3. count them, or put them in the order in which the tokens were computed
 """
 
+from __future__ import annotations
+
+import math
 import os
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from melinoe.cache.trace import Trace
+from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace
 from melinoe.errors import TraceError
-from melinoe.foreign.columns import read_columns, whole
-from melinoe.foreign.rows import Rows, counts_of, gathered, trace_of
 
-# What a column is called here, and how others spell it.
+SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson", ".npz", ".npy")
+MOST = np.iinfo(np.int32).max
+# The name of a column here, and its other spellings.
 _SPELLINGS = {
     "token": "token_idx token_index token_pos position pos",
     "layer": "layer_id layer_idx layer_index layer_num moe_layer",
@@ -34,16 +45,21 @@ _SPELLINGS = {
 }
 _NAMES = {other: name for name, others in _SPELLINGS.items() for other in others.split()}
 _OF_ONE = re.compile(r"(expert|score)_\d+")
-_OF_LOG = ("model_id", "num_experts")
+_OF_LOG = ("model_id", "num_experts")  # in header lines
 _KINDS = {"prompt": 0, "completion": 1, "padding": 2, "prefill": 0, "decode": 1}
 _KINDS |= {"0": 0, "1": 1, "2": 2}
+# Tokens that choose alike in every layer from the first one on are a warm-up from so many on.
+_WARM_UP = 16
+_COUNTED = "import it with --statistics, which needs no order"
+
+Rows = dict[str, np.ndarray]
 
 
 def read_table(
     path: str | os.PathLike, num_experts: int | None, model: str, statistics: bool
 ) -> tuple[Trace | np.ndarray, list[str]]:
     """
-    Read a trace, or statistics where the table has no order or no more is wanted.
+    Read a trace, or statistics if the table has no order or no more is wanted.
 
     Args:
         path: The table.
@@ -58,7 +74,7 @@ def read_table(
         TraceError: the table is neither; the sentence says why, and what would work.
     """
     notes: list[str] = []
-    columns = read_columns(path)
+    columns = _read_columns(path)
     try:
         columns, told = _without_header_lines(_known(columns, notes))
         experts = num_experts or told.get("num_experts")
@@ -68,17 +84,90 @@ def read_table(
         if "token" not in rows and "scores" in rows:
             notes.append("weights left out: every choice counts one")
         if statistics or "token" not in rows:
-            return counts_of(rows, experts, notes), notes
+            return _counts(rows, experts, notes), notes
         model = model or str(told.get("model_id", ""))
-        return trace_of(rows, experts, model, f"imported from {Path(path).name}", notes), notes
+        return _trace(rows, experts, model, f"imported from {Path(path).name}", notes), notes
     except (ValueError, NotImplementedError, TraceError) as error:  # Arrow's, of nested columns
         raise TraceError(
             f"the table {path} cannot be imported: {error}; docs/traces.md has the forms"
         ) from error
 
 
+# --- columns --------------------------------------------------------------------------------------
+
+
+def _read_columns(path: str | os.PathLike) -> dict[str, Any]:
+    """Read Arrow arrays by the name of the column, as the file has it; texts may be gzipped."""
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
+
+    kind = Path(str(path).removesuffix(".gz")).suffix
+    if kind not in SUFFIXES:
+        raise TraceError(f"{path} is not one of {', '.join(SUFFIXES)}; name a table so")
+    try:
+        if kind in (".npz", ".npy"):
+            return _of_arrays(path)
+        if kind == ".parquet":
+            table = parquet.read_table(path)
+        else:
+            with pa.input_stream(str(path), compression="detect") as stream:
+                blob = pa.py_buffer(stream.read().removeprefix(b"\xef\xbb\xbf"))
+            if kind == ".csv":
+                table = csv.read_csv(pa.BufferReader(blob))
+            else:
+                # A block must hold the longest line.
+                block = json.ReadOptions(block_size=1 << 26)
+                table = json.read_json(pa.BufferReader(blob), read_options=block)
+        twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    # Arrow's own, and those that numpy, zip and texts of another encoding raise.
+    except (pa.ArrowException, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        said = (str(error) or "it is empty").splitlines()[0]
+        raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
+    if twice:
+        raise TraceError(f"the table {path} has two columns {min(twice)}; take one out")
+    return {
+        name: values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        for name, values in columns.items()
+    }
+
+
+def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Read arrays as a table whose rows are the layers of each token, in that order.
+
+    The array ``experts``, another name of it or the only one holds integers (tokens, layers, k);
+    beside it may stand one number for each token, and ``scores``, shaped as the experts.
+    """
+    import pyarrow as pa
+
+    with Path(path).open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)  # objects are pickles
+        arrays = {"experts": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    called = [name for name in arrays if _NAMES.get(name, name) == "experts"] or list(arrays)
+    if len(called) != 1:
+        raise ValueError(f"which of {', '.join(called)} are the experts? call that experts")
+    experts = arrays.pop(called[0])
+    if experts.ndim != 3 or not experts.size:
+        raise ValueError(f"{called[0]} has the shape {experts.shape}, not (tokens, layers, k)")
+    tokens, layers, top_k = experts.shape
+    columns = {"token": np.repeat(np.arange(tokens), layers)}
+    columns["layer"] = np.tile(np.arange(layers), tokens)
+    columns |= {f"expert_{k}": experts[:, :, k].ravel() for k in range(top_k)}
+    for name, values in arrays.items():
+        if name == "scores" and values.shape == experts.shape:
+            columns |= {f"score_{k}": values[:, :, k].ravel() for k in range(top_k)}
+        elif values.shape == (tokens,):
+            columns[name] = np.repeat(values, layers)
+        else:
+            raise ValueError(
+                f"{name} has the shape {values.shape}, which fits no token; take it out"
+            )
+    return {name: pa.array(values) for name, values in columns.items()}
+
+
 def _known(columns: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Columns by the names used here; others are left out, which *notes* then say."""
+    """Rename columns to the names used here; others are left out, which *notes* then say."""
     ours = {}
     for given in columns:
         name = given.strip().lower().replace(" ", "_")
@@ -103,12 +192,11 @@ def _known(columns: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _of_choices(columns: dict[str, Any]) -> list[str]:
-    """Columns that say which experts were chosen."""
     return [name for name in columns if re.fullmatch(r"experts?|expert_\d+", name)]
 
 
 def _without_header_lines(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take out lines that have neither layer nor choice but tell of the log; and what they tell."""
+    """Take out lines that tell of the log and have neither layer nor choice; and what they tell."""
     import pyarrow.compute as pc
 
     chosen = _of_choices(columns)[0]
@@ -120,17 +208,93 @@ def _without_header_lines(columns: dict[str, Any]) -> tuple[dict[str, Any], dict
     kept = np.flatnonzero(~header.to_numpy(zero_copy_only=False))
     rows = {name: values.take(kept) for name, values in columns.items()}
     # A column of header lines alone is none of the rows'.
-    kept_empty = ("layer", chosen)
     rows = {
         name: values
         for name, values in rows.items()
-        if values.null_count < len(values) or name in kept_empty or _OF_ONE.fullmatch(name)
+        if values.null_count < len(values) or name in ("layer", chosen) or _OF_ONE.fullmatch(name)
     }
     return rows | {"number": kept + 1}, told
 
 
+# --- exact numbers --------------------------------------------------------------------------------
+
+
+def whole(
+    name: str,
+    values: Any,
+    low: int,
+    high: int = MOST,
+    *,
+    missing: int | None = None,
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
+    """
+    Read exact whole numbers.
+
+    Args:
+        name: Of the column, for the sentence.
+        values: An Arrow array or a numpy one, of integers, of floats that are whole, or of texts
+            that spell integers.
+        low, high: The least and the greatest allowed.
+        missing: Stands for an empty value; without it an empty one is refused.
+        rows: Which row each value is of, from 1; absent, they are counted.
+
+    Returns:
+        int64, as many as *values*.
+
+    Raises:
+        ValueError: a value is none of these; the sentence says which, and of which row.
+    """
+    empty = np.zeros(len(values), bool)
+    if not isinstance(values, np.ndarray):
+        if values.null_count:
+            empty = values.is_null().to_numpy(zero_copy_only=False)
+        values = _filled(values)
+    if values.dtype.kind in "iuf":
+        # Bounds may lie beyond a small float's.
+        numbers = values = values.astype(np.float64) if values.dtype.kind == "f" else values
+        good = (values >= low) & (values <= high)
+        if values.dtype.kind == "f":  # which holds not every whole number beyond 2^53
+            good &= (values == np.floor(values)) & (np.abs(values) <= 2**53)
+    else:
+        numbers = np.array([_spelled(value) for value in values.tolist()], np.float64)
+        good = (numbers >= low) & (numbers <= high)
+        empty |= np.array([value == "" for value in values.tolist()], bool)
+    good = np.where(empty, missing is not None, good)
+    if not good.all():
+        at = int(np.argmin(good))
+        said = "no" if empty[at] else f"the value {values[at : at + 1].tolist()[0]!r} as its"
+        raise ValueError(
+            f"row {at + 1 if rows is None else rows[at]} has {said} {name}, which is a whole "
+            f"number from {low} to {high}"
+        )
+    found = np.where(empty, 0, numbers).astype(np.int64)
+    found[empty] = 0 if missing is None else missing
+    return found
+
+
+def _filled(values: Any) -> np.ndarray:
+    """Turn Arrow's values into numpy's, with something of their type for each that is absent."""
+    import pyarrow as pa
+
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values), np.int64)
+    if values.null_count and (
+        pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+    ):
+        values = values.fill_null(0)
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _spelled(value: Any) -> float:
+    """The integer that a text spells in ASCII digits; no number for anything else."""
+    text = value.strip() if isinstance(value, str) else ""
+    digits = text.removeprefix("-")
+    return float(text) if digits.isascii() and digits.isdigit() else math.nan
+
+
 def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
-    """Exact numbers of each column, with all choices of a token and layer in one row."""
+    """Take exact numbers of each column, with all choices of a token and layer in one row."""
     number = columns["number"]
     if not len(number):
         raise ValueError("it has no rows")
@@ -152,11 +316,11 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
             raise ValueError(f"row {number[np.argmax(lacks)]} has a choice without its weight")
     if {"token", "count"} <= rows.keys():
         raise ValueError("it has both tokens and counts; take one of the columns out")
-    return gathered(rows) if "token" in rows and "expert" in columns else rows
+    return _gathered(rows) if "token" in rows and "expert" in columns else rows
 
 
 def _numbered(names: Any, number: np.ndarray) -> np.ndarray:
-    """Sequences, which are numbers or texts, numbered from 0 as they first appear."""
+    """Number sequences, which are numbers or texts, from 0 as they first appear."""
     import pyarrow as pa
 
     if not pa.types.is_string(names.type):
@@ -168,7 +332,7 @@ def _numbered(names: Any, number: np.ndarray) -> np.ndarray:
 
 
 def _kinds(words: Any, number: np.ndarray) -> np.ndarray:
-    """Kinds of rows, which are words or numbers, uint8."""
+    """Turn kinds of rows, which are words or numbers, into uint8."""
     coded = words.dictionary_encode()
     spelled = [_KINDS.get(word, word) for word in coded.dictionary.to_pylist()]
     good = [kind in (0, 1, 2) and not isinstance(kind, bool) for kind in spelled]
@@ -211,7 +375,7 @@ def _matrix(one: str, columns: dict[str, Any], number: np.ndarray, most: int | N
 def _values(
     name: str, values: Any, number: np.ndarray, most: int | None, ordered: bool
 ) -> np.ndarray:
-    """One column of choices, or of weights."""
+    """Read one column of choices, or of weights."""
     import pyarrow as pa
 
     if most is not None:
@@ -226,3 +390,195 @@ def _values(
         at = int(np.argmin(good))
         raise ValueError(f"row {number[at]} has the weight {weights[at]}, which is none")
     return weights.astype(np.float16)
+
+
+def _changes(keys: list[np.ndarray]) -> np.ndarray:
+    """Mark entries in which an array differs from the one before; the first is marked."""
+    changed = np.ones(len(keys[0]), bool)
+    changed[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return changed
+
+
+def _gathered(rows: Rows) -> Rows:
+    """Put choices that stand in rows of their own, of one token and layer, into one row."""
+    keys = [rows[name] for name in ("layer", "token", "sequence", "forward") if name in rows]
+    if "rank" in rows:
+        order = np.lexsort([rows["rank"], *keys])
+        if _changes([key[order] for key in (rows["rank"], *keys)]).all():  # no numbering restarts
+            rows = {name: values[order] for name, values in rows.items()}
+            keys = [key[order] for key in keys]
+    first = _changes(keys)
+    if "rank" in rows:
+        first[1:] |= np.diff(rows["rank"]) <= 0
+    starts = np.flatnonzero(first)
+    row = np.cumsum(first) - 1
+    place = np.arange(len(first)) - starts[row]
+    found = {name: values[starts] for name, values in rows.items()}
+    for name, none in (("experts", -1), ("scores", 0)):
+        if name in rows:
+            found[name] = np.full((len(starts), place.max() + 1), none, rows[name].dtype)
+            found[name][row, place] = rows[name][:, 0]
+    return found
+
+
+# --- counts, or tokens in order -------------------------------------------------------------------
+
+
+def _counts(rows: Rows, num_experts: int, notes: list[str]) -> np.ndarray:
+    """Count choices without padding, float64 (layers, num_experts); only layers that are named."""
+    layers, at = np.unique(rows["layer"], return_inverse=True)
+    kept = rows["kind"] != PADDING_ROW if "kind" in rows else np.ones(len(at), bool)
+    if "token" in rows and "kind" not in rows:
+        by_layer = [np.flatnonzero(at == layer) for layer in range(len(layers))]
+        alike = min(_alike(rows["experts"][mine]) for mine in by_layer)
+        if alike >= _WARM_UP:
+            kept[np.concatenate([mine[:alike] for mine in by_layer])] = False
+            notes.append(_warm_up(alike))
+    experts = rows["experts"]
+    chosen = (experts >= 0) & kept[:, None]
+    weights = rows.get("count", np.ones(len(at)))[:, None] * chosen
+    cells = (at[:, None] * num_experts + experts)[chosen]
+    counts = np.bincount(cells, weights[chosen], len(layers) * num_experts)
+    return counts.reshape(len(layers), num_experts)
+
+
+def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]) -> Trace:
+    """Make a trace; ValueError if the rows do not say an order, with a row and a way that works."""
+    layers, at = np.unique(rows["layer"], return_inverse=True)
+    if layers[-1] != len(layers) - 1:
+        notes.append(f"layers {', '.join(map(str, layers))} are numbered from 0, without gaps")
+    rows = _in_order(rows | {"layer": at}, len(layers))
+    first = {name: values[:: len(layers)] for name, values in rows.items()}
+    for name in ("sequence", "kind", "forward"):
+        if name in rows:
+            differ = rows[name] != np.repeat(first[name], len(layers))
+            if differ.any():
+                number = rows["number"][np.argmax(differ)]
+                raise ValueError(f"row {number} has another {name} than its token's first layer")
+    chosen = np.sort(rows["experts"], axis=1)
+    twice = ((chosen[:, 1:] == chosen[:, :-1]) & (chosen[:, 1:] >= 0)).any(axis=1)
+    if twice.any():
+        raise ValueError(
+            f"the token at row {rows['number'][np.argmax(twice)]} chooses an expert twice in one "
+            f"layer, so it is several tokens of one number; number them on, or {_COUNTED}"
+        )
+    shape = (-1, len(layers), rows["experts"].shape[1])
+    experts, scores = rows["experts"].reshape(shape), rows.get("scores")
+    scores = None if scores is None else np.where(experts < 0, 0, scores.reshape(shape))
+    if "kind" not in first:
+        alike = _alike(experts)
+        if "forward" in first:  # whole passes
+            ends = np.append(np.flatnonzero(_changes([first["forward"]])), len(experts))
+            alike = int(ends[ends <= alike].max())
+        if alike >= _WARM_UP:
+            notes.append(_warm_up(alike))
+            first = {name: values[alike:] for name, values in first.items()}
+            experts, scores = experts[alike:], None if scores is None else scores[alike:]
+            if not len(experts):
+                raise ValueError("nothing else is in it; record while requests are served")
+    sequence, kind, forward = _owners(first, notes)
+    return Trace(
+        experts.astype(np.int16),
+        np.unique(forward, return_inverse=True)[1].astype(np.int32),
+        np.unique(sequence, return_inverse=True)[1].astype(np.int32),
+        kind.astype(np.uint8),
+        num_experts,
+        model,
+        note="; ".join([note, *notes]),
+        scores=scores,
+    )
+
+
+def _alike(choices: np.ndarray) -> int:
+    """Count the tokens from the first on that choose as the first."""
+    other = (choices != choices[:1]).reshape(len(choices), -1).any(axis=1)
+    return int(np.argmax(other)) if other.any() else len(choices)
+
+
+def _warm_up(tokens: int) -> str:
+    return f"the first {tokens} tokens choose alike in every layer, as a warm-up does: left out"
+
+
+def _in_order(rows: Rows, layers: int) -> Rows:
+    """
+    Sort rows by token and layer, so that every token has each layer once.
+
+    Tokens are told apart by the first of these that does: their number; sequence and number;
+    forward pass and number; and passes that begin wherever the numbers do not go on.
+    """
+    token, layer = rows["token"], rows["layer"]
+    ways: list[list[np.ndarray]] = [[token]]
+    ways += [[rows[name], token] for name in ("sequence", "forward") if name in rows]
+    if "forward" not in rows:
+        mine = np.flatnonzero(layer == layer[0])
+        begins = np.zeros(len(token), np.int64)
+        begins[mine[1:]] = np.diff(token[mine]) <= 0
+        ways.append([np.cumsum(begins), token])
+    for keys in ways:
+        order = np.lexsort([layer, *reversed(keys)])
+        if not _changes([key[order] for key in (*keys, layer)]).all():
+            continue
+        if len(keys) > 1 and keys is ways[-1]:
+            rows = rows | {"forward": keys[0]}
+            if "sequence" in rows and not rows["sequence"].any():
+                del rows["sequence"]  # one name for whatever was served tells nothing apart
+        rows = {name: values[order] for name, values in rows.items()}
+        break
+    else:
+        raise ValueError(
+            "tokens of one number are in the same layer twice; number them on, add a column "
+            f"sequence or forward, or {_COUNTED}"
+        )
+    tokens = np.cumsum(_changes([key[order] for key in keys])) - 1
+    expected = np.arange(len(tokens))
+    wrong = (tokens != expected // layers) | (rows["layer"] != expected % layers)
+    if wrong.any() or len(tokens) % layers:
+        number = rows["number"][np.argmax(wrong) if wrong.any() else -1]
+        raise ValueError(
+            f"a token at row {number} has not every layer; write a row for each of the {layers} "
+            f"layers, or {_COUNTED}"
+        )
+    return rows
+
+
+def _owners(rows: Rows, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find sequence, kind and forward pass of each token; if not told, as one user's would be."""
+    sequence, kind, forward = (rows.get(name) for name in ("sequence", "kind", "forward"))
+    tokens = len(rows["token"])
+    if forward is None:
+        if sequence is None:
+            sequence = np.zeros(tokens, np.int64)
+            notes.append("nothing says which tokens belong together: taken as one sequence")
+        if kind is None:
+            kind = np.full(tokens, COMPLETION_ROW)
+            notes.append("nothing says which tokens are a prompt's: all taken as completions")
+        # A prompt is one pass, and each token of a completion one of its own.
+        new = _changes([sequence]) | (kind == COMPLETION_ROW)
+        new[1:] |= kind[:-1] == COMPLETION_ROW
+        return sequence, kind, np.cumsum(new)
+    if (np.diff(forward) < 0).any():
+        number = rows["number"][1 + np.argmax(np.diff(forward) < 0)]
+        raise ValueError(f"row {number} is of an earlier forward pass than the token before it")
+    if sequence is None:
+        begins = _changes([forward])
+        number = np.cumsum(begins) - 1
+        several = np.bincount(number) > 1
+        if kind is None and (several[1:] & several[:-1]).any():
+            mixed = np.flatnonzero(begins)[1 + np.argmax(several[1:] & several[:-1])]
+            raise ValueError(
+                f"the passes up to row {rows['number'][mixed]} mix several requests, and nothing "
+                "says whose tokens are whose; record one request at a time (in vLLM "
+                f"max_num_seqs=1), log a request's id as req_id, or {_COUNTED}"
+            )
+        starts = several if kind is None else kind[begins] == PROMPT_ROW
+        starts[1:] &= ~starts[:-1]
+        sequence = np.cumsum(starts)[number]
+        notes.append("a pass of several tokens is taken as the prompt that begins a sequence")
+    if kind is None:
+        # A request's first pass is its prompt, and so is each that reads several of its tokens.
+        pairs, at, size = np.unique(
+            np.stack([sequence, forward]), axis=1, return_inverse=True, return_counts=True
+        )
+        prompt = (size > 1) | _changes([pairs[0]])
+        kind = np.where(prompt[at.ravel()], PROMPT_ROW, COMPLETION_ROW)
+    return sequence, kind, forward
