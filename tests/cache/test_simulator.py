@@ -8,7 +8,7 @@ from cache_traces import random_trace, trace_of
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import LRU, DecayedLFU
 from melinoe.cache.residency import Residency
-from melinoe.cache.simulator import hit_rate_curve, simulate
+from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
@@ -198,14 +198,6 @@ def test_a_policy_may_come_from_a_function():
     assert by_name.counters == simulate(trace, 3, lambda: DecayedLFU(0.5)).counters
 
 
-def test_hit_rate_grows_with_slots_under_lru():
-    """LRU is a stack algorithm while requests fit: more slots never hit less."""
-    trace = random_trace(6, prompt=1, completion=60)
-    curve = hit_rate_curve(trace, [2, 3, 4, 5, 6, 7, 8])
-    assert curve == sorted(curve)
-    assert curve[0] < curve[-1]
-
-
 @pytest.mark.parametrize(
     ("slots", "error", "text"),
     [(0, CacheTooSmallError, "at least 1"), (9, MelinoeError, "at most 8")],
@@ -223,13 +215,6 @@ def test_slots_and_prefetches_must_name_every_layer():
         simulate(trace, [3])
     with pytest.raises(ValueError, match="1 layers of 2"):
         simulate(trace, 3, prefetch={0: [[1]]})
-
-
-def test_a_hit_rate_of_nothing_is_refused():
-    """A trace without completion tokens has no completion hit rate."""
-    trace = trace_of([[0]], num_experts=2, top_k=1, kind=0)
-    with pytest.raises(MelinoeError, match="no completion"):
-        hit_rate_curve(trace, [1])
 
 
 def test_an_empty_trace_costs_nothing():

@@ -213,17 +213,6 @@ def test_select_keeps_the_rows_of_some_sequences_and_numbers_anew():
         trace.select([1, 3])
 
 
-def test_concat_numbers_on():
-    """Parts put together again are the whole."""
-    trace = random_trace(0)
-    whole = Trace.concat([trace.select([0]), trace.select([1]), trace.select([2])])
-    assert same(whole, trace)
-    with pytest.raises(TraceError, match="another model"):
-        Trace.concat([trace, random_trace(1)])
-    with pytest.raises(ValueError, match="no traces"):
-        Trace.concat([])
-
-
 def test_the_builder_marks_skipped_choices():
     """Ids at or above num_experts, and negative ones, become -1; wrong shapes are refused."""
     builder = TraceBuilder(1, 4, 2)

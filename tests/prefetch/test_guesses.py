@@ -51,18 +51,16 @@ def test_a_trace_without_guesses_or_prompts_is_refused_by_what_needs_them():
 
 
 def test_guesses_are_kept_in_a_trace_of_version_3(tmp_path):
-    """Round trip, selection and concatenation; without guesses the file is of version 1."""
+    """Round trip and selection; without guesses the file is of version 1."""
     trace = decoding([[[0], [0]], [[1], [2]]], [[0], [3]])
     trace.save(tmp_path / "t")
     again = Trace.load(tmp_path / "t")
     assert np.array_equal(again.guesses, trace.guesses) and again.guesses.dtype == np.int16
     assert b'version\\": 3' in (tmp_path / "t").read_bytes()
-    assert np.array_equal(Trace.concat([trace, trace]).select([1]).guesses, trace.guesses)
+    assert np.array_equal(trace.select([0]).guesses, trace.guesses)
     plain = TraceBuilder(2, 4, 1)
     plain.add_forward(np.array([[[0], [1]]]), 0, 1)
     plain.trace().save(tmp_path / "p")
     assert b'version\\": 1' in (tmp_path / "p").read_bytes()
-    with pytest.raises(TraceError, match="hold guesses and some do not"):
-        Trace.concat([trace, plain.trace()])
     with pytest.raises(TraceError, match="guesses ids from -1 to 9"):
         Trace(**{**vars(trace), "guesses": np.where(trace.guesses == 3, 9, trace.guesses)})

@@ -5,8 +5,6 @@ Layers do not share slots, so the loads of a model are the sum of its layers' lo
 split is a resource allocation problem over the layers' miss curves.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from melinoe.cache.counters import PHASES
@@ -71,14 +69,3 @@ def allocate(cost: np.ndarray, budget: int, *, at_least: int = 1) -> tuple[int, 
         result.append(int(given[layer, left]))
         left -= result[-1]
     return tuple(reversed(result))
-
-
-def uniform(num_layers: int, num_experts: int, budget: int) -> tuple[int, ...]:
-    """Split equally, without a trace; the first layers get the slots that do not divide."""
-    each, rest = divmod(min(budget, num_layers * num_experts), num_layers)
-    return tuple(each + (layer < rest) for layer in range(num_layers))
-
-
-def total_cost(cost: np.ndarray, slots: Sequence[int]) -> float:
-    """Cost of a split: the sum over layers."""
-    return float(sum(cost[layer, count - 1] for layer, count in enumerate(slots)))

@@ -24,7 +24,7 @@ from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Decision, Residency, StreamedPrefill, check_capacity
 from melinoe.cache.trace import PROMPT_ROW, Trace
 from melinoe.config import PREFETCH_AT
-from melinoe.errors import MelinoeError, TraceError
+from melinoe.errors import TraceError
 
 ENGINES = ("auto", "residency", "compiled")
 # From this many requests on, loading the compiled code (about a second) pays.
@@ -233,30 +233,6 @@ def slots_of_layers(trace: Trace, slots: int | Sequence[int]) -> tuple[int, ...]
     if len(slots) != trace.num_layers:
         raise ValueError(f"slots are given for {len(slots)} layers of {trace.num_layers}")
     return tuple(int(count) for count in slots)
-
-
-def hit_rate_curve(
-    trace: Trace,
-    slots: Sequence[int],
-    policy: str | Callable[[], Policy] = "lru",
-    phase: str | None = "completion",
-    **options: Any,
-) -> list[float]:
-    """
-    Hit rate for each number of slots; *options* go to `simulate`.
-
-    Raises:
-        MelinoeError: the trace has no use in that phase.
-    """
-    rates = []
-    for count in slots:
-        rate = simulate(trace, count, policy, **options).counters.hit_rate(phase)
-        if rate is None:
-            raise MelinoeError(
-                f"the trace has no {phase or 'expert use at all'} to count; record a longer one"
-            )
-        rates.append(rate)
-    return rates
 
 
 # --- compiled -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ other contents is refused, never read as far as it goes.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -242,37 +242,6 @@ class Trace:
         kept["forward"] = np.unique(kept["forward"], return_inverse=True)[1].astype(np.int32)
         kept["sequence"] = np.searchsorted(wanted, kept["sequence"]).astype(np.int32)
         return self._with(kept)
-
-    @staticmethod
-    def concat(traces: Sequence["Trace"]) -> "Trace":
-        """
-        Join traces, one after the other; sequences and forward passes number on.
-
-        The first one's header stays.
-
-        Raises:
-            TraceError: they are not all of the same model, or only some hold scores or guesses.
-            ValueError: there are none.
-        """
-        if not traces:
-            raise ValueError("there are no traces to put together")
-        first = traces[0]
-        for name in OPTIONAL:
-            if 0 < sum(getattr(trace, name) is not None for trace in traces) < len(traces):
-                raise TraceError(
-                    f"some of the traces hold {name} and some do not; record them alike"
-                )
-        parts = []
-        next_forward = next_sequence = 0
-        for trace in traces:
-            trace.check_model(first.fingerprint, first.num_layers, first.num_experts, first.top_k)
-            part = trace._arrays()
-            part["forward"] = trace.forward + np.int32(next_forward)
-            part["sequence"] = trace.sequence + np.int32(next_sequence)
-            next_forward = int(part["forward"][-1]) + 1 if len(trace) else next_forward
-            next_sequence += trace.num_sequences
-            parts.append(part)
-        return first._with({name: np.concatenate([part[name] for part in parts]) for name in part})
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name, those that were recorded."""
