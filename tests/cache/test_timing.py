@@ -5,11 +5,36 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cache_traces import random_trace
-from timed_steps import SLOW, WORK, run
 
-from melinoe.cache.simulator import simulate
-from melinoe.cache.timing import Machine, Work, loads_when, predict
+from melinoe.cache.counters import Counters
+from melinoe.cache.simulator import Simulation, Steps, simulate
+from melinoe.cache.timing import Machine, Work, computed_s, loads_when, predict, transfer_s
 from melinoe.errors import HardwareError
+
+
+def run(loads, experts, ahead=None, on_host=None, phase=None, tokens=None, unit=None, between=None):
+    """A simulation of which only the steps matter; rows are passes, columns layers."""
+    loads = np.array(loads, np.int32)
+    zero = np.zeros_like(loads)
+    steps = Steps(
+        np.ones(len(loads), np.uint8) if phase is None else np.array(phase, np.uint8),
+        np.ones(len(loads), np.int64) if tokens is None else np.array(tokens, np.int64),
+        np.zeros(len(loads), np.int64) if unit is None else np.array(unit, np.int64),
+        loads,
+        np.array(experts, np.int32),
+        zero if ahead is None else np.array(ahead, np.int32),
+        zero if on_host is None else np.array(on_host, np.int32),
+        np.zeros_like(loads) if on_host is None else np.array(on_host, np.int32),
+        zero if between is None else np.array(between, np.int32),
+    )
+    layers = loads.shape[1]
+    return Simulation(Counters(layers), [], [], (1,) * layers, "lru", steps=steps)
+
+
+# A transfer takes 1 ms + 100 B / 10 kB/s = 11 ms; an expert is read in 1 ms, all else in 2 a layer.
+SLOW = {"link_bytes_per_s": 1e4, "link_latency_s": 1e-3, "device_bytes_per_s": 1e5}
+
+WORK = Work(expert_bytes=100, backbone_bytes=300, kv_bytes=100)
 
 
 def test_waiting_for_loads_worked_by_hand():
@@ -147,3 +172,123 @@ def test_what_is_not_known_is_asked_for():
         predict(simulate(random_trace(0), 3), Machine(**SLOW), WORK)
     with pytest.raises(ValueError, match="miss must be"):
         loads_when("hope", link, WORK)
+
+
+def test_misses_computed_by_the_host_worked_by_hand():
+    """3 experts of 100 B at 20 kB/s: 15 ms, and 2 ms for activations; the hit is 1 ms of device."""
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4)
+    timing = predict(run([[0]], [[4]], on_host=[[3]]), machine, WORK)
+    assert timing.pass_s == pytest.approx([0.004 + 0.017 + 0.001])
+    assert (timing.host_s[0], timing.link_s[0]) == (pytest.approx(0.017), 0)
+    assert timing.metrics()["cpu_stall_ms_per_token"] == pytest.approx(17)
+
+
+def test_a_split_makes_the_slower_side_fastest():
+    """
+    Of 4 missing: k loads take 11k ms, the host 5(4-k) + 2 ms (0 for none).
+
+    k = 0: 22; 1: max(11, 17) = 17; 2: max(22, 12) = 22; so one is loaded. Of 2 missing: 12 on the
+    host, or 11 with one load. Of 1: 7 on the host, 11 over the link: none. Of equals the load wins.
+    """
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4)
+    split = loads_when("split", machine, WORK)
+    assert [split([1] * n) for n in range(5)] == [0, 0, 1, 1, 1]
+    even = Machine(link_bytes_per_s=1e4, device_bytes_per_s=1e5, dram_bytes_per_s=1e4)
+    assert [loads_when("split", even, WORK)([1] * n) for n in (1, 2, 3)] == [1, 1, 2]
+    timing = predict(run([[1]], [[4]], on_host=[[3]]), machine, WORK)
+    assert timing.host_s == pytest.approx([0.017]) and timing.link_s == pytest.approx([0.0])
+    assert transfer_s(machine, WORK) == pytest.approx(0.011)
+    assert computed_s(machine, WORK, 3) == pytest.approx(0.017)
+
+
+def test_activations_travel_both_ways_and_rows_are_computed_one_by_one():
+    """
+    Two experts of 100 B at 20 kB/s: 10 ms; chosen 5 times by 3 tokens: 3 more rows of 1 ms.
+
+    3 rows of 50 B go over and 5 come back: 400 B on 10 kB/s are 40 ms, and twice 1 ms of latency.
+    The one load's copy, 3 ms, is made by the same thread, which also takes 4 once.
+    """
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3, copy_s=3e-3, host_call_s=4e-3)
+    work = Work(expert_bytes=100, activation_bytes=50, backbone_bytes=300, kv_bytes=100)
+    assert computed_s(machine, work, 2, 5, 3) == pytest.approx(
+        0.004 + 0.010 + 0.003 + 0.040 + 0.002
+    )
+    done = run([[1]], [[4]], on_host=[[2]], tokens=[3])
+    done.steps.on_host_uses[:] = 5
+    assert predict(done, machine, work).host_s == pytest.approx([0.059 + 0.003])
+
+
+def test_a_prompt_s_misses_are_loaded_where_a_token_s_are_computed():
+    """One row costs the host 5 + 2 ms and the link 11; twenty rows cost 5 + 19 + 2: load it."""
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3)
+    split = loads_when("split", machine, WORK)
+    assert (split([1]), split([20])) == (0, 1)
+    # Two, one of them used once: the link brings the other meanwhile.
+    assert split([1, 20]) == 1
+
+
+def test_handling_misses_on_the_host_is_simulated_as_it_is_timed():
+    """No loads with `cpu`; with `split` some, and every missing expert is one or the other."""
+    trace = random_trace(0, completion=40)
+    machine = Machine(**SLOW, dram_bytes_per_s=1e4)
+    wanted = {sequence: [[0, 1, 2]] * 2 for sequence in range(3)}
+    found = {}
+    for miss in ("wait", "cpu", "split"):
+        load = loads_when(miss, machine, WORK)
+        found[miss] = simulate(trace, 3, prefetch=wanted, load=load, steps=True)
+    assert found["cpu"].counters.loads.sum() == 0 < found["split"].counters.loads.sum()
+    steps = found["split"].steps
+    assert (steps.loads + steps.on_host <= steps.experts).all() and steps.on_host.any()
+    assert not found["wait"].steps.on_host.any()
+
+
+def test_a_prefetch_between_layers_comes_while_the_layer_before_computes():
+    """
+    Two layers of one resident expert each, the second's on its way for 11 ms since 2 ms.
+
+    Layer 0: 2 ms, then the prefetch is issued, then 1 ms. Layer 1: 2 ms until 5, 8 more until it
+    has arrived, 1 to compute.
+    """
+    timing = predict(run([[0, 0]], [[1, 1]], between=[[0, 1]]), Machine(**SLOW), WORK)
+    assert timing.pass_s == pytest.approx([0.014])
+    assert timing.link_s == pytest.approx([0.008])
+    assert timing.transferred_bytes == 100
+
+
+def test_a_prefetch_over_a_layer_that_is_left_out_comes_while_the_one_before_it_computes():
+    """
+    Three layers, the second without a request; the third's expert is on its way for 11 ms.
+
+    All else takes 4/3 ms a layer. It is issued then, and computed with once it is there, for 1 ms.
+    """
+    timing = predict(run([[0, 0, 0]], [[1, 0, 1]], between=[[0, 0, 1]]), Machine(**SLOW), WORK)
+    assert timing.pass_s == pytest.approx([0.001 * (4 / 3 + 11 + 1)])
+
+
+def test_a_prefetch_travels_while_layers_compute():
+    """
+    Two prefetches before the pass, one per layer, copies of 1 ms: 2 ms are spent issuing.
+
+    The link brings them at 11 and 22 ms. Layer 0 begins at 2, computes 2 for all else, waits until
+    11 for its hits, ends at 15; layer 1 is at 17 when its prefetch is 5 ms away: 22 + 4 = 26 ms.
+    """
+    machine = Machine(**SLOW, copy_s=0.001)
+    timing = predict(run([[0, 0]], [[4, 4]], ahead=[[1, 1]]), machine, WORK)
+    assert timing.pass_s == pytest.approx([0.026])
+    assert timing.ahead_s == pytest.approx([0.002])
+    assert timing.link_s == pytest.approx([0.007 + 0.005])
+
+
+def test_a_load_on_demand_queues_behind_a_prefetch():
+    """The link is busy until 22 ms; layer 0 has no hit, asks at 2 and has its load at 33."""
+    timing = predict(run([[4, 0]], [[4, 4]], ahead=[[0, 2]]), Machine(**SLOW), WORK)
+    # At 2 ms: 20 of queue and 4 transfers of 11; then 4 of compute; layer 1's came long ago.
+    assert timing.link_s == pytest.approx([0.020 + 0.044])
+    assert timing.pass_s == pytest.approx([0.002 + 0.064 + 0.004 + 0.006])
+
+
+def test_a_prefetch_that_came_in_time_costs_nothing_later():
+    """Issued before pass 0, used in pass 1, when it has long arrived."""
+    loads, experts = [[0, 0], [0, 0]], [[4, 0], [4, 4]]
+    timing = predict(run(loads, experts, ahead=[[0, 1], [0, 0]]), Machine(**SLOW), WORK)
+    assert timing.link_s == pytest.approx([0.0, 0.0])

@@ -1,4 +1,4 @@
-"""The compiled rules decide what the Residency decides, count by count."""
+"""The compiled replay decides what the Residency decides, count by count."""
 
 import numpy as np
 import pytest
