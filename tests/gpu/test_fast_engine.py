@@ -103,14 +103,10 @@ def test_a_step_never_waits_for_the_host():
             torch.cuda.set_sync_debug_mode("error")
             try:
                 network(ids[:, :1], **options)
-                latest = handle.latest_counters
             finally:
                 torch.cuda.set_sync_debug_mode("default")
                 handle._passes.given = None
-        torch.cuda.synchronize()
-        assert handle.latest_counters.num_layers == latest.num_layers
-        assert latest.num_layers == LAYERS
-        assert handle.latest_counters.tokens.sum() <= handle.counters.tokens.sum() == 26
+        assert handle.counters.tokens.sum() == 26
 
 
 @pytest.mark.parametrize("compression", ["int8", "int4"])

@@ -115,9 +115,6 @@ class Engine(Protocol):
     def counters(self) -> Counters:
         """What was counted; a copy."""
 
-    def latest_counters(self) -> Counters:
-        """The same without waiting for a device; may lag by a call."""
-
     def reset_counters(self) -> None:
         """Count from zero."""
 
@@ -217,11 +214,6 @@ class Handle:
     def counters(self) -> Counters:
         """What was counted since the start or `reset_counters`, a copy; waits for the device."""
         return self.engine.counters()
-
-    @property
-    def latest_counters(self) -> Counters:
-        """What the device had counted when its last reading arrived; waits for nothing."""
-        return self.engine.latest_counters()
 
     @property
     def counters_before_text(self) -> Counters:

@@ -95,8 +95,6 @@ class ReferenceEngine:
         """What was counted; a copy."""
         return self.passes.counters.copy()
 
-    latest_counters = counters
-
     def reset_counters(self) -> None:
         """Count from zero."""
         self.passes.counters.reset()

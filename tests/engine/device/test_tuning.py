@@ -6,7 +6,7 @@ from fast_attach import attach
 from small_olmoe import tiny_model
 
 from melinoe.engine.device import tuning
-from melinoe.engine.device.tuning import Trial, best, candidates, tune
+from melinoe.engine.device.tuning import best, candidates, tune
 
 
 @pytest.fixture
@@ -33,8 +33,7 @@ def test_the_fastest_number_is_used_for_every_carrier_of_the_layer(handle, monke
     assert tried == [3, 5, 7]
     size = handle.store.block_bytes(0)
     # Four slots, so four experts are copied.
-    assert found == {size: [Trial(3, 4 * size / 3e-3), Trial(5, 4 * size / 2e-3),
-                            Trial(7, 4 * size / 1e-3)]}  # fmt: skip
+    assert found == {size: {3: 4 * size / 3e-3, 5: 4 * size / 2e-3, 7: 4 * size / 1e-3}}
     assert {one.plan.programs for group in carriers(handle) for one in group} == {7}
 
 
@@ -52,8 +51,8 @@ def test_a_trial_copies_what_a_step_would(handle):
 
 def test_the_usual_number_stays_unless_another_is_clearly_faster():
     """Two per cent are noise."""
-    assert best([Trial(528, 100.0), Trial(64, 102.0), Trial(16, 50.0)]) == 528
-    assert best([Trial(528, 100.0), Trial(64, 104.0), Trial(16, 50.0)]) == 64
+    assert best({528: 100.0, 64: 102.0, 16: 50.0}) == 528
+    assert best({528: 100.0, 64: 104.0, 16: 50.0}) == 64
 
 
 def test_nothing_is_tried_without_a_gpu(handle):

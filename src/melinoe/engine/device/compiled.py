@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.engine.device.capture import first_line
-from melinoe.engine.device.passes import FastPasses
+from melinoe.engine.device.passes import DevicePasses
 
 _log = logging.getLogger("melinoe")
 
@@ -43,7 +43,7 @@ _numbers = itertools.count()
 
 
 def register(layer: Any) -> int:
-    """Number *layer*, a `FastExperts`, for `plan` and `experts`; forgotten with the layer."""
+    """Number *layer*, a `DeviceExperts`, for `plan` and `experts`; forgotten with the layer."""
     number = next(_numbers)
     _layers[number] = layer
     return number
@@ -55,7 +55,7 @@ def register(layer: Any) -> int:
     schema="(Tensor index, Tensor weights, int layer) -> (Tensor, Tensor)",
 )
 def plan(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Bring the chosen experts into slots, as `FastExperts.plan`: slots (int64) and weights."""
+    """Bring the chosen experts into slots, as `DeviceExperts.plan`: slots (int64) and weights."""
     return _layers[layer].plan(index, weights)
 
 
@@ -71,7 +71,7 @@ def _plan(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     schema="(Tensor hidden, Tensor index, Tensor weights, int layer) -> Tensor",
 )
 def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
-    """Compute all of a layer's experts, as calling a `FastExperts`."""
+    """Compute all of a layer's experts, as calling a `DeviceExperts`."""
     return _layers[layer](hidden, index, weights)
 
 
@@ -103,7 +103,7 @@ class CompiledForward:
 
     Args:
         model: a transformers model.
-        experts: the `FastExperts` of all its layers.
+        experts: the `DeviceExperts` of all its layers.
         passes: of its runtime.
 
     Attributes:
@@ -111,7 +111,7 @@ class CompiledForward:
         compile_s: seconds that compiling has taken, the first pass included.
     """
 
-    def __init__(self, model: nn.Module, experts: Sequence[Any], passes: FastPasses) -> None:
+    def __init__(self, model: nn.Module, experts: Sequence[Any], passes: DevicePasses) -> None:
         self._model: Any = model
         self._experts, self._passes = experts, passes
         self._ran = ran = [False]  # the graph outlives us, and must not keep the model alive

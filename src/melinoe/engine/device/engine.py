@@ -1,13 +1,11 @@
-"""The fast engine: the device decides, so that a decode step never asks the host."""
+"""Serve a model by an engine whose device decides, so that a decode step never asks the host."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,9 +14,9 @@ from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.engine.device.carrier import FastStore
 from melinoe.engine.device.compiled import CompiledForward
-from melinoe.engine.device.experts import FastExperts
+from melinoe.engine.device.experts import DeviceExperts
 from melinoe.engine.device.graphs import DecodeGraphs
-from melinoe.engine.device.passes import FastPasses
+from melinoe.engine.device.passes import DevicePasses
 from melinoe.engine.device.residency import DeviceResidency, to_counters
 from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.tuning import tune
@@ -81,14 +79,12 @@ class DeviceEngine:
         self.residencies = DeviceResidency(
             [layer.num_experts for layer in layers], list(slots), policies, device
         )
-        self._seen: tuple[torch.Tensor, Any] | None = None
-        self._latest = self.residencies.counts.cpu().numpy()
         counters = Counters(len(layers))
-        self.passes = FastPasses(
+        self.passes = DevicePasses(
             model, counters, self.residencies.fits, max(self.residencies.num_experts)
         )
         self.experts = [
-            FastExperts(
+            DeviceExperts(
                 layer, self.residencies, store, self.staging, self.passes, self._rule, device
             )
             for layer in layers
@@ -121,39 +117,18 @@ class DeviceEngine:
         """What was counted; waits for the device."""
         return self.passes.counters.plus(to_counters(self.residencies.counts.cpu().numpy()))
 
-    def latest_counters(self) -> Counters:
-        """
-        Counters as of the last reading that arrived; waits for nothing.
-
-        Each call takes in a reading that has arrived and begins the next one, so it lags behind by
-        one call. Forward passes under way are in it in part.
-        """
-        if self._device.type != "cuda":
-            return self.counters()
-        if self._seen is not None and self._seen[1].query():
-            self._latest = self._seen[0].numpy().copy()
-            self._seen = None
-        if self._seen is None:
-            buffer = torch.empty(self.residencies.counts.shape, dtype=torch.int64, pin_memory=True)
-            buffer.copy_(self.residencies.counts, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))
-            self._seen = (buffer, event)
-        return self.passes.counters.plus(to_counters(self._latest))
-
     def reset_counters(self) -> None:
         """Count from zero."""
         self.passes.counters.reset()
         self.residencies.counts.zero_()
-        self._seen, self._latest = None, np.zeros_like(self._latest)
 
     def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """As `Residency.forget_prefetches`, in all layers; *but* by layer."""
+        """Count no earlier prefetch as used later, but those of *but*, by layer."""
         self.residencies.forget_prefetches(but)
 
     @contextmanager
     def every_step_seen(self, counting: bool) -> Iterator[None]:
-        """No step is replayed from a graph in the body; said once where uses are counted."""
+        """Replay no step in the body: the recorder sees all. Warn once if it counts uses."""
         if counting and self._use_graphs and not self._warned_of_uses:
             self._warned_of_uses = True
             _log.warning(

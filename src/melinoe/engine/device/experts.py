@@ -1,4 +1,4 @@
-"""One layer's experts function: planned on the device, or by the host where that cannot be."""
+"""Compute one layer's experts from slots; the device decides what is loaded, or else the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.checks import Guard
 from melinoe.engine.device import compiled
 from melinoe.engine.device.carrier import Carrier, FastStore, addresses_of
-from melinoe.engine.device.passes import DEVICE, STREAM, FastPasses
+from melinoe.engine.device.passes import DEVICE, STREAM, DevicePasses
 from melinoe.engine.device.residency import DeviceResidency, to_device
 from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.support import grouped_mm_waits
@@ -30,7 +30,7 @@ _KEEP = StreamedPrefill(admit=0)
 FEW_PAIRS = 32
 
 
-class FastExperts:
+class DeviceExperts:
     """
     Computes the experts of one MoE layer from its slots, without asking the host in a decode step.
 
@@ -54,7 +54,7 @@ class FastExperts:
         residencies: DeviceResidency,
         store: FastStore,
         staging: Staging,
-        passes: FastPasses,
+        passes: DevicePasses,
         prefill: Callable[[], StreamedPrefill],
         device: torch.device,
     ) -> None:
@@ -109,7 +109,7 @@ class FastExperts:
 
         Raises:
             AttachError: gradients are wanted; the model was moved or cast since `attach`; or a
-                CUDA graph captures a pass that the host must plan.
+                CUDA graph captures a pass that the host must decide.
         """
         if self.traced and torch.compiler.is_dynamo_compiling():
             return self._traced(hidden_states, top_k_index, top_k_weights)
@@ -130,7 +130,7 @@ class FastExperts:
             Slots, int64, and weights, both shaped as *top_k_index*.
 
         Raises:
-            AttachError: as when called; or the host must plan this pass.
+            AttachError: as when called; or the host must decide this pass.
         """
         self._guard.check(top_k_weights, top_k_weights)
         self._passes.enter(self._index, top_k_index)
@@ -173,10 +173,10 @@ class FastExperts:
         except BaseException:
             if not _capturing(self._device):  # capturing runs nothing, so nothing is half done
                 self._staging.arrive()  # a copy under way must not land on a later one
-                self._residencies.reset()  # what was planned may not have been copied
+                self._residencies.reset()  # what was decided may not have been copied
             raise
 
-    # --- planned on the device ------------------------------------------------------------------
+    # --- decided by the device ------------------------------------------------------------------
 
     def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         slots, weights = self._plan(top_k_index, top_k_weights)
@@ -207,7 +207,7 @@ class FastExperts:
         slots, weights = compiled.plan(top_k_index, top_k_weights, self._number)
         return self._product(slots)(self._stand_in, hidden, slots, weights)
 
-    # --- planned by the host --------------------------------------------------------------------
+    # --- decided by the host --------------------------------------------------------------------
 
     def _with_host(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute a prompt, or a step whose experts may not fit the slots."""
@@ -228,14 +228,14 @@ class FastExperts:
         if self._passes.mode == STREAM:
             self._stream(residency, experts, uses, pairs, flat)
         else:
-            self._in_plans(residency, experts, uses[experts].tolist(), pairs, flat)
+            self._in_parts(residency, experts, uses[experts].tolist(), pairs, flat)
         self._residencies.push(self._index)
         return pairs.total(top_k_weights)
 
-    def _in_plans(
+    def _in_parts(
         self, residency: Residency, experts: list[int], uses: list[int], pairs: Pairs, flat: Tensor
     ) -> None:
-        """Compute plan by plan, as the reference engine."""
+        """Compute part by part, as the reference engine."""
         plans = []
         for plan in residency.request_in_parts(experts, uses):
             plans.append(plan)

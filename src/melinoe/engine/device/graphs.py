@@ -34,7 +34,7 @@ from melinoe.engine.device.capture import (
     waits,
 )
 from melinoe.engine.device.compiled import CompiledForward, CompileError
-from melinoe.engine.device.passes import DEVICE, PLANS, FastPasses
+from melinoe.engine.device.passes import DEVICE, PARTS, DevicePasses
 from melinoe.engine.passes import Batch
 
 _log = logging.getLogger("melinoe")
@@ -98,7 +98,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: nn.Module,
-        passes: FastPasses,
+        passes: DevicePasses,
         device: torch.device,
         enabled: bool,
         compiled: CompiledForward | None = None,
@@ -280,7 +280,7 @@ class DecodeGraphs:
             self._warn(f"a step leaves other memory in {', '.join(sorted(odd))} of its cache")
         else:
             kind.ran = self._passes.mode == DEVICE
-            kind.never = self._passes.mode == PLANS
+            kind.never = self._passes.mode == PARTS
         return output
 
     @property

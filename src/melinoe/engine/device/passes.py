@@ -1,4 +1,4 @@
-"""Follow forward passes, and say for each whether the device or the host plans its experts."""
+"""Follow forward passes, and tell for each whether the device or the host decides its loads."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from melinoe.engine.passes import Batch, ForwardPasses, Generating, describe_cal
 
 _log = logging.getLogger("melinoe")
 
-DEVICE, STREAM, PLANS = "device", "stream", "plans"
-# So many decode batches of continuous batching in a row, as they are, are none to warm up with.
+# How the loads of a pass are decided: by the device; by the host, streamed past the slots; by the
+# host, in parts that fit the slots.
+DEVICE, STREAM, PARTS = "device", "stream", "parts"
+# Decode batches of continuous batching in a row that nobody captured: more than those of a warm-up.
 _MANY = 64
 
 
-class FastPasses(ForwardPasses):
+class DevicePasses(ForwardPasses):
     """
-    As `ForwardPasses`, for an engine that plans most passes on the device.
+    Follows the passes of a model whose device decides what most of them load.
 
-    A prompt is streamed. A pass of the completion is planned on the device if its tokens can never
-    need more experts of a layer than it has slots, and otherwise as the reference engine plans it,
-    with the host; that is counted and logged. A pass of transformers' continuous batching has no
-    phase: it is planned on the device and counts as completion if it fits, else it is streamed,
-    evicts nobody, and counts as prompt.
+    A prompt is streamed. A pass of the completion is decided by the device if its tokens can never
+    need more experts of a layer than it has slots; otherwise by the host, in parts, as in the
+    reference engine: that is counted and logged. A pass of transformers' continuous batching has no
+    phase. If it fits, the device decides and it counts as completion; else it is streamed, evicts
+    no expert, and counts as prompt.
 
     Args:
         model: a transformers model.
         counters: of its runtime.
-        fits: whether the device can plan so many tokens of so many choices.
+        fits: tells whether the device can decide for so many tokens of so many choices.
         most: experts of the layer that has the most.
 
     Attributes:
-        mode: ``device``, ``stream`` or ``plans``: how the open pass is planned.
+        mode: `DEVICE`, `STREAM` or `PARTS`, of the open pass.
         paged: whether the open pass belongs to continuous batching.
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
-        unasked: told of each pass that the device plans and that nobody has announced: neither
-            continuous batching nor *given*. With True: of continuous batching without captures.
+        unasked: called for each decode step that the device decides and that nobody captures: with
+            True for continuous batching, after many in a row.
         generation_begins: called when `generate` of the model begins.
     """
 
@@ -61,16 +63,16 @@ class FastPasses(ForwardPasses):
         self._paged_decodes = 0
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
-        """As `ForwardPasses.enter`, but all layers of a pass compute the same number of tokens."""
+        """Begin a pass if need be; all layers of a pass compute the same number of tokens."""
         tokens, self._top_k = top_k_index.shape
         if self._seen and tokens != self._tokens:
-            self.end()  # an encoder's and a decoder's, say: what fits one may not fit the other
+            self.end()  # an encoder's and a decoder's, say: one may fit the slots, the other not
         self._tokens = tokens
         super().enter(layer, top_k_index, top_k_weights)
-        self.route.reached(layer)  # who was chosen only the device knows; somebody was, as a rule
+        self.route.reached(layer)  # only the device knows the choice; there is one, as a rule
 
     def in_prompt(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call with *inputs* is a part of a prompt that comes in several."""
+        """Tell whether a call with *inputs* is one of several parts of a prompt."""
         generating = self._generating
         if generating is None or not generating.chunked:
             return False
@@ -79,14 +81,14 @@ class FastPasses(ForwardPasses):
         return generating.chunked
 
     def end(self) -> None:
-        """End the open pass; one that the device planned, the device has counted."""
+        """End the open pass; the device has counted its own."""
         if self.mode != DEVICE:
             super().end()
         elif self._seen:
             self._end_uncounted()
 
     def completion_begins(self) -> None:
-        """A pass of the completion is about to be replayed; nothing else will say so."""
+        """Begin a pass of the completion that is replayed, so that nothing else tells."""
         self._completion_begins()
         self.ahead.pass_begins()
 
@@ -100,8 +102,8 @@ class FastPasses(ForwardPasses):
         elif phase == PROMPT:
             self.mode = STREAM
         else:
-            self.mode = DEVICE if fits else PLANS
-        if self.mode == PLANS or (self.paged and self._only_decodes and not fits):
+            self.mode = DEVICE if fits else PARTS
+        if self.mode == PARTS or (self.paged and self._only_decodes and not fits):
             self._note_fallback(tokens)
         elif self.mode == DEVICE and self.unasked and self.given is None:
             if not self.paged:
@@ -120,8 +122,8 @@ class FastPasses(ForwardPasses):
         if not self.fallbacks:
             _log.warning(
                 "decode steps of %d tokens may need more experts of a layer than it has slots, so "
-                "the host plans them, as slowly as in the reference engine; raise the slots to %d, "
-                "or decode fewer sequences at once", tokens, min(tokens * self._top_k, self._most),
+                "the host decides, as slowly as in the reference engine; raise the slots to %d, or "
+                "decode fewer sequences at once", tokens, min(tokens * self._top_k, self._most),
             )  # fmt: skip
         self.fallbacks += 1
 
@@ -136,7 +138,7 @@ class FastPasses(ForwardPasses):
 
     @contextmanager
     def generate(self, generating: Generating | None) -> Iterator[None]:
-        """As `ForwardPasses.generate`."""
+        """Follow a `generate`, after its beginning was announced."""
         with self.lock:
             if self._generating is None and self.generation_begins is not None:
                 self.generation_begins()

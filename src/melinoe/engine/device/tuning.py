@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -23,32 +22,15 @@ _log = logging.getLogger("melinoe")
 
 # Experts of one trial, and how often each is repeated; one more run is discarded.
 _EXPERTS, _REPEATS = 8, 3
-# What must be gained over the usual number.
+# The gain over the usual number that makes another one worth it.
 _WORTH = 1.03
-
-
-class Trial(NamedTuple):
-    """One number of programs, and the bytes of the store that it copied a second."""
-
-    programs: int
-    bytes_per_s: float
-
-
-def candidates(device: torch.device) -> list[int]:
-    """List the numbers of programs worth a trial, the usual one first."""
-    usual = default_programs(device)
-    if device.type != "cuda":
-        return [usual]
-    whole = usual // PROGRAMS_PER_SM
-    others = [16, 32, 64, *(whole * times for times in (1, 2, 4, 8, 16))]
-    return [usual, *(one for one in others if one != usual)]
 
 
 def tune(
     carriers: Iterable[Sequence[Carrier]],
     device: torch.device,
     seconds: Callable[[Callable[[], None]], float] | None = None,
-) -> dict[int, list[Trial]]:
+) -> dict[int, dict[int, float]]:
     """
     Give each carrier's kernel the number of programs that copies fastest here.
 
@@ -61,39 +43,49 @@ def tune(
         seconds: times a launch; exchanged by tests.
 
     Returns:
-        The trials, by bytes of a block; empty where there is nothing to choose from.
+        Bytes a second by bytes of a block and number of programs, the usual number first; empty
+        where there is nothing to choose from.
     """
     time = seconds or partial(_seconds, device)
-    tried: dict[int, list[Trial]] = {}
+    rates: dict[int, dict[int, float]] = {}
     numbers = candidates(device)
     for group in carriers:
         plan, size = group[0].plan, group[0].plan.nbytes
-        if size not in tried and len(numbers) > 1:
+        if size not in rates and len(numbers) > 1:
             experts = group[0].num_experts
             count = min(_EXPERTS, group[0].num_slots, experts)
-            # Neighbours in memory are faster to read than what a step asks for.
+            # Drawn, because neighbours in memory are faster to read than what a step asks for.
             drawn = torch.randperm(experts, generator=torch.Generator().manual_seed(0))[:count]
             which = drawn.to(device, torch.int32)
             slots = torch.arange(count, dtype=torch.int32, device=device)
             loads = torch.tensor([count], dtype=torch.int32, device=device)
-            tried[size] = []
+            rates[size] = {}
             for number in numbers:
                 plan.programs = number
                 took = time(partial(plan.launch, which, slots, loads))
-                tried[size].append(Trial(number, count * size / took))
-            rates = ", ".join(f"{n} programs {rate / 1e9:.1f}" for n, rate in tried[size])
-            _log.info(
-                "copying blocks of %d bytes: %s GB/s; %d are used", size, rates, best(tried[size])
-            )
+                rates[size][number] = count * size / took
+            said = ", ".join(f"{n} programs {rate / 1e9:.1f}" for n, rate in rates[size].items())
+            used = best(rates[size])
+            _log.info("copying blocks of %d bytes: %s GB/s; %d are used", size, said, used)
         for carrier in group:
-            carrier.plan.programs = best(tried[size]) if size in tried else numbers[0]
-    return tried
+            carrier.plan.programs = best(rates[size]) if size in rates else numbers[0]
+    return rates
 
 
-def best(trials: Sequence[Trial]) -> int:
-    """The fastest number of programs; the first tried unless another is clearly faster."""
-    usual, fastest = trials[0], max(trials, key=lambda one: one.bytes_per_s)
-    return (fastest if fastest.bytes_per_s > _WORTH * usual.bytes_per_s else usual).programs
+def candidates(device: torch.device) -> list[int]:
+    """List the numbers of programs worth a trial, the usual one first."""
+    usual = default_programs(device)
+    if device.type != "cuda":
+        return [usual]
+    whole = usual // PROGRAMS_PER_SM
+    others = [16, 32, 64, *(whole * times for times in (1, 2, 4, 8, 16))]
+    return [usual, *(one for one in others if one != usual)]
+
+
+def best(rates: Mapping[int, float]) -> int:
+    """Return the fastest number of programs; the first unless another is clearly faster."""
+    usual, fastest = next(iter(rates)), max(rates, key=rates.__getitem__)
+    return fastest if rates[fastest] > _WORTH * rates[usual] else usual
 
 
 def _seconds(device: torch.device, launch: Callable[[], None]) -> float:
