@@ -296,7 +296,7 @@ def test_a_dense_model_an_undecorated_and_a_quantised_one_are_refused(
             ("switch_transformers",),
         ),
         ("unknown", {"model_type": "no_such_family", "architectures": ["NoSuch"]}, ("no_such",)),
-        ("quantised", {"quantization_config": {"quant_method": "fp8"}}, ("fp8",)),
+        ("quantised", {"quantization_config": {"quant_method": "hqq"}}, ("hqq",)),
     ):
         directory = tmp_path / name
         directory.mkdir()

@@ -1,6 +1,8 @@
 """Packed checkpoints are read as they are stored, and mean what their format's own library says."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import packed_checkpoints
 import pytest
@@ -131,10 +133,13 @@ def test_it_writes_the_text_of_the_plain_model(made, way, store):
     handle.detach()
 
 
-def test_a_packed_checkpoint_is_described(made):
-    """Supported, and the format by name."""
+def test_a_packed_checkpoint_is_described(made, tmp_path):
+    """Supported, and the format by name; of a config alone, too."""
     found = describe(str(made("fp8")))
     assert found.supported and found.format == "fp8"
+    shutil.copy(made("fp8") / "config.json", tmp_path)
+    bare = describe(str(tmp_path))
+    assert replace(bare, name=found.name, weights=True) == found
     # 3 matrices of 128 x 128: a byte a weight, and a float32 scale.
     assert found.bytes_per_expert == 3 * (128 * 128 + 4)
     assert describe(str(made("fp8").parent / "plain")).format == "plain"

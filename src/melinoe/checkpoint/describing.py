@@ -14,6 +14,7 @@ from melinoe.checkpoint.opening import (
     guess_dtype,
     open_checkpoint,
 )
+from melinoe.checkpoint.packed import expert_format
 from melinoe.errors import ModelError, UnsupportedModelError
 from melinoe.moe.experts import TOP_K, ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers
@@ -32,8 +33,7 @@ class Description:
         reason: Why not; None where it can.
         weights: Whether weight files are there; without them the numbers are the config's.
         dtype: The type the weights are given in memory, like ``bfloat16``.
-        format: How experts are stored: ``plain``, or packed, like ``mxfp4``; None where the
-            weights are not here.
+        format: How experts are stored: ``plain``, or packed, like ``mxfp4``.
         moe_layers: How many layers have experts.
         num_experts: Experts of a layer; the most, where layers differ.
         top_k: Experts a token uses in a layer; None where the config does not say.
@@ -89,12 +89,11 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
     reason = None
     try:
         config = read_config(name)
-        known = _from_config(config, wanted or guess_dtype(name, config))
+        known = _from_config(name, raw, config, wanted or guess_dtype(name, config))
         if weights:
             with open_checkpoint(name, dtype, download=False) as checkpoint:
                 stored = [replace(x.layer, format=x.format) for x in checkpoint.experts]
-                known = _from_config(config, checkpoint.dtype) | _of_layers(stored)
-                known["format"] = stored[0].format.name
+                known = _from_config(name, raw, config, checkpoint.dtype) | _of_layers(stored)
     except ModelError as error:
         reason = str(error)
     return Description(
@@ -108,13 +107,14 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
     )
 
 
-def _from_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that the config alone tells, with weights of *dtype*."""
+def _from_config(name: str, raw: dict[str, Any], config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Tell all that the config alone tells, with plain weights of *dtype*."""
     model = build_on_meta(find_model_class(config), copy.deepcopy(config), dtype)
     layers = find_experts(model)
-    known = _of_layers(layers)
+    plain = sum(layer.num_experts * layer.block_bytes for layer in layers)
     everything = sum(p.numel() * p.element_size() for p in model.parameters())
-    known["backbone_bytes"] = everything - known["expert_bytes"]
+    layers = [replace(one, format=expert_format(raw, name, one.name)) for one in layers]
+    known = _of_layers(layers) | {"backbone_bytes": everything - plain}
     known["dtype"] = str(dtype).removeprefix("torch.")
     try:
         known["top_k"] = find_routers(model)[0].top_k or top_k_of(config)
@@ -125,6 +125,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def _of_layers(layers: list[ExpertsLayer]) -> dict[str, Any]:
     return {
+        "format": layers[0].format.name,
         "moe_layers": len(layers),
         "num_experts": max(layer.num_experts for layer in layers),
         "bytes_per_expert": max(layer.block_bytes for layer in layers),

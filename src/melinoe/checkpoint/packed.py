@@ -10,6 +10,7 @@ packed checkpoint like any other; experts are read as blocks, all else is decode
 A new way of packing is a `PackedPlace` and a `_Rule` in `_rules`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from melinoe.checkpoint.safetensors_file import Place, SafetensorsFile, TensorInfo, describe_shape
 from melinoe.errors import CheckpointError
-from melinoe.experts.format import PackedFormat
+from melinoe.experts.format import PLAIN, ExpertFormat, PackedFormat
 from melinoe.experts.formats import FORMATS
 from melinoe.experts.fp8 import BLOCK
 from melinoe.experts.integer import Integer, pack_pairs
@@ -322,6 +323,7 @@ class _Rule(NamedTuple):
     The stored tensors that make one packed matrix.
 
     Attributes:
+        format: Of an expert's block; the scales' type may be another where they are stored.
         endings: What a stored tensor holds -> how its name ends; the scales tell that there is a
             matrix. With ``?`` it may be absent.
         plain: How the name of the plain weights ends.
@@ -329,6 +331,7 @@ class _Rule(NamedTuple):
         unused: Endings of tensors that only quantised activations need.
     """
 
+    format: PackedFormat
     endings: Mapping[str, str]
     plain: str
     place: Callable[[str, Mapping[str, Place], torch.dtype], PackedPlace]
@@ -358,6 +361,36 @@ def check_packing(packing: Packing, name: str) -> None:
         CheckpointError: the method is unknown, or its settings are malformed or not supported.
     """
     _rules(packing, name)
+
+
+def expert_format(config: Mapping[str, Any], name: str, layer: str) -> ExpertFormat:
+    """
+    Tell from a raw config alone how a layer's experts are stored.
+
+    Args:
+        config: The contents of ``config.json``.
+        name: Of the checkpoint, for messages.
+        layer: The full name of the layer's experts module.
+
+    Raises:
+        CheckpointError: as `check_packing`.
+    """
+    packing = find_packing(config)
+    if packing is None:
+        return PLAIN
+    rules = _rules(packing, name)
+    return PLAIN if _left_out(packing.settings, layer) else rules[0].format
+
+
+def _left_out(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether a config leaves a module plain, or one that it lies in."""
+    names = settings.get("modules_to_not_convert") or settings.get("ignore") or ()
+    patterns = [
+        name[3:] if name.startswith("re:")
+        else rf"(|.*\.){re.escape(name).replace(chr(92) + '*', '[^.]*')}(\.|$)"
+        for name in names
+    ]  # fmt: skip
+    return any([re.match(pattern, module) for pattern in patterns])  # all, for each to be checked
 
 
 def unpack(
@@ -430,10 +463,11 @@ def _rules(packing: Packing, name: str) -> tuple[_Rule, ...]:
             "another checkpoint of the model"
         )
     try:
+        _left_out(settings, "")
         return _METHODS[method](settings)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is quantised ({method}) {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, re.error) as error:
         raise CheckpointError(
             f"{name} is quantised ({method}), but its quantization_config is not readable "
             f"({type(error).__name__}: {error}); download config.json again"
@@ -441,7 +475,7 @@ def _rules(packing: Packing, name: str) -> tuple[_Rule, ...]:
 
 
 def _mxfp4(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    return (_Rule({"codes": "_blocks", "scales": "_scales"}, "", _Mxfp4Experts),)
+    return (_Rule(_MXFP4, {"codes": "_blocks", "scales": "_scales"}, "", _Mxfp4Experts),)
 
 
 def _fp8(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
@@ -453,7 +487,7 @@ def _fp8(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
         )
     return (
         _Rule(
-            {"codes": "", "scales": "_scale_inv"}, "", _Fp8Matrix,
+            _FP8, {"codes": "", "scales": "_scale_inv"}, "", _Fp8Matrix,
             (".input_scale", ".activation_scale"),
         ),
     )  # fmt: skip
@@ -461,7 +495,10 @@ def _fp8(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
 
 def _compressed(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
     rules = []
-    for group in settings["config_groups"].values():
+    groups = list(settings["config_groups"].values())
+    # First the group that names experts: a plan takes it for theirs.
+    groups.sort(key=lambda group: not any("expert" in target for target in group["targets"]))
+    for group in groups:
         weights, kind = group["weights"], group.get("format") or settings.get("format")
         strategy, bits = weights.get("strategy", "tensor"), weights["num_bits"]
         square = list(weights.get("block_structure") or ()) == [BLOCK, BLOCK]
@@ -469,29 +506,29 @@ def _compressed(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
         if kind in ("pack-quantized", "int-quantized", "naive-quantized") and (
             weights.get("type", "int") == "int" and bits in (4, 8) and strategy in _GROUPED
         ):
-            size = weights["group_size"] if strategy == "group" else None
+            size = _size(weights["group_size"]) if strategy == "group" else None
             packed = ".weight_packed" if kind == "pack-quantized" else ".weight"
             more = {} if weights.get("symmetric", True) else {"zeros": ".weight_zero_point"}
-            rules.append(_Rule(
-                {"codes": packed, "scales": ".weight_scale", "order?": ".weight_g_idx",
-                 "shape?": ".weight_shape"} | more,
-                ".weight", _compressed_place(bits, size), unused,
-            ))  # fmt: skip
+            offset = "zero" if more else "symmetric"
+            endings = {"codes": packed, "scales": ".weight_scale"} | more
+            endings |= {"order?": ".weight_g_idx", "shape?": ".weight_shape"}
+            made = Integer(bits, size, offset)
+            rules.append(_Rule(made, endings, ".weight", _compressed_place(bits, size), unused))
         elif (
             kind in ("float-quantized", "naive-quantized")
             and weights.get("type") == "float"
-            and (bits == 8 and (strategy == "tensor" or (strategy == "block" and square)))
+            and bits == 8
+            and (strategy == "tensor" or (strategy == "block" and square))
         ):
-            rules.append(
-                _Rule(
-                    {"codes": ".weight", "scales": ".weight_scale"}, ".weight", _Fp8Matrix, unused
-                )
-            )
+            endings = {"codes": ".weight", "scales": ".weight_scale"}
+            rules.append(_Rule(_FP8, endings, ".weight", _Fp8Matrix, unused))
         else:
             raise CheckpointError(
                 f"as {kind} with {bits} bits and a scale for each {strategy}, which is not read "
                 "here; take another checkpoint of the model"
             )
+    if not rules:
+        raise ValueError("config_groups is empty")
     if len({rule.endings["codes"] for rule in rules}) != len(rules):
         raise CheckpointError(
             "with several settings for tensors of one name, which are not told apart here; take "
@@ -513,7 +550,7 @@ def _compressed_place(bits: int, group: int | None) -> Callable[..., PackedPlace
 
 
 def _gptq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    bits, group = settings["bits"], settings.get("group_size", 128)
+    bits, group = settings["bits"], _size(settings.get("group_size", 128))
     if settings.get("desc_act"):
         raise CheckpointError(
             "in the order of activations (act-order, desc_act), whose groups are scattered over "
@@ -525,13 +562,16 @@ def _gptq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
     endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros", "order?": ".g_idx"}
 
     def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
-        return _Gptq(name, stored, dtype, bits, None if group == -1 else group, less)
+        return _Gptq(name, stored, dtype, bits, group, less)
 
-    return (_Rule(endings, ".weight", place),)
+    return (_Rule(Integer(bits, group, "zero"), endings, ".weight", place),)
 
 
 def _awq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    bits, group = settings.get("bits", settings.get("w_bit", 4)), settings.get("group_size", 128)
+    bits, group = (
+        settings.get("bits", settings.get("w_bit", 4)),
+        _size(settings.get("group_size", 128)),
+    )
     version = str(settings.get("version", settings.get("format", "gemm"))).lower()
     if bits != 4 or version != "gemm" or not settings.get("zero_point", True):
         raise CheckpointError(
@@ -540,10 +580,17 @@ def _awq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
         )
 
     def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
-        return _Awq(name, stored, dtype, None if group == -1 else group)
+        return _Awq(name, stored, dtype, group)
 
     endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros"}
-    return (_Rule(endings, ".weight", place),)
+    return (_Rule(Integer(4, group, "zero"), endings, ".weight", place),)
+
+
+def _size(value: Any) -> int | None:
+    """The weights that share a scale; None for all of an output, which configs write as -1."""
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise ValueError(f"{value!r} is no number of weights")
+    return None if value == -1 else value
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[_Rule, ...]]] = {

@@ -96,6 +96,7 @@ def command(
         {"": "family", " ": f"{about.model_type} ({about.architecture})"},
         {"": "weights", " ": "present" if about.weights else "absent: from its config alone"},
         {"": "type", " ": about.dtype},
+        {"": "experts stored", " ": about.format},
         {"": "MoE layers", " ": about.moe_layers},
         {"": "experts a layer", " ": about.num_experts},
         {"": "used by a token", " ": about.top_k},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from melinoe.checkpoint.describing import top_k_of
-from melinoe.checkpoint.files import read_config, read_object, read_raw_config
+from melinoe.checkpoint.files import read_object, read_raw_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype
-from melinoe.checkpoint.packed import find_packing
+from melinoe.checkpoint.packed import expert_format
 from melinoe.errors import CheckpointError, UnsupportedModelError
+from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
-from melinoe.plan.packed import Packed, packing, unpacked
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class ModelFacts:
         kv_source: How that is known, or why not.
         context: Tokens of a sequence.
         max_context: What the config says the model was made for; None if it does not.
-        packed: How quantised weights are counted, in words; None where they are not quantised.
+        packed: How experts are stored, as ``mxfp4, 4.25 bits a weight``; None where they are not
+            packed.
     """
 
     name: str
@@ -114,22 +115,23 @@ def model_facts(
         context: Tokens of a sequence, for the cache of keys and values.
         dtype: Type of the weights; None takes the config's, else that of the weights that are
             here, else bfloat16.
-        packed: Count quantised weights as they are packed, which no engine here serves; else as
-            they would be unpacked, in *dtype*.
+        packed: Count packed experts as they are stored; else as they mean, in *dtype*. All else is
+            decoded when it is loaded, and counted so.
 
     Raises:
         CheckpointError: no readable config, or weights packed in a form that is not known.
         UnsupportedModelError: a dense model, or a family whose experts cannot be served.
     """
     config, source, raw = _config(model)
-    how = packing(raw, model) if packed else None
     wanted = dtype or guess_dtype(model, config)
     built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
     built.eval()
     experts = find_experts(built)
+    if packed:
+        experts = [replace(one, format=_format(raw, model, one)) for one in experts]
     of_experts = {id(p) for one in experts for p in one.module.parameters(recurse=False)}
     others = [p for p in built.parameters() if id(p) not in of_experts]
-    sizes = {id(p): p.numel() * p.element_size() for p in others} | _packed(built, how)
+    sizes = {id(p): p.numel() * p.element_size() for p in others}
     backbone = sum(sizes[id(p)] for p in others)
     text = config.get_text_config(decoder=True)
     try:
@@ -147,7 +149,7 @@ def model_facts(
         dtype=str(wanted).removeprefix("torch."),
         decoder_layers=int(getattr(text, "num_hidden_layers", len(experts))),
         layers=tuple(
-            Layer(one.num_experts, _block_bytes(one, how), min(_top_k(config, k), one.num_experts))
+            Layer(one.num_experts, one.block_bytes, min(_top_k(config, k), one.num_experts))
             for one, k in zip(experts, top_k, strict=True)
         ),
         backbone_bytes=backbone,
@@ -156,28 +158,33 @@ def model_facts(
         kv_source=kv_source,
         context=context,
         max_context=getattr(text, "max_position_embeddings", None),
-        packed=None if how is None else how.words,
+        packed=_words(experts[0]),
     )
 
 
-def _packed(model: torch.nn.Module, how: Packed | None) -> dict[int, int]:
-    """Bytes of each parameter outside the experts that is packed, by its identity."""
-    if how is None or how.experts_only:
-        return {}
+def _format(raw: dict[str, Any], name: str, layer: ExpertsLayer) -> ExpertFormat:
+    """How the config says that a layer's experts are stored."""
+    try:
+        return expert_format(raw, name, layer.name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; or give --bits 8 or 4 to plan its weights stored so"
+        ) from None
+
+
+def _words(layer: ExpertsLayer) -> str | None:
+    if layer.format.exact:
+        return None
+    return f"{layer.format.name}, {layer.format.bits_per_weight(layer.tensors):.2f} bits a weight"
+
+
+def _unpacked(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config as of plain weights."""
     return {
-        id(module.weight): round(how.matrix_bytes(module.out_features, module.in_features))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and how.packs(name)
+        key: _unpacked(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
     }
-
-
-def _block_bytes(layer: ExpertsLayer, how: Packed | None) -> int:
-    """Bytes of one expert of a layer, packed if its experts are."""
-    if how is None or not how.packs(layer.name):
-        return layer.block_bytes
-    shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
-    turned = bool(vars(layer.module)["is_transposed"])
-    return how.expert_bytes(shapes, layer.tensors[0].dtype.itemsize, turned)
 
 
 @cache
@@ -200,8 +207,7 @@ def _config(model: str) -> tuple[PreTrainedConfig, str, dict[str, Any]]:
                 return _from_raw(raw, model), source, raw
     source = "its directory" if path.is_dir() else "the hub's config.json alone"
     _, raw = read_raw_config(model)
-    config = read_config(model) if find_packing(raw) is None else _from_raw(raw, model)
-    return config, source, raw
+    return _from_raw(raw, model), source, raw
 
 
 def _from_raw(raw: dict[str, Any], name: str) -> PreTrainedConfig:
@@ -209,7 +215,7 @@ def _from_raw(raw: dict[str, Any], name: str) -> PreTrainedConfig:
     if not family:
         raise CheckpointError(f"{name} names no model_type; give a transformers model's config")
     try:
-        return CONFIG_MAPPING[family].from_dict(unpacked(raw))
+        return CONFIG_MAPPING[family].from_dict(_unpacked(raw))
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} "

@@ -124,8 +124,8 @@ def plan(
         context: Tokens of a sequence.
         batch: Sequences decoded together.
         bits: 16, 8 or 4 of a stored weight: what the link carries. Slots hold 16, or the type of
-            facts that were read already. Absent, a quantised model's experts are counted as they
-            are packed, in store, link and slots, though no engine here serves them so yet.
+            facts that were read already. Absent, packed experts are counted as they are stored, in
+            store, link and slots.
         latency_s: Of each load on the link.
         trace: The model's choices; gives its hit rates instead of an assumption.
         tuned_trace: The same of the fine-tuned model.
@@ -292,7 +292,10 @@ def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[
     """Write the sentences that a reader of the plan must not miss."""
     out = []
     if facts.packed is not None:
-        out.append("The figures are those of serving the experts as they are packed.")
+        out.append(
+            f"Experts stay packed as they are stored ({facts.packed}); all else is decoded to "
+            f"{facts.dtype} when it is loaded."
+        )
     if facts.kv_bytes is None:
         out.append(
             f"Keys and values: {facts.kv_source}; they are counted nowhere, so keep memory for "
@@ -345,8 +348,6 @@ def _assumed(
     if bits in (8, 4):
         stored = known["stored_bits"][str(bits)]
         out.append(f"Stored weight: {stored['per_weight']} bits, {stored['source']}.")
-    if facts.packed is not None:
-        out.append(f"Packed weights, by the config: {facts.packed}.")
     host = paper_host_time()
     out.append(
         "Fast end: the slowest tier alone, all else overlapped, no host time. Slow end: the tiers "
