@@ -33,7 +33,6 @@ def on_meta(family, **settings):
         # What is beyond is told from two lengths that are asked directly.
         ("OLMoE-1B-7B", 16, 16, 128, 10_000),
         ("Qwen3-30B-A3B", 48, 4, 128, 10_000),
-        ("Phi-3.5-MoE", 32, 8, 128, 10_000),
         ("Mixtral-8x7B", 32, 8, 128, 10_000),
     ],
 )

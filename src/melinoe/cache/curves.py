@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PHASES
-from melinoe.cache.locality import popularity
 from melinoe.cache.policy import COMPILED_POLICIES, Policy
 from melinoe.cache.residency import check_capacity
 from melinoe.cache.simulator import COMPILED_FROM, simulate
@@ -93,8 +92,10 @@ def miss_curves(
     hits = np.zeros_like(loads)
     uses = np.zeros((2, layers), np.int64)
     if isinstance(policy, str) and policy in COMPILED_POLICIES:
-        stack = _Stack(trace, policy, options, reset_between_sequences)
-        loads_at, uses_at, exact_from = stack.distances(stack.phase, 2, layers)
+        from melinoe.cache.kernel import Prepared
+
+        ready = Prepared(trace, policy, options, reset_between_sequences)
+        loads_at, uses_at, exact_from = ready.distances(ready.phase, 2, layers)
         loads[:] = loads_at.sum(axis=2, keepdims=True) - np.cumsum(loads_at, axis=2)[:, :, :-1]
         hits[:] = np.cumsum(uses_at, axis=2)[:, :, :-1]
         uses[:] = uses_at.sum(axis=2)
@@ -159,12 +160,14 @@ def unit_costs(
     # As in `simulate`: loading compiled code pays for much work alone.
     if by_rule and len(trace) * trace.num_layers * len(slots) >= COMPILED_FROM:
         assert isinstance(policy, str)
-        stack = _Stack(trace, policy, options, reset_between_sequences)
-        group = 2 * stack.unit + stack.phase
-        loads_at, uses_at, largest = stack.distances(group, 2 * stack.units, 1)
+        from melinoe.cache.kernel import Prepared
+
+        ready = Prepared(trace, policy, options, reset_between_sequences)
+        group, groups = 2 * ready.unit + ready.phase, 2 * len(ready.units)
+        loads_at, uses_at, largest = ready.distances(group, groups, 1)
         loads_at, uses_at = loads_at[COMPLETION::2, 0], uses_at[COMPLETION::2, 0]
         loads_below, hits_below = np.cumsum(loads_at, axis=1), np.cumsum(uses_at, axis=1)
-        tokens = np.bincount(group, np.diff(stack.bounds), 2 * stack.units)[COMPLETION::2]
+        tokens = np.bincount(group, ready.tokens, groups)[COMPLETION::2]
         exact_from = int(largest.max())
     found: list[tuple[np.ndarray, ...]] = []
     for size in slots:
@@ -188,48 +191,3 @@ def unit_costs(
         progress()
     hits, loads, uses, rows = zip(*found, strict=True)
     return UnitCosts(np.stack(hits), np.stack(loads), uses[0], rows[0].astype(np.int64))
-
-
-class _Stack:
-    """A trace made ready for one pass over all sizes."""
-
-    def __init__(
-        self, trace: Trace, policy: str, options: dict[str, Any], reset_between_sequences: bool
-    ) -> None:
-        self._trace, self._policy = trace, policy
-        if policy == "static":
-            options.setdefault("popularity", popularity(trace))
-        from melinoe.cache.kernel import settings_of
-
-        self._gamma, self._popular = settings_of(trace, policy, options)
-        self.bounds, phase = trace.bounds()
-        self.phase = phase.astype(np.int64)
-        units, self.unit, begins = trace.unit_of_passes(self.bounds)
-        self.units = len(units)
-        self._resets = begins if reset_between_sequences else np.zeros_like(begins)
-
-    def distances(
-        self, group: np.ndarray, groups: int, layers: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Loads and uses by distance as the kernel fills them, and each layer's largest request."""
-        from melinoe.cache.kernel import RULES, distances
-
-        trace = self._trace
-        loads_at = np.zeros((groups, layers, trace.num_experts + 1), np.int64)
-        uses_at = np.zeros_like(loads_at)
-        largest = np.ones(trace.num_layers, np.int64)
-        if len(group):
-            distances(
-                trace.experts,
-                self.bounds,
-                group,
-                self._resets,
-                trace.num_experts,
-                RULES[self._policy],
-                self._gamma,
-                self._popular,
-                loads_at,
-                uses_at,
-                largest,
-            )
-        return loads_at, uses_at, largest

@@ -11,7 +11,7 @@ beside its file (or where ``NUMBA_CACHE_DIR`` says), so only the first use on a 
 the compiler.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,6 +20,7 @@ import numba
 import numpy as np
 
 from melinoe.cache import policy as policies
+from melinoe.cache.locality import popularity
 from melinoe.cache.policy import COMPILED_POLICIES, policy_class
 from melinoe.cache.trace import Trace
 
@@ -41,23 +42,6 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 _note_lru, _note_lfu = compiled(policies.note_lru), compiled(policies.note_lfu)
 _note_lfru, _rank_lfru = compiled(policies.note_lfru), compiled(policies.rank_lfru)
-
-
-def settings_of(trace: Trace, policy: str, options: Mapping[str, Any]) -> tuple[float, np.ndarray]:
-    """
-    Decay and popularity, float64 (layers, num_experts), as compiled functions take them.
-
-    Raises:
-        MelinoeError, ValueError: the options are none that the policy's class would take.
-    """
-    cls, layers = policy_class(policy), trace.num_layers
-    popularity = np.zeros((layers, trace.num_experts))
-    if policy == "static":
-        for layer in range(layers):
-            cls.for_layer(layer, layers, **options).reset(trace.num_experts)
-        return 1.0, np.asarray(options["popularity"], np.float64).reshape(popularity.shape)
-    made = cls.for_layer(0, 1, future=[[]]) if cls.offline else cls.for_layer(0, 1, **options)
-    return float(getattr(made, "gamma", 1.0)), popularity
 
 
 # --- a request, in the parts that both loops share ------------------------------------------------
@@ -390,3 +374,81 @@ def distances(  # type: ignore[no-untyped-def]
                 place[after[i]] = i
             for i in range(found):
                 count[ids[i]] = 0
+
+
+# --- from a trace to arrays ----------------------------------------------------------------------
+
+
+class Prepared:
+    """
+    A trace and a policy as the compiled loops take them.
+
+    Args:
+        trace, policy, reset_between_sequences: As in `melinoe.cache.simulator.simulate`; the policy
+            by name.
+        options: Arguments of the policy's class.
+
+    Attributes:
+        phase: uint8 (passes,).
+        tokens: int64 (passes,), rows.
+        units, unit: As `Trace.unit_of_passes`.
+
+    Raises:
+        MelinoeError, ValueError: the options are none that the policy's class would take.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        policy: str,
+        options: Mapping[str, Any],
+        reset_between_sequences: bool,
+    ) -> None:
+        self._trace = trace
+        self._bounds, self.phase = trace.bounds()
+        self.tokens = np.diff(self._bounds)
+        self.units, self.unit, begins = trace.unit_of_passes(self._bounds)
+        self._resets = begins if reset_between_sequences else np.zeros_like(begins)
+        cls, layers = policy_class(policy), trace.num_layers
+        popular, gamma = np.zeros((layers, trace.num_experts)), 1.0
+        if policy == "static":
+            options = {"popularity": popularity(trace), **options}
+            for layer in range(layers):
+                cls.for_layer(layer, layers, **options).reset(trace.num_experts)
+            popular = np.asarray(options["popularity"], np.float64).reshape(popular.shape)
+        elif not cls.offline:
+            gamma = float(cls.for_layer(0, 1, **options).gamma)  # type: ignore[attr-defined]
+        self._rule = (RULES[policy], gamma, popular)
+
+    def replay(self, slots: Sequence[int], steps: bool) -> tuple[np.ndarray, ...]:
+        """Replay with *slots* of each layer; counts, waited, loads_of, experts_of of `replay`."""
+        trace, passes = self._trace, len(self.phase)
+        detailed = (passes if steps else 0, trace.num_layers)
+        found = (
+            np.zeros((len(self.units), 2, 5, trace.num_layers), np.int64),
+            np.zeros(passes, np.int64),
+            np.zeros(detailed, np.int32),
+            np.zeros(detailed, np.int32),
+        )
+        if passes:
+            replay(
+                trace.experts, self._bounds, self.phase, self.unit, self._resets,
+                np.array(slots, np.int64), trace.num_experts, *self._rule, *found,
+            )  # fmt: skip
+        return found
+
+    def distances(self, group: np.ndarray, groups: int, layers: int) -> tuple[np.ndarray, ...]:
+        """Find loads_at, uses_at and largest of `distances`, for so many groups and layers."""
+        trace = self._trace
+        shape = (groups, layers, trace.num_experts + 1)
+        found = (
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.int64),
+            np.ones(trace.num_layers, np.int64),
+        )
+        if len(group):
+            distances(
+                trace.experts, self._bounds, group.astype(np.int64), self._resets,
+                trace.num_experts, *self._rule, *found,
+            )  # fmt: skip
+        return found

@@ -36,11 +36,13 @@ class Policy:
         name: By which it is chosen; the entry point that declares it has the same name.
         uses_scores: Whether `weigh` must be told the router's weights.
         offline: Whether it must know all requests to come, so that it cannot run a model.
+        needs_data: Whether it is made of something, so that its name alone does not make one.
     """
 
     name: ClassVar[str] = ""
     uses_scores: ClassVar[bool] = False
     offline: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
 
     @classmethod
     def for_layer(cls, layer: int, num_layers: int, **options: Any) -> "Policy":
@@ -213,6 +215,45 @@ class DecayedLFU(RankedPolicy):
         return [rank / self._now for rank in self._rank]
 
 
+def note_lfru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
+    """Let one tick pass; note it, and one more use, for each expert."""
+    now += 1.0
+    for expert in experts:
+        last[expert] = now
+        count[expert] += 1.0
+    return now
+
+
+def rank_lfru(expert, last, count, now):  # type: ignore[no-untyped-def]
+    """Divide the uses of an expert by the age of the last one."""
+    return count[expert] / (now - last[expert] + 1.0)
+
+
+@_registry.own
+class LFRU(RankedPolicy):
+    """
+    Evict the expert with the fewest uses for the time since the last one.
+
+    Rule: ``frequency / (clock - last + 1)``, where the clock counts requests, *last* is its value
+    at the expert's last use and *frequency* the requests that used the expert, never decayed.
+
+    Source:
+        The ratio form, as compared for experts in public studies of MoE traces. Another rule with
+        two partitions has the same name (Bilal and Kang, IEEE Access 5, 2017); it is not this one.
+    """
+
+    name = "lfru"
+    note = staticmethod(note_lfru)
+
+    def rank(self, expert: int) -> float:
+        """Rank of an expert now; it falls while the expert is not used."""
+        return rank_lfru(expert, self._last, self._count, self._now)
+
+    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
+        """Lowest ranks first."""
+        return sorted(candidates, key=self.rank)[:count]
+
+
 @_registry.own
 class Score(DecayedLFU):
     """
@@ -271,45 +312,6 @@ class Score(DecayedLFU):
         """Change nothing: no router has wanted them yet."""
 
 
-def note_lfru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped-def]
-    """Let one tick pass; note it, and one more use, for each expert."""
-    now += 1.0
-    for expert in experts:
-        last[expert] = now
-        count[expert] += 1.0
-    return now
-
-
-def rank_lfru(expert, last, count, now):  # type: ignore[no-untyped-def]
-    """Divide the uses of an expert by the age of the last one."""
-    return count[expert] / (now - last[expert] + 1.0)
-
-
-@_registry.own
-class LFRU(RankedPolicy):
-    """
-    Evict the expert with the fewest uses for the time since the last one.
-
-    Rule: ``frequency / (clock - last + 1)``, where the clock counts requests, *last* is its value
-    at the expert's last use and *frequency* the requests that used the expert, never decayed.
-
-    Source:
-        The ratio form, as compared for experts in public studies of MoE traces. Another rule with
-        two partitions has the same name (Bilal and Kang, IEEE Access 5, 2017); it is not this one.
-    """
-
-    name = "lfru"
-    note = staticmethod(note_lfru)
-
-    def rank(self, expert: int) -> float:
-        """Rank of an expert now; it falls while the expert is not used."""
-        return rank_lfru(expert, self._last, self._count, self._now)
-
-    def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
-        """Lowest ranks first."""
-        return sorted(candidates, key=self.rank)[:count]
-
-
 @_registry.own
 class Static(Policy):
     """
@@ -332,6 +334,7 @@ class Static(Policy):
     """
 
     name = "static"
+    needs_data = True
 
     def __init__(self, popularity: Sequence[float]):
         self._popularity = [float(value) for value in popularity]
@@ -448,6 +451,11 @@ def register(cls: _Class) -> _Class:
 def policy_names() -> list[str]:
     """Names of all known policies, sorted: ours, registered ones, and installed entry points."""
     return sorted(_registry.names())
+
+
+def servable_names() -> tuple[str, ...]:
+    """Names that run a model by themselves: ours that need no data, then those from outside."""
+    return tuple(_registry.names(lambda cls: not cls.offline and not cls.needs_data))
 
 
 def policy_class(name: str) -> type[Policy]:

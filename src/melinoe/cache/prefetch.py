@@ -21,8 +21,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from melinoe.cache import PREFETCH_AT, PREFETCH_MOMENTS
 from melinoe.cache.registry import Registry
-from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS
 from melinoe.errors import MelinoeError
 
 ENTRY_POINTS = "melinoe.prefetchers"

@@ -1,5 +1,6 @@
 """Find classes by name: built-in ones, registered ones, and entry points of installed packages."""
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -47,11 +48,17 @@ class Registry(Generic[_Base]):
         self._known[name] = cls
         return cls
 
-    def names(self) -> list[str]:
-        """Name all classes: built-in ones in their order, then those from outside, sorted."""
-        ours = [*([] if self._none is None else [self._none]), *self._built_in]
+    def names(self, keep: Callable[[type[_Base]], bool] = lambda _: True) -> list[str]:
+        """
+        Name all classes: built-in ones in their order, then those from outside, sorted.
+
+        Args:
+            keep: Which built-in classes to name.
+        """
+        taken = [*([] if self._none is None else [self._none]), *self._built_in]
+        ours = [n for n in taken if n == self._none or keep(self._built_in[n])]
         outside = {point.name for point in entry_points(group=self._group)}
-        return [*ours, *sorted({*self._known, *outside}.difference(ours))]
+        return [*ours, *sorted({*self._known, *outside}.difference(taken))]
 
     def find(self, name: str) -> type[_Base]:
         """

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache import PREFETCH_AT
 from melinoe.cache.ahead import LoadsAhead, Route
 from melinoe.cache.counters import COMPLETION, PHASES, PROMPT, Counters
 from melinoe.cache.locality import popularity
@@ -23,7 +24,6 @@ from melinoe.cache.prefetch import MOST_ROWS, Listed, Prefetch, Prefetcher, Prom
 from melinoe.cache.requests import ForwardPass
 from melinoe.cache.residency import Decision, Residency, StreamedPrefill, check_capacity
 from melinoe.cache.trace import PROMPT_ROW, Trace
-from melinoe.config import PREFETCH_AT
 from melinoe.errors import TraceError
 
 ENGINES = ("auto", "residency", "compiled")
@@ -246,42 +246,19 @@ def _compiled(
     reset_between_sequences: bool,
     steps: bool,
 ) -> Simulation:
-    """Simulate by `melinoe.cache.kernel.replay`."""
-    from melinoe.cache import kernel
+    """Simulate by `melinoe.cache.kernel`."""
+    from melinoe.cache.kernel import Prepared
 
     for capacity in slots:
         check_capacity(trace.num_experts, capacity)
-    gamma, popular = kernel.settings_of(trace, policy, options)
-    bounds, phase = trace.bounds()
-    passes, layers = len(phase), trace.num_layers
-    units, unit, begins = trace.unit_of_passes(bounds)
-    counts = np.zeros((len(units), 2, 5, layers), np.int64)
-    waited = np.zeros(passes, np.int64)
-    loads, experts = (np.zeros((passes if steps else 0, layers), np.int32) for _ in range(2))
-    if passes:
-        kernel.replay(
-            trace.experts,
-            bounds,
-            phase,
-            unit,
-            begins if reset_between_sequences else np.zeros(passes, bool),
-            np.array(slots, np.int64),
-            trace.num_experts,
-            kernel.RULES[policy],
-            gamma,
-            popular,
-            counts,
-            waited,
-            loads,
-            experts,
-        )
-    tokens = np.diff(bounds)
-    per_unit = _counters(counts, waited, tokens, phase, unit)
-    nobody = np.zeros(passes, np.int64)
-    (whole,) = _counters(counts.sum(0, keepdims=True), waited, tokens, phase, nobody)
+    ready = Prepared(trace, policy, options, reset_between_sequences)
+    counts, waited, loads, experts = ready.replay(slots, steps)
+    passes = (waited, ready.tokens, ready.phase)
+    per_unit = _counters(counts, *passes, ready.unit)
+    (whole,) = _counters(counts.sum(0, keepdims=True), *passes, np.zeros_like(ready.unit))
     nothing = (np.zeros_like(loads),) * 4
-    kept = Steps(phase, tokens, unit, loads, experts, *nothing) if steps else None
-    return Simulation(whole, per_unit, units, slots, policy, "compiled", kept)
+    kept = Steps(ready.phase, ready.tokens, ready.unit, loads, experts, *nothing) if steps else None
+    return Simulation(whole, per_unit, ready.units, slots, policy, "compiled", kept)
 
 
 def _counters(

@@ -9,7 +9,6 @@ and the checkpoint's record writes them down, so no default is typed twice.
 from melinoe.config.demo import DemoSettings
 from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
 from melinoe.config.names import (
-    POLICIES,
     PREFETCH_AT,
     PREFETCH_MOMENTS,
     STORES,
@@ -24,7 +23,6 @@ __all__ = [
     "CONTROL",
     "MATCH",
     "PLAIN",
-    "POLICIES",
     "PREFETCH_AT",
     "PREFETCH_MOMENTS",
     "STORES",

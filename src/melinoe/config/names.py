@@ -1,22 +1,19 @@
 """Words that settings and commands share: policies, stores, moments, versions."""
 
-from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Literal, get_args
+from importlib.metadata import PackageNotFoundError, version
 
-# Those of ours that run a model by name alone; a test holds them against the registry.
-POLICIES = ("lru", "lfu", "lfru", "score")
+from melinoe.cache import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
+
+__all__ = ["PREFETCH_AT", "PREFETCH_MOMENTS", "STORES", "PrefetchAt", "policies", "version_of"]
+
 STORES = ("auto", "ram", "pinned", "disk")
-# When experts known before the prompt are loaded: a prompt that uses more experts than there are
-# slots would evict them again, so after it unless told otherwise.
-PrefetchAt = Literal["prompt", "completion"]
-PREFETCH_MOMENTS: tuple[str, ...] = get_args(PrefetchAt)
-PREFETCH_AT: PrefetchAt = "completion"
 
 
 def policies() -> tuple[str, ...]:
     """Cache policies that can be named to run a model: ours, and those of installed packages."""
-    outside = {point.name for point in entry_points(group="melinoe.policies")}
-    return (*POLICIES, *sorted(outside.difference(POLICIES)))
+    from melinoe.cache.policy import servable_names
+
+    return servable_names()
 
 
 def version_of(package: str) -> str:
