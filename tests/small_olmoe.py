@@ -7,7 +7,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import Predictor
-from melinoe.predictor.encoders import token_embeddings
+from melinoe.predictor.features import token_embeddings
 from melinoe.predictor.model import PredictorNetwork
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2

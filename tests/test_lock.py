@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from melinoe.cli.app import app
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.lock import held
-from melinoe.predictor import Prior
+from melinoe.predictor import RecentUse
 
 FINGERPRINT = "0" * 64
 
@@ -100,7 +100,7 @@ def test_the_other_processes_of_a_run_take_no_lock(tmp_path, other, monkeypatch)
     assert isinstance(done.exception, CheckpointError)
 
 
-# --- priors -------------------------------------------------------------------------------------
+# --- recent use -----------------------------------------------------------------------------------
 
 
 def usage(*experts):
@@ -110,56 +110,41 @@ def usage(*experts):
 
 def test_two_that_learn_at_once_lose_nothing(tmp_path):
     """Both read the same file; the second to write adds to the first, as if it had come after."""
-    start = Prior(1, 4, FINGERPRINT)
-    start.observe("a", usage(0))
-    start.update(tmp_path / "prior")
-    one, other = (Prior.load(tmp_path / "prior") for _ in range(2))
-    one.observe("a", usage(1))
-    one.observe("b", usage(3))
-    other.observe("a", usage(2))
-    other.observe("a", usage(2, 3))
-    one.update(tmp_path / "prior")
-    other.update(tmp_path / "prior")
-    expected = Prior(1, 4, FINGERPRINT)
-    for key, used in (("a", (0,)), ("a", (1,)), ("b", (3,)), ("a", (2,)), ("a", (2, 3))):
-        expected.observe(key, usage(*used))
-    found = Prior.load(tmp_path / "prior")
-    assert found.keys() == expected.keys() == other.keys()
-    for key in ("a", "b"):
-        np.testing.assert_allclose(found._known[key], expected._known[key], rtol=1e-6)
-    other.update(tmp_path / "prior")  # nothing new
-    again = Prior.load(tmp_path / "prior")
-    np.testing.assert_allclose(again._known["a"], found._known["a"], rtol=1e-6)
+    path = tmp_path / "recent"
+    start = RecentUse(1, 4, FINGERPRINT)
+    start.observe(usage(0))
+    start.update(path)
+    one, other = (RecentUse.load(path) for _ in range(2))
+    one.observe(usage(1))
+    other.observe(usage(2))
+    other.observe(usage(2, 3))
+    one.update(path)
+    other.update(path)
+    expected = RecentUse(1, 4, FINGERPRINT)
+    for used in ((0,), (1,), (2,), (2, 3)):
+        expected.observe(usage(*used))
+    for found in (other, RecentUse.load(path)):
+        np.testing.assert_allclose(found.used, expected.used, rtol=1e-6)
+    other.update(path)  # nothing new
+    np.testing.assert_allclose(RecentUse.load(path).used, expected.used, rtol=1e-6)
 
 
-def learn(path, key):
+def learn(path, expert):
     for _ in range(10):
-        prior = Prior.load(path)
-        prior.observe(key, usage(1))
-        prior.update(path)
+        recent = RecentUse.load(path)
+        recent.observe(usage(expert))
+        recent.update(path)
 
 
-def test_many_writers_lose_no_request(tmp_path):
-    """Four processes, ten requests of each: all forty count."""
-    Prior(1, 4, FINGERPRINT).save(tmp_path / "prior")
-    children = [in_a_process(learn, tmp_path / "prior", f"user {n}") for n in range(4)]
+def test_many_writers_lose_no_completion(tmp_path):
+    """Four processes, ten completions of each: all forty count."""
+    RecentUse(1, 4, FINGERPRINT).update(tmp_path / "recent")
+    children = [in_a_process(learn, tmp_path / "recent", expert) for expert in range(4)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    alone = Prior(1, 4, FINGERPRINT)
-    for _ in range(10):
-        alone.observe("", usage(1))
-    found = Prior.load(tmp_path / "prior")
-    assert sorted(found.keys()) == [f"user {n}" for n in range(4)]
-    for key in map("user {}".format, range(4)):
-        assert found.requests(key) == pytest.approx(alone.requests(""), rel=1e-6)
-    assert [one.name for one in tmp_path.iterdir()] == ["prior"]
-
-
-def test_a_file_that_became_another_models_is_left_alone(tmp_path):
-    """Somebody removed it and began one of another model meanwhile."""
-    mine = Prior(1, 4, FINGERPRINT)
-    mine.observe("", usage(1))
-    Prior(1, 4, "1" * 64).save(tmp_path / "prior")
-    before = (tmp_path / "prior").read_bytes()
-    with pytest.raises(Exception, match="learned on model"):
-        mine.update(tmp_path / "prior")
-    assert (tmp_path / "prior").read_bytes() == before
+    alone = RecentUse(1, 4, FINGERPRINT)
+    for _ in range(40):
+        alone.observe(usage(0))
+    found = RecentUse.load(tmp_path / "recent")
+    assert found.completions == pytest.approx(alone.completions, rel=1e-5)
+    assert (found.used > 0).all()
+    assert [one.name for one in tmp_path.iterdir()] == ["recent"]

@@ -16,7 +16,7 @@ from guesses import Traffic, adaptive, learned, recall, traffic_of
 from judge import by_document, difference, estimate, loads_per_token, part, transfers
 from traffic import MATHS, MIXED_QUESTIONS, Item, Model, in_order, mixed
 
-from melinoe.predictor import EmbeddingEncoder
+from melinoe.predictor.features import features_of
 from melinoe.predictor.fit import fit_shares
 from melinoe.predictor.targets import Floats, completion_shares
 
@@ -69,14 +69,13 @@ def _narrow(model: Model, items: Sequence[Item], slots: int) -> Any:
     ]
     prompts = [one.prompt for one in items]
     used, _ = completion_shares(model.read, prompts)
-    encoder = EmbeddingEncoder(model.embeddings)
     return fit_shares(
-        used[rows], [prompts[k] for k in rows], encoder, slots, model.fingerprint, seed=0
+        used[rows], [prompts[k] for k in rows], model.embeddings, slots, model.fingerprint, seed=0
     )
 
 
 def _predicted(predictor: Any, traffic: Traffic) -> Floats:
-    return predictor.distributions(predictor.encoder.features(traffic.prompts))
+    return predictor.distributions(features_of(predictor.embeddings, traffic.prompts))
 
 
 def _drift(

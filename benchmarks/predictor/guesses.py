@@ -15,7 +15,8 @@ import torch
 from traffic import Item, Model
 
 from melinoe.cache.trace import COMPLETION_ROW, Trace
-from melinoe.predictor import EmbeddingEncoder, Prior
+from melinoe.predictor import RecentUse
+from melinoe.predictor.features import features_of
 from melinoe.predictor.fit import fit_shares
 from melinoe.predictor.targets import Floats, completion_shares, top_ids, use_counts
 
@@ -66,8 +67,7 @@ def traffic_of(model: Model, trace: Trace, items: Sequence[Item], seed: int = 0)
 def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
     """``popularity`` and ``learned``, each fitted to the other folds' documents."""
     model, found = traffic.model, {}
-    encoder = EmbeddingEncoder(model.embeddings)
-    features = encoder.features(traffic.prompts)
+    features = features_of(model.embeddings, traffic.prompts)
     shape = traffic.used.shape
     for name in ("popularity", "learned"):
         found[name] = np.zeros(shape)
@@ -76,7 +76,7 @@ def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
         predictor = fit_shares(
             traffic.used[train],
             [traffic.prompts[k] for k in train],
-            encoder,
+            model.embeddings,
             slots,
             model.fingerprint,
             seed,
@@ -98,19 +98,19 @@ def scores_of(named: Sequence[Sequence[int]], experts: int) -> Floats:
 
 def adaptive(traffic: Traffic, keys: Sequence[str] | None = None) -> Floats:
     """
-    Follow the traffic with a prior: each request is guessed from those before it, then learned.
+    Follow the traffic with recent use: each request is guessed from those before it, then learned.
 
     Args:
         traffic: In its order.
         keys: Whose each request is; absent, all one deployment's.
     """
     shape = traffic.used.shape
-    prior = Prior(shape[1], shape[2], traffic.model.fingerprint)
     everybody = [""] * shape[0] if keys is None else keys
+    recent = {key: RecentUse(*shape[1:], traffic.model.fingerprint) for key in set(everybody)}
     out = np.zeros(shape)
     for row, key in enumerate(everybody):
-        out[row] = scores_of(prior.top(key, shape[2]), shape[2])
-        prior.observe(key, traffic.counts[row])
+        out[row] = scores_of(recent[key].top((), shape[2]), shape[2])
+        recent[key].observe(traffic.counts[row])
     return out
 
 

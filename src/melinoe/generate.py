@@ -22,7 +22,7 @@ from melinoe.data import check_text, pad_token_id
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.moe.finite import generate_finite
-from melinoe.predictor import AdaptivePredictor, Predictor
+from melinoe.predictor import Predictor, RecentUse
 
 Prompt = str | Sequence[int]
 
@@ -114,7 +114,7 @@ def generate(
     tokenizer: Any,
     prompt: Prompt,
     max_new_tokens: int = 64,
-    predictor: Predictor | AdaptivePredictor | None = None,
+    predictor: Predictor | RecentUse | None = None,
     prefetch_at: PrefetchAt = PREFETCH_AT,
     streamer: Any = None,
     *,
@@ -132,8 +132,8 @@ def generate(
         tokenizer: The model's.
         prompt: Text, or token ids.
         max_new_tokens: At most so many; end-of-text may come first.
-        predictor: Names experts to prefetch, as many per layer as there are slots; an
-            `AdaptivePredictor` is then told of the completion's uses. Short for
+        predictor: Names experts to prefetch, as many per layer as there are slots; a
+            `RecentUse` is then told of the completion's uses. Short for
             ``prefetch=Predicted(predictor, prefetch_at)``.
         prefetch_at: Of *predictor*. ``completion``: when the forward pass after the prompt's
             begins, on the clock of the tokens after the first; never if the first token is the
@@ -149,7 +149,7 @@ def generate(
         ModelError: the logits are no numbers, and which tensor is to blame; or the predictor
             belongs to another model.
         AttachError: a prefetch without a handle to load through, or that its engine cannot do; a
-            `AdaptivePredictor` while something is being recorded.
+            `RecentUse` while something is being recorded.
         UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
         ValueError: *max_new_tokens* below 1; an unknown *prefetch_at*; *predictor* and *prefetch*.
     """
@@ -179,7 +179,7 @@ def generate(
     input_ids = torch.tensor([ids], device=device)
 
     asked = prefetch.predictor if isinstance(prefetch, Predicted) else None
-    learner = asked if isinstance(asked, AdaptivePredictor) else None
+    learner = asked if isinstance(asked, RecentUse) else None
     meter = None
     with ExitStack() as stack:
         if handle is not None:  # all of it is one text's, so other threads wait

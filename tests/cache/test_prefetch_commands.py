@@ -61,10 +61,10 @@ def test_from_a_trace_to_text(melinoe, place):
         (("--prefetch", "prefill", "--popularity", "t"), 2, "--prefetch popularity"),
         (("--popularity", "absent.safetensors"), 1, "cannot be read"),
         (("--popularity", "t", "--predictor", "p"), 2, "name one of"),
-        (("--prefetch", "prefill", "--prior", "p"), 2, "for --prior"),
-        (("--prefetch", "popularity", "--prior", "p"), 2, "for --prior"),
+        (("--prefetch", "prefill", "--recent-use", "p"), 2, "for --recent-use"),
+        (("--prefetch", "popularity", "--recent-use", "p"), 2, "for --recent-use"),
         (("--prefetch", "prefill", "--predictor", "p"), 2, "for --predictor"),
-        (("--popularity", "t", "--prior", "p"), 2, "name one of predictor, popularity"),
+        (("--popularity", "t", "--recent-use", "p"), 2, "name one of predictor, popularity"),
     ],
 )
 def test_bad_words_are_refused_before_a_model_is_read(more, code, words, melinoe):

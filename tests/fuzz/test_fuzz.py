@@ -46,8 +46,6 @@ def base_of(whole):
             ("evaluate",): {"model": absent, "--data": data},
             ("report",): {"runs": absent, "--out": out},
             ("predictor", "fit"): {"trace": absent, "--out": out},
-            ("predictor", "prior"): {"prior": absent},
-            ("predictor", "reset"): {"prior": absent},
         }.get(words, {})
 
     return base

@@ -28,7 +28,7 @@ from melinoe.evaluate import decoded_perplexity, perplexity
 from melinoe.finetune import finetune
 from melinoe.generate import generate
 from melinoe.moe.finite import are_finite, broken_weight
-from melinoe.predictor.encoders import EmbeddingEncoder
+from melinoe.predictor.features import features_of
 from melinoe.predictor.fit import fit_shares
 
 NAN, INF = float("nan"), float("inf")
@@ -178,8 +178,8 @@ def test_a_predictor_is_not_fitted_to_what_is_no_number():
     embeddings = torch.randn(20, 4)
     embeddings[7, 1] = NAN
     with pytest.raises(ModelError, match="embedding of id 7"):
-        EmbeddingEncoder(embeddings).features([[3, 4], [5, 7]])
-    assert EmbeddingEncoder(embeddings).features([[3, 4]]).isfinite().all()
+        features_of(embeddings, [[3, 4], [5, 7]])
+    assert features_of(embeddings, [[3, 4]]).isfinite().all()
     target = torch.rand(40, 2, 8).double().numpy()
     features = torch.randn(40, 8)
     features[3, 2] = INF

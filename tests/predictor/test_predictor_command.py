@@ -1,11 +1,11 @@
-"""The predictor and the prior on the command line."""
+"""The predictor and recent use on the command line."""
 
 import json
 
 import pytest
 from small_olmoe import tiny_model, words_tokenizer
 
-from melinoe.predictor import Prior
+from melinoe.predictor import RecentUse
 
 
 @pytest.fixture(scope="module")
@@ -58,62 +58,37 @@ def test_prompts_that_were_not_kept_are_asked_for(trace, tmp_path, melinoe):
     assert code == 0, err
 
 
-def test_an_encoder_without_its_library_is_refused(trace, tmp_path, melinoe, monkeypatch):
-    """And nothing is written."""
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    result = melinoe(
-        "predictor", "fit", trace, "--encoder", "BAAI/bge-base-en-v1.5", "--out", tmp_path / "p"
-    )
-    refused(result, "melinoe[predictor]", "BAAI/bge-base-en-v1.5")
-    assert not (tmp_path / "p").exists()
-
-
 def test_more_slots_than_experts_are_refused(trace, tmp_path, melinoe):
     """Nine of eight."""
     result = melinoe("predictor", "fit", trace, "--slots", 9, "--out", tmp_path / "p")
     refused(result, "1 to 8")
 
 
-def test_a_prior_is_begun_learns_by_user_and_is_reset(checkpoint, tmp_path, melinoe):
-    """Two requests of Ada, one of Bob; then Ada is forgotten, then all."""
-    file = tmp_path / "prior.safetensors"
+def test_recent_use_is_begun_and_learns(checkpoint, tmp_path, melinoe):
+    """The first text prefetches nothing, the second what the first used; both count."""
+    file = tmp_path / "recent.safetensors"
 
-    def ask(*more):
+    def ask():
         result = melinoe(
             "generate", checkpoint, "w3 w4 w5", "--slots", 3, "--max-new-tokens", 5, "--json",
-            "--prior", file, *more,
+            "--recent-use", file,
         )  # fmt: skip
         assert result[0] == 0, result[2]
         return json.loads(result[1])
 
-    first = ask("--user", "ada")
+    first, second = ask(), ask()
     assert first["prefetch_per_token"] == 0
-    second = ask("--user", "ada")
     assert second["prefetch_per_token"] > 0 and second["ids"] == first["ids"]
-    ask("--user", "bob")
-    code, out, _ = melinoe("predictor", "prior", file, "--json")
-    shown = json.loads(out)
-    assert code == 0 and shown["fingerprint"] == Prior.load(file).fingerprint
-    assert [row["user"] for row in shown["users"]] == ["bob", "ada"]
-    assert shown["users"][1]["requests"] == pytest.approx(1 + 0.5**0.125)
-    refused(melinoe("predictor", "reset", file, "--user", "cyd"), "'cyd'", "predictor prior")
-    assert melinoe("predictor", "reset", file, "--user", "ada")[0] == 0
-    assert Prior.load(file).keys() == ["bob"]
-    assert "bob" in melinoe("predictor", "prior", file)[1]
-    assert melinoe("predictor", "reset", file)[0] == 0
-    assert Prior.load(file).keys() == []
-    assert "nothing yet" in melinoe("predictor", "prior", file)[2]
+    assert RecentUse.load(file).completions == pytest.approx(1 + 0.5**0.125)
 
 
-def test_bad_priors_are_refused_in_one_sentence(checkpoint, tmp_path, melinoe):
-    """Of another model, damaged, absent, beside a predictor."""
-    Prior(2, 8, "another").save(tmp_path / "other")
-    (tmp_path / "torn").write_bytes(b"no prior")
-    ask = ("generate", checkpoint, "w3", "--max-new-tokens", 2, "--prior")
-    refused(melinoe(*ask, tmp_path / "other"), "another", "start another one")
+def test_bad_recent_use_is_refused_in_one_sentence(checkpoint, tmp_path, melinoe):
+    """Of another model, damaged, beside a predictor, with another prefetch."""
+    RecentUse(2, 8, "another").update(tmp_path / "other")
+    (tmp_path / "torn").write_bytes(b"no recent use")
+    ask = ("generate", checkpoint, "w3", "--max-new-tokens", 2, "--recent-use")
+    refused(melinoe(*ask, tmp_path / "other"), "another", "begin another one")
     refused(melinoe(*ask, tmp_path / "torn"), "torn", "begin another one")
-    refused(melinoe("predictor", "reset", tmp_path / "absent"), "absent", "check the path")
-    assert melinoe("generate", checkpoint, "w3", "--user", "ada")[0] == 2
     code, _, err = melinoe(*ask, tmp_path / "new", "--predictor", tmp_path / "p")
     assert code == 2 and "not both" in err and not (tmp_path / "new").exists()
     code, _, err = melinoe(*ask, tmp_path / "new", "--prefetch", "prefill")

@@ -27,7 +27,7 @@ def command(
     prefetch: Annotated[
         str | None,
         option(
-            f"{prefetching.HELP} Default: the one that --predictor, --prior or --popularity "
+            f"{prefetching.HELP} Default: the one that --predictor, --recent-use or --popularity "
             "is for, else none.",
             options.AHEAD,
         ),
@@ -35,7 +35,7 @@ def command(
     predictor: prefetching.PredictorDir = None,
     popularity: prefetching.PopularityFile = None,
     prefetch_at: prefetching.Moment = None,
-    prior: Annotated[
+    recent_use: Annotated[
         Path | None,
         option(
             "Prefetch the experts used lately, and learn from this text too: a file, made if "
@@ -43,9 +43,6 @@ def command(
             options.AHEAD,
         ),
     ] = None,
-    user: Annotated[
-        str, option("With --prior: whose request this is. Users are kept apart.", options.AHEAD)
-    ] = "",
     *,
     given: dict[str, Any],
 ) -> None:
@@ -55,37 +52,36 @@ def command(
     from melinoe.cache.prefetch import prefetcher
     from melinoe.data import Example
     from melinoe.generate import generate
-    from melinoe.predictor import AdaptivePredictor, Predictor, Prior, open_prior
+    from melinoe.predictor import Predictor, RecentUse
 
     names = prefetching.names_of(
         None if prefetch is None else [prefetch],
         prefetch_at,
-        prior=prior,
+        recent_use=recent_use,
         predictor=predictor,
         popularity=popularity,
     )
     if len(names) > 1:
         raise typer.BadParameter(f"name one of {', '.join(names)}", param_hint="--prefetch")
-    if prior is None and user:
-        raise typer.BadParameter("it belongs to --prior", param_hint="--user")
-    if prior is not None and predictor is not None:
-        raise typer.BadParameter("give it or --predictor, and not both", param_hint="--prior")
+    if recent_use is not None and predictor is not None:
+        raise typer.BadParameter("give it or --predictor, and not both", param_hint="--recent-use")
     guess = Predictor.load(predictor) if predictor else None
-    # What is missing or wrong shows before the model is opened; a prior is opened with it.
+    # What is missing or wrong shows before the model is opened.
     made_of = prefetching.given(guess, popularity, prefetch_at)
-    ahead = None if prior is not None else prefetcher(names[0], made_of)
-    if prior is not None and prior.exists():
-        Prior.load(prior)
+    recent = None
+    if recent_use is None:
+        ahead = prefetcher(names[0], made_of)
+    elif recent_use.exists():
+        recent = RecentUse.load(recent_use)
     text = _read_prompt() if prompt == "-" else prompt
     wanted = options.ModelOptions(**given)
     loaded, handle, tokenizer = models.open_model(model, wanted)
     asked: Any = text
     if tokenizer.chat_template and not raw:
         (asked,) = models.prompt_ids([Example(text, "", "the prompt")], tokenizer, raw)
-    kept = None
-    if prior is not None:
-        kept = open_prior(prior, loaded)
-        ahead = prefetcher(names[0], replace(made_of, predictor=AdaptivePredictor(kept, user)))
+    if recent_use is not None:
+        recent = recent or RecentUse.of(loaded)
+        ahead = prefetcher(names[0], replace(made_of, predictor=recent))
     torch.manual_seed(seed)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -105,8 +101,8 @@ def command(
         streamer=streamer,
         **sampling,
     )
-    if kept is not None and prior is not None:
-        kept.update(prior)
+    if recent is not None and recent_use is not None:
+        recent.update(recent_use)
     cost = _cost(handle, result, wanted.choice, names[0])
     if as_json:
         output.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})

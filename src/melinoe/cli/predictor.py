@@ -1,4 +1,4 @@
-"""`melinoe predictor`: learn which experts a prompt will need, and see what a prior learned."""
+"""`melinoe predictor`: learn from a trace which experts a prompt will need."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,14 +7,13 @@ import typer
 
 from melinoe.cli import options, output
 from melinoe.cli.command import Command, option
-from melinoe.lock import held, holding
+from melinoe.lock import holding
 
 app = typer.Typer(
-    help="Learn which experts a prompt will need, from a trace or from what is served.",
+    help="Learn from a trace which experts a prompt will need.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-PriorFile = Annotated[Path, typer.Argument(help="A file that `melinoe generate --prior` keeps.")]
 
 
 @app.command("fit", cls=Command)
@@ -34,13 +33,6 @@ def fit_command(
         str | None, option("The prompts that were traced. Default: those beside the trace.")
     ] = None,
     raw: options.Raw = False,
-    encoder: Annotated[
-        str,
-        option(
-            "What reads the prompts: embeddings (the model's own), or the name of a "
-            "sentence-transformers model, such as BAAI/bge-base-en-v1.5."
-        ),
-    ] = "embeddings",
     seed: Annotated[int, option("Seed of the folds and of the start.")] = 0,
     as_json: options.AsJson = False,
     columns: options.Columns = None,
@@ -53,8 +45,8 @@ def fit_command(
     from melinoe.config import ServeSettings, experts_in_share
     from melinoe.data import load_examples
     from melinoe.errors import BudgetError
-    from melinoe.predictor import EmbeddingEncoder, SentenceEncoder, compare, fit, load_prompts
-    from melinoe.predictor.encoders import EMBEDDINGS, token_embeddings
+    from melinoe.predictor import compare, fit, load_prompts
+    from melinoe.predictor.features import token_embeddings
 
     if columns is not None and data is None:
         raise typer.BadParameter("--columns go with --data", param_hint="--columns")
@@ -76,13 +68,9 @@ def fit_command(
             data, split=split, limit=loaded.num_sequences, columns=columns, prompts=True
         )
         prompts = prompt_ids(examples, tokenizer, raw)
-    reader = (
-        EmbeddingEncoder(token_embeddings(backbone))
-        if encoder == EMBEDDINGS
-        else SentenceEncoder.load(encoder, tokenizer)
-    )
-    comparison = compare(loaded, prompts, reader, size, seed=seed)
-    predictor = fit(loaded, prompts, reader, size, seed=seed)
+    embeddings = token_embeddings(backbone)
+    comparison = compare(loaded, prompts, embeddings, size, seed=seed)
+    predictor = fit(loaded, prompts, embeddings, size, seed=seed)
     predictor.comparison = comparison.to_record(name)
     predictor.save(out)
     rows = [
@@ -106,48 +94,3 @@ def fit_command(
         f"{comparison.prefetch}"
         + (" (its own loads cost what it saves)" if comparison.prefetch == "none" else "")
     )
-
-
-@app.command("prior", cls=Command)
-def prior_command(prior: PriorFile, as_json: options.AsJson = False) -> None:
-    """Show whose requests a prior has learned from, the latest first."""
-    from melinoe.predictor.prior import HALF_LIFE, Prior
-
-    found = Prior.load(prior)
-    rows = [{"user": key, "requests": found.requests(key)} for key in found.keys()[::-1]]
-    if as_json:
-        output.show_json({"fingerprint": found.fingerprint, "users": rows})
-    elif rows:
-        title = f"half-life {HALF_LIFE:g} requests"
-        output.show_table(title, [{**row, "user": row["user"] or "(all)"} for row in rows])
-    else:
-        output.say(f"{prior} has learned nothing yet")
-
-
-@app.command("reset", cls=Command)
-def reset_command(
-    prior: PriorFile,
-    user: Annotated[str | None, option("Forget this user alone. Default: everybody.")] = None,
-) -> None:
-    """Forget what a prior has learned."""
-    from melinoe.predictor import Prior
-
-    Prior.load(prior)  # what is wrong with it shows before it is waited for
-    with held(prior, wait=True):
-        _reset(prior, user)
-
-
-def _reset(prior: Path, user: str | None) -> None:
-    from melinoe.errors import DataError
-    from melinoe.predictor import Prior
-
-    found = Prior.load(prior)
-    known = found.keys()
-    if user is not None and user not in known:
-        raise DataError(
-            f"{prior} knows nothing of user {user!r}; see `melinoe predictor prior {prior}` for "
-            "those it knows"
-        )
-    found.reset(user)
-    found.save(prior)
-    output.say(f"forgot {len(known) - len(found.keys())} of {len(known)} users")

@@ -43,7 +43,7 @@ Moment = Annotated[
 
 
 def names_of(
-    named: Sequence[str] | None, at: str | None, *, prior: Any = None, **material: Any
+    named: Sequence[str] | None, at: str | None, *, recent_use: Any = None, **material: Any
 ) -> tuple[str, ...]:
     """
     Name the prefetches that a command line asks for, each once.
@@ -51,7 +51,7 @@ def names_of(
     Args:
         named: Given for --prefetch. Absent: those that the material is for, or ``none``.
         at: Given for --prefetch-at.
-        prior: Given for --prior; it works as `predictor`.
+        recent_use: Given for --recent-use; it works as `predictor`.
         material: Name of a prefetch to what was given for it; None where nothing was.
 
     Raises:
@@ -65,7 +65,7 @@ def names_of(
         )
     material_for = [name for name, value in material.items() if value is not None]
     if not named:
-        if prior is not None and "predictor" not in material_for:
+        if recent_use is not None and "predictor" not in material_for:
             material_for.insert(0, "predictor")
         return tuple(material_for) or ("none",)
     known = prefetcher_names()
@@ -74,9 +74,9 @@ def names_of(
             raise typer.BadParameter(
                 f"{name!r} is not one of {', '.join(known)}", param_hint="--prefetch"
             )
-    if prior is not None and "predictor" not in named:
+    if recent_use is not None and "predictor" not in named:
         raise typer.BadParameter(
-            "it is for --prefetch predictor, which is not named", param_hint="--prior"
+            "it is for --prefetch predictor, which is not named", param_hint="--recent-use"
         )
     for name in material_for:
         # A predictor also knows what is popular.

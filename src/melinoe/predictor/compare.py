@@ -1,4 +1,4 @@
-"""The learned predictor against rivals that cost nothing, on prompts none of them has seen."""
+"""Compare the learned predictor with rivals that cost nothing, on prompts none has seen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from melinoe.cache.prefetch import most_wanted
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
-from melinoe.predictor.encoders import Encoder, as_encoder
+from melinoe.predictor.features import features_of
 from melinoe.predictor.fit import FitSettings, fit_shares, same_prompts, usable
 from melinoe.predictor.targets import Floats, completion_shares, recall_at
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
-RIVALS = ("empty", "popularity", "prefill")  # what costs nothing
-NAMED = ("popularity", "prefill", "learned")  # those of all that load anything
+RIVALS = ("empty", "popularity", "prefill")  # strategies that cost nothing
+NAMED = ("popularity", "prefill", "learned")  # strategies that load anything
 
 
 @dataclass(frozen=True)
 class Comparison:
     """
-    Recall at *slots* of each way to fill the cache before the completion.
+    The recall at *slots* of each way to fill the cache before the completion.
 
     Attributes:
         slots: Experts per layer.
@@ -53,7 +53,7 @@ class Comparison:
     @property
     def prefetch(self) -> str:
         """
-        What to load ahead: the winner, if that saves transfers; else ``none``.
+        The strategy to load ahead by: the winner, if that saves transfers; else ``none``.
 
         Whatever its recall, a prefetch whose own loads cost what it saves is of no use to a link.
         """
@@ -79,7 +79,7 @@ class Comparison:
 def compare(
     trace: Trace,
     prompts: Sequence[Sequence[int]],
-    encoder: Encoder | torch.Tensor,
+    embeddings: torch.Tensor,
     slots: int,
     seed: int = 0,
     folds: int = 5,
@@ -99,12 +99,12 @@ def compare(
     Args:
         trace: As in `fit`.
         prompts: As in `fit`.
-        encoder: As in `fit`.
+        embeddings: As in `fit`.
         slots: As in `fit`.
         seed: As in `fit`; also decides the folds.
         folds: How many predictors are fitted.
         settings: As in `fit`.
-        policy: Who leaves the cache in which transfers are counted.
+        policy: Eviction policy of the cache in which transfers are counted.
 
     Raises:
         DataError: too few different prompts.
@@ -113,8 +113,7 @@ def compare(
     """
     target, prefill = completion_shares(trace, prompts)
     kept = usable(target, prompts)
-    encoder = as_encoder(encoder)
-    features = encoder.features([prompts[index] for index in kept])  # once for all folds
+    features = features_of(embeddings, [prompts[index] for index in kept])  # once for all folds
     group = same_prompts([prompts[index] for index in kept])
     distinct = int(group.max()) + 1
     fold_of = np.random.default_rng(seed).permutation(distinct)[group] % folds
@@ -131,7 +130,7 @@ def compare(
         predictor = fit_shares(
             target[train],
             [prompts[index] for index in train],
-            encoder,
+            embeddings,
             slots,
             trace.fingerprint,
             seed,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
-from melinoe.predictor.encoders import Encoder, as_encoder
+from melinoe.predictor.features import features_of
 from melinoe.predictor.model import Predictor, PredictorNetwork
 from melinoe.predictor.targets import Floats, completion_shares, recall_at
 
@@ -19,7 +19,7 @@ FEWEST_PROMPTS = 10
 @dataclass(frozen=True)
 class FitSettings:
     """
-    How a predictor is fitted.
+    Settings of the fit.
 
     Attributes:
         hidden: Width of the hidden layer.
@@ -45,7 +45,7 @@ class FitSettings:
 def fit(
     trace: Trace,
     prompts: Sequence[Sequence[int]],
-    encoder: Encoder | torch.Tensor,
+    embeddings: torch.Tensor,
     slots: int,
     seed: int = 0,
     settings: FitSettings | None = None,
@@ -60,8 +60,7 @@ def fit(
     Args:
         trace: Of the model that will be served; its sequences are *prompts*, in order.
         prompts: Token ids of each sequence's prompt.
-        encoder: What reads the prompts; the model's token embeddings ``(vocabulary, hidden)``, not
-            copied, or a `SentenceEncoder`.
+        embeddings: The model's token embeddings ``(vocabulary, hidden)``, not copied.
         slots: Experts per layer that the cache will hold: recall is taken at this number.
         seed: Decides the split, the start and the order; equal seeds give equal predictors.
         settings: ``None`` means the defaults.
@@ -77,12 +76,12 @@ def fit(
         arXiv:2602.11192, which embeds prompts with a second model; we do not.
     """
     target, _ = completion_shares(trace, prompts)
-    return fit_shares(target, prompts, encoder, slots, trace.fingerprint, seed, settings)
+    return fit_shares(target, prompts, embeddings, slots, trace.fingerprint, seed, settings)
 
 
 def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     """
-    Indices of the sequences that can teach: a prompt and at least one completion token.
+    Return the indices of the sequences with a prompt and at least one completion token.
 
     Layers that no sequence uses (of a model that sends images through other experts than text)
     are not asked for.
@@ -104,7 +103,7 @@ def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64
 def fit_shares(
     target: Floats,
     prompts: Sequence[Sequence[int]],
-    encoder: Encoder | torch.Tensor,
+    embeddings: torch.Tensor,
     slots: int,
     fingerprint: str,
     seed: int = 0,
@@ -113,22 +112,22 @@ def fit_shares(
     groups: NDArray[np.int64] | None = None,
 ) -> Predictor:
     """
-    `fit`, from shares of use ``(sequences, layers, num_experts)`` instead of a trace.
+    Fit to shares of use ``(sequences, layers, num_experts)`` instead of a trace; else as `fit`.
 
     *features* are those of all prompts, if they are known already; *groups* one number a prompt:
     prompts of one group, by default equal ones, are all fitted to or all held out.
     """
-    settings, encoder = settings or FitSettings(), as_encoder(encoder)
+    settings = settings or FitSettings()
     if not 1 <= slots <= target.shape[-1]:
         raise ValueError(f"slots must be in [1, {target.shape[-1]}], got {slots}")
     kept = usable(target, prompts)
     goal = torch.from_numpy(target[kept]).float()
     if features is None:
-        features = encoder.features([prompts[index] for index in kept])
+        features = features_of(embeddings, [prompts[index] for index in kept])
     else:
         features = features[torch.from_numpy(kept)]
     if not features.isfinite().all():
-        raise DataError("the features of a prompt are no numbers; look at the encoder's weights")
+        raise DataError("the features of a prompt are no numbers; look at the embeddings")
     together = same_prompts(prompts) if groups is None else groups
     learn, stop = _split(together[kept], settings.held_out, seed)
     popularity = goal[learn].mean(0)
@@ -145,7 +144,7 @@ def fit_shares(
             # A little more than was seen, so that no expert is impossible.
             network.output.bias.copy_((popularity + 1e-4).log().flatten())
         _train(network, (features, goal), (learn, stop), slots, settings)
-    return Predictor(network, encoder, popularity.numpy(), fingerprint, slots)
+    return Predictor(network, embeddings, popularity.numpy(), fingerprint, slots)
 
 
 def same_prompts(prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:

@@ -1,8 +1,7 @@
-"""Predictor: the fitted network, and the encoder that it reads prompts with."""
+"""Predict which experts each layer will use for a prompt, with a small fitted network."""
 
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,10 @@ from melinoe.errors import (
     OutputExistsError,
 )
 from melinoe.moe.routing import fingerprint
-from melinoe.predictor.encoders import EMBEDDINGS, SENTENCES, Encoder, as_encoder, encoder_for
+from melinoe.predictor.features import READS_WITH, features_of, token_embeddings
+from melinoe.whole_file import unfinished
 
-FORMAT = 2  # 1 knew one encoder alone
+FORMAT = 2
 _WEIGHTS, _HEADER = "predictor.safetensors", "predictor.json"
 
 
@@ -52,31 +52,29 @@ class PredictorNetwork(nn.Module):
 
 class Predictor:
     """
-    Which experts each layer will use for a prompt.
+    A fitted network that names the experts each layer will use for a prompt.
 
     Attributes:
         fingerprint: Of the model whose trace it was fitted to; no other model may use it.
         slots: The number of experts per layer that its early stopping looked at.
-        popularity: float32 ``(layers, experts)``, the mean over the fitted sequences; what an
-            empty prompt gets.
-        encoder: What reads prompts; ``None`` until `bind`, for one that was loaded.
-        reads_with: What `Encoder.describe` says of it.
-        comparison: What `melinoe.predictor.compare` found, if it was saved along.
+        popularity: float32 ``(layers, experts)``, the mean over the fitted sequences, for an
+            empty prompt.
+        embeddings: The served model's, which read prompts; ``None`` until `bind`, for one that
+            was loaded.
+        comparison: The record of `melinoe.predictor.compare`, if it was saved along.
     """
 
     def __init__(
         self,
         network: PredictorNetwork,
-        encoder: Encoder | torch.Tensor | None,
+        embeddings: torch.Tensor | None,
         popularity: NDArray[np.float32],
         fingerprint: str,
         slots: int,
         comparison: dict[str, Any] | None = None,
-        reads_with: dict[str, Any] | None = None,
     ) -> None:
         self.network = network.eval()
-        self.encoder = None if encoder is None else as_encoder(encoder)
-        self.reads_with = reads_with or (self.encoder.describe() if self.encoder else {})
+        self.embeddings = embeddings
         self.popularity = popularity
         self.fingerprint = fingerprint
         self.slots = slots
@@ -95,7 +93,7 @@ class Predictor:
 
     def predict(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """
-        Distribution over the experts of each layer, as the completion will use them.
+        Predict a distribution over the experts of each layer, as the completion will use them.
 
         Args:
             token_ids: The prompt; an empty one gets the global popularity.
@@ -105,26 +103,20 @@ class Predictor:
 
         Raises:
             TokenizerError: an id that the model does not know.
-            ModelError: loaded, and not yet bound to a model; an encoder of another width.
+            ModelError: loaded, and not yet bound to a model.
         """
         if len(token_ids) == 0:
             return self.popularity.copy()
-        if self.encoder is None:
+        if self.embeddings is None:
             raise ModelError(
                 "the predictor was loaded without the model that it reads prompts for; bind it to "
                 "that model"
             )
-        with torch.inference_mode():
-            features = self.encoder.features([token_ids])
-            if features.shape[1] != (width := self.network.hidden.in_features):
-                raise ModelError(
-                    f"the encoder gives {features.shape[1]} numbers a prompt and the predictor "
-                    f"reads {width}; use the encoder that it was fitted with, or fit it again"
-                )
-            return self.network(features)[0].softmax(-1).numpy()
+        features = features_of(self.embeddings, [token_ids])
+        return self.distributions(features)[0].astype(np.float32)
 
     def distributions(self, features: torch.Tensor) -> NDArray[np.float64]:
-        """As `predict`, of many prompts, from what the encoder gave for them."""
+        """Predict as `predict` does for many prompts, from their features."""
         with torch.inference_mode():
             return self.network(features).softmax(-1).double().numpy()
 
@@ -143,17 +135,12 @@ class Predictor:
 
     def bind(self, model: nn.Module, tokenizer: Any = None) -> None:
         """
-        Read prompts for *model*, if it is the one fitted to.
+        Read prompts with *model*'s embeddings, if it is the model fitted to.
 
         Checked once per model: binding again to the same object costs nothing.
 
-        Args:
-            model: The served one; by default its token embeddings are what reads.
-            tokenizer: Its tokenizer, for a predictor whose encoder reads text.
-
         Raises:
-            ModelError: the predictor was fitted to another model, or needs the tokenizer.
-            DependencyError: it reads with sentence-transformers, which is not installed.
+            ModelError: the predictor was fitted to another model.
         """
         if self._model is not None and self._model() is model:
             return
@@ -163,16 +150,14 @@ class Predictor:
                 f"this predictor was fitted to model {self.fingerprint[:12]}, not to "
                 f"{found[:12]}; trace this model and fit a predictor to it"
             )
-        # The embeddings are the model's own; a model that reads text is the same for any.
-        if self.encoder is None or self.reads_with.get("kind") == EMBEDDINGS:
-            self.encoder = encoder_for(self.reads_with, model, tokenizer)
+        self.embeddings = token_embeddings(model)
         self._model = weakref.ref(model)
 
     def save(self, path: str | Path) -> None:
         """
         Write a directory with ``predictor.safetensors`` and ``predictor.json``.
 
-        The encoder's weights stay where they are. Nothing half-written is left behind.
+        The embeddings stay with their model. Nothing half-written is left behind.
 
         Raises:
             OutputExistsError: *path* exists and is not an empty directory.
@@ -181,45 +166,35 @@ class Predictor:
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
             raise OutputExistsError(f"{target} is not empty; name another directory, or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-        beside.mkdir()
-        try:
-            weights = {
-                name: value.contiguous() for name, value in self.network.state_dict().items()
-            }
-            save_file(
-                {**weights, "popularity": torch.from_numpy(self.popularity)}, beside / _WEIGHTS
-            )
-            header = {
-                "format": FORMAT,
-                "fingerprint": self.fingerprint,
-                "layers": self.num_layers,
-                "experts": self.num_experts,
-                "slots": self.slots,
-                "encoder": self.reads_with,
-                "comparison": self.comparison,
-            }
+        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
+        weights["popularity"] = torch.from_numpy(self.popularity)
+        header = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "layers": self.num_layers,
+            "experts": self.num_experts,
+            "slots": self.slots,
+            "encoder": READS_WITH,
+            "comparison": self.comparison,
+        }
+        with unfinished(target) as beside:
+            save_file(weights, beside / _WEIGHTS)
             (beside / _HEADER).write_text(json.dumps(header, indent=1) + "\n")
             if target.is_dir():
                 target.rmdir()
             os.replace(beside, target)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
 
     @classmethod
-    def load(
-        cls, path: str | Path, model: nn.Module | None = None, tokenizer: Any = None
-    ) -> "Predictor":
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "Predictor":
         """
-        Read what `save` wrote, and bind it to *model* (and *tokenizer*) if one is given.
+        Read what `save` wrote, and bind it to *model* if one is given.
 
         Without one, `generate` binds it to the model that it is used with.
 
         Raises:
             DataError: no predictor there.
             CheckpointError: its files are torn, or of another version.
-            ModelError, DependencyError: as `bind`.
+            ModelError: as `bind`.
         """
         folder = Path(path)
         try:
@@ -236,8 +211,16 @@ class Predictor:
             hidden, features = weights["hidden.weight"].shape
             network = PredictorNetwork(features, hidden, (header["layers"], header["experts"]), 0.0)
             network.load_state_dict(weights)
-            found, slots, spec = header["fingerprint"], header["slots"], header["encoder"]
-            _check(header, popularity)
+            found, slots = header["fingerprint"], header["slots"]
+            if header["encoder"]["kind"] != READS_WITH["kind"]:
+                raise CheckpointError(
+                    f"{folder} reads prompts with {header['encoder']['kind']!r} and this version "
+                    "with the model's own embeddings; fit it again"
+                )
+            if popularity.shape != (header["layers"], header["experts"]):
+                raise ValueError("its popularity is of another shape")
+            if not (isinstance(found, str) and 1 <= slots <= header["experts"]):
+                raise ValueError("its model or its slots are not named")
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} holds no predictor ({Path(error.filename).name} is missing); "
@@ -249,20 +232,7 @@ class Predictor:
             raise CheckpointError(
                 f"the predictor in {folder} is torn ({str(error).splitlines()[0]}); fit it again"
             ) from error
-        predictor = cls(network, None, popularity, found, slots, header.get("comparison"), spec)
+        predictor = cls(network, None, popularity, found, slots, header.get("comparison"))
         if model is not None:
-            predictor.bind(model, tokenizer)
+            predictor.bind(model)
         return predictor
-
-
-def _check(header: dict[str, Any], popularity: NDArray[np.float32]) -> None:
-    """Hold the rest of a header to what it must be; ValueError says what is not."""
-    spec, shape = header["encoder"], (header["layers"], header["experts"])
-    if not isinstance(spec["kind"], str):
-        raise ValueError("its encoder is of no kind")
-    if spec["kind"] == SENTENCES and not isinstance(spec.get("name"), str):
-        raise ValueError("its encoder has no name")
-    if popularity.shape != shape or not np.isfinite(popularity).all():
-        raise ValueError("its popularity is of another shape, or no number")
-    if not (isinstance(header["fingerprint"], str) and 1 <= header["slots"] <= shape[1]):
-        raise ValueError("its model or its slots are not named")

@@ -1,8 +1,8 @@
 """
-The prompts of a trace, in a file beside it: what `melinoe predictor fit TRACE` reads.
+Keep the prompts of a trace in a file beside it, for `melinoe predictor fit TRACE`.
 
-A trace holds what the model chose and no text. Its prompts lie beside it as token ids, in JSON, so
-that they can be left out, kept apart or deleted.
+A trace holds choices and no text. Its prompts lie beside it as token ids, in JSON, so that they
+can be left out, kept apart or deleted.
 """
 
 import json
@@ -17,15 +17,13 @@ FORMAT, VERSION = "melinoe-prompts", 1
 
 
 def prompts_path(trace: str | Path) -> Path:
-    """``trace.safetensors`` has its prompts in ``trace.prompts.json``."""
+    """Return where a trace's prompts lie: ``trace.prompts.json`` beside ``trace.safetensors``."""
     # Of another ending nothing is cut off: run.1 and run.2 must not share their prompts.
     path = Path(trace)
     return path.with_name(path.name.removesuffix(".safetensors") + ".prompts.json")
 
 
-def save_prompts(
-    trace: str | Path, fingerprint: str, prompts: Sequence[Sequence[int]]
-) -> Path:  # fmt: skip
+def save_prompts(trace: str | Path, fingerprint: str, prompts: Sequence[Sequence[int]]) -> Path:
     """
     Write the prompts of the trace at path *trace* beside it, whole or not at all.
 

@@ -1,4 +1,4 @@
-"""What a trace says about each sequence, and how much of it a guess would have served."""
+"""Count how often each sequence of a trace used each expert, and what a guess would serve."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def use_counts(trace: Trace, kind: int, num_sequences: int | None = None) -> Flo
     Count how often each sequence chose each expert.
 
     Args:
-        trace: What the model chose.
+        trace: The model's choices.
         kind: Which rows count: ``PROMPT_ROW`` or ``COMPLETION_ROW`` of `melinoe.cache.trace`.
         num_sequences: Rows of the result; ``None`` takes as many as the trace has.
 
@@ -38,7 +38,7 @@ def use_counts(trace: Trace, kind: int, num_sequences: int | None = None) -> Flo
 
 def check_prompts(trace: Trace, prompts: Sequence[Sequence[int]]) -> None:
     """
-    Hold prompts against the trace: one per sequence, each as long as its rows in the trace.
+    Check prompts against the trace: one per sequence, each as long as its rows in the trace.
 
     Raises:
         TraceError: they are not the prompts that the trace was taken from.
@@ -58,14 +58,14 @@ def check_prompts(trace: Trace, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def shares(counts: Floats) -> Floats:
-    """Counts to shares that sum to 1 over experts; a layer that counted nothing stays 0."""
+    """Turn counts into shares that sum to 1 over experts; a layer without counts stays 0."""
     totals = counts.sum(axis=-1, keepdims=True)
     return np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
 
 
 def completion_shares(trace: Trace, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
     """
-    Shares of each expert in the uses of the completion, and in those of the prompt.
+    Return each expert's share of the uses of the completion, and of those of the prompt.
 
     Returns:
         Two float64 ``(sequences, layers, num_experts)``.
@@ -79,13 +79,13 @@ def completion_shares(trace: Trace, prompts: Sequence[Sequence[int]]) -> tuple[F
 
 
 def top_ids(scores: Floats, slots: int) -> NDArray[np.int64]:
-    """Ids of the *slots* highest scores along the last axis, best first; ties to the lower id."""
+    """Return the ids of the *slots* highest scores, best first; ties go to the lower id."""
     return np.argsort(-scores, axis=-1, kind="stable")[..., :slots]
 
 
 def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
     """
-    Share of the uses that the *slots* best-scored experts of each layer would have served.
+    Return the share of uses that the *slots* best-scored experts of each layer would serve.
 
     That is the hit rate of a cache that holds those experts and never changes. Mean over the
     layers that the sequence used.

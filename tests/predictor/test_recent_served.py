@@ -1,4 +1,4 @@
-"""A prior at work: what is served changes the next prefetch, and nothing else does."""
+"""Recent use at work: what is served changes the next prefetch, and nothing else does."""
 
 import logging
 
@@ -10,12 +10,7 @@ from melinoe import attach
 from melinoe.cache.trace import COMPLETION_ROW
 from melinoe.errors import AttachError, ModelError
 from melinoe.generate import generate
-from melinoe.moe.routing import fingerprint
-from melinoe.predictor import AdaptivePredictor, Prior, use_counts
-
-
-def new_prior(model):
-    return Prior(LAYERS, EXPERTS, fingerprint(model))
+from melinoe.predictor import RecentUse, use_counts
 
 
 def test_the_uses_that_are_counted_are_those_of_a_trace():
@@ -34,7 +29,7 @@ def test_the_uses_that_are_counted_are_those_of_a_trace():
 def test_two_cannot_watch_at_once():
     """While a trace is recorded uses are not counted, and the recording goes on."""
     model, tokenizer = tiny_model(), words_tokenizer()
-    learner = AdaptivePredictor(new_prior(model))
+    learner = RecentUse.of(model)
     with attach(model, slots=3) as handle:
         with handle.record() as recorder:
             with pytest.raises(AttachError, match="recording is running"):
@@ -50,53 +45,53 @@ def test_two_cannot_watch_at_once():
 def test_what_was_served_is_what_is_prefetched_next():
     """The first request prefetches nothing, the second what the first used most."""
     model, tokenizer = tiny_model(), words_tokenizer()
-    prior = new_prior(model)
-    learner = AdaptivePredictor(prior, key="ada")
+    learner = RecentUse.of(model)
+    assert learner.used.shape == (LAYERS, EXPERTS)
     with attach(model, slots=3) as handle:
         first = generate(model, handle, tokenizer, PROMPT_TEXT, 8, learner)
         assert first.counters.prefetch_loads.sum() == 0
-        assert prior.keys() == ["ada"] and prior.requests("ada") == 1
+        assert learner.completions == pytest.approx(1)
+        named = learner.top([], 3)
         handle.reset_cache()
         seen = []
         hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
         second = generate(model, handle, tokenizer, PROMPT_TEXT, 8, learner, "prompt")
         hook.remove()
         plain = generate(model, handle, tokenizer, PROMPT_TEXT, 8)
-    named = prior.top("ada", 3)
     assert seen[0] == [sorted(layer) for layer in named]
     assert second.counters.prefetch_loads.tolist() == [len(layer) for layer in named]
     assert first.ids == second.ids == plain.ids  # a prefetch changes no word
 
 
-def test_another_models_prior_is_refused_before_anything_is_loaded():
+def test_another_models_use_is_refused_before_anything_is_loaded():
     """Equal shapes, other routers."""
     model, other = tiny_model(), tiny_model(seed=1)
     with attach(model, slots=3) as handle:
-        learner = AdaptivePredictor(new_prior(model))
+        learner = RecentUse.of(model)
         learner.bind(model)
-        with pytest.raises(ModelError, match="start another one"):
+        with pytest.raises(ModelError, match="begin another one"):
             learner.bind(other)
-        with pytest.raises(ModelError, match="start another one"):
+        with pytest.raises(ModelError, match="begin another one"):
             generate(
                 model, handle, words_tokenizer(), PROMPT_TEXT, 2,
-                AdaptivePredictor(new_prior(other)),
+                RecentUse.of(other),
             )  # fmt: skip
         assert handle.counters.prefetch_loads.sum() == 0
 
 
 def test_a_single_new_token_teaches_nothing():
-    """Nothing was decoded, so no key is made."""
+    """Nothing was decoded."""
     model = tiny_model()
-    prior = new_prior(model)
+    learner = RecentUse.of(model)
     with attach(model, slots=3) as handle:
-        generate(model, handle, words_tokenizer(), PROMPT_TEXT, 1, AdaptivePredictor(prior))
-    assert prior.keys() == []
+        generate(model, handle, words_tokenizer(), PROMPT_TEXT, 1, learner)
+    assert not learner.used.any()
 
 
 def test_learning_is_quiet_on_the_reference_engine(caplog):
     """It costs no speed there, so nothing is logged."""
     model = tiny_model()
     with caplog.at_level(logging.WARNING), attach(model, slots=3) as handle:
-        learner = AdaptivePredictor(new_prior(model))
+        learner = RecentUse.of(model)
         generate(model, handle, words_tokenizer(), PROMPT_TEXT, 3, learner)
     assert not caplog.records
