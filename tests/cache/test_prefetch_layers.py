@@ -12,8 +12,7 @@ from melinoe.cache.prefetch import Given, Prefetcher, Prompt, most_wanted, prefe
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.generate import generate, prompt_ids, trace_prompts
-from melinoe.moe.routing import fingerprint
-from melinoe.predictor import AdaptivePredictor, FitSettings, Prior, compare, fit
+from melinoe.predictor import FitSettings, RecentUse, compare, fit
 from tests import small_olmoe, tiny
 
 
@@ -206,12 +205,11 @@ def test_what_is_wanted_most_is_named_and_what_nobody_chose_is_not():
 
 
 def test_no_strategy_names_an_expert_that_its_layer_does_not_have(uneven):
-    """Six slots, three experts: popularity, predictor and prior name those."""
+    """Six slots, three experts: popularity, predictor and recent use name those."""
     model, _, trace = uneven
-    prior = Prior(2, 8, fingerprint(model))
-    prior.observe("", popularity(trace))
+    learner = RecentUse.of(model)
+    learner.observe(popularity(trace))
     predictor = quick(trace, model)
-    learner = AdaptivePredictor(prior)
     given = Given(popularity(trace), predictor)
     named = [one.top([3, 4], SLOTS) for one in (predictor, learner)]
     for name in ("popularity", "predictor"):
