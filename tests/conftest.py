@@ -34,3 +34,24 @@ def melinoe(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def interpreted():
+    """Run the device engine's kernels themselves, in Triton's interpreter."""
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request):
+    """
+    Compute the kernels by numpy, which is equal and much faster, but where a test asks for
+    `interpreted` or its file says ``INTERPRETED = True``.
+    """
+    itself = "interpreted" in request.fixturenames or getattr(request.module, "INTERPRETED", False)
+    if itself or "triton" not in sys.modules:
+        yield
+        return
+    from kernels_on_the_host import on_the_host
+
+    with on_the_host():
+        yield

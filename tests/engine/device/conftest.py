@@ -1,14 +1,10 @@
-"""
-The device engine's kernels on the CPU: computed by numpy, which is equal and much faster, or in
-Triton's interpreter in files of `INTERPRETED = True` and in tests that ask for `interpreted`.
-"""
+"""A small model, and a quicker interpreter of Triton's kernels; see tests/conftest.py."""
 
 import inspect
 
 import pytest
 import triton
 import triton.language as tl
-from kernels_on_the_host import on_the_host
 from small_olmoe import tiny_model
 from triton.runtime import interpreter
 
@@ -44,17 +40,3 @@ def model(original):
     """It, without what generate notes on it."""
     yield original
     original.__dict__.pop("_previous_max_cache_length", None)
-
-
-@pytest.fixture
-def interpreted():
-    """Run the kernels themselves."""
-
-
-@pytest.fixture(autouse=True)
-def _kernels(request):
-    if "interpreted" in request.fixturenames or getattr(request.module, "INTERPRETED", False):
-        yield
-        return
-    with on_the_host():
-        yield

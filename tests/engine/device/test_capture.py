@@ -1,14 +1,21 @@
-"""A capture that fails, and steps that wait: seen through a stand-in for CUDA."""
+"""What a CUDA graph cannot hold, steps that wait, and captures that fail, seen without CUDA."""
 
+import gc
 import warnings
 from contextlib import contextmanager
 
+import fast_attach
 import pytest
 import torch
 from replayed import BATCH, attach, plain, static
+from small_olmoe import tiny_model
+from tape import WAITING
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 from melinoe.engine.device import capture, graphs
 from melinoe.engine.device.support import grouped_mm_waits
+from melinoe.engine.passes import Batch
 
 
 class Cuda:
@@ -143,7 +150,7 @@ def test_only_calls_that_wait_are_collected():
             warnings.warn(text, stacklevel=1)
     with pytest.warns(UserWarning, match="something else") as passed_on:
         found = capture.calls_that_wait(caught)
-    assert len(found) == 1 and found[0].startswith("test_failed_capture.py:")
+    assert len(found) == 1 and found[0].startswith("test_capture.py:")
     assert len(passed_on) == 1
 
 
@@ -163,3 +170,51 @@ def test_only_calls_that_wait_are_collected():
 def test_grouped_products_wait_but_on_two_chips(capability, dtype, expected):
     """From PyTorch's sources and pytorch#169970; the card that each stands for beside it."""
     assert grouped_mm_waits(capability, dtype) is expected
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation for which the host would wait for a GPU, and counts all."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.seen = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += 1
+        if any(name in str(function) for name in WAITING):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+@pytest.mark.parametrize("compression", [None, "int4"])
+def test_a_decode_step_asks_no_tensor_what_it_holds(slots, compression):
+    """Of the model, the engine and the kernels' callers; a prompt does, which shows the watcher."""
+    model = tiny_model()
+    watch = Waits()
+    with fast_attach.attach(model, slots=slots, compression=compression) as handle:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        position = torch.tensor([[3]])
+        mask = (torch.arange(16) <= 3)[None, None, None]
+        options = {"past_key_values": cache, "position_ids": position, "attention_mask": mask}
+        with torch.no_grad():
+            model(torch.tensor([[3, 4, 5]]), past_key_values=cache)
+            handle._passes.given = Batch(1, 1, 1, 0, None)
+            with watch:
+                model(torch.tensor([[7]]), **options)
+            handle._passes.given = None
+            assert watch.seen > 50 and watch.found == []
+            with watch:
+                model(torch.tensor([[7]]), **options)  # asks the cache how much came before
+            assert watch.found
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured():
+    """Page-locked memory among it would wait for the device, and the capture be lost."""
+    assert gc.isenabled()
+    with capture.uncollected():
+        assert not gc.isenabled()
+        with pytest.raises(ZeroDivisionError), capture.uncollected():
+            1 / 0  # noqa: B018
+        assert not gc.isenabled()  # as it was before the inner one
+    assert gc.isenabled()
