@@ -26,6 +26,7 @@ COMMANDS = [
     "card",
     "merge",
     "own-text",
+    "pack",
     "trace",
     "predictor",
     "generate",

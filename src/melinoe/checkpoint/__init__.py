@@ -14,6 +14,7 @@ Read and write checkpoints of the hub's layout: opened and checked without a wei
     metadata.py           melinoe.json and its fields: read, checked, written
     export_rules.py       settings that other engines read otherwise
     writing.py            write_model: the base's files, what changed overwritten
+    pack.py               pack: a checkpoint with its experts in another format
     verifying.py          SHA-256 of a checkpoint's files: recorded, and compared
 """
 

@@ -21,10 +21,13 @@ from torch import Tensor
 from melinoe.checkpoint.safetensors_file import Place, SafetensorsFile, TensorInfo, describe_shape
 from melinoe.errors import CheckpointError
 from melinoe.experts.format import PLAIN, ExpertFormat, PackedFormat
-from melinoe.experts.formats import FORMATS
+from melinoe.experts.formats import FORMATS, named_format
 from melinoe.experts.fp8 import BLOCK
 from melinoe.experts.integer import Integer, pack_pairs
 from melinoe.experts.mxfp4 import GROUP
+
+# The ``quant_method`` of checkpoints that `melinoe.checkpoint.pack` writes.
+OWN_METHOD = "melinoe"
 
 _MXFP4: Any = FORMATS["mxfp4"]
 _FP8: Any = FORMATS["fp8"]
@@ -300,6 +303,29 @@ class _Awq(_GroupedIntegers):
         into["zeros"].copy_(self._outputs("zeros"))
 
 
+class _OwnBlocks(PackedPlace):
+    """Parts of blocks as `melinoe.checkpoint.pack` writes them: stacked, expert after expert."""
+
+    def __init__(
+        self,
+        name: str,
+        stored: Mapping[str, Place],
+        dtype: torch.dtype,
+        packed: PackedFormat,
+        transposed: bool,
+    ) -> None:
+        experts, rows, width = stored["codes"].info.shape
+        columns = width * 128 // packed.matrix_parts(1, 128)["codes"][0][1]
+        super().__init__(name, stored, packed, (experts, rows, columns), dtype, transposed)
+        for kind, (shape, _) in packed.matrix_parts(rows, columns).items():
+            self._check(kind, (experts, *shape))
+
+    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
+        """Read the expert's range of each part; see `PackedPlace.read_parts`."""
+        for kind, place in self.stored.items():
+            place.read(into[kind], index * into[kind].numel())
+
+
 def _words(place: Place) -> tuple[int, int]:
     if place.info.dtype != torch.int32 or len(place.info.shape) != 2:
         raise CheckpointError(
@@ -316,6 +342,9 @@ _ACT_ORDER = (
 
 
 # --- from a config to the places -----------------------------------------------------------------
+
+
+_KEYS = ("quantization_config", "compression_config")
 
 
 class _Rule(NamedTuple):
@@ -345,7 +374,7 @@ def find_packing(config: Mapping[str, Any]) -> Packing | None:
     Raises:
         CheckpointError: it names no method.
     """
-    for key in ("quantization_config", "compression_config"):
+    for key in _KEYS:
         if settings := config.get(key):
             method = settings.get("quant_method") if isinstance(settings, Mapping) else None
             return Packing(str(method or "of an unnamed kind"), settings)
@@ -361,6 +390,15 @@ def check_packing(packing: Packing, name: str) -> None:
         CheckpointError: the method is unknown, or its settings are malformed or not supported.
     """
     _rules(packing, name)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a raw config as of plain weights."""
+    return {
+        key: plain_config(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _KEYS
+    }
 
 
 def expert_format(config: Mapping[str, Any], name: str, layer: str) -> ExpertFormat:
@@ -586,6 +624,17 @@ def _awq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
     return (_Rule(Integer(4, group, "zero"), endings, ".weight", place),)
 
 
+def _own(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
+    packed: Any = named_format(settings["format"])
+    transposed = bool(settings["transposed"])
+
+    def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
+        return _OwnBlocks(name, stored, dtype, packed, transposed)
+
+    endings = {kind: f".{kind}" for kind in packed.matrix_parts(1, 128)}
+    return (_Rule(packed, endings, "", place),)
+
+
 def _size(value: Any) -> int | None:
     """The weights that share a scale; None for all of an output, which configs write as -1."""
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
@@ -599,4 +648,5 @@ _METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[_Rule, ...]]] = {
     "compressed-tensors": _compressed,
     "gptq": _gptq,
     "awq": _awq,
+    OWN_METHOD: _own,
 }

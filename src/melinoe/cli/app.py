@@ -17,6 +17,7 @@ from melinoe.cli import (
     import_trace,
     merge,
     own_text,
+    pack,
     plan,
     predictor,
     prefetch,
@@ -34,7 +35,7 @@ from melinoe.lock import holding
 _LONGEST = 1000
 # Commands under their headings, in the order of the help.
 _COMMANDS: dict[str, dict[str, Any]] = {
-    "Run a model": {"generate": generate, "plan": plan, "doctor": doctor},
+    "Run a model": {"generate": generate, "plan": plan, "doctor": doctor, "pack": pack},
     "Fine-tune it for fewer expert loads": {
         "finetune": finetune,
         "evaluate": evaluate,

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from melinoe.checkpoint.describing import top_k_of
 from melinoe.checkpoint.files import read_object, read_raw_config
 from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype
-from melinoe.checkpoint.packed import expert_format
+from melinoe.checkpoint.packed import expert_format, plain_config
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer, find_experts
@@ -178,15 +178,6 @@ def _words(layer: ExpertsLayer) -> str | None:
     return f"{layer.format.name}, {layer.format.bits_per_weight(layer.tensors):.2f} bits a weight"
 
 
-def _unpacked(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config as of plain weights."""
-    return {
-        key: _unpacked(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in ("quantization_config", "compression_config")
-    }
-
-
 @cache
 def known_models() -> dict[str, dict[str, Any]]:
     """Label -> name on the hub and config, of the models in the table of limits."""
@@ -215,7 +206,7 @@ def _from_raw(raw: dict[str, Any], name: str) -> PreTrainedConfig:
     if not family:
         raise CheckpointError(f"{name} names no model_type; give a transformers model's config")
     try:
-        return CONFIG_MAPPING[family].from_dict(_unpacked(raw))
+        return CONFIG_MAPPING[family].from_dict(plain_config(raw))
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} "

@@ -1,0 +1,90 @@
+"""A checkpoint written with packed experts loads as what packing while loading gives."""
+
+import json
+
+import damaged
+import packed_checkpoints
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from melinoe.checkpoint import load_model, open_checkpoint, pack
+from melinoe.checkpoint.verifying import verify
+from melinoe.errors import OutputExistsError, UnsupportedModelError
+from melinoe.experts.formats import named_format
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A plain OLMoE in shards, large enough to be packed."""
+    place = tmp_path_factory.mktemp("pack") / "base"
+    return damaged.write_olmoe(place, hidden_size=32, intermediate_size=16)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "mxfp4"])
+def test_packed_experts_are_what_the_format_makes_of_the_base(base, tmp_path, monkeypatch, format):
+    """Part by part; the rest is the base's; every file's sum is recorded."""
+    monkeypatch.setattr("melinoe.checkpoint.pack.SHARD_BYTES", 1 << 13)
+    if format == "mxfp4":
+        base = damaged.write_olmoe(tmp_path / "base", hidden_size=32, intermediate_size=32)
+    pack.pack(str(base), format, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    made = named_format(format)
+    with open_checkpoint(str(base)) as plain, open_checkpoint(str(tmp_path / "out")) as packed:
+        for before, after in zip(plain.experts, packed.experts, strict=True):
+            assert after.format == made
+            parts = made.parts(before.layer.tensors)
+            for expert in range(before.num_experts):
+                read = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in parts}
+                expected = {name: torch.empty_like(part) for name, part in read.items()}
+                after.read_block(expert, made, read)
+                before.read_block(expert, made, expected)
+                for name, part in expected.items():
+                    assert torch.equal(read[name].view(torch.uint8), part.view(torch.uint8)), name
+        ours, theirs = load_model(packed).state_dict(), load_model(plain).state_dict()
+        for name in packed.backbone_keys:
+            assert torch.equal(ours[name], theirs[name]), name
+    assert verify(str(tmp_path / "out")).recorded >= 3
+
+
+@pytest.mark.parametrize("way", ["MXFP4", "FP8"])
+def test_unpacking_gives_a_checkpoint_that_transformers_loads(tmp_path, way):
+    """Under the base's plain names, equal to the weights that the packed ones mean, in bfloat16."""
+    settings = getattr(packed_checkpoints, way)
+    packed = packed_checkpoints.write_packed(tmp_path / "base", settings)
+    pack.pack(str(packed), "plain", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        packed.parent / "plain", dtype=torch.bfloat16
+    ).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    pack.pack(str(packed), "int8", tmp_path / "again")  # from one packed format into another
+    with open_checkpoint(str(tmp_path / "again")) as checkpoint:
+        assert checkpoint.experts[0].format == named_format("int8")
+
+
+def test_nothing_is_written_where_it_cannot_be(base, tmp_path):
+    """A taken place, an unknown format, one that is there already, a shape that does not fit."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    with pytest.raises(OutputExistsError):
+        pack.pack(str(base), "int4", tmp_path / "taken")
+    small = damaged.write_olmoe(tmp_path / "small")
+    for source, format, words in (
+        (base, "int3", "there is no format 'int3'"),
+        (base, "plain", "as plain already"),
+        (small, "mxfp4", "multiple of 32"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=words):
+            pack.pack(str(source), format, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "taken"]
+
+
+def test_the_command_packs(base, tmp_path, melinoe):
+    """And says so in the config."""
+    code, _, err = melinoe("pack", base, "--format", "int4", "--out", tmp_path / "out")
+    assert code == 0 and err.startswith("wrote ")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config == {"quant_method": "melinoe", "format": "int4", "transposed": False}
