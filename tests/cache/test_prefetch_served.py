@@ -126,17 +126,15 @@ def test_several_prompts_at_once_are_refused_where_each_has_experts_of_its_own()
 
 
 def test_one_prefetcher_is_at_work_at_a_time_and_leaves_nothing():
-    """A second one, and a list for the same completion, are refused; then nothing is asked."""
+    """A second one is refused; then nothing is asked."""
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=3) as handle:
-        with handle.prefetching(prefetcher("prefill")):
-            with (
-                pytest.raises(AttachError, match="at work already"),
-                handle.prefetching(Prefetcher()),
-            ):
-                pass
-            with pytest.raises(AttachError, match="decides what is loaded"):
-                handle.prefetch([[0], [0]], at="completion")
+        with (
+            handle.prefetching(prefetcher("prefill")),
+            pytest.raises(AttachError, match="at work already"),
+            handle.prefetching(Prefetcher()),
+        ):
+            pass
         with pytest.raises(ValueError, match="reads prompts"), handle.prefetching(Reader()):
             pass
         generate(model, handle, tokenizer, [3, 4, 5], 4, prefetch=prefetcher("next-router"))
@@ -200,19 +198,6 @@ def test_what_was_copied_counts_where_a_later_answer_is_wrong():
         assert handle.counters.prefetch_loads.tolist() == [2, 0]
         with handle.prefetching(prefetcher("prefill")):  # the one before is gone
             pass
-
-
-def test_a_prefetcher_and_a_prefetch_that_waits_are_not_mixed():
-    """A wish for the completion is not dropped in silence when a prefetcher would replace it."""
-    model = tiny_model()
-    counted = prefetcher("popularity", Given([[1, 2, 3, 4, 5, 6, 7, 8]] * 2))
-    with attach(model, slots=4) as handle:
-        handle.prefetch([[0]] * 2, at="completion")
-        with pytest.raises(AttachError, match="drop_prefetch"), handle.prefetching(counted):
-            pass
-        handle.drop_prefetch()
-        with handle.prefetching(counted), pytest.raises(AttachError, match="end its `with`"):
-            handle.prefetch([[0]] * 2, at="completion")
 
 
 def two_texts():

@@ -57,13 +57,10 @@ def test_an_expert_that_could_not_be_prefetched_is_not_resident(model, monkeypat
 
 
 def test_a_prefetch_with_a_wrong_id_loads_nothing(model):
-    """Expert 9 of 8 in the second layer: the first layer is left alone too, now and later."""
+    """Expert 9 of 8 in the second layer: the first layer is left alone too."""
     with attach(model, slots=8) as handle:
-        for at in ("now", "completion"):
-            with pytest.raises(ValueError, match="outside 0 to 7"):
-                handle.prefetch([[0, 1], [9]], at=at)
-        with pytest.raises(ValueError, match="now or completion"):
-            handle.prefetch([[0], [0]], at="later")
+        with pytest.raises(ValueError, match="outside 0 to 7"):
+            handle.prefetch([[0, 1], [9]])
         assert handle.resident() == [[], []]
 
 

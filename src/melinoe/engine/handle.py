@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -179,7 +179,7 @@ class Handle:
         self._passes, self._caches = engine.passes, engine.experts
         self._undo = ExitStack()
         self._choosing: Choosing | None = None
-        self._prefetching: Prefetching | None = None
+        self._prefetching = False  # whether a prefetcher is at work
         self._askers = 0
         self.policy = self._caches[0].residency.policy.name
         self._origins = [_origin(layer, device) for layer in layers]
@@ -315,52 +315,29 @@ class Handle:
             self.engine.finish()
             return audit(self.layers, self._caches, self.store)
 
-    def prefetch(
-        self, experts_by_layer: Sequence[Sequence[int]], at: Literal["now", "completion"] = "now"
-    ) -> None:
+    def prefetch(self, experts_by_layer: Sequence[Sequence[int]]) -> None:
         """
-        Load experts ahead of need.
+        Load experts ahead of need, now.
 
         Args:
-            experts_by_layer: ids for every layer, the most wanted first; those beyond the slots
+            experts_by_layer: Ids for every layer, the most wanted first; those beyond the slots
                 are dropped, those resident are not loaded again.
-            at: ``now``, or ``completion``: when the next forward pass of that phase begins, that
-                is after a prompt has evicted what it must. Only the last such wish is kept, until
-                then or until `drop_prefetch`.
 
         Raises:
-            ValueError: not one entry per layer, or an id that is out of range or given twice; an
-                unknown *at*.
-            AttachError: detached; or *at* is ``completion`` and a prefetcher is at work.
+            ValueError: not one entry per layer, or an id that is out of range or given twice.
+            AttachError: detached.
         """
         self._check_attached()
         if len(experts_by_layer) != len(self._caches):
             raise ValueError(
                 f"a prefetch names {len(experts_by_layer)} layers of {len(self._caches)}"
             )
-        if at == "completion" and self._prefetching is not None:
-            raise AttachError(
-                "a prefetcher decides what is loaded for this completion already; end its `with` "
-                "statement first"
-            )
-        if at not in ("now", "completion"):
-            raise ValueError(f"a prefetch is at now or completion, not at {at!r}")
         wanted = [list(map(int, experts)) for experts in experts_by_layer]
         with self.lock:
             for cache, experts in zip(self._caches, wanted, strict=True):
                 cache.residency.check(experts)
-            if at == "completion":
-                self._passes.before_completion = lambda: self._prefetch(wanted)
-            else:
-                self._prefetch(wanted)
-
-    def drop_prefetch(self) -> None:
-        """Forget a prefetch that still waits for a completion; without effect if none does."""
-        self._passes.before_completion = None
-
-    def _prefetch(self, wanted: list[list[int]]) -> None:
-        for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
-            self._passes.counters.add_prefetch(index, cache.prefetch(experts))
+            for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
+                self._passes.counters.add_prefetch(index, cache.prefetch(experts))
 
     @contextmanager
     def prefetching(
@@ -379,44 +356,37 @@ class Handle:
             ids: Token ids of the prompt, for one that reads them.
 
         Raises:
-            AttachError: detached; another prefetcher is at work, or `Handle.prefetch` waits for a
-                completion that this one would speak for; or this engine cannot ask between layers.
-                From the body: several prompts came together.
+            AttachError: detached; another prefetcher is at work; or this engine cannot ask between
+                layers. From the body: several prompts came together.
             UnsupportedModelError: it asks the next router, and this model's cannot be asked.
             ValueError: it reads prompts and there is none; an answer that does not name every
                 layer, or an id that is out of range or given twice.
         """
         with ExitStack() as stack:
             with self.lock:
-                self._begin_prefetching(stack, prefetcher, ids)
+                self._check_attached()
+                if self._prefetching:
+                    raise AttachError(
+                        "a prefetcher is at work already; end it before you begin another"
+                    )
+                if prefetcher.uses_ids and ids is None:
+                    raise ValueError(
+                        f"prefetch {prefetcher.name!r} reads prompts; give its token ids"
+                    )
+                if prefetcher.between_layers and not self.engine.asks_host:
+                    raise AttachError(
+                        f"this engine cannot ask prefetch {prefetcher.name!r} between layers, "
+                        "because its steps never return to the host; load the model with "
+                        'engine="reference"'
+                    )
+                work = Prefetching(prefetcher, self._caches, self._passes, ids)
+                if prefetcher.uses_guesses:
+                    stack.enter_context(self._asking_next_routers())
+                self._prefetching = True
+                stack.callback(setattr, self, "_prefetching", False)
+                stack.callback(work.close)
+                work.begin()
             yield
-
-    def _begin_prefetching(
-        self, stack: ExitStack, prefetcher: Prefetcher, ids: Sequence[int] | None
-    ) -> None:
-        """Ask *prefetcher* from now on, until *stack* is closed."""
-        self._check_attached()
-        if self._prefetching is not None:
-            raise AttachError("a prefetcher is at work already; end it before you begin another")
-        if prefetcher.for_prompt and self._passes.before_completion is not None:
-            raise AttachError(
-                "a prefetch waits for the next completion already, and a prefetcher would take its "
-                "place; call drop_prefetch() first"
-            )
-        if prefetcher.uses_ids and ids is None:
-            raise ValueError(f"prefetch {prefetcher.name!r} reads prompts; give its token ids")
-        if prefetcher.between_layers and not self.engine.asks_host:
-            raise AttachError(
-                f"this engine cannot ask prefetch {prefetcher.name!r} between layers, because its "
-                'steps never return to the host; load the model with engine="reference"'
-            )
-        work = Prefetching(prefetcher, self._caches, self._passes, ids)
-        if prefetcher.uses_guesses:
-            stack.enter_context(self._asking_next_routers())
-        self._prefetching = work
-        stack.callback(setattr, self, "_prefetching", None)
-        stack.callback(work.close)
-        work.begin()
 
     @contextmanager
     def _asking_next_routers(self) -> Iterator[None]:
@@ -561,7 +531,6 @@ class Handle:
             self._give_weights_back()
             self.choose(ChoiceSettings())
             self._attached = False
-            self.drop_prefetch()
             self._undo.close()
             if self._at_detach is not None:
                 self._at_detach()

@@ -10,6 +10,7 @@ import torch
 from fast_attach import attach
 
 from melinoe import attach as attach_reference
+from melinoe.cache.prefetch import Popularity
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.errors import AttachError, BudgetError
@@ -127,17 +128,17 @@ def test_staging_of_any_size_gives_the_same_bits(any_model, staging_experts):
 
 
 def test_prefetches_count_apart_and_agree(model):
-    """Now and at the completion, as the simulator says."""
-    wanted = {0: [[3, 1, 4], [2, 7]], 1: [[0], [6, 5, 1]]}
+    """When the completion begins, as the simulator says."""
+    ahead = Popularity([[9, 8, 0, 7, 6, 0, 0, 0], [0, 0, 9, 0, 0, 0, 8, 7]])
     with attach(model, slots=4, policy="lfu", policy_options={"gamma": 0.8}) as handle:
         with handle.record() as recorder:
             for sequence in (0, 1):
-                handle.prefetch(wanted[sequence], at="completion")
-                model.generate(PROMPT + sequence, **GREEDY)
+                with handle.prefetching(ahead):
+                    model.generate(PROMPT + sequence, **GREEDY)
         counted = handle.counters
     simulated = simulate(
-        recorder.trace(), 4, "lfu", prefetch=wanted, prefetch_at="completion",
-        policy_options={"gamma": 0.8}, prefill=StreamedPrefill(),
+        recorder.trace(), 4, "lfu", prefetch=ahead, policy_options={"gamma": 0.8},
+        prefill=StreamedPrefill(),
     ).counters  # fmt: skip
     assert simulated == counted
     assert counted.prefetch_loads.sum() > 0

@@ -12,6 +12,7 @@ from replayed import BATCH, attach, plain, static
 from transformers.cache_utils import StaticCache
 
 from melinoe import attach as attach_reference
+from melinoe.cache.prefetch import Popularity
 from melinoe.generate import generate as generate_text
 
 
@@ -82,8 +83,8 @@ def test_a_prefetch_for_the_completion_comes_before_the_first_replay(model):
     with attach(model, slots=8, graphs=True, admit=0) as handle:
         static(model, BATCH[:1])
         handle.reset_cache()
-        handle.prefetch([[7, 6, 5]] * 2, at="completion")
-        static(model, BATCH[:1])
+        with handle.prefetching(Popularity([range(8)] * 2)):
+            static(model, BATCH[:1])
         assert handle.counters.prefetch_loads.sum() > 0
         assert handle._passes.before_completion is None
 
@@ -115,8 +116,8 @@ def test_a_prefetch_for_the_completion_is_not_made_while_capturing(model, monkey
 
         handle.graphs._make = capture
         handle.reset_cache()
-        handle.prefetch([[7, 6, 5]] * 2, at="completion")
-        static(model, BATCH[:1], 2)
+        with handle.prefetching(Popularity([range(8)] * 2)):
+            static(model, BATCH[:1], 2)
         assert handle.graphs.captured == 1 and not pulls
         assert handle.counters.prefetch_loads.sum() > 0
         assert handle.engine.residencies.pull == pull
