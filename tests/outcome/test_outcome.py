@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from small_olmoe import EXPERTS, LAYERS, TOP_K, tiny_model, words_tokenizer
@@ -12,7 +13,7 @@ from melinoe.checkpoint import read_metadata
 from melinoe.data import Example, encode
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
-from melinoe.outcome import measure_outcome
+from melinoe.outcome import record_outcome
 from melinoe.outcome.record import around, cache_sizes
 
 
@@ -52,10 +53,21 @@ def test_an_outcome_holds_what_independent_measurements_give(tuned, checkpoints)
     assert ratio["low"] <= ratio["mean"] <= ratio["high"] and ratio["n"] == 5
 
 
-def test_a_model_against_itself_has_not_changed(checkpoints):
+@pytest.fixture
+def of_itself(checkpoints, tmp_path):
+    """Measure the base against a copy of itself."""
+    shutil.copytree(checkpoints / "base", tmp_path / "copy")
+
+    def run(held_out):
+        args = (tmp_path / "copy", checkpoints / "base", held_out)
+        return record_outcome(*args, settings=SETTINGS)["outcome"]
+
+    return run
+
+
+def test_a_model_against_itself_has_not_changed(of_itself):
     """No difference, to the bit, in anything; every ratio 1."""
-    base = checkpoints / "base"
-    change = measure_outcome(base, base, {"words": texts()}, settings=SETTINGS)["change"]
+    change = of_itself({"words": texts()})["change"]
     assert change["perplexity"]["words"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 8}
     for name in ("writing", "reading"):
         assert change[name]["experts_per_sequence"]["mean"] == 0
@@ -63,11 +75,10 @@ def test_a_model_against_itself_has_not_changed(checkpoints):
         assert ratios and all(r["low"] == r["mean"] == r["high"] == 1 for r in ratios)
 
 
-def test_plain_text_is_continued_from_its_half(checkpoints):
+def test_plain_text_is_continued_from_its_half(of_itself):
     """Text without prompts still has something to write after, and to read."""
-    base = checkpoints / "base"
     plain = [Example("", f"w{i} w4 w5 w6 w7 w8", f"x:{i}") for i in range(3, 9)]
-    outcome = measure_outcome(base, base, {"plain": plain}, settings=SETTINGS)
+    outcome = of_itself({"plain": plain})
     assert len(outcome["after"]["writing"]["experts_per_sequence"]) == 5
 
 

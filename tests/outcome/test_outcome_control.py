@@ -14,7 +14,7 @@ from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.data import encode
 from melinoe.evaluate import perplexity
 from melinoe.measure import reading_trace
-from melinoe.outcome import measure_outcome, record_outcome
+from melinoe.outcome import record_outcome
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,11 @@ def test_the_model_itself_as_its_control_cost_nothing(checkpoints, tmp_path):
     settings = read_metadata(checkpoints / "control")["settings"]
     write_metadata(tmp_path / "twin", {"settings": settings})
     held_out = {"words": texts()}
-    outcome = measure_outcome(
-        checkpoints / "base", tmp_path / "tuned", held_out, settings=SETTINGS,
+    found = record_outcome(
+        tmp_path / "tuned", checkpoints / "base", held_out, settings=SETTINGS,
         control=tmp_path / "twin",
     )  # fmt: skip
-    change = outcome["change_from_control"]
+    change = found["outcome"]["change_from_control"]
     assert change["perplexity"]["words"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 8}
     ratios = [r for one in change["reading"]["transfers_per_token"].values() for r in one["ratio"]]
     assert ratios and all(r["low"] == r["mean"] == r["high"] == 1 for r in ratios)

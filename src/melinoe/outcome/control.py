@@ -1,4 +1,4 @@
-"""The control that a price is stated against: whether a run is one, and as a checkpoint."""
+"""Tell whether a run is the control of another, and open a control as a checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,11 +23,10 @@ def check_control(control: str | Path, tuned: Mapping[str, Any]) -> dict[str, An
 
     Args:
         control: Directory of a run: a checkpoint, or an adapter alone.
-        tuned: What the fine-tuned model's ``melinoe.json`` holds. What either file leaves out is
-            not compared.
+        tuned: The fine-tuned model's ``melinoe.json``. What either file leaves out is not compared.
 
     Returns:
-        What the control's ``melinoe.json`` holds.
+        The control's ``melinoe.json``.
 
     Raises:
         CheckpointError: no run there, or one on another base, with other settings, another teacher
@@ -50,8 +49,8 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
     It is one if nothing but the locality terms sets the two apart.
 
     Args:
-        theirs: What the one's ``melinoe.json`` holds.
-        ours: The same of the other, or as much as is known before it is trained.
+        theirs: The ``melinoe.json`` of the one.
+        ours: That of the other, or as much as is known before it is trained.
     """
     said = theirs.get("settings") or {}
     there = recorded(said)
@@ -87,13 +86,13 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
 @contextmanager
 def as_checkpoint(control: str | Path, base: str | Path, beside: str | Path) -> Iterator[Path]:
     """
-    The control as a checkpoint that can be loaded, for as long as the block lasts.
+    Give the control as a checkpoint that can be loaded, for as long as the block lasts.
 
-    An adapter alone is merged into a directory beside *beside*, which is gone afterwards; a
-    checkpoint is what it is.
+    An adapter alone is merged into a directory beside *beside*, which is deleted afterwards; a
+    checkpoint is given as it is.
 
     Raises:
-        CheckpointError: neither is there, or the adapter is torn or of another base.
+        CheckpointError: there is neither, or the adapter is torn or of another base.
         WriteError: the disk cannot take the merged checkpoint.
 
     Cost: of an adapter, the base in memory once and on the disk once.
@@ -126,7 +125,7 @@ def _merge(adapter: Path, out: Path, base: str) -> None:
 
 
 def _rows(settings: FinetuneSettings, metadata: Mapping[str, Any]) -> int | None:
-    """Rows of an optimiser step, over all processes; ``None`` where nobody counted those."""
+    """Rows of an optimiser step over all processes; ``None`` where those were not counted."""
     processes = metadata.get("processes")
     if processes is None:
         return None

@@ -1,4 +1,4 @@
-"""One model, before or after fine-tuning: what it loses on texts, and how it routes."""
+"""Measure one model on texts, in loss and in routing, and compare two models, paired."""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -14,28 +14,30 @@ from melinoe.checkpoint import load_tokenizer
 from melinoe.config import OutcomeSettings
 from melinoe.data import Example, encode, encode_prompts
 from melinoe.engine.load import load
-from melinoe.evaluate import Perplexity, perplexity
+from melinoe.errors import DataError
+from melinoe.evaluate import Perplexity, perplexity, perplexity_increase
 from melinoe.generate import trace_prompts
 from melinoe.measure import completion_counts, locality_record, reading_trace
-from melinoe.stats import bootstrap
+from melinoe.stats import bootstrap, paired_difference, paired_ratio
 
 Texts = Mapping[str, Sequence[Example]]
 Say = Callable[[str], None]
-_POLICIES = ("lru", "lfu")  # the two that the loss imagines, as gamma nears 0 or 1
+Counts = dict[str, list[int]]
+_POLICIES = ("lru", "lfu")  # the two that the cache loss imagines, as gamma nears 0 or 1
 
 
 @dataclass(frozen=True)
 class LocalityOf:
-    """What one trace showed: what ``melinoe.json`` keeps of it, and what pairing needs besides."""
+    """Locality of one trace: the part that ``melinoe.json`` keeps, and what pairing needs."""
 
     record: dict[str, Any]
     experts: np.ndarray  # float64 (sequences,), nan where nothing was written
-    counts: dict[str, dict[int, dict[str, list[int]]]]
+    counts: dict[str, dict[int, Counts]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model showed: perplexity of each text, locality while writing and reading."""
+    """Results of one model: perplexity of each text, locality while writing and reading."""
 
     shape: dict[str, int]
     perplexities: dict[str, Perplexity]
@@ -102,15 +104,25 @@ def _locality(trace: Trace, sizes: Sequence[int]) -> LocalityOf:
     }
     found = locality_record(trace, "")
     keys = ("experts_per_sequence", "experts_per_sequence_mean", "reuse", "distinct_experts")
-    record = {
-        **{key: found[key] for key in keys},
-        "caches": {policy: _curve(by_size) for policy, by_size in counts.items()},
+    caches = {
+        policy: {
+            "slots": list(by_size),
+            **{
+                name: [bootstrap(one[top], one[bottom]).to_dict() for one in by_size.values()]
+                for name, top, bottom in (
+                    ("hit_rate", "hits", "uses"),
+                    ("transfers_per_token", "loads", "tokens"),
+                )
+            },
+        }
+        for policy, by_size in counts.items()
     }
+    record = {**{key: found[key] for key in keys}, "caches": caches}
     return LocalityOf(record, experts_per_sequence(trace), counts)
 
 
 def record_of(one: Measured, held_out: Texts) -> dict[str, Any]:
-    """What ``melinoe.json`` keeps of one model."""
+    """Return the part of ``melinoe.json`` that is of one model."""
     return {
         "perplexity": {
             name: {
@@ -124,12 +136,49 @@ def record_of(one: Measured, held_out: Texts) -> dict[str, Any]:
     }
 
 
-def _curve(by_size: Mapping[int, dict[str, list[int]]]) -> dict[str, Any]:
-    """Hit rate and transfers per token of completions, by slots."""
-    return {
-        "slots": list(by_size),
-        "hit_rate": [bootstrap(one["hits"], one["uses"]).to_dict() for one in by_size.values()],
-        "transfers_per_token": [
-            bootstrap(one["loads"], one["tokens"]).to_dict() for one in by_size.values()
-        ],
+def change_of(before: Measured, after: Measured, sizes: Sequence[int]) -> dict[str, Any]:
+    """
+    Compare two models, paired by example, text by text and cache by cache.
+
+    Args:
+        before: The base model; or the control, for the effect of the locality terms alone.
+        after: The fine-tuned model.
+        sizes: Slots of the caches to compare at.
+
+    Raises:
+        DataError: no prompt got a completion from both.
+    """
+    found: dict[str, Any] = {
+        "perplexity": {
+            name: perplexity_increase(one, before.perplexities[name]).to_dict()
+            for name, one in after.perplexities.items()
+        }
     }
+    for name, one in after.localities.items():
+        other = before.localities[name]
+        both = ~(np.isnan(other.experts) | np.isnan(one.experts))
+        if not both.any():
+            raise DataError("no prompt got a completion from both models; measure on other prompts")
+        found[name] = {
+            "experts_per_sequence": paired_difference(
+                one.experts[both], other.experts[both]
+            ).to_dict(),
+            "transfers_per_token": {
+                policy: _times_fewer(other.counts[policy], by_size, sizes)
+                for policy, by_size in one.counts.items()
+            },
+        }
+    return found
+
+
+def _times_fewer(
+    before: Mapping[int, Counts], after: Mapping[int, Counts], sizes: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Transfers per token before over after, by slots; sizes without loads after have no ratio."""
+    kept = [size for size in sizes if sum(after[size]["loads"])]
+    ratios = []
+    for size in kept:
+        theirs, ours = before[size], after[size]
+        ratio = paired_ratio(theirs["loads"], ours["loads"], theirs["tokens"], ours["tokens"])
+        ratios.append(ratio.to_dict())
+    return {"slots": kept, "ratio": ratios}
