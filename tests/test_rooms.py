@@ -20,7 +20,7 @@ ROOMS = [
     ["finetune", "engine"],
     ["generate"],
     ["evaluate", "measure"],
-    ["report", "plan", "outcome"],
+    ["report", "plan", "outcome", "serve"],
     ["demo", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -9,6 +9,7 @@ import typer
 from melinoe.cli import (
     bench,
     card,
+    chat,
     demo,
     doctor,
     evaluate,
@@ -22,6 +23,7 @@ from melinoe.cli import (
     predictor,
     prefetch,
     report,
+    serve,
     simulate,
     trace,
 )
@@ -35,7 +37,14 @@ from melinoe.lock import holding
 _LONGEST = 1000
 # Commands under their headings, in the order of the help.
 _COMMANDS: dict[str, dict[str, Any]] = {
-    "Run a model": {"generate": generate, "plan": plan, "doctor": doctor, "pack": pack},
+    "Run a model": {
+        "chat": chat,
+        "serve": serve,
+        "generate": generate,
+        "plan": plan,
+        "doctor": doctor,
+        "pack": pack,
+    },
     "Fine-tune it for fewer expert loads": {
         "finetune": finetune,
         "evaluate": evaluate,
@@ -55,7 +64,7 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "See it all at work": {"demo": demo},
 }
 # These append to the file that --out names, or write to another place; several may run at once.
-_WITHOUT_LOCK = ("generate", "doctor", "card", "simulate", "bench", "evaluate")
+_WITHOUT_LOCK = ("generate", "chat", "serve", "doctor", "card", "simulate", "bench", "evaluate")
 
 
 class _Melinoe(Group):

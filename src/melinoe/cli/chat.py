@@ -1,0 +1,102 @@
+"""`melinoe chat`: talk with a model in the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from melinoe.cli import models, options, output
+from melinoe.cli.command import with_settings
+
+_HELP = "/clear begins anew, /system TEXT sets the system message, /cost shows the last answer's "
+_HELP += "cost, /exit or an empty line ends."
+
+
+@with_settings(options.ModelOptions, options.model_panels())
+def command(
+    model: options.Model,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_new_tokens: options.NewTokens = 512,
+    temperature: Annotated[
+        float, typer.Option(help="Sample at this temperature. 0: take the likeliest token.", min=0)
+    ] = 0.0,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file for a model that brings no chat template.")
+    ] = None,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Talk with a model in the terminal, with few experts resident."""
+    from jinja2 import TemplateError
+    from transformers import TextStreamer
+
+    from melinoe.errors import TokenizerError
+    from melinoe.generate import generate
+
+    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    loaded, handle, tokenizer = models.open_model(model, options.ModelOptions(**given))
+    if template is not None:
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise TokenizerError(
+            f"{model} has no chat template; give one with --chat-template, or use melinoe generate"
+        )
+    output.say(_HELP)
+    messages = _opening(system)
+    cost = "nothing was answered yet"
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature else {}
+    )
+    while (line := _read()) not in ("", "/exit", "/quit"):
+        if line == "/clear":
+            messages = _opening(system)
+        elif line.startswith("/system "):
+            system = line.removeprefix("/system ").strip()
+            messages = _opening(system)
+        elif line == "/cost":
+            output.say(cost)
+        elif line.startswith("/"):
+            output.say(_HELP)
+        else:
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                ids = tokenizer.apply_chat_template(
+                    asked, add_generation_prompt=True, return_dict=True
+                )["input_ids"]
+            except TemplateError as error:
+                output.say(f"the model's chat template refuses: {error}")
+                continue
+            try:
+                answer = generate(
+                    loaded,
+                    handle,
+                    tokenizer,
+                    list(ids),
+                    max_new_tokens=max_new_tokens,
+                    streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                    **sampling,
+                )
+            except KeyboardInterrupt:  # ends the answer, not the chat
+                output.say("\ninterrupted")
+                continue
+            messages = [*asked, {"role": "assistant", "content": answer.text}]
+            counters = answer.counters
+            assert counters is not None
+            cost = (
+                f"hit rate {counters.hit_rate('completion') or 0:.3f}  "
+                f"{counters.transfers_per_token() or 0:.2f} expert loads a token  "
+                f"first token {answer.ttft_s:.2f} s  {answer.tokens_per_s:.1f} tokens/s"
+            )
+
+
+def _opening(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _read() -> str:
+    """Read a line; the end of the input ends the chat."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""

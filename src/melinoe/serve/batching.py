@@ -1,0 +1,319 @@
+"""Run many requests at once, a step at a time, and account for what each of them cost."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from melinoe.serve.body import ApiError, Asked
+from melinoe.serve.sampling import Chosen, Sampler
+
+_log = logging.getLogger("melinoe.serve")
+
+# Tokens of one page of the cache of keys and values.
+_PAGE = 32
+# A worker that failed so often within a minute is not started again.
+_MOST_RESTARTS = 5
+
+
+class Limits(NamedTuple):
+    """
+    What the server may spend.
+
+    Attributes:
+        running: Requests computed in one step at most.
+        waiting: Requests that may wait beside them.
+        context: Tokens of one prompt and its text.
+        max_tokens: Written for one choice at most.
+        cache_tokens: Room for keys and values, in tokens, for all requests.
+        chunk: Tokens of one step: a longer prompt is read in several.
+        seconds: For which one request may run.
+    """
+
+    running: int = 8
+    waiting: int = 64
+    context: int = 4096
+    max_tokens: int = 1024
+    cache_tokens: int = 16384
+    chunk: int = 256
+    seconds: float = 600.0
+
+
+@dataclass
+class Cost:
+    """
+    What the expert cache did for one request.
+
+    A step's loads are shared among its requests by their tokens in it, so the figures of requests
+    that ran together are fractions, and those of all requests add up to the model's counters.
+    """
+
+    uses: float = 0.0
+    hits: float = 0.0
+    loads: float = 0.0
+    transferred_bytes: float = 0.0
+    stall_s: float = 0.0
+    zero_miss_tokens: int = 0
+
+    def usage(self) -> dict[str, Any]:
+        """Give the figures for a response."""
+        return {
+            "hit_rate": round(self.hits / self.uses, 4) if self.uses else None,
+            "zero_miss_tokens": self.zero_miss_tokens,
+            "experts_loaded": round(self.loads, 2),
+            "transferred_bytes": int(self.transferred_bytes),
+            "stall_s": round(self.stall_s, 4),
+        }
+
+
+class Piece(NamedTuple):
+    """Tokens that came since the last piece; *error* says why a request ended before its text."""
+
+    tokens: list[int]
+    done: bool
+    error: str | None = None
+
+
+@dataclass
+class Running:
+    """One choice of one request, from its admission to its last token."""
+
+    id: str
+    asked: Asked
+    prompt: list[int]
+    pieces: asyncio.Queue[Piece]
+    cost: Cost = field(default_factory=Cost)
+    began: float = field(default_factory=time.perf_counter)
+    first_at: float | None = None
+    ended: float | None = None
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[Chosen] = field(default_factory=list)
+
+
+class PriorityScheduler(FIFOScheduler):
+    """
+    Compute requests of a lower number first; those that no step has room for pause.
+
+    A paused request keeps its keys and values, and goes on with the same text.
+    """
+
+    def _process_candidates(self, candidates: list[Any], *args: Any) -> Any:
+        return super()._process_candidates(sorted(candidates, key=_priority), *args)
+
+
+def _priority(state: Any) -> int:
+    return state.logit_processor_kwargs.get("priority", 0)
+
+
+SCHEDULER_MAPPING["melinoe"] = PriorityScheduler
+
+
+class Batches:
+    """
+    Requests over one model, by transformers' continuous batching.
+
+    Args:
+        model: A model attached to *handle*.
+        handle: Counts what its passes cost.
+        limits: What may be spent.
+        observe: Called in the worker after each step with the step's cost and seconds.
+    """
+
+    def __init__(
+        self, model: Any, handle: Any, limits: Limits, observe: Callable[..., None] | None = None
+    ) -> None:
+        self.model, self.handle, self.limits = model, handle, limits
+        self.running: dict[str, Running] = {}
+        self.restarts: list[float] = []
+        self.draining = False
+        self._observe = observe
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._sampler = Sampler()
+        self._manager: Any = None
+        self._start()
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def submit(self, prompt: list[int], asked: Asked, name: str) -> Running:
+        """
+        Put one choice into the queue. Call it in the event loop that reads its pieces.
+
+        Raises:
+            ApiError: the queue is full, the server stops, or its worker cannot be started again.
+        """
+        self.check_alive()
+        if self.draining:
+            raise ApiError("the server is stopping; ask another one", 503, code="stopping")
+        if len(self.running) >= self.limits.running + self.limits.waiting:
+            raise ApiError(
+                "too many requests are waiting; try again in a second", 429, code="queue_full"
+            )
+        made = Running(f"{name}-{next(self._numbers)}", asked, prompt, asyncio.Queue())
+        self.running[made.id] = made
+        self._manager.register_result_handler(made.id, lambda output: self._take(made, output))
+        taken = self._manager.add_request(
+            prompt,
+            request_id=made.id,
+            max_new_tokens=asked.max_tokens,
+            streaming=True,
+            eos_token_id=self.ends,
+            settings=asked.sampling,
+            priority=asked.priority,
+        )
+        if taken is None:  # the worker failed just now
+            self.cancel(made)
+            raise ApiError("the model failed just now; try again", 503, code="worker_died")
+        return made
+
+    def cancel(self, one: Running) -> None:
+        """Stop computing a request; its slot and its keys and values are free after this step."""
+        if self.running.pop(one.id, None) is not None:
+            self._manager.cancel_request(one.id)
+            self._end(one)
+
+    def fail_all(self, why: str) -> None:
+        """End every request with the sentence *why*."""
+        for one in list(self.running.values()):
+            one.pieces.put_nowait(Piece([], True, why))
+            self.cancel(one)
+
+    @property
+    def ends(self) -> list[int]:
+        """Token ids that end a text."""
+        ids = self.model.generation_config.eos_token_id
+        ids = self.model.config.get_text_config().eos_token_id if ids is None else ids
+        return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+    def counts(self) -> tuple[int, int]:
+        """How many requests are computed, and how many wait."""
+        processor = self._manager.batch_processor
+        waiting = len(processor.scheduler.waiting_requests) if processor is not None else 0
+        waiting += self._manager.input_queue.qsize()
+        return max(0, len(self.running) - waiting), waiting
+
+    def _take(self, one: Running, output: Any) -> None:
+        """Pass on what the worker wrote; runs in the event loop."""
+        fresh = output.generated_tokens[len(one.tokens) :]
+        now = time.perf_counter()
+        if fresh and one.first_at is None:
+            one.first_at = now
+        one.tokens += fresh
+        one.chosen = list(self._sampler.chosen.get(one.id, ()))
+        done = output.is_finished()
+        if done and self.running.pop(one.id, None) is not None:
+            self._end(one)
+        one.pieces.put_nowait(Piece(fresh, done, output.error))
+
+    def _end(self, one: Running) -> None:
+        one.ended = time.perf_counter()
+        self._sampler.forget(one.id)
+
+    # --- the worker -----------------------------------------------------------------------------
+
+    def check_alive(self) -> None:
+        """
+        Start the worker again if an error ended it.
+
+        Raises:
+            ApiError: it failed too often of late.
+        """
+        with self._lock:
+            status = self._manager.background_thread_status
+            if status.can_accept_new_requests() is None:
+                return
+            # A worker that fails tells its requests before it is over; wait until it is.
+            self._manager.join(time.perf_counter(), timeout=10)
+            error = status.fatal_error or "it stopped"
+            if not self.healthy:
+                raise ApiError(
+                    f"the model stopped working: {error}; ask again later", 503, code="worker_died"
+                )
+            self.restarts.append(time.monotonic())
+            _log.error("the worker failed and starts again; what ran is lost: %s", error)
+            for one in list(self.running.values()):
+                self.running.pop(one.id)
+                self._end(one)
+            self._start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are, or can be, computed."""
+        if self._manager.background_thread_status.fatal_error is None:
+            return True
+        recent = [at for at in self.restarts if time.monotonic() - at < 60]
+        return len(recent) < _MOST_RESTARTS
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """End the worker; what still runs is lost."""
+        self._manager.stop(block=True, timeout=seconds, hard_stop=True)
+
+    def _start(self) -> None:
+        limits = self.limits
+        batching = ContinuousBatchingConfig(
+            page_size=_PAGE,
+            num_blocks=-(-limits.cache_tokens // _PAGE),
+            max_batch_tokens=max(limits.chunk, limits.running),
+            max_requests_per_batch=limits.running,
+            use_cuda_graph=False,  # the engine captures its own steps, and the sampler is Python
+            use_async_batching=False,  # a step is accounted to the requests that it computed
+            scheduler_type="melinoe",
+        )
+        # One end at most is asked of the config; each request brings the model's own.
+        generation = GenerationConfig(do_sample=False, max_new_tokens=limits.max_tokens,
+                                      eos_token_id=self.ends or -1)  # fmt: skip
+        manager = self.model.init_continuous_batching(
+            generation_config=generation, continuous_batching_config=batching
+        )
+        self._sampler = Sampler()
+        processors = manager.logit_processor
+        processors.logits_processor.append(self._sampler)
+        processors.tensors_required += 1
+        processors.do_processing = True
+        processors._retrieve_processors_kwargs()
+        step = manager._generation_step
+        manager._generation_step = lambda: self._account(manager, step)
+        self._manager = manager
+        manager.start()
+
+    def _account(self, manager: Any, step: Callable[[], None]) -> None:
+        """Compute one step, and share out its cost among its requests."""
+        before, bytes_before = self.handle.counters, self.handle.transferred_bytes
+        stall_before, began = self.handle.stall_s, time.perf_counter()
+        step()
+        seconds = time.perf_counter() - began
+        after = self.handle.counters
+        loads = int((after.loads - before.loads).sum())
+        whole = Cost(
+            uses=int((after.uses - before.uses).sum()),
+            hits=int((after.hits - before.hits).sum()),
+            loads=loads,
+            transferred_bytes=self.handle.transferred_bytes - bytes_before,
+            stall_s=self.handle.stall_s - stall_before,
+        )
+        batch = manager.batch_processor.inputs_and_outputs.requests_in_batch
+        tokens = sum(one.query_length for one in batch)
+        written = 0
+        for one in batch:
+            written += one.has_new_token
+            running = self.running.get(one.state.request_id)
+            if running is None:
+                continue
+            share, cost = one.query_length / tokens, running.cost
+            cost.uses += share * whole.uses
+            cost.hits += share * whole.hits
+            cost.loads += share * whole.loads
+            cost.transferred_bytes += share * whole.transferred_bytes
+            cost.stall_s += share * whole.stall_s
+            cost.zero_miss_tokens += bool(one.has_new_token and not loads)
+        if self._observe is not None:
+            self._observe(whole, seconds, tokens, written)

@@ -1,0 +1,108 @@
+"""Counters of a running server, in Prometheus' form and for its page."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from functools import partial
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from melinoe.serve.batching import Batches, Cost, Running
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+class Metrics:
+    """
+    What the server did since it began.
+
+    Attributes:
+        registry: What `/metrics` shows.
+        recent: The last requests that ended, the newest first: what the page lists.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=20)
+        self._speed: deque[tuple[float, int]] = deque(maxlen=256)
+        made: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter(
+            "melinoe_requests", "Requests that ended.", ["route", "status"], **made
+        )
+        self.tokens = Counter("melinoe_tokens", "Tokens computed.", ["kind"], **made)
+        self.uses = Counter(
+            "melinoe_expert_uses", "Experts asked for, a layer's pass each.", **made
+        )
+        self.hits = Counter("melinoe_expert_hits", "Of them, those that were resident.", **made)
+        self.loads = Counter("melinoe_expert_loads", "Experts loaded into slots.", **made)
+        self.bytes = Counter("melinoe_transferred_bytes", "Bytes copied into slots.", **made)
+        self.stall = Counter("melinoe_stall_seconds", "Seconds that passes waited.", **made)
+        self.step = Histogram(
+            "melinoe_step_seconds", "Seconds of one step.", buckets=_SECONDS, **made
+        )
+        self.first = Histogram(
+            "melinoe_time_to_first_token_seconds", "From admission.", buckets=_SECONDS, **made
+        )
+        self.each = Histogram(
+            "melinoe_time_per_token_seconds", "Of a request, after its first token.",
+            buckets=_SECONDS, **made,
+        )  # fmt: skip
+        self.share = Histogram(
+            "melinoe_request_hit_rate", "Hit rate of a request.", buckets=_SHARES, **made
+        )
+        self._gauges = made
+
+    def watch(self, batches: Batches) -> None:
+        """Show the queue, and how many experts each layer holds, as they are when asked."""
+        running = Gauge("melinoe_running_requests", "Requests computed now.", **self._gauges)
+        running.set_function(lambda: batches.counts()[0])
+        waiting = Gauge("melinoe_waiting_requests", "Requests in the queue.", **self._gauges)
+        waiting.set_function(lambda: batches.counts()[1])
+        resident = Gauge("melinoe_resident_experts", "Experts in slots.", ["layer"], **self._gauges)
+        slots = Gauge("melinoe_slots", "Slots.", ["layer"], **self._gauges)
+        for layer, count in enumerate(batches.handle.slots_by_layer):
+            slots.labels(layer).set(count)
+            resident.labels(layer).set_function(partial(_resident, batches, layer))
+
+    def step_done(self, cost: Cost, seconds: float, tokens: int, written: int) -> None:
+        """Count one step."""
+        self.uses.inc(cost.uses)
+        self.hits.inc(cost.hits)
+        self.loads.inc(cost.loads)
+        self.bytes.inc(cost.transferred_bytes)
+        self.stall.inc(cost.stall_s)
+        self.step.observe(seconds)
+        self.tokens.labels("prompt").inc(max(0, tokens - written))
+        self.tokens.labels("completion").inc(written)
+        self._speed.append((time.monotonic(), written))
+
+    def tokens_per_s(self, seconds: float = 10.0) -> float:
+        """Tokens written a second, over the last ten."""
+        since = time.monotonic() - seconds
+        return sum(count for at, count in list(self._speed) if at >= since) / seconds
+
+    def request_done(self, route: str, status: str, choices: list[Running]) -> None:
+        """Count one request that ended, however it did."""
+        self.requests.labels(route, status).inc()
+        for one in choices:
+            ended = one.ended or time.perf_counter()
+            if one.first_at is not None:
+                self.first.observe(one.first_at - one.began)
+                if len(one.tokens) > 1:
+                    self.each.observe((ended - one.first_at) / (len(one.tokens) - 1))
+            if one.cost.uses:
+                self.share.observe(one.cost.hits / one.cost.uses)
+            self.recent.appendleft(
+                {
+                    "route": route, "status": status, "prompt_tokens": len(one.prompt),
+                    "completion_tokens": len(one.tokens), "seconds": round(ended - one.began, 3),
+                    **one.cost.usage(),
+                }
+            )  # fmt: skip
+
+
+def _resident(batches: Batches, layer: int) -> int:
+    return len(batches.handle.resident()[layer])

@@ -1,0 +1,190 @@
+"""Answer `/v1/responses` with transformers' own handler over our batches."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from transformers.cli.serving.response import UNUSED_RESPONSE_FIELDS, ResponseHandler
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    Modality,
+    _StreamError,
+    response_events_to_chunks,
+)
+
+from melinoe.serve.batching import Running
+from melinoe.serve.body import ApiError, Asked, read
+from melinoe.serve.handlers import ChatHandler
+from melinoe.serve.text import Text
+
+_SERVED = {
+    "input", "instructions", "model", "stream", "temperature", "top_p", "max_output_tokens",
+    "tools", "chat_template_kwargs", "seed", "metadata", "user", "store", "service_tier",
+    "parallel_tool_calls", "reasoning", "text", "tool_choice", "truncation", "include",
+}  # fmt: skip
+# What OpenAI's client may send of the fields that transformers' handler ignores, and that change
+# nothing.
+_HARMLESS: dict[str, Any] = {
+    "store": (None, False), "service_tier": (None, "auto", "default"), "include": (None, []),
+    "tool_choice": (None, "auto"), "truncation": (None, "disabled"), "user": None,
+    "text": (None, {"format": {"type": "text"}}),
+}  # fmt: skip
+
+
+class Responses(ResponseHandler, BaseGenerateManager):
+    """
+    Transformers' handler, given the model that is loaded and the batches that compute it.
+
+    Args:
+        chat: Reads, admits and counts as it does for chats.
+    """
+
+    def __init__(self, chat: ChatHandler) -> None:
+        self.chat, self.chat_template_kwargs = chat, {}
+        self._asked: dict[str, Asked] = {}
+        stands_for: Any = self
+        self.model_manager = self.generation_state = stands_for
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """
+        Answer *body*; a stream only if it asks for one.
+
+        Raises:
+            ApiError: what is asked for is wrong or not served.
+        """
+        if unknown := sorted(set(body) - _SERVED):
+            raise ApiError(f"{unknown[0]} is not supported here; leave it out", param=unknown[0])
+        for name in sorted(set(body) & UNUSED_RESPONSE_FIELDS):
+            allowed = _HARMLESS.get(name)
+            if allowed is not None and body[name] not in allowed:
+                raise ApiError(f"{name} cannot be {body[name]!r} here; leave it out", param=name)
+        if "input" not in body:
+            raise ApiError("input must be text or a list of items", param="input")
+        self.chat._check_model(body)
+        if not self.chat.tokenizer.chat_template:
+            self.chat._prompts({"messages": [{"role": "user", "content": ""}]})
+        reasoning = body.get("reasoning")
+        switches = dict(body.get("chat_template_kwargs") or {})
+        if isinstance(reasoning, dict) and reasoning.get("effort"):
+            effort = reasoning["effort"]
+            switches = {"reasoning_effort": effort, "enable_thinking": effort != "none", **switches}
+        model = self.chat.batches.model
+        shared = {name: body.get(name) for name in ("temperature", "top_p", "seed", "stream")}
+        self._asked[request_id] = read(
+            {"max_tokens": body.get("max_output_tokens"), **shared}, True,
+            model.config.get_text_config().vocab_size, self.chat.default,
+        )  # fmt: skip
+        asked = {**body, "stream": bool(body.get("stream")), "chat_template_kwargs": switches}
+        try:
+            return await super().handle_request(asked, request_id)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise ApiError(f"input cannot be read as a chat: {error}", param="input") from error
+        finally:
+            if not asked["stream"]:
+                self._asked.pop(request_id, None)
+
+    def _validate_request(self, body: dict) -> None:
+        """Done already, and more strictly."""
+
+    # --- what transformers' handler asks of its model manager and its generation state -----------
+
+    def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
+        return self.chat.name, self.chat.batches.model, self.chat.tokenizer
+
+    def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
+        """Text alone is served."""
+        return Modality.LLM
+
+    def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
+        """Prompts are given as lists of token ids."""
+        return True
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
+        """Give what computes."""
+        return self
+
+    def _build_generation_config(
+        self, body: dict, model_generation_config: Any, use_cb: bool = False
+    ) -> Any:
+        return model_generation_config  # the request's own settings are in its Asked
+
+    # --- what it asks of what computes ------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Nothing of its own runs."""
+
+    def _submit(self, request_id: str, prompt: list[int]) -> Running:
+        asked = self.chat._within(self._asked.pop(request_id), len(prompt))
+        return self.chat._submit(list(prompt), asked, 0, request_id)
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue, Any]:  # fmt: skip
+        """Give a queue of text, reasoning and tool calls, and whom to tell that nobody reads it."""
+        one = self._submit(request_id, inputs["input_ids"])
+        queue: asyncio.Queue = asyncio.Queue()
+        streamer = _Streamer(self, one)
+        streamer.task = asyncio.get_running_loop().create_task(
+            self._follow(one, queue, response_parser, request_id)
+        )
+        return queue, streamer
+
+    async def _follow(
+        self, one: Running, queue: asyncio.Queue, parser: Any, request_id: str
+    ) -> None:
+        text, status = Text(self.chat.tokenizer, (), parser is not None), "client left"
+        try:
+            for item in response_events_to_chunks(parser.initial_events) if parser else ():
+                queue.put_nowait(item)
+            async for piece in self.chat._pieces(one):
+                shown = text.add(piece.tokens)
+                items = [shown] if shown else []
+                if parser is not None and shown:
+                    items = response_events_to_chunks(parser.feed(shown))
+                for item in items:
+                    queue.put_nowait(item)
+            if parser is not None:
+                try:
+                    for item in response_events_to_chunks(parser.finalize()[1]):
+                        queue.put_nowait(item)
+                except (ValueError, RuntimeError):
+                    pass  # the text ended inside a tool call
+            queue.put_nowait(None)
+            status = "ok"
+        except ApiError as error:
+            status = str(error.status)
+            queue.put_nowait(_StreamError(error.message))
+        finally:
+            self.chat._done(request_id, status, [one], route="responses")
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """Give the text, the prompt's length and the token ids."""
+        one, status = self._submit(request_id, inputs["input_ids"]), "error"
+        try:
+            async for _ in self.chat._pieces(one):
+                pass
+            status = "ok"
+        finally:
+            self.chat._done(request_id, status, [one], route="responses")
+        text = processor.decode(one.tokens, skip_special_tokens=True)
+        return text, len(one.prompt), one.tokens
+
+
+class _Streamer:
+    """Whom transformers' handler asks how much was written, and tells that nobody reads."""
+
+    def __init__(self, handler: Responses, one: Running) -> None:
+        self._handler, self._one = handler, one
+        self.task: asyncio.Task | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self._one.tokens)
+
+    def cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()

@@ -1,0 +1,171 @@
+"""Run the server until it is told to stop; keep residency from one run to the next."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from melinoe.errors import MelinoeError
+from melinoe.serve.app import build_app
+from melinoe.serve.batching import Batches, Limits
+from melinoe.serve.metrics import Metrics
+from melinoe.whole_file import write_whole
+
+_log = logging.getLogger("melinoe.serve")
+# Seconds between two writes of the residency.
+_KEEP_EVERY_S = 60.0
+
+
+class Residency:
+    """
+    The experts that were resident when a server stopped, in a JSON file.
+
+    Args:
+        path: The file; absent until the first `write`.
+        handle: Of the model that is served.
+        fingerprint: Of the model: another model's residency is of no use.
+    """
+
+    def __init__(self, path: Path, handle: Any, fingerprint: str) -> None:
+        self.path, self._handle, self._fingerprint = path, handle, fingerprint
+
+    def restore(self) -> bool:
+        """
+        Load the experts that the file names; whether there were any.
+
+        Raises:
+            MelinoeError: the file is none of these, or another model's.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            layers, model = kept["resident"], kept["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MelinoeError(
+                f"{self.path} holds no residency; delete it, or give another file"
+            ) from error
+        if model != self._fingerprint:
+            raise MelinoeError(f"{self.path} is another model's; delete it, or give another file")
+        self._handle.prefetch(
+            [ids[:slots] for ids, slots in zip(layers, self._handle.slots_by_layer, strict=True)]
+        )
+        return True
+
+    def write(self) -> None:
+        """Write which experts are resident now."""
+        kept = {"fingerprint": self._fingerprint, "resident": self._handle.resident()}
+        write_whole(self.path, json.dumps(kept).encode())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; its end tells the requests that still run after a while."""
+
+    def __init__(self, config: uvicorn.Config, batches: Batches, patience_s: float) -> None:
+        super().__init__(config)
+        self._batches, self._patience_s = batches, patience_s
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal, and go on behind `serve` instead of dying of the signal."""
+        stopping = (signal.SIGINT, signal.SIGTERM)
+        before = {one: signal.signal(one, self.handle_exit) for one in stopping}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Take no more requests, let those that run finish within the limit, tell the others."""
+        self._batches.draining = True
+
+        async def tell() -> None:
+            await asyncio.sleep(self._patience_s)
+            self._batches.fail_all("the server is stopping")
+
+        teller = asyncio.create_task(tell())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            teller.cancel()
+
+
+def serve(
+    model: Any,
+    handle: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    residency: Residency | None = None,
+    patience_s: float = 30.0,
+) -> None:
+    """
+    Serve *model* until a signal ends it.
+
+    Args:
+        model: Attached to *handle*.
+        handle: Of `melinoe.load`.
+        tokenizer: Of the model.
+        name: Under which clients ask for it.
+        host: Address to listen at.
+        port: 0 takes a free one, which the log names.
+        limits: What may be spent.
+        api_key: Asked of every request but `/health` and the page.
+        residency: Restored now, and written every minute and at the end.
+        patience_s: Seconds that running requests have after SIGTERM.
+
+    Raises:
+        MelinoeError: the model cannot be batched, or the port cannot be had.
+    """
+    if residency is not None:
+        restored = residency.restore()
+        _log.info("restored the resident experts" if restored else "no residency to restore")
+    metrics = Metrics()
+    try:
+        batches = Batches(model, handle, limits or Limits(), metrics.step_done)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise MelinoeError(
+            f"transformers cannot batch this model continuously: {error}; use melinoe chat or "
+            "melinoe generate"
+        ) from error
+    app = build_app(batches, metrics, tokenizer, name, api_key)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=int(patience_s) + 5,
+    )  # fmt: skip
+    server = _Server(config, batches, patience_s)
+    try:
+        asyncio.run(_run(server, residency))
+    except SystemExit as error:  # uvicorn's way to say that the port is taken
+        raise MelinoeError(f"cannot listen at {host}:{port}; choose another --port") from error
+    finally:
+        batches.stop()
+        if residency is not None:
+            residency.write()
+
+
+async def _run(server: _Server, residency: Residency | None) -> None:
+    serving = asyncio.create_task(server.serve())
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.02)
+    if server.started:
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        _log.info("listening at http://%s:%s", host, port)
+    while not serving.done():
+        await asyncio.wait([serving], timeout=_KEEP_EVERY_S)
+        if residency is not None and not serving.done():
+            await asyncio.to_thread(residency.write)
+    await serving

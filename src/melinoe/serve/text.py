@@ -1,0 +1,53 @@
+"""Turn tokens into text as they come, and end it before a stop string."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class Text:
+    """
+    The text of one choice.
+
+    Args:
+        tokenizer: transformers' fast tokenizer.
+        stop: The text ends before the first of these.
+        special: Whether special tokens are written, for a parser that reads them.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], special: bool = False) -> None:
+        self._tokenizer, self._stop = tokenizer._tokenizer, stop
+        self._stream = DecodeStream([], skip_special_tokens=not special)
+        self._held = ""  # may yet turn out to begin a stop string
+        self.stopped = False
+
+    def add(self, tokens: list[int]) -> str:
+        """Give what can be shown now."""
+        for token in tokens:
+            if self.stopped:
+                break
+            self._held += self._stream.step(self._tokenizer, token) or ""
+            found = [at for at in map(self._held.find, self._stop) if at >= 0]
+            if found:
+                self._held, self.stopped = self._held[: min(found)], True
+        keep = 0 if self.stopped else self._beginning()
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(shown) :]
+        return shown
+
+    def rest(self) -> str:
+        """Give what was held back, once no more tokens come."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _beginning(self) -> int:
+        """Characters at the end that a stop string could begin with."""
+        longest = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
+                if self._held.endswith(stop[:size]):
+                    longest = max(longest, size)
+                    break
+        return longest

@@ -1,0 +1,162 @@
+"""A server as a service: its key, its end, what it keeps, and a model that fails under it."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+import torch
+from serving import Server, ask
+from small_olmoe import tiny_model
+
+import melinoe
+from melinoe.errors import MelinoeError
+from melinoe.serve.batching import Batches, Limits
+from melinoe.serve.body import ApiError, Asked, Sampling
+from melinoe.serve.run import Residency
+
+LIMITS = Limits(running=2, waiting=8, context=200, max_tokens=64, cache_tokens=512, chunk=16)
+
+
+def asked(tokens=8, priority=0):
+    return Asked(tokens, 1, Sampling(temperature=0), (), False, False, priority)
+
+
+@pytest.fixture
+def batches():
+    model = tiny_model()
+    with melinoe.attach(model, slots=4) as handle:
+        made = Batches(model, handle, LIMITS)
+        yield made
+        made.stop()
+
+
+async def finish(one):
+    while True:
+        piece = await asyncio.wait_for(one.pieces.get(), 30)
+        if piece.done:
+            return piece.error
+
+
+def plain(model, prompt, tokens):
+    ids = torch.tensor([prompt])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                          do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip
+    return made[0, len(prompt) :].tolist()
+
+
+def test_costs_of_requests_that_ran_together_add_up_to_the_counters(batches):
+    """Three requests of different lengths over two places."""
+
+    async def run():
+        ones = [batches.submit([3 + i] * (5 + 20 * i), asked(6), "r") for i in range(3)]
+        for one in ones:
+            assert await finish(one) is None
+        return [one.cost for one in ones]
+
+    costs, counters = asyncio.run(run()), batches.handle.counters
+    assert sum(c.loads for c in costs) == pytest.approx(int(counters.loads.sum()))
+    assert sum(c.hits for c in costs) == pytest.approx(int(counters.hits.sum()))
+    assert sum(c.uses for c in costs) == pytest.approx(int(counters.uses.sum()))
+    moved = sum(c.transferred_bytes for c in costs)
+    assert moved == pytest.approx(batches.handle.transferred_bytes)
+
+
+def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
+    """Two long texts hold both places; one of a lower number ends before them."""
+    prompts = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
+
+    async def run():
+        slow = [batches.submit(prompt, asked(60, priority=5), "slow") for prompt in prompts[:2]]
+        while len(slow[0].tokens) < 3:
+            await asyncio.wait_for(slow[0].pieces.get(), 30)
+        fast = batches.submit(prompts[2], asked(10, priority=-1), "fast")
+        assert await finish(fast) is None
+        assert all(one.ended is None for one in slow)
+        for one in slow:
+            assert await finish(one) is None
+        return [one.tokens for one in (*slow, fast)]
+
+    got = asyncio.run(run())
+    lengths = (60, 60, 10)
+    with melinoe.attach(tiny_model(), slots=8) as handle:
+        model = handle._model
+        expected = [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    ends = set(batches.ends)
+    for tokens, whole in zip(got, expected, strict=True):
+        cut = next((i + 1 for i, token in enumerate(whole) if token in ends), len(whole))
+        assert tokens == whole[:cut]
+
+
+def test_a_model_that_fails_loses_what_ran_and_serves_the_next(batches, monkeypatch):
+    """One step raises; the text after it is that of before, and five failures are too many."""
+    forward, fails = batches.model.forward, [True]
+
+    def failing(*args, **kwargs):
+        if fails and fails.pop():
+            raise OSError("the disk is gone")
+        return forward(*args, **kwargs)
+
+    async def one_text():
+        return await finish(batches.submit([4, 5, 6], asked(4), "r"))
+
+    assert asyncio.run(one_text()) is None
+    monkeypatch.setattr(batches.model, "forward", failing)
+    assert "the disk is gone" in asyncio.run(one_text())
+    assert asyncio.run(one_text()) is None and len(batches.restarts) == 1 and batches.healthy
+    for _ in range(5):
+        fails.append(True)
+        asyncio.run(one_text())
+    batches._manager.join(time.perf_counter(), timeout=10)  # the last failure is over
+    assert not batches.healthy
+    with pytest.raises(ApiError, match="stopped working"):
+        batches.check_alive()
+
+
+def test_residency_comes_back_and_another_models_is_refused(tmp_path):
+    """What was resident when it was written is resident after a restore, in an empty cache."""
+    path = tmp_path / "kept.json"
+    with melinoe.attach(tiny_model(), slots=4) as handle:
+        assert not Residency(path, handle, "print").restore()
+        handle.prefetch([[1, 3], [0, 5, 6]])
+        Residency(path, handle, "print").write()
+        handle.reset_cache()
+        assert Residency(path, handle, "print").restore()
+        assert handle.resident() == [[1, 3], [0, 5, 6]]
+        with pytest.raises(MelinoeError, match="another model"):
+            Residency(path, handle, "other").restore()
+        path.write_text("[]")
+        with pytest.raises(MelinoeError, match="holds no residency"):
+            Residency(path, handle, "print").restore()
+
+
+def test_a_server_asks_for_its_key_and_ends_what_runs_in_words(tmp_path):
+    """Without the key only /health and the page; after SIGTERM a stream is told, then exit 0."""
+    kept = tmp_path / "kept.json"
+    server = Server(
+        tmp_path, "--api-key", "secret", "--patience", "0.5", "--keep-residency", str(kept)
+    )
+    try:
+        assert ask(f"{server.url}/health")[0] == ask(server.url)[0] == 200
+        for path in ("/status", "/metrics", "/v1/models"):
+            assert ask(server.url + path)[0] == 401
+            assert ask(server.url + path, key="secre")[0] == 401
+            assert ask(server.url + path, key="secret")[0] == 200
+        answers = []
+        body = {"prompt": "A long text", "max_tokens": 400, "stream": True, "temperature": 1,
+                "logit_bias": {"0": -100}}  # fmt: skip
+        reader = threading.Thread(
+            target=lambda: answers.append(ask(f"{server.url}/v1/completions", body, "secret"))
+        )
+        reader.start()
+        until = time.monotonic() + 20
+        while json.loads(ask(f"{server.url}/status", key="secret")[2])["running"] == 0:
+            assert time.monotonic() < until and not answers, answers
+            time.sleep(0.05)
+        assert server.stop() == 0
+        reader.join(10)
+        assert "the server is stopping" in answers[0][2] or "[DONE]" in answers[0][2]
+        assert len(json.loads(kept.read_text())["resident"]) == 4
+    finally:
+        server.process.kill()
