@@ -16,6 +16,7 @@ from melinoe.checkpoint.files import read_raw_config, without_mark
 from melinoe.checkpoint.hub import first_line, locate, split_revision
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import Checkpoint
+from melinoe.checkpoint.safetensors_file import describe_shape
 from melinoe.checkpoint.sources import Weights
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
@@ -25,7 +26,7 @@ _log = logging.getLogger("melinoe")
 
 
 class _Lazy:
-    """A stored tensor that transformers reads by slicing it with ``[...]``."""
+    """Give transformers a stored tensor, which it reads by slicing with ``[...]``."""
 
     def __init__(self, place: Weights) -> None:
         self.place = place
@@ -102,7 +103,7 @@ def _from_pretrained(
     given: set[str],
 ) -> Any:
     """Build *model_class* from stored tensors; only those in *given* may be absent."""
-    with _quiet(), _one_by_one():
+    with _loading_quietly():
         model, info = model_class.from_pretrained(
             None,
             config=checkpoint.config,
@@ -117,12 +118,12 @@ def _from_pretrained(
 
 
 def layers_of(checkpoint: Checkpoint, model: nn.Module) -> list[ExpertsLayer]:
-    """The checkpoint's MoE layers with the modules of *model*, which `load_backbone` made."""
+    """Return the checkpoint's MoE layers with the modules of *model*, from `load_backbone`."""
     return [replace(x, module=model.get_submodule(x.name)) for x in checkpoint.layers]
 
 
 def _without_experts(model_class: Any) -> Any:
-    """A class like *model_class* whose instances give up their experts once they are built."""
+    """Make a class like *model_class* whose instances drop their experts once they are built."""
 
     def __init__(self, *args, **kwargs):
         model_class.__init__(self, *args, **kwargs)
@@ -141,7 +142,7 @@ def _without_experts(model_class: Any) -> Any:
 
 
 def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
-    """A weight that the files do not give is an error, never a random one."""
+    """Refuse a model with weights that the files do not give, or that do not fit."""
     missing = sorted(set(info["missing_keys"]) - experts)
     if missing:
         raise CheckpointError(
@@ -150,8 +151,8 @@ def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
         )
     for key, stored, expected in sorted(info["mismatched_keys"]):
         raise CheckpointError(
-            f"{name} has {key} of shape {_x(stored)} where the config says {_x(expected)}; the "
-            "weights do not belong to this config"
+            f"{name} has {key} of shape {describe_shape(stored)} where the config says "
+            f"{describe_shape(expected)}; the weights do not belong to this config"
         )
     failed = info.get("conversion_errors") or info.get("error_msgs")
     if failed:
@@ -166,7 +167,7 @@ def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
 
 
 def _check_routers(model: Any, checkpoint: Checkpoint) -> None:
-    """A fine-tuned model's routers are those that its ``melinoe.json`` speaks of."""
+    """Refuse routers other than those that the checkpoint's ``melinoe.json`` was written for."""
     wanted = read_metadata(checkpoint.source).get("fingerprint")
     raw = read_raw_config(checkpoint.source)[1]
     own = raw.get("dtype") or raw.get("torch_dtype")
@@ -181,16 +182,12 @@ def _check_routers(model: Any, checkpoint: Checkpoint) -> None:
         )
 
 
-def _x(shape: Any) -> str:
-    return "x".join(str(n) for n in shape)
-
-
 # How the names of a generation config's true-or-false settings begin.
 _SWITCHES = ("output_", "return_", "use_", "do_")
 
 
 def _name_it(model: Any, checkpoint: Checkpoint) -> None:
-    """What from_pretrained does with a path: the model's name and its generation config."""
+    """Set the model's name and generation config, as from_pretrained does with a path."""
     model.config.name_or_path = model.name_or_path = split_revision(checkpoint.name)[0]
     path = locate(checkpoint.source, "generation_config.json")
     if model.can_generate() and path is not None:
@@ -208,30 +205,22 @@ def _name_it(model: Any, checkpoint: Checkpoint) -> None:
 
 
 @contextlib.contextmanager
-def _one_by_one() -> Iterator[None]:
+def _loading_quietly() -> Iterator[None]:
     """
-    Let transformers read each tensor when its turn comes.
+    Let transformers read each tensor when its turn comes, and say nothing about it.
 
-    By default it reads all of them ahead in threads, and so holds the experts that it stacks twice.
+    By default it reads all of them ahead in threads, and so holds the experts that it stacks
+    twice. What its report would say is checked or logged here.
     """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
+    before, verbosity = os.environ.get(name), transformers_logging.get_verbosity()
     os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' loading report: what it would say is checked or logged here."""
-    before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -23,7 +23,7 @@ from melinoe.moe.routing import find_routers
 @dataclass(frozen=True)
 class Description:
     """
-    What is known of a checkpoint from its config and its files' headers.
+    Hold what a checkpoint's config and its files' headers tell.
 
     Attributes:
         name: The directory or hub name.
@@ -61,7 +61,7 @@ class Description:
     layers: tuple[tuple[int, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return all fields as JSON can hold them."""
         return asdict(self)
 
 
@@ -135,7 +135,7 @@ def _of_layers(layers: list[ExpertsLayer]) -> dict[str, Any]:
 
 
 def top_k_of(config: Any) -> int | None:
-    """Experts a token uses in a layer, by whichever name the config gives it; None if by none."""
+    """Find how many experts a token uses in a layer; None if the config does not say."""
     for part in (config, config.get_text_config()):
         for key in (*TOP_K, "top_k"):
             # ``top_k`` alone is a sampling setting in old configs, so it comes last.

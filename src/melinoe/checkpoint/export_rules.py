@@ -17,7 +17,7 @@ Part = dict[str, Any]
 
 class Finding(NamedTuple):
     """
-    Something about a checkpoint that another engine reads otherwise, or misses.
+    Say what about a checkpoint another engine reads otherwise, or misses.
 
     Attributes:
         engines: Who does.
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """A finding, and of which family's config it is one; any family's where that is None."""
+    """Hold a finding and the family whose configs it is about; None for any family."""
 
     family: str | None
     holds: Callable[[Part], bool]
@@ -70,7 +70,7 @@ _RULES = (
 
 def other_results(config: Part) -> list[Finding]:
     """
-    The rules that hold for a raw config, or for any part of it.
+    Find the rules that hold for a raw config, or for any part of it.
 
     Args:
         config: What ``config.json`` holds.

@@ -23,7 +23,7 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
     """
-    Path and contents of ``config.json``.
+    Find and read ``config.json``: its path and contents.
 
     Raises:
         CheckpointError: there is none, or it is not a JSON object.
@@ -145,7 +145,7 @@ def open_shards(name: str, download: bool = True) -> dict[str, Place]:
 
 
 def _open_index(name: str, index: Path, download: bool) -> dict[str, Place]:
-    """The tensors of a sharded checkpoint, each checked against the header of its shard."""
+    """Open the shards of an index, and check that each holds what the index says."""
     weight_map = _weight_map(index)
     files: dict[str, SafetensorsFile] = {}
     try:
@@ -179,7 +179,7 @@ def close_shards(places: dict[str, Place]) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Stored name -> file name, as an index tells it; every file is one beside it."""
+    """Read an index: stored name -> name of a file beside it."""
     found = read_object(index).get("weight_map")
     names = list(found.values()) if isinstance(found, dict) else []
     # Also holds back what would lead out of the directory.

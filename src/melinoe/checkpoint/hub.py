@@ -8,13 +8,13 @@ from melinoe.errors import CheckpointError
 
 
 def is_directory(name: str) -> bool:
-    """Whether *name* is a directory here, and so no name on the hub."""
+    """Tell a directory from a name on the hub."""
     return Path(name).expanduser().is_dir()
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """
-    ``("org/model", "v1.0")`` of ``"org/model@v1.0"``; without ``@`` the revision is None.
+    Split ``"org/model@v1.0"`` at the ``@``; without one the revision is None.
 
     A directory is never split, whatever its name.
     """
@@ -25,14 +25,14 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def hub_arguments(name: str) -> dict[str, str]:
-    """The arguments by which a ``from_pretrained`` of transformers takes *name*."""
+    """Return the arguments by which transformers' ``from_pretrained`` takes *name*."""
     repository, revision = split_revision(name)
     return {"pretrained_model_name_or_path": repository, "revision": revision or "main"}
 
 
 def pinned(name: str, path: Path) -> str:
     """
-    *name* at the commit that *path*, one of its files, came from; a directory's name as it is.
+    Add to *name* the commit that *path*, one of its files, came from; not to a directory.
 
     A branch can move between two downloads, and then config, index and shards would be of
     different commits. It also spares the question to the hub: what the cache has of a commit is
@@ -44,13 +44,13 @@ def pinned(name: str, path: Path) -> str:
 
 
 def commit_of(source: str) -> str | None:
-    """The commit in a name that `pinned` gave; None for a directory."""
+    """Return the commit in a name that `pinned` gave; None for a directory."""
     return None if is_directory(source) else split_revision(source)[1]
 
 
 def locate(name: str, filename: str, download: bool = True) -> Path | None:
     """
-    One file of a checkpoint, or None where the checkpoint has no such file.
+    Find one file of a checkpoint; None where the checkpoint has no such file.
 
     Args:
         name: A directory, or the name of a repository on the hub, as ``org/model`` or with a
@@ -90,5 +90,5 @@ def locate(name: str, filename: str, download: bool = True) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; its type if it has none."""
+    """Return the first line of an error's message, or its type's name."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -61,7 +61,7 @@ def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, G
 
 
 def _targets(target: str, rule: WeightConverter | None) -> tuple[str, ...]:
-    """Full names of all parameters that a rule makes, from the first one's."""
+    """Name all parameters that a rule makes, from the first one's name."""
     if rule is None or len(rule.target_patterns) == 1:
         return (target,)
     first = rule.target_patterns[0]

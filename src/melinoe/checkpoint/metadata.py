@@ -143,7 +143,7 @@ FIELDS: Schema = {
 
 def read_metadata(name: str | Path) -> dict[str, Any]:
     """
-    The checked contents of a checkpoint's ``melinoe.json``; empty where it has none.
+    Read and check a checkpoint's ``melinoe.json``; empty where it has none.
 
     The file's own ``schema_version`` is checked and left out; a file without one is read as the
     first version. Fields that this release does not know are kept as they are.
@@ -284,7 +284,7 @@ def describe_base(name: str | Path) -> dict[str, Any]:
 
 
 def read_card(name: str | Path) -> dict[str, Any]:
-    """The front matter of a checkpoint's README.md; empty where there is none to read."""
+    """Read the front matter of a checkpoint's README.md; empty where there is none."""
     try:
         path = locate(str(name), "README.md")
     except CheckpointError:  # offline, and the cache holds no card: it says nothing

@@ -33,7 +33,7 @@ _log = logging.getLogger("melinoe")
 
 class ExpertSource:
     """
-    One MoE layer of a checkpoint, readable expert by expert.
+    Read one MoE layer of a checkpoint expert by expert.
 
     Args:
         layer: What the layer's experts consist of; its module is on the meta device.
@@ -68,8 +68,7 @@ class ExpertSource:
         Raises:
             CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
-        if not 0 <= expert < self.num_experts:
-            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
+        self._check(expert)
         for name, reader in self.readers.items():
             reader.read(expert, into[name])
 
@@ -89,33 +88,39 @@ class ExpertSource:
             CheckpointError: as `read`.
             AttachError: a weight that *format* cannot hold.
         """
+        self._check(expert)
         if format.exact:
             self.read(expert, into)
-        elif format != self.format:
+            return
+        if format != self.format:
             plain = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.layer.tensors}
             self.read(expert, plain)
             for name, part in format.encode(self.layer.tensors, plain).items():
                 into[name].copy_(part)
-        else:
-            for tensor in self.layer.tensors:
-                if not tensor.is_matrix:
-                    self.readers[tensor.name].read(expert, into[tensor.name])
-                    continue
-                for place, first, row, rows in self.readers[tensor.name].pieces(expert) or ():
-                    assert isinstance(place, PackedPlace)
-                    share = slice(None)
-                    parts = {}
-                    for kind in place.format.matrix_parts(place.rows, place.columns):
-                        part = into[f"{tensor.name}.{kind}"]
-                        if rows != tensor.shape[0]:
-                            step = tensor.shape[0] // len(part)  # rows that one row of it is of
-                            share = slice(row // step, (row + rows) // step)
-                        parts[kind] = part[share]
-                    place.read_parts(parts, first // (place.rows * place.columns))
+            return
+        for tensor in self.layer.tensors:
+            reader = self.readers[tensor.name]
+            if not tensor.is_matrix:
+                reader.read(expert, into[tensor.name])
+                continue
+            for place, first, row, rows in reader.pieces(expert) or ():
+                assert isinstance(place, PackedPlace)
+                parts = {}
+                for kind in place.format.matrix_parts(place.rows, place.columns):
+                    part = into[f"{tensor.name}.{kind}"]
+                    # A row of the part belongs to so many of the matrix.
+                    step = tensor.rows_columns[0] // len(part)
+                    whole = rows == tensor.shape[0]
+                    parts[kind] = part if whole else part[row // step : (row + rows) // step]
+                place.read_parts(parts, first // (place.rows * place.columns))
+
+    def _check(self, expert: int) -> None:
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
 
 
 def _stored_format(layer: ExpertsLayer, readers: dict[str, Reader]) -> ExpertFormat:
-    """How a layer's experts are stored: plain, or all matrices packed in one way."""
+    """Find out how a layer's experts are stored: plain, or all matrices in one packed format."""
     found: dict[Any, str] = {}
     for tensor in layer.tensors:
         name = f"{layer.name}.{tensor.name}"
@@ -151,7 +156,7 @@ def _stored_format(layer: ExpertsLayer, readers: dict[str, Reader]) -> ExpertFor
 @dataclass
 class Checkpoint:
     """
-    An opened checkpoint: headers read and checked, no weights. Close it, or use it with ``with``.
+    Hold an opened checkpoint, its headers checked, no weights read. Use it with ``with``.
 
     Attributes:
         name: The directory or hub name it was opened by.
@@ -270,7 +275,7 @@ def open_checkpoint(
 def _sources(
     model: Any, config: PreTrainedConfig, layers: list[ExpertsLayer], tensors: dict[str, Weights]
 ) -> tuple[list[ExpertSource], list[Weights]]:
-    """One source per layer, and the tensors that belong to none."""
+    """Make one source for each layer; return also the weights that belong to none."""
     shapes = {
         f"{layer.name}.{tensor.name}": (layer.num_experts, *tensor.shape)
         for layer in layers
@@ -299,7 +304,7 @@ def _sources(
 
 def find_model_class(config: PreTrainedConfig) -> Any:
     """
-    The transformers class that a config's architecture names.
+    Find the transformers class that a config's architecture names.
 
     Raises:
         CheckpointError: the config's architectures are no list of names.
@@ -328,7 +333,7 @@ def find_model_class(config: PreTrainedConfig) -> Any:
 
 def build_on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """
-    The model without a byte of weights; also sets *dtype* on *config*.
+    Build the model without a byte of weights; also sets *dtype* on *config*.
 
     Raises:
         CheckpointError: transformers cannot build it; the config is not the architecture's.
@@ -357,7 +362,7 @@ def _with_plan(layer: ExpertsLayer, model: Any, dtype: torch.dtype) -> ExpertsLa
 
 def as_dtype(dtype: Any) -> torch.dtype:
     """
-    A floating-point type by itself or by its name.
+    Find a floating-point type by itself or by its name.
 
     Raises:
         ValueError: it is none.
@@ -371,7 +376,7 @@ def as_dtype(dtype: Any) -> torch.dtype:
 
 def dtype_of(config: PreTrainedConfig) -> torch.dtype | None:
     """
-    The type of weights that a config names, or its part for text does; None if neither.
+    Read the type of weights that a config, or its part for text, names; None if neither does.
 
     Raises:
         CheckpointError: it names a type that no weights are computed in.
@@ -393,48 +398,40 @@ def _own_dtype(
     told = dtype_of(config)
     if packed:  # the stored types are those of scales
         return told or torch.bfloat16
-    amounts = _stored_dtypes(files)
-    most = max(amounts, key=amounts.__getitem__)
-    share = f"{100 * amounts[most] / sum(amounts.values()):.0f} % of the stored bytes"
-    if told is None:
-        if len(amounts) > 1:
-            _say_once(
-                f"{name}: config.json names no type; its weights are taken as {_word(most)}, like "
-                f"{share}"
-            )
-        return most
-    if told != most and told.itemsize > most.itemsize:
-        _say_once(
-            f"{name}: loaded as {_word(told)}, for config.json says so, but {share} are "
-            f'{_word(most)}; to take less memory, set "dtype" there to "{_word(most)}"'
-        )
-    return told
-
-
-def guess_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
-    """The type that `open_checkpoint` would take; bfloat16 where no weights are here to tell."""
-    if (told := dtype_of(config)) is not None:
-        return told
-    try:
-        files = open_shards(name, download=False)
-        packed = find_packing(read_raw_config(name)[1]) is not None
-    except CheckpointError:
-        return torch.bfloat16
-    try:
-        return _own_dtype(name, config, files, packed)
-    finally:
-        close_shards(files)
-
-
-def _stored_dtypes(files: dict[str, Place]) -> Counter[torch.dtype]:
-    """Bytes by floating-point type; eight-bit ones mean nothing without scales."""
     amounts: Counter[torch.dtype] = Counter()
     for place in files.values():
         if place.info.dtype in PLAIN_DTYPES:
             amounts[place.info.dtype] += place.info.nbytes
     if not amounts:
         raise CheckpointError("the checkpoint holds no floating-point tensor; download it again")
-    return amounts
+    most = max(amounts, key=amounts.__getitem__)
+    share = f"{100 * amounts[most] / sum(amounts.values()):.0f} % of the stored bytes"
+    if told is None and len(amounts) > 1:
+        _say_once(
+            f"{name}: config.json names no type; its weights are taken as {_word(most)}, like "
+            f"{share}"
+        )
+    if told is not None and told != most and told.itemsize > most.itemsize:
+        _say_once(
+            f"{name}: loaded as {_word(told)}, for config.json says so, but {share} are "
+            f'{_word(most)}; to take less memory, set "dtype" there to "{_word(most)}"'
+        )
+    return told or most
+
+
+def guess_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
+    """Choose the type as `open_checkpoint` would; bfloat16 where no weights are here to tell."""
+    if (told := dtype_of(config)) is not None:
+        return told
+    try:
+        packed = find_packing(read_raw_config(name)[1]) is not None
+        files = open_shards(name, download=False)
+    except CheckpointError:
+        return torch.bfloat16
+    try:
+        return _own_dtype(name, config, files, packed)
+    finally:
+        close_shards(files)
 
 
 @cache

@@ -32,7 +32,7 @@ SHARD_BYTES = 4 << 30
 
 
 class _Stack(NamedTuple):
-    """One tensor to be written: its type and shape, and what fills it."""
+    """Describe one tensor to be written: its type and shape, and what fills it."""
 
     name: str
     dtype: torch.dtype
@@ -86,7 +86,7 @@ def pack(name: str, format: str, out: str | Path) -> None:
 
 
 def _stacks(checkpoint: Checkpoint, wanted: ExpertFormat) -> Iterator[_Stack]:
-    """All tensors of the new checkpoint."""
+    """List all tensors of the new checkpoint."""
     packed = [] if wanted.exact else checkpoint.experts
     of_experts = {
         id(place)

@@ -35,7 +35,7 @@ _FP8: Any = FORMATS["fp8"]
 
 class Packing(NamedTuple):
     """
-    How a config says that weights are packed.
+    Hold how a config says that weights are packed.
 
     Attributes:
         method: Its ``quant_method``, as ``fp8``.
@@ -48,7 +48,7 @@ class Packing(NamedTuple):
 
 class PackedPlace:
     """
-    Matrices that a checkpoint holds packed: one, or one for each expert.
+    Read matrices that a checkpoint holds packed: one, or one for each expert.
 
     Looks like a `Place` of plain weights: `read` decodes them.
 
@@ -78,7 +78,7 @@ class PackedPlace:
 
     @property
     def file(self) -> SafetensorsFile:
-        """The file of the codes."""
+        """Return the file of the codes."""
         return self.stored["codes"].file
 
     def read(self, into: Tensor, first: int = 0) -> None:
@@ -122,7 +122,7 @@ class PackedPlace:
 
 
 class _Mxfp4Experts(PackedPlace):
-    """gpt-oss: ``_blocks`` ``(E, outputs, inputs / 32, 16)``, ``_scales`` without the last."""
+    """Read gpt-oss: ``_blocks`` ``(E, outputs, inputs / 32, 16)``, ``_scales`` without the last."""
 
     def __init__(self, name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> None:
         shape = stored["codes"].info.shape
@@ -144,7 +144,7 @@ class _Mxfp4Experts(PackedPlace):
 
 
 class _Fp8Matrix(PackedPlace):
-    """FP8 codes as they are; a scale for each square of 128 x 128, or one for the whole matrix."""
+    """Read FP8 codes with a scale for each square of 128 x 128, or one for the whole matrix."""
 
     def __init__(self, name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> None:
         shape = stored["codes"].info.shape
@@ -171,7 +171,7 @@ class _Fp8Matrix(PackedPlace):
 
 
 class _GroupedIntegers(PackedPlace):
-    """Integer codes with a scale, and maybe a zero point, for each group of inputs."""
+    """Read integer codes with a scale, and maybe a zero point, for each group of inputs."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _GroupedIntegers(PackedPlace):
         return tensor
 
     def _unpacked(self, words: Tensor) -> Tensor:
-        """Numbers of int32 words, of which each holds some along the last dimension."""
+        """Take the numbers out of int32 words, which hold some each along the last dimension."""
         found = words.contiguous().view(torch.uint8)
         if self.bits == 4:
             found = torch.stack([found & 15, found >> 4], dim=-1).flatten(-2)
@@ -209,7 +209,7 @@ class _GroupedIntegers(PackedPlace):
 
 
 class _CompressedTensors(_GroupedIntegers):
-    """compressed-tensors: pack-quantized (codes in int32 words), or int-quantized (int8 codes)."""
+    """Read compressed-tensors: pack-quantized (int32 words) or int-quantized (int8 codes)."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class _CompressedTensors(_GroupedIntegers):
 
 
 class _Gptq(_GroupedIntegers):
-    """GPTQ: ``(inputs / 8, outputs)`` words of codes, zero points less one, no order of inputs."""
+    """Read GPTQ: words of eight inputs ``(inputs / 8, outputs)``, zero points stored less one."""
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class _Gptq(_GroupedIntegers):
 
 
 class _Awq(_GroupedIntegers):
-    """AWQ: ``(inputs, outputs / 8)`` words, whose eight outputs lie in an order of their own."""
+    """Read AWQ: words of eight outputs ``(inputs, outputs / 8)`` in an order of their own."""
 
     # Position in a word at which each of its eight outputs lies.
     _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -292,7 +292,7 @@ class _Awq(_GroupedIntegers):
         self._check("zeros", (self.groups, width))
 
     def _outputs(self, kind: str) -> Tensor:
-        """Numbers of words that hold eight outputs each, as ``(outputs, ...)``."""
+        """Unpack words that hold eight outputs each, as ``(outputs, ...)``."""
         numbers = self._unpacked(self._stored(kind)).unflatten(-1, (-1, 8))
         return numbers[..., list(self._ORDER)].flatten(-2).T
 
@@ -304,7 +304,7 @@ class _Awq(_GroupedIntegers):
 
 
 class _OwnBlocks(PackedPlace):
-    """Parts of blocks as `melinoe.checkpoint.pack` writes them: stacked, expert after expert."""
+    """Read the stacked parts of blocks that `melinoe.checkpoint.pack` writes."""
 
     def __init__(
         self,
@@ -349,7 +349,7 @@ _KEYS = ("quantization_config", "compression_config")
 
 class _Rule(NamedTuple):
     """
-    The stored tensors that make one packed matrix.
+    Name the stored tensors that make one packed matrix.
 
     Attributes:
         format: Of an expert's block; the scales' type may be another where they are stored.
@@ -481,7 +481,7 @@ def unpack(
 
 
 def _gather(stored: Mapping[str, Place], base: str, rule: _Rule) -> Iterator[tuple[str, Place]]:
-    """The stored tensors of one matrix by what they hold."""
+    """Find the stored tensors of one matrix by what they hold."""
     for kind, ending in rule.endings.items():
         if (place := stored.get(base + ending)) is not None:
             yield kind.removesuffix("?"), place
@@ -493,7 +493,7 @@ def _gather(stored: Mapping[str, Place], base: str, rule: _Rule) -> Iterator[tup
 
 
 def _rules(packing: Packing, name: str) -> tuple[_Rule, ...]:
-    """The rules of a way of packing."""
+    """Look up the rules of a way of packing."""
     method, settings = packing
     if method not in _METHODS:
         raise CheckpointError(
@@ -636,7 +636,7 @@ def _own(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
 
 
 def _size(value: Any) -> int | None:
-    """The weights that share a scale; None for all of an output, which configs write as -1."""
+    """Check a number of weights that share a scale; None for a whole output, written as -1."""
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
         raise ValueError(f"{value!r} is no number of weights")
     return None if value == -1 else value

@@ -72,7 +72,7 @@ def read_at(handle: int, into: memoryview, offset: int) -> int:
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: its type, its shape, and its first and last byte in the file."""
+    """Locate one tensor in a file: type, shape, first byte, and the byte behind its last."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -81,7 +81,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor as it is stored."""
+        """Count the bytes of the tensor as it is stored."""
         return self.stop - self.start
 
 
@@ -90,7 +90,7 @@ _TICK_NS = 20_000_000
 
 
 class Stamp(NamedTuple):
-    """A file's identity and times: its bytes are as they were if all of these are."""
+    """Identify a file by what changes when its bytes do."""
 
     device: int
     inode: int
@@ -101,7 +101,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> "Stamp":
-        """The stamp in what ``os.stat`` or ``os.fstat`` found."""
+        """Take the stamp from what ``os.stat`` or ``os.fstat`` found."""
         return cls(
             found.st_dev,
             found.st_ino,
@@ -114,7 +114,7 @@ class Stamp(NamedTuple):
 
 class SafetensorsFile:
     """
-    A safetensors file whose header has been read and checked against the file's real size.
+    Read a safetensors file, whose header is checked against the file's real size.
 
     The file stays open, so that a later read costs two system calls: the bytes, and whether the
     file is still the one that was opened. Reads give the offset themselves and share no position:
@@ -155,7 +155,7 @@ class SafetensorsFile:
             raise
 
     def _take_stamp(self) -> Stamp:
-        """The stamp; of a file changed within this tick, once a further change would show in it."""
+        """Take the stamp, a tick later if the file changed just now: more changes then show."""
         found = os.fstat(self._fd)
         if 0 <= time.time_ns() - found.st_ctime_ns < _TICK_NS:
             time.sleep(_TICK_NS / 1e9)
@@ -186,7 +186,7 @@ class SafetensorsFile:
         return (found.st_dev, found.st_ino) == stamp[:2]
 
     def _read_header(self) -> dict[str, TensorInfo]:
-        """Name -> place in the file, every range checked."""
+        """Read the header: name -> place in the file, every range checked."""
         size = self.stamp.size
         length = int.from_bytes(self._start(8, 0), "little")
         if size >= 8 and length > LARGEST_HEADER_BYTES:
@@ -205,7 +205,7 @@ class SafetensorsFile:
         return tensors
 
     def _start(self, count: int, offset: int) -> bytes:
-        """At most *count* bytes from *offset* on: fewer where the file ends before."""
+        """Read at most *count* bytes from *offset* on: fewer where the file ends before."""
         found = bytearray(count)
         view, done = memoryview(found), 0
         while got := read_at(self._fd, view[done:], offset + done):
@@ -213,7 +213,7 @@ class SafetensorsFile:
         return bytes(found[:done])
 
     def _place(self, name: str, entry: dict, origin: int) -> TensorInfo:
-        """One header entry as a TensorInfo; ValueError where its range and shape disagree."""
+        """Check one header entry; ValueError where its range and shape disagree."""
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"the shard {self.path} keeps {name} as {entry['dtype']}, a type that is not "
@@ -227,7 +227,7 @@ class SafetensorsFile:
         return TensorInfo(dtype, tuple(shape), origin + start, origin + stop)
 
     def _check_ranges(self, tensors: dict[str, TensorInfo], origin: int, size: int) -> None:
-        """The tensors lie one behind the other, from the header's end to the file's."""
+        """Check that the tensors fill the file from the header's end on, without gap or overlap."""
         promised = max((info.stop for info in tensors.values()), default=origin)
         if promised > size:
             raise self._torn(f"{size} bytes where its header promises {promised}")
@@ -310,7 +310,7 @@ class SafetensorsFile:
 
 
 class Place(NamedTuple):
-    """One stored tensor: the file that holds it, its name there, its header entry."""
+    """Locate one stored tensor: the file that holds it, its name there, its header entry."""
 
     file: SafetensorsFile
     name: str
@@ -357,5 +357,5 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def describe_shape(shape: Sequence[int]) -> str:
-    """``(64, 2048)`` as ``64x2048``, for messages."""
+    """Write ``(64, 2048)`` as ``64x2048``, for messages."""
     return "x".join(str(n) for n in shape)

@@ -36,7 +36,7 @@ Weights = Place | PackedPlace  # where stored weights lie, as they are or packed
 
 
 class Group(NamedTuple):
-    """Stored tensors that one rule turns into one or more parameters of the model."""
+    """Hold the stored tensors that one rule turns into one or more parameters of the model."""
 
     target: str  # the first of the parameters, by its full name in the model
     targets: tuple[str, ...]
@@ -45,12 +45,12 @@ class Group(NamedTuple):
 
     @property
     def places(self) -> list[Weights]:
-        """All stored tensors of the group."""
+        """List all stored tensors of the group."""
         return [place for part in self.tensors.values() for place in part]
 
     @property
     def operations(self) -> list:
-        """Steps of the rule."""
+        """List the steps of the rule."""
         return [] if self.converter is None else list(self.converter.operations)
 
     def is_stored_as(self, shape: tuple[int, ...]) -> bool:
@@ -84,7 +84,7 @@ class Group(NamedTuple):
 
 
 class _Shapes:
-    """Stands in for the model where a rule asks it for a parameter's shape."""
+    """Stand in for the model where a rule asks it for a parameter's shape."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -94,7 +94,7 @@ class _Shapes:
 
 
 class Piece(NamedTuple):
-    """Rows of one expert's part of a parameter, and the stored elements that are these rows."""
+    """Map rows of one expert's part of a parameter to the stored elements that they are."""
 
     place: Weights
     first: int  # of the stored elements, counted in row-major order
@@ -103,7 +103,7 @@ class Piece(NamedTuple):
 
 
 class Reader(Protocol):
-    """Reads one expert's part of one parameter."""
+    """Read one expert's part of one parameter."""
 
     def read(self, expert: int, into: Tensor) -> None:
         """Fill *into*, shaped like the parameter without its leading E."""
@@ -116,7 +116,7 @@ class Reader(Protocol):
 
 
 class Stacked:
-    """The parameter is stored as it is: expert e is a range of its bytes."""
+    """Read a parameter that is stored as it is: expert e is a range of its bytes."""
 
     def __init__(self, place: Weights) -> None:
         self.place = place
@@ -137,7 +137,7 @@ class Stacked:
 
 
 class Rows:
-    """One tensor per expert and projection, one above the other."""
+    """Read one tensor per expert and projection, one above the other."""
 
     def __init__(self, parts: Sequence[Sequence[Weights]]) -> None:
         self.parts = parts
@@ -161,7 +161,7 @@ class Rows:
 
 
 class OneExpert:
-    """transformers' own rule, run on the tensors of one expert."""
+    """Run transformers' own rule on the tensors of one expert."""
 
     def __init__(self, group: Group, parameter: str, shape: Sequence[int], config: Any) -> None:
         self.group, self.parameter, self.shape, self.config = group, parameter, shape, config
@@ -175,7 +175,7 @@ class OneExpert:
         return self.group.places
 
     def sources(self, expert: int) -> dict[str, tuple[Weights, int]]:
-        """The expert's stored tensor of each source pattern, and its first element there."""
+        """Locate the expert's stored tensor of each source pattern: place and first element."""
         return {
             pattern: (places[expert], 0)
             if self.listed
@@ -190,7 +190,7 @@ class OneExpert:
         return self.group.convert(lists, shapes, self.config)[self.parameter]
 
     def empty(self, device: str) -> dict[str, Tensor]:
-        """Tensors for one expert's stored numbers, by source pattern."""
+        """Make tensors for one expert's stored numbers, by source pattern."""
         found = {}
         for pattern, (place, _) in self.sources(0).items():
             shape = place.info.shape if self.listed else (1, *place.info.shape[1:])
@@ -347,7 +347,7 @@ def rows_by_trial(
 def _stand_ins(
     tensors: Mapping[str, Sequence[Weights]],
 ) -> tuple[dict[str, list[Tensor]], dict[int, tuple[Weights, Tensor]]]:
-    """Small tensors of unique numbers for the stored ones, and the owner of each first number."""
+    """Make small tensors of unique numbers, and note the owner of each first number."""
     sizes = sorted({n for places in tensors.values() for p in places for n in p.info.shape})
     # Sizes that were different stay different, and even: rules halve.
     small = {size: 2 * rank for rank, size in enumerate(sizes, start=1)}

@@ -24,7 +24,7 @@ _MORE_FILES = (
 
 def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
     """
-    A checkpoint's tokenizer, checked against the model's vocabulary.
+    Load a checkpoint's tokenizer, and check it against the model's vocabulary.
 
     Args:
         name: A directory, or the name of a repository on the hub.

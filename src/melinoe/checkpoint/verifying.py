@@ -22,14 +22,14 @@ CHANGING = ("melinoe.json", "README.md")
 
 
 def sum_of(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as JSON holds them. Cost: all of it is read."""
+    """Compute the size and SHA-256 of a file. Cost: all of it is read."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def sums_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """Sums by name of all files in a directory that was written just now, but its own record."""
+    """Compute by name the sums of all files in a directory, but for its own record."""
     return {
         path.relative_to(directory).as_posix(): sum_of(path)
         for path in sorted(directory.rglob("*"))
@@ -39,7 +39,7 @@ def sums_of(directory: Path) -> dict[str, dict[str, Any]]:
 
 class Verified(NamedTuple):
     """
-    How many files of a checkpoint were read and compared.
+    Count the files of a checkpoint that were read and compared.
 
     Attributes:
         recorded: With the sums in its ``melinoe.json``.
@@ -90,7 +90,7 @@ def verify(name: str) -> Verified:
 def _files(
     source: str, recorded: dict[str, dict[str, Any]], shards: list[Path]
 ) -> Iterator[tuple[str, Path | None, dict[str, Any] | None, str]]:
-    """Every file to read: name, path, what is known of it, and who says so."""
+    """List every file to read: name, path, what is known of it, and who says so."""
     for file, wanted in recorded.items():
         yield file, locate(source, file), wanted, "recorded"
     for path in shards:

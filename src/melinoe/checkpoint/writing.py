@@ -167,7 +167,7 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
 
 class _Part:
     """
-    A part of the model that is written at once: one expert's share of a parameter, or a group.
+    Hold what is written at once: one expert's share of a parameter, or a group.
 
     Args:
         own: The model's tensors, by full name.
@@ -286,7 +286,7 @@ def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], direct
 def _parts(
     model: Any, checkpoint: Checkpoint, changed: Collection[str], only_first: bool = False
 ) -> Iterator[_Part]:
-    """Each part of *model* that may have changed; of experts *only_first* those of number 0."""
+    """List the parts of *model* that may have changed; with *only_first*, of experts only 0."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     # Not by name: what is shared is stored under one of its names, or under several.
@@ -324,7 +324,7 @@ def _writes_by_expert(reader: Reader) -> bool:
 
 
 def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor) -> _Part:
-    """One expert's share of a parameter."""
+    """Find where one expert's share of a parameter is stored."""
     pieces = reader.pieces(expert)
     if pieces is not None:
         views = [own.narrow(0, row, rows) if own.dim() else own for _, _, row, rows in pieces]
@@ -354,7 +354,7 @@ def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor
 
 
 def _group_part(model: Any, group: Group, own: dict[str, Tensor]) -> _Part:
-    """All tensors of a group: a router, or a layer's experts whose rule mixes them."""
+    """Find where all tensors of a group are stored, such as a router's."""
     shape = tuple(next(iter(own.values())).shape)
     places = {place.name: place for place in group.places}
     if group.is_stored_as(shape) and len(places) == 1:
