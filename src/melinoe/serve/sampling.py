@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
 )
@@ -50,7 +46,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self.supported_kwargs = {"settings": Sampling, "priority": int}
         self.ignored_kwargs = ()
         self._states: list[Any] = []
-        self._generators: dict[str, torch.Generator] = {}
+        self._generators: dict[str, Random] = {}
         # By request: what was written, for those that asked for log-probabilities.
         self.chosen: dict[str, list[Chosen]] = {}
 
@@ -65,53 +61,69 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Give *scores* ``(rows, vocabulary)`` with minus infinity but for one token a row."""
-        tokens = [self._choose(state, scores[row]) for row, state in enumerate(self._states)]
+        settings = [state.logit_processor_kwargs.get("settings", GREEDY) for state in self._states]
+        tokens = self._draw(scores, settings)
+        for row, (state, own) in enumerate(zip(self._states, settings, strict=True)):
+            if own.alternatives is not None:
+                self._keep(state.request_id, scores[row], int(tokens[row]), own.alternatives)
         only = torch.full_like(scores, -torch.inf)
-        only[torch.arange(len(tokens)), torch.tensor(tokens, dtype=torch.long)] = 0
-        return only
+        return only.scatter_(1, tokens[:, None], 0.0)
 
     def forget(self, request: str) -> None:
         """Drop what is kept of a request that has ended."""
         self._generators.pop(request, None)
         self.chosen.pop(request, None)
 
-    def _choose(self, state: Any, logits: Tensor) -> int:
-        settings: Sampling = state.logit_processor_kwargs.get("settings", GREEDY)
-        token = int(self._draw(state, logits, settings))
-        if settings.alternatives is not None:
-            logprobs = torch.log_softmax(logits.float(), dim=-1)
-            best = torch.topk(logprobs, settings.alternatives)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            kept = self.chosen.setdefault(state.request_id, [])
-            kept.append(Chosen(token, float(logprobs[token]), tuple(pairs)))
-        return token
+    def _draw(self, scores: Tensor, settings: list[Sampling]) -> Tensor:
+        """Give a token for each row."""
+        shaped = scores
+        for row, own in enumerate(settings):
+            if own.logit_bias or own.presence_penalty or own.frequency_penalty:
+                shaped = scores.clone() if shaped is scores else shaped
+                self._penalise(self._states[row], shaped[row], own)
+        tokens = shaped.argmax(dim=-1)
+        drawn = [row for row, own in enumerate(settings) if own.temperature > 0]
+        if not drawn:
+            return tokens
+        heat = shaped.new_tensor([settings[row].temperature for row in drawn])
+        warm = shaped[drawn] / heat[:, None]
+        for at, row in enumerate(drawn):
+            warm[at] = _cut(warm[at], settings[row])
+        # The token at which the probabilities add up to a random number of the request's own.
+        sums = torch.softmax(warm, dim=-1).cumsum(dim=-1)
+        random = sums.new_tensor([self._random(self._states[row], settings[row]) for row in drawn])
+        found = torch.searchsorted(sums, random[:, None] * sums[:, -1:], right=True)[:, 0]
+        tokens[drawn] = found.clamp_(max=scores.shape[-1] - 1)
+        return tokens
 
-    def _draw(self, state: Any, logits: Tensor, settings: Sampling) -> Tensor:
-        scores = logits
-        if settings.logit_bias or settings.presence_penalty or settings.frequency_penalty:
-            scores = logits.clone()
-            for token, bias in settings.logit_bias:
-                scores[token] += bias
-            # Of a request that was put back into the queue, the prompt holds what it had written.
-            had = state.initial_tokens[state._true_initial_tokens or len(state.initial_tokens) :]
-            for token, times in Counter([*had, *state.generated_tokens]).items():
-                scores[token] -= settings.presence_penalty + times * settings.frequency_penalty
-        if settings.temperature == 0:
-            return scores.argmax()
-        steps: Any = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
-        if settings.top_k is not None:
-            steps.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            steps.append(TopPLogitsWarper(max(settings.top_p, 1e-6)))
-        shares = torch.softmax(steps(None, scores[None]), dim=-1)
-        return torch.multinomial(shares, 1, generator=self._generator(state, settings, logits))
+    @staticmethod
+    def _penalise(state: Any, scores: Tensor, settings: Sampling) -> None:
+        """Change the scores of tokens that are biased, or were written already."""
+        for token, bias in settings.logit_bias:
+            scores[token] += bias
+        # Of a request that was put back into the queue, the prompt holds what it had written.
+        had = state.initial_tokens[state._true_initial_tokens or len(state.initial_tokens) :]
+        for token, times in Counter([*had, *state.generated_tokens]).items():
+            scores[token] -= settings.presence_penalty + times * settings.frequency_penalty
 
-    def _generator(self, state: Any, settings: Sampling, logits: Tensor) -> torch.Generator:
+    def _keep(self, request: str, logits: Tensor, token: int, alternatives: int) -> None:
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        best = torch.topk(logprobs, alternatives)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        kept = self.chosen.setdefault(request, [])
+        kept.append(Chosen(token, float(logprobs[token]), tuple(pairs)))
+
+    def _random(self, state: Any, settings: Sampling) -> float:
         if state.request_id not in self._generators:
-            made = torch.Generator(device=logits.device)
-            if settings.seed is None:
-                made.seed()
-            else:
-                made.manual_seed(settings.seed % (1 << 63))
-            self._generators[state.request_id] = made
-        return self._generators[state.request_id]
+            self._generators[state.request_id] = Random(settings.seed)
+        return self._generators[state.request_id].random()
+
+
+def _cut(scores: Tensor, settings: Sampling) -> Tensor:
+    """Leave out the unlikely tokens that a request leaves out, by transformers' own rules."""
+    steps: Any = LogitsProcessorList()
+    if settings.top_k is not None:
+        steps.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        steps.append(TopPLogitsWarper(max(settings.top_p, 1e-6)))
+    return steps(None, scores[None])[0]
