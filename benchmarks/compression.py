@@ -18,15 +18,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode, load_examples
-from melinoe.engine.device.compressed import CompressedStore
-from melinoe.engine.device.quantize import BITS, dequantise, quantise
+from melinoe.engine.ram_store import RamStore
 from melinoe.engine.weights import give_weights_back
 from melinoe.evaluate import perplexity, perplexity_increase
+from melinoe.experts.format import PackedFormat
+from melinoe.experts.formats import named_format
+from melinoe.experts.integer import Integer
 from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.shipped import GSM8K_TEST, HELD_OUT, TINY_OLMOE
@@ -41,27 +42,28 @@ def texts(tokenizer: Any, documents: int, length: int) -> dict[str, list[Any]]:
     }
 
 
-def coded(model: Any, compression: str) -> tuple[Any, float]:
-    """A copy whose experts are what their codes stand for, and bytes of a block over the codes'."""
+def packed(model: Any, name: str) -> tuple[Any, float]:
+    """A copy whose experts are what their blocks mean, and how much smaller a block is."""
     ours = copy.deepcopy(model)
     layers = find_experts(ours)
-    whole = layers[0].block_bytes
-    store = CompressedStore.from_modules(layers, compression)
+    stored = [layer.stored_as(named_format(name)) for layer in layers]
+    store = RamStore.from_modules(stored)
     for layer in layers:
         give_weights_back(layer, store)
-    return ours, whole / store.block_bytes(0)
+    return ours, layers[0].block_bytes / stored[0].block_bytes
 
 
-def relative_error(model: Any, bits: int, symmetric: bool) -> float:
+def relative_error(model: Any, kind: PackedFormat) -> float:
     """Root of the squared error of all experts' weights over their squares."""
     error = square = 0.0
     for layer in find_experts(model):
-        for parameter in layer.module.parameters(recurse=False):
-            for expert in parameter.detach():
-                found = dequantise(quantise(expert, bits, symmetric), torch.float32)
-                true = expert.float()
-                error += float((found.view_as(true) - true).double().square().sum())
-                square += float(true.double().square().sum())
+        own = {t.name: layer.module.get_parameter(t.name).detach() for t in layer.tensors}
+        for expert in range(layer.num_experts):
+            true = {name: stack[expert] for name, stack in own.items()}
+            found = kind.decode(layer.tensors, kind.encode(layer.tensors, true))
+            for name, weights in true.items():
+                error += float((found[name].float() - weights.float()).double().square().sum())
+                square += float(weights.double().square().sum())
     return (error / square) ** 0.5
 
 
@@ -77,8 +79,8 @@ def main() -> None:
     every = [one for corpus in corpora.values() for one in corpus]
     base = perplexity(model, every, completion_only=False)
     rows, errors = [], {}
-    for compression, bits in BITS.items():
-        ours, times = coded(model, compression)
+    for compression, bits in (("int8", 8), ("int4", 4)):
+        ours, times = packed(model, compression)
         found = perplexity(ours, every, completion_only=False)
         increase = perplexity_increase(found, base)
         by_corpus = {
@@ -92,8 +94,8 @@ def main() -> None:
             for name, corpus in corpora.items()
         }
         errors[compression] = {
-            "with_minimum": relative_error(model, bits, False),
-            "symmetric": relative_error(model, bits, True),
+            "with_minimum": relative_error(model, Integer(bits)),
+            "symmetric": relative_error(model, Integer(bits, 64, "symmetric")),
         }
         rows.append(
             {

@@ -89,26 +89,35 @@ def copy(addresses, chunks, experts, slots, num_loads, num_chunks, *, VECTOR, BY
             ctypes.memmove(target + slot * stride, block + offset, count * size)
 
 
-def expand(addresses, chunks, experts, slots, num_loads, num_chunks, *, TYPE, BF16, BITS, **_):
-    """Codes of groups of 64 with float16 scale and minimum; weights without codes as they are."""
+def expand(
+    addresses, chunks, experts, slots, num_loads, num_chunks, *, TYPE, BF16, BITS, GROUP, **_
+):
+    """Codes with a float16 scale and minimum for each group; biases as they are."""
     size = TYPE.primitive_bitwidth // 8
     for number in range(num_loads.reshape(-1)[0]):
         block, slot = int(addresses[experts[number]]), int(slots[number])
-        for coded, offset, scales, target, stride, count in chunks[:num_chunks].tolist():
+        for shared, offset, scales, minimums, target, stride, count, first in chunks[
+            :num_chunks
+        ].tolist():
             into = target + slot * stride
-            if not coded:
+            if not shared:
                 ctypes.memmove(into, block + offset, count * size)
                 continue
-            codes = _memory(block + offset, np.uint8, count, 64 * BITS // 8)
-            codes = np.concatenate([codes & 15, codes >> 4], axis=1) if BITS == 4 else codes
-            scale, least = _memory(block + scales, np.float16, count, 2).astype(np.float32).T
-            weights = codes.astype(np.float32) * scale[:, None] + least[:, None]
+            codes = _memory(block + offset, np.uint8, count, GROUP * BITS // 8)
+            if BITS == 4:
+                codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(count, GROUP)
+            at = (first + np.arange(count)) // shared
+            scale, least = (
+                _memory(block + part, np.float16, at[-1] + 1, 1)[at].astype(np.float32)
+                for part in (scales, minimums)
+            )
+            weights = codes.astype(np.float32) * scale + least
             if BF16:  # to the nearest, ties to even
                 bits = weights.view(np.uint32)
                 weights = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
             elif size == 2:
                 weights = weights.astype(np.float16)
-            _memory(into, weights.dtype, count, 64)[:] = weights
+            _memory(into, weights.dtype, count, GROUP)[:] = weights
 
 
 def _memory(address, dtype, rows, columns):

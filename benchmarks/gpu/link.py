@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from melinoe.engine.device import tuning
-from melinoe.engine.device.carrier import Carrier, addresses_of
+from melinoe.engine.device.blocks import addresses
+from melinoe.engine.device.carrier import Carrier
 
 # Experts of one request: what a step of one token, a few tokens and a prompt may ask for.
 COUNTS = (1, 2, 8, 32)
@@ -51,9 +52,7 @@ def measure(store: Any, layers: Sequence[Any], device: torch.device) -> dict[str
         for t in layers[0].tensors
     }
     used = [layers[i % len(layers)] for i in range(REPEATS + 1)]
-    carriers = [
-        Carrier(store, one.index, addresses_of(store, one.index, device), slots) for one in used
-    ]
+    carriers = [Carrier(store, one, addresses(store, one.index, device), slots) for one in used]
     nbytes = carriers[0].plan.nbytes
     tried = []
     for count in sorted({min(count, most) for count in COUNTS}):

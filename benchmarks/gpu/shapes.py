@@ -10,8 +10,8 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from melinoe.cache.residency import Residency
-from melinoe.engine.device.compressed import CompressedStore
 from melinoe.engine.ram_store import PinnedStore, RamStore
+from melinoe.experts.formats import named_format
 from melinoe.moe.experts import ExpertsLayer, find_experts, is_experts_module
 
 
@@ -112,21 +112,14 @@ def _fill_rotary(model: Any, shape: Shape, device: torch.device) -> None:
 
 def fill_store(layers: list[ExpertsLayer], compression: str | None, pinned: bool) -> Any:
     """A store in which every expert is the same random block: speed does not see values."""
-    if compression is None:
-        store = (PinnedStore if pinned else RamStore)(layers)
-        for layer in layers:
-            one = {t.name: torch.randn(t.shape).mul_(0.02).to(t.dtype) for t in layer.tensors}
-            for expert in range(layer.num_experts):
-                store.write(layer.index, expert, one)
-        return store
-    coded = CompressedStore(layers, compression, pinned)
-    first = layers[0]
-    coded.write(0, 0, {t.name: torch.randn(t.shape).mul_(0.02) for t in first.tensors})
-    block = coded.views(0, 0)["block"]
+    layers = [layer.stored_as(named_format(compression or "plain")) for layer in layers]
+    store = (PinnedStore if pinned else RamStore)(layers)
     for layer in layers:
+        one = {t.name: torch.randn(t.shape).mul_(0.02).to(t.dtype) for t in layer.tensors}
+        block = layer.format.encode(layer.tensors, one)
         for expert in range(layer.num_experts):
-            coded.views(layer.index, expert)["block"].copy_(block)
-    return coded
+            store.write(layer.index, expert, block)
+    return store
 
 
 def draw(

@@ -153,7 +153,7 @@ def _replays(device: torch.device) -> str:
 
 def _int4(device: torch.device) -> str:
     model = _model(device)
-    with melinoe.attach(model, engine="fast", slots=6, compression="int4", graphs=False):
+    with melinoe.attach(model, engine="fast", slots=6, format="int4", graphs=False):
         found = _text(model)
     # The weights are now what the codes stand for.
     with melinoe.attach(model, engine="fast", slots=16, graphs=False):

@@ -194,11 +194,11 @@ def test_bits_of_a_weight(name, bits):
 
 
 def test_a_group_is_cut_to_what_divides_a_row():
-    """Rows of 96 have groups of 32 where 64 were asked for; a row of 24 cannot be cut."""
+    """Rows of 96 have groups of 32 where 64 were asked for; a row of 20 cannot be cut."""
     assert Integer(4).matrix_parts(2, 96)["scales"][0] == (2, 3)
     assert Integer(4, None).matrix_parts(2, 96)["scales"][0] == (2, 1)
-    with pytest.raises(UnsupportedModelError, match="multiple of 16"):
-        Integer(4).matrix_parts(2, 24)
+    with pytest.raises(UnsupportedModelError, match="multiple of 8"):
+        Integer(4).matrix_parts(2, 20)
     with pytest.raises(UnsupportedModelError, match="choose int4 or int8"):
         Mxfp4().matrix_parts(2, 48)
 

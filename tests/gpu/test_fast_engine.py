@@ -109,11 +109,11 @@ def test_a_step_never_waits_for_the_host():
         assert handle.counters.tokens.sum() == 26
 
 
-@pytest.mark.parametrize("compression", ["int8", "int4"])
-def test_codes_serve_what_they_stand_for(compression):
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_codes_serve_what_they_stand_for(format):
     """The all-resident engine on the decoded weights gives the same tokens."""
     network = model()
-    with melinoe.attach(network, engine="fast", slots=6, compression=compression):
+    with melinoe.attach(network, engine="fast", slots=6, format=format):
         found = generate(network)
     with melinoe.attach(network, engine="fast", slots=EXPERTS):
         assert torch.equal(generate(network), found)

@@ -8,12 +8,12 @@ from on_cuda import EXPERTS, model
 from melinoe.cache.packing import pack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
-from melinoe.engine.device.blocks import addresses, segments
-from melinoe.engine.device.compressed import CompressedStore
-from melinoe.engine.device.copying import CopyPlan
-from melinoe.engine.device.expanding import ExpandPlan
+from melinoe.engine.device.blocks import addresses
+from melinoe.engine.device.carrier import Carrier
 from melinoe.engine.device.residency import DeviceResidency
 from melinoe.engine.ram_store import PinnedStore
+from melinoe.engine.store import read_weights
+from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
 
 pytestmark = pytest.mark.gpu
@@ -52,37 +52,27 @@ def test_the_device_plans_what_the_host_plans(policy, experts, capacity):
         assert torch.equal(kept.cpu(), torch.where(real, weights.cpu(), 0.0))
 
 
-@pytest.mark.parametrize("compression", [None, "int8", "int4"])
-def test_experts_arrive_from_pinned_memory_bit_for_bit(compression):
-    """Exact bytes or expanded codes, with slots not listed and guard zones untouched."""
-    layers = find_experts(model())
-    if compression is None:
-        store = PinnedStore(layers)
-    else:
-        store = CompressedStore(layers, compression, pinned=True)
+@pytest.mark.parametrize("stored", ["plain", "int8", "int4"])
+def test_experts_arrive_from_pinned_memory_bit_for_bit(stored):
+    """Exact bytes or unpacked codes, with slots not listed and guard zones untouched."""
+    layers = [layer.stored_as(named_format(stored)) for layer in find_experts(model())]
+    layer, store = layers[0], PinnedStore(layers)
     for expert in range(EXPERTS):
-        one = {t.name: torch.randn(t.shape).to(t.dtype) for t in layers[0].tensors}
-        store.write(0, expert, one)
+        one = {t.name: torch.randn(t.shape).to(t.dtype) for t in layer.tensors}
+        store.write(0, expert, layer.format.encode(layer.tensors, one))
     guard, count = 4096, 6
     around = {
         t.name: torch.full((count * t.nbytes // 2 + 2 * guard,), -7.0, dtype=t.dtype, device=CUDA)
-        for t in layers[0].tensors
+        for t in layer.tensors
     }
-    slots = {t.name: around[t.name][guard:-guard].view(count, *t.shape) for t in layers[0].tensors}
+    slots = {t.name: around[t.name][guard:-guard].view(count, *t.shape) for t in layer.tensors}
     expected = {name: flat.cpu().clone() for name, flat in around.items()}
-    where = addresses(store, 0, CUDA)
-    plan = (
-        CopyPlan(where, segments(store, 0), slots)
-        if compression is None
-        else ExpandPlan(where, store.sections(0), store.bits, slots)
-    )
+    carrier = Carrier(store, layer, addresses(store, 0, CUDA), slots)
     pairs = [(5, 2), (11, 0), (0, 5)]
     lists = torch.tensor(pairs, dtype=torch.int32, device=CUDA).T.contiguous()
-    plan.launch(lists[0], lists[1], torch.tensor([3], dtype=torch.int32, device=CUDA))
+    carrier.plan.launch(lists[0], lists[1], torch.tensor([3], dtype=torch.int32, device=CUDA))
     for expert, slot in pairs:
-        store.read(0, expert, {
-            t.name: expected[t.name][guard:-guard].view(count, *t.shape)[slot]
-            for t in layers[0].tensors
-        })  # fmt: skip
+        for name, weights in read_weights(layer, store, expert).items():
+            expected[name][guard:-guard].view(count, *weights.shape)[slot].copy_(weights)
     for name, flat in around.items():
         assert torch.equal(flat.cpu(), expected[name]), name

@@ -30,7 +30,7 @@ class _Found:
 @with_settings(
     options.ModelOptions,
     options.model_panels(
-        "engine", "compression", "compile", "context", "gpu_memory", "allocate_from", "choice",
+        "engine", "format", "compile", "context", "gpu_memory", "allocate_from", "choice",
         "choice_strength", "choice_keep",
     ),
 )  # fmt: skip

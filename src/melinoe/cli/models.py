@@ -92,7 +92,7 @@ def open_model(model: str, options: ModelOptions) -> tuple[Any, Any, Any]:
         miss_threads=options.miss_threads,
         gpu_memory=options.gpu_memory,
         context=options.context,
-        compression=options.compression,
+        format=options.format,
         compile=options.compile or None,
     )
     if options.allocate_from is not None:

@@ -120,8 +120,10 @@ class ModelOptions:
         "reference runs everywhere; fast needs a GPU and pinned memory for all experts; auto: "
         "fast where it can run",
     )
-    compression: str | None = setting(
-        None, "keep experts in int8 or int4, with the fast engine. Changes what the model writes"
+    format: str | None = setting(
+        None,
+        "store experts as int8, int4, mxfp4 or fp8. Default: as the checkpoint has them. Packing "
+        "changes what the model writes",
     )
     compile: bool = setting(
         False,
@@ -137,7 +139,7 @@ _PANELS: dict[str | None, tuple[str, ...]] = {
     None: ("gpu_memory", "device"),
     MEMORY: ("slots", "expert_memory", "allocate_from", "policy", "store", "context"),
     MISSES: ("miss", "miss_threads", "choice", "choice_strength", "choice_keep"),
-    ENGINE: ("engine", "compression", "compile", "dtype"),
+    ENGINE: ("engine", "format", "compile", "dtype"),
 }
 
 

@@ -11,7 +11,7 @@ from melinoe.cli.command import option, with_settings
 @with_settings(
     options.ModelOptions,
     options.model_panels(
-        "engine", "compression", "compile", "context", "gpu_memory", "allocate_from", "miss",
+        "engine", "format", "compile", "context", "gpu_memory", "allocate_from", "miss",
         "miss_threads", "choice", "choice_strength", "choice_keep",
     ),
     policy="lfu",

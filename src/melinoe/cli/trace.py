@@ -10,7 +10,7 @@ _MORE = "What is recorded"
 
 
 @with_settings(
-    options.ModelOptions, options.model_panels("engine", "compression", "compile", "context",
+    options.ModelOptions, options.model_panels("engine", "format", "compile", "context",
                                                "gpu_memory")
 )  # fmt: skip
 def command(

@@ -13,7 +13,6 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from melinoe.engine.store import Store, read_expert
 from melinoe.errors import AttachError
 from melinoe.moe.experts import ExpertsLayer
 
@@ -120,14 +119,13 @@ def stream_order(device: torch.device) -> Callable[[], None]:
     return follow
 
 
-def audit(layers: Sequence[ExpertsLayer], caches: Sequence[Any], store: Store) -> int:
+def audit(layers: Sequence[ExpertsLayer], caches: Sequence[Any]) -> int:
     """
     Compare every resident expert with the store; see `melinoe.engine.handle.Handle.audit`.
 
     Args:
         layers: In order.
-        caches: Of each layer: its ``residency``, and ``slots`` by parameter name.
-        store: Holds all experts.
+        caches: Of each layer: its ``residency``, its ``slots`` by name, and ``read``.
 
     Returns:
         How many experts were compared.
@@ -135,10 +133,10 @@ def audit(layers: Sequence[ExpertsLayer], caches: Sequence[Any], store: Store) -
     Raises:
         AttachError: they differ, or the books of a layer disagree.
     """
-    return sum(_audit_layer(*pair, store) for pair in zip(layers, caches, strict=True))
+    return sum(_audit_layer(*pair) for pair in zip(layers, caches, strict=True))
 
 
-def _audit_layer(layer: ExpertsLayer, cache: Any, store: Store) -> int:
+def _audit_layer(layer: ExpertsLayer, cache: Any) -> int:
     residency = cache.residency
     slot_of, expert_of = residency.slot_of, residency.expert_of
     resident = np.flatnonzero(slot_of >= 0)
@@ -151,7 +149,7 @@ def _audit_layer(layer: ExpertsLayer, cache: Any, store: Store) -> int:
         raise _fault(f"the books of {layer.name} disagree about which expert is in which slot")
     for expert in resident.tolist():
         slot = int(slot_of[expert])
-        for name, kept in read_expert(layer, store, expert).items():
+        for name, kept in cache.read(expert).items():
             if not same_bits(cache.slots[name][slot].cpu(), kept):
                 raise _fault(
                     f"slot {slot} of {layer.name} is to hold expert {expert}, and its {name} is "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from melinoe.checkpoint.opening import Checkpoint
+from melinoe.experts.format import ExpertFormat
+from melinoe.moe.experts import ExpertsLayer
 
 
 class DiskStore:
@@ -20,13 +23,17 @@ class DiskStore:
 
     Args:
         checkpoint: An opened checkpoint; the store closes it.
+        layers: Its layers, in the formats that are read; absent: plain.
     """
 
     kind: ClassVar[str] = "disk"
     host_bytes: ClassVar[int] = 0
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layers: Sequence[ExpertsLayer] | None = None
+    ) -> None:
         self._checkpoint = checkpoint
+        self._layers = checkpoint.layers if layers is None else layers
 
     @property
     def num_layers(self) -> int:
@@ -38,8 +45,15 @@ class DiskStore:
         return self._checkpoint.layers[layer].num_experts
 
     def block_bytes(self, layer: int) -> int:
-        """Bytes of one expert of *layer* in the type it is computed in."""
-        return self._checkpoint.layers[layer].block_bytes
+        """Bytes of one expert of *layer*."""
+        return self._layers[layer].block_bytes
+
+    def format(self, layer: int) -> ExpertFormat:
+        """How the experts of *layer* are read."""
+        return self._layers[layer].format
+
+    def views(self, layer: int, expert: int) -> None:
+        """Nothing lies in host memory."""
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """
@@ -51,7 +65,18 @@ class DiskStore:
         Raises:
             CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
-        self._checkpoint.experts[layer].read(expert, into)
+        source, stored = self._checkpoint.experts[layer], self.format(layer)
+        devices = {part.device.type for part in into.values()}
+        if stored.exact or devices == {"cpu"}:
+            source.read_block(expert, stored, into)
+            return
+        block = {
+            p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu")
+            for p in self._layers[layer].parts
+        }
+        source.read_block(expert, stored, block)
+        for name, part in block.items():
+            into[name].copy_(part)
 
     @property
     def closed(self) -> bool:

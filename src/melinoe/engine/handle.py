@@ -313,7 +313,7 @@ class Handle:
         with self.lock:
             self._check_attached()
             self.engine.finish()
-            return audit(self.layers, self._caches, self.store)
+            return audit(self.layers, self._caches)
 
     def prefetch(self, experts_by_layer: Sequence[Sequence[int]]) -> None:
         """

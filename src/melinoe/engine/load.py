@@ -33,10 +33,10 @@ from melinoe.engine.disk_store import DiskStore
 from melinoe.engine.handle import Engine, Handle
 from melinoe.engine.misses import Misses, measure_misses
 from melinoe.engine.options import STAGING_EXPERTS, Options
-from melinoe.engine.placement import Model, Placement, check_graphs, place
+from melinoe.engine.placement import Model, Placement, check_graphs, in_slots, place
 from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.engine.reference import ReferenceEngine
-from melinoe.engine.store import Store, read_expert
+from melinoe.engine.store import Store, read_block
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.engine.weights import give_weights_back
 from melinoe.errors import (
@@ -46,6 +46,8 @@ from melinoe.errors import (
     MelinoeError,
     UnsupportedModelError,
 )
+from melinoe.experts.format import ExpertFormat
+from melinoe.experts.formats import named_format
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
 
@@ -70,7 +72,7 @@ def load(
     policy_options: Mapping[str, Any] | None = None,
     engine: str = "auto",
     store: str | Store = "auto",
-    compression: str | None = None,
+    format: str | None = None,
     miss: str | Misses = "wait",
     miss_threads: int | None = None,
     admit: int | None = None,
@@ -111,8 +113,10 @@ def load(
             run.
         store: Where experts wait: ``ram``, ``pinned`` (for a GPU), ``disk``; ``auto``: the fastest
             that has the room. Or a store that holds this checkpoint's experts already.
-        compression: ``int8`` or ``int4``: keep experts as integers in host memory, expanded as they
-            are copied. The exact weights are gone. With the fast engine.
+        format: How experts are stored: ``plain``, in 16 or 32 bits; ``int8``, ``int4``, ``mxfp4``
+            or ``fp8``, packed while loading, which changes what the model says; absent: as the
+            checkpoint has them. Slots hold them so and compute from them, except those of the fast
+            engine, which unpacks int8 and int4 as it copies.
         miss: ``wait`` for the expert to come; ``cpu``: the host computes it where it is, and
             nothing is loaded on demand, so that slots hold what prefetches bring; ``split``: by
             cost, which is measured now. Or another handle's ``misses``, to decide by its figures.
@@ -140,16 +144,20 @@ def load(
         checkpoint = open_checkpoint(str(name), options.dtype)
         on_failure.callback(checkpoint.close)
 
-        if not isinstance(options.store, str):
-            _check_holds(checkpoint.layers, options.store)
+        own = [source.format for source in checkpoint.experts]
+        layers = _stored(checkpoint.layers, options, own)
+        packs = any(
+            not layer.format.exact and layer.format != has
+            for layer, has in zip(layers, own, strict=True)
+        )
 
         def budget(total: int, staging: int) -> GpuBudget:
-            return _share_out(checkpoint, options, total, staging)
+            return _share_out(checkpoint, layers, options, total, staging)
 
-        facts = Model(checkpoint.layers, checkpoint.backbone_bytes, budget=budget)
+        facts = Model(layers, checkpoint.backbone_bytes, packs=packs, budget=budget)
 
         def serve(chosen: Placement) -> tuple[Any, Handle]:
-            return _load(checkpoint, options, chosen)
+            return _load(checkpoint, layers, options, chosen)
 
         model, handle = _best(options, facts, serve)
         if handle.store.kind == "disk" and isinstance(options.store, str):
@@ -167,7 +175,7 @@ def attach(
     policy_options: Mapping[str, Any] | None = None,
     engine: str = "auto",
     store: str | Store = "auto",
-    compression: str | None = None,
+    format: str | None = None,
     miss: str | Misses = "wait",
     miss_threads: int | None = None,
     admit: int | None = None,
@@ -187,7 +195,7 @@ def attach(
         model: A transformers model of a decorated family, or PEFT's model around one, with adapters
             on any module but the experts.
         device: Where the slots are; absent: where the rest of the model is.
-        slots, expert_memory, policy, policy_options, engine, store, compression, miss,
+        slots, expert_memory, policy, policy_options, engine, store, format, miss,
             miss_threads, admit, staging_experts, graphs, compile, link: As for `load`; the store is
             in host memory.
 
@@ -204,13 +212,12 @@ def attach(
         raise AttachError("a runtime is attached to this model already; detach() it first")
     if isinstance(options.store, str):
         _check_in_memory(layers)
-    else:
-        _check_holds(layers, options.store)
+    layers = _stored(layers, options, [layer.format for layer in layers])
 
     def serve(chosen: Placement) -> Handle:
         filled = options.store
         if isinstance(filled, str):
-            filled = _store_type(options, chosen).from_modules(layers)
+            filled = (PinnedStore if chosen.store == "pinned" else RamStore).from_modules(layers)
         try:
             return _handle(model, layers, filled, options, chosen)
         except BaseException:
@@ -249,9 +256,17 @@ def _host_may(error: Exception) -> bool:
     return not isinstance(error, CheckpointError | UnsupportedModelError)
 
 
-def _load(checkpoint: Checkpoint, options: Options, chosen: Placement) -> tuple[Any, Handle]:
+def _load(
+    checkpoint: Checkpoint,
+    stored: Sequence[ExpertsLayer],
+    options: Options,
+    chosen: Placement,
+) -> tuple[Any, Handle]:
     model = load_backbone(checkpoint, chosen.device)
-    layers = layers_of(checkpoint, model)
+    layers = [
+        layer.stored_as(as_stored.format)
+        for layer, as_stored in zip(layers_of(checkpoint, model), stored, strict=True)
+    ]
     cap: Cap | None = None
     with ExitStack() as on_failure:
         if chosen.budget is not None:
@@ -260,7 +275,7 @@ def _load(checkpoint: Checkpoint, options: Options, chosen: Placement) -> tuple[
             cap.put()
         filled: Any = options.store
         if isinstance(filled, str):
-            filled = _fill(checkpoint, options, chosen)
+            filled = _fill(checkpoint, layers, chosen)
         closes = chosen.store == "disk" and isinstance(options.store, str)
         handle = _handle(
             model, layers, filled, options, chosen, cap, checkpoint.close if closes else None
@@ -279,6 +294,7 @@ def _handle(
     at_detach: Callable[[], None] | None = None,
 ) -> Handle:
     device, slots = chosen.device, slots_by_layer(chosen.slots, layers)
+    layers = in_slots(layers, chosen.engine)
     misses = options.miss
     if not isinstance(misses, Misses):
         misses = measure_misses(misses, layers, store, device, options.link, options.miss_threads)
@@ -301,7 +317,13 @@ def _handle(
     )  # fmt: skip
 
 
-def _share_out(checkpoint: Checkpoint, options: Options, total: int, staging: int) -> GpuBudget:
+def _share_out(
+    checkpoint: Checkpoint,
+    stored: Sequence[ExpertsLayer],
+    options: Options,
+    total: int,
+    staging: int,
+) -> GpuBudget:
     """Share *total* bytes of a GPU out, as a model without weights tells what it needs."""
     batch = options.batch or 1
     context = cache_length(options.context or 2048, bool(options.compile))
@@ -309,8 +331,9 @@ def _share_out(checkpoint: Checkpoint, options: Options, total: int, staging: in
     hollow = build_on_meta(checkpoint.model_class, config, checkpoint.dtype)
     layers = find_experts(hollow)
     asked = hollow, layers, batch, context
+    slots = layers if staging else stored  # without staging, slots hold what the store does
     return plan_budget(
-        total, layers, backbone_bytes(hollow, layers), cache_bytes(*asked), workspace_bytes(*asked),
+        total, slots, backbone_bytes(hollow, layers), cache_bytes(*asked), workspace_bytes(*asked),
         batch=batch, context=context, staging_experts=staging,
     )  # fmt: skip
 
@@ -318,48 +341,51 @@ def _share_out(checkpoint: Checkpoint, options: Options, total: int, staging: in
 # --- stores -------------------------------------------------------------------------------------
 
 
-def _store_type(options: Options, chosen: Placement) -> Any:
-    """What makes a store in host memory."""
-    pinned = chosen.store == "pinned"
-    if options.compression is not None:
-        from melinoe.engine.device.compressed import CompressedStore
+def _stored(
+    layers: Sequence[ExpertsLayer], options: Options, own: Sequence[ExpertFormat]
+) -> list[ExpertsLayer]:
+    """
+    Give *layers* in the format that experts are to be stored in.
 
-        return _Compressed(CompressedStore, options.compression, pinned)
-    return PinnedStore if pinned else RamStore
+    Args:
+        layers: Of the model.
+        options: What the user said.
+        own: The format that each layer's experts have now.
+
+    Raises:
+        UnsupportedModelError: The format cannot hold experts of this shape.
+        AttachError: A store was given that does not hold these experts, or not in this format.
+    """
+    formats = list(own)
+    if options.format is not None:
+        formats = [named_format(options.format)] * len(layers)
+    if not isinstance(options.store, str):
+        if options.store.num_layers == len(layers):
+            formats = [options.store.format(layer.index) for layer in layers]
+        if options.format is not None and formats[0].name != options.format:
+            raise AttachError(
+                f"the store holds experts as {formats[0].name}, not as {options.format}; leave "
+                "format out"
+            )
+    found = [layer.stored_as(kind) for layer, kind in zip(layers, formats, strict=True)]
+    for layer in found:
+        layer.format.parts(layer.tensors)  # a shape that cannot be packed shows here
+    if not isinstance(options.store, str):
+        _check_holds(found, options.store)
+    return found
 
 
-class _Compressed:
-    """Makes compressed stores as `RamStore` makes others."""
-
-    def __init__(self, kind: Any, compression: str, pinned: bool) -> None:
-        self._kind, self._compression, self._pinned = kind, compression, pinned
-
-    def __call__(self, layers: Sequence[ExpertsLayer]) -> Any:
-        return self._kind(layers, self._compression, self._pinned)
-
-    def from_modules(self, layers: Sequence[ExpertsLayer]) -> Any:
-        return self._kind.from_modules(layers, self._compression, self._pinned)
-
-
-def _fill(checkpoint: Checkpoint, options: Options, chosen: Placement) -> Any:
+def _fill(checkpoint: Checkpoint, layers: Sequence[ExpertsLayer], chosen: Placement) -> Store:
     """A store with all experts in it; the disk's has them already."""
+    disk = DiskStore(checkpoint, layers)
     if chosen.store == "disk":
-        return DiskStore(checkpoint)
-    store = _store_type(options, chosen)(checkpoint.layers)
-    disk = DiskStore(checkpoint)
+        return disk
+    store = (PinnedStore if chosen.store == "pinned" else RamStore)(layers)
 
     def fill(place: tuple[int, int]) -> None:
-        layer, expert = place
-        if options.compression is None:
-            disk.read(layer, expert, store.views(layer, expert))
-        else:
-            store.write(layer, expert, read_expert(checkpoint.layers[layer], disk, expert))
+        disk.read(*place, store.views(*place))
 
-    places = [
-        (index, expert)
-        for index, layer in enumerate(checkpoint.layers)
-        for expert in range(layer.num_experts)
-    ]
+    places = [(layer.index, expert) for layer in layers for expert in range(layer.num_experts)]
     with ThreadPoolExecutor(_READERS, thread_name_prefix="melinoe-fill") as pool:
         for _ in tqdm(pool.map(fill, places), total=len(places), desc="Loading experts"):
             pass
@@ -387,10 +413,9 @@ def _check_holds(layers: Sequence[ExpertsLayer], store: Store) -> None:
             "the store is closed, because the runtime that it was opened for was detached; load "
             "the checkpoint again, or attach with store='ram'"
         )
-    compressed = getattr(store, "compression", None) is not None  # smaller blocks, other bits
     has = [(store.num_experts(n), store.block_bytes(n)) for n in range(store.num_layers)]
     same = has == [(layer.num_experts, layer.block_bytes) for layer in layers]
-    if not compressed and not (same and all(_holds_last_of(layer, store) for layer in layers)):
+    if not (same and all(_holds_last_of(layer, store) for layer in layers)):
         raise AttachError(
             "the store holds other experts than this model's; give the store that was filled from "
             "this model"
@@ -402,10 +427,10 @@ def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
     parameters = {t.name: layer.module.get_parameter(t.name) for t in layer.tensors}
     if any(parameter.is_meta for parameter in parameters.values()):
         return True
-    own = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}
-    kept = {name: torch.empty_like(tensor) for name, tensor in own.items()}
-    store.read(layer.index, layer.num_experts - 1, kept)
-    return all(same_bits(own[name], kept[name]) for name in own)
+    last = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}
+    own = layer.format.encode(layer.tensors, last)
+    kept = read_block(layer, store, layer.num_experts - 1)
+    return all(same_bits(part, kept[name]) for name, part in own.items())
 
 
 def _home(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.timing import MISSES, LoadRule, Machine, Work, loads_when
-from melinoe.engine.ram_store import RamStore
 from melinoe.engine.store import Store
 from melinoe.engine.transfer import EmulatedLink, Transfer
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Forward, Pairs, StandIn
-from melinoe.moe.dispatch import transformers_function
+from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
 
 _NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
@@ -109,7 +108,7 @@ class HostExperts:
         threads: Torch's threads while it computes; None leaves them as they are.
         device: Where the slots are.
         transfer: Told what travels, and how long it took; absent while costs are measured.
-        forward: Transformers' function; absent: the one that the module would use.
+        forward: An experts function; absent: the one of the layer's format.
     """
 
     def __init__(
@@ -126,13 +125,13 @@ class HostExperts:
         self._store = store
         self._transfer = transfer
         self._device = device
-        self._forward = forward or transformers_function(layer.module)
+        self._forward = forward or experts_function(layer)
         self._stand_ins: dict[int, StandIn] = {}
         self._buffer: dict[str, Tensor] | None = None
-        if not isinstance(store, RamStore):
+        if store.views(layer.index, 0) is None:
             with torch.inference_mode(False):
                 self._buffer = {
-                    t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in layer.tensors
+                    p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in layer.parts
                 }
         # A norm of the module's own is needed here too.
         self._children = (
@@ -189,12 +188,8 @@ class HostExperts:
             expert = 0  # always the same buffer
         made = self._stand_ins.get(expert)
         if made is None:
-            block: Mapping[str, Tensor]
-            if self._buffer is not None:
-                block = self._buffer
-            else:
-                assert isinstance(self._store, RamStore)
-                block = self._store.views(self.layer.index, expert)
+            block = self._buffer or self._store.views(self.layer.index, expert)
+            assert block is not None
             slots = {name: tensor.unsqueeze(0) for name, tensor in block.items()}
             made = self._stand_ins[expert] = StandIn(self.layer.module, slots, 1)
             for name, child in self._children.items():
@@ -269,7 +264,7 @@ def time_read(layers: Sequence[ExpertsLayer], store: Store, device: torch.device
     """Seconds of reading one expert from the store into a slot, alone: the median over some."""
     with torch.inference_mode(False):
         into = [
-            {t.name: torch.empty(t.shape, dtype=t.dtype, device=device) for t in layer.tensors}
+            {p.name: torch.empty(p.shape, dtype=p.dtype, device=device) for p in layer.parts}
             for layer in layers
         ]
 
@@ -289,7 +284,7 @@ def mean_block_bytes(store: Store) -> float:
 def _time_host(hosts: Sequence[HostExperts], threads: int, rows: int) -> float:
     """Seconds in which the host computes one expert for so many rows."""
     layers = [host.layer for host in hosts]
-    hidden = torch.randn(rows, hidden_size(layers[0]), device="cpu").to(layers[0].tensors[0].dtype)
+    hidden = torch.randn(rows, hidden_size(layers[0]), device="cpu").to(layers[0].pair_dtype)
     place = np.arange(rows)
 
     def compute(layer: int, expert: int) -> None:
@@ -331,7 +326,7 @@ def hidden_size(layer: ExpertsLayer) -> int:
 
 def activation_bytes(layer: ExpertsLayer) -> int:
     """Bytes of one token on its way to the host."""
-    return hidden_size(layer) * layer.tensors[0].dtype.itemsize
+    return hidden_size(layer) * layer.pair_dtype.itemsize
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from melinoe.cache.timing import MISSES
 from melinoe.config import STORES
 from melinoe.config.setting import setting
 from melinoe.errors import AttachError, BudgetError
+from melinoe.experts.formats import FORMATS
 
 ENGINES = ("auto", "reference", "fast")
 # Experts that one of the two staging blocks holds: enough for a copy to outlast its launch.
@@ -65,8 +66,11 @@ class Options:
         "auto", "where experts wait that are not resident; auto: the fastest that has the room",
         choices=STORES,
     )  # fmt: skip
-    compression: str | None = setting(
-        None, "keep experts as int8 or int4 in host memory; changes what the model says"
+    format: str | None = setting(
+        None,
+        "how experts are stored, such as int8 or int4; absent: as the checkpoint has them. Packing "
+        "changes what the model says",
+        choices=tuple(FORMATS),
     )
     miss: Any = setting(
         "wait",
@@ -89,7 +93,7 @@ class Options:
     link: Any = setting(None, "emulate a slow link to the slots, on the CPU")
 
     def __post_init__(self) -> None:
-        for name in ("engine", "store"):
+        for name in ("engine", "store", "format"):
             self._check_word(name)
         sizes = (self.slots, self.expert_memory, self.gpu_memory)
         if sum(size is not None for size in sizes) > 1:
@@ -119,7 +123,6 @@ class Options:
     def needs_device(self) -> str | None:
         """The first option given that only the fast engine knows; None if none is."""
         given = {
-            "compression": self.compression is not None,
             "admit": self.admit is not None,
             "staging_experts": self.staging_experts != STAGING_EXPERTS,
             "graphs": self.graphs is not None,

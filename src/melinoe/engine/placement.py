@@ -18,6 +18,8 @@ from melinoe.engine.misses import check_miss
 from melinoe.engine.options import Options
 from melinoe.engine.transfer import check_link
 from melinoe.errors import AttachError, BudgetError
+from melinoe.experts.format import PLAIN, ExpertFormat
+from melinoe.experts.integer import Integer
 from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
 from melinoe.moe.experts import ExpertsLayer
 
@@ -35,12 +37,13 @@ class Model:
     What is known of a model before it is loaded.
 
     Attributes:
-        layers: Its MoE layers; their weights are not read.
+        layers: Its MoE layers in the format of the store; their weights are not read.
         backbone_bytes: Bytes of all other weights that loading will add; 0 for a model in memory.
         in_memory: Whether the experts are in memory, so that no disk can hold them.
         device: Where its other weights are; None for a checkpoint.
         budget: Shares so many bytes of a GPU out, with so many experts in a staging block; None
             where the model cannot be asked.
+        packs: Whether experts are packed as they are read, which only a store in memory keeps.
     """
 
     layers: Sequence[ExpertsLayer]
@@ -48,11 +51,21 @@ class Model:
     in_memory: bool = False
     device: torch.device | None = None
     budget: Callable[[int, int], GpuBudget] | None = None
+    packs: bool = False
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts."""
         return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
+
+    def in_slots(self, engine: str) -> list[ExpertsLayer]:
+        """The layers as slots hold their experts: the fast engine unpacks as it copies."""
+        return in_slots(self.layers, engine)
+
+
+def in_slots(layers: Sequence[ExpertsLayer], engine: str) -> list[ExpertsLayer]:
+    """Give *layers* as the slots of an engine hold their experts."""
+    return [layer.stored_as(PLAIN) for layer in layers] if engine == "fast" else list(layers)
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class Placement:
 
     def describe(self, layers: Sequence[ExpertsLayer]) -> str:
         """One line for the log."""
+        layers = in_slots(layers, self.engine)
         counts = slots_by_layer(self.slots, layers)
         size = sum(n * layer.block_bytes for n, layer in zip(counts, layers, strict=True))
         some = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
@@ -125,15 +139,11 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
             f'the fast engine cannot run here: {reason}; leave engine out, or give "reference"'
         )
     engine = "fast" if reason is None and options.engine != "reference" else "reference"
-    if engine == "reference" and options.compression is not None:
-        raise AttachError(
-            f"compression is for the fast engine, which cannot run here: {reason}; leave it out"
-        )
     if engine == "fast":
         check_graphs(options, device)
     store = _store(options, device, engine, model, limit)
     slots, budget, room = _slots(options, device, engine, store, model, limit)
-    _check_host(options, device, store, slots, model)
+    _check_host(options, device, engine, store, slots, model)
     return Placement(device, engine, store, slots, makers, budget, (reason or "", room))
 
 
@@ -201,13 +211,21 @@ def _why_host(
         return reason
     for name in {make().name for make in makers} - set(PACKABLE):
         return f"the GPU can decide by {' or '.join(PACKABLE)}, not by {name}"
+    for layer in model.layers:
+        if not (layer.format.exact or _unpacks(layer.format)):
+            return f"the GPU does not unpack {layer.format.name} as it copies"
     too_many = limit is not None and model.expert_bytes > limit
-    if too_many and options.compression is None and (options.engine == "auto" or options.ram):
+    if too_many and (options.engine == "auto" or options.ram):
         return (
             f"all experts, {format_bytes(model.expert_bytes)}, do not fit into "
             f"{format_bytes(limit or 0)} of host memory"
         )
     return None
+
+
+def _unpacks(stored: ExpertFormat) -> bool:
+    """Whether the GPU's copy kernel unpacks the format."""
+    return isinstance(stored, Integer) and stored.offset == "minimum" and bool(stored.group)
 
 
 def _store(
@@ -222,6 +240,11 @@ def _store(
                 "a model in memory has no files to read experts from; choose the ram or pinned "
                 "store, or load the checkpoint with melinoe.load"
             )
+        if options.store == "disk" and model.packs:
+            raise AttachError(
+                "the disk store reads experts as the checkpoint has them, and format packs them; "
+                "choose the ram or pinned store, or leave format out"
+            )
         if options.store != "disk" and options.ram is not None and not fits:
             raise BudgetError(
                 f"the {options.store} store holds all experts, "
@@ -233,7 +256,7 @@ def _store(
         return "pinned" if device.type == "cuda" else "ram"
     if device.type == "cuda" and fits and limit is not None:
         return "pinned"
-    if model.in_memory:
+    if model.in_memory or model.packs:
         return "ram"
     # On the CPU slots and store are the same memory, which slots use better, if all may be slots.
     told = options.slots is not None or options.expert_memory is not None
@@ -258,7 +281,7 @@ def _slots(
     limit: int | None,
 ) -> tuple[int | tuple[int, ...], GpuBudget | None, str]:
     """Slots, the budget they were taken from if it is to be kept, and in words where they fit."""
-    layers = model.layers
+    layers = model.in_slots(engine)
     if options.slots is not None:
         counts = slots_by_layer(options.slots, layers)
         return (options.slots if isinstance(options.slots, int) else counts), None, ""
@@ -296,15 +319,15 @@ def _slots(
 
 
 def _check_host(
-    options: Options, device: torch.device, store: str, slots: Any, model: Model
+    options: Options, device: torch.device, engine: str, store: str, slots: Any, model: Model
 ) -> None:
     """Refuse what the system would end the process for."""
     on_cpu = device.type == "cpu"
     # A model in memory gives its experts to the store layer by layer; a store may be filled.
     held = store == "disk" or model.in_memory or not isinstance(options.store, str)
     parts = {
-        "experts": 0 if held or options.compression is not None else model.expert_bytes,
-        "slots": _bytes_of(slots, model.layers) if on_cpu else 0,
+        "experts": 0 if held else model.expert_bytes,
+        "slots": _bytes_of(slots, model.in_slots(engine)) if on_cpu else 0,
         "all other weights": model.backbone_bytes if on_cpu else 0,
     }
     what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)

@@ -15,6 +15,7 @@ from torch import Tensor
 from melinoe.engine.budget import format_bytes
 from melinoe.engine.weights import free_weights, give_weights_back
 from melinoe.errors import AttachError, BudgetError
+from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer
 
 # Each tensor of a block begins at a multiple of this: a cache line, and wide enough for any copy.
@@ -38,7 +39,7 @@ class RamStore:
     kind: ClassVar[str] = "ram"
 
     def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
-        self._sizes: list[tuple[int, int]] = []  # per layer: experts, bytes of one
+        self._layers: list[ExpertsLayer] = []
         self._blocks: list[Tensor] = []  # per layer: uint8 (num_experts, stride)
         self._views: list[dict[str, Tensor]] = []
         for layer in layers:
@@ -51,12 +52,25 @@ class RamStore:
 
         A layer's stacked parameters are freed before the next layer is read, so that never more
         than one layer exists twice. Afterwards the parameters are empty. Layers that share their
-        weights are stored each for itself.
+        weights are stored each for itself. Weights that are packed are freed at the end: what was
+        rounded could not be given back.
 
         Raises:
-            AttachError, BudgetError: as the constructor; every module has its weights as before.
+            AttachError, BudgetError: as the constructor, or a weight that the layer's format cannot
+                hold; every module has its weights as before.
         """
         store = cls()
+        if not all(layer.format.exact for layer in layers):
+            for layer in layers:
+                store._add(layer)
+                own = _stacked(layer)
+                for expert in range(layer.num_experts):
+                    weights = {name: stack[expert].cpu() for name, stack in own.items()}
+                    made = layer.format.encode(layer.tensors, weights)
+                    store.write(len(store._layers) - 1, expert, made)
+            for layer in layers:
+                free_weights(layer)
+            return store
         last = {id(p): at for at, layer in enumerate(layers) for p in _stacked(layer).values()}
         copied = 0  # a layer that was copied half-way still has its weights, and keeps them
         try:
@@ -78,7 +92,7 @@ class RamStore:
     @property
     def num_layers(self) -> int:
         """How many MoE layers."""
-        return len(self._sizes)
+        return len(self._layers)
 
     @property
     def host_bytes(self) -> int:
@@ -87,14 +101,18 @@ class RamStore:
 
     def num_experts(self, layer: int) -> int:
         """How many experts MoE layer *layer* has."""
-        return self._sizes[layer][0]
+        return self._layers[layer].num_experts
+
+    def format(self, layer: int) -> ExpertFormat:
+        """How the experts of *layer* are stored."""
+        return self._layers[layer].format
 
     def block_bytes(self, layer: int) -> int:
         """Bytes of one expert of *layer*, without padding."""
-        return self._sizes[layer][1]
+        return self._layers[layer].block_bytes
 
     def views(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """One block, per parameter name, in the parameter's shape without E; write to fill it."""
+        """One block by part, where it lies; write to fill it."""
         return {name: stack[expert] for name, stack in self._views[layer].items()}
 
     def write(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> None:
@@ -110,17 +128,17 @@ class RamStore:
     def _add(self, layer: ExpertsLayer) -> None:
         """Make room for one more layer."""
         offsets, stride = [], 0
-        for tensor in layer.tensors:
+        for tensor in layer.parts:
             offsets.append(stride)
             stride += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         blocks = self._allocate(layer.num_experts, stride)
         views = {}
-        for offset, tensor in zip(offsets, layer.tensors, strict=True):
+        for offset, tensor in zip(offsets, layer.parts, strict=True):
             flat = blocks[:, offset : offset + tensor.nbytes].view(tensor.dtype)
             views[tensor.name] = flat.unflatten(1, tensor.shape) if tensor.shape else flat[:, 0]
         self._blocks.append(blocks)
         self._views.append(views)
-        self._sizes.append((layer.num_experts, layer.block_bytes))
+        self._layers.append(layer)
 
     def _allocate(self, num_experts: int, stride: int) -> Tensor:
         try:

@@ -23,10 +23,10 @@ from melinoe.cache.timing import LoadRule
 from melinoe.engine.checks import Guard
 from melinoe.engine.misses import HostExperts, Misses
 from melinoe.engine.passes import ForwardPasses, watch_generate
-from melinoe.engine.store import Store, read_expert
+from melinoe.engine.store import Store, read_block
 from melinoe.engine.transfer import EmulatedLink, Transfer, transfer_for
 from melinoe.moe.compute import Pairs, StandIn
-from melinoe.moe.dispatch import transformers_function
+from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
 
 
@@ -155,8 +155,8 @@ class ExpertCache:
         self._transfer, self._passes, self._counters = transfer, passes, passes.counters
         with torch.inference_mode(False):
             self.slots = {
-                t.name: torch.empty((num_slots, *t.shape), dtype=t.dtype, device=device)
-                for t in layer.tensors
+                part.name: torch.empty((num_slots, *part.shape), dtype=part.dtype, device=device)
+                for part in layer.parts
             }
             # Shares the residency's memory: on the CPU it is always up to date.
             self._host_slot_of = torch.from_numpy(self.residency.slot_of)
@@ -165,12 +165,12 @@ class ExpertCache:
         self._views = [
             {name: tensor[slot] for name, tensor in self.slots.items()} for slot in range(num_slots)
         ]
-        self._dtype = self.slots["down_proj"].dtype
+        self._dtype = layer.pair_dtype
         self._device = device
-        self._forward = transformers_function(layer.module)
+        self._forward = experts_function(layer)
         self._stand_in = StandIn(layer.module, self.slots, num_slots)
         self._rule, self._host = rule, host
-        self._guard = Guard(device, layer.module, list(self.slots))
+        self._guard = Guard(device, layer.module, [tensor.name for tensor in layer.tensors])
         self.watch = self._guard.watch
         self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
         self._as_numbered = False  # whether slot i holds expert i, for all i
@@ -196,7 +196,7 @@ class ExpertCache:
 
     def read(self, expert: int) -> dict[str, Tensor]:
         """One expert as the store holds it, on the host."""
-        return read_expert(self.layer, self._transfer.store, expert)
+        return read_block(self.layer, self._transfer.store, expert)
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
         """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""

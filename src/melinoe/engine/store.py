@@ -1,4 +1,4 @@
-"""What the runtime asks of a place where experts live that are not resident."""
+"""The places where experts wait that are not resident, as the engines see them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer
 
 
@@ -34,8 +35,14 @@ class Store(Protocol):
     def num_experts(self, layer: int) -> int:
         """How many experts MoE layer *layer* has."""
 
+    def format(self, layer: int) -> ExpertFormat:
+        """How the experts of *layer* are stored."""
+
     def block_bytes(self, layer: int) -> int:
         """Bytes of one expert of *layer*, without padding: what one transfer carries."""
+
+    def views(self, layer: int, expert: int) -> dict[str, Tensor] | None:
+        """One block where it lies in host memory, by part; None if it can only be read."""
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """
@@ -44,12 +51,22 @@ class Store(Protocol):
         Args:
             layer: MoE layer, in ``find_experts`` order.
             expert: id in ``[0, num_experts(layer))``.
-            into: per parameter name, a view of one slot, shaped without the experts' dimension.
+            into: per part of a block, a view of one slot, shaped without the experts' dimension.
         """
 
 
-def read_expert(layer: ExpertsLayer, store: Store, expert: int) -> dict[str, Tensor]:
-    """One expert of *layer* in host memory of its own, by parameter name."""
-    block = {t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in layer.tensors}
+def read_block(layer: ExpertsLayer, store: Store, expert: int) -> dict[str, Tensor]:
+    """One expert of *layer* as *store* holds it, in host memory of its own, by part."""
+    parts = store.format(layer.index).parts(layer.tensors)
+    block = {p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts}
     store.read(layer.index, expert, block)
     return block
+
+
+def read_weights(layer: ExpertsLayer, store: Store, expert: int) -> dict[str, Tensor]:
+    """One expert of *layer* as its module has it: unpacked, in the module's types."""
+    block, stored = read_block(layer, store, expert), store.format(layer.index)
+    if stored.exact:
+        return block
+    weights = stored.decode(layer.tensors, block)
+    return {t.name: weights[t.name].to(t.dtype) for t in layer.tensors}

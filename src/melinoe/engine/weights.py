@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from melinoe.engine.store import Store, read_weights
 from melinoe.errors import AttachError
 from melinoe.moe.experts import ExpertsLayer
-
-if TYPE_CHECKING:
-    from melinoe.engine.store import Store
 
 
 def free_weights(layer: ExpertsLayer, device: torch.device | None = None) -> None:
@@ -48,7 +45,11 @@ def give_weights_back(
             shape = (layer.num_experts, *tensor.shape)
             full[tensor.name] = torch.empty(shape, dtype=tensor.dtype, device=where)
         for expert in range(layer.num_experts):
-            store.read(layer.index, expert, {name: full[name][expert] for name in full})
+            if store.format(layer.index).exact:
+                store.read(layer.index, expert, {name: full[name][expert] for name in full})
+                continue
+            for name, weights in read_weights(layer, store, expert).items():
+                full[name][expert].copy_(weights)
         for name, stacked in full.items():
             _put(layer.module, name, stacked)
 

@@ -146,7 +146,7 @@ class Arithmetic:
     @property
     def lanes(self) -> int:
         """Numbers that products add up side by side."""
-        return 16 if self.group % 32 == 0 else 8
+        return min(16, math.gcd(self.group, 32) // 2)
 
 
 class PackedFormat(ExpertFormat):
@@ -234,12 +234,12 @@ def groups_of(columns: int, group: int | None) -> int:
     Give the number of neighbours of a row that share a scale: at most *group*, and no rest.
 
     Raises:
-        UnsupportedModelError: Rows of this length cannot be cut into groups of 16 or more.
+        UnsupportedModelError: Rows of this length cannot be cut into groups of 8 or more.
     """
     size = columns if group is None else math.gcd(columns, group)
-    if size % 16:
+    if size % 8:
         raise UnsupportedModelError(
-            f"experts with {columns} inputs cannot be packed, because that is no multiple of 16; "
+            f"experts with {columns} inputs cannot be packed, because that is no multiple of 8; "
             "serve this model without a format"
         )
     return size

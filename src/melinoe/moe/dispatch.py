@@ -15,7 +15,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import AttachError
-from melinoe.moe.experts import is_experts_module
+from melinoe.experts.format import PackedFormat
+from melinoe.experts.packed import PackedExperts
+from melinoe.moe.experts import ExpertsLayer, is_experts_module
 
 NAME = "melinoe"
 _BOUND = "_melinoe_bound"
@@ -110,6 +112,13 @@ def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
             'call model.set_experts_implementation("grouped_mm") first'
         )
     return ALL_EXPERTS_FUNCTIONS[name]
+
+
+def experts_function(layer: ExpertsLayer) -> Callable[..., torch.Tensor]:
+    """The function that computes a layer's experts from slots in the layer's format."""
+    if isinstance(layer.format, PackedFormat):
+        return PackedExperts(layer.format, layer.tensors)
+    return transformers_function(layer.module)
 
 
 def _melinoe(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -78,9 +78,15 @@ class ExpertsLayer:
         return sum(part.nbytes for part in self.parts)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type that the module's projections are computed in."""
+    def pair_dtype(self) -> torch.dtype:
+        """The type of an expert's output before it is weighted: float32 from packed slots."""
+        if not self.format.exact:
+            return torch.float32
         return next(tensor.dtype for tensor in self.tensors if tensor.name == "down_proj")
+
+    def stored_as(self, stored: ExpertFormat) -> ExpertsLayer:
+        """Give the same layer with its experts stored in another format."""
+        return replace(self, format=stored)
 
 
 def is_experts_module(module: nn.Module) -> bool:

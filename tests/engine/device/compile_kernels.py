@@ -78,6 +78,7 @@ def main():
             "TYPE": tl.bfloat16,
             "BF16": True,
             "BITS": bits,
+            "GROUP": 64,
             "GROUPS": 128,
             "RAW": expanding.RAW_WEIGHTS,
         }

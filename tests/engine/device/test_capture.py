@@ -187,12 +187,12 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("slots", [2, 8])
-@pytest.mark.parametrize("compression", [None, "int4"])
-def test_a_decode_step_asks_no_tensor_what_it_holds(slots, compression):
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_a_decode_step_asks_no_tensor_what_it_holds(slots, format):
     """Of the model, the engine and the kernels' callers; a prompt does, which shows the watcher."""
     model = tiny_model()
     watch = Waits()
-    with fast_attach.attach(model, slots=slots, compression=compression) as handle:
+    with fast_attach.attach(model, slots=slots, format=format) as handle:
         cache = StaticCache(config=model.config, max_cache_len=16)
         position = torch.tensor([[3]])
         mask = (torch.arange(16) <= 3)[None, None, None]

@@ -22,6 +22,7 @@ from melinoe.engine.device.budget import (
 from melinoe.engine.device.staging import Staging, staging_bytes
 from melinoe.engine.device.static_cache import tensors
 from melinoe.engine.device.support import why_not
+from melinoe.engine.ram_store import RamStore
 from melinoe.errors import BudgetError
 from melinoe.moe.experts import find_experts
 
@@ -53,15 +54,15 @@ def test_every_engine_loads_the_same_model(saved, engine):
     assert torch.equal(generated(model), expected)
 
 
-@pytest.mark.parametrize("compression", ["int8", "int4"])
-def test_a_checkpoint_is_loaded_into_codes(saved, compression):
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_checkpoint_is_loaded_into_codes(saved, format):
     """The same codes as when the model's own weights are put into them."""
     path, _ = saved
-    model, handle = melinoe.load(path, engine="fast", slots=4, compression=compression)
+    model, handle = melinoe.load(path, engine="fast", slots=4, format=format)
     own = tiny_model()
-    with torch.no_grad(), melinoe.attach(own, engine="fast", slots=4, compression=compression):
+    with torch.no_grad(), melinoe.attach(own, engine="fast", slots=4, format=format):
         assert torch.equal(model(IDS).logits, own(IDS).logits)
-    assert handle.store.compression == compression
+    assert handle.store.format(0).name == format
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_staging_is_what_is_allocated():
     layers = find_experts(tiny.tiny_model("gpt_oss"))
     staging = Staging(torch.device("cpu"), 3)
     for layer in layers:
-        staging.blocks(layer)
+        staging.blocks(layer, RamStore(layers))
     assert staging.nbytes == staging_bytes(tuple(layers), 3)
 
 
@@ -323,5 +324,5 @@ def test_the_command_line_serves_with_the_fast_engine():
         said.append(json.loads(done.stdout))
     assert said[0]["text"] == said[1]["text"]
     assert said[1]["slots"] == 32
-    refused = CliRunner().invoke(app, ["generate", "tiny", "Once", "--compression", "int8"])
+    refused = CliRunner().invoke(app, ["generate", "tiny", "Once", "--format", "int3"])
     assert refused.exit_code != 0

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import test_compressed
+import test_expanding
 import torch
 from kernels_on_the_host import on_the_host
 from test_copying import World
@@ -63,8 +63,8 @@ def test_copies_are_those_of_the_kernel():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("compression", ["int8", "int4"])
-def test_expanded_codes_are_those_of_the_kernel(compression, dtype):
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_unpacked_codes_are_those_of_the_kernel(name, dtype):
     """Weights and biases as the store reads them, in the place that the kernel's test gives."""
     with on_the_host():
-        test_compressed.test_the_kernel_expands_what_the_store_reads("gpt_oss", compression, dtype)
+        test_expanding.test_the_kernel_unpacks_what_the_store_reads("gpt_oss", name, dtype)

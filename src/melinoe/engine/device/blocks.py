@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,23 +12,23 @@ from melinoe.engine.store import Store
 from melinoe.errors import AttachError
 
 
-@runtime_checkable
-class ViewedStore(Store, Protocol):
-    """A store in host memory, whose blocks can be seen as tensors."""
+def lying(store: Store, layer: int, expert: int) -> dict[str, Tensor]:
+    """The parts of a block where they lie; the store is in host memory."""
+    views = store.views(layer, expert)
+    if views is None:
+        raise ValueError(f"a kernel cannot read blocks of a store of kind {store.kind}")
+    return views
 
-    def views(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """One block, per parameter name, in the parameter's shape without E."""
 
-
-def segments(store: ViewedStore, layer: int) -> list[Segment]:
-    """The tensors of a block of *layer*, in the order in which they lie there."""
-    views = store.views(layer, 0)
+def segments(store: Store, layer: int) -> list[Segment]:
+    """The parts of a block of *layer*, in the order in which they lie there."""
+    views = lying(store, layer, 0)
     first = min(view.data_ptr() for view in views.values())
     found = [Segment(n, v.data_ptr() - first, v.nbytes) for n, v in views.items()]
     return sorted(found, key=lambda segment: segment.offset)
 
 
-def addresses(store: ViewedStore, layer: int, device: torch.device) -> Tensor:
+def addresses(store: Store, layer: int, device: torch.device) -> Tensor:
     """
     Where each expert's block of *layer* begins, as *device* sees it: int64 ``(num_experts,)``.
 
@@ -37,7 +36,7 @@ def addresses(store: ViewedStore, layer: int, device: torch.device) -> Tensor:
         AttachError: a GPU cannot read the memory.
     """
     begins = [
-        min(view.data_ptr() for view in store.views(layer, expert).values())
+        min(view.data_ptr() for view in lying(store, layer, expert).values())
         for expert in range(store.num_experts(layer))
     ]
     if device.type == "cuda":

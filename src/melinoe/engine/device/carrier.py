@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from melinoe.engine.device.blocks import ViewedStore, addresses, segments
-from melinoe.engine.device.compressed import CompressedStore
+from melinoe.engine.device.blocks import segments
 from melinoe.engine.device.copying import CopyPlan
 from melinoe.engine.device.expanding import ExpandPlan
 from melinoe.engine.device.residency import to_device
-
-FastStore = ViewedStore | CompressedStore
+from melinoe.engine.store import Store
+from melinoe.experts.integer import Integer
+from melinoe.moe.experts import ExpertsLayer
 
 
 class Carrier:
@@ -22,7 +22,7 @@ class Carrier:
 
     Args:
         store: whose experts.
-        layer: of which layer.
+        layer: of which layer; its module's tensors are what the slots hold.
         where: `addresses` of the layer.
         targets: per name, a contiguous tensor ``(num_slots, ...)``.
 
@@ -33,15 +33,17 @@ class Carrier:
     """
 
     def __init__(
-        self, store: FastStore, layer: int, where: Tensor, targets: Mapping[str, Tensor]
+        self, store: Store, layer: ExpertsLayer, where: Tensor, targets: Mapping[str, Tensor]
     ) -> None:
-        self._store, self._layer = store, layer
+        self._store, self._layer = store, layer.index
         self._device = where.device
         self.plan: CopyPlan | ExpandPlan
-        if isinstance(store, CompressedStore):
-            self.plan = ExpandPlan(where, store.sections(layer), store.bits, targets)
+        parts, stored = segments(store, layer.index), store.format(layer.index)
+        self._expands = isinstance(stored, Integer)
+        if isinstance(stored, Integer):
+            self.plan = ExpandPlan(where, parts, stored, layer.tensors, targets)
         else:
-            self.plan = CopyPlan(where, segments(store, layer), targets)
+            self.plan = CopyPlan(where, parts, targets)
         self.num_experts = where.shape[0]
         self.num_slots = next(iter(targets.values())).shape[0]
         self._views = [{n: t[slot] for n, t in targets.items()} for slot in range(self.num_slots)]
@@ -54,7 +56,7 @@ class Carrier:
         """Copy (expert, slot) pairs that the host names, in the order of the current stream."""
         if not pairs:
             return
-        if isinstance(self._store, CompressedStore):
+        if self._expands:
             lists = [*zip(*pairs, strict=True), (len(pairs),) * len(pairs)]
             on_device = to_device(
                 torch.tensor(lists, dtype=torch.int32, device="cpu"), self._device
@@ -64,8 +66,3 @@ class Carrier:
         # Whole blocks whose addresses the host knows: the copy engine is faster than a kernel.
         for expert, slot in pairs:
             self._store.read(self._layer, expert, self._views[slot])
-
-
-def addresses_of(store: FastStore, layer: int, device: torch.device) -> Tensor:
-    """As `melinoe.engine.device.blocks.addresses`."""
-    return addresses(store, layer, device)

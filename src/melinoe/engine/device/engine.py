@@ -12,7 +12,6 @@ from torch import nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
-from melinoe.engine.device.carrier import FastStore
 from melinoe.engine.device.compiled import CompiledForward
 from melinoe.engine.device.experts import DeviceExperts
 from melinoe.engine.device.graphs import DecodeGraphs
@@ -21,6 +20,7 @@ from melinoe.engine.device.residency import DeviceResidency, to_counters
 from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.tuning import tune
 from melinoe.engine.passes import watch_generate
+from melinoe.engine.store import Store
 from melinoe.moe.experts import ExpertsLayer
 
 _log = logging.getLogger("melinoe")
@@ -60,7 +60,7 @@ class DeviceEngine:
         self,
         model: nn.Module,
         layers: Sequence[ExpertsLayer],
-        store: FastStore,
+        store: Store,
         slots: Sequence[int],
         policies: Sequence[Callable[[], Policy]],
         device: torch.device,

@@ -1,26 +1,27 @@
 """
-Copy missing experts that are stored in codes: they are expanded as they are written into slots.
+Copy missing experts that are stored as int8 or int4: they are unpacked as they enter their slots.
 
-The same work as `device.copying`, but the link carries codes, scales and minima. Tensors that are
-not stored in codes (biases) are copied as they are, in the same launch.
+The same work as `device.copying`, but the link carries codes, scales and minimums. Biases are
+copied as they are, in the same launch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from melinoe.engine.device.copying import default_programs
-from melinoe.engine.device.quantize import GROUP
+from melinoe.engine.device.copying import Segment, default_programs
+from melinoe.experts.format import Part
+from melinoe.experts.integer import Integer
 
-# Groups that one program expands at a time.
-CHUNK_GROUPS = 128
-# Weights without codes that one program copies at a time.
+# Weights that one program unpacks at a time.
+CHUNK_WEIGHTS = 8192
+# Weights of a bias that one program copies at a time.
 RAW_WEIGHTS = 1024
 _TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -41,14 +42,6 @@ def _narrow(value, TYPE: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_least(pair):
-    # Little-endian: the scale is the lower half of the word.
-    scale = pair.to(tl.int16).to(tl.float16, bitcast=True)
-    least = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32)[:, None], least.to(tl.float32)[:, None]
-
-
-@triton.jit
 def _expand(
     address_ptr,
     chunk_ptr,
@@ -59,6 +52,7 @@ def _expand(
     TYPE: tl.constexpr,
     BF16: tl.constexpr,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     RAW: tl.constexpr,
 ):
@@ -67,12 +61,12 @@ def _expand(
     group = tl.arange(0, GROUPS)
     for item in range(tl.program_id(0), items, programs):
         number = item // num_chunks
-        chunk = chunk_ptr + (item % num_chunks) * 6
+        chunk = chunk_ptr + (item % num_chunks) * 8
         block = tl.load(address_ptr + tl.load(load_expert_ptr + number))
         slot = tl.load(load_slot_ptr + number).to(tl.int64)
         source = block + tl.load(chunk + 1)
-        target = tl.load(chunk + 3) + slot * tl.load(chunk + 4)
-        count = tl.load(chunk + 5).to(tl.int32)
+        target = tl.load(chunk + 4) + slot * tl.load(chunk + 5)
+        count = tl.load(chunk + 6).to(tl.int32)
         to_ptr = target.to(tl.pointer_type(TYPE))
         if tl.load(chunk) == 0:
             # Biases, whose slots begin anywhere: a few at a time, so that registers are left.
@@ -83,100 +77,93 @@ def _expand(
                 tl.store(to_ptr + offsets, raw, mask=offsets < count)
         else:
             inside = group < count
-            pair_ptr = (block + tl.load(chunk + 2)).to(tl.pointer_type(tl.int32))
+            # Several groups of the launch may share a scale: other matrices have shorter groups.
+            shared = (tl.load(chunk + 7).to(tl.int32) + group) // tl.load(chunk).to(tl.int32)
+            scale_ptr = (block + tl.load(chunk + 2)).to(tl.pointer_type(tl.float16)) + shared
+            least_ptr = (block + tl.load(chunk + 3)).to(tl.pointer_type(tl.float16)) + shared
             code_ptr = source.to(tl.pointer_type(tl.uint8))
-            # Codes and pairs are both asked for before either is used: one way over the link.
+            # Codes and scales are asked for before either is used: one way over the link.
+            BYTES: tl.constexpr = GROUP * BITS // 8
+            at = group[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+            from_ptr = tl.multiple_of(code_ptr + at, (1, 16 if BYTES >= 16 else BYTES))
+            code = tl.load(from_ptr, mask=inside[:, None], other=0)
+            scale = tl.load(scale_ptr, mask=inside, other=0).to(tl.float32)[:, None]
+            least = tl.load(least_ptr, mask=inside, other=0).to(tl.float32)[:, None]
             if BITS == 8:
-                column = tl.arange(0, 64)[None, :]
-                at = group[:, None] * 64 + column
-                from_ptr = tl.multiple_of(code_ptr + at, (1, 16))
-                code = tl.load(from_ptr, mask=inside[:, None], other=0)
-                scale, least = _scale_and_least(tl.load(pair_ptr + group, mask=inside, other=0))
                 value = code.to(tl.float32) * scale + least
-                into = tl.multiple_of(to_ptr + at, (1, 16))
-                tl.store(into, _narrow(value, TYPE, BF16), mask=inside[:, None])
             else:
-                # A byte holds two weights that lie 32 apart, so that both halves are written wide.
-                column = tl.arange(0, 32)[None, :]
-                from_ptr = tl.multiple_of(code_ptr + group[:, None] * 32 + column, (1, 16))
-                code = tl.load(from_ptr, mask=inside[:, None], other=0)
-                scale, least = _scale_and_least(tl.load(pair_ptr + group, mask=inside, other=0))
                 low = (code & 15).to(tl.float32) * scale + least
                 high = (code >> 4).to(tl.float32) * scale + least
-                into = tl.multiple_of(to_ptr + group[:, None] * 64 + column, (1, 16))
-                tl.store(into, _narrow(low, TYPE, BF16), mask=inside[:, None])
-                tl.store(into + 32, _narrow(high, TYPE, BF16), mask=inside[:, None])
-
-
-@dataclass(frozen=True)
-class Section:
-    """
-    One tensor in a block of codes.
-
-    Attributes:
-        name: of the parameter.
-        numel: weights.
-        offset: of its codes, or of its weights if it has no codes, in bytes.
-        scales: offset of its float16 pairs (scale, minimum), one a group; None without codes.
-    """
-
-    name: str
-    numel: int
-    offset: int
-    scales: int | None
+                value = tl.interleave(low, high)
+            into = to_ptr + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            into = tl.multiple_of(into, (1, 16))
+            tl.store(into, _narrow(value, TYPE, BF16), mask=inside[:, None])
 
 
 class ExpandPlan:
     """
-    How experts of one layer get from blocks of codes into one set of slots.
+    How experts of one layer get from packed blocks into one set of slots.
 
     Args:
         addresses: int64 ``(num_experts,)``, on the device; multiples of 64.
-        sections: the tensors of a block; offsets are multiples of 64.
-        bits: of the codes, 8 or 4.
-        slots: per name, a contiguous tensor ``(num_slots, ...)`` on the device.
-        programs: as in `CopyPlan`.
+        segments: The parts of a block; offsets are multiples of 64.
+        stored: Their format.
+        tensors: The tensors of an expert, as its module has them.
+        slots: Per tensor, ``(num_slots, ...)`` on the device, matrices by rows of their output.
+        programs: As in `CopyPlan`.
     """
 
     def __init__(
         self,
         addresses: Tensor,
-        sections: Sequence[Section],
-        bits: int,
+        segments: Sequence[Segment],
+        stored: Integer,
+        tensors: Sequence[Part],
         slots: Mapping[str, Tensor],
         programs: int | None = None,
-        chunk_groups: int = CHUNK_GROUPS,
+        chunk_weights: int = CHUNK_WEIGHTS,
     ) -> None:
-        rows = []
-        kinds = {slots[section.name].dtype for section in sections}
+        kinds = {slots[tensor.name].dtype for tensor in tensors}
         if len(kinds) != 1 or not kinds <= set(_TYPES):
             raise ValueError(f"slots of one type in {sorted(map(str, _TYPES))} are needed: {kinds}")
         dtype = kinds.pop()
-        for section in sections:
-            target = slots[section.name]
+        part_at = {segment.name: segment.offset for segment in segments}
+        groups = {
+            tensor.name: stored.arithmetic(tensor.rows_columns[1]).group
+            for tensor in tensors
+            if tensor.is_matrix
+        }
+        self._group = min(groups.values())
+        step = chunk_weights // self._group
+        rows = []
+        for tensor in tensors:
+            target = slots[tensor.name]
+            if tensor.transposed:
+                target = target.transpose(1, 2)
             if not target.is_contiguous():
-                raise ValueError(f"the slots of {section.name} are not contiguous")
-            base, stride = target.data_ptr(), section.numel * dtype.itemsize
-            step = chunk_groups * GROUP
-            for start in range(0, section.numel, step):
-                left = min(step, section.numel - start)
-                into = base + start * dtype.itemsize
-                if section.scales is None:
-                    at = section.offset + start * dtype.itemsize
-                    rows.append((0, at, 0, into, stride, left))
-                else:
-                    at = section.offset + start * bits // 8
-                    scales = section.scales + start // GROUP * 4
-                    rows.append((1, at, scales, into, stride, left // GROUP))
+                raise ValueError(f"the slots of {tensor.name} do not lie by rows of their output")
+            base, numel = target.data_ptr(), math.prod(tensor.shape)
+            stride = numel * dtype.itemsize
+            if not tensor.is_matrix:
+                rows.append((0, part_at[tensor.name], 0, 0, base, stride, numel, 0))
+                continue
+            codes, scales, minimums = (
+                part_at[f"{tensor.name}.{kind}"] for kind in ("codes", "scales", "minimums")
+            )
+            shared = groups[tensor.name] // self._group
+            for first in range(0, numel // self._group, step):
+                count = min(step, numel // self._group - first)
+                weights = first * self._group
+                rows.append(
+                    (shared, codes + weights * stored.bits // 8, scales, minimums,
+                     base + weights * dtype.itemsize, stride, count, first)
+                )  # fmt: skip
         self._chunks = torch.tensor(rows, dtype=torch.int64, device="cpu").to(addresses.device)
         self._addresses = addresses
-        self._bits, self._type, self._groups = bits, _TYPES[dtype], chunk_groups
+        self._bits, self._type, self._groups = stored.bits, _TYPES[dtype], step
         self._keep = dict(slots)
         self.programs = programs or default_programs(addresses.device)
-        self.nbytes = sum(
-            s.numel * dtype.itemsize if s.scales is None else s.numel * bits // 8 + s.numel // 16
-            for s in sections
-        )
+        self.nbytes = sum(segment.nbytes for segment in segments)
 
     def launch(self, load_expert: Tensor, load_slot: Tensor, num_loads: Tensor) -> None:
         """As `CopyPlan.launch`."""
@@ -190,6 +177,7 @@ class ExpandPlan:
             TYPE=self._type,
             BF16=self._type == tl.bfloat16,
             BITS=self._bits,
+            GROUP=self._group,
             GROUPS=self._groups,
             RAW=RAW_WEIGHTS,
             num_warps=4,

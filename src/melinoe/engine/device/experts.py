@@ -13,12 +13,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.checks import Guard
 from melinoe.engine.device import compiled
-from melinoe.engine.device.carrier import Carrier, FastStore, addresses_of
+from melinoe.engine.device.blocks import addresses
+from melinoe.engine.device.carrier import Carrier
 from melinoe.engine.device.passes import DEVICE, STREAM, DevicePasses
 from melinoe.engine.device.residency import DeviceResidency, to_device
-from melinoe.engine.device.staging import Staging
+from melinoe.engine.device.staging import Staging, unpacked_slots
 from melinoe.engine.device.support import grouped_mm_waits
-from melinoe.engine.store import read_expert
+from melinoe.engine.store import Store, read_weights
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
@@ -52,7 +53,7 @@ class DeviceExperts:
         self,
         layer: ExpertsLayer,
         residencies: DeviceResidency,
-        store: FastStore,
+        store: Store,
         staging: Staging,
         passes: DevicePasses,
         prefill: Callable[[], StreamedPrefill],
@@ -66,15 +67,12 @@ class DeviceExperts:
         self._is_last = layer.index == len(residencies.capacity) - 1
         with torch.inference_mode(False):
             # Zeros, because a choice of no expert computes some slot, with weight zero.
-            self.slots = {
-                t.name: torch.zeros((self._num_slots, *t.shape), dtype=t.dtype, device=device)
-                for t in layer.tensors
-            }
+            self.slots = unpacked_slots(layer, store, self._num_slots, device)
         staging.adopt(*self.slots.values())
-        where = addresses_of(store, layer.index, device)
-        blocks = staging.blocks(layer)
-        self._carrier = Carrier(store, layer.index, where, self.slots)
-        self._through = [Carrier(store, layer.index, where, block) for block in blocks]
+        where = addresses(store, layer.index, device)
+        blocks = staging.blocks(layer, store)
+        self._carrier = Carrier(store, layer, where, self.slots)
+        self._through = [Carrier(store, layer, where, block) for block in blocks]
         self._forward = self._of_few = transformers_function(layer.module)
         if device.type == "cuda" and grouped_mm_waits(
             torch.cuda.get_device_capability(device), layer.tensors[0].dtype
@@ -143,8 +141,8 @@ class DeviceExperts:
             return self._plan(top_k_index, top_k_weights)
 
     def read(self, expert: int) -> dict[str, Tensor]:
-        """Read one expert from the store, to the host."""
-        return read_expert(self.layer, self._store, expert)
+        """Read one expert from the store, to the host, as a slot holds it."""
+        return read_weights(self.layer, self._store, expert)
 
     def prefetch(self, experts: Sequence[int]) -> int:
         """Load *experts*, the most wanted first; returns the number of loads."""

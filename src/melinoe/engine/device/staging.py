@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from melinoe.engine.store import Store
 from melinoe.moe.experts import ExpertsLayer
 
 
@@ -27,11 +28,13 @@ class Staging:
         self._blocks: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def blocks(self, layer: ExpertsLayer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def blocks(
+        self, layer: ExpertsLayer, store: Store
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The two blocks for *layer*; each maps names to tensors ``(experts, ...)``."""
         key = layer.tensors
         if key not in self._blocks:
-            self._blocks[key] = (self._block(layer), self._block(layer))
+            self._blocks[key] = (self._block(layer, store), self._block(layer, store))
         return self._blocks[key]
 
     @property
@@ -79,14 +82,24 @@ class Staging:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _block(self, layer: ExpertsLayer) -> dict[str, Tensor]:
+    def _block(self, layer: ExpertsLayer, store: Store) -> dict[str, Tensor]:
         with torch.inference_mode(False):
-            block = {
-                t.name: torch.zeros((self.experts, *t.shape), dtype=t.dtype, device=self._device)
-                for t in layer.tensors
-            }
+            block = unpacked_slots(layer, store, self.experts, self._device)
         self.adopt(*block.values())
         return block
+
+
+def unpacked_slots(
+    layer: ExpertsLayer, store: Store, count: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Slots for the module's tensors; where blocks are unpacked, matrices lie as in the block."""
+    slots = {}
+    for tensor in layer.tensors:
+        turned = tensor.transposed and not store.format(layer.index).exact
+        shape = tensor.rows_columns if turned else tensor.shape
+        slot = torch.zeros((count, *shape), dtype=tensor.dtype, device=device)
+        slots[tensor.name] = slot.transpose(1, 2) if turned else slot
+    return slots
 
 
 def staging_bytes(layers: Sequence[ExpertsLayer], experts: int) -> int:
