@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import melinoe
-from melinoe.engine.store import read_expert
+from melinoe.engine.store import read_block
 
 FAMILIES = [family for family in tiny.families() if family not in tiny.CANNOT]
 IDS = torch.randint(3, tiny.VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def test_a_checkpoint_loads_to_the_model_that_was_saved(family, tmp_path):
     stacked = set()
     for layer in handle.layers:
         for expert in range(layer.num_experts):
-            for name, tensor in read_expert(layer, handle.store, expert).items():
+            for name, tensor in read_block(layer, handle.store, expert).items():
                 assert torch.equal(tensor, weights[f"{layer.name}.{name}"][expert])
                 stacked.add(f"{layer.name}.{name}")
     for name in own.keys() - stacked:
