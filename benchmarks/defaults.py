@@ -41,8 +41,8 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, encode, load_examples, pad_token_id
 from melinoe.evaluate import perplexity
 from melinoe.finetune import train
-from melinoe.finetune.parts.adapter import Adapter, adapter_of
-from melinoe.finetune.terms.own_text import own_text
+from melinoe.finetune.adapter import Adapter, adapter_of
+from melinoe.finetune.own_text import own_text
 from melinoe.measure import (
     append_jsonl,
     completion_counts,
@@ -54,17 +54,23 @@ from melinoe.shipped import GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
 
 EXAMPLES, JUDGED_FROM, JUDGED, OTHERS = 1600, 6000, 96, 16
 STEPS, BATCH, MAX_LENGTH, OWN_TEXTS, SLOTS = 200, 8, 200, 256, 8
-LOCALITY = ("lambda_cache", "cache_prior", "lambda_rank", "lambda_reuse")
+LOCALITY = ("lambda_cache", "lambda_rank")
 OWN = {"lambda_replay": 0.1}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: what differs from one run without a teacher, a prior or replay."""
+    """
+    One fine-tuning: what differs from one run without a teacher or replay.
+
+    Runs that are *gone* trained under the cache prior, which was taken out on what they showed:
+    they stay in the record, and cannot be run again.
+    """
 
     name: str
     changes: dict[str, Any]
     taught: bool = False
+    gone: bool = False
 
     def settings(self, seed: int) -> FinetuneSettings:
         steps = STEPS // 2 if self.taught else STEPS
@@ -101,8 +107,9 @@ def stages() -> dict[str, list[Run]]:
         Run(
             f"{'taught' if taught else 'one run'}, weight {weight:g}, prior {prior:g}"
             f"{', own text' if own else ''}",
-            {**best, "lambda_cache": weight, "cache_prior": prior, **own},
+            {**best, "lambda_cache": weight, **own},
             taught,
+            gone=prior > 0,
         )
         for taught, weight, prior, own in (
             (False, 1.0, 0.0, OWN), (False, 0.5, 0.0, OWN), (False, 2.0, 0.0, OWN),
@@ -112,7 +119,7 @@ def stages() -> dict[str, list[Run]]:
         )
     ]  # fmt: skip
     grid.append(Run("low-rank 0.008, routers 0.008, own text", rates(8e-3, 8e-3, **OWN)))
-    ranks = [Run("one run, own text, rank 8", {**best, "lora_rank": 8, **OWN})]
+    ranks = [Run(f"one run, own text, rank {r}", {**best, "lora_rank": r, **OWN}) for r in (8, 16)]
     return {"rates": grid, "recipes": recipes, "ranks": ranks}
 
 
@@ -233,7 +240,7 @@ def one_run(run: Run, seed: int) -> dict[str, Any]:
     taught_by = teacher(settings.plain()) if run.taught else None
     model = base_model()
     replayed = anchor(seed) if settings.lambda_replay else None
-    rows, skipped = train(
+    done = train(
         model,
         texts()["train"],
         settings,
@@ -245,9 +252,9 @@ def one_run(run: Run, seed: int) -> dict[str, Any]:
     student = 1 + run.taught + (0.25 if replayed else 0)
     return {
         "name": run.name, "key": run.key(seed), "control": run.control().key(seed), "seed": seed,
-        "taught": run.taught, "skipped_steps": skipped, "processor_s": round(seconds, 1),
+        "taught": run.taught, "skipped_steps": done.skipped_steps, "processor_s": round(seconds, 1),
         "forward_passes": settings.steps * (student + run.taught),
-        "last": {k: v for k, v in rows[-1].items() if k in ("nll", "cache", "grad_norm")},
+        "last": {k: v for k, v in done.rows[-1].items() if k in ("nll", "cache", "grad_norm")},
         **judge(model),
     }  # fmt: skip
 
@@ -271,7 +278,7 @@ def main() -> None:
         append_jsonl(arguments.out, row | judge(base_model()) | {"machine": machine()})
     for seed in arguments.seeds:
         for run in stages()[arguments.stage]:
-            if arguments.only not in run.name:
+            if run.gone or arguments.only not in run.name:
                 continue
             for one in (run.control(), run):
                 if one.key(seed) in done:

@@ -68,7 +68,7 @@ def measure(path: str, out: str, rank: int | None) -> dict:
         path, [Example("", text, "the benchmark")], out, settings, callbacks=[Watch()]
     )
     return {
-        "rank": settings.lora_rank,
+        "rank": done.metadata["lora_rank"],
         "after_first_step_bytes": peaks[0],
         "after_training_bytes": peaks[-1],
         "peak_bytes": status("VmHWM") - before,

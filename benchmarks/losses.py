@@ -16,13 +16,10 @@ makes their share look larger: the share at full size is below it by the ratio o
 is printed, times the ratio of rates at which the two steps run, which is near 1 or above where
 larger products run faster.
 
-Beside the terms stands what training under the cache prior adds to a forward pass: a walk over the
-tokens on the host, from logits on the device and back. Random routing is its worst case.
-
 The order of the ways rotates; the first round is discarded. Two clocks: wall time, and the
 processor time of this process, which is the one to read on a machine that others use. Memory is of
 tensors beyond the logits, summed over the profiler's record of one more round (on a GPU, the
-allocator's own peak). Not measured: distillation and replay, whose cost is another pass of a model.
+allocator's own peak). Not measured: hidden states and replay, whose cost is another pass.
 
     python benchmarks/losses.py [--repeats 7] [--hidden 256] [--device cuda] [--out FILE]
 """
@@ -44,11 +41,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from melinoe.cache import prior_kernel
-from melinoe.config import FinetuneSettings, experts_in_share
-from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.parts.adapters import make_trainable
-from melinoe.finetune.terms.objective import Objective
+from melinoe.config import FinetuneSettings
+from melinoe.finetune.objective import Objective
+from melinoe.finetune.parts import make_trainable
 from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import Router, Routing, find_routers
@@ -57,22 +52,11 @@ OBJECTIVES = {
     "default: resident": {},
     "clipped": {"cache_loss": "clipped"},
     "clipped, rank mean": {"cache_loss": "clipped", "lambda_rank": 0.1},
-    "literal, rank sum, gradient through the cache": {
-        "cache_loss": "literal",
-        "lambda_rank": 0.1,
-        "rank_reduce": "sum",
-        "cache_gradient": True,
-    },
+    "literal, rank mean": {"cache_loss": "literal", "lambda_rank": 0.1},
     "clipped, KL anchor": {"cache_loss": "clipped", "anchor": "kl", "lambda_rank": 0.1},
-    "resident, swap margin, reuse, rank mean": {
-        "cache_loss": "resident",
-        "lambda_rank": 0.1,
-        "swap_margin": 1.0,
-        "lambda_reuse": 0.1,
-    },
+    "resident, rank mean": {"lambda_rank": 0.1},
 }
-ALL = "resident, swap margin, reuse, rank mean"
-WALK = "choices under the cache prior, walked on one processor core"
+ALL = "resident, rank mean"
 
 
 @dataclass(frozen=True)
@@ -133,31 +117,9 @@ class Terms:
         for routing in self.routings:
             routing.logits.grad = None
         nll = torch.zeros((), device=self.labels.device)
-        total = self.objective(nll, self.routings, self.labels, self.segments).total
+        total = self.objective.weigh(nll, self.routings, self.labels, self.segments).total
         total.backward()
         return total
-
-
-class Walk:
-    """Whom decoding under the cache prior would choose, for the routing of `Terms`."""
-
-    def __init__(self, shape: Shape, terms: Terms):
-        self.given = [
-            (one.logits.detach(), one.top_k_index.view(shape.batch, shape.tokens, shape.top_k))
-            for one in terms.routings
-        ]
-        self.shape = (shape.batch, shape.tokens, shape.experts)
-        self.texts = terms.segments.cpu().numpy(), (terms.labels > 0).cpu().numpy()
-        self.capacity = experts_in_share(FinetuneSettings().capacity, shape.experts)
-
-    def run(self) -> None:
-        for logits, chosen in self.given:
-            scores = logits.float().view(self.shape).cpu().numpy()
-            after = chosen.cpu().numpy().copy()
-            prior_kernel.choose(
-                scores, after, *self.texts, self.capacity, 0.9, 0.2, 1, prior_kernel.MEMORY
-            )
-            torch.from_numpy(after).to(chosen.device)
 
 
 class Step:
@@ -180,9 +142,9 @@ class Step:
         self.model = OlmoeForCausalLM(config).to(device).train()
         settings = FinetuneSettings(lora_rank=shape.rank, lambda_replay=0.0, **changes)
         routers = find_routers(self.model)
-        self.objective = Objective(routers, settings)
-        parts = make_trainable(self.model, routers, find_experts(self.model), settings)
-        self.objective.updates = parts.updates
+        layers = find_experts(self.model)
+        parts = make_trainable(self.model, routers, layers, settings, shape.rank)
+        self.objective = Objective(routers, settings, parts=parts)
         self.optimizer = torch.optim.AdamW(parts.all(), lr=1e-5)
         ids = torch.randint(2, shape.vocabulary, (shape.batch, shape.tokens), device=device)
         self.batch = {
@@ -193,8 +155,7 @@ class Step:
         }
 
     def with_terms(self) -> Tensor:
-        terms, _ = forward_terms(self.model, self.batch, self.objective, training=True)
-        return self._update(terms.total)
+        return self._update(self.objective.measure(self.model, self.batch, training=True).total)
 
     def without_terms(self) -> Tensor:
         inputs = {key: self.batch[key] for key in ("input_ids", "attention_mask")}
@@ -277,7 +238,6 @@ def main() -> None:
     hidden = torch.randn(full.batch * full.tokens, full.hidden, device=device)
     terms = {name: Terms(full, changes, hidden) for name, changes in OBJECTIVES.items()}
     ways: dict[str, Callable[[], Any]] = {name: one.run for name, one in terms.items()}
-    ways[WALK] = Walk(full, next(iter(terms.values()))).run
     seconds = timed({**ways, "product": lambda: left @ right}, arguments.repeats, device)
     rows = []
     for name, run in ways.items():

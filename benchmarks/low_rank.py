@@ -34,8 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from melinoe.finetune.parts.low_rank import LowRankUpdates
-from melinoe.finetune.parts.peft_layout import from_peft_A, from_peft_B
+from melinoe.finetune.adapter import from_peft_A, from_peft_B
+from melinoe.finetune.parts import LowRankUpdates
 from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.shipped import TINY_OLMOE

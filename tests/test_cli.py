@@ -362,7 +362,7 @@ def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path, melinoe):
 def test_own_text_of_an_offloaded_model_is_that_of_the_whole_one(checkpoint, tmp_path, melinoe):
     """Two slots of eight; the rows are what `own_text` writes with all experts resident."""
     from melinoe.data import load_examples
-    from melinoe.finetune.terms.own_text import own_text
+    from melinoe.finetune.own_text import own_text
 
     out = tmp_path / "own.jsonl"
     asked = (

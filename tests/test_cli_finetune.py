@@ -45,8 +45,7 @@ def test_options_become_settings_of_their_types():
     """Numbers, flags, absent values, and options that may be repeated."""
     given = parsed(
         "--capacity", 0.5, "--packing", "--steps", 7, "--save-every", 3, "--keep", "best",
-        "--report-to", "tensorboard", "--report-to", "wandb", "--layer-capacity", 0.5,
-        "--layer-capacity", 0.25,
+        "--report-to", "tensorboard", "--report-to", "wandb",
     )  # fmt: skip
     assert given == FinetuneSettings(
         capacity=0.5,
@@ -55,7 +54,6 @@ def test_options_become_settings_of_their_types():
         save_every=3,
         keep="best",
         report_to=("tensorboard", "wandb"),
-        layer_capacity=(0.5, 0.25),
     )
 
 

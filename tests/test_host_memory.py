@@ -16,7 +16,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import BudgetError
 from melinoe.finetune import finetune
-from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.finetune.saving import merge_adapter
 from melinoe.host_memory import HostMemory, check_host_room, free_host_bytes, host_memory
 
 GIB = 2**30

@@ -16,11 +16,11 @@ def settings(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lambda_cache": 0.0, "cache_prior": 0.0},
-        {"gamma": 0.5, "capacity": 0.5, "cache_loss": "clipped", "swap_margin": 1.0},
+        {"lambda_cache": 0.0},
+        {"gamma": 0.5, "capacity": 0.5, "cache_loss": "clipped"},
         {"log_every": 1, "save": "both", "gradient_checkpointing": True},
-        {"rho": 0.3, "anchor": "kl", "reference": "pass"},  # the anchor's weight is 0
-        {"own_texts": 7, "replay_loss": "nll"},  # nothing is replayed
+        {"rho": 0.3, "anchor": "kl"},  # the anchor's weight is 0
+        {"own_texts": 7},  # nothing is replayed
     ],
 )
 def test_what_leaves_a_control_like_for_like(changes):
@@ -55,8 +55,15 @@ def test_a_term_that_a_record_does_not_name_was_off():
 
 
 def test_a_run_is_for_locality_if_any_such_term_is_on():
-    """Records without settings say nothing."""
-    off = {"lambda_cache": 0.0, "cache_prior": 0.0}
-    assert for_locality(settings()) and for_locality(settings(lambda_cache=0.0, cache_prior=0.2))
-    assert not for_locality(settings(**off)) and not for_locality({})
-    assert for_locality(settings(**off, lambda_reuse=0.5))
+    """Records without settings say nothing; those of earlier versions had other such terms."""
+    off = settings(lambda_cache=0.0)
+    assert for_locality(settings()) and not for_locality(off) and not for_locality({})
+    assert for_locality(off | {"cache_prior": 0.2}) and for_locality(off | {"lambda_reuse": 0.5})
+
+
+def test_records_of_earlier_versions_are_told_apart_by_what_they_trained():
+    """Their words for no anchor, and a term that is gone: on one side only, it is no control."""
+    old = settings() | {"anchor": "none", "lambda_rank": 0.1, "replay_loss": "kl"}
+    assert differences(settings(), old) == {}
+    taught = old | {"lambda_distill": 0.5}
+    assert differences(old | {"lambda_distill": 0.25}, taught) == {"lambda_distill": (0.25, 0.5)}

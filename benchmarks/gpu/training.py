@@ -4,9 +4,9 @@ What does a training step with the locality terms cost at real size, in time and
 Bad news would be: fewer tokens a second, or more memory, than transformers with PEFT's low-rank
 updates and no terms at all; or terms that take more than 5 % of the step. OLMoE-1B-7B's dimensions
 with random weights, trained by each package's own Trainer: routers in full, experts by updates of
-rank 32; the model in bfloat16, what is trained in float32. Ways, the first three Melinoe's own: all
-default terms under the cache prior; the same without the prior, which is a walk over the tokens on
-the host; the next-token loss alone; PEFT's ``target_parameters`` on transformers' Trainer.
+the default rank; the model in bfloat16, what is trained in float32. Ways, the first two Melinoe's
+own: the default terms; the next-token loss alone; PEFT's ``target_parameters`` on transformers'
+Trainer.
 
 Floor: the step's floating-point operations, counted as `benchmarks/losses.py` does, at the rate of
 one large bfloat16 product measured here. Each way is run in two rounds, in a process that others
@@ -40,12 +40,12 @@ from transformers import Trainer, TrainerCallback
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
+from melinoe.finetune.rates import default_rank
 from melinoe.measure import machine, write_json
 
 OURS: dict[str, dict[str, Any]] = {
     "melinoe, default terms": {},
-    "melinoe, default terms, no cache prior": {"cache_prior": 0.0},
-    "melinoe, next-token loss alone": {"lambda_cache": 0.0, "cache_prior": 0.0},
+    "melinoe, next-token loss alone": {"lambda_cache": 0.0},
 }
 PEFT = "transformers and PEFT, next-token loss alone"
 ROOF = "roof"
@@ -114,14 +114,14 @@ def train_peft(model: Any, shape: Any, arguments: argparse.Namespace, clock: Clo
     """Experts by PEFT's updates of the same rank, routers in full, as in Melinoe's runs."""
     from peft import LoraConfig, get_peft_model
 
-    from melinoe.finetune.arguments import set_steps, training_arguments
     from melinoe.finetune.rates import Rates
+    from melinoe.finetune.trainer import set_steps, training_arguments
     from melinoe.moe.routing import find_routers
 
     settings = settings_for(arguments)
     routers = find_routers(model)
     config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=[],
+        r=default_rank(shape.top_k), lora_alpha=settings.lora_alpha, target_modules=[],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )  # fmt: skip
     wrapped = get_peft_model(model, config)
@@ -233,7 +233,7 @@ def record_of(events: Sequence[dict[str, Any]], arguments: argparse.Namespace) -
     rows = [event for event in events if event["event"] == "row"]
     roof = next((row for row in rows if row["section"] == ROOF), {})
     shape, tokens = shape_of(arguments), arguments.batch * arguments.tokens
-    operations = step_operations(shape, arguments, FinetuneSettings().lora_rank)
+    operations = step_operations(shape, arguments, default_rank(shape.top_k))
     result = []
     for way in (*OURS, PEFT):
         own = [row for row in rows if row.get("way") == way]
@@ -252,7 +252,7 @@ def record_of(events: Sequence[dict[str, Any]], arguments: argparse.Namespace) -
             row["share_of_floor"] = operations / roof["product_flops_per_s"] / median
         result.append(row)
     by_way = {row["way"]: row["step_s"] for row in result}
-    ours, plain, peft = *(by_way.get(way) for way in list(OURS)[::2]), by_way.get(PEFT)
+    ours, plain, peft = *(by_way.get(way) for way in OURS), by_way.get(PEFT)
     return {
         "benchmark": "gpu_training",
         "title": "A training step at OLMoE-1B-7B's dimensions, beside transformers and PEFT",
@@ -260,7 +260,7 @@ def record_of(events: Sequence[dict[str, Any]], arguments: argparse.Namespace) -
         "routing": "random weights: nearly even use of experts",
         "dry_run": arguments.dry_run,
         "shape": {"layers": shape.layers, "batch": arguments.batch, "tokens": arguments.tokens,
-                  "rank": FinetuneSettings().lora_rank},
+                  "rank": default_rank(shape.top_k)},
         "result": result,
         "times_peft": peft / ours if peft and ours else None,
         "terms_share_of_step": 1 - plain / ours if plain and ours else None,

@@ -33,7 +33,7 @@ from melinoe.checkpoint.metadata import read_metadata
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import load_examples
 from melinoe.finetune import FinetuneResult, finetune
-from melinoe.finetune.terms.own_text import OWN
+from melinoe.finetune.own_text import OWN
 from melinoe.measure import append_jsonl, machine
 from melinoe.shipped import GSM8K_TRAIN, TINY_OLMOE
 

@@ -10,13 +10,16 @@ import platform
 
 # mallopt's parameter numbers, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_KEPT_BYTES = 1 << 30
+# Larger blocks are returned when they are freed: a large model's would leave holes. 32 MiB is the
+# most that every glibc takes.
+_FROM_THE_HEAP_BYTES = 32 << 20
+_KEPT_BYTES = 256 << 20
 _AHEAD_BYTES = 64 << 20
 
 
 def keep_freed_memory() -> bool:
     """
-    Tell glibc to serve large blocks from its heap and to hold up to 1 GiB of freed ones.
+    Tell glibc to serve blocks up to 32 MiB from its heap, and to hold 256 MiB of freed ones.
 
     Affects the whole process until it ends; calling it again changes nothing.
 
@@ -29,7 +32,7 @@ def keep_freed_memory() -> bool:
     return all(
         mallopt(parameter, value) == 1
         for parameter, value in (
-            (_M_MMAP_THRESHOLD, _KEPT_BYTES),
+            (_M_MMAP_THRESHOLD, _FROM_THE_HEAP_BYTES),
             (_M_TRIM_THRESHOLD, _KEPT_BYTES),
             (_M_TOP_PAD, _AHEAD_BYTES),
         )

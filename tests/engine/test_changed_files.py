@@ -16,7 +16,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import CheckpointError, WriteError
 from melinoe.finetune import finetune
-from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.finetune.saving import merge_adapter
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 SHARD = "model.safetensors"
@@ -290,7 +290,7 @@ def test_what_will_be_read_again_must_be_what_was_read(olmoe, change):
 
 def test_nothing_that_is_kept_of_a_file_is_the_file_itself(base, tmp_path):
     """An adapter read for a run: its file may be overwritten or cut while the run goes on."""
-    from melinoe.finetune.parts.adapter_files import WEIGHTS, read_adapter
+    from melinoe.finetune.adapter import WEIGHTS, read_adapter
 
     finetune(base, DATA, tmp_path / "out", SETTINGS)
     model, handle = melinoe.load(base, slots=4)

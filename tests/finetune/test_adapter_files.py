@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import CheckpointError
-from melinoe.finetune.parts.adapter import adapter_of
-from melinoe.finetune.parts.adapter_files import (
+from melinoe.finetune.adapter import (
     CONFIG,
     WEIGHTS,
+    adapter_of,
     read_adapter,
     read_adapter_config,
     write_adapter,
 )
-from melinoe.finetune.parts.adapters import make_trainable
+from melinoe.finetune.parts import make_trainable
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -49,7 +49,9 @@ def trained(family="olmoe", **changes):
     """A model as training leaves it: every factor and every router moved."""
     settings = FinetuneSettings(**{"lora_rank": 3, "lora_alpha": 6.0} | changes)
     model = tiny.tiny_model(family)
-    parts = make_trainable(model, find_routers(model), find_experts(model), settings)
+    parts = make_trainable(
+        model, find_routers(model), find_experts(model), settings, settings.lora_rank
+    )
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in parts.lora.items():

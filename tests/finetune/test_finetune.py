@@ -13,9 +13,8 @@ import melinoe.finetune.trainer as trainer_module
 from melinoe.checkpoint import read_metadata
 from melinoe.data import Encoded
 from melinoe.errors import DataError, OutputExistsError, TrainingError
-from melinoe.finetune import finetune, train
-from melinoe.finetune.resume.checkpoints import read_tensors
-from melinoe.finetune.training import run_training
+from melinoe.finetune import finetune, resume, train
+from melinoe.finetune.resume import read_tensors
 from melinoe.moe.routing import find_routers, fingerprint
 
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "phimoe", "qwen3_moe")
@@ -55,7 +54,7 @@ def test_the_cache_term_lowers_the_cache_loss_against_the_control():
     for name, one in {"tuned": chosen, "control": chosen.control()}.items():
         model = tiny_model("olmoe")
         model.load_state_dict(base.state_dict())
-        runs[name], _ = train(model, examples(), one, pad_token_id=0)
+        runs[name] = train(model, examples(), one, pad_token_id=0).rows
     assert runs["tuned"][0]["nll"] == runs["control"][0]["nll"]
     assert runs["tuned"][0]["cache"] == runs["control"][0]["cache"]
     assert runs["tuned"][-1]["cache"] < 0.8 * runs["control"][-1]["cache"]
@@ -93,7 +92,7 @@ def test_accumulated_batches_equal_one_large_batch():
         rows = trained(
             model, examples(8), batch_size=batch, gradient_accumulation=accumulation, steps=3
         )
-        curves.append([(row["nll"], row["cache"], row["anchor"]) for row in rows])
+        curves.append([(row["nll"], row["cache"], row["total"]) for row in rows])
     for large, small in zip(*curves, strict=True):
         assert small == pytest.approx(large, rel=1e-4)
 
@@ -129,7 +128,7 @@ def test_bfloat16_computing_trains_too():
 def break_losses(monkeypatch, bad_calls):
     """Make the given calls of the objective (counted from 1) return a loss of nan."""
     calls = []
-    whole = trainer_module.Objective.__call__
+    whole = trainer_module.Objective.weigh
 
     def broken(self, *args, **kwargs):
         terms = whole(self, *args, **kwargs)
@@ -138,7 +137,7 @@ def break_losses(monkeypatch, bad_calls):
             terms.total = terms.total * float("nan")
         return terms
 
-    monkeypatch.setattr(trainer_module.Objective, "__call__", broken)
+    monkeypatch.setattr(trainer_module.Objective, "weigh", broken)
 
 
 def test_a_step_with_a_non_finite_loss_changes_nothing(monkeypatch, caplog):
@@ -147,8 +146,8 @@ def test_a_step_with_a_non_finite_loss_changes_nothing(monkeypatch, caplog):
     both.load_state_dict(good.state_dict())
     trained(good, steps=1)
     break_losses(monkeypatch, {2})
-    _, skipped = train(both, examples(), settings(steps=2), pad_token_id=0)
-    assert skipped == 1 and "step 2 is skipped" in caplog.text
+    done = train(both, examples(), settings(steps=2), pad_token_id=0)
+    assert done.skipped_steps == 1 and "step 2 is skipped" in caplog.text
     other = both.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in good.state_dict().items())
 
@@ -156,17 +155,19 @@ def test_a_step_with_a_non_finite_loss_changes_nothing(monkeypatch, caplog):
 def test_too_many_bad_steps_in_a_row_stop_the_run(monkeypatch):
     """Two allowed in a row, apart from a good one between; at the third in a row it ends."""
     break_losses(monkeypatch, {1, 3, 4, 5})
+    monkeypatch.setattr(trainer_module, "_MOST_BAD_STEPS", 3)
     with pytest.raises(TrainingError, match="3 steps in a row, up to step 5"):
-        train(tiny_model("olmoe"), examples(), settings(steps=9, max_bad_steps=3), pad_token_id=0)
+        train(tiny_model("olmoe"), examples(), settings(steps=9), pad_token_id=0)
 
 
 def test_what_was_good_before_too_many_bad_steps_is_kept(monkeypatch, tmp_path):
     """Two good steps, then only bad ones: the checkpoint holds what those two trained."""
     model, other = tiny_model("olmoe"), tiny_model("olmoe")
     break_losses(monkeypatch, {3, 4, 5, 6})
-    chosen = settings(steps=9, max_bad_steps=2, train="router")
+    monkeypatch.setattr(trainer_module, "_MOST_BAD_STEPS", 2)
+    chosen = settings(steps=9, train="router")
     with pytest.raises(TrainingError, match=r"trained before is kept in .*run"):
-        run_training(model, examples(), chosen, pad_token_id=0, checkpoints=tmp_path / "run")
+        train(model, examples(), chosen, pad_token_id=0, checkpoints=tmp_path / "run")
     (path,) = (tmp_path / "run").iterdir()
     monkeypatch.undo()
     train(other, examples(), settings(steps=2, train="router"), pad_token_id=0)
@@ -183,16 +184,18 @@ def test_checkpoints_of_before_the_loss_broke_outlive_it(monkeypatch, tmp_path):
     each once.
     """
     where = {"checkpoints": tmp_path / "run", "pad_token_id": 0}
-    chosen = settings(steps=9, max_bad_steps=4, save_every=1, keep_checkpoints=1, train="router")
+    chosen = settings(steps=9, save_every=1, train="router")
+    monkeypatch.setattr(trainer_module, "_MOST_BAD_STEPS", 4)
+    monkeypatch.setattr(resume, "_KEPT", 1)
     break_losses(monkeypatch, {4, 5, 6, 7})
     with pytest.raises(TrainingError, match="4 steps in a row, up to step 7"):
-        run_training(tiny_model("olmoe"), examples(), chosen, **where)
+        train(tiny_model("olmoe"), examples(), chosen, **where)
     kept = sorted((tmp_path / "run").iterdir())
     assert [path.name for path in kept] == ["step-000003", "step-000006"]
     before, after = (read_tensors(path, "parts") for path in kept)
     assert all(torch.equal(before[name], after[name]) for name in before)
     monkeypatch.undo()
-    done = run_training(tiny_model("olmoe"), examples(), chosen, resume=True, **where)
+    done = train(tiny_model("olmoe"), examples(), chosen, resume=True, **where)
     assert done.skipped_steps == 3 and done.step == 9
 
 
@@ -236,8 +239,7 @@ def test_a_setting_that_no_run_could_use_is_named(change):
 def test_what_is_written_is_the_trained_model(checkpoint, monkeypatch):
     """Reloaded logits equal the merged model's in memory; experts are stored one by one."""
     kept = {}
-    from melinoe.finetune import run
-    from melinoe.finetune.parts import saving
+    from melinoe.finetune import run, saving
 
     write = saving.write_model
 
@@ -291,7 +293,7 @@ def test_a_failed_run_leaves_nothing_half_written(checkpoint, monkeypatch):
             checkpoint / "base",
             checkpoint / "data.jsonl",
             checkpoint / "out",
-            settings(steps=5, max_bad_steps=2),
+            settings(steps=5),
         )
     assert sorted(checkpoint.iterdir()) == before
 

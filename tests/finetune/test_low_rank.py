@@ -11,9 +11,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from melinoe import attach
 from melinoe.config import FinetuneSettings
 from melinoe.errors import AttachError, TrainingError
-from melinoe.finetune.parts.adapters import make_trainable
-from melinoe.finetune.parts.low_rank import LowRankUpdates
-from melinoe.finetune.parts.peft_layout import from_peft_A, from_peft_B
+from melinoe.finetune.adapter import from_peft_A, from_peft_B
+from melinoe.finetune.parts import LowRankUpdates, make_trainable
 from melinoe.moe.experts import find_experts
 from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers
@@ -298,4 +297,4 @@ def test_frozen_routers_are_refused_by_the_familys_name():
     """Nothing of such a model could learn to reuse experts."""
     model = tiny.tiny_model("mixtral").requires_grad_(False)
     with pytest.raises(TrainingError, match="routers of mixtral are frozen"):
-        make_trainable(model, find_routers(model), find_experts(model), FinetuneSettings())
+        make_trainable(model, find_routers(model), find_experts(model), FinetuneSettings(), 4)

@@ -6,9 +6,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from melinoe.finetune.parts.adapter import adapter_of
-from melinoe.finetune.parts.adapters import TrainedParts
-from melinoe.finetune.parts.low_rank import LowRankUpdates
+from melinoe.finetune.adapter import adapter_of
+from melinoe.finetune.parts import LowRankUpdates, TrainedParts
 from melinoe.moe.experts import find_experts
 
 # One token repeated, another in each process: few experts run, and not the same ones.

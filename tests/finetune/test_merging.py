@@ -18,8 +18,8 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import CheckpointError, MelinoeError, OutputExistsError
 from melinoe.finetune import finetune
-from melinoe.finetune.parts.adapter_files import CONFIG, WEIGHTS
-from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.finetune.adapter import CONFIG, WEIGHTS
+from melinoe.finetune.saving import merge_adapter
 from melinoe.moe.routing import fingerprint
 from melinoe.report.card import write_card
 

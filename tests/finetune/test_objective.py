@@ -4,18 +4,21 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from slow_losses import (
-    slow_cache_loss,
-    slow_kl,
-    slow_rank_loss,
-    slow_reuse_loss,
-)
+from slow_losses import slow_cache_loss, slow_kl, slow_rank_loss
+from small_runs import examples, settings
+from tiny import tiny_model
 from torch import nn
 
 from melinoe.config import FinetuneSettings
+from melinoe.data import Collator
 from melinoe.errors import TrainingError
-from melinoe.finetune.terms.objective import Objective
-from melinoe.moe.routing import Router, Routing
+from melinoe.finetune import train
+from melinoe.finetune.objective import Objective, Replay
+from melinoe.finetune.parts import make_trainable
+from melinoe.losses import completion_positions, match_loss
+from melinoe.moe.experts import find_experts
+from melinoe.moe.hidden import HiddenRecorder
+from melinoe.moe.routing import Router, Routing, find_routers
 
 HIDDEN = 6
 SHAPES = ((7, 2), (7, 2), (12, 3))  # experts and top-k of three layers: two alike, one of its own
@@ -74,7 +77,6 @@ class Layers:
             logits = leaf.view(2, 17, -1)
             index = self.index[number].view(2, 17, -1)
             base = (self.inputs[number].double() @ self.before[number].T).view(logits.shape)
-            weight = (settings.layer_weight or (1, 1, 1))[number]
             cache = slow_cache_loss(
                 logits,
                 index,
@@ -83,18 +85,11 @@ class Layers:
                 capacities[number],
                 settings.gamma,
                 form=settings.cache_loss,
-                through_cache=settings.cache_gradient,
-                swap_margin=settings.swap_margin,
                 denominator=denominator,
             )
-            term = settings.lambda_cache * weight * cache
-            if settings.lambda_reuse:
-                reuse = slow_reuse_loss(logits, index, mask, segments, denominator)
-                term = term + settings.lambda_reuse * weight * reuse
+            term = settings.lambda_cache * cache
             if settings.anchor == "rank":
-                anchor = slow_rank_loss(
-                    logits, base, mask, settings.rho, settings.rank_reduce, denominator
-                )
+                anchor = slow_rank_loss(logits, base, mask, settings.rho, denominator)
                 term = term + settings.lambda_rank * anchor
             if settings.anchor == "kl":
                 term = term + settings.lambda_rank * slow_kl(logits, base, mask, denominator)
@@ -107,10 +102,7 @@ class Layers:
     [
         {},
         {"cache_loss": "literal", "anchor": "kl", "lambda_rank": 0.7},
-        {"cache_gradient": True, "rank_reduce": "sum", "rho": 0.3},
-        {"cache_loss": "resident", "gamma": 0.3, "anchor": "none"},
-        {"swap_margin": 1.0, "lambda_reuse": 0.4, "layer_weight": (0.5, 2.0, 0.0)},
-        {"layer_capacity": (0.3, 0.6, 0.9), "gamma": 1.0},
+        {"cache_loss": "resident", "gamma": 0.3, "rho": 0.3},
         {"lambda_cache": 0.0, "lambda_rank": 0.0},
     ],
 )
@@ -126,14 +118,13 @@ def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
     layers.move()
     segments, labels = segments_and_labels()
     nll = torch.tensor(2.5)
-    terms = objective(nll, layers.routings(), labels, segments, denominator)
-    # 0.3 of 7 and 12 experts: 2 and 4; .6 of 7 is 4; .9 of 12 is 11
-    capacities = (2, 4, 11) if "layer_capacity" in changes else (2, 2, 4)
+    terms = objective.weigh(nll, layers.routings(), labels, segments, denominator)
+    capacities = (2, 2, 4)  # 0.3 of 7 and 12 experts
     leaves = [one.detach().double().requires_grad_() for one in layers.logits]
     expected = layers.slow_total(leaves, nll.double(), settings, capacities, denominator)
     assert terms.total.item() == pytest.approx(expected.item(), rel=1e-5)
     if settings.is_control:
-        assert not terms.total.requires_grad and terms.cache > 0
+        assert not terms.total.requires_grad and terms["cache"] > 0
         return
     terms.total.backward()
     expected.backward()
@@ -145,66 +136,33 @@ def test_total_and_gradient_equal_the_formula_in_loops(changes, denominator):
 def test_the_weight_of_the_cache_term_may_change_between_steps():
     """Twice the weight, twice what it adds; what is watched at weight 0 stays the same."""
     layers = Layers(2)
-    settings = FinetuneSettings(capacity=0.3, anchor="none", lambda_replay=0.0)
+    settings = FinetuneSettings(capacity=0.3, lambda_replay=0.0)
     objective = Objective(layers.routers, settings)
     segments, labels = segments_and_labels()
     totals = []
     for weight in (0.0, 1.0, 2.0):
         objective.lambda_cache = weight
-        terms = objective(torch.zeros(()), layers.routings(), labels, segments)
+        terms = objective.weigh(torch.zeros(()), layers.routings(), labels, segments)
         assert terms.weights["cache"] == weight
         totals.append(float(terms.total.detach()))
     assert totals[0] == 0.0 and totals[2] == pytest.approx(2 * totals[1])
 
 
-def test_the_cache_shrinks_from_all_experts_to_its_size():
-    """E = 12, C = 4, over half the run: 12, 8 at a quarter, 4 from a half on."""
-    layers = Layers(3)
-    objective = Objective(
-        layers.routers, FinetuneSettings(capacity=0.3, capacity_curriculum=0.5, lambda_replay=0.0)
-    )
-    sizes = []
-    for objective.caches.progress in (0.0, 0.25, 0.5, 1.0):
-        sizes.append(objective.caches.capacity_of(layers.routers[2]))
-    assert sizes == [12.0, 8.0, 4, 4]
-    objective.begin_step(25, 100, 0)
-    assert objective.caches.progress == 0.25
-    segments, labels = segments_and_labels()
-    caches = {}
-    for progress in (0.25, 1.0):
-        objective.caches.progress = progress
-        terms = objective(torch.zeros(()), layers.routings(), labels, segments)
-        caches[progress] = float(terms.cache.detach())
-    assert caches[0.25] < caches[1.0]
+def test_a_cache_smaller_than_one_token_needs_is_refused():
+    """.1 of 12 experts is 1, fewer than three; the message says what would do."""
+    layers = Layers(1)
+    with pytest.raises(TrainingError, match=r"of 12 experts, fewer than the 3 .* to 0\.25"):
+        Objective(layers.routers[2:], FinetuneSettings(capacity=0.1, lambda_replay=0.0))
 
 
-@pytest.mark.parametrize("name", ["layer_capacity", "layer_weight"])
-def test_values_for_layers_that_are_not_there_are_refused(name):
-    """Two values for three layers: the message has both numbers."""
-    settings = FinetuneSettings(**{name: (0.5, 0.5)}, lambda_replay=0.0)
-    with pytest.raises(TrainingError, match=r"2 values but the model has 3 MoE layers"):
-        Objective(Layers(1).routers, settings)
-
-
-def test_a_layer_whose_own_capacity_is_too_small_is_refused():
-    """.1 of 12 experts is 1, fewer than three."""
-    settings = FinetuneSettings(layer_capacity=(0.5, 0.5, 0.1), lambda_replay=0.0)
-    with pytest.raises(TrainingError, match=r"capacity of 0\.1 is 1 of 12 .* the 3 that"):
-        Objective(Layers(1).routers, settings)
-
-
-def test_a_control_lacks_the_locality_terms_alone():
+def test_a_control_lacks_the_locality_term_alone():
     """Teacher, replay, anchor and seed stay; the plain run has next tokens alone."""
-    chosen = FinetuneSettings(
-        lambda_reuse=1.0, lambda_match=1.0, lambda_replay=0.5, lambda_rank=0.1, cache_prior=0.2,
-        layer_capacity=[0.5], seed=7,
-    )  # fmt: skip
+    chosen = FinetuneSettings(lambda_match=1.0, lambda_replay=0.5, lambda_rank=0.1, seed=7)
     control, plain = chosen.control(), chosen.plain()
     assert control.is_control and not chosen.is_control and not control.is_plain
-    off = {"lambda_cache": 0.0, "lambda_reuse": 0.0, "cache_prior": 0.0}
-    assert asdict(control) == asdict(chosen) | off
-    also = {"lambda_match": 0.0, "lambda_replay": 0.0, "lambda_rank": 0.0}
-    assert plain.is_plain and asdict(plain) == asdict(control) | also
+    assert asdict(control) == asdict(chosen) | {"lambda_cache": 0.0}
+    off = {"lambda_match": 0.0, "lambda_replay": 0.0, "lambda_rank": 0.0}
+    assert plain.is_plain and asdict(plain) == asdict(control) | off
 
 
 def test_settings_of_terms_that_weigh_nothing_decide_nothing():
@@ -212,7 +170,7 @@ def test_settings_of_terms_that_weigh_nothing_decide_nothing():
     one = FinetuneSettings(
         capacity=0.5, gamma=0.5, rho=0.3, own_texts=7, save="both", log_every=3, lambda_replay=0.0
     )
-    other = FinetuneSettings(layer_capacity=(0.25,), lambda_replay=0.0)
+    other = FinetuneSettings(lambda_replay=0.0)
     assert one.deciding() != other.deciding()
     assert one.control().deciding() == other.control().deciding()
     replayed = FinetuneSettings(lambda_replay=0.1, own_texts=7)
@@ -220,8 +178,120 @@ def test_settings_of_terms_that_weigh_nothing_decide_nothing():
     assert "eval_every" in FinetuneSettings(keep="best", eval_every=2).deciding()
 
 
-def test_is_control_by_each_weight():
-    """An anchor of weight 0 or of no kind is none."""
-    assert not FinetuneSettings(lambda_cache=0.0, lambda_rank=0.0, lambda_reuse=0.1).is_control
-    assert FinetuneSettings(lambda_cache=0.0, anchor="none").is_control
-    assert not FinetuneSettings(lambda_cache=0.0, anchor="none", cache_prior=0.2).is_control
+# ---- passes beside the batch's own ----
+
+
+def batch_of(data):
+    """What the collator gives for *data*."""
+    return Collator(0)(data)
+
+
+def objective_of(model, chosen, **options):
+    """The objective of *model* with its parts trainable, as a run makes it."""
+    routers, layers = find_routers(model), find_experts(model)
+    parts = make_trainable(model, routers, layers, chosen, rank=2)
+    return Objective(routers, chosen, parts=parts, **options)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "mixtral", "phimoe"])
+def test_the_teachers_pass_without_a_teacher_is_the_model_before_training(family):
+    """Routers and updates moved: its hidden states are a copy's from before, bit for bit."""
+    model, copy = tiny_model(family), tiny_model(family)
+    copy.load_state_dict(model.state_dict())
+    batch = batch_of(examples())
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    objective = objective_of(model, settings(lambda_match=1.0))
+    with torch.no_grad():
+        for parameter in objective.parts.all():
+            parameter += 0.1 * torch.randn_like(parameter)
+        moved = model(**inputs).logits
+        with HiddenRecorder(find_routers(copy), copy) as recorder:
+            copy(**inputs)
+        expected = recorder.take()
+    got = objective._taught(model, batch, HiddenRecorder(find_routers(model), model))
+    assert got.keys() == expected.keys()
+    # The first router sees the untouched embedding's layer; the last place has seen every update.
+    assert all(torch.equal(got[place], expected[place]) for place in expected)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, moved)
+
+
+def test_an_interrupted_pass_puts_the_model_back():
+    """The model fails in the middle: routers and updates answer for themselves again."""
+    model = tiny_model("olmoe")
+    objective = objective_of(model, settings(lambda_match=1.0))
+    recorder = HiddenRecorder(find_routers(model), model)
+    with pytest.raises(ValueError, match="input_ids"):
+        objective._taught(model, {"no_such_input": None}, recorder)
+    assert all("forward" not in router.module.__dict__ for router in find_routers(model))
+    updates = objective.parts.updates
+    assert all(updates.of(layer).enabled for layer in updates.layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [({}, 1), ({"lambda_rank": 1.0}, 1), ({"lambda_match": 0.5}, 2), ({"lambda_replay": 0.5}, 2)],
+)
+def test_the_model_runs_again_only_where_a_term_that_weighs_something_asks(changes, passes):
+    """Counted: one forward pass a step, one more for the base's hidden states, or for replay."""
+    model, calls = tiny_model("olmoe"), []
+    chosen = settings(**changes)
+    objective = objective_of(model, chosen, replay=Replay(examples(), 0, 0))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    terms = objective.measure(model, batch_of(examples()), training=True)
+    assert len(calls) == passes
+    wanted = {"nll", "cache"} | {name.removeprefix("lambda_") for name in changes}
+    assert terms.values.keys() == {w.replace("rank", "anchor") for w in wanted}
+    terms.total.backward()
+
+
+def test_replay_is_the_next_token_loss_of_its_own_batch():
+    """Batch 4 of the anchor text, by transformers' own loss on a kept copy; not when measuring."""
+    model, copy = tiny_model("olmoe"), tiny_model("olmoe")
+    copy.load_state_dict(model.state_dict())
+    replay, chosen = Replay(examples(3, seed=5), 0, seed=0), settings(lambda_replay=0.7)
+    objective, batch = objective_of(model, chosen, replay=replay), batch_of(examples())
+    objective.begin_step(4)
+    terms = objective.measure(model, batch, training=True)
+    anchor = replay.batch(4)
+    inputs = {key: anchor[key] for key in ("input_ids", "attention_mask", "labels")}
+    assert terms["replay"].item() == pytest.approx(copy(**inputs).loss.item(), rel=1e-5)
+    weighed = terms["nll"] + terms["cache"] + 0.7 * terms["replay"]
+    assert terms.total.item() == pytest.approx(weighed.item())
+    assert "replay" not in objective.measure(model, batch, training=False).values
+
+
+def test_matching_keeps_the_hidden_states_nearer_to_the_base_model():
+    """A heavy weight: the hidden states end nearer to the base's than without it."""
+    distances = {}
+    for weight in (0.0, 20.0):
+        model = tiny_model("olmoe")
+        batch = batch_of(examples())
+        with HiddenRecorder(find_routers(model), model) as recorder, torch.no_grad():
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        before = recorder.take()
+        train(model, examples(), settings(steps=8, lambda_match=weight), pad_token_id=0)
+        with HiddenRecorder(find_routers(model), model) as recorder, torch.no_grad():
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        at = completion_positions(batch["labels"] != -100)
+        distances[weight] = float(match_loss(recorder.take(), before, at))
+    assert distances[20.0] < 0.7 * distances[0.0]
+
+
+def test_replay_shows_every_text_once_before_any_again():
+    """Five texts, two at a time: the first five shown are all of them, whatever the order."""
+    data = examples(5)
+    replay = Replay(data, 0, seed=3)
+    shown = [tuple(row[row > 0].tolist()) for n in range(5) for row in replay.batch(n)["input_ids"]]
+    wanted = {tuple(one.input_ids) for one in data}
+    assert set(shown[:5]) == set(shown[5:]) == wanted and shown[:5] != shown[5:]
+    again = Replay(data, 0, seed=3).batch(4)
+    assert torch.equal(again["input_ids"], replay.batch(4)["input_ids"])
+    labels = replay.batch(0)["labels"]
+    assert (labels[:, 0] == -100).all() and (labels[:, 1:4] != -100).all()
+
+
+def test_a_replay_term_without_text_is_refused():
+    """The weight is set and nothing is there to weigh."""
+    with pytest.raises(TrainingError, match="no anchor text"):
+        Objective(find_routers(tiny_model("olmoe")), FinetuneSettings(lambda_replay=0.1))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from melinoe.finetune.order import number_of_steps, training_order
+from melinoe.finetune.rows import number_of_steps, training_order
 
 
 def test_every_example_comes_once_before_any_comes_again():

@@ -8,7 +8,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.errors import TokenizerError, TrainingError
 from melinoe.finetune import finetune
-from melinoe.finetune.terms.own_text import SHORTEST, own_text
+from melinoe.finetune.own_text import SHORTEST, own_text
 
 EOS = 1
 
@@ -95,7 +95,6 @@ def test_a_run_replays_what_its_base_model_writes(checkpoint):
         max_length=16,
         learning_rate=1e-2,
         lambda_replay=1.0,
-        replay_loss="kl",
         own_texts=4,
         log_every=1,
     )
@@ -107,9 +106,7 @@ def test_a_run_replays_what_its_base_model_writes(checkpoint):
         for i in range(2)
     ]
     replayed = [[row["replay"] for row in log if "replay" in row] for log in logs]
-    # Before the first step the model is its base: they do not diverge.
-    assert replayed[0][0] == pytest.approx(0.0, abs=1e-4)
-    assert replayed[0][1] > 1e-4
+    assert len(replayed[0]) == 2 and all(value > 0 for value in replayed[0])
     assert replayed[0] == replayed[1]
 
 

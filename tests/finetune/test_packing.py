@@ -11,11 +11,9 @@ from tiny import tiny_model
 from melinoe.config import FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded, PackedCollator
 from melinoe.errors import UnsupportedModelError
-from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.order import training_rows
-from melinoe.finetune.packing import Packing, find_packing, leaks, pack
-from melinoe.finetune.parts.adapters import make_trainable
-from melinoe.finetune.terms.objective import Objective
+from melinoe.finetune.objective import Objective
+from melinoe.finetune.parts import make_trainable
+from melinoe.finetune.rows import Packing, find_packing, leaks, pack, training_rows
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -28,7 +26,7 @@ def gradients_of(model, parts, objective, batches):
     count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
     sums = {}
     for batch in batches:
-        terms, _ = forward_terms(model, batch, objective, count, training=True)
+        terms = objective.measure(model, batch, count, training=True)
         terms.total.backward()
         for name, value in terms.detached().items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -42,10 +40,10 @@ def test_packed_examples_have_the_terms_and_gradients_they_have_alone(family):
     """Five examples in two rows, against one forward pass for each, in float64."""
     model = tiny_model(family, dtype=torch.float64)
     # A capacity of 2 of 8: more, and no cache entry of these short examples is ever clipped.
-    chosen = settings(capacity=0.25, gamma=0.7, lambda_cache=0.7, lambda_rank=0.3, lambda_reuse=0.2)
+    chosen = settings(capacity=0.25, gamma=0.7, lambda_cache=0.7, lambda_rank=0.3)
     routers = find_routers(model)
     objective = Objective(routers, chosen)
-    parts = make_trainable(model, routers, find_experts(model), chosen)
+    parts = make_trainable(model, routers, find_experts(model), chosen, rank=2)
     with torch.no_grad():
         for parameter in parts.all():  # away from the base routers and from updates of zero
             parameter.data = parameter.data.double()
@@ -58,7 +56,7 @@ def test_packed_examples_have_the_terms_and_gradients_they_have_alone(family):
     alone = [Collator(0)([one]) for one in data]
     ours, our_gradients = gradients_of(model, parts, objective, [packed])
     theirs, their_gradients = gradients_of(model, parts, objective, alone)
-    assert {"nll", "cache", "anchor", "reuse", "total"} <= ours.keys()
+    assert {"nll", "cache", "anchor", "total"} <= ours.keys()
     assert all(value > 0 for value in ours.values())
     assert ours == pytest.approx(theirs, rel=2e-6)
     for one, other in zip(our_gradients, their_gradients, strict=True):
@@ -73,7 +71,7 @@ def test_an_example_that_saw_the_one_before_it_would_be_noticed():
     alone = Collator(0)(data)
     whole = {**packed, "position_ids": torch.arange(packed["input_ids"].shape[1])[None]}
     nll = [
-        float(forward_terms(model, batch, objective, training=True)[0].nll.detach())
+        float(objective.measure(model, batch, training=True)["nll"].detach())
         for batch in (alone, packed, whole)
     ]
     assert nll[1] == pytest.approx(nll[0], rel=1e-5)

@@ -14,7 +14,7 @@ from melinoe.data import load_examples
 from melinoe.errors import InterruptedRunError, TrainingError
 
 # Four rows a step, however they are shared out; 11 examples leave the last of 3 steps incomplete.
-ALONE = {"epochs": 1.0, "steps": None, "batch_size": 4, "lambda_reuse": 0.1, "log_every": 1}
+ALONE = {"epochs": 1.0, "steps": None, "batch_size": 4, "log_every": 1}
 SHARED = ALONE | {"batch_size": 1, "gradient_accumulation": 2}
 
 
@@ -58,7 +58,7 @@ def test_two_processes_give_the_curve_and_the_model_of_one(place, sharded):
     """Every term, the gradient's norm and every measurement; then killed, resumed, and the same."""
     parts = {"train": "router+experts+attention"}
     finetuned(place, "taught", save="adapter", steps=2, **parts)
-    learn = {"teacher": place / "taught", "lambda_match": 0.5, "cache_prior": 0.5, **parts}
+    learn = {"teacher": place / "taught", "lambda_match": 0.5, "lambda_rank": 0.1, **parts}
     finetuned(place, "one", **ALONE, **learn)
     given = {"processes": 2, "sharded": sharded}
     look, shared = [Look(place)], SHARED | learn
@@ -69,7 +69,7 @@ def test_two_processes_give_the_curve_and_the_model_of_one(place, sharded):
     one, two = log_of(place, "one"), log_of(place, "two")
     assert [row["step"] for row in one] == [0, 1, 2, 3, 3]
     clean = without_norms if sharded else dict
-    assert {"nll", "cache", "anchor", "reuse", "match", "total", "grad_norm"} <= two[1].keys()
+    assert {"nll", "cache", "anchor", "match", "total", "grad_norm"} <= two[1].keys()
     for ours, theirs in zip(two, one, strict=True):
         assert clean(ours) == pytest.approx(clean(theirs), rel=2e-5, abs=1e-7)
     wanted = weights(place / "one")
@@ -101,17 +101,17 @@ def test_a_bad_loss_on_one_process_skips_the_step_on_both(place):
     """The second process alone meets nan in its first step: both count it, and one says so."""
     import melinoe.finetune.trainer as trainer_module
 
-    whole, calls = trainer_module.forward_terms, []
+    whole, calls = trainer_module.Objective.measure, []
 
-    def broken(*args, **kwargs):
-        terms, outputs = whole(*args, **kwargs)
-        calls.append(1)
-        if os.environ.get("RANK") == "1" and len(calls) == 1:
+    def broken(*args, training, **kwargs):
+        terms = whole(*args, training=training, **kwargs)
+        calls.extend([1] * training)
+        if training and os.environ.get("RANK") == "1" and len(calls) == 1:
             terms.total = terms.total * float("nan")
-        return terms, outputs
+        return terms
 
     def train():
-        trainer_module.forward_terms = broken
+        trainer_module.Objective.measure = broken
         log = logging.FileHandler(place / f"log-{os.environ['RANK']}")
         logging.getLogger("melinoe").addHandler(log)
         finetuned(place, "out", eval_every=None, **SHARED)

@@ -7,8 +7,8 @@ from tiny import tiny_model
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
-from melinoe.finetune.rates import Rates
-from melinoe.finetune.training import run_training
+from melinoe.finetune import train
+from melinoe.finetune.rates import Rates, default_rank
 from melinoe.moe.routing import Router
 
 
@@ -27,6 +27,15 @@ def test_rates_fall_with_the_width(width, routers, low_rank):
     rates = Rates.of([router(width)], FinetuneSettings())
     assert rates.routers == pytest.approx(routers, rel=5e-3)
     assert rates.low_rank == pytest.approx(low_rank, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "rank"), [(1, 32), (2, 32), (4, 32), (6, 20), (8, 16), (10, 12), (64, 4)]
+)
+def test_the_rank_is_shared_out_over_the_experts_of_a_token(top_k, rank):
+    """128 over the experts per token, in fours, from 4 to 32; a rank that is named is taken."""
+    assert default_rank(top_k) == rank
+    assert Rates.of([router(128)], FinetuneSettings(lora_rank=7)).rank == 7
 
 
 def test_a_rate_that_is_named_is_taken():
@@ -53,7 +62,7 @@ def test_the_parts_train_at_their_own_rates():
         kept["low_rank"] = max(one.detach().abs().max() for one in b)
 
     chosen = settings(steps=1, learning_rate=None)
-    done = run_training(model, examples(), chosen, pad_token_id=0, before_merge=keep)
+    done = train(model, examples(), chosen, pad_token_id=0, before_merge=keep)
     assert float(kept["router"]) == pytest.approx(done.rates.routers, rel=1e-3)
     assert float(kept["low_rank"]) == pytest.approx(done.rates.low_rank, rel=1e-3)
     assert done.rates.routers != done.rates.low_rank

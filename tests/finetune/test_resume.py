@@ -14,7 +14,7 @@ from small_runs import examples, settings
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import melinoe.finetune.resume.checkpoints as checkpoints_module
+import melinoe.finetune.resume as checkpoints_module
 from melinoe.checkpoint import load_model, open_checkpoint
 from melinoe.checkpoint.writing import check_room, write_model
 from melinoe.errors import (
@@ -25,9 +25,13 @@ from melinoe.errors import (
     WriteError,
 )
 from melinoe.finetune import train
-from melinoe.finetune.resume.checkpoints import list_checkpoints, newest_checkpoint, read_state
-from melinoe.finetune.resume.random_state import random_state, set_random_state
-from melinoe.finetune.training import run_training
+from melinoe.finetune.resume import (
+    list_checkpoints,
+    newest_checkpoint,
+    random_state,
+    read_state,
+    set_random_state,
+)
 
 # Rows every 2 steps, measured and saved every 3 of 7, killed before the pass of step 6: the newest
 # checkpoint is of step 3, half-way to a row, and what follows must be as if nothing had happened.
@@ -46,9 +50,7 @@ def names(place):
     return sorted(path.name for path in place.iterdir())
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"packing": True, "gradient_accumulation": 2}, {"cache_prior": 0.5}]
-)
+@pytest.mark.parametrize("changes", [{}, {"packing": True, "gradient_accumulation": 2}])
 def test_a_killed_run_goes_on_to_the_same_curve_bit_for_bit(checkpoint, changes):
     """SIGKILL in the middle, then the same command with resume: equal rows, equal weights."""
     given = STEPS | changes
@@ -70,7 +72,7 @@ def test_a_killed_run_goes_on_to_the_same_curve_bit_for_bit(checkpoint, changes)
 
 def in_memory(directory, resume=False, callbacks=(), **changes):
     """Rows of a run in this process, with checkpoints."""
-    return run_training(
+    return train(
         tiny_model("olmoe"),
         examples(8),
         settings(**{"save_every": 1, "train": "router"} | changes),
@@ -121,10 +123,11 @@ def tear(path, how):
         path.mkdir()
 
 
-def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, monkeypatch):
     """The newest but one is damaged in five ways: it is named each time, and the first is taken."""
     whole = tmp_path / "whole"
-    in_memory(whole, steps=3, keep_checkpoints=3)
+    monkeypatch.setattr(checkpoints_module, "_KEPT", 3)
+    in_memory(whole, steps=3)
     shutil.rmtree(list_checkpoints(whole)[0])  # a finished run's last one needs no optimizer
     for how in ("cut", "flipped", "gone", "state", "empty"):
         directory = tmp_path / how
@@ -151,7 +154,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on(
         save(tensors, path)
 
     monkeypatch.setattr(checkpoints_module, "save_file", full)
-    rows = in_memory(tmp_path / "run", steps=3, keep_checkpoints=3)
+    rows = in_memory(tmp_path / "run", steps=3)
     assert [row["step"] for row in rows] == [1, 2, 3] and calls
     assert names(tmp_path / "run") == ["step-000001", "step-000003"]
     assert "checkpoint of step 2 could not be written" in caplog.text
@@ -180,7 +183,7 @@ def test_a_disk_full_before_the_end_is_told_by_the_step_that_is_kept(checkpoint,
     import melinoe.finetune.run as run_module
     import melinoe.finetune.trainer as trainer_module
 
-    plain = trainer_module.write_checkpoint
+    plain = trainer_module.resume.write_checkpoint
 
     def full(*args):
         raise WriteError("out could not be written (No space left on device); free some space")
@@ -190,7 +193,7 @@ def test_a_disk_full_before_the_end_is_told_by_the_step_that_is_kept(checkpoint,
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "write_result", full)
-        patch.setattr(trainer_module, "write_checkpoint", full_from_step_2)
+        patch.setattr(trainer_module.resume, "write_checkpoint", full_from_step_2)
         with pytest.raises(WriteError, match=r"up to step 1 is kept in .*--resume goes on from"):
             finetuned(checkpoint, "out", steps=3, save_every=1)
     finetuned(checkpoint, "out", steps=3, save_every=1, resume=True)
@@ -236,7 +239,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
 
 def test_a_checkpoint_holds_only_what_is_trained(tmp_path):
     """Router weights, their moments and the state; no frozen weight, no pickle."""
-    in_memory(tmp_path, steps=2, keep_checkpoints=2)
+    in_memory(tmp_path, steps=2)
     path = list_checkpoints(tmp_path)[1]
     assert names(path) == [
         "optimizer.safetensors",
@@ -256,14 +259,14 @@ def test_the_best_measurement_is_what_is_written(tmp_path):
     kept = {}
     for keep in ("last", "best"):
         model = tiny_model("olmoe")
-        rows, _ = train(
+        rows = train(
             model, data, settings(keep=keep, **changes), pad_token_id=0, eval_data=examples(3, 7)
-        )
+        ).rows
         totals = {row["step"]: row["eval_total"] for row in rows if "eval_total" in row}
-        after, _ = train(
+        after = train(
             model, data, settings(steps=1, learning_rate=1e-9), pad_token_id=0,
             eval_data=examples(3, 7),
-        )  # fmt: skip
+        ).rows  # fmt: skip
         kept[keep] = after[0]["eval_nll"]
         best = min((step for step in totals if step), key=totals.get)
         at = {"last": 6, "best": best}[keep]
@@ -296,7 +299,7 @@ def test_tensorboard_gets_every_term(tmp_path):
 
     (events,) = tmp_path.rglob("events.out.tfevents*")
     found = EventAccumulator(str(events)).Reload().Tags()["scalars"]
-    assert {"train/nll", "train/cache", "train/anchor", "train/total", "train/loss"} <= set(found)
+    assert {"train/nll", "train/cache", "train/total", "train/loss"} <= set(found)
 
 
 def test_random_states_come_back():

@@ -8,15 +8,16 @@ from small_runs import settings
 
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.data import load_examples
-from melinoe.finetune import finetune_taught
+from melinoe.finetune import finetune
 
-ALONE = {"steps": 2, "batch_size": 4, "lambda_match": 1.0, "cache_prior": 0.2}
+ALONE = {"steps": 2, "batch_size": 4, "lambda_match": 1.0}
 SHARED = ALONE | {"batch_size": 2}
 
 
 def taught(place, out, changes):
     data = load_examples(place / "data.jsonl")
-    finetune_taught(place / "base", data, place / out, settings(**changes), eval_examples=data)
+    chosen = settings(**changes)
+    finetune(place / "base", data, place / out, chosen, teacher="plain", eval_examples=data)
 
 
 def without_norms(row):

@@ -5,27 +5,23 @@ import json
 
 import pytest
 import torch
-from slow_losses import slow_distillation
 from small_runs import examples, settings
 from tiny import tiny_model
 from typer.testing import CliRunner
 
 from melinoe.cli.app import app
-from melinoe.data import load_examples
+from melinoe.data import Collator, load_examples
 from melinoe.errors import CheckpointError, TrainingError
-from melinoe.finetune import finetune, finetune_taught, train
-from melinoe.finetune.forward import forward_terms
-from melinoe.finetune.parts.adapter import adapter_of
-from melinoe.finetune.parts.adapters import make_trainable
-from melinoe.finetune.terms.objective import Objective
-from melinoe.finetune.terms.replay import Replay
-from melinoe.finetune.terms.teacher import Teacher, read_teacher
+from melinoe.finetune import finetune, train
+from melinoe.finetune.adapter import adapter_of
+from melinoe.finetune.objective import Objective
+from melinoe.finetune.parts import make_trainable
+from melinoe.finetune.teacher import Teacher, read_teacher
 from melinoe.losses import match_loss
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
 CPU = torch.device("cpu")
-PLAIN = {"anchor": "none", "lambda_rank": 0.0}
 
 
 def moved(parts, seed):
@@ -39,24 +35,24 @@ def moved(parts, seed):
 
 def student_and_teacher(family, **changes):
     """A model in training, its objective with a teacher, and that teacher as a model of its own."""
-    chosen = settings(**PLAIN | changes)
+    chosen = settings(**changes)
     model, base = tiny_model(family), tiny_model(family)
     base.load_state_dict(model.state_dict())
     taught = copy.deepcopy(base)
-    own = moved(make_trainable(taught, find_routers(taught), find_experts(taught), chosen), 5)
+    own = moved(make_trainable(taught, find_routers(taught), find_experts(taught), chosen, 2), 5)
     adapter = adapter_of(own)
-    own.merge(taught)
+    own.merge()
     routers, layers = find_routers(model), find_experts(model)
-    objective = Objective(routers, chosen)
-    parts = moved(make_trainable(model, routers, layers, chosen), 9)
-    objective.updates = parts
-    objective.teacher = Teacher(adapter, parts, layers, CPU)
+    parts = make_trainable(model, routers, layers, chosen, rank=2)
+    teacher = Teacher(adapter, parts, layers, CPU)
+    objective = Objective(routers, chosen, parts=parts, teacher=teacher)
+    moved(parts, 9)
     return model, objective, taught, base
 
 
 def batch_of(data):
     """What the collator gives for *data*."""
-    return Replay(data, len(data), 0, 0)._collate(data)
+    return Collator(0)(data)
 
 
 def states_of(model, inputs):
@@ -75,17 +71,13 @@ def states_of(model, inputs):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"])
-def test_terms_of_a_teacher_equal_their_formulas(family):
-    """Both terms against loops in float64 over the teacher as a model of its own, merged."""
-    model, objective, taught, base = student_and_teacher(
-        family, lambda_distill=0.3, lambda_match=0.7, lambda_cache=0.0
-    )
+def test_the_term_of_a_teacher_equals_its_formula(family):
+    """The term against loops in float64 over the teacher as a model of its own, merged."""
+    model, objective, taught, base = student_and_teacher(family, lambda_match=0.7, lambda_cache=0.0)
     batch = batch_of(examples())
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    terms, _ = forward_terms(model, batch, objective, training=True)
-    (ours, h), (theirs, t) = states_of(model, inputs), states_of(taught, inputs)
-    expected = float(slow_distillation(ours, theirs, batch["labels"]))
-    assert terms.more["distill"].item() == pytest.approx(expected, rel=1e-3)
+    terms = objective.measure(model, batch, training=True)
+    (_, h), (theirs, t) = states_of(model, inputs), states_of(taught, inputs)
     counted = [i for i, label in enumerate(batch["labels"].flatten().tolist()) if label != -100]
     total = sum(
         float(((h[p][i] - t[p][i]) ** 2).sum() / (t[p][i] ** 2).sum())
@@ -94,8 +86,8 @@ def test_terms_of_a_teacher_equal_their_formulas(family):
     )
     assert len(h) == len(find_routers(model)) + 1
     expected = total / len(counted) / len(h)
-    assert terms.more["match"].item() == pytest.approx(expected, rel=1e-3) and expected > 1e-3
-    weighed = terms.nll + 0.3 * terms.more["distill"] + 0.7 * terms.more["match"]
+    assert terms["match"].item() == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    weighed = terms["nll"] + 0.7 * terms["match"]
     assert terms.total.item() == pytest.approx(weighed.item())
     assert not torch.allclose(theirs, states_of(base, inputs)[0], atol=1e-3)
 
@@ -107,8 +99,8 @@ def test_a_teachers_pass_leaves_the_run_as_it_was():
     batch = batch_of(examples())
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     before = states_of(model, inputs)[0]
-    terms, _ = forward_terms(model, batch, objective, training=True)
-    terms.more["match"].backward()
+    terms = objective.measure(model, batch, training=True)
+    terms["match"].backward()
     got = {name for name, one in model.named_parameters() if one.grad is not None}
     assert any("lora_B" in name for name in got) and any("gate" in name for name in got)
     assert all(one.grad is None for low in objective.teacher._experts for one in low.parameters())
@@ -118,17 +110,16 @@ def test_a_teachers_pass_leaves_the_run_as_it_was():
 
 def test_without_a_teacher_the_base_model_is_matched():
     """Before the first step the model is the base: 0; after a change it is not."""
-    chosen = settings(**PLAIN, lambda_match=1.0)
+    chosen = settings(lambda_match=1.0)
     model = tiny_model("olmoe")
-    objective = Objective(find_routers(model), chosen)
-    parts = make_trainable(model, find_routers(model), find_experts(model), chosen)
-    objective.updates = parts
+    parts = make_trainable(model, find_routers(model), find_experts(model), chosen, rank=2)
+    objective = Objective(find_routers(model), chosen, parts=parts)
     batch = batch_of(examples())
-    first, _ = forward_terms(model, batch, objective, training=True)
-    assert first.more["match"].item() == pytest.approx(0.0, abs=1e-9)
+    first = objective.measure(model, batch, training=True)
+    assert first["match"].item() == pytest.approx(0.0, abs=1e-9)
     moved(parts, 1)
-    later, _ = forward_terms(model, batch, objective, training=True)
-    assert later.more["match"].item() > 1e-3
+    later = objective.measure(model, batch, training=True)
+    assert later["match"].item() > 1e-3
 
 
 def test_match_is_relative_and_counts_the_tokens_it_is_told():
@@ -145,16 +136,16 @@ def test_match_is_relative_and_counts_the_tokens_it_is_told():
 
 
 def test_a_heavy_match_keeps_hidden_states_near_the_teachers():
-    """Forty steps with a strong cache term: nearer to the teacher with the term than without."""
+    """Twelve steps with a strong cache term: nearer to the teacher with the term than without."""
     distances = {}
     for weight in (0.0, 30.0):
         model = tiny_model("olmoe")
         taught = tiny_model("olmoe")
         taught.load_state_dict(model.state_dict())
-        chosen = settings(**PLAIN, steps=40, lambda_cache=1.0, lambda_match=weight or 1e-9)
-        parts = make_trainable(taught, find_routers(taught), find_experts(taught), chosen)
+        chosen = settings(steps=12, lambda_cache=1.0, lambda_match=weight or 1e-9)
+        parts = make_trainable(taught, find_routers(taught), find_experts(taught), chosen, 2)
         adapter = adapter_of(moved(parts, 5))
-        rows, _ = train(model, examples(), chosen, pad_token_id=0, teacher=adapter)
+        rows = train(model, examples(), chosen, pad_token_id=0, teacher=adapter).rows
         distances[weight] = rows[-1]["match"]
     assert distances[30.0] < 0.7 * distances[0.0]
 
@@ -162,11 +153,11 @@ def test_a_heavy_match_keeps_hidden_states_near_the_teachers():
 def test_the_plain_run_is_trained_first_and_teaches(checkpoint):
     """The files of both runs; the teacher's is what the plain run alone gives, bit for bit."""
     data = load_examples(checkpoint / "data.jsonl")
-    chosen = settings(**PLAIN, lambda_match=1.0)
+    chosen = settings(lambda_match=1.0)
     base = checkpoint / "base"
-    done = finetune_taught(base, data, checkpoint / "out", chosen)
+    done = finetune(base, data, checkpoint / "out", chosen, teacher="plain")
     assert (checkpoint / "out.teacher" / "adapter_model.safetensors").is_file()
-    alone = settings(**PLAIN, save="adapter").plain()
+    alone = settings(save="adapter").plain()
     finetune(base, data, checkpoint / "alone", alone)
     there, here = (
         (checkpoint / name / "adapter_model.safetensors").read_bytes()
@@ -182,14 +173,15 @@ def test_the_plain_run_is_trained_first_and_teaches(checkpoint):
 def test_a_taught_run_that_failed_goes_on_after_its_teacher(checkpoint):
     """The teacher is there and the second run is not: --resume does not train the first again."""
     data = load_examples(checkpoint / "data.jsonl")
-    chosen = settings(**PLAIN, lambda_match=1.0)
+    chosen = settings(lambda_match=1.0)
     seen = []
     finetune(
         checkpoint / "base", data, checkpoint / "out.teacher", settings(save="adapter").plain()
     )
-    finetune_taught(
-        checkpoint / "base", data, checkpoint / "out", chosen, resume=True, progress=seen.append
-    )
+    finetune(
+        checkpoint / "base", data, checkpoint / "out", chosen,
+        teacher="plain", resume=True, progress=seen.append,
+    )  # fmt: skip
     assert all("match" in row for row in seen if "nll" in row)
 
 
@@ -197,15 +189,15 @@ def test_a_teacher_that_cannot_teach_is_refused(checkpoint, tmp_path):
     """No term, no adapter, another base, experts where routers alone are trained."""
     data = load_examples(checkpoint / "data.jsonl")
     base, out = checkpoint / "base", checkpoint / "out"
-    taught = settings(**PLAIN, lambda_match=1.0)
+    taught = settings(lambda_match=1.0)
     with pytest.raises(TrainingError, match="nothing to learn from a teacher"):
-        finetune_taught(base, data, out, settings(**PLAIN))
+        finetune(base, data, out, settings(), teacher="plain")
     with pytest.raises(CheckpointError, match="holds no adapter"):
         finetune(base, data, out, taught, teacher=tmp_path)
-    finetune(base, data, checkpoint / "t", settings(**PLAIN, save="both"))
+    finetune(base, data, checkpoint / "t", settings(save="both"))
     with pytest.raises(TrainingError, match="does nothing while"):
-        finetune(base, data, out, settings(**PLAIN), teacher=checkpoint / "t")
-    routers_only = settings(**PLAIN, lambda_match=1.0, train="router")
+        finetune(base, data, out, settings(), teacher=checkpoint / "t")
+    routers_only = settings(lambda_match=1.0, train="router")
     with pytest.raises(TrainingError, match="trains routers alone"):
         finetune(base, data, out, routers_only, teacher=checkpoint / "t")
     record = checkpoint / "t" / "adapter" / "melinoe.json"
@@ -235,8 +227,8 @@ def test_a_control_learns_from_whom_its_run_learns(checkpoint):
     assert done.exit_code == 0, done.output
     record = json.loads((checkpoint / "o" / "melinoe.json").read_text())
     assert record["is_control"] and record["teacher"]["source"] == "o.teacher"
-    weights = {key: record["settings"][f"lambda_{key}"] for key in ("match", "cache", "reuse")}
-    assert weights == {"match": 10.0, "cache": 0.0, "reuse": 0.0}
+    weights = {key: record["settings"][f"lambda_{key}"] for key in ("match", "cache")}
+    assert weights == {"match": 10.0, "cache": 0.0}
 
 
 @pytest.mark.parametrize(("words", "taught"), [("", False), ("--teacher plain", True)])
@@ -251,8 +243,7 @@ def test_where_a_price_is_named_run_and_reference_have_one_teacher(checkpoint, w
     done = CliRunner().invoke(app, f"{command} {price} {options}".split())
     assert done.exit_code == 0, done.output
     records = [
-        json.loads((checkpoint / name / "melinoe.json").read_text())
-        for name in ("o", "o.reference")
+        json.loads((checkpoint / name / "melinoe.json").read_text()) for name in ("o", "o.control")
     ]
     assert all((one["teacher"] is not None) == taught for one in records)
     assert all((one["settings"]["lambda_match"] > 0) == taught for one in records)

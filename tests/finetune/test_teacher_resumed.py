@@ -8,20 +8,18 @@ from small_runs import settings
 from melinoe.checkpoint.metadata import write_metadata
 from melinoe.data import load_examples
 from melinoe.errors import TrainingError
-from melinoe.finetune import finetune, finetune_taught
-from melinoe.finetune.price.search import _one_run
-
-PLAIN = {"anchor": "none", "lambda_rank": 0.0}
+from melinoe.finetune import finetune
+from melinoe.finetune.price import _one_run
 
 
 def test_a_teacher_of_other_settings_is_not_resumed_from(checkpoint):
     """It was trained at another rate, so it is not what the settings would give."""
     data = load_examples(checkpoint / "data.jsonl")
-    other = settings(**PLAIN, save="adapter", learning_rate=3e-3, steps=1).plain()
+    other = settings(save="adapter", learning_rate=3e-3, steps=1).plain()
     finetune(checkpoint / "base", data, checkpoint / "out.teacher", other)
-    now = settings(**PLAIN, lambda_match=1.0, steps=1, log_every=2)
+    now = settings(lambda_match=1.0, steps=1, log_every=2)
     with pytest.raises(TrainingError, match=r"learning_rate 0\.003 there and 0\.01 here"):
-        finetune_taught(checkpoint / "base", data, checkpoint / "out", now, resume=True)
+        finetune(checkpoint / "base", data, checkpoint / "out", now, teacher="plain", resume=True)
     assert not (checkpoint / "out").exists()
 
 
@@ -47,7 +45,7 @@ def test_a_searchs_finished_run_is_taken_for_what_it_was(tmp_path, teacher, chan
     )
 
     def resumed(now, teacher):
-        return _one_run("m", [], tmp_path / "1", now, [], teacher=teacher, resume=True)
+        return _one_run("m", [], tmp_path / "1", now, teacher=teacher, resume=True)
 
     assert resumed(recorded, "t").log == []
     with pytest.raises(TrainingError, match=fault):

@@ -8,8 +8,7 @@ from small_runs import examples, settings
 from tiny import tiny_model
 
 from melinoe.finetune import train
-from melinoe.finetune.preparing import ReadyModel
-from melinoe.finetune.widening import PIECE, Widened, _Linear
+from melinoe.finetune.preparing import PIECE, ReadyModel, Widened, _Linear
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -59,8 +58,8 @@ def test_a_run_on_narrow_weights_is_that_on_the_cast_model(part):
     narrow = narrow_model("olmoe")
     cast = copy.deepcopy(narrow).float()
     chosen = settings(train=part, steps=3)
-    rows, _ = train(narrow, examples(), chosen, pad_token_id=0)
-    expected, _ = train(cast, examples(), chosen, pad_token_id=0)
+    rows = train(narrow, examples(), chosen, pad_token_id=0).rows
+    expected = train(cast, examples(), chosen, pad_token_id=0).rows
     for row, theirs in zip(rows, expected, strict=True):
         assert row["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
         assert row["cache"] == pytest.approx(theirs["cache"], rel=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from melinoe.finetune.parts.low_rank import LowRankUpdates
+from melinoe.finetune.parts import LowRankUpdates
 from melinoe.moe.experts import find_experts
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ from tiny import tiny_model
 from melinoe.config import FinetuneSettings
 from melinoe.data import Example
 from melinoe.finetune import finetune
-from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.finetune.saving import merge_adapter
 
 
 def glm_with_mtp(place):

@@ -192,13 +192,13 @@ def test_a_run_whose_every_step_is_bad_learned_nothing(base, tmp_path, monkeypat
     """The weights are numbers, the losses are not: it says so instead of writing a checkpoint."""
     import melinoe.finetune.trainer as trainer
 
-    real = trainer.forward_terms
+    real = trainer.Objective.weigh
 
-    def forward_terms(*args, **kwargs):
-        terms, outputs = real(*args, **kwargs)
-        return replace(terms, total=terms.total * math.nan), outputs
+    def weigh(*args, **kwargs):
+        terms = real(*args, **kwargs)
+        return replace(terms, total=terms.total * math.nan)
 
-    monkeypatch.setattr(trainer, "forward_terms", forward_terms)
+    monkeypatch.setattr(trainer.Objective, "weigh", weigh)
     settings = PLAIN
     with caplog.at_level(logging.ERROR), pytest.raises(TrainingError, match="nothing was learned"):
         finetune(base, [Example("w3 w4", " w5 w6 w7", "here")] * 3, tmp_path / "out", settings)

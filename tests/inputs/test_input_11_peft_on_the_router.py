@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from melinoe.cli.app import app
 from melinoe.errors import CheckpointError
-from melinoe.finetune.parts.adapter_files import CONFIG, WEIGHTS
-from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.finetune.adapter import CONFIG, WEIGHTS
+from melinoe.finetune.saving import merge_adapter
 
 pytestmark = pytest.mark.filterwarnings("default")  # PEFT's
 

@@ -9,17 +9,7 @@ from melinoe.cli.app import app
 from melinoe.errors import CheckpointError
 from melinoe.report.card import write_card
 
-GAP = {"mean": 0.012, "low": 0.004, "high": 0.02, "n": 20}
-SEARCHED = {
-    "bounds": {"own": 0.01, "other": 0.03},
-    "paid": {"own": GAP, "other": {"mean": 0.001, "low": -0.01, "high": 0.011, "n": 20}},
-    "met": False,
-    "met_by_the_whole_interval": False,
-    "times_fewer_than": {
-        "reference": {"lru": {"mean": 2.5, "low": 2.25, "high": 2.75, "n": 20}},
-        "base": {"lru": {"mean": 2.0, "low": 1.75, "high": 2.25, "n": 20}},
-    },
-}
+SEARCHED = {"bounds": {"own": 0.01, "other": 0.03}, "strength": 0.5}
 
 
 @pytest.fixture
@@ -94,34 +84,29 @@ def test_without_a_control_one_sentence_says_so_and_how_to_measure_it(copy, held
 
 
 @pytest.mark.parametrize(
-    ("met", "whole", "verdict"),
-    [(False, False, "**not kept**"), (True, True, "kept, by"), (True, False, "kept by the mean")],
+    ("mean", "high", "verdict"),
+    [(0.02, 0.03, "**not kept**"), (0.005, 0.009, "kept, by"), (0.005, 0.02, "kept by the mean")],
 )
-def test_a_bound_that_was_asked_for_is_said_with_its_verdict_and_no_second_price(
-    held, met, whole, verdict
-):
-    """The search's own figures are left out where the outcome has them of the same texts."""
-    price = SEARCHED | {"met": met, "met_by_the_whole_interval": whole}
+def test_a_bound_that_was_asked_for_is_said_with_its_verdict(held, mean, high, verdict):
+    """By what was measured against the control, on the texts that chose nothing."""
+    found = read_metadata(held)
+    price = {"mean": mean, "low": 0.0, "high": high, "n": 20}
+    changes = found["outcome"]["change_from_control"]["perplexity"]
+    found["outcome"]["change_from_control"]["perplexity"] = dict.fromkeys(changes, price)
     data = {"held_out": 40, "chosen_by": 20}
-    write_metadata(held, read_metadata(held) | {"price": price, "data": data})
+    write_metadata(held, found | {"price": SEARCHED, "data": data})
     lines = body(held)
     assert lines[2].startswith("- Asked for was a price of at most 1 % in domain and 3 % out of")
     assert verdict in lines[2]
     text = "\n".join(lines)
-    assert "+1.2 %" not in text and "- Price: " not in text
     assert "chosen by 20 of the 40 held-out examples; only the others were measured" in text
 
 
-def test_a_search_that_was_not_measured_further_still_says_its_price(tmp_path):
-    """From the texts that judged it: price, bound, saving over the control and the base."""
+def test_a_search_that_was_not_measured_further_says_what_was_asked(tmp_path):
+    """No outcome: no verdict either."""
     write_metadata(tmp_path, {"settings": {"lambda_cache": 0.5}, "price": SEARCHED})
     lines = body(tmp_path)
-    assert "in domain, on held-out text that chose nothing, **+1.2 % [+0.4, +2.0]**" in lines[0]
-    assert "where the interval contains 0" in lines[1]
-    assert "**not kept**" in lines[2]
-    needs = "this model needs **{} times fewer**"
-    assert lines[3].startswith(f"- Against the control, {needs.format('2.50 [2.25, 2.75]')}")
-    assert lines[4].startswith(f"- Against the base model, {needs.format('2.00 [1.75, 2.25]')}")
+    assert lines[0].endswith("3 % out of domain: not measured against the control.")
     assert "Nothing else was measured." in lines
 
 

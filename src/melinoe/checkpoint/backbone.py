@@ -58,16 +58,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
             the generation config is not readable; the routers are not those that ``melinoe.json``
             names.
     """
-    given = {f"{layer.name}.{t.name}" for layer in checkpoint.layers for t in layer.tensors}
-    stripped = _without_experts(checkpoint.model_class)
-    model = _from_pretrained(checkpoint, stripped, checkpoint.backbone, device, given)
-    model.__class__ = checkpoint.model_class
-    for layer in checkpoint.layers:
-        module = model.get_submodule(layer.name)
-        for tensor in layer.tensors:
-            empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
-            module._parameters[tensor.name] = nn.Parameter(empty)
-    _name_it(model, checkpoint)
+    model = _without(checkpoint, device)
     _check_routers(model, checkpoint)
     return model
 
@@ -88,9 +79,35 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> An
 
     Raises:
         CheckpointError: as `load_backbone`.
+
+    Cost: the weights once, and one expert: transformers would hold a layer's experts three times.
     """
-    places = list(checkpoint.tensors.values())
-    model = _from_pretrained(checkpoint, checkpoint.model_class, places, device, set())
+    model = _without(checkpoint, device)
+    for source in checkpoint.experts:
+        module = model.get_submodule(source.layer.name)
+        stacks = {}
+        for tensor in source.layer.tensors:
+            stack = torch.empty(
+                (source.num_experts, *tensor.shape), dtype=tensor.dtype, device=device
+            )
+            module._parameters[tensor.name] = nn.Parameter(stack)
+            stacks[tensor.name] = stack
+        for expert in range(source.num_experts):
+            source.read(expert, {name: stack[expert] for name, stack in stacks.items()})
+    return model
+
+
+def _without(checkpoint: Checkpoint, device: torch.device | str) -> Any:
+    """Load the model; its experts are empty parameters."""
+    given = {f"{layer.name}.{t.name}" for layer in checkpoint.layers for t in layer.tensors}
+    stripped = _without_experts(checkpoint.model_class)
+    model = _from_pretrained(checkpoint, stripped, checkpoint.backbone, device, given)
+    model.__class__ = checkpoint.model_class
+    for layer in checkpoint.layers:
+        module = model.get_submodule(layer.name)
+        for tensor in layer.tensors:
+            empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
+            module._parameters[tensor.name] = nn.Parameter(empty)
     _name_it(model, checkpoint)
     return model
 

@@ -83,15 +83,14 @@ OUTCOME: Schema = {
     "seconds?": "number",
 }
 
-# Of a search for the strongest run within a price: what was asked for, and what was paid on texts
-# that chose nothing, as shares of the control's perplexity.
+# Of a search for the strongest run within a price: bounds as shares of the control's perplexity,
+# the weight that was taken, and how much of the price it spent on the texts that choose.
 PRICE: Schema = {
     "bounds?": {"*": "number"},
-    "paid?": {"*": ESTIMATE},
-    "met?": "flag",
-    "met_by_the_whole_interval?": "flag",
-    # By other model (reference, base) and policy.
-    "times_fewer_than?": {"*": {"*": ESTIMATE}},
+    "strength?": "number",
+    "spent?": "number",
+    "spent_at_most?": "number",
+    "feasible?": "flag",
 }
 
 FIELDS: Schema = {

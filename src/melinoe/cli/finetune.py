@@ -20,20 +20,15 @@ _PRICE = "Search for a price"
 PANELS: dict[str | None, tuple[str, ...]] = {
     None: ("capacity", "lambda_cache", "steps", "batch_size", "max_length", "seed"),
     _OBJECTIVE: (
-        "lambda_rank", "cache_prior", "gamma", "cache_loss", "anchor", "rho", "rank_reduce",
-        "reference", "cache_gradient", "swap_margin", "capacity_curriculum", "layer_capacity",
-        "layer_weight", "lambda_reuse", "lambda_match", "lambda_distill", "lambda_replay",
-        "replay_loss", "replay_batch_size", "own_texts",
+        "gamma", "cache_loss", "lambda_replay", "own_texts", "lambda_match", "lambda_rank",
+        "anchor", "rho",
     ),
     _TRAINING: (
         "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "epochs",
         "gradient_accumulation", "packing", "gradient_checkpointing", "compute_dtype", "warmup",
-        "schedule", "weight_decay", "max_grad_norm",
+        "schedule", "max_grad_norm",
     ),
-    _RUN: (
-        "log_every", "eval_every", "save_every", "keep_checkpoints", "keep", "save", "report_to",
-        "max_bad_steps",
-    ),
+    _RUN: ("log_every", "eval_every", "save_every", "keep", "save", "report_to"),
 }  # fmt: skip
 
 
@@ -76,9 +71,9 @@ def command(
     teacher: Annotated[
         str | None,
         option(
-            "Also learn from an earlier run, at --lambda-match (10 unless you set it or "
-            "--lambda-distill): its directory (of --save adapter or both); or the word plain: "
-            "train it first, on next tokens alone, in OUT.teacher.",
+            "Also learn from an earlier run, at --lambda-match (10 unless you set it): its "
+            "directory (of --save adapter or both); or the word plain: train it first, on next "
+            "tokens alone, in OUT.teacher.",
             _OBJECTIVE,
         ),
     ] = None,
@@ -123,16 +118,7 @@ def command(
     max_other_ppl_increase: Annotated[
         str | None, option("Bound the perplexity on the --other texts too.", _PRICE)
     ] = None,
-    price_reference: Annotated[
-        Path | None, option("Use the control that an earlier search wrote, OUT.reference.", _PRICE)
-    ] = None,
     price_runs: Annotated[int, option("Train at most this many runs.", _PRICE, min=1)] = 4,
-    steer: Annotated[
-        bool,
-        option(
-            "Search within one run, by changing --lambda-cache on the way. For long runs.", _PRICE
-        ),
-    ] = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -144,11 +130,6 @@ def command(
     """
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)
-    if price is None and (price_reference is not None or steer):
-        raise TrainingError(
-            "--price-reference and --steer are for a search within --max-ppl-increase; give that, "
-            "or leave them out (a control to compare with is named by --against)"
-        )
     # --lambda-match 0 is refused with a teacher, where nothing was said it is given a weight.
     source = context.get_parameter_source("lambda_match")
     unsaid = source is None or source.name == "DEFAULT"
@@ -159,8 +140,7 @@ def command(
     from melinoe.data import load_examples
     from melinoe.finetune import finetune
     from melinoe.finetune.processes import leave
-    from melinoe.finetune.resume.finished import check_place
-    from melinoe.finetune.taught import beside, train_control, train_teacher
+    from melinoe.finetune.run import beside, check_place, train_control, train_teacher
 
     output.quiet()
     check_place(out, resume)
@@ -183,15 +163,15 @@ def command(
         base, train = models.resolve(model), held_out.train
         if teacher == PLAIN and price is None:
             output.say("first the teacher, on next tokens alone")
-            teacher = str(train_teacher(base, train, beside(out, "teacher"), settings, **common))
+            teacher = str(train_teacher(base, train, out, settings, **common))
         common["teacher"] = teacher
         if against == CONTROL:
             output.say("first the control, without the locality terms")
-            against = str(train_control(base, train, beside(out, "control"), settings, **common))
+            against = str(train_control(base, train, out, settings, **common))
         if price is None:
             result = finetune(base, train, out, settings, **common)
         else:
-            from melinoe.finetune.price.search import finetune_within, reference_place
+            from melinoe.finetune.price import finetune_within
 
             result = finetune_within(
                 base,
@@ -200,21 +180,19 @@ def command(
                 settings,
                 price,
                 other_examples=[one for texts in held_out.others.values() for one in texts],
-                reference=price_reference,
                 runs=price_runs,
-                steered=steer,
                 **common,
             )
-            against = str(price_reference or reference_place(result.out))
+            against = str(beside(out, "control"))
     leave()
     output.say(f"wrote {result.out}")
     if rates := result.metadata.get("learning_rates"):
         output.say(
-            f"peak learning rates: routers {rates['routers']:.2g}, low-rank updates "
-            f"{rates['low_rank']:.2g}"
+            f"peak learning rates: routers {rates['routers']:.2g}, low-rank updates of rank "
+            f"{result.metadata['lora_rank']} {rates['low_rank']:.2g}"
         )
     if price is not None:
-        from melinoe.finetune.price.search import describe
+        from melinoe.finetune.price import describe
 
         output.say(describe(result.metadata["price"]))
     if measure and settings.save == "adapter":
@@ -236,7 +214,7 @@ def _check_against(against: str, settings: FinetuneSettings, measure: bool, pric
     if priced:
         raise TrainingError(
             "a search for a price trains a control of its own, and states price and saving against "
-            "it; leave out --against (--price-reference names one of an earlier search)"
+            "it; leave out --against"
         )
     if not measure or settings.save == "adapter":
         raise TrainingError(
@@ -268,8 +246,7 @@ def _price(own: str | None, other: str | None) -> Any:
         raise TrainingError(
             "--max-other-ppl-increase needs --max-ppl-increase beside it; give both"
         )
-    from melinoe.finetune.price.steering import Price
-    from melinoe.finetune.price.strength import parse_increase
+    from melinoe.finetune.price import Price, parse_increase
 
     return Price(parse_increase(own), None if other is None else parse_increase(other))
 

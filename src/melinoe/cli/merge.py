@@ -19,7 +19,7 @@ def command(
     ] = None,
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""
-    from melinoe.finetune.parts.merging import merge_adapter
+    from melinoe.finetune.saving import merge_adapter
 
     output.quiet()
     made = merge_adapter(adapter, out, base=models.resolve(base) if base is not None else None)

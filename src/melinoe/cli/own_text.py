@@ -34,7 +34,7 @@ def command(
     resident experts, for a model that no device holds whole.
     """
     from melinoe.errors import OutputExistsError
-    from melinoe.finetune.terms.own_text import own_text
+    from melinoe.finetune.own_text import own_text
 
     if out.exists():
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")

@@ -124,7 +124,7 @@ def hold_out(
 
 def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
     """
-    What of the held-out text a search for a price did not choose by: only that may say the price.
+    Leave out the held-out texts by which a search for a price chose: the others say the price.
 
     Args:
         held_out: What the search was given.
@@ -133,19 +133,16 @@ def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
     """
     from melinoe.checkpoint import load_tokenizer
     from melinoe.checkpoint.files import read_config
-    from melinoe.finetune.price.panel import halves
+    from melinoe.finetune.price import halves
 
     tokenizer = load_tokenizer(base, read_config(base))
-    joined = [(name, one) for name, some in held_out.others.items() for one in some]
-    _, rest = halves([one for _, one in joined], tokenizer, max_length)
-    others: dict[str, Sequence[Any]] = {
-        name: [joined[index][1] for index in rest if joined[index][0] == name]
-        for name in held_out.others
-    }
+    every = [one for some in held_out.others.values() for one in some]
+    rest = {id(one) for one in halves(every, tokenizer, max_length)[1]}
+    others = {name: [x for x in some if id(x) in rest] for name, some in held_out.others.items()}
     choosing, judging = halves(held_out.examples, tokenizer, max_length)
     return replace(
         held_out,
-        examples=[held_out.examples[index] for index in judging],
+        examples=judging,
         others={name: some for name, some in others.items() if some},
         chosen_by=len(choosing),
     )

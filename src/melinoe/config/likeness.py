@@ -8,7 +8,14 @@ from melinoe.config.finetuning import FinetuneSettings
 from melinoe.errors import TrainingError
 
 Settings = Mapping[str, Any]
-_TERMS = {"lambda_rank", "lambda_distill", "lambda_match", "lambda_replay"}
+_TERMS = {"lambda_rank", "lambda_match", "lambda_replay"}
+# Of records of earlier versions: weights of locality terms, and other settings of terms with the
+# weight by which each counts.
+_OLD_LOCALITY = ("cache_prior", "lambda_reuse")
+_OLD = {
+    "lambda_distill": None, "replay_loss": "lambda_replay", "rank_reduce": "lambda_rank",
+    "reference": "lambda_rank",
+}  # fmt: skip
 
 
 def recorded(settings: Settings) -> FinetuneSettings | None:
@@ -22,6 +29,8 @@ def recorded(settings: Settings) -> FinetuneSettings | None:
     optional = {one.name for one in fields(FinetuneSettings) if one.default is None}
     known = {one.name for one in fields(FinetuneSettings)} & settings.keys()
     said = {name: settings[name] for name in known}
+    if said.get("anchor") == "none":  # how an earlier version said it
+        said = {k: v for k, v in said.items() if k != "anchor"} | {"lambda_rank": 0.0}
     said = {name: one for name, one in said.items() if one is not None or name in optional}
     try:
         return replace(FinetuneSettings().plain(), **said)
@@ -32,7 +41,8 @@ def recorded(settings: Settings) -> FinetuneSettings | None:
 def for_locality(settings: Settings) -> bool:
     """Say whether a record's run had a locality term."""
     run = recorded(settings)
-    return run is not None and not run.is_control
+    old = any(settings.get(name) for name in _OLD_LOCALITY)
+    return run is not None and (old or not run.is_control)
 
 
 def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
@@ -52,6 +62,12 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
     if one is None or other is None:
         here, there = dict(ours), dict(theirs)
     else:
-        here, there = ({"lambda_rank": 0.0, **run.control().deciding()} for run in (one, other))
+        here, there = (run.control().deciding() for run in (one, other))
+        for name, weight in _OLD.items():
+            if weight is None or (here.get(weight) and there.get(weight)):
+                here, there = (
+                    side | ({name: one[name]} if one.get(name) else {})
+                    for side, one in ((here, ours), (there, theirs))
+                )
     told = (ours.keys() & theirs.keys() | _TERMS) & here.keys() & there.keys()
     return {name: (here[name], there[name]) for name in sorted(told) if here[name] != there[name]}

@@ -1,28 +1,25 @@
 """
 Fine-tune a mixture-of-experts model so that it needs few experts at a time, and say what it cost.
 
-    terms/         the objective: next-token loss plus the weighted locality terms
-    parts/         what is trained, and the files it is kept in
-    price/         the user names the price, the tool finds the strength
-    resume/        runs that end early go on as if they had not
-    rates.py       learning rates by the model's width
-    rows.py        the examples as rows; order.py: which is seen when, decided by the seed alone
-    packing.py     several examples in one row, for models that keep them apart
-    preparing.py   a model made ready to train, and plain again
-    forward.py     one batch through the model, and what each term says of it
-    gradients.py   which term pulls at the routers, and how hard
-    held_out.py    means of the terms over held-out examples
-    trainer.py     transformers' Trainer with that objective; arguments.py: its settings,
-                   steps.py: our turns between its steps
-    processes.py   what several processes do together
+    run.py         finetune(): checkpoint and examples in, checkpoint and log out; teacher, control
+    price.py       the user names the price, the tool finds the strength of the cache term
     training.py    train(): a model in memory and encoded examples in
-    run.py         finetune(): checkpoint and examples in, checkpoint and log out
-    taught.py      the runs that another one needs: its teacher, its control
+    trainer.py     transformers' Trainer with our objective: a step, the log, checkpoints
+    objective.py   the loss: next tokens plus weighted terms, and what held-out examples make of it
+    parts.py       what is trained: routers in full, low-rank updates of experts and attention
+    rates.py       ranks and learning rates by the model's shape
+    teacher.py     an earlier run, whose hidden states are learned
+    own_text.py    anchor text that the base model writes itself
+    rows.py        examples in rows, packed or not, in the order of training
+    preparing.py   a model made ready to train, and plain again
+    adapter.py     what was trained, in memory and in PEFT's files
+    saving.py      the result written: a checkpoint, an adapter, or both; an adapter merged
+    resume.py      checkpoints of a run that goes on after it was killed
+    processes.py   what several processes do together
 """
 
-from melinoe.finetune.held_out import held_out_terms
+from melinoe.finetune.objective import held_out_terms
 from melinoe.finetune.run import FinetuneResult, finetune
-from melinoe.finetune.taught import finetune_taught
 from melinoe.finetune.training import train
 
-__all__ = ["FinetuneResult", "finetune", "finetune_taught", "held_out_terms", "train"]
+__all__ = ["FinetuneResult", "finetune", "held_out_terms", "train"]

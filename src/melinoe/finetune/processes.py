@@ -1,4 +1,4 @@
-"""What the processes of one run do together, beyond what the Trainer does."""
+"""Let the processes of one run act together, beyond what the Trainer does."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from melinoe.finetune.forward import logits_of, model_outputs
-from melinoe.finetune.parts.adapters import TrainedParts
+from melinoe.finetune.objective import logits_of, model_outputs
+from melinoe.finetune.parts import TrainedParts
 
 _FEW_TOKENS = torch.arange(1, 6)[None]
 

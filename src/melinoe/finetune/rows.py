@@ -1,21 +1,46 @@
-"""The examples of a run as rows, in the order in which they are seen."""
+"""
+Arrange examples in rows, in the order of training; the seed alone decides, for a control too.
 
+Examples of like length share a batch, which saves padding; which batches, and their order, are
+random. Packed, the examples of a row fill it up, and the rows come in random order.
+
+Packed examples never see each other. transformers keeps attention apart itself, from positions that
+begin anew with each example (see `melinoe.data.PackedCollator`). Some families make their masks
+without the positions and are given ready-made ones; some cannot be helped: convolutions,
+state-space and linear attention layers carry a state over the border. So a model is tried before it
+is trained: the gradient of one example's logits must not reach another example of its row.
+"""
+
+import logging
+import math
+import random
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.masking_utils import create_masks_for_generate
 
 from melinoe.config import FinetuneSettings
-from melinoe.data import Encoded
-from melinoe.errors import DataError
-from melinoe.finetune.order import training_rows
+from melinoe.data import Encoded, PackedCollator
+from melinoe.errors import DataError, UnsupportedModelError
+from melinoe.finetune.objective import logits_of, model_outputs
+from melinoe.moe.experts import family
+
+log = logging.getLogger(__name__)
+
+_BATCHES_SORTED_TOGETHER = 16
 
 
 def rows_of(
     data: Sequence[Encoded], settings: FinetuneSettings, processes: int = 1
 ) -> tuple[int, list[list[Encoded]]]:
     """
-    Optimiser steps, and the examples of each row in the order of training; see `training_rows`.
+    Return the number of optimiser steps, and the examples of each row in the order of training.
 
     With several *processes* each takes as many batches: rows in which nothing is to be learned fill
-    the last. The terms are those of one process, which needs no such rows: they count for nothing.
+    the last, and count for nothing.
     """
     steps, places = training_rows([len(one) for one in data], settings, processes)
     rows = [[data[place] for place in row] for row in places]
@@ -43,3 +68,189 @@ def check_data(settings: FinetuneSettings, data: Sequence[Encoded]) -> None:
             f"an example of {longest} tokens does not fit a packed row of {settings.max_length}; "
             "raise max_length, or cut the examples"
         )
+
+
+def training_rows(
+    lengths: Sequence[int], settings: FinetuneSettings, processes: int = 1
+) -> tuple[int, list[list[int]]]:
+    """
+    Return the number of optimiser steps, and the positions of each row's examples, in order.
+
+    A row holds one example, or several where ``settings.packing`` asks for it. One step takes
+    batch size x accumulation x *processes* rows that follow each other, so the processes only share
+    out what one process would see in the same step.
+    """
+    per_step = settings.batch_size * settings.gradient_accumulation * processes
+    if not settings.packing:
+        steps, seen = number_of_steps(
+            len(lengths), per_step, steps=settings.steps, epochs=settings.epochs
+        )
+        return steps, [[i] for i in training_order(lengths, per_step, seen, settings.seed)]
+    random_numbers = random.Random(settings.seed)
+    rows = pack(lengths, settings.max_length, random_numbers)
+    steps, seen = number_of_steps(len(rows), per_step, steps=settings.steps, epochs=settings.epochs)
+    while len(rows) < seen:  # each epoch packs anew, so that rows are mixed differently
+        rows += pack(lengths, settings.max_length, random_numbers)
+    return steps, rows[:seen]
+
+
+def number_of_steps(
+    num_examples: int, batch: int, *, steps: int | None, epochs: float
+) -> tuple[int, int]:
+    """Return steps and examples seen; an incomplete last batch counts as a step."""
+    seen = steps * batch if steps is not None else max(1, round(epochs * num_examples))
+    return math.ceil(seen / batch), seen
+
+
+def training_order(lengths: Sequence[int], batch: int, seen: int, seed: int) -> list[int]:
+    """
+    Order the positions of the examples for training.
+
+    Every example comes once before any comes again. Within a window of 16 batches examples are
+    sorted by length and the batches then shuffled.
+
+    Args:
+        lengths: Tokens of each example; at least one.
+        batch: Examples per optimiser step.
+        seen: Length of the order.
+        seed: Decides the order.
+    """
+    random_numbers = random.Random(seed)
+    arranged: list[int] = []
+    while len(arranged) < seen:
+        epoch = list(range(len(lengths)))
+        random_numbers.shuffle(epoch)
+        # What the epoch before left of a batch is filled up first, or later batches would straddle.
+        head = min(-len(arranged) % batch, len(epoch))
+        arranged += epoch[:head]
+        for start in range(head, len(epoch), batch * _BATCHES_SORTED_TOGETHER):
+            part = epoch[start : start + batch * _BATCHES_SORTED_TOGETHER]
+            part.sort(key=lambda index: (lengths[index], index))
+            batches = [part[at : at + batch] for at in range(0, len(part), batch)]
+            last = [batches.pop()] if len(batches[-1]) < batch else []
+            random_numbers.shuffle(batches)
+            arranged += [index for one in batches + last for index in one]
+    return arranged[:seen]
+
+
+def pack(lengths: Sequence[int], row_tokens: int, random_numbers: random.Random) -> list[list[int]]:
+    """
+    Put examples into as few rows as best-fit decreasing finds: positions, row by row.
+
+    Examples of equal length take their turn at random, and the rows come in random order.
+
+    Args:
+        lengths: Tokens of each example, none above *row_tokens*.
+        row_tokens: Most tokens of a row.
+        random_numbers: Decides what is not decided by the lengths.
+
+    Cost: n log n.
+    """
+    waiting = list(range(len(lengths)))
+    random_numbers.shuffle(waiting)
+    waiting.sort(key=lambda index: -lengths[index])
+    rows: list[list[int]] = []
+    rooms: list[int] = []  # the different amounts of room that rows have left, ascending
+    rows_with: dict[int, list[int]] = {}
+    for index in waiting:
+        at = bisect_left(rooms, lengths[index])
+        if at == len(rooms):
+            row, room = len(rows), row_tokens
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rows_with[room], rooms[at]
+        rows[row].append(index)
+        room -= lengths[index]
+        if room not in rows_with:
+            insort(rooms, room)
+            rows_with[room] = []
+        rows_with[room].append(row)
+    random_numbers.shuffle(rows)
+    return rows
+
+
+@dataclass(frozen=True)
+class Packing:
+    """
+    How a model's examples are kept apart in one row.
+
+    Attributes:
+        collator: Padded rows, or the whole batch in one row as flash attention wants it.
+        config: Where the model has to be given its attention masks, since it makes them without
+            looking at positions: its configuration; else ``None``.
+        dtype: Of the model's hidden states.
+    """
+
+    collator: PackedCollator
+    config: Any = None
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make the model's inputs of a batch that is on its device."""
+        if self.config is None:
+            return batch
+        ids = batch["input_ids"]
+        shape_only = torch.empty((*ids.shape, 0), dtype=self.dtype, device=ids.device)
+        masks = create_masks_for_generate(
+            self.config, shape_only, None, None, position_ids=batch["position_ids"]
+        )
+        return {**batch, "attention_mask": masks}
+
+
+def find_packing(model: Any, pad_token_id: int) -> Packing:
+    """
+    Find a way in which *model* keeps the examples of a row apart.
+
+    Raises:
+        UnsupportedModelError: there is none; the sentence names the family.
+
+    Cost: a forward and a backward pass over 18 tokens, three times at most.
+    """
+    rows, flat = PackedCollator(pad_token_id), PackedCollator(pad_token_id, flat=True)
+    for packing in (Packing(rows), Packing(rows, model.config, model.dtype), Packing(flat)):
+        try:
+            if not leaks(model, packing):
+                return packing
+        except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+            log.info("%s does not take %s: %s", family(model), packing, error)
+    raise UnsupportedModelError(
+        f"{family(model)} lets an example see the one packed before it (it has layers that carry a "
+        "state from token to token, or attention that ignores positions); train without packing"
+    )
+
+
+def leaks(model: Any, packing: Packing) -> bool:
+    """
+    Try whether a packed example is reached by another of its row, or by the padding.
+
+    The model's weights and the random numbers are left as they are.
+    """
+    embeddings = model.get_input_embeddings()
+    seen: list[torch.Tensor] = []
+
+    def watch(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    made = [Encoded(list(range(1, 1 + n)), [False] + [True] * (n - 1)) for n in (4, 5, 3, 4)]
+    device = embeddings.weight.device
+    batch = packing.collator([made[:2], made[2:]])
+    inputs = packing.inputs({key: value.to(device) for key, value in batch.items()})
+    segments = inputs["segment_ids"]
+    handle = embeddings.register_forward_hook(watch)
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            logits = logits_of(model, model_outputs(model, inputs))
+            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+            weighed = logits.float() * weights.to(device)
+            for segment in segments.unique().tolist():
+                own = segments == segment
+                (gradient,) = torch.autograd.grad(weighed[own].sum(), seen[0], retain_graph=True)
+                if gradient[~own].any() or not gradient[own].any():
+                    return True
+    finally:
+        handle.remove()
+    return False

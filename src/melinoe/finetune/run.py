@@ -1,9 +1,15 @@
-"""A checkpoint and examples in; a plain checkpoint in the hub's layout, and a log, out."""
+"""
+Fine-tune a checkpoint: examples in, a plain checkpoint in the hub's layout, and a log, out.
 
+Beside a run *OUT* there may be *OUT*.teacher and *OUT*.control, the runs that it needs, and
+*OUT*.checkpoints until it is written.
+"""
+
+import gc
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +19,35 @@ from transformers import TrainerCallback
 
 from melinoe.checkpoint.backbone import load_backbone, load_model
 from melinoe.checkpoint.hub import commit_of
-from melinoe.checkpoint.metadata import read_metadata
+from melinoe.checkpoint.metadata import METADATA, read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.safetensors_file import Stamp, check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.writing import bytes_of, check_rewritable, check_room, round_as_stored
-from melinoe.config import FinetuneSettings
+from melinoe.checkpoint.writing import (
+    bytes_of,
+    check_output,
+    check_rewritable,
+    check_room,
+    round_as_stored,
+)
+from melinoe.config import PLAIN, FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Example, count_losses, encode, load_examples, pad_token_id
-from melinoe.errors import CheckpointError, OutputExistsError, WriteError
-from melinoe.finetune.arguments import training_arguments, with_compute_dtype
-from melinoe.finetune.parts.saving import KeptParts, write_result
+from melinoe.errors import CheckpointError, OutputExistsError, TrainingError, WriteError
+from melinoe.finetune.own_text import write_own_text
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
-from melinoe.finetune.resume.checkpoints import (
+from melinoe.finetune.resume import (
+    check_same_settings,
+    data_fingerprint,
     list_checkpoints,
     newest_checkpoint,
     read_state,
     remove_checkpoints,
 )
-from melinoe.finetune.resume.finished import check_place, finished_run, is_written
-from melinoe.finetune.resume.state import data_fingerprint
-from melinoe.finetune.terms.own_text import write_own_text
-from melinoe.finetune.terms.teacher import read_teacher, teacher_fingerprint
-from melinoe.finetune.trainer import Progress
-from melinoe.finetune.training import run_training
+from melinoe.finetune.saving import KeptParts, write_result
+from melinoe.finetune.teacher import read_teacher, teacher_fingerprint
+from melinoe.finetune.trainer import Progress, training_arguments, with_compute_dtype
+from melinoe.finetune.training import train
 from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.malloc import return_freed_memory
 from melinoe.moe.routing import find_routers, fingerprint
@@ -45,7 +56,7 @@ from melinoe.moe.routing import find_routers, fingerprint
 @dataclass(frozen=True)
 class FinetuneResult:
     """
-    What a run left behind.
+    What a run leaves behind.
 
     Attributes:
         out: Directory of the fine-tuned checkpoint.
@@ -86,9 +97,9 @@ def finetune(
         anchor_examples: Text of other kinds whose quality the run should keep; replayed beside the
             data where ``settings.lambda_replay`` is above 0. Absent or ``"own"``: what the base
             model writes from an empty prompt, ``settings.own_texts`` of them.
-        teacher: Directory of an adapter that an earlier run on the same base wrote (``save``), whom
-            ``lambda_distill`` and ``lambda_match`` mean; see also `finetune_taught`. ``None``: they
-            mean the base model.
+        teacher: Whose hidden states ``lambda_match`` means: the directory of an adapter that an
+            earlier run on the same base wrote (``save``); or ``"plain"``: the run on next tokens
+            alone, trained first, in ``<out>.teacher``. ``None``: the base model's.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
         callbacks: As in `train`. What one's ``metadata()`` gives, if it has such a method, goes
             into the record of the run.
@@ -109,7 +120,12 @@ def finetune(
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
     path, name = check_place(out, resume), str(model_path)
-    checkpoints = path.with_name(f"{path.name}.checkpoints")
+    if teacher == PLAIN:
+        teacher = train_teacher(
+            model_path, data, path, settings, eval_examples=eval_examples,
+            progress=progress, callbacks=callbacks, resume=resume,
+        )  # fmt: skip
+    checkpoints = beside(path, "checkpoints")
     if not resume and list_checkpoints(checkpoints):
         raise OutputExistsError(
             f"{checkpoints} holds checkpoints of a run that did not end; go on from them with "
@@ -127,7 +143,7 @@ def finetune(
     if is_written(path, resume):
         with open_checkpoint(source) as checkpoint:
             base_fingerprint = fingerprint(load_backbone(checkpoint))
-        found = dict(finished_run(path, settings, encoded, base_fingerprint))
+        found = dict(_finished_run(path, settings, encoded, base_fingerprint))
         remove_checkpoints(checkpoints)
         return FinetuneResult(path, found["log"], found)
     held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
@@ -153,7 +169,7 @@ def finetune(
     kept = KeptParts(model, settings)
     started = time.monotonic()
     try:
-        trained = run_training(
+        trained = train(
             model,
             encoded,
             computed,
@@ -188,7 +204,8 @@ def finetune(
             "settings": asdict(settings),
             "is_control": settings.is_control,
             # The settings may leave them to the model's width.
-            "learning_rates": asdict(trained.rates),
+            "learning_rates": {k: v for k, v in asdict(trained.rates).items() if k != "rank"},
+            "lora_rank": trained.rates.rank,
             "compute_dtype": computed.compute_dtype,
             "teacher": None
             if taught_by is None
@@ -218,10 +235,125 @@ def finetune(
         for callback in callbacks:
             if hasattr(callback, "metadata"):
                 metadata.update(callback.metadata())
+        gc.collect()  # the trainer is a circle, and holds the optimizer's state
+        return_freed_memory()
         _write(model, source, path, metadata, kept, checkpoints, stamps)
         metadata["files"] = read_metadata(path)["files"]
     wait_for_all(arguments)
     return FinetuneResult(path, trained.rows, metadata)
+
+
+def train_control(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: str | Path,
+    settings: FinetuneSettings,
+    **options: Any,
+) -> Path:
+    """
+    Train the control of the run *out* (`FinetuneSettings.control`), in ``<out>.control``.
+
+    Args:
+        model_path, data, out, settings: Of the run that will be compared with it.
+        options: Of `finetune`, as the run itself gets them: the same teacher and anchor text.
+
+    Returns:
+        The directory, in which its adapter is.
+
+    Raises:
+        TrainingError: as `finetune`; the run has no locality terms; or, resumed, what is there came
+            of other settings.
+    """
+    if settings.is_control:
+        raise TrainingError(
+            "the run has no locality terms, so it is its own control; compare it with nothing"
+        )
+    return _train_beside(model_path, data, beside(out, "control"), settings.control(), **options)
+
+
+def train_teacher(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: str | Path,
+    settings: FinetuneSettings,
+    **options: Any,
+) -> Path:
+    """
+    Train the teacher of the run *out* (`FinetuneSettings.plain`), in ``<out>.teacher``.
+
+    Args:
+        model_path, data, out, settings: Of the run that will learn from it.
+        options: Of `finetune`; anchor text is not used.
+
+    Returns:
+        The directory, in which its adapter is.
+
+    Raises:
+        TrainingError: as `finetune`; *settings* have no term that learns from a teacher; or,
+            resumed, what is there came of other settings.
+    """
+    options.pop("anchor_examples", None)
+    if not settings.is_taught:
+        raise TrainingError(
+            "lambda_match is 0, so there is nothing to learn from a teacher; set lambda_match"
+        )
+    return _train_beside(model_path, data, beside(out, "teacher"), settings.plain(), **options)
+
+
+def _train_beside(
+    model_path: str | Path,
+    data: str | Path | Sequence[Example],
+    out: Path,
+    settings: FinetuneSettings,
+    *,
+    resume: bool = False,
+    **options: Any,
+) -> Path:
+    """Train a run that another one needs, and write its adapter; resumed, take what is there."""
+    if is_written(out, resume):
+        check_same_settings(out, read_metadata(out).get("settings") or {}, settings)
+    else:
+        finetune(model_path, data, out, replace(settings, save="adapter"), resume=resume, **options)
+    return out
+
+
+def beside(out: str | Path, what: str) -> Path:
+    """Name a directory that belongs to the run *out*: ``<out>.<what>``."""
+    path = Path(out).expanduser()
+    return path.with_name(f"{path.name}.{what}")
+
+
+def check_place(out: str | Path, resume: bool) -> Path:
+    """
+    Return the directory *out*, if a run may be written there, or, to *resume*, one was.
+
+    Raises:
+        OutputExistsError: it is taken.
+    """
+    path = Path(out).expanduser()
+    return path if is_written(path, resume) else check_output(path)
+
+
+def is_written(path: Path, resume: bool) -> bool:
+    """Whether a resumed run's result is there: it appears whole, with its record, or not at all."""
+    return resume and (path / METADATA).is_file()
+
+
+def _finished_run(
+    path: Path, settings: FinetuneSettings, data: Sequence[Any], base_fingerprint: str
+) -> Mapping[str, Any]:
+    """Read the record of a written run; an error if it is not the run that is asked for."""
+    metadata = read_metadata(path)
+    check_same_settings(path, metadata.get("settings") or {}, settings)
+    for what, there, here in (
+        ("data", (metadata.get("data") or {}).get("tokens_sha256"), data_fingerprint(data)),
+        ("base model", metadata.get("base_fingerprint"), base_fingerprint),
+    ):
+        if there != here:
+            raise TrainingError(
+                f"{path} is a run with another {what}; give what it was given, or delete it"
+            )
+    return metadata
 
 
 def _write(

@@ -1,9 +1,8 @@
-"""A model in memory and encoded examples in; the trained model and its log out."""
+"""Train a model that is in memory on encoded examples."""
 
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,30 @@ from transformers import TrainerCallback, TrainingArguments
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import InterruptedRunError, TrainingError
-from melinoe.finetune.arguments import set_steps, training_arguments, with_compute_dtype
-from melinoe.finetune.packing import find_packing
-from melinoe.finetune.parts.adapter import Adapter, adapter_of
-from melinoe.finetune.parts.adapters import TrainedParts, make_trainable
+from melinoe.finetune.adapter import Adapter, adapter_of
+from melinoe.finetune.objective import Objective, Replay
+from melinoe.finetune.parts import TrainedParts, make_trainable
 from melinoe.finetune.preparing import ReadyModel
 from melinoe.finetune.processes import freeze_unreached, is_sharded
 from melinoe.finetune.rates import Rates
-from melinoe.finetune.resume.checkpoints import newest_checkpoint
-from melinoe.finetune.resume.interrupt import StopRequest
-from melinoe.finetune.resume.state import check_same_run, identity, put
-from melinoe.finetune.rows import check_data, rows_of
-from melinoe.finetune.terms.objective import Objective
-from melinoe.finetune.terms.replay import Replay
-from melinoe.finetune.terms.teacher import Teacher, teacher_fingerprint
-from melinoe.finetune.trainer import LocalityTrainer, Progress
+from melinoe.finetune.resume import (
+    StopRequest,
+    check_same_run,
+    identity,
+    newest_checkpoint,
+    put,
+)
+from melinoe.finetune.rows import check_data, find_packing, rows_of
+from melinoe.finetune.teacher import Teacher, teacher_fingerprint
+from melinoe.finetune.trainer import (
+    LocalityTrainer,
+    Progress,
+    set_steps,
+    training_arguments,
+    with_compute_dtype,
+)
 from melinoe.moe.experts import find_experts
-from melinoe.moe.routing import Router, find_routers, fingerprint
-from melinoe.moe.under_prior import PriorRouting
+from melinoe.moe.routing import find_routers, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +43,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Trained:
     """
-    What training left beside the model.
+    What training leaves beside the model.
 
     Attributes:
         rows: See `LocalityTrainer.rows`.
@@ -70,20 +75,23 @@ def train(
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     before_merge: Callable[[TrainedParts], None] | None = None,
-) -> tuple[list[dict[str, Any]], int]:
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    arguments: TrainingArguments | None = None,
+) -> Trained:
     """
-    Fine-tune a model in memory; at the end it is plain again, its adapters merged.
+    Fine-tune a model in memory; at the end it is plain again, its updates merged.
 
     Args:
         model: A transformers model with next-token logits. On return its tensors have the types
             they came with, its config is as it was, and it is in evaluation mode.
         data: Encoded examples.
-        settings: Everything that decides the run. There are no checkpoints: see `run_training`.
+        settings: Everything that decides the run.
         pad_token_id: Any id; padding is masked.
         eval_data: Measured before the first step, each ``eval_every``, and after the last.
         anchor_data: Text to replay beside *data*, for ``settings.lambda_replay``.
-        teacher: Of the same base, from `read_teacher`: whom ``settings.lambda_distill`` and
-            ``lambda_match`` mean, in place of the base model.
+        teacher: Of the same base, from `read_teacher`: whose hidden states
+            ``settings.lambda_match`` means, in place of the base model's.
         progress: Called with each log row.
         callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
             ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
@@ -91,68 +99,25 @@ def train(
             there. Its ``state_dict()`` and ``load_state_dict(state)``, if it has them, keep its
             state (JSON) in checkpoints.
         before_merge: Called with the trained parts in float32, before they become the model's own.
-
-    Returns:
-        Log rows, and how many steps were skipped for a non-finite loss. Rows of measurements hold
-        ``eval_nll``, ``eval_cache`` and so on.
-
-    Raises:
-        UnsupportedModelError, TrainingError: as `melinoe.finetune.finetune`.
-    """
-    trained = run_training(
-        model,
-        data,
-        settings,
-        pad_token_id=pad_token_id,
-        eval_data=eval_data,
-        anchor_data=anchor_data,
-        teacher=teacher,
-        progress=progress,
-        callbacks=callbacks,
-        before_merge=before_merge,
-    )
-    return trained.rows, trained.skipped_steps
-
-
-def run_training(
-    model: Any,
-    data: Sequence[Encoded],
-    settings: FinetuneSettings,
-    *,
-    pad_token_id: int,
-    eval_data: Sequence[Encoded] | None = None,
-    anchor_data: Sequence[Encoded] | None = None,
-    teacher: Adapter | None = None,
-    progress: Progress | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    before_merge: Callable[[TrainedParts], None] | None = None,
-    checkpoints: Path | None = None,
-    resume: bool = False,
-    arguments: TrainingArguments | None = None,
-) -> Trained:
-    """
-    Train as `train` does, on one process or as one of several, with checkpoints.
-
-    Args:
         checkpoints: Directory for the run's checkpoints; Ctrl-C and SIGTERM then end the run after
             its step and leave one.
         resume: Go on from the newest whole one; from the beginning if there is none.
         arguments: Of the Trainer, if they are made already.
 
     Raises:
+        UnsupportedModelError, TrainingError: as `melinoe.finetune.finetune`.
         InterruptedRunError: the run was asked to stop; its state is in *checkpoints*.
     """
     _check_held_out(settings, eval_data)
     check_data(settings, data)
     if teacher is not None and not settings.is_taught:
         raise TrainingError(
-            "a teacher does nothing while lambda_distill and lambda_match are 0; set one of them, "
-            "or give no teacher"
+            "a teacher does nothing while lambda_match is 0; set it, or give no teacher"
         )
     # The Trainer makes a directory even if it saves nothing.
     stored = find_experts(model)[0].module.get_parameter("down_proj").dtype
     settings = with_compute_dtype(settings, stored)
-    with tempfile.TemporaryDirectory() as work, ExitStack() as undo:
+    with tempfile.TemporaryDirectory() as work:
         arguments = arguments or training_arguments(settings, checkpoints or work)
         processes, sharded = arguments.world_size, is_sharded(arguments)
         if not sharded:
@@ -162,17 +127,18 @@ def run_training(
         rates = Rates.of(routers, settings)
         if arguments.process_index == 0:
             log.info(
-                "learning rates at a hidden size of %d: routers %.3g, low-rank updates %.3g",
-                rates.width, rates.routers, rates.low_rank,
+                "hidden size %d: rate of routers %.3g, of low-rank updates %.3g; their rank %d",
+                rates.width, rates.routers, rates.low_rank, rates.rank,
             )  # fmt: skip
-        objective = _objective(routers, settings, anchor_data, pad_token_id)
-        if objective.prior is not None:
-            undo.callback(objective.prior.close)
         ready = ReadyModel(model, settings)
-        parts = make_trainable(model, routers, layers, settings)
-        objective.updates = parts
-        if teacher is not None:
-            objective.teacher = Teacher(teacher, parts, layers, arguments.device)
+        parts = make_trainable(model, routers, layers, settings, rates.rank)
+        objective = Objective(
+            routers,
+            settings,
+            parts=parts,
+            replay=Replay(anchor_data, pad_token_id, settings.seed) if anchor_data else None,
+            teacher=None if teacher is None else Teacher(teacher, parts, layers, arguments.device),
+        )
         if processes > 1:
             freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False
@@ -182,7 +148,12 @@ def run_training(
         padding = Collator(pad_token_id)
         per_step = settings.batch_size * settings.gradient_accumulation * processes
         taught = None if teacher is None else teacher_fingerprint(teacher)
-        named = replace(settings, learning_rate=rates.routers, lora_learning_rate=rates.low_rank)
+        named = replace(
+            settings,
+            learning_rate=rates.routers,
+            lora_learning_rate=rates.low_rank,
+            lora_rank=rates.rank,
+        )
         ours = identity(named, data, per_step, base, taught)
         start = _start(checkpoints, ours, arguments) if resume else None
         ready.recompute()
@@ -244,26 +215,10 @@ def run_training(
     return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, rates)
 
 
-def _objective(
-    routers: list[Router],
-    settings: FinetuneSettings,
-    anchor_data: Sequence[Encoded] | None,
-    pad_token_id: int,
-) -> Objective:
-    """Every term that *settings* name, under the prior if there is one."""
-    replay = None
-    if anchor_data:
-        replay = Replay(anchor_data, settings.replay_batch_size, pad_token_id, settings.seed)
-    objective = Objective(routers, settings, replay=replay)
-    if settings.cache_prior > 0:
-        objective.prior = PriorRouting(routers, settings.cache_prior, settings.gamma)
-    return objective
-
-
 def _start(
     checkpoints: Path | None, ours: dict[str, Any], arguments: TrainingArguments
 ) -> Path | None:
-    """The checkpoint to go on from, of this very run; none: from the beginning, with a warning."""
+    """Find this run's checkpoint to go on from; none: begin anew, with a warning."""
     start = None if checkpoints is None else newest_checkpoint(checkpoints)
     if start is not None:
         check_same_run(start, ours)

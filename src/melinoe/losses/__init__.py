@@ -1,5 +1,5 @@
 """
-What makes a router cacheable: functions of its logits and choices, and nothing else.
+The terms of the training loss: functions of logits, choices and hidden states, and nothing else.
 
 For one MoE layer and token t, K = top_k, C = cache capacity in experts, E experts:
 
@@ -8,13 +8,11 @@ For one MoE layer and token t, K = top_k, C = cache capacity in experts, E exper
     s(t)       sum over earlier tokens j of the same sequence of  gamma^(t-1-j) r(j)
     c(t)       what an imagined cache of C experts holds before token t; made of s(t)
 
+    next token         mean_t -log q(t)                    `next_token_loss`
     cache simulation   mean_t < r(t), 1 - c(t) >           `cache_simulation_loss`, in three forms
-    reuse              the same for a cache of the previous token's experts alone
-    rank matching      mean_t of relu(rho - (p_f,i - p_f,j)), summed or averaged over the pairs
-                       of experts with p_b,i > p_b,j       `rank_matching_loss`
+    rank matching      mean_t of relu(rho - (p_f,i - p_f,j)), averaged over the pairs of experts
+                       with p_b,i > p_b,j                  `rank_matching_loss`
     KL anchor          mean_t KL(p_b || p_f)               `kl_anchor_loss`
-    distillation       mean_t KL of the base model's next-token distribution to this model's
-                                                           `distillation_loss`
     match              mean_t of |h - t|^2 / |t|^2, hidden states h of this model and t of a
                        teacher                             `match_loss`
 
@@ -25,14 +23,13 @@ Shapes. A function of routers takes tensors of ``(batch, tokens, ..., experts)``
 value for each of the dimensions in the middle: nothing there gives a scalar, ``layers`` gives one
 value per layer. All layers in one call cost far fewer kernels than one call per layer.
 
-Source: MELINOE, arXiv:2602.11192, with c in closed form. What is ours is said where it stands.
+Source: MELINOE, arXiv:2602.11192, with c in closed form; each file says what differs.
 """
 
-from melinoe.losses.anchors import kl_anchor_loss, rank_matching_loss
+from melinoe.losses.anchors import kl_anchor_loss, match_loss, rank_matching_loss
 from melinoe.losses.cache import cache_simulation_loss, missing_share
-from melinoe.losses.distill import distillation_loss
 from melinoe.losses.filter import CausalFilter, choices_of, segments_of
-from melinoe.losses.match import match_loss
+from melinoe.losses.next_token import next_token_loss
 from melinoe.losses.select import completion_positions
 
 __all__ = [
@@ -40,10 +37,10 @@ __all__ = [
     "cache_simulation_loss",
     "choices_of",
     "completion_positions",
-    "distillation_loss",
     "kl_anchor_loss",
     "match_loss",
     "missing_share",
+    "next_token_loss",
     "rank_matching_loss",
     "segments_of",
 ]

@@ -1,11 +1,11 @@
 """
-What holds a router near the base router: rank matching, or a KL divergence.
+Hold a model near another: its routers near the base's, its hidden states near a teacher's.
 
-Source: MELINOE, arXiv:2602.11192, for rank matching as a sum; the mean over pairs is ours.
+Source: MELINOE, arXiv:2602.11192, for rank matching, there as a sum over pairs.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,19 +19,19 @@ def rank_matching_loss(
     completion: Tensor,
     *,
     rho: float,
-    reduce: Literal["mean", "sum"] = "mean",
     denominator: Tensor | float | None = None,
     pairs_at_once: int = 1 << 19,
 ) -> Tensor:
     """
-    By how much the router breaks the base router's order of experts, up to a margin.
+    Measure by how much the router breaks the base router's order of experts, up to a margin.
+
+    The paper sums over pairs: multiply the weight of this mean by experts x (experts - 1) / 2.
 
     Args:
         router_logits: ``(batch, tokens, ..., experts)``, with gradient.
         base_logits: The base router's, same shape; never differentiated.
         completion: As in `cache_simulation_loss`.
         rho: Margin in probability that a pair should keep.
-        reduce: ``mean`` divides the sum over ordered pairs by experts (experts - 1) / 2.
         denominator: As in `cache_simulation_loss`.
         pairs_at_once: Bounds memory, in bytes about three times as many, and speed: few enough
             stay in a processor's cache, many enough fill a GPU.
@@ -61,9 +61,7 @@ def rank_matching_loss(
         slope, count = slope.view(p.shape), count.view(p.shape[:-1])
     # sum_ij active (rho - p_i + p_j) = rho n + sum_i p_i (times i is lower - times it is higher)
     per_token = rho * count + (p * slope).sum(-1)
-    if reduce == "mean":
-        per_token = per_token / max(1.0, experts * (experts - 1) / 2)
-    return mean(per_token, denominator)
+    return mean(per_token / max(1.0, experts * (experts - 1) / 2), denominator)
 
 
 def _active_pairs(q: Tensor, b: Tensor, rho: float, above: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +102,50 @@ def kl_anchor_loss(
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """
-    KL(p_b || p_f) in nats: what the base router chose must stay likely.
+    Compute KL(p_b || p_f) in nats: what the base router chose must stay likely.
 
     Arguments and result as in `rank_matching_loss`. Never negative; 0 where the routers agree.
     """
     log_p = select(router_logits, completion).float().log_softmax(-1)
     log_b = select(base_logits, completion).detach().float().log_softmax(-1)
     return mean((log_b.exp() * (log_b - log_p)).sum(-1), denominator)
+
+
+def match_loss(
+    hidden: Mapping[int, Tensor],
+    theirs: Mapping[int, Tensor],
+    positions: Tensor,
+    *,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """
+    Average ``|h - t|^2 / |t|^2`` over tokens and over places in the model.
+
+    Relative, because the length of hidden states differs by place and family; per token, because a
+    few tokens (the first of a sequence) have states many times longer than all others.
+
+    Args:
+        hidden: Place to this model's hidden states ``(tokens, features)``, with gradient.
+        theirs: The teacher's, on the same tokens; never differentiated.
+        positions: int64, the tokens that count, as `completion_positions` gives them.
+        denominator: Divides sums over tokens; default: the tokens that count.
+
+    Returns:
+        A float32 scalar; 0 where the models agree, 1 where ours says nothing.
+
+    Raises:
+        ValueError: the two have other places.
+
+    Source:
+        Hints for hidden layers, Romero et al., arXiv:1412.6550; relative and without a regressor,
+        since student and teacher are one model with other updates.
+    """
+    if hidden.keys() != theirs.keys() or not hidden:
+        raise ValueError(f"places differ: {sorted(hidden)} here, {sorted(theirs)} of the teacher")
+    total = torch.zeros((), device=positions.device)
+    for place, states in hidden.items():
+        ours = states.index_select(0, positions).float()
+        target = theirs[place].detach().index_select(0, positions).float()
+        length = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        total = total + mean((ours - target).square().sum(-1) / length, denominator)
+    return total / len(hidden)

@@ -1,23 +1,23 @@
 """
-How many of a token's experts an imagined cache lacks.
+Count how many of a token's experts an imagined cache lacks.
 
-    clipped    c = min(1, C s / |s|), the default. The entries of C s / |s| sum to C and may pass 1;
+    clipped    c = min(1, C s / |s|). The entries of C s / |s| sum to C and may pass 1;
                the clip bounds the loss to [0, K].
     literal    c = C s / |s|, as in the paper. It rewards the same K experts for ever rather than at
                most C of them, and has no lower bound but K - C.
-    resident   c = 1 for the C experts with the highest s of those used before, else 0. Closest to
-               what a cache does when it serves. With gamma in (0, 1/2) these are the C experts used
-               last; of experts last used by the same token those stay that were used before later,
-               then the lower ids. So the loss counts the misses of that LRU cache exactly: with one
-               expert a token, of any; with more, an LRU cache that breaks those ties otherwise may
-               count a few more or fewer. With a larger gamma it is near the count of a decayed LFU
-               cache that remembers what it let go, but that one always holds what it has just
-               loaded, and this one only the experts with the highest s.
+    resident   c = 1 for the C experts with the highest s of those used before, else 0; the default
+               of a run, closest to what a cache does when it serves. With gamma in (0, 1/2) these
+               are the C experts used last; of experts last used by the same token those stay that
+               were used before later, then the lower ids. So the loss counts the misses of that LRU
+               cache exactly: with one expert a token, of any; with more, an LRU cache that breaks
+               those ties otherwise may count a few more or fewer. With a larger gamma it is near
+               the count of a decayed LFU cache that remembers what it let go, but that one always
+               holds what it has just loaded, and this one only the experts with the highest s.
 
-All three pull on the router alike: along p_f, by what the cache lacks.
+All three pull on the router alike: along p_f, by what the cache lacks. No gradient passes through
+the cache to earlier tokens.
 
-Source: MELINOE, arXiv:2602.11192, for the literal form. The other two, the detached cache and the
-swap margin are ours.
+Source: MELINOE, arXiv:2602.11192, for the literal form. The other two are ours.
 """
 
 from typing import Literal
@@ -37,68 +37,46 @@ def cache_simulation_loss(
     completion: Tensor,
     causal_filter: CausalFilter,
     *,
-    capacity: float | Tensor,
+    capacity: float,
     num_experts: int | None = None,
     form: Form = "clipped",
-    cache_gradient: bool = False,
-    swap_margin: float | None = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """
-    How many of a completion token's experts an imagined cache of *capacity* experts lacks.
+    Average how many of a completion token's experts a cache of *capacity* experts would lack.
 
     Args:
         router_logits: ``(batch, tokens, ..., experts)``, with gradient; any float type.
         top_k_index: int64 ``(batch, tokens, ..., top_k)``, what really ran.
         completion: The tokens that count: bool ``(batch, tokens)``, or `completion_positions`.
         causal_filter: Of this batch's segments, shared by all layers.
-        capacity: Experts that the cache holds; a tensor of shape ``(...)`` gives each
-            layer its own.
+        capacity: Experts that the cache holds.
         num_experts: Logits past this one are skip slots; default: all are experts.
         form: See this module.
-        cache_gradient: Whether gradients also reach earlier tokens through the cache.
-        swap_margin: Count a missing expert only where a resident one could take its place at a
-            small loss: its cost falls from 1 to 0 as the best resident expert that was not chosen
-            falls to *swap_margin* nats below it in log-probability. ``None`` counts all in full.
-        denominator: What the sum is divided by; default: this batch's completion tokens. A
-            training step that spans several batches gives the step's number of tokens.
+        denominator: Divides the sum; default: this batch's completion tokens. A training step
+            that spans several batches gives the step's number of tokens.
 
     Returns:
         float32 of shape ``(...)``; 0 with a gradient of 0 if no token counts.
 
-    Raises:
-        ValueError: *cache_gradient* with the resident form, which has none.
-
     Cost: memory of five tensors of the logits' size in float32.
     """
-    if cache_gradient and form == "resident":
-        raise ValueError("the resident form is a step function of earlier choices: no gradient")
     num_experts = num_experts or router_logits.shape[-1]
     hard = choices_of(top_k_index, num_experts)
-    if cache_gradient:
-        every_p = router_logits.float().softmax(-1)[..., :num_experts]
-        # Straight through: the value of the choice, the gradient of the probability.
-        s = select(causal_filter(hard + (every_p - every_p.detach())), completion)
-        p = select(every_p, completion)
-    else:
-        s = select(causal_filter(hard), completion)
-        p = select(router_logits, completion).float().softmax(-1)[..., :num_experts]
+    s = select(causal_filter(hard), completion)
+    p = select(router_logits, completion).float().softmax(-1)[..., :num_experts]
     chosen = select(hard, completion)
     used = None
     if form == "resident" and causal_filter.ever is not None:
         used = select(causal_filter.ever(hard), completion) > 0
     cost = missing_share(s, capacity, form, used)
-    if swap_margin is not None:
-        cost = cost * _ease_of_swap(p.detach(), chosen, cost.detach(), swap_margin)
-    value, pull = (chosen * cost).sum(-1), (p * cost.detach()).sum(-1)
+    value, pull = (chosen * cost).sum(-1), (p * cost).sum(-1)
     return mean(value + (pull - pull.detach()), denominator)
 
 
-def missing_share(
-    s: Tensor, capacity: float | Tensor, form: Form, used: Tensor | None = None
-) -> Tensor:
+def missing_share(s: Tensor, capacity: float, form: Form, used: Tensor | None = None) -> Tensor:
     """
-    1 - c, the share of each expert that is not in the cache, from the filter's *s*.
+    Compute 1 - c, the share of each expert that is not in the cache, from the filter's *s*.
 
     Args:
         s: ``(count, ..., experts)``, never below 0.
@@ -107,8 +85,6 @@ def missing_share(
         used: Experts used before in the sequence, where *s* may have fallen below the smallest
             float since; bool, as *s*. Default: those with *s* above 0.
     """
-    if isinstance(capacity, Tensor):
-        capacity = capacity.to(s)[..., None]
     if form == "resident":
         if used is not None:  # the longest unused are equals, and still before those never used
             s = torch.where(used, s.clamp(min=torch.finfo(s.dtype).tiny), 0.0)
@@ -119,12 +95,3 @@ def missing_share(
         return ((rank >= capacity) | (s <= 0)).to(s.dtype)
     cache = capacity * s / s.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     return 1 - cache if form == "literal" else (1 - cache).clamp(min=0)
-
-
-def _ease_of_swap(p: Tensor, chosen: Tensor, missing: Tensor, margin: float) -> Tensor:
-    """How cheaply the best resident expert that was not chosen could stand in for each: [0, 1]."""
-    tiny = torch.finfo(p.dtype).tiny
-    resident = (1 - missing).clamp(0, 1) * (1 - chosen)
-    best = (p * resident).amax(-1, keepdim=True)
-    gap = (p.clamp(min=tiny).log() - best.clamp(min=tiny).log()).clamp(min=0)
-    return (1 - gap / margin).clamp(min=0) * (best > 0)

@@ -1,5 +1,5 @@
 """
-The memory of the imagined cache: one causal exponential filter over what a router chose.
+Remember what a router chose: one causal exponential filter, the imagined cache's memory.
 
 Source: MELINOE, arXiv:2602.11192, whose recurrence this is in closed form.
 """
@@ -18,7 +18,7 @@ _CHUNK = 128  # tokens whose pairwise weights are held at once
 
 def segments_of(attention_mask: Tensor) -> Tensor:
     """
-    Segment ids of a batch with one sequence per row.
+    Make the segment ids of a batch with one sequence per row.
 
     Args:
         attention_mask: ``(batch, tokens)``, 1 on real tokens and 0 on padding.
@@ -109,7 +109,7 @@ class CausalFilter:
 
 def choices_of(top_k_index: Tensor, num_experts: int) -> Tensor:
     """
-    Zeros and ones of what ran: float32 ``(..., num_experts)`` from ids ``(..., top_k)``.
+    Mark what ran by zeros and ones: float32 ``(..., num_experts)`` from ids ``(..., top_k)``.
 
     Ids outside ``[0, num_experts)`` mean "no expert" (skip slots) and leave no mark.
     """

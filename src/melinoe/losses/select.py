@@ -1,4 +1,4 @@
-"""Which tokens count, and the mean over them."""
+"""Select the tokens that count, and average over them."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 
 def completion_positions(completion_mask: Tensor) -> Tensor:
     """
-    Flat positions of the tokens that count, int64, from a bool mask ``(batch, tokens)``.
+    Return the flat positions, int64, of the tokens that count, from a mask ``(batch, tokens)``.
 
     Every loss takes either. Positions made once for all of them save a wait for the device each.
     """
@@ -14,13 +14,13 @@ def completion_positions(completion_mask: Tensor) -> Tensor:
 
 
 def select(values: Tensor, completion: Tensor) -> Tensor:
-    """Values of the tokens that count, ``(count, ...)`` from ``(batch, tokens, ...)``."""
+    """Take the values of the tokens that count, ``(count, ...)`` from ``(batch, tokens, ...)``."""
     if completion.dtype == torch.bool:
         completion = completion_positions(completion)
     return values.flatten(0, 1).index_select(0, completion)
 
 
 def mean(per_token: Tensor, denominator: Tensor | float | None) -> Tensor:
-    """Sum over the first dimension over *denominator*; default: its length, at least 1."""
+    """Sum over the first dimension, divided by *denominator*; default: its length, at least 1."""
     count = max(1, per_token.shape[0]) if denominator is None else denominator
     return per_token.sum(0) / count

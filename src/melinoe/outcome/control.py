@@ -8,9 +8,9 @@ from typing import Any
 from melinoe.checkpoint import describe, read_metadata
 from melinoe.checkpoint.writing import check_room
 from melinoe.config import FinetuneSettings
-from melinoe.config.likeness import differences, recorded
+from melinoe.config.likeness import differences, for_locality, recorded
 from melinoe.errors import CheckpointError, WriteError
-from melinoe.finetune.parts.merging import merge_adapter
+from melinoe.finetune.saving import merge_adapter
 from melinoe.whole_file import unfinished
 
 # Compared as the rows of a step.
@@ -56,7 +56,7 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
     there = recorded(said)
     if not said or there is None:
         return "it has no melinoe.json that says how it was trained"
-    if not there.is_control:
+    if for_locality(said):
         return "it was trained with locality terms"
     if _differ(theirs.get("base_fingerprint"), ours.get("base_fingerprint")):
         return "it was trained on another base model, whose routers differ"

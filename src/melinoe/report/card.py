@@ -202,13 +202,13 @@ def card_text(
     parts = [f"# {literal(name)}", f"Fine-tuned with Melinoe{origin}. {ABOUT}{purpose}"]
     parts += ["## What fine-tuning changed"]
     if outcome is None:
-        lines = _searched(price)
+        lines = _bounds(price, {})
         parts += ["\n".join(lines), "Nothing else was measured."] if lines else [UNMEASURED]
     else:
         control = has_control(outcome)
-        asks = for_locality and not control and not price.get("paid")
+        asks = for_locality and not control
         parts.append(verdict(outcome, settings, asks))
-        lines = _bounds(price) if control else _searched(price)
+        lines = _bounds(price, outcome)
         parts += ["\n".join(lines)] if lines else []
         parts += [explained(outcome, settings, metadata, asks), *tables(outcome, for_locality)]
         models = "before, control and after" if control else "before and after"
@@ -346,38 +346,29 @@ def _estimate(value: Json) -> Estimate:
 _WHERE = {"own": "in domain", "other": "out of domain"}
 
 
-def _searched(price: Json) -> list[str]:
-    """List what a search for a price measured itself; nothing without a search."""
-    paid = [
-        f"- Price: perplexity {_WHERE.get(name, literal(name))}, on held-out text that chose "
-        f"nothing, **{signed(change)}** against the control{_doubt(change)}."
-        for name, value in (price.get("paid") or {}).items()
-        for change in [_estimate(value)]
-    ]
-    where = "as many experts resident as it was trained for, {}, reading the same text"
-    saved = [
-        f"- {_transfers(value, name, name, where.format(policy.upper()))}."
-        for other, name in (("reference", "the control"), ("base", "the base model"))
-        for policy, value in ((price.get("times_fewer_than") or {}).get(other) or {}).items()
-    ]
-    return [*paid, *_bounds(price), *saved]
-
-
-def _bounds(price: Json) -> list[str]:
-    """The bound that was asked for, and whether the run kept it; nothing where none was."""
+def _bounds(price: Json, outcome: Json) -> list[str]:
+    """Say the bound that a search was given and whether the run kept it; nothing without one."""
     if not price.get("bounds"):
         return []
     bounds = " and ".join(
         f"{100 * bound:g} % {_WHERE.get(name, literal(name))}"
         for name, bound in price["bounds"].items()
     )
-    if not price.get("met"):
-        kept = "**not kept**"
-    elif price.get("met_by_the_whole_interval"):
+    found = []
+    for domain, value in (outcome.get("change_from_control") or {}).get("perplexity", {}).items():
+        inside = outcome["after"]["perplexity"][domain]["in_domain"]
+        if (bound := price["bounds"].get("own" if inside else "other")) is not None:
+            change = _estimate(value)
+            found.append((change.mean <= bound, change.high <= bound))
+    if not found:
+        kept = "not measured against the control"
+    elif all(whole for _, whole in found):
         kept = "kept, by the whole interval"
-    else:
+    elif all(mean for mean, _ in found):
         kept = "kept by the mean, not by the whole interval"
-    return [f"- Asked for was a price of at most {bounds}: {kept}, as the search judged itself."]
+    else:
+        kept = "**not kept**"
+    return [f"- Asked for was a price of at most {bounds}: {kept}."]
 
 
 def explained(outcome: Json, settings: Json, metadata: Json, asks: bool) -> str:

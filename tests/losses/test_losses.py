@@ -20,7 +20,7 @@ def test_what_stands_in_padding_does_not_matter():
 
     def value_and_gradient(logits, index):
         leaf = logits.float().requires_grad_()
-        loss = cache_simulation_loss(leaf, index, mask, causal, capacity=3, cache_gradient=True)
+        loss = cache_simulation_loss(leaf, index, mask, causal, capacity=3)
         loss.backward()
         return loss.detach(), leaf.grad
 

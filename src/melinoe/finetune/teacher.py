@@ -1,4 +1,4 @@
-"""Whom a run learns from beside its data: an earlier run on the same base."""
+"""Learn from an earlier run on the same base: its adapter, put in the place of what trains."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.errors import TrainingError
-from melinoe.finetune.parts.adapter import Adapter
-from melinoe.finetune.parts.adapter_files import CONFIG, WEIGHTS, read_adapter
-from melinoe.finetune.parts.adapters import TrainedParts
-from melinoe.finetune.parts.attention import AttentionUpdates, LinearUpdate
-from melinoe.finetune.parts.low_rank import LowRank
-from melinoe.finetune.parts.saving import ADAPTER_DIRECTORY
+from melinoe.finetune.adapter import CONFIG, Adapter, read_adapter
+from melinoe.finetune.parts import AttentionUpdates, LinearUpdate, LowRank, TrainedParts
 from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import fingerprint
 
+ADAPTER_DIRECTORY = "adapter"
+"""Where the adapter lies in a checkpoint that was saved with it."""
+
 
 class Teacher:
     """
-    An adapter of the same base, put in the place of what is being trained for a pass.
+    An adapter of the same base, put for a pass in the place of what is being trained.
 
     Both share every frozen weight, so a teacher costs the memory of its routers and updates, and a
     forward pass without gradients per batch.
@@ -75,7 +74,7 @@ class Teacher:
 
 def read_teacher(directory: str | Path, model: object) -> Adapter:
     """
-    The trained parts of an earlier run on the base *model*.
+    Read the trained parts of an earlier run on the base *model*.
 
     Args:
         directory: What ``melinoe finetune --save adapter`` or ``both`` wrote, or PEFT.
@@ -85,7 +84,9 @@ def read_teacher(directory: str | Path, model: object) -> Adapter:
         CheckpointError: no adapter there, or none of this base's shapes.
         TrainingError: it was trained on another base.
     """
-    path = _adapter_of(directory)
+    path = Path(directory).expanduser()
+    if (path / ADAPTER_DIRECTORY / CONFIG).is_file():  # beside a checkpoint
+        path = path / ADAPTER_DIRECTORY
     adapter = read_adapter(path, model)  # type: ignore[arg-type]
     wanted = read_metadata(path).get("base_fingerprint")
     if wanted is not None and wanted != fingerprint(model):  # type: ignore[arg-type]
@@ -94,19 +95,6 @@ def read_teacher(directory: str | Path, model: object) -> Adapter:
             "a run on this base, or none"
         )
     return adapter
-
-
-def adapter_digest(directory: str | Path) -> str | None:
-    """Name the adapter that `read_teacher` would read by its file: sha256; ``None``: no file."""
-    path = _adapter_of(directory) / WEIGHTS
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _adapter_of(directory: str | Path) -> Path:
-    """Where a run's directory has its adapter: in itself, or beside a checkpoint."""
-    path = Path(directory).expanduser()
-    beside = path / ADAPTER_DIRECTORY
-    return beside if (beside / CONFIG).is_file() else path
 
 
 def teacher_fingerprint(adapter: Adapter) -> str:

@@ -1,5 +1,5 @@
 """
-Text that the base model writes itself, to hold its quality where no other text is at hand.
+Let the base model write text itself, to hold its quality where no other text is at hand.
 
 What a model writes from an empty prompt, sampled from its own distribution, is a picture of
 everything it was trained on. Replayed beside the data (``lambda_replay``), it keeps narrow
@@ -19,13 +19,13 @@ from transformers import TrainingArguments
 from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, pad_token_id
 from melinoe.errors import TokenizerError, TrainingError
+from melinoe.finetune.objective import REPLAYED_AT_ONCE
 from melinoe.finetune.rows import rows_of
 from melinoe.moe.finite import generate_finite
 
 _AT_ONCE = 64  # sequences sampled together
 _MOST = 512  # texts, where nobody says how many
 SHORTEST = 8  # tokens below which a text says nothing
-
 
 OWN = "own"  # in place of anchor text: let the base model write it
 
@@ -56,7 +56,7 @@ def write_own_text(
     if (count := settings.own_texts) is None:
         steps, _ = rows_of(data, settings, arguments.world_size)
         passes = steps * settings.gradient_accumulation * arguments.world_size
-        count = min(_MOST, passes * settings.replay_batch_size)
+        count = min(_MOST, passes * REPLAYED_AT_ONCE)
     length = max(SHORTEST, *map(len, data))
     return own_text(model, tokenizer, count, length, seed=settings.seed)
 

@@ -1,41 +1,40 @@
 """
-Adapters in PEFT's files, written and read.
+Adapters: what fine-tuning trained, without its model, in memory and in PEFT's files.
 
 ``adapter_model.safetensors`` holds the factors of all updates and, whole, the routers;
 ``adapter_config.json`` names the updated stacks of experts (``target_parameters``), the updated
 linear modules (``target_modules``) and the routers (``modules_to_save``), each by its full name.
 ``PeftModel.from_pretrained`` takes the directory as it is. Routers are kept in float32: what a
 checkpoint in bfloat16 must round is exact here.
+
+For a stack of *E* experts PEFT keeps two plain linear layers: ``lora_A`` of weight ``(E r, in)``,
+experts outermost, and ``lora_B`` of weight ``(out, r E)``, experts **innermost**. Ours are
+``(E, r, in)`` and ``(E, out, r)``. PEFT wraps a module once per updated parameter, the first one
+innermost, so the last has its factors on the outermost wrapper and each before it one
+``base_layer`` deeper (``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21).
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copymode
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from melinoe.errors import CheckpointError
-from melinoe.finetune.parts.adapter import Adapter
-from melinoe.finetune.parts.low_rank import PROJECTIONS
-from melinoe.finetune.parts.peft_layout import (
-    PREFIX,
-    factor_keys,
-    from_peft_A,
-    from_peft_B,
-    linear_keys,
-    to_peft_A,
-    to_peft_B,
-)
+from melinoe.finetune.parts import PROJECTIONS, TrainedParts, add_update, is_transposed
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import Router, find_routers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 # What else PEFT can put into such a file, and the values by which it says that it did not.
 _NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out")
@@ -43,6 +42,96 @@ _NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out")
 _OF_PEFT = re.compile(r"\.(?:base_layer|lora_|modules_to_save|original_module)")
 _OF_ONE_EXPERT = re.compile(r"experts\.\d+\.")
 _ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    What was trained, on the CPU.
+
+    Attributes:
+        rank: Of each update.
+        alpha: As PEFT's ``lora_alpha``.
+        scaling: Updates are ``scaling x B A``.
+        factors: Experts module -> projection -> ``(A, B)``, ``(E, r, in)`` and ``(E, out, r)``.
+        routers: Router module -> its whole state, buffers included.
+        linears: Linear module -> ``(A, B)``, ``(r, in)`` and ``(out, r)``.
+    """
+
+    rank: int
+    alpha: float
+    scaling: float
+    factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    routers: dict[str, dict[str, Tensor]]
+    linears: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """Full names of all tensors of the model that `apply` may change."""
+        return [
+            *(f"{name}.{key}" for name, state in self.routers.items() for key in state),
+            *(f"{name}.{projection}" for name, own in self.factors.items() for projection in own),
+            *(f"{name}.weight" for name in self.linears),
+        ]
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """
+        Make the adapter part of *model*'s own weights, in place, each rounded once.
+
+        Raises:
+            CheckpointError: layers that share a weight have different updates.
+        """
+        for name, state in self.routers.items():
+            model.get_submodule(name).load_state_dict(state)
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def is_new(name: str, weight: Tensor, update: tuple[Tensor, Tensor]) -> bool:
+            if (other := done.setdefault(id(weight), update)) is update:
+                return True
+            if not all(map(torch.equal, other, update)):
+                raise CheckpointError(
+                    f"the weights of {name} are shared with another layer, but the adapter updates "
+                    "both differently, so it cannot be merged; train with updates that are shared"
+                )
+            return False
+
+        for name, projections in self.factors.items():
+            experts = model.get_submodule(name)
+            for projection, update in projections.items():
+                weight = experts.get_parameter(projection)
+                if is_new(name, weight, update):
+                    for one, down, up in zip(weight, *update, strict=True):
+                        add_update(one, down, up, self.scaling, is_transposed(experts))
+        for name, update in self.linears.items():
+            weight = model.get_submodule(name).get_parameter("weight")
+            if is_new(name, weight, update):
+                add_update(weight, *update, self.scaling, False)
+
+
+def adapter_of(parts: TrainedParts) -> Adapter:
+    """
+    Copy what is being trained, gathered from all processes where it is sharded.
+
+    Collective under FSDP2: every process must call it, and gets all of it.
+    """
+    factors, updates = {}, parts.updates
+    if updates is not None:
+        for layer in updates.layers:
+            own = updates.of(layer)
+            factors[layer.name] = {
+                name: (_copy(own.lora_A[name]), _copy(own.lora_B[name])) for name in own.names
+            }
+    routers = {
+        router.name: {key: _copy(value) for key, value in router.module.state_dict().items()}
+        for router in parts.routers
+    }
+    linears = {}
+    if parts.attention is not None:
+        for name in parts.attention.projections:
+            one = parts.attention.of(name)
+            linears[name] = (_copy(one.lora_A), _copy(one.lora_B))
+    rank, alpha = (updates.rank, updates.alpha) if updates is not None else (1, 1.0)
+    return Adapter(rank, alpha, alpha / rank, factors, routers, linears)
 
 
 def write_adapter(
@@ -91,7 +180,7 @@ def write_adapter(
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     """
-    What ``adapter_config.json`` says, if the directory holds an adapter that can be read here.
+    Read ``adapter_config.json``, if the directory holds an adapter that can be read here.
 
     Raises:
         CheckpointError: no adapter; one that is no LoRA, or that changes more than projections and
@@ -200,7 +289,7 @@ def _take_factors(
     tensors: dict[str, Tensor],
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
-    transposed, experts = bool(getattr(layer.module, "is_transposed", False)), layer.num_experts
+    transposed, experts = is_transposed(layer.module), layer.num_experts
     for projection, key_A, key_B in factor_keys(layer.name, projections):
         into, out = shapes[projection] if transposed else shapes[projection][::-1]
         rank, scaling = _rank_and_scaling(config, f"{layer.name}.{projection}")
@@ -276,3 +365,47 @@ def _take(path: Path, key: str, shape: tuple[int, ...], tensors: dict[str, Tenso
             f"{key.removeprefix(PREFIX)}, where {shape} is due; give its own base with --base"
         )
     return found
+
+
+def to_peft_A(lora_A: Tensor) -> Tensor:
+    """Turn ``(E, r, in)`` into PEFT's ``(E r, in)``."""
+    return lora_A.flatten(0, 1).contiguous()
+
+
+def to_peft_B(lora_B: Tensor) -> Tensor:
+    """Turn ``(E, out, r)`` into PEFT's ``(out, r E)``."""
+    return lora_B.permute(1, 2, 0).flatten(1).contiguous()
+
+
+def from_peft_A(weight: Tensor, num_experts: int) -> Tensor:
+    """Turn PEFT's ``(E r, in)`` into ``(E, r, in)``."""
+    return weight.unflatten(0, (num_experts, -1)).contiguous()
+
+
+def from_peft_B(weight: Tensor, num_experts: int) -> Tensor:
+    """Turn PEFT's ``(out, r E)`` into ``(E, out, r)``."""
+    return weight.unflatten(1, (-1, num_experts)).permute(2, 0, 1).contiguous()
+
+
+def factor_keys(experts_name: str, projections: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """
+    Name each projection's factors in an adapter's file: projection, lora_A's key, lora_B's key.
+
+    Args:
+        experts_name: Of the experts module in the base model.
+        projections: The updated parameters, in the module's own order.
+    """
+    for place, projection in enumerate(projections):
+        depth = ".base_layer" * (len(projections) - 1 - place)
+        stem = f"{PREFIX}{experts_name}{depth}"
+        yield projection, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def linear_keys(name: str) -> tuple[str, str]:
+    """Name a linear module's lora_A, ``(r, in)``, and lora_B in an adapter's file."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().to("cpu", copy=True)

@@ -1,0 +1,397 @@
+"""
+The training objective: next-token loss plus weighted terms over every MoE layer.
+
+    nll      next-token loss on completion tokens
+    cache    cache simulation: experts of a token that an imagined cache lacks
+    anchor   distance from the base routers (rank matching or KL divergence)
+    match    distance of hidden states from the teacher's
+    replay   next-token loss on anchor text
+
+The cache term is computed without gradient where its weight is 0, so that a control shows it beside
+the fine-tuned model's. The others are computed only if they weigh something.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melinoe.config import FinetuneSettings, experts_in_share
+from melinoe.data import IGNORED, Collator, Encoded
+from melinoe.errors import TrainingError, UnsupportedModelError
+from melinoe.finetune.parts import TrainedParts
+from melinoe.finetune.teacher import Teacher
+from melinoe.losses import (
+    CausalFilter,
+    cache_simulation_loss,
+    completion_positions,
+    kl_anchor_loss,
+    match_loss,
+    next_token_loss,
+    rank_matching_loss,
+)
+from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.finite import broken_weight
+from melinoe.moe.hidden import HiddenRecorder
+from melinoe.moe.routing import Router, Routing, RoutingRecorder
+
+_NOT_FOR_THE_MODEL = ("labels", "segment_ids", "num_items_in_batch")
+REPLAYED_AT_ONCE = 2  # texts beside each batch
+
+
+@dataclass
+class Terms:
+    """
+    The loss terms of one batch: means over completion tokens, and over MoE layers.
+
+    Attributes:
+        values: Each term by name, a scalar with its graph.
+        weights: Each term's weight in *total*.
+        total: What is minimised.
+    """
+
+    values: dict[str, Tensor]
+    weights: dict[str, float]
+    total: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def detached(self) -> dict[str, Tensor]:
+        """Name to value without its graph, the total last."""
+        return {name: one.detach() for name, one in {**self.values, "total": self.total}.items()}
+
+
+class Replay:
+    """
+    Batches of anchor text: text of other kinds whose quality training should keep.
+
+    Seed and position in the run decide a batch, so a resumed run sees what it would have seen.
+    Every text comes once before any comes again, in a new order each time.
+
+    Args:
+        data: Encoded texts; every token but the first counts, prompt or not.
+        pad_token_id: Any id; padding is masked.
+        seed: Decides the order.
+
+    Raises:
+        ValueError: no text.
+    """
+
+    def __init__(self, data: Sequence[Encoded], pad_token_id: int, seed: int):
+        if not data:
+            raise ValueError("there is no anchor text")
+        self.data = [Encoded(one.input_ids, [False, *[True] * (len(one) - 1)]) for one in data]
+        self.seed, self._collate = seed, Collator(pad_token_id)
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """Collate batch *number*, from 0."""
+        first = number * REPLAYED_AT_ONCE
+        return self._collate([self._text(first + i) for i in range(REPLAYED_AT_ONCE)])
+
+    def _text(self, position: int) -> Encoded:
+        again, index = divmod(position, len(self.data))
+        order = list(range(len(self.data)))
+        random.Random(f"{self.seed} {again}").shuffle(order)
+        return self.data[order[index]]
+
+
+class Objective:
+    """
+    Run batches and weigh what the forward passes recorded.
+
+    Args:
+        routers: Of the model before training; their weights now are the base router's.
+        settings: Weights and forms of the terms.
+        parts: What is trained, switched off for passes of the base model.
+        replay: Anchor text; needed where ``lambda_replay`` is above 0.
+        teacher: Whose hidden states are learned; ``None``: the base model's.
+
+    Attributes:
+        lambda_cache: Weight of the cache term; may be changed between steps.
+
+    Raises:
+        TrainingError: a cache smaller than what one token needs, or a replay term without text.
+    """
+
+    def __init__(
+        self,
+        routers: list[Router],
+        settings: FinetuneSettings,
+        *,
+        parts: TrainedParts | None = None,
+        replay: Replay | None = None,
+        teacher: Teacher | None = None,
+    ):
+        self.settings, self.parts, self.replay, self.teacher = settings, parts, replay, teacher
+        self.lambda_cache = settings.lambda_cache
+        self.base = BaseRouters(routers)
+        self.recorder = RoutingRecorder(routers)
+        self._next_replayed = 0
+        for router in routers:
+            if router.top_k is not None:
+                self._capacity(router, int(router.top_k))
+        if settings.lambda_replay > 0 and replay is None:
+            raise TrainingError(
+                "lambda_replay is above 0 but there is no anchor text; give some, or set it to 0"
+            )
+
+    def begin_step(self, first_batch: int) -> None:
+        """Say which batch of anchor text comes next on this device."""
+        self._next_replayed = first_batch
+
+    def measure(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        denominator: Tensor | float | None = None,
+        *,
+        training: bool,
+    ) -> Terms:
+        """
+        Run the model on a batch, with the other passes that the terms need, and weigh the result.
+
+        Args:
+            model: Returns logits; may be wrapped for distributed training.
+            batch: From a collator of `melinoe.data`, on the model's device.
+            denominator: Completion tokens of the whole optimiser step, over all of its batches and
+                processes; default: of this batch.
+            training: Whether anchor text is replayed beside the batch.
+
+        Raises:
+            UnsupportedModelError: the model gives no logits, or routers ran without experts.
+        """
+        settings, labels = self.settings, batch["labels"]
+        # Never 0: a process may get a batch in which nothing is to be learned.
+        count = (labels != IGNORED).sum().clamp(min=1) if denominator is None else denominator
+        hidden = None
+        if settings.lambda_match > 0:
+            hidden = HiddenRecorder(self.recorder.routers, getattr(model, "module", model))
+            taught = self._taught(model, batch, hidden)
+        # The loss is computed here and not by the model: some families divide by their own count of
+        # tokens, shift labels in their own way, or add a load-balancing loss.
+        with self.recorder, hidden or nullcontext():
+            nll = next_token_loss(
+                _logits_at(model, batch), labels, ignored=IGNORED, denominator=count
+            )
+            routings = self.recorder.take()
+        more = {}
+        if hidden is not None:
+            positions = completion_positions(labels != IGNORED)
+            more["match"] = match_loss(hidden.take(), taught, positions, denominator=count)
+        if training and settings.lambda_replay > 0:
+            # The batch's share of the step, so that batches and devices add up to one mean.
+            share = (labels != IGNORED).sum() / count
+            more["replay"] = self._replayed(model, labels.device) * share
+        return self.weigh(nll, routings, labels, batch["segment_ids"], count, more)
+
+    def weigh(
+        self,
+        nll: Tensor,
+        routings: Sequence[Routing],
+        labels: Tensor,
+        segment_ids: Tensor,
+        denominator: Tensor | float | None = None,
+        more: dict[str, Tensor] | None = None,
+    ) -> Terms:
+        """
+        Combine a batch's next-token loss with its locality terms.
+
+        Args:
+            nll: Mean next-token loss, with gradient.
+            routings: What each layer recorded in the pass that gave *nll*.
+            labels: int64 ``(batch, tokens)``, -100 on prompt and padding.
+            segment_ids: int64 ``(batch, tokens)``, as the collators of `melinoe.data` give it.
+            denominator: Completion tokens of the whole step; default: of this batch.
+            more: Terms from other passes, weighed by their names in the settings.
+        """
+        settings = self.settings
+        values = {"nll": nll, **self._locality(routings, labels, segment_ids, denominator)}
+        values |= more or {}
+        weights = {
+            "nll": 1.0,
+            "cache": self.lambda_cache,
+            "anchor": settings.lambda_rank,
+            "match": settings.lambda_match,
+            "replay": settings.lambda_replay,
+        }
+        total = nll
+        for name, value in values.items():
+            # Not 0 times a term that is only watched: it may be infinite.
+            if name != "nll" and weights[name]:
+                total = total + weights[name] * value
+        return Terms(values, {name: weights[name] for name in values}, total)
+
+    def _locality(
+        self,
+        routings: Sequence[Routing],
+        labels: Tensor,
+        segment_ids: Tensor,
+        denominator: Tensor | float | None,
+    ) -> dict[str, Tensor]:
+        """The terms of the routers, layers of one shape as one tensor."""
+        settings, completion = self.settings, completion_positions(labels != IGNORED)
+        cache_filter = CausalFilter.of(segment_ids, settings.gamma)
+        groups: dict[tuple[int, ...], list[Routing]] = {}
+        for one in routings:
+            shape = (one.router.num_experts, one.logits.shape[-1], one.top_k_index.shape[-1])
+            groups.setdefault(shape, []).append(one)
+        cache, anchor = [], []
+
+        def stack(by_layer: list[Tensor]) -> Tensor:  # (batch, tokens, layers, ...)
+            stacked = torch.stack(by_layer, dim=1)
+            return stacked.view(*labels.shape, *stacked.shape[1:])
+
+        for (num_experts, _, top_k), group in groups.items():
+            logits = stack([one.logits for one in group])
+            with nullcontext() if self.lambda_cache else torch.no_grad():
+                cache.append(
+                    cache_simulation_loss(
+                        logits,
+                        stack([one.top_k_index for one in group]),
+                        completion,
+                        cache_filter,
+                        capacity=self._capacity(group[0].router, top_k),
+                        num_experts=num_experts,
+                        form=settings.cache_loss,  # type: ignore[arg-type]
+                        denominator=denominator,
+                    )
+                )
+            if settings.lambda_rank > 0:
+                base = stack([self.base.logits(one) for one in group])
+                if settings.anchor == "kl":
+                    value = kl_anchor_loss(logits, base, completion, denominator=denominator)
+                else:
+                    value = rank_matching_loss(
+                        logits, base, completion, rho=settings.rho, denominator=denominator
+                    )
+                anchor.append(value)
+        means = {"cache": torch.cat(cache).mean()}
+        return means | ({"anchor": torch.cat(anchor).mean()} if anchor else {})
+
+    def _capacity(self, router: Router, top_k: int) -> int:
+        """Experts that a layer's imagined cache holds; an error where one token needs more."""
+        share, total = self.settings.capacity, router.num_experts
+        capacity = experts_in_share(share, total)
+        if capacity < top_k:
+            raise TrainingError(
+                f"a capacity of {share} is {capacity} of {total} experts, fewer than the {top_k} "
+                f"that each token uses; raise it to {top_k / total:.3g} or more"
+            )
+        return capacity
+
+    @torch.no_grad()
+    def _taught(
+        self, model: nn.Module, batch: dict[str, Any], hidden: HiddenRecorder
+    ) -> dict[int, Tensor]:
+        """Hidden states of the teacher, or of the base model, on a batch."""
+        routers = self.base if self.teacher is None else self.teacher.routers
+        switch = self.parts if self.teacher is None else self.teacher
+        off = nullcontext() if switch is None else switch.disabled()
+        with off, routers.in_place(), hidden:
+            model_outputs(model, batch)
+        return hidden.take()
+
+    def _replayed(self, model: nn.Module, device: torch.device) -> Tensor:
+        """The loss on the next batch of anchor text."""
+        assert self.replay is not None
+        batch = {k: v.to(device) for k, v in self.replay.batch(self._next_replayed).items()}
+        self._next_replayed += 1
+        return next_token_loss(_logits_at(model, batch), batch["labels"], ignored=IGNORED)
+
+
+def model_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
+    """Run the model on what it takes of a batch; without a key-value cache, which hides packing."""
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    return model(**inputs, use_cache=False)
+
+
+def logits_of(model: nn.Module, outputs: Any) -> Tensor:
+    """
+    Return the next-token logits ``(batch, tokens, vocabulary)``.
+
+    Raises:
+        UnsupportedModelError: the model has none.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    if logits is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives hidden states but no logits, so it has no next-token "
+            "loss to train on; load the class of its family that has a language-model head"
+        )
+    return logits
+
+
+def _logits_at(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Logits of a batch, one row for each of its tokens."""
+    logits = logits_of(model, model_outputs(model, batch))
+    if logits.shape[:-1] != batch["labels"].shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives logits for other positions than its input's, so it "
+            "has no next-token loss to train on; use a family that predicts the next token"
+        )
+    return logits
+
+
+@torch.no_grad()
+def held_out_terms(
+    model: Any,
+    data: Sequence[Encoded],
+    objective: Objective,
+    collator: Collator,
+    settings: FinetuneSettings,
+    accelerator: Any = None,
+) -> dict[str, float]:
+    """
+    Average ``nll``, ``total`` and each other term over the completion tokens of *data*.
+
+    Args:
+        model: In any mode, which it is left in.
+        data: At least one example; each is a row of its own, packing or not.
+        objective: Computes the terms.
+        collator: Pads the rows.
+        settings: ``batch_size`` and ``compute_dtype``.
+        accelerator: Of a run on several processes: each measures its share of the same batches
+            that one process would, and all return the same means. Every process must call.
+
+    Raises:
+        TrainingError: a mean is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    processes = 1 if accelerator is None else accelerator.num_processes
+    index = 0 if accelerator is None else accelerator.process_index
+    device = next(model.parameters()).device if accelerator is None else accelerator.device
+    narrow = settings.compute_dtype == "bfloat16"
+    ordered = sorted(data, key=len)
+    starts = range(0, len(ordered), settings.batch_size)
+    sums: dict[str, float] = {}
+    tokens = 0
+    # Sharded weights are gathered by all processes together: each takes as many passes as any.
+    for number in range(-(-len(starts) // processes)):
+        mine = number * processes + index
+        start = starts[mine] if mine < len(starts) else 0
+        batch = collator(ordered[start : start + settings.batch_size])
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            terms = objective.measure(model, batch, training=False)
+        count = int((batch["labels"] != IGNORED).sum()) if mine < len(starts) else 0
+        for key, value in terms.detached().items():
+            sums[key] = sums.get(key, 0.0) + float(value) * count
+        tokens += count
+    model.train(was_training)
+    totals = torch.tensor([*sums.values(), tokens], dtype=torch.float64, device=device)
+    if processes > 1:
+        totals = accelerator.reduce(totals, reduction="sum")
+    *values, tokens_of_all = totals.tolist()
+    if not all(map(math.isfinite, values)):
+        raise TrainingError(
+            "the loss on held-out examples is not finite: "
+            f"{broken_weight(model) or 'lower learning_rate or lambda_cache'}"
+        )
+    return {key: value / tokens_of_all for key, value in zip(sums, values, strict=True)}
