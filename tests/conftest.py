@@ -1,5 +1,6 @@
 """Shared by all tests: nothing is downloaded, and one thread is enough for tiny models."""
 
+import gc
 import os
 import sys
 
@@ -55,3 +56,11 @@ def _kernels(request):
 
     with on_the_host():
         yield
+
+
+@pytest.fixture(autouse=True)
+def little_garbage():
+    """Libraries collect garbage now and then: what was imported need not be looked at each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

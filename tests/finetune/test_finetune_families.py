@@ -1,6 +1,5 @@
 """Every family whose experts transformers decorates takes two steps of fine-tuning."""
 
-import gc
 import math
 import types
 
@@ -33,14 +32,6 @@ SETTINGS = FinetuneSettings(
     lora_rank=2,
     log_every=1,
 )
-
-
-@pytest.fixture(autouse=True)
-def little_garbage():
-    """accelerate collects it twice a run: what was imported need not be looked at each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def examples():

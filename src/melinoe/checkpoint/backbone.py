@@ -80,8 +80,15 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> An
     Raises:
         CheckpointError: as `load_backbone`.
 
-    Cost: the weights once, and one expert: transformers would hold a layer's experts three times.
+    Cost: the weights once. Where transformers must convert experts by computing, which it does a
+    layer at a time, three times a layer's experts beside them.
     """
+    readers = [reader for source in checkpoint.experts for reader in source.readers.values()]
+    if any(reader.pieces(0) is None for reader in readers):
+        places = list(checkpoint.tensors.values())
+        model = _from_pretrained(checkpoint, checkpoint.model_class, places, device, set())
+        _name_it(model, checkpoint)
+        return model
     model = _without(checkpoint, device)
     for source in checkpoint.experts:
         module = model.get_submodule(source.layer.name)
