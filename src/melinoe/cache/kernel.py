@@ -49,56 +49,58 @@ _note_lfru, _rank_lfru = compiled(policies.note_lfru), compiled(policies.rank_lf
 
 @compiled
 def workspace(experts, num_experts, rule):  # type: ignore[no-untyped-def]
-    """Make the arrays that a loop writes on: ids, uses, places, next requests, state, future."""
+    """Make the arrays of a loop: ids, uses, places, next requests, the rule's three, the future."""
     rows = experts.shape[0] if rule == BELADY else 0
     return (
         np.empty(num_experts, np.int64),
         np.zeros(num_experts, np.int64),
         np.empty(num_experts, np.int64),
         np.zeros(num_experts, np.int64),
-        np.empty((3, num_experts), np.float64),
+        np.zeros(num_experts, np.float64),
+        np.zeros(num_experts, np.float64),
+        np.zeros(num_experts, np.float64),
         np.empty((rows, experts.shape[2]), np.int64),
     )
 
 
 @compiled
-def forget(rule, state):  # type: ignore[no-untyped-def]
+def forget(rule, rank, last, count):  # type: ignore[no-untyped-def]
     """Forget all requests; returns *now*. Popularity and the future stay."""
     if rule != STATIC and rule != BELADY:
-        state[:] = 0.0
+        rank[:] = 0.0
+        last[:] = 0.0
+        count[:] = 0.0
     return 1.0 if rule == LFU else 0.0
 
 
 @compiled
-def use(rule, order, state, now, gamma, following):  # type: ignore[no-untyped-def]
-    """Tell the rule of one request, served in *order*; returns the new *now*."""
-    rank, last, count = state[0], state[1], state[2]
+def use(rule, order, found, rank, last, count, now, gamma, following):  # type: ignore[no-untyped-def]
+    """Tell the rule of one request, served as ``order[:found]``; returns the new *now*."""
     if rule == LRU:
-        return _note_lru(order, rank, last, count, now, gamma)
+        return _note_lru(order[:found], rank, last, count, now, gamma)
     if rule == LFU:
-        return _note_lfu(order, rank, last, count, now, gamma)
+        return _note_lfu(order[:found], rank, last, count, now, gamma)
     if rule == LFRU:
-        return _note_lfru(order, rank, last, count, now, gamma)
+        return _note_lfru(order[:found], rank, last, count, now, gamma)
     if rule == BELADY:
-        for expert in order:
-            rank[expert] = -following[expert]
+        for i in range(found):
+            rank[order[i]] = -following[order[i]]
     return now
 
 
 @compiled
-def refresh(rule, experts, state, now):  # type: ignore[no-untyped-def]
-    """Bring ranks up to date that change without a use."""
-    if rule == LFRU:
-        for expert in experts:
-            state[0, expert] = _rank_lfru(expert, state[1], state[2], now)
+def refresh(experts, found, rank, last, count, now):  # type: ignore[no-untyped-def]
+    """Bring the ranks of ``experts[:found]`` up to date under LFRU, where they fall unused."""
+    for i in range(found):
+        expert = experts[i]
+        rank[expert] = _rank_lfru(expert, last, count, now)
 
 
 @compiled
 def admit(  # type: ignore[no-untyped-def]
-    rule, missing, begin, end, resident, place, filled, capacity, mark, step, state, now
+    missing, begin, end, resident, place, filled, capacity, mark, step, rank
 ):
     """Give slots to ``missing[begin:end]``, evicting nobody marked *step*; returns slots in use."""
-    rank = state[0]
     free = capacity - filled
     for i in range(begin, min(end, begin + free)):
         resident[filled] = missing[i]
@@ -106,7 +108,6 @@ def admit(  # type: ignore[no-untyped-def]
         filled += 1
     if begin + free >= end:
         return filled
-    refresh(rule, resident[:filled], state, now)
     for i in range(begin + free, end):
         victim = -1
         for j in range(filled):
@@ -216,7 +217,9 @@ def replay(  # type: ignore[no-untyped-def]
         stamp: Left out.
     """
     passes, layers = len(bounds) - 1, experts.shape[1]
-    ids, count, place, following, state, upcoming = workspace(experts, num_experts, rule)
+    ids, count, place, following, rank, last, times, upcoming = workspace(
+        experts, num_experts, rule
+    )
     order = np.empty(num_experts, np.int64)
     missing = np.empty(num_experts, np.int64)
     resident = np.empty(num_experts, np.int64)
@@ -226,14 +229,14 @@ def replay(  # type: ignore[no-untyped-def]
     for layer in range(layers):
         capacity = slots[layer]
         if rule == STATIC:
-            state[0] = popularity[layer]
+            rank[:] = popularity[layer]
         elif rule == BELADY:
             look_ahead(experts, bounds, layer, upcoming, following)
-        now, filled = forget(rule, state), 0
+        now, filled = forget(rule, rank, last, times), 0
         place[:] = -1
         for step in range(passes):
             if resets[step]:
-                now, filled = forget(rule, state), 0
+                now, filled = forget(rule, rank, last, times), 0
                 place[:] = -1
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
@@ -254,28 +257,31 @@ def replay(  # type: ignore[no-untyped-def]
             own = counts[unit_of[step], phase[step]]
             mine += 1
             if found <= capacity:
-                for i in range(found):
-                    mark[ids[i]] = mine
-                now = use(rule, ids[:found], state, now, gamma, following)
-                filled = admit(
-                    rule, missing, 0, absent, resident, place, filled, capacity, mark, mine, state,
-                    now,
-                )  # fmt: skip
+                now = use(rule, ids, found, rank, last, times, now, gamma, following)
+                if absent:
+                    for i in range(found):
+                        mark[ids[i]] = mine
+                    if rule == LFRU:
+                        refresh(resident, filled, rank, last, times, now)
+                    filled = admit(
+                        missing, 0, absent, resident, place, filled, capacity, mark, mine, rank
+                    )
             else:
                 least_used_first(missing, absent, count)
                 for i in range(absent):
                     order[present + i] = missing[i]
-                now = use(rule, order[:found], state, now, gamma, following)
+                now = use(rule, order, found, rank, last, times, now, gamma, following)
                 for i in range(present):
                     mark[order[i]] = mine
                 low, high = 0, capacity - present
                 while low < absent:
                     for i in range(low, high):
                         mark[missing[i]] = mine
+                    if rule == LFRU:
+                        refresh(resident, filled, rank, last, times, now)
                     filled = admit(
-                        rule, missing, low, high, resident, place, filled, capacity, mark, mine,
-                        state, now,
-                    )  # fmt: skip
+                        missing, low, high, resident, place, filled, capacity, mark, mine, rank
+                    )
                     low, high = high, min(high + capacity, absent)
                     mine += 1
                 own[4, layer] += 1
@@ -316,22 +322,23 @@ def distances(  # type: ignore[no-untyped-def]
         stamp: Left out.
     """
     passes, layers = len(bounds) - 1, experts.shape[1]
-    ids, count, place, following, state, upcoming = workspace(experts, num_experts, rule)
+    ids, count, place, following, rank, last, times, upcoming = workspace(
+        experts, num_experts, rule
+    )
     stack = np.empty(num_experts, np.int64)
     after = np.empty(num_experts, np.int64)
     pool = np.empty(num_experts, np.int64)
-    rank = state[0]
     for layer in range(layers):
         at_layer = layer if loads_at.shape[1] > 1 else 0
         if rule == STATIC:
             rank[:] = popularity[layer]
         elif rule == BELADY:
             look_ahead(experts, bounds, layer, upcoming, following)
-        now, depth = forget(rule, state), 0
+        now, depth = forget(rule, rank, last, times), 0
         place[:] = -1
         for step in range(passes):
             if resets[step]:
-                now, depth = forget(rule, state), 0
+                now, depth = forget(rule, rank, last, times), 0
                 place[:] = -1
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
@@ -344,8 +351,9 @@ def distances(  # type: ignore[no-untyped-def]
                 distance = at if at >= 0 else num_experts
                 loads_at[group[step], at_layer, distance] += 1
                 uses_at[group[step], at_layer, distance] += count[ids[i]]
-            now = use(rule, ids[:found], state, now, gamma, following)
-            refresh(rule, stack[:depth], state, now)
+            now = use(rule, ids, found, rank, last, times, now, gamma, following)
+            if rule == LFRU:
+                refresh(stack, depth, rank, last, times, now)
 
             for i in range(found):
                 after[i] = ids[i]

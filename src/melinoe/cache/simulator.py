@@ -267,9 +267,11 @@ def _counters(
     """Counters of each unit, from what the compiled replay counted."""
     units, _, _, layers = counts.shape
     free = waited == 0
-    per_phase = np.zeros((4, units, 2), np.int64)
-    for total, added in zip(per_phase, (tokens, 1, free, free * tokens), strict=True):
-        np.add.at(total, (unit, phase), added)
+    cell = 2 * unit + phase
+    per_phase = [
+        np.bincount(cell, weights, 2 * units).astype(np.int64).reshape(units, 2).tolist()
+        for weights in (tokens, np.ones_like(tokens), free, free * tokens)
+    ]
     names = ("uses", "hits", "loads", "requests", "chunked")
     nothing = Counters(layers).to_dict()
     return [
@@ -277,7 +279,7 @@ def _counters(
             nothing
             | dict(zip(names, counts[number].transpose(1, 0, 2).tolist(), strict=True))
             | {
-                name: per_phase[at, number].tolist()
+                name: per_phase[at][number]
                 for at, name in enumerate(
                     ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
                 )
