@@ -48,7 +48,7 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """What was measured in a few lines."""
+    """Print the measurements in a few lines."""
     found = record["link"]
     lines = [f"{record['gpu'] or 'no GPU'}; " + ", ".join(f"{k} {v}" for k, v in _card(record))]
     known = [k for k in ("copy_engine", "kernel_reads", "device") if k in found]
@@ -99,7 +99,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _card(record: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What of the card's facts belongs into one line."""
+    """Choose the facts of the card for its line."""
     card = next((row for row in record["result"] if row["section"] == "card"), {})
     smi = card.get("nvidia_smi", {})
     wanted = ("pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current")

@@ -1,4 +1,4 @@
-"""What the machine can do: the link from the store's own memory, and device memory."""
+"""Measure the machine: the link from the store's own memory, and device memory."""
 
 from __future__ import annotations
 

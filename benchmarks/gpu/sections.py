@@ -1,4 +1,4 @@
-"""What is measured of the engines: one drawn routing, several ways to compute it."""
+"""Measure the engines on one drawn routing, which each computes in its own way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATES = (0.0, 0.1, 0.5)
 
 class Bench:
     """
-    What all sections share: the device, how much is measured, and where rows go.
+    Shared by all sections: the device, how much is measured, and where rows go.
 
     Args:
         dry: Tiny, on the CPU.
@@ -114,7 +114,7 @@ class Setup:
         return found
 
     def begin(self, rate: float, batch: int) -> Callable[[], None]:
-        """What puts engine and routing into the drawn state."""
+        """Make a function that puts engine and routing into the drawn state."""
         drawn = shapes.draw(self.shape, self.slots, rate, self.bench.steps, batch)
         table, ahead, self.loads = drawn
 
@@ -240,7 +240,7 @@ def profile(bench: Bench, shape: Any, found: dict, kind: str) -> None:
 
 
 def all_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
-    """As many slots as experts: nothing is copied, batches of any size fit."""
+    """Measure with as many slots as experts: nothing is copied, batches of any size fit."""
     store = bench.store(shape, kind)
     setup = Setup(bench, shape, shape.experts, "fast", store)
     for batch in (1, 16):
@@ -258,7 +258,7 @@ def all_resident(bench: Bench, shape: Any, found: dict, kind: str) -> None:
 
 
 def by_generate(bench: Bench, shape: Any, store: Any, kind: str) -> None:
-    """What a user of `generate` gets: with what it does between two steps, and its waits."""
+    """Measure `generate` as a user calls it, with its own work between steps and its waits."""
     setup = Setup(bench, shape, shape.experts, "fast", store, graphs=True)
     setup.forced.use(None, bench.device)
     ids = torch.full((1, 16), 7, device=bench.device)
@@ -275,7 +275,7 @@ def by_generate(bench: Bench, shape: Any, store: Any, kind: str) -> None:
 
 
 def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
-    """The same two, their decode step compiled; the faster step first, in case time runs out."""
+    """Measure both with a compiled decode step; the faster one first, in case time runs out."""
     if bench.dry:
         compiling.backend = lambda graph, example_inputs: graph.forward
     store = bench.store(shape, kind)

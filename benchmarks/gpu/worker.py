@@ -102,7 +102,7 @@ def run_one(bench: Any, name: str, found: dict[str, Any]) -> None:
 
 
 def is_sound(bench: Any) -> bool:
-    """Whether this process can go on; frees what the section left."""
+    """Free the memory that the section left, and tell whether this process can go on."""
     try:
         bench.settle()
     except RuntimeError:

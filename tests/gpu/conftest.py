@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: a limit of time for each, and results written as they come."""
+"""Limit the time of each test on a GPU, and write results as they come."""
 
 import json
 import signal

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 import melinoe
 from melinoe.cache.simulator import simulate
 from melinoe.engine.device.batching import batching_config
-from melinoe.engine.device.budget import backbone_bytes, plan_budget
+from melinoe.engine.device.budget import backbone_bytes, share_budget
 from melinoe.engine.passes import Batch
 from melinoe.moe.experts import find_experts
 
@@ -173,7 +173,7 @@ def test_what_a_budget_counts_is_what_is_allocated():
     network = model()
     gc.collect()
     layers = find_experts(network)
-    plan = plan_budget(
+    plan = share_budget(
         "2GiB", layers, backbone_bytes(network, layers), 64 << 20, 64 << 20,
         batch=1, context=256, staging_experts=2,
     )  # fmt: skip

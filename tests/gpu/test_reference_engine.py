@@ -60,7 +60,7 @@ def test_a_stale_slot_would_show():
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_counts_equal_the_simulators(policy):
-    """What ran on the GPU is what its trace simulates to."""
+    """Counts of a run on the GPU are those that its trace simulates to."""
     network = model()
     with melinoe.attach(
         network, engine="reference", slots=5, store="pinned", policy=policy

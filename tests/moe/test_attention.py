@@ -29,7 +29,7 @@ def test_olmoes_are_the_four_of_each_layer():
 @pytest.mark.filterwarnings("default")  # warnings of modelling files are not ours to mend
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_but_attention_is_found_in_any_family(family):
-    """What is called a query's or output's projection is found; no MLP, expert or router is."""
+    """Projections of queries and outputs are found; no MLP, expert or router is."""
     model = tiny.tiny_model(family)
     found = names(model)
     assert found

@@ -25,7 +25,7 @@ from melinoe.engine.device.budget import (
     GpuBudget,
     backbone_bytes,
     cache_bytes,
-    plan_budget,
+    share_budget,
     workspace_bytes,
 )
 from melinoe.engine.device.static_cache import cache_length
@@ -332,7 +332,7 @@ def _share_out(
     layers = find_experts(hollow)
     asked = hollow, layers, batch, context
     slots = layers if staging else stored  # without staging, slots hold what the store does
-    return plan_budget(
+    return share_budget(
         total, slots, backbone_bytes(hollow, layers), cache_bytes(*asked), workspace_bytes(*asked),
         batch=batch, context=context, staging_experts=staging,
     )  # fmt: skip

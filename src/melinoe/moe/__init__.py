@@ -1,1 +1,1 @@
-"""What transformers calls the parts of an MoE model: experts, routers, and how to compute them."""
+"""Find the experts and routers of a transformers model, record them, and compute experts."""

@@ -90,7 +90,7 @@ class ExpertsLayer:
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """Whether *module* is of a class that transformers decorated to take an experts function."""
+    """Tell whether transformers decorated the class of *module* to take an experts function."""
     # ``_apply_gate`` alone is not enough: an undecorated class may bring its own. The flag is set
     # on the instance by the decorator, together with the attributes that describe the layout.
     return hasattr(module, "_apply_gate") and "is_transposed" in vars(module)

@@ -33,7 +33,7 @@ _TYPES = {
 
 
 def compiled(kernel, constants, warps, **types):
-    """What *kernel* becomes; pointers are to int64 and numbers int32 unless *types* says else."""
+    """Compile *kernel*; pointers are to int64 and numbers int32 unless *types* says else."""
     signature = {}
     for name in kernel.arg_names:
         usual = "*i64" if name.endswith("_ptr") else "i32"
@@ -45,7 +45,7 @@ def compiled(kernel, constants, warps, **types):
 
 
 def resources(cubin):
-    """What cuobjdump, which comes with Triton, says that a thread takes."""
+    """Read with cuobjdump, which comes with Triton, what a thread takes."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -33,7 +33,7 @@ def static(model, ids, tokens=8, **options):
 
 
 def plain(model, ids, tokens=8):
-    """The same on the reference engine, which compiles and captures nothing."""
+    """Generate on the reference engine, which compiles and captures nothing."""
     with attach_reference(model, slots=8):
         return model.generate(
             ids,

@@ -52,7 +52,7 @@ def play(handle: Any) -> None:
 
 
 class NotCapturable(RuntimeError):
-    """What a GPU would say of such an operation while it captures."""
+    """Raised in the place of a GPU's error for such an operation while it captures."""
 
 
 class Tape:

@@ -88,7 +88,7 @@ def test_a_capture_of_a_pass_that_needs_the_host_is_refused(model, monkeypatch):
 
 
 def test_padded_batches_are_still_planned_on_the_device(model, expected, monkeypatch):
-    """As with CUDA graphs, for which batches are padded: to no more than fits the slots."""
+    """CUDA graphs need padded batches; these are padded to no more than fits the slots."""
     from transformers.generation.continuous_batching import model_runner
 
     init = model_runner.ModelRunner.__init__

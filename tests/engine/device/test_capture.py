@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot hold, steps that wait, and captures that fail, seen without CUDA."""
+"""Steps that a CUDA graph cannot hold, and captures that fail, seen without CUDA."""
 
 import gc
 import warnings
@@ -83,7 +83,7 @@ class Cuda:
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.13.0"])
 @pytest.mark.parametrize("raises", [True, False])
 def test_after_a_failed_capture_the_next_one_succeeds(monkeypatch, version, raises):
-    """Whether the pass raises itself or only the end does; the caller's stream comes back."""
+    """The pass raises, or only the end of the capture does; the caller's stream comes back."""
     cuda = Cuda(monkeypatch, version)
 
     class Stream(str):
@@ -123,7 +123,7 @@ def test_a_step_that_waits_is_never_captured(model, monkeypatch, caplog):
 
 
 def test_a_first_step_that_waits_is_no_reason(model, monkeypatch):
-    """What is made once, such as a cache, may wait; the next step shows that the kind does not."""
+    """A cache that is made once may wait; the next step shows that the kind does not."""
     expected, told = plain(model, BATCH[:1]), iter([["modeling.py:7"]])
 
     @contextmanager
@@ -139,7 +139,7 @@ def test_a_first_step_that_waits_is_no_reason(model, monkeypatch):
 
 
 def test_only_calls_that_wait_are_collected():
-    """As PyTorch words it; its note on the mode itself is dropped, other warnings are passed on."""
+    """PyTorch's own words; its note on the mode itself is dropped, other warnings are passed on."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for text in (

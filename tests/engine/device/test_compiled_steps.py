@@ -96,7 +96,7 @@ def test_compiled_counts_are_the_simulators(as_it_is, policy, slots):
 
 def test_the_slots_are_seen_by_the_compiler_in_bfloat16_alone(as_it_is):
     """There grouped_mm is compiled too; else the layer is one operation, which asks nobody."""
-    for dtype, seen in ((torch.bfloat16, ("plan", "grouped_mm")), (torch.float32, ("experts",))):
+    for dtype, seen in ((torch.bfloat16, ("bring", "grouped_mm")), (torch.float32, ("experts",))):
         model = tiny.tiny_model("olmoe", dtype=dtype, num_hidden_layers=1)
         with attach(model, slots=8, graphs=True, compile=True):
             generate(model, IDS[1:2])
@@ -149,7 +149,7 @@ def test_a_compile_that_fails_is_said_once_and_steps_are_captured_as_they_are(ca
 
 
 def test_a_compiled_step_that_fails_half_way_fails_its_request_and_no_other(as_it_is, monkeypatch):
-    """What it has computed by then cannot be taken back; the next request is not compiled."""
+    """It has computed something that cannot be taken back; the next request is not compiled."""
     model = tiny_model(num_hidden_layers=1)
 
     def strikes(graph, example_inputs):

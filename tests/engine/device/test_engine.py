@@ -226,7 +226,7 @@ def test_detach_restores_weights_bit_for_bit(model):
 
 
 def test_a_failure_in_a_step_leaves_the_next_one_right(model):
-    """Whether it strikes a prompt or a decode step; nothing that was planned is trusted."""
+    """It strikes a prompt or a decode step; no slot is trusted afterwards."""
     expected = generate(model, "one")
     with attach(model, slots=3) as handle:
         for strike in (1, 4):
@@ -278,7 +278,7 @@ def test_bad_settings_are_refused_before_anything_moves(model, arguments, error,
 
 
 def test_gradients_and_casts_are_refused(model):
-    """As by the reference engine."""
+    """The errors are the reference engine's."""
     with attach(model, slots=2):
         with pytest.raises(AttachError, match=r"torch\.no_grad"):
             model(PROMPT)

@@ -15,7 +15,7 @@ from melinoe.engine.device.budget import (
     backbone_bytes,
     cache_bytes,
     pieces,
-    plan_budget,
+    share_budget,
     watched,
     workspace_bytes,
 )
@@ -116,7 +116,7 @@ def test_a_budget_is_shared_out_as_worked_by_hand():
     cache = cache_bytes(model, layers, 1, 2048)
     prompt = workspace_bytes(model, layers, 1, 2048)
     options = {"batch": 1, "context": 2048, "staging_experts": 4}
-    budget = plan_budget("8GiB", layers, backbone, cache, prompt, **options)
+    budget = share_budget("8GiB", layers, backbone, cache, prompt, **options)
     kv = 16 * 2 * 2048 * 2048 * 2  # layers, keys and values, tokens, width
     assert kv <= budget.kv_cache <= kv + 16 * 512  # and each layer's count of tokens
     assert budget.staging == 2 * 4 * 3 * 2048 * 1024 * 2
@@ -125,9 +125,9 @@ def test_a_budget_is_shared_out_as_worked_by_hand():
     assert 30 < budget.slots_per_layer < 36
     assert "slots" in str(budget) and "8GiB" in str(budget)
     # Twice the sequences take slots away, and more memory than all experts need gives all.
-    shorter = plan_budget("8GiB", layers, backbone, 8 * kv, 8 * prompt, **options | {"batch": 8})
+    shorter = share_budget("8GiB", layers, backbone, 8 * kv, 8 * prompt, **options | {"batch": 8})
     assert shorter.slots_per_layer < budget.slots_per_layer
-    everything = plan_budget("80GiB", layers, backbone, cache, prompt, **options)
+    everything = share_budget("80GiB", layers, backbone, cache, prompt, **options)
     assert everything.slots_per_layer == 64
 
 
@@ -142,9 +142,9 @@ def test_a_budget_below_the_least_names_the_least():
         workspace_bytes(model, layers, 1, 512),
     )
     with pytest.raises(BudgetError, match=r"give (\S+) or more") as error:
-        plan_budget("1GiB", layers, *known, **options)
+        share_budget("1GiB", layers, *known, **options)
     least = str(error.value).split("give ")[1].split(" ")[0]
-    found = plan_budget(least, layers, *known, **options)
+    found = share_budget(least, layers, *known, **options)
     assert found.slots_per_layer == 1
 
 
@@ -251,7 +251,7 @@ def test_attention_that_keeps_all_probabilities_is_counted():
 
 
 def test_the_allocator_is_told_the_budget_and_then_what_was_before(monkeypatch):
-    """As a share of the device's memory; on the CPU nothing is."""
+    """It is told a share of the device's memory; on the CPU nothing."""
     told = [0.5]
 
     class Properties:

@@ -33,7 +33,7 @@ def test_replayed_steps_give_the_same_tokens(model, batch):
 
 
 def test_captured_kernels_are_replayed(model, interpreted):
-    """As above, by the kernels in Triton's interpreter, with loads on the way."""
+    """The kernels themselves, in Triton's interpreter, are replayed, with loads on the way."""
     expected = plain(model, BATCH[:2])
     with attach(model, slots=4, graphs=True) as handle:
         assert torch.equal(static(model, BATCH[:2]), expected)

@@ -108,7 +108,7 @@ def test_steps_of_a_model_that_has_changed_are_captured_anew(original):
 
 
 def test_memory_of_graphs_that_are_gone_is_not_captured_into_again(model, monkeypatch):
-    """What libraries keep in it outlives them; each new set of graphs has a pool of its own."""
+    """Libraries keep memory in it that outlives them, so a new set of graphs has a new pool."""
     pools = itertools.count()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     with attach(model, slots=8, graphs=True) as handle:

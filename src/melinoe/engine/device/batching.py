@@ -53,6 +53,6 @@ def batching_config(handle: Handle, top_k: int, **options: Any) -> ContinuousBat
         "max_batch_tokens": tokens,
     }
     if not resident:
-        # Decode batches padded to more than fits would be planned by the host.
+        # Decode batches padded to more than fits would be decided by the host.
         chosen |= {"max_requests_per_batch": slots // top_k, "q_padding_interval_size": 1}
     return ContinuousBatchingConfig(**(chosen | options))

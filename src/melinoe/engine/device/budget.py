@@ -75,7 +75,7 @@ class GpuBudget:
         return f"{format_bytes(self.total)}: {said} ({self.slots_per_layer} per layer)"
 
 
-def plan_budget(
+def share_budget(
     gpu_memory: str | int,
     layers: Sequence[ExpertsLayer],
     backbone: int,

@@ -195,7 +195,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether *value* is a number, or a short list of numbers, which `repr` tells apart."""
+    """Tell whether *value* is a number, or a short list of numbers, which `repr` tells apart."""
     if isinstance(value, list | tuple):
         return len(value) <= 64 and all(map(_is_plain, value))
     return isinstance(value, bool | int | float)

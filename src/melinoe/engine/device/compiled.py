@@ -2,7 +2,7 @@
 A decode step of fewer kernels: the model's forward pass compiled by ``torch.compile``, on request.
 
 transformers' code launches a kernel for each norm, rotation, cast and addition; a compiler makes a
-few of them. What decides and copies experts is one operation to it (``melinoe::plan``), which it
+few of them. What decides and copies experts is one operation to it (``melinoe::bring``), which it
 neither looks into nor moves: a layer's arithmetic needs the slots that this operation returns. The
 pass is one graph, so compiling fails, if it does, before anything is computed.
 """
@@ -43,24 +43,24 @@ _numbers = itertools.count()
 
 
 def register(layer: Any) -> int:
-    """Number *layer*, a `DeviceExperts`, for `plan` and `experts`; forgotten with the layer."""
+    """Number *layer*, a `DeviceExperts`, for `bring` and `experts`; forgotten with the layer."""
     number = next(_numbers)
     _layers[number] = layer
     return number
 
 
 @torch.library.custom_op(
-    "melinoe::plan",
+    "melinoe::bring",
     mutates_args=(),
     schema="(Tensor index, Tensor weights, int layer) -> (Tensor, Tensor)",
 )
-def plan(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Bring the chosen experts into slots, as `DeviceExperts.plan`: slots (int64) and weights."""
-    return _layers[layer].plan(index, weights)
+def bring(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Bring the chosen experts into slots, as `DeviceExperts.bring`: slots (int64) and weights."""
+    return _layers[layer].bring(index, weights)
 
 
-@plan.register_fake
-def _plan(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+@bring.register_fake
+def _bring(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     slots = torch.empty(index.shape, dtype=torch.int64, device=index.device)
     return slots, torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
 

@@ -1,7 +1,7 @@
 """
 Decide on the device which chosen experts are resident, which are loaded, and which leave for them.
 
-One Triton program plans one layer's request, exactly as `cache.residency.Residency.request`. It
+One Triton program decides one layer's request, exactly as `cache.residency.Residency.request`. It
 reads what the router chose, so that the host need not; it is launched once per layer and step and
 can be captured in a CUDA graph.
 
@@ -63,7 +63,7 @@ def _decide(
     LFU: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    # A lane is one layer with its own request; tests plan many at a time, the engine one.
+    # A lane is one layer with its own request; tests decide many at a time, the engine one.
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     row = lane + layer
     experts = tl.arange(0, BLOCK_E)[None, :]
@@ -213,7 +213,7 @@ def decide(
         top_k_index: ``(tokens, top_k)``, any integer type, at most `MOST_PAIRS` entries; ids
             outside ``[0, num_experts)`` are choices of no expert.
         top_k_weights: ``(tokens, top_k)``.
-        lanes: plan so many layers at once, from *layer* on; the two arguments above then have a
+        lanes: decide so many layers at once, from *layer* on; the two arguments above then have a
             leading dimension of it.
 
     Returns:
@@ -224,7 +224,7 @@ def decide(
     slots = torch.empty_like(index, dtype=torch.int64)
     kept = torch.empty_like(weights)
     pairs = index.numel() // lanes
-    assert pairs <= MOST_PAIRS, "the host plans such a pass"
+    assert pairs <= MOST_PAIRS, "the host decides such a pass"
     block = triton.next_power_of_2(num_experts)
     warps, most = (1 if block <= 128 else block // 128), 2048
     if pairs > _MANY_PAIRS:

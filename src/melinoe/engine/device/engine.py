@@ -114,7 +114,7 @@ class DeviceEngine:
             return undo.pop_all().close
 
     def counters(self) -> Counters:
-        """What was counted; waits for the device."""
+        """Read the counters; waits for the device."""
         return self.passes.counters.plus(to_counters(self.residencies.counts.cpu().numpy()))
 
     def reset_counters(self) -> None:

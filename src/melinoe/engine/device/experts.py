@@ -120,7 +120,7 @@ class DeviceExperts:
                 how = self._on_device if self._passes.mode == DEVICE else self._with_host
                 return how(hidden_states, top_k_index, top_k_weights)
 
-    def plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+    def bring(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """
         Bring the chosen experts into slots; a compiled step computes them there.
 
@@ -138,7 +138,7 @@ class DeviceExperts:
                 "layer than it has slots; raise the slots, or leave compile out"
             )
         with self._at_work():
-            return self._plan(top_k_index, top_k_weights)
+            return self._bring(top_k_index, top_k_weights)
 
     def read(self, expert: int) -> dict[str, Tensor]:
         """Read one expert from the store, to the host, as a slot holds it."""
@@ -147,14 +147,14 @@ class DeviceExperts:
     def prefetch(self, experts: Sequence[int]) -> int:
         """Load *experts*, the most wanted first; returns the number of loads."""
         try:
-            plan = self._residencies.pull(self._index).prefetch(experts)
-            self._carrier.bring([(load.expert, load.slot) for load in plan.loads])
+            loads = self._residencies.pull(self._index).prefetch(experts).loads
+            self._carrier.bring([(load.expert, load.slot) for load in loads])
             self._residencies.push(self._index)
         except BaseException:
             self._residencies.reset()
             raise
-        self._passes.prefetched(self._index, [load.expert for load in plan.loads])
-        return len(plan.loads)
+        self._passes.prefetched(self._index, [load.expert for load in loads])
+        return len(loads)
 
     def reset(self) -> None:
         """Empty all slots of the layer; the counters stay."""
@@ -177,21 +177,21 @@ class DeviceExperts:
     # --- decided by the device ------------------------------------------------------------------
 
     def _on_device(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        slots, weights = self._plan(top_k_index, top_k_weights)
+        slots, weights = self._bring(top_k_index, top_k_weights)
         return self._product(slots)(self._stand_in, hidden, slots, weights)
 
-    def _plan(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _bring(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Decide and copy. Nothing here depends on what a tensor holds, so it can be captured."""
         # The kernel could not refuse: it would write beyond its lists.
         assert min(top_k_index.numel(), self._num_experts) <= self._num_slots
         at, all_layers = self._index, self._residencies
-        planned = all_layers.decide(at, top_k_index, top_k_weights)
+        decided = all_layers.decide(at, top_k_index, top_k_weights)
         self._carrier.bring_listed(
             all_layers.load_expert[at], all_layers.load_slot[at], all_layers.num_loads[at : at + 1]
         )
         if self._is_last:
             all_layers.close_step(top_k_index.shape[0])
-        return planned
+        return decided
 
     def _product(self, slots: Tensor) -> Callable[..., Tensor]:
         """Choose transformers' experts function for a step with these (token, choice) pairs."""
@@ -202,7 +202,7 @@ class DeviceExperts:
         if self._dtype != torch.bfloat16:
             # Compiled, transformers' grouped_mm asks the host for all other types.
             return compiled.experts(hidden, top_k_index, top_k_weights, self._number)
-        slots, weights = compiled.plan(top_k_index, top_k_weights, self._number)
+        slots, weights = compiled.bring(top_k_index, top_k_weights, self._number)
         return self._product(slots)(self._stand_in, hidden, slots, weights)
 
     # --- decided by the host --------------------------------------------------------------------
@@ -234,15 +234,15 @@ class DeviceExperts:
         self, residency: Residency, experts: list[int], uses: list[int], pairs: Pairs, flat: Tensor
     ) -> None:
         """Compute part by part, as the reference engine."""
-        plans = []
-        for plan in residency.request_in_parts(experts, uses):
-            plans.append(plan)
-            self._carrier.bring([(load.expert, load.slot) for load in plan.loads])
-            present = [*plan.hits, *(load.expert for load in plan.loads)]
+        decisions = []
+        for decision in residency.request_in_parts(experts, uses):
+            decisions.append(decision)
+            self._carrier.bring([(load.expert, load.slot) for load in decision.loads])
+            present = [*decision.hits, *(load.expert for load in decision.loads)]
             due = np.full(self._num_experts + 1, -1)
             due[present] = residency.slot_of[present]
             pairs.add(self._forward, self._stand_in, self._to_device(due)[flat])
-        self._passes.counters.add_decisions(self._index, experts, uses, plans)
+        self._passes.counters.add_decisions(self._index, experts, uses, decisions)
 
     def _stream(
         self, residency: Residency, experts: list[int], uses: np.ndarray, pairs: Pairs, flat: Tensor

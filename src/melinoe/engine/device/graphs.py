@@ -63,7 +63,7 @@ class Kind:
 
     Attributes:
         ran: whether one has run as it is and can be captured.
-        never: whether it is never captured: the host plans such steps, or they wait for the device.
+        never: whether none is captured: the host decides such steps, or they wait for the device.
         waited: how many steps have waited for the device.
         buffers: inputs that the compiled step, or the captured one, reads.
         counts: tokens in the cache when it was compiled.
@@ -206,7 +206,7 @@ class DecodeGraphs:
             self._stepping, self._caches = False, {}
 
     def _key(self, inputs: Mapping[str, Any]) -> tuple | None:
-        """What steps of the kind of *inputs* have in common; None if they cannot be captured."""
+        """Describe the kind of a step with *inputs*; None if it cannot be captured."""
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
             return None

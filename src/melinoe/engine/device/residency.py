@@ -37,8 +37,8 @@ class DeviceResidency:
     """
     The slots of all layers of a model, as tensors on its device.
 
-    `decide` plans a decode step without the host. To plan a prompt, a layer is taken to the host as
-    a `Residency` (`pull`) and brought back (`push`).
+    `decide` serves a decode step without the host. For a prompt, a layer is taken to the host as a
+    `Residency` (`pull`) and brought back (`push`).
 
     Args:
         num_experts: per layer, at most 512.
@@ -60,7 +60,7 @@ class DeviceResidency:
     ) -> None:
         if max(num_experts) > MOST_EXPERTS:
             raise AttachError(
-                f"the fast engine plans layers of at most {MOST_EXPERTS} experts and this model "
+                f"the fast engine takes at most {MOST_EXPERTS} experts a layer and this model "
                 f'has {max(num_experts)}; use engine="reference"'
             )
         self.num_experts, self.capacity = tuple(num_experts), tuple(capacity)

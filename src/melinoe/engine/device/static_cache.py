@@ -98,7 +98,7 @@ class CacheKinds:
 
 
 class _Seen:
-    """What a cache was described by."""
+    """The values that a cache was described by, to see that they are still the same objects."""
 
     def __init__(self, cache: StaticCache, number: int) -> None:
         self.number = number
