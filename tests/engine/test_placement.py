@@ -93,21 +93,22 @@ def test_without_a_device_named_a_gpu_is_taken_if_there_is_one(gpu, monkeypatch)
 
 def test_as_many_slots_as_fit_into_what_is_free_on_the_gpu(gpu):
     """Five of each layer in a fifth less than what is free; fewer beside a backbone."""
-    assert choose().slots == 5
-    assert choose(backbone=2 * LAYERS * BLOCK).slots == 3
-    assert choose(slots=2).slots == 2 and choose(expert_memory=3 * LAYERS * BLOCK).slots == 3
+    assert choose().slots == (5, 5)
+    assert choose(backbone=2 * LAYERS * BLOCK).slots == (3, 3)
+    assert choose(slots=[2, 1]).slots == (2, 1)
+    assert choose(expert_memory=3 * LAYERS * BLOCK).slots == (3, 3)
 
 
 def test_as_many_slots_as_fit_into_host_memory_on_the_cpu(host):
     """All of them where they fit; the others stay on disk, as slots use the memory better."""
     cpu = torch.device("cpu")
     host(int(5.5 * LAYERS * BLOCK / 0.8))
-    assert (choose(cpu).slots, choose(cpu).store) == (5, "disk")
-    assert choose(cpu, backbone=2 * LAYERS * BLOCK).slots == 3
-    assert choose(cpu, ram=2 * LAYERS * BLOCK).slots == 2
+    assert (choose(cpu).slots, choose(cpu).store) == ((5, 5), "disk")
+    assert choose(cpu, backbone=2 * LAYERS * BLOCK).slots == (3, 3)
+    assert choose(cpu, ram=2 * LAYERS * BLOCK).slots == (2, 2)
     assert choose(cpu, in_memory=True).store == "ram"
     host(100 * ALL)
-    assert (choose(cpu).slots, choose(cpu).store) == (EXPERTS, "disk")
+    assert (choose(cpu).slots, choose(cpu).store) == ((EXPERTS, EXPERTS), "disk")
     with pytest.raises(BudgetError, match="below one expert"):
         choose(cpu, ram=BLOCK)
 
@@ -198,4 +199,4 @@ def test_pinned_memory_that_cannot_be_had_falls_back_or_fails(
     assert handle.engine.name == "reference"
     assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
     said = [r.getMessage() for r in caplog.records if "refuses to pin" in r.getMessage()]
-    assert said == [handle.placement] and "4 of 8 experts" in said[0]
+    assert said == [handle.placement] and "slots for 4 of 8 experts" in said[0]

@@ -1,26 +1,18 @@
-"""Bytes to slots and back: how many experts fit, never one more."""
+"""Turn amounts of memory into slots and back: how many experts fit, never one more."""
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from melinoe.errors import BudgetError
 from melinoe.host_memory import format_bytes
 from melinoe.moe.experts import ExpertsLayer
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 
@@ -54,18 +46,16 @@ def _exact(number: str, unit: int) -> int:
     return int(whole or 0) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
 
 
-def memory_of(slots: int, layers: Sequence[ExpertsLayer]) -> int:
-    """Bytes that *slots* per layer take; a layer with fewer experts gets no more than it has."""
-    return sum(min(slots, layer.num_experts) * layer.block_bytes for layer in layers)
+def memory_of(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> int:
+    """Bytes of *slots* per layer, or of each layer; none gets more slots than it has experts."""
+    counts = [slots] * len(layers) if isinstance(slots, int) else slots
+    each = zip(counts, layers, strict=True)
+    return sum(min(count, layer.num_experts) * layer.block_bytes for count, layer in each)
 
 
 def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
     """
     The most slots per layer, alike in all layers, whose bytes stay within *expert_memory*.
-
-    Args:
-        expert_memory: the budget; an int is bytes.
-        layers: as `find_experts` lists them.
 
     Returns:
         Between 1 and the largest number of experts of a layer.
@@ -80,14 +70,8 @@ def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
             f"an expert memory of {format_bytes(budget)} is below one expert in each of "
             f"{len(layers)} layers; give at least {smallest} bytes ({format_bytes(smallest)})"
         )
-    low, high = 1, max(layer.num_experts for layer in layers)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if memory_of(middle, layers) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    possible = range(1, max(layer.num_experts for layer in layers) + 1)
+    return bisect_right(possible, budget, key=lambda slots: memory_of(slots, layers))
 
 
 def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> tuple[int, ...]:
@@ -116,4 +100,4 @@ def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -
                 f"{count} slots do not work in layer {number} with {layer.num_experts} experts; "
                 f"give between 1 and {layer.num_experts}"
             )
-    return tuple(int(count) for count in slots)
+    return tuple(map(int, slots))

@@ -18,7 +18,6 @@ from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
-from melinoe.engine.budget import slots_by_layer
 from melinoe.engine.checks import same_bits
 from melinoe.engine.device.budget import (
     Cap,
@@ -33,7 +32,7 @@ from melinoe.engine.disk_store import DiskStore
 from melinoe.engine.handle import Engine, Handle
 from melinoe.engine.misses import Misses, measure_misses
 from melinoe.engine.options import STAGING_EXPERTS, Options
-from melinoe.engine.placement import Model, Placement, check_graphs, in_slots, place
+from melinoe.engine.placement import Model, Placement, in_slots, place, use_graphs
 from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.engine.reference import ReferenceEngine
 from melinoe.engine.store import Store, read_block
@@ -293,7 +292,7 @@ def _handle(
     cap: Cap | None = None,
     at_detach: Callable[[], None] | None = None,
 ) -> Handle:
-    device, slots = chosen.device, slots_by_layer(chosen.slots, layers)
+    device, slots = chosen.device, chosen.slots
     layers = in_slots(layers, chosen.engine)
     misses = options.miss
     if not isinstance(misses, Misses):
@@ -303,13 +302,13 @@ def _handle(
         from melinoe.engine.device.engine import DeviceEngine  # Triton may be absent
 
         engine = DeviceEngine(
-            model, layers, store, slots, chosen.makers, device,  # type: ignore[arg-type]
+            model, layers, store, slots, chosen.policies, device,  # type: ignore[arg-type]
             prefill=StreamedPrefill(options.admit), staging_experts=options.staging_experts,
-            use_graphs=check_graphs(options, device), compile=bool(options.compile),
+            use_graphs=use_graphs(options, device), compile=bool(options.compile),
         )  # fmt: skip
     else:
         engine = ReferenceEngine(
-            model, layers, store, slots, chosen.makers, device, options.link, misses
+            model, layers, store, slots, chosen.policies, device, options.link, misses
         )
     return Handle(
         model, layers, store, engine, device, slots=slots, misses=misses, link=options.link,

@@ -27,9 +27,6 @@ from melinoe.moe.experts import ExpertsLayer
 # and for what a prompt needs while it runs.
 _SHARE = 0.8
 
-Makers = Sequence[Callable[[], Policy]]
-"""By layer, a function that makes its policy."""
-
 
 @dataclass(frozen=True)
 class Model:
@@ -39,10 +36,10 @@ class Model:
     Attributes:
         layers: Its MoE layers in the format of the store; their weights are not read.
         backbone_bytes: Bytes of all other weights that loading will add; 0 for a model in memory.
-        in_memory: Whether the experts are in memory, so that no disk can hold them.
+        in_memory: Whether the experts are in memory, so that there is no file to read them from.
         device: Where its other weights are; None for a checkpoint.
         budget: Shares so many bytes of a GPU out, with so many experts in a staging block; None
-            where the model cannot be asked.
+            where the model cannot be asked what it needs.
         packs: Whether experts are packed as they are read, which only a store in memory keeps.
     """
 
@@ -58,13 +55,9 @@ class Model:
         """Bytes of all experts."""
         return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
 
-    def in_slots(self, engine: str) -> list[ExpertsLayer]:
-        """The layers as slots hold their experts: the fast engine unpacks as it copies."""
-        return in_slots(self.layers, engine)
-
 
 def in_slots(layers: Sequence[ExpertsLayer], engine: str) -> list[ExpertsLayer]:
-    """Give *layers* as the slots of an engine hold their experts."""
+    """Give *layers* as the slots of an engine hold experts: the fast one unpacks as it copies."""
     return [layer.stored_as(PLAIN) for layer in layers] if engine == "fast" else list(layers)
 
 
@@ -77,8 +70,8 @@ class Placement:
         device: Of the slots, and of all other weights.
         engine: ``fast``: the device decides; ``reference``: the host does.
         store: ``ram``, ``pinned`` or ``disk``: where the experts wait.
-        slots: Per layer, as given or as fit.
-        makers: Make the layers' policies.
+        slots: Of each layer.
+        policies: By layer, a function that makes its policy.
         budget: The limit on the GPU's memory, shared out; None if none was given.
         why: In words: why the host decides; what the slots fit into.
     """
@@ -86,17 +79,16 @@ class Placement:
     device: torch.device
     engine: str
     store: str
-    slots: int | tuple[int, ...]
-    makers: Makers
+    slots: tuple[int, ...]
+    policies: Sequence[Callable[[], Policy]]
     budget: GpuBudget | None
     why: tuple[str, str]
 
     def describe(self, layers: Sequence[ExpertsLayer]) -> str:
         """One line for the log."""
-        layers = in_slots(layers, self.engine)
-        counts = slots_by_layer(self.slots, layers)
-        size = sum(n * layer.block_bytes for n, layer in zip(counts, layers, strict=True))
-        some = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        least, most = min(self.slots), max(self.slots)
+        slots = str(most) if least == most else f"{least} to {most}"
+        experts = max(layer.num_experts for layer in layers)
         who = "the GPU decides what is loaded" if self.engine == "fast" else "the host decides"
         where = {
             "ram": "all experts wait in host memory",
@@ -104,10 +96,10 @@ class Placement:
             "disk": "experts are read from disk",
         }[self.store]
         reason, room = (f" ({one})" if one else "" for one in self.why)
+        size = memory_of(self.slots, in_slots(layers, self.engine))
         return (
-            f"served on {self.device}: {who}{reason}; {some} of "
-            f"{max(layer.num_experts for layer in layers)} experts of each layer in slots, "
-            f"{format_bytes(size)}{room}; {where}"
+            f"served on {self.device}: {who}{reason}; slots for {slots} of {experts} experts of "
+            f"each layer, {format_bytes(size)}{room}; {where}"
         )
 
 
@@ -126,29 +118,37 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
         MelinoeError: no such policy.
     """
     check_miss(options.miss, options.miss_threads)
-    layers = model.layers
-    if isinstance(options.slots, int | Sequence):
-        slots_by_layer(options.slots, layers)
+    if options.slots is not None:
+        slots_by_layer(options.slots, model.layers)
     device = _device(options.device, model.device)
     check_link(device, options.link)
-    makers = _policy_makers(options, len(layers))
-    limit = _host_limit(options)
-    reason = host_because or _why_host(options, device, makers, model, limit)
-    if options.engine == "fast" and reason is not None:
+    policies = _policies(options, len(model.layers))
+    free = free_host_bytes()
+    room = None if free is None else int(_SHARE * free)
+    if options.ram is not None:
+        room = parse_bytes(options.ram)
+    why = host_because or _why_host(options, device, policies, model, room)
+    engine = "fast" if why is None and options.engine != "reference" else "reference"
+    if why is not None and options.engine == "fast":
         raise AttachError(
-            f'the fast engine cannot run here: {reason}; leave engine out, or give "reference"'
+            f'the fast engine cannot run here: {why}; leave engine out, or give "reference"'
         )
-    engine = "fast" if reason is None and options.engine != "reference" else "reference"
     if engine == "fast":
-        check_graphs(options, device)
-    store = _store(options, device, engine, model, limit)
-    slots, budget, room = _slots(options, device, engine, store, model, limit)
-    _check_host(options, device, engine, store, slots, model)
-    return Placement(device, engine, store, slots, makers, budget, (reason or "", room))
+        use_graphs(options, device)
+    store = _store(options, device, engine, model, room)
+    slots, budget, into = _slots(options, device, engine, store, model, room)
+    by_layer = slots_by_layer(slots, model.layers)
+    _check_host(options, device, engine, store, by_layer, model)
+    return Placement(device, engine, store, by_layer, policies, budget, (why or "", into))
 
 
-def check_graphs(options: Options, device: torch.device) -> bool:
-    """Whether decode steps are captured in CUDA graphs."""
+def use_graphs(options: Options, device: torch.device) -> bool:
+    """
+    Whether decode steps are captured in CUDA graphs.
+
+    Raises:
+        AttachError: they are to be compiled, and are not captured.
+    """
     graphs = device.type == "cuda" if options.graphs is None else options.graphs
     if options.compile and not graphs:
         raise AttachError(
@@ -159,66 +159,60 @@ def check_graphs(options: Options, device: torch.device) -> bool:
 
 
 def _device(asked: Any, home: torch.device | None) -> torch.device:
-    """The device, if it is there, in the form that tensors say it."""
+    """The device, if it is there, written as tensors write it."""
     if asked is None:
         asked = home or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
     except RuntimeError:
         raise AttachError(f"there is no device {str(asked)!r}; use cpu or cuda") from None
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise AttachError(f"this machine has no device {device}; use cpu, or another GPU")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise AttachError(f"this machine has no device {device}; use cpu, or another GPU")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-def _policy_makers(options: Options, num_layers: int) -> Makers:
+def _policies(options: Options, num_layers: int) -> Sequence[Callable[[], Policy]]:
     given, more = options.policy, dict(options.policy_options or {})
-    if isinstance(given, str):
-        makers: Makers = policy_makers(given, more, num_layers)
-    elif more:
+    if not isinstance(given, str) and more:
         raise ValueError("policy_options belong to a policy given by name")
-    else:
-        makers = [given] * num_layers
-    for make in makers:
+    made = (
+        policy_makers(given, more, num_layers) if isinstance(given, str) else [given] * num_layers
+    )
+    for make in made:
         make()  # an unknown policy or option shows here
-    return makers
-
-
-def _host_limit(options: Options) -> int | None:
-    """Bytes of host memory that experts may take; None if nobody knows."""
-    if options.ram is not None:
-        return parse_bytes(options.ram)
-    free = free_host_bytes()
-    return None if free is None else int(_SHARE * free)
+    return made
 
 
 def _why_host(
-    options: Options, device: torch.device, makers: Makers, model: Model, limit: int | None
+    options: Options,
+    device: torch.device,
+    policies: Sequence[Callable[[], Policy]],
+    model: Model,
+    room: int | None,
 ) -> str | None:
     """Why the host must decide, in words; None if the device can."""
     if options.engine == "reference":
         return None
     if device.type == "cpu" and options.engine == "auto":
-        return "on the CPU they are one"
+        return "no GPU is used"
     if (name := options.needs_host) is not None:
         return f"because of {name}"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if (reason := why_not(device)) is not None:
         return reason
-    for name in {make().name for make in makers} - set(PACKABLE):
+    for name in {make().name for make in policies} - set(PACKABLE):
         return f"the GPU can decide by {' or '.join(PACKABLE)}, not by {name}"
     for layer in model.layers:
         if not (layer.format.exact or _unpacks(layer.format)):
             return f"the GPU does not unpack {layer.format.name} as it copies"
-    too_many = limit is not None and model.expert_bytes > limit
+    too_many = room is not None and model.expert_bytes > room
     if too_many and (options.engine == "auto" or options.ram):
         return (
             f"all experts, {format_bytes(model.expert_bytes)}, do not fit into "
-            f"{format_bytes(limit or 0)} of host memory"
+            f"{format_bytes(room or 0)} of host memory"
         )
     return None
 
@@ -229,64 +223,55 @@ def _unpacks(stored: ExpertFormat) -> bool:
 
 
 def _store(
-    options: Options, device: torch.device, engine: str, model: Model, limit: int | None
+    options: Options, device: torch.device, engine: str, model: Model, room: int | None
 ) -> str:
     if not isinstance(options.store, str):
         return options.store.kind
-    fits = limit is None or model.expert_bytes <= limit
+    fits = room is None or model.expert_bytes <= room
+    if options.store == "disk" and model.in_memory:
+        raise AttachError(
+            "a model in memory has no files to read experts from; choose the ram or pinned "
+            "store, or load the checkpoint with melinoe.load"
+        )
+    if options.store == "disk" and model.packs:
+        raise AttachError(
+            "the disk store reads experts as the checkpoint has them, and format packs them; "
+            "choose the ram or pinned store, or leave format out"
+        )
+    if options.store in ("ram", "pinned") and options.ram is not None and not fits:
+        raise BudgetError(
+            f"the {options.store} store holds all experts, {format_bytes(model.expert_bytes)}, "
+            "which is more than ram allows; give more ram, or leave store out"
+        )
     if options.store != "auto":
-        if options.store == "disk" and model.in_memory:
-            raise AttachError(
-                "a model in memory has no files to read experts from; choose the ram or pinned "
-                "store, or load the checkpoint with melinoe.load"
-            )
-        if options.store == "disk" and model.packs:
-            raise AttachError(
-                "the disk store reads experts as the checkpoint has them, and format packs them; "
-                "choose the ram or pinned store, or leave format out"
-            )
-        if options.store != "disk" and options.ram is not None and not fits:
-            raise BudgetError(
-                f"the {options.store} store holds all experts, "
-                f"{format_bytes(model.expert_bytes)}, which is more than ram allows; "
-                "give more ram, or leave store out"
-            )
         return options.store
-    if engine == "fast":
-        return "pinned" if device.type == "cuda" else "ram"
-    if device.type == "cuda" and fits and limit is not None:
+    if device.type == "cuda" and (engine == "fast" or (fits and room is not None)):
         return "pinned"
-    if model.in_memory or model.packs:
+    if engine == "fast" or model.in_memory or model.packs:
         return "ram"
-    # On the CPU slots and store are the same memory, which slots use better, if all may be slots.
-    told = options.slots is not None or options.expert_memory is not None
-    if device.type == "cpu" and options.ram is not None and told and limit is not None:
-        slots = options.slots if options.slots is not None else _within(options, model.layers)
-        if model.expert_bytes + _bytes_of(slots, model.layers) <= limit:
+    # On the CPU slots and store are the same memory: it all goes to slots, unless these are given.
+    if device.type == "cpu" and options.ram is not None and room is not None:
+        slots = _asked(options, model.layers)
+        if slots is not None and model.expert_bytes + memory_of(slots, model.layers) <= room:
             return "ram"
     return "disk"
 
 
-def _within(options: Options, layers: Sequence[ExpertsLayer]) -> int:
-    assert options.expert_memory is not None
-    return slots_for(options.expert_memory, layers)
+def _asked(options: Options, layers: Sequence[ExpertsLayer]) -> int | Sequence[int] | None:
+    """The slots that the user asks for, if any."""
+    if options.expert_memory is not None:
+        return slots_for(options.expert_memory, layers)
+    return options.slots
 
 
 def _slots(
-    options: Options,
-    device: torch.device,
-    engine: str,
-    store: str,
-    model: Model,
-    limit: int | None,
-) -> tuple[int | tuple[int, ...], GpuBudget | None, str]:
-    """Slots, the budget they were taken from if it is to be kept, and in words where they fit."""
-    layers = model.in_slots(engine)
-    if options.slots is not None:
-        counts = slots_by_layer(options.slots, layers)
-        return (options.slots if isinstance(options.slots, int) else counts), None, ""
-    if options.expert_memory is not None:
-        return _within(options, layers), None, "what expert_memory allows"
+    options: Options, device: torch.device, engine: str, store: str, model: Model, room: int | None
+) -> tuple[int | Sequence[int], GpuBudget | None, str]:
+    """Slots, the budget that is to be kept, and in words what they fit into."""
+    layers = in_slots(model.layers, engine)
+    asked = _asked(options, layers)
+    if asked is not None:
+        return asked, None, "as asked"
     staging = options.staging_experts if engine == "fast" else 0
     if options.gpu_memory is not None:
         if device.type != "cuda" and engine != "fast":
@@ -294,60 +279,52 @@ def _slots(
                 "gpu_memory limits a GPU's memory, and the model runs on the CPU; "
                 "give ram instead, or a device"
             )
-        if model.budget is None:
-            raise BudgetError("a budget for a whole GPU is kept by melinoe.load alone; give slots")
+        assert model.budget is not None  # only `load` takes gpu_memory
         budget = model.budget(parse_bytes(options.gpu_memory), staging)
-        return budget.slots_per_layer, budget, "what gpu_memory allows"
-    most = max(layer.num_experts for layer in layers)
+        return budget.slots_per_layer, budget, "what fits into gpu_memory"
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * _SHARE)
-        words = f"what fits into {format_bytes(free)} of the GPU"
+        free = int(_SHARE * torch.cuda.mem_get_info(device)[0])
+        into = f"what fits into {format_bytes(free)} of the GPU"
         if model.budget is not None:
             try:
-                return model.budget(free, staging).slots_per_layer, None, words
+                return model.budget(free, staging).slots_per_layer, None, into
             except BudgetError as error:
-                if "told beforehand" not in str(error):
+                if "told beforehand" not in str(error):  # else the model cannot be asked
                     raise
-        return slots_for(max(free - model.backbone_bytes, 1), layers), None, words
-    if limit is None:
-        return most, None, ""
+        return slots_for(max(free - model.backbone_bytes, 1), layers), None, into
+    if room is None:
+        return max(layer.num_experts for layer in layers), None, ""
     if options.ram is None:
-        limit -= model.backbone_bytes
+        room -= model.backbone_bytes
     if store != "disk" and not model.in_memory:
-        limit -= model.expert_bytes
-    return slots_for(max(limit, 1), layers), None, f"what fits into {format_bytes(max(limit, 0))}"
+        room -= model.expert_bytes
+    return slots_for(max(room, 1), layers), None, f"what fits into {format_bytes(max(room, 0))}"
 
 
 def _check_host(
-    options: Options, device: torch.device, engine: str, store: str, slots: Any, model: Model
+    options: Options,
+    device: torch.device,
+    engine: str,
+    store: str,
+    slots: Sequence[int],
+    model: Model,
 ) -> None:
-    """Refuse what the system would end the process for."""
+    """Refuse what the system would end the process for, or *ram* does not allow."""
     on_cpu = device.type == "cpu"
     # A model in memory gives its experts to the store layer by layer; a store may be filled.
     held = store == "disk" or model.in_memory or not isinstance(options.store, str)
     parts = {
         "experts": 0 if held else model.expert_bytes,
-        "slots": _bytes_of(slots, model.in_slots(engine)) if on_cpu else 0,
+        "slots": memory_of(slots, in_slots(model.layers, engine)) if on_cpu else 0,
         "all other weights": model.backbone_bytes if on_cpu else 0,
     }
     what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)
-    fewer = "give fewer slots"
-    if not on_cpu:
-        fewer = "choose the disk store"
-    elif not held:
-        fewer = "choose the disk store, or fewer slots"
+    ways = ["choose the disk store"] * (not held) + ["give fewer slots"] * on_cpu
     if what:
-        check_host_room(sum(parts.values()), what, fewer)
-    if options.ram is not None and on_cpu:
-        taken = parts["experts"] + parts["slots"]
-        if taken > parse_bytes(options.ram):
-            raise BudgetError(
-                f"experts would take {format_bytes(taken)} of host memory, slots included, which "
-                "is more than ram allows; give more ram, or fewer slots"
-            )
-
-
-def _bytes_of(slots: Any, layers: Sequence[ExpertsLayer]) -> int:
-    if isinstance(slots, int):
-        return memory_of(slots, layers)
-    return sum(n * layer.block_bytes for n, layer in zip(slots, layers, strict=True))
+        check_host_room(sum(parts.values()), what, ", or ".join(ways))
+    taken = parts["experts"] + parts["slots"]
+    if on_cpu and options.ram is not None and taken > parse_bytes(options.ram):
+        raise BudgetError(
+            f"experts would take {format_bytes(taken)} of host memory, slots included, which "
+            "is more than ram allows; give more ram, or fewer slots"
+        )
