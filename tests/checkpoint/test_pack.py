@@ -6,6 +6,7 @@ import damaged
 import packed_checkpoints
 import pytest
 import torch
+from small_olmoe import words_tokenizer
 from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_model, open_checkpoint, pack
@@ -88,3 +89,26 @@ def test_the_command_packs(base, tmp_path, melinoe):
     assert code == 0 and err.startswith("wrote ")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == {"quant_method": "melinoe", "format": "int4", "transposed": False}
+
+
+def test_an_adapter_of_a_packed_base_is_merged_into_the_base_unpacked(tmp_path, melinoe):
+    """Training a packed base gives an adapter; a checkpoint is refused, with these two commands."""
+    packed = packed_checkpoints.write_packed(tmp_path / "base", packed_checkpoints.MXFP4)
+    words_tokenizer().save_pretrained(packed)
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": "w5 w6"} for i in range(2, 10)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["finetune", packed, "--data", data, "--steps", 1, "--batch-size", 2, "--out"]
+    code, _, err = melinoe(*train, tmp_path / "tuned")
+    assert code == 1 and "--save adapter" in err and "melinoe pack" in err
+    assert melinoe(*train, tmp_path / "adapter", "--save", "adapter")[0] == 0
+    merge = ["merge", tmp_path / "adapter", "--out", tmp_path / "merged"]
+    code, _, err = melinoe(*merge)
+    assert code == 1 and "stored packed (mxfp4)" in err
+    assert melinoe("pack", packed, "--format", "plain", "--out", tmp_path / "unpacked")[0] == 0
+    assert melinoe(*merge, "--base", tmp_path / "unpacked")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked").state_dict()
+    moved = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert any("experts" in name for name in moved) and any("router" in name for name in moved)
+    assert not any("embed" in name or "norm" in name for name in moved)
