@@ -125,6 +125,10 @@ def test_it_writes_the_text_of_the_plain_model(made, way, store):
     plain = plain_model(made(way))
     model, handle = melinoe.load(made(way), slots=3, store=store, dtype="float32")
     assert not hasattr(model.config, "quantization_config")
+    assert not handle.store.format(0).exact
+    # Slots hold packed experts: three of eight take less than one would in float32.
+    one = sum(p[0].nbytes for p in plain.model.layers[0].mlp.experts.parameters())
+    assert handle.expert_memory_bytes < 2 * one
     ids = torch.tensor([[3, 14, 15, 92, 65, 35]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=2e-5, atol=2e-5)
