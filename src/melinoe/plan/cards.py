@@ -79,7 +79,7 @@ def forecast_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "does not fit"
                 if found is None
                 else f"{found['slots']} of {row['num_experts']}, "
-                + "–".join(_two(end) for end in found["tokens_per_s"])
+                + " to ".join(_two(end) for end in found["tokens_per_s"])
                 + " tokens/s"
             )
         result.append(shown)
