@@ -59,9 +59,8 @@ import numpy as np
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import Simulation, Steps
+from melinoe.config import MISSES
 from melinoe.errors import HardwareError
-
-MISSES = ("wait", "cpu", "split")
 
 Curve = tuple[tuple[float, float], ...]
 """Pairs of seconds waited and seconds more, waits ascending."""

@@ -26,7 +26,10 @@ def command(
     ] = None,
     max_new_tokens: Annotated[int, option("Generate at most this many tokens.", min=2)] = 64,
     repeat: Annotated[int, option("Serve each prompt this often, and take the median.", min=1)] = 1,
-    device: Annotated[str, option("Where the model runs: auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str | None,
+        option("Where the model runs: cpu or cuda. Default: CUDA if there is one, else the CPU."),
+    ] = None,
     raw: options.Raw = False,
     out: options.RecordsOut = None,
     as_json: options.AsJson = False,

@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -59,7 +59,7 @@ def _shortened(param: Any, name: str, text: str) -> tuple[str, str]:
     """Give one word for a type, and the one name of a flag that is off by default."""
     for pattern, word in _PLACEHOLDERS:
         name = re.sub(pattern, word, name)
-    if getattr(param, "is_flag", False) and param.default is False:
+    if getattr(param, "is_flag", False) and not param.default:
         name, text = name.split(" / ")[0], text.split("  [default: ")[0]
     return name, text
 
@@ -131,12 +131,15 @@ def with_settings(
 
 
 def _type(hint: Any) -> Any:
-    """Give the hint as Typer takes it: a tuple of any length is an option that may be repeated."""
-    repeated = {
-        tuple[float, ...] | None: list[float] | None,
-        tuple[str, ...] | None: list[str] | None,
-    }
-    return repeated.get(hint, hint)
+    """Give the hint as Typer takes it: one type that can be written in a word, or a list of one."""
+    if hint in (tuple[float, ...] | None, tuple[str, ...] | None):
+        return list[get_args(get_args(hint)[0])[0]] | None  # type: ignore[misc]
+    kinds = get_args(hint) or (hint,)
+    kind = next((one for one in (bool, int, float, str) if one in kinds), str)
+    # Of what can be a number or words, as 8GiB or "lru", the words say more; but not of a count.
+    if str in kinds:
+        kind = str
+    return kind | None if type(None) in kinds or hint is Any else kind
 
 
 def _value(given: Any) -> Any:
@@ -148,5 +151,8 @@ def _help(field: Field[Any]) -> str:
     text = field.metadata["help"]
     if choices and not callable(choices):  # a call may look through what is installed
         text += f" ({' | '.join(choices)})"
-    text = f"{text} ({unit})" if unit else text
+    text, absent, default = text.partition("; absent: ")
+    if unit and unit.split()[0] not in text and "as in" not in text:
+        text = f"{text} ({unit})"
+    text = f"{text}. Default: {default}" if absent else text
     return f"{text[:1].upper()}{text[1:]}."

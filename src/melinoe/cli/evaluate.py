@@ -11,6 +11,7 @@ import typer
 from melinoe.cli import models, options, output
 from melinoe.cli.command import option, with_settings
 from melinoe.cli.texts import named_texts
+from melinoe.engine.options import Options
 
 _LOCALITY = "With --locality"
 _TASKS = "With --tasks"
@@ -27,13 +28,7 @@ class _Found:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-@with_settings(
-    options.ModelOptions,
-    options.model_panels(
-        "engine", "format", "compile", "context", "gpu_memory", "allocate_from", "choice",
-        "choice_strength", "choice_keep",
-    ),
-)  # fmt: skip
+@with_settings(Options, options.SERVING)
 def command(
     model: options.Model,
     other_model: Annotated[
@@ -96,19 +91,11 @@ def command(
         option(
             "cache-prior: also read the texts with tokens that prefer resident experts, and "
             "say what that costs and saves. exact: do not.",
-            options.MISSES,
+            options.CHOICES,
         ),
     ] = "exact",
-    choice_strength: Annotated[
-        float,
-        option("How strongly cache-prior prefers them (its lambda).", options.MISSES, min=0.0),
-    ] = 0.1,
-    choice_keep: Annotated[
-        int,
-        option(
-            "First choices of the router that cache-prior never changes.", options.MISSES, min=0
-        ),
-    ] = 1,
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -129,16 +116,14 @@ def command(
     if at_slots and not locality:
         raise typer.BadParameter("--at-slots goes with --locality", param_hint="--at-slots")
     from melinoe.evaluate import run_tasks, score
-    from melinoe.moe.choice import ChoiceSettings
 
-    asked = options.ModelOptions(**given)
-    wanted = ChoiceSettings(choice, choice_strength if choice != "exact" else 0.0, choice_keep)
+    wanted = models.choice_settings(choice, choice_strength, choice_keep)
     texts = named_texts(data, other or [], split, limit, columns)  # before any model is read
     names = _labels(model, other_model)
     found: list[_Found] = []
     for name, label in names.items():
         one = _Found()
-        loaded, handle, tokenizer = models.open_model(name, asked)
+        loaded, handle, tokenizer = models.open_model(name, given)
         for domain, (examples, in_domain) in texts.items():
             output.say(f"{label}: {domain}, {len(examples)} examples")
             one.scores.append(

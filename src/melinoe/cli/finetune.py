@@ -307,7 +307,7 @@ def finish(
                 {held_out.domain: held_out.examples},
                 held_out.others,
                 control=control,
-                device=models.resolve_device("auto"),
+                device=models.resolve_device(None),
                 say=output.say,
             )
         except MelinoeError as error:

@@ -9,11 +9,12 @@ import typer
 
 from melinoe.cli import models, options, output, prefetching
 from melinoe.cli.command import option, with_settings
+from melinoe.engine.options import Options
 
 _LONGEST_PROMPT_BYTES = 16 << 20  # far beyond any context; a stream may have no end
 
 
-@with_settings(options.ModelOptions, options.model_panels())
+@with_settings(Options, options.SERVING)
 def command(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
@@ -43,6 +44,10 @@ def command(
             options.AHEAD,
         ),
     ] = None,
+    allocate_from: options.AllocateFrom = None,
+    choice: options.Choice = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -74,8 +79,9 @@ def command(
     elif recent_use.exists():
         recent = RecentUse.load(recent_use)
     text = _read_prompt() if prompt == "-" else prompt
-    wanted = options.ModelOptions(**given)
-    loaded, handle, tokenizer = models.open_model(model, wanted)
+    wanted = models.choice_settings(choice, choice_strength, choice_keep)
+    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
+    handle.choose(wanted)
     asked: Any = text
     if tokenizer.chat_template and not raw:
         (asked,) = models.prompt_ids([Example(text, "", "the prompt")], tokenizer, raw)
@@ -103,7 +109,7 @@ def command(
     )
     if recent is not None and recent_use is not None:
         recent.update(recent_use)
-    cost = _cost(handle, result, wanted.choice, names[0])
+    cost = _cost(handle, result, choice, names[0])
     if as_json:
         output.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
     else:

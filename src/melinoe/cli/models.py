@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from melinoe.cli import output
-from melinoe.cli.options import ModelOptions
+from melinoe.config import MISSES
 
 
 def resolve(model: str) -> str:
@@ -19,9 +19,9 @@ def resolve(model: str) -> str:
     return model
 
 
-def resolve_device(device: str) -> str:
-    """Give CUDA for `auto` where there is a GPU, else the CPU; any other device as it is."""
-    if device != "auto":
+def resolve_device(device: str | None) -> str:
+    """Give CUDA where no device is named and there is a GPU, else the CPU."""
+    if device is not None:
         return device
     import torch
 
@@ -35,79 +35,70 @@ def check_misses(named: Sequence[str]) -> None:
     Raises:
         BadParameter: an unknown name.
     """
-    from melinoe.cache.timing import MISSES
-
     if unknown := [one for one in named if one not in MISSES]:
         raise typer.BadParameter(
             f"{unknown[0]!r} is not one of {', '.join(MISSES)}", param_hint="--miss"
         )
 
 
-def open_model(model: str, options: ModelOptions) -> tuple[Any, Any, Any]:
+def choice_settings(kind: str, strength: float, keep: int) -> Any:
+    """Give what --choice and its companions ask for."""
+    from melinoe.moe.choice import ChoiceSettings
+
+    return ChoiceSettings(kind, strength if kind != "exact" else 0.0, keep)
+
+
+def open_model(
+    model: str, serving: dict[str, Any], allocate_from: Path | None = None
+) -> tuple[Any, Any, Any]:
     """
-    Open a model with few resident experts: a quarter of each layer's, if nothing is asked for.
+    Open a model with the experts resident that fit, and say what was chosen.
+
+    Args:
+        model: As the user names it.
+        serving: Options of `melinoe.load` by name.
+        allocate_from: A trace of the model, by which its slots are shared out over the layers.
 
     Returns:
         The model, its handle and its tokenizer.
     """
-    check_misses([options.miss])
-    if options.allocate_from is not None and options.gpu_memory is not None:
+    check_misses([serving["miss"]])
+    if allocate_from is not None and serving["gpu_memory"] is not None:
         raise typer.BadParameter(
             "slots are shared out of --slots or --expert-memory; leave --gpu-memory out",
             param_hint="--allocate-from",
         )
     import torch
 
-    from melinoe.checkpoint import describe, load_tokenizer
-    from melinoe.config import ServeSettings, experts_in_share
+    from melinoe.checkpoint import load_tokenizer
     from melinoe.engine.load import load
-    from melinoe.moe.choice import ChoiceSettings
 
-    strength = options.choice_strength if options.choice != "exact" else 0.0
-    choice = ChoiceSettings(options.choice, strength, options.choice_keep)
-    wanted = getattr(torch, options.dtype, None)
-    if options.dtype != "auto" and not (
-        isinstance(wanted, torch.dtype) and wanted.is_floating_point
-    ):
+    dtype = serving["dtype"]
+    wanted = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise typer.BadParameter(
-            f"{options.dtype!r} is not auto, float32 or bfloat16", param_hint="--dtype"
+            f"{dtype!r} is not auto, float32 or bfloat16", param_hint="--dtype"
         )
     output.quiet()
-    path, slots = resolve(model), options.slots
-    if slots is None and options.expert_memory is None and options.gpu_memory is None:
-        slots = experts_in_share(ServeSettings().slots, describe(path).num_experts)
-    by_layer = None
-    if options.allocate_from is not None:
-        by_layer = _slots_by_layer(path, slots, options)
-    loaded, handle = load(
-        path,
-        device=resolve_device(options.device),
-        dtype=options.dtype,
-        slots=by_layer or slots,
-        expert_memory=None if by_layer else options.expert_memory,
-        policy=options.policy,
-        engine=options.engine,
-        store=options.store,
-        miss=options.miss,
-        miss_threads=options.miss_threads,
-        gpu_memory=options.gpu_memory,
-        context=options.context,
-        format=options.format,
-        compile=options.compile or None,
-    )
-    if options.allocate_from is not None:
+    path = resolve(model)
+    if allocate_from is not None:
+        split = _slots_by_layer(path, allocate_from, serving)
+        serving = {**serving, "slots": split, "expert_memory": None}
+    loaded, handle = load(path, **serving)
+    if allocate_from is not None:
         from melinoe.cache.trace import Trace
         from melinoe.moe.routing import fingerprint
 
-        trace = Trace.load(Path(options.allocate_from))
+        trace = Trace.load(allocate_from)
         trace.check_model(fingerprint(loaded), trace.num_layers, trace.num_experts)
-    if options.miss == "cpu":
+    tokenizer = load_tokenizer(path, loaded.config)
+    output.say(handle.placement)
+    if serving["miss"] == "cpu":
         output.say("misses are computed on the CPU; only a prefetch fills the slots")
-    handle.choose(choice)
-    return loaded, handle, load_tokenizer(path, loaded.config)
+    return loaded, handle, tokenizer
 
 
-def _slots_by_layer(path: str, slots: int | None, options: ModelOptions) -> tuple[int, ...]:
+def _slots_by_layer(path: str, source: Path, serving: dict[str, Any]) -> tuple[int, ...]:
     """
     Share out slots over layers by the miss-ratio curves of a trace of the same model.
 
@@ -122,8 +113,12 @@ def _slots_by_layer(path: str, slots: int | None, options: ModelOptions) -> tupl
     from melinoe.checkpoint import describe
     from melinoe.engine.budget import parse_bytes
 
-    assert options.allocate_from is not None
-    about, trace = describe(path), Trace.load(Path(options.allocate_from))
+    about, trace = describe(path), Trace.load(source)
+    if serving["slots"] is None and serving["expert_memory"] is None:
+        raise typer.BadParameter(
+            "say how many slots to share out: --slots or --expert-memory",
+            param_hint="--allocate-from",
+        )
     if len(set(about.layers)) > 1:
         raise typer.BadParameter(
             "this model's layers have experts of different number or size, so slots cannot be "
@@ -131,11 +126,11 @@ def _slots_by_layer(path: str, slots: int | None, options: ModelOptions) -> tupl
             param_hint="--allocate-from",
         )
     trace.check_model(trace.fingerprint, about.moe_layers, about.num_experts, about.top_k)
-    if options.expert_memory is not None:
-        budget = parse_bytes(options.expert_memory) // about.bytes_per_expert
+    if serving["expert_memory"] is not None:
+        budget = parse_bytes(serving["expert_memory"]) // about.bytes_per_expert
     else:
-        budget = (slots or 0) * about.moe_layers
-    cost = cost_of(miss_curves(trace, options.policy))
+        budget = serving["slots"] * about.moe_layers
+    cost = cost_of(miss_curves(trace, serving["policy"]))
     split = allocate(cost, budget, at_least=trace.top_k)
     output.say(f"slots by layer: {', '.join(map(str, split))} ({sum(split)} in all)")
     return split

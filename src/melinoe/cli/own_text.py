@@ -6,16 +6,10 @@ from typing import Annotated, Any
 
 from melinoe.cli import models, options, output
 from melinoe.cli.command import option, with_settings
+from melinoe.engine.options import Options
 
 
-@with_settings(
-    options.ModelOptions,
-    options.model_panels(
-        "engine", "format", "compile", "context", "gpu_memory", "allocate_from", "miss",
-        "miss_threads", "choice", "choice_strength", "choice_keep",
-    ),
-    policy="lfu",
-)  # fmt: skip
+@with_settings(Options, options.SERVING, policy="lfu")
 def command(
     model: options.Model,
     out: Annotated[Path, option("The JSONL file to write, one text a row.")],
@@ -40,7 +34,7 @@ def command(
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     _write(out, "")  # before the work, so that it cannot be for nothing
     try:
-        loaded, _, tokenizer = models.open_model(model, options.ModelOptions(**given))
+        loaded, _, tokenizer = models.open_model(model, given)
         written = own_text(loaded, tokenizer, texts, max_new_tokens, seed=seed)
         rows = [tokenizer.decode(one.input_ids, skip_special_tokens=True) for one in written]
         kept = [json.dumps({"text": row}, ensure_ascii=False) for row in rows if row.strip()]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from melinoe.cli import models, prefetching
+from melinoe.config import MISSES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,8 +221,6 @@ def read_figures(
 
 def check_miss(miss: str) -> None:
     """Check the word given for --miss."""
-    from melinoe.cache.timing import MISSES
-
     if miss not in MISSES:
         raise typer.BadParameter(f"{miss!r} is not one of {', '.join(MISSES)}", param_hint="--miss")
 

@@ -5,14 +5,12 @@ from typing import Annotated, Any
 
 from melinoe.cli import models, options, output
 from melinoe.cli.command import option, with_settings
+from melinoe.engine.options import Options
 
 _MORE = "What is recorded"
 
 
-@with_settings(
-    options.ModelOptions, options.model_panels("engine", "format", "compile", "context",
-                                               "gpu_memory")
-)  # fmt: skip
+@with_settings(Options, options.SERVING)
 def command(
     model: options.Model,
     data: options.Prompts,
@@ -36,6 +34,10 @@ def command(
     keep_prompts: Annotated[
         bool, option("Write the prompts' token ids beside the trace, for `predictor fit`.", _MORE)
     ] = True,
+    allocate_from: options.AllocateFrom = None,
+    choice: options.Choice = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -47,7 +49,9 @@ def command(
     if out.exists():
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
-    loaded, handle, tokenizer = models.open_model(model, options.ModelOptions(**given))
+    wanted = models.choice_settings(choice, choice_strength, choice_keep)
+    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
+    handle.choose(wanted)
     prompts = models.prompt_ids(examples, tokenizer, raw)
     trace = trace_prompts(
         loaded,

@@ -9,6 +9,7 @@ and the checkpoint's record writes them down, so no default is typed twice.
 from melinoe.config.demo import DemoSettings
 from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
 from melinoe.config.names import (
+    MISSES,
     PREFETCH_AT,
     PREFETCH_MOMENTS,
     STORES,
@@ -22,6 +23,7 @@ from melinoe.config.setting import describe, setting
 __all__ = [
     "CONTROL",
     "MATCH",
+    "MISSES",
     "PLAIN",
     "PREFETCH_AT",
     "PREFETCH_MOMENTS",

@@ -4,9 +4,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 from melinoe.cache import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 
-__all__ = ["PREFETCH_AT", "PREFETCH_MOMENTS", "STORES", "PrefetchAt", "policies", "version_of"]
+__all__ = [
+    "MISSES",
+    "PREFETCH_AT",
+    "PREFETCH_MOMENTS",
+    "STORES",
+    "PrefetchAt",
+    "policies",
+    "version_of",
+]
 
 STORES = ("auto", "ram", "pinned", "disk")
+# On a miss: wait for the expert, compute it on the CPU, or whichever is faster.
+MISSES = ("wait", "cpu", "split")
 
 
 def policies() -> tuple[str, ...]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from melinoe.cache.timing import MISSES, LoadRule, Machine, Work, loads_when
+from melinoe.cache.timing import LoadRule, Machine, Work, loads_when
+from melinoe.config import MISSES
 from melinoe.engine.store import Store
 from melinoe.engine.transfer import EmulatedLink, Transfer
 from melinoe.errors import AttachError

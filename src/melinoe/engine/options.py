@@ -11,15 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from melinoe.cache.timing import MISSES
-from melinoe.config import STORES
+from melinoe.config import MISSES, STORES
 from melinoe.config.setting import setting
 from melinoe.errors import AttachError, BudgetError
-from melinoe.experts.formats import FORMATS
 
 ENGINES = ("auto", "reference", "fast")
 # Experts that one of the two staging blocks holds: enough for a copy to outlast its launch.
 STAGING_EXPERTS = 4
+
+
+def _formats() -> tuple[str, ...]:
+    from melinoe.experts.formats import FORMATS  # here: the command line's help needs no torch
+
+    return tuple(FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,11 @@ class Options:
     expert_memory: str | int | None = setting(
         None, "instead of slots: memory of the slots of all layers, as in 8GiB", unit="bytes"
     )
-    policy: str | Callable[[], Any] = setting("lru", "which resident expert leaves first")
+    policy: str | Callable[[], Any] = setting(
+        "lru",
+        "which resident expert is evicted first: lru, lfu, lfru, score, or one of an installed "
+        "package",
+    )
     policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
     engine: str = setting(
         "auto",
@@ -68,9 +76,9 @@ class Options:
     )  # fmt: skip
     format: str | None = setting(
         None,
-        "how experts are stored, such as int8 or int4; absent: as the checkpoint has them. Packing "
+        "how experts are stored, such as int8, int4, mxfp4 or fp8; absent: as the checkpoint has them. Packing "
         "changes what the model says",
-        choices=tuple(FORMATS),
+        choices=_formats,
     )
     miss: Any = setting(
         "wait",
@@ -144,5 +152,6 @@ class Options:
     def _check_word(self, name: str) -> None:
         value = getattr(self, name)
         choices = next(one.metadata["choices"] for one in fields(self) if one.name == name)
+        choices = choices() if callable(choices) else choices
         if isinstance(value, str) and value not in choices:
             raise AttachError(f"there is no {name} {value!r}; choose one of {', '.join(choices)}")
