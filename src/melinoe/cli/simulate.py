@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli import options, output, prefetching, simulate_inputs
+from melinoe.cli import models, options, output, prefetching, simulate_inputs
 from melinoe.cli.command import option
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def command(
     from melinoe.cache.timing import loads_when, predict
     from melinoe.cache.trace import Trace
 
-    simulate_inputs.check_miss(miss)
+    models.check_misses([miss])
     if out is not None and (curve or locality):
         raise typer.BadParameter(
             "a record is of replays, which --curve and --locality leave out; leave those or it out",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from melinoe.cli import models, prefetching
-from melinoe.config import MISSES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -217,12 +216,6 @@ def read_figures(
         pass_s=None if pass_time is None else parse_seconds(pass_time),
     )
     return machine, work
-
-
-def check_miss(miss: str) -> None:
-    """Check the word given for --miss."""
-    if miss not in MISSES:
-        raise typer.BadParameter(f"{miss!r} is not one of {', '.join(MISSES)}", param_hint="--miss")
 
 
 def with_popularity(name: str, own: dict[str, Any], popular: np.ndarray) -> dict[str, Any]:
