@@ -4,26 +4,29 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from melinoe.cli import models, options, output
-from melinoe.cli.command import with_settings
+from melinoe.cli.command import option, with_settings
+from melinoe.engine.options import Options
 
 _HELP = "/clear begins anew, /system TEXT sets the system message, /cost shows the last answer's "
 _HELP += "cost, /exit or an empty line ends."
 
 
-@with_settings(options.ModelOptions, options.model_panels())
+@with_settings(Options, options.SERVING)
 def command(
     model: options.Model,
-    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    system: Annotated[str | None, option("System message of the chat.")] = None,
     max_new_tokens: options.NewTokens = 512,
     temperature: Annotated[
-        float, typer.Option(help="Sample at this temperature. 0: take the likeliest token.", min=0)
+        float, option("Sample at this temperature. 0: take the likeliest token.", min=0)
     ] = 0.0,
     chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja file for a model that brings no chat template.")
+        Path | None, option("A Jinja file for a model that brings no chat template.")
     ] = None,
+    allocate_from: options.AllocateFrom = None,
+    choice: options.Choice = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -35,7 +38,9 @@ def command(
     from melinoe.generate import generate
 
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
-    loaded, handle, tokenizer = models.open_model(model, options.ModelOptions(**given))
+    wanted = models.choice_settings(choice, choice_strength, choice_keep)
+    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
+    handle.choose(wanted)
     if template is not None:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:

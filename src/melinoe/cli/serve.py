@@ -6,89 +6,65 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from melinoe.cli import models, options, output
-from melinoe.cli.command import with_settings
+from melinoe.cli import models, options
+from melinoe.cli.command import option, with_settings
+from melinoe.engine.options import Options
 
 SERVER = "Server"
 _NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 
 
-@with_settings(options.ModelOptions, options.model_panels())
+@with_settings(Options, options.SERVING, engine="reference")
 def command(
     model: options.Model,
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0)] = 8000,
+    port: Annotated[int, option("Port to listen at; 0 takes a free one.", min=0)] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+        str, option("Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
     api_key: Annotated[
         str | None,
-        typer.Option(
-            help="Ask this key of every client. Default: what MELINOE_API_KEY holds.",
-            rich_help_panel=SERVER,
-        ),
+        option("Ask this key of every client. Default: what MELINOE_API_KEY holds.", SERVER),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name by which clients ask for the model.", rich_help_panel=SERVER),
-    ] = None,
+    name: Annotated[str | None, option("Name by which clients ask for the model.", SERVER)] = None,
     chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            help="A Jinja file for a model that brings no chat template.", rich_help_panel=SERVER
-        ),
+        Path | None, option("A Jinja file for a model that brings no chat template.", SERVER)
     ] = None,
-    requests: Annotated[
-        int, typer.Option(help="Requests computed at once.", min=1, rich_help_panel=SERVER)
-    ] = 8,
+    requests: Annotated[int, option("Requests computed at once.", SERVER, min=1)] = 8,
     waiting: Annotated[
-        int,
-        typer.Option(
-            help="Requests that may wait; more are answered 429.", min=0, rich_help_panel=SERVER
-        ),
+        int, option("Requests that may wait; more are answered 429.", SERVER, min=0)
     ] = 64,
-    max_context: Annotated[
-        int, typer.Option(help="Tokens of a prompt and its text.", min=2, rich_help_panel=SERVER)
-    ] = 4096,
-    max_tokens: Annotated[
-        int, typer.Option(help="Tokens of one answer.", min=1, rich_help_panel=SERVER)
-    ] = 1024,
+    max_context: Annotated[int, option("Tokens of a prompt and its text.", SERVER, min=2)] = 4096,
+    max_tokens: Annotated[int, option("Tokens of one answer.", SERVER, min=1)] = 1024,
     cache_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Room for the keys and values of all requests, in tokens.",
-            min=64,
-            rich_help_panel=SERVER,
-        ),
+        int, option("Room for the keys and values of all requests, in tokens.", SERVER, min=64)
     ] = 16384,
     chunk: Annotated[
         int,
-        typer.Option(
-            help="Read a prompt in pieces of so many tokens, so that others write meanwhile.",
+        option(
+            "Read a prompt in pieces of so many tokens, so that others write meanwhile.",
+            SERVER,
             min=16,
-            rich_help_panel=SERVER,
         ),
     ] = 256,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds that a request may run.", min=1, rich_help_panel=SERVER)
-    ] = 600.0,
+    timeout: Annotated[float, option("Seconds that a request may run.", SERVER, min=1)] = 600.0,
     patience: Annotated[
         float,
-        typer.Option(
-            help="Seconds that running requests have when the server is told to stop.",
-            min=0,
-            rich_help_panel=SERVER,
+        option(
+            "Seconds that running requests have when the server is told to stop.", SERVER, min=0
         ),
     ] = 30.0,
     keep_residency: Annotated[
         Path | None,
-        typer.Option(
-            help="Load the experts that were resident when the last server stopped, and write "
+        option(
+            "Load the experts that were resident when the last server stopped, and write "
             "them here every minute and at the end.",
-            rich_help_panel=SERVER,
+            SERVER,
         ),
     ] = None,
+    allocate_from: options.AllocateFrom = None,
+    choice: options.Choice = "exact",
+    choice_strength: options.ChoiceStrength = 0.1,
+    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -104,12 +80,13 @@ def command(
     from melinoe.serve.run import Residency, serve
 
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
-    loaded, handle, tokenizer = models.open_model(model, options.ModelOptions(**given))
+    wanted = models.choice_settings(choice, choice_strength, choice_keep)
+    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
+    handle.choose(wanted)
     if template is not None:
         tokenizer.chat_template = template
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_context)
     _log_to_stderr()
-    output.say(f"{handle.slots} of {handle.layers[0].num_experts} experts a layer resident")
     kept = None
     if keep_residency is not None:
         kept = Residency(keep_residency, handle, fingerprint(loaded))

@@ -76,8 +76,8 @@ class Options:
     )  # fmt: skip
     format: str | None = setting(
         None,
-        "how experts are stored, such as int8, int4, mxfp4 or fp8; absent: as the checkpoint has them. Packing "
-        "changes what the model says",
+        "how experts are stored: int8, int4, mxfp4, fp8, ...; packing changes what the model "
+        "writes; absent: as the checkpoint has them",
         choices=_formats,
     )
     miss: Any = setting(
