@@ -7,3 +7,6 @@ from typing import Literal, get_args
 PrefetchAt = Literal["prompt", "completion"]
 PREFETCH_MOMENTS: tuple[str, ...] = get_args(PrefetchAt)
 PREFETCH_AT: PrefetchAt = "completion"
+
+# On a miss: wait for the expert, compute it on the CPU, or whichever is faster.
+MISSES = ("wait", "cpu", "split")

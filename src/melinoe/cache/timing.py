@@ -57,9 +57,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from melinoe.cache import MISSES
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import Simulation, Steps
-from melinoe.config import MISSES
 from melinoe.errors import HardwareError
 
 Curve = tuple[tuple[float, float], ...]

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from melinoe.cache import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
+from melinoe.cache import MISSES, PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 
 __all__ = [
     "MISSES",
@@ -15,8 +15,6 @@ __all__ = [
 ]
 
 STORES = ("auto", "ram", "pinned", "disk")
-# On a miss: wait for the expert, compute it on the CPU, or whichever is faster.
-MISSES = ("wait", "cpu", "split")
 
 
 def policies() -> tuple[str, ...]:
