@@ -17,8 +17,7 @@ from melinoe.finetune.objective import Objective, Replay
 from melinoe.finetune.parts import make_trainable
 from melinoe.losses import completion_positions, match_loss
 from melinoe.moe.experts import find_experts
-from melinoe.moe.hidden import HiddenRecorder
-from melinoe.moe.routing import Router, Routing, find_routers
+from melinoe.moe.routing import HiddenRecorder, Router, Routing, find_routers
 
 HIDDEN = 6
 SHAPES = ((7, 2), (7, 2), (12, 3))  # experts and top-k of three layers: two alike, one of its own

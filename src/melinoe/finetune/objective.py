@@ -37,8 +37,7 @@ from melinoe.losses import (
 )
 from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.finite import broken_weight
-from melinoe.moe.hidden import HiddenRecorder
-from melinoe.moe.routing import Router, Routing, RoutingRecorder
+from melinoe.moe.routing import HiddenRecorder, Router, Routing, RoutingRecorder
 
 _NOT_FOR_THE_MODEL = ("labels", "segment_ids", "num_items_in_batch")
 REPLAYED_AT_ONCE = 2  # texts beside each batch
