@@ -76,16 +76,16 @@ class Layer:
         tally = Tally(sum(use_counts.values()), sum(use_counts[e] for e in hits), len(missing), 1)
         part = hits + missing[: self.capacity - len(hits)]
         rest = missing[self.capacity - len(hits) :]
-        plans = 0
+        decisions = 0
         while True:
             new = [e for e in part if e not in self.resident]
             self.make_room(part, len(new))
             self.resident += new
-            plans += 1
+            decisions += 1
             if not rest:
                 break
             part, rest = rest[: self.capacity], rest[self.capacity :]
-        tally.chunked = int(plans > 1)
+        tally.chunked = int(decisions > 1)
         return tally
 
 

@@ -55,12 +55,12 @@ def test_one_miss_in_the_last_layer_makes_all_rows_of_the_pass_wait():
     assert counters.zero_miss_tokens.tolist() == [0, 0]
 
 
-def test_hits_of_plans_weigh_by_uses_and_only_what_was_resident_at_first():
-    """Experts 0, 1, 2 with uses 5, 1, 3; 0 resident: 5 hits of 9 uses, 2 loads, two plans."""
+def test_hits_of_decisions_weigh_by_uses_and_only_what_was_resident_at_first():
+    """Experts 0, 1, 2 with uses 5, 1, 3; 0 resident: 5 hits of 9 uses, 2 loads, two decisions."""
     counters = Counters(1)
     counters.begin_forward(0, 9)
-    plans = [Decision((0,), (Load(1, 1, None),)), Decision((), (Load(2, 0, 0),))]
-    counters.add_decisions(0, [0, 1, 2], [5, 1, 3], plans)
+    decisions = [Decision((0,), (Load(1, 1, None),)), Decision((), (Load(2, 0, 0),))]
+    counters.add_decisions(0, [0, 1, 2], [5, 1, 3], decisions)
     assert (counters.uses[0, 0], counters.hits[0, 0], counters.loads[0, 0]) == (9, 5, 2)
     assert counters.chunked[0, 0] == 1
 

@@ -35,8 +35,11 @@ from tests.outside import installed_package
 
 def evictions(residency, requests):
     """Who left, request by request."""
-    plans = [residency.request(experts) for experts in requests]
-    return [[load.evicted for load in plan.loads if load.evicted is not None] for plan in plans]
+    decisions = [residency.request(experts) for experts in requests]
+    return [
+        [load.evicted for load in decision.loads if load.evicted is not None]
+        for decision in decisions
+    ]
 
 
 def test_lru_evicts_the_longest_unused_expert():

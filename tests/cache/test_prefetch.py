@@ -189,8 +189,8 @@ def test_a_prefetch_spares_what_it_is_told_to_and_drops_what_finds_no_slot():
     """Slots hold 0, 1, 2; sparing 0 and 1, of the wanted 5 and 6 only 5 comes, over 2."""
     residency = Residency(8, 3)
     residency.request([0, 1, 2])
-    plan = residency.prefetch([5, 6], spare=[0, 1])
-    assert [(load.expert, load.evicted) for load in plan.loads] == [(5, 2)]
+    decision = residency.prefetch([5, 6], spare=[0, 1])
+    assert [(load.expert, load.evicted) for load in decision.loads] == [(5, 2)]
     assert residency.prefetch([6, 7], spare=[0, 1, 5]).loads == ()
     assert residency.prefetch([1, 6], spare=[0, 5]).loads == ()  # 1 is wanted itself
     residency.check_invariants()
@@ -288,8 +288,8 @@ def test_a_use_is_first_only_once_and_a_load_on_demand_is_none():
     """2 is prefetched and used twice; then evicted and loaded on demand: one first use in all."""
     residency = Residency(4, 1)
     residency.prefetch([2])
-    plans = [residency.request([expert]) for expert in (2, 2, 0, 2)]
-    assert [plan.first_uses for plan in plans] == [1, 0, 0, 0]
+    decisions = [residency.request([expert]) for expert in (2, 2, 0, 2)]
+    assert [decision.first_uses for decision in decisions] == [1, 0, 0, 0]
     residency.check_invariants()
 
 

@@ -89,8 +89,8 @@ def test_the_simulator_streams_prompts_only(policy):
             if forward.phase == 0:
                 loads[0, layer] += rule.serve(residencies[layer], experts, uses).loads
             else:
-                for plan in residencies[layer].request_in_parts(experts, uses):
-                    loads[1, layer] += len(plan.loads)
+                for decision in residencies[layer].request_in_parts(experts, uses):
+                    loads[1, layer] += len(decision.loads)
     assert np.array_equal(streamed.loads, loads)
 
 

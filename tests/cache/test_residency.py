@@ -1,4 +1,4 @@
-"""Slots and plans: invariants under any requests, and the exact plans of hand-worked cases."""
+"""Slots and decisions: invariants under any requests, and exact ones worked by hand."""
 
 import numpy as np
 import pytest
@@ -30,8 +30,8 @@ def test_parts_worked_by_hand():
     """
     residency = Residency(NUM_EXPERTS, 2)
     residency.request([1, 4])
-    plans = list(residency.request_in_parts([0, 1, 2, 3, 4, 5], [1, 1, 3, 9, 1, 1]))
-    assert plans == [
+    decisions = list(residency.request_in_parts([0, 1, 2, 3, 4, 5], [1, 1, 3, 9, 1, 1]))
+    assert decisions == [
         Decision((1, 4), ()),
         Decision((), (Load(0, 0, 1), Load(5, 1, 4))),
         Decision((), (Load(2, 0, 0), Load(3, 1, 5))),
@@ -42,8 +42,8 @@ def test_the_first_part_fills_up_with_the_least_used_missing():
     """Three slots hold {0,6}; 0-3 needed: first 0 and the least used 2, 3 (6 leaves), then 1."""
     residency = Residency(NUM_EXPERTS, 3)
     residency.request([0, 6])
-    plans = list(residency.request_in_parts([0, 1, 2, 3], [1, 5, 1, 2]))
-    assert plans == [
+    decisions = list(residency.request_in_parts([0, 1, 2, 3], [1, 5, 1, 2]))
+    assert decisions == [
         Decision((0,), (Load(2, 2, None), Load(3, 1, 6))),
         Decision((), (Load(1, 0, 0),)),
     ]
@@ -128,14 +128,14 @@ def test_impossible_capacities_are_refused(slots, text):
 
 
 def test_arrays_do_as_well_as_lists():
-    """numpy ids give plans of the same plain integers."""
+    """numpy ids give decisions of the same plain integers."""
     ours, theirs = Residency(NUM_EXPERTS, 2), Residency(NUM_EXPERTS, 2)
     for request in ([1, 2], [2, 3], [0, 1, 2, 3, 4]):
         array = np.array(request)
-        plans = list(ours.request_in_parts(array, np.ones(len(array), dtype=np.int64)))
-        assert plans == list(theirs.request_in_parts(request))
-        assert all(type(e) is int for plan in plans for e in plan.hits)
-        assert all(type(load.expert) is int for plan in plans for load in plan.loads)
+        decisions = list(ours.request_in_parts(array, np.ones(len(array), dtype=np.int64)))
+        assert decisions == list(theirs.request_in_parts(request))
+        assert all(type(e) is int for decision in decisions for e in decision.hits)
+        assert all(type(load.expert) is int for decision in decisions for load in decision.loads)
 
 
 requests = st.lists(
@@ -153,7 +153,7 @@ requests = st.lists(
     st.sampled_from(["lru", "lfu"]),
     requests,
 )
-def test_plans_cover_each_request_once_and_never_evict_what_they_need(capacity, name, steps):
+def test_decisions_cover_each_request_once_and_never_evict_what_they_need(capacity, name, steps):
     """Any requests, prefetches and resets: views agree, residents come first, parts are exact."""
     residency = Residency(NUM_EXPERTS, capacity, name)
     for step, use_counts in steps:
@@ -163,19 +163,21 @@ def test_plans_cover_each_request_once_and_never_evict_what_they_need(capacity, 
             residency.reset()
             assert len(residency) == 0
         elif step == "prefetch":
-            plan = residency.prefetch(experts)
-            assert set(plan.hits) | {load.expert for load in plan.loads} == set(experts[:capacity])
+            decision = residency.prefetch(experts)
+            assert set(decision.hits) | {load.expert for load in decision.loads} == set(
+                experts[:capacity]
+            )
             assert all(e in residency for e in experts[:capacity])
         else:
             covered = []
-            for number, plan in enumerate(
+            for number, decision in enumerate(
                 residency.request_in_parts(experts, [use_counts[e] for e in experts])
             ):
-                served = [*plan.hits, *(load.expert for load in plan.loads)]
+                served = [*decision.hits, *(load.expert for load in decision.loads)]
                 covered += served
                 assert len(served) <= capacity
-                assert set(plan.hits) == (before & set(experts) if number == 0 else set())
-                for load in plan.loads:
+                assert set(decision.hits) == (before & set(experts) if number == 0 else set())
+                for load in decision.loads:
                     assert load.evicted not in served
                     assert residency.slot_of[load.expert] == load.slot
                 assert all(e in residency for e in served)
@@ -197,8 +199,10 @@ def test_part_of_a_request_is_loaded_and_the_rest_left_where_it_is():
     residency = Residency(5, 3)
     residency.request([0])
     residency.request([1])
-    plan, there = residency.request_with_host([1, 2, 3, 4], [1, 3, 1, 2], load=lambda missing: 2)
-    assert plan == Decision((1,), (Load(4, 2, None), Load(2, 0, 0))) and there == (3,)
+    decision, on_host = residency.request_with_host(
+        [1, 2, 3, 4], [1, 3, 1, 2], load=lambda missing: 2
+    )
+    assert decision == Decision((1,), (Load(4, 2, None), Load(2, 0, 0))) and on_host == (3,)
     residency.check_invariants()
 
 
@@ -215,17 +219,17 @@ def test_nothing_is_loaded_where_nothing_may_be():
     usual.policy.use([0, 3, 4])  # what the other one's has heard
     usual.first_uses([0, 3, 4])
     for request in ([0, 3], [2], [1, 4], [0, 4]):
-        plan, there = residency.request_with_host(request, load=len)
-        assert not there
-        assert plan == usual.request(request)
+        decision, on_host = residency.request_with_host(request, load=len)
+        assert not on_host
+        assert decision == usual.request(request)
 
 
 def test_no_more_is_loaded_than_slots_beside_the_hits():
     """Two slots, one hit: one load, however many are allowed."""
     residency = Residency(5, 2)
     residency.request([0])
-    plan, there = residency.request_with_host([0, 1, 2, 3], load=len)
-    assert [load.expert for load in plan.loads] == [3] and there == (1, 2)
+    decision, on_host = residency.request_with_host([0, 1, 2, 3], load=len)
+    assert [load.expert for load in decision.loads] == [3] and on_host == (1, 2)
 
 
 def test_the_rule_of_loads_is_told_the_uses_of_what_is_missing():

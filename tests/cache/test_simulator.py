@@ -160,14 +160,14 @@ def test_a_prefetch_comes_before_the_first_pass_and_is_charged_apart():
 
 
 def test_the_residency_is_called_as_a_runtime_would(monkeypatch):
-    """One call of plans per pass and layer, layers in order, ids ascending, with their uses."""
+    """One request per pass and layer, layers in order, ids ascending, with their uses."""
     calls = []
-    plans = Residency.request_in_parts
+    decisions = Residency.request_in_parts
     monkeypatch.setattr(
         Residency,
         "request_in_parts",
         lambda self, experts, uses, scores: (
-            calls.append((self, experts, uses)) or plans(self, experts, uses, scores)
+            calls.append((self, experts, uses)) or decisions(self, experts, uses, scores)
         ),
     )
     trace = random_trace(3, sequences=1, layers=3, completion=2)
