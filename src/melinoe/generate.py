@@ -164,7 +164,7 @@ def generate(
     if prefetch is not None:
         if handle is None:
             raise AttachError(
-                "a prefetch needs the runtime to load through; attach it, or leave it out"
+                "a prefetch needs a handle to load through; attach one, or leave it out"
             )
         prefetch.bind(model, tokenizer)
     ids = prompt_ids(tokenizer, prompt)

@@ -263,15 +263,15 @@ def test_a_base_that_changes_while_it_is_copied_is_refused(base, tmp_path, monke
 def test_a_base_that_changes_while_it_is_merged_is_refused(base, tmp_path, monkeypatch):
     """Between opening and reading, and between reading and writing."""
     finetune(base, DATA, tmp_path / "out", SETTINGS)
-    from melinoe.finetune.parts import merging
+    from melinoe.finetune import saving
 
-    real = merging.read_adapter
+    real = saving.read_adapter
 
     def changing(adapter, model):
         flip(base / SHARD)
         return real(adapter, model)
 
-    monkeypatch.setattr(merging, "read_adapter", changing)
+    monkeypatch.setattr(saving, "read_adapter", changing)
     with pytest.raises(CheckpointError, match="was changed"):
         merge_adapter(tmp_path / "out" / "adapter", tmp_path / "merged", base)
     assert not (tmp_path / "merged").exists()

@@ -48,30 +48,30 @@ class Guard:
         if hidden_states.requires_grad or top_k_weights.requires_grad:
             raise AttachError(
                 "offloaded experts have no gradient; run the model under torch.no_grad(), or "
-                "detach() the runtime to train"
+                "call handle.detach() to train"
             )
         way = _other_way(hidden_states)
         if way is not None:
             raise AttachError(
                 f"offloaded experts cannot run under {way}, because which of them are resident is "
-                "asked while they run; call the model as it is, or detach() the runtime first"
+                "asked while they run; call the model as it is, or handle.detach() first"
             )
         if hidden_states.device != self._device:
             raise AttachError(
                 f"the model's hidden states are on {hidden_states.device} and its experts on "
-                f"{self._device}; detach() the runtime first, then move the model and attach again"
+                f"{self._device}; call handle.detach() first, then move the model and attach again"
             )
         for name, dtype in self._dtypes.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape[0] != 0:
                 raise AttachError(
-                    f"the experts were given other weights ({name}) than those the runtime "
-                    "serves; detach() it first, then change them and attach again"
+                    f"the experts were given other weights ({name}) than those that are "
+                    "served; call handle.detach() first, then change them and attach again"
                 )
             if parameter.dtype is not dtype or parameter.device != self._device:
                 raise AttachError(
                     f"the model was moved or cast (to {parameter.device}, {parameter.dtype}) after "
-                    "the runtime was attached; detach() first, then move it and attach again"
+                    "it was attached; call handle.detach() first, then move it and attach again"
                 )
 
 

@@ -28,7 +28,7 @@ class Choosing:
     counters agree as they always do.
 
     Args:
-        model: A runtime is attached to it.
+        model: It is served.
         caches: Of its layers, in order.
         passes: Tell prompt from completion.
         settings: Not ``exact``.

@@ -19,7 +19,7 @@ class DiskStore:
 
     The shards stay open. One that is replaced by another file goes on being served from; one that
     is written to in place is refused at the next read. What the system's page cache keeps of them
-    is not this store's, and goes when the memory is needed elsewhere.
+    is not this store's, and goes when others need the memory.
 
     Args:
         checkpoint: An opened checkpoint; the store closes it.

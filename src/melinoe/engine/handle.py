@@ -113,13 +113,13 @@ class Engine(Protocol):
         """Fit the model's ``generate`` to this engine; returns what undoes it."""
 
     def counters(self) -> Counters:
-        """What was counted; a copy."""
+        """A copy of what was counted."""
 
     def reset_counters(self) -> None:
         """Count from zero."""
 
     def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """As `Residency.forget_prefetches`, in all layers; *but* by layer."""
+        """Let no prefetch count any more, except those in *but*, by layer."""
 
     def every_step_seen(self, counting: bool) -> AbstractContextManager[None]:
         """Within the body the recorder of `passes` sees every step."""
@@ -212,7 +212,7 @@ class Handle:
 
     @property
     def counters(self) -> Counters:
-        """What was counted since the start or `reset_counters`, a copy; waits for the device."""
+        """A copy of what was counted since the start or `reset_counters`; waits for the device."""
         return self.engine.counters()
 
     @property
@@ -416,7 +416,7 @@ class Handle:
                 prefetch ``next-router`` needs it.
 
         Raises:
-            AttachError: something is being recorded already, or the runtime is detached.
+            AttachError: something is being recorded already, or detached.
             UnsupportedModelError: no router is found, by which a trace is told from another
                 model's; or guesses are wanted of one that cannot be asked.
         """
@@ -448,7 +448,7 @@ class Handle:
         chose what when.
 
         Raises:
-            AttachError: something is being recorded already, or the runtime is detached.
+            AttachError: something is being recorded already, or detached.
         """
         self._check_attached()
         meter = UseMeter([layer.num_experts for layer in self.layers])
@@ -513,7 +513,7 @@ class Handle:
 
         Needs memory for all experts beside the store. The files of a checkpoint that `load` left
         open for the store are closed, so that the store cannot be used again. Without effect the
-        second time. If it fails, for want of that memory say, the runtime is still attached and
+        second time. If it fails, for want of that memory say, the handle is still attached and
         can be detached again. Waits for a call, or a `generate`, of another thread.
 
         Raises:
@@ -555,10 +555,10 @@ class Handle:
 
     def _check_attached(self) -> None:
         if not self._attached:
-            raise AttachError("this runtime is detached from its model; attach a new one")
+            raise AttachError("this handle is detached from its model; attach again")
 
 
 def _origin(layer: ExpertsLayer, device: torch.device) -> torch.device:
-    """Where a layer's weights belong when the runtime leaves: where they are, if anywhere."""
+    """The device that a layer's weights go back to: theirs, or the slots'."""
     parameter = layer.module.get_parameter("down_proj")
     return device if parameter.is_meta else parameter.device

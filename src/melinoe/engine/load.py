@@ -208,7 +208,7 @@ def attach(
     model = without_wrapper(model)
     layers = find_experts(model)
     if any(bound(layer.module) is not None for layer in layers):
-        raise AttachError("a runtime is attached to this model already; detach() it first")
+        raise AttachError("Melinoe is attached to this model already; call handle.detach() first")
     if isinstance(options.store, str):
         _check_in_memory(layers)
     layers = _stored(layers, options, [layer.format for layer in layers])
@@ -409,7 +409,7 @@ def _check_holds(layers: Sequence[ExpertsLayer], store: Store) -> None:
     """
     if getattr(store, "closed", False):
         raise AttachError(
-            "the store is closed, because the runtime that it was opened for was detached; load "
+            "the store is closed, because the handle that it was opened for was detached; load "
             "the checkpoint again, or attach with store='ram'"
         )
     has = [(store.num_experts(n), store.block_bytes(n)) for n in range(store.num_layers)]
@@ -433,7 +433,7 @@ def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
 
 
 def _home(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:
-    """Where the model's other weights are."""
+    """The device of the model's other weights."""
     stacked = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
     for parameter in model.parameters():
         if id(parameter) not in stacked and not parameter.is_meta:

@@ -51,7 +51,7 @@ class Misses:
 
     @property
     def rule(self) -> LoadRule | None:
-        """What `melinoe.cache.simulator.simulate` is told as ``load``, to count the same."""
+        """The rule to give `melinoe.cache.simulator.simulate` as ``load``, to count the same."""
         if self.machine is None or self.work is None:
             return None
         return loads_when(self.kind, self.machine, self.work)
@@ -98,7 +98,7 @@ class HostExperts:
     One layer's experts, computed on the host where their weights are: activations travel.
 
     The arithmetic is transformers' own function, called with one block of the store in the place of
-    the stacked weights. It is one product for each expert there too, over the same rows, so on the
+    the stacked weights. There too it is one product for each expert, over the same rows, so on the
     CPU the result has the same bits as from slots; a GPU rounds otherwise. A store in host memory
     is computed from in place. Of any other store the block is read into one buffer first; that is
     no transfer into a slot and not counted as one.

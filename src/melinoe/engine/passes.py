@@ -612,7 +612,7 @@ def _exits_early(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _prompt_of(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Generating | None:
-    """What ``generate`` was asked to continue; None where that are not tokens in a row."""
+    """Describe what ``generate`` continues; None where that are not tokens in a row."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     # The mask covers what a cache holds already where only the new tokens are given.

@@ -92,7 +92,7 @@ class ReferenceEngine:
         return watch_generate(model, self.passes)
 
     def counters(self) -> Counters:
-        """What was counted; a copy."""
+        """A copy of what was counted."""
         return self.passes.counters.copy()
 
     def reset_counters(self) -> None:
@@ -101,7 +101,7 @@ class ReferenceEngine:
         self.transfer.reset()
 
     def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """As `Residency.forget_prefetches`, in all layers."""
+        """Let no prefetch count any more, except those in *but*, by layer."""
         for cache, spared in zip(self.experts, but, strict=True):
             cache.residency.forget_prefetches(but=spared)
 

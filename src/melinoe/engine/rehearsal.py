@@ -1,9 +1,10 @@
-"""Let a runtime that holds every expert go through the motions of misses, to time each by itself.
+"""
+Time the parts of a miss, each by itself, in a model whose experts are all resident.
 
 What a miss costs beside its transfer cannot be timed alone: a call in a tight loop finds its code
 and data in the processor's caches, a call in a forward pass does not. So the model generates as
-always, every expert resident, and one thing is added to each layer of each decoding pass. The
-outputs stay the same.
+always, and one part of a miss is acted out in each layer of each decoding pass: a copy, a request
+in parts, an expert on the host, a wait. The outputs stay the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ON_THE_HOST = (HOST_ONE, HOST_MOST, HOST_ALL)
 @dataclass(frozen=True)
 class Wait:
     """
-    A motion: wait before each layer's experts, or *in_parts*, before each expert of `PARTS`.
+    Wait before each layer's experts, or *in_parts*, before each expert of `PARTS`.
 
     What follows is slower the longer the wait was, up to a point.
     """
@@ -51,7 +52,7 @@ MOTIONS: tuple[Motion, ...] = (PLAIN, ONE_PART, PARTS, LOADS, *_ON_THE_HOST, *WA
 
 
 class _Resident:
-    """In a residency's place: every expert is there, and decoding passes are served oddly."""
+    """A residency in which every expert is resident, and that acts a part of a miss out."""
 
     def __init__(self, motion: str, cache: ExpertCache, decodes: Callable[[], bool]) -> None:
         self._motion, self._decodes = motion, decodes
@@ -76,8 +77,8 @@ class _Resident:
         self, experts: list[int], *_: Any, **__: Any
     ) -> tuple[Decision, tuple[int, ...]]:
         count = {HOST_ONE: 1, HOST_MOST: len(experts) - 1}.get(self._motion, len(experts))
-        there = count if self._decodes() else 0
-        return Decision(tuple(experts[there:]), ()), tuple(experts[:there])
+        on_host = count if self._decodes() else 0
+        return Decision(tuple(experts[on_host:]), ()), tuple(experts[:on_host])
 
     def forget_prefetches(self, **_: Any) -> None:
         """Nobody counts what is used here."""
@@ -85,10 +86,10 @@ class _Resident:
 
 class Rehearsal:
     """
-    A runtime that can be told what to go through.
+    A served model that can be told which part of a miss to act out.
 
     Args:
-        handle: of the reference engine on the CPU, with a slot for every expert; they are filled.
+        handle: Of the reference engine on the CPU, with a slot for every expert; they are filled.
     """
 
     def __init__(self, handle: Handle) -> None:
@@ -97,15 +98,11 @@ class Rehearsal:
         self._caches = self._engine.experts
         self._hosts = [
             HostExperts(
-                layer,
-                handle.store,
-                handle.misses.threads,
-                cache._device,
-                self._engine.transfer,
-                cache._forward,
+                cache.layer, handle.store, handle.misses.threads, cache._device,
+                self._engine.transfer, cache._forward,
             )
-            for layer, cache in zip(handle.layers, self._caches, strict=True)
-        ]
+            for cache in self._caches
+        ]  # fmt: skip
         handle.prefetch([range(layer.num_experts) for layer in handle.layers])
 
     @contextmanager
@@ -146,13 +143,13 @@ def figures_from(
     The engine's own figures, from how long a decoding pass took with each motion.
 
     Args:
-        seconds: of a pass, by motion.
-        handle: the runtime.
-        loads: of a pass, all layers, in the motion `LOADS`.
-        direct: from `time_calls`: seconds of a call on one expert, and on a token's.
+        seconds: Of a pass, by motion.
+        handle: Of the model.
+        loads: Of a pass, all layers, in the motion `LOADS`.
+        direct: From `time_calls`: seconds of a call on one expert, and on a token's.
 
     Returns:
-        A machine without a link: what depends on the link is the caller's to add.
+        A machine without a link, which is the caller's to add.
     """
     layers, plain = len(handle.layers), seconds[PLAIN]
     chosen = _chosen(handle)
@@ -208,13 +205,11 @@ def _rising(curve: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]
 
 def over(machine: Machine, handle: Handle) -> Machine:
     """*machine* with the link of *handle*, if it has one."""
-    if handle.link is None:
-        return machine
     link = handle.link
+    if link is None:
+        return machine
     return replace(
-        machine,
-        link_bytes_per_s=link.bandwidth_bytes_per_s,
-        link_latency_s=link.latency_s,
+        machine, link_bytes_per_s=link.bandwidth_bytes_per_s, link_latency_s=link.latency_s
     )
 
 
@@ -235,11 +230,8 @@ def time_calls(handle: Handle, repeats: int = 60) -> tuple[float, float]:
     return float(np.median(taken[0])), float(np.median(taken[1]))
 
 
-# --- inner --------------------------------------------------------------------------------------
-
-
 def _swap(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute, and put back at the end what was there."""
+    """Set an attribute until *undo* is closed."""
     own = vars(owner)
     if name in own:
         undo.callback(setattr, owner, name, own[name])

@@ -1,4 +1,5 @@
-"""Carry experts from the store into slots, and account for what that took.
+"""
+Copy experts from the store into slots, and account for what that took.
 
 On the CPU a copy is done when the call returns; an emulated link can make it take longer. On CUDA
 copies run on a stream of their own, ordered against the computation by events.
@@ -7,7 +8,8 @@ copies run on a stream of their own, ordered against the computation by events.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +27,11 @@ SlotViews = Sequence[Mapping[str, Tensor]]
 @dataclass
 class EmulatedLink:
     """
-    Makes transfers as slow as a link of given bandwidth and latency: an emulation, for studies.
+    Make transfers as slow as a link of given bandwidth and latency, for studies.
 
     A transfer takes at least ``latency_s + bytes / bandwidth`` of wall time after it was issued,
-    and transfers on one link follow one another. Copies that are slower than that by themselves
-    are not hidden: whichever ends later counts.
-
-    Args:
-        bandwidth_bytes_per_s: for example ``25e9``.
-        latency_s: of each transfer.
+    and transfers on one link follow one another. A copy that is slower than that by itself counts
+    as long as it takes.
     """
 
     bandwidth_bytes_per_s: float
@@ -47,7 +45,7 @@ class EmulatedLink:
             )
 
     def issue(self, nbytes: int) -> float:
-        """Enter one transfer of *nbytes* now; returns the `time.perf_counter` of its arrival."""
+        """Begin one transfer of *nbytes* now; returns the `time.perf_counter` of its arrival."""
         begin = max(time.perf_counter(), self._free_at)
         self._free_at = begin + self.takes_s(nbytes)
         return self._free_at
@@ -59,31 +57,28 @@ class EmulatedLink:
 
 class Transfer:
     """
-    Copies on the CPU, with or without an emulated link.
+    Copy on the CPU, with or without an emulated link.
 
     Attributes:
-        store: where experts come from.
-        stall_s: seconds a forward pass waited for experts: copying included, prefetches not.
-        transferred_bytes: bytes copied into slots, on demand and ahead of it.
-        host_s: seconds in which the host computed missing experts, activations' ways included.
-        activation_bytes: bytes of activations that went to the host for it, and came back.
+        store: Where experts come from.
+        stall_s: Seconds a forward pass waited for experts: copying included, prefetches not.
+        transferred_bytes: Bytes copied into slots, on demand and ahead of it.
+        host_s: Seconds in which the host computed missing experts, activations' ways included.
+        activation_bytes: Bytes of activations that went to the host for it, and came back.
     """
 
     def __init__(self, store: Store, link: EmulatedLink | None = None) -> None:
         self.store = store
         self._link = link
-        self.stall_s = 0.0
-        self.transferred_bytes = 0
-        self.host_s = 0.0
-        self.activation_bytes = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the accounts to zero."""
+        self.stall_s = self.host_s = 0.0
+        self.transferred_bytes = self.activation_bytes = 0
 
     def issue(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """
-        Begin to copy the experts of *loads* into their slots.
-
-        Returns:
-            A ticket for `wait`, or None if the experts have arrived.
-        """
+        """Begin to copy experts into slots; returns a ticket for `wait`, None if they are there."""
         nbytes, arrival = self.store.block_bytes(layer), None
         for load in loads:
             if self._link is not None:
@@ -99,11 +94,21 @@ class Transfer:
                 time.sleep(left - 1e-4)
 
     def begin_demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """As `issue`, on the clock of `stall_s`: the host does something else meanwhile."""
-        begin = time.perf_counter()
-        ticket = self.issue(layer, loads, slots)
-        self.stall_s += time.perf_counter() - begin
-        return ticket
+        """Begin to copy, on the clock of `stall_s`: the host does something else meanwhile."""
+        with self._stalling():
+            return self.issue(layer, loads, slots)
+
+    def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
+        """Copy the experts of *loads* and wait for them, on the clock of `stall_s`."""
+        with self._stalling():
+            ticket = self.issue(layer, loads, slots)
+            if ticket is not None:
+                self.wait(ticket)
+
+    def await_prefetched(self, ticket: Any) -> None:
+        """Wait for an earlier prefetch, on the clock of `stall_s`."""
+        with self._stalling():
+            self.wait(ticket)
 
     def carry_activations(self, nbytes: int) -> None:
         """
@@ -116,37 +121,22 @@ class Transfer:
         if self._link is not None:
             self.wait(time.perf_counter() + self._link.takes_s(nbytes))
 
-    def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
-        """Copy the experts of *loads* and wait for them, on the clock of `stall_s`."""
-        begin = time.perf_counter()
-        ticket = self.issue(layer, loads, slots)
-        if ticket is not None:
-            self.wait(ticket)
-        self.stall_s += time.perf_counter() - begin
-
-    def await_prefetched(self, ticket: Any) -> None:
-        """Wait for an earlier prefetch, on the clock of `stall_s`."""
-        begin = time.perf_counter()
-        self.wait(ticket)
-        self.stall_s += time.perf_counter() - begin
-
     def adopt(self, slots: Iterable[Tensor]) -> None:
         """Tell whoever manages their memory that copies go to *slots*; nothing to do on the CPU."""
 
     def finish(self) -> None:
         """Return when no copy is under way: the store and the slots may then go."""
 
-    def reset(self) -> None:
-        """Set the accounts to zero."""
-        self.stall_s = 0.0
-        self.transferred_bytes = 0
-        self.host_s = 0.0
-        self.activation_bytes = 0
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.stall_s += time.perf_counter() - begin
 
 
 class CudaTransfer(Transfer):
     """
-    Copies to a CUDA device, on a stream of their own.
+    Copy to a CUDA device, on a stream of its own.
 
     A copy waits for the work the computation has queued, which may still read the slot's former
     expert; the computation waits for the copy by an event. The host waits for neither. Stalls are
@@ -154,19 +144,17 @@ class CudaTransfer(Transfer):
     the issue too, which takes the host's time where the store is not pinned.
 
     Args:
-        store: its blocks should be pinned; copies from pageable memory make the host wait.
-        device: where the slots are.
+        store: Its blocks should be pinned; copies from pageable memory make the host wait.
+        device: Where the slots are.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:
-        super().__init__(store)
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._measured_s = 0.0
+        super().__init__(store)
 
     def issue(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """As `Transfer.issue`; the ticket is a CUDA event."""
+        """Begin to copy; the ticket is a CUDA event."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for load in loads:
@@ -181,16 +169,16 @@ class CudaTransfer(Transfer):
         self._wait_since(self._mark(), ticket)
 
     def begin_demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """As `Transfer.begin_demand`; what is waited for shows when it is awaited."""
+        """Begin to copy; the wait is measured when the ticket is awaited."""
         return self.issue(layer, loads, slots)
 
     def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
-        """As `Transfer.demand`, without the host waiting."""
+        """Let the computation's stream wait for the copies; the host goes on."""
         before = self._mark()
         self._wait_since(before, self.issue(layer, loads, slots))
 
     def await_prefetched(self, ticket: Any) -> None:
-        """As `Transfer.await_prefetched`, without the host waiting."""
+        """Let the computation's stream wait for an earlier prefetch; the host goes on."""
         self.wait(ticket)
 
     def adopt(self, slots: Iterable[Tensor]) -> None:
@@ -199,7 +187,7 @@ class CudaTransfer(Transfer):
             slot.record_stream(self._stream)
 
     def finish(self) -> None:
-        """As `Transfer.finish`; the host waits."""
+        """Wait, on the host, until no copy is under way."""
         self._stream.synchronize()
 
     @property
@@ -210,7 +198,7 @@ class CudaTransfer(Transfer):
 
     @stall_s.setter
     def stall_s(self, value: float) -> None:
-        self._waits = []
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._measured_s = value
 
     def _mark(self) -> torch.cuda.Event:

@@ -17,7 +17,7 @@ def free_weights(layer: ExpertsLayer, device: torch.device | None = None) -> Non
     Replace the stacked parameters of *layer* by empty ones, ``(0, ...)``; their memory is freed.
 
     The parameter objects stay, unless they were on the meta device. An empty parameter follows the
-    model in ``model.to(...)``, by which the runtime sees that the model was moved.
+    model in ``model.to(...)``, which shows that the model was moved.
     """
     for tensor in layer.tensors:
         old = getattr(layer.module, tensor.name)
@@ -60,7 +60,7 @@ _COPYING = ("__deepcopy__", "__reduce_ex__", "_replicate_for_data_parallel")
 
 def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
     """
-    Make it an error to save, pickle or copy the model while its weights are elsewhere.
+    Make it an error to save, pickle or copy the model while its weights are in the store.
 
     Returns:
         What makes it possible again.
@@ -69,7 +69,7 @@ def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
     def refuse(*_: object) -> None:
         raise AttachError(
             f"the weights of {layer.name} are in the expert store, so the model's state cannot be "
-            "read, as to save it, copy it or load an adapter; detach() the runtime first, or "
+            "read, as to save it, copy it or load an adapter; call handle.detach() first, or "
             "merge the adapter into the checkpoint (`melinoe merge`)"
         )
 
