@@ -16,17 +16,20 @@ demo: $(READY)   ## fine-tune, trace, predict, serve, and print what it bought (
 test: $(DEV)   ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $${TEST_WORKERS:-2}
 
-check: $(DEV)  ## style, types, and whether the README's tables are those of the committed results
+check: $(DEV)  ## style, types, and whether tables and lists of README and docs are up to date
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
+	$(BIN)/python recipes/file_index.py --check
 	$(BIN)/melinoe report benchmarks/results --readme README.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md --check
 	$(BIN)/python benchmarks/study/tables.py --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md --check
 
-report: $(READY) ## write the tables of README and docs again from benchmarks/results
+report: $(READY) ## write the tables and lists of README and docs again
+	$(BIN)/melinoe plan --cards --out benchmarks/results/plan_cards.json
+	$(BIN)/python recipes/file_index.py
 	$(BIN)/melinoe report benchmarks/results --readme README.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md
