@@ -1,7 +1,7 @@
 """`melinoe finetune`: train a model to need fewer expert transfers."""
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +17,8 @@ _TRAINING = "Training"
 _RUN = "Run and output"
 _PRICE = "Search for a price"
 
-PANELS: dict[str | None, tuple[str, ...]] = {
+_OTHERS: dict[str | None, tuple[str, ...]] = {
     None: ("capacity", "lambda_cache", "steps", "batch_size", "max_length", "seed"),
-    _OBJECTIVE: (
-        "gamma", "cache_loss", "lambda_replay", "own_texts", "lambda_match", "lambda_rank",
-        "anchor", "rho",
-    ),
     _TRAINING: (
         "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "epochs",
         "gradient_accumulation", "packing", "gradient_checkpointing", "compute_dtype", "warmup",
@@ -30,6 +26,11 @@ PANELS: dict[str | None, tuple[str, ...]] = {
     ),
     _RUN: ("log_every", "eval_every", "save_every", "keep", "save", "report_to"),
 }  # fmt: skip
+_NAMED = {name for names in _OTHERS.values() for name in names}
+# A setting that no other panel names belongs to the objective.
+PANELS = _OTHERS | {
+    _OBJECTIVE: tuple(one.name for one in fields(FinetuneSettings) if one.name not in _NAMED)
+}
 
 
 @with_settings(FinetuneSettings, PANELS)
