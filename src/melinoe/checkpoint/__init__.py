@@ -27,7 +27,8 @@ from melinoe.checkpoint.metadata import (
     update_metadata,
     write_metadata,
 )
-from melinoe.checkpoint.opening import Checkpoint, ExpertSource, open_checkpoint
+from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
+from melinoe.checkpoint.sources import ExpertSource
 from melinoe.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
 

@@ -16,8 +16,8 @@ from melinoe.checkpoint.files import read_raw_config, without_mark
 from melinoe.checkpoint.hub import first_line, locate, split_revision
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import Checkpoint
+from melinoe.checkpoint.packed import Weights
 from melinoe.checkpoint.safetensors_file import describe_shape
-from melinoe.checkpoint.sources import Weights
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import fingerprint

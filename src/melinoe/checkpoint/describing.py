@@ -72,10 +72,6 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
     Weights are neither read nor downloaded: for a name on the hub only the config is fetched, and
     headers are checked if the weights are in the local cache.
 
-    Args:
-        name: A directory, or the name of a repository on the hub.
-        dtype: As `open_checkpoint`.
-
     Raises:
         CheckpointError: there is no readable config to describe.
         ValueError: *dtype* is no floating-point type.

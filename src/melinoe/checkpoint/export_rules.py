@@ -69,12 +69,7 @@ _RULES = (
 
 
 def other_results(config: Part) -> list[Finding]:
-    """
-    Find the rules that hold for a raw config, or for any part of it.
-
-    Args:
-        config: What ``config.json`` holds.
-    """
+    """Find the rules that hold for a raw config, or for any part of it."""
     family = config.get("model_type")
     return [
         rule.finding
@@ -87,12 +82,7 @@ def find_export_faults(name: str) -> list[Finding]:
     """
     Look for what would keep other engines from computing what transformers computes.
 
-    Args:
-        name: A directory, or the name of a repository on the hub, of which config and tokenizer
-            are fetched.
-
-    Raises:
-        CheckpointError: there is no readable config.
+    Of a name on the hub config and tokenizer are fetched.
     """
     path, config = read_raw_config(name)
     found = other_results(config)

@@ -111,14 +111,7 @@ def without_mark(path: Path) -> Iterator[Path]:
 
 def open_shards(name: str, download: bool = True) -> dict[str, Place]:
     """
-    Open every shard, check its header, and say where each stored tensor lies.
-
-    Args:
-        name: A directory, or the name of a repository on the hub.
-        download: Fetch hub files that are not in the local cache.
-
-    Returns:
-        Stored name -> `Place`. Close the files with `close_shards`.
+    Open every shard, check its header, and say where each stored tensor lies, by its stored name.
 
     Raises:
         CheckpointError: no safetensors weights; a missing or torn shard; an index that names a

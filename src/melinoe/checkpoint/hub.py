@@ -53,8 +53,7 @@ def locate(name: str, filename: str, download: bool = True) -> Path | None:
     Find one file of a checkpoint; None where the checkpoint has no such file.
 
     Args:
-        name: A directory, or the name of a repository on the hub, as ``org/model`` or with a
-            branch, tag or commit as ``org/model@revision``.
+        name: A directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
         filename: The file's name inside it.
         download: Fetch a hub file that is not in the local cache; without it such a file counts
             as absent, as it does where the hub cannot be reached (or ``HF_HUB_OFFLINE`` is set).

@@ -1,8 +1,11 @@
 """Sort a checkpoint's tensors by the parameter of the model that they belong to."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from copy import deepcopy
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -11,22 +14,76 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from melinoe.checkpoint.sources import Group, Weights
+from melinoe.checkpoint.packed import Weights
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.moe.experts import PLAIN_DTYPES
+
+
+class Group(NamedTuple):
+    """Hold the stored tensors that one rule turns into one or more parameters of the model."""
+
+    target: str  # the first of the parameters, by its full name in the model
+    targets: tuple[str, ...]
+    converter: WeightConverter | None  # None: a renaming at most
+    tensors: dict[str, list[Weights]]  # source pattern -> tensors, in transformers' order
+
+    @property
+    def places(self) -> list[Weights]:
+        """List all stored tensors of the group."""
+        return [place for part in self.tensors.values() for place in part]
+
+    @property
+    def operations(self) -> list:
+        """List the steps of the rule."""
+        return [] if self.converter is None else list(self.converter.operations)
+
+    def is_stored_as(self, shape: tuple[int, ...]) -> bool:
+        """Whether the one stored tensor is the parameter, which has this *shape*."""
+        operations = self.operations
+        if len(operations) == 1 and getattr(operations[0], "check_dims", False):
+            # A transposition that leaves a tensor of the right shape alone.
+            return self.places[0].info.shape == shape
+        return not operations
+
+    def convert(
+        self, pieces: dict[str, list[Tensor]], shapes: dict[str, tuple[int, ...]], config: Any
+    ) -> dict[str, Tensor]:
+        """
+        Run the rule on *pieces*.
+
+        Args:
+            pieces: Source pattern -> tensors, in the group's order.
+            shapes: Full name -> shape of the parameters that the rule may ask for.
+            config: The model's config, which some rules look into.
+
+        Returns:
+            Full parameter name -> tensor.
+        """
+        converter: Any = deepcopy(self.converter)
+        for pattern, tensors in pieces.items():
+            for tensor in tensors:
+                converter.add_tensor(self.target, pattern, pattern, tensor)
+        made = converter.convert(self.target, model=_Shapes(shapes), config=config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+class _Shapes:
+    """Stand in for the model where a rule asks it for a parameter's shape."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self.shapes[name], device="meta")
 
 
 def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, Group]:
     """
     Apply transformers' renamings and rules to every stored name.
 
-    Args:
-        model: The whole model, on the meta device.
-        places: Stored name -> place.
-
-    Returns:
-        Full name of a parameter (of the first, where a rule makes several) -> the stored tensors
-        that make it. Names that the model does not know are kept under the name they would have.
+    Returns full name of a parameter (of the first, where a rule makes several) -> the stored
+    tensors that make it. Names that the model does not know are kept under the name they would
+    have.
 
     Raises:
         CheckpointError: two stored tensors are the same parameter.
@@ -94,13 +151,8 @@ def split(
     """
     Part the experts' tensors from all others.
 
-    Args:
-        groups: From `group_by_parameter`.
-        experts: Full names of the experts' parameters.
-
-    Returns:
-        Full name -> group, for each of *experts* that the checkpoint has; and the places of all
-        other tensors, which make the backbone.
+    Returns full name -> group for each of *experts*, names of parameters, that the checkpoint has;
+    and the places of all other tensors, which make the backbone.
 
     Raises:
         UnsupportedModelError: one rule makes an expert's parameter and another one together.

@@ -193,12 +193,9 @@ def update_metadata(directory: str | Path, **fields: Any) -> dict[str, Any]:
 
 def write_metadata(directory: str | Path, metadata: dict[str, Any]) -> None:
     """
-    Write ``melinoe.json`` into an existing directory; a reader sees the old or the new, whole.
+    Write ``melinoe.json`` into an existing directory, stamped; a reader sees the old or the new.
 
-    Args:
-        directory: The checkpoint's directory.
-        metadata: What JSON can hold, without NaN: origin, settings, measured locality. The
-            file's ``schema_version`` is added.
+    ValueError where JSON cannot hold *metadata*, as NaN.
     """
     stamped = {VERSION_FIELD: SCHEMA_VERSION, **metadata}
     text = json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -262,13 +259,10 @@ def describe_base(name: str | Path) -> dict[str, Any]:
     """
     Say what a base model is called and under which terms, as ``melinoe.json`` holds it.
 
-    Args:
-        name: A directory, or the name of a repository on the hub.
-
     Returns:
         ``base``: the hub name, or the directory's own name, for a path is nobody else's business;
-        ``base_model``: the hub name, else ``None``; ``license``: what the base's card says, else
-        ``None``; ``language`` likewise.
+        ``base_model``: the hub name, else ``None``; ``license`` and ``language``: what the base's
+        card says, else ``None``.
     """
     is_directory = Path(name).expanduser().is_dir()
     card = read_card(name)
@@ -305,11 +299,6 @@ def describe_data(
 ) -> dict[str, Any]:
     """
     Say what a model was trained on, so that somebody else can tell whether they have the same.
-
-    Args:
-        source: The file, directory or hub data set that was given; ``None`` if there was none.
-        examples: The examples that were read.
-        split: Split of a hub data set.
 
     Returns:
         ``source``: the hub name, or the name of the file or directory; ``hub``: whether it is on

@@ -5,7 +5,6 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -14,143 +13,18 @@ from typing import Any, Self
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from melinoe.checkpoint.files import close_shards, open_shards, read_config, read_raw_config
 from melinoe.checkpoint.hub import first_line, is_directory, pinned
 from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
-from melinoe.checkpoint.packed import PackedPlace, Packing, find_packing, unpack
+from melinoe.checkpoint.packed import Packing, Weights, find_packing, unpack
 from melinoe.checkpoint.safetensors_file import Place, Stamp
-from melinoe.checkpoint.sources import Reader, Weights, reader_for
+from melinoe.checkpoint.sources import ExpertSource, reader_for
 from melinoe.errors import CheckpointError, UnsupportedModelError
-from melinoe.experts.format import PLAIN, ExpertFormat
-from melinoe.experts.fp8 import BLOCK
 from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer, find_experts
 
 _log = logging.getLogger("melinoe")
-
-
-class ExpertSource:
-    """
-    Read one MoE layer of a checkpoint expert by expert.
-
-    Args:
-        layer: What the layer's experts consist of; its module is on the meta device.
-        readers: Parameter name -> reader.
-
-    Attributes:
-        format: How the checkpoint stores an expert.
-
-    Raises:
-        UnsupportedModelError: some of an expert's matrices are packed otherwise than others, or
-            not by rows of the model's own.
-    """
-
-    def __init__(self, layer: ExpertsLayer, readers: dict[str, Reader]) -> None:
-        self.layer, self.readers = layer, readers
-        self.format = _stored_format(layer, readers)
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of the layer."""
-        return self.layer.num_experts
-
-    def read(self, expert: int, into: Mapping[str, Tensor]) -> None:
-        """
-        Read one expert straight from the shards; decode it if it is packed.
-
-        Args:
-            expert: In ``[0, num_experts)``.
-            into: Parameter name -> tensor shaped like the parameter without its leading E;
-                every parameter must be there. Converted where types or devices differ.
-
-        Raises:
-            CheckpointError: a shard was changed since it was opened, or the disk fails.
-        """
-        self._check(expert)
-        for name, reader in self.readers.items():
-            reader.read(expert, into[name])
-
-    def read_block(self, expert: int, format: ExpertFormat, into: Mapping[str, Tensor]) -> None:
-        """
-        Read one expert as a block of *format*.
-
-        In the format of the checkpoint the parts go straight from the shards; in another packed one
-        the expert is decoded, and encoded again.
-
-        Args:
-            expert: In ``[0, num_experts)``.
-            format: `PLAIN` gives the expert's tensors, as `read`.
-            into: Part name -> tensor, as ``format.parts(layer.tensors)`` lists them.
-
-        Raises:
-            CheckpointError: as `read`.
-            AttachError: a weight that *format* cannot hold.
-        """
-        self._check(expert)
-        if format.exact:
-            self.read(expert, into)
-            return
-        if format != self.format:
-            plain = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.layer.tensors}
-            self.read(expert, plain)
-            for name, part in format.encode(self.layer.tensors, plain).items():
-                into[name].copy_(part)
-            return
-        for tensor in self.layer.tensors:
-            reader = self.readers[tensor.name]
-            if not tensor.is_matrix:
-                reader.read(expert, into[tensor.name])
-                continue
-            for place, first, row, rows in reader.pieces(expert) or ():
-                assert isinstance(place, PackedPlace)
-                parts = {}
-                for kind in place.format.matrix_parts(place.rows, place.columns):
-                    part = into[f"{tensor.name}.{kind}"]
-                    # A row of the part belongs to so many of the matrix.
-                    step = tensor.rows_columns[0] // len(part)
-                    whole = rows == tensor.shape[0]
-                    parts[kind] = part if whole else part[row // step : (row + rows) // step]
-                place.read_parts(parts, first // (place.rows * place.columns))
-
-    def _check(self, expert: int) -> None:
-        if not 0 <= expert < self.num_experts:
-            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
-
-
-def _stored_format(layer: ExpertsLayer, readers: dict[str, Reader]) -> ExpertFormat:
-    """Find out how a layer's experts are stored: plain, or all matrices in one packed format."""
-    found: dict[Any, str] = {}
-    for tensor in layer.tensors:
-        name = f"{layer.name}.{tensor.name}"
-        places = readers[tensor.name].places()
-        packed = [place for place in places if isinstance(place, PackedPlace)]
-        if not packed:
-            if tensor.is_matrix:
-                found[PLAIN] = name
-            continue
-        pieces = readers[tensor.name].pieces(0)
-        if pieces is None or any(place.transposed != tensor.transposed for place in packed):
-            raise UnsupportedModelError(
-                f"{name} is stored packed ({packed[0].format.name}) in rows that the model "
-                "rearranges, which is not read here; take a checkpoint that is not quantised"
-            )
-        if len(pieces) > 1 and packed[0].format.name == "fp8" and packed[0].rows % BLOCK:
-            raise UnsupportedModelError(
-                f"{name} consists of matrices with {packed[0].rows} outputs, whose scales do not "
-                f"join in blocks of {BLOCK}; take a checkpoint that is not quantised"
-            )
-        found |= {place.format: name for place in packed}
-        if len(packed) < len(places):
-            found[PLAIN] = name
-    if len(found) > 1:
-        names = " and ".join(f"{format.name} ({name})" for format, name in found.items())
-        raise UnsupportedModelError(
-            f"experts of one layer are stored in different formats, {names}, which is not read "
-            "here; take another checkpoint of the model"
-        )
-    return next(iter(found), PLAIN)
 
 
 @dataclass
@@ -235,14 +109,13 @@ def open_checkpoint(
     that is not in the local cache. The family is checked before that.
 
     Args:
-        name: A directory, or the name of a repository on the hub, as ``org/model`` or with a
-            branch, tag or commit as ``org/model@revision``.
-        dtype: Type of the weights in memory; "auto" takes the config's, else that of most stored
+        name: A directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
+        dtype: Type of plain weights in memory; "auto" takes the config's, else that of most stored
             bytes.
         download: Fetch hub files that are not in the local cache.
 
     Raises:
-        CheckpointError: files missing, torn, quantised, or of another model than the config's.
+        CheckpointError: files missing, torn, packed in an unknown way, or of another model.
         UnsupportedModelError: the family has no experts that can be served.
         ValueError: *dtype* is no floating-point type.
     """

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from melinoe.checkpoint.files import INDEX, read_raw_config
 from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
-from melinoe.checkpoint.opening import Checkpoint, ExpertSource, open_checkpoint
-from melinoe.checkpoint.packed import OWN_METHOD, plain_config
+from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
+from melinoe.checkpoint.packed import OWN_METHOD, Weights, plain_config
 from melinoe.checkpoint.safetensors_file import DTYPES
-from melinoe.checkpoint.sources import Weights
+from melinoe.checkpoint.sources import ExpertSource
 from melinoe.checkpoint.writing import check_output, check_room, other_files, whole_directory
 from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import ExpertFormat

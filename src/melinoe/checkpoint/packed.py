@@ -121,6 +121,10 @@ class PackedPlace:
             )
 
 
+# Where stored weights lie, as they are or packed.
+Weights = Place | PackedPlace
+
+
 class _Mxfp4Experts(PackedPlace):
     """Read gpt-oss: ``_blocks`` ``(E, outputs, inputs / 32, 16)``, ``_scales`` without the last."""
 
@@ -403,12 +407,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def expert_format(config: Mapping[str, Any], name: str, layer: str) -> ExpertFormat:
     """
-    Tell from a raw config alone how a layer's experts are stored.
-
-    Args:
-        config: The contents of ``config.json``.
-        name: Of the checkpoint, for messages.
-        layer: The full name of the layer's experts module.
+    Tell from a raw config alone how the experts of *layer*, a module's full name, are stored.
 
     Raises:
         CheckpointError: as `check_packing`.
@@ -437,14 +436,8 @@ def unpack(
     """
     Gather the stored tensors of each packed matrix under the name of its plain weights.
 
-    Args:
-        stored: Stored name -> place.
-        packing: From `find_packing`.
-        name: Of the checkpoint, for messages.
-        dtype: Type of plain weights in memory.
-
-    Returns:
-        Name -> place; tensors that are not packed stay as they are.
+    Returns name -> place; tensors that are not packed stay as they are. Plain weights are given as
+    *dtype*.
 
     Raises:
         CheckpointError: a scale or another part is missing, or has another shape than it should;

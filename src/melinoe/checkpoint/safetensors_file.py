@@ -51,16 +51,7 @@ def read_at(handle: int, into: memoryview, offset: int) -> int:
     """
     Read a file from *offset* on, also while other threads read from it.
 
-    Args:
-        handle: A file that is open for reading.
-        into: Bytes that can be written to.
-        offset: The first byte to read.
-
-    Returns:
-        How many bytes were read, at most ``len(into)`` and often fewer; 0 at the file's end.
-
-    Raises:
-        OSError: the disk fails.
+    Returns how many bytes were read, often fewer than *into* takes; 0 at the file's end.
     """
     if hasattr(os, "preadv"):
         return os.preadv(handle, [into], offset)

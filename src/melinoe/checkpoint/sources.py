@@ -14,7 +14,6 @@ transformers is taken:
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -25,72 +24,15 @@ from transformers.core_model_loading import (
     Interleave,
     MergeModulelist,
     Transpose,
-    WeightConverter,
 )
 
-from melinoe.checkpoint.packed import PackedPlace
-from melinoe.checkpoint.safetensors_file import Place, describe_shape
+from melinoe.checkpoint.mapping import Group
+from melinoe.checkpoint.packed import PackedPlace, Weights
+from melinoe.checkpoint.safetensors_file import describe_shape
 from melinoe.errors import CheckpointError, UnsupportedModelError
-
-Weights = Place | PackedPlace  # where stored weights lie, as they are or packed
-
-
-class Group(NamedTuple):
-    """Hold the stored tensors that one rule turns into one or more parameters of the model."""
-
-    target: str  # the first of the parameters, by its full name in the model
-    targets: tuple[str, ...]
-    converter: WeightConverter | None  # None: a renaming at most
-    tensors: dict[str, list[Weights]]  # source pattern -> tensors, in transformers' order
-
-    @property
-    def places(self) -> list[Weights]:
-        """List all stored tensors of the group."""
-        return [place for part in self.tensors.values() for place in part]
-
-    @property
-    def operations(self) -> list:
-        """List the steps of the rule."""
-        return [] if self.converter is None else list(self.converter.operations)
-
-    def is_stored_as(self, shape: tuple[int, ...]) -> bool:
-        """Whether the one stored tensor is the parameter, which has this *shape*."""
-        operations = self.operations
-        if len(operations) == 1 and getattr(operations[0], "check_dims", False):
-            # A transposition that leaves a tensor of the right shape alone.
-            return self.places[0].info.shape == shape
-        return not operations
-
-    def convert(
-        self, pieces: dict[str, list[Tensor]], shapes: dict[str, tuple[int, ...]], config: Any
-    ) -> dict[str, Tensor]:
-        """
-        Run the rule on *pieces*.
-
-        Args:
-            pieces: Source pattern -> tensors, in the group's order.
-            shapes: Full name -> shape of the parameters that the rule may ask for.
-            config: The model's config, which some rules look into.
-
-        Returns:
-            Full parameter name -> tensor.
-        """
-        converter: Any = deepcopy(self.converter)
-        for pattern, tensors in pieces.items():
-            for tensor in tensors:
-                converter.add_tensor(self.target, pattern, pattern, tensor)
-        made = converter.convert(self.target, model=_Shapes(shapes), config=config)
-        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
-
-
-class _Shapes:
-    """Stand in for the model where a rule asks it for a parameter's shape."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-
-    def get_parameter(self, name: str) -> Tensor:
-        return torch.empty(self.shapes[name], device="meta")
+from melinoe.experts.format import PLAIN, ExpertFormat
+from melinoe.experts.fp8 import BLOCK
+from melinoe.moe.experts import ExpertsLayer
 
 
 class Piece(NamedTuple):
@@ -294,6 +236,128 @@ def _treats_experts_alike(group: Group, num_experts: int) -> bool:
     )
 
 
+class ExpertSource:
+    """
+    Read one MoE layer of a checkpoint expert by expert.
+
+    Args:
+        layer: What the layer's experts consist of; its module is on the meta device.
+        readers: Parameter name -> reader.
+
+    Attributes:
+        format: How the checkpoint stores an expert.
+
+    Raises:
+        UnsupportedModelError: some of an expert's matrices are packed otherwise than others, or
+            not by rows of the model's own.
+    """
+
+    def __init__(self, layer: ExpertsLayer, readers: dict[str, Reader]) -> None:
+        self.layer, self.readers = layer, readers
+        self.format = _stored_format(layer, readers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return self.layer.num_experts
+
+    def read(self, expert: int, into: Mapping[str, Tensor]) -> None:
+        """
+        Read one expert straight from the shards; decode it if it is packed.
+
+        Args:
+            expert: In ``[0, num_experts)``.
+            into: Parameter name -> tensor shaped like the parameter without its leading E;
+                every parameter must be there. Converted where types or devices differ.
+
+        Raises:
+            CheckpointError: a shard was changed since it was opened, or the disk fails.
+        """
+        self._check(expert)
+        for name, reader in self.readers.items():
+            reader.read(expert, into[name])
+
+    def read_block(self, expert: int, format: ExpertFormat, into: Mapping[str, Tensor]) -> None:
+        """
+        Read one expert as a block of *format*.
+
+        In the format of the checkpoint the parts go straight from the shards; in another packed one
+        the expert is decoded, and encoded again.
+
+        Args:
+            expert: In ``[0, num_experts)``.
+            format: `PLAIN` gives the expert's tensors, as `read`.
+            into: Part name -> tensor, as ``format.parts(layer.tensors)`` lists them.
+
+        Raises:
+            CheckpointError: as `read`.
+            AttachError: a weight that *format* cannot hold.
+        """
+        self._check(expert)
+        if format.exact:
+            self.read(expert, into)
+            return
+        if format != self.format:
+            plain = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.layer.tensors}
+            self.read(expert, plain)
+            for name, part in format.encode(self.layer.tensors, plain).items():
+                into[name].copy_(part)
+            return
+        for tensor in self.layer.tensors:
+            reader = self.readers[tensor.name]
+            if not tensor.is_matrix:
+                reader.read(expert, into[tensor.name])
+                continue
+            for place, first, row, rows in reader.pieces(expert) or ():
+                assert isinstance(place, PackedPlace)
+                parts = {}
+                for kind in place.format.matrix_parts(place.rows, place.columns):
+                    part = into[f"{tensor.name}.{kind}"]
+                    # A row of the part belongs to so many of the matrix.
+                    step = tensor.rows_columns[0] // len(part)
+                    whole = rows == tensor.shape[0]
+                    parts[kind] = part if whole else part[row // step : (row + rows) // step]
+                place.read_parts(parts, first // (place.rows * place.columns))
+
+    def _check(self, expert: int) -> None:
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
+
+
+def _stored_format(layer: ExpertsLayer, readers: dict[str, Reader]) -> ExpertFormat:
+    """Find out how a layer's experts are stored: plain, or all matrices in one packed format."""
+    found: dict[Any, str] = {}
+    for tensor in layer.tensors:
+        name = f"{layer.name}.{tensor.name}"
+        places = readers[tensor.name].places()
+        packed = [place for place in places if isinstance(place, PackedPlace)]
+        if not packed:
+            if tensor.is_matrix:
+                found[PLAIN] = name
+            continue
+        pieces = readers[tensor.name].pieces(0)
+        if pieces is None or any(place.transposed != tensor.transposed for place in packed):
+            raise UnsupportedModelError(
+                f"{name} is stored packed ({packed[0].format.name}) in rows that the model "
+                "rearranges, which is not read here; take a checkpoint that is not quantised"
+            )
+        if len(pieces) > 1 and packed[0].format.name == "fp8" and packed[0].rows % BLOCK:
+            raise UnsupportedModelError(
+                f"{name} consists of matrices with {packed[0].rows} outputs, whose scales do not "
+                f"join in blocks of {BLOCK}; take a checkpoint that is not quantised"
+            )
+        found |= {place.format: name for place in packed}
+        if len(packed) < len(places):
+            found[PLAIN] = name
+    if len(found) > 1:
+        names = " and ".join(f"{format.name} ({name})" for format, name in found.items())
+        raise UnsupportedModelError(
+            f"experts of one layer are stored in different formats, {names}, which is not read "
+            "here; take another checkpoint of the model"
+        )
+    return next(iter(found), PLAIN)
+
+
 # --- a rule's effect on one expert, found by running it on stand-ins -----------------------------
 
 Run = Callable[[dict[str, list[Tensor]]], Mapping[str, Tensor]]
@@ -307,17 +371,10 @@ def rows_by_trial(
 
     Some rules treat all experts of a layer at once, and their code does not say what becomes of
     one expert. So each stored tensor is given a small stand-in whose every number occurs once, the
-    rule is run on those, and the numbers are looked up in the result.
+    rule *run* is run on those, and the numbers are looked up in the *parameter* that it makes.
 
-    Args:
-        tensors: Source pattern -> stored tensors, in transformers' order.
-        parameter: The parameter that is asked for.
-        num_experts: Of the parameter.
-        run: The rule: source pattern -> tensors, to full parameter name -> tensor.
-
-    Returns:
-        For each position in an expert, the tensors of all experts in order. None where the rule
-        does anything else, or cannot be run on stand-ins.
+    Returns for each position in an expert the tensors of all experts in order; None where the rule
+    does anything else, or cannot be run on stand-ins.
     """
     stand_ins, owner = _stand_ins(tensors)
     try:
@@ -385,9 +442,6 @@ def check_complete(
         patterns: All source patterns of the rule.
         parameter: What the rule makes, for messages.
         expected: Experts; None where the rule makes several parameters of one list.
-
-    Raises:
-        CheckpointError: tensors are missing, too many, or of other experts.
     """
     for pattern in patterns:
         places = tensors.get(pattern, ())

@@ -26,10 +26,6 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
     """
     Load a checkpoint's tokenizer, and check it against the model's vocabulary.
 
-    Args:
-        name: A directory, or the name of a repository on the hub.
-        config: The model's config; its ``vocab_size`` is the rows of the embedding.
-
     Raises:
         TokenizerError: there is none, it cannot be read, or it gives ids the model has no row for.
     """

@@ -60,9 +60,6 @@ def verify(name: str) -> Verified:
 
     Cost: every byte is read once; the weights beside the experts are in memory for a while.
 
-    Args:
-        name: A directory, or the name of a repository on the hub.
-
     Raises:
         CheckpointError: a file is missing or is not what was recorded, cannot be read, or does not
             belong to the config; the message names every one.

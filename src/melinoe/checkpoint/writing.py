@@ -25,12 +25,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from melinoe.checkpoint.export_rules import other_results
 from melinoe.checkpoint.files import INDEX, SINGLE, read_raw_config
 from melinoe.checkpoint.hub import first_line, is_directory, locate, split_revision
-from melinoe.checkpoint.mapping import group_by_parameter
+from melinoe.checkpoint.mapping import Group, group_by_parameter
 from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
-from melinoe.checkpoint.packed import PackedPlace
+from melinoe.checkpoint.packed import PackedPlace, Weights
 from melinoe.checkpoint.safetensors_file import check_same
-from melinoe.checkpoint.sources import Group, OneExpert, Reader, Weights
+from melinoe.checkpoint.sources import OneExpert, Reader
 from melinoe.checkpoint.verifying import sums_of
 from melinoe.errors import OutputExistsError, UnsupportedModelError, WriteError
 from melinoe.host_memory import format_bytes
@@ -219,12 +219,9 @@ def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
     """
     Refuse a base whose experts and routers could not be written back; ask before hours of work.
 
-    Args:
-        model: From `load_model`.
-        checkpoint: What it was loaded from, open.
-
     Raises:
-        UnsupportedModelError: transformers' rules do not lead back to the names that are stored.
+        UnsupportedModelError: they are packed, or transformers' rules do not lead back to the names
+            that are stored.
     """
     names = [f"{x.name}.{tensor.name}" for x in find_experts(model) for tensor in x.tensors]
     names += [name for router in find_routers(model) for name, _ in router.parameters()]
