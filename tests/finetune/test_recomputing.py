@@ -1,13 +1,16 @@
 """Recomputed activations and accumulated batches change no term and no gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from small_runs import examples, settings, trained
+from small_runs import examples, settings
 from tiny import tiny_model
 from transformers import TrainerCallback
 
 from melinoe.errors import TrainingError
-from melinoe.finetune import parts, train
+from melinoe.finetune import preparing, train
+from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import find_routers, fingerprint
 
 
@@ -53,16 +56,34 @@ def test_recomputing_activations_changes_no_term_and_no_gradient(family, changes
     assert {"grad_norm_nll", "grad_norm_cache", "grad_norm_anchor"} <= plain[0].keys()
 
 
-@pytest.mark.parametrize("train", ["router", "router+experts"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
-def test_recomputing_large_activations_of_experts_changes_no_bit(family, train, monkeypatch):
-    """Every row of the log, and the routers at the end."""
-    logs = []
+def test_large_activations_are_recomputed_without_being_asked_and_change_no_bit(
+    family, monkeypatch
+):
+    """Above the limit the layers run again; every row of the log and the routers are the same."""
+    logs, passes = [], []
     for limit in (1 << 60, 0):
-        monkeypatch.setattr(parts, "RECOMPUTED_BYTES", limit)
-        model = tiny_model(family).to(torch.bfloat16)
-        logs.append([*trained(model, examples(8), steps=2, train=train), fingerprint(model)])
-    assert logs[0] == logs[1]
+        monkeypatch.setattr(preparing, "RECOMPUTED_BYTES", limit)
+        model, count = tiny_model(family).to(torch.bfloat16), CountPasses()
+        done = train(model, examples(8), settings(), pad_token_id=0, callbacks=[count])
+        logs.append([*done.rows, fingerprint(model)])
+        passes.append(count.passes)
+    assert logs[0] == logs[1] and passes[1] > passes[0]
+
+
+def test_what_is_large_is_counted_in_tokens_and_left_alone_where_told():
+    """OLMoE at 512 tokens and 8 experts keeps 128 MiB a layer: 4096 rows of 8192 numbers."""
+    layer = ExpertsLayer.__new__(ExpertsLayer)
+    tensors = [SimpleNamespace(name="down_proj", shape=(2048, 1024))]
+    object.__setattr__(layer, "tensors", tensors)
+    model, cpu = SimpleNamespace(supports_gradient_checkpointing=True), torch.device("cpu")
+
+    def asked(tokens, device=cpu, **changes):
+        return preparing.recomputes(model, layer, settings(**changes), tokens, 8, device)
+
+    assert asked(512) and asked(256) and not asked(255)
+    assert not asked(512, torch.device("cuda")) and not asked(512, gradient_checkpointing=False)
+    assert asked(1, gradient_checkpointing=True)
 
 
 def test_packed_recomputed_and_accumulated_is_still_the_same():

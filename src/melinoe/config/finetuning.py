@@ -97,10 +97,10 @@ class FinetuneSettings:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_length: int = setting(512, "longest sequence, and with packing row", unit="tokens")
     packing: bool = setting(False, "put several examples into one row, kept apart")
-    gradient_checkpointing: bool = setting(
-        False,
-        "recompute whole layers in the backward pass: less memory for long texts, more time; large "
-        "activations of experts always are",
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "recompute layers in the backward pass: less memory, more time, the same numbers; absent: "
+        "on the CPU, where the experts of one would keep more than 64 MiB",
     )
     compute_dtype: str = setting(
         "auto",

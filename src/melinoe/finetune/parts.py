@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
-from torch.utils.checkpoint import checkpoint
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
@@ -37,9 +36,6 @@ from melinoe.moe.grouped import aligned_size, grouped_experts, grouped_product
 from melinoe.moe.routing import Router
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-
-# Activations of one layer's experts from which on they are recomputed in the backward pass: 64 MiB.
-RECOMPUTED_BYTES = 1 << 26
 
 
 class LowRank(nn.Module):
@@ -378,32 +374,6 @@ def make_trainable(
     return parts
 
 
-def trained_experts(
-    module: nn.Module,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    update: LowRank | None = None,
-) -> Tensor:
-    """
-    Compute a layer's experts; large activations are computed again in the backward pass.
-
-    The numbers are the same either way: the forward pass is repeated on the same inputs.
-    """
-
-    def compute(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
-        return grouped_experts(module, hidden_states, top_k_index, top_k_weights, update)
-
-    inner = module.get_parameter("down_proj").shape[-2 if is_transposed(module) else -1]
-    width = 2 * hidden_states.shape[-1] + 4 * inner  # rows, products, gate and activation, outputs
-    kept_bytes = top_k_index.numel() * width * hidden_states.itemsize
-    if kept_bytes < RECOMPUTED_BYTES or not torch.is_grad_enabled():
-        return compute(hidden_states, top_k_weights)
-    return checkpoint(  # type: ignore[no-any-return]
-        compute, hidden_states, top_k_weights, use_reentrant=False, preserve_rng_state=False
-    )
-
-
 @torch.no_grad()
 def add_update(
     weight: Tensor, down: Tensor, up: Tensor, scaling: float, is_transposed: bool
@@ -439,7 +409,7 @@ def _acting(site: nn.Module) -> Any:
 def _updated_experts(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    return trained_experts(module, hidden_states, top_k_index, top_k_weights, _acting(module))
+    return grouped_experts(module, hidden_states, top_k_index, top_k_weights, _acting(module))
 
 
 def _add_update(projection: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -19,11 +19,18 @@ from torch.nn.functional import linear
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
-from melinoe.finetune.parts import PROJECTIONS, TrainedParts, trained_experts
+from melinoe.finetune.parts import PROJECTIONS, TrainedParts
 from melinoe.malloc import keep_freed_memory
 from melinoe.moe.dispatch import bind, bound, unbind, use_melinoe
-from melinoe.moe.experts import family, find_experts
+from melinoe.moe.experts import ExpertsLayer, family, find_experts
+from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers
+
+# Activations of one layer's experts from which on a run on the CPU recomputes its layers: 64 MiB.
+RECOMPUTED_BYTES = 1 << 26
+
+# Weights of a model from which on freed memory goes back to the kernel: 1 GiB.
+_LARGE_BYTES = 1 << 30
 
 # Elements of a linear layer's weight that are cast up at a time: 32 MiB in float32.
 PIECE = 1 << 23
@@ -35,13 +42,16 @@ class ReadyModel:
 
     Args:
         model: Changed in place.
-        settings: ``train``, ``compute_dtype`` and ``gradient_checkpointing`` are read.
+        settings: ``train`` and ``compute_dtype`` are read.
+        recomputes: Whether layers are recomputed in the backward pass; see `recomputes`.
     """
 
-    def __init__(self, model: Any, settings: FinetuneSettings) -> None:
-        self._model, self._recomputes = model, settings.gradient_checkpointing
+    def __init__(self, model: Any, settings: FinetuneSettings, recomputes: bool = False) -> None:
+        self._model, self._recomputes = model, recomputes
         self._types = {name: tensor.dtype for name, tensor in _tensors(model)}
-        if not torch.cuda.is_available():
+        weights_bytes = sum(tensor.nbytes for _, tensor in _tensors(model))
+        # A large model's activations are large blocks, which would leave holes if they were kept.
+        if not torch.cuda.is_available() and weights_bytes < _LARGE_BYTES:
             keep_freed_memory()
         self._widened = None if settings.compute_dtype == "bfloat16" else Widened(model)
         if self._widened is not None and settings.train != "router":
@@ -52,7 +62,7 @@ class ReadyModel:
             self._configs.append((model.config, {"use_cache": model.config.use_cache}))
 
     def recompute(self) -> None:
-        """Recompute whole layers in the backward pass from now on, if that is asked for."""
+        """Recompute layers in the backward pass from now on, if that is asked for."""
         if self._recomputes:
             _recompute(self._model, True)
 
@@ -72,6 +82,39 @@ class ReadyModel:
         self._model.requires_grad_(True).eval()
         for name, tensor in _tensors(self._model):
             tensor.data = tensor.data.to(self._types.get(name, tensor.dtype))
+
+
+def recomputes(
+    model: Any,
+    layer: ExpertsLayer,
+    settings: FinetuneSettings,
+    tokens: int,
+    top_k: int,
+    device: torch.device,
+) -> bool:
+    """
+    Decide whether layers are recomputed in the backward pass: as *settings* say, else by size.
+
+    Recomputing gives the same numbers and costs about a forward pass. By default it is done on the
+    CPU only, where memory that runs out ends the process.
+
+    Args:
+        model: To be trained.
+        layer: One of its MoE layers.
+        settings: ``gradient_checkpointing``.
+        tokens: Of a forward pass.
+        top_k: Experts per token.
+        device: To train on.
+    """
+    if settings.gradient_checkpointing is not None:
+        return settings.gradient_checkpointing
+    shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
+    # Rows and outputs are as wide as the model; gate, up, activation and product as an expert.
+    width = 2 * max(shapes["down_proj"]) + 4 * min(shapes["down_proj"])
+    large = tokens * top_k * width * 4 >= RECOMPUTED_BYTES
+    return (
+        large and device.type == "cpu" and getattr(model, "supports_gradient_checkpointing", False)
+    )
 
 
 class Widened:
@@ -109,7 +152,7 @@ class Widened:
                 tensor.data = tensor.data.float()
         for module in self._experts:
             if bound(module) is None:
-                bind(module, partial(trained_experts, module))
+                bind(module, partial(grouped_experts, module))
         self._restore = use_melinoe(model)
 
     def make_way(self) -> None:

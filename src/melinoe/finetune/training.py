@@ -15,7 +15,7 @@ from melinoe.errors import InterruptedRunError, TrainingError
 from melinoe.finetune.adapter import Adapter, adapter_of
 from melinoe.finetune.objective import Objective, Replay
 from melinoe.finetune.parts import TrainedParts, make_trainable
-from melinoe.finetune.preparing import ReadyModel
+from melinoe.finetune.preparing import ReadyModel, recomputes
 from melinoe.finetune.processes import freeze_unreached, is_sharded
 from melinoe.finetune.rates import Rates
 from melinoe.finetune.resume import (
@@ -130,7 +130,11 @@ def train(
                 "hidden size %d: rate of routers %.3g, of low-rank updates %.3g; their rank %d",
                 rates.width, rates.routers, rates.low_rank, rates.rank,
             )  # fmt: skip
-        ready = ReadyModel(model, settings)
+        steps, rows = rows_of(data, settings, processes)
+        tokens = settings.batch_size * max(sum(map(len, row)) for row in rows)
+        top_k = routers[0].top_k or 1
+        recompute = recomputes(model, layers[0], settings, tokens, top_k, arguments.device)
+        ready = ReadyModel(model, settings, recompute)
         parts = make_trainable(model, routers, layers, settings, rates.rank)
         objective = Objective(
             routers,
@@ -142,7 +146,6 @@ def train(
         if processes > 1:
             freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False
-        steps, rows = rows_of(data, settings, processes)
         set_steps(arguments, settings, steps, rates)
         packing = find_packing(model, pad_token_id) if settings.packing else None
         padding = Collator(pad_token_id)
