@@ -95,7 +95,7 @@ def rates(low_rank: float, router: float, **changes: Any) -> dict[str, Any]:
 
 
 def stages() -> dict[str, list[Run]]:
-    """What is tried, by stage."""
+    """List the runs, by stage."""
     grid = [
         Run(f"low-rank {a:g}, routers {b:g}", rates(a, b))
         for a, b in (

@@ -240,7 +240,7 @@ def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings
 
 
 def _price(own: str | None, other: str | None) -> Any:
-    """What may be paid, or None; read before anything is loaded."""
+    """Read the price that may be paid, before anything is loaded; None without one."""
     if own is None and other is None:
         return None
     if own is None:
@@ -329,7 +329,7 @@ def _is_measured(out: Path, control: Path | None) -> bool:
 
 
 def _unmeasured(out: Path, control: Path | None, error: MelinoeError) -> TrainingError:
-    """What is there and what is not, after an error on the way to the outcome."""
+    """Say what was written and what was not measured, after an error on the way to the outcome."""
     from melinoe.checkpoint import read_metadata
 
     if control is not None and read_metadata(out).get("outcome"):

@@ -1,4 +1,4 @@
-"""How a model is fine-tuned."""
+"""Settings of fine-tuning."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ MATCH = 10.0
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings:
     """
-    How a model is fine-tuned for locality.
+    Settings of a run that trains for locality.
 
     The defaults are what measured best at equal compute: docs/method.md#what-the-defaults-rest-on.
 
@@ -30,26 +30,27 @@ class FinetuneSettings:
     """
 
     capacity: float = setting(
-        0.25, "cache size that the loss imagines", unit="share of a layer's experts"
+        0.25, "size of the cache to train for", unit="share of a layer's experts"
     )
     lambda_cache: float = setting(1.0, "weight of the cache-simulation loss; 0 leaves it out")
     lambda_rank: float = setting(0.0, "weight of the anchor to the base router; 0 leaves it out")
     gamma: float = setting(
-        0.9, "how slowly the imagined cache forgets: near 0 as LRU, 1 as LFU", unit="per token"
+        0.9, "memory of the imagined cache: near 0 as LRU, 1 as LFU", unit="per token"
     )
     rho: float = setting(
-        0.1, "margin by which the base router's order of two experts is kept", unit="probability"
+        0.1,
+        "margin by which rank matching keeps the base router's order of two experts",
+        unit="probability",
     )
     cache_loss: str = setting(
         "resident",
-        "resident: the experts with the highest counts are there, all others are not; clipped: "
-        "by parts, an expert at most once; literal: as in the paper",
+        "form of the imagined cache. resident: it holds the experts with the highest counts; "
+        "clipped: shares of experts, each at most one; literal: shares, as in the paper",
         choices=("clipped", "literal", "resident"),
     )
     anchor: str = setting(
         "rank",
-        "what holds the router near the base, at the weight lambda_rank: rank matching or KL "
-        "divergence",
+        "hold the router near the base, at the weight lambda_rank: rank matching or KL divergence",
         choices=("rank", "kl"),
     )
     lambda_match: float = setting(
@@ -63,13 +64,12 @@ class FinetuneSettings:
     )
     own_texts: int | None = setting(
         None,
-        "texts that the base model writes where it is its own anchor text; absent: as many as the "
-        "run reads, at most 512",
+        "let the base model write so many texts as anchor text, where none is given; absent: as "
+        "many as the run reads, at most 512",
     )
     train: str = setting(
         "router+experts",
-        "what is trained: the routers alone, or also low-rank updates of the experts, or of "
-        "attention too",
+        "train the routers alone, or also low-rank updates of the experts, or of attention too",
         choices=("router", "router+experts", "router+experts+attention"),
     )
     lora_rank: int | None = setting(
@@ -90,13 +90,15 @@ class FinetuneSettings:
     epochs: float = setting(1.0, "passes over the data when steps is absent")
     batch_size: int = setting(8, "sequences (packed: rows) per device and forward pass")
     gradient_accumulation: int = setting(1, "forward passes per optimiser step")
-    warmup: float = setting(0.05, "rising part of the schedule", unit="share of the steps")
+    warmup: float = setting(
+        0.05, "part of the run in which the learning rate rises", unit="share of the steps"
+    )
     schedule: str = setting(
-        "cosine", "how the learning rate falls", choices=("cosine", "linear", "constant")
+        "cosine", "fall of the learning rate after warmup", choices=("cosine", "linear", "constant")
     )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     max_length: int = setting(512, "longest sequence, and with packing row", unit="tokens")
-    packing: bool = setting(False, "put several examples into one row, kept apart")
+    packing: bool = setting(False, "put several examples into one row; none sees another")
     gradient_checkpointing: bool | None = setting(
         None,
         "recompute layers in the backward pass: less memory, more time, the same numbers; absent: "
@@ -104,7 +106,7 @@ class FinetuneSettings:
     )
     compute_dtype: str = setting(
         "auto",
-        "type that is computed in; frozen weights keep the checkpoint's, trained parts are "
+        "type to compute in; frozen weights keep the checkpoint's, trained parts are "
         "float32; auto: bfloat16 on a GPU for a checkpoint of 16 bits, else float32, in which "
         "a CPU is faster",
         choices=("auto", "float32", "bfloat16"),
@@ -119,18 +121,18 @@ class FinetuneSettings:
     )
     keep: str = setting(
         "last",
-        "what is written in the end: the last weights, or the best on the held-out examples",
+        "write the last weights, or the best on the held-out examples",
         choices=("last", "best"),
     )
     save: str = setting(
         "merged",
-        "what is written in the end: a plain checkpoint, the adapter in PEFT's files, or both",
+        "write a plain checkpoint, the adapter in PEFT's files, or both",
         choices=("merged", "adapter", "both"),
     )
     report_to: tuple[str, ...] | None = setting(
-        None, "trackers of transformers' Trainer that are told too: tensorboard, wandb, ..."
+        None, "also report to trackers of transformers' Trainer: tensorboard, wandb, ..."
     )
-    seed: int = setting(0, "decides the data order and the starting adapters")
+    seed: int = setting(0, "seed of the data order and of the starting values")
 
     def __post_init__(self) -> None:
         if self.report_to is not None:  # a record in JSON gives a list

@@ -47,7 +47,7 @@ _ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
 @dataclass(frozen=True)
 class Adapter:
     """
-    What was trained, on the CPU.
+    Trained routers and low-rank updates, on the CPU.
 
     Attributes:
         rank: Of each update.
@@ -267,7 +267,7 @@ def _rank_and_scaling(config: dict[str, Any], *names: str) -> tuple[int, float]:
 
 
 def _targeted(layer: ExpertsLayer, config: dict[str, Any]) -> list[str]:
-    """The layer's projections that the adapter updates."""
+    """List the layer's projections that the adapter updates."""
     return [
         tensor.name
         for tensor in layer.tensors
@@ -329,7 +329,7 @@ def _take_linears(
 
 
 def _take_router(path: Path, router: Router, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A router's state, or nothing where the adapter does not hold it whole."""
+    """Take a router's state; nothing where the adapter does not hold it whole."""
     own = router.module.state_dict()
     stem = f"{PREFIX}{router.name}."
     if not any(stem + key in tensors for key in own):

@@ -233,7 +233,7 @@ class Objective:
         segment_ids: Tensor,
         denominator: Tensor | float | None,
     ) -> dict[str, Tensor]:
-        """The terms of the routers, layers of one shape as one tensor."""
+        """Compute the terms of the routers, layers of one shape as one tensor."""
         settings, completion = self.settings, completion_positions(labels != IGNORED)
         cache_filter = CausalFilter.of(segment_ids, settings.gamma)
         groups: dict[tuple[int, ...], list[Routing]] = {}
@@ -297,7 +297,7 @@ class Objective:
         return hidden.take()
 
     def _replayed(self, model: nn.Module, device: torch.device) -> Tensor:
-        """The loss on the next batch of anchor text."""
+        """Compute the loss on the next batch of anchor text."""
         assert self.replay is not None
         batch = {k: v.to(device) for k, v in self.replay.batch(self._next_replayed).items()}
         self._next_replayed += 1

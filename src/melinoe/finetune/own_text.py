@@ -38,7 +38,7 @@ def write_own_text(
     data: Sequence[Encoded],
 ) -> list[Encoded]:
     """
-    `own_text` as *settings* ask for it, as long as the longest of *data*, on the run's device.
+    Write `own_text` as *settings* ask for it, as long as the longest of *data*.
 
     Every process writes the same, since it is the seed that decides.
 
@@ -146,7 +146,7 @@ def _some(
 
 
 def _until(ids: list[int], ends: set[int | None]) -> list[int]:
-    """The ids up to and with the first end-of-text after the first token; padding follows it."""
+    """Cut ids behind the first end-of-text after the first token."""
     for place, token in enumerate(ids[1:], start=1):
         if token in ends:
             return ids[: place + 1]

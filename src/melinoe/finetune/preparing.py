@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
 from melinoe.finetune.parts import PROJECTIONS, TrainedParts
-from melinoe.malloc import keep_freed_memory
+from melinoe.malloc import keep_freed_memory, return_large_blocks
 from melinoe.moe.dispatch import bind, bound, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer, family, find_experts
 from melinoe.moe.grouped import grouped_experts
@@ -50,9 +50,8 @@ class ReadyModel:
         self._model, self._recomputes = model, recomputes
         self._types = {name: tensor.dtype for name, tensor in _tensors(model)}
         weights_bytes = sum(tensor.nbytes for _, tensor in _tensors(model))
-        # A large model's activations are large blocks, which would leave holes if they were kept.
-        if not torch.cuda.is_available() and weights_bytes < _LARGE_BYTES:
-            keep_freed_memory()
+        if not torch.cuda.is_available():
+            keep_freed_memory() if weights_bytes < _LARGE_BYTES else return_large_blocks()
         self._widened = None if settings.compute_dtype == "bfloat16" else Widened(model)
         if self._widened is not None and settings.train != "router":
             self._widened.make_way()  # for the function that adds the updates

@@ -54,7 +54,7 @@ _LEVEL = 0.6827
 @dataclass(frozen=True)
 class Price:
     """
-    What may be paid: increases of perplexity over the control, as shares.
+    Bounds on the increase of perplexity over the control, as shares.
 
     Attributes:
         own: On held-out text of the domain that is trained on.

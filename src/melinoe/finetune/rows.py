@@ -175,7 +175,7 @@ def pack(lengths: Sequence[int], row_tokens: int, random_numbers: random.Random)
 @dataclass(frozen=True)
 class Packing:
     """
-    How a model's examples are kept apart in one row.
+    Way to keep a model's examples apart in one row.
 
     Attributes:
         collator: Padded rows, or the whole batch in one row as flash attention wants it.

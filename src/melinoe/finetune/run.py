@@ -56,7 +56,7 @@ from melinoe.moe.routing import find_routers, fingerprint
 @dataclass(frozen=True)
 class FinetuneResult:
     """
-    What a run leaves behind.
+    Result of a run.
 
     Attributes:
         out: Directory of the fine-tuned checkpoint.

@@ -118,7 +118,7 @@ def write_result(
 
 
 def _where(base: str) -> str:
-    """The name by which PEFT finds a base from any directory; it takes no commit behind an @."""
+    """Name a base so that PEFT finds it from any directory; PEFT takes no commit behind an @."""
     if is_directory(base):
         return str(Path(base).expanduser().resolve())
     return split_revision(base)[0]

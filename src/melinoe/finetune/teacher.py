@@ -18,7 +18,7 @@ from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.routing import fingerprint
 
 ADAPTER_DIRECTORY = "adapter"
-"""Where the adapter lies in a checkpoint that was saved with it."""
+"""Name of the adapter's directory in a checkpoint that was saved with it."""
 
 
 class Teacher:
@@ -117,7 +117,7 @@ def teacher_fingerprint(adapter: Adapter) -> str:
 
 
 def _frozen(layer: ExpertsLayer, adapter: Adapter, device: torch.device) -> LowRank | None:
-    """The teacher's update of one layer, or none where it leaves the experts alone."""
+    """Make the teacher's update of one layer; none where it leaves the experts alone."""
     factors = adapter.factors.get(layer.name)
     if factors is None:
         return None
@@ -135,7 +135,7 @@ def _frozen(layer: ExpertsLayer, adapter: Adapter, device: torch.device) -> LowR
 def _frozen_attention(
     updates: AttentionUpdates | None, adapter: Adapter, device: torch.device
 ) -> list[LinearUpdate | None]:
-    """The teacher's update of each projection in training, or none where it has none."""
+    """Make the teacher's update of each projection in training; none where it has none."""
     if updates is None:
         return []
     alpha, made = adapter.scaling * adapter.rank, []

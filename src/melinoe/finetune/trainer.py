@@ -126,7 +126,7 @@ class LocalityTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The combined loss of one batch; see `Objective`."""
+        """Compute the combined loss of one batch; see `Objective`."""
         if self.packing is not None:
             inputs = self.packing.inputs(inputs)
         terms = self.locality.measure(model, inputs, num_items_in_batch, training=True)
@@ -142,7 +142,7 @@ class LocalityTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def end_step(self) -> None:
-        """Before the optimiser's step: forget the gradients of a bad one, and count it."""
+        """Forget the gradients of a bad step, and count it, before the optimiser's step."""
         pending, self._pending = self._pending, {}
         pulls, self._pulls = self._pulls, {}
         if not self._is_bad_anywhere():
@@ -272,7 +272,7 @@ class LocalityTrainer(Trainer):
     # ---- checkpoints ----
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters as they are now, by the names they had before any wrapping."""
+        """Return the trained parameters by the names they had before any wrapping."""
         now = {
             name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
             for name, parameter in self._plain_model().named_parameters()
@@ -289,7 +289,7 @@ class LocalityTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Instead of the Trainer's: trained parts only, no pickle, whole or not there."""
+        """Save trained parts only, without pickle, whole or not at all."""
         assert self.checkpoints is not None
         finished = self.state.global_step >= self.state.max_steps
         tensors = self._tensors_to_keep(finished)
@@ -412,7 +412,7 @@ class _Turns(TrainerCallback):
         self.trainer.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are complete and unused: a bad step is found out here."""
+        """Find out a bad step here, where gradients are complete and unused."""
         self.trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

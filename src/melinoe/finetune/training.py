@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Trained:
     """
-    What training leaves beside the model.
+    Result of training, beside the model.
 
     Attributes:
         rows: See `LocalityTrainer.rows`.

@@ -1,4 +1,4 @@
-"""Several examples in one row: each is trained as if it were alone."""
+"""Rows and their order, by the seed alone; packed, each example is trained as if it were alone."""
 
 import random
 from dataclasses import replace
@@ -13,7 +13,15 @@ from melinoe.data import IGNORED, Collator, Encoded, PackedCollator
 from melinoe.errors import UnsupportedModelError
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.parts import make_trainable
-from melinoe.finetune.rows import Packing, find_packing, leaks, pack, training_rows
+from melinoe.finetune.rows import (
+    Packing,
+    find_packing,
+    leaks,
+    number_of_steps,
+    pack,
+    training_order,
+    training_rows,
+)
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -144,3 +152,36 @@ def test_packed_training_lowers_the_loss_and_ends_plain():
     rows = trained(model, examples(12), packing=True, batch_size=2, steps=8)
     assert rows[-1]["total"] < rows[0]["total"]
     assert set(model.state_dict()) == names
+
+
+def test_every_example_comes_once_before_any_comes_again():
+    """Ten examples in batches of four, 25 places: two whole passes and half of one."""
+    order = training_order([5, 1, 4, 2, 3] * 2, batch=4, seen=25, seed=1)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert len(order) == 25 and len(set(order[20:])) == 5
+
+
+def test_batches_hold_like_lengths_and_come_in_random_order():
+    """Sorted as a whole window the batches would ascend; shuffled they do not."""
+    lengths = list(range(64))
+    order = training_order(lengths, batch=4, seen=64, seed=0)
+    batches = [order[at : at + 4] for at in range(0, 64, 4)]
+    assert all(max(batch) - min(batch) == 3 for batch in batches)
+    assert [min(batch) for batch in batches] != sorted(min(batch) for batch in batches)
+
+
+def test_the_seed_decides_the_order():
+    """The same seed gives the same order, another one another."""
+    lengths = [5, 3, 8, 1, 9, 2, 7, 4]
+    first = training_order(lengths, 2, 16, seed=0)
+    assert first == training_order(lengths, 2, 16, seed=0)
+    assert first != training_order(lengths, 2, 16, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "expected"),
+    [(7, 1.0, (7, 28)), (None, 1.0, (3, 10)), (None, 2.5, (7, 25)), (None, 0.01, (1, 1))],
+)
+def test_steps_come_from_the_epochs_unless_given(steps, epochs, expected):
+    """Ten examples in batches of four."""
+    assert number_of_steps(10, 4, steps=steps, epochs=epochs) == expected
