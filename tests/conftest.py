@@ -17,20 +17,22 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_to_collect():
+def little_garbage():
     """
-    Set aside all objects that exist before a test file begins, those of the libraries above all.
+    Set aside the libraries' objects while a test file runs.
 
-    Fine-tuning and measuring collect garbage often, and each time over every loaded module takes
-    half a second: most of the time of a run with a tiny model.
+    Fine-tuning and measuring collect garbage often. Over every loaded module that takes half a
+    second each time, most of the time of a run with a tiny model.
     """
-    gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure():
-    """Let the interpreter take everything down at its end, or bindings complain of leaks."""
+    yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _garbage_of_imports(little_garbage):
+    """Set aside what the tests before have imported, too."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -73,11 +75,3 @@ def _kernels(request):
 
     with on_the_host():
         yield
-
-
-@pytest.fixture(autouse=True)
-def little_garbage():
-    """Libraries collect garbage now and then: what was imported need not be looked at each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
