@@ -357,7 +357,9 @@ def _stored(
     """
     formats = list(own)
     if options.format is not None:
-        formats = [named_format(options.format)] * len(layers)
+        asked = named_format(options.format)
+        # What is stored by that name already is left as it is: rounding again would only lose.
+        formats = [has if has.name == asked.name else asked for has in own]
     if not isinstance(options.store, str):
         if options.store.num_layers == len(layers):
             formats = [options.store.format(layer.index) for layer in layers]

@@ -8,6 +8,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ BLOCK = 128
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
+@dataclass(frozen=True)
 class Fp8(PackedFormat):
     """
     Floats of 8 bits (e4m3), and a float32 scale for each square of weights.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from melinoe.errors import AttachError
 from melinoe.experts.format import Arithmetic, PackedFormat, Shapes, groups_of
+from melinoe.experts.packed_dot import round_to_codes
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class Integer(PackedFormat):
             raise ValueError("only float16 scales with minimums, or symmetric codes, are made here")
         rows, columns = weights.shape
         group = groups_of(columns, self.group)
-        values = weights.double().numpy().reshape(rows, -1, group)
-        low, high = values.min(axis=2), values.max(axis=2)
-        if not np.abs(values).max(initial=0.0) < 60000:
+        groups = weights.view(rows, -1, group)
+        low, high = (found.double().numpy() for found in (groups.amin(2), groups.amax(2)))
+        values = groups.numpy()
+        if not max(abs(low).max(), abs(high).max()) < 60000:
             raise AttachError(
                 f"a weight is not finite or outside float16's range, so {self.name} cannot hold "
                 "it; serve this model without a format"
@@ -100,12 +102,10 @@ class Integer(PackedFormat):
             parts["minimums"] = torch.from_numpy(_down(low))
             minimum = _down(low).astype(np.float64)
             scale = _up((high - minimum) / (2**self.bits - 1))
-        step = scale.astype(np.float64)[..., None]
-        distance = values - minimum[..., None]
-        codes = np.rint(np.divide(distance, step, out=np.zeros_like(distance), where=step > 0))
-        codes = np.clip(codes, 0, 2**self.bits - 1).astype(np.uint8).reshape(rows, columns)
+        codes = np.empty(values.shape, np.uint8)
+        round_to_codes(values, scale.astype(np.float64), minimum, 2**self.bits - 1, codes)
         parts["scales"] = torch.from_numpy(scale)
-        parts["codes"] = pack_pairs(torch.from_numpy(codes), self.bits)
+        parts["codes"] = pack_pairs(torch.from_numpy(codes.reshape(rows, columns)), self.bits)
         return parts
 
     def decode_matrix(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:

@@ -8,6 +8,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, 
 _BIAS = 127  # of the exponent that a scale is
 
 
+@dataclass(frozen=True)
 class Mxfp4(PackedFormat):
     """
     Levels of e2m1, and a power of two for each 32 neighbours.
@@ -60,8 +62,8 @@ class Mxfp4(PackedFormat):
         groups = weights.unflatten(1, (-1, GROUP))
         _, exponent = torch.frexp(groups.abs().amax(dim=2))  # amax = m * 2**exponent, .5 <= m < 1
         exponent = (exponent - 3).clamp(-_BIAS, _BIAS)
-        scaled = torch.ldexp(groups, -exponent[..., None]).double().flatten(1)
-        levels = torch.tensor(LEVELS[:8], dtype=torch.float64)
+        scaled = torch.ldexp(groups, -exponent[..., None]).flatten(1)
+        levels = torch.tensor(LEVELS[:8])
         middle = (levels[1:] + levels[:-1]) / 2
         # In the middle of two levels the even code wins, as in IEEE arithmetic.
         magnitude = scaled.abs()
