@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,24 @@ def test_help_lists_at_most_a_dozen_everyday_options_and_the_long_help_all(monke
         assert len(everyday - {"--help", "--help-all"}) <= 12, command
         left = len(every) - len(everyday - {"--help-all"})
         assert (f"Show {left} more options" in out) == ("--help-all" in everyday) == (left > 0)
+
+
+def test_readme_and_docs_name_no_option_that_no_command_has():
+    """But for lines that show other tools; the log tells of what was."""
+    known = {one for _, parameters in commands() for p in parameters for one in p.opts}
+    known |= {one.replace("--", "--no-", 1) for one in known} | {"--help", "--help-all"}
+    known |= {"--multi_gpu", "--tuned"}  # accelerate's, and a benchmark's
+    root = Path(__file__).parents[1]
+    wrong = []
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for number, line in enumerate(page.read_text().splitlines(), start=1):
+            if page.name == "log.md" or re.search(
+                "sglang|expert-distribution|convert_hf|vllm", line
+            ):
+                continue
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", line)) - known
+            wrong += [f"{page.name}:{number}: {one}" for one in sorted(named)]
+    assert not wrong
 
 
 @pytest.mark.parametrize(

@@ -100,22 +100,29 @@ QWEN = {
 }
 
 
+# Two of its 48 layers: every layer is alike, and each is built to be weighed.
+QWEN_RAW = known_models()["Qwen3-30B-A3B"]["config"] | {"num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same model, not quantised."""
+    return model_facts(written(tmp_path_factory.mktemp("plain") / "config.json", QWEN_RAW), 64)
+
+
 @pytest.mark.parametrize("form", QWEN)
-def test_an_expert_of_qwen3_takes_its_codes_and_scales(form, tmp_path):
+def test_an_expert_of_qwen3_takes_its_codes_and_scales(form, plain, tmp_path):
     """What is no expert is decoded when it is loaded, and counted so."""
     config, expert = QWEN[form]
-    raw = known_models()["Qwen3-30B-A3B"]["config"]
-    path = written(tmp_path / "config.json", raw | {"quantization_config": config})
-    facts, plain = model_facts(path, 64), model_facts("Qwen3-30B-A3B", 64)
+    path = written(tmp_path / "config.json", QWEN_RAW | {"quantization_config": config})
+    facts = model_facts(path, 64)
     assert {layer.block_bytes for layer in facts.layers} == {expert}
     assert (facts.backbone_bytes, facts.read_bytes) == (plain.backbone_bytes, plain.read_bytes)
     assert facts.kv_bytes == plain.kv_bytes
 
 
-def test_experts_that_a_config_leaves_out_are_not_packed(tmp_path):
+def test_experts_that_a_config_leaves_out_are_not_packed(plain, tmp_path):
     """By a name, a glob or a pattern; leaving out the attention changes nothing."""
-    raw = known_models()["Qwen3-30B-A3B"]["config"]
-    plain = model_facts("Qwen3-30B-A3B", 64).expert_bytes
     for names, packed in (
         (["model.layers.*.self_attn"], True),
         (["mlp.experts"], False),
@@ -123,8 +130,8 @@ def test_experts_that_a_config_leaves_out_are_not_packed(tmp_path):
         (["re:.*experts.*"], False),
     ):
         config = QWEN["w4a16"][0] | {"ignore": ["lm_head", *names]}
-        path = written(tmp_path / "config.json", raw | {"quantization_config": config})
-        assert (model_facts(path, 64).expert_bytes < plain) is packed
+        path = written(tmp_path / "config.json", QWEN_RAW | {"quantization_config": config})
+        assert (model_facts(path, 64).expert_bytes < plain.expert_bytes) is packed
 
 
 def test_a_plan_says_how_experts_are_packed(tmp_path):
@@ -161,7 +168,7 @@ def test_a_plan_says_how_experts_are_packed(tmp_path):
 )
 def test_a_form_that_is_not_known_is_refused_with_a_way(config, words, tmp_path):
     """Unless the bits are given, which plan its weights stored so."""
-    raw = known_models()["OLMoE-1B-7B"]["config"]
+    raw = known_models()["OLMoE-1B-7B"]["config"] | {"num_hidden_layers": 1}
     path = written(tmp_path / "config.json", raw | {"quantization_config": config})
     if words is not None:
         with pytest.raises(CheckpointError, match=words):

@@ -104,7 +104,9 @@ def test_loading_an_adapter_from_files_comes_before_attaching(model, way, tmp_pa
         return PeftModel.from_pretrained(onto, str(tmp_path)).eval()
 
     with melinoe.attach(copy.deepcopy(model), slots=3) as handle:
-        with pytest.raises(AttachError, match=r"load an adapter; call handle.detach\(\).*melinoe merge"):
+        with pytest.raises(
+            AttachError, match=r"load an adapter; call handle.detach\(\).*melinoe merge"
+        ):
             loaded(handle._model)
         handle.audit()
     model = loaded(model)
