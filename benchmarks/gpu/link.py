@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from melinoe.engine.device import tuning
-from melinoe.engine.device.blocks import addresses
-from melinoe.engine.device.carrier import Carrier
+from melinoe.engine.device.loading import Loader, addresses
 
 # Experts of one request: what a step of one token, a few tokens and a prompt may ask for.
 COUNTS = (1, 2, 8, 32)
@@ -52,8 +51,8 @@ def measure(store: Any, layers: Sequence[Any], device: torch.device) -> dict[str
         for t in layers[0].tensors
     }
     used = [layers[i % len(layers)] for i in range(REPEATS + 1)]
-    carriers = [Carrier(store, one, addresses(store, one.index, device), slots) for one in used]
-    nbytes = carriers[0].plan.nbytes
+    loaders = [Loader(store, one, addresses(store, one.index, device), slots) for one in used]
+    nbytes = loaders[0].plan.nbytes
     tried = []
     for count in sorted({min(count, most) for count in COUNTS}):
         places = torch.arange(count, dtype=torch.int32, device=device)
@@ -62,16 +61,16 @@ def measure(store: Any, layers: Sequence[Any], device: torch.device) -> dict[str
             torch.randperm(one.num_experts, generator=generator)[:count].tolist() for one in used
         ]
         pairs = [list(zip(experts, range(count), strict=True)) for experts in drawn]
-        engine = [partial(c.bring, p) for c, p in zip(carriers, pairs, strict=True)]
+        engine = [partial(c.load, p) for c, p in zip(loaders, pairs, strict=True)]
         rate = count * nbytes / seconds(engine, device)
         tried.append({"by": "copy engine", "experts": count, "bytes_per_s": rate})
         lists = [torch.tensor(experts, dtype=torch.int32, device=device) for experts in drawn]
         kernels = [
-            partial(c.bring_listed, e, places, number) for c, e in zip(carriers, lists, strict=True)
+            partial(c.load_listed, e, places, number) for c, e in zip(loaders, lists, strict=True)
         ]
         for programs in tuning.candidates(device):
-            for carrier in carriers:
-                carrier.plan.programs = programs
+            for loader in loaders:
+                loader.plan.programs = programs
             rate = count * nbytes / seconds(kernels, device)
             tried.append(
                 {"by": "kernel", "experts": count, "programs": programs, "bytes_per_s": rate}

@@ -100,7 +100,7 @@ class Setup:
                 self.model, engine="reference", slots=slots, store=store, device=device
             )
         self.programs = (
-            self.handle._caches[0].carriers[0].plan.programs if engine == "fast" else None
+            self.handle._caches[0].loaders[0].plan.programs if engine == "fast" else None
         )
         self.forced = shapes.ForcedRouting(self.model, device)
         self.loads = 0

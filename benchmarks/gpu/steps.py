@@ -171,10 +171,10 @@ def without(handle: Any, part: str) -> Iterator[None]:
     ``compute``: nor computed, the layer's experts give zeros.
     """
     experts = handle._caches
-    saved = [(one._carrier.bring_listed, one._on_device) for one in experts]
+    saved = [(one._loader.load_listed, one._on_device) for one in experts]
     for one in experts:
         if part == "copy":
-            one._carrier.bring_listed = lambda *_: None
+            one._loader.load_listed = lambda *_: None
         elif part == "decide":
             one._on_device = _renumbered(one)
         elif part == "compute":
@@ -182,8 +182,8 @@ def without(handle: Any, part: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for one, (bring, on_device) in zip(experts, saved, strict=True):
-            one._carrier.bring_listed, one._on_device = bring, on_device
+        for one, (load, on_device) in zip(experts, saved, strict=True):
+            one._loader.load_listed, one._on_device = load, on_device
 
 
 def _renumbered(one: Any) -> Callable[..., Any]:

@@ -8,8 +8,7 @@ from on_cuda import EXPERTS, model
 from melinoe.cache.packing import pack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
-from melinoe.engine.device.blocks import addresses
-from melinoe.engine.device.carrier import Carrier
+from melinoe.engine.device.loading import Loader, addresses
 from melinoe.engine.device.residency import DeviceResidency
 from melinoe.engine.ram_store import PinnedStore
 from melinoe.engine.store import read_weights
@@ -67,10 +66,10 @@ def test_experts_arrive_from_pinned_memory_bit_for_bit(stored):
     }
     slots = {t.name: around[t.name][guard:-guard].view(count, *t.shape) for t in layer.tensors}
     expected = {name: flat.cpu().clone() for name, flat in around.items()}
-    carrier = Carrier(store, layer, addresses(store, 0, CUDA), slots)
+    loader = Loader(store, layer, addresses(store, 0, CUDA), slots)
     pairs = [(5, 2), (11, 0), (0, 5)]
     lists = torch.tensor(pairs, dtype=torch.int32, device=CUDA).T.contiguous()
-    carrier.plan.launch(lists[0], lists[1], torch.tensor([3], dtype=torch.int32, device=CUDA))
+    loader.plan.launch(lists[0], lists[1], torch.tensor([3], dtype=torch.int32, device=CUDA))
     for expert, slot in pairs:
         for name, weights in read_weights(layer, store, expert).items():
             expected[name][guard:-guard].view(count, *weights.shape)[slot].copy_(weights)

@@ -5,8 +5,8 @@ import pytest
 import tiny
 import torch
 
-from melinoe.engine.device.blocks import addresses, segments
 from melinoe.engine.device.expanding import ExpandPlan
+from melinoe.engine.device.loading import addresses, segments
 from melinoe.engine.device.staging import unpacked_slots
 from melinoe.engine.ram_store import RamStore
 from melinoe.engine.store import read_weights

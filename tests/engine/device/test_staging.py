@@ -13,7 +13,7 @@ import torch
 from fast_attach import attach
 from small_olmoe import tiny_model
 
-from melinoe.engine.device.carrier import Carrier
+from melinoe.engine.device.loading import Loader
 
 IDS = torch.arange(3, 31)[None]
 
@@ -24,25 +24,25 @@ class LateCopies:
     def __init__(self, handle, monkeypatch):
         self.waiting, self.copying_now, self.after = [], False, None
         self.begun = self.marks = self.staged = self.most_waiting = 0
-        self.blocks = [b for one in handle._caches for b in one.carriers[1:]]
+        self.blocks = [b for one in handle._caches for b in one.loaders[1:]]
         staging = handle.engine.staging
         for name in ("begin", "copying", "arrive", "mark"):
             monkeypatch.setattr(staging, name, getattr(self, name))
-        bring = Carrier.bring
+        load = Loader.load
 
-        def late(carrier, pairs):
+        def late(loader, pairs):
             if not self.copying_now:
-                return bring(carrier, pairs)
+                return load(loader, pairs)
             assert self.begun, "copies may come before what was queued earlier"
-            if any(carrier is block for block in self.blocks):
+            if any(loader is block for block in self.blocks):
                 # Two blocks take turns: the one to fill was last read two rounds ago.
                 expected = self.staged - 1 if self.staged >= 2 else None
                 assert self.after == expected, "a block is filled while it may be read"
                 self.staged += 1
-            self.waiting.append(lambda: bring(carrier, pairs))
+            self.waiting.append(lambda: load(loader, pairs))
             self.most_waiting = max(self.most_waiting, len(self.waiting))
 
-        monkeypatch.setattr(Carrier, "bring", late)
+        monkeypatch.setattr(Loader, "load", late)
         for pair in staging._blocks.values():
             for block in pair:
                 for tensor in block.values():

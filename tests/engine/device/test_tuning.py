@@ -15,8 +15,8 @@ def handle():
         yield found
 
 
-def carriers(handle):
-    return [one.carriers for one in handle._caches]
+def loaders(handle):
+    return [one.loaders for one in handle._caches]
 
 
 def test_the_fastest_number_is_used_for_every_carrier_of_the_layer(handle, monkeypatch):
@@ -26,21 +26,21 @@ def test_the_fastest_number_is_used_for_every_carrier_of_the_layer(handle, monke
 
     def seconds(launch):
         launch()
-        tried.append(handle._caches[0].carriers[0].plan.programs)
+        tried.append(handle._caches[0].loaders[0].plan.programs)
         return {3: 3e-3, 5: 2e-3, 7: 1e-3}[tried[-1]]
 
-    found = tune(carriers(handle), torch.device("cpu"), seconds)
+    found = tune(loaders(handle), torch.device("cpu"), seconds)
     assert tried == [3, 5, 7]
     size = handle.store.block_bytes(0)
     # Four slots, so four experts are copied.
     assert found == {size: {3: 4 * size / 3e-3, 5: 4 * size / 2e-3, 7: 4 * size / 1e-3}}
-    assert {one.plan.programs for group in carriers(handle) for one in group} == {7}
+    assert {one.plan.programs for group in loaders(handle) for one in group} == {7}
 
 
 def test_a_trial_copies_what_a_step_would(handle):
     """The slots then hold the first experts; nobody counts as resident."""
-    tuning.tune(carriers(handle), torch.device("cpu"), lambda launch: launch() or 1.0)
-    first = handle._caches[0].carriers[0]
+    tuning.tune(loaders(handle), torch.device("cpu"), lambda launch: launch() or 1.0)
+    first = handle._caches[0].loaders[0]
     which = torch.arange(4, dtype=torch.int32)
     first.plan.launch(which, which, torch.tensor([4], dtype=torch.int32))
     views = handle.store.views(0, 3)

@@ -89,7 +89,7 @@ class DeviceEngine:
             )
             for layer in layers
         ]  # fmt: skip
-        self.copies = tune((one.carriers for one in self.experts), device)
+        self.copies = tune((one.loaders for one in self.experts), device)
 
     @property
     def transferred_bytes(self) -> int:

@@ -13,8 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.checks import Guard
 from melinoe.engine.device import compiled
-from melinoe.engine.device.blocks import addresses
-from melinoe.engine.device.carrier import Carrier
+from melinoe.engine.device.loading import Loader, addresses
 from melinoe.engine.device.passes import DEVICE, STREAM, DevicePasses
 from melinoe.engine.device.residency import DeviceResidency, to_device
 from melinoe.engine.device.staging import Staging, unpacked_slots
@@ -71,8 +70,8 @@ class DeviceExperts:
         staging.adopt(*self.slots.values())
         where = addresses(store, layer.index, device)
         blocks = staging.blocks(layer, store)
-        self._carrier = Carrier(store, layer, where, self.slots)
-        self._through = [Carrier(store, layer, where, block) for block in blocks]
+        self._loader = Loader(store, layer, where, self.slots)
+        self._through = [Loader(store, layer, where, block) for block in blocks]
         self._forward = self._of_few = transformers_function(layer.module)
         if device.type == "cuda" and grouped_mm_waits(
             torch.cuda.get_device_capability(device), layer.tensors[0].dtype
@@ -88,13 +87,13 @@ class DeviceExperts:
 
     @property
     def residency(self) -> Residency:
-        """Which experts are resident now, on the host; waits for the device."""
+        """Copy to the host which experts are resident now; waits for the device."""
         return self._residencies.pull(self._index)
 
     @property
-    def carriers(self) -> list[Carrier]:
-        """Copy to the slots, and to the two staging blocks."""
-        return [self._carrier, *self._through]
+    def loaders(self) -> list[Loader]:
+        """Loaders into the slots, and into the two staging blocks."""
+        return [self._loader, *self._through]
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +147,7 @@ class DeviceExperts:
         """Load *experts*, the most wanted first; returns the number of loads."""
         try:
             loads = self._residencies.pull(self._index).prefetch(experts).loads
-            self._carrier.bring([(load.expert, load.slot) for load in loads])
+            self._loader.load([(load.expert, load.slot) for load in loads])
             self._residencies.push(self._index)
         except BaseException:
             self._residencies.reset()
@@ -186,7 +185,7 @@ class DeviceExperts:
         assert min(top_k_index.numel(), self._num_experts) <= self._num_slots
         at, all_layers = self._index, self._residencies
         decided = all_layers.decide(at, top_k_index, top_k_weights)
-        self._carrier.bring_listed(
+        self._loader.load_listed(
             all_layers.load_expert[at], all_layers.load_slot[at], all_layers.num_loads[at : at + 1]
         )
         if self._is_last:
@@ -237,7 +236,7 @@ class DeviceExperts:
         decisions = []
         for decision in residency.request_in_parts(experts, uses):
             decisions.append(decision)
-            self._carrier.bring([(load.expert, load.slot) for load in decision.loads])
+            self._loader.load([(load.expert, load.slot) for load in decision.loads])
             present = [*decision.hits, *(load.expert for load in decision.loads)]
             due = np.full(self._num_experts + 1, -1)
             due[present] = residency.slot_of[present]
@@ -280,7 +279,7 @@ class DeviceExperts:
             staged = number >= in_slots
             if number:
                 with self._staging.copying(done[block] if staged else None):
-                    (self._through[block] if staged else self._carrier).bring(members)
+                    (self._through[block] if staged else self._loader).load(members)
                 self._staging.arrive()
             end = begin + int(sum(uses[expert] for expert, _ in members))
             stand_in = self._staged[block] if staged else self._stand_in

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from melinoe.engine.device.carrier import Carrier
 from melinoe.engine.device.copying import PROGRAMS_PER_SM, default_programs
+from melinoe.engine.device.loading import Loader
 
 _log = logging.getLogger("melinoe")
 
@@ -27,17 +27,17 @@ _WORTH = 1.03
 
 
 def tune(
-    carriers: Iterable[Sequence[Carrier]],
+    loaders: Iterable[Sequence[Loader]],
     device: torch.device,
     seconds: Callable[[Callable[[], None]], float] | None = None,
 ) -> dict[int, dict[int, float]]:
     """
-    Give each carrier's kernel the number of programs that copies fastest here.
+    Give each loader's kernel the number of programs that copies fastest here.
 
     The trial overwrites slots, so no expert may be resident yet.
 
     Args:
-        carriers: by layer; the first of a layer, which copies to its slots, is tried. Layers whose
+        loaders: by layer; the first of a layer, which copies to its slots, is tried. Layers whose
             blocks are equally long are tried once.
         device: where they copy to.
         seconds: times a launch; exchanged by tests.
@@ -49,7 +49,7 @@ def tune(
     time = seconds or partial(_seconds, device)
     rates: dict[int, dict[int, float]] = {}
     numbers = candidates(device)
-    for group in carriers:
+    for group in loaders:
         plan, size = group[0].plan, group[0].plan.nbytes
         if size not in rates and len(numbers) > 1:
             experts = group[0].num_experts
@@ -67,8 +67,8 @@ def tune(
             said = ", ".join(f"{n} programs {rate / 1e9:.1f}" for n, rate in rates[size].items())
             used = best(rates[size])
             _log.info("copying blocks of %d bytes: %s GB/s; %d are used", size, said, used)
-        for carrier in group:
-            carrier.plan.programs = best(rates[size]) if size in rates else numbers[0]
+        for loader in group:
+            loader.plan.programs = best(rates[size]) if size in rates else numbers[0]
     return rates
 
 
