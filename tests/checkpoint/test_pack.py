@@ -10,6 +10,7 @@ from small_olmoe import words_tokenizer
 from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_model, open_checkpoint, pack
+from melinoe.checkpoint.export_rules import find_export_faults
 from melinoe.checkpoint.verifying import verify
 from melinoe.errors import OutputExistsError, UnsupportedModelError
 from melinoe.experts.formats import named_format
@@ -89,6 +90,8 @@ def test_the_command_packs(base, tmp_path, melinoe):
     assert code == 0 and err.startswith("wrote ")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == {"quant_method": "melinoe", "format": "int4", "transposed": False}
+    found = find_export_faults(str(tmp_path / "out"))
+    assert any("only Melinoe reads them" in one.why for one in found)
 
 
 def test_an_adapter_of_a_packed_base_is_merged_into_the_base_unpacked(tmp_path, melinoe):

@@ -1,5 +1,5 @@
 """
-What other engines make of a checkpoint's config, where it is not what transformers makes of it.
+Find settings of a checkpoint that other engines read otherwise than transformers.
 
 Each rule was read in the engine's own code or seen to happen; `docs/export.md` says which.
 """
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from melinoe.checkpoint.files import read_raw_config
 from melinoe.checkpoint.hub import locate
+from melinoe.checkpoint.packed import OWN_METHOD, find_packing
 from melinoe.checkpoint.tokenizer import TOKENIZER_FILES
 
-Part = dict[str, Any]
+Config = dict[str, Any]
 
 
 class Finding(NamedTuple):
@@ -36,8 +37,14 @@ class _Rule(NamedTuple):
     """Hold a finding and the family whose configs it is about; None for any family."""
 
     family: str | None
-    holds: Callable[[Part], bool]
+    holds: Callable[[Config], bool]
     finding: Finding
+
+
+def _is_packed_here(config: Config) -> bool:
+    """Whether `melinoe pack` wrote the checkpoint."""
+    packing = find_packing(config)
+    return packing is not None and packing.method == OWN_METHOD
 
 
 _FIXED = "vLLM, SGLang, llama.cpp"
@@ -65,10 +72,14 @@ _RULES = (
         "transformers 4", "num_local_experts, and no num_experts",
         "it takes 128 experts and fails to load; write num_experts beside",
     )),
+    _Rule(None, lambda c: _is_packed_here(c), Finding(
+        "all", "experts are packed by `melinoe pack`",
+        "only Melinoe reads them; `melinoe pack --format plain` writes them for other engines",
+    )),
 )  # fmt: skip
 
 
-def other_results(config: Part) -> list[Finding]:
+def other_results(config: Config) -> list[Finding]:
     """Find the rules that hold for a raw config, or for any part of it."""
     family = config.get("model_type")
     return [
@@ -108,7 +119,7 @@ def find_export_faults(name: str) -> list[Finding]:
     return found
 
 
-def _parts(config: Part) -> Iterator[Part]:
+def _parts(config: Config) -> Iterator[Config]:
     yield config
     for part in config.values():
         if isinstance(part, dict) and "model_type" in part:

@@ -261,8 +261,7 @@ def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], direct
         WriteError: what would be written is not what *model* holds; a fault of the rules.
         OSError: a full disk.
 
-    Cost: every byte of the base copied once; a few copies of one expert in memory, of a layer in
-    the families whose files can only be converted a layer at a time.
+    Cost: every byte of the base copied once; a few copies of one expert in memory.
     """
     for path in {place.file.path for place in checkpoint.files.values()}:
         copyfile(path, directory / path.name)
@@ -293,7 +292,7 @@ def _parts(
     for source in checkpoint.experts:
         for tensor_name, reader in source.readers.items():
             name = f"{source.layer.name}.{tensor_name}"
-            if id(tensors.get(name)) not in wanted or not _writes_by_expert(reader):
+            if id(tensors.get(name)) not in wanted:
                 continue
             by_expert.add(name)
             left.pop(id(tensors[name]), None)
@@ -301,9 +300,7 @@ def _parts(
                 yield _expert_part(model, reader, name, expert, tensors[name].detach()[expert])
     for group in group_by_parameter(model, checkpoint.tensors).values():
         own = {name: tensors[name].detach() for name in group.targets if name in tensors}
-        if by_expert.issuperset(own):
-            continue
-        if any(id(tensors[name]) in wanted for name in own):
+        if any(id(tensors[name]) in wanted for name in own.keys() - by_expert):
             for name in own:
                 left.pop(id(tensors[name]), None)
             yield _group_part(model, group, own)
@@ -314,10 +311,6 @@ def _parts(
                 f"{checkpoint.name} stores nothing for {name} of {family(model)}, so a change of "
                 "it cannot be written; save an adapter instead (--save adapter)"
             )
-
-
-def _writes_by_expert(reader: Reader) -> bool:
-    return isinstance(reader, OneExpert) or reader.pieces(0) is not None
 
 
 def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor) -> _Part:
