@@ -19,7 +19,7 @@ _PLACEHOLDERS = (
     (r"<(list\[)?int( range)?\]?>", "N"),
     (r"<(list\[)?float( range)?\]?>", "X"),
     (r"<(list\[)?str\]?>", "TEXT"),
-    (r"<(list\[)?path\]?>", "PATH"),
+    (r"<(list\[)?[pP]ath\]?>", "PATH"),
 )
 
 
@@ -59,7 +59,7 @@ def _shortened(param: Any, name: str, text: str) -> tuple[str, str]:
     """Give one word for a type, and the one name of a flag that is off by default."""
     for pattern, word in _PLACEHOLDERS:
         name = re.sub(pattern, word, name)
-    if getattr(param, "is_flag", False) and not param.default:
+    if getattr(param, "is_flag", False) and param.default is False:
         name, text = name.split(" / ")[0], text.split("  [default: ")[0]
     return name, text
 

@@ -10,13 +10,13 @@ from melinoe.cli.command import option
 
 def command(
     out: options.Out = Path("runs/demo"),
-    seed: Annotated[int, option("Decides everything that is random.")] = 0,
+    seed: Annotated[int, option("Seed of everything that is random.")] = 0,
     quick: Annotated[
-        bool, option("A minute instead of eight: the same path, worthless figures.")
+        bool, option("Take a minute instead of eight, for figures that mean nothing.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fine-tune the shipped model twice, trace, predict, serve; print a table, write a report."""
+    """Fine-tune the shipped model twice, trace, predict and serve it; print a table."""
     from melinoe.checkpoint import check_output
     from melinoe.demo import run
 

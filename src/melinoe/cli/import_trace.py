@@ -20,7 +20,7 @@ def command(
     ],
     out: Annotated[Path, option("The file to write: a trace, or statistics (.json).")],
     format: Annotated[
-        str, option("auto (by the name's end), table, sglang or llama.cpp.")
+        str, option("What wrote the file: table, sglang, llama.cpp, or auto (by the name's end).")
     ] = "auto",
     statistics: Annotated[
         bool, option("Write how often each expert was chosen, without the order.")
@@ -28,7 +28,7 @@ def command(
     num_experts: Annotated[
         int | None, option("Experts of each layer, where the file does not say.", min=1)
     ] = None,
-    model: Annotated[str, option("The model's name, for people.")] = "",
+    model: Annotated[str, option("Name of the model, as people call it.")] = "",
 ) -> None:
     """Make a trace, or statistics of use, from what another tool recorded."""
     from melinoe.cache.statistics import save_statistics

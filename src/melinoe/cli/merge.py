@@ -15,7 +15,10 @@ def command(
     ],
     out: options.Out,
     base: Annotated[
-        str | None, option("Checkpoint directory or hub name. Default: what the adapter names.")
+        str | None,
+        option(
+            "The adapter's base: a directory or a name on the hub. Default: what the adapter names."
+        ),
     ] = None,
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""

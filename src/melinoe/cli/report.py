@@ -22,15 +22,15 @@ def command(
     policy: Annotated[
         list[str] | None,
         option(
-            "With which traces are replayed; may be repeated. Default: lru, lfu, lfru, static "
-            "and belady, which take seconds; score, and those of installed packages, take minutes."
+            "Replay traces with this policy. Repeatable. Default: lru, lfu, lfru, static and "
+            "belady, which take seconds; score, and those of installed packages, take minutes."
         ),
     ] = None,
     readme: Annotated[
-        Path | None, option("Instead of a page, write the tables of this Markdown file.")
+        Path | None, option("Write the tables of this Markdown file instead of a page.")
     ] = None,
     figures: Annotated[
-        Path | None, option("Instead of a page, write its figures into this directory, as SVG.")
+        Path | None, option("Write the figures into this directory instead of a page, as SVG.")
     ] = None,
     check: Annotated[
         bool, option("With --readme: write nothing, fail if it is out of date.")
