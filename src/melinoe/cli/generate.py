@@ -113,8 +113,7 @@ def command(
     if as_json:
         output.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
     else:
-        short = {key: round(v, 3) if isinstance(v, float) else v for key, v in cost.items()}
-        output.say("  ".join(f"{name} {value}" for name, value in short.items()))
+        output.say(_in_words(cost))
 
 
 def _cost(handle: Any, result: Any, choice: str, prefetch: str) -> dict[str, Any]:
@@ -140,6 +139,25 @@ def _cost(handle: Any, result: Any, choice: str, prefetch: str) -> dict[str, Any
         "ttft_s": result.ttft_s,
         "tokens_per_s": result.tokens_per_s,
     }
+
+
+def _in_words(cost: dict[str, Any]) -> str:
+    """Say the cost in a line; --json has all of it."""
+    parts = [
+        f"{cost['tokens_per_s']:.3g} tokens/s, the first after {cost['ttft_s']:.2g} s",
+        f"{cost['slots']} experts of each layer resident",
+    ]
+    if cost["hit_rate"] is not None:
+        parts.append(f"hit rate {cost['hit_rate']:.1%}")
+    for name, words in (
+        ("transfers_per_token", "experts loaded for each token"),
+        ("computed_there_per_token", "computed on the CPU for each token"),
+        ("prefetch_per_token", f"loaded ahead for each token ({cost['prefetch']})"),
+        ("changed_choices", "choices changed"),
+    ):
+        if cost[name] or name == "transfers_per_token":
+            parts.append(f"{cost[name] or 0:.3g} {words}")
+    return "; ".join(parts)
 
 
 def _read_prompt() -> str:
