@@ -1,6 +1,7 @@
 """
-Long traces, compiled: the decisions of `Residency` with a built-in policy, for one number of slots
-(`replay`) or for all at once (`distances`).
+Replay long traces by compiled code, which decides as `Residency` does.
+
+`replay` takes one number of slots, `distances` all at once, under a built-in policy.
 
 A policy is a number here, its place in `COMPILED_POLICIES`; its rule is the function of
 `melinoe.cache.policy` itself, compiled. Every expert of a layer has a float64 *rank*, the lowest
