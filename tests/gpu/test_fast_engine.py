@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 import melinoe
 from melinoe.cache.simulator import simulate
+from melinoe.engine.budget import backbone_bytes, share_budget
 from melinoe.engine.device.batching import batching_config
-from melinoe.engine.device.budget import backbone_bytes, share_budget
 from melinoe.engine.passes import Batch
 from melinoe.moe.experts import find_experts
 

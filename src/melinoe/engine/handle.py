@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.prefetch import Prefetcher
 from melinoe.cache.residency import Residency, StreamedPrefill
+from melinoe.engine.budget import Cap, GpuBudget
 from melinoe.engine.checks import audit, stream_order
 from melinoe.engine.choosing import Choosing
-from melinoe.engine.device.budget import Cap, GpuBudget
 from melinoe.engine.misses import Misses
 from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.prefetching import Prefetching

@@ -18,8 +18,7 @@ from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
-from melinoe.engine.checks import same_bits
-from melinoe.engine.device.budget import (
+from melinoe.engine.budget import (
     Cap,
     GpuBudget,
     backbone_bytes,
@@ -27,6 +26,7 @@ from melinoe.engine.device.budget import (
     share_budget,
     workspace_bytes,
 )
+from melinoe.engine.checks import same_bits
 from melinoe.engine.device.static_cache import cache_length
 from melinoe.engine.disk_store import DiskStore
 from melinoe.engine.handle import Engine, Handle

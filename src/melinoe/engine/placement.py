@@ -11,8 +11,7 @@ import torch
 
 from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy, policy_makers
-from melinoe.engine.budget import memory_of, parse_bytes, slots_by_layer, slots_for
-from melinoe.engine.device.budget import GpuBudget
+from melinoe.engine.budget import GpuBudget, memory_of, parse_bytes, slots_by_layer, slots_for
 from melinoe.engine.device.support import why_not
 from melinoe.engine.misses import check_miss
 from melinoe.engine.options import Options

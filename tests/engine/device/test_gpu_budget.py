@@ -9,8 +9,7 @@ from transformers import StaticCache
 import melinoe
 import melinoe.engine.device.engine as engine_module
 from melinoe import attach
-from melinoe.engine.device import support
-from melinoe.engine.device.budget import (
+from melinoe.engine.budget import (
     Cap,
     backbone_bytes,
     cache_bytes,
@@ -19,11 +18,13 @@ from melinoe.engine.device.budget import (
     watched,
     workspace_bytes,
 )
+from melinoe.engine.device import support
 from melinoe.engine.device.staging import Staging, staging_bytes
 from melinoe.engine.device.static_cache import tensors
 from melinoe.engine.device.support import why_not
 from melinoe.engine.ram_store import RamStore
 from melinoe.errors import BudgetError
+from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -129,6 +130,17 @@ def test_a_budget_is_shared_out_as_worked_by_hand():
     assert shorter.slots_per_layer < budget.slots_per_layer
     everything = share_budget("80GiB", layers, backbone, cache, prompt, **options)
     assert everything.slots_per_layer == 64
+
+
+def test_slots_that_hold_packed_experts_take_their_packed_bytes():
+    """Int4 with groups of 64 is under a third of bfloat16: all 64 experts fit into the 8 GiB."""
+    layers = [one.stored_as(named_format("int4")) for one in find_experts(olmoe_1b_7b())]
+    options = {"batch": 1, "context": 2048, "staging_experts": 0}
+    budget = share_budget("8GiB", layers, 1 << 30, 1 << 28, 1 << 28, **options)
+    assert budget.slots_per_layer == 64
+    # Codes of four bits, and a scale and a minimum of 16 bits for each group, in pieces of 2 MiB.
+    weights = 16 * 64 * 3 * 2048 * 1024
+    assert budget.slots == pytest.approx(weights / 2 + weights / 64 * 4, rel=0.01)
 
 
 def test_a_budget_below_the_least_names_the_least():
