@@ -126,6 +126,8 @@ def _beyond() -> Iterator[Run]:
     yield _run("beyond", "own text alone", lambda_cache=0.0, **OWN)
     yield _run("beyond", "own text", 1.0, lambda_cache=1.0, **OWN)
     yield _run("beyond", "resident form", 1.0, lambda_cache=1.0, cache_loss="resident")
+    form = {"lambda_cache": 2.0, "cache_loss": "resident"}
+    yield _run("beyond", "taught, resident form", 2.0, **form, **TAUGHT)  # not run yet
 
 
 def _attention() -> Iterator[Run]:
