@@ -54,7 +54,7 @@ IN_DOMAIN = "gsm8k"
 
 
 def quick_settings() -> DemoSettings:
-    """The same path in about a minute; the figures mean nothing."""
+    """Give settings that take the same path in about a minute; the figures mean nothing."""
     return DemoSettings(
         train_examples=64,
         steps=6,
@@ -108,7 +108,7 @@ class Demo:
         self.slots = experts_in_share(settings.slots, self.about.num_experts)
 
     def run(self) -> str:
-        """All stages in turn; the table."""
+        """Run all stages in turn, and give the table."""
         self.out.mkdir(parents=True, exist_ok=True)
         prompts = [e.prompt for e in self._held_out(self.settings.prompts)]
         with self._stage("fine-tune"):
@@ -169,7 +169,7 @@ class Demo:
             self._write(training_record(name, result.log, asdict(settings)))
 
     def _open(self, name: str, slots: int, **more: Any) -> tuple[Any, Any, Any]:
-        """A model from its checkpoint, through the loader that opens any hub checkpoint."""
+        """Load a model with the loader that opens any checkpoint."""
         path = str(self.paths[name])
         model, handle = load(path, "cpu", slots=slots, dtype=torch.float32, **more)
         return model, handle, load_tokenizer(path, model.config)

@@ -1,4 +1,4 @@
-"""How much memory the host can still give: the least that the machine and every limit leave."""
+"""Find how much memory the host can still give, under every limit on the process."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _machine(root: Path) -> Iterator[HostMemory]:
 
 
 def _own_limits(root: Path) -> Iterator[HostMemory]:
-    """The process's limits, each against what of its kind the process has already."""
+    """List the process's limits, each less what the process has of it already."""
     limits = _read(root / "proc/self/limits")
     for name, used_as, option in (
         ("Max address space", "VmSize", "-v"),
@@ -114,7 +114,7 @@ def _groups(root: Path) -> Iterator[HostMemory]:
 
 
 class _Files(NamedTuple):
-    """The names that a version of the interface gives to the limits, the use, and cached files."""
+    """Name the limits, the use and the cached files in a version of the interface."""
 
     limits: tuple[str, ...]
     used: str
@@ -149,13 +149,13 @@ def _left_in(group: Path, files: _Files) -> Iterator[HostMemory]:
 
 
 def _kilobytes(path: Path, name: str) -> int | None:
-    """The bytes that a line like ``VmSize:  1234 kB`` stands for."""
+    """Read the bytes of a line like ``VmSize:  1234 kB``."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", _read(path), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
 def _unescaped(text: str) -> str:
-    """A path of mountinfo, which writes blanks and the like as ``\\040``."""
+    """Read a path of mountinfo, which writes blanks and the like as ``\\040``."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 

@@ -91,7 +91,7 @@ def remove_unfinished(path: Path) -> None:
 
 
 def _is_in_use(directory: Path) -> bool:
-    """Whether a process holds the lock; the system takes it from one that ends in any way."""
+    """Tell whether a process holds the lock; the system takes it from one that ends in any way."""
     if fcntl is None:
         return True
     try:

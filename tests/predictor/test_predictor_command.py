@@ -32,9 +32,10 @@ def trace(checkpoint, tmp_path, melinoe):
 
 
 def refused(result, *words):
-    """One line on stderr, no traceback, exit 1."""
+    """One sentence at the end of stderr, no traceback, exit 1."""
     code, _, err = result
-    assert code == 1 and err.startswith("melinoe: ") and err.count("\n") == 1, err
+    assert code == 1 and err.splitlines()[-1].startswith("melinoe: "), err
+    assert "Traceback" not in err
     assert all(str(word) in err for word in words), err
 
 

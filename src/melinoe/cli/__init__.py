@@ -1,4 +1,4 @@
-"""The command line: each command parses, calls one stage, and prints. Stages load when they run."""
+"""Parse commands, call one stage each, and print; a stage is imported when it runs."""
 
 from melinoe.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The application: its commands, and the one-line errors and exit codes that all have."""
+"""Run commands, and end each with one line and an exit code where it fails."""
 
 import os
 import sys

@@ -103,7 +103,7 @@ def command(
 
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.checkpoint.files import read_config
-    from melinoe.config import ServeSettings, experts_in_share
+    from melinoe.config import QUARTER, experts_in_share
     from melinoe.data import load_examples
     from melinoe.errors import MelinoeError, UnsupportedModelError
     from melinoe.measure import append_jsonl
@@ -122,7 +122,7 @@ def command(
         raise UnsupportedModelError(about.reason)
     chosen = strategies(
         about.num_experts,
-        slots or [experts_in_share(ServeSettings().slots, about.num_experts)],
+        slots or [experts_in_share(QUARTER, about.num_experts)],
         policy or ["lru", "lfu"],
         wanted,
         miss or ["wait"],

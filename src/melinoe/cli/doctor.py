@@ -153,7 +153,7 @@ def _in_words(verified: Verified) -> str:
 
 @contextmanager
 def _as_checkpoint(model: str) -> Iterator[str]:
-    """A file is what it tells as the config of a checkpoint without weights, as in a plan."""
+    """Give a checkpoint's name; of a config.json alone, that of a directory which holds only it."""
     from shutil import copyfile
     from tempfile import TemporaryDirectory
 
@@ -170,7 +170,7 @@ def _as_checkpoint(model: str) -> Iterator[str]:
 
 
 def _describe(model: str, name: str) -> Description:
-    """What *name* holds, under the name that was asked for."""
+    """Describe *name*, and call it as the user did."""
     from dataclasses import replace
 
     from melinoe.checkpoint import describe

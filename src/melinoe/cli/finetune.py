@@ -321,7 +321,7 @@ def finish(
 
 
 def _is_measured(out: Path, control: Path | None) -> bool:
-    """Whether the outcome is there, and beside the control if there is one."""
+    """Tell whether the outcome is recorded, with that of the control if there is one."""
     from melinoe.checkpoint import read_metadata
 
     outcome = read_metadata(out).get("outcome") or {}

@@ -42,7 +42,7 @@ def fit_command(
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import check_output
     from melinoe.cli.models import open_backbone, prompt_ids
-    from melinoe.config import ServeSettings, experts_in_share
+    from melinoe.config import QUARTER, experts_in_share
     from melinoe.data import load_examples
     from melinoe.errors import BudgetError
     from melinoe.predictor import compare, fit, load_prompts
@@ -54,7 +54,7 @@ def fit_command(
     check_output(out)
     loaded = Trace.load(trace)
     prompts = load_prompts(trace, loaded) if data is None else None
-    size = slots or experts_in_share(ServeSettings().slots, loaded.num_experts)
+    size = slots or experts_in_share(QUARTER, loaded.num_experts)
     if size > loaded.num_experts:
         raise BudgetError(
             f"{size} slots cannot be in layers of {loaded.num_experts} experts; choose from 1 to "

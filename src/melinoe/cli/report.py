@@ -71,7 +71,7 @@ def command(
 
 
 def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
-    """The files, each trace among them as the records that a report shows of it."""
+    """Replace each trace among the files by the records that a report shows of it."""
     traces = [run for run in runs if run.suffix == ".safetensors"]
     if not traces:
         return list(runs)

@@ -9,7 +9,7 @@ _FEWEST = 8  # held-out examples below which an interval says nothing
 
 
 def name_of(source: str) -> str:
-    """A text's short name: of a file or directory without its path and ending."""
+    """Give a text's short name: that of a file or directory without path and ending."""
     return Path(source).stem if Path(source).exists() else source
 
 

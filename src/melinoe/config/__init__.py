@@ -12,12 +12,13 @@ from melinoe.config.names import (
     MISSES,
     PREFETCH_AT,
     PREFETCH_MOMENTS,
+    QUARTER,
     STORES,
     PrefetchAt,
+    experts_in_share,
     policies,
 )
 from melinoe.config.outcome import OutcomeSettings
-from melinoe.config.serving import ServeSettings, experts_in_share
 from melinoe.config.setting import describe, setting
 
 __all__ = [
@@ -27,12 +28,12 @@ __all__ = [
     "PLAIN",
     "PREFETCH_AT",
     "PREFETCH_MOMENTS",
+    "QUARTER",
     "STORES",
     "DemoSettings",
     "FinetuneSettings",
     "OutcomeSettings",
     "PrefetchAt",
-    "ServeSettings",
     "describe",
     "experts_in_share",
     "policies",

@@ -1,4 +1,4 @@
-"""What the demo runs."""
+"""Settings of the demo."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from melinoe.config.setting import setting
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What ``melinoe demo`` runs; sized for two CPU cores and ten minutes, set-up included."""
+    """Settings of ``melinoe demo``, sized for ten minutes on two CPU cores, set-up included."""
 
     train_examples: int = setting(1600, "question and answer pairs to fine-tune on")
     steps: int = setting(200, "optimiser steps of each of the two fine-tunings")

@@ -1,4 +1,4 @@
-"""How much is measured of a fine-tuned model."""
+"""Settings of what is measured after fine-tuning."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from melinoe.config.setting import setting
 
 @dataclass(frozen=True, kw_only=True)
 class OutcomeSettings:
-    """How much is measured of a fine-tuned model and its base, for ``melinoe.json``."""
+    """Sizes of the measurements of a fine-tuned model and its base, for ``melinoe.json``."""
 
     examples: int = setting(128, "held-out examples behind each perplexity")
     prompts: int = setting(32, "held-out prompts that are answered and traced")

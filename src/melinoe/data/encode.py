@@ -246,5 +246,5 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The tokenizer's padding id, or its end-of-text id where it has none; padding is masked."""
+    """Give the tokenizer's padding id, or its end-of-text id where it has none."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -81,7 +81,7 @@ class Example:
 
     @property
     def learned_turns(self) -> tuple[int, ...]:
-        """The places in a chat of the turns to learn, in order."""
+        """Places in a chat of the turns to learn, in order."""
         if self.learned is not None:
             return self.learned
         turns = enumerate(self.messages or ())

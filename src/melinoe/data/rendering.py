@@ -92,7 +92,7 @@ def render(example: Example, tokenizer: Any) -> Rendered:
 
 
 class _Chat:
-    """The beginnings of one chat, as a template writes them."""
+    """Write the beginnings of one chat with a template."""
 
     def __init__(self, tokenizer: Any, example: Example, turns: Sequence[Turn]) -> None:
         self.tokenizer, self.source = tokenizer, example.source

@@ -100,7 +100,7 @@ def named_counts(counts: Mapping[str, int]) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """The ending that says what is in a file: of ``rows.jsonl.gz`` it is ``.jsonl``."""
+    """Give the ending that names a file's format: of ``rows.jsonl.gz`` it is ``.jsonl``."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 

@@ -130,7 +130,7 @@ def _mark(key: str, value: Any, what: str) -> bool:
 
 
 def _content(value: Any, what: str) -> str:
-    """A string, or text parts one after the other, as templates write them."""
+    """Read a turn's content: a string, or text parts, which are joined as templates do."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):

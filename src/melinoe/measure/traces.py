@@ -10,7 +10,7 @@ from melinoe.cache.curves import unit_costs
 from melinoe.cache.locality import distinct_experts, experts_per_sequence, popularity, reuse
 from melinoe.cache.simulator import COMPILED_POLICIES, Simulation, simulate
 from melinoe.cache.trace import COMPLETION_ROW, Trace
-from melinoe.config import ServeSettings, experts_in_share
+from melinoe.config import QUARTER, experts_in_share
 from melinoe.errors import DataError
 from melinoe.stats import bootstrap
 
@@ -46,7 +46,7 @@ def trace_records(
     """
     names = list(dict.fromkeys(policies))
     sizes = np.unique(np.linspace(min(trace.top_k, trace.num_experts), trace.num_experts, _POINTS))
-    quarter = experts_in_share(ServeSettings().slots, trace.num_experts)
+    quarter = experts_in_share(QUARTER, trace.num_experts)
     slots = sorted({int(size) for size in sizes} | {quarter})
     done, of = 0, len(names) * (len(slots) + 1)
 
