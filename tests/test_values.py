@@ -39,7 +39,10 @@ def test_every_command_looks_at_its_values(tmp_path):
     assert all(hasattr(one.callback, "__wrapped__") for one in app.registered_commands)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for words in (["simulate", pipe, "--slots", "2"], ["predictor", "prior", pipe]):
+    for words in (
+        ["simulate", pipe, "--slots", "2"],
+        ["predictor", "fit", pipe, "--out", tmp_path / "out"],
+    ):
         ended = run(words)
         assert ended.code == 1 and "is a pipe, not a file" in ended.err, ended
     ended = run(["generate", "no-such-model", str(pipe)])  # a prompt is text, whatever it names

@@ -19,7 +19,7 @@ _KINDS = {
 # What a shell opens for a command: `<(...)`, and standard input by its name.
 _OPENED = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
 # Text that a command reads as it stands, and that names no file.
-_TEXTS = frozenset({"prompt", "user"})
+_TEXTS = frozenset({"prompt", "system", "api_key"})
 _LARGEST = 2**63 - 1
 
 
