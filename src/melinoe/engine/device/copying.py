@@ -19,8 +19,8 @@ from torch import Tensor
 
 # Bytes that one program moves at a time: 128 threads with eight 16-byte loads under way each.
 CHUNK_BYTES = 16384
-# Programs per multiprocessor; together with the chunk, what is under way on the link at once. Where
-# it begins: `melinoe.engine.device.tuning` tries others.
+# Programs per multiprocessor; with the chunk, they say how much is under way on the link at once.
+# The usual number: `melinoe.engine.device.tuning` tries others.
 PROGRAMS_PER_SM = 4
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
@@ -58,7 +58,7 @@ def _copy(
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one tensor of an expert lies in its block: *offset* and *nbytes*, in bytes."""
+    """One tensor of an expert's block: its *offset* and *nbytes*, in bytes."""
 
     name: str
     offset: int
@@ -135,7 +135,7 @@ class CopyPlan:
 
 
 def default_programs(device: torch.device) -> int:
-    """As many programs as keep the link busy; a few in the interpreter, to see them share."""
+    """Number of programs that keeps a link busy; a few in the interpreter, to see them share."""
     if device.type != "cuda":
         return 3
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

@@ -166,7 +166,7 @@ class ExpandPlan:
         self.nbytes = sum(segment.nbytes for segment in segments)
 
     def launch(self, load_expert: Tensor, load_slot: Tensor, num_loads: Tensor) -> None:
-        """As `CopyPlan.launch`."""
+        """Unpack the listed experts into slots; arguments as for `CopyPlan.launch`."""
         _expand[(self.programs,)](
             self._addresses,
             self._chunks,
