@@ -146,7 +146,7 @@ def test_a_teacher_is_no_control(place, finetune, tmp_path):
     """A plain run is not the taught one without its locality terms: it had no teacher."""
     assert finetune(tmp_path / "t", "--control", "--save", "both")[0] == 0
     code, err = finetune(tmp_path / "out", "--teacher", tmp_path / "t", "--against", tmp_path / "t")
-    assert code == 1 and "lambda_match 0.0 there and 10.0 here" in err and err.count("\n") == 1
+    assert code == 1 and "lambda_match 0.0 in it and 10.0 in this run" in err and err.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def control(place, tmp_path_factory):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--seed", 1), "seed 0 there and 1 here"),
+        (("--seed", 1), "seed 0 in it and 1 in this run"),
         (("--no-measure",), "nothing will be measured"),
         (("--control",), "is for a run with locality terms"),
         (("--max-ppl-increase", "1%"), "trains a control of its own"),

@@ -97,7 +97,7 @@ def complete(
 def _room(
     model: Any, examples: Sequence[Example], prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[int]:
-    """How many tokens each prompt may get, so that it stays inside the model's context."""
+    """Tokens that each prompt may get within the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = []
     for example, prompt in zip(examples, prompts, strict=True):

@@ -183,7 +183,7 @@ def side_by_side(servings: Sequence[Serving]) -> list[dict[str, Any]]:
     """
     Run several servings prompt by prompt in turn, and return their records.
 
-    What the machine does meanwhile, throttling or other work, then falls on all of them alike, so
+    Throttling and other work of the machine then fall on all of them alike, so
     that their times can be compared. Each round begins with another one.
     """
     records: list[dict[str, Any]] = [{} for _ in servings]

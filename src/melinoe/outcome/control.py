@@ -53,22 +53,23 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
         ours: That of the other, or as much as is known before it is trained.
     """
     said = theirs.get("settings") or {}
-    there = recorded(said)
-    if not said or there is None:
+    its_run = recorded(said)
+    if not said or its_run is None:
         return "it has no melinoe.json that says how it was trained"
     if for_locality(said):
         return "it was trained with locality terms"
     if _differ(theirs.get("base_fingerprint"), ours.get("base_fingerprint")):
         return "it was trained on another base model, whose routers differ"
     own = ours.get("settings") or {}
-    here = recorded(own)
-    if own and here is not None:
+    our_run = recorded(own)
+    if own and our_run is not None:
         odd = {key: pair for key, pair in differences(own, said).items() if key not in _ROWS}
         if odd:
-            pairs = odd.items()
-            return ", ".join(f"{name} {its} there and {our} here" for name, (our, its) in pairs)
-        if _differ(_rows(there, theirs), _rows(here, ours)):
-            return f"{_rows(there, theirs)} rows a step there and {_rows(here, ours)} here"
+            told = (f"{name} {its} in it and {our} in this run" for name, (our, its) in odd.items())
+            return ", ".join(told)
+        if _differ(_rows(its_run, theirs), _rows(our_run, ours)):
+            its_rows, our_rows = _rows(its_run, theirs), _rows(our_run, ours)
+            return f"{its_rows} rows a step in it and {our_rows} in this run"
     for key, what in (("teacher", "fingerprint"), ("anchor", "tokens_sha256")):
         if key in theirs and key in ours:  # what either leaves out is not compared
             one, other = ((side[key] or {}).get(what) for side in (theirs, ours))

@@ -151,9 +151,9 @@ def compare(
             found[name][rows] = recall_at(target[test], scores, slots)
             if name in named:
                 # Of a layer with fewer experts than others, only those that it has.
-                there = predictor.popularity > 0 if name == "learned" else scores > 0
+                exists = predictor.popularity > 0 if name == "learned" else scores > 0
                 shape = target[test].shape
-                by_prompt = np.broadcast_to(scores, shape), np.broadcast_to(there, shape)
+                by_prompt = np.broadcast_to(scores, shape), np.broadcast_to(exists, shape)
                 for index, one, known in zip(test.tolist(), *by_prompt, strict=True):
                     named[name][index] = most_wanted(one, slots, known)
     best = max(RIVALS, key=lambda name: float(found[name].mean()))

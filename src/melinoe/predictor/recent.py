@@ -84,7 +84,7 @@ class RecentUse:
 
     @property
     def completions(self) -> float:
-        """How many completions still count, each by its weight."""
+        """Completions that still count, each by its weight."""
         # The shares of a completion add up to 1 in each layer that it used.
         return float(self.used.sum(axis=1).max())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from melinoe.checkpoint import read_metadata
 from melinoe.checkpoint.metadata import read_card
-from melinoe.config.likeness import differences
+from melinoe.config.likeness import differences, for_locality
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.report.amounts import flat, hardware, inline, plain, signed
 from melinoe.report.page import figures_of, svg_files
@@ -194,8 +194,8 @@ def card_text(
         return [f"![{about}]({file})" for file in pictures if file.startswith(f"melinoe-{of}")]
 
     base, settings = metadata.get("base"), metadata.get("settings") or {}
-    for_locality, purpose = _purpose(settings)
-    if adapter and for_locality:
+    aims, purpose = _purpose(settings)
+    if adapter and aims:
         purpose = ADAPTER
     price, outcome = metadata.get("price") or {}, metadata.get("outcome")
     origin = f" from {base_link(base, metadata)}" if base else ""
@@ -206,11 +206,11 @@ def card_text(
         parts += ["\n".join(lines), "Nothing else was measured."] if lines else [UNMEASURED]
     else:
         control = has_control(outcome)
-        asks = for_locality and not control
+        asks = aims and not control
         parts.append(verdict(outcome, settings, asks))
         lines = _bounds(price, outcome)
         parts += ["\n".join(lines)] if lines else []
-        parts += [explained(outcome, settings, metadata, asks), *tables(outcome, for_locality)]
+        parts += [explained(outcome, settings, metadata, asks), *tables(outcome, aims)]
         models = "before, control and after" if control else "before and after"
         parts += shown(
             "locality", f"Distribution over prompts of the experts a completion uses, {models}"
@@ -230,7 +230,7 @@ def _purpose(settings: Json) -> tuple[bool, str]:
     def weighs(*names: str) -> bool:
         return any(float(settings.get(name) or 0.0) for name in names)
 
-    if not settings or weighs("lambda_cache", "lambda_reuse"):
+    if not settings or for_locality(settings):
         return True, FOR_LOCALITY
     held = weighs("lambda_distill", "lambda_match", "lambda_replay")
     held |= settings.get("anchor") != "none" and weighs("lambda_rank")
@@ -305,7 +305,7 @@ def verdict(outcome: Json, settings: Json, asks: bool) -> str:
 
 
 def _transfers(value: Json | None, other: str, name: str, where: str) -> str:
-    """How many transfers the model needs, as a sentence without its end."""
+    """A sentence without its end: the model's transfers against another's."""
     if value is None:
         return f"Against {other}, this model needs **no transfers** ({where})"
     ratio = _estimate(value)
@@ -402,13 +402,13 @@ def explained(outcome: Json, settings: Json, metadata: Json, asks: bool) -> str:
     return said + (f" {NOT_PRICED}" if asks else "")
 
 
-def tables(outcome: Json, for_locality: bool) -> list[str]:
+def tables(outcome: Json, aims: bool) -> list[str]:
     """
     Write the tables of perplexity, of locality while writing and of locality while reading.
 
     Args:
         outcome: Of a ``melinoe.json``.
-        for_locality: Whether the model was trained for a cache of the size that is named.
+        aims: Whether the model was trained for locality, with the slots that are named.
     """
     sides, changes = [outcome["before"], outcome["after"]], [outcome["change"]]
     heads = ["before", "after", "change"]
@@ -428,7 +428,7 @@ def tables(outcome: Json, for_locality: bool) -> list[str]:
         Table(name, "Locality", [name, *heads], [*_locality(outcome, sides, changes, name)])
         for name in ("writing", "reading")
     )
-    if for_locality:
+    if aims:
         trained = f"{outcome['slots']} slots"
         for row in (*writing.rows, *reading.rows):
             if row[0].text.endswith(f" {trained}"):

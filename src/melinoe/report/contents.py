@@ -86,7 +86,7 @@ def _machine(found: Measurements) -> dict[str, Any]:
 
 
 def _header(found: Measurements) -> Facts:
-    """What ran where: the run's own words first, then the model's shape."""
+    """The model, the run and the machine: the run's own words first."""
     demo = found.first("demo") or {}
     serve = found.first("serve") or {}
     settings = demo.get("settings") or {}
@@ -116,7 +116,7 @@ def _header(found: Measurements) -> Facts:
 
 
 def _run(found: Measurements) -> dict[str, Facts]:
-    """What the run was set to, how long its stages took, and what trained each model."""
+    """Time of each stage, settings of the run and of each training, versions."""
     demo = found.first("demo") or {}
     seconds = {
         label(name): f"{value:,.0f} s" if isinstance(value, int | float) else say(value)
@@ -182,7 +182,7 @@ def assemble(found: Measurements) -> Report:
 
 
 def _limits(found: Measurements) -> list[str]:
-    """What a reader must know about the times and the quality."""
+    """Limits of the times and of the quality that a reader must know."""
     limits = []
     links = [record.get("link") for record in found.of("serve")]
     if any(link is None for link in links):
@@ -235,7 +235,7 @@ def _transfers(base: Record, tuned: Record, control: Record | None) -> str | Non
 
 
 def _times_fewer(other: Record, tuned: Record) -> tuple[str, str] | None:
-    """How many times fewer or more transfers than another model; None where no change is shown."""
+    """Times fewer or more transfers than another model's; None where no change is shown."""
     theirs, ours = (estimate(run, "transfers_per_token") for run in (other, tuned))
     assert theirs is not None and ours is not None
     fewer = ours.mean < theirs.mean

@@ -73,10 +73,10 @@ def _draw(axes: Any, record: Record, colour: str, longest: float) -> None:
     row = 0.42 * longest / layers
     for layer in range(layers):
         y = -row * (layer + 0.9)
-        there = hits[:, layer] > 0
-        size = 5.0 * (hits + loads)[there, layer]
+        found = hits[:, layer] > 0
+        size = 5.0 * (hits + loads)[found, layer]
         axes.scatter(
-            at[there], np.full(there.sum(), y), s=size, color=colour, alpha=0.25, linewidths=0
+            at[found], np.full(found.sum(), y), s=size, color=colour, alpha=0.25, linewidths=0
         )
         some = loads[:, layer] > 0
         size = 5.0 * loads[some, layer]
