@@ -67,3 +67,11 @@ def test_records_of_earlier_versions_are_told_apart_by_what_they_trained():
     assert differences(settings(), old) == {}
     taught = old | {"lambda_distill": 0.5}
     assert differences(old | {"lambda_distill": 0.25}, taught) == {"lambda_distill": (0.25, 0.5)}
+
+
+@pytest.mark.parametrize("plain", [{"lambda_distill": 0.0}, {}])
+def test_a_weight_of_an_earlier_version_sets_runs_apart(plain):
+    """A run that was distilled has no control in one that was not, whether that says so or not."""
+    ours, theirs = settings() | {"lambda_distill": 0.5}, settings() | plain
+    assert [*differences(ours, theirs)] == ["lambda_distill"]
+    assert differences(ours, ours) == {}

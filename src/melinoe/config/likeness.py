@@ -8,7 +8,7 @@ from melinoe.config.finetuning import FinetuneSettings
 from melinoe.errors import TrainingError
 
 Settings = Mapping[str, Any]
-_TERMS = {"lambda_rank", "lambda_match", "lambda_replay"}
+_TERMS = {"lambda_rank", "lambda_match", "lambda_replay", "lambda_distill"}
 # Of records of earlier versions: weights of locality terms, and other settings of terms with the
 # weight by which each counts.
 _OLD_LOCALITY = ("cache_prior", "lambda_reuse")
@@ -64,10 +64,15 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
     else:
         here, there = (run.control().deciding() for run in (one, other))
         for name, weight in _OLD.items():
-            if weight is None or (here.get(weight) and there.get(weight)):
+            if weight is None:  # a weight itself: 0 where a record does not name it
                 here, there = (
-                    side | ({name: one[name]} if one.get(name) else {})
-                    for side, one in ((here, ours), (there, theirs))
+                    side | {name: said.get(name) or 0.0}
+                    for side, said in ((here, ours), (there, theirs))
+                )
+            elif here.get(weight) and there.get(weight):
+                here, there = (
+                    side | ({name: said[name]} if said.get(name) else {})
+                    for side, said in ((here, ours), (there, theirs))
                 )
     told = (ours.keys() & theirs.keys() | _TERMS) & here.keys() & there.keys()
     return {name: (here[name], there[name]) for name in sorted(told) if here[name] != there[name]}

@@ -65,8 +65,10 @@ def why_no_control(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | 
     if own and our_run is not None:
         odd = {key: pair for key, pair in differences(own, said).items() if key not in _ROWS}
         if odd:
-            told = (f"{name} {its} in it and {our} in this run" for name, (our, its) in odd.items())
-            return ", ".join(told)
+            lines = (
+                f"{name} {its} in it and {our} in this run" for name, (our, its) in odd.items()
+            )
+            return ", ".join(lines)
         if _differ(_rows(its_run, theirs), _rows(our_run, ours)):
             its_rows, our_rows = _rows(its_run, theirs), _rows(our_run, ours)
             return f"{its_rows} rows a step in it and {our_rows} in this run"
