@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from damaged import write_olmoe
+from packed_checkpoints import gptq, write_packed
 
 import melinoe
 from melinoe import attach
@@ -114,6 +115,14 @@ def test_a_checkpoint_is_packed_while_it_is_loaded(olmoe, name):
     with attach(expected := unpacked_copy(olmoe), slots=2, format=name):
         assert torch.equal(logits(loaded), logits(expected))
     assert not torch.equal(logits(same), logits(loaded))
+
+
+def test_a_packed_checkpoint_keeps_its_own_codes_if_they_have_the_name(tmp_path):
+    """GPTQ has zero points where ours have minimums; rounding again would lose."""
+    path = write_packed(tmp_path, gptq())
+    stored = melinoe.load(path, device="cpu", slots=2)[1].store
+    asked = melinoe.load(path, device="cpu", slots=2, format="int4", store="disk")[1].store
+    assert asked.format(0) == stored.format(0) != named_format("int4")
 
 
 def unpacked_copy(path):

@@ -358,8 +358,10 @@ def _stored(
     formats = list(own)
     if options.format is not None:
         asked = named_format(options.format)
-        # What is stored by that name already is left as it is: rounding again would only lose.
-        formats = [has if has.name == asked.name else asked for has in own]
+        # Codes of that name, in whatever groups, stay as they are: rounding again would only lose.
+        formats = [
+            has if asked.name in (has.name, has.name.split("-")[0]) else asked for has in own
+        ]
     if not isinstance(options.store, str):
         if options.store.num_layers == len(layers):
             formats = [options.store.format(layer.index) for layer in layers]

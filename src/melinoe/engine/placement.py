@@ -235,7 +235,7 @@ def _store(
     if options.store == "disk" and model.packs:
         raise AttachError(
             "the disk store reads experts as the checkpoint has them, and format packs them; "
-            "choose the ram or pinned store, or leave format out"
+            "choose the ram or pinned store, or write a packed checkpoint once with `melinoe pack`"
         )
     if options.store in ("ram", "pinned") and options.ram is not None and not fits:
         raise BudgetError(

@@ -7,8 +7,10 @@ is unpacked once, and torch multiplies. Both depend only on the expert's own tok
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,7 +28,10 @@ from melinoe.experts.packed_dot import ROWS, compiled
 MANY = 8
 # Weights of a request below which further threads would wait longer than they work.
 _WORTH_THREADS = 1 << 21
+# What compiling may take unsaid; from disk it takes a twentieth.
+_WORTH_SAYING_S = 0.5
 _LOCAL = threading.local()
+_log = logging.getLogger("melinoe")
 _AS_NUMPY = {
     torch.float16: torch.uint16,
     torch.bfloat16: torch.int16,
@@ -128,8 +133,12 @@ class PackedExperts:
             product.numpy(),
         )
         threads = torch.get_num_threads()
-        if threads == 1 or len(slots) * outputs * columns < _WORTH_THREADS:
+        new, begin = not multiply.signatures, time.perf_counter()
+        if new or threads == 1 or len(slots) * outputs * columns < _WORTH_THREADS:
             multiply(*given, 0, outputs)
+            if new and (taken := time.perf_counter() - begin) > _WORTH_SAYING_S:
+                kind = self._kind.name
+                _log.info("compiled the products of %s in %.1f s, kept for next time", kind, taken)
             return product
         step = -(-outputs // threads // ROWS) * ROWS
         ends = [min(begin + step, outputs) for begin in range(0, outputs, step)]

@@ -14,6 +14,7 @@ from melinoe.errors import AttachError
 from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
 
+INTERPRETED = True
 CPU = torch.device("cpu")
 
 
