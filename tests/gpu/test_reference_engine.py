@@ -7,6 +7,7 @@ from small_olmoe import tiny_model
 
 import melinoe
 from melinoe.cache.simulator import simulate
+from melinoe.experts.format import PLAIN
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +32,20 @@ def test_tokens_equal_the_all_resident_models(slots, store):
         assert generate(network) == expected
         assert generate(network) == expected  # from a warm cache too
     assert generate(network) == expected  # and detached
+
+
+@pytest.mark.parametrize("format", ["int4", "mxfp4", "fp8"])
+def test_packed_slots_are_unpacked_where_they_are(format):
+    """Logits near those of the weights that the blocks mean, which the model has once detached."""
+    network = model()
+    ids = PROMPT["input_ids"].to("cuda")
+    with torch.no_grad():
+        with melinoe.attach(network, engine="reference", slots=3, format=format) as handle:
+            found = network(ids).logits.float()
+            assert handle.layers[0].block_bytes < handle.layers[0].stored_as(PLAIN).block_bytes
+            assert handle.audit() > 0
+        expected = network(ids).logits.float()
+    assert float((found - expected).norm()) <= 0.03 * float(expected.norm())
 
 
 def test_prefetches_in_flight_never_show():
