@@ -51,7 +51,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
         device: Where the backbone's weights go.
 
     Returns:
-        The model, in evaluation mode. It cannot run until experts are put into it or served from a store.
+        The model, in evaluation mode. It cannot run until experts are attached or put into it.
 
     Raises:
         CheckpointError: a backbone tensor is missing or has another shape than the config says;
