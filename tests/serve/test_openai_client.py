@@ -205,6 +205,12 @@ BAD = [
      "messages.0.content"),
     ({"tools": "none"}, 400, "tools"),
     ({"seed": 1e300}, 400, "seed"),
+    ({"chat_template_kwargs": {"return_tensors": "pt"}}, 400, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"chat_template": "x"}}, 400, "chat_template_kwargs"),
+    ({"chat_template_kwargs": "x"}, 400, "chat_template_kwargs"),
+    ({"reasoning_effort": 3}, 400, "reasoning_effort"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, 400, "logit_bias"),
+    ({"n": 8}, 400, "n"),
 ]  # fmt: skip
 
 
@@ -248,6 +254,32 @@ def test_a_body_without_end_is_not_read(server):
         except urllib.error.URLError as error:  # it hung up before all was sent
             assert isinstance(error.reason, BrokenPipeError | ConnectionResetError)
     assert ask(f"{server.url}/health")[0] == 200
+
+
+def test_responses_refuse_as_chats_do(client):
+    """The template's words, and what would be ignored."""
+    for wrong, words in (
+        ({"instructions": "SHOUT"}, "no shouting here"),
+        ({"parallel_tool_calls": False}, "one tool call"),
+        ({"tools": [{"type": "web_search"}]}, "list of functions"),
+        ({"reasoning": {"summary": "auto"}}, "only the effort"),
+        ({"extra_body": {"chat_template_kwargs": "x"}}, "must be an object"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.responses.create(model="tiny", input="Hi", max_output_tokens=2, **wrong)
+
+
+def test_an_unknown_route_is_refused_in_the_same_form(server):
+    """404 and 405 come with OpenAI's error object."""
+    for path, status in (("/v1/nothing", 404), ("/v1/completions", 405)):
+        got, _, answer = ask(server.url + path)
+        assert got == status and json.loads(answer)["error"]["message"]
+
+
+def test_the_older_name_of_the_limit_holds_where_the_newer_is_null(client):
+    """Four tokens, not the server's own limit."""
+    answer = chat(client, "Hi", max_tokens=4, extra_body={"max_completion_tokens": None})
+    assert answer.usage.completion_tokens == 4
 
 
 def test_a_full_queue_says_when_to_come_again(client):

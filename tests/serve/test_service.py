@@ -11,9 +11,11 @@ from serving import Server, ask
 from small_olmoe import tiny_model
 
 import melinoe
-from melinoe.errors import MelinoeError
-from melinoe.serve.batching import Batches, Limits
+from melinoe.errors import AttachError, MelinoeError
+from melinoe.serve.batching import Batches, Limits, Piece, Running
 from melinoe.serve.body import ApiError, Asked, Sampling
+from melinoe.serve.handlers import CompletionHandler
+from melinoe.serve.metrics import Metrics
 from melinoe.serve.run import Residency
 
 LIMITS = Limits(running=2, waiting=8, context=200, max_tokens=64, cache_tokens=512, chunk=16)
@@ -87,6 +89,53 @@ def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
     for tokens, whole in zip(got, expected, strict=True):
         cut = next((i + 1 for i, token in enumerate(whole) if token in ends), len(whole))
         assert tokens == whole[:cut]
+
+
+def test_nothing_is_kept_of_requests_that_ended(batches):
+    """Half of them cancelled after a token, half of them read to their end, all with a seed."""
+
+    async def run():
+        for number in range(6):
+            settings = Sampling(temperature=1, seed=number, alternatives=2)
+            wanted = Asked(12, 1, settings, (), False, False, 0)
+            one = batches.submit([3, 4, 5 + number], wanted, "r")
+            await asyncio.wait_for(one.pieces.get(), 30)
+            if number % 2:
+                batches.cancel(one)
+                had = list(one.tokens), list(one.chosen)
+                await asyncio.sleep(0.05)
+                assert (one.tokens, one.chosen) == had
+            elif one.ended is None:
+                await finish(one)
+        await finish(batches.submit([9, 8], asked(2), "last"))
+
+    asyncio.run(run())
+    router, sampler = batches._manager.output_router, batches._sampler
+    assert not batches.running and not router.result_handlers and router.output_queue.empty()
+    assert not sampler._generators and not sampler.chosen
+
+
+@pytest.mark.parametrize(("gone", "seconds", "status"), [(True, 60, 499), (False, -1, 504)])
+def test_a_request_ends_between_pieces_that_come_fast(batches, gone, seconds, status):
+    """Its client has left, or its time is over, though each piece is there at once."""
+    batches.limits = LIMITS._replace(seconds=seconds)
+    handler = CompletionHandler(batches, Metrics(), None, "tiny", lambda: gone)
+
+    async def run():
+        one = Running("r", asked(), [1], asyncio.Queue())
+        for _ in range(3):
+            one.pieces.put_nowait(Piece([5], False))
+        return [piece async for piece in handler._pieces(one)]
+
+    with pytest.raises(ApiError) as error:
+        asyncio.run(run())
+    assert error.value.status == status
+
+
+def test_a_cache_that_cannot_be_made_is_said_at_the_start(batches):
+    """Not by the first request."""
+    with pytest.raises(AttachError, match="lower --cache-tokens"):
+        Batches(batches.model, batches.handle, LIMITS._replace(cache_tokens=1 << 50))
 
 
 def test_a_model_that_fails_loses_what_ran_and_serves_the_next(batches, monkeypatch):

@@ -8,8 +8,8 @@ from melinoe.cli import models, options, output
 from melinoe.cli.command import option, with_settings
 from melinoe.engine.options import Options
 
-_HELP = "/clear begins anew, /system TEXT sets the system message, /cost shows the last answer's "
-_HELP += "cost, /exit or an empty line ends."
+_HELP = "/clear begins anew, /system TEXT too, with that system message, /cost shows the last "
+_HELP += "answer's cost, /exit ends."
 
 
 @with_settings(Options, options.SERVING)
@@ -34,7 +34,7 @@ def command(
     from jinja2 import TemplateError
     from transformers import TextStreamer
 
-    from melinoe.errors import TokenizerError
+    from melinoe.errors import MelinoeError, TokenizerError
     from melinoe.generate import generate
 
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
@@ -53,7 +53,9 @@ def command(
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {}
     )
-    while (line := _read()) not in ("", "/exit", "/quit"):
+    while (line := _read()) not in (None, "/exit", "/quit"):
+        if not line:
+            continue
         if line == "/clear":
             messages = _opening(system)
         elif line.startswith("/system "):
@@ -85,6 +87,9 @@ def command(
             except KeyboardInterrupt:  # ends the answer, not the chat
                 output.say("\ninterrupted")
                 continue
+            except MelinoeError as error:
+                output.say(str(error))
+                continue
             messages = [*asked, {"role": "assistant", "content": answer.text}]
             counters = answer.counters
             assert counters is not None
@@ -99,9 +104,9 @@ def _opening(system: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _read() -> str:
-    """Read a line; the end of the input ends the chat."""
+def _read() -> str | None:
+    """Read a line; None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
-        return ""
+        return None

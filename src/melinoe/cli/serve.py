@@ -23,9 +23,14 @@ def command(
     ] = "127.0.0.1",
     api_key: Annotated[
         str | None,
-        option("Ask this key of every client. Default: what MELINOE_API_KEY holds.", SERVER),
+        option(
+            "Ask this key of every client. Default, and safer: what MELINOE_API_KEY holds.", SERVER
+        ),
     ] = None,
-    name: Annotated[str | None, option("Name by which clients ask for the model.", SERVER)] = None,
+    name: Annotated[
+        str | None,
+        option("Name by which clients ask for the model. Default: the last part of MODEL.", SERVER),
+    ] = None,
     chat_template: Annotated[
         Path | None, option("A Jinja file for a model that brings no chat template.", SERVER)
     ] = None,
@@ -73,7 +78,7 @@ def command(
         from melinoe.errors import MelinoeError
 
         raise MelinoeError(
-            f"serving needs {', '.join(missing)}: install it with pip install 'melinoe[serve]'"
+            f"serving needs {', '.join(missing)}; install them, as the extra `serve` does"
         )
     from melinoe.moe.routing import fingerprint
     from melinoe.serve.batching import Limits
@@ -81,6 +86,9 @@ def command(
 
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     wanted = models.choice_settings(choice, choice_strength, choice_keep)
+    if given.get("slots") is None and given.get("expert_memory") is None and _on_gpu(given):
+        # What the budget of a GPU counts beside the experts: the keys and values of all requests.
+        given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
     handle.choose(wanted)
     if template is not None:
@@ -94,7 +102,7 @@ def command(
         loaded,
         handle,
         tokenizer,
-        name or Path(model).name,
+        name or Path(models.resolve(model)).resolve().name,
         host=host,
         port=port,
         limits=Limits(
@@ -106,10 +114,16 @@ def command(
     )
 
 
+def _on_gpu(given: dict[str, Any]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not str(given.get("device") or "cuda").startswith("cpu")
+
+
 def _log_to_stderr() -> None:
     """Write the server's log to stderr, a line each; requests are JSON, without their text."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("melinoe.serve")
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 from transformers.cli.serving.server import build_server
 
 from melinoe.serve.batching import Batches
@@ -28,6 +29,8 @@ _log = logging.getLogger("melinoe.serve")
 
 # Bytes of a request's body at most.
 MOST_BODY_BYTES = 4 << 20
+# Seconds in which it has to come.
+_BODY_S = 30.0
 # Routes of transformers' application that are not served here: other models, other kinds of model.
 _NOT_SERVED = {"/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions"}
 # Answered without the key: they hold nothing of the model or of anybody's requests.
@@ -186,7 +189,13 @@ class Gate:
                 await _answer(send, ApiError("the API key is wrong or missing", 401,
                                              code="invalid_api_key"))  # fmt: skip
                 return
-        body, error = await _body(receive, headers)
+        try:
+            body, error = await asyncio.wait_for(_body(receive, headers), _BODY_S)
+        except TimeoutError:
+            body, error = (
+                b"",
+                ApiError(f"the body did not come within {_BODY_S:g} s; send it again", 408),
+            )
         if error is not None:
             await _answer(send, error)
             return

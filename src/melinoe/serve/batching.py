@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import threading
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
+from melinoe.errors import AttachError
 from melinoe.serve.body import ApiError, Asked
 from melinoe.serve.sampling import Chosen, Sampler
 
@@ -203,6 +206,8 @@ class Batches:
 
     def _take(self, one: Running, output: Any) -> None:
         """Pass on what the worker wrote; runs in the event loop."""
+        if one.ended is not None:  # cancelled while a step computed it
+            return
         fresh = output.generated_tokens[len(one.tokens) :]
         now = time.perf_counter()
         if fresh and one.first_at is None:
@@ -217,6 +222,9 @@ class Batches:
     def _end(self, one: Running) -> None:
         one.ended = time.perf_counter()
         self._sampler.forget(one.id)
+        router = self._manager.output_router
+        with router._lock:  # transformers forgets handlers of finished requests, not of cancelled
+            router.result_handlers.pop(one.id, None)
 
     # --- the worker -----------------------------------------------------------------------------
 
@@ -232,9 +240,9 @@ class Batches:
             if status.can_accept_new_requests() is None:
                 return
             # A worker that fails tells its requests before it is over; wait until it is.
-            self._manager.join(time.perf_counter(), timeout=10)
+            self._manager.join(time.perf_counter(), timeout=2)
             error = status.fatal_error or "it stopped"
-            if not self.healthy:
+            if not self.healthy or self._manager.is_running():
                 raise ApiError(
                     f"the model stopped working: {error}; ask again later", 503, code="worker_died"
                 )
@@ -243,6 +251,10 @@ class Batches:
             for one in list(self.running.values()):
                 self.running.pop(one.id)
                 self._end(one)
+            self._manager.batch_processor = None  # its cache goes before the next one is made
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self._start()
 
     @property
@@ -280,10 +292,19 @@ class Batches:
         processors.tensors_required += 1
         processors.do_processing = True
         processors._retrieve_processors_kwargs()
+        # Outputs without a handler are those of cancelled requests: nobody would read them.
+        manager.output_router.output_queue.put = lambda *_: None
         step = manager._generation_step
         manager._generation_step = lambda: self._account(manager, step)
         self._manager = manager
         manager.start()
+        while manager.batch_processor is None and manager.is_running():
+            time.sleep(0.005)
+        if (error := manager.background_thread_status.fatal_error) is not None:
+            raise AttachError(
+                f"the cache of keys and values cannot be made: {error}; lower --cache-tokens, or "
+                "give fewer slots"
+            ) from error
 
     def _account(self, manager: Any, step: Callable[[], None]) -> None:
         """Compute one step, and share out its cost among its requests."""
@@ -315,5 +336,6 @@ class Batches:
             cost.transferred_bytes += share * whole.transferred_bytes
             cost.stall_s += share * whole.stall_s
             cost.zero_miss_tokens += bool(one.has_new_token and not loads)
+        self._sampler.keep(list(self.running))
         if self._observe is not None:
             self._observe(whole, seconds, tokens, written)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Choices, stop strings and alternatives that one request may ask for.
-MOST_CHOICES, MOST_STOPS, MOST_ALTERNATIVES = 8, 4, 20
+from transformers import PreTrainedTokenizerBase
+
+# Choices, stop strings, alternatives and biased tokens that one request may ask for.
+MOST_CHOICES, MOST_STOPS, MOST_ALTERNATIVES, MOST_BIASES = 8, 4, 20, 1024
 
 
 class ApiError(Exception):
@@ -118,8 +121,9 @@ def read(body: Mapping[str, Any], chat: bool, vocabulary: int, default: Sampling
     known = _SHARED | _WITHOUT_EFFECT | (_CHAT if chat else _COMPLETION)
     if unknown := sorted(set(body) - known):
         raise ApiError(f"{unknown[0]} is not supported here; leave it out", param=unknown[0])
-    _refuse(body)
-    limit = body.get("max_completion_tokens" if chat else "max_tokens", body.get("max_tokens"))
+    refuse(body)
+    limit = body.get("max_completion_tokens") if chat else None
+    limit = body.get("max_tokens") if limit is None else limit
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise ApiError("stream_options must be an object", param="stream_options")
@@ -134,7 +138,7 @@ def read(body: Mapping[str, Any], chat: bool, vocabulary: int, default: Sampling
     )
 
 
-def _refuse(body: Mapping[str, Any]) -> None:
+def refuse(body: Mapping[str, Any]) -> None:
     """Refuse values of known fields that would change the text in a way that is not served."""
     form = body.get("response_format")
     if form is not None and form != {"type": "text"}:
@@ -165,6 +169,8 @@ def _sampling(body: Mapping[str, Any], chat: bool, vocabulary: int, default: Sam
     bias = body.get("logit_bias") or {}
     if not isinstance(bias, dict):
         raise ApiError("logit_bias must be an object of token ids", param="logit_bias")
+    if len(bias) > MOST_BIASES:
+        raise ApiError(f"at most {MOST_BIASES} tokens are biased", param="logit_bias")
     pairs = []
     for token, value in bias.items():
         if not (str(token).isascii() and str(token).isdigit() and int(token) < vocabulary):
@@ -221,6 +227,37 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
+# What `apply_chat_template` itself takes: no client may set these.
+_NOT_OF_THE_TEMPLATE = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+) - {"kwargs"}
+
+
+def switches_of(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
+    """
+    Give what the chat template is told besides the chat.
+
+    Args:
+        body: The request's; its ``chat_template_kwargs`` come last.
+        effort: How much the model is to reason; ``none`` also sets ``enable_thinking`` to false.
+
+    Raises:
+        ApiError: not an object of names that only a template can know.
+    """
+    given = body.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ApiError("chat_template_kwargs must be an object", param="chat_template_kwargs")
+    if wrong := sorted(set(given) & _NOT_OF_THE_TEMPLATE):
+        raise ApiError(
+            f"{wrong[0]} is no switch of a template; leave it out", param="chat_template_kwargs"
+        )
+    if effort is None:
+        return dict(given)
+    if not isinstance(effort, str):
+        raise ApiError("the reasoning effort must be a word", param="reasoning_effort")
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}
+
+
 def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     Give the chat as a template takes it: text contents, and tool arguments as objects.
@@ -275,6 +312,6 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ApiError("arguments of a tool call must be JSON", param=place) from error
     return {**call, "function": {**function, "arguments": arguments}}

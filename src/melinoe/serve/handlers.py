@@ -21,7 +21,7 @@ from transformers.cli.serving.utils import (
 )
 
 from melinoe.serve.batching import Batches, Cost, Piece, Running
-from melinoe.serve.body import ApiError, Asked, Sampling, messages_of, read
+from melinoe.serve.body import ApiError, Asked, Sampling, messages_of, read, switches_of
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.text import Text
 
@@ -68,6 +68,13 @@ class Handler:
             vocabulary = self.batches.model.config.get_text_config().vocab_size
             asked = read(body, self.chat, vocabulary, self.default)
             prompts = self._prompts(body)
+            limits = self.batches.limits
+            if len(prompts) * asked.choices > limits.running + limits.waiting:
+                raise ApiError(
+                    f"{len(prompts) * asked.choices} texts are asked for, and at most "
+                    f"{limits.running + limits.waiting} have room at once; send fewer prompts",
+                    param="prompt" if len(prompts) > 1 else "n",
+                )
             asked = self._within(asked, max(map(len, prompts)))
             for prompt in prompts:
                 for at in range(asked.choices):
@@ -122,6 +129,10 @@ class Handler:
                 f"the prompt has {longest} tokens, so at most {room} can follow; lower max_tokens",
                 param="max_tokens", code="context_length_exceeded",
             )  # fmt: skip
+        elif wanted > most:
+            raise ApiError(
+                f"this server writes at most {most} tokens; lower max_tokens", param="max_tokens"
+            )
         return replace(asked, max_tokens=min(wanted, most))
 
     def _submit(self, prompt: list[int], asked: Asked, at: int, request_id: str) -> Running:
@@ -141,21 +152,25 @@ class Handler:
         """
         limit = one.began + self.batches.limits.seconds
         while True:
+            if self.gone():
+                raise ApiError("the client has left", 499, code="client_left")
+            if time.perf_counter() > limit:
+                raise ApiError(
+                    f"the request ran for {self.batches.limits.seconds:g} s, which is the limit; "
+                    "ask for fewer tokens",
+                    504,
+                    code="timeout",
+                )
             try:
                 piece = await asyncio.wait_for(one.pieces.get(), _LOOK_S)
             except TimeoutError:
-                if self.gone():
-                    raise ApiError("the client has left", 499, code="client_left") from None
-                if time.perf_counter() > limit:
-                    raise ApiError(
-                        f"the request ran for {self.batches.limits.seconds:g} s, which is the "
-                        "limit; ask for fewer tokens", 504, code="timeout",
-                    ) from None  # fmt: skip
                 self.batches.check_alive()
                 if one.id not in self.batches.running and one.pieces.empty():
                     raise ApiError("the model failed; try again", 500, code="failed") from None
                 continue
             if piece.error is not None:
+                if self.batches.draining:
+                    raise ApiError(f"{piece.error}; ask another one", 503, code="stopping")
                 raise ApiError(f"the request was lost: {piece.error}", 500, code="failed")
             yield piece
             if piece.done:
@@ -188,27 +203,33 @@ class Handler:
         _log.info(
             json.dumps(
                 {
-                    "request": request_id, "route": route or self.route, "status": status,
+                    "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": request_id,
+                    "route": route or self.route, "status": status,
                     "prompt_tokens": sum(len(one.prompt) for one in choices),
                     "completion_tokens": sum(len(one.tokens) for one in choices),
                 }
             )
         )  # fmt: skip
 
+    async def _text(self, one: Running, text: Text) -> str:
+        """Read one choice to its end, or to its stop string."""
+        written = ""
+        async for piece in self._pieces(one):
+            written += text.add(piece.tokens)
+            if text.stopped:
+                self.batches.cancel(one)
+                break
+        return written + text.rest()
+
     async def _whole(
         self, request_id: str, body: dict[str, Any], asked: Asked, choices: list[Running]
     ) -> dict[str, Any]:
-        answers = []
-        for at, one in enumerate(choices):
-            text = Text(self.tokenizer, asked.stop, self.chat)
-            written = ""
-            async for piece in self._pieces(one):
-                written += text.add(piece.tokens)
-                if text.stopped:
-                    self.batches.cancel(one)
-                    break
-            written += text.rest()
-            answers.append(self._choice(at, one, text, written, body))
+        texts = [Text(self.tokenizer, asked.stop, self.chat) for _ in choices]
+        written = await asyncio.gather(*map(self._text, choices, texts))
+        answers = [
+            self._choice(at, one, text, found, body)
+            for at, (one, text, found) in enumerate(zip(choices, texts, written, strict=True))
+        ]
         return {
             "id": request_id, "object": self.object, "created": int(time.time()),
             "model": self.name, "choices": answers, "usage": self._usage(choices),
@@ -239,6 +260,9 @@ class Handler:
                 events.put_nowait(None)
             except ApiError as error:
                 events.put_nowait(error)
+            except Exception as error:  # such as a tool call that no parser can read
+                _log.error("a stream failed", exc_info=error)
+                events.put_nowait(ApiError("the server failed; its log says why", 500))
 
         tasks = [asyncio.create_task(follow(at, one)) for at, one in enumerate(choices)]
         try:
@@ -354,17 +378,12 @@ class ChatHandler(Handler):
                 "this model has no chat template; ask /v1/completions, or start the server with "
                 "--chat-template", code="no_chat_template",
             )  # fmt: skip
-        switches = body.get("chat_template_kwargs") or {}
+        switches = switches_of(body, body.get("reasoning_effort"))
         tools = body.get("tools")
-        if not isinstance(switches, dict):
-            raise ApiError("chat_template_kwargs must be an object", param="chat_template_kwargs")
         if tools is not None and not (
             isinstance(tools, list) and all(isinstance(one, dict) for one in tools)
         ):
             raise ApiError("tools must be a list of objects", param="tools")
-        effort = body.get("reasoning_effort")
-        if effort is not None:
-            switches = {"reasoning_effort": effort, "enable_thinking": effort != "none", **switches}
         try:
             ids = self.tokenizer.apply_chat_template(
                 messages,
@@ -375,12 +394,10 @@ class ChatHandler(Handler):
                 **switches,
             )["input_ids"]
         except TemplateError as error:
+            raise ApiError(f"the chat template refuses: {error}", param="messages") from error
+        except Exception as error:  # a template is a program, and this chat made it fail
             raise ApiError(
-                f"the model's chat template refuses: {error}", param="messages"
-            ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ApiError(
-                f"the model's chat template cannot write this chat: {error}", param="messages"
+                f"the chat template cannot write this chat: {error}", param="messages"
             ) from error
         return [list(ids)]
 

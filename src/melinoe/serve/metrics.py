@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from melinoe.serve.batching import Batches, Cost, Running
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_WINDOW_S = 10.0
 _SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -27,7 +28,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.recent: deque[dict[str, Any]] = deque(maxlen=20)
-        self._speed: deque[tuple[float, int]] = deque(maxlen=256)
+        self._speed: deque[tuple[float, int]] = deque()
         made: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "melinoe_requests", "Requests that ended.", ["route", "status"], **made
@@ -77,12 +78,15 @@ class Metrics:
         self.step.observe(seconds)
         self.tokens.labels("prompt").inc(max(0, tokens - written))
         self.tokens.labels("completion").inc(written)
-        self._speed.append((time.monotonic(), written))
+        now = time.monotonic()
+        self._speed.append((now, written))
+        while self._speed[0][0] < now - _WINDOW_S:
+            self._speed.popleft()
 
-    def tokens_per_s(self, seconds: float = 10.0) -> float:
-        """Tokens written a second, over the last ten."""
-        since = time.monotonic() - seconds
-        return sum(count for at, count in list(self._speed) if at >= since) / seconds
+    def tokens_per_s(self) -> float:
+        """Tokens written a second, over the last ten seconds."""
+        since = time.monotonic() - _WINDOW_S
+        return sum(count for at, count in list(self._speed) if at >= since) / _WINDOW_S
 
     def request_done(self, route: str, status: str, choices: list[Running]) -> None:
         """Count one request that ended, however it did."""

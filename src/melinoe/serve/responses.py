@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.cli.serving.response import UNUSED_RESPONSE_FIELDS, ResponseHandler
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
@@ -14,9 +16,11 @@ from transformers.cli.serving.utils import (
 )
 
 from melinoe.serve.batching import Running
-from melinoe.serve.body import ApiError, Asked, read
+from melinoe.serve.body import ApiError, Asked, read, refuse, switches_of
 from melinoe.serve.handlers import ChatHandler
 from melinoe.serve.text import Text
+
+_log = logging.getLogger("melinoe.serve")
 
 _SERVED = {
     "input", "instructions", "model", "stream", "temperature", "top_p", "max_output_tokens",
@@ -61,14 +65,19 @@ class Responses(ResponseHandler, BaseGenerateManager):
                 raise ApiError(f"{name} cannot be {body[name]!r} here; leave it out", param=name)
         if "input" not in body:
             raise ApiError("input must be text or a list of items", param="input")
+        refuse(body)
         self.chat._check_model(body)
         if not self.chat.tokenizer.chat_template:
             self.chat._prompts({"messages": [{"role": "user", "content": ""}]})
-        reasoning = body.get("reasoning")
-        switches = dict(body.get("chat_template_kwargs") or {})
-        if isinstance(reasoning, dict) and reasoning.get("effort"):
-            effort = reasoning["effort"]
-            switches = {"reasoning_effort": effort, "enable_thinking": effort != "none", **switches}
+        reasoning = body.get("reasoning") or {}
+        if not isinstance(reasoning, dict) or set(reasoning) - {"effort"}:
+            raise ApiError("of reasoning only the effort is served", param="reasoning")
+        switches = switches_of(body, reasoning.get("effort"))
+        tools = body.get("tools") or []
+        if not isinstance(tools, list) or not all(
+            isinstance(one, dict) and one.get("type") == "function" for one in tools
+        ):
+            raise ApiError("tools must be a list of functions", param="tools")
         model = self.chat.batches.model
         shared = {name: body.get(name) for name in ("temperature", "top_p", "seed", "stream")}
         self._asked[request_id] = read(
@@ -78,11 +87,12 @@ class Responses(ResponseHandler, BaseGenerateManager):
         asked = {**body, "stream": bool(body.get("stream")), "chat_template_kwargs": switches}
         try:
             return await super().handle_request(asked, request_id)
+        except TemplateError as error:
+            raise ApiError(f"the chat template refuses: {error}", param="input") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise ApiError(f"input cannot be read as a chat: {error}", param="input") from error
         finally:
-            if not asked["stream"]:
-                self._asked.pop(request_id, None)
+            self._asked.pop(request_id, None)
 
     def _validate_request(self, body: dict) -> None:
         """Done already, and more strictly."""
@@ -156,6 +166,10 @@ class Responses(ResponseHandler, BaseGenerateManager):
         except ApiError as error:
             status = str(error.status)
             queue.put_nowait(_StreamError(error.message))
+        except Exception as error:
+            _log.error("a stream failed", exc_info=error)
+            status = "500"
+            queue.put_nowait(_StreamError("the server failed; its log says why"))
         finally:
             self.chat._done(request_id, status, [one], route="responses")
 
@@ -168,6 +182,9 @@ class Responses(ResponseHandler, BaseGenerateManager):
             async for _ in self.chat._pieces(one):
                 pass
             status = "ok"
+        except ApiError as error:
+            status = str(error.status)
+            raise
         finally:
             self.chat._done(request_id, status, [one], route="responses")
         text = processor.decode(one.tokens, skip_special_tokens=True)

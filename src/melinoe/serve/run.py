@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from melinoe.errors import MelinoeError
+from melinoe.errors import MelinoeError, TokenizerError
 from melinoe.serve.app import build_app
 from melinoe.serve.batching import Batches, Limits
 from melinoe.serve.metrics import Metrics
@@ -61,9 +61,12 @@ class Residency:
         return True
 
     def write(self) -> None:
-        """Write which experts are resident now."""
+        """Write which experts are resident now; a disk that is full ends no server."""
         kept = {"fingerprint": self._fingerprint, "resident": self._handle.resident()}
-        write_whole(self.path, json.dumps(kept).encode())
+        try:
+            write_whole(self.path, json.dumps(kept).encode())
+        except OSError as error:
+            _log.warning("the residency was not written: %s", error)
 
 
 class _Server(uvicorn.Server):
@@ -133,6 +136,10 @@ def serve(
     if residency is not None:
         restored = residency.restore()
         _log.info("restored the resident experts" if restored else "no residency to restore")
+    if not hasattr(tokenizer, "_tokenizer"):
+        raise TokenizerError(
+            "serving needs a fast tokenizer (tokenizer.json); use melinoe generate for this model"
+        )
     metrics = Metrics()
     try:
         batches = Batches(model, handle, limits or Limits(), metrics.step_done)
@@ -141,13 +148,16 @@ def serve(
             f"transformers cannot batch this model continuously: {error}; use melinoe chat or "
             "melinoe generate"
         ) from error
-    app = build_app(batches, metrics, tokenizer, name, api_key)
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=int(patience_s) + 5,
-    )  # fmt: skip
-    server = _Server(config, batches, patience_s)
+    if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
+        _log.warning("anybody who reaches %s may use this server; set MELINOE_API_KEY", host)
     try:
+        app = build_app(batches, metrics, tokenizer, name, api_key)
+        config = uvicorn.Config(
+            app, host=host, port=port, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=int(patience_s) + 5,
+            limit_concurrency=batches.limits.running + batches.limits.waiting + 64,
+        )  # fmt: skip
+        server = _Server(config, batches, patience_s)
         asyncio.run(_run(server, residency))
     except SystemExit as error:  # uvicorn's way to say that the port is taken
         raise MelinoeError(f"cannot listen at {host}:{port}; choose another --port") from error

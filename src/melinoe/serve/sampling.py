@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from random import Random
 from typing import Any, NamedTuple
 
@@ -74,6 +75,12 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self._generators.pop(request, None)
         self.chosen.pop(request, None)
 
+    def keep(self, requests: Collection[str]) -> None:
+        """Drop what is kept of any other request: a step may have computed one that had ended."""
+        for kept in (self._generators, self.chosen):
+            for one in [request for request in kept if request not in requests]:
+                del kept[one]
+
     def _draw(self, scores: Tensor, settings: list[Sampling]) -> Tensor:
         """Give a token for each row."""
         shaped = scores
@@ -99,8 +106,10 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     @staticmethod
     def _penalise(state: Any, scores: Tensor, settings: Sampling) -> None:
         """Change the scores of tokens that are biased, or were written already."""
-        for token, bias in settings.logit_bias:
-            scores[token] += bias
+        if settings.logit_bias:
+            tokens, biases = zip(*settings.logit_bias, strict=True)
+            where = torch.tensor(tokens, device=scores.device)
+            scores.index_add_(0, where, scores.new_tensor(biases))
         # Of a request that was put back into the queue, the prompt holds what it had written.
         had = state.initial_tokens[state._true_initial_tokens or len(state.initial_tokens) :]
         for token, times in Counter([*had, *state.generated_tokens]).items():
