@@ -44,13 +44,13 @@ def test_packed_experts_are_what_the_format_makes_of_the_base(base, tmp_path, mo
                 for name, part in expected.items():
                     assert torch.equal(read[name].view(torch.uint8), part.view(torch.uint8)), name
         ours, theirs = load_model(packed).state_dict(), load_model(plain).state_dict()
-        for name in packed.backbone_keys:
+        for name in [place.name for place in packed.backbone]:
             assert torch.equal(ours[name], theirs[name]), name
     assert verify(str(tmp_path / "out")).recorded >= 3
 
 
 @pytest.mark.parametrize("way", ["MXFP4", "FP8"])
-def test_unpacking_gives_a_checkpoint_that_transformers_loads(tmp_path, way):
+def test_unpacking_gives_a_checkpoint_that_transformers_loads(tmp_path, caplog, way):
     """Under the base's plain names, equal to the weights that the packed ones mean, in bfloat16."""
     settings = getattr(packed_checkpoints, way)
     packed = packed_checkpoints.write_packed(tmp_path / "base", settings)
@@ -62,9 +62,20 @@ def test_unpacking_gives_a_checkpoint_that_transformers_loads(tmp_path, way):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+    assert "a second time" not in caplog.text
     pack.pack(str(packed), "int8", tmp_path / "again")  # from one packed format into another
+    assert "a second time to int8" in caplog.text
     with open_checkpoint(str(tmp_path / "again")) as checkpoint:
         assert checkpoint.experts[0].format == named_format("int8")
+
+
+def test_another_default_device_changes_no_byte(base, tmp_path):
+    """What is read and packed stays on the host."""
+    pack.pack(str(base), "int4", tmp_path / "out")
+    with torch.device("meta"):
+        pack.pack(str(base), "int4", tmp_path / "other")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_nothing_is_written_where_it_cannot_be(base, tmp_path):

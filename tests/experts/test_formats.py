@@ -51,6 +51,16 @@ def test_fp8_squares_that_are_not_whole_have_their_own_scale():
     assert decoded[128, 0] == 3 and decoded[129, 143] == 4
 
 
+@pytest.mark.parametrize("largest", [1e-37, 1e-40, 1e-45])
+def test_fp8_holds_squares_of_the_smallest_numbers(largest):
+    """Below what a float32 scale can lift to the largest code: still numbers, off by a code."""
+    weights = torch.tensor([0.0, largest, -largest, largest / 4]).repeat(1, 32)
+    block = Fp8().encode_matrix(weights)
+    decoded = Fp8().decode_matrix(block, 1, 128)
+    assert bool(decoded.isfinite().all()) and bool((decoded[weights == 0] == 0).all())
+    assert float((decoded - weights).abs().max()) <= max(largest / 16, 1e-41)
+
+
 @pytest.mark.parametrize("offset", ["minimum", "zero", "symmetric"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integer_codes_decode_by_their_formula(bits, offset):

@@ -120,6 +120,14 @@ def test_bits_of_a_product_depend_on_its_row_and_expert_alone(name, monkeypatch)
         torch.set_num_threads(before)
 
 
+def test_inputs_may_lie_in_memory_by_columns():
+    """As a transposed tensor does; equal bits."""
+    kind, x = KINDS["int4"], torch.randn(5, 128, generator=rng(1))
+    slots = Slots(kind, 16, 128)
+    found = multiply(kind, slots, x.T.contiguous().T, [4, 1], [0, 1])[1]
+    assert torch.equal(found, multiply(kind, slots, x, [4, 1], [0, 1])[1])
+
+
 # Gated; transposed, interleaved, clamped and with biases; without a gate; with a norm of its own.
 FAMILIES = ["olmoe", "gpt_oss", "nemotron_h", "muse_spark"]
 

@@ -59,11 +59,6 @@ class Checkpoint:
     backbone: list[Weights]
 
     @property
-    def backbone_keys(self) -> list[str]:
-        """Stored names of the tensors that belong to no expert."""
-        return [place.name for place in self.backbone]
-
-    @property
     def expert_bytes(self) -> int:
         """Bytes of all experts in `dtype`."""
         return sum(layer.num_experts * layer.block_bytes for layer in self.layers)

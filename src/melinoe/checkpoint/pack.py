@@ -6,6 +6,7 @@ expert after expert. All else keeps the base's names, and is decoded where the b
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -26,6 +27,8 @@ from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import ExpertFormat
 from melinoe.experts.formats import named_format
 from melinoe.whole_file import write_whole
+
+_log = logging.getLogger("melinoe")
 
 # Bytes at which a file ends and the next begins.
 SHARD_BYTES = 4 << 30
@@ -64,7 +67,7 @@ def pack(name: str, format: str, out: str | Path) -> None:
             stored so already.
         WriteError: a full disk, or another reason why it cannot be written.
 
-    Cost: one expert in memory beside the file system's cache.
+    Cost: the largest stored tensor in memory, beside the file system's cache.
     """
     check_output(out)
     wanted = named_format(format)
@@ -73,6 +76,13 @@ def pack(name: str, format: str, out: str | Path) -> None:
             raise UnsupportedModelError(
                 f"{name} holds its experts as {format} already; choose another format"
             )
+        has = next((s.format for s in checkpoint.experts if not s.format.exact), None)
+        if has is not None and not wanted.exact:
+            _log.warning(
+                "%s holds its experts as %s, which are rounded a second time to %s: pack the "
+                "checkpoint that they were made from, or serve this one as it is",
+                name, has.name, format,
+            )  # fmt: skip
         stacks = list(_stacks(checkpoint, wanted))
         check_room(out, sum(stack.nbytes for stack in stacks))
         with whole_directory(out) as directory:
@@ -149,12 +159,12 @@ def _write_shard(shard: list[_Stack], wanted: ExpertFormat, file: BinaryIO) -> N
 
     for stack in shard:
         if stack.place is not None:
-            whole = torch.empty(stack.shape, dtype=stack.dtype)
+            whole = torch.empty(stack.shape, dtype=stack.dtype, device="cpu")
             stack.place.read(whole)
             put(stack, whole)
     for source in dict.fromkeys(stack.source for stack in shard if stack.source is not None):
         parts = wanted.parts(source.layer.tensors)
-        block = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in parts}
+        block = {p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts}
         own = [stack for stack in shard if stack.source is source]
         for expert in range(source.num_experts):
             source.read_block(expert, wanted, block)

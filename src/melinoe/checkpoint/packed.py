@@ -93,7 +93,10 @@ class PackedPlace:
         if first % size or into.numel() % size:
             raise ValueError(f"{first} and {into.numel()} are no whole matrices of {self.name}")
         kinds = self.format.matrix_parts(self.rows, self.columns)
-        parts = {kind: torch.empty(shape, dtype=dtype) for kind, (shape, dtype) in kinds.items()}
+        parts = {
+            kind: torch.empty(shape, dtype=dtype, device="cpu")
+            for kind, (shape, dtype) in kinds.items()
+        }
         for index, plain in enumerate(into.reshape(-1, *into.shape[-2:]), start=first // size):
             self.read_parts(parts, index)
             matrix = self.format.decode_matrix(parts, self.rows, self.columns)
@@ -169,7 +172,7 @@ class _Fp8Matrix(PackedPlace):
         if not self._one_scale:
             self.stored["scales"].read(into["scales"], index * into["scales"].numel())
             return
-        one = torch.empty((), dtype=torch.float32)
+        one = torch.empty((), dtype=torch.float32, device="cpu")
         self.stored["scales"].read(one, index)
         into["scales"].fill_(one)
 
@@ -200,7 +203,7 @@ class _GroupedIntegers(PackedPlace):
     def _stored(self, kind: str) -> Tensor:
         """Read a whole stored tensor."""
         place = self.stored[kind]
-        tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
+        tensor = torch.empty(place.info.shape, dtype=place.info.dtype, device="cpu")
         place.read(tensor)
         return tensor
 
@@ -272,7 +275,7 @@ class _Gptq(_GroupedIntegers):
     def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
         """Turn words of inputs into rows of outputs; see `PackedPlace.read_parts`."""
         if not self._in_order:
-            expected = torch.arange(self.columns) // (self.columns // self.groups)
+            expected = torch.arange(self.columns, device="cpu") // (self.columns // self.groups)
             if not torch.equal(self._stored("order").to(expected.dtype), expected):
                 raise CheckpointError(_ACT_ORDER.format(name=self.name))
             self._in_order = True

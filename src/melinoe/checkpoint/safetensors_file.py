@@ -266,7 +266,7 @@ class SafetensorsFile:
         if into.dtype == info.dtype and into.device.type == "cpu" and into.is_contiguous():
             self._fill(into, start)
         else:
-            buffer = torch.empty(into.shape, dtype=info.dtype)
+            buffer = torch.empty(into.shape, dtype=info.dtype, device="cpu")
             self._fill(buffer, start)
             into.copy_(buffer)
 

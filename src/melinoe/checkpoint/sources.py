@@ -298,7 +298,10 @@ class ExpertSource:
             self.read(expert, into)
             return
         if format != self.format:
-            plain = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in self.layer.tensors}
+            plain = {
+                t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu")
+                for t in self.layer.tensors
+            }
             self.read(expert, plain)
             for name, part in format.encode(self.layer.tensors, plain).items():
                 into[name].copy_(part)
@@ -415,7 +418,7 @@ def _stand_ins(
         stand_ins[pattern] = []
         for place in places:
             shape = [small[n] for n in place.info.shape]
-            piece = torch.arange(following, following + prod(shape)).reshape(shape)
+            piece = torch.arange(following, following + prod(shape), device="cpu").reshape(shape)
             stand_ins[pattern].append(piece)
             if piece.dim():
                 owner[following] = (place, piece)

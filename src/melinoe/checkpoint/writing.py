@@ -380,7 +380,7 @@ def _other_layout(model: Any, name: str, place: Weights) -> UnsupportedModelErro
 
 def _is_stored(place: Weights, first: int, tensor: Tensor) -> bool:
     """Whether the base's own file holds these numbers already, as far as their type tells."""
-    old = torch.empty(tensor.shape, dtype=place.info.dtype)
+    old = torch.empty(tensor.shape, dtype=place.info.dtype, device="cpu")
     place.read(old, first)
     return torch.equal(old.to(tensor.dtype), tensor.cpu())
 

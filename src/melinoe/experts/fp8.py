@@ -59,6 +59,7 @@ class Fp8(PackedFormat):
         squares = whole.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
         largest = squares.abs().amax(dim=(1, 3))
         factor = torch.where(largest > 0, _LARGEST / largest, 1.0)
+        factor = factor.clamp(max=torch.finfo(torch.float32).max)  # of the smallest weights
         scaled = (squares * factor[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
         codes = scaled.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
         return {"codes": codes.to(torch.float8_e4m3fn), "scales": 1.0 / factor}

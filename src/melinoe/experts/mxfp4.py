@@ -16,10 +16,9 @@ from torch import Tensor
 from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.experts.format import Arithmetic, PackedFormat, Shapes
 from melinoe.experts.integer import pack_pairs
+from melinoe.experts.packed_dot import E2M1
 
 GROUP = 32
-# What the 16 codes mean: the highest bit is the sign.
-LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _BIAS = 127  # of the exponent that a scale is
 
 
@@ -63,7 +62,7 @@ class Mxfp4(PackedFormat):
         _, exponent = torch.frexp(groups.abs().amax(dim=2))  # amax = m * 2**exponent, .5 <= m < 1
         exponent = (exponent - 3).clamp(-_BIAS, _BIAS)
         scaled = torch.ldexp(groups, -exponent[..., None]).flatten(1)
-        levels = torch.tensor(LEVELS[:8])
+        levels = torch.tensor(E2M1[:8], device=weights.device)
         middle = (levels[1:] + levels[:-1]) / 2
         # In the middle of two levels the even code wins, as in IEEE arithmetic.
         magnitude = scaled.abs()
@@ -79,7 +78,7 @@ class Mxfp4(PackedFormat):
     def decode_matrix(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """Compute level times power of two, exactly."""
         codes = parts["codes"]
-        levels = torch.tensor(LEVELS, device=codes.device)
+        levels = torch.tensor(E2M1, device=codes.device)
         levels = levels[torch.stack([codes & 15, codes >> 4], dim=-1).int()]
         exponent = parts["scales"].int()[..., None] - _BIAS
         return torch.ldexp(levels.reshape(rows, -1, GROUP), exponent).reshape(rows, columns)

@@ -45,8 +45,9 @@ class PackedExperts:
 
     Args:
         kind: The format of the blocks.
-        tensors: An expert's tensors, as its module has them; their type is computed in where many
-            tokens share an expert. Else, and between the projections, it is float32.
+        tensors: An expert's tensors, as its module has them. Where many tokens share an expert,
+            bfloat16 is computed in as such, and on the CPU every other type in float32. Few tokens
+            are computed in float32.
     """
 
     def __init__(self, kind: PackedFormat, tensors: Sequence[Part]) -> None:
@@ -120,10 +121,10 @@ class PackedExperts:
         how = self._kind.arithmetic(columns)
         prepare, multiply, _ = compiled(how, False)
         x = inputs.numpy()
-        ordered = np.empty_like(x)
+        ordered = np.empty(x.shape, np.float32)  # in rows, however x lies
         sums = np.empty((len(x), columns // how.group, how.lanes), np.float32)
         prepare(x, ordered, sums)
-        product = torch.empty((len(slots), outputs), dtype=torch.float32)
+        product = torch.empty((len(slots), outputs), dtype=torch.float32, device="cpu")
         given: tuple[Any, ...] = (
             *self._arrays(module, name),
             slots,
@@ -165,7 +166,7 @@ class PackedExperts:
         shape = (outputs, columns)
         if (shape, dtype) not in scratch:
             with torch.inference_mode(False):
-                scratch[shape, dtype] = torch.empty(shape, dtype=dtype)
+                scratch[shape, dtype] = torch.empty(shape, dtype=dtype, device="cpu")
         found: Tensor = scratch[shape, dtype]
         unpack = compiled(self._kind.arithmetic(columns), half)[2]
         unpack(*self._arrays(module, name), slot, _array(found))

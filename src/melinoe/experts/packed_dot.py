@@ -28,7 +28,8 @@ from melinoe.experts.format import Arithmetic
 
 # Rows that are computed side by side, so that each vector of inputs is loaded once for all.
 ROWS = 4
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# What the 16 codes of e2m1 mean: the highest bit is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _CODES = {"uint4": 0, "e2m1": 1, "uint8": 2, "e4m3": 3}
 _OFFSETS = {"none": 0, "minimum": 1, "zero": 2, "symmetric": 3}
 
@@ -88,10 +89,10 @@ def _widen(b: Any, codes: int, pointer: Any, width: int) -> list[Any]:
             halves = [b.and_(wide, _vector(_I32, 15, width)), b.lshr(wide, _vector(_I32, 4, width))]
             if codes == _CODES["uint4"]:
                 return [_to_float(b, half, width) for half in halves]
-            table = _vector(_F32, _E2M1, 16)
+            table = _vector(_F32, E2M1, 16)
             return [_look_up(b, table, half, width) for half in halves]
         # Twice a level is a whole number: a table of bytes, which older processors permute too.
-        table = _vector(_I8, [int(2 * level) & 255 for level in _E2M1], 16)
+        table = _vector(_I8, [int(2 * level) & 255 for level in E2M1], 16)
         half = _vector(_F32, 0.5, width)
         halves = [b.and_(raw, _vector(_I8, 15, width)), b.lshr(raw, _vector(_I8, 4, width))]
         return [
