@@ -67,6 +67,9 @@ def test_what_does_not_go_together_is_refused(traced, melinoe, tmp_path):
     ):
         code, _, err = melinoe(*command, "--max-new-tokens", 2)
         assert code == 1 and said in err
+    packed = ("--expert-memory", "1MiB", "--format", "int8", "--allocate-from", trace)
+    code, _, err = melinoe("generate", path, "w2", *packed)
+    assert code == 2 and "depends on the engine; give --slots" in " ".join(err.split())
     both = ("--gpu-memory", "1GiB", "--engine", "fast", "--allocate-from", trace)
     code, _, err = melinoe("generate", path, "w2", *both)
     assert code == 2 and "leave --gpu-memory out" in err

@@ -10,6 +10,8 @@ Every deliberate error. Each message is one sentence: what happened, and the way
     |-- TraceError                a trace is malformed, or of another model
     |-- CacheTooSmallError        one request needs more experts than there are slots
     |-- BudgetError               a memory budget below the smallest that works
+    |   |-- PinError                  the system refuses to lock that much host memory
+    |   `-- UnknownNeedError          how much memory a model takes cannot be told beforehand
     |-- HardwareError             a figure that no machine has, or a part that is not known
     |-- OutputExistsError         the place to write to is taken
     |-- WriteError                something could not be written: a full disk, a forbidden place
@@ -54,6 +56,14 @@ class CacheTooSmallError(MelinoeError):
 
 class BudgetError(MelinoeError):
     """A memory budget is below the smallest that works."""
+
+
+class PinError(BudgetError):
+    """The system refuses to lock that much host memory."""
+
+
+class UnknownNeedError(BudgetError):
+    """How much memory a model takes cannot be told beforehand."""
 
 
 class HardwareError(MelinoeError):

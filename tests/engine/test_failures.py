@@ -1,5 +1,8 @@
 """What a failure half-way leaves behind: right results, right counts, the model's own weights."""
 
+import weakref
+from copy import deepcopy
+
 import pytest
 import tiny
 import torch
@@ -7,6 +10,7 @@ import torch
 from melinoe import attach
 from melinoe.cache.simulator import simulate
 from melinoe.engine.ram_store import RamStore
+from melinoe.engine.reference import ReferenceEngine
 from melinoe.errors import AttachError, CheckpointError
 from melinoe.moe.experts import find_experts
 
@@ -94,6 +98,33 @@ def test_a_copy_into_the_store_that_stops_half_way_keeps_the_weights(model, monk
         attach(model, slots=2)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_packing_that_fails_at_the_end_leaves_the_weights_unrounded(model, monkeypatch, given):
+    """The engine cannot be plugged in: every number is the model's own, not what blocks mean."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    packed = {"format": "int4"}
+    if given:
+        packed = {"store": attach(deepcopy(model), slots=2, format="int4").store}
+    monkeypatch.setattr(ReferenceEngine, "plug_in", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attach(model, slots=2, **packed)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_detached_handle_holds_no_slot(model):
+    """Their memory is free though the handle, its counters and books are kept."""
+    with torch.no_grad():
+        handle = attach(model, slots=2)
+        model(PROMPT)
+        slots = [weakref.ref(slot) for cache in handle._caches for slot in cache.slots.values()]
+        counted, resident = handle.counters, handle.resident()
+        handle.detach()
+        assert [ref() for ref in slots] == [None] * len(slots)
+        assert (handle.counters, handle.resident()) == (counted, resident)
+        assert handle.expert_memory_bytes > 0
 
 
 def test_a_detach_that_fails_can_be_repeated(model, monkeypatch):

@@ -78,7 +78,7 @@ def test_the_backbone_is_loaded_without_one_expert_byte(olmoe, monkeypatch):
     monkeypatch.setattr(SafetensorsFile, "read", guarded)
     with open_checkpoint(str(olmoe)) as checkpoint:
         model = load_backbone(checkpoint)
-        assert all(".experts." not in key for key in checkpoint.backbone_keys)
+        assert all(".experts." not in place.name for place in checkpoint.backbone)
         with pytest.raises(AssertionError):
             into = {t.name: torch.empty(t.shape) for t in checkpoint.layers[0].tensors}
             checkpoint.experts[0].read(0, into)
@@ -179,6 +179,20 @@ def test_a_closed_store_is_refused_before_the_weights_are_given_up(olmoe):
     with pytest.raises(AttachError, match="is closed"):
         melinoe.attach(model, slots=2, store=handle.store)
     assert torch.equal(logits(model), expected)
+
+
+def test_a_store_of_another_checkpoint_is_refused(olmoe, tmp_path):
+    """Of the same shapes, in memory or on disk; that of the same checkpoint serves it again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        other = OlmoeForCausalLM(AutoModelForCausalLM.from_pretrained(olmoe).config)
+    other.save_pretrained(tmp_path)
+    for store in ("ram", "disk"):
+        model, handle = melinoe.load(olmoe, slots=2, store=store)
+        with pytest.raises(AttachError, match="other experts than this checkpoint's"):
+            melinoe.load(tmp_path, slots=2, store=handle.store)
+        again, _ = melinoe.load(olmoe, slots=3, store=handle.store)
+        assert torch.equal(logits(again), logits(model))
 
 
 def leave(monkeypatch, amount):

@@ -235,3 +235,10 @@ def test_a_failure_on_the_host_leaves_no_half_made_cache(model, monkeypatch):
         assert handle.resident()[0] == []
         assert torch.equal(model(BATCH, attention_mask=MASK).logits, expected)
     assert GREEDY["do_sample"] is False and tiny.TOP_K == 2
+
+
+def test_layers_of_one_shape_read_into_one_buffer(tmp_path):
+    """From disk an expert is read before the host computes it, one at a time."""
+    tiny.tiny_model("olmoe").save_pretrained(tmp_path)
+    _, handle = melinoe.load(tmp_path, "cpu", slots=2, store="disk", miss=MISSES["cpu"])
+    assert len({id(cache._host._buffer) for cache in handle._caches}) == 1

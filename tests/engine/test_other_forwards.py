@@ -217,6 +217,17 @@ def test_another_way_equals_the_plain_model(model, way, slots):
         assert counted.forwards.tolist() == ([1, 2] if generates else [2 * times, 0])
 
 
+def test_packed_slots_with_another_default_device(model):
+    """Few tokens for an expert and many, prefetches and slots with them."""
+    many = torch.arange(60)[None]
+    with torch.no_grad():
+        with attach(copy.deepcopy(model), slots=3, format="int4") as handle:
+            expected = logits(other := handle._model), other(many).logits
+        with torch.device("meta"), attach(model, slots=3, format="int4"):
+            assert torch.equal(logits(model), expected[0])
+            assert torch.equal(model(many).logits, expected[1])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("engine", "way"),

@@ -2,7 +2,10 @@
 
 import inspect
 import logging
+import weakref
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from small_olmoe import tiny_model
 import melinoe
 from melinoe.engine import load as load_module
 from melinoe.engine import placement
+from melinoe.engine.device import support
+from melinoe.engine.device.support import why_not
 from melinoe.engine.options import Options
 from melinoe.engine.placement import Model
-from melinoe.errors import AttachError, BudgetError, CheckpointError
+from melinoe.errors import AttachError, BudgetError, CheckpointError, PinError
 from melinoe.host_memory import HostMemory
 from melinoe.moe.experts import find_experts
 
@@ -24,11 +29,13 @@ ALL = LAYERS * EXPERTS * BLOCK
 GPU = torch.device("cuda")
 
 
-def choose(device=GPU, in_memory=False, backbone=0, **options):
+def choose(device=GPU, in_memory=False, backbone=0, packs=False, **options):
     """What is chosen for a small model, as if on that device."""
     layers = find_experts(tiny_model())
     assert [(one.num_experts, one.block_bytes) for one in layers] == [(EXPERTS, BLOCK)] * LAYERS
-    return placement.place(Options(**options), Model(layers, backbone, in_memory, device))
+    return placement.place(
+        Options(**options), Model(layers, backbone, in_memory, device, packs=packs)
+    )
 
 
 @pytest.fixture
@@ -83,6 +90,64 @@ def test_auto_takes_the_fast_engine_where_it_can_run(gpu):
     assert choose(engine="reference").engine == "reference"
 
 
+def test_experts_that_the_gpu_cannot_read_are_served_by_the_host(gpu):
+    """Those in pageable memory, or on disk, whichever way the store is given."""
+    for store in ("ram", SimpleNamespace(kind="disk"), SimpleNamespace(kind="ram")):
+        chosen = choose(slots=4, store=store)
+        assert chosen.engine == "reference" and "the GPU cannot read experts" in chosen.why[0]
+        with pytest.raises(AttachError, match=r"fast engine cannot run here|belongs to the other"):
+            choose(slots=4, store=store, engine="fast")
+    assert choose(slots=4, store=SimpleNamespace(kind="pinned")).engine == "fast"
+
+
+def test_experts_that_are_in_host_memory_already_fit_there(gpu, host):
+    """A model attached from the host, or a store that is filled, adds none; packing adds blocks."""
+    host(ALL)  # of which four fifths are taken unasked
+    filled = SimpleNamespace(kind="pinned")
+    assert choose(slots=2, in_memory=True).engine == "fast"
+    assert choose(slots=2, store=filled).engine == "fast"
+    assert choose(slots=2, in_memory=True, packs=True).engine == "reference"
+    assert choose(slots=2).engine == "reference"
+    host(ALL - 1)
+    with pytest.raises(BudgetError, match="melinoe pack"):
+        choose(slots=2, in_memory=True, packs=True)
+
+
+def test_ram_bounds_packed_experts_on_a_gpu_too(gpu):
+    """They cannot stay on disk as the files have them, so they must fit."""
+    assert choose(slots=2, packs=True, ram=ALL).engine == "fast"
+    with pytest.raises(BudgetError, match=r"more than ram allows.*melinoe pack"):
+        choose(slots=2, packs=True, ram=ALL - 1)
+
+
+def test_the_second_try_begins_when_the_first_ones_memory_is_free(monkeypatch):
+    """What the first try held would count as taken when the second is placed."""
+
+    class Held:
+        pass
+
+    first = []
+
+    def serve(chosen):
+        if not first:
+            held = Held()
+            first.append(weakref.ref(held))
+            raise RuntimeError("no kernel image")
+        return chosen.engine
+
+    def chosen(engine):
+        return SimpleNamespace(engine=engine, device=torch.device("cpu"), describe=lambda _: "")
+
+    def place(options, model, host_because=None):
+        if host_because is None:
+            return chosen("fast")
+        assert host_because == "no kernel image" and first[0]() is None
+        return chosen("reference")
+
+    monkeypatch.setattr(load_module, "place", place)
+    assert load_module._best(Options(), Model([]), serve) == "reference"
+
+
 def test_without_a_device_named_a_gpu_is_taken_if_there_is_one(gpu, monkeypatch):
     """Else the CPU; a model in memory stays where it is."""
     assert choose(None).device == torch.device("cuda", 0)
@@ -130,7 +195,10 @@ def test_what_only_the_fast_engine_can_do_is_refused_where_it_cannot_run(gpu, mo
     """The reason by name: what was asked for would change the answers or the memory."""
     reason = "the GPU has compute capability 7.5, and 8.0 is the least that works"
     monkeypatch.setattr(placement, "why_not", lambda device: reason)
-    assert choose(admit=0).why[0] == reason
+    assert choose().why[0] == reason
+    for option in ({"admit": 0}, {"graphs": True}, {"compile": True}, {"staging_experts": 2}):
+        with pytest.raises(AttachError, match=rf"7\.5.*leave {next(iter(option))} out"):
+            choose(**option)
     with pytest.raises(AttachError, match=r"7\.5"):
         choose(engine="fast")
     with pytest.raises(BudgetError, match="more than ram allows"):
@@ -139,7 +207,12 @@ def test_what_only_the_fast_engine_can_do_is_refused_where_it_cannot_run(gpu, mo
 
 def test_without_triton_the_reason_is_named(gpu, monkeypatch):
     """An error for fast, a reason for auto."""
-    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement, "why_not", why_not)
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(support, "version", absent)
     assert choose().why[0] == "Triton is not installed"
     with pytest.raises(AttachError, match="Triton is not installed"):
         choose(engine="fast")
@@ -151,6 +224,8 @@ def test_without_triton_the_reason_is_named(gpu, monkeypatch):
         ({"gpu_memory": "8GiB"}, "give ram instead"),
         ({"gpu_memory": "8GiB", "slots": 2}, "not both"),
         ({"slots": 2, "batch": 4}, "batch and context"),
+        ({"batch": 4}, "the model runs on the CPU; leave them out"),
+        ({"admit": 1}, "no GPU is used; leave admit out"),
         ({"engine": "reference", "compile": True}, r'compile belongs.*engine="fast"'),
         ({"engine": "fast", "miss_threads": 2, "miss": "cpu"}, r'miss belongs.*"reference"'),
         ({"engine": "quick"}, "no engine 'quick'"),
@@ -185,7 +260,7 @@ def test_pinned_memory_that_cannot_be_had_falls_back_or_fails(
     def refuse_first(*arguments):
         tried.append(1)
         if len(tried) == 1:
-            raise BudgetError("the system refuses to pin 58GiB (CUDA error 2); raise ulimit -l")
+            raise PinError("the system refuses to pin 58GiB (CUDA error 2); raise ulimit -l")
         return fill(*arguments)
 
     monkeypatch.setattr(load_module, "_fill", refuse_first)

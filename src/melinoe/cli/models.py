@@ -105,7 +105,8 @@ def _slots_by_layer(path: str, source: Path, serving: dict[str, Any]) -> tuple[i
     Raises:
         TraceError: not a trace, or one of another shape.
         BudgetError: too little for what one token needs.
-        BadParameter: layers of different experts, between which no slot can be moved.
+        BadParameter: layers of different experts, between which no slot can be moved; an amount
+            of memory for packed experts.
     """
     from melinoe.cache.allocate import allocate, cost_of
     from melinoe.cache.curves import miss_curves
@@ -113,7 +114,7 @@ def _slots_by_layer(path: str, source: Path, serving: dict[str, Any]) -> tuple[i
     from melinoe.checkpoint import describe
     from melinoe.engine.budget import parse_bytes
 
-    about, trace = describe(path), Trace.load(source)
+    about, trace = describe(path, serving["dtype"]), Trace.load(source)
     if serving["slots"] is None and serving["expert_memory"] is None:
         raise typer.BadParameter(
             "say how many slots to share out: --slots or --expert-memory",
@@ -124,6 +125,12 @@ def _slots_by_layer(path: str, source: Path, serving: dict[str, Any]) -> tuple[i
             "this model's layers have experts of different number or size, so slots cannot be "
             "moved between them; leave it out",
             param_hint="--allocate-from",
+        )
+    packed = serving["format"] is not None or about.format != "plain"
+    if packed and serving["expert_memory"] is not None:
+        raise typer.BadParameter(
+            "what a slot of packed experts takes depends on the engine; give --slots",
+            param_hint="--expert-memory",
         )
     trace.check_model(trace.fingerprint, about.moe_layers, about.num_experts, about.top_k)
     if serving["expert_memory"] is not None:

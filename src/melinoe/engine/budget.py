@@ -12,6 +12,7 @@ MiB that no allocator sees, is not counted.
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from bisect import bisect_right
@@ -29,7 +30,7 @@ from transformers import StaticCache
 
 from melinoe.engine.device.staging import staging_bytes
 from melinoe.engine.device.static_cache import tensors
-from melinoe.errors import BudgetError
+from melinoe.errors import BudgetError, UnknownNeedError
 from melinoe.host_memory import format_bytes
 from melinoe.moe import meta_pass
 from melinoe.moe.experts import ExpertsLayer
@@ -265,7 +266,7 @@ def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context:
         context: tokens of a sequence, prompt included, at most.
 
     Raises:
-        BudgetError: the family's code looks at values, so neither cache can be counted.
+        UnknownNeedError: the family's code looks at values, so neither cache can be counted.
     """
     try:
         cache = _static_cache(model, layers, batch, context)
@@ -288,10 +289,11 @@ def workspace_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, cont
     by us and added where they are called.
 
     Args:
-        model, layers, batch, context: as for `cache_bytes`; every sequence has *context* tokens.
+        model, layers, batch, context: as for `cache_bytes`; every sequence has *context* tokens,
+            and *layers* are in the format that slots hold.
 
     Raises:
-        BudgetError: the family's code looks at values.
+        UnknownNeedError: the family's code looks at values.
     """
     most = 0
 
@@ -321,14 +323,19 @@ def workspace_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, cont
 def _experts_bytes(layer: ExpertsLayer, pairs: int) -> int:
     """Memory that *pairs* (token, choice) pairs take if all are computed at once."""
     down = next(tensor for tensor in layer.tensors if tensor.name == "down_proj")
+    unpacking = 0
+    if not layer.format.exact:
+        # One matrix is unpacked at a time, through float32; outputs are summed in float32.
+        largest = max(math.prod(tensor.shape) for tensor in layer.tensors if tensor.is_matrix)
+        unpacking = 16 * largest + 3 * 4 * pairs * down.rows_columns[0]
     larger, smaller = max(down.shape), min(down.shape)  # of hidden and intermediate size
     # Gathered inputs, both projections, the gated product, outputs and their weighted sum; and
     # eight indices.
-    return pairs * ((5 * larger + 4 * smaller) * down.dtype.itemsize + 8 * 8)
+    return unpacking + pairs * ((5 * larger + 4 * smaller) * down.dtype.itemsize + 8 * 8)
 
 
-def _unknown(model: Any, what: str, error: Exception) -> BudgetError:
-    return BudgetError(
+def _unknown(model: Any, what: str, error: Exception) -> UnknownNeedError:
+    return UnknownNeedError(
         f"how much memory {what} of {model.config.model_type} takes cannot be told beforehand "
         f"({str(error).splitlines()[0][:80]}); give slots or expert_memory instead of gpu_memory"
     )

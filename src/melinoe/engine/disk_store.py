@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from melinoe.checkpoint.opening import Checkpoint
+from melinoe.engine.store import empty_block
 from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer
 
@@ -70,10 +70,7 @@ class DiskStore:
         if stored.exact or devices == {"cpu"}:
             source.read_block(expert, stored, into)
             return
-        block = {
-            p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu")
-            for p in self._layers[layer].parts
-        }
+        block = empty_block(self._layers[layer].parts)
         source.read_block(expert, stored, block)
         for name, part in block.items():
             into[name].copy_(part)

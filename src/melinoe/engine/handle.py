@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +53,9 @@ class LayerExperts(Protocol):
     def watch(self) -> Callable[[], None]:
         """Refuse from now on to run once the layer's empty parameters are changed."""
 
+    def resident(self) -> list[int]:
+        """Ids of the resident experts, ascending; any thread may ask at any time."""
+
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes."""
 
@@ -65,6 +67,9 @@ class LayerExperts(Protocol):
 
     def read(self, expert: int) -> dict[str, Tensor]:
         """One expert as the store holds it, on the host."""
+
+    def release(self) -> None:
+        """Free the slots: nothing is computed from them any more."""
 
 
 class Engine(Protocol):
@@ -274,7 +279,11 @@ class Handle:
 
     def resident(self) -> list[list[int]]:
         """Ids of the resident experts, by layer, ascending."""
-        return [np.flatnonzero(c.residency.slot_of >= 0).tolist() for c in self._caches]
+        return [cache.resident() for cache in self._caches]
+
+    def resident_count(self, layer: int) -> int:
+        """How many experts of MoE layer *layer* are resident."""
+        return len(self._caches[layer].resident())
 
     # --- acting ---------------------------------------------------------------------------------
 
@@ -391,16 +400,18 @@ class Handle:
     @contextmanager
     def _asking_next_routers(self) -> Iterator[None]:
         """Have the next router asked early; recording and prefetching may both want it."""
-        if self._passes.next_routers is None:
-            self._passes.next_routers = NextRouters(find_routers(self._model))
-        self._askers += 1
+        with self.lock:  # not in the midst of another thread's pass
+            if self._passes.next_routers is None:
+                self._passes.next_routers = NextRouters(find_routers(self._model))
+            self._askers += 1
         try:
             yield
         finally:
-            self._askers -= 1
-            if not self._askers:
-                self._passes.next_routers.close()
-                self._passes.next_routers = self._passes.guess = None
+            with self.lock:
+                self._askers -= 1
+                if not self._askers:
+                    self._passes.next_routers.close()
+                    self._passes.next_routers = self._passes.guess = None
 
     @contextmanager
     def record(
@@ -509,8 +520,9 @@ class Handle:
 
     def detach(self) -> None:
         """
-        Put the experts' weights back, bit for bit, and the experts implementation of before.
+        Put the experts' weights back, and the experts implementation of before.
 
+        Weights come back bit for bit; those that were packed while attaching as they were rounded.
         Needs memory for all experts beside the store. The files of a checkpoint that `load` left
         open for the store are closed, so that the store cannot be used again. Without effect the
         second time. If it fails, for want of that memory say, the handle is still attached and
@@ -532,6 +544,8 @@ class Handle:
             self.choose(ChoiceSettings())
             self._attached = False
             self._undo.close()
+            for cache in self._caches:
+                cache.release()
             if self._at_detach is not None:
                 self._at_detach()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from melinoe.cache.policy import Policy
@@ -37,12 +38,13 @@ from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.engine.reference import ReferenceEngine
 from melinoe.engine.store import Store, read_block
 from melinoe.engine.transfer import EmulatedLink
-from melinoe.engine.weights import give_weights_back
+from melinoe.engine.weights import give_weights_back, is_freed, put_weights, weights_of
 from melinoe.errors import (
     AttachError,
     BudgetError,
     CheckpointError,
     MelinoeError,
+    PinError,
     UnsupportedModelError,
 )
 from melinoe.experts.format import ExpertFormat
@@ -115,7 +117,9 @@ def load(
         format: How experts are stored: ``plain``, in 16 or 32 bits; ``int8``, ``int4``, ``mxfp4``
             or ``fp8``, packed while loading, which changes what the model says; absent: as the
             checkpoint has them. Slots hold them so and compute from them, except those of the fast
-            engine, which unpacks int8 and int4 as it copies.
+            engine, which unpacks int8 and int4 as `melinoe pack` writes them while it copies, and
+            takes no other. On the CPU a token's last bits depend on whether 8 or more tokens of a
+            pass share its expert: fewer are computed in float32.
         miss: ``wait`` for the expert to come; ``cpu``: the host computes it where it is, and
             nothing is loaded on demand, so that slots hold what prefetches bring; ``split``: by
             cost, which is measured now. Or another handle's ``misses``, to decide by its figures.
@@ -133,7 +137,8 @@ def load(
         handle with counters, prefetch and record. The tokenizer is the caller's to load.
 
     Raises:
-        CheckpointError: Files missing, torn, quantised, or of another model than the config's.
+        CheckpointError: Files missing, torn, packed in a way that is not read, or of another model
+            than the config's.
         UnsupportedModelError: The family has no experts that can be served.
         BudgetError: Too little memory; two options that say how much is resident.
         AttachError: An unknown word; a device that is not there; an engine that cannot run.
@@ -145,13 +150,19 @@ def load(
 
         own = [source.format for source in checkpoint.experts]
         layers = _stored(checkpoint.layers, options, own)
-        packs = any(
-            not layer.format.exact and layer.format != has
-            for layer, has in zip(layers, own, strict=True)
-        )
+        packs = _packs(layers, own)
 
         def budget(total: int, staging: int) -> GpuBudget:
             return _share_out(checkpoint, layers, options, total, staging)
+
+        if not isinstance(options.store, str):
+            stored = DiskStore(checkpoint, layers)
+            for layer in layers:
+                last = read_block(layer, stored, layer.num_experts - 1)
+                if not _holds(layer, options.store, last):
+                    raise AttachError(
+                        "the store holds other experts than this checkpoint's; leave store out"
+                    )
 
         facts = Model(layers, checkpoint.backbone_bytes, packs=packs, budget=budget)
 
@@ -211,20 +222,33 @@ def attach(
         raise AttachError("Melinoe is attached to this model already; call handle.detach() first")
     if isinstance(options.store, str):
         _check_in_memory(layers)
-    layers = _stored(layers, options, [layer.format for layer in layers])
+    own = [layer.format for layer in layers]
+    layers = _stored(layers, options, own)
 
     def serve(chosen: Placement) -> Handle:
+        # Kept until all went well: from a packed store they would come back rounded.
+        kept = [{} if layer.format.exact else weights_of(layer) for layer in layers]
         filled = options.store
         if isinstance(filled, str):
             filled = (PinnedStore if chosen.store == "pinned" else RamStore).from_modules(layers)
         try:
             return _handle(model, layers, filled, options, chosen)
         except BaseException:
-            for layer in layers:
-                give_weights_back(layer, filled)
+            for layer, weights in zip(layers, kept, strict=True):
+                if not is_freed(layer):
+                    continue
+                if weights:
+                    put_weights(layer, weights)
+                else:
+                    give_weights_back(layer, filled)
             raise
 
-    return _best(options, Model(layers, in_memory=True, device=_home(model, layers)), serve)
+    facts = Model(
+        layers, in_memory=True, device=_home(model, layers), packs=_packs(layers, own),
+        experts_on_host=all(weights.device.type == "cpu" for layer in layers
+                            for weights in weights_of(layer).values()),
+    )  # fmt: skip
+    return _best(options, facts, serve)
 
 
 def _options(given: dict[str, Any], but: str) -> Options:
@@ -233,13 +257,17 @@ def _options(given: dict[str, Any], but: str) -> Options:
 
 def _best(options: Options, model: Model, serve: Callable[[Placement], Any]) -> Any:
     """Serve as was chosen; by the host if the device turns out not to be able to."""
-    chosen = place(options, model)
+    chosen, reason = place(options, model), None
     try:
         made = serve(chosen)
     except (MelinoeError, RuntimeError) as error:
         if options.engine != "auto" or chosen.engine != "fast" or not _host_may(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if reason is not None:  # after the except block: the error's frames hold the first try's memory
+        gc.collect()
+        if chosen.device.type == "cuda":
+            torch.cuda.empty_cache()
         chosen = place(options, model, host_because=reason)
         made = serve(chosen)
     # The slower way on a GPU is said loudly.
@@ -251,8 +279,9 @@ def _best(options: Options, model: Model, serve: Callable[[Placement], Any]) -> 
 def _host_may(error: Exception) -> bool:
     """Whether the reference engine may do what the fast one could not."""
     if isinstance(error, BudgetError):
-        return "pin" in str(error)
-    return not isinstance(error, CheckpointError | UnsupportedModelError)
+        return isinstance(error, PinError)
+    refused = CheckpointError | UnsupportedModelError | torch.OutOfMemoryError
+    return not isinstance(error, refused)
 
 
 def _load(
@@ -329,10 +358,11 @@ def _share_out(
     config = copy.deepcopy(checkpoint.config)
     hollow = build_on_meta(checkpoint.model_class, config, checkpoint.dtype)
     layers = find_experts(hollow)
+    if not staging:  # slots hold what the store does
+        layers = [layer.stored_as(kept.format) for layer, kept in zip(layers, stored, strict=True)]
     asked = hollow, layers, batch, context
-    slots = layers if staging else stored  # without staging, slots hold what the store does
     return share_budget(
-        total, slots, backbone_bytes(hollow, layers), cache_bytes(*asked), workspace_bytes(*asked),
+        total, layers, backbone_bytes(hollow, layers), cache_bytes(*asked), workspace_bytes(*asked),
         batch=batch, context=context, staging_experts=staging,
     )  # fmt: skip
 
@@ -376,6 +406,14 @@ def _stored(
     if not isinstance(options.store, str):
         _check_holds(found, options.store)
     return found
+
+
+def _packs(layers: Sequence[ExpertsLayer], own: Sequence[ExpertFormat]) -> bool:
+    """Whether experts of the format *own* are packed to be stored as *layers* say."""
+    return any(
+        not layer.format.exact and layer.format != has
+        for layer, has in zip(layers, own, strict=True)
+    )
 
 
 def _fill(checkpoint: Checkpoint, layers: Sequence[ExpertsLayer], chosen: Placement) -> Store:
@@ -432,8 +470,13 @@ def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
         return True
     last = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}
     own = layer.format.encode(layer.tensors, last)
+    return _holds(layer, store, own)
+
+
+def _holds(layer: ExpertsLayer, store: Store, last: Mapping[str, Tensor]) -> bool:
+    """Whether the last expert of *layer* that *store* holds is *last*, bit for bit."""
     kept = read_block(layer, store, layer.num_experts - 1)
-    return all(same_bits(part, kept[name]) for name, part in own.items())
+    return all(same_bits(part, kept[name]) for name, part in last.items())
 
 
 def _home(model: nn.Module, layers: Sequence[ExpertsLayer]) -> torch.device:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from melinoe.cache.timing import LoadRule, Machine, Work, loads_when
 from melinoe.config import MISSES
-from melinoe.engine.store import Store
+from melinoe.engine.store import Store, empty_block
 from melinoe.engine.transfer import EmulatedLink, Transfer
 from melinoe.errors import AttachError
+from melinoe.experts.format import Part
 from melinoe.moe.compute import Forward, Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
@@ -110,6 +111,8 @@ class HostExperts:
         device: Where the slots are.
         transfer: Told what travels, and how long it took; absent while costs are measured.
         forward: An experts function; absent: the one of the layer's format.
+        buffers: Of all layers, so that those of the same shape read into the same memory; absent:
+            its own.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class HostExperts:
         device: torch.device,
         transfer: Transfer | None = None,
         forward: Forward | None = None,
+        buffers: dict[tuple[Part, ...], dict[str, Tensor]] | None = None,
     ) -> None:
         self.layer = layer
         self.threads = threads
@@ -130,10 +134,11 @@ class HostExperts:
         self._stand_ins: dict[int, StandIn] = {}
         self._buffer: dict[str, Tensor] | None = None
         if store.views(layer.index, 0) is None:
-            with torch.inference_mode(False):
-                self._buffer = {
-                    p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in layer.parts
-                }
+            buffers = {} if buffers is None else buffers
+            if layer.parts not in buffers:
+                with torch.inference_mode(False):
+                    buffers[layer.parts] = empty_block(layer.parts)
+            self._buffer = buffers[layer.parts]
         # A norm of the module's own is needed here too.
         self._children = (
             {}
@@ -225,7 +230,8 @@ def measure_misses(
     if kind == "wait":
         return Misses()
     size = mean_block_bytes(store)
-    hosts = [HostExperts(layer, store, None, device) for layer in layers]
+    buffers: dict[tuple[Part, ...], dict[str, Tensor]] = {}
+    hosts = [HostExperts(layer, store, None, device, buffers=buffers) for layer in layers]
     tried = [threads] if threads is not None else _candidates()
     best, best_s = tried[0], float("inf")
     for count in tried:

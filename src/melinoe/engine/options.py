@@ -151,7 +151,9 @@ class Options:
 
     def _check_word(self, name: str) -> None:
         value = getattr(self, name)
+        if not isinstance(value, str):
+            return
         choices = next(one.metadata["choices"] for one in fields(self) if one.name == name)
         choices = choices() if callable(choices) else choices
-        if isinstance(value, str) and value not in choices:
+        if value not in choices:
             raise AttachError(f"there is no {name} {value!r}; choose one of {', '.join(choices)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from melinoe.engine.device.support import why_not
 from melinoe.engine.misses import check_miss
 from melinoe.engine.options import Options
 from melinoe.engine.transfer import check_link
-from melinoe.errors import AttachError, BudgetError
+from melinoe.errors import AttachError, BudgetError, UnknownNeedError
 from melinoe.experts.format import PLAIN, ExpertFormat
 from melinoe.experts.integer import Integer
 from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
@@ -40,6 +39,7 @@ class Model:
         budget: Shares so many bytes of a GPU out, with so many experts in a staging block; None
             where the model cannot be asked what it needs.
         packs: Whether experts are packed as they are read, which only a store in memory keeps.
+        experts_on_host: Whether experts in memory are in the host's.
     """
 
     layers: Sequence[ExpertsLayer]
@@ -48,11 +48,18 @@ class Model:
     device: torch.device | None = None
     budget: Callable[[int, int], GpuBudget] | None = None
     packs: bool = False
+    experts_on_host: bool = True
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts."""
         return sum(layer.num_experts * layer.block_bytes for layer in self.layers)
+
+    def added_bytes(self, options: Options) -> int:
+        """Bytes of host memory that a store with all experts in it would add."""
+        # Experts in host memory move into the store layer by layer, unless they are packed.
+        moves = self.in_memory and not self.packs and self.experts_on_host
+        return 0 if moves or not isinstance(options.store, str) else self.expert_bytes
 
 
 def in_slots(layers: Sequence[ExpertsLayer], engine: str) -> list[ExpertsLayer]:
@@ -134,6 +141,10 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
         )
     if engine == "fast":
         use_graphs(options, device)
+    elif (name := options.needs_device) is not None:
+        raise AttachError(
+            f"{name} needs the fast engine, which cannot run here: {why}; leave {name} out"
+        )
     store = _store(options, device, engine, model, room)
     slots, budget, into = _slots(options, device, engine, store, model, room)
     by_layer = slots_by_layer(slots, model.layers)
@@ -198,16 +209,21 @@ def _why_host(
         return "no GPU is used"
     if (name := options.needs_host) is not None:
         return f"because of {name}"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
+    kind = options.store if isinstance(options.store, str) else options.store.kind
+    if kind == "disk" or (kind == "ram" and device.type == "cuda"):
+        return f"the GPU cannot read experts in a {kind} store"
     if (reason := why_not(device)) is not None:
         return reason
     for name in {make().name for make in policies} - set(PACKABLE):
         return f"the GPU can decide by {' or '.join(PACKABLE)}, not by {name}"
     for layer in model.layers:
         if not (layer.format.exact or _unpacks(layer.format)):
-            return f"the GPU does not unpack {layer.format.name} as it copies"
-    too_many = room is not None and model.expert_bytes > room
+            kind = " of another kind" if isinstance(layer.format, Integer) else ""
+            return (
+                "the GPU unpacks int8 and int4 as melinoe pack writes them, and these experts are "
+                f"{layer.format.name}{kind}"
+            )
+    too_many = room is not None and model.added_bytes(options) > room
     if too_many and (options.engine == "auto" or options.ram):
         return (
             f"all experts, {format_bytes(model.expert_bytes)}, do not fit into "
@@ -226,7 +242,7 @@ def _store(
 ) -> str:
     if not isinstance(options.store, str):
         return options.store.kind
-    fits = room is None or model.expert_bytes <= room
+    fits = room is None or model.added_bytes(options) <= room
     if options.store == "disk" and model.in_memory:
         raise AttachError(
             "a model in memory has no files to read experts from; choose the ram or pinned "
@@ -272,8 +288,14 @@ def _slots(
     if asked is not None:
         return asked, None, "as asked"
     staging = options.staging_experts if engine == "fast" else 0
+    on_gpu = device.type == "cuda" or engine == "fast"
+    if not on_gpu and (options.batch is not None or options.context is not None):
+        raise AttachError(
+            "batch and context share a GPU's memory out, and the model runs on the CPU; leave "
+            "them out"
+        )
     if options.gpu_memory is not None:
-        if device.type != "cuda" and engine != "fast":
+        if not on_gpu:
             raise AttachError(
                 "gpu_memory limits a GPU's memory, and the model runs on the CPU; "
                 "give ram instead, or a device"
@@ -287,16 +309,15 @@ def _slots(
         if model.budget is not None:
             try:
                 return model.budget(free, staging).slots_per_layer, None, into
-            except BudgetError as error:
-                if "told beforehand" not in str(error):  # else the model cannot be asked
-                    raise
+            except UnknownNeedError:
+                pass
         return slots_for(max(free - model.backbone_bytes, 1), layers), None, into
     if room is None:
         return max(layer.num_experts for layer in layers), None, ""
     if options.ram is None:
         room -= model.backbone_bytes
-    if store != "disk" and not model.in_memory:
-        room -= model.expert_bytes
+    if store != "disk":
+        room -= model.added_bytes(options)
     return slots_for(max(room, 1), layers), None, f"what fits into {format_bytes(max(room, 0))}"
 
 
@@ -310,20 +331,27 @@ def _check_host(
 ) -> None:
     """Refuse what the system would end the process for, or *ram* does not allow."""
     on_cpu = device.type == "cpu"
-    # A model in memory gives its experts to the store layer by layer; a store may be filled.
-    held = store == "disk" or model.in_memory or not isinstance(options.store, str)
     parts = {
-        "experts": 0 if held else model.expert_bytes,
+        "experts": 0 if store == "disk" else model.added_bytes(options),
         "slots": memory_of(slots, in_slots(model.layers, engine)) if on_cpu else 0,
         "all other weights": model.backbone_bytes if on_cpu else 0,
     }
     what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)
-    ways = ["choose the disk store"] * (not held) + ["give fewer slots"] * on_cpu
+    ways = []
+    if parts["experts"]:
+        ways.append(
+            "load a checkpoint from disk that `melinoe pack` wrote in this format"
+            if model.packs
+            else "load the checkpoint with melinoe.load"
+            if model.in_memory
+            else "choose the disk store"
+        )
+    ways += ["give fewer slots"] * on_cpu
     if what:
         check_host_room(sum(parts.values()), what, ", or ".join(ways))
     taken = parts["experts"] + parts["slots"]
-    if on_cpu and options.ram is not None and taken > parse_bytes(options.ram):
+    if options.ram is not None and taken > parse_bytes(options.ram):
         raise BudgetError(
             f"experts would take {format_bytes(taken)} of host memory, slots included, which "
-            "is more than ram allows; give more ram, or fewer slots"
+            f"is more than ram allows; give more ram, or {' or '.join(ways)}"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from melinoe.engine.budget import format_bytes
 from melinoe.engine.weights import free_weights, give_weights_back
-from melinoe.errors import AttachError, BudgetError
+from melinoe.errors import AttachError, BudgetError, PinError
 from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer
 
@@ -148,7 +148,8 @@ class RamStore:
         except RuntimeError as error:
             raise BudgetError(
                 f"the host has no room for {format_bytes(num_experts * stride)} of experts after "
-                f"{format_bytes(self.host_bytes)}; choose the disk store"
+                f"{format_bytes(self.host_bytes)}; free some, or load a checkpoint that has them "
+                "in this format with store='disk'"
             ) from error
 
 
@@ -166,7 +167,7 @@ class PinnedStore(RamStore):
 
     Raises:
         AttachError: there is no CUDA device to pin memory for.
-        BudgetError: the system refuses to lock that much.
+        PinError: the system refuses to lock that much.
     """
 
     kind: ClassVar[str] = "pinned"
@@ -174,8 +175,7 @@ class PinnedStore(RamStore):
     def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
         if not torch.cuda.is_available():
             raise AttachError(
-                "pinned memory needs a CUDA device and this machine has none; "
-                'choose store="ram" or store="disk"'
+                'pinned memory needs a CUDA device and this machine has none; choose store="ram"'
             )
         torch.cuda.init()
         super().__init__(layers)
@@ -198,7 +198,7 @@ class PinnedStore(RamStore):
         code = torch.cuda.cudart().cudaHostRegister(address, whole, 0)
         if int(code) != 0:
             _forget_error()
-            raise BudgetError(
+            raise PinError(
                 f"the system refuses to pin {format_bytes(size)} after "
                 f"{format_bytes(self.host_bytes)} (CUDA error {int(code)}); raise the limit on "
                 'locked memory (ulimit -l) or choose store="ram"'

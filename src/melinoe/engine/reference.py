@@ -25,6 +25,7 @@ from melinoe.engine.misses import HostExperts, Misses
 from melinoe.engine.passes import ForwardPasses, watch_generate
 from melinoe.engine.store import Store, read_block
 from melinoe.engine.transfer import EmulatedLink, Transfer, transfer_for
+from melinoe.experts.format import Part
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
@@ -64,10 +65,12 @@ class ReferenceEngine:
         self.passes = ForwardPasses(model, Counters(len(layers)))
         self.transfer = transfer_for(store, device, link)
         rule, threads = misses.rule, misses.threads
+        buffers: dict[tuple[Part, ...], dict[str, Tensor]] = {}
         self.experts = [
             ExpertCache(
                 layer, count, make(), self.transfer, self.passes, device, rule,
-                HostExperts(layer, store, threads, device, self.transfer) if rule else None,
+                HostExperts(layer, store, threads, device, self.transfer, buffers=buffers)
+                if rule else None,
             )
             for layer, count, make in zip(layers, slots, policies, strict=True)
         ]  # fmt: skip
@@ -194,6 +197,10 @@ class ExpertCache:
                 self.reset()  # what was decided may not have been copied: trust no slot
                 raise
 
+    def resident(self) -> list[int]:
+        """Ids of the resident experts, ascending."""
+        return np.flatnonzero(self.residency.slot_of >= 0).tolist()
+
     def read(self, expert: int) -> dict[str, Tensor]:
         """One expert as the store holds it, on the host."""
         return read_block(self.layer, self._transfer.store, expert)
@@ -214,6 +221,11 @@ class ExpertCache:
             self._renumber()
             self._passes.prefetched(self._index, [load.expert for load in decision.loads])
         return len(decision.loads)
+
+    def release(self) -> None:
+        """Free the slots: nothing is computed from them any more."""
+        self.slots, self._views = {}, []
+        del self._stand_in, self._host
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from melinoe.experts.format import ExpertFormat
+from melinoe.experts.format import ExpertFormat, Part
 from melinoe.moe.experts import ExpertsLayer
 
 
@@ -55,10 +55,14 @@ class Store(Protocol):
         """
 
 
+def empty_block(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Host memory for one expert, by part; its contents are arbitrary."""
+    return {p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts}
+
+
 def read_block(layer: ExpertsLayer, store: Store, expert: int) -> dict[str, Tensor]:
     """One expert of *layer* as *store* holds it, in host memory of its own, by part."""
-    parts = store.format(layer.index).parts(layer.tensors)
-    block = {p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts}
+    block = empty_block(store.format(layer.index).parts(layer.tensors))
     store.read(layer.index, expert, block)
     return block
 

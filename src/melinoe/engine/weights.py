@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -52,6 +52,22 @@ def give_weights_back(
                 full[name][expert].copy_(weights)
         for name, stacked in full.items():
             _put(layer.module, name, stacked)
+
+
+def weights_of(layer: ExpertsLayer) -> dict[str, torch.Tensor]:
+    """The stacked weights of *layer* by name; they outlive `free_weights`."""
+    return {t.name: layer.module.get_parameter(t.name).detach() for t in layer.tensors}
+
+
+def put_weights(layer: ExpertsLayer, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make *weights* the stacked parameters of *layer* again."""
+    for name, stacked in weights.items():
+        _put(layer.module, name, stacked)
+
+
+def is_freed(layer: ExpertsLayer) -> bool:
+    """Whether the stacked parameters of *layer* are empty."""
+    return not len(layer.module.get_parameter("down_proj"))
 
 
 # How Python copies an object, pickles it, and how torch copies a module to several devices.

@@ -13,6 +13,7 @@ from melinoe import attach as attach_reference
 from melinoe.cache.prefetch import Popularity
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
+from melinoe.engine.device.loading import Loader
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.experts import find_experts
 
@@ -318,3 +319,23 @@ def test_uses_equal_the_reference_engines_and_lost_graphs_are_logged_once(model,
     assert all(np.array_equal(one, counts[0]) for one in counts)
     said = [one for one in caplog.records if "CUDA graphs" in one.message]
     assert len(said) == 1 and said[0].levelno == logging.WARNING
+
+
+def test_reading_who_is_resident_disturbs_no_pass(model, monkeypatch):
+    """As another thread may, in the midst of passes that the host decides: the same logits."""
+    load, seen = Loader.load, []
+
+    def looked_at(self, pairs):
+        load(self, pairs)
+        seen.append(handle.resident())
+        assert [handle.resident_count(layer) for layer in (0, 1)] == list(map(len, seen[-1]))
+
+    for slots, ids in ((1, PROMPT[:, :1]), (3, PROMPT)):
+        with torch.no_grad():
+            expected = model(ids).logits
+            with attach(model, slots=slots) as handle, monkeypatch.context() as patch:
+                patch.setattr(Loader, "load", looked_at)
+                for _ in range(2):
+                    assert torch.equal(model(ids).logits, expected)
+                assert seen and handle.audit() > 0
+                assert list(map(len, handle.resident())) == [slots] * 2

@@ -90,6 +90,10 @@ class DeviceExperts:
         """Copy to the host which experts are resident now; waits for the device."""
         return self._residencies.pull(self._index)
 
+    def resident(self) -> list[int]:
+        """Ids of the resident experts, ascending; see `DeviceResidency.resident`."""
+        return self._residencies.resident(self._index)
+
     @property
     def loaders(self) -> list[Loader]:
         """Loaders into the slots, and into the two staging blocks."""
@@ -145,13 +149,10 @@ class DeviceExperts:
 
     def prefetch(self, experts: Sequence[int]) -> int:
         """Load *experts*, the most wanted first; returns the number of loads."""
-        try:
+        with self._at_work():
             loads = self._residencies.pull(self._index).prefetch(experts).loads
             self._loader.load([(load.expert, load.slot) for load in loads])
             self._residencies.push(self._index)
-        except BaseException:
-            self._residencies.reset()
-            raise
         self._passes.prefetched(self._index, [load.expert for load in loads])
         return len(loads)
 
@@ -159,6 +160,12 @@ class DeviceExperts:
         """Empty all slots of the layer; the counters stay."""
         self._residencies.pull(self._index).reset()
         self._residencies.push(self._index)
+
+    def release(self) -> None:
+        """Free the slots and staging blocks: nothing is computed from them any more."""
+        self.slots = {}
+        del self._stand_in, self._staged, self._loader, self._through
+        self._staging.release()
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

@@ -76,7 +76,10 @@ def _views_of(store: Store, layer: int, expert: int) -> dict[str, Tensor]:
     """View the parts of a block where they lie in host memory."""
     views = store.views(layer, expert)
     if views is None:
-        raise ValueError(f"a kernel cannot read blocks of a store of kind {store.kind}")
+        raise AttachError(
+            f"the GPU cannot read experts in a {store.kind} store; leave store out, or give "
+            'engine="reference"'
+        )
     return views
 
 

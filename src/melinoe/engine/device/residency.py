@@ -116,6 +116,13 @@ class DeviceResidency:
         unpack(self.state[layer, :length].cpu().numpy(), residency)
         return residency
 
+    def resident(self, layer: int) -> list[int]:
+        """Ids of the layer's resident experts, ascending; any thread may ask. Waits."""
+        # From the device alone: `on_host` belongs to whoever is between `pull` and `push`.
+        first = 1 + self.num_experts[layer]
+        slot_of = self.state[layer, first : first + self.num_experts[layer]].cpu().numpy()
+        return np.flatnonzero(slot_of >= 0).tolist()
+
     def push(self, layer: int) -> None:
         """Copy the host's `Residency` of *layer* to the device."""
         row = to_device(torch.from_numpy(pack(self.on_host[layer])), self.state.device)

@@ -32,7 +32,7 @@ class Staging:
         self, layer: ExpertsLayer, store: Store
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The two blocks for *layer*; each maps names to tensors ``(experts, ...)``."""
-        key = layer.tensors
+        key = layer.tensors, store.format(layer.index).exact
         if key not in self._blocks:
             self._blocks[key] = (self._block(layer, store), self._block(layer, store))
         return self._blocks[key]
@@ -76,6 +76,10 @@ class Staging:
         if self._stream is not None:
             for tensor in tensors:
                 tensor.record_stream(self._stream)
+
+    def release(self) -> None:
+        """Free the blocks."""
+        self._blocks.clear()
 
     def finish(self) -> None:
         """Wait until no copy is under way."""
