@@ -69,6 +69,26 @@ def test_records_of_earlier_versions_are_told_apart_by_what_they_trained():
     assert differences(old | {"lambda_distill": 0.25}, taught) == {"lambda_distill": (0.25, 0.5)}
 
 
+@pytest.mark.parametrize(
+    ("weight", "old"),
+    [
+        ("lambda_replay", {"replay_loss": "kl"}),
+        ("lambda_replay", {"replay_batch_size": 4}),
+        ("lambda_rank", {"rank_reduce": "sum"}),
+        ("lambda_rank", {"reference": "pass"}),
+        (None, {"weight_decay": 0.1}),
+    ],
+)
+def test_a_setting_that_a_record_does_not_name_had_the_value_of_now(weight, old):
+    """Beside a record of an earlier version that says another, it is another training."""
+    (name,) = old
+    ours = settings(**{weight: 0.1} if weight else {})
+    assert [*differences(ours, ours | old)] == [name] == [*differences(ours | old, ours)]
+    assert differences(ours, ours | {name: None}) == {}
+    if weight:
+        assert differences(settings(), settings() | old) == {}
+
+
 @pytest.mark.parametrize("plain", [{"lambda_distill": 0.0}, {}])
 def test_a_weight_of_an_earlier_version_sets_runs_apart(plain):
     """A run that was distilled has no control in one that was not, whether that says so or not."""

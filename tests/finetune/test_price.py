@@ -12,9 +12,11 @@ from small_runs import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import melinoe.finetune.price as price_module
+import melinoe.finetune.run as run_module
 from melinoe.checkpoint import read_metadata
 from melinoe.data import Example, encode
 from melinoe.errors import DataError, OutputExistsError, TrainingError
+from melinoe.finetune import finetune
 from melinoe.finetune.price import (
     Price,
     describe,
@@ -128,24 +130,29 @@ def test_the_strongest_run_within_the_price_is_kept(checkpoint, monkeypatch):
     assert [one["spent"] for one in tried] == [2.0, 0.3, 0.7]
     assert tried[0]["strength"] == 1.0 > tried[2]["strength"] > tried[1]["strength"]
     assert result.metadata["price"]["spent"] == 0.7
-    assert "strongest of 3 runs within the price" in describe(result.metadata["price"])
+    assert "of 3 runs the strongest within the price; it spent 70%" in describe(
+        result.metadata["price"]
+    )
     spent = iter([9.0, 4.0])
     result = within(checkpoint, "b")
     assert result.metadata["price"]["spent"] == 4.0
-    assert "none of which was within the price" in describe(result.metadata["price"])
+    assert (
+        "none of 2 runs was within the price, and this one came nearest; it spent 400%"
+        in describe(result.metadata["price"])
+    )
 
 
 def test_an_interrupted_search_goes_on_where_it_was(checkpoint, monkeypatch):
     """Stopped in its second run: the control and the first are not trained again."""
-    calls, real = [], price_module.finetune
+    calls, real = [], run_module.train
 
     def failing(*args, **kwargs):
-        calls.append(args[2].name)
-        if calls.count("2") == 1 and args[2].name == "2":
+        calls.append(kwargs["checkpoints"].stem)
+        if calls.count("2") == 1 and calls[-1] == "2":
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(price_module, "finetune", failing)
+    monkeypatch.setattr(run_module, "train", failing)
     monkeypatch.setattr(price_module, "_NEAR", math.inf)
     with pytest.raises(KeyboardInterrupt):
         within(checkpoint)
@@ -154,9 +161,14 @@ def test_an_interrupted_search_goes_on_where_it_was(checkpoint, monkeypatch):
     with pytest.raises(TrainingError, match="not measured on these held-out texts"):
         within(checkpoint, resume=True, eval_examples=sentences(WORDS, "other"))
     result = within(checkpoint, resume=True)
-    assert calls == ["1", "2", "2"]
+    assert calls == ["out.control", "1", "2", "2"]
     assert len(result.metadata["price"]["runs"]) == 2 and (checkpoint / "out").is_dir()
     assert within(checkpoint, resume=True).metadata["price"] == result.metadata["price"]
+    for price, fault in ((Price(0.02), "0.01 on own"), (Price(0.01, 0.1), "and 0.1 on other")):
+        with pytest.raises(TrainingError, match=f"was trained within .*{fault}"):
+            within(checkpoint, resume=True, price=price, other_examples=sentences(WORDS, "o"))
+    with pytest.raises(TrainingError, match="another data"):
+        within(checkpoint, resume=True, data=sentences(WORDS[:5], "train"))
 
 
 def test_settings_that_a_price_cannot_be_kept_with_are_refused(checkpoint):
@@ -173,6 +185,45 @@ def test_settings_that_a_price_cannot_be_kept_with_are_refused(checkpoint):
     with pytest.raises(TrainingError, match="leaves nothing to spend"):
         Price(0.0)
     assert sorted(path.name for path in checkpoint.iterdir()) == ["base", "data.jsonl"]
+
+
+def test_a_run_without_a_price_is_no_result_of_a_search(checkpoint):
+    """Resumed with a price, it is refused as what it is."""
+    finetune(checkpoint / "base", sentences(WORDS, "train"), checkpoint / "out", settings(**CHOSEN))
+    with pytest.raises(
+        TrainingError, match=r"was trained without a price, not within 0\.01 on own"
+    ):
+        within(checkpoint, resume=True)
+
+
+def test_a_run_with_another_strength_is_none_of_the_search(checkpoint):
+    """What lies in OUT.runs began otherwise."""
+    finetune(
+        checkpoint / "base", sentences(WORDS, "train"), checkpoint / "out.runs" / "1",
+        settings(**CHOSEN, lambda_cache=2.0),
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="1 is a run with another strength"):
+        within(checkpoint, resume=True)
+
+
+def test_a_place_that_is_taken_is_said_before_any_training(checkpoint):
+    """The control's, where a teacher would be trained first."""
+    (checkpoint / "out.control").mkdir()
+    (checkpoint / "out.control" / "notes").touch()
+    with pytest.raises(OutputExistsError, match=r"out\.control exists"):
+        within(checkpoint, changes={"lambda_match": 1.0}, teacher="plain")
+    assert not (checkpoint / "out.teacher").exists()
+
+
+def test_other_texts_choose_only_where_they_are_bounded(checkpoint, monkeypatch):
+    """Three would be too few to choose by; without a bound they are not read."""
+    few, seen = sentences(WORDS[:3], "far"), []
+    monkeypatch.setattr(price_module, "_Costs", lambda texts: seen.append([*texts]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        within(checkpoint, other_examples=few)
+    assert seen == [["own"]]
+    with pytest.raises(DataError, match="3 held-out texts are too few"):
+        within(checkpoint, other_examples=few, price=Price(0.01, 0.1))
 
 
 def test_two_processes_find_what_one_finds(checkpoint):

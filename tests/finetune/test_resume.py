@@ -26,6 +26,7 @@ from melinoe.errors import (
 )
 from melinoe.finetune import train
 from melinoe.finetune.resume import (
+    check_same_settings,
     list_checkpoints,
     newest_checkpoint,
     random_state,
@@ -70,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_curve_bit_for_bit(checkpoint, changes)
     ]  # fmt: skip
 
 
-def in_memory(directory, resume=False, callbacks=(), **changes):
+def in_memory(directory, resume=False, callbacks=(), anchor=None, **changes):
     """Rows of a run in this process, with checkpoints."""
     return train(
         tiny_model("olmoe"),
@@ -80,6 +81,7 @@ def in_memory(directory, resume=False, callbacks=(), **changes):
         checkpoints=directory,
         resume=resume,
         callbacks=callbacks,
+        anchor_data=anchor,
     ).rows
 
 
@@ -235,6 +237,31 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
         with pytest.raises(TrainingError, match=rf"another run.*{named}.*--resume"):
             in_memory(tmp_path, resume=True, steps=2, **change)
     in_memory(tmp_path, resume=True, steps=2, log_every=5, save_every=None)
+
+
+def test_a_checkpoint_of_a_run_that_replayed_other_text_is_refused(tmp_path):
+    """Equal settings, but what is replayed is another."""
+    replaying = {"steps": 2, "lambda_replay": 0.1}
+    in_memory(tmp_path, anchor=examples(2, 5), **replaying)
+    with pytest.raises(TrainingError, match=r"another run \(anchor_text\)"):
+        in_memory(tmp_path, resume=True, anchor=examples(2, 6), **replaying)
+    in_memory(tmp_path, resume=True, anchor=examples(2, 5), **replaying)
+
+
+def test_a_checkpoint_of_settings_that_are_gone_is_refused(tmp_path):
+    """Trained under a prior, it would go on without; at a value that holds now, it goes on."""
+    in_memory(tmp_path, steps=2)
+    state = list_checkpoints(tmp_path)[0] / "state.json"
+    written = json.loads(state.read_text())
+    for value in (0.2, 0.0):
+        run_of = written["run"] | {"cache_prior": value, "rank_reduce": "sum"}
+        state.write_text(json.dumps(written | {"run": run_of}))
+        if value:
+            with pytest.raises(TrainingError, match=r"no longer has \(cache_prior 0\.2\)"):
+                in_memory(tmp_path, resume=True, steps=2)
+    in_memory(tmp_path, resume=True, steps=2)
+    with pytest.raises(TrainingError, match=r"no longer has \(weight_decay 0\.1\)"):
+        check_same_settings(tmp_path, {"weight_decay": 0.1}, settings())
 
 
 def test_a_checkpoint_holds_only_what_is_trained(tmp_path):

@@ -11,8 +11,10 @@ from small_olmoe import tiny_model, words_tokenizer
 from melinoe.checkpoint import load_tokenizer, read_metadata
 from melinoe.checkpoint.files import read_config
 from melinoe.cli import main
-from melinoe.config import OutcomeSettings
+from melinoe.cli.finetune import _check_control, _is_measured
+from melinoe.config import FinetuneSettings, OutcomeSettings
 from melinoe.data import encode, load_examples
+from melinoe.errors import CheckpointError
 from melinoe.evaluate import perplexity, perplexity_increase
 from melinoe.finetune.saving import merge_adapter
 
@@ -174,6 +176,7 @@ def control(place, tmp_path_factory):
         (("--no-measure",), "nothing will be measured"),
         (("--control",), "is for a run with locality terms"),
         (("--max-ppl-increase", "1%"), "trains a control of its own"),
+        (("--limit", 15), "trained on other data"),
     ],
 )
 def test_what_cannot_be_the_control_is_refused_before_any_training(
@@ -202,6 +205,60 @@ def test_a_torn_control_leaves_the_run_whole_with_outcome_and_card(
     assert "control" not in outcome and outcome["change"]["perplexity"]["held"]["n"] == 8
     card = (tmp_path / "out" / "README.md").read_text()
     assert "What the locality terms saved and cost was not measured." in card
+
+
+def test_a_control_of_another_base_is_refused_before_any_training(place, control, tmp_path):
+    """Its settings and data would do."""
+    tiny_model(1).save_pretrained(tmp_path / "base")
+    words_tokenizer().save_pretrained(tmp_path / "base")
+    given = FinetuneSettings(**read_metadata(control)["settings"] | {"lambda_cache": 1.0})
+    examples = load_examples(place / "train.jsonl")
+    _check_control(str(control), given, str(place / "base"), examples)
+    with pytest.raises(CheckpointError, match="trained on another base model"):
+        _check_control(str(control), given, str(tmp_path / "base"), examples)
+
+
+def test_a_taken_place_of_the_control_is_said_before_the_teacher_is_trained(finetune, tmp_path):
+    """Both would be trained before the run."""
+    (tmp_path / "out.control").mkdir()
+    (tmp_path / "out.control" / "notes").touch()
+    code, err = finetune(tmp_path / "out", "--against", "control", "--teacher", "plain")
+    assert code == 1 and "out.control exists and is not empty" in err
+    assert not (tmp_path / "out.teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--anchor", "kl", "--control"), "--anchor does nothing while --lambda-rank is 0"),
+        (("--rho", 0.1), "--rho does nothing while --lambda-rank is 0"),
+        (("--rho", 0.1, "--anchor", "kl", "--lambda-rank", 1), "--rho does nothing while --anchor"),
+        (("--own-texts", 9), "--own-texts does nothing while --lambda-replay is 0"),
+        (("--own-texts", 9, "--lambda-replay", 1, "--anchor-data", "far.jsonl"), "--anchor-data"),
+        (("--train", "router"), "--lora-rank does nothing while --train is router"),
+        (("--price-runs", 2), "--price-runs does nothing while --max-ppl-increase"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(finetune, tmp_path, more, said):
+    """Before anything is read; the place's own options set a rank and replay nothing."""
+    code, err = finetune(tmp_path / "out", *more)
+    assert code == 1 and said in err and "leave it out" in err
+
+
+def test_an_outcome_beside_another_control_is_measured_again(tmp_path, monkeypatch):
+    """The one that was measured is told by its fingerprint; one that is gone is not missed."""
+    outcome = {"control": {}, "control_run": {"fingerprint": "a"}}
+    records = {
+        "one": {"fingerprint": "a"},
+        "two": {"fingerprint": "b"},
+        "out": {"outcome": outcome},
+    }
+    monkeypatch.setattr("melinoe.checkpoint.read_metadata", lambda path: records[path.name])
+    for name in records:
+        (tmp_path / name).mkdir()
+    found = {name: _is_measured(tmp_path / "out", tmp_path / name) for name in ("one", "two", "no")}
+    assert found == {"one": True, "two": False, "no": True}
+    assert _is_measured(tmp_path / "out", None)
 
 
 def test_a_weight_of_none_asks_for_no_teacher(finetune, tmp_path):

@@ -28,7 +28,9 @@ def test_other_texts_are_split_as_one_and_keep_their_names(monkeypatch):
     monkeypatch.setattr("melinoe.checkpoint.files.read_config", lambda name: None)
     own, far, farther = texts(4, 7), texts(4, 5), texts(11, 4)
     held_out = HeldOut([], "own", own, {"far": far, "farther": farther})
-    found = judges(held_out, "base", 8)
+    found = judges(held_out, "base", 8, True)
     assert found.examples == own[1::2] and found.chosen_by == 4
     assert found.others == {"far": [far[1], far[3]], "farther": [farther[0], farther[2]]}
+    unbounded = judges(held_out, "base", 8, False)
+    assert unbounded.others == held_out.others and unbounded.examples == own[1::2]
     assert halves([*far, *farther], words_tokenizer(), 8)[1] == [far[1], far[3], *farther[::2]]

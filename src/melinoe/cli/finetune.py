@@ -1,7 +1,7 @@
 """`melinoe finetune`: train a model to need fewer expert transfers."""
 
 import os
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,27 +132,37 @@ def command(
     settings = FinetuneSettings(**given)
     price = _price(max_ppl_increase, max_other_ppl_increase)
     # --lambda-match 0 is refused with a teacher, where nothing was said it is given a weight.
-    source = context.get_parameter_source("lambda_match")
-    unsaid = source is None or source.name == "DEFAULT"
-    if teacher is not None and not settings.is_taught and unsaid:
+    if teacher is not None and not settings.is_taught and not _said(context, "lambda_match"):
         settings = replace(settings, lambda_match=MATCH)
+    _check_idle(context, settings, price is not None, anchor_data)
     if control:
         settings = settings.control()
     from melinoe.data import load_examples
     from melinoe.finetune import finetune
     from melinoe.finetune.processes import leave
-    from melinoe.finetune.run import beside, check_place, train_control, train_teacher
+    from melinoe.finetune.run import (
+        beside,
+        check_place,
+        is_written,
+        train_control,
+        train_teacher,
+    )
 
     output.quiet()
-    check_place(out, resume)
+    runs = [out.expanduser(), *([beside(out, CONTROL)] if against == CONTROL else [])]
+    for place in [*runs, *([beside(out, "teacher")] if teacher == PLAIN else [])]:
+        check_place(place, resume)
     if against is not None:
-        _check_against(against, settings, measure, price is not None)
+        _check_against(settings, measure, price is not None)
     examples = load_examples(data, split=split, limit=limit, columns=columns)
     # Before any training, so that bad held-out data costs no time.
     held_out = texts.hold_out(
         data, examples, eval_data, eval_split, other or [], hold_out, limit, columns
     )
     anchor = _anchor(anchor_data, split, limit, settings) if anchor_data else None
+    base, train = models.resolve(model), held_out.train
+    if against not in (None, CONTROL):
+        _check_control(against, settings, base, train)
     with output.training_progress() as progress:
         common: dict[str, Any] = {
             "eval_examples": held_out.examples,
@@ -161,10 +171,11 @@ def command(
             "callbacks": progress.callbacks,
             "resume": resume,
         }
-        base, train = models.resolve(model), held_out.train
         if teacher == PLAIN and price is None:
-            output.say("first the teacher, on next tokens alone")
-            teacher = str(train_teacher(base, train, out, settings, **common))
+            teacher = str(beside(out, "teacher"))
+            if not all(is_written(place, resume) for place in runs):
+                output.say("first the teacher, on next tokens alone")
+                train_teacher(base, train, out, settings, **common)
         common["teacher"] = teacher
         if against == CONTROL:
             output.say("first the control, without the locality terms")
@@ -200,18 +211,40 @@ def command(
         output.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
     if measure and price is not None:
-        held_out = texts.judges(held_out, base, settings.max_length)
+        held_out = texts.judges(held_out, base, settings.max_length, price.other is not None)
 
     of = None if against is None else Path(against)
     finish(result.out, base, data, split, held_out, measure, of, columns, resume)
 
 
-def _check_against(against: str, settings: FinetuneSettings, measure: bool, priced: bool) -> None:
-    """Refuse what cannot be this run's control, before it is trained."""
-    from dataclasses import asdict
+def _said(context: typer.Context, name: str) -> bool:
+    """Tell whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
-    from melinoe.outcome import check_control
 
+def _check_idle(
+    context: typer.Context, settings: FinetuneSettings, priced: bool, anchor_data: str | None
+) -> None:
+    """Refuse options that others leave without effect."""
+    unanchored, routers = settings.lambda_rank == 0, settings.train == "router"
+    for why, idle, names in (
+        ("--lambda-rank is 0", unanchored, ("anchor", "rho")),
+        ("--anchor is kl", settings.anchor == "kl", ("rho",)),
+        ("--lambda-replay is 0", settings.lambda_replay == 0, ("own_texts",)),
+        ("--anchor-data gives the text", anchor_data not in (None, "own"), ("own_texts",)),
+        ("--train is router", routers, ("lora_rank", "lora_alpha", "lora_learning_rate")),
+        ("--max-ppl-increase names no price", not priced, ("price_runs",)),
+    ):
+        for name in names if idle else ():
+            if _said(context, name):
+                raise TrainingError(
+                    f"--{name.replace('_', '-')} does nothing while {why}; leave it out"
+                )
+
+
+def _check_against(settings: FinetuneSettings, measure: bool, priced: bool) -> None:
+    """Refuse a control beside what is not compared with one."""
     if priced:
         raise TrainingError(
             "a search for a price trains a control of its own, and states price and saving against "
@@ -224,8 +257,28 @@ def _check_against(against: str, settings: FinetuneSettings, measure: bool, pric
         )
     if settings.is_control:
         raise TrainingError("--against is for a run with locality terms; leave out it or --control")
-    if against != CONTROL:
-        check_control(against, {"settings": asdict(settings)})
+
+
+def _check_control(against: str, settings: FinetuneSettings, base: str, examples: Any) -> None:
+    """Refuse what is not this run's control, before it is trained."""
+    from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
+    from melinoe.data import encode
+    from melinoe.finetune.resume import data_fingerprint
+    from melinoe.moe.routing import fingerprint
+    from melinoe.outcome import check_control
+
+    with open_checkpoint(base) as checkpoint:
+        routers = fingerprint(load_backbone(checkpoint))
+        tokenizer = load_tokenizer(base, checkpoint.config)
+    encoded = encode(examples, tokenizer, settings.max_length)
+    check_control(
+        against,
+        {
+            "settings": asdict(settings),
+            "base_fingerprint": routers,
+            "data": {"tokens_sha256": data_fingerprint(encoded)},
+        },
+    )
 
 
 def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings) -> Any:
@@ -325,7 +378,11 @@ def _is_measured(out: Path, control: Path | None) -> bool:
     from melinoe.checkpoint import read_metadata
 
     outcome = read_metadata(out).get("outcome") or {}
-    return bool(outcome) and (control is None or "control" in outcome)
+    if control is None or not outcome:
+        return bool(outcome)
+    measured = (outcome.get("control_run") or {}).get("fingerprint")
+    there = read_metadata(control).get("fingerprint") if control.is_dir() else measured
+    return "control" in outcome and measured == there
 
 
 def _unmeasured(out: Path, control: Path | None, error: MelinoeError) -> TrainingError:

@@ -122,7 +122,7 @@ def hold_out(
     return HeldOut(kept, domain, [examples[index] for index in sorted(chosen)], others)
 
 
-def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
+def judges(held_out: HeldOut, base: str, max_length: int, others: bool) -> HeldOut:
     """
     Leave out the held-out texts by which a search for a price chose: the others say the price.
 
@@ -130,19 +130,18 @@ def judges(held_out: HeldOut, base: str, max_length: int) -> HeldOut:
         held_out: What the search was given.
         base: The checkpoint, for its tokenizer.
         max_length: Of the search; it leaves out what has no completion within it.
+        others: Whether texts of other kinds chose too.
     """
     from melinoe.checkpoint import load_tokenizer
     from melinoe.checkpoint.files import read_config
     from melinoe.finetune.price import halves
 
     tokenizer = load_tokenizer(base, read_config(base))
+    choosing, judging = halves(held_out.examples, tokenizer, max_length)
+    left = replace(held_out, examples=judging, chosen_by=len(choosing))
+    if not others:
+        return left
     every = [one for some in held_out.others.values() for one in some]
     rest = {id(one) for one in halves(every, tokenizer, max_length)[1]}
-    others = {name: [x for x in some if id(x) in rest] for name, some in held_out.others.items()}
-    choosing, judging = halves(held_out.examples, tokenizer, max_length)
-    return replace(
-        held_out,
-        examples=judging,
-        others={name: some for name, some in others.items() if some},
-        chosen_by=len(choosing),
-    )
+    kept = {name: [x for x in some if id(x) in rest] for name, some in held_out.others.items()}
+    return replace(left, others={name: some for name, some in kept.items() if some})

@@ -20,7 +20,7 @@ class FinetuneSettings:
     """
     Settings of a run that trains for locality.
 
-    The defaults are what measured best at equal compute: docs/method.md#what-the-defaults-rest-on.
+    What the defaults rest on, and what else was measured: docs/method.md#what-the-defaults-rest-on.
 
     ``control()`` is the same run without the locality terms, the like-for-like comparison;
     ``plain()`` is the same run on next tokens alone, which is what a teacher is.
@@ -177,11 +177,6 @@ class FinetuneSettings:
     def is_control(self) -> bool:
         """Whether the locality term weighs nothing."""
         return self.lambda_cache == 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the run trains on next tokens alone."""
-        return self.plain() == self
 
     def control(self) -> "FinetuneSettings":
         """Leave out the locality term alone: same teacher, anchors, data order, steps, seed."""

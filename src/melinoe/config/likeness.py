@@ -8,14 +8,26 @@ from melinoe.config.finetuning import FinetuneSettings
 from melinoe.errors import TrainingError
 
 Settings = Mapping[str, Any]
-_TERMS = {"lambda_rank", "lambda_match", "lambda_replay", "lambda_distill"}
-# Of records of earlier versions: weights of locality terms, and other settings of terms with the
-# weight by which each counts.
-_OLD_LOCALITY = ("cache_prior", "lambda_reuse")
-_OLD = {
-    "lambda_distill": None, "replay_loss": "lambda_replay", "rank_reduce": "lambda_rank",
-    "reference": "lambda_rank",
-}  # fmt: skip
+_TERMS = {"lambda_rank", "lambda_match", "lambda_replay"}
+# Settings of earlier versions: the weight by which each counts, None for one that always does, and
+# the value that holds now. Those of locality terms may differ between a run and its control.
+_GONE: dict[str, tuple[str | None, Any]] = {
+    "lambda_distill": (None, 0.0),
+    "weight_decay": (None, 0.0),
+    "replay_loss": ("lambda_replay", "nll"),
+    "replay_batch_size": ("lambda_replay", 2),
+    "rank_reduce": ("lambda_rank", "mean"),
+    "reference": ("lambda_rank", "router"),
+}
+_GONE_LOCALITY: dict[str, tuple[str | None, Any]] = {
+    "cache_prior": (None, 0.0),
+    "lambda_reuse": (None, 0.0),
+    "cache_gradient": ("lambda_cache", False),
+    "swap_margin": ("lambda_cache", None),
+    "capacity_curriculum": ("lambda_cache", 0.0),
+    "layer_capacity": ("lambda_cache", None),
+    "layer_weight": ("lambda_cache", None),
+}
 
 
 def recorded(settings: Settings) -> FinetuneSettings | None:
@@ -41,8 +53,17 @@ def recorded(settings: Settings) -> FinetuneSettings | None:
 def for_locality(settings: Settings) -> bool:
     """Say whether a record's run had a locality term."""
     run = recorded(settings)
-    old = any(settings.get(name) for name in _OLD_LOCALITY)
+    old = any(settings.get(name) for name in ("cache_prior", "lambda_reuse"))
     return run is not None and (old or not run.is_control)
+
+
+def gone_settings(settings: Settings) -> dict[str, Any]:
+    """Find the settings, name to value, that a run was decided by and this release lacks."""
+    return {
+        name: settings[name]
+        for name, (weight, now) in (_GONE | _GONE_LOCALITY).items()
+        if settings.get(name) not in (None, now) and (weight is None or settings.get(weight))
+    }
 
 
 def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
@@ -63,16 +84,11 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
         here, there = dict(ours), dict(theirs)
     else:
         here, there = (run.control().deciding() for run in (one, other))
-        for name, weight in _OLD.items():
-            if weight is None:  # a weight itself: 0 where a record does not name it
+        for name, (weight, now) in _GONE.items():
+            if weight is None or (here.get(weight) and there.get(weight)):
                 here, there = (
-                    side | {name: said.get(name) or 0.0}
+                    side | {name: now if said.get(name) is None else said[name]}
                     for side, said in ((here, ours), (there, theirs))
                 )
-            elif here.get(weight) and there.get(weight):
-                here, there = (
-                    side | ({name: said[name]} if said.get(name) else {})
-                    for side, said in ((here, ours), (there, theirs))
-                )
-    told = (ours.keys() & theirs.keys() | _TERMS) & here.keys() & there.keys()
+    told = (ours.keys() & theirs.keys() | _TERMS | _GONE.keys()) & here.keys() & there.keys()
     return {name: (here[name], there[name]) for name in sorted(told) if here[name] != there[name]}

@@ -111,9 +111,6 @@ class Objective:
         replay: Anchor text; needed where ``lambda_replay`` is above 0.
         teacher: Whose hidden states are learned; ``None``: the base model's.
 
-    Attributes:
-        lambda_cache: Weight of the cache term; may be changed between steps.
-
     Raises:
         TrainingError: a cache smaller than what one token needs, or a replay term without text.
     """
@@ -128,7 +125,6 @@ class Objective:
         teacher: Teacher | None = None,
     ):
         self.settings, self.parts, self.replay, self.teacher = settings, parts, replay, teacher
-        self.lambda_cache = settings.lambda_cache
         self.base = BaseRouters(routers)
         self.recorder = RoutingRecorder(routers)
         self._next_replayed = 0
@@ -214,7 +210,7 @@ class Objective:
         values |= more or {}
         weights = {
             "nll": 1.0,
-            "cache": self.lambda_cache,
+            "cache": settings.lambda_cache,
             "anchor": settings.lambda_rank,
             "match": settings.lambda_match,
             "replay": settings.lambda_replay,
@@ -248,7 +244,7 @@ class Objective:
 
         for (num_experts, _, top_k), group in groups.items():
             logits = stack([one.logits for one in group])
-            with nullcontext() if self.lambda_cache else torch.no_grad():
+            with nullcontext() if self.settings.lambda_cache else torch.no_grad():
                 cache.append(
                     cache_simulation_loss(
                         logits,

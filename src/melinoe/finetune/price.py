@@ -31,7 +31,6 @@ from melinoe.config import PLAIN, FinetuneSettings
 from melinoe.data import IGNORED, Collator, Encoded, Example, encode, has_completion, load_examples
 from melinoe.errors import DataError, OutputExistsError, TrainingError
 from melinoe.finetune.objective import logits_of, model_outputs
-from melinoe.finetune.resume import check_same_settings
 from melinoe.finetune.run import (
     FinetuneResult,
     beside,
@@ -134,8 +133,7 @@ def finetune_within(
         settings: Everything that decides a run; ``lambda_cache`` is where the search starts.
         price: What may be paid.
         eval_examples: Held-out text of the domain; half of it chooses.
-        other_examples: Text of other domains, used likewise; it bounds the run only where the price
-            says so.
+        other_examples: Text of other domains, used likewise where the price bounds the run there.
         runs: Trained at most, the control not counted.
         options: Of `finetune`, for every run.
 
@@ -148,7 +146,7 @@ def finetune_within(
         OutputExistsError: *out* or a place beside it is taken; nothing was trained.
         DataError: as `finetune`, or too few held-out texts.
         TrainingError: as `finetune`; settings that a price cannot be kept with, or a bound on other
-            domains without their text.
+            domains without their text; or, resumed, *out* was trained within another price.
 
     Cost: up to *runs* + 1 trainings. Runs that were not taken are deleted.
     """
@@ -170,17 +168,25 @@ def finetune_within(
     work = beside(path, "runs")
     if is_written(path, resume):  # all that was left to do is to clear up
         metadata = read_metadata(path)
-        theirs = metadata.get("settings") or {}
-        strength = theirs.get("lambda_cache", settings.lambda_cache)
-        check_same_settings(path, theirs, replace(settings, lambda_cache=strength))
+        bounds = (metadata.get("price") or {}).get("bounds")
+        if bounds != price.bounds:
+            raise TrainingError(
+                f"{path} was trained {_within(bounds)}, not {_within(price.bounds)}; give what it "
+                "was given, or another --out"
+            )
+        chosen = replace(settings, lambda_cache=metadata["settings"]["lambda_cache"])
+        result = finetune(name, data, path, chosen, teacher=teacher, resume=True, **options)
         if main:
             shutil.rmtree(work, ignore_errors=True)
-        return FinetuneResult(path, metadata["log"], metadata)
+        return result
+    for what in ("control", "teacher") if teacher == PLAIN else ("control",):
+        check_place(beside(path, what), resume)
     if main and work.exists() and not resume:
         raise OutputExistsError(
             f"{work} holds runs of a search that did not end; go on with --resume, or delete them"
         )
-    texts = _choosing(name, settings, {"own": eval_examples, "other": other_examples or []})
+    others = (other_examples or []) if price.other is not None else []
+    texts = _choosing(name, settings, {"own": eval_examples, "other": others})
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     common: dict[str, Any] = {**options, "eval_examples": eval_examples, "resume": resume}
     if teacher == PLAIN:
@@ -194,7 +200,14 @@ def finetune_within(
     while True:
         watch, place = _Costs(texts), work / str(len(tried) + 1)
         chosen = replace(settings, lambda_cache=strength)
-        result = _one_run(
+        if is_written(place, resume):
+            before = (read_metadata(place).get("settings") or {}).get("lambda_cache")
+            if before != strength:
+                raise TrainingError(
+                    f"{place} is a run with another strength than this search would try, so the "
+                    f"search began otherwise; delete {work} and start again"
+                )
+        result = finetune(
             name, examples, place, chosen, callbacks=[watch, *callbacks], **common
         )  # fmt: skip
         tried.append((result, _spent(watch.of(place), theirs, price) | {"strength": strength}))
@@ -220,14 +233,21 @@ def describe(price: Mapping[str, Any]) -> str:
     """Say in a sentence which strength was taken, and why."""
     spent = f"it spent {price['spent']:.0%} of the price on the texts that choose"
     if price["feasible"]:
-        why = f"the strongest of {len(price['runs'])} runs within the price; {spent}"
+        why = f"of {len(price['runs'])} runs the strongest within the price; {spent}"
     elif price["spent"] <= 1:
         why = f"{spent}, but they are too few to tell whether that is within it"
     else:
         why = (
-            f"the nearest of {len(price['runs'])} runs, none of which was within the price; {spent}"
+            f"none of {len(price['runs'])} runs was within the price, and this one came nearest; "
+            f"{spent}"
         )
     return f"lambda_cache {price['strength']:.3g}: {why}"
+
+
+def _within(bounds: Mapping[str, float] | None) -> str:
+    if bounds is None:
+        return "without a price"
+    return "within " + " and ".join(f"{bound:.4g} on {one} texts" for one, bound in bounds.items())
 
 
 def next_strength(tried: Sequence[tuple[float, float]]) -> float:
@@ -375,29 +395,3 @@ def _spent(ours: Mapping[str, Any], theirs: Mapping[str, Any], price: Price) -> 
         at_most.append(gap.high / math.log1p(bound))
     worst = max(at_most)
     return {"spent": max(spent), "spent_at_most": worst, "feasible": worst <= 1}
-
-
-def _one_run(
-    name: str,
-    examples: Sequence[Example],
-    out: Path,
-    settings: FinetuneSettings,
-    *,
-    teacher: str | Path | None,
-    resume: bool,
-    **options: Any,
-) -> FinetuneResult:
-    """Train once; or read what an interrupted search has trained already."""
-    if not (resume and out.exists()):
-        return finetune(name, examples, out, settings, teacher=teacher, resume=resume, **options)
-    metadata = read_metadata(out)
-    theirs, taught_by = metadata.get("settings") or {}, metadata.get("teacher") or {}
-    same = theirs.get("lambda_cache") == settings.lambda_cache
-    if not same or taught_by.get("source") != (None if teacher is None else str(teacher)):
-        what = "teacher" if same else "strength"
-        raise TrainingError(
-            f"{out} is a run with another {what} than this search would try, so the search "
-            f"began otherwise; delete {out.parent} and start again"
-        )
-    check_same_settings(out, theirs, settings)
-    return FinetuneResult(out, metadata["log"], metadata)

@@ -41,6 +41,7 @@ from torch import Tensor
 from melinoe.checkpoint.verifying import sum_of
 from melinoe.checkpoint.writing import reason_of
 from melinoe.config import FinetuneSettings
+from melinoe.config.likeness import gone_settings
 from melinoe.data import Encoded
 from melinoe.errors import TrainingError, WriteError
 from melinoe.whole_file import remove_unfinished, unfinished
@@ -184,6 +185,7 @@ def identity(
     rows_per_step: int,
     base: str,
     teacher: str | None = None,
+    anchor_text: str | None = None,
 ) -> dict[str, Any]:
     """Collect, as JSON, what a run must share with the checkpoint that it goes on from."""
     kept = {key: value for key, value in asdict(settings).items() if key not in _FREE}
@@ -193,6 +195,7 @@ def identity(
         "data": data_fingerprint(data),
         "base": base,
         "teacher": teacher,
+        "anchor_text": anchor_text,
     }
 
 
@@ -212,12 +215,13 @@ def check_same_run(path: Path, ours: dict[str, Any]) -> None:
         TrainingError: names what differs.
     """
     theirs = read_state(path)["run"]
+    _check_gone(path, theirs)
     differ = [key for key in ours if theirs.get(key) != ours[key]]
     if not differ:
         return
     named = ", ".join(
         key
-        if key in ("data", "base", "teacher")
+        if key in ("data", "base", "teacher", "anchor_text")
         else f"{key} {theirs.get(key)} there and {ours[key]} here"
         for key in differ
     )
@@ -241,12 +245,22 @@ def check_same_settings(
     Raises:
         TrainingError: names what differs.
     """
+    _check_gone(path, recorded)
     now = {k: v for k, v in settings.deciding().items() if k not in _FREE}
     differ = [key for key in now if recorded.get(key, now[key]) != now[key]]
     if differ:
         named = ", ".join(f"{key} {recorded[key]} there and {now[key]} here" for key in differ)
         raise TrainingError(
             f"{path} is a run with other settings ({named}); give what it was given, or delete it"
+        )
+
+
+def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
+    if gone := gone_settings(recorded):
+        named = ", ".join(f"{key} {value}" for key, value in gone.items())
+        raise TrainingError(
+            f"{path} is of a run with settings that this release no longer has ({named}); go on "
+            "with the release that began it, or delete it"
         )
 
 

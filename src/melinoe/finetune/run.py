@@ -2,7 +2,7 @@
 Fine-tune a checkpoint: examples in, a plain checkpoint in the hub's layout, and a log, out.
 
 Beside a run *OUT* there may be *OUT*.teacher and *OUT*.control, the runs that it needs, and
-*OUT*.checkpoints until it is written.
+*OUT*.checkpoints until it is written; and *OUT*.runs while a price is searched.
 """
 
 import gc
@@ -32,7 +32,7 @@ from melinoe.checkpoint.writing import (
 )
 from melinoe.config import PLAIN, FinetuneSettings
 from melinoe.config.names import version_of
-from melinoe.data import Example, count_losses, encode, load_examples, pad_token_id
+from melinoe.data import Encoded, Example, count_losses, encode, load_examples, pad_token_id
 from melinoe.errors import CheckpointError, OutputExistsError, TrainingError, WriteError
 from melinoe.finetune.own_text import write_own_text
 from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
@@ -120,17 +120,14 @@ def finetune(
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
     path, name = check_place(out, resume), str(model_path)
-    if teacher == PLAIN:
+    if teacher == PLAIN and is_written(path, resume):  # a teacher that was deleted is not missed
+        teacher = beside(path, "teacher")
+    elif teacher == PLAIN:
         teacher = train_teacher(
             model_path, data, path, settings, eval_examples=eval_examples,
             progress=progress, callbacks=callbacks, resume=resume,
         )  # fmt: skip
     checkpoints = beside(path, "checkpoints")
-    if not resume and list_checkpoints(checkpoints):
-        raise OutputExistsError(
-            f"{checkpoints} holds checkpoints of a run that did not end; go on from them with "
-            "--resume, or delete them"
-        )
     with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
         source = checkpoint.source  # of one commit, also where the branch moves meanwhile
         size = checkpoint.stored_bytes
@@ -140,16 +137,14 @@ def finetune(
     from_name = isinstance(data, (str, Path))
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     encoded = encode(examples, tokenizer, settings.max_length)
-    if is_written(path, resume):
-        with open_checkpoint(source) as checkpoint:
-            base_fingerprint = fingerprint(load_backbone(checkpoint))
-        found = dict(_finished_run(path, settings, encoded, base_fingerprint))
-        remove_checkpoints(checkpoints)
-        return FinetuneResult(path, found["log"], found)
-    held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
     anchor = None
     if anchor_examples and not isinstance(anchor_examples, str):
         anchor = encode(anchor_examples, tokenizer, settings.max_length)
+    if is_written(path, resume):
+        found = dict(_finished_run(path, settings, encoded, anchor, teacher, source))
+        remove_checkpoints(checkpoints)
+        return FinetuneResult(path, found["log"], found)
+    held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
     computed = with_compute_dtype(settings, checkpoint.dtype)
     arguments = training_arguments(computed, checkpoints)  # joins the other processes
     main = arguments.process_index == 0
@@ -161,7 +156,8 @@ def finetune(
             check_room(path, bytes_of(checkpoint))
     routers = find_routers(model)
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
-    if settings.lambda_replay > 0 and anchor is None:
+    writes_anchor = settings.lambda_replay > 0 and anchor is None
+    if writes_anchor:
         anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
     return_freed_memory()  # of loading, and of the text that was written
     base_fingerprint = fingerprint(model)
@@ -176,6 +172,7 @@ def finetune(
             pad_token_id=pad_token_id(tokenizer),
             eval_data=held_out,
             anchor_data=anchor,
+            own_text=writes_anchor,
             teacher=taught_by,
             progress=progress,
             callbacks=callbacks,
@@ -212,7 +209,11 @@ def finetune(
             else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},
             "anchor": None
             if anchor is None or not settings.lambda_replay
-            else {"examples": len(anchor), "tokens_sha256": data_fingerprint(anchor)},
+            else {
+                "examples": len(anchor),
+                "tokens_sha256": data_fingerprint(anchor),
+                "own_text": writes_anchor,
+            },
             "data": {
                 "source": str(data) if from_name else None,
                 "examples": len(encoded),
@@ -261,8 +262,7 @@ def train_control(
         The directory, in which its adapter is.
 
     Raises:
-        TrainingError: as `finetune`; the run has no locality terms; or, resumed, what is there came
-            of other settings.
+        TrainingError: as `finetune`; or the run has no locality terms.
     """
     if settings.is_control:
         raise TrainingError(
@@ -289,8 +289,7 @@ def train_teacher(
         The directory, in which its adapter is.
 
     Raises:
-        TrainingError: as `finetune`; *settings* have no term that learns from a teacher; or,
-            resumed, what is there came of other settings.
+        TrainingError: as `finetune`; or *settings* have no term that learns from a teacher.
     """
     options.pop("anchor_examples", None)
     if not settings.is_taught:
@@ -305,15 +304,10 @@ def _train_beside(
     data: str | Path | Sequence[Example],
     out: Path,
     settings: FinetuneSettings,
-    *,
-    resume: bool = False,
     **options: Any,
 ) -> Path:
-    """Train a run that another one needs, and write its adapter; resumed, take what is there."""
-    if is_written(out, resume):
-        check_same_settings(out, read_metadata(out).get("settings") or {}, settings)
-    else:
-        finetune(model_path, data, out, replace(settings, save="adapter"), resume=resume, **options)
+    """Train a run that another one needs, and write its adapter."""
+    finetune(model_path, data, out, replace(settings, save="adapter"), **options)
     return out
 
 
@@ -328,9 +322,14 @@ def check_place(out: str | Path, resume: bool) -> Path:
     Return the directory *out*, if a run may be written there, or, to *resume*, one was.
 
     Raises:
-        OutputExistsError: it is taken.
+        OutputExistsError: it is taken, or beside it are checkpoints of a run that did not end.
     """
-    path = Path(out).expanduser()
+    path, checkpoints = Path(out).expanduser(), beside(out, "checkpoints")
+    if not resume and list_checkpoints(checkpoints):
+        raise OutputExistsError(
+            f"{checkpoints} holds checkpoints of a run that did not end; go on from them with "
+            "--resume, or delete them"
+        )
     return path if is_written(path, resume) else check_output(path)
 
 
@@ -340,14 +339,35 @@ def is_written(path: Path, resume: bool) -> bool:
 
 
 def _finished_run(
-    path: Path, settings: FinetuneSettings, data: Sequence[Any], base_fingerprint: str
+    path: Path,
+    settings: FinetuneSettings,
+    data: Sequence[Encoded],
+    anchor: Sequence[Encoded] | None,
+    teacher: str | Path | None,
+    base: str,
 ) -> Mapping[str, Any]:
     """Read the record of a written run; an error if it is not the run that is asked for."""
     metadata = read_metadata(path)
     check_same_settings(path, metadata.get("settings") or {}, settings)
+    taught = None if teacher is None else Path(teacher).expanduser()
+    known, replayed = metadata.get("teacher") or {}, metadata.get("anchor") or {}
+    with open_checkpoint(base) as checkpoint:
+        if taught is not None and taught.is_dir():
+            model = load_model(checkpoint)  # an adapter is read by the shapes of its experts
+            teachers = known.get("fingerprint"), teacher_fingerprint(read_teacher(taught, model))
+        else:  # deleted since, or none: its name has to do
+            model = load_backbone(checkpoint)
+            teachers = Path(known.get("source", "")).name, "" if taught is None else taught.name
+    anchors: tuple[Any, Any] = None, None
+    if anchor is not None and settings.lambda_replay > 0:
+        anchors = replayed.get("tokens_sha256"), data_fingerprint(anchor)
+    elif settings.lambda_replay > 0:  # what the base writes follows from base and settings
+        anchors = replayed.get("own_text", True), True
     for what, there, here in (
         ("data", (metadata.get("data") or {}).get("tokens_sha256"), data_fingerprint(data)),
-        ("base model", metadata.get("base_fingerprint"), base_fingerprint),
+        ("base model", metadata.get("base_fingerprint"), fingerprint(model)),
+        ("teacher", *teachers),
+        ("anchor text", *anchors),
     ):
         if there != here:
             raise TrainingError(

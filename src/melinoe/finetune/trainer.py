@@ -46,7 +46,7 @@ class LocalityTrainer(Trainer):
     Args:
         settings: Of the run.
         rates: Of routers and low-rank updates at their peak.
-        objective: Weighs the terms; its weights may change between steps.
+        objective: Weighs the terms.
         parts: What is trained.
         held_out: Measured before the first step, at its turns, and after the last.
         padding: Collator for *held_out*.

@@ -14,6 +14,7 @@ from melinoe.data import Collator, Encoded
 from melinoe.errors import InterruptedRunError, TrainingError
 from melinoe.finetune.adapter import Adapter, adapter_of
 from melinoe.finetune.objective import Objective, Replay
+from melinoe.finetune.own_text import OWN
 from melinoe.finetune.parts import TrainedParts, make_trainable
 from melinoe.finetune.preparing import ReadyModel, recomputes
 from melinoe.finetune.processes import freeze_unreached, is_sharded
@@ -21,6 +22,7 @@ from melinoe.finetune.rates import Rates
 from melinoe.finetune.resume import (
     StopRequest,
     check_same_run,
+    data_fingerprint,
     identity,
     newest_checkpoint,
     put,
@@ -71,6 +73,7 @@ def train(
     pad_token_id: int,
     eval_data: Sequence[Encoded] | None = None,
     anchor_data: Sequence[Encoded] | None = None,
+    own_text: bool = False,
     teacher: Adapter | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -90,14 +93,15 @@ def train(
         pad_token_id: Any id; padding is masked.
         eval_data: Measured before the first step, each ``eval_every``, and after the last.
         anchor_data: Text to replay beside *data*, for ``settings.lambda_replay``.
+        own_text: Whether the base model wrote that. A run that goes on may have it written anew,
+            and another device or number of processes writes it otherwise; other text must agree.
         teacher: Of the same base, from `read_teacher`: whose hidden states
             ``settings.lambda_match`` means, in place of the base model's.
         progress: Called with each log row.
         callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
             ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
-            ``locality`` (the `Objective`, whose weights it may change) and ``measure(examples)``
-            there. Its ``state_dict()`` and ``load_state_dict(state)``, if it has them, keep its
-            state (JSON) in checkpoints.
+            ``locality`` (the `Objective`) and ``measure(examples)`` there. Its ``state_dict()`` and
+            ``load_state_dict(state)``, if it has them, keep its state (JSON) in checkpoints.
         before_merge: Called with the trained parts in float32, before they become the model's own.
         checkpoints: Directory for the run's checkpoints; Ctrl-C and SIGTERM then end the run after
             its step and leave one.
@@ -157,7 +161,8 @@ def train(
             lora_learning_rate=rates.low_rank,
             lora_rank=rates.rank,
         )
-        ours = identity(named, data, per_step, base, taught)
+        replayed = OWN if own_text else data_fingerprint(anchor_data) if anchor_data else None
+        ours = identity(named, data, per_step, base, taught, replayed)
         start = _start(checkpoints, ours, arguments) if resume else None
         ready.recompute()
         stop = StopRequest()
