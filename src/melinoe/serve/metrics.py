@@ -109,4 +109,4 @@ class Metrics:
 
 
 def _resident(batches: Batches, layer: int) -> int:
-    return len(batches.handle.resident()[layer])
+    return batches.handle.resident_count(layer)
