@@ -85,7 +85,7 @@ def test_a_copy_into_the_store_that_stops_half_way_keeps_the_weights(model, monk
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     import melinoe.engine.ram_store as module
 
-    real, calls = module._stacked, []
+    real, calls = module.weights_of, []
 
     def stacked(layer):
         calls.append(layer)
@@ -93,7 +93,7 @@ def test_a_copy_into_the_store_that_stops_half_way_keeps_the_weights(model, monk
             raise KeyboardInterrupt
         return real(layer)
 
-    monkeypatch.setattr(module, "_stacked", stacked)
+    monkeypatch.setattr(module, "weights_of", stacked)
     with pytest.raises(KeyboardInterrupt):
         attach(model, slots=2)
     for name, parameter in model.named_parameters():

@@ -227,7 +227,10 @@ def attach(
 
     def serve(chosen: Placement) -> Handle:
         # Kept until all went well: from a packed store they would come back rounded.
-        kept = [{} if layer.format.exact else weights_of(layer) for layer in layers]
+        kept = [
+            {} if layer.format.exact else {n: p.detach() for n, p in weights_of(layer).items()}
+            for layer in layers
+        ]
         filled = options.store
         if isinstance(filled, str):
             filled = (PinnedStore if chosen.store == "pinned" else RamStore).from_modules(layers)
@@ -465,7 +468,7 @@ def _check_holds(layers: Sequence[ExpertsLayer], store: Store) -> None:
 
 def _holds_last_of(layer: ExpertsLayer, store: Store) -> bool:
     """Whether the last expert of *layer* is the store's bit for bit, or only the store has it."""
-    parameters = {t.name: layer.module.get_parameter(t.name) for t in layer.tensors}
+    parameters = weights_of(layer)
     if any(parameter.is_meta for parameter in parameters.values()):
         return True
     last = {name: p.detach()[-1].cpu().contiguous() for name, p in parameters.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from melinoe.engine.budget import format_bytes
-from melinoe.engine.weights import free_weights, give_weights_back
+from melinoe.engine.weights import free_weights, give_weights_back, weights_of
 from melinoe.errors import AttachError, BudgetError, PinError
 from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer
@@ -63,7 +63,7 @@ class RamStore:
         if not all(layer.format.exact for layer in layers):
             for layer in layers:
                 store._add(layer)
-                own = _stacked(layer)
+                own = weights_of(layer)
                 for expert in range(layer.num_experts):
                     weights = {name: stack[expert].cpu() for name, stack in own.items()}
                     made = layer.format.encode(layer.tensors, weights)
@@ -71,12 +71,12 @@ class RamStore:
             for layer in layers:
                 free_weights(layer)
             return store
-        last = {id(p): at for at, layer in enumerate(layers) for p in _stacked(layer).values()}
+        last = {id(p): at for at, layer in enumerate(layers) for p in weights_of(layer).values()}
         copied = 0  # a layer that was copied half-way still has its weights, and keeps them
         try:
             for at, layer in enumerate(layers):
                 store._add(layer)
-                own = _stacked(layer)
+                own = weights_of(layer)
                 for name, view in store._views[-1].items():
                     view.copy_(own[name].detach())
                 copied = at + 1
@@ -151,11 +151,6 @@ class RamStore:
                 f"{format_bytes(self.host_bytes)}; free some, or load a checkpoint that has them "
                 "in this format with store='disk'"
             ) from error
-
-
-def _stacked(layer: ExpertsLayer) -> dict[str, Tensor]:
-    """The layer's stacked parameters by name."""
-    return {tensor.name: layer.module.get_parameter(tensor.name) for tensor in layer.tensors}
 
 
 class PinnedStore(RamStore):

@@ -55,8 +55,8 @@ def give_weights_back(
 
 
 def weights_of(layer: ExpertsLayer) -> dict[str, torch.Tensor]:
-    """The stacked weights of *layer* by name; they outlive `free_weights`."""
-    return {t.name: layer.module.get_parameter(t.name).detach() for t in layer.tensors}
+    """The stacked parameters of *layer* by name."""
+    return {tensor.name: layer.module.get_parameter(tensor.name) for tensor in layer.tensors}
 
 
 def put_weights(layer: ExpertsLayer, weights: Mapping[str, torch.Tensor]) -> None:
