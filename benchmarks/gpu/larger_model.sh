@@ -3,9 +3,8 @@
 # Usage: CORPUS=DIR benchmarks/gpu/larger_model.sh [OUT_DIR]; CORPUS as `recipes/tiny_olmoe.py` reads it.
 # Trains a model of 64 experts, top-8, by the recipe of the shipped one, then plainly, and for locality
 # in two ways with their controls, three seeds each, and appends a line a run to OUT_DIR/larger_model.jsonl:
-# what is there when time is up stays. `melinoe report OUT_DIR/larger_model.jsonl --out page.html`
-# draws it. Bad news would be: a price in perplexity that is higher than the small model's for as
-# many transfers saved. Not measured: speed. About ten minutes on one large GPU.
+# what is there when time is up stays. Bad news would be: a price in perplexity that is higher than the
+# small model's for as many transfers saved. Not measured: speed. About ten minutes on one large GPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${CORPUS:?name the directory of text to train on}"

@@ -3,8 +3,8 @@ Does training for locality cost quality, and how much for how many transfers sav
 
 Runs the plan (`plan.py`), one fine-tuning of the shipped model after the other, judges each
 (`judge.py`) and appends one JSON line a run; what is there already is left alone, so the study can
-be interrupted and gone on with. `melinoe report` draws tables and figures from the file. Runs of
-group ``plain``, which teach others, and of ``goals`` leave their checkpoints in ``--keep``.
+be interrupted and gone on with. `tables.py` writes tables and figures from the file. Runs of group
+``plain``, which teach others, and of ``goals`` leave their checkpoints in ``--keep``.
 
 Bad news would be: no strength that saves transfers without raising perplexity over the same
 training without the locality terms; or savings that come from the whole data set sharing a few

@@ -107,6 +107,9 @@ def test_a_run_is_held_against_the_control_it_trains(place, finetune, tmp_path):
     assert "its control, the same training without the locality terms" in first
     assert "perplexity on held-out held" in first
     assert str(tmp_path) not in card + json.dumps(metadata)
+    shutil.rmtree(tmp_path / "out.teacher")  # nothing that is complete needs it again
+    assert finetune(tmp_path / "out", *more, "--resume")[0] == 0
+    assert not (tmp_path / "out.teacher").exists()
 
 
 def test_a_search_is_held_against_its_control_on_texts_that_chose_nothing(

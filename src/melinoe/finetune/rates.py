@@ -13,10 +13,10 @@ updates to an eighth of an OLMoE checkpoint in bfloat16.
 The rate of updates is the rule that Thinking Machines fitted over dense models of 1B to 70B for
 updates of this form (5e-5 for full fine-tuning, ten times that for low-rank updates, the exponent
 for Llama-like models; Tinker's supervised-learning hyperparameters and "LoRA Without Regret",
-2025). At the shipped model's width of 128 it gives 4.3e-3, the best of the rates that were tried
-there.
+2025). At the shipped model's width of 128 it gives 4.3e-3; twice as much was better in domain and
+forgot half as much again of other text (docs/method.md).
 
-The rate of routers takes what was best at width 128 to other widths as muP does for Adam
+The rate of routers takes a rate that worked at width 128 to other widths as muP does for Adam
 (arXiv:2203.03466): the step of a matrix falls as one over its inputs, so that a step moves each
 logit alike at every width. At a width of 2,048 it gives 2.7e-4, five times what ReMoE
 (arXiv:2605.27081) trains routers alone with for ten times as many steps; MELINOE's own 1e-5
