@@ -8,6 +8,7 @@ from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe
+from melinoe.cli import models
 from tests.small_olmoe import tiny_model, words_tokenizer
 
 
@@ -47,6 +48,9 @@ def test_slots_go_where_the_trace_says_and_the_text_stays(traced, melinoe):
         assert one["ids"] == plain["ids"]
         assert tuple(one.get("slots_by_layer", [one["slots"]] * layers)) == best
         assert one["expert_memory_bytes"] == sum(best) * about.bytes_per_expert
+    # In 16 bits half the memory buys as much.
+    narrow = {"slots": None, "format": None, "dtype": "bfloat16", "policy": "lfu"}
+    assert models._slots_by_layer(path, trace, narrow | {"expert_memory": memory // 2}) == best
     even = sum(int(cost[layer][slots - 1]) for layer in range(layers))
     assert sum(int(cost[layer][count - 1]) for layer, count in enumerate(best)) <= even
 

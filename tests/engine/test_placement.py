@@ -148,6 +148,19 @@ def test_the_second_try_begins_when_the_first_ones_memory_is_free(monkeypatch):
     assert load_module._best(Options(), Model([]), serve) == "reference"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, CheckpointError, BudgetError])
+def test_what_the_host_could_not_do_either_is_not_tried_again(monkeypatch, error):
+    """A GPU that is full, files that are torn, too little memory: the first error stands."""
+    chosen = SimpleNamespace(engine="fast", device=torch.device("cpu"))
+    monkeypatch.setattr(load_module, "place", lambda *_: chosen)
+
+    def serve(_):
+        raise error("pinned or not")
+
+    with pytest.raises(error, match="pinned or not"):
+        load_module._best(Options(), Model([]), serve)
+
+
 def test_without_a_device_named_a_gpu_is_taken_if_there_is_one(gpu, monkeypatch):
     """Else the CPU; a model in memory stays where it is."""
     assert choose(None).device == torch.device("cuda", 0)

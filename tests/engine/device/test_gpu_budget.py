@@ -338,3 +338,18 @@ def test_the_command_line_serves_with_the_fast_engine():
     assert said[1]["slots"] == 32
     refused = CliRunner().invoke(app, ["generate", "tiny", "Once", "--format", "int3"])
     assert refused.exit_code != 0
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "mxfp4", "fp8"])
+def test_the_workspace_of_packed_slots_holds_an_unpacked_matrix(name):
+    """What unpacking the largest takes at once, beside what plain slots need."""
+    model = tiny.tiny_model("olmoe", hidden_size=64, intermediate_size=256)
+    hollow = tiny.on_meta(model)
+    layers, kind = find_experts(hollow), named_format(name)
+    packed = [layer.stored_as(kind) for layer in layers]
+    added = workspace_bytes(hollow, packed, 1, 64) - workspace_bytes(hollow, layers, 1, 64)
+    rows, columns = 2 * 256, 64
+    block = kind.encode_matrix(torch.ones(rows, columns))
+    with watched(block.values()) as live:
+        kind.decode_matrix(block, rows, columns).to(torch.bfloat16)
+    assert live.most < added < 16 * rows * columns + 3 * 4 * 64 * 2 * 64 + 1
