@@ -87,7 +87,7 @@ class Client(threading.Thread):
             try:
                 with urllib.request.urlopen(request, timeout=120) as answer:
                     for line in answer:
-                        if b'"error"' in line:
+                        if line.startswith(b'data: {"error"'):
                             self.errors.append(line.decode())
                         tokens += line.startswith(b"data: {")
             except OSError as error:

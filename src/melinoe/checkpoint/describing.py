@@ -1,4 +1,4 @@
-"""What a checkpoint is and what it would take to run it, without reading a weight."""
+"""Describe a checkpoint, and what running it takes, without reading a weight."""
 
 import copy
 from dataclasses import asdict, dataclass, replace

@@ -20,7 +20,7 @@ class FinetuneSettings:
     """
     Settings of a run that trains for locality.
 
-    What the defaults rest on, and what else was measured: docs/method.md#what-the-defaults-rest-on.
+    See docs/method.md#what-the-defaults-rest-on for why these are the defaults.
 
     ``control()`` is the same run without the locality terms, the like-for-like comparison;
     ``plain()`` is the same run on next tokens alone, which is what a teacher is.

@@ -38,7 +38,7 @@ _WORTH = 0.95  # more threads must take at most this share of the time
 @dataclass(frozen=True)
 class Misses:
     """
-    What is done about a miss.
+    Decide what is done about a miss.
 
     Attributes:
         kind: ``wait``: load it; ``cpu``: compute it on the host; ``split``: by cost.

@@ -453,7 +453,7 @@ def describe_call(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], generating: Generating | None = None
 ) -> Batch | None:
     """
-    What a call of the model with these arguments computes, or None if it has no token input.
+    Describe what a call of the model computes; None if it has no token input.
 
     Within ``generate`` the prompt's length is known. Else a call of one token that continues an
     earlier call is completion, and any other is prompt.

@@ -29,7 +29,7 @@ _SHARE = 0.8
 @dataclass(frozen=True)
 class Model:
     """
-    What is known of a model before it is loaded.
+    Facts of a model, known before it is loaded.
 
     Attributes:
         layers: Its MoE layers in the format of the store; their weights are not read.
@@ -70,7 +70,7 @@ def in_slots(layers: Sequence[ExpertsLayer], engine: str) -> list[ExpertsLayer]:
 @dataclass(frozen=True)
 class Placement:
     """
-    What was chosen, and why.
+    The choice that was made, and why.
 
     Attributes:
         device: Of the slots, and of all other weights.

@@ -46,7 +46,7 @@ def client_gone() -> bool:
 
 
 class _Models:
-    """What transformers' application asks of its model manager: the list of models."""
+    """List the one model, in the place of transformers' model manager."""
 
     force_model = None
 
@@ -61,7 +61,7 @@ class _Models:
 
 
 class _State:
-    """What transformers' application asks before it says that it is well."""
+    """Tell transformers' application whether the worker is well."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -143,7 +143,7 @@ def _add_pages(app: FastAPI, batches: Batches, metrics: Metrics, name: str) -> N
 
     @app.get("/status")
     def status() -> dict[str, Any]:
-        """What the page shows: residency by layer, speed, the last requests."""
+        """Give what the page shows: residency by layer, speed, the last requests."""
         handle, (running, waiting) = batches.handle, batches.counts()
         counters = handle.counters
         uses = int(counters.uses.sum())

@@ -30,7 +30,7 @@ _MOST_RESTARTS = 5
 
 class Limits(NamedTuple):
     """
-    What the server may spend.
+    Bound what the server may spend.
 
     Attributes:
         running: Requests computed in one step at most.
@@ -54,7 +54,7 @@ class Limits(NamedTuple):
 @dataclass
 class Cost:
     """
-    What the expert cache did for one request.
+    Add up the work of the expert cache for one request.
 
     A step's loads are shared among its requests by their tokens in it, so the figures of requests
     that ran together are fractions, and those of all requests add up to the model's counters.

@@ -71,7 +71,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Asked:
     """
-    What a request asks for besides its prompt.
+    Hold what a request asks for besides its prompt.
 
     Attributes:
         max_tokens: Written at most by each choice; None: as many as the server allows.

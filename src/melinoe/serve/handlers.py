@@ -34,7 +34,7 @@ Gone = Callable[[], bool]
 
 class Handler:
     """
-    What both routes share: reading, admission, pieces, cost.
+    Read, admit, stream and account for a request; shared by both routes.
 
     Args:
         batches: Computes.

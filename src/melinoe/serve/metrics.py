@@ -18,7 +18,7 @@ _SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 class Metrics:
     """
-    What the server did since it began.
+    Count the server's work since it began.
 
     Attributes:
         registry: What `/metrics` shows.
