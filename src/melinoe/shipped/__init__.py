@@ -1,4 +1,4 @@
-"""Find what ships with the package: a small trained model, questions with answers, held-out text."""
+"""Find what ships with the package: a small trained model, questions and answers, held-out text."""
 
 from pathlib import Path
 
