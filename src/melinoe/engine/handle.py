@@ -291,7 +291,7 @@ class Handle:
         """
         Set counters, stall time and transferred bytes to zero.
 
-        What was prefetched before then, and is used later, counts as a prefetch no more.
+        An expert that was prefetched before, and is used later, no longer counts as a prefetch.
         """
         with self.lock:
             self.engine.reset_counters()

@@ -113,8 +113,8 @@ class Ahead:
     """
     Tell which prefetches belong to the text to come, so that each is judged by its own text.
 
-    What is loaded before a text's first pass, and since the pass before, is for that text; what
-    was loaded earlier was for an earlier one and wasted, even where a later text finds it resident.
+    A prefetch belongs to the text whose first pass is the next one. An earlier prefetch was for an
+    earlier text, and wasted, even if a later text finds the expert resident.
     The simulator, which knows where a text begins before it loads for it, comes to the same.
 
     Attributes:

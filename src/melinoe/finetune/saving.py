@@ -152,8 +152,8 @@ def merge_adapter(
         base: Checkpoint directory or hub name; absent: the one that the adapter names.
 
     Returns:
-        What the checkpoint's ``melinoe.json`` holds: the adapter's, with the fingerprint of now,
-        and what is known of the base where the adapter does not say it.
+        The checkpoint's ``melinoe.json``: the adapter's, with the merged model's fingerprint, and
+        the base's entries where the adapter has none.
 
     Raises:
         OutputExistsError: *out* is taken.

@@ -212,7 +212,7 @@ def _empty_for(used: Any, fresh: Any) -> bool:
     """
     Empty a used layer, and tell whether it can stand for a fresh one; if not, it is of no use.
 
-    What it was made with must agree, and its memory must be writable as the fresh one's will be.
+    Both must have been made with the same settings, and inside or outside inference mode alike.
     """
     inference = torch.is_inference_mode_enabled()
     held = tensors(used)
