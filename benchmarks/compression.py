@@ -22,8 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode, load_examples
-from melinoe.engine.ram_store import RamStore
-from melinoe.engine.weights import give_weights_back
 from melinoe.evaluate import perplexity, perplexity_increase
 from melinoe.experts.format import PackedFormat
 from melinoe.experts.formats import named_format
@@ -31,6 +29,8 @@ from melinoe.experts.integer import Integer
 from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.shipped import GSM8K_TEST, HELD_OUT, TINY_OLMOE
+from melinoe.stores.ram_store import RamStore
+from melinoe.stores.weights import give_weights_back
 
 
 def texts(tokenizer: Any, documents: int, length: int) -> dict[str, list[Any]]:

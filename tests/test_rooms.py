@@ -16,6 +16,7 @@ ROOMS = [
     ["config"],
     ["experts"],
     ["moe", "data", "checkpoint", "foreign"],
+    ["stores"],
     ["losses", "predictor"],
     ["finetune", "engine"],
     ["generate"],

@@ -10,9 +10,9 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from melinoe.cache.residency import Residency
-from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.experts.formats import named_format
 from melinoe.moe.experts import ExpertsLayer, find_experts, is_experts_module
+from melinoe.stores.ram_store import PinnedStore, RamStore
 
 
 @dataclass(frozen=True)

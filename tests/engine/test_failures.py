@@ -9,10 +9,10 @@ import torch
 
 from melinoe import attach
 from melinoe.cache.simulator import simulate
-from melinoe.engine.ram_store import RamStore
 from melinoe.engine.reference import ReferenceEngine
 from melinoe.errors import AttachError, CheckpointError
 from melinoe.moe.experts import find_experts
+from melinoe.stores.ram_store import RamStore
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -83,7 +83,7 @@ def test_a_recording_that_an_exception_ends_drops_the_open_pass(model):
 def test_a_copy_into_the_store_that_stops_half_way_keeps_the_weights(model, monkeypatch):
     """Interrupted before the second layer was copied: both layers have their own numbers."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    import melinoe.engine.ram_store as module
+    import melinoe.stores.ram_store as module
 
     real, calls = module.weights_of, []
 

@@ -46,7 +46,7 @@ def test_logits_and_generation_equal_eager(olmoe, store, slots):
 
 def test_an_expert_read_wrong_shows_in_the_logits(olmoe, monkeypatch):
     """The control: with every expert answering for its neighbour the logits differ."""
-    from melinoe.engine.disk_store import DiskStore
+    from melinoe.stores.disk_store import DiskStore
 
     read = DiskStore.read
     monkeypatch.setattr(DiskStore, "read", lambda *a: read(*a[:2], (a[2] + 1) % 4, a[3]))

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import melinoe
-from melinoe.engine.store import read_block
+from melinoe.stores.store import read_block
 
 FAMILIES = [family for family in tiny.families() if family not in tiny.CANNOT]
 IDS = torch.randint(3, tiny.VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))

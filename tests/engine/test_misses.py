@@ -13,10 +13,10 @@ from melinoe import attach
 from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import Machine, Work
 from melinoe.engine.misses import HostExperts, Misses, measure_misses
-from melinoe.engine.ram_store import RamStore
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError
 from melinoe.moe.experts import find_experts
+from melinoe.stores.ram_store import RamStore
 
 # A load takes 3 s, the host 2 s an expert and .1 s each further row: of three missing it gets two,
 # and of a prompt's much used ones hardly any.
@@ -204,7 +204,7 @@ def test_threads_are_chosen_among_torch_s_own_and_given_back(model, monkeypatch)
         host.compute(torch.ones(1, 4), torch.zeros(1, dtype=torch.int64).numpy(), [0], [1])
         assert seen == [2] and torch.get_num_threads() == before
     finally:
-        from melinoe.engine.weights import give_weights_back
+        from melinoe.stores.weights import give_weights_back
 
         for layer in layers:
             give_weights_back(layer, store)

@@ -9,9 +9,9 @@ from fast_attach import attach as fast_attach
 from transformers import LogitsProcessor, TextIteratorStreamer
 
 from melinoe import attach
-from melinoe.engine.ram_store import RamStore
 from melinoe.errors import AttachError, CheckpointError
 from melinoe.generate import generate
+from melinoe.stores.ram_store import RamStore
 
 PROMPTS = [torch.tensor([[5 + n, 6, 70 - n, 8 * n, 9]]) for n in range(1, 7)]
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}

@@ -9,11 +9,11 @@ import torch
 from melinoe import attach
 from melinoe.cache.residency import Load
 from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
-from melinoe.engine.ram_store import RamStore
-from melinoe.engine.store import Store
 from melinoe.engine.transfer import EmulatedLink, Transfer, check_link
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.experts import find_experts
+from melinoe.stores.ram_store import RamStore
+from melinoe.stores.store import Store
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])
 

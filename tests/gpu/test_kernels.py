@@ -10,10 +10,10 @@ from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
 from melinoe.engine.device.loading import Loader, addresses
 from melinoe.engine.device.residency import DeviceResidency
-from melinoe.engine.ram_store import PinnedStore
-from melinoe.engine.store import read_weights
 from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
+from melinoe.stores.ram_store import PinnedStore
+from melinoe.stores.store import read_weights
 
 pytestmark = pytest.mark.gpu
 

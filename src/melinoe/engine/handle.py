@@ -20,14 +20,14 @@ from melinoe.engine.misses import Misses
 from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.prefetching import Prefetching
 from melinoe.engine.record import Recorder, UseMeter
-from melinoe.engine.store import Store
-from melinoe.engine.weights import free_weights, give_weights_back, refuse_copies
 from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, still_used, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer, watch_for_adapters
 from melinoe.moe.next_router import NextRouters
 from melinoe.moe.routing import find_routers, fingerprint
+from melinoe.stores.store import Store
+from melinoe.stores.weights import free_weights, give_weights_back, refuse_copies
 
 
 class LayerExperts(Protocol):

@@ -29,16 +29,12 @@ from melinoe.engine.budget import (
 )
 from melinoe.engine.checks import same_bits
 from melinoe.engine.device.static_cache import cache_length
-from melinoe.engine.disk_store import DiskStore
 from melinoe.engine.handle import Engine, Handle
 from melinoe.engine.misses import Misses, measure_misses
 from melinoe.engine.options import STAGING_EXPERTS, Options
 from melinoe.engine.placement import Model, Placement, in_slots, place, use_graphs
-from melinoe.engine.ram_store import PinnedStore, RamStore
 from melinoe.engine.reference import ReferenceEngine
-from melinoe.engine.store import Store, read_block
 from melinoe.engine.transfer import EmulatedLink
-from melinoe.engine.weights import give_weights_back, is_freed, put_weights, weights_of
 from melinoe.errors import (
     AttachError,
     BudgetError,
@@ -51,6 +47,10 @@ from melinoe.experts.format import ExpertFormat
 from melinoe.experts.formats import named_format
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
+from melinoe.stores.disk_store import DiskStore
+from melinoe.stores.ram_store import PinnedStore, RamStore
+from melinoe.stores.store import Store, read_block
+from melinoe.stores.weights import give_weights_back, is_freed, put_weights, weights_of
 
 _log = logging.getLogger("melinoe")
 

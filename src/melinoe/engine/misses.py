@@ -21,13 +21,13 @@ from torch import Tensor
 
 from melinoe.cache.timing import LoadRule, Machine, Work, loads_when
 from melinoe.config import MISSES
-from melinoe.engine.store import Store, empty_block
 from melinoe.engine.transfer import EmulatedLink, Transfer
 from melinoe.errors import AttachError
 from melinoe.experts.format import Part
 from melinoe.moe.compute import Forward, Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store, empty_block
 
 _NO_LINK = 1e15  # bytes a second: a copy within host memory crosses no link
 _ROWS = 8  # of one expert, to see what each further row takes

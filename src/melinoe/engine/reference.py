@@ -23,12 +23,12 @@ from melinoe.cache.timing import LoadRule
 from melinoe.engine.checks import Guard
 from melinoe.engine.misses import HostExperts, Misses
 from melinoe.engine.passes import ForwardPasses, watch_generate
-from melinoe.engine.store import Store, read_block
 from melinoe.engine.transfer import EmulatedLink, Transfer, transfer_for
 from melinoe.experts.format import Part
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store, read_block
 
 
 class ReferenceEngine:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.residency import Load
-from melinoe.engine.store import Store
 from melinoe.errors import AttachError
+from melinoe.stores.store import Store
 
 SlotViews = Sequence[Mapping[str, Tensor]]
 """Per slot, per parameter name, a view shaped without the experts' dimension."""

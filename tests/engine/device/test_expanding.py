@@ -8,11 +8,11 @@ import torch
 from melinoe.engine.device.expanding import ExpandPlan
 from melinoe.engine.device.loading import addresses, segments
 from melinoe.engine.device.staging import unpacked_slots
-from melinoe.engine.ram_store import RamStore
-from melinoe.engine.store import read_weights
 from melinoe.errors import AttachError
 from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
+from melinoe.stores.ram_store import RamStore
+from melinoe.stores.store import read_weights
 
 INTERPRETED = True
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from melinoe.engine.device import support
 from melinoe.engine.device.staging import Staging, staging_bytes
 from melinoe.engine.device.static_cache import tensors
 from melinoe.engine.device.support import why_not
-from melinoe.engine.ram_store import RamStore
 from melinoe.errors import BudgetError
 from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
+from melinoe.stores.ram_store import RamStore
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 MIB = 1 << 20

@@ -20,8 +20,8 @@ from melinoe.engine.device.residency import DeviceResidency, to_counters
 from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.tuning import tune
 from melinoe.engine.passes import watch_generate
-from melinoe.engine.store import Store
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store
 
 _log = logging.getLogger("melinoe")
 

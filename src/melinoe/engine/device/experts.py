@@ -18,11 +18,11 @@ from melinoe.engine.device.passes import DEVICE, STREAM, DevicePasses
 from melinoe.engine.device.residency import DeviceResidency, to_device
 from melinoe.engine.device.staging import Staging, unpacked_slots
 from melinoe.engine.device.support import grouped_mm_waits
-from melinoe.engine.store import Store, read_weights
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import transformers_function
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store, read_weights
 
 _KEEP = StreamedPrefill(admit=0)
 # Up to so many (token, choice) pairs are multiplied by `batched_mm` where the grouped product waits

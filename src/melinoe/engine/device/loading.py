@@ -11,10 +11,10 @@ from torch import Tensor
 from melinoe.engine.device.copying import CopyPlan, Segment
 from melinoe.engine.device.expanding import ExpandPlan
 from melinoe.engine.device.residency import to_device
-from melinoe.engine.store import Store
 from melinoe.errors import AttachError
 from melinoe.experts.integer import Integer
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store
 
 
 class Loader:

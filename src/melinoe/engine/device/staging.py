@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melinoe.engine.store import Store
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store
 
 
 class Staging:

@@ -1,4 +1,4 @@
-"""The places where experts wait that are not resident, as the engines see them."""
+"""The contract of the places where experts wait that are not resident."""
 
 from __future__ import annotations
 

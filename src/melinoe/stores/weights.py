@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from melinoe.engine.store import Store, read_weights
 from melinoe.errors import AttachError
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store, read_weights
 
 
 def free_weights(layer: ExpertsLayer, device: torch.device | None = None) -> None:

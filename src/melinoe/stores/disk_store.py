@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from melinoe.checkpoint.opening import Checkpoint
-from melinoe.engine.store import empty_block
 from melinoe.experts.format import ExpertFormat
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import empty_block
 
 
 class DiskStore:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_olmoe import tiny_model
 
-from melinoe.engine import ram_store
-from melinoe.engine.ram_store import PinnedStore
 from melinoe.errors import BudgetError
 from melinoe.moe.experts import find_experts
+from melinoe.stores import ram_store
+from melinoe.stores.ram_store import PinnedStore
 
 
 class Books:

@@ -12,11 +12,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from melinoe.engine.budget import format_bytes
-from melinoe.engine.weights import free_weights, give_weights_back, weights_of
 from melinoe.errors import AttachError, BudgetError, PinError
 from melinoe.experts.format import ExpertFormat
+from melinoe.host_memory import format_bytes
 from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.weights import free_weights, give_weights_back, weights_of
 
 # Each tensor of a block begins at a multiple of this: a cache line, and wide enough for any copy.
 _ALIGNMENT = 64

@@ -1,0 +1,1 @@
+"""Where experts wait that are not resident: on disk, in host memory, in pinned memory."""
