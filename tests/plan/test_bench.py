@@ -5,11 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from melinoe.cache.timing import Machine
 from melinoe.engine.misses import Misses
-from melinoe.engine.rehearsal import Wait
 from melinoe.errors import BudgetError, MelinoeError
-from melinoe.plan import predicted
 from melinoe.plan.predicted import machine_of, seconds_of
 from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
 from melinoe.report import render_table
@@ -27,16 +24,6 @@ def place(tmp_path_factory):
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5"} for i in range(2, 20)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
-
-
-@pytest.fixture(autouse=True)
-def short_rehearsals(monkeypatch):
-    """Go through every motion of a miss, but once and briefly: here nobody reads the seconds."""
-    for name, value in (("_PROMPTS", 1), ("_TOKENS", 2), ("_REPEATS", 1)):
-        monkeypatch.setattr(predicted, name, value)
-    waits = [one for one in predicted.MOTIONS if isinstance(one, Wait)]
-    kept = [one for one in predicted.MOTIONS if one not in waits[1:] or one == waits[-1]]
-    monkeypatch.setattr(predicted, "MOTIONS", kept)
 
 
 def bench(melinoe, place, *more):
@@ -138,7 +125,6 @@ def test_computed_misses_are_counted_as_simulated(melinoe, place):
     assert split["miss_figures"]["machine"]["link_bytes_per_s"] == 1e6
     # At 1 MB/s an expert takes milliseconds: the CPU computes what it can meanwhile.
     assert sum(split["per_prompt"]["elsewhere"]) > 0
-    assert done["table"]["figures"]["pass_s"] > 0
 
 
 def test_the_fast_engine_is_refused_where_it_cannot_run(melinoe, place, monkeypatch):
@@ -263,13 +249,3 @@ def test_a_link_s_transfers_are_predicted_by_hand():
     before, after = seconds_of(done, machine, Work(expert_bytes=1000))
     assert before[0] == pytest.approx(0.001 + 2 * 0.002)
     assert after[0] == pytest.approx(0.001 + 0.002)
-    # Rehearsed when passes took 2 ms: what else was timed then is halved, too.
-    slow = Machine(
-        link_bytes_per_s=1e15, pass_s=0.002, copy_s=2e-3, parts_s=4e-4, dram_bytes_per_s=1e6,
-        after_wait_s=((1e-3, 2e-4),), part_after_wait_s=((1e-3, 1e-4),),
-    )  # fmt: skip
-    scaled = machine_of(Handle, 1e-5, resident, slow)
-    assert (scaled.pass_s, scaled.copy_s, scaled.parts_s) == pytest.approx((1e-3, 1e-3, 2e-4))
-    assert scaled.dram_bytes_per_s == pytest.approx(2e6)
-    assert scaled.after_wait_s == ((1e-3, pytest.approx(1e-4)),)
-    assert scaled.part_after_wait_s == ((1e-3, pytest.approx(5e-5)),)

@@ -5,9 +5,8 @@ Run the strategies for real, in turn, and set what the simulator predicted besid
     2. trace the prompts once, all experts resident: what the model chooses does not depend on slots
     3. simulate every strategy on that trace
     4. serve all strategies side by side, prompt by prompt, in one process
-    5. on the CPU: time what a miss costs the engine beside its transfer, every expert resident
-    6. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
-    7. serve the first prompt once more by the first strategy, token by token, for a timeline
+    5. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
+    6. serve the first prompt once more by the first strategy, token by token, for a timeline
 
 A runtime holds its own backbone and slots; experts in RAM are held once, for all.
 """
@@ -15,14 +14,12 @@ A runtime holds its own backbone and slots; experts in RAM are held once, for al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
 from melinoe.cache.prefetch import Given, Prefetcher
-from melinoe.cache.timing import Machine
 from melinoe.engine.misses import time_read
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import machine, serving, side_by_side, timeline_record
@@ -30,7 +27,6 @@ from melinoe.plan.predicted import (
     COUNTS,
     counts_of,
     machine_of,
-    rehearse,
     replay,
     seconds_of,
     work_of,
@@ -107,22 +103,17 @@ def bench(
         )
     say(f"serving {len(prompts)} prompts by {len(chosen)} strategies in turn")
     records = side_by_side(servings)
-    rehearsed = None
-    if "reference" in resident:
-        say("timing the parts of a miss")
-        rehearsed = rehearse(*runtimes[resident["reference"]], runtimes.tokenizer, prompts)
     rows = []
     for strategy, record, done in zip(chosen, records, replays, strict=True):
         _, handle = runtimes[strategy]
         measured = records[list(chosen).index(resident[strategy.engine])]["per_prompt"]
-        costs = rehearsed if strategy.engine == "reference" else None
-        figures, work = machine_of(handle, read_s, measured, costs), work_of(handle)
+        figures, work = machine_of(handle, read_s, measured), work_of(handle)
         record["engine"] = strategy.engine
         record["predicted"] = _predicted(record, counts_of(done), seconds_of(done, figures, work))
         rows.append(_row(strategy, record))
     say("serving one prompt token by token")
     moments = _timeline(runtimes, chosen, ahead, prompts[0], setting, label)
-    return records, moments, _benchmark(rows, setting, read_s, label, len(prompts), rehearsed)
+    return records, moments, _benchmark(rows, setting, read_s, label, len(prompts))
 
 
 def _timeline(
@@ -193,7 +184,6 @@ def _benchmark(
     read_s: float,
     label: str,
     prompts: int,
-    rehearsed: Machine | None,
 ) -> dict[str, Any]:
     """The record that `melinoe report` shows as a table; what no strategy does has no column."""
     if not any(row["computed_there_per_token"] for row in rows):
@@ -213,12 +203,8 @@ def _benchmark(
             f"in turn in one process, over {link}. Times are per token after the first.",
             f"Reading one expert took {1e3 * read_s:.3f} ms alone. Computing is "
             "taken from the run with every expert resident, so its own time is no prediction.",
-            "With fewer slots than a token uses experts, as on demand, requests are computed in "
-            "pieces; what that costs beyond the loads is not predicted."
-            if rehearsed is None
-            else "What a load, a part of a request, an expert on the CPU and a wait cost the "
-            "engine was timed with every expert resident.",
+            "What a miss costs the engine beside its transfer is not predicted: requests computed "
+            "in pieces, and caches that a wait left cold.",
         ],
-        "figures": None if rehearsed is None else asdict(rehearsed),
         "machine": machine(),
     }

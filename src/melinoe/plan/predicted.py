@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,6 @@ from melinoe.cache.timing import Machine, Work, predict
 from melinoe.cache.trace import Trace
 from melinoe.engine.handle import Handle
 from melinoe.engine.misses import activation_bytes, link_figures, mean_block_bytes
-from melinoe.engine.rehearsal import LOADS, MOTIONS, Motion, Rehearsal, figures_from, time_calls
-from melinoe.generate import generate
 from melinoe.plan.strategies import Strategy
 
 COUNTS = (
@@ -38,9 +35,6 @@ COUNTS = (
     "prefill_elsewhere",
     "zero_miss",
 )
-# Generations of a rehearsal.
-_PROMPTS, _TOKENS, _REPEATS = 2, 16, 3
-_REHEARSED = ("copy_s", "host_call_s", "call_s", "parts_s", "part_s")  # seconds
 
 
 def replay(
@@ -115,9 +109,7 @@ def seconds_of(done: Simulation, machine: Machine, work: Work) -> tuple[np.ndarr
     return out[0], out[1]
 
 
-def machine_of(
-    handle: Handle, read_s: float, resident: Mapping[str, Any], rehearsed: Machine | None = None
-) -> Machine:
+def machine_of(handle: Handle, read_s: float, resident: Mapping[str, Any]) -> Machine:
     """
     The figures that predictions rest on, none of them from the strategies themselves.
 
@@ -126,8 +118,6 @@ def machine_of(
         read_s: From `melinoe.engine.misses.time_read`.
         resident: ``per_prompt`` of the record with every expert resident: computing is what it
             took less what it waited.
-        rehearsed: From `rehearse`, where it could be: what else a miss
-            costs the engine.
     """
     rows = {name: np.array(values, dtype=float) for name, values in resident.items()}
     pass_s = (rows["decode_s"] - rows["stall_ms"] / 1e3).sum() / rows["tokens"].sum()
@@ -141,26 +131,7 @@ def machine_of(
     costs = handle.misses.machine
     if costs is not None:
         found = replace(found, dram_bytes_per_s=costs.dram_bytes_per_s, host_row_s=costs.host_row_s)
-    if rehearsed is None:
-        return found
-    assert rehearsed.pass_s is not None
-    # Rehearsed at another time, when the machine may have been faster or slower: by as much as a
-    # pass with every expert resident was.
-    times = float(pass_s) / rehearsed.pass_s
-    waits = handle.link is not None
-
-    def cold(curve: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        return tuple((wait, more * times) for wait, more in curve) if waits else ()
-
-    assert rehearsed.dram_bytes_per_s is not None
-    return replace(
-        found,
-        experts_share=rehearsed.experts_share,
-        dram_bytes_per_s=rehearsed.dram_bytes_per_s / times,
-        **{name: getattr(rehearsed, name) * times for name in _REHEARSED},
-        after_wait_s=cold(rehearsed.after_wait_s),
-        part_after_wait_s=cold(rehearsed.part_after_wait_s),
-    )
+    return found
 
 
 def work_of(handle: Handle) -> Work:
@@ -169,45 +140,3 @@ def work_of(handle: Handle) -> Work:
         expert_bytes=mean_block_bytes(handle.store),
         activation_bytes=activation_bytes(handle.layers[0]),
     )
-
-
-def rehearse(model: Any, handle: Handle, tokenizer: Any, prompts: Sequence[Any]) -> Machine | None:
-    """
-    Go through the motions of misses with every expert resident (`melinoe.engine.rehearsal`).
-
-    Two prompts of up to 16 tokens, three times each, all motions in random order; a motion's time
-    is the mean over prompts of the medians.
-
-    Args:
-        model, handle: With a slot for every expert.
-        tokenizer: The model's.
-        prompts: Some to generate from.
-
-    Returns:
-        The figures; None where there are none: on a GPU, where the host does not wait for what it
-        began, or where no prompt got a second token.
-    """
-    if model.device.type != "cpu":
-        return None
-    rehearsal = Rehearsal(handle)
-    motions = list(MOTIONS)
-    times: dict[Motion, list[float]] = {motion: [] for motion in motions}
-    loads = passes = 0
-    order = Random(0)
-    for prompt in prompts[:_PROMPTS]:
-        runs: dict[Motion, list[float]] = {motion: [] for motion in motions}
-        for _ in range(_REPEATS):
-            order.shuffle(motions)
-            for motion in motions:
-                with rehearsal.doing(motion):
-                    done = generate(model, handle, tokenizer, prompt, _TOKENS)
-                if not done.decode_tokens or done.counters is None:
-                    return None
-                runs[motion].append((done.seconds - done.ttft_s) / done.decode_tokens)
-                if motion == LOADS:
-                    loads += int(done.counters.loads[COMPLETION].sum())
-                    passes += done.decode_tokens
-        for motion, taken in runs.items():
-            times[motion].append(float(np.median(taken)))
-    seconds = {motion: float(np.mean(taken)) for motion, taken in times.items()}
-    return figures_from(seconds, handle, loads / passes, time_calls(handle))
