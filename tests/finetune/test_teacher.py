@@ -231,21 +231,18 @@ def test_a_control_learns_from_whom_its_run_learns(checkpoint):
     assert weights == {"match": 10.0, "cache": 0.0}
 
 
-@pytest.mark.parametrize(("words", "taught"), [("", False), ("--teacher plain", True)])
-def test_where_a_price_is_named_run_and_reference_have_one_teacher(checkpoint, words, taught):
+def test_run_and_control_have_one_teacher(checkpoint):
     """So that the gap between them is the locality terms' alone."""
     held = checkpoint / "held.jsonl"
-    rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abcdefgh"]
+    rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abc"]
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
-    price = f"--max-ppl-increase 1% --price-runs 1 --eval-data {held} {words}"
-    options = "--steps 2 --capacity 0.5 --no-measure"
-    done = CliRunner().invoke(app, f"{command} {price} {options}".split())
+    options = "--steps 2 --capacity 0.5 --against control --teacher plain"
+    done = CliRunner().invoke(app, f"{command} {options} --eval-data {held}".split())
     assert done.exit_code == 0, done.output
     records = [
         json.loads((checkpoint / name / "melinoe.json").read_text()) for name in ("o", "o.control")
     ]
-    assert all((one["teacher"] is not None) == taught for one in records)
-    assert all((one["settings"]["lambda_match"] > 0) == taught for one in records)
-    teachers = [(one["teacher"] or {}).get("fingerprint") for one in records]
-    assert teachers[0] == teachers[1]
+    assert all(one["settings"]["lambda_match"] > 0 for one in records)
+    teachers = {one["teacher"]["fingerprint"] for one in records}
+    assert len(teachers) == 1

@@ -112,26 +112,6 @@ def test_a_run_is_held_against_the_control_it_trains(place, finetune, tmp_path):
     assert not (tmp_path / "out.teacher").exists()
 
 
-def test_a_search_is_held_against_its_control_on_texts_that_chose_nothing(
-    place, finetune, tmp_path
-):
-    """Every second held-out text chose; the others alone are measured, and the card says both."""
-    price = ("--max-ppl-increase", "50%", "--price-runs", 1)
-    code, err = finetune(tmp_path / "out", *price)
-    assert code == 0, err
-    metadata = read_metadata(tmp_path / "out")
-    outcome = metadata["outcome"]
-    assert (outcome["examples"], metadata["data"]["chosen_by"]) == (4, 4)
-    assert outcome["control_run"]["name"] == "out.control"
-    judging = slice(1, None, 2)
-    merge_adapter(tmp_path / "out.control", tmp_path / "merged", place / "base")
-    by_hand = price_by_hand(place, tmp_path / "out", tmp_path / "merged", judging)
-    assert outcome["change_from_control"]["perplexity"]["held"] == pytest.approx(by_hand, abs=1e-6)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "- Asked for was a price of at most 50 % in domain: kept" in card
-    assert card.count("against its control, the same training") == 1
-
-
 def test_an_earlier_control_is_named(place, finetune, tmp_path):
     """`--against` takes it; without it no price is claimed."""
     assert finetune(tmp_path / "c", "--control", "--save", "both")[0] == 0
@@ -178,7 +158,6 @@ def control(place, tmp_path_factory):
         (("--seed", 1), "seed 0 in it and 1 in this run"),
         (("--no-measure",), "nothing will be measured"),
         (("--control",), "is for a run with locality terms"),
-        (("--max-ppl-increase", "1%"), "trains a control of its own"),
         (("--limit", 15), "trained on other data"),
     ],
 )
@@ -239,7 +218,6 @@ def test_a_taken_place_of_the_control_is_said_before_the_teacher_is_trained(fine
         (("--own-texts", 9), "--own-texts does nothing while --lambda-replay is 0"),
         (("--own-texts", 9, "--lambda-replay", 1, "--anchor-data", "far.jsonl"), "--anchor-data"),
         (("--train", "router"), "--lora-rank does nothing while --train is router"),
-        (("--price-runs", 2), "--price-runs does nothing while --max-ppl-increase"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(finetune, tmp_path, more, said):

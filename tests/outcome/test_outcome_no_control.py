@@ -200,7 +200,7 @@ def test_a_disk_that_fills_up_while_it_is_merged_leaves_nothing(place, out, monk
 
 
 def test_a_reference_with_weights_and_adapter_is_measured_as_it_is(place, out, monkeypatch):
-    """What a search for a price leaves: nothing is merged."""
+    """What `--save both` leaves: nothing is merged."""
     both = out.parent.with_name(f"{out.parent.name}-both")
     shutil.copytree(place / "whole", both)
     shutil.copytree(place / "adapter", both / "adapter")

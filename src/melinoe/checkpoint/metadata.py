@@ -83,16 +83,6 @@ OUTCOME: Schema = {
     "seconds?": "number",
 }
 
-# Of a search for the strongest run within a price: bounds as shares of the control's perplexity,
-# the weight that was taken, and how much of the price it spent on the texts that choose.
-PRICE: Schema = {
-    "bounds?": {"*": "number"},
-    "strength?": "number",
-    "spent?": "number",
-    "spent_at_most?": "number",
-    "feasible?": "flag",
-}
-
 FIELDS: Schema = {
     "base?": "text",
     "base_model?": "text",
@@ -122,9 +112,8 @@ FIELDS: Schema = {
         "shortened?": "count",
         "tokens_cut?": "count",
         "turns_unlearned?": "count",
-        # Kept from training; and how many of them a search for a price chose by.
+        # Kept from training.
         "held_out?": "count",
-        "chosen_by?": "count",
         "sha256?": "text",
         # Of the token ids that were trained on, and which of them are completion.
         "tokens_sha256?": "text",
@@ -135,7 +124,6 @@ FIELDS: Schema = {
     "versions?": "object",
     # Every other file that was written with this one, but the card.
     "files?": {"*": {"bytes": "count", "sha256": "text"}},
-    "price?": PRICE,
     "outcome?": OUTCOME,
 }
 

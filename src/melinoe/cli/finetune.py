@@ -15,7 +15,6 @@ from melinoe.errors import MelinoeError, TrainingError
 _OBJECTIVE = "Objective"
 _TRAINING = "Training"
 _RUN = "Run and output"
-_PRICE = "Search for a price"
 
 _OTHERS: dict[str | None, tuple[str, ...]] = {
     None: ("capacity", "lambda_cache", "steps", "batch_size", "max_length", "seed"),
@@ -108,18 +107,6 @@ def command(
             _RUN,
         ),
     ] = True,
-    max_ppl_increase: Annotated[
-        str | None,
-        option(
-            "Find the strongest --lambda-cache whose perplexity on held-out text is at most "
-            "this above the control's: 1% or 0.01. Trains the control and several runs.",
-            _PRICE,
-        ),
-    ] = None,
-    max_other_ppl_increase: Annotated[
-        str | None, option("Bound the perplexity on the --other texts too.", _PRICE)
-    ] = None,
-    price_runs: Annotated[int, option("Train at most this many runs.", _PRICE, min=1)] = 4,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -130,11 +117,10 @@ def command(
     several nodes with OUT on a disk that all share).
     """
     settings = FinetuneSettings(**given)
-    price = _price(max_ppl_increase, max_other_ppl_increase)
     # --lambda-match 0 is refused with a teacher, where nothing was said it is given a weight.
     if teacher is not None and not settings.is_taught and not _said(context, "lambda_match"):
         settings = replace(settings, lambda_match=MATCH)
-    _check_idle(context, settings, price is not None, anchor_data)
+    _check_idle(context, settings, anchor_data)
     if control:
         settings = settings.control()
     from melinoe.data import load_examples
@@ -153,7 +139,7 @@ def command(
     for place in [*runs, *([beside(out, "teacher")] if teacher == PLAIN else [])]:
         check_place(place, resume)
     if against is not None:
-        _check_against(settings, measure, price is not None)
+        _check_against(settings, measure)
     examples = load_examples(data, split=split, limit=limit, columns=columns)
     # Before any training, so that bad held-out data costs no time.
     held_out = texts.hold_out(
@@ -171,7 +157,7 @@ def command(
             "callbacks": progress.callbacks,
             "resume": resume,
         }
-        if teacher == PLAIN and price is None:
+        if teacher == PLAIN:
             teacher = str(beside(out, "teacher"))
             if not all(is_written(place, resume) for place in runs):
                 output.say("first the teacher, on next tokens alone")
@@ -180,22 +166,7 @@ def command(
         if against == CONTROL:
             output.say("first the control, without the locality terms")
             against = str(train_control(base, train, out, settings, **common))
-        if price is None:
-            result = finetune(base, train, out, settings, **common)
-        else:
-            from melinoe.finetune.price import finetune_within
-
-            result = finetune_within(
-                base,
-                train,
-                out,
-                settings,
-                price,
-                other_examples=[one for texts in held_out.others.values() for one in texts],
-                runs=price_runs,
-                **common,
-            )
-            against = str(beside(out, "control"))
+        result = finetune(base, train, out, settings, **common)
     leave()
     output.say(f"wrote {result.out}")
     if rates := result.metadata.get("learning_rates"):
@@ -203,16 +174,9 @@ def command(
             f"peak learning rates: routers {rates['routers']:.2g}, low-rank updates of rank "
             f"{result.metadata['lora_rank']} {rates['low_rank']:.2g}"
         )
-    if price is not None:
-        from melinoe.finetune.price import describe
-
-        output.say(describe(result.metadata["price"]))
     if measure and settings.save == "adapter":
         output.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
-    if measure and price is not None:
-        held_out = texts.judges(held_out, base, settings.max_length, price.other is not None)
-
     of = None if against is None else Path(against)
     finish(result.out, base, data, split, held_out, measure, of, columns, resume)
 
@@ -224,7 +188,7 @@ def _said(context: typer.Context, name: str) -> bool:
 
 
 def _check_idle(
-    context: typer.Context, settings: FinetuneSettings, priced: bool, anchor_data: str | None
+    context: typer.Context, settings: FinetuneSettings, anchor_data: str | None
 ) -> None:
     """Refuse options that others leave without effect."""
     unanchored, routers = settings.lambda_rank == 0, settings.train == "router"
@@ -234,7 +198,6 @@ def _check_idle(
         ("--lambda-replay is 0", settings.lambda_replay == 0, ("own_texts",)),
         ("--anchor-data gives the text", anchor_data not in (None, "own"), ("own_texts",)),
         ("--train is router", routers, ("lora_rank", "lora_alpha", "lora_learning_rate")),
-        ("--max-ppl-increase names no price", not priced, ("price_runs",)),
     ):
         for name in names if idle else ():
             if _said(context, name):
@@ -243,13 +206,8 @@ def _check_idle(
                 )
 
 
-def _check_against(settings: FinetuneSettings, measure: bool, priced: bool) -> None:
+def _check_against(settings: FinetuneSettings, measure: bool) -> None:
     """Refuse a control beside what is not compared with one."""
-    if priced:
-        raise TrainingError(
-            "a search for a price trains a control of its own, and states price and saving against "
-            "it; leave out --against"
-        )
     if not measure or settings.save == "adapter":
         raise TrainingError(
             "--against names a run to measure beside this one, but nothing will be measured; "
@@ -292,19 +250,6 @@ def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings
     return name if name == "own" else load_examples(name, split=split, limit=limit)
 
 
-def _price(own: str | None, other: str | None) -> Any:
-    """Read the price that may be paid, before anything is loaded; None without one."""
-    if own is None and other is None:
-        return None
-    if own is None:
-        raise TrainingError(
-            "--max-other-ppl-increase needs --max-ppl-increase beside it; give both"
-        )
-    from melinoe.finetune.price import Price, parse_increase
-
-    return Price(parse_increase(own), None if other is None else parse_increase(other))
-
-
 def finish(
     out: Path,
     base: str,
@@ -341,11 +286,9 @@ def finish(
     from melinoe.outcome import record_origin, record_outcome
     from melinoe.report.card import write_card
 
-    kept: dict[str, Any] = {"held_out": len(held_out.examples) + held_out.chosen_by}
+    kept: dict[str, Any] = {"held_out": len(held_out.examples)}
     if columns is not None:
         kept["columns"] = columns
-    if held_out.chosen_by:
-        kept["chosen_by"] = held_out.chosen_by
     record_origin(out, base, data, held_out.train, split, **kept)
     failed: TrainingError | None = None
     if measure and not held_out.examples:

@@ -1,7 +1,7 @@
 """Texts that commands read beside a model: those to measure on, and those kept from training."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,12 @@ class HeldOut:
         domain: Name of the text.
         examples: Held out of it, or given apart; empty if there are too few.
         others: Names to texts of other kinds.
-        chosen_by: How many more there are, by which a search for a price chose.
     """
 
     train: Sequence[Any]
     domain: str
     examples: Sequence[Any] = ()
     others: dict[str, Sequence[Any]] = field(default_factory=dict)
-    chosen_by: int = 0
 
 
 def hold_out(
@@ -120,28 +118,3 @@ def hold_out(
     chosen = {int((index + 0.5) * len(examples) / count) for index in range(count)}
     kept = [one for index, one in enumerate(examples) if index not in chosen]
     return HeldOut(kept, domain, [examples[index] for index in sorted(chosen)], others)
-
-
-def judges(held_out: HeldOut, base: str, max_length: int, others: bool) -> HeldOut:
-    """
-    Leave out the held-out texts by which a search for a price chose: the others say the price.
-
-    Args:
-        held_out: What the search was given.
-        base: The checkpoint, for its tokenizer.
-        max_length: Of the search; it leaves out what has no completion within it.
-        others: Whether texts of other kinds chose too.
-    """
-    from melinoe.checkpoint import load_tokenizer
-    from melinoe.checkpoint.files import read_config
-    from melinoe.finetune.price import halves
-
-    tokenizer = load_tokenizer(base, read_config(base))
-    choosing, judging = halves(held_out.examples, tokenizer, max_length)
-    left = replace(held_out, examples=judging, chosen_by=len(choosing))
-    if not others:
-        return left
-    every = [one for some in held_out.others.values() for one in some]
-    rest = {id(one) for one in halves(every, tokenizer, max_length)[1]}
-    kept = {name: [x for x in some if id(x) in rest] for name, some in held_out.others.items()}
-    return replace(left, others={name: some for name, some in kept.items() if some})

@@ -15,7 +15,6 @@ from melinoe.data.encode import (
     count_losses,
     encode,
     encode_prompts,
-    has_completion,
     pad_token_id,
 )
 from melinoe.data.examples import FORMS, Example, check_text, digest, load_examples
@@ -34,7 +33,6 @@ __all__ = [
     "digest",
     "encode",
     "encode_prompts",
-    "has_completion",
     "load_examples",
     "pad_token_id",
 ]

@@ -94,17 +94,6 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
     return encoded
 
 
-def has_completion(example: Example, tokenizer: Any, max_length: int) -> bool:
-    """
-    Tell whether `encode` would keep an example, without a word in the log.
-
-    Raises:
-        DataError, TokenizerError: as `encode`, but for an example that is left out.
-    """
-    runs, _ = _runs(example, tokenizer)
-    return _joined(runs, max_length, 0) is not None
-
-
 def count_losses(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, int]:
     """
     Count what `encode` could not keep of *examples*.

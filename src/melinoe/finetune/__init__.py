@@ -2,7 +2,6 @@
 Fine-tune a mixture-of-experts model so that it needs few experts at a time, and say what it cost.
 
     run.py         finetune(): checkpoint and examples in, checkpoint and log out; teacher, control
-    price.py       the user names the price, the tool finds the strength of the cache term
     training.py    train(): a model in memory and encoded examples in
     trainer.py     transformers' Trainer with our objective: a step, the log, checkpoints
     objective.py   the loss: next tokens plus weighted terms, and what held-out examples make of it

@@ -46,8 +46,8 @@ UNMEASURED = "Nothing was measured of this checkpoint."
 NOT_PRICED = (
     "The changes are from the base model, so they contain what plain fine-tuning on the same data "
     "does by itself. `melinoe finetune` measures what the locality terms do with `--against "
-    "control` or `--max-ppl-increase`, which train a control too, or with `--against DIR`, which "
-    "takes one that `--control` wrote."
+    "control`, which trains one too, or with `--against DIR`, which takes one that `--control` "
+    "wrote."
 )
 USE_ADAPTER = """\
 As a checkpoint of the base's kind, for Melinoe and any other engine:
@@ -197,20 +197,17 @@ def card_text(
     aims, purpose = _purpose(settings)
     if adapter and aims:
         purpose = ADAPTER
-    price, outcome = metadata.get("price") or {}, metadata.get("outcome")
+    outcome = metadata.get("outcome")
     origin = f" from {base_link(base, metadata)}" if base else ""
     parts = [f"# {literal(name)}", f"Fine-tuned with Melinoe{origin}. {ABOUT}{purpose}"]
     parts += ["## What fine-tuning changed"]
     if outcome is None:
-        lines = _bounds(price, {})
-        parts += ["\n".join(lines), "Nothing else was measured."] if lines else [UNMEASURED]
+        parts.append(UNMEASURED)
     else:
         control = has_control(outcome)
         asks = aims and not control
         parts.append(verdict(outcome, settings, asks))
-        lines = _bounds(price, outcome)
-        parts += ["\n".join(lines)] if lines else []
-        parts += [explained(outcome, settings, metadata, asks), *tables(outcome, aims)]
+        parts += [explained(outcome, settings, asks), *tables(outcome, aims)]
         models = "before, control and after" if control else "before and after"
         parts += shown(
             "locality", f"Distribution over prompts of the experts a completion uses, {models}"
@@ -343,45 +340,16 @@ def _estimate(value: Json) -> Estimate:
     return Estimate.from_dict(dict(value))
 
 
-_WHERE = {"own": "in domain", "other": "out of domain"}
-
-
-def _bounds(price: Json, outcome: Json) -> list[str]:
-    """Say the bound that a search was given and whether the run kept it; nothing without one."""
-    if not price.get("bounds"):
-        return []
-    bounds = " and ".join(
-        f"{100 * bound:g} % {_WHERE.get(name, literal(name))}"
-        for name, bound in price["bounds"].items()
-    )
-    found = []
-    for domain, value in (outcome.get("change_from_control") or {}).get("perplexity", {}).items():
-        inside = outcome["after"]["perplexity"][domain]["in_domain"]
-        if (bound := price["bounds"].get("own" if inside else "other")) is not None:
-            change = _estimate(value)
-            found.append((change.mean <= bound, change.high <= bound))
-    if not found:
-        kept = "not measured against the control"
-    elif all(whole for _, whole in found):
-        kept = "kept, by the whole interval"
-    elif all(mean for mean, _ in found):
-        kept = "kept by the mean, not by the whole interval"
-    else:
-        kept = "**not kept**"
-    return [f"- Asked for was a price of at most {bounds}: {kept}."]
-
-
-def explained(outcome: Json, settings: Json, metadata: Json, asks: bool) -> str:
+def explained(outcome: Json, settings: Json, asks: bool) -> str:
     """
     Say how the figures came about, and what they leave open.
 
     Args:
         outcome: Of a ``melinoe.json``.
         settings: Those of the run.
-        metadata: All of it.
         asks: Whether there were locality terms whose price is not known.
     """
-    control, data = has_control(outcome), metadata.get("data") or {}
+    control = has_control(outcome)
     said = (
         f"{'All three' if control else 'Both'} models got the same held-out prompts and texts; "
         "changes are paired, intervals are 95 % bootstraps over prompts or texts. Hit rates and "
@@ -393,11 +361,6 @@ def explained(outcome: Json, settings: Json, metadata: Json, asks: bool) -> str:
             " The control was fine-tuned from the same base on the same data, in the same order, "
             "with the same steps, seed, teacher and replayed text, without the locality terms "
             "alone: what differs from it is their doing."
-        )
-    if data.get("chosen_by") and data.get("held_out"):
-        said += (
-            f" The strength of the cache term was chosen by {data['chosen_by']} of the "
-            f"{data['held_out']} held-out examples; only the others were measured here."
         )
     return said + (f" {NOT_PRICED}" if asks else "")
 
