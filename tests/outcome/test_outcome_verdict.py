@@ -110,6 +110,6 @@ def test_a_control_that_is_not_like_for_like_sets_no_price(theirs, said):
     found = outcome(estimate(3.0, 2.8, 3.2), PRICE, theirs)
     first = verdict(found, SETTINGS, False)
     assert said in first
-    counted = explained(found | {"prompts": 5}, SETTINGS, {"settings": SETTINGS}, False)
+    counted = explained(found | {"prompts": 5}, SETTINGS, False)
     assert "rice" not in first and "rice" not in counted
     assert "Perplexity out of domain, against the control: perplexity on held-out far" in first
