@@ -49,3 +49,13 @@ def test_a_model_without_a_template_is_refused(melinoe):
     """One sentence that names the two ways out."""
     code, _, err = melinoe("chat", "tiny")
     assert code == 1 and "--chat-template" in err and "melinoe generate" in err
+
+
+def test_the_plain_template_writes_roles_and_what_they_say(melinoe, monkeypatch, offline):
+    """The shipped model chats without a file; one that is not there is named."""
+    expected = offline[0]("user: Hello\nassistant:", 6)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    code, out, _ = melinoe("chat", "tiny", "--chat-template", "plain", *TOKENS)
+    assert code == 0 and out == f"{expected}\n"
+    code, _, err = melinoe("chat", "tiny", "--chat-template", "no-such-file")
+    assert code == 1 and "no-such-file cannot be read" in err

@@ -184,7 +184,12 @@ def test_responses_are_answered_by_the_same_model(client, offline):
     assert answer.output_text == expected and answer.usage.output_tokens == 8
     events = list(client.responses.create(**asked, stream=True))
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == expected
-    assert events[-1].type == "response.completed"
+    # Eight tokens are not the end of the text, and both answers say so, and what they cost.
+    for told in (answer, events[-1].response):
+        assert told.status == "incomplete" and told.output[0].status == "incomplete"
+        assert told.incomplete_details.reason == "max_output_tokens"
+        assert told.usage.expert_cache["experts_loaded"] >= 0
+    assert events[-1].type == "response.incomplete"
 
 
 BAD = [

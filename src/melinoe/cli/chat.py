@@ -1,7 +1,6 @@
 """`melinoe chat`: talk with a model in the terminal."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 from melinoe.cli import models, options, output
@@ -21,7 +20,11 @@ def command(
         float, option("Sample at this temperature. 0: take the likeliest token.", min=0)
     ] = 0.0,
     chat_template: Annotated[
-        Path | None, option("A Jinja file for a model that brings no chat template.")
+        str | None,
+        option(
+            "A chat template in place of the model's own: a Jinja file, or plain, which writes "
+            "`role: text`."
+        ),
     ] = None,
     allocate_from: options.AllocateFrom = None,
     choice: options.Choice = "exact",
@@ -37,15 +40,14 @@ def command(
     from melinoe.errors import MelinoeError, TokenizerError
     from melinoe.generate import generate
 
-    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     wanted = models.choice_settings(choice, choice_strength, choice_keep)
     loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
     handle.choose(wanted)
-    if template is not None:
-        tokenizer.chat_template = template
+    models.use_chat_template(tokenizer, chat_template)
     if not tokenizer.chat_template:
         raise TokenizerError(
-            f"{model} has no chat template; give one with --chat-template, or use melinoe generate"
+            f"{model} has no chat template; name one with --chat-template FILE or plain, or "
+            "use melinoe generate"
         )
     output.say(_HELP)
     messages = _opening(system)

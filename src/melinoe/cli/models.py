@@ -41,6 +41,32 @@ def check_misses(named: Sequence[str]) -> None:
         )
 
 
+# `--chat-template plain`: the roles and what they say, a line each.
+_PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def use_chat_template(tokenizer: Any, named: str | None) -> None:
+    """
+    Give *tokenizer* the chat template that --chat-template names; None leaves its own.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    if named is None:
+        return
+    from melinoe.errors import TokenizerError
+
+    try:
+        tokenizer.chat_template = _PLAIN if named == "plain" else Path(named).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"--chat-template {named} cannot be read: {error}; name a Jinja file, or plain"
+        ) from error
+
+
 def choice_settings(kind: str, strength: float, keep: int) -> Any:
     """Give what --choice and its companions ask for."""
     from melinoe.moe.choice import ChoiceSettings

@@ -32,7 +32,12 @@ def command(
         option("Name by which clients ask for the model. Default: the last part of MODEL.", SERVER),
     ] = None,
     chat_template: Annotated[
-        Path | None, option("A Jinja file for a model that brings no chat template.", SERVER)
+        str | None,
+        option(
+            "A chat template in place of the model's own: a Jinja file, or plain, which writes "
+            "`role: text`.",
+            SERVER,
+        ),
     ] = None,
     requests: Annotated[int, option("Requests computed at once.", SERVER, min=1)] = 8,
     waiting: Annotated[
@@ -84,15 +89,13 @@ def command(
     from melinoe.serve.batching import Limits
     from melinoe.serve.run import Residency, serve
 
-    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     wanted = models.choice_settings(choice, choice_strength, choice_keep)
     if given.get("slots") is None and given.get("expert_memory") is None and _on_gpu(given):
         # What the budget of a GPU counts beside the experts: the keys and values of all requests.
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
     handle.choose(wanted)
-    if template is not None:
-        tokenizer.chat_template = template
+    models.use_chat_template(tokenizer, chat_template)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_context)
     _log_to_stderr()
     kept = None

@@ -24,6 +24,7 @@ from melinoe.serve.body import ApiError
 from melinoe.serve.handlers import ChatHandler, CompletionHandler
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.responses import Responses
+from melinoe.serve.schema import bodies, describe
 
 _log = logging.getLogger("melinoe.serve")
 
@@ -104,6 +105,8 @@ def build_app(
     metrics.watch(batches)
     _add_errors(app)
     _add_pages(app, batches, metrics, name)
+    vocabulary = batches.model.config.get_text_config().vocab_size
+    describe(app, bodies(name, vocabulary, batches.limits))
     app.add_middleware(Gate, api_key=api_key)
     return app
 

@@ -376,7 +376,7 @@ class ChatHandler(Handler):
         if not self.tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template; ask /v1/completions, or start the server with "
-                "--chat-template", code="no_chat_template",
+                "--chat-template plain", code="no_chat_template",
             )  # fmt: skip
         switches = switches_of(body, body.get("reasoning_effort"))
         tools = body.get("tools")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from transformers.cli.serving.response import UNUSED_RESPONSE_FIELDS, ResponseHandler
 from transformers.cli.serving.utils import (
@@ -47,6 +50,7 @@ class Responses(ResponseHandler, BaseGenerateManager):
     def __init__(self, chat: ChatHandler) -> None:
         self.chat, self.chat_template_kwargs = chat, {}
         self._asked: dict[str, Asked] = {}
+        self._ran: dict[str, Running] = {}
         stands_for: Any = self
         self.model_manager = self.generation_state = stands_for
 
@@ -119,6 +123,50 @@ class Responses(ResponseHandler, BaseGenerateManager):
     ) -> Any:
         return model_generation_config  # the request's own settings are in its Asked
 
+    # --- what transformers' answers do not say ----------------------------------------------------
+
+    async def _non_streaming(self, request_id: str, *args: Any, **kwargs: Any) -> JSONResponse:
+        try:
+            answer = await super()._non_streaming(request_id, *args, **kwargs)
+            return JSONResponse(self._accounted(json.loads(bytes(answer.body)), request_id))
+        finally:
+            self._ran.pop(request_id, None)
+
+    def _streaming(self, request_id: str, *args: Any, **kwargs: Any) -> StreamingResponse:
+        answer = super()._streaming(request_id, *args, **kwargs)
+        answer.body_iterator = self._last_event(answer.body_iterator, request_id)
+        return answer
+
+    async def _last_event(self, events: Any, request_id: str) -> AsyncIterator[str]:
+        """Pass on *events*, and complete the last of them."""
+        try:
+            async for event in events:
+                lines = event.split("\n\n")
+                yield "\n\n".join(self._completed(line, request_id) for line in lines)
+        finally:
+            await events.aclose()
+            self._ran.pop(request_id, None)
+
+    def _completed(self, line: str, request_id: str) -> str:
+        if '"type":"response.completed"' not in line:
+            return line
+        event = json.loads(line.removeprefix("data: "))
+        event["response"] = self._accounted(event["response"], request_id)
+        event["type"] = f"response.{event['response']['status']}"
+        return f"data: {json.dumps(event)}"
+
+    def _accounted(self, answer: dict[str, Any], request_id: str) -> dict[str, Any]:
+        """Add to *answer* what the expert cache did, and whether the text was cut."""
+        one = self._ran[request_id]
+        answer["usage"]["expert_cache"] = one.cost.usage()
+        if one.tokens and one.tokens[-1] not in self.chat.batches.ends:
+            answer["status"] = "incomplete"
+            answer["incomplete_details"] = {"reason": "max_output_tokens"}
+            for item in answer["output"]:
+                if item["type"] == "message":
+                    item["status"] = "incomplete"
+        return answer
+
     # --- what it asks of what computes ------------------------------------------------------------
 
     def stop(self) -> None:
@@ -126,7 +174,8 @@ class Responses(ResponseHandler, BaseGenerateManager):
 
     def _submit(self, request_id: str, prompt: list[int]) -> Running:
         asked = self.chat._within(self._asked.pop(request_id), len(prompt))
-        return self.chat._submit(list(prompt), asked, 0, request_id)
+        self._ran[request_id] = self.chat._submit(list(prompt), asked, 0, request_id)
+        return self._ran[request_id]
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str,
