@@ -35,6 +35,9 @@ from melinoe.moe.experts import ADAPTER, ExpertsLayer, family
 from melinoe.moe.grouped import aligned_size, grouped_experts, grouped_product
 from melinoe.moe.routing import Router
 
+Compute = Callable[..., Tensor]
+"""Called as `grouped_experts`."""
+
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -82,7 +85,11 @@ class LowRank(nn.Module):
 
     def forward(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
         """Compute what the update of projection *name* adds; an `Addition` of `grouped_experts`."""
-        down, up = self.lora_A[name].to(rows.dtype), self.lora_B[name].to(rows.dtype)
+        return self.term(self.lora_A[name], self.lora_B[name], rows, offsets)
+
+    def term(self, down: Tensor, up: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Compute the same from the factors of those experts that *offsets* count."""
+        down, up = down.to(rows.dtype), up.to(rows.dtype)
         # Rows of zeros, so that torch's kernel takes any rank.
         if missing := aligned_size(self.rank, rows.dtype) - self.rank:
             down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
@@ -205,13 +212,20 @@ class LowRankUpdates(Updates):
         layers: Of *model*, from `find_experts`.
         rank, alpha: As in `Updates`.
         seed: Decides the starting values, equally on each device and process.
+        compute: Computes an experts module with an update.
 
     Raises:
         AttachError: a runtime is attached to the model.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[ExpertsLayer], rank: int, alpha: float, seed: int
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertsLayer],
+        rank: int,
+        alpha: float,
+        seed: int,
+        compute: Compute = grouped_experts,
     ) -> None:
         super().__init__({layer.name: layer.module for layer in layers}, rank, alpha)
         self.layers = list(layers)
@@ -222,7 +236,7 @@ class LowRankUpdates(Updates):
             if weight not in by_weight:
                 by_weight[weight] = LowRank(layer, rank, alpha, generator)
             layer.module.add_module(ADAPTER, by_weight[weight])
-            bind(layer.module, partial(_updated_experts, layer.module))
+            bind(layer.module, partial(_updated_experts, compute, layer.module))
         self._restore: Callable[[], None] = use_melinoe(model)
 
     def of(self, layer: ExpertsLayer) -> LowRank:
@@ -406,10 +420,8 @@ def _acting(site: nn.Module) -> Any:
     return update if update.enabled else None
 
 
-def _updated_experts(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    return grouped_experts(module, hidden_states, top_k_index, top_k_weights, _acting(module))
+def _updated_experts(compute: Compute, module: nn.Module, *given: Tensor) -> Tensor:
+    return compute(module, *given, _acting(module))
 
 
 def _add_update(projection: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

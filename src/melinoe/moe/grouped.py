@@ -8,8 +8,8 @@ product underneath, so that without an addition both agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,25 +45,76 @@ def grouped_experts(
     Returns:
         ``(tokens, hidden)`` in the dtype of *hidden_states*.
     """
-    num_experts, top_k = module.num_experts, top_k_index.shape[-1]
-    tokens, hidden = hidden_states.shape
+    choice = sort_choices(top_k_index, top_k_weights, module.num_experts)
+    stacks = dict(module.named_parameters(recurse=False))
+    rows = hidden_states[choice.tokens]
+    outputs = expert_rows(module, stacks, rows, choice.experts, choice.offsets, addition)
+    return weighted_sum(outputs * choice.weights.unsqueeze(-1), choice, hidden_states)
+
+
+class Choices(NamedTuple):
+    """
+    The (token, choice) pairs of a pass, sorted by expert.
+
+    Attributes:
+        order: int64 ``(pairs,)``: numbers of the pairs, token by token, in sorted order.
+        experts: int64 ``(pairs,)``, ascending. A pair without an expert has a neighbour's, and
+            weight 0: no row stays unwritten.
+        tokens: int64 ``(pairs,)``.
+        weights: ``(pairs,)``.
+        offsets: int32 ``(num_experts,)``; pairs up to and with each expert.
+        top_k: Choices of a token.
+    """
+
+    order: Tensor
+    experts: Tensor
+    tokens: Tensor
+    weights: Tensor
+    offsets: Tensor
+    top_k: int
+
+
+def sort_choices(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Choices:
+    """Sort the pairs by expert; see `grouped_experts`. Never waits for the device."""
     ids, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
-    # A choice of no expert is computed by some expert with weight 0: no row stays unwritten.
     none = (ids < 0) | (ids >= num_experts)
     ids, weights = ids.clamp(0, num_experts - 1), weights.masked_fill(none, 0)
-
-    sorted_ids, order = torch.sort(ids)
-    rows = hidden_states[order // top_k]
+    experts, order = torch.sort(ids)
     # No bincount: it synchronises. On the CPU, histc wants floating point.
-    counted = sorted_ids.float() if rows.device.type == "cpu" else sorted_ids.int()
+    counted = experts.float() if ids.device.type == "cpu" else experts.int()
     counts = torch.histc(counted, bins=num_experts, min=0, max=num_experts - 1)
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+    top_k = top_k_index.shape[-1]
+    return Choices(order, experts, order // top_k, weights[order], offsets, top_k)
 
+
+def expert_rows(
+    module: Any,
+    stacks: Mapping[str, Tensor],
+    rows: Tensor,
+    experts: Tensor,
+    offsets: Tensor,
+    addition: Addition | None = None,
+) -> Tensor:
+    """
+    Compute rows by their experts, unweighted.
+
+    Args:
+        module: the experts module, for its layout and activation.
+        stacks: its weights by name, of all experts or of some.
+        rows: ``(pairs, hidden)``, sorted by expert.
+        experts: int64 ``(pairs,)``, into *stacks*.
+        offsets: int32, one for each expert of *stacks*.
+        addition: as in `grouped_experts`.
+
+    Returns:
+        ``(pairs, hidden)``.
+    """
     # Within an autocast rows are wider than they are computed with.
     wide = not torch.is_autocast_enabled(rows.device.type)
 
     def project(name: str, rows: Tensor) -> Tensor:
-        weight = getattr(module, name)
+        weight = stacks[name]
         if not getattr(module, "is_transposed", False):
             weight = weight.transpose(-2, -1)
         if not wide:
@@ -72,7 +123,7 @@ def grouped_experts(
         if addition is not None:
             product.add_(addition(name, rows, offsets))
         if getattr(module, "has_bias", False):
-            product.add_(getattr(module, f"{name}_bias")[sorted_ids])
+            product.add_(stacks[f"{name}_bias"][experts])
         return product
 
     if getattr(module, "has_gate", True):
@@ -82,10 +133,15 @@ def grouped_experts(
     outputs = project("down_proj", inner)
     if getattr(module, "has_post_expert_norm", False):
         outputs = module.post_expert_norm(outputs)
-    weighted = outputs * weights[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    return weighted[back].view(tokens, top_k, hidden).sum(dim=1).to(hidden_states.dtype)
+    return outputs
+
+
+def weighted_sum(weighted: Tensor, choice: Choices, hidden_states: Tensor) -> Tensor:
+    """Sum the weighted rows of each token: ``(tokens, hidden)``, of *hidden_states*' type."""
+    back = torch.empty_like(choice.order)
+    back[choice.order] = torch.arange(len(back), device=back.device)
+    tokens, hidden = hidden_states.shape
+    return weighted[back].view(tokens, choice.top_k, hidden).sum(dim=1).to(hidden_states.dtype)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
