@@ -34,7 +34,7 @@ def updated(model, layers, compute=grouped_experts):
 
 
 def gradients(model, stream=None, checkpointing=False, seed=0):
-    """Gradients of all that can be trained, by name, and the loss, of one pass over 3 x 12 tokens."""
+    """Gradients of all that can be trained, by name, and the loss, of one pass."""
     model.train()
     if checkpointing:
         options = {"use_reentrant": False}
