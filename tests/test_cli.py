@@ -26,7 +26,6 @@ COMMANDS = [
     "finetune",
     "card",
     "merge",
-    "own-text",
     "pack",
     "trace",
     "predictor",
@@ -376,31 +375,3 @@ def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path, melinoe):
     refused(melinoe("demo", "--out", tmp_path), tmp_path)
     assert time.monotonic() - started < 60
     assert (tmp_path / "mine").read_text() == "precious"
-
-
-def test_own_text_of_an_offloaded_model_is_that_of_the_whole_one(checkpoint, tmp_path, melinoe):
-    """Two slots of eight; the rows are what `own_text` writes with all experts resident."""
-    from melinoe.data import load_examples
-    from melinoe.finetune.own_text import own_text
-
-    out = tmp_path / "own.jsonl"
-    asked = (
-        "--texts",
-        "5",
-        "--max-new-tokens",
-        "12",
-        "--seed",
-        "3",
-        "--device",
-        "cpu",
-        "--slots",
-        "2",
-    )
-    code, _, _ = melinoe("own-text", checkpoint, "--out", out, *asked)
-    assert code == 0
-    tokenizer = words_tokenizer()
-    whole = own_text(tiny_model(), tokenizer, 5, 12, seed=3)
-    expected = [tokenizer.decode(one.input_ids, skip_special_tokens=True) for one in whole]
-    assert [one.completion for one in load_examples(out)] == expected
-    code, _, error = melinoe("own-text", checkpoint, "--out", out)
-    assert code == 1 and "exists" in error

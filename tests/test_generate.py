@@ -13,7 +13,7 @@ from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetch import prefetcher_class
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cli.prefetching import Moment
+from melinoe.cli.options import Moment
 from melinoe.config import PREFETCH_AT
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts

@@ -48,12 +48,11 @@ COMMANDS = [
     ["demo"],
     ["finetune", "NOT_THERE", "--data", "NOT_THERE"],
     ["merge", "NOT_THERE"],
-    ["own-text", "NOT_THERE", "--slots", "1"],
     ["trace", "NOT_THERE", "--data", "NOT_THERE", "--slots", "1"],
     ["import-trace", "NOT_THERE", "--num-experts", "2"],
     ["predictor", "fit", "NOT_THERE"],
     ["report", "NOT_THERE"],
-    ["plan", "NOT_THERE", "--limits"],
+    ["plan", "--cards"],
 ]
 
 

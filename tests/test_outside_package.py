@@ -97,7 +97,7 @@ def test_the_runtime_serves_with_both_and_the_simulator_counts_what_it_counted()
 
 
 def test_the_command_line_knows_both(tmp_path):
-    """`simulate`, `generate` and `prefetch list` take their names and print them."""
+    """`simulate` and `generate` take their names, and name them beside an unknown one."""
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=8) as handle:
         trace_prompts(model, handle, tokenizer, PROMPTS, 6).save(tmp_path / "t.safetensors")
@@ -114,9 +114,8 @@ def test_the_command_line_knows_both(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["prefetch"] == "repeated"
-    result = run.invoke(app, ["prefetch", "list", "--json"])
-    told = {row["prefetch"]: row["what it loads"] for row in json.loads(result.stdout)}
-    assert told["repeated"] == "my_package.prefetch:Repeated, which does not say."
+    result = run.invoke(app, ["generate", "tiny", "Tom", "--prefetch", "psychic"])
+    assert result.exit_code == 2 and "repeated" in result.output
 
 
 def test_a_report_shows_both(tmp_path):

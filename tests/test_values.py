@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from melinoe.cli.app import app
-from melinoe.cli.values import check_number, check_place
+from melinoe.cli.command import check_number, check_place
 from melinoe.errors import MelinoeError
 from melinoe.whole_file import write_whole
 from tests.fuzz.running import run

@@ -53,7 +53,7 @@ def test_every_policy_of_ours_can_be_named(trace):
 
 def test_allocated_slots_stand_beside_those_given(trace):
     """The second row has the split of the curves, and never more completion loads."""
-    given, split = rows(trace, "--policy", "lru", "--slots", 4, "--allocate")
+    given, split = rows(trace, "--policy", "lru", "--slots", 4, "--allocate-from", trace)
     slots = allocate(cost_of(miss_curves(random_trace(0, **TRACE), "lru")), 16)
     assert split["slots"] == ",".join(map(str, slots))
     assert split["transfers_per_token"] <= given["transfers_per_token"]
@@ -89,16 +89,8 @@ def test_misses_on_the_cpu_keep_the_popular_where_they_are(trace):
     assert row["cpu_stall_ms_per_token"] > 0
 
 
-def test_a_prefetch_can_come_from_prompts_or_a_file(trace, tmp_path):
-    """The prompt's experts, and lists written by hand, as the simulator takes them."""
-    loaded = random_trace(0, **TRACE)
-    wanted = {sequence: [[5, 1], [0], [], [2, 3]] for sequence in (0, 2)}
-    path = tmp_path / "p.json"
-    path.write_text(json.dumps(wanted))
-    (row,) = rows(trace, "--policy", "lru", "--slots", 4, "--prefetch", path)
-    counters = simulate(loaded, 4, "lru", prefetch=wanted, prefetch_at="completion").counters
-    assert row["prefetch_per_token"] == counters.prefetch_per_token()
-    assert row["hit_rate"] == counters.hit_rate("completion")
+def test_a_prefetch_can_come_from_prompts(trace):
+    """The prompt's experts are loaded for the completion."""
     (row,) = rows(trace, "--policy", "lru", "--slots", 4, "--prefetch", "prefill")
     assert row["prefetch_per_token"] > 0
 
@@ -155,7 +147,6 @@ def test_popularity_may_come_from_elsewhere(trace, tmp_path):
         (("--link", "1GB/s", "--expert-size", "1MB"), "how fast the model computes"),
         ((*TIMED, "--link-latency", "9s"), "no transfer waits"),
         ((*TIMED, "--miss", "split"), "host memory"),
-        (("--prefetch", "nowhere.json"), "cannot be read"),
         (("--link", "1GB/s", "--model", "tiny", "--pass-time", "5ms"), "another model"),
     ],
 )
@@ -173,9 +164,6 @@ def test_what_cannot_be_is_refused_in_one_sentence(trace, arguments, text):
         (("--slots", "many"), "neither a number"),
         (("--miss", "split"), "--link"),
         ((*TIMED, "--miss", "cpu"), "--prefetch popular"),
-        (("--policy-option", "gamma=.5"), "one --policy"),
-        (("--policy", "lfu", "--policy-option", "gamma=3"), "between"),
-        (("--policy", "lfu", "--policy-option", "gamma"), "name=number"),
     ],
 )
 def test_wrong_usage_exits_with_two(trace, arguments, text):

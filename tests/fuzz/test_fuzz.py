@@ -37,7 +37,6 @@ def base_of(whole):
             ("finetune",): {"model": absent, "--data": data, "--out": out},
             ("merge",): {"adapter": absent, "--out": out},
             ("card",): {"directory": absent},
-            ("own-text",): {"model": absent, "--out": out},
             ("trace",): {"model": absent, "--data": data, "--out": out},
             ("generate",): {"model": absent, "prompt": "w3"},
             ("chat",): {"model": absent},

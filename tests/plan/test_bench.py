@@ -7,8 +7,14 @@ import pytest
 
 from melinoe.engine.misses import Misses
 from melinoe.errors import BudgetError, MelinoeError
-from melinoe.plan.predicted import machine_of, seconds_of
-from melinoe.plan.strategies import ALL_RESIDENT, ON_DEMAND, ON_THE_CPU, strategies
+from melinoe.plan.bench import (
+    ALL_RESIDENT,
+    ON_DEMAND,
+    ON_THE_CPU,
+    machine_of,
+    seconds_of,
+    strategies,
+)
 from melinoe.report import render_table
 from tests.small_olmoe import EXPERTS, always, tiny_model, words_tokenizer
 
@@ -45,8 +51,8 @@ def test_all_combinations_between_the_two_extremes():
 def test_a_cache_that_stays_warm_is_shared_with_none_that_is_emptied(melinoe, place):
     """All experts as slots too: one run empties its cache before each prompt, one does not."""
     chosen = strategies(8, [8], ["lru", "lfu"])
-    warm = {one.runtime for one in chosen if one.warm}
-    assert warm.isdisjoint(one.runtime for one in chosen if not one.warm)
+    warm = {one.cache for one in chosen if one.warm}
+    assert warm.isdisjoint(one.cache for one in chosen if not one.warm)
     code, _, err = bench(melinoe, place, "--slots", EXPERTS, "--policy", "lru", "--json")
     assert code == 0, err
 
@@ -93,7 +99,7 @@ def test_misses_are_a_dimension_of_strategies():
     assert len(chosen) == 2 + 4 + 4 + (2 + 1)
     assert [one.miss for one in chosen].count("cpu") == 3
     assert len({one.name for one in chosen}) == len(chosen)
-    assert len({one.runtime for one in chosen}) == 2 + 3 * 2  # prefetches share runtimes
+    assert len({one.cache for one in chosen}) == 2 + 3 * 2  # prefetches share runtimes
     both = strategies(8, [2], ["lru"], misses=["wait", "cpu"], engines=["reference", "fast"])
     fast = [one for one in both if one.engine == "fast"]
     assert [(one.slots, one.miss, one.warm) for one in fast] == [

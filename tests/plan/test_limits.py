@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.limits import HIT_RATES, record, row
 from melinoe.plan.facts import known_models, model_facts
-from melinoe.plan.limits import HIT_RATES, limits, limits_of, limits_record
-from melinoe.report import render_table, update_readme
+from melinoe.report import update_readme
 from tests.plan.conftest import PUBLISHED
 
 # layers, experts, top-k, hidden size d, expert width f
@@ -43,15 +43,14 @@ def as_printed(value, text):
 @pytest.mark.parametrize("label", PRINTED)
 def test_the_table_of_limits_is_reproduced(label, published):
     """An H100 SXM's 3.35 TB/s and a link of 50 GB/s give every figure that the page prints."""
-    row = limits_of(facts_of(str(published[label])), 50e9, 3.35e12)
+    found = row(facts_of(str(published[label])), 50e9, 3.35e12)
     expert, experts, moved, links, memory = PRINTED[label]
-    assert as_printed(row["expert_mb"], expert)
-    assert as_printed(row["all_experts_gb"], experts)
-    assert as_printed(row["m_gb"], moved)
-    assert len(row["link_tokens_per_s"]) == len(links) == len(HIT_RATES)
-    for value, text in zip(row["link_tokens_per_s"].values(), links, strict=True):
-        assert as_printed(value, text)
-    assert as_printed(row["memory_tokens_per_s"], memory)
+    assert as_printed(found["expert (MB)"], expert)
+    assert as_printed(found["all experts (GB)"], experts)
+    assert as_printed(found["M (GB)"], moved)
+    for rate, text in zip(HIT_RATES, links, strict=True):
+        assert as_printed(found[f"link roof at hit rate {rate:g} (tokens/s)"], text)
+    assert as_printed(found["memory roof (tokens/s)"], memory)
 
 
 @pytest.mark.parametrize("label", SHAPES)
@@ -88,44 +87,10 @@ def test_a_shipped_model_answers_to_its_name_on_the_hub():
     assert model_facts(name.upper(), context=1).layers == facts_of("OLMoE-1B-7B").layers
 
 
-def test_the_command_s_record_makes_a_table(melinoe, tmp_path):
-    """--limits --out writes what the report renders, with link, card and their sources below."""
-    out = tmp_path / "limits.json"
-    code, text, _ = melinoe("plan", "OLMoE-1B-7B", "--limits", "--out", out)
-    assert code == 0
-    assert render_table([out], "text", 200).strip() == text.strip()
-    for word in ("OLMoE-1B-7B", "1,307", "50 GB/s", "datasheet", "nothing measured"):
-        assert word in text
-    assert "in brackets" not in text  # nothing was measured, so there is no range
-
-
-def test_limits_of_one_model_on_another_machine(melinoe, published):
-    """A model of one's own, over PCIe 4 on an RTX 4090: M / 25.4 GB/s bounds the link."""
-    code, text, _ = melinoe(
-        "plan", published["Mixtral-8x7B"], "--limits", "--link", "pcie4x16", "--card", "rtx4090",
-        "--json",
-    )  # fmt: skip
-    table = json.loads(text)
-    assert code == 0
-    assert table["device"]["gb_s"] == 1008
-    moved = 32 * 2 * 3 * 4096 * 14336 * 2
-    assert table["rows"][0]["link_tokens_per_s"]["0"] == pytest.approx(25.4e9 / moved)
-
-
-def test_the_record_repeats_the_table():
-    """Each column in words holds the figure of the structured row."""
-    table = limits(["OLMoE-1B-7B"])
-    row = limits_record(table)["result"][0]
-    assert row["M (GB)"] == table["rows"][0]["m_gb"]
-    assert (
-        row["link roof at hit rate 0.9 (tokens/s)"] == table["rows"][0]["link_tokens_per_s"]["0.9"]
-    )
-
-
-def test_the_method_page_s_table_is_what_the_command_computes_now():
+def test_the_method_page_s_table_is_what_is_computed_now():
     """The committed record equals the computed one, and the page's table is made of it."""
     root = Path(__file__).parents[2]
-    record = root / "benchmarks" / "results" / "limits.json"
-    assert json.loads(record.read_text()) == json.loads(json.dumps(limits_record(limits())))
-    defaults = record.with_name("defaults.json")  # the page's other table
-    assert update_readme(root / "docs" / "method.md", [record, defaults], check=True) == []
+    kept = root / "benchmarks" / "results" / "limits.json"
+    assert json.loads(kept.read_text()) == json.loads(json.dumps(record()))
+    defaults = kept.with_name("defaults.json")  # the page's other table
+    assert update_readme(root / "docs" / "method.md", [kept, defaults], check=True) == []

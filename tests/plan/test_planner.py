@@ -9,9 +9,13 @@ from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import BudgetError, HardwareError, TraceError
 from melinoe.plan.facts import Layer, ModelFacts, model_facts
-from melinoe.plan.hit_rates import after_fine_tuning, by_chance
-from melinoe.plan.planner import plan
-from melinoe.plan.speed import distinct_experts, paper_host_time
+from melinoe.plan.planner import (
+    after_fine_tuning,
+    by_chance,
+    distinct_experts,
+    host_time,
+    plan,
+)
 
 MIB = 2**20
 # Ten layers of 16 experts of 1 MiB, top-4; 20 MiB of backbone, of which 15 are read; 5 MiB of keys.
@@ -111,7 +115,8 @@ def test_both_ends_of_the_speed_by_hand():
     """Fast: the slowest tier alone. Slow: link, memory and host one after the other."""
     found = by_hand().speed_before
     assert found.high == pytest.approx(1024 / 20)
-    host = 12 * paper_host_time().layer + 20 * paper_host_time().load
+    layer, load = host_time()
+    host = 12 * layer + 20 * load
     assert found.low == pytest.approx(1 / (20 / 1024 + 60 / 102400 + host))
     assert (found.bottleneck, found.slow_bottleneck) == ("link", "host")
     assert found.computed_high == pytest.approx(2048 / 20)

@@ -8,63 +8,55 @@ import typer
 
 from melinoe.cli import (
     bench,
-    card,
     chat,
-    demo,
+    checkpoints,
     doctor,
     evaluate,
     finetune,
     generate,
     import_trace,
-    merge,
-    own_text,
-    pack,
     plan,
     predictor,
-    prefetch,
     report,
     serve,
     simulate,
     trace,
 )
-from melinoe.cli.command import Command, Group, option
-from melinoe.cli.values import checked
+from melinoe.cli.command import Command, Group, checked, option
 from melinoe.config.names import version_of
 from melinoe.errors import InterruptedRunError, MelinoeError
 from melinoe.lock import holding
 
-# Characters of an error that are printed.
-_LONGEST = 1000
+_LONGEST = 1000  # characters of an error that are printed
 # Commands under their headings, in the order of the help.
 _COMMANDS: dict[str, dict[str, Any]] = {
     "Run a model": {
-        "chat": chat,
-        "serve": serve,
-        "generate": generate,
-        "plan": plan,
-        "doctor": doctor,
-        "pack": pack,
+        "chat": chat.command,
+        "serve": serve.command,
+        "generate": generate.command,
+        "plan": plan.command,
+        "doctor": doctor.command,
+        "pack": checkpoints.pack,
     },
     "Fine-tune it for fewer expert loads": {
-        "finetune": finetune,
-        "evaluate": evaluate,
-        "merge": merge,
-        "card": card,
-        "own-text": own_text,
+        "finetune": finetune.command,
+        "evaluate": evaluate.command,
+        "merge": checkpoints.merge,
+        "card": checkpoints.card,
     },
     "Look at its experts": {
-        "trace": trace,
-        "simulate": simulate,
-        "bench": bench,
-        "import-trace": import_trace,
-        "predictor": predictor,
-        "prefetch": prefetch,
-        "report": report,
+        "trace": trace.command,
+        "simulate": simulate.command,
+        "bench": bench.command,
+        "import-trace": import_trace.command,
+        "predictor": predictor.fit_command,
+        "report": report.command,
     },
-    "See it all at work": {"demo": demo},
+    "See it all at work": {"demo": checkpoints.demo},
 }
-# These append to the file that --out names, or write to another place; several may run at once.
-_WITHOUT_LOCK = ("generate", "chat", "serve", "doctor", "card", "simulate", "bench", "evaluate")
+# One run at a time may write what --out names; the others append to a file, or write elsewhere.
+_LOCKED = {"plan", "pack", "finetune", "merge", "trace", "import-trace", "predictor", "report"}
+_LOCKED |= {"demo"}
 
 
 class _Melinoe(Group):
@@ -81,18 +73,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_predictor = typer.Typer(
+    help="Learn from a trace which experts a prompt will need.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
-for _name, _module in (pair for part in _COMMANDS.values() for pair in part.items()):
-    if hasattr(_module, "app"):
-        app.add_typer(_module.app, name=_name)
+for _name, _command in (pair for part in _COMMANDS.values() for pair in part.items()):
+    _run = checked(holding("out")(_command) if _name in _LOCKED else _command)
+    if _name == "predictor":
+        _predictor.command("fit", cls=Command)(_run)
+        app.add_typer(_predictor, name=_name)
     else:
-        _command = _module.command if _name in _WITHOUT_LOCK else holding("out")(_module.command)
-        app.command(_name, cls=Command)(_command)
-
-for _part in (app, predictor.app, prefetch.app):
-    for _registered in _part.registered_commands:
-        assert _registered.callback is not None
-        _registered.callback = checked(_registered.callback)
+        app.command(_name, cls=Command)(_run)
 
 
 def _version(asked: bool) -> None:

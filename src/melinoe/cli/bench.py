@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any
 
-import typer
-
-from melinoe.cli import models, options, output, prefetching
-from melinoe.cli.command import option
+from melinoe.cli import models, options, output
+from melinoe.cli.command import one_of, option
+from melinoe.config import MISSES, QUARTER, experts_in_share
 
 _LINK = "Link and prediction"
+_ENGINE = "Engine"
 
 
 def command(
@@ -40,38 +40,30 @@ def command(
         option(
             "reference runs everywhere; fast needs a GPU, lru or lfu, and --miss wait; both: "
             "one beside the other.",
-            options.ENGINE,
+            _ENGINE,
         ),
     ] = "reference",
     store: Annotated[
         str,
         option(
-            "Where the experts that are not resident wait (auto | ram | pinned | disk).",
-            options.ENGINE,
+            "Where the experts that are not resident wait (auto | ram | pinned | disk).", _ENGINE
         ),
     ] = "auto",
     dtype: Annotated[
-        str, option("Type of the weights: auto (as stored), float32 or bfloat16.", options.ENGINE)
+        str, option("Type of the weights: auto (as stored), float32 or bfloat16.", _ENGINE)
     ] = "auto",
     miss: Annotated[
         list[str] | None,
         option(
             "On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
             "whichever is faster by measured costs. Repeatable. Default: wait.",
-            options.ENGINE,
+            _ENGINE,
         ),
     ] = None,
-    prefetch: Annotated[
-        list[str] | None,
-        option(
-            f"{prefetching.HELP} Repeatable. Default: none, and those that the files given "
-            "are for.",
-            options.AHEAD,
-        ),
-    ] = None,
-    predictor: prefetching.PredictorDir = None,
-    popularity: prefetching.PopularityFile = None,
-    prefetch_at: prefetching.Moment = None,
+    prefetch: options.Prefetches = None,
+    predictor: options.PredictorDir = None,
+    popularity: options.PopularityFile = None,
+    prefetch_at: options.Moment = None,
     link: Annotated[
         str | None,
         option("Emulate a link of this bandwidth, as in 0.3GB/s. On the CPU only.", _LINK),
@@ -86,45 +78,37 @@ def command(
     """Serve prompts by several strategies in turn; print predicted beside measured cost."""
     from melinoe.plan.hardware import parse_bandwidth, parse_seconds
 
-    wanted = prefetching.names_of(prefetch, prefetch_at, predictor=predictor, popularity=popularity)
-    if not prefetch and wanted != ("none",):
+    one_of(engine, ("reference", "fast", "both"), "--engine")
+    for way in miss or ():
+        one_of(way, MISSES, "--miss")
+    if not prefetch and (predictor or popularity):
         # A predictor also knows what is popular, which is its first rival.
-        also = ("popularity",) if predictor and popularity is None else ()
-        wanted = ("none", *also, *wanted)
-    models.check_misses(miss or [])
-    if engine not in ("reference", "fast", "both"):
-        raise typer.BadParameter(
-            f"{engine!r} is not one of reference, fast, both", param_hint="--engine"
-        )
+        prefetch = ["none", "popularity", *(["predictor"] if predictor else [])]
+    ahead = models.prefetchers(prefetch, prefetch_at, predictor, popularity)
+    emulated = (
+        None if link is None else (parse_bandwidth(link, "link"), parse_seconds(link_latency))
+    )
     engines = ("reference", "fast") if engine == "both" else (engine,)
-    emulated = None
-    if link is not None:
-        emulated = (parse_bandwidth(link, "link"), parse_seconds(link_latency))
 
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.checkpoint.files import read_config
-    from melinoe.config import QUARTER, experts_in_share
     from melinoe.data import load_examples
     from melinoe.errors import MelinoeError, UnsupportedModelError
     from melinoe.measure import append_jsonl
-    from melinoe.plan.bench import Setting, bench
-    from melinoe.plan.runtimes import check_fast
-    from melinoe.plan.strategies import strategies
-    from melinoe.predictor import Predictor
+    from melinoe.plan.bench import bench, check_fast, strategies
     from melinoe.report import render_table
 
     output.quiet()
-    guess = Predictor.load(predictor) if predictor else None
-    made_of = prefetching.given(guess, popularity, prefetch_at)
     path = models.resolve(model)
     about = describe(path)
     if not about.supported:
         raise UnsupportedModelError(about.reason)
+    quarter = experts_in_share(QUARTER, about.num_experts)
     chosen = strategies(
         about.num_experts,
-        slots or [experts_in_share(QUARTER, about.num_experts)],
+        slots or [quarter],
         policy or ["lru", "lfu"],
-        wanted,
+        list(ahead),
         miss or ["wait"],
         engines,
     )
@@ -132,62 +116,57 @@ def command(
     if "fast" in engines:
         check_fast(target, emulated is not None)
     examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
-    tokenizer = load_tokenizer(path, read_config(path))
     records, moments, table = bench(
-        Setting(
-            path,
-            device=target,
-            dtype=dtype,
-            store=store,
-            link=emulated,
-            max_new_tokens=max_new_tokens,
-            repeat=repeat,
-        ),
+        path,
         chosen,
-        models.prompt_ids(examples, tokenizer, raw),
-        made_of,
+        models.prompt_ids(examples, load_tokenizer(path, read_config(path)), raw),
+        ahead,
         label=model,
+        device=target,
+        dtype=dtype,
+        store=store,
+        link=emulated,
+        max_new_tokens=max_new_tokens,
+        repeat=repeat,
         say=output.say,
     )
     if out is not None:
         for record in (*records, moments, table):
             append_jsonl(out, record)
         output.say(f"wrote {len(records) + 2} records to {out}")
+    rows = table["result"]
     if as_json:
         output.show_json({"records": records, "timeline": moments, "table": table})
     else:
-        print(render_table([_short(table)]))
-        far = [row for row in table["result"] if abs(row["error_percent"]) > 100 * tolerance]
-        say = ", ".join(f"{row['strategy']} at {row['slots']}" for row in far)
+        print(render_table([{**table, "result": [_short(row) for row in rows]}]))
+        far = _names(row for row in rows if abs(row["error_percent"]) > 100 * tolerance)
         print(
-            f"Predicted time is more than {tolerance:.0%} from the measured one for {say}."
+            f"Predicted time is more than {tolerance:.0%} from the measured one for {far}."
             if far
             else f"Every predicted time is within {tolerance:.0%} of the measured one."
         )
-        if all(row["counts_equal"] for row in table["result"]):
-            print("Predicted and measured counts are equal, prompt by prompt, for every strategy.")
-    wrong = [row for row in table["result"] if not row["counts_equal"]]
-    if wrong:
-        names = ", ".join(f"{row['strategy']} at {row['slots']}" for row in wrong)
+    if wrong := _names(row for row in rows if not row["counts_equal"]):
         raise MelinoeError(
-            f"simulated and measured counts differ for {names}, which should be impossible with "
+            f"simulated and measured counts differ for {wrong}, which should be impossible with "
             "greedy decoding; please report it with the records (--out)"
         )
+    if not as_json:
+        print("Predicted and measured counts are equal, prompt by prompt, for every strategy.")
 
 
-def _short(table: dict[str, Any]) -> dict[str, Any]:
+def _names(rows: Any) -> str:
+    return ", ".join(f"{row['strategy']} at {row['slots']}" for row in rows)
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
     """Choose the columns that a terminal has room for; the record has all of them."""
-    rows = [
-        {
-            "strategy": row["strategy"],
-            "slots": row["slots"],
-            "hit rate": row["hit_rate"],
-            "loads / token": row["transfers_per_token_measured"],
-            "computed there": row["computed_there_per_token"],
-            "predicted_ms": row["predicted_ms"],
-            "measured_ms": row["measured_ms"],
-            "error_percent": row["error_percent"],
-        }
-        for row in table["result"]
-    ]
-    return {**table, "result": rows}
+    return {
+        "strategy": row["strategy"],
+        "slots": row["slots"],
+        "hit rate": row["hit_rate"],
+        "loads / token": row["transfers_per_token_measured"],
+        "computed there": row["computed_there_per_token"],
+        "predicted_ms": row["predicted_ms"],
+        "measured_ms": row["measured_ms"],
+        "error_percent": row["error_percent"],
+    }

@@ -5,14 +5,21 @@ An option without a panel is an everyday one: `--help` lists those, and says how
 are. `--help-all` lists all, panel by panel.
 """
 
+import functools
 import inspect
+import math
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from melinoe.errors import MelinoeError
 
 HELP_ALL = "--help-all"
 _PLACEHOLDERS = (
@@ -21,6 +28,17 @@ _PLACEHOLDERS = (
     (r"<(list\[)?str\]?>", "TEXT"),
     (r"<(list\[)?[pP]ath\]?>", "PATH"),
 )
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+# What a shell opens for a command: `<(...)`, and standard input by its name.
+_OPENED = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+# Text that a command reads as it stands, and that names no file.
+_TEXTS = frozenset({"prompt", "system", "api_key"})
+_LARGEST = 2**63 - 1
 
 
 class Command(TyperCommand):
@@ -40,10 +58,9 @@ class Command(TyperCommand):
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is None:
                 continue
-            name, text = _shortened(param, *record)
             panel = getattr(param, "rich_help_panel", None) or "Options"
             panel = "Arguments" if param.param_type_name == "argument" else panel
-            sections.setdefault(panel, []).append((name, text))
+            sections.setdefault(panel, []).append(_shortened(param, *record))
         others = [panel for panel in sections if panel not in ("Arguments", "Options")]
         if others and HELP_ALL not in ctx.meta:
             count = sum(len(sections.pop(panel)) for panel in others)
@@ -83,6 +100,12 @@ def option(help: str, panel: str | None = None, *, name: str | None = None, **bo
     return typer.Option(*([name] if name else []), help=help, rich_help_panel=panel, **bounds)  # type: ignore[arg-type]
 
 
+def one_of(value: str | None, words: Sequence[str], name: str) -> None:
+    """Refuse, as wrong usage, a word that the option *name* does not have."""
+    if value is not None and value not in words:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(words)}", param_hint=name)
+
+
 def with_settings(
     settings: type, panels: Mapping[str | None, Sequence[str]], **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -108,10 +131,7 @@ def with_settings(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(name, by_name[name].default),
-                annotation=Annotated[
-                    _type(hints[name]),
-                    option(_help(by_name[name]), panel),
-                ],
+                annotation=Annotated[_type(hints[name]), option(_help(by_name[name]), panel)],
             )
             for panel, names in panels.items()
             for name in names
@@ -135,10 +155,8 @@ def _type(hint: Any) -> Any:
     if hint in (tuple[float, ...] | None, tuple[str, ...] | None):
         return list[get_args(get_args(hint)[0])[0]] | None  # type: ignore[misc]
     kinds = get_args(hint) or (hint,)
-    kind = next((one for one in (bool, int, float, str) if one in kinds), str)
-    # Of what can be a number or words, as 8GiB or "lru", the words say more; but not of a count.
-    if str in kinds:
-        kind = str
+    # Of what can be a number or words, as 8GiB or "lru", the words say more.
+    kind = next((one for one in (str, bool, int, float, Path) if one in kinds), str)
     return kind | None if type(None) in kinds or hint is Any else kind
 
 
@@ -156,3 +174,47 @@ def _help(field: Field[Any]) -> str:
         text = f"{text} ({unit})"
     text = f"{text}. Default: {default}" if absent else text
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def checked(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Make *command* refuse numbers that are none and devices for files, before it runs."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        for name, value in values.items():
+            for one in _each(value):
+                if isinstance(one, int | float):
+                    check_number(name, one)
+                elif name not in _TEXTS:
+                    check_place(one)
+        return command(**values)
+
+    return run
+
+
+def _each(value: Any) -> Iterator[str | Path | int | float]:
+    if isinstance(value, str | Path | int | float):
+        yield value
+    elif isinstance(value, Iterable):
+        for one in value:
+            yield from _each(one)
+
+
+def check_number(name: str, value: float) -> None:
+    """Refuse infinity, what is no number, and integers that need more than 63 bits."""
+    if not math.isfinite(value) if isinstance(value, float) else abs(value) > _LARGEST:
+        shown = value if isinstance(value, float) else f"{str(value)[:12]}..."
+        raise MelinoeError(f"--{name.replace('_', '-')} cannot be {shown}; give a finite number")
+
+
+def check_place(place: str | Path) -> None:
+    """Refuse a pipe, a device or a socket: reading one may never end, and writing replaces it."""
+    text = os.fspath(place)
+    if text.startswith(_OPENED):
+        return
+    try:
+        kind = _KINDS.get(stat.S_IFMT(os.stat(text).st_mode))
+    except (OSError, ValueError):
+        return  # nothing is there, or could be: whoever opens it says so
+    if kind is not None:
+        raise MelinoeError(f"{text} is {kind}, not a file; give the path of a file or a directory")

@@ -1,7 +1,7 @@
 """`melinoe evaluate`: measure how well one model does, or how two differ, with intervals."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli import models, options, output
-from melinoe.cli.command import option, with_settings
+from melinoe.cli.command import option
 from melinoe.cli.texts import named_texts
-from melinoe.engine.options import Options
 
 _LOCALITY = "With --locality"
 _TASKS = "With --tasks"
@@ -21,14 +20,26 @@ _TASKS = "With --tasks"
 class _Found:
     """Results of one model: scores by text, harness scores, loads at each cache size."""
 
+    label: str
     scores: list[Any] = field(default_factory=list)
     prices: list[Any] = field(default_factory=list)
     tasks: list[Any] = field(default_factory=list)
     caches: dict[tuple[str, str, int], dict[str, list[int]]] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    localities: list[dict[str, Any]] = field(default_factory=list)
+
+    def records(self) -> list[dict[str, Any]]:
+        """List all of it for `report`."""
+        found = [record for scores in self.scores for record in scores.records()]
+        found += self.localities
+        found += [record for price in self.prices for record in price.records()]
+        return found + [task.to_record() for task in self.tasks]
+
+    def say(self, text: str) -> None:
+        """Tell of progress."""
+        output.say(f"{self.label}: {text}")
 
 
-@with_settings(Options, options.SERVING)
+@options.serving()
 def command(
     model: options.Model,
     other_model: Annotated[
@@ -86,46 +97,37 @@ def command(
             name="--chat-template",
         ),
     ] = False,
-    choice: Annotated[
-        str,
-        option(
-            "cache-prior: also read the texts with tokens that prefer resident experts, and "
-            "say what that costs and saves. exact: do not.",
-            options.CHOICES,
-        ),
-    ] = "exact",
-    choice_strength: options.ChoiceStrength = 0.1,
-    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
-    """Measure quality and locality of one model, or how two differ, with 95 % intervals."""
+    """
+    Measure quality and locality of one model, or how two differ, with 95 % intervals.
+
+    With --choice cache-prior the texts are read both ways, which says what that costs and saves.
+    """
+    changed = given["choice"] != "exact"
     if data is None and tasks is None:
         raise typer.BadParameter("give --data, --tasks, or both", param_hint="--data")
-    if data is None and (rouge or answers or locality or other or choice != "exact"):
-        raise typer.BadParameter(
-            "--rouge, --answers, --locality, --choice and --other go with --data",
-            param_hint="--data",
-        )
-    if tasks is None and (task_path is not None or fewshot is not None or chat_template):
-        raise typer.BadParameter(
-            "--task-path, --fewshot and --chat-template go with --tasks", param_hint="--tasks"
-        )
-    if columns is not None and data is None:
-        raise typer.BadParameter("--columns go with --data", param_hint="--columns")
-    if at_slots and not locality:
-        raise typer.BadParameter("--at-slots goes with --locality", param_hint="--at-slots")
-    from melinoe.evaluate import run_tasks, score
+    for needed, absent, used, names in (
+        ("--data", data is None, rouge or answers or locality or other or columns or changed,
+         "--rouge, --answers, --locality, --other, --columns and --choice"),
+        ("--tasks", tasks is None, task_path or fewshot is not None or chat_template,
+         "--task-path, --fewshot and --chat-template"),
+        ("--locality", not locality, at_slots, "--at-slots"),
+    ):  # fmt: skip
+        if absent and used:
+            raise typer.BadParameter(f"{names} go with {needed}", param_hint=needed)
+    from melinoe.data import encode
+    from melinoe.evaluate import price_of_choice, run_tasks, score
 
-    wanted = models.choice_settings(choice, choice_strength, choice_keep)
+    choice = models.choice_settings(given)
     texts = named_texts(data, other or [], split, limit, columns)  # before any model is read
-    names = _labels(model, other_model)
     found: list[_Found] = []
-    for name, label in names.items():
-        one = _Found()
-        loaded, handle, tokenizer = models.open_model(name, given)
+    for name, label in _labels(model, other_model).items():
+        one = _Found(label)
+        loaded, handle, tokenizer = models.open_model(name, given, choose=False)
         for domain, (examples, in_domain) in texts.items():
-            output.say(f"{label}: {domain}, {len(examples)} examples")
+            one.say(f"{domain}, {len(examples)} examples")
             one.scores.append(
                 score(
                     loaded,
@@ -139,17 +141,21 @@ def command(
                     max_length=max_length,
                     max_new_tokens=max_new_tokens,
                     batch_size=batch_size,
-                    progress=_teller(label),
+                    progress=one.say,
                 )
             )
-        if wanted.kind != "exact":
-            _prices(one, loaded, handle, tokenizer, texts, label, wanted, max_length)
+        for domain, (examples, in_domain) in texts.items() if changed else ():
+            encoded = encode(examples, tokenizer, max_length)
+            about: dict[str, Any] = {"in_domain": in_domain, "progress": one.say}
+            one.prices.append(
+                price_of_choice(loaded, handle, encoded, choice, label, domain, **about)
+            )
         if locality:
             examples = next(iter(texts.values()))[0][:prompts]
             lengths = (max_length, max_new_tokens)
-            _locality(one, loaded, handle, tokenizer, examples, label, at_slots, *lengths)
+            _locality(one, loaded, handle, tokenizer, examples, at_slots, *lengths)
         if tasks:
-            output.say(f"{label}: {tasks}")
+            one.say(tasks)
             one.tasks = run_tasks(
                 loaded,
                 tokenizer,
@@ -164,21 +170,17 @@ def command(
         # One model in memory at a time; detaching would make it whole, which may not fit.
         del loaded, handle
         gc.collect()
-        one.records[:0] = [record for scores in one.scores for record in scores.records()]
-        one.records += [record for price in one.prices for record in price.records()]
-        one.records += [task.to_record() for task in one.tasks]
         found.append(one)
-        _append(out, one.records)
+        _append(out, one.records())
     comparisons = [said for one in found for price in one.prices for said in price.comparisons()]
-    comparisons += _compare(found, *names.values()) if other_model else []
-    records = [record for one in found for record in one.records]
+    comparisons += _compare(*found) if other_model else []
     compared = [comparison.to_record() for comparison in comparisons]
     _append(out, compared)
-    records += compared
+    records = [record for one in found for record in one.records()] + compared
     if as_json:
         output.show_json(records)
         return
-    output.show_table("means with 95 % intervals over examples", _rows(records))
+    output.show_table("means with 95 % intervals over examples", list(_rows(records)))
     for line in [*remarks(records), *(comparison.sentence for comparison in comparisons)]:
         print(line)
 
@@ -194,10 +196,6 @@ def _append(out: Path | None, records: Sequence[dict[str, Any]]) -> None:
         output.say(f"appended {len(records)} records to {out}")
 
 
-def _teller(label: str) -> Callable[[str], None]:
-    return lambda text: output.say(f"{label}: {text}")
-
-
 def _labels(model: str, other: str | None) -> dict[str, str]:
     """Map each model to a short name, or to itself where the short names would be equal."""
     given = [model] if other is None else [model, other]
@@ -207,43 +205,12 @@ def _labels(model: str, other: str | None) -> dict[str, str]:
     return dict(zip(given, short if len(set(short)) == len(given) else given, strict=True))
 
 
-def _prices(
-    one: _Found,
-    loaded: Any,
-    handle: Any,
-    tokenizer: Any,
-    texts: dict[str, tuple[Sequence[Any], bool]],
-    label: str,
-    settings: Any,
-    max_length: int,
-) -> None:
-    """Read every text with exact and with changed choices."""
-    from melinoe.data import encode
-    from melinoe.evaluate import price_of_choice
-
-    for domain, (examples, in_domain) in texts.items():
-        encoded = encode(examples, tokenizer, max_length)
-        one.prices.append(
-            price_of_choice(
-                loaded,
-                handle,
-                encoded,
-                settings,
-                label,
-                domain,
-                in_domain=in_domain,
-                progress=_teller(f"{label}, {domain}"),
-            )
-        )
-
-
 def _locality(
     one: _Found,
     loaded: Any,
     handle: Any,
     tokenizer: Any,
     examples: Sequence[Any],
-    label: str,
     at_slots: Sequence[int] | None,
     max_length: int,
     max_new_tokens: int,
@@ -255,25 +222,24 @@ def _locality(
     from melinoe.measure import completion_counts, curve_record, locality_record, reading_trace
 
     prompts = encode_prompts(examples, tokenizer, text_tokens=max_length)
-    tell = _teller(label)
-    written = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=tell)
+    written = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=one.say)
+    # The same text for both models, too: one that repeats itself needs few experts.
     read = reading_trace(loaded, handle, encode(examples, tokenizer, max_length))
     shares = [experts_in_share(share, written.num_experts) for share in (0.125, 0.25, 0.5)]
     sizes = sorted(set(at_slots or shares))
-    # The same text for both models, too: one that repeats itself needs few experts.
-    for doing, trace, name in (("writing", written, label), ("reading", read, f"{label}, reading")):
-        one.records.append(locality_record(trace, name))
+    for doing, trace in (("writing", written), ("reading", read)):
+        name = one.label if doing == "writing" else f"{one.label}, reading"
+        one.localities.append(locality_record(trace, name))
         for policy in ("lru", "lfu"):
-            one.records.append(curve_record(trace, name, policy, sizes))
+            one.localities.append(curve_record(trace, name, policy, sizes))
             for size in sizes:
                 one.caches[doing, policy, size] = completion_counts(trace, size, policy)
 
 
-def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
+def _compare(ours: _Found, theirs: _Found) -> list[Any]:
     """Compare the two models in everything that can be paired."""
     from melinoe.evaluate import compare_rates
 
-    ours, theirs = found
     comparisons = []
     for one, two in zip(ours.scores, theirs.scores, strict=True):
         comparisons += one.against(two)
@@ -283,10 +249,10 @@ def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
         base = theirs.caches.get(key)
         if base is None or not sum(base["loads"]):
             continue
-        mine, base_rate = ((one["loads"], one["tokens"]) for one in (counts, base))
+        mine, rival = ((one["loads"], one["tokens"]) for one in (counts, base))
         metric = f"transfers per token {key[0]} ({key[1].upper()}, {key[2]} slots)"
-        domain = ours.scores[0].domain
-        comparisons.append(compare_rates(mine, base_rate, model, other, domain, metric))
+        names = (ours.label, theirs.label, ours.scores[0].domain, metric)
+        comparisons.append(compare_rates(mine, rival, *names))
     known = {(one.task, one.metric): one for one in theirs.tasks}
     for task in ours.tasks:
         twin = known.get((task.task, task.metric))
@@ -295,30 +261,25 @@ def _compare(found: list[_Found], model: str, other: str) -> list[Any]:
     return comparisons
 
 
-def _rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Make the table: one row for each estimate."""
-    found = []
-
-    def add(record: dict[str, Any], measure: str, value: dict[str, Any]) -> None:
-        about = {"model": record["model"], "text": record.get("domain", "completions")}
-        found.append({**about, "measure": measure, **value})
-
     for record in records:
-        kind = record["kind"]
+        kind, named = record["kind"], {}
         if kind == "quality":
-            add(record, "perplexity", record["perplexity"])
-            for model, rate in record.get("transfers", {}).items():
-                add({**record, "model": model}, record["transfers_metric"], rate)
+            named["perplexity"] = record["perplexity"]
         elif kind == "score":
-            add(record, record["metric"].replace("_", " "), record["score"])
+            named[record["metric"].replace("_", " ")] = record["score"]
         elif kind == "locality":
-            add(record, "experts per sequence", record["experts_per_sequence_mean"])
-            add(record, "reuse", record["reuse"])
+            named["experts per sequence"] = record["experts_per_sequence_mean"]
+            named["reuse"] = record["reuse"]
         elif kind == "curve":
             for size, value in zip(record["slots"], record["transfers_per_token"], strict=True):
-                policy = record["policy"].upper()
-                add(record, f"transfers per token, {policy}, {size} slots", value)
-    return found
+                named[f"transfers per token, {record['policy'].upper()}, {size} slots"] = value
+        text = record.get("domain", "completions")
+        for measure, value in named.items():
+            yield {"model": record["model"], "text": text, "measure": measure, **value}
+        for name, rate in record.get("transfers", {}).items() if kind == "quality" else ():
+            yield {"model": name, "text": text, "measure": record["transfers_metric"], **rate}
 
 
 def remarks(records: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,5 @@
 """`melinoe finetune`: train a model to need fewer expert transfers."""
 
-import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,11 +115,12 @@ def command(
     On several devices: accelerate launch -m melinoe finetune ... (on the CPU with --multi_gpu; on
     several nodes with OUT on a disk that all share).
     """
+    said = {one for one in context.params if _is_given(context, one)}
     settings = FinetuneSettings(**given)
     # --lambda-match 0 is refused with a teacher, where nothing was said it is given a weight.
-    if teacher is not None and not settings.is_taught and not _said(context, "lambda_match"):
+    if teacher is not None and not settings.is_taught and "lambda_match" not in said:
         settings = replace(settings, lambda_match=MATCH)
-    _check_idle(context, settings, anchor_data)
+    _check_idle(said, settings, anchor_data)
     if control:
         settings = settings.control()
     from melinoe.data import load_examples
@@ -145,7 +145,9 @@ def command(
     held_out = texts.hold_out(
         data, examples, eval_data, eval_split, other or [], hold_out, limit, columns
     )
-    anchor = _anchor(anchor_data, split, limit, settings) if anchor_data else None
+    anchor: Any = anchor_data
+    if anchor_data not in (None, "own"):
+        anchor = load_examples(anchor_data, split=split, limit=limit)
     base, train = models.resolve(model), held_out.train
     if against not in (None, CONTROL):
         _check_control(against, settings, base, train)
@@ -181,26 +183,24 @@ def command(
     finish(result.out, base, data, split, held_out, measure, of, columns, resume)
 
 
-def _said(context: typer.Context, name: str) -> bool:
+def _is_given(context: typer.Context, name: str) -> bool:
     """Tell whether an option stands on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
-def _check_idle(
-    context: typer.Context, settings: FinetuneSettings, anchor_data: str | None
-) -> None:
+def _check_idle(said: set[str], settings: FinetuneSettings, anchor_data: str | None) -> None:
     """Refuse options that others leave without effect."""
     unanchored, routers = settings.lambda_rank == 0, settings.train == "router"
     for why, idle, names in (
         ("--lambda-rank is 0", unanchored, ("anchor", "rho")),
         ("--anchor is kl", settings.anchor == "kl", ("rho",)),
-        ("--lambda-replay is 0", settings.lambda_replay == 0, ("own_texts",)),
+        ("--lambda-replay is 0", settings.lambda_replay == 0, ("own_texts", "anchor_data")),
         ("--anchor-data gives the text", anchor_data not in (None, "own"), ("own_texts",)),
         ("--train is router", routers, ("lora_rank", "lora_alpha", "lora_learning_rate")),
     ):
         for name in names if idle else ():
-            if _said(context, name):
+            if name in said:
                 raise TrainingError(
                     f"--{name.replace('_', '-')} does nothing while {why}; leave it out"
                 )
@@ -239,17 +239,6 @@ def _check_control(against: str, settings: FinetuneSettings, base: str, examples
     )
 
 
-def _anchor(name: str, split: str, limit: int | None, settings: FinetuneSettings) -> Any:
-    """Anchor text, or the word that has the base model write it."""
-    from melinoe.data import load_examples
-
-    if settings.lambda_replay == 0:
-        raise TrainingError(
-            "--anchor-data does nothing while --lambda-replay is 0; leave one of the two out"
-        )
-    return name if name == "own" else load_examples(name, split=split, limit=limit)
-
-
 def finish(
     out: Path,
     base: str,
@@ -269,28 +258,24 @@ def finish(
     Args:
         out: The checkpoint.
         base: What it was fine-tuned from.
-        data: As it was given.
-        split: Of a hub data set.
+        data, split, columns: As they were given.
         held_out: What to measure on.
         measure: Whether to.
-        control: To state the price against, or none.
-        columns: What the columns of *data* are, as it was given.
+        control: To compare with, or none.
         resume: Whether an outcome that is there already may be this one.
 
     Raises:
         TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was
             measured.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not output.is_main_process():
         return
     from melinoe.outcome import record_origin, record_outcome
     from melinoe.report.card import write_card
 
-    kept: dict[str, Any] = {"held_out": len(held_out.examples)}
-    if columns is not None:
-        kept["columns"] = columns
-    record_origin(out, base, data, held_out.train, split, **kept)
-    failed: TrainingError | None = None
+    more = {} if columns is None else {"columns": columns}
+    record_origin(out, base, data, held_out.train, split, held_out=len(held_out.examples), **more)
+    failed: MelinoeError | None = None
     if measure and not held_out.examples:
         output.say(
             "too few examples to hold some out, so nothing was measured before and after; give "
@@ -308,12 +293,11 @@ def finish(
                 say=output.say,
             )
         except MelinoeError as error:
-            failed = _unmeasured(out, control, error)
-            failed.__cause__ = error
+            failed = error
     write_card(out)
     output.say(f"wrote {out}/README.md and its figures")
     if failed is not None:
-        raise failed
+        raise _unmeasured(out, control, failed) from failed
 
 
 def _is_measured(out: Path, control: Path | None) -> bool:

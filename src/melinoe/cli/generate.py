@@ -1,97 +1,50 @@
 """`melinoe generate`: write text with few experts resident."""
 
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli import models, options, output, prefetching
-from melinoe.cli.command import option, with_settings
-from melinoe.engine.options import Options
+from melinoe.cli import models, options, output
+from melinoe.cli.command import option
 
 _LONGEST_PROMPT_BYTES = 16 << 20  # far beyond any context; a stream may have no end
 
 
-@with_settings(Options, options.SERVING)
+@options.serving()
 def command(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     max_new_tokens: options.NewTokens = 64,
-    temperature: Annotated[
-        float, option("Sample at this temperature. 0: take the likeliest token.", min=0)
-    ] = 0.0,
+    temperature: options.Temperature = 0.0,
     seed: Annotated[int, option("Seed of the sampling.")] = 0,
     raw: options.Raw = False,
     as_json: options.AsJson = False,
-    prefetch: Annotated[
-        str | None,
-        option(
-            f"{prefetching.HELP} Default: the one that --predictor, --recent-use or --popularity "
-            "is for, else none.",
-            options.AHEAD,
-        ),
-    ] = None,
-    predictor: prefetching.PredictorDir = None,
-    popularity: prefetching.PopularityFile = None,
-    prefetch_at: prefetching.Moment = None,
-    recent_use: Annotated[
-        Path | None,
-        option(
-            "Prefetch the experts used lately, and learn from this text too: a file, made if "
-            "it is absent. Instead of --predictor.",
-            options.AHEAD,
-        ),
-    ] = None,
-    allocate_from: options.AllocateFrom = None,
-    choice: options.Choice = "exact",
-    choice_strength: options.ChoiceStrength = 0.1,
-    choice_keep: options.ChoiceKeep = 1,
+    prefetch: options.Prefetch = None,
+    predictor: options.PredictorDir = None,
+    popularity: options.PopularityFile = None,
+    prefetch_at: options.Moment = None,
     *,
     given: dict[str, Any],
 ) -> None:
     """Write text with few experts resident: the text to stdout, its cost to stderr."""
     import torch
 
-    from melinoe.cache.prefetch import prefetcher
     from melinoe.data import Example
     from melinoe.generate import generate
-    from melinoe.predictor import Predictor, RecentUse
 
-    names = prefetching.names_of(
-        None if prefetch is None else [prefetch],
-        prefetch_at,
-        recent_use=recent_use,
-        predictor=predictor,
-        popularity=popularity,
-    )
-    if len(names) > 1:
-        raise typer.BadParameter(f"name one of {', '.join(names)}", param_hint="--prefetch")
-    if recent_use is not None and predictor is not None:
-        raise typer.BadParameter("give it or --predictor, and not both", param_hint="--recent-use")
-    guess = Predictor.load(predictor) if predictor else None
+    named = None if prefetch is None else [prefetch]
     # What is missing or wrong shows before the model is opened.
-    made_of = prefetching.given(guess, popularity, prefetch_at)
-    recent = None
-    if recent_use is None:
-        ahead = prefetcher(names[0], made_of)
-    elif recent_use.exists():
-        recent = RecentUse.load(recent_use)
+    found = models.prefetchers(named, prefetch_at, predictor, popularity)
+    if len(found) > 1:
+        raise typer.BadParameter(f"name one of {', '.join(found)}", param_hint="--prefetch")
+    ((name, ahead),) = found.items()
     text = _read_prompt() if prompt == "-" else prompt
-    wanted = models.choice_settings(choice, choice_strength, choice_keep)
-    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
-    handle.choose(wanted)
+    loaded, handle, tokenizer = models.open_model(model, given)
     asked: Any = text
     if tokenizer.chat_template and not raw:
         (asked,) = models.prompt_ids([Example(text, "", "the prompt")], tokenizer, raw)
-    if recent_use is not None:
-        recent = recent or RecentUse.of(loaded)
-        ahead = prefetcher(names[0], replace(made_of, predictor=recent))
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature else {}
-    )
     streamer = None
     if not as_json:
         from transformers import TextStreamer
@@ -105,11 +58,9 @@ def command(
         max_new_tokens=max_new_tokens,
         prefetch=ahead,
         streamer=streamer,
-        **sampling,
+        **models.sampling(temperature),
     )
-    if recent is not None and recent_use is not None:
-        recent.update(recent_use)
-    cost = _cost(handle, result, choice, names[0])
+    cost = _cost(handle, result, given["choice"], name)
     if as_json:
         output.show_json({"prompt": text, "text": result.text, "ids": result.ids, **cost})
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from melinoe.cli import output
-from melinoe.cli.command import option
+from melinoe.cli.command import one_of, option
 
 
 def command(
@@ -35,19 +35,17 @@ def command(
     from melinoe.errors import OutputExistsError, TraceError
     from melinoe.foreign import FORMATS, read_foreign
 
-    if format not in FORMATS:
-        raise typer.BadParameter(
-            f"{format!r} is not one of {', '.join(FORMATS)}", param_hint="--format"
-        )
+    one_of(format, FORMATS, "--format")
     if out.exists():
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     found = read_foreign(file, format, num_experts=num_experts, model=model, statistics=statistics)
     layers, experts = found.counts.shape
     for note in found.notes:
         output.say(f"{file}: {note}")
+    about = f"{layers} layers of {experts} experts -> {out}"
     if statistics:
         save_statistics(out, found.counts, model=model, note=f"imported from {file.name}")
-        output.say(f"statistics of {layers} layers of {experts} experts -> {out}")
+        output.say(f"statistics of {about}")
         return
     if found.trace is None:
         raise TraceError(
@@ -55,7 +53,4 @@ def command(
             "trace; import it with --statistics, for the policy static and --prefetch popularity"
         )
     found.trace.save(out)
-    output.say(
-        f"{found.trace.num_sequences} sequences, {len(found.trace)} tokens, {layers} layers of "
-        f"{experts} experts -> {out}"
-    )
+    output.say(f"{found.trace.num_sequences} sequences, {len(found.trace)} tokens, {about}")

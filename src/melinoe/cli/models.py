@@ -1,13 +1,21 @@
 """Open what a command line names: a model with few resident experts, its backbone, its prompts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from melinoe.cli import output
-from melinoe.config import MISSES
+from melinoe.cli.command import one_of
+from melinoe.config import MISSES, PREFETCH_MOMENTS
+
+# `--chat-template plain`: the roles and what they say, a line each.
+_PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def resolve(model: str) -> str:
@@ -28,143 +36,112 @@ def resolve_device(device: str | None) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_misses(named: Sequence[str]) -> None:
-    """
-    Check the names given to --miss.
-
-    Raises:
-        BadParameter: an unknown name.
-    """
-    if unknown := [one for one in named if one not in MISSES]:
-        raise typer.BadParameter(
-            f"{unknown[0]!r} is not one of {', '.join(MISSES)}", param_hint="--miss"
-        )
+def sampling(temperature: float) -> dict[str, Any]:
+    """Give what transformers' `generate` takes to sample at *temperature*; greedy at 0."""
+    return {"do_sample": True, "temperature": temperature} if temperature else {}
 
 
-# `--chat-template plain`: the roles and what they say, a line each.
-_PLAIN = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-def use_chat_template(tokenizer: Any, named: str | None) -> None:
-    """
-    Give *tokenizer* the chat template that --chat-template names; None leaves its own.
-
-    Raises:
-        TokenizerError: a file that cannot be read.
-    """
-    if named is None:
-        return
-    from melinoe.errors import TokenizerError
-
-    try:
-        tokenizer.chat_template = _PLAIN if named == "plain" else Path(named).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"--chat-template {named} cannot be read: {error}; name a Jinja file, or plain"
-        ) from error
-
-
-def choice_settings(kind: str, strength: float, keep: int) -> Any:
+def choice_settings(given: dict[str, Any]) -> Any:
     """Give what --choice and its companions ask for."""
     from melinoe.moe.choice import ChoiceSettings
 
-    return ChoiceSettings(kind, strength if kind != "exact" else 0.0, keep)
+    kind = given["choice"]
+    strength = given["choice_strength"] if kind != "exact" else 0.0
+    return ChoiceSettings(kind, strength, given["choice_keep"])
 
 
 def open_model(
-    model: str, serving: dict[str, Any], allocate_from: Path | None = None
+    model: str, given: dict[str, Any], *, choose: bool = True, chat_template: str | None = None
 ) -> tuple[Any, Any, Any]:
     """
     Open a model with the experts resident that fit, and say what was chosen.
 
     Args:
         model: As the user names it.
-        serving: Options of `melinoe.load` by name.
-        allocate_from: A trace of the model, by which its slots are shared out over the layers.
+        given: Values of `melinoe.cli.options.Serving`, by name.
+        choose: Let tokens choose as --choice says.
+        chat_template: Given for --chat-template: a file, or ``plain``.
 
     Returns:
         The model, its handle and its tokenizer.
     """
-    check_misses([serving["miss"]])
-    if allocate_from is not None and serving["gpu_memory"] is not None:
-        raise typer.BadParameter(
-            "slots are shared out of --slots or --expert-memory; leave --gpu-memory out",
-            param_hint="--allocate-from",
-        )
+    one_of(given["miss"], MISSES, "--miss")
     import torch
 
     from melinoe.checkpoint import load_tokenizer
     from melinoe.engine.load import load
 
-    dtype = serving["dtype"]
-    wanted = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+    dtype = getattr(torch, given["dtype"], None)
+    if given["dtype"] != "auto" and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    ):
         raise typer.BadParameter(
-            f"{dtype!r} is not auto, float32 or bfloat16", param_hint="--dtype"
+            f"{given['dtype']!r} is not auto, float32 or bfloat16", param_hint="--dtype"
         )
     output.quiet()
+    template = _chat_template(chat_template)
+    choice, source = choice_settings(given), given["allocate_from"]
     path = resolve(model)
-    if allocate_from is not None:
-        split = _slots_by_layer(path, allocate_from, serving)
-        serving = {**serving, "slots": split, "expert_memory": None}
-    loaded, handle = load(path, **serving)
-    if allocate_from is not None:
+    options = {
+        name: value
+        for name, value in given.items()
+        if name != "allocate_from" and not name.startswith("choice")
+    }
+    trace = None
+    if source is not None:
         from melinoe.cache.trace import Trace
+
+        trace = Trace.load(source)
+        options["slots"] = _slots_by_layer(path, trace, options)
+    loaded, handle = load(path, **options)
+    if trace is not None:
         from melinoe.moe.routing import fingerprint
 
-        trace = Trace.load(allocate_from)
         trace.check_model(fingerprint(loaded), trace.num_layers, trace.num_experts)
     tokenizer = load_tokenizer(path, loaded.config)
+    if template is not None:
+        tokenizer.chat_template = template
     output.say(handle.placement)
-    if serving["miss"] == "cpu":
+    if given["miss"] == "cpu":
         output.say("misses are computed on the CPU; only a prefetch fills the slots")
+    if choose:
+        handle.choose(choice)
     return loaded, handle, tokenizer
 
 
-def _slots_by_layer(path: str, source: Path, serving: dict[str, Any]) -> tuple[int, ...]:
-    """
-    Share out slots over layers by the miss-ratio curves of a trace of the same model.
+def _chat_template(named: str | None) -> str | None:
+    from melinoe.errors import TokenizerError
 
-    Raises:
-        TraceError: not a trace, or one of another shape.
-        BudgetError: too little for what one token needs.
-        BadParameter: layers of different experts, between which no slot can be moved; an amount
-            of memory for packed experts.
-    """
+    try:
+        if named in (None, "plain"):
+            return None if named is None else _PLAIN
+        return Path(str(named)).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"--chat-template {named} cannot be read: {error}; name a Jinja file, or plain"
+        ) from error
+
+
+def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int, ...]:
+    """Share out slots over layers by the miss-ratio curves of a trace of the same model."""
     from melinoe.cache.allocate import allocate, cost_of
     from melinoe.cache.curves import miss_curves
-    from melinoe.cache.trace import Trace
     from melinoe.checkpoint import describe
-    from melinoe.engine.budget import parse_bytes
 
-    about, trace = describe(path, serving["dtype"]), Trace.load(source)
-    if serving["slots"] is None and serving["expert_memory"] is None:
-        raise typer.BadParameter(
-            "say how many slots to share out: --slots or --expert-memory",
-            param_hint="--allocate-from",
-        )
-    if len(set(about.layers)) > 1:
-        raise typer.BadParameter(
+    about = describe(path, options["dtype"])
+    wrong = None
+    if options["slots"] is None:
+        wrong = "say how many slots to share out: give --slots, and no amount of memory"
+    elif len(set(about.layers)) > 1:
+        wrong = (
             "this model's layers have experts of different number or size, so slots cannot be "
-            "moved between them; leave it out",
-            param_hint="--allocate-from",
+            "moved between them; leave it out"
         )
-    packed = serving["format"] is not None or about.format != "plain"
-    if packed and serving["expert_memory"] is not None:
-        raise typer.BadParameter(
-            "what a slot of packed experts takes depends on the engine; give --slots",
-            param_hint="--expert-memory",
-        )
+    if wrong is not None:
+        raise typer.BadParameter(wrong, param_hint="--allocate-from")
     trace.check_model(trace.fingerprint, about.moe_layers, about.num_experts, about.top_k)
-    if serving["expert_memory"] is not None:
-        budget = parse_bytes(serving["expert_memory"]) // about.bytes_per_expert
-    else:
-        budget = serving["slots"] * about.moe_layers
-    cost = cost_of(miss_curves(trace, serving["policy"]))
-    split = allocate(cost, budget, at_least=trace.top_k)
+    cost = cost_of(miss_curves(trace, options["policy"]))
+    split = allocate(cost, options["slots"] * about.moe_layers, at_least=trace.top_k)
     output.say(f"slots by layer: {', '.join(map(str, split))} ({sum(split)} in all)")
     return split
 
@@ -208,3 +185,54 @@ def prompt_ids(examples: Sequence[Any], tokenizer: Any, raw: bool) -> list[list[
     if chat and any(one.messages is None for one in examples):
         output.say("prompts go through the tokenizer's chat template; --raw leaves it out")
     return encode_prompts(examples, tokenizer, chat=chat)
+
+
+def prefetchers(
+    named: Sequence[str] | None, at: str | None, predictor: Path | None, popularity: Any = None
+) -> dict[str, Any]:
+    """
+    Make the prefetches that a command line asks for: name to prefetcher, None for ``none``.
+
+    Args:
+        named: Given for --prefetch. Absent: those that predictor and popularity are for.
+        at: Given for --prefetch-at; it holds for those that can load at either moment.
+        predictor: Given for --predictor.
+        popularity: A file of counts given for --popularity, or the counts of a trace, which ask
+            for nothing. Absent: the predictor's.
+
+    Raises:
+        BadParameter: an unknown name or moment, or material for a prefetch that is not named.
+        MelinoeError: a file that cannot be used, or what a prefetch is made of is missing.
+    """
+    from melinoe.cache import prefetch
+
+    one_of(at, PREFETCH_MOMENTS, "--prefetch-at")
+    material = {"predictor": predictor, "popularity": popularity}
+    implied = [name for name, one in material.items() if isinstance(one, Path)]
+    names = list(dict.fromkeys(named or implied or [prefetch.NONE]))
+    for name in names:
+        one_of(name, prefetch.prefetcher_names(), "--prefetch")
+    for name in implied:
+        # A predictor also knows what is popular.
+        if name not in names and not (name == "predictor" and "popularity" in names):
+            raise typer.BadParameter(
+                f"it is for --prefetch {name}, which is not named", param_hint=f"--{name}"
+            )
+    guess = None
+    if predictor is not None:
+        from melinoe.predictor import Predictor
+
+        guess = Predictor.load(predictor)
+    if isinstance(popularity, Path):
+        from melinoe.cache.statistics import load_counts
+
+        popularity = load_counts(popularity)
+    elif popularity is None:
+        popularity = getattr(guess, "popularity", None)
+    given = prefetch.Given(popularity, guess, at)
+    found: dict[str, Any] = {}
+    for name in names:
+        timed = name == prefetch.NONE or issubclass(prefetch.prefetcher_class(name), prefetch.Timed)
+        alone = timed or len(names) == 1
+        found[name] = prefetch.prefetcher(name, given if alone else replace(given, at=None))
+    return found

@@ -1,22 +1,20 @@
-"""
-Options that several commands share, each written once.
+"""Options that several commands share, each written once; without a panel, everyday ones."""
+# ruff: noqa: RUF009  (a setting is a field)
 
-An option without a panel is an everyday one; see `melinoe.cli.command`.
-"""
-
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli.command import option
+from melinoe.cli.command import option, with_settings
+from melinoe.config import PREFETCH_AT
+from melinoe.config.setting import setting
+from melinoe.engine.options import Options
 
 DATA = "Data"
-MEMORY = "Experts in memory"
-MISSES = "Misses"
-CHOICES = "Choice of experts"
 AHEAD = "Prefetch"
-ENGINE = "Engine"
 
 Model = Annotated[
     str,
@@ -31,6 +29,16 @@ Raw = Annotated[
     bool, option("Leave out the chat template that the tokenizer brings.", name="--raw")
 ]
 NewTokens = Annotated[int, option("Generate at most this many tokens.", min=1)]
+Temperature = Annotated[
+    float, option("Sample at this temperature. 0: take the likeliest token.", min=0)
+]
+ChatTemplate = Annotated[
+    str | None,
+    option(
+        "A chat template in place of the model's own: a Jinja file, or plain, which writes "
+        "`role: text`."
+    ),
+]
 AsJson = Annotated[bool, option("Print JSON instead of text and tables.", name="--json")]
 Out = Annotated[Path, option("The directory to write; new or empty.")]
 RecordsOut = Annotated[
@@ -55,34 +63,63 @@ Other = Annotated[
     ),
 ]
 
-
-AllocateFrom = Annotated[
+PREFETCH = (
+    "Load experts ahead of need: none; popularity: the most used; prefill: those the prompt used; "
+    "predictor: those a fitted predictor names; next-router: those that the next layer's router "
+    "names one layer early; or a prefetch of an installed package. Default: the one that "
+    "--predictor or --popularity is for, else none."
+)
+Prefetch = Annotated[str | None, option(PREFETCH, AHEAD)]
+Prefetches = Annotated[list[str] | None, option(f"{PREFETCH} Repeatable.", AHEAD)]
+PredictorDir = Annotated[
+    Path | None,
+    option("Predictor for --prefetch predictor: what `melinoe predictor fit` wrote.", AHEAD),
+]
+PopularityFile = Annotated[
     Path | None,
     option(
-        "Share out the slots by what this trace of the model says each layer would miss: as many "
-        "in all as --slots or --expert-memory gives.",
-        MEMORY,
+        "Counts for --prefetch popularity: a trace, or imported statistics. Default: the "
+        "predictor's.",
+        AHEAD,
     ),
 ]
-Choice = Annotated[
-    str,
+Moment = Annotated[
+    str | None,
     option(
-        "Let tokens prefer resident experts: exact (no) or cache-prior. Changes what the model "
-        "writes.",
-        CHOICES,
+        "When popularity and predictor load: prompt: before it is read, though a long prompt "
+        f"evicts them again; completion: after it. Default: {PREFETCH_AT}.",
+        AHEAD,
     ),
-]
-ChoiceStrength = Annotated[
-    float, option("How strongly cache-prior prefers them (its lambda).", CHOICES, min=0.0)
-]
-ChoiceKeep = Annotated[
-    int, option("First choices of the router that cache-prior never changes.", CHOICES, min=0)
 ]
 
-# Names of `melinoe.engine.options.Options` by panel; without one, the everyday ones.
-SERVING: dict[str | None, tuple[str, ...]] = {
-    None: ("device", "gpu_memory", "ram"),
-    MEMORY: ("slots", "expert_memory", "policy", "store", "batch", "context"),
-    MISSES: ("miss", "miss_threads"),
-    ENGINE: ("engine", "format", "compile", "dtype"),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Options):
+    """Options of a model on the command line: those of `melinoe.load`, and these."""
+
+    allocate_from: Path | None = setting(
+        None,
+        "share out the slots by what this trace of the model says each layer would miss: as many "
+        "in all as --slots gives each",
+    )
+    choice: str = setting(
+        "exact",
+        "let tokens prefer resident experts: exact (no) or cache-prior, which changes what the "
+        "model writes",
+    )
+    choice_strength: float = setting(0.1, "how strongly cache-prior prefers them (its lambda)")
+    choice_keep: int = setting(1, "first choices of the router that cache-prior never changes")
+
+
+def serving(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `Serving`; `models.open_model` takes its ``given``."""
+    panels: dict[str | None, tuple[str, ...]] = {
+        None: ("device", "gpu_memory", "ram"),
+        "Experts in memory": (
+            "slots", "expert_memory", "policy", "store", "batch", "context", "allocate_from",
+        ),
+        "Misses": ("miss", "miss_threads"),
+        "Engine": ("engine", "format", "compile", "dtype"),
+        "Choice of experts": ("choice", "choice_strength", "choice_keep"),
+    }  # fmt: skip
+    return with_settings(Serving, panels, **defaults)

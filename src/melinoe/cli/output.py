@@ -82,19 +82,17 @@ class Bar:
     def __init__(self, display: Any):
         from transformers import TrainerCallback
 
-        self.display = display
-        self.task = display.add_task("training", total=None, terms="")
+        task = display.add_task("training", total=None, terms="")
+        self.show = lambda **more: display.update(task, **more)
         self.newest: dict[str, Any] = {}
         bar = self
 
         class Move(TrainerCallback):
-            """Move the bar."""
-
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                bar.display.update(bar.task, total=state.max_steps, completed=state.global_step)
+                bar.show(total=state.max_steps, completed=state.global_step)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                bar.display.update(bar.task, completed=state.global_step)
+                bar.show(completed=state.global_step)
 
         self.callbacks = (Move(),)
 
@@ -103,10 +101,8 @@ class Bar:
         self.newest |= {name: row[name] for name in _SHOWN if row.get(name) is not None}
         if not self.newest.get("skipped_steps"):
             self.newest.pop("skipped_steps", None)
-        terms = "  ".join(
-            f"{name} {self.newest[name]:.4g}" for name in _SHOWN if name in self.newest
-        )
-        self.display.update(self.task, terms=terms)
+        shown = [name for name in _SHOWN if name in self.newest]
+        self.show(terms="  ".join(f"{name} {self.newest[name]:.4g}" for name in shown))
 
 
 @contextmanager
@@ -115,26 +111,19 @@ def training_progress() -> Iterator[Lines | Bar]:
     if not sys.stderr.isatty() or not is_main_process():
         yield Lines()
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"),
+        progress.TextColumn("step"),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[terms]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as display:
+    with progress.Progress(*columns, console=Console(stderr=True)) as display:
         yield Bar(display)
 
 

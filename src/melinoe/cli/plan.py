@@ -12,11 +12,10 @@ from melinoe.cli.command import option
 
 if TYPE_CHECKING:
     from melinoe.plan.planner import Plan
-    from melinoe.plan.speed import Speed
 
 _MACHINE = "Machine"
 _RATES = "Hit rates"
-_INSTEAD = "Tables of several models"
+_INSTEAD = "Instead of a plan"
 
 
 def command(
@@ -41,9 +40,6 @@ def command(
     bits: Annotated[
         int | None, option("Bits of a stored weight: 16, 8 or 4. Default: as the config says.")
     ] = None,
-    show_list: Annotated[
-        bool, option("List the cards and links known by name instead.", name="--list")
-    ] = False,
     as_json: options.AsJson = False,
     trace: Annotated[
         Path | None, option("Take hit rates from this trace of the model.", _RATES)
@@ -84,14 +80,8 @@ def command(
             name="--measure",
         ),
     ] = False,
-    limits: Annotated[
-        bool,
-        option(
-            "Print what no engine can pass, for MODEL or the four that ship, over --link "
-            "(pcie5x16) on --card (h100).",
-            _INSTEAD,
-            name="--limits",
-        ),
+    show_list: Annotated[
+        bool, option("List the cards and links known by name.", _INSTEAD, name="--list")
     ] = False,
     cards: Annotated[
         bool,
@@ -102,36 +92,38 @@ def command(
         ),
     ] = False,
     out: Annotated[
-        Path | None,
-        option("Also write the record of --limits or --cards to this .json file.", _INSTEAD),
+        Path | None, option("Also write the record of --cards to this .json file.", _INSTEAD)
     ] = None,
 ) -> None:
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
+    if out is not None and not cards:
+        raise typer.BadParameter("only --cards writes a record", param_hint="--out")
     if show_list:
         _show_known(as_json)
         return
-    if limits:
-        _show_limits(model, link, card, out, as_json)
-        return
+    output.quiet()
     if cards:
         _show_cards(out, as_json)
         return
-    if out is not None:
-        raise typer.BadParameter("only --limits and --cards write a record", param_hint="--out")
-    measured = _measure(model) if measure else None
+    measured = None
+    if measure:
+        from melinoe.plan.measuring import measure as time_parts
+
+        output.say("timing this machine's memory, disk and link")
+        place = Path(models.resolve(model)).expanduser() if model else None
+        measured = time_parts(place if place is not None and place.is_dir() else None)
+        if model is None:
+            _show_measured(measured, as_json)
+            return
     if model is None:
-        if measured is None:
-            raise typer.BadParameter(
-                "name a model, or use --measure, --limits or --list alone", param_hint="MODEL"
-            )
-        _show_measured(measured, as_json)
-        return
+        raise typer.BadParameter(
+            "name a model, or use --measure, --cards or --list alone", param_hint="MODEL"
+        )
     from melinoe.cache.trace import Trace
     from melinoe.host_memory import host_memory
     from melinoe.plan.hardware import parse_seconds
     from melinoe.plan.planner import plan
 
-    output.quiet()
     done = plan(
         models.resolve(model),
         gpu_memory=gpu_memory,
@@ -150,21 +142,12 @@ def command(
         tuned_trace=None if tuned_trace is None else Trace.load(tuned_trace),
         measured=measured,
     )
+    left = host_memory()
     if as_json:
-        left = host_memory()
         host = None if left is None else left._asdict()
         output.show_json(done.to_dict() | {"host_memory_here": host})
     else:
-        _show(model, done)
-
-
-def _measure(model: str | None) -> dict[str, float]:
-    """Time this machine, and the disk that the model is on, if it is here."""
-    from melinoe.plan.measuring import measure
-
-    output.say("timing this machine's memory, disk and link")
-    place = Path(models.resolve(model)).expanduser() if model else None
-    return measure(place if place is not None and place.is_dir() else None)
+        _show(model, done, left)
 
 
 def _show_measured(measured: dict[str, float], as_json: bool) -> None:
@@ -187,91 +170,72 @@ def _show_known(as_json: bool) -> None:
     if as_json:
         output.show_json(known())
         return
-    output.show_table(
-        "Cards (--card)",
-        [
-            {
-                "card": ", ".join(one["names"]),
-                "GiB": one["memory_gib"],
-                "GB/s": f"{one['bandwidth_gb_s']:,}",
-                "link": one["link"],
-                "source": one["source"],
-            }
-            for one in known()["cards"]
-        ],
-    )
-    for title, key in (("Links (--link)", "links"), ("Host memory (--dram)", "dram"),
-                       ("Disks (--disk)", "disks")):  # fmt: skip
-        output.show_table(
-            title,
-            [
-                {"name": one["names"][0], "GB/s": f"{one['gb_s']:g}", "source": one["source"]}
-                for one in known()[key]
-            ],
-        )
-
-
-def _show_limits(
-    model: str | None, link: str | None, card: str | None, out: Path | None, as_json: bool
-) -> None:
-    from melinoe.plan.limits import limits, limits_record
-
-    output.quiet()
-    models_asked = [models.resolve(model)] if model else []
-    table = limits(models_asked, link or "pcie5x16", card or "h100")
-    _show_record(limits_record(table), table, out, as_json)
+    rows = [
+        {
+            "card": ", ".join(one["names"]),
+            "GiB": one["memory_gib"],
+            "GB/s": f"{one['bandwidth_gb_s']:,}",
+            "link": one["link"],
+            "source": one["source"],
+        }
+        for one in known()["cards"]
+    ]
+    output.show_table("Cards (--card)", rows)
+    titles = {
+        "links": "Links (--link)",
+        "dram": "Host memory (--dram)",
+        "disks": "Disks (--disk)",
+    }
+    for key, title in titles.items():
+        rows = [
+            {"name": one["names"][0], "GB/s": f"{one['gb_s']:g}", "source": one["source"]}
+            for one in known()[key]
+        ]
+        output.show_table(title, rows)
 
 
 def _show_cards(out: Path | None, as_json: bool) -> None:
-    from melinoe.plan.cards import forecast, forecast_record
-
-    output.quiet()
-    rows = forecast()
-    _show_record(forecast_record(rows), rows, out, as_json)
-
-
-def _show_record(record: dict[str, Any], raw: Any, out: Path | None, as_json: bool) -> None:
-    """Write a record if a file is named, and print it as a table or what it is made of as JSON."""
     from melinoe.measure import write_json
+    from melinoe.plan.cards import forecast, forecast_record
     from melinoe.report import render_table
 
+    rows = forecast()
     if out is not None:
-        write_json(out, record)
+        write_json(out, forecast_record(rows))
         output.say(f"wrote {out}")
     if as_json:
-        output.show_json(raw)
+        output.show_json(rows)
     else:
-        print(render_table([record]))
+        print(render_table([forecast_record(rows)]))
 
 
-def _show(model: str, done: Plan) -> None:
+def _show(model: str, done: Plan, left: Any) -> None:
     """Print a plan as tables and sentences."""
     from melinoe.host_memory import format_bytes as size
-    from melinoe.host_memory import host_memory
 
-    facts = done.facts
+    facts, parts = done.facts, done.hardware
     held = facts.dtype if facts.packed is None else f"{facts.dtype} where not packed"
     kv = "not known" if facts.kv_bytes is None else size(done.batch * facts.kv_bytes)
+    slots = f"{done.slots} of {facts.num_experts} experts in each of {len(facts.layers)} layers; a "
     rows = [
         ("config", "", facts.source),
         ("backbone", size(facts.backbone_bytes), f"{held}, every parameter but the experts"),
         ("keys and values", kv, f"{done.batch} x {facts.context} tokens; {facts.kv_source}"),
         ("kept free", size(done.reserve_bytes) if done.reserve_bytes else "0", ""),
-        (
-            "expert slots",
-            size(done.slot_bytes),
-            f"{done.slots} of {facts.num_experts} experts in each of {len(facts.layers)} layers; a "
-            f"token uses {facts.top_k}",
-        ),
+        ("expert slots", size(done.slot_bytes), f"{slots}token uses {facts.top_k}"),
         ("all experts", size(facts.expert_bytes), _where(done)),
     ]
     output.show_table(
         f"{model} ({facts.model_type}) in {size(done.gpu_memory_bytes)}",
         [{"what": what, "bytes": amount, "how": how} for what, amount, how in rows],
     )
+    scenarios = (
+        ("as it is", done.before, done.speed_before),
+        ("fine-tuned for locality", done.after, done.speed_after),
+    )
+    several = f"; all {done.batch} sequences together" if done.batch > 1 else ""
     output.show_table(
-        "Expected, not measured"
-        + (f"; all {done.batch} sequences together" if done.batch > 1 else ""),
+        f"Expected, not measured{several}",
         [
             {
                 "": name,
@@ -280,56 +244,47 @@ def _show(model: str, done: Plan) -> None:
                 "fast end bound by": found.bottleneck,
                 "slow end mostly": found.slow_bottleneck,
             }
-            for name, rates, found in (
-                ("as it is", done.before, done.speed_before),
-                ("fine-tuned for locality", done.after, done.speed_after),
-            )
+            for name, rates, found in scenarios
         ],
     )
-    _show_tiers(done)
-    for name, rates in (("as it is", done.before), ("fine-tuned", done.after)):
-        print(f"Hit rate, {name}: {rates.source}.")
-        if "belady" in rates.by_policy:
-            figures = ", ".join(f"{key} {value:.1%}" for key, value in rates.by_policy.items())
-            print(f"  by policy: {figures}; no policy passes belady.")
-        if done.before == done.after:
-            break
-    for sentence in (*done.assumed, *done.notes):
-        print(sentence)
-    if (left := host_memory()) is not None:
-        print(
-            f"The host that plans has {size(left.free_bytes)} of memory left ({left.limited_by}); "
-            "to plan with it, give that as --ram."
-        )
-
-
-def _show_tiers(done: Plan) -> None:
-    """Print the milliseconds of one step on each tier alone."""
-    parts = done.hardware
-
-    def row(name: str, figure: object, key: str) -> dict[str, str]:
-        def of(one: Speed) -> str:
-            ends = (getattr(one.tiers_high, key), getattr(one.tiers_low, key))
-            return _range(*(1e3 * end for end in ends))
-
-        return {
-            "tier": name,
-            "bandwidth": str(figure),
-            "ms a step, as it is": of(done.speed_before),
-            "ms a step, fine-tuned": of(done.speed_after),
-        }
-
-    rows = [row("link", parts.link, "link"), row("device memory", parts.device, "device")]
-    if done.fits_in_ram is False:
-        rows.append(row("disk", parts.disk, "disk"))
-    rows.append(row("host in the loop (slow end)", "-", "host"))
-    rows.append(row("DRAM, were misses computed on the CPU", parts.dram, "dram_if_computed"))
-    output.show_table("What each tier would take alone, fast end to slow end", rows)
+    tiers = [
+        ("link", parts.link, "link"),
+        ("device memory", parts.device, "device"),
+        *([("disk", parts.disk, "disk")] if done.fits_in_ram is False else []),
+        ("host in the loop (slow end)", "-", "host"),
+        ("DRAM, were misses computed on the CPU", parts.dram, "dram_if_computed"),
+    ]
+    heads = ("ms a step, as it is", "ms a step, fine-tuned")
+    output.show_table(
+        "What each tier would take alone, fast end to slow end",
+        [
+            {"tier": name, "bandwidth": str(figure)}
+            | {
+                head: _range(
+                    *(1e3 * getattr(end, key) for end in (found.tiers_high, found.tiers_low))
+                )
+                for head, (_, _, found) in zip(heads, scenarios, strict=True)
+            }
+            for name, figure, key in tiers
+        ],
+    )
     faster = done.speed_before.computed_high / done.speed_before.high
     if done.speed_before.bottleneck == "link" and abs(faster - 1) > 0.05:
         print(
             f"Computing misses on the CPU instead of loading them would make the fast end "
             f"{faster:.2g} times as fast as it is, as far as DRAM bounds it."
+        )
+    for name, rates, _ in scenarios[: 1 if done.before == done.after else 2]:
+        print(f"Hit rate, {name.split(' for ')[0]}: {rates.source}.")
+        if rates.by_policy:
+            figures = ", ".join(f"{key} {value:.1%}" for key, value in rates.by_policy.items())
+            print(f"  by policy: {figures}; no policy passes belady.")
+    for sentence in (*done.assumed, *done.notes):
+        print(sentence)
+    if left is not None:
+        print(
+            f"The host that plans has {size(left.free_bytes)} of memory left ({left.limited_by}); "
+            "to plan with it, give that as --ram."
         )
 
 
@@ -345,9 +300,8 @@ def _where(done: Plan) -> str:
 
 
 def _range(low: float, high: float, percent: bool = False) -> str:
-    ends = [f"{one:.1%}" if percent else _three(one) for one in (low, high)]
+    ends = [
+        f"{one:.1%}" if percent else f"{one:,.0f}" if one >= 100 else f"{one:.3g}"
+        for one in (low, high)
+    ]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,23 +1,14 @@
-"""`melinoe predictor`: learn from a trace which experts a prompt will need."""
+"""`melinoe predictor fit`: learn from a trace which experts a prompt will need."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from melinoe.cli import options, output
-from melinoe.cli.command import Command, option
-from melinoe.lock import holding
-
-app = typer.Typer(
-    help="Learn from a trace which experts a prompt will need.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+from melinoe.cli import models, options, output
+from melinoe.cli.command import option
 
 
-@app.command("fit", cls=Command)
-@holding("out")
 def fit_command(
     trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
     out: options.Out,
@@ -41,7 +32,6 @@ def fit_command(
     """Fit a predictor, and compare it with rivals that cost nothing."""
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import check_output
-    from melinoe.cli.models import open_backbone, prompt_ids
     from melinoe.config import QUARTER, experts_in_share
     from melinoe.data import load_examples
     from melinoe.errors import BudgetError
@@ -53,41 +43,32 @@ def fit_command(
     output.quiet()
     check_output(out)
     loaded = Trace.load(trace)
-    prompts = load_prompts(trace, loaded) if data is None else None
+    prompts = load_prompts(trace, loaded) if data is None else []
     size = slots or experts_in_share(QUARTER, loaded.num_experts)
     if size > loaded.num_experts:
         raise BudgetError(
             f"{size} slots cannot be in layers of {loaded.num_experts} experts; choose from 1 to "
             f"{loaded.num_experts}"
         )
-    backbone, tokenizer = open_backbone(loaded, trace, model)
-    name = model or loaded.model
-    if prompts is None:
-        assert data is not None
+    backbone, tokenizer = models.open_backbone(loaded, trace, model)
+    if data is not None:
         examples = load_examples(
             data, split=split, limit=loaded.num_sequences, columns=columns, prompts=True
         )
-        prompts = prompt_ids(examples, tokenizer, raw)
+        prompts = models.prompt_ids(examples, tokenizer, raw)
     embeddings = token_embeddings(backbone)
     comparison = compare(loaded, prompts, embeddings, size, seed=seed)
     predictor = fit(loaded, prompts, embeddings, size, seed=seed)
-    predictor.comparison = comparison.to_record(name)
+    predictor.comparison = comparison.to_record(model or loaded.model)
     predictor.save(out)
-    rows = [
-        {
-            "strategy": strategy,
-            "recall": value.mean,
-            "low": value.low,
-            "high": value.high,
-            "loads per token": loads.mean
-            if (loads := comparison.transfers.get(strategy)) is not None
-            else None,
-        }
-        for strategy, value in (*comparison.recall.items(), ("ceiling", comparison.ceiling))
-    ]
     if as_json:
-        output.show_json(comparison.to_record(name))
+        output.show_json(predictor.comparison)
     else:
+        rows = []
+        for name, recall in (*comparison.recall.items(), ("ceiling", comparison.ceiling)):
+            loads = comparison.transfers.get(name)
+            row = {"strategy": name, "recall": recall.mean, "low": recall.low, "high": recall.high}
+            rows.append(row | {"loads per token": None if loads is None else loads.mean})
         output.show_table(f"experts of the completion, {size} slots a layer", rows)
     output.say(
         f"wrote {out}; the best guess here: {comparison.winner}; what to load ahead of need: "

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from melinoe.cli import output
 from melinoe.cli.command import option
 
 
@@ -22,8 +23,8 @@ def command(
     policy: Annotated[
         list[str] | None,
         option(
-            "Replay traces with this policy. Repeatable. Default: lru, lfu, lfru, static and "
-            "belady, which take seconds; score, and those of installed packages, take minutes."
+            "Replay traces with this policy. Repeatable. Default: those that take seconds; others, "
+            "and those of installed packages, take minutes."
         ),
     ] = None,
     readme: Annotated[
@@ -37,7 +38,6 @@ def command(
     ] = False,
 ) -> None:
     """Write a self-contained page with tables and figures, or these by themselves."""
-    from melinoe.cli import output
     from melinoe.errors import DataError
     from melinoe.report import (
         figures_of,
@@ -51,40 +51,36 @@ def command(
         raise typer.BadParameter(
             "a policy replays a trace (.safetensors), and none is named", param_hint="--policy"
         )
+    if figures is not None and readme is not None:
+        raise typer.BadParameter("--figures and --readme are two things; give one at a time")
     if figures is not None:
-        if readme is not None:
-            raise typer.BadParameter("--figures and --readme are two things; give one at a time")
         written = write_figures(figures_of(_with_traces(runs, policy)), figures)
         output.say(f"{figures}: wrote {len(written)} figures")
-        return
-    if readme is None:
+    elif readme is None:
         page_path(out)
         write_report(_with_traces(runs, policy), out)
         output.say(f"wrote {out} and {out.with_suffix('.md')}")
-        return
-    stale = update_readme(readme, list(runs), check=check)
-    if check and stale:
-        raise DataError(
-            f"{readme} is out of date in {', '.join(stale)}; run the same without --check"
-        )
-    output.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
+    else:
+        stale = update_readme(readme, list(runs), check=check)
+        if check and stale:
+            raise DataError(
+                f"{readme} is out of date in {', '.join(stale)}; run the same without --check"
+            )
+        output.say(f"{readme}: {'wrote ' + ', '.join(stale) if stale else 'up to date'}")
 
 
 def _with_traces(runs: list[Path], policies: list[str] | None) -> list[Any]:
     """Replace each trace among the files by the records that a report shows of it."""
-    traces = [run for run in runs if run.suffix == ".safetensors"]
-    if not traces:
-        return list(runs)
     from melinoe.cache.simulator import COMPILED_POLICIES
     from melinoe.cache.trace import Trace
-    from melinoe.cli.output import counted
     from melinoe.measure import trace_records
 
+    traces = [run for run in runs if run.suffix == ".safetensors"]
     alike = len({run.stem for run in traces}) < len(traces)
     found: list[Any] = [run for run in runs if run not in traces]
     for run in traces:
         label = f"{run.parent.name}/{run.stem}" if alike else run.stem
-        with counted(f"replaying {run}") as progress:
+        with output.counted(f"replaying {run}") as progress:
             trace = Trace.load(run)
             found += trace_records(trace, label, policies or COMPILED_POLICIES, progress)
     return found

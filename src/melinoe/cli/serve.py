@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from melinoe.cli import models, options
-from melinoe.cli.command import option, with_settings
-from melinoe.engine.options import Options
+from melinoe.cli.command import option
 
 SERVER = "Server"
 _NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 
 
-@with_settings(Options, options.SERVING, engine="reference")
+@options.serving(engine="reference")
 def command(
     model: options.Model,
     port: Annotated[int, option("Port to listen at; 0 takes a free one.", min=0)] = 8000,
@@ -31,14 +30,7 @@ def command(
         str | None,
         option("Name by which clients ask for the model. Default: the last part of MODEL.", SERVER),
     ] = None,
-    chat_template: Annotated[
-        str | None,
-        option(
-            "A chat template in place of the model's own: a Jinja file, or plain, which writes "
-            "`role: text`.",
-            SERVER,
-        ),
-    ] = None,
+    chat_template: options.ChatTemplate = None,
     requests: Annotated[int, option("Requests computed at once.", SERVER, min=1)] = 8,
     waiting: Annotated[
         int, option("Requests that may wait; more are answered 429.", SERVER, min=0)
@@ -50,31 +42,18 @@ def command(
     ] = 16384,
     chunk: Annotated[
         int,
-        option(
-            "Read a prompt in pieces of so many tokens, so that others write meanwhile.",
-            SERVER,
-            min=16,
-        ),
+        option("Read a prompt in pieces of so many tokens, to let others write.", SERVER, min=16),
     ] = 256,
     timeout: Annotated[float, option("Seconds that a request may run.", SERVER, min=1)] = 600.0,
     patience: Annotated[
-        float,
-        option(
-            "Seconds that running requests have when the server is told to stop.", SERVER, min=0
-        ),
+        float, option("Seconds that running requests have to end on a stop.", SERVER, min=0)
     ] = 30.0,
     keep_residency: Annotated[
         Path | None,
         option(
-            "Load the experts that were resident when the last server stopped, and write "
-            "them here every minute and at the end.",
-            SERVER,
+            "Keep here which experts are resident, and begin with those of the last run.", SERVER
         ),
     ] = None,
-    allocate_from: options.AllocateFrom = None,
-    choice: options.Choice = "exact",
-    choice_strength: options.ChoiceStrength = 0.1,
-    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -89,13 +68,10 @@ def command(
     from melinoe.serve.batching import Limits
     from melinoe.serve.run import Residency, serve
 
-    wanted = models.choice_settings(choice, choice_strength, choice_keep)
     if given.get("slots") is None and given.get("expert_memory") is None and _on_gpu(given):
         # What the budget of a GPU counts beside the experts: the keys and values of all requests.
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
-    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
-    handle.choose(wanted)
-    models.use_chat_template(tokenizer, chat_template)
+    loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_context)
     _log_to_stderr()
     kept = None

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli import models, options, output, prefetching, simulate_inputs
-from melinoe.cli.command import option
+from melinoe.cli import models, options, output
+from melinoe.cli.command import one_of, option
+from melinoe.config import MISSES, QUARTER, experts_in_share
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from melinoe.cache.simulator import Simulation
+    from melinoe.cache.timing import Machine, Work
     from melinoe.cache.trace import Trace
 
-_SPLIT = "Slots by layer, and options of a policy"
 _TIME = "Predicted time"
 # Tokens of a segment, in the published measures 2 to 256; ours are as long as an answer.
 SEGMENTS = (4, 16)
@@ -41,8 +39,8 @@ def command(
     policy: Annotated[
         list[str] | None,
         option(
-            "Which resident expert is evicted first: belady, lfru, lfu, lru, score, static, "
-            "or a policy of an installed package. Repeatable. Default: lru, lfu and belady."
+            "Which resident expert is evicted first: lru, lfu, belady (which knows the future), "
+            "... Repeatable. Default: lru, lfu and belady."
         ),
     ] = None,
     cold: Annotated[bool, option("Empty the cache before every sequence.")] = False,
@@ -51,31 +49,18 @@ def command(
         bool,
         option("Print measures that no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."),
     ] = False,
-    out: options.RecordsOut = None,
-    as_json: options.AsJson = False,
-    policy_option: Annotated[
-        list[str] | None,
-        option("An option of the one policy named, as in gamma=0.5. Repeatable.", _SPLIT),
-    ] = None,
-    allocate: Annotated[
-        bool,
-        option("Also share out the same slots over the layers by their miss-ratio curves.", _SPLIT),
-    ] = False,
     allocate_from: Annotated[
         Path | None,
-        option("Share them out by this trace's curves. Default: the same trace's.", _SPLIT),
-    ] = None,
-    prefetch: Annotated[
-        list[str] | None,
         option(
-            f"{prefetching.HELP} Or a JSON file of lists: sequence -> layer -> ids. "
-            "Repeatable. Default: predictor if --predictor is given, else none. next-router needs "
-            "a trace recorded with --guesses.",
-            options.AHEAD,
+            "Also share out the same slots over the layers by what this trace says each would "
+            "miss; it may be the same file."
         ),
     ] = None,
-    predictor: prefetching.PredictorDir = None,
-    prefetch_at: prefetching.Moment = None,
+    out: options.RecordsOut = None,
+    as_json: options.AsJson = False,
+    prefetch: options.Prefetches = None,
+    predictor: options.PredictorDir = None,
+    prefetch_at: options.Moment = None,
     popularity: Annotated[
         Path | None,
         option(
@@ -91,9 +76,6 @@ def command(
         ),
     ] = None,
     link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _TIME)] = "0s",
-    copy_time: Annotated[
-        str, option("Host time of each copy that the link does not hide, as in 50us.", _TIME)
-    ] = "0s",
     device_bandwidth: Annotated[
         str | None, option("Bandwidth of the GPU's memory, as in 3.35TB/s.", _TIME)
     ] = None,
@@ -123,77 +105,83 @@ def command(
     expert_size: Annotated[
         str | None, option("Size of one expert instead, as in 12.6MB.", _TIME)
     ] = None,
-    backbone_size: Annotated[
-        str, option("What a token reads outside the experts, as in 1.2GB.", _TIME)
-    ] = "0B",
 ) -> None:
     """Replay a trace through caches of any size and policy: count loads, and predict time."""
+    from melinoe.cache.curves import miss_curves
+    from melinoe.cache.locality import popularity as count
     from melinoe.cache.simulator import simulate
+    from melinoe.cache.statistics import load_statistics
     from melinoe.cache.timing import loads_when, predict
     from melinoe.cache.trace import Trace
 
-    models.check_misses([miss])
+    one_of(miss, MISSES, "--miss")
     if out is not None and (curve or locality):
         raise typer.BadParameter(
             "a record is of replays, which --curve and --locality leave out; leave those or it out",
             param_hint="--out",
         )
     loaded = Trace.load(trace)
-    popular = simulate_inputs.read_popularity(popularity, loaded)
+    popular = count(loaded) if popularity is None else load_statistics(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
-    own = simulate_inputs.read_policy_options(policy_option, names)
+    of_policy = {name: {"popularity": popular} if name == "static" else {} for name in names}
     if locality:
-        return _print_locality(loaded, as_json)
+        _show(as_json, _locality(loaded), "locality of the completions")
+        return
     if curve:
-        return _print_curve(loaded, names, own, popular, cold, as_json)
+        rates = {
+            name: miss_curves(
+                loaded, name, policy_options=own, reset_between_sequences=cold
+            ).miss_rate()
+            for name, own in of_policy.items()
+        }
+        rows = [
+            {"slots": size + 1, **{name: float(rate[size]) for name, rate in rates.items()}}
+            for size in range(loaded.num_experts)
+        ]
+        _show(as_json, rows, "miss rate of the completion, by slots in each layer")
+        return
     sizes = [
-        simulate_inputs.read_slots(text, loaded)
-        for text in slots or [str(max(1, loaded.num_experts // 4))]
+        _slots(text, loaded)
+        for text in slots or [str(experts_in_share(QUARTER, loaded.num_experts))]
     ]
-    ahead, prompts = simulate_inputs.read_prefetches(
-        prefetch, prefetch_at, loaded, trace, popular, model, predictor
-    )
-    figures = simulate_inputs.read_figures(
-        loaded, link, link_latency, copy_time, device_bandwidth, dram, pass_time,
-        model, expert_size, backbone_size,
-    )  # fmt: skip
+    ahead = models.prefetchers(prefetch, prefetch_at, predictor, popular)
+    prompts = _bind([one for one in ahead.values() if one is not None], loaded, trace, model)
+    figures = None
+    if link is not None:
+        speeds = (link, link_latency, device_bandwidth, dram, pass_time)
+        figures = (_machine(*speeds), _work(loaded, model, expert_size))
     if miss != "wait" and figures is None:
         raise typer.BadParameter(f"{miss} needs --link and its figures", param_hint="--miss")
-    if miss == "cpu" and None in ahead:
+    if miss == "cpu" and None in ahead.values():
         raise typer.BadParameter(
             "cpu loads nothing on demand, so say what is resident: --prefetch popularity",
             param_hint="--miss",
         )
-    split = allocate or allocate_from is not None
     counts, times, replays = [], [], []
-    for name in names:
+    for name, own in of_policy.items():
         for size in sizes:
-            wanted: list[tuple[str, Any]] = [("as given", size)]
-            if split:
-                chosen = simulate_inputs.with_popularity(name, own, popular)
-                wanted.append(
-                    (
-                        "allocated",
-                        simulate_inputs.allocated(loaded, name, size, chosen, allocate_from, cold),
+            splits: dict[str, Any] = {"as given": size}
+            if allocate_from is not None:
+                fitted = Trace.load(allocate_from)
+                splits["allocated"] = _allocated(loaded, fitted, name, size, own, cold)
+            for how, chosen in splits.items():
+                for prefetcher in ahead.values():
+                    done = simulate(
+                        loaded,
+                        chosen,
+                        name,
+                        policy_options=own,
+                        reset_between_sequences=cold,
+                        prefetch=prefetcher,
+                        prompts=prompts,
+                        load=None if figures is None else loads_when(miss, *figures),
+                        steps=figures is not None,
                     )
-                )
-            for (how, one), prefetcher in product(wanted, ahead):
-                done = simulate(
-                    loaded,
-                    one,
-                    name,
-                    policy_options=simulate_inputs.with_popularity(name, own, popular),
-                    reset_between_sequences=cold,
-                    prefetch=prefetcher,
-                    prompts=prompts,
-                    load=None if figures is None else loads_when(miss, *figures),
-                    steps=figures is not None,
-                )
-                who = _who_of(done, how if split else None)
-                counts.append(who | _counts_of(done))
-                replays.append((who, done))
-                if figures is not None:
-                    times.append(who | {"miss": miss} | predict(done, *figures).metrics())
+                    who = _who_of(done, how if allocate_from is not None else None)
+                    counts.append(who | _counts_of(done))
+                    replays.append((who, done))
+                    if figures is not None:
+                        times.append(who | {"miss": miss} | predict(done, *figures).metrics())
     if out is not None:
         from melinoe.measure import append_jsonl, replay_record
 
@@ -201,13 +189,127 @@ def command(
         append_jsonl(out, replay_record(trace.stem, cold, replays, predicted))
         output.say(f"wrote a record to {out}")
     if as_json:
-        output.show_json(
-            [row | (times[number] if times else {}) for number, row in enumerate(counts)]
-        )
+        output.show_json([row | (times[at] if times else {}) for at, row in enumerate(counts)])
         return
-    _print_counts(loaded, counts, any(one is not None for one in ahead))
+    prefetched = any(one is not None for one in ahead.values())
+    hidden = OF_PREFETCHES if prefetched else ("prefetch", *OF_PREFETCHES)
+    about = f"{loaded.num_sequences} sequences, {loaded.num_experts} experts"
+    about += f", top-{loaded.top_k}, {loaded.num_layers} layers"
+    output.show_table(about, [_without(row, hidden) for row in counts])
+    if prefetched:
+        first = ("policy", "slots", "split", "prefetch", "prefetch_per_token", *OF_PREFETCHES)
+        rows = [{name: row[name] for name in first if name in row} for row in counts]
+        output.show_table("what was loaded ahead", rows)
     if times:
-        output.show_table(f"predicted time over {link}", [_short(row) for row in times])
+        wide = ("miss", "stall_ms_per_token", "prefetch_ms_per_token")  # for a terminal
+        output.show_table(f"predicted time over {link}", [_without(row, wide) for row in times])
+
+
+def _show(as_json: bool, rows: Any, title: str) -> None:
+    if as_json:
+        output.show_json(rows)
+        return
+    if isinstance(rows, dict):
+        rows = [{"measure": name, "value": value} for name, value in rows.items()]
+    output.show_table(title, rows)
+
+
+def _without(row: dict[str, Any], hidden: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in hidden}
+
+
+def _slots(text: str, trace: Trace) -> int | list[int]:
+    """Read --slots: one number, or one for each layer."""
+    from melinoe.errors import MelinoeError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number nor numbers with commas", param_hint="--slots"
+        ) from None
+    if len(numbers) not in (1, trace.num_layers):
+        raise MelinoeError(
+            f"slots are given for {len(numbers)} layers, and the trace has {trace.num_layers}; "
+            "give one number for each, or one for all"
+        )
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _bind(
+    prefetchers: list[Any], trace: Trace, path: Path, model: str | None
+) -> list[list[int]] | None:
+    """Bind prefetchers that read prompts to the traced model; the prompts, if any reads them."""
+    reading = [one for one in prefetchers if one.uses_ids]
+    if not reading:
+        return None
+    from melinoe.predictor import load_prompts
+
+    prompts = load_prompts(path, trace)
+    backbone, tokenizer = models.open_backbone(trace, path, model)
+    for one in reading:
+        one.bind(backbone, tokenizer)
+    return prompts
+
+
+def _machine(
+    link: str, latency: str, device: str | None, dram: str | None, pass_time: str | None
+) -> Machine:
+    """Read the figures of the machine that the time model needs."""
+    from melinoe.cache.timing import Machine
+    from melinoe.plan.hardware import find_bandwidth, parse_seconds
+
+    def rate(text: str | None, part: str) -> float | None:
+        return None if text is None else find_bandwidth(text, part).bytes_per_s
+
+    return Machine(
+        link_bytes_per_s=find_bandwidth(link, "link").bytes_per_s,
+        link_latency_s=parse_seconds(latency),
+        device_bytes_per_s=rate(device, "device memory"),
+        dram_bytes_per_s=rate(dram, "DRAM"),
+        pass_s=None if pass_time is None else parse_seconds(pass_time),
+    )
+
+
+def _work(trace: Trace, model: str | None, expert_size: str | None) -> Work:
+    """Give the bytes of an expert, and what else a token reads where the model is known."""
+    from melinoe.cache.timing import Work
+    from melinoe.engine.budget import parse_bytes
+    from melinoe.errors import HardwareError
+
+    if (model is None) == (expert_size is None):
+        raise HardwareError(
+            "time needs the size of an expert; give either --model or --expert-size"
+        )
+    if model is None:
+        return Work(expert_bytes=parse_bytes(expert_size or ""))
+    from melinoe.plan.facts import model_facts
+    from melinoe.plan.planner import check_shape
+
+    facts = model_facts(models.resolve(model))
+    check_shape(trace, facts)
+    return Work(
+        expert_bytes=facts.layers[0].block_bytes,
+        backbone_bytes=facts.read_bytes,
+        kv_bytes=facts.kv_bytes or 0,
+    )
+
+
+def _allocated(
+    trace: Trace, fitted: Trace, policy: str, size: Any, own: dict[str, Any], cold: bool
+) -> tuple[int, ...]:
+    """Share out as many slots as *size* has in all by the miss-ratio curves of a trace."""
+    from melinoe.cache.allocate import allocate, cost_of
+    from melinoe.cache.curves import miss_curves
+    from melinoe.cache.residency import check_capacity
+
+    for count in size if isinstance(size, list) else [size]:
+        check_capacity(trace.num_experts, count)
+    fitted.check_model(trace.fingerprint, trace.num_layers, trace.num_experts, trace.top_k)
+    curves = miss_curves(fitted, policy, policy_options=own, reset_between_sequences=cold)
+    return allocate(
+        cost_of(curves), sum(size) if isinstance(size, list) else size * trace.num_layers
+    )
 
 
 def _who_of(done: Simulation, how: str | None) -> dict[str, Any]:
@@ -222,7 +324,6 @@ def _who_of(done: Simulation, how: str | None) -> dict[str, Any]:
 
 
 def _counts_of(done: Simulation) -> dict[str, Any]:
-    """Give the counts of a replay."""
     counters = done.counters
     return {
         "hit_rate": counters.hit_rate("completion"),
@@ -234,62 +335,8 @@ def _counts_of(done: Simulation) -> dict[str, Any]:
     }
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """Keep what fits a terminal; the JSON has all."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in ("miss", "stall_ms_per_token", "prefetch_ms_per_token")
-    }
-
-
-def _print_counts(trace: Trace, counts: list[dict[str, Any]], prefetched: bool) -> None:
-    """Print the counts, and those of a prefetch in a table of their own."""
-    hidden = OF_PREFETCHES if prefetched else ("prefetch", *OF_PREFETCHES)
-    output.show_table(
-        f"{trace.num_sequences} sequences, {trace.num_experts} experts, "
-        f"top-{trace.top_k}, {trace.num_layers} layers",
-        [{k: v for k, v in row.items() if k not in hidden} for row in counts],
-    )
-    if prefetched:
-        first = ("policy", "slots", "split", "prefetch", "prefetch_per_token", *OF_PREFETCHES)
-        output.show_table(
-            "what was loaded ahead", [{k: row[k] for k in first if k in row} for row in counts]
-        )
-
-
-def _print_curve(
-    trace: Trace,
-    names: list[str],
-    own: dict[str, Any],
-    popular: np.ndarray,
-    cold: bool,
-    as_json: bool,
-) -> None:
-    """Print the miss rate of every number of slots, one column for each policy."""
-    from melinoe.cache.curves import miss_curves
-
-    rates = {
-        name: miss_curves(
-            trace,
-            name,
-            policy_options=simulate_inputs.with_popularity(name, own, popular),
-            reset_between_sequences=cold,
-        ).miss_rate()
-        for name in names
-    }
-    rows = [
-        {"slots": count + 1, **{name: float(rate[count]) for name, rate in rates.items()}}
-        for count in range(trace.num_experts)
-    ]
-    if as_json:
-        output.show_json(rows)
-        return
-    output.show_table("miss rate of the completion, by slots in each layer", rows)
-
-
-def _print_locality(trace: Trace, as_json: bool) -> None:
-    """Print the measures of locality that no cache decides."""
+def _locality(trace: Trace) -> dict[str, Any]:
+    """Compute the measures of locality that no cache decides."""
     import numpy as np
 
     from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse, sch, srp
@@ -299,20 +346,15 @@ def _print_locality(trace: Trace, as_json: bool) -> None:
         known = values[~np.isnan(values)]
         return float(known.mean()) if known.size else None
 
-    values: dict[str, Any] = {
+    found: dict[str, Any] = {
         "experts_per_sequence": mean(experts_per_sequence(trace)),
         "reuse": mean(reuse(trace)),
         "distinct_experts": float(distinct_experts(trace).mean()),
     }
     for m in SEGMENTS:
         try:
-            values[f"srp({m})"] = srp(trace, m)
-            values[f"sch({m}, 2)"] = sch(trace, m, min(2, trace.num_experts / trace.top_k))
+            found[f"srp({m})"] = srp(trace, m)
+            found[f"sch({m}, 2)"] = sch(trace, m, min(2, trace.num_experts / trace.top_k))
         except MelinoeError:  # no sequence is that long, or none has a completion
-            values[f"srp({m})"] = values[f"sch({m}, 2)"] = None
-    if as_json:
-        output.show_json(values)
-        return
-    output.show_table(
-        "locality of the completions", [{"measure": k, "value": v} for k, v in values.items()]
-    )
+            found[f"srp({m})"] = found[f"sch({m}, 2)"] = None
+    return found

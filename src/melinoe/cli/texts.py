@@ -24,9 +24,6 @@ def other_texts(
         split: Of hub data sets.
         limit: Read only so many rows of each.
         taken: Names that are not free.
-
-    Raises:
-        DataError: a text that cannot be read, or a directory without any.
     """
     from melinoe.data import data_files, load_examples
 
@@ -41,21 +38,15 @@ def other_texts(
 
 
 def named_texts(
-    data: str | None,
-    other: Sequence[str],
-    split: str,
-    limit: int | None,
-    columns: str | None = None,
+    data: str | None, other: Sequence[str], split: str, limit: int | None, columns: str | None
 ) -> dict[str, tuple[Sequence[Any], bool]]:
     """Name of each text to its examples and whether it is the one in domain, that one first."""
     from melinoe.data import load_examples
 
     texts: dict[str, tuple[Sequence[Any], bool]] = {}
     if data is not None:
-        texts[name_of(data)] = (
-            load_examples(data, split=split, limit=limit, columns=columns),
-            True,
-        )
+        examples = load_examples(data, split=split, limit=limit, columns=columns)
+        texts[name_of(data)] = (examples, True)
     others = other_texts(other, split, limit, list(texts))
     return texts | {name: (examples, False) for name, examples in others.items()}
 
@@ -100,9 +91,6 @@ def hold_out(
         share: Of *examples*, evenly spread, to hold out where *eval_data* is absent.
         limit: Read only so many rows of each.
         columns: What the columns of *eval_data* are.
-
-    Raises:
-        DataError: a text that cannot be read.
     """
     from melinoe.data import load_examples
 

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from melinoe.cli import models, options, output
-from melinoe.cli.command import option, with_settings
-from melinoe.engine.options import Options
+from melinoe.cli.command import option
 
 _MORE = "What is recorded"
 
 
-@with_settings(Options, options.SERVING)
+@options.serving()
 def command(
     model: options.Model,
     data: options.Prompts,
@@ -34,10 +33,6 @@ def command(
     keep_prompts: Annotated[
         bool, option("Write the prompts' token ids beside the trace, for `predictor fit`.", _MORE)
     ] = True,
-    allocate_from: options.AllocateFrom = None,
-    choice: options.Choice = "exact",
-    choice_strength: options.ChoiceStrength = 0.1,
-    choice_keep: options.ChoiceKeep = 1,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -49,9 +44,7 @@ def command(
     if out.exists():
         raise OutputExistsError(f"{out} exists; name another file, or remove it first")
     examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
-    wanted = models.choice_settings(choice, choice_strength, choice_keep)
-    loaded, handle, tokenizer = models.open_model(model, given, allocate_from)
-    handle.choose(wanted)
+    loaded, handle, tokenizer = models.open_model(model, given)
     prompts = models.prompt_ids(examples, tokenizer, raw)
     trace = trace_prompts(
         loaded,

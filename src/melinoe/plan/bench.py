@@ -1,62 +1,171 @@
 """
-Run the strategies for real, in turn, and set what the simulator predicted beside what was measured.
+Run strategies for real, in turn, and set what the simulator predicted beside what was measured.
 
-    1. open a runtime for each cache (slots, policy); those with every expert resident come first
-    2. trace the prompts once, all experts resident: what the model chooses does not depend on slots
+    1. open the model once for each cache; experts in host memory are held once, for all
+    2. trace the prompts with every expert resident: choices do not depend on slots
     3. simulate every strategy on that trace
     4. serve all strategies side by side, prompt by prompt, in one process
-    5. compare: counts prompt by prompt, which must be equal; seconds, whose error is stated
-    6. serve the first prompt once more by the first strategy, token by token, for a timeline
-
-A runtime holds its own backbone and slots; experts in RAM are held once, for all.
+    5. compare: counts, which must be equal; seconds, whose error is stated
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
-from melinoe.cache.prefetch import Given, Prefetcher
-from melinoe.engine.misses import time_read
+from melinoe.cache.counters import COMPLETION, PROMPT
+from melinoe.cache.policy import policy_class
+from melinoe.cache.prefetch import NONE, Prefetcher
+from melinoe.cache.simulator import Simulation, simulate
+from melinoe.cache.timing import Machine, Work, predict
+from melinoe.checkpoint import load_tokenizer, open_checkpoint
+from melinoe.engine.handle import Handle
+from melinoe.engine.load import load
+from melinoe.engine.misses import activation_bytes, link_figures, mean_block_bytes, time_read
+from melinoe.engine.transfer import EmulatedLink
+from melinoe.errors import AttachError, BudgetError, MelinoeError
 from melinoe.generate import prompt_ids, trace_prompts
+from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.measure import machine, serving, side_by_side, timeline_record
-from melinoe.plan.predicted import (
-    COUNTS,
-    counts_of,
-    machine_of,
-    replay,
-    seconds_of,
-    work_of,
-)
-from melinoe.plan.runtimes import Runtimes, Setting, open_runtimes
-from melinoe.plan.strategies import Strategy, prefetcher_of
 from melinoe.stats import bootstrap
 
-Say = Callable[[str], None]
-_OF_PREFETCHES = ("prefetch_precision", "prefetch_recall")
+ON_DEMAND, ON_THE_CPU, ALL_RESIDENT = "on demand", "all misses by the CPU", "all resident"
+_MISSES = {"wait": "", "cpu": ", misses by the CPU", "split": ", misses split"}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """
+    One way to serve.
+
+    Attributes:
+        name: For tables.
+        slots: Experts of each layer.
+        policy: Which leaves.
+        prefetch: Name of what is loaded ahead of need.
+        warm: Whether the cache keeps what the prompt before left.
+        miss: What is done about a miss: ``wait``, ``cpu``, ``split``.
+        engine: ``reference`` or ``fast``.
+    """
+
+    name: str
+    slots: int
+    policy: str
+    prefetch: str = NONE
+    warm: bool = False
+    miss: str = "wait"
+    engine: str = "reference"
+
+    @property
+    def cache(self) -> Strategy:
+        """Strategies alike in all but prefetch share one."""
+        return replace(self, name="", prefetch=NONE)
+
+
+def strategies(
+    num_experts: int,
+    slots: Sequence[int],
+    policies: Sequence[str],
+    prefetches: Sequence[str] = (NONE,),
+    misses: Sequence[str] = ("wait",),
+    engines: Sequence[str] = ("reference",),
+) -> list[Strategy]:
+    """
+    List all combinations, between loading every expert that is asked for and holding all of them.
+
+    If the CPU computes all misses and nothing is loaded ahead, slots stay empty, so that is one
+    strategy whatever the slots and the policy. The fast engine waits for misses, always.
+
+    Raises:
+        BudgetError: a number of slots that the model cannot have.
+        MelinoeError: an unknown policy, or one that needs the future; or the fast engine alone is
+            to compute misses on the CPU.
+    """
+    for count in slots:
+        if not 1 <= count <= num_experts:
+            raise BudgetError(
+                f"{count} slots cannot be in layers of {num_experts} experts; "
+                f"choose from 1 to {num_experts}"
+            )
+    for name in policies:
+        if policy_class(name).offline:
+            raise MelinoeError(
+                f"policy {name!r} needs the future, which nobody has while serving; "
+                "use `melinoe simulate` for it"
+            )
+    if "reference" not in engines and set(misses) != {"wait"}:
+        raise MelinoeError(
+            "the fast engine waits for missing experts and cannot have the CPU compute them; leave "
+            "--miss out, or add --engine reference"
+        )
+    out = []
+    for engine in engines:
+        reference = engine == "reference"
+        suffix = "" if reference else f", {engine} engine"
+        if reference:
+            out.append(Strategy(ON_DEMAND, 1, "lru"))
+        for miss in dict.fromkeys(misses) if reference else ("wait",):
+            for count in dict.fromkeys(slots):
+                for policy in dict.fromkeys(policies):
+                    for ahead in prefetches:
+                        if (miss, ahead) != ("cpu", NONE):
+                            name = policy if ahead == NONE else f"{policy} + {ahead} prefetch"
+                            name += _MISSES[miss] + suffix
+                            out.append(
+                                Strategy(name, count, policy, ahead, miss=miss, engine=engine)
+                            )
+            if miss == "cpu" and NONE in prefetches:
+                out.append(Strategy(ON_THE_CPU, slots[0], policies[0], miss=miss))
+        out.append(Strategy(ALL_RESIDENT + suffix, num_experts, "lru", warm=True, engine=engine))
+    return out
+
+
+def check_fast(device: str, emulated: bool) -> None:
+    """Refuse the fast engine where it cannot run, before anything is read."""
+    reason: str | None = "Triton is not installed"
+    if find_spec("triton") is not None:
+        from melinoe.engine.device.support import why_not
+
+        reason = why_not(torch.device(device))
+    if reason is None and emulated:
+        reason = "it has no emulated link"
+    if reason is not None:
+        raise AttachError(f"the fast engine cannot run here: {reason}; give --engine reference")
 
 
 def bench(
-    setting: Setting,
+    path: str,
     chosen: Sequence[Strategy],
     prompts: Sequence[Any],
-    given: Given | None = None,
+    prefetchers: Mapping[str, Prefetcher | None],
     *,
     label: str,
-    say: Say = lambda text: None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    store: str = "auto",
+    link: tuple[float, float] | None = None,
+    max_new_tokens: int = 64,
+    repeat: int = 1,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     """
     Serve *prompts* by every strategy, and compare with the simulator.
 
     Args:
-        setting: What all have in common.
+        path: The model.
         chosen: From `strategies`; for each engine one of them holds every expert.
         prompts: Texts or token ids.
-        given: What their prefetches are made of.
+        prefetchers: By the names that strategies have.
         label: The model's name in tables.
+        device, dtype, store: As `melinoe.load`.
+        link: Bandwidth in bytes a second and latency of an emulated link.
+        max_new_tokens: For each prompt.
+        repeat: Runs of each prompt.
         say: Told of progress.
 
     Returns:
@@ -64,85 +173,186 @@ def bench(
         kind ``timeline``; and a benchmark record with a row for each strategy.
 
     Raises:
-        BudgetError, MelinoeError: as `open_runtimes`; or what a prefetch is made of is missing.
+        BudgetError: host memory does not hold all caches side by side.
         DataError: no prompts, or none that got a second token.
     """
-    ahead = [prefetcher_of(one, given) for one in chosen]  # refused before anything is read
-    runtimes = open_runtimes(setting, chosen)
+    tokenizer, opened = _open(path, chosen, device, dtype, store, link)
     resident = {one.engine: one for one in chosen if one.warm}
-    model, handle = runtimes[next(iter(resident.values()))]
+    model, handle = opened[next(iter(resident.values())).cache]
     say(f"tracing {len(prompts)} prompts with every expert resident")
-    guesses = any(one is not None and one.uses_guesses for one in ahead)
-    trace = trace_prompts(
-        model, handle, runtimes.tokenizer, prompts, setting.max_new_tokens, guesses=guesses
-    )
-    ids = [prompt_ids(runtimes.tokenizer, one) for one in prompts]
-    say("timing the store")
+    guesses = any(one is not None and one.uses_guesses for one in prefetchers.values())
+    trace = trace_prompts(model, handle, tokenizer, prompts, max_new_tokens, guesses=guesses)
+    ids = [prompt_ids(tokenizer, one) for one in prompts]
     read_s = time_read(handle.layers, handle.store, torch.device(model.device))
-
     servings, replays = [], []
-    for strategy, prefetch in zip(chosen, ahead, strict=True):
-        model, handle = runtimes[strategy]
-        if prefetch is not None:
-            prefetch.bind(model, runtimes.tokenizer)
-        replays.append(replay(trace, strategy, prefetch, ids, handle))
+    for one in chosen:
+        model, handle = opened[one.cache]
+        ahead = prefetchers[one.prefetch]
+        if ahead is not None:
+            ahead.bind(model, tokenizer)
+        replays.append(
+            simulate(
+                trace,
+                one.slots,
+                one.policy,
+                prefetch=ahead,
+                prompts=ids,
+                reset_between_sequences=not one.warm,
+                load=handle.misses.rule,
+                prefill=getattr(handle, "prefill", None),
+                steps=True,
+                engine="residency",
+            )
+        )
         servings.append(
             serving(
                 model,
                 handle,
-                runtimes.tokenizer,
+                tokenizer,
                 prompts,
-                setting.max_new_tokens,
-                prefetch=prefetch,
+                max_new_tokens,
+                prefetch=ahead,
                 label=label,
-                strategy=strategy.name,
-                cold=not strategy.warm,
-                repeat=1 if strategy.warm else setting.repeat,
-                progress=None,
+                strategy=one.name,
+                cold=not one.warm,
+                repeat=1 if one.warm else repeat,
             )
         )
     say(f"serving {len(prompts)} prompts by {len(chosen)} strategies in turn")
     records = side_by_side(servings)
     rows = []
-    for strategy, record, done in zip(chosen, records, replays, strict=True):
-        _, handle = runtimes[strategy]
-        measured = records[list(chosen).index(resident[strategy.engine])]["per_prompt"]
-        figures, work = machine_of(handle, read_s, measured), work_of(handle)
-        record["engine"] = strategy.engine
-        record["predicted"] = _predicted(record, counts_of(done), seconds_of(done, figures, work))
-        rows.append(_row(strategy, record))
+    for one, record, done in zip(chosen, records, replays, strict=True):
+        _, handle = opened[one.cache]
+        measured = records[list(chosen).index(resident[one.engine])]["per_prompt"]
+        work = Work(
+            expert_bytes=mean_block_bytes(handle.store),
+            activation_bytes=activation_bytes(handle.layers[0]),
+        )
+        seconds = seconds_of(done, machine_of(handle, read_s, measured), work)
+        record["engine"] = one.engine
+        record["predicted"] = _predicted(record, counts_of(done), *seconds)
+        rows.append(_row(one, record))
     say("serving one prompt token by token")
-    moments = _timeline(runtimes, chosen, ahead, prompts[0], setting, label)
-    return records, moments, _benchmark(rows, setting, read_s, label, len(prompts))
-
-
-def _timeline(
-    runtimes: Runtimes,
-    chosen: Sequence[Strategy],
-    ahead: Sequence[Prefetcher | None],
-    prompt: Any,
-    setting: Setting,
-    label: str,
-) -> dict[str, Any]:
-    """One generation by the first strategy between the two extremes."""
-    between = [one for one in zip(chosen, ahead, strict=True) if one[0].between_extremes]
-    strategy, prefetch = (between or [(chosen[0], ahead[0])])[0]
-    model, handle = runtimes[strategy]
-    return timeline_record(
-        model, handle, runtimes.tokenizer, prompt, setting.max_new_tokens,
-        label=f"{label}, {strategy.name}", prefetch=prefetch,
+    extremes = (ON_DEMAND, ON_THE_CPU, ALL_RESIDENT)
+    first = next((one for one in chosen if not one.name.startswith(extremes)), chosen[0])
+    moments = timeline_record(
+        *opened[first.cache], tokenizer, prompts[0], max_new_tokens,
+        label=f"{label}, {first.name}", prefetch=prefetchers[first.prefetch],
     )  # fmt: skip
+    table = _benchmark(rows, label, len(prompts), max_new_tokens, link, read_s)
+    return records, moments, table
+
+
+def _open(
+    path: str,
+    chosen: Sequence[Strategy],
+    device: str,
+    dtype: str,
+    store: str,
+    link: tuple[float, float] | None,
+) -> tuple[Any, dict[Strategy, tuple[Any, Handle]]]:
+    """Load the model once for each cache, the largest first; the tokenizer beside them."""
+    caches = sorted(dict.fromkeys(one.cache for one in chosen), key=lambda one: -one.slots)
+    with open_checkpoint(path, dtype) as checkpoint:
+        held = 0 if store in ("auto", "disk") else checkpoint.expert_bytes
+        held += len(caches) * checkpoint.backbone_bytes
+        held += sum(
+            min(one.slots, layer.num_experts) * layer.block_bytes
+            for one in caches
+            for layer in checkpoint.layers
+        )
+        config = checkpoint.config
+    if device == "cpu":
+        what = f"{len(caches)} caches side by side, {format_bytes(held)} of them,"
+        check_host_room(held, what, "try fewer --slots or --policy at once")
+    opened: dict[Strategy, tuple[Any, Handle]] = {}
+    shared: dict[str, Any] = {}  # by engine, the store of its first cache
+    measured: dict[str, Any] = {}
+    for one in caches:
+        reference = one.engine == "reference"
+        model, handle = load(
+            path,
+            device,
+            engine=one.engine,
+            slots=one.slots,
+            policy=one.policy,
+            store=shared.get(one.engine, store if reference else "auto"),
+            dtype=dtype,
+            # A link of its own: strategies do not queue behind one another.
+            link=EmulatedLink(*link) if reference and link is not None else None,
+            miss=measured.get(one.miss, one.miss) if reference else "wait",
+        )
+        if handle.store.kind != "disk":
+            shared[one.engine] = handle.store
+        if handle.misses.machine is not None:  # measured once, for all
+            measured |= {way: replace(handle.misses, kind=way) for way in ("cpu", "split")}
+        opened[one] = (model, handle)
+    return load_tokenizer(path, config), opened
+
+
+def counts_of(done: Simulation) -> dict[str, list[int]]:
+    """The simulated counts by prompt, named as a measured record's ``per_prompt``."""
+    every = done.per_sequence
+    columns = {
+        "tokens": [one.tokens[COMPLETION] for one in every],
+        "uses": [one.uses[COMPLETION].sum() for one in every],
+        "hits": [one.hits[COMPLETION].sum() for one in every],
+        "loads": [one.loads[COMPLETION].sum() for one in every],
+        "prefetch_loads": [one.prefetch_loads.sum() for one in every],
+        "prefetch_used": [one.prefetch_used.sum() for one in every],
+        "prefill_loads": [one.loads[PROMPT].sum() for one in every],
+        "elsewhere": [one.on_host[COMPLETION].sum() for one in every],
+        "prefill_elsewhere": [one.on_host[PROMPT].sum() for one in every],
+        "zero_miss": [one.zero_miss_tokens[COMPLETION] for one in every],
+    }
+    return {name: [int(value) for value in column] for name, column in columns.items()}
+
+
+def seconds_of(done: Simulation, machine: Machine, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """Predict the seconds of each prompt: of its own pass, and of the passes after it."""
+    timing = predict(done, machine, work)
+    steps = timing.steps
+    out = np.zeros((2, len(done.sequences)))
+    for phase in (PROMPT, COMPLETION):
+        chosen = steps.phase == phase
+        np.add.at(out[phase], steps.unit[chosen], timing.pass_s[chosen])
+    return out[PROMPT], out[COMPLETION]
+
+
+def machine_of(handle: Handle, read_s: float, resident: Mapping[str, Any]) -> Machine:
+    """
+    Collect the figures that predictions rest on, none of them from the strategies themselves.
+
+    Args:
+        handle: Of the strategy's cache: its link, its store, its measured misses.
+        read_s: Seconds of reading one expert, alone.
+        resident: ``per_prompt`` of the record with every expert resident: computing is what it
+            took less what it waited.
+    """
+    rows = {name: np.array(values, dtype=float) for name, values in resident.items()}
+    pass_s = (rows["decode_s"] - rows["stall_ms"] / 1e3).sum() / rows["tokens"].sum()
+    prompt_s = (rows["ttft_s"] - rows["predictor_s"] - rows["prompt_stall_ms"] / 1e3).mean()
+    more = max(rows["prompt_tokens"].mean() - 1, 1)
+    found = replace(
+        link_figures(handle.store, handle.link, read_s),
+        pass_s=float(pass_s),
+        row_s=float(max(prompt_s - pass_s, 0) / more),
+    )
+    costs = handle.misses.machine
+    if costs is None:
+        return found
+    return replace(found, dram_bytes_per_s=costs.dram_bytes_per_s, host_row_s=costs.host_row_s)
 
 
 def _predicted(
     record: Mapping[str, Any],
     counts: Mapping[str, list[int]],
-    seconds: tuple[np.ndarray, np.ndarray],
+    ttft_s: np.ndarray,
+    decode_s: np.ndarray,
 ) -> dict[str, Any]:
     """Counts and seconds by the simulator, and how far both are from what was measured."""
     measured = record["per_prompt"]
-    wrong = [name for name in COUNTS if [int(v) for v in measured[name]] != counts[name]]
-    ttft_s, decode_s = seconds
+    wrong = [name for name in counts if [int(v) for v in measured[name]] != counts[name]]
     tpot_s = float(decode_s.sum() / sum(counts["tokens"]))
     return {
         "counts": dict(counts),
@@ -157,19 +367,21 @@ def _predicted(
 
 
 def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the table."""
-    predicted = record["predicted"]
-    tokens = sum(predicted["counts"]["tokens"])
-    measured = record["tpot_s"]
+    """Make a row of the table."""
+    predicted, measured = record["predicted"], record["tpot_s"]
+    loads = sum(predicted["counts"]["loads"]) / sum(predicted["counts"]["tokens"])
     return {
         "strategy": strategy.name,
         "slots": strategy.slots,
         "hit_rate": record["hit_rate"]["mean"],
-        "transfers_per_token_predicted": sum(predicted["counts"]["loads"]) / tokens,
+        "transfers_per_token_predicted": loads,
         "transfers_per_token_measured": record["transfers_per_token"]["mean"],
         "computed_there_per_token": record["computed_there_per_token"]["mean"],
         "adjusted_hit_rate": record["adjusted_hit_rate"]["mean"],
-        **{name: (record.get(name) or {}).get("mean") for name in _OF_PREFETCHES},
+        **{
+            name: (record.get(name) or {}).get("mean")
+            for name in ("prefetch_precision", "prefetch_recall")
+        },
         "counts_equal": predicted["counts_equal"],
         "predicted_ms": 1e3 * predicted["tpot_s"],
         "measured_ms": {key: 1e3 * measured[key] for key in ("mean", "low", "high")}
@@ -180,31 +392,30 @@ def _row(strategy: Strategy, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _benchmark(
     rows: list[dict[str, Any]],
-    setting: Setting,
-    read_s: float,
     label: str,
     prompts: int,
+    max_new_tokens: int,
+    link: tuple[float, float] | None,
+    read_s: float,
 ) -> dict[str, Any]:
-    """The record that `melinoe report` shows as a table; what no strategy does has no column."""
+    """Make the record that `melinoe report` shows; what no strategy does has no column."""
     if not any(row["computed_there_per_token"] for row in rows):
         rows = [{**row, "computed_there_per_token": None} for row in rows]
-    link = (
-        "the machine's own link"
-        if setting.link is None
-        else f"an emulated link of {setting.link[0] / 1e9:g} GB/s, {setting.link[1] * 1e6:g} us"
-    )
+    over = "the machine's own link"
+    if link is not None:
+        over = f"an emulated link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us"
     return {
         "benchmark": "bench",
         "title": "Predicted and measured",
         "result": rows,
-        "settings": {"model": label, "prompts": prompts, "max_new_tokens": setting.max_new_tokens},
+        "settings": {"model": label, "prompts": prompts, "max_new_tokens": max_new_tokens},
         "notes": [
-            f"{label}: {prompts} prompts, {setting.max_new_tokens} new tokens each, all strategies "
-            f"in turn in one process, over {link}. Times are per token after the first.",
+            f"{label}: {prompts} prompts, {max_new_tokens} new tokens each, all strategies "
+            f"in turn in one process, over {over}. Times are per token after the first.",
             f"Reading one expert took {1e3 * read_s:.3f} ms alone. Computing is "
             "taken from the run with every expert resident, so its own time is no prediction.",
-            "What a miss costs the engine beside its transfer is not predicted: requests computed "
-            "in pieces, and caches that a wait left cold.",
+            "The time in which the engine decides and waits is not predicted, nor what it costs to "
+            "compute a request in pieces where a token uses more experts than there are slots.",
         ],
         "machine": machine(),
     }

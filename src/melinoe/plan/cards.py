@@ -26,29 +26,20 @@ CONTEXT = 4096  # tokens
 GIB = 2**30
 
 
-def forecast(
-    models: Sequence[tuple[str, int | None]] = MODELS, cards: Sequence[str] = CARDS
-) -> list[dict[str, Any]]:
+def forecast() -> list[dict[str, Any]]:
     """
-    Plan every model on every card.
-
-    Args:
-        models: Name and bits of a stored weight, as `plan` takes them.
-        cards: Names of cards.
+    Plan every model of `MODELS` on every card of `CARDS`.
 
     Returns:
-        A row for each model: ``model``, ``experts_gib`` (all of them, as stored), ``num_experts``,
-        and ``cards``: for each card None if the model does not fit, else ``slots`` and the two ends
-        of ``tokens_per_s``.
-
-    Raises:
-        MelinoeError: as `plan`, but for a budget that is too small.
+        A row for each model: ``model``, ``bits``, ``experts_gib`` (all of them, as stored),
+        ``num_experts``, and ``cards``: for each card None if the model does not fit, else ``slots``
+        and the two ends of ``tokens_per_s``.
     """
     rows = []
-    facts = {name: model_facts(name, CONTEXT) for name, _ in models}
-    for name, bits in models:
+    facts = {name: model_facts(name, CONTEXT) for name, _ in MODELS}
+    for name, bits in MODELS:
         row: dict[str, Any] = {"model": name, "bits": bits, "cards": {}}
-        for card in cards:
+        for card in CARDS:
             try:
                 done = plan(facts[name], card=card, bits=bits)
             except BudgetError:
@@ -64,24 +55,21 @@ def forecast(
 
 def forecast_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Make the record that `melinoe report` shows, its columns in words."""
-    names = list(rows[0]["cards"])
-    heads = {name: find_card(name) for name in names}
     result = []
     for row in rows:
         bits = "" if row["bits"] is None else f", {row['bits']} bits"
-        shown: dict[str, Any] = {
+        shown = {
             "model": row["model"] + bits,
             "all experts (GiB)": f"{row['experts_gib']:.0f}" if "experts_gib" in row else "-",
         }
-        for name, head in heads.items():
-            found = row["cards"][name]
-            shown[f"{head.memory_bytes / GIB:.0f} GB ({head.name})"] = (
-                "does not fit"
-                if found is None
-                else f"{found['slots']} of {row['num_experts']}, "
-                + " to ".join(_two(end) for end in found["tokens_per_s"])
-                + " tokens/s"
-            )
+        for card, found in row["cards"].items():
+            head = f"{find_card(card).memory_bytes / GIB:.0f} GB ({card})"
+            shown[head] = "does not fit"
+            if found is not None:
+                low, high = (
+                    f"{end:.0f}" if end >= 10 else f"{end:.2g}" for end in found["tokens_per_s"]
+                )
+                shown[head] = f"{found['slots']} of {row['num_experts']}, {low} to {high} tokens/s"
         result.append(shown)
     return {
         "benchmark": "plan_cards",
@@ -94,8 +82,3 @@ def forecast_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "wait in host memory, which must hold all of them."
         ],
     }
-
-
-def _two(value: float) -> str:
-    """Write a number with two digits that count."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -134,6 +134,7 @@ def model_facts(
     sizes = {id(p): p.numel() * p.element_size() for p in others}
     backbone = sum(sizes[id(p)] for p in others)
     text = config.get_text_config(decoder=True)
+    stored = experts[0].format
     try:
         seen = forward(built, experts, min(context, DIRECT), sizes)
         read, top_k = seen.read_bytes, seen.top_k
@@ -158,7 +159,9 @@ def model_facts(
         kv_source=kv_source,
         context=context,
         max_context=getattr(text, "max_position_embeddings", None),
-        packed=_words(experts[0]),
+        packed=None
+        if stored.exact
+        else f"{stored.name}, {stored.bits_per_weight(experts[0].tensors):.2f} bits a weight",
     )
 
 
@@ -172,12 +175,6 @@ def _format(raw: dict[str, Any], name: str, layer: ExpertsLayer) -> ExpertFormat
         ) from None
 
 
-def _words(layer: ExpertsLayer) -> str | None:
-    if layer.format.exact:
-        return None
-    return f"{layer.format.name}, {layer.format.bits_per_weight(layer.tensors):.2f} bits a weight"
-
-
 @cache
 def known_models() -> dict[str, dict[str, Any]]:
     """Label -> name on the hub and config, of the models in the table of limits."""
@@ -188,25 +185,20 @@ def known_models() -> dict[str, dict[str, Any]]:
 def _config(model: str) -> tuple[PreTrainedConfig, str, dict[str, Any]]:
     """The config, where it came from, and as it is written: here, as it ships, then the hub."""
     path = Path(model).expanduser()
+    asked = {label.lower(): one for label, one in known_models().items()}
+    asked |= {one["name"].lower(): one for one in known_models().values()}
     if path.is_file():
-        raw = read_object(path)
-        return _from_raw(raw, model), model, raw
-    if not path.is_dir():
-        for label, one in known_models().items():
-            if model.lower() in (label.lower(), one["name"].lower()):
-                raw, source = one["config"], f"{one['name']}, as shipped with melinoe"
-                return _from_raw(raw, model), source, raw
-    source = "its directory" if path.is_dir() else "the hub's config.json alone"
-    _, raw = read_raw_config(model)
-    return _from_raw(raw, model), source, raw
-
-
-def _from_raw(raw: dict[str, Any], name: str) -> PreTrainedConfig:
+        raw, source = read_object(path), model
+    elif not path.is_dir() and (shipped := asked.get(model.lower())):
+        raw, source = shipped["config"], f"{shipped['name']}, as shipped with melinoe"
+    else:
+        raw = read_raw_config(model)[1]
+        source = "its directory" if path.is_dir() else "the hub's config.json alone"
     family = raw.get("model_type")
     if not family:
-        raise CheckpointError(f"{name} names no model_type; give a transformers model's config")
+        raise CheckpointError(f"{model} names no model_type; give a transformers model's config")
     try:
-        return CONFIG_MAPPING[family].from_dict(plain_config(raw))
+        return CONFIG_MAPPING[family].from_dict(plain_config(raw)), source, raw
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} "

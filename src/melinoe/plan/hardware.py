@@ -6,33 +6,26 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from melinoe.errors import HardwareError
 
-_UNITS = {
-    "B": 1,
-    "kB": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
+_UNITS = {f"{prefix}B": 1000**power for power, prefix in enumerate(("", "K", "M", "G", "T"))}
+_UNITS |= {"kB": 1000} | {
+    f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)
 }
-_BANDWIDTH = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]+)\s*(?:/\s*s|ps)\s*")
+_FIGURE = r"\s*(\d+(?:\.\d+)?|\.\d+)\s*"
+_BANDWIDTH = re.compile(_FIGURE + r"([a-zA-Z]+)\s*(?:/\s*s|ps)\s*")
+_TIME = re.compile(_FIGURE + r"([a-zµ]+)\s*")
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_TIME = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zµ]+)\s*")
-
 # Bytes a second below which a figure is taken for a slip of the unit, and above which no such part
 # exists, nor is announced, with room to spare.
-LOWEST = 10**6
-HIGHEST = {"link": 2e12, "device memory": 1e14, "DRAM": 5e12, "disk": 2e11}
+_LOWEST = 10**6
+_HIGHEST = {"link": 2e12, "device memory": 1e14, "DRAM": 5e12, "disk": 2e11}
+_GROUPS = {"link": "links", "DRAM": "dram", "disk": "disks"}  # of the data file
 
 
 def parse_bandwidth(text: str, part: str) -> float:
@@ -41,7 +34,7 @@ def parse_bandwidth(text: str, part: str) -> float:
 
     Args:
         text: What was written; a capital B, for bytes: links are also sold in bits.
-        part: One of `HIGHEST`, for its bounds and for messages.
+        part: ``link``, ``DRAM``, ``disk`` or ``device memory``.
 
     Returns:
         Bytes a second.
@@ -56,27 +49,21 @@ def parse_bandwidth(text: str, part: str) -> float:
         )
     if match is None or match[2] not in _UNITS:
         raise HardwareError(f"{text!r} is not a bandwidth; write it like 25GB/s or 3.35TB/s")
-    return check_bandwidth(float(match[1]) * _UNITS[match[2]], part, text)
+    return _possible(float(match[1]) * _UNITS[match[2]], part, text)
 
 
-def check_bandwidth(bytes_per_s: float, part: str, text: str | None = None) -> float:
-    """
-    Let a bandwidth pass that some machine could have.
-
-    Raises:
-        HardwareError: below `LOWEST`, above `HIGHEST` of that part, or not a number.
-    """
-    said = text or format_bandwidth(bytes_per_s)
+def _possible(bytes_per_s: float, part: str, said: str) -> float:
+    """Let a bandwidth pass that some machine could have."""
     if not bytes_per_s > 0:
         raise HardwareError(f"a {part} of {said} moves nothing; give a bandwidth above 0")
-    if bytes_per_s < LOWEST:
+    if bytes_per_s < _LOWEST:
         raise HardwareError(
             f"a {part} of {said} is slower than any in use; check the unit, as in 25GB/s"
         )
-    if not bytes_per_s <= HIGHEST[part]:
+    if not bytes_per_s <= _HIGHEST[part]:
         raise HardwareError(
             f"no {part} moves {said}; check the unit, the most that is believed is "
-            f"{format_bandwidth(HIGHEST[part])}"
+            f"{format_bandwidth(_HIGHEST[part])}"
         )
     return bytes_per_s
 
@@ -98,27 +85,17 @@ def parse_seconds(text: str) -> float:
 
 
 def format_bandwidth(bytes_per_s: float) -> str:
-    """Bytes a second in GB/s, or in MB/s below one, with three significant figures."""
+    """Write bytes a second in GB/s, or in MB/s below one, with three significant figures."""
     if not math.isfinite(bytes_per_s):
         return f"{bytes_per_s} B/s"
-    if bytes_per_s >= 1e9:
-        return f"{_three(bytes_per_s / 1e9)} GB/s"
-    return f"{_three(bytes_per_s / 1e6)} MB/s"
-
-
-def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-# --- the machine ---------------------------------------------------------------------------------
-
-_GROUPS = {"link": "links", "DRAM": "dram", "disk": "disks"}
+    value, unit = (bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e9 else (bytes_per_s / 1e6, "MB/s")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 @dataclass(frozen=True)
 class Bandwidth:
     """
-    The rate at which one part of the machine moves bytes, and its source.
+    The rate at which one part of the machine moves bytes.
 
     Attributes:
         bytes_per_s: Above 0.
@@ -170,40 +147,38 @@ class Hardware:
     disk: Bandwidth
     card: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 @cache
 def known() -> dict[str, Any]:
-    """The data file ``hardware.json``: cards, links, dram, disks, each with its sources."""
+    """Read the data file ``hardware.json``: cards, links, dram, disks, each with its sources."""
     return json.loads(Path(__file__).with_name("hardware.json").read_text(encoding="utf-8"))
 
 
 def cards() -> list[Card]:
-    """Every card of the data file, in its order."""
+    """List every card of the data file, in its order."""
     return [_card(entry) for entry in known()["cards"]]
 
 
 def find_card(name: str) -> Card:
     """
-    A card by one of its names; case, blanks and dashes do not matter.
+    Find a card by one of its names; case, blanks and dashes do not matter.
 
     Raises:
         HardwareError: no such card; the names that are known.
     """
-    for entry in known()["cards"]:
-        if _plain(name) in map(_plain, entry["names"]):
-            return _card(entry)
-    names = ", ".join(entry["names"][0] for entry in known()["cards"])
-    raise HardwareError(f"there is no card {name!r} in the list; use one of {names}, or give "
-                        "--gpu-memory, --device-bandwidth and --link")  # fmt: skip
+    entry = _named(name, known()["cards"])
+    if entry is None:
+        names = ", ".join(entry["names"][0] for entry in known()["cards"])
+        raise HardwareError(
+            f"there is no card {name!r} in the list; use one of {names}, or give "
+            "--gpu-memory, --device-bandwidth and --link"
+        )
+    return _card(entry)
 
 
 def find_bandwidth(text: str, part: str) -> Bandwidth:
     """
-    A bandwidth by name (``pcie4x16``, ``ddr5-2ch``, ``nvme4``) or in figures (``25GB/s``).
+    Find a bandwidth by name (``pcie4x16``, ``ddr5-2ch``, ``nvme4``) or in figures (``25GB/s``).
 
     Args:
         text: The name or the figure.
@@ -213,19 +188,14 @@ def find_bandwidth(text: str, part: str) -> Bandwidth:
         HardwareError: neither a known name nor a possible figure.
     """
     entries = known()[_GROUPS[part]] if part in _GROUPS else []
-    for entry in entries:
-        if _plain(text) in map(_plain, entry["names"]):
-            return Bandwidth(entry["gb_s"] * 1e9, entry["source"], entry["names"][0])
-    try:
-        return Bandwidth(parse_bandwidth(text, part), "given")
-    except HardwareError as error:
-        if entries and text.strip()[:1].isalpha():
-            names = ", ".join(entry["names"][0] for entry in entries)
-            raise HardwareError(
-                f"there is no {part} {text!r} in the list; use one of {names}, or a figure "
-                "like 25GB/s"
-            ) from None
-        raise error
+    if (entry := _named(text, entries)) is not None:
+        return Bandwidth(entry["gb_s"] * 1e9, entry["source"], entry["names"][0])
+    if entries and text.strip()[:1].isalpha():
+        names = ", ".join(entry["names"][0] for entry in entries)
+        raise HardwareError(
+            f"there is no {part} {text!r} in the list; use one of {names}, or a figure like 25GB/s"
+        )
+    return Bandwidth(parse_bandwidth(text, part), "given")
 
 
 def machine_of(
@@ -257,42 +227,31 @@ def machine_of(
     chosen = find_card(card) if card else _slowest_card(gpu_memory_bytes)
     guess = "" if card else f"no card named, so that of a {chosen.name}, the least with that memory"
 
-    def part(name: str, given: str | None, default: Bandwidth) -> Bandwidth:
+    def part(name: str, given: str | None, default: Bandwidth, why: str) -> Bandwidth:
         if given is not None:
             return find_bandwidth(given, name)
         if measured and name in measured:
-            value = check_bandwidth(measured[name], name)
+            value = _possible(measured[name], name, format_bandwidth(measured[name]))
             return Bandwidth(value, "measured on this machine, just now")
-        return default
+        if not why:
+            return default
+        return replace(default, source=f"{why}; {default.source}", assumed=True)
 
-    def guessed(name: str, part_name: str, why: str) -> Bandwidth:
-        found = find_bandwidth(name, part_name)
-        source = f"{why}; {found.source}" if why else found.source
-        return Bandwidth(found.bytes_per_s, source, found.name, assumed=bool(why))
-
-    own = chosen.bandwidth
-    if guess:
-        own = Bandwidth(own.bytes_per_s, f"{guess}; {own.source}", own.name, assumed=True)
     return Hardware(
-        device=part("device memory", device, own),
-        link=part("link", link, guessed(chosen.link, "link", guess)),
-        dram=part("DRAM", dram, guessed("ddr5-2ch", "DRAM", "not given")),
-        disk=part("disk", disk, guessed("nvme4", "disk", "not given")),
+        device=part("device memory", device, chosen.bandwidth, guess),
+        link=part("link", link, find_bandwidth(chosen.link, "link"), guess),
+        dram=part("DRAM", dram, find_bandwidth("ddr5-2ch", "DRAM"), "not given"),
+        disk=part("disk", disk, find_bandwidth("nvme4", "disk"), "not given"),
         card=chosen.name if card else None,
     )
 
 
 def _slowest_card(memory_bytes: int) -> Card:
-    """The known card of the least bandwidth that has the memory; the largest if none has."""
-    all_cards = cards()
-    fitting = [one for one in all_cards if one.memory_bytes >= memory_bytes]
+    """Find the smallest card that has the memory, the slowest of its size; else the largest."""
+    fitting = [one for one in cards() if one.memory_bytes >= memory_bytes]
     if not fitting:
-        return max(all_cards, key=lambda one: one.memory_bytes)
-    smallest = min(one.memory_bytes for one in fitting)
-    return min(
-        (one for one in fitting if one.memory_bytes == smallest),
-        key=lambda one: one.bandwidth.bytes_per_s,
-    )
+        return max(cards(), key=lambda one: one.memory_bytes)
+    return min(fitting, key=lambda one: (one.memory_bytes, one.bandwidth.bytes_per_s))
 
 
 def _card(entry: Mapping[str, Any]) -> Card:
@@ -300,5 +259,8 @@ def _card(entry: Mapping[str, Any]) -> Card:
     return Card(entry["names"][0], int(entry["memory_gib"] * 2**30), speed, entry["link"])
 
 
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def _named(text: str, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def plain(name: str) -> str:
+        return "".join(letter for letter in name.lower() if letter.isalnum())
+
+    return next((one for one in entries if plain(text) in map(plain, one["names"])), None)

@@ -1,31 +1,105 @@
-"""Forecast what fits and how fast it runs, from a model's sizes and a machine's figures."""
+"""
+Forecast what fits and how fast it runs, from a model's sizes and a machine's figures.
+
+Nothing is measured, so a plan gives two ends of everything and says what each rests on.
+
+Hit rates: without a trace, chance at both ends, ``slots / experts``; real routers do better. After
+fine-tuning, misses fewer by what the paper's transfer counts fell, the least and the most of its
+four pairs. With a trace: the worse and the better of LRU and LFU, simulated at these slots.
+
+Seconds a step, on each tier alone:
+
+    link    q M' / link bandwidth + loads x latency        M': the experts as they are stored
+    device  (backbone read + M + KV) / device bandwidth
+    disk    the part of q M' that host memory does not hold / disk bandwidth
+    dram    q M' / DRAM bandwidth, if misses are computed on the CPU instead of loaded
+    host    a constant a decoder layer, and one a load: deciding, launching, waiting
+
+The fast end takes the slowest tier alone: everything overlaps and the host costs nothing. No
+engine can be faster at that hit rate. The slow end adds all of them up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
-from melinoe.errors import BudgetError, HardwareError
-from melinoe.plan.facts import ModelFacts, model_facts
+from melinoe.errors import BudgetError, HardwareError, TraceError
+from melinoe.plan.facts import Layer, ModelFacts, model_facts
 from melinoe.plan.hardware import Hardware, find_card, machine_of
-from melinoe.plan.hit_rates import (
-    HitRates,
-    after_fine_tuning,
-    assumptions,
-    by_chance,
-    check_shape,
-    from_trace,
-)
-from melinoe.plan.speed import Speed, paper_host_time, speed
 
 _MOST_MEMORY = 2**44  # 16 TiB: more is a slip of the unit
 _FIGURES = (
     "gpu_memory_bytes", "reserve_bytes", "ram_bytes", "batch", "bits", "slots", "slot_bytes",
     "stored_bytes", "fits_in_ram", "all_resident",
 )  # fmt: skip
+
+
+@cache
+def assumptions() -> dict[str, Any]:
+    """Read the data file ``assumptions.json``: each with its source."""
+    return json.loads(Path(__file__).with_name("assumptions.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class HitRates:
+    """
+    A range of hit rates, in [0, 1], and what its ends rest on.
+
+    Attributes:
+        low, high: Its ends.
+        source: What both rest on, for people.
+        by_policy: Simulated hit rates by policy, if a trace was given.
+        simulated: Whether a trace is behind it.
+    """
+
+    low: float
+    high: float
+    source: str
+    by_policy: dict[str, float] = field(default_factory=dict)
+    simulated: bool = False
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Seconds that one decoding step would take on each tier alone; 0 where it is not passed."""
+
+    link: float
+    device: float
+    disk: float
+    dram_if_computed: float
+    host: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """
+    Tokens a second between two ends.
+
+    Attributes:
+        low: All sequences of the batch together: low hit rate, nothing overlapped, host time paid.
+        high: High hit rate, everything overlapped, no host time.
+        bottleneck: The tier that bounds the fast end.
+        slow_bottleneck: The tier that takes most of the slow end, the host included.
+        tiers_low: At the low hit rate.
+        tiers_high: At the high one.
+        computed_high: The fast end if misses are computed on the CPU instead of loaded.
+    """
+
+    low: float
+    high: float
+    bottleneck: str
+    slow_bottleneck: str
+    tiers_low: Tiers
+    tiers_high: Tiers
+    computed_high: float
 
 
 @dataclass(frozen=True)
@@ -76,12 +150,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+
+        def scenario(rates: HitRates, found: Speed) -> dict[str, Any]:
+            return {"hit_rate": asdict(rates), "tokens_per_s": asdict(found)}
+
         return {
             "model": self.facts.to_dict(),
-            "hardware": self.hardware.to_dict(),
+            "hardware": asdict(self.hardware),
             **{name: getattr(self, name) for name in _FIGURES},
-            "before": _scenario(self.before, self.speed_before),
-            "after": _scenario(self.after, self.speed_after),
+            "before": scenario(self.before, self.speed_before),
+            "after": scenario(self.after, self.speed_after),
             "notes": list(self.notes),
             "assumed": list(self.assumed),
             "measured": False,
@@ -166,16 +244,12 @@ def plan(
     usable = None if ram_bytes is None else ram_bytes * assumptions()["ram_share"]["value"]
     fits = None if usable is None else stored <= usable
     before, after = _hit_rates(facts, slots, trace, tuned_trace)
-
     # Slow end: what RAM cannot hold is what misses ask for. Fast end: misses ask for all alike.
     from_disk = (0.0, 0.0) if fits is not False else (1.0, 1 - (usable or 0) / stored)
-
-    def speed_at(rates: HitRates) -> Speed:
-        return speed(
-            facts, rates, hardware, batch,
-            stored_share=share, from_disk=from_disk, latency_s=latency_s,
-        )  # fmt: skip
-
+    speeds = [
+        _speed(facts, rates, hardware, batch, share, from_disk, latency_s)
+        for rates in (before, after)
+    ]
     return Plan(
         facts=facts,
         hardware=hardware,
@@ -190,46 +264,18 @@ def plan(
         fits_in_ram=fits,
         before=before,
         after=after,
-        speed_before=speed_at(before),
-        speed_after=speed_at(after),
+        speed_before=speeds[0],
+        speed_after=speeds[1],
         notes=tuple(_notes(facts, slots, batch, bits)),
-        assumed=tuple(
-            _assumed(
-                facts,
-                hardware,
-                ram_bytes,
-                bits,
-                reserve_given=reserve is not None,
-                from_disk=fits is False,
-            )
-        ),
+        assumed=tuple(_assumed(hardware, ram_bytes, bits, reserve is not None, fits is False)),
     )
 
 
-def _scenario(rates: HitRates, found: Speed) -> dict[str, Any]:
-    return {"hit_rate": rates.to_dict(), "tokens_per_s": found.to_dict()}
-
-
-def _hit_rates(
-    facts: ModelFacts, slots: int, trace: Trace | None, tuned_trace: Trace | None
-) -> tuple[HitRates, HitRates]:
-    """Before and after fine-tuning."""
-    for one in (trace, tuned_trace):
-        if one is not None:
-            check_shape(one, facts)
-    if slots >= facts.num_experts:
-        everything = HitRates(1.0, 1.0, "every expert has a slot, so after its first use it stays")
-        return everything, everything
-    before = by_chance(facts.layers, slots)
-    if trace is not None:
-        before = from_trace(trace, facts, slots, "the trace")
-    if tuned_trace is not None:
-        return before, from_trace(tuned_trace, facts, slots, "the fine-tuned model's trace")
-    return before, after_fine_tuning(before)
+# --- what fits ------------------------------------------------------------------------------------
 
 
 def _memory(text: str | int) -> int:
-    """An amount of memory that some machine has."""
+    """Read an amount of memory that some machine has."""
     amount = parse_bytes(text)
     if amount > _MOST_MEMORY:
         raise HardwareError(f"no machine has {text} of memory; check the unit, as in 8GiB")
@@ -237,7 +283,7 @@ def _memory(text: str | int) -> int:
 
 
 def _gpu_memory(given: str | int | None, card: str | None) -> int:
-    """The device's memory: given, or the card's; never more than the card has."""
+    """Give the device's memory: as given, or the card's; never more than the card has."""
     known = find_card(card) if card else None
     if given is None:
         if known is None:
@@ -261,7 +307,7 @@ def _reserve(memory: int, given: str | int | None) -> int:
 
 
 def _slots(facts: ModelFacts, memory: int, reserve: int, batch: int) -> int:
-    """Slots a layer that fit beside everything else."""
+    """Count the slots of each layer that fit beside everything else."""
     kv = batch * (facts.kv_bytes or 0)
     left = memory - reserve - facts.backbone_bytes - kv
     one_each = memory_of(1, facts.layers)  # type: ignore[arg-type]
@@ -283,9 +329,166 @@ def _stored_share(facts: ModelFacts, bits: int | None) -> float:
         return 1.0
     import torch
 
-    in_slots = 8 * getattr(torch, facts.dtype).itemsize
-    known = assumptions()["stored_bits"]
-    return (known[str(bits)]["per_weight"] if str(bits) in known else bits) / in_slots
+    known = assumptions()["stored_bits"].get(str(bits), {"per_weight": bits})
+    return known["per_weight"] / (8 * getattr(torch, facts.dtype).itemsize)
+
+
+# --- hit rates ------------------------------------------------------------------------------------
+
+
+def _hit_rates(
+    facts: ModelFacts, slots: int, trace: Trace | None, tuned_trace: Trace | None
+) -> tuple[HitRates, HitRates]:
+    """Before and after fine-tuning."""
+    for one in (trace, tuned_trace):
+        if one is not None:
+            check_shape(one, facts)
+    if slots >= facts.num_experts:
+        everything = HitRates(1.0, 1.0, "every expert has a slot, so after its first use it stays")
+        return everything, everything
+    before = by_chance(facts.layers, slots)
+    if trace is not None:
+        before = _from_trace(trace, slots, "the trace")
+    if tuned_trace is not None:
+        return before, _from_trace(tuned_trace, slots, "the fine-tuned model's trace")
+    return before, after_fine_tuning(before)
+
+
+def by_chance(layers: Sequence[Layer], slots: int) -> HitRates:
+    """Give the hit rate of choices without locality: slots over experts, weighted by uses."""
+    uses = sum(layer.top_k for layer in layers)
+    rate = sum(layer.top_k * min(slots / layer.num_experts, 1) for layer in layers) / uses
+    return HitRates(
+        rate,
+        rate,
+        "assumed: no locality at all, so as many hits as slots per expert; most routers hit more, "
+        "and a trace tells how much",
+    )
+
+
+def after_fine_tuning(before: HitRates) -> HitRates:
+    """Divide the misses by the paper's falls in transfers, the least and the most."""
+    known = assumptions()
+    falls = sorted(one["base"] / one["fine_tuned"] for one in known["transfer_ratios"])
+    return HitRates(
+        1 - (1 - before.low) / falls[0],
+        1 - (1 - before.high) / falls[-1],
+        f"assumed: misses {falls[0]:.2f} to {falls[-1]:.2f} times fewer than before, as the "
+        f"transfers of {known['transfer_ratios_source']}; not measured on this model",
+    )
+
+
+def _from_trace(trace: Trace, slots: int, name: str) -> HitRates:
+    """Simulate a trace at *slots*: LRU and LFU make the range, Belady the bound."""
+    rates = {}
+    for policy in ("lru", "lfu", "belady"):
+        done = simulate(trace, min(slots, trace.num_experts), policy, reset_between_sequences=True)
+        rate = done.counters.hit_rate("completion")
+        if rate is None:
+            raise TraceError(f"{name} has no completion to count; trace at least two new tokens")
+        rates[policy] = rate
+    low, high = sorted(("lru", "lfu"), key=lambda policy: rates[policy])
+    return HitRates(
+        rates[low],
+        rates[high],
+        f"simulated from {name}: {trace.num_sequences} sequences, cold cache before each, "
+        f"{low.upper()} to {high.upper()}; its shape is this model's, its weights were not "
+        "compared",
+        rates,
+        simulated=True,
+    )
+
+
+def check_shape(trace: Trace, facts: ModelFacts) -> None:
+    """
+    Make sure that a trace could be of this model; a plan has no weights to compare.
+
+    Raises:
+        TraceError: another number of layers, experts or choices.
+    """
+    mine = (trace.num_layers, trace.num_experts, trace.top_k)
+    theirs = (len(facts.layers), facts.num_experts, facts.top_k)
+    if mine != theirs:
+        raise TraceError(
+            "the trace is of another model: it has {} layers of {} experts, top-{}, and {} has "
+            "{} layers of {}, top-{}; give a trace of this model".format(*mine, facts.name, *theirs)
+        )
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def _speed(
+    facts: ModelFacts,
+    rates: HitRates,
+    hardware: Hardware,
+    batch: int,
+    stored_share: float,
+    from_disk: tuple[float, float],
+    latency_s: float,
+) -> Speed:
+    """Find both ends of the speed; *from_disk*: of each, the share of loads that come from it."""
+    asked = [distinct_experts(layer, batch) for layer in facts.layers]
+    expert_bytes = sum(n * layer.block_bytes for n, layer in zip(asked, facts.layers, strict=True))
+    other_bytes = facts.read_bytes + batch * (facts.kv_bytes or 0)
+    per_layer, per_load = host_time()
+
+    def tiers(hit_rate: float, from_disk: float) -> Tiers:
+        loads = (1 - hit_rate) * sum(asked)
+        load_bytes = (1 - hit_rate) * expert_bytes * stored_share
+        return Tiers(
+            link=hardware.link.seconds(load_bytes) + loads * latency_s,
+            device=hardware.device.seconds(other_bytes + expert_bytes),
+            disk=hardware.disk.seconds(from_disk * load_bytes),
+            dram_if_computed=hardware.dram.seconds(load_bytes),
+            host=facts.decoder_layers * per_layer + loads * per_load,
+        )
+
+    def longest(one: Tiers, host: bool) -> str:
+        seconds = {"link": one.link, "device memory": one.device, "disk": one.disk}
+        seconds |= {"host": one.host} if host else {}
+        return max(seconds, key=lambda name: seconds[name])
+
+    low, high = (tiers(*each) for each in zip((rates.low, rates.high), from_disk, strict=True))
+    return Speed(
+        low=batch / (low.link + low.device + low.disk + low.host),
+        high=batch / max(high.link, high.device, high.disk),
+        bottleneck=longest(high, False),
+        slow_bottleneck=longest(low, True),
+        tiers_low=low,
+        tiers_high=high,
+        computed_high=batch / max(high.dram_if_computed, high.device, high.disk),
+    )
+
+
+def distinct_experts(layer: Layer, batch: int) -> float:
+    """
+    Count the experts that *batch* tokens ask of a layer, if they choose evenly and independently.
+
+    ``E (1 - (1 - K/E)^batch)``: K for one token. Tokens that agree ask for fewer.
+    """
+    share = layer.top_k / layer.num_experts
+    return layer.num_experts * (1 - (1 - share) ** batch)
+
+
+def host_time() -> tuple[float, float]:
+    """
+    Seconds of a host in the loop, of a decoder layer and of a load, from the paper's own stack.
+
+    All of the time with every expert resident is the layers'; what a token takes longer with 16
+    slots is its loads'. Both leave the copies' and the arithmetic's own time in, which the slow end
+    adds once more: of a load's time about a sixth, at 4 bits over 50 GB/s.
+    """
+    known = assumptions()["host_time"]
+    resident_s, offloaded_s = (
+        1 / known[key] for key in ("resident_tokens_per_s", "offloaded_tokens_per_s")
+    )
+    counted = known["transfers_per_layer"] * known["layers"] / known["tokens"]
+    loads = counted / known["counts_per_load"]
+    return resident_s / known["layers"], (offloaded_s - resident_s) / loads
+
+
+# --- what a reader is told ------------------------------------------------------------------------
 
 
 def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[str]:
@@ -324,21 +527,15 @@ def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[
 
 
 def _assumed(
-    facts: ModelFacts,
-    hardware: Hardware,
-    ram_bytes: int | None,
-    bits: int | None,
-    *,
-    reserve_given: bool,
-    from_disk: bool,
+    hardware: Hardware, ram_bytes: int | None, bits: int | None, reserved: bool, from_disk: bool
 ) -> list[str]:
-    """Each figure that the plan rests on, with its source."""
+    """Name each figure that the plan rests on, with its source."""
     known = assumptions()
     parts = [("Device memory", hardware.device), ("Link", hardware.link), ("DRAM", hardware.dram)]
     if from_disk:
         parts.append(("Disk", hardware.disk))
     out = [f"{label}: {part}, {part.source}." for label, part in parts]
-    if not reserve_given:
+    if not reserved:
         out.append(f"Kept free: {known['reserve']['source']}.")
     if ram_bytes is None:
         out.append("Host memory: not given, so the experts are taken to fit into it.")
@@ -348,11 +545,11 @@ def _assumed(
     if bits in (8, 4):
         stored = known["stored_bits"][str(bits)]
         out.append(f"Stored weight: {stored['per_weight']} bits, {stored['source']}.")
-    host = paper_host_time()
+    layer, load = host_time()
     out.append(
         "Fast end: the slowest tier alone, all else overlapped, no host time. Slow end: the tiers "
-        f"one after the other, and {1e3 * host.layer:.2f} ms of host time a decoder layer and "
-        f"{1e3 * host.load:.2f} ms a load ({known['host_time']['source']})."
+        f"one after the other, and {1e3 * layer:.2f} ms of host time a decoder layer and "
+        f"{1e3 * load:.2f} ms a load ({known['host_time']['source']})."
     )
     out.append(
         "A token reads the parameters that its arithmetic touches; keys and values are those of a "

@@ -1,0 +1,86 @@
+"""Commands that write a checkpoint or its card: `pack`, `merge`, `card`, and the demo's of all."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from melinoe.cli import models, options, output
+from melinoe.cli.command import option
+
+
+def pack(
+    model: options.Model,
+    out: options.Out,
+    format: Annotated[
+        str,
+        option(
+            "int8, int4, mxfp4 or fp8; int4-g32 and int4-g128 share a scale by 32 and 128 weights. "
+            "plain: packed weights as they mean, for training and other engines."
+        ),
+    ] = "int4",
+) -> None:
+    """Write a checkpoint with its experts packed, which takes less disk and memory."""
+    from melinoe.checkpoint.pack import pack
+
+    output.quiet()
+    pack(models.resolve(model), format, out)
+    output.say(f"wrote {out}")
+
+
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(help="Directory of an adapter that `melinoe finetune` or PEFT wrote.")
+    ],
+    out: options.Out,
+    base: Annotated[
+        str | None,
+        option(
+            "The adapter's base: a directory or a name on the hub. Default: what the adapter names."
+        ),
+    ] = None,
+) -> None:
+    """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""
+    from melinoe.finetune.saving import merge_adapter
+
+    output.quiet()
+    made = merge_adapter(adapter, out, base=models.resolve(base) if base is not None else None)
+    output.say(f"wrote {out}")
+    if made.get("settings"):  # of an adapter of ours, whose melinoe.json says what a card tells
+        card(out)
+
+
+def card(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint that `melinoe finetune` wrote.")],
+    overwrite: Annotated[
+        bool, option("Replace a README.md that melinoe did not write.", name="--overwrite")
+    ] = False,
+) -> None:
+    """Write README.md, with a table and figures, beside a fine-tuned checkpoint's weights."""
+    from melinoe.report.card import write_card
+
+    write_card(directory, overwrite)
+    output.say(f"wrote {directory}/README.md and its figures")
+
+
+def demo(
+    out: options.Out = Path("runs/demo"),
+    seed: Annotated[int, option("Seed of everything that is random.")] = 0,
+    quick: Annotated[
+        bool, option("Take a minute instead of eight, for figures that mean nothing.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune the shipped model twice, trace, predict and serve it; print a table."""
+    from melinoe.checkpoint import check_output
+    from melinoe.demo import run
+
+    check_output(out)
+    output.quiet()
+    table = run(out, seed=seed, quick=quick, say=output.say)
+    if as_json:
+        lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        output.show_json([json.loads(line) for line in lines])
+    else:
+        print(table)
