@@ -1,10 +1,4 @@
-"""
-Read traces and statistics that other tools wrote: a trace if the file has the order of tokens.
-
-    tables.py      CSV, Parquet, JSON lines, .npz and .npy
-    sglang.py      the files of SGLang's expert distribution recorder
-    llamacpp.py    the importance matrix of llama.cpp
-"""
+"""Read traces and statistics that other tools wrote: a trace if the file has the order of tokens."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,12 +9,12 @@ import numpy as np
 from melinoe.cache.locality import popularity
 from melinoe.cache.trace import Trace
 from melinoe.errors import TraceError
+from melinoe.foreign.tables import SUFFIXES, read_table
 
 __all__ = ["FORMATS", "Imported", "read_foreign"]
 
 FORMATS = ("auto", "table", "sglang", "llama.cpp")
-_TABLES = (".csv", ".parquet", ".jsonl", ".ndjson", ".npz", ".npy")
-_BY_SUFFIX = dict.fromkeys(_TABLES, "table") | {".pt": "sglang", ".gguf": "llama.cpp"}
+_BY_SUFFIX = dict.fromkeys(SUFFIXES, "table") | {".pt": "sglang", ".gguf": "llama.cpp"}
 
 
 @dataclass(frozen=True)
@@ -80,22 +74,21 @@ def read_foreign(
     found: Trace | np.ndarray
     notes: list[str] = []
     if format == "table":
-        from melinoe.foreign.tables import read_table
-
         found, notes = read_table(path, num_experts, model, statistics)
     elif format == "sglang":
         from melinoe.foreign.sglang import read_sglang
 
-        found = read_sglang(path, num_experts, model, statistics=statistics)
+        found = read_sglang(path, model, statistics)
     else:
         from melinoe.foreign.llamacpp import read_imatrix
 
         found = read_imatrix(path)
-        if num_experts not in (None, found.shape[1]):
-            raise TraceError(
-                f"{path} counts {found.shape[1]} experts a layer, not {num_experts}; leave "
-                "--num-experts out"
-            )
+    experts = found.num_experts if isinstance(found, Trace) else found.shape[1]
+    if num_experts not in (None, experts):
+        raise TraceError(
+            f"{path} is of a model of {experts} experts a layer, not {num_experts}; leave "
+            "--num-experts out"
+        )
     if isinstance(found, Trace):
         return Imported(format, found, popularity(found).astype(np.float64), notes)
     return Imported(format, None, found, notes)

@@ -1,12 +1,10 @@
 """
 Read llama.cpp's importance matrix in GGUF: how often each expert was used.
 
-``llama-imatrix`` writes that form by default since mid-2025 (``--output-format gguf``).
-Of a tensor of experts, such as ``blk.3.ffn_down_exps.weight``, it holds, all float32,
-``....in_sum2`` and in newer versions ``....in_sum`` (experts, columns), and ``....counts``
-(experts, 1): the tokens x choices routed to each. That is popularity on the calibration text, no
-trace: llama.cpp writes no order. The older ``.dat`` form has one number per tensor, not per expert;
-it is refused, and so is a GGUF file that was converted from it.
+``llama-imatrix`` writes it by default since mid-2025. Of a tensor of experts, such as
+``blk.3.ffn_down_exps.weight``, ``....counts``, float32 (experts, 1), holds the tokens routed to
+each: popularity on the calibration text, without an order. The older ``.dat`` form has one number
+per tensor, not per expert; it is refused, and so is a GGUF file that was converted from it.
 """
 
 import math
@@ -23,7 +21,7 @@ from melinoe.errors import TraceError
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight\.counts")
 # GGUF's types of metadata values by number, and how many bytes each takes.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY, _FLOAT32 = 8, 9, 0
+_STRING, _ARRAY, _UINT32, _FLOAT32 = 8, 9, 4, 0
 _LONGEST = 1 << 30
 
 
@@ -39,48 +37,70 @@ def read_imatrix(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with Path(path).open("rb") as file:
-            tensors, start = _header(path, file)
-            found: dict[int, np.ndarray] = {}
-            for name, (kind, shape, offset) in tensors.items():
-                match = _EXPERTS.fullmatch(name)
-                if match is None or int(match[1]) in found:
-                    continue  # a layer's tensors count the same tokens
-                if kind != _FLOAT32:
-                    raise ValueError(f"{name} is not float32")
-                file.seek(start + offset)
-                number = math.prod(shape)
-                counts = np.frombuffer(_take(file, 4 * number), "<f4")
-                if not (np.isfinite(counts) & (counts >= 0)).all():
-                    raise ValueError(f"{name} holds what counts nothing")
-                found[int(match[1])] = counts
-            return _together(path, [found[layer] for layer in sorted(found)])
+            found = _counts(path, file)
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}; check the path") from error
     except (ValueError, struct.error, OverflowError) as error:
         raise TraceError(
             f"{path} is a torn GGUF file, or none that is known ({error}); make it again"
         ) from error
+    sizes = sorted({len(row) for row in found.values()})
+    wrong = None
+    if not sizes:
+        wrong = "counts no experts; make it from an MoE model"
+    elif 1 in sizes:
+        wrong = (
+            "has one number for all experts of a layer, as one converted from the older .dat form; "
+            "make it again with llama-imatrix"
+        )
+    elif len(sizes) > 1:
+        wrong = (
+            f"is of layers with {' and '.join(map(str, sizes))} experts, and statistics are of "
+            "layers alike; use a model whose layers are"
+        )
+    if wrong is not None:
+        raise TraceError(f"the importance matrix {path} {wrong}")
+    return np.stack([found[layer] for layer in sorted(found)]).astype(np.float64)
 
 
-def _together(path: str | os.PathLike, rows: list[np.ndarray]) -> np.ndarray:
-    """All layers as one table, if they are counted expert by expert and alike."""
-    if not rows:
+def _counts(path: str | os.PathLike, file: BinaryIO) -> dict[int, np.ndarray]:
+    """Counts by layer: the header, then the tensors of experts that it names."""
+    if file.read(4) != b"GGUF":
         raise TraceError(
-            f"the importance matrix {path} counts no experts; make it from an MoE model"
+            f"{path} is no GGUF file; the older .dat form does not count experts, so write "
+            "it with `llama-imatrix --output-format gguf`"
         )
-    sizes = {len(row) for row in rows}
-    if 1 in sizes:
+    if (version := _number(file, "I")) not in (2, 3):
+        raise ValueError(f"GGUF version {version}")
+    num_tensors, num_entries = _number(file, "Q"), _number(file, "Q")
+    if max(num_tensors, num_entries) > 1 << 20:
+        raise ValueError("more entries than any model has")
+    metadata = {_text(file): _value(file, _number(file, "I")) for _ in range(num_entries)}
+    if (kind := metadata.get("general.type")) != "imatrix":
         raise TraceError(
-            f"the importance matrix {path} has one number for all experts of a layer, as one "
-            "converted from the older .dat form; make it again with llama-imatrix"
+            f"{path} is a GGUF file of type {kind!r}, not an importance matrix; make one with "
+            "llama-imatrix"
         )
-    if len(sizes) > 1:
-        named = " and ".join(map(str, sorted(sizes)))
-        raise TraceError(
-            f"the importance matrix {path} is of layers with {named} experts, and statistics are "
-            "of layers alike; use a model whose layers are"
-        )
-    return np.stack(rows).astype(np.float64)
+    tensors = []
+    for _ in range(num_tensors):
+        name = _text(file)
+        shape = [_number(file, "Q") for _ in range(_number(file, "I"))]
+        tensors.append((name, math.prod(shape), _number(file, "I"), _number(file, "Q")))
+    alignment = metadata.get("general.alignment") or 32
+    start = -(-file.tell() // alignment) * alignment
+    found: dict[int, np.ndarray] = {}
+    for name, size, kind, offset in tensors:
+        match = _EXPERTS.fullmatch(name)
+        if match is None or int(match[1]) in found:
+            continue  # a layer's tensors count the same tokens
+        if kind != _FLOAT32:
+            raise ValueError(f"{name} is not float32")
+        file.seek(start + offset)
+        counts = np.frombuffer(_take(file, 4 * size), "<f4")
+        if not (np.isfinite(counts) & (counts >= 0)).all():
+            raise ValueError(f"{name} holds what counts nothing")
+        found[int(match[1])] = counts
+    return found
 
 
 def _take(file: BinaryIO, size: int) -> bytes:
@@ -100,39 +120,8 @@ def _text(file: BinaryIO) -> str:
     return _take(file, _number(file, "Q")).decode("utf-8", "replace")
 
 
-def _header(
-    path: str | os.PathLike, file: BinaryIO
-) -> tuple[dict[str, tuple[int, tuple[int, ...], int]], int]:
-    """Type, shape and offset of each tensor by name, and where their data begin."""
-    if file.read(4) != b"GGUF":
-        raise TraceError(
-            f"{path} is no GGUF file; the older .dat form does not count experts, so write "
-            "it with `llama-imatrix --output-format gguf`"
-        )
-    version = _number(file, "I")
-    if version not in (2, 3):
-        raise ValueError(f"GGUF version {version}")
-    tensor_count, entry_count = _number(file, "Q"), _number(file, "Q")
-    if max(tensor_count, entry_count) > 1 << 20:
-        raise ValueError("more entries than any model has")
-    metadata = {_text(file): _value(file, _number(file, "I")) for _ in range(entry_count)}
-    kind = metadata.get("general.type")
-    if kind != "imatrix":
-        raise TraceError(
-            f"{path} is a GGUF file of type {kind!r}, not an importance matrix; make one with "
-            "llama-imatrix"
-        )
-    tensors = {}
-    for _ in range(tensor_count):
-        name = _text(file)
-        shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))
-        tensors[name] = (_number(file, "I"), shape, _number(file, "Q"))
-    alignment = metadata.get("general.alignment") or 32
-    return tensors, -(-file.tell() // alignment) * alignment
-
-
 def _value(file: BinaryIO, kind: int) -> Any:
-    """One value of the metadata; only texts and the alignment are kept."""
+    """Read one value of the metadata; only texts and the alignment are kept."""
     if kind == _STRING:
         return _text(file)
     if kind == _ARRAY:
@@ -145,4 +134,4 @@ def _value(file: BinaryIO, kind: int) -> Any:
     if kind not in _SIZES:
         raise ValueError(f"unknown type {kind}")
     blob = _take(file, _SIZES[kind])
-    return int.from_bytes(blob, "little") if kind == 4 else None
+    return int.from_bytes(blob, "little") if kind == _UINT32 else None

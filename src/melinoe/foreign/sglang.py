@@ -1,19 +1,15 @@
 """
-Read the files of SGLang's expert distribution recorder.
+Read the files of SGLang's expert distribution recorder, as SGLang 0.4.7 to 0.5.23 writes them.
 
-``/dump_expert_distribution_record`` writes ``expert_distribution_recorder_<time>[_<rank>].pt``, as
-`python/sglang/srt/eplb/expert_distribution.py` of SGLang 0.5.23 has it; the keys are the same since
-0.4.7. These are torch files, which are pickles. They are read with ``weights_only=True``: torch's
-unpickler then builds numbers, texts, lists, dicts and tensors, and refuses anything else, so that
-nothing in a file is run.
+They are torch files, which are pickles, and are read with ``weights_only=True``: torch's unpickler
+then builds numbers, texts, lists, dicts and tensors, and runs nothing.
 
-- ``--expert-distribution-recorder-mode per_token``: a dict with ``records``, one per forward pass,
-  each with ``topk_ids_of_layer`` (layers, tokens, 8), ``extend_seq_lens`` (a list in passes that
-  read prompts), ``positions``, ``forward_mode``; and ``last_physical_to_logical_map``. That is a
-  trace, if one request ran at a time (``--max-running-requests 1``): the recorder does not say
-  whose tokens are whose.
-- ``stat`` and ``stat_approx``: ``logical_count`` (steps, layers, experts); ``per_pass``: records
-  with ``global_physical_count``. Counts without the experts of each token: statistics, no trace.
+- Mode per_token: ``records``, one per forward pass, each with ``topk_ids_of_layer`` (layers,
+  tokens, 8), ``extend_seq_lens`` (a list in passes that read prompts), ``positions``,
+  ``forward_mode``; and ``last_physical_to_logical_map``. That is a trace, if one request ran at a
+  time: the recorder does not say whose tokens are whose.
+- Modes stat and stat_approx: ``logical_count`` (steps, layers, experts); per_pass: records with
+  ``global_physical_count``. Counts without the experts of each token: statistics, no trace.
 
 Layers without experts are recorded as empty; they are left out, and the others numbered from 0.
 """
@@ -32,35 +28,22 @@ _INT64 = np.iinfo(np.int64)
 _PLAIN_PASSES = {1, 2, 4}
 
 
-def read_sglang(
-    path: str | os.PathLike,
-    num_experts: int | None = None,
-    model: str = "",
-    *,
-    statistics: bool = False,
-) -> Trace | np.ndarray:
+def read_sglang(path: str | os.PathLike, model: str, statistics: bool) -> Trace | np.ndarray:
     """
-    Read one recorder file.
-
-    Args:
-        path: The file; of several ranks, rank 0's.
-        num_experts: Experts of each layer; absent, as many as the file's map names.
-        model: For people.
-        statistics: Count, even if each token's choices are recorded.
+    Read one recorder file; of several ranks, rank 0's.
 
     Returns:
-        A trace if the order is recorded, else counts, float64 (layers, num_experts).
+        A trace if the order is recorded and no *statistics* are asked for, else counts, float64
+        (layers, num_experts).
 
     Raises:
-        TraceError: another file, one without a pass, another number of experts, or passes whose
-            tokens belong to nobody knows whom.
+        TraceError: another file, one without a pass, or passes whose tokens belong to nobody knows
+            whom.
     """
     content = _load(path)
     try:
         if "logical_count" in content:
-            counts = _array(content["logical_count"]).sum(axis=0)
-            _check_experts(path, num_experts, counts.shape[1])
-            return _with_experts(path, counts)
+            return _used(path, _array(content["logical_count"]).sum(axis=0))
         records = content["records"]
         if not records:
             raise TraceError(
@@ -69,13 +52,18 @@ def read_sglang(
             )
         physical = _array(content["last_physical_to_logical_map"])
         experts = int(physical.max()) + 1
-        _check_experts(path, num_experts, experts)
         if "topk_ids_of_layer" not in records[0]:
-            return _counts(path, records, physical, experts)
+            total = sum(_array(record["global_physical_count"]) for record in records)
+            # Physical experts are added up by the logical ones that they are copies of.
+            layers = zip(physical, np.asarray(total), strict=True)
+            return _used(path, np.stack([np.bincount(at, row, experts) for at, row in layers]))
         chosen = [_logical(path, record, physical) for record in records]
-        if statistics:
-            return _with_experts(path, _count(np.concatenate(chosen), experts))
-        return _trace(path, records, chosen, experts, model)
+        if not statistics:
+            return _trace(path, records, chosen, experts, model)
+        rows = np.concatenate(chosen).transpose(1, 0, 2)
+        return _used(
+            path, np.stack([np.bincount(ids[ids >= 0], minlength=experts) for ids in rows])
+        )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise TraceError(
             f"{path} is not what SGLang's recorder writes ({type(error).__name__}: {error}); "
@@ -105,35 +93,18 @@ def _array(value: Any) -> np.ndarray:
     return whole("number", array.ravel(), -1, _INT64.max).reshape(array.shape)
 
 
-def _check_experts(path: str | os.PathLike, told: int | None, found: int) -> None:
-    if told not in (None, found):
-        raise TraceError(
-            f"{path} is of a model of {found} experts a layer, not {told}; leave --num-experts out"
-        )
-
-
-def _with_experts(path: str | os.PathLike, counts: np.ndarray) -> np.ndarray:
-    """Layers that counted anything."""
+def _used(path: str | os.PathLike, counts: np.ndarray) -> np.ndarray:
+    """Keep the layers that counted anything."""
     found = counts[counts.sum(axis=1) > 0].astype(np.float64)
     if not len(found):
         raise TraceError(f"{path} counts no choice; send requests while it records")
     return found
 
 
-def _counts(
-    path: str | os.PathLike, records: list[dict[str, Any]], physical: np.ndarray, experts: int
+def _logical(
+    path: str | os.PathLike, record: dict[str, Any], physical: np.ndarray
 ) -> np.ndarray:
-    """Counts of physical experts, added up by the logical ones they are copies of."""
-    counts = [_array(record["global_physical_count"]).astype(np.float64) for record in records]
-    total = np.sum(counts, axis=0)
-    logical = np.zeros((len(total), experts))
-    for layer, row in enumerate(total):
-        np.add.at(logical[layer], physical[layer], row)
-    return _with_experts(path, logical)
-
-
-def _logical(path: str | os.PathLike, record: dict[str, Any], physical: np.ndarray) -> np.ndarray:
-    """One pass's choices by logical ids, int64 (tokens, layers, 8), -1 for none."""
+    """Logical experts of a pass, (tokens, layers, 8); -1 for none."""
     ids = _array(record["topk_ids_of_layer"]).transpose(1, 0, 2)
     if ids.size and ids.max() >= physical.shape[1]:
         raise TraceError(
@@ -145,13 +116,6 @@ def _logical(path: str | os.PathLike, record: dict[str, Any], physical: np.ndarr
     return np.where(ids < 0, -1, physical[layer, np.maximum(ids, 0)])
 
 
-def _count(chosen: np.ndarray, experts: int) -> np.ndarray:
-    """Count the choices of each expert of each layer, (layers, experts)."""
-    return np.stack(
-        [np.bincount(ids[ids >= 0], minlength=experts) for ids in chosen.transpose(1, 0, 2)]
-    )
-
-
 def _trace(
     path: str | os.PathLike,
     records: list[dict[str, Any]],
@@ -159,8 +123,7 @@ def _trace(
     experts: int,
     model: str,
 ) -> Trace:
-    everything = np.concatenate(passes)
-    used = everything >= 0
+    used = np.concatenate(passes) >= 0
     layers, top_k = used.any(axis=(0, 2)), int(used.any(axis=(0, 1)).sum())
     builder = TraceBuilder(int(layers.sum()), experts, top_k)
     sequence, position, was_prompt = -1, -1, False

@@ -4,12 +4,10 @@ Tables of choices, as people and tools write them: CSV, Parquet, JSON lines or n
 A row is a token in one layer, with all its choices, or a single choice; docs/traces.md lists the
 columns. A table that has no token is no trace but statistics: how often each expert was chosen.
 
-    1. read the columns, and know them by any of their common names
-    2. take exact numbers out of them: rows, which are arrays by name, one entry for each token and
-       layer: ``number`` (of the row in its file), ``layer``, ``experts`` (rows, k), and, if the
-       file has them, ``token``, ``sequence``, ``kind``, ``forward``, ``scores`` (rows, k),
-       ``count`` and ``rank``
-    3. count them, or put them in the order in which the tokens were computed
+Columns are read by any of their common names, and become exact numbers: arrays by name, one entry
+for each token and layer: ``number`` (of the row in its file), ``layer``, ``experts`` (rows, k),
+and, if the file has them, ``token``, ``sequence``, ``kind``, ``forward``, ``scores`` (rows, k),
+``count`` and ``rank``.
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ def read_table(
     notes: list[str] = []
     columns = _read_columns(path)
     try:
-        columns, told = _without_header_lines(_known(columns, notes))
+        columns, told = _known(columns, notes)
         experts = num_experts or told.get("num_experts")
         if not isinstance(experts, int):
             raise ValueError("it does not say how many experts a layer has; give --num-experts")
@@ -91,9 +89,6 @@ def read_table(
         raise TraceError(
             f"the table {path} cannot be imported: {error}; docs/traces.md has the forms"
         ) from error
-
-
-# --- columns --------------------------------------------------------------------------------------
 
 
 def _read_columns(path: str | os.PathLike) -> dict[str, Any]:
@@ -111,21 +106,18 @@ def _read_columns(path: str | os.PathLike) -> dict[str, Any]:
             table = parquet.read_table(path)
         else:
             with pa.input_stream(str(path), compression="detect") as stream:
-                blob = pa.py_buffer(stream.read().removeprefix(b"\xef\xbb\xbf"))
-            if kind == ".csv":
-                table = csv.read_csv(pa.BufferReader(blob))
-            else:
-                # A block must hold the longest line.
-                block = json.ReadOptions(block_size=1 << 26)
-                table = json.read_json(pa.BufferReader(blob), read_options=block)
-        twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+                blob = pa.BufferReader(pa.py_buffer(stream.read().removeprefix(b"\xef\xbb\xbf")))
+            # A block must hold the longest line.
+            table = (
+                csv.read_csv(blob)
+                if kind == ".csv"
+                else json.read_json(blob, read_options=json.ReadOptions(block_size=1 << 26))
+            )
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     # Arrow's own, and those that numpy, zip and texts of another encoding raise.
     except (pa.ArrowException, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         said = (str(error) or "it is empty").splitlines()[0]
         raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
-    if twice:
-        raise TraceError(f"the table {path} has two columns {min(twice)}; take one out")
     return {
         name: values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
         for name, values in columns.items()
@@ -166,8 +158,15 @@ def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
     return {name: pa.array(values) for name, values in columns.items()}
 
 
-def _known(columns: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Rename columns to the names used here; others are left out, which *notes* then say."""
+def _known(columns: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Rename columns to the names used here, and take out header lines, which tell of the log.
+
+    Returns:
+        The columns, and what header lines tell: ``model_id``, ``num_experts``.
+    """
+    import pyarrow.compute as pc
+
     ours = {}
     for given in columns:
         name = given.strip().lower().replace(" ", "_")
@@ -181,37 +180,26 @@ def _known(columns: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         for given, name in ours.items()
         if name in known or _OF_ONE.fullmatch(name)
     }
-    if "layer" not in found or not _of_choices(found):
+    choices = [name for name in found if re.fullmatch(r"experts?|expert_\d+", name)]
+    if "layer" not in found or not choices:
         raise ValueError(
             f"it has no column {'expert' if 'layer' in found else 'layer'}, but "
             f"{', '.join(columns) or 'none at all'}"
         )
     if odd := [given for given, name in ours.items() if name not in found]:
         notes.append(f"columns left out: {', '.join(odd)}")
-    return found
-
-
-def _of_choices(columns: dict[str, Any]) -> list[str]:
-    return [name for name in columns if re.fullmatch(r"experts?|expert_\d+", name)]
-
-
-def _without_header_lines(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take out lines that tell of the log and have neither layer nor choice; and what they tell."""
-    import pyarrow.compute as pc
-
-    chosen = _of_choices(columns)[0]
-    header = pc.and_(columns["layer"].is_null(), columns[chosen].is_null())
+    header = pc.and_(found["layer"].is_null(), found[choices[0]].is_null())
     told: dict[str, Any] = {}
-    for name in set(_OF_LOG) & columns.keys():
-        values = columns.pop(name).filter(header).drop_null()
+    for name in set(_OF_LOG) & found.keys():
+        values = found.pop(name).filter(header).drop_null()
         told |= {name: values[0].as_py()} if len(values) else {}
     kept = np.flatnonzero(~header.to_numpy(zero_copy_only=False))
-    rows = {name: values.take(kept) for name, values in columns.items()}
+    rows = {name: values.take(kept) for name, values in found.items()}
     # A column of header lines alone is none of the rows'.
     rows = {
         name: values
         for name, values in rows.items()
-        if values.null_count < len(values) or name in ("layer", chosen) or _OF_ONE.fullmatch(name)
+        if values.null_count < len(values) or name in ("layer", *choices) or _OF_ONE.fullmatch(name)
     }
     return rows | {"number": kept + 1}, told
 
@@ -229,7 +217,7 @@ def whole(
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """
-    Read exact whole numbers.
+    Read exact whole numbers, int64.
 
     Args:
         name: Of the column, for the sentence.
@@ -238,9 +226,6 @@ def whole(
         low, high: The least and the greatest allowed.
         missing: Stands for an empty value; without it an empty one is refused.
         rows: Which row each value is of, from 1; absent, they are counted.
-
-    Returns:
-        int64, as many as *values*.
 
     Raises:
         ValueError: a value is none of these; the sentence says which, and of which row.
@@ -279,15 +264,13 @@ def _filled(values: Any) -> np.ndarray:
 
     if pa.types.is_null(values.type):
         return np.zeros(len(values), np.int64)
-    if values.null_count and (
-        pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
-    ):
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         values = values.fill_null(0)
     return values.to_numpy(zero_copy_only=False)
 
 
 def _spelled(value: Any) -> float:
-    """The integer that a text spells in ASCII digits; no number for anything else."""
+    """Read the integer that a text spells in ASCII digits; no number for anything else."""
     text = value.strip() if isinstance(value, str) else ""
     digits = text.removeprefix("-")
     return float(text) if digits.isascii() and digits.isdigit() else math.nan
@@ -303,7 +286,7 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
         if name in columns:
             rows[name] = whole(name, columns[name], 0, rows=number)
     if "sequence" in columns:
-        rows["sequence"] = _numbered(columns["sequence"], number)
+        rows["sequence"] = _sequences(columns["sequence"], number)
     if "kind" in columns:
         rows["kind"] = _kinds(columns["kind"], number)
     rows["experts"] = _matrix("expert", columns, number, num_experts - 1)
@@ -319,7 +302,7 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
     return _gathered(rows) if "token" in rows and "expert" in columns else rows
 
 
-def _numbered(names: Any, number: np.ndarray) -> np.ndarray:
+def _sequences(names: Any, number: np.ndarray) -> np.ndarray:
     """Number sequences, which are numbers or texts, from 0 as they first appear."""
     import pyarrow as pa
 
@@ -516,19 +499,18 @@ def _in_order(rows: Rows, layers: int) -> Rows:
         ways.append([np.cumsum(begins), token])
     for keys in ways:
         order = np.lexsort([layer, *reversed(keys)])
-        if not _changes([key[order] for key in (*keys, layer)]).all():
-            continue
-        if len(keys) > 1 and keys is ways[-1]:
-            rows = rows | {"forward": keys[0]}
-            if "sequence" in rows and not rows["sequence"].any():
-                del rows["sequence"]  # one name for whatever was served tells nothing apart
-        rows = {name: values[order] for name, values in rows.items()}
-        break
+        if _changes([key[order] for key in (*keys, layer)]).all():
+            break
     else:
         raise ValueError(
             "tokens of one number are in the same layer twice; number them on, add a column "
             f"sequence or forward, or {_COUNTED}"
         )
+    if "forward" not in rows and len(keys) > 1 and keys is ways[-1]:
+        rows = rows | {"forward": keys[0]}
+        if "sequence" in rows and not rows["sequence"].any():
+            del rows["sequence"]  # one name for whatever was served tells nothing apart
+    rows = {name: values[order] for name, values in rows.items()}
     tokens = np.cumsum(_changes([key[order] for key in keys])) - 1
     expected = np.arange(len(tokens))
     wrong = (tokens != expected // layers) | (rows["layer"] != expected % layers)
