@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from melinoe.config.setting import check_choices, setting
+from melinoe.config.setting import check_settings, setting
 from melinoe.errors import TrainingError
 
 # In place of a teacher's directory: the plain run, next tokens alone, trained first.
@@ -137,36 +137,7 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if self.report_to is not None:  # a record in JSON gives a list
             object.__setattr__(self, "report_to", tuple(self.report_to))
-        check_choices(self, TrainingError)
-        for name, holds, want in (
-            ("capacity", 0 < self.capacity <= 1, "in (0, 1], a share of a layer's experts"),
-            ("lambda_cache", self.lambda_cache >= 0, "0 or more"),
-            ("lambda_rank", self.lambda_rank >= 0, "0 or more"),
-            ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
-            ("rho", self.rho >= 0, "0 or more"),
-            ("lambda_match", self.lambda_match >= 0, "0 or more"),
-            ("lambda_replay", self.lambda_replay >= 0, "0 or more"),
-            ("own_texts", self.own_texts is None or self.own_texts >= 1, "1 or more"),
-            ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more"),
-            ("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"),
-            (
-                "lora_learning_rate",
-                self.lora_learning_rate is None or self.lora_learning_rate > 0,
-                "above 0",
-            ),
-            ("steps", self.steps is None or self.steps >= 1, "1 or more"),
-            ("epochs", self.epochs > 0, "above 0"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("gradient_accumulation", self.gradient_accumulation >= 1, "1 or more"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
-            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
-            ("max_length", self.max_length >= 2, "2 or more"),
-            ("log_every", self.log_every >= 1, "1 or more"),
-            ("eval_every", (self.eval_every or 1) >= 1, "1 or more"),
-            ("save_every", (self.save_every or 1) >= 1, "1 or more"),
-        ):
-            if not holds:
-                raise TrainingError(f"{name} cannot be {getattr(self, name)}; it must be {want}")
+        check_settings(self, _WITHIN, TrainingError)
 
     @property
     def is_taught(self) -> bool:
@@ -202,6 +173,19 @@ class FinetuneSettings:
         return {name: value for name, value in known.items() if name not in idle}
 
 
+# The interval that a setting must be in; one that is None is in every interval.
+_WITHIN = {
+    "(0, 1]": ("capacity",),
+    "[0, 1]": ("gamma",),
+    "[0, 1)": ("warmup",),
+    "[0, inf)": ("lambda_cache", "lambda_rank", "rho", "lambda_match", "lambda_replay"),
+    "(0, inf)": ("learning_rate", "lora_learning_rate", "epochs", "max_grad_norm"),
+    "[1, inf)": (
+        "own_texts", "lora_rank", "steps", "batch_size", "gradient_accumulation", "log_every",
+        "eval_every", "save_every",
+    ),
+    "[2, inf)": ("max_length",),
+}  # fmt: skip
 _WEIGHTS = ("lambda_cache", "lambda_rank", "lambda_match", "lambda_replay")
 # Settings that only one term reads, by its weight.
 _READ_BY = {

@@ -1,24 +1,27 @@
-"""Words and shares that settings and commands have in common."""
+"""Words, shares and small settings that stages and commands have in common."""
 
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from melinoe.cache import MISSES, PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
-
-__all__ = [
-    "MISSES",
-    "PREFETCH_AT",
-    "PREFETCH_MOMENTS",
-    "QUARTER",
-    "STORES",
-    "PrefetchAt",
-    "experts_in_share",
-    "policies",
-    "version_of",
-]
+from melinoe.config.setting import setting
 
 STORES = ("auto", "ram", "pinned", "disk")
 # Share of a layer's experts that is resident where experiments do not say how many are.
 QUARTER = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeSettings:
+    """Sizes of the measurements of a fine-tuned model and its base, for ``melinoe.json``."""
+
+    examples: int = setting(128, "held-out examples behind each perplexity")
+    prompts: int = setting(32, "held-out prompts that are answered and traced")
+    max_new_tokens: int = setting(64, "generated per prompt at most", unit="tokens")
+    max_length: int = setting(512, "longest text behind a perplexity", unit="tokens")
+    batch_size: int = setting(8, "sequences per forward pass of a perplexity")
+    held_out: float = setting(
+        0.05, "kept out of the training data where no held-out data is given", unit="share"
+    )
 
 
 def experts_in_share(share: float, num_experts: int) -> int:

@@ -48,9 +48,8 @@ def write_own_text(
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or arguments.fsdp:
         raise TrainingError(
-            "a sharded model cannot write its own anchor text before it is sharded; let it write a "
-            "file from few experts first (`melinoe own-text MODEL --out own.jsonl`) and give that "
-            "as --anchor-data, or replay nothing (--lambda-replay 0)"
+            "a sharded model cannot write its own anchor text before it is sharded; give a file of "
+            "text as --anchor-data, or replay nothing (--lambda-replay 0)"
         )
     model.to(arguments.device)
     if (count := settings.own_texts) is None:

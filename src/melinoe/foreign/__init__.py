@@ -1,4 +1,4 @@
-"""Read traces and statistics that other tools wrote: a trace if the file has the order of tokens."""
+"""Read traces and statistics that other tools wrote: a trace, if the order of tokens is known."""
 
 import os
 from dataclasses import dataclass, field

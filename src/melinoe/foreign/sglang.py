@@ -101,9 +101,7 @@ def _used(path: str | os.PathLike, counts: np.ndarray) -> np.ndarray:
     return found
 
 
-def _logical(
-    path: str | os.PathLike, record: dict[str, Any], physical: np.ndarray
-) -> np.ndarray:
+def _logical(path: str | os.PathLike, record: dict[str, Any], physical: np.ndarray) -> np.ndarray:
     """Logical experts of a pass, (tokens, layers, 8); -1 for none."""
     ids = _array(record["topk_ids_of_layer"]).transpose(1, 0, 2)
     if ids.size and ids.max() >= physical.shape[1]:
