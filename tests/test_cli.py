@@ -120,7 +120,7 @@ def test_readme_and_docs_name_no_option_that_no_command_has():
     [
         ("doctor", "somewhere", "--no-such-option"),
         ("generate", "somewhere", "w3", "--dtype", "int99"),
-        ("generate", "somewhere", "w3", "--prefetch-at", "never"),
+        ("generate", "somewhere", "w3", "--prefetch", "never"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, melinoe):
@@ -237,8 +237,6 @@ def test_trace_predict_simulate_and_generate_in_a_row(checkpoint, prompts, tmp_p
         "w3 w4",
         "--predictor",
         predictor,
-        "--prefetch-at",
-        "completion",
         "--max-new-tokens",
         3,
         "--json",

@@ -13,7 +13,6 @@ from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetch import prefetcher_class
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.cli.options import Moment
 from melinoe.config import PREFETCH_AT
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
@@ -101,7 +100,6 @@ def test_without_a_word_experts_are_loaded_for_the_completion():
     for name in ("popularity", "predictor"):
         made = signature(prefetcher_class(name).__init__)
         assert made.parameters["at"].default == PREFETCH_AT
-    assert f"Default: {PREFETCH_AT}." in Moment.__metadata__[0].help
 
 
 def test_an_unknown_moment_of_prefetch_is_the_callers_mistake():

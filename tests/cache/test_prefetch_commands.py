@@ -1,4 +1,4 @@
-"""Prefetches on the command line: recorded, listed, simulated, served, and words refused."""
+"""Prefetches on the command line: recorded, simulated, served, and words refused."""
 
 import json
 
@@ -18,7 +18,7 @@ def place(tmp_path_factory):
 
 
 def test_from_a_trace_to_text(melinoe, place):
-    """Trace with guesses, list, simulate every prefetch, generate by what the trace used most."""
+    """Trace with guesses, simulate every prefetch, generate by what the trace used most."""
     trace = place / "t.safetensors"
     code, _, err = melinoe(
         "trace", "tiny", "--data", place / "prompts.jsonl", "--out", trace, "--guesses",
@@ -26,9 +26,6 @@ def test_from_a_trace_to_text(melinoe, place):
     )  # fmt: skip
     assert code == 0, err
     assert Trace.load(trace).guesses is not None
-    code, out, _ = melinoe("prefetch", "list", "--json")
-    names = [row["prefetch"] for row in json.loads(out)]
-    assert names[:3] == ["none", "popularity", "prefill"] and "next-router" in names
 
     tried = ("none", "popularity", "prefill", "next-router")
     words = [word for name in tried for word in ("--prefetch", name)]
@@ -56,19 +53,14 @@ def test_from_a_trace_to_text(melinoe, place):
     [
         (("--prefetch", "psychic"), 2, "next-router"),
         (("--prefetch", "popularity"), 1, "--popularity"),
-        (("--prefetch", "prefill", "--prefetch-at", "prompt"), 1, "moment of its own"),
-        (("--prefetch", "popularity", "--prefetch-at", "never"), 2, "completion"),
         (("--prefetch", "prefill", "--popularity", "t"), 2, "--prefetch popularity"),
         (("--popularity", "absent.safetensors"), 1, "cannot be read"),
         (("--popularity", "t", "--predictor", "p"), 2, "name one of"),
-        (("--prefetch", "prefill", "--recent-use", "p"), 2, "for --recent-use"),
-        (("--prefetch", "popularity", "--recent-use", "p"), 2, "for --recent-use"),
         (("--prefetch", "prefill", "--predictor", "p"), 2, "for --predictor"),
-        (("--popularity", "t", "--recent-use", "p"), 2, "name one of predictor, popularity"),
     ],
 )
 def test_bad_words_are_refused_before_a_model_is_read(more, code, words, melinoe):
-    """Unknown names and moments, files for another prefetch, files that are not there."""
+    """Unknown names, files for another prefetch, files that are not there."""
     found, out, err = melinoe("generate", "nowhere", "w3", *more)
     assert (found, out) == (code, "")
     assert words in err

@@ -13,7 +13,7 @@ from melinoe.cache.trace import TraceBuilder
 WRITTEN = Path(__file__).parent / "written"
 
 
-def sample(scores=False):
+def sample():
     """Two sequences, two layers, top-2 of 6: prompts of 3 and 2 tokens, two more each."""
     rng = np.random.default_rng(0)
     builder = TraceBuilder(2, 6, 2)
@@ -22,19 +22,16 @@ def sample(scores=False):
             chosen = np.argsort(rng.random((rows, 2, 6)))[..., :2]
             if kind:
                 chosen[0, 1, 1] = -1
-            weights = np.float16(rng.random(chosen.shape)) if scores else None
-            builder.add_forward(chosen, sequence, kind, weights)
+            builder.add_forward(chosen, sequence, kind)
     return builder.trace("m")
 
 
 def same(one, other):
     """Equal in everything that was run."""
-    arrays = all(
+    return all(
         np.array_equal(getattr(one, name), getattr(other, name))
         for name in ("experts", "forward", "sequence", "kind")
     )
-    scores = (one.scores is None) == (other.scores is None)
-    return arrays and scores and (one.scores is None or np.array_equal(one.scores, other.scores))
 
 
 def write_table(trace, path):
@@ -48,9 +45,6 @@ def write_table(trace, path):
         "forward": np.repeat(trace.forward, layers),
         **{f"expert_{k}": trace.experts[:, :, k].ravel() for k in range(top_k)},
     }
-    if trace.scores is not None:
-        for k in range(top_k):
-            columns[f"score_{k}"] = trace.scores[:, :, k].ravel().astype(np.float32)
     write = {".csv": csv.write_csv, ".parquet": parquet.write_table}[path.suffix]
     write(pa.table(columns), path)
 

@@ -13,14 +13,13 @@ from melinoe.foreign import read_foreign
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-@pytest.mark.parametrize("scores", [False, True])
-def test_a_table_holds_a_trace(tmp_path, suffix, scores):
-    """Written and read again, everything is there, weights too."""
+def test_a_table_holds_a_trace(tmp_path, suffix):
+    """Written and read again, everything is there."""
     path = tmp_path / f"t{suffix}"
-    write_table(sample(scores), path)
+    write_table(sample(), path)
     found = read_foreign(path, num_experts=6)
-    assert same(found.trace, sample(scores))
-    assert (found.counts == popularity(sample(scores))).all()
+    assert same(found.trace, sample())
+    assert (found.counts == popularity(sample())).all()
 
 
 def test_a_table_by_hand_needs_no_passes(tmp_path):

@@ -37,8 +37,6 @@ def make(folder):
     for made in (
         ["trace", model, "--data", data, "--out", trace, "--max-new-tokens", 4],
         ["predictor", "fit", trace, "--out", predictor, "--slots", 2],
-        ["generate", model, "w3 w4", "--slots", 4, "--max-new-tokens", 2,
-         "--recent-use", folder / "recent.safetensors"],
         ["simulate", trace, "--slots", 2, "--out", folder / "records.jsonl"],
         ["finetune", model, "--data", data, "--out", folder / "tuned", "--steps", 1,
          "--no-measure", "--save", "both"],
@@ -60,10 +58,6 @@ def readers(folder):
     found = {
         "trace": (folder / "trace.safetensors", lambda p: ["simulate", p, "--slots", "2"]),
         "records": (folder / "records.jsonl", lambda p: ["report", p, "--out", p.parent / "page"]),
-        "recent use": (
-            folder / "recent.safetensors",
-            lambda p: ["generate", model, *serve, "--recent-use", p],
-        ),
         "table": (folder / "table.csv", lambda p: _imported(p, "--num-experts", 8)),
         "array": (folder / "array.npz", lambda p: _imported(p, "--num-experts", 8)),
         "lines": (folder / "lines.jsonl", lambda p: _imported(p, "--num-experts", 8)),

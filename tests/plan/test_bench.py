@@ -68,17 +68,15 @@ def test_what_cannot_be_served_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("when", "slots", "policies"),
-    [("prompt", [4], ["lfu"]), ("completion", [2, 4], ["lfu", "lfru"])],
+    ("slots", "policies"),
+    [([4], ["lfu"]), ([2, 4], ["lfu", "lfru"])],
 )
-def test_simulated_counts_equal_measured_ones_for_every_strategy(
-    when, slots, policies, melinoe, place
-):
+def test_simulated_counts_equal_measured_ones_for_every_strategy(slots, policies, melinoe, place):
     """Policies x slots x prefetches on a real model, prompt by prompt, to the last load."""
     code, out, _ = bench(
         melinoe, place, *(word for n in slots for word in ("--slots", n)),
         *(word for one in policies for word in ("--policy", one)),
-        "--predictor", place / "predictor", "--prefetch-at", when, "--json",
+        "--predictor", place / "predictor", "--json",
     )  # fmt: skip
     assert code == 0
     records = json.loads(out)["records"]
@@ -209,7 +207,6 @@ def test_the_records_make_a_report(melinoe, place, tmp_path):
         (("--prefetch", "predictor"), 1, "--predictor"),
         (("--prefetch", "popularity"), 1, "--popularity"),
         (("--prefetch", "psychic"), 2, "popularity"),
-        (("--prefetch-at", "never"), 2, "completion"),
         (("--miss", "hope"), 2, "split"),
     ],
 )

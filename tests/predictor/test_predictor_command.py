@@ -1,11 +1,9 @@
-"""The predictor and recent use on the command line."""
+"""The predictor on the command line."""
 
 import json
 
 import pytest
 from small_olmoe import tiny_model, words_tokenizer
-
-from melinoe.predictor import RecentUse
 
 
 @pytest.fixture(scope="module")
@@ -63,34 +61,3 @@ def test_more_slots_than_experts_are_refused(trace, tmp_path, melinoe):
     """Nine of eight."""
     result = melinoe("predictor", "fit", trace, "--slots", 9, "--out", tmp_path / "p")
     refused(result, "1 to 8")
-
-
-def test_recent_use_is_begun_and_learns(checkpoint, tmp_path, melinoe):
-    """The first text prefetches nothing, the second what the first used; both count."""
-    file = tmp_path / "recent.safetensors"
-
-    def ask():
-        result = melinoe(
-            "generate", checkpoint, "w3 w4 w5", "--slots", 3, "--max-new-tokens", 5, "--json",
-            "--recent-use", file,
-        )  # fmt: skip
-        assert result[0] == 0, result[2]
-        return json.loads(result[1])
-
-    first, second = ask(), ask()
-    assert first["prefetch_per_token"] == 0
-    assert second["prefetch_per_token"] > 0 and second["ids"] == first["ids"]
-    assert RecentUse.load(file).completions == pytest.approx(1 + 0.5**0.125)
-
-
-def test_bad_recent_use_is_refused_in_one_sentence(checkpoint, tmp_path, melinoe):
-    """Of another model, damaged, beside a predictor, with another prefetch."""
-    RecentUse(2, 8, "another").update(tmp_path / "other")
-    (tmp_path / "torn").write_bytes(b"no recent use")
-    ask = ("generate", checkpoint, "w3", "--max-new-tokens", 2, "--recent-use")
-    refused(melinoe(*ask, tmp_path / "other"), "another", "begin another one")
-    refused(melinoe(*ask, tmp_path / "torn"), "torn", "begin another one")
-    code, _, err = melinoe(*ask, tmp_path / "new", "--predictor", tmp_path / "p")
-    assert code == 2 and "not both" in err and not (tmp_path / "new").exists()
-    code, _, err = melinoe(*ask, tmp_path / "new", "--prefetch", "prefill")
-    assert code == 2 and "--prefetch predictor" in err

@@ -63,7 +63,6 @@ def command(
     prefetch: options.Prefetches = None,
     predictor: options.PredictorDir = None,
     popularity: options.PopularityFile = None,
-    prefetch_at: options.Moment = None,
     link: Annotated[
         str | None,
         option("Emulate a link of this bandwidth, as in 0.3GB/s. On the CPU only.", _LINK),
@@ -84,7 +83,7 @@ def command(
     if not prefetch and (predictor or popularity):
         # A predictor also knows what is popular, which is its first rival.
         prefetch = ["none", "popularity", *(["predictor"] if predictor else [])]
-    ahead = models.prefetchers(prefetch, prefetch_at, predictor, popularity)
+    ahead = models.prefetchers(prefetch, predictor, popularity)
     emulated = (
         None if link is None else (parse_bandwidth(link, "link"), parse_seconds(link_latency))
     )

@@ -23,7 +23,6 @@ def command(
     prefetch: options.Prefetch = None,
     predictor: options.PredictorDir = None,
     popularity: options.PopularityFile = None,
-    prefetch_at: options.Moment = None,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -35,9 +34,7 @@ def command(
 
     named = None if prefetch is None else [prefetch]
     # What is missing or wrong shows before the model is opened.
-    found = models.prefetchers(named, prefetch_at, predictor, popularity)
-    if len(found) > 1:
-        raise typer.BadParameter(f"name one of {', '.join(found)}", param_hint="--prefetch")
+    found = models.prefetchers(named, predictor, popularity, several=False)
     ((name, ahead),) = found.items()
     text = _read_prompt() if prompt == "-" else prompt
     loaded, handle, tokenizer = models.open_model(model, given)

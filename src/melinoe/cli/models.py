@@ -1,7 +1,6 @@
 """Open what a command line names: a model with few resident experts, its backbone, its prompts."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import typer
 
 from melinoe.cli import output
 from melinoe.cli.command import one_of
-from melinoe.config import MISSES, PREFETCH_MOMENTS
+from melinoe.config import MISSES
 
 # `--chat-template plain`: the roles and what they say, a line each.
 _PLAIN = (
@@ -188,25 +187,28 @@ def prompt_ids(examples: Sequence[Any], tokenizer: Any, raw: bool) -> list[list[
 
 
 def prefetchers(
-    named: Sequence[str] | None, at: str | None, predictor: Path | None, popularity: Any = None
+    named: Sequence[str] | None,
+    predictor: Path | None,
+    popularity: Any = None,
+    *,
+    several: bool = True,
 ) -> dict[str, Any]:
     """
     Make the prefetches that a command line asks for: name to prefetcher, None for ``none``.
 
     Args:
         named: Given for --prefetch. Absent: those that predictor and popularity are for.
-        at: Given for --prefetch-at; it holds for those that can load at either moment.
         predictor: Given for --predictor.
         popularity: A file of counts given for --popularity, or the counts of a trace, which ask
             for nothing. Absent: the predictor's.
+        several: Whether more than one may be asked for.
 
     Raises:
-        BadParameter: an unknown name or moment, or material for a prefetch that is not named.
+        BadParameter: an unknown name, or material for a prefetch that is not named.
         MelinoeError: a file that cannot be used, or what a prefetch is made of is missing.
     """
     from melinoe.cache import prefetch
 
-    one_of(at, PREFETCH_MOMENTS, "--prefetch-at")
     material = {"predictor": predictor, "popularity": popularity}
     implied = [name for name, one in material.items() if isinstance(one, Path)]
     names = list(dict.fromkeys(named or implied or [prefetch.NONE]))
@@ -218,6 +220,8 @@ def prefetchers(
             raise typer.BadParameter(
                 f"it is for --prefetch {name}, which is not named", param_hint=f"--{name}"
             )
+    if len(names) > 1 and not several:
+        raise typer.BadParameter(f"name one of {', '.join(names)}", param_hint="--prefetch")
     guess = None
     if predictor is not None:
         from melinoe.predictor import Predictor
@@ -229,10 +233,5 @@ def prefetchers(
         popularity = load_counts(popularity)
     elif popularity is None:
         popularity = getattr(guess, "popularity", None)
-    given = prefetch.Given(popularity, guess, at)
-    found: dict[str, Any] = {}
-    for name in names:
-        timed = name == prefetch.NONE or issubclass(prefetch.prefetcher_class(name), prefetch.Timed)
-        alone = timed or len(names) == 1
-        found[name] = prefetch.prefetcher(name, given if alone else replace(given, at=None))
-    return found
+    given = prefetch.Given(popularity, guess)
+    return {name: prefetch.prefetcher(name, given) for name in names}

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli.command import option, with_settings
-from melinoe.config import PREFETCH_AT
 from melinoe.config.setting import setting
 from melinoe.engine.options import Options
 
@@ -80,14 +79,6 @@ PopularityFile = Annotated[
     option(
         "Counts for --prefetch popularity: a trace, or imported statistics. Default: the "
         "predictor's.",
-        AHEAD,
-    ),
-]
-Moment = Annotated[
-    str | None,
-    option(
-        "When popularity and predictor load: prompt: before it is read, though a long prompt "
-        f"evicts them again; completion: after it. Default: {PREFETCH_AT}.",
         AHEAD,
     ),
 ]

@@ -60,7 +60,6 @@ def command(
     as_json: options.AsJson = False,
     prefetch: options.Prefetches = None,
     predictor: options.PredictorDir = None,
-    prefetch_at: options.Moment = None,
     popularity: Annotated[
         Path | None,
         option(
@@ -144,7 +143,7 @@ def command(
         _slots(text, loaded)
         for text in slots or [str(experts_in_share(QUARTER, loaded.num_experts))]
     ]
-    ahead = models.prefetchers(prefetch, prefetch_at, predictor, popular)
+    ahead = models.prefetchers(prefetch, predictor, popular)
     prompts = _bind([one for one in ahead.values() if one is not None], loaded, trace, model)
     figures = None
     if link is not None:

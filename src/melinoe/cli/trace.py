@@ -19,9 +19,6 @@ def command(
     raw: options.Raw = False,
     columns: options.Columns = None,
     split: options.Split = "test",
-    scores: Annotated[
-        bool, option("Also record each choice's weight, for the policy score.", _MORE)
-    ] = False,
     guesses: Annotated[
         bool,
         option(
@@ -53,7 +50,6 @@ def command(
         prompts,
         max_new_tokens,
         progress=output.say,
-        scores=scores,
         guesses=guesses,
     )
     trace.save(out)

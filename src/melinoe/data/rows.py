@@ -75,11 +75,7 @@ def data_files(path: str | Path) -> list[Path]:
         there = sorted(one for one in path.iterdir() if not one.name.startswith("."))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    files = [
-        one
-        for one in there
-        if one.is_file() and _suffix(one) in SUFFIXES and one.name not in _ABOUT
-    ]
+    files = [x for x in there if x.is_file() and _suffix(x) in SUFFIXES and x.name not in _ABOUT]
     if not files:
         raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file; name one that does")
     if rest := [one.name for one in there if one not in files]:
@@ -104,17 +100,22 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _read_file(path: Path) -> Rows:
     kind = _suffix(path)
     if kind == ".parquet":
         yield from _read_parquet(path)
         return
+    read, newline = (_read_csv, "") if kind == ".csv" else (_read_json, None)
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         # Bytes that are no UTF-8 come through, and are found line by line.
         given: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-        with opened(path, "rt", newline="" if kind == ".csv" else None, **given) as file:
-            yield from (_read_csv if kind == ".csv" else _read_json)(path, file)
+        with opened(path, "rt", newline=newline, **given) as file:
+            yield from read(path, file)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path} cannot be read ({reason}); check the file") from None
@@ -123,7 +124,6 @@ def _read_file(path: Path) -> Rows:
 def _read_json(path: Path, file: TextIO) -> Rows:
     blank, begun = 0, False
     for number, line in enumerate(file, start=1):
-        source = f"{path}:{number}"
         if not line.strip():
             blank = blank or number
             continue
@@ -136,10 +136,9 @@ def _read_json(path: Path, file: TextIO) -> Rows:
         begun = True
         if blank:
             raise DataError(f"{path}:{blank} is empty; remove the line")
-        hint = "write one object per line"
-        if line.rstrip().endswith("},"):
-            hint += " and no comma after it"
-        yield source, _parse(line, source, hint)
+        comma = " and no comma after it" if line.rstrip().endswith("},") else ""
+        source = f"{path}:{number}"
+        yield source, _parse(line, source, f"write one object per line{comma}")
 
 
 def _parse(text: str, source: str, way_out: str) -> Any:
@@ -147,8 +146,7 @@ def _parse(text: str, source: str, way_out: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{source} is not JSON ({reason}); {way_out}") from None
+        raise DataError(f"{source} is not JSON ({_first_line(error)}); {way_out}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,14 +165,13 @@ def _read_csv(path: Path, file: TextIO) -> Rows:
         for cells in reader:
             source = f"{path}:{reader.line_num}"
             _check_utf8("".join(cells), source)
-            if not cells:
-                continue
-            if len(cells) != len(header):
+            if cells and len(cells) != len(header):
                 raise DataError(
                     f"{source} has {len(cells)} cells and the header {len(header)}; write as many, "
                     "and quotes around text that holds commas"
                 )
-            yield source, {key: cell or None for key, cell in zip(header, cells, strict=True)}
+            if cells:
+                yield source, {key: cell or None for key, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num} is not CSV ({error}); mend the line") from None
 
@@ -199,8 +196,9 @@ def _read_parquet(path: Path) -> Rows:
                     yield f"{path}[{number}]", row
                     number += 1
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}[{number}] cannot be read ({reason}); check the file") from error
+        raise DataError(
+            f"{path}[{number}] cannot be read ({_first_line(error)}); check the file"
+        ) from error
 
 
 def _read_hub(name: str, split: str) -> Rows:
@@ -214,7 +212,7 @@ def _read_hub(name: str, split: str) -> Rows:
         for number, row in enumerate(dataset):
             yield f"{name}[{number}]", row
     except Exception as error:  # the library raises many kinds, for one fact: it is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         if number >= 0:
             raise DataError(f"{name}[{number + 1}] cannot be read ({reason})") from error
         raise DataError(

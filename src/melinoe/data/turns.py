@@ -16,15 +16,8 @@ from melinoe.errors import DataError
 Turn = Mapping[str, Any]
 
 ASSISTANT = "assistant"
-_SPEAKERS = {
-    "human": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "bing": ASSISTANT,
-    "bard": ASSISTANT,
-    "observation": "tool",
-    "function_response": "tool",
-}
+_SPEAKERS = {"human": "user", "observation": "tool", "function_response": "tool"}
+_SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), ASSISTANT)
 _FROM = ("user", ASSISTANT, "system", "tool")
 _LEARNED = ("weight", "train", "training")
 
@@ -46,13 +39,8 @@ def read_turns(value: Any, key: str, source: str) -> tuple[list[Turn], list[int]
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise DataError(f'{source} has a "{key}" that is no list of turns; write one, see TRL')
-    turns, learned = [], []
-    for place, one in enumerate(value):
-        turn, is_learned = _turn(one, f'{source} has in "{key}" a turn {place}')
-        turns.append(turn)
-        if is_learned:
-            learned.append(place)
-    return turns, learned
+    read = [_turn(one, f'{source} has in "{key}" a turn {at}') for at, one in enumerate(value)]
+    return [turn for turn, _ in read], [at for at, (_, learned) in enumerate(read) if learned]
 
 
 def parse_list(value: Any, what: str) -> list[dict[str, Any]]:
@@ -86,6 +74,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _turn(value: Any, what: str) -> tuple[Turn, bool]:
+    """Read a turn, and whether it is learned."""
     if not isinstance(value, Mapping):
         raise DataError(f'{what} that is no object; give it "role" and "content"')
     turn = {str(key): one for key, one in value.items() if one is not None}
@@ -101,21 +90,24 @@ def _turn(value: Any, what: str) -> tuple[Turn, bool]:
     role = turn.get("role")
     if not isinstance(role, str):
         raise DataError(f'{what} without a "role" that is a string; add it')
-    turn["role"] = _SPEAKERS.get(role, role) if role in ("human", "gpt") else role
-    if "tool_calls" in turn:
-        turn["tool_calls"] = parse_list(turn["tool_calls"], f'{what} with "tool_calls"')
-        if not turn["tool_calls"]:
-            del turn["tool_calls"]
+    role = turn["role"] = _SPEAKERS[role] if role in ("human", "gpt") else role
+    calls = parse_list(turn.pop("tool_calls", []), f'{what} with "tool_calls"')
     if "content" in turn:
         turn["content"] = _content(turn["content"], what)
-    elif "tool_calls" not in turn:
+    elif not calls:
         raise DataError(f'{what} without a "content"; add it')
-    marks = [_mark(key, turn.pop(key), what) for key in _LEARNED if key in turn]
-    if any(marks) and turn["role"] != ASSISTANT:
+    turn |= {"tool_calls": calls} if calls else {}
+    marks = {key: turn.pop(key) for key in _LEARNED if key in turn}
+    for key, mark in marks.items():
+        if not isinstance(mark, bool | int | float) or mark not in (0, 1):
+            raise DataError(
+                f'{what} with a "{key}" of {mark!r}; only 0 and 1, false and true, are read'
+            )
+    if any(marks.values()) and role != ASSISTANT:
         raise DataError(
-            f"{what} of {turn['role']!r} that is marked to be learned; only assistant turns can be"
+            f"{what} of {role!r} that is marked to be learned; only assistant turns can be"
         )
-    return turn, turn["role"] == ASSISTANT and all(marks)
+    return turn, role == ASSISTANT and all(marks.values())
 
 
 def says_something(turn: Turn) -> bool:
@@ -123,20 +115,10 @@ def says_something(turn: Turn) -> bool:
     return bool(turn.get("tool_calls") or turn.get("content", "").strip())
 
 
-def _mark(key: str, value: Any, what: str) -> bool:
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
-    raise DataError(f'{what} with a "{key}" of {value!r}; only 0 and 1, false and true, are read')
-
-
 def _content(value: Any, what: str) -> str:
     """Read a turn's content: a string, or text parts, which are joined as templates do."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple):
-        raise DataError(f'{what} whose "content" is neither a string nor a list of text parts')
     texts = []
-    for part in value:
+    for part in [value] if isinstance(value, str) else value if _is_list(value) else [None]:
         if isinstance(part, Mapping):
             found = {str(key): one for key, one in part.items() if one is not None}
             kind = found.get("type", "text")
@@ -150,3 +132,7 @@ def _content(value: Any, what: str) -> str:
             raise DataError(f'{what} whose "content" is neither a string nor a list of text parts')
         texts.append(part)
     return "".join(texts)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)

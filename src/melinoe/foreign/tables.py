@@ -6,8 +6,7 @@ columns. A table that has no token is no trace but statistics: how often each ex
 
 Columns are read by any of their common names, and become exact numbers: arrays by name, one entry
 for each token and layer: ``number`` (of the row in its file), ``layer``, ``experts`` (rows, k),
-and, if the file has them, ``token``, ``sequence``, ``kind``, ``forward``, ``scores`` (rows, k),
-``count`` and ``rank``.
+and, if the file has them, ``token``, ``sequence``, ``kind``, ``forward``, ``count`` and ``rank``.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ _SPELLINGS = {
     "layer": "layer_id layer_idx layer_index layer_num moe_layer",
     "expert": "expert_id expert_idx expert_index",
     "experts": "expert_ids topk_ids topk_idx topk_indices top_k_index selected_experts",
-    "score": "weight prob probability router_weight expert_weight gate_weight",
-    "scores": "weights topk_weights topk_scores router_weights expert_weights",
     "rank": "k slot choice",
     "sequence": "sequence_id seq seq_id req_id request request_id prompt_id sample_id",
     "kind": "phase",
@@ -42,7 +39,7 @@ _SPELLINGS = {
     "count": "counts frequency",
 }
 _NAMES = {other: name for name, others in _SPELLINGS.items() for other in others.split()}
-_OF_ONE = re.compile(r"(expert|score)_\d+")
+_OF_ONE = re.compile(r"expert_\d+")
 _OF_LOG = ("model_id", "num_experts")  # in header lines
 _KINDS = {"prompt": 0, "completion": 1, "padding": 2, "prefill": 0, "decode": 1}
 _KINDS |= {"0": 0, "1": 1, "2": 2}
@@ -79,8 +76,6 @@ def read_table(
         if not isinstance(experts, int):
             raise ValueError("it does not say how many experts a layer has; give --num-experts")
         rows = _rows(columns, experts)
-        if "token" not in rows and "scores" in rows:
-            notes.append("weights left out: every choice counts one")
         if statistics or "token" not in rows:
             return _counts(rows, experts, notes), notes
         model = model or str(told.get("model_id", ""))
@@ -129,7 +124,7 @@ def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
     Read arrays as a table whose rows are the layers of each token, in that order.
 
     The array ``experts``, another name of it or the only one holds integers (tokens, layers, k);
-    beside it may stand one number for each token, and ``scores``, shaped as the experts.
+    beside it may stand one number for each token. Arrays shaped as the experts are left out.
     """
     import pyarrow as pa
 
@@ -147,11 +142,9 @@ def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
     columns["layer"] = np.tile(np.arange(layers), tokens)
     columns |= {f"expert_{k}": experts[:, :, k].ravel() for k in range(top_k)}
     for name, values in arrays.items():
-        if name == "scores" and values.shape == experts.shape:
-            columns |= {f"score_{k}": values[:, :, k].ravel() for k in range(top_k)}
-        elif values.shape == (tokens,):
+        if values.shape == (tokens,):
             columns[name] = np.repeat(values, layers)
-        else:
+        elif values.shape != experts.shape:
             raise ValueError(
                 f"{name} has the shape {values.shape}, which fits no token; take it out"
             )
@@ -289,14 +282,7 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
         rows["sequence"] = _sequences(columns["sequence"], number)
     if "kind" in columns:
         rows["kind"] = _kinds(columns["kind"], number)
-    rows["experts"] = _matrix("expert", columns, number, num_experts - 1)
-    if {"score", "scores", "score_0"} & columns.keys():
-        rows["scores"] = _matrix("score", columns, number, None)
-        if rows["scores"].shape != rows["experts"].shape:
-            raise ValueError("it has not one weight for each choice of an expert")
-        lacks = (np.isnan(rows["scores"]) & (rows["experts"] >= 0)).any(axis=1)
-        if lacks.any():
-            raise ValueError(f"row {number[np.argmax(lacks)]} has a choice without its weight")
+    rows["experts"] = _chosen(columns, number, num_experts - 1)
     if {"token", "count"} <= rows.keys():
         raise ValueError("it has both tokens and counts; take one of the columns out")
     return _gathered(rows) if "token" in rows and "expert" in columns else rows
@@ -330,49 +316,31 @@ def _kinds(words: Any, number: np.ndarray) -> np.ndarray:
     return np.array([*spelled, 0], np.uint8)[codes]
 
 
-def _matrix(one: str, columns: dict[str, Any], number: np.ndarray, most: int | None) -> np.ndarray:
-    """Experts, int64 (rows, k), -1 for none; or weights (*most* is None), float16, nan."""
+def _chosen(columns: dict[str, Any], number: np.ndarray, most: int) -> np.ndarray:
+    """Experts, int64 (rows, k), -1 for none."""
     import pyarrow.compute as pc
 
-    if f"{one}s" in columns:
-        lists = columns[f"{one}s"]
+    if "experts" in columns:
+        lists = columns["experts"]
         if "list" not in str(lists.type):
-            raise ValueError(f"its column of {one}s holds no lists")
+            raise ValueError("its column of experts holds no lists")
         lengths = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
         row = np.repeat(np.arange(len(number)), lengths)
         place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        values = _values(one, pc.list_flatten(lists), number[row], most, True)
-        width, none = max(1, lengths.max()), np.nan if most is None else -1
-        matrix = np.full((len(number), width), none, values.dtype)
-        matrix[row, place] = values
+        flat = pc.list_flatten(lists)
+        matrix = np.full((len(number), max(1, lengths.max())), -1, np.int64)
+        matrix[row, place] = whole("expert", flat, -1, most, missing=-1, rows=number[row])
         return matrix
-    names = [name for name in columns if re.fullmatch(rf"{one}_\d+", name)]
-    wanted = [one] if one in columns else [f"{one}_{k}" for k in range(len(names))]
-    if odd := set(names).symmetric_difference(wanted) - {one}:
+    names = [name for name in columns if _OF_ONE.fullmatch(name)]
+    wanted = ["expert"] if "expert" in columns else [f"expert_{k}" for k in range(len(names))]
+    if odd := set(names).symmetric_difference(wanted) - {"expert"}:
         raise ValueError(f"its columns do not match at {', '.join(sorted(odd))}")
-    ordered = "token" in columns
-    each = [_values(name, columns[name], number, most, ordered) for name in wanted]
+    # Without an order, a row that chooses nothing says nothing.
+    least, missing = (-1, -1) if "token" in columns else (0, None)
+    each = [
+        whole(name, columns[name], least, most, missing=missing, rows=number) for name in wanted
+    ]
     return np.stack(each, axis=-1)
-
-
-def _values(
-    name: str, values: Any, number: np.ndarray, most: int | None, ordered: bool
-) -> np.ndarray:
-    """Read one column of choices, or of weights."""
-    import pyarrow as pa
-
-    if most is not None:
-        least = -1 if ordered else 0  # without an order, a row that chooses nothing says nothing
-        return whole(name, values, least, most, missing=-1 if ordered else None, rows=number)
-    try:
-        weights = values.cast(pa.float64()).fill_null(np.nan).to_numpy()
-    except (NotImplementedError, ValueError):  # Arrow's, for another type or a text
-        raise ValueError(f"its column {name} holds no numbers") from None
-    good = np.isnan(weights) | (weights >= 0) & (weights <= np.finfo(np.float16).max)
-    if not good.all():
-        at = int(np.argmin(good))
-        raise ValueError(f"row {number[at]} has the weight {weights[at]}, which is none")
-    return weights.astype(np.float16)
 
 
 def _changes(keys: list[np.ndarray]) -> np.ndarray:
@@ -397,10 +365,8 @@ def _gathered(rows: Rows) -> Rows:
     row = np.cumsum(first) - 1
     place = np.arange(len(first)) - starts[row]
     found = {name: values[starts] for name, values in rows.items()}
-    for name, none in (("experts", -1), ("scores", 0)):
-        if name in rows:
-            found[name] = np.full((len(starts), place.max() + 1), none, rows[name].dtype)
-            found[name][row, place] = rows[name][:, 0]
+    found["experts"] = np.full((len(starts), place.max() + 1), -1, rows["experts"].dtype)
+    found["experts"][row, place] = rows["experts"][:, 0]
     return found
 
 
@@ -446,8 +412,7 @@ def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]
             f"layer, so it is several tokens of one number; number them on, or {_COUNTED}"
         )
     shape = (-1, len(layers), rows["experts"].shape[1])
-    experts, scores = rows["experts"].reshape(shape), rows.get("scores")
-    scores = None if scores is None else np.where(experts < 0, 0, scores.reshape(shape))
+    experts = rows["experts"].reshape(shape)
     if "kind" not in first:
         alike = _alike(experts)
         if "forward" in first:  # whole passes
@@ -456,7 +421,7 @@ def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]
         if alike >= _WARM_UP:
             notes.append(_warm_up(alike))
             first = {name: values[alike:] for name, values in first.items()}
-            experts, scores = experts[alike:], None if scores is None else scores[alike:]
+            experts = experts[alike:]
             if not len(experts):
                 raise ValueError("nothing else is in it; record while requests are served")
     sequence, kind, forward = _owners(first, notes)
@@ -468,7 +433,6 @@ def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]
         num_experts,
         model,
         note="; ".join([note, *notes]),
-        scores=scores,
     )
 
 
