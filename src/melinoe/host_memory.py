@@ -31,8 +31,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
     Returns:
         None where the system says nothing of it, as outside Linux.
     """
-    found = [*_machine(root), *_groups(root), *_own_limits(root)]
-    return min(found, default=None)
+    return min([*_machine(root), *_groups(root), *_own_limits(root)], default=None)
 
 
 def free_host_bytes(root: Path = Path("/")) -> int | None:
@@ -92,38 +91,30 @@ def _own_limits(root: Path) -> Iterator[HostMemory]:
 def _groups(root: Path) -> Iterator[HostMemory]:
     """Yield what each control group leaves, from this process's own to the topmost in sight."""
     groups = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
+    groups = [group for group in groups if len(group) == 3]
     for line in _read(root / "proc/self/mountinfo").splitlines():
         before, _, behind = line.partition(" - ")
         fields, kind = before.split(), behind.split()
         if len(fields) < 5 or len(kind) < 3:
             continue
+        files: tuple[tuple[str, ...], str, str]  # limits, use, used bytes that are pages of files
         if kind[0] == "cgroup2":
-            own = [group[2] for group in groups if len(group) == 3 and group[1] == ""]
-            files = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
+            own = [path for _, controllers, path in groups if not controllers]
+            files = (("memory.max", "memory.high"), "memory.current", "inactive_file")
         elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
-            own = [g[2] for g in groups if len(g) == 3 and "memory" in g[1].split(",")]
-            files = _Files(
-                ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
-            )
+            own = [path for _, controllers, path in groups if "memory" in controllers.split(",")]
+            files = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         top = root / _unescaped(fields[4]).lstrip("/")
         below = _below(own[0], _unescaped(fields[3])) if own else PurePosixPath()
         for group in (below, *below.parents):
-            yield from _left_in(top / group, files)
-
-
-class _Files(NamedTuple):
-    """Name the limits, the use and the cached files in a version of the interface."""
-
-    limits: tuple[str, ...]
-    used: str
-    cached: str
+            yield from _left_in(top / group, *files)
 
 
 def _below(own: str, mounted: str) -> PurePosixPath:
     """
-    The process's group relative to the one that is mounted.
+    Give the process's group relative to the one that is mounted.
 
     A container may see its own group as the topmost, and itself under another name, or outside
     (``/../other``): then the group that it sees is the only one that is known.
@@ -135,14 +126,16 @@ def _below(own: str, mounted: str) -> PurePosixPath:
     return PurePosixPath() if ".." in below.parts else below
 
 
-def _left_in(group: Path, files: _Files) -> Iterator[HostMemory]:
-    used = _read(group / files.used).strip()
+def _left_in(
+    group: Path, limits: tuple[str, ...], used_in: str, cached_as: str
+) -> Iterator[HostMemory]:
+    used = _read(group / used_in).strip()
     if not used.isdigit():
         return
     # Pages of files that nobody has used lately count as used, and are given up at need.
-    cached = re.search(rf"^{files.cached} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    cached = re.search(rf"^{cached_as} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
     taken = int(used) - (int(cached[1]) if cached else 0)
-    for name in files.limits:
+    for name in limits:
         limit = _read(group / name).strip()
         if limit.isdigit():  # version 2 says "max" where there is none; version 1 a huge number
             yield HostMemory(max(int(limit) - taken, 0), f"the limit in {group / name}")

@@ -1,5 +1,5 @@
 """
-Tell glibc what to do with freed memory while a model trains on the CPU.
+Tell glibc what to do with freed memory while a model trains on the CPU; elsewhere nothing happens.
 
 A small model asks for the same blocks at every step: kept, they save a page fault for every 4 KiB
 (docs/log.md, 2026-11-22: a third of the time). A large model's blocks would leave holes between
@@ -11,27 +11,23 @@ import platform
 
 # mallopt's parameter numbers, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_MOST_FROM_THE_HEAP_BYTES = 32 << 20  # the most that every glibc takes
-_KEPT_BYTES = 256 << 20
-_AHEAD_BYTES = 64 << 20
-_LARGE_BYTES = 1 << 20
 
 
 def keep_freed_memory() -> bool:
     """
-    Serve blocks up to 32 MiB from the heap, and hold 256 MiB of freed ones.
+    Serve blocks up to 32 MiB, the most that glibc takes, from the heap; hold 256 MiB of freed ones.
 
     Affects the whole process until it ends, as `return_large_blocks` does.
 
     Returns:
         Whether it was done: only on Linux with glibc.
     """
-    return _set(_MOST_FROM_THE_HEAP_BYTES, _KEPT_BYTES, _AHEAD_BYTES)
+    return _set(32 << 20, 256 << 20, 64 << 20)
 
 
 def return_large_blocks() -> bool:
     """Give blocks from 1 MiB on back to the kernel as soon as they are freed."""
-    return _set(_LARGE_BYTES, _LARGE_BYTES, 0)
+    return _set(1 << 20, 1 << 20, 0)
 
 
 def return_freed_memory() -> None:
@@ -41,11 +37,8 @@ def return_freed_memory() -> None:
 
 
 def _set(mapped_from: int, kept: int, ahead: int) -> bool:
-    if not _is_glibc():
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
     values = ((_M_MMAP_THRESHOLD, mapped_from), (_M_TRIM_THRESHOLD, kept), (_M_TOP_PAD, ahead))
-    return all(mallopt(parameter, value) == 1 for parameter, value in values)
+    return _is_glibc() and all(ctypes.CDLL(None).mallopt(*one) == 1 for one in values)
 
 
 def _is_glibc() -> bool:

@@ -44,37 +44,30 @@ class Estimate:
 def bootstrap(
     values: Sequence[float] | Floats,
     weights: Sequence[float] | Floats | None = None,
-    level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
     transform: Callable[[Floats], Floats] | None = None,
 ) -> Estimate:
     """
-    Estimate ``sum(values) / sum(weights)`` with a percentile interval over prompts.
+    Estimate ``sum(values) / sum(weights)`` with a 95 % percentile interval over prompts.
 
     Args:
         values: One numerator per prompt, for example its hits.
         weights: One denominator per prompt, for example its uses; ``None`` means 1 each, which
             makes the estimate the plain mean.
-        level: Share of the resampled statistics that the interval holds.
         resamples: How many times n prompts are drawn with replacement.
         seed: Of the draw; equal seeds and lengths draw the same prompts.
         transform: Applied to the ratio, elementwise; ``np.exp`` turns a mean loss into perplexity.
 
     Raises:
         DataError: no prompts, a value that is not finite, or denominators that sum to zero.
-        ValueError: lengths differ, or *level* or *resamples* make no sense.
+        ValueError: lengths differ.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    numerators, denominators = _checked(values, weights)
-    return _interval(
-        lambda sums: sums[0] / sums[1],
-        [numerators, denominators],
-        (level, resamples, seed),
-        transform,
-    )
+    columns = _checked(values, weights)
+    return _interval(lambda sums: sums[0] / sums[1], columns, transform, resamples, seed)
 
 
 def paired_difference(
@@ -82,9 +75,6 @@ def paired_difference(
     theirs: Sequence[float] | Floats,
     our_weights: Sequence[float] | Floats | None = None,
     their_weights: Sequence[float] | Floats | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
     transform: Callable[[Floats], Floats] | None = None,
 ) -> Estimate:
     """
@@ -93,21 +83,16 @@ def paired_difference(
     Each resample draws a prompt for both, so that what makes a prompt hard cancels.
 
     Args:
-        ours: One numerator per prompt.
-        theirs: The same of the other model; entry i belongs to the same prompt as ``ours[i]``.
-        our_weights: Denominators; ``None`` means 1 each.
-        their_weights: Likewise.
-        level: As in `bootstrap`.
-        resamples: As in `bootstrap`.
-        seed: As in `bootstrap`.
+        ours, theirs: One numerator per prompt; entry i of both belongs to the same prompt.
+        our_weights, their_weights: Denominators; ``None`` means 1 each.
         transform: Applied to the difference, elementwise.
 
     Raises:
         DataError: as in `bootstrap`.
         ValueError: as in `bootstrap`, or the two have different numbers of prompts.
     """
-    sums = _paired(ours, our_weights, theirs, their_weights)
-    return _interval(lambda s: s[0] / s[1] - s[2] / s[3], sums, (level, resamples, seed), transform)
+    columns = _paired(ours, our_weights, theirs, their_weights)
+    return _interval(lambda s: s[0] / s[1] - s[2] / s[3], columns, transform)
 
 
 def paired_ratio(
@@ -115,9 +100,6 @@ def paired_ratio(
     theirs: Sequence[float] | Floats,
     our_weights: Sequence[float] | Floats | None = None,
     their_weights: Sequence[float] | Floats | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> Estimate:
     """
     Estimate our rate divided by theirs, on the same prompts; arguments as in `paired_difference`.
@@ -126,37 +108,35 @@ def paired_ratio(
         DataError: as in `bootstrap`, or their rate is zero.
         ValueError: as in `paired_difference`.
     """
-    sums = _paired(ours, our_weights, theirs, their_weights)
-    if sums[2].sum() == 0:
+    columns = _paired(ours, our_weights, theirs, their_weights)
+    if columns[2].sum() == 0:
         raise DataError(
             "the rate to compare with is zero, so a ratio has no meaning; compare differences"
         )
-    return _interval(lambda s: (s[0] / s[1]) / (s[2] / s[3]), sums, (level, resamples, seed), None)
+    return _interval(lambda s: (s[0] / s[1]) / (s[2] / s[3]), columns)
 
 
 def _checked(
     values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None
-) -> tuple[Floats, Floats]:
-    numerators = np.asarray(values, dtype=np.float64)
-    denominators = (
-        np.ones_like(numerators) if weights is None else np.asarray(weights, dtype=np.float64)
-    )
-    if numerators.ndim != 1 or numerators.shape != denominators.shape:
+) -> list[Floats]:
+    """Give numerators and denominators as arrays; refuse what has no mean."""
+    above = np.asarray(values, dtype=np.float64)
+    below = np.ones_like(above) if weights is None else np.asarray(weights, dtype=np.float64)
+    if above.ndim != 1 or above.shape != below.shape:
         raise ValueError(
-            f"need one value and one weight a prompt, got {numerators.shape} and "
-            f"{denominators.shape}"
+            f"need one value and one weight a prompt, got {above.shape} and {below.shape}"
         )
-    if numerators.size == 0:
+    if above.size == 0:
         raise DataError("there is nothing to average; give at least one prompt")
-    if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
+    if not (np.isfinite(above).all() and np.isfinite(below).all()):
         raise DataError(
             "a measured value is not finite; look for an overflow in the model's output"
         )
-    if (denominators < 0).any():
+    if (below < 0).any():
         raise ValueError("weights must not be negative")
-    if denominators.sum() == 0:
+    if below.sum() == 0:
         raise DataError("nothing was counted in any prompt; give longer prompts or more tokens")
-    return numerators, denominators
+    return [above, below]
 
 
 def _paired(
@@ -168,33 +148,33 @@ def _paired(
     first, second = _checked(ours, our_weights), _checked(theirs, their_weights)
     if first[0].size != second[0].size:
         raise ValueError(f"cannot pair {first[0].size} prompts with {second[0].size}")
-    return [*first, *second]
+    return first + second
 
 
 def _interval(
     statistic: Callable[[list[Floats]], Floats],
     columns: list[Floats],
-    settings: tuple[float, int, int],
-    transform: Callable[[Floats], Floats] | None,
+    transform: Callable[[Floats], Floats] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Take *statistic* of the columns' sums, once over all prompts and once per resample."""
-    level, resamples, seed = settings
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"need 0 < level < 1 and resamples >= 1, got {level} and {resamples}")
-    apply = transform if transform is not None else (lambda x: x)
+
+    def apply(sums: list[Floats]) -> Floats:
+        return statistic(sums) if transform is None else transform(statistic(sums))
+
     count = columns[0].size
-    mean = float(apply(statistic([np.asarray([c.sum()]) for c in columns]))[0])
+    mean = float(apply([np.asarray([column.sum()]) for column in columns])[0])
     if count == 1:
         return Estimate(mean, mean, mean, 1)
     rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK_ELEMENTS // count)
     parts = []
-    for start in range(0, resamples, step := max(1, _CHUNK_ELEMENTS // count)):
+    for start in range(0, resamples, step):
         draws = rng.integers(0, count, size=(min(step, resamples - start), count))
         with np.errstate(divide="ignore", invalid="ignore"):
-            parts.append(apply(statistic([c[draws].sum(axis=1) for c in columns])))
+            parts.append(apply([column[draws].sum(axis=1) for column in columns]))
     drawn = np.concatenate(parts)
     # A resample may hold only prompts whose denominator is zero; it says nothing about the rate.
-    drawn = drawn[np.isfinite(drawn)]
-    tail = (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])
     return Estimate(mean, float(low), float(high), count)

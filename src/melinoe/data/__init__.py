@@ -1,22 +1,7 @@
-"""
-Examples in, batches out: a prompt to condition on and a completion to learn.
-
-    rows.py       rows of files and hub data sets
-    turns.py      turns of chats, in the spellings of data sets
-    examples.py   rows in TRL's forms and others' as examples; every error with its line
-    rendering.py  chats as a chat template writes them, cut into turns
-    encode.py     token ids, and which of them are completion; what was cut or left out
-    collate.py    batches: padded, or several examples packed into one row
-"""
+"""Examples in, batches out: a prompt to condition on and a completion to learn."""
 
 from melinoe.data.collate import IGNORED, Collator, PackedCollator
-from melinoe.data.encode import (
-    Encoded,
-    count_losses,
-    encode,
-    encode_prompts,
-    pad_token_id,
-)
+from melinoe.data.encode import Encoded, count_losses, encode, encode_prompts, pad_token_id
 from melinoe.data.examples import FORMS, Example, check_text, digest, load_examples
 from melinoe.data.rows import data_files
 

@@ -30,12 +30,8 @@ class Collator:
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Collate at least one example."""
-        made = _empty(len(batch), max(len(one) for one in batch), self.pad_token_id)
-        attention_mask = torch.zeros_like(made["input_ids"])
-        for row, one in enumerate(batch):
-            _place(made, row, 0, 0, one)
-            attention_mask[row, : len(one)] = 1
-        return {**made, "attention_mask": attention_mask}
+        made = _placed([[one] for one in batch], self.pad_token_id)
+        return made | {"attention_mask": (made["segment_ids"] != PADDING).long()}
 
 
 @dataclass(frozen=True)
@@ -62,31 +58,31 @@ class PackedCollator:
     def __call__(self, batch: Sequence[Sequence[Encoded]]) -> dict[str, torch.Tensor]:
         """Collate at least one row of at least one example."""
         rows = [[one for row in batch for one in row]] if self.flat else batch
-        longest = max(sum(len(one) for one in row) for row in rows)
-        made = _empty(len(rows), longest, self.pad_token_id)
-        position_ids = torch.zeros_like(made["input_ids"])
-        for index, row in enumerate(rows):
-            at = 0
-            for segment, one in enumerate(row):
-                _place(made, index, at, segment, one)
-                position_ids[index, at : at + len(one)] = torch.arange(len(one))
-                at += len(one)
-            position_ids[index, at:] = torch.arange(longest - at)
-        return {**made, "position_ids": position_ids}
+        made = _placed(rows, self.pad_token_id)
+        positions = torch.zeros_like(made["input_ids"])
+        for at, row in enumerate(rows):
+            sizes = [len(one) for one in row]
+            sizes.append(positions.shape[1] - sum(sizes))
+            positions[at] = torch.cat([torch.arange(size) for size in sizes])
+        return made | {"position_ids": positions}
 
 
-def _empty(rows: int, tokens: int, pad_token_id: int) -> dict[str, torch.Tensor]:
-    shape = (rows, tokens)
-    return {
+def _placed(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Ids, labels and segments of the examples of each row, one after the other."""
+    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+    made = {
         "input_ids": torch.full(shape, pad_token_id),
         "labels": torch.full(shape, IGNORED),
         "segment_ids": torch.full(shape, PADDING),
     }
-
-
-def _place(made: dict[str, torch.Tensor], row: int, start: int, segment: int, one: Encoded) -> None:
-    here = slice(start, start + len(one))
-    ids = torch.tensor(one.input_ids)
-    made["input_ids"][row, here] = ids
-    made["labels"][row, here] = torch.where(torch.tensor(one.completion_mask), ids, IGNORED)
-    made["segment_ids"][row, here] = segment
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, one in enumerate(row):
+            here = slice(start, start := start + len(one))
+            ids = torch.tensor(one.input_ids)
+            made["input_ids"][number, here] = ids
+            made["labels"][number, here] = torch.where(
+                torch.tensor(one.completion_mask), ids, IGNORED
+            )
+            made["segment_ids"][number, here] = segment
+    return made

@@ -43,11 +43,9 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
     """
     Turn examples into token ids and say which of them are completion.
 
-    Prompt and completion are tokenised apart, so that the border between them is exact, and
-    end-of-text follows the completion (a chat template ends its turns itself). An example that is
+    End-of-text follows the completion (a chat template ends its turns itself). An example that is
     too long is cut at its end; one whose prompt leaves no room for one completion token is left
-    out. These, and what a chat template does not write, are counted in one line of the log; see
-    `count_losses` for the numbers.
+    out. These, and what a chat template does not write, are counted in one line of the log.
 
     Args:
         examples: At least one.
@@ -79,17 +77,13 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
             f"no example has a completion token within {max_length} tokens; "
             "raise max_length, or shorten the prompts"
         )
-    losses = count_losses(examples, encoded)
-    words = []
+    losses, words = count_losses(examples, encoded), []
     if losses["shortened"]:
-        words.append(
-            f"{losses['shortened']} were cut at {max_length} tokens ({losses['tokens_cut']} tokens "
-            "fell away)"
-        )
+        fell = f"({losses['tokens_cut']} tokens fell away)"
+        words.append(f"{losses['shortened']} were cut at {max_length} tokens {fell}")
     if losses["left_out"]:
-        words.append(
-            f"{losses['left_out']} left out (no completion token within {max_length} tokens)"
-        )
+        why = f"(no completion token within {max_length} tokens)"
+        words.append(f"{losses['left_out']} left out {why}")
     said.say(examples, words)
     return encoded
 
@@ -166,51 +160,49 @@ class _Remarks:
     """Count what chat templates do to chats."""
 
     def __init__(self) -> None:
-        self.rewriting = self.rewritten = self.headless = self.trailing = 0
+        self.count: Counter[str] = Counter()
         self.unshown: Counter[str] = Counter()
 
     def hear(self, rendered: Rendered | None) -> None:
         """Count one chat."""
         if rendered is not None:
-            self.rewriting += rendered.rewritten > 0
-            self.rewritten += rendered.rewritten
-            self.headless += rendered.headless
-            self.trailing += rendered.trailing > 0
+            self.count["rewriting"] += rendered.rewritten > 0
+            self.count["rewritten"] += rendered.rewritten
+            self.count["headless"] += rendered.headless
+            self.count["trailing"] += rendered.trailing > 0
             self.unshown.update(rendered.unshown)
 
     def say(self, examples: Sequence[Example], words: list[str]) -> None:
         """Log one line, if there is anything to say."""
-        if self.rewritten:
+        count = self.count
+        if count["rewritten"]:
             words.append(
-                f"in {self.rewriting} the chat template rewrites assistant turns once the chat "
-                f"goes on, so {self.rewritten} of them are context and not learned"
+                f"in {count['rewriting']} the chat template rewrites assistant turns once the chat "
+                f"goes on, so {count['rewritten']} of them are context and not learned"
             )
-        if self.headless:
+        if count["headless"]:
             words.append(
-                f"in {self.headless} the answer does not begin as the template's generation prompt "
-                "does, and is learned from where they part"
+                f"in {count['headless']} the answer does not begin as the template's generation "
+                "prompt does, and is learned from where they part"
             )
-        if self.trailing:
+        if count["trailing"]:
             words.append(
-                f"{self.trailing} go on after the last turn to learn, and are read up to it"
+                f"{count['trailing']} go on after the last turn to learn, and are read up to it"
             )
         if self.unshown:
             words.append(f"the chat template does not write {named_counts(self.unshown)}")
         if words:
-            say_once(
-                f"of {len(examples)} examples ({examples[0].source} and after) {'; '.join(words)}"
-            )
+            about = f"of {len(examples)} examples ({examples[0].source} and after)"
+            say_once(f"{about} {'; '.join(words)}")
 
 
 def _runs(example: Example, tokenizer: Any) -> tuple[list[tuple[list[int], bool]], Rendered | None]:
     """Runs of token ids, each with whether it is completion."""
-    if example.messages is not None:
-        rendered = render(example, tokenizer)
-        if not rendered.parts:
-            raise DataError(f"{example.source} has a prompt and nothing to learn; add a completion")
-        return [(_ids(text, tokenizer), learned) for text, learned in rendered.parts], rendered
-    if not example.completion:
+    rendered = None if example.messages is None else render(example, tokenizer)
+    if not (example.completion if rendered is None else rendered.parts):
         raise DataError(f"{example.source} has a prompt and nothing to learn; add a completion")
+    if rendered is not None:
+        return [(_ids(text, tokenizer), learned) for text, learned in rendered.parts], rendered
     # Start-of-text comes from the tokenizer's own rule, so an empty prompt may not be empty.
     prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
     completion = [*_ids(example.completion, tokenizer), tokenizer.eos_token_id]
@@ -222,12 +214,10 @@ def _joined(
 ) -> Encoded | None:
     """Put runs together up to the greatest length; ``None`` if no completion is within it."""
     ids = [token for part, _ in runs for token in part]
-    mask = [is_completion for part, is_completion in runs for _ in part]
+    mask = [is_completion for part, is_completion in runs for _ in part][:max_length]
+    mask[:1] = [False]  # nothing stands before the first token to predict it from
     beyond = max(0, len(ids) - max_length)
-    ids, mask = ids[:max_length], mask[:max_length]
-    # The first token has nothing before it to be predicted from.
-    mask[:1] = [False]
-    return Encoded(ids, mask, beyond, rewritten) if any(mask) else None
+    return Encoded(ids[:max_length], mask, beyond, rewritten) if any(mask) else None
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:

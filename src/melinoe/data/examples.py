@@ -64,7 +64,7 @@ class Example:
         template: What the chat template is given besides: ``tools``, ``documents`` and so on.
 
     Raises:
-        DataError: a text that holds half of a character, which no tokenizer can read.
+        DataError: a text that no tokenizer can read.
     """
 
     prompt: str
@@ -253,15 +253,8 @@ def _read_question(row: dict[str, Any], source: str) -> Example:
     return Example(prompt, f" {answer}", source, answer=answer)
 
 
-def _read_dolly(row: dict[str, Any], source: str) -> Example:
-    return _read_instruction(row, source, "context", "response")
-
-
-def _read_alpaca(row: dict[str, Any], source: str) -> Example:
-    return _read_instruction(row, source, "input", "output")
-
-
-def _read_instruction(row: dict[str, Any], source: str, more: str, answer: str) -> Example:
+def _read_instruction(row: dict[str, Any], source: str) -> Example:
+    more, answer = ("context", "response") if "response" in row else ("input", "output")
     context = _string(row, more, source, may_be_empty=True) if more in row else ""
     about = ", paired with an input that provides further context" if context else ""
     given = f"### Input:\n{context}\n\n" if context else ""
@@ -274,8 +267,8 @@ _READERS: dict[tuple[str, ...], Callable[[dict[str, Any], str], Example]] = {
     ("conversations",): _read_chat,
     ("prompt", "completion"): _read_pair,
     ("question", "answer"): _read_question,
-    ("instruction", "response"): _read_dolly,
-    ("instruction", "output"): _read_alpaca,
+    ("instruction", "response"): _read_instruction,
+    ("instruction", "output"): _read_instruction,
     ("text",): _read_text,
     ("chosen", "rejected"): _refuse_pair,
     ("completions", "labels"): _refuse_steps,

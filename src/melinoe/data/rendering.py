@@ -110,9 +110,10 @@ class _Chat:
         try:
             return self._render(self.turns[:count], self.options, self.as_json, prompt)
         except Exception as error:  # a template is a program, and fails in ways of its own
+            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise DataError(
-                f"{self.source} is a chat that the chat template refuses ({_words(error)}); change "
-                "the row, or give prompt and completion instead"
+                f"{self.source} is a chat that the chat template refuses ({said}); change the row, "
+                "or give prompt and completion instead"
             ) from error
 
     def unshown(self) -> frozenset[str]:
@@ -159,53 +160,36 @@ class _Chat:
 
     def _try(self, turns: Sequence[Turn], options: Mapping[str, Any], as_json: bool) -> str | None:
         try:
-            return self._render(turns, options, as_json)
+            return self._render(turns, options, as_json, False)
         except Exception:  # `text` says which
             return None
 
     def _render(
-        self,
-        turns: Sequence[Turn],
-        options: Mapping[str, Any],
-        as_json: bool,
-        prompt: bool = False,
+        self, turns: Sequence[Turn], options: Mapping[str, Any], as_json: bool, prompt: bool
     ) -> str:
         if not turns:
             return ""
+        chat = [dict(turn) for turn in turns]
+        for turn in chat:
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [_call(call, as_json) for call in turn["tool_calls"]]
         return self.tokenizer.apply_chat_template(
-            _with_arguments(turns, as_json),
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **options,
+            chat, tokenize=False, add_generation_prompt=prompt, **options
         )
 
 
-def _with_arguments(turns: Sequence[Turn], as_json: bool) -> list[dict[str, Any]]:
-    """Give every call's arguments as an object, or as JSON."""
-    made = []
-    for turn in turns:
-        one = dict(turn)
-        if "tool_calls" in one:
-            one["tool_calls"] = [_call(call, as_json) for call in one["tool_calls"]]
-        made.append(one)
-    return made
-
-
 def _call(call: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
+    """Give a call with its arguments as an object, or as JSON."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _call(call["function"], as_json)}
     arguments = call.get("arguments")
+    if isinstance(arguments, Mapping) and as_json:
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     if isinstance(arguments, str) and not as_json:
         try:
             parsed = json.loads(arguments)
         except (ValueError, RecursionError):
-            return dict(call)
-        return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
-    if isinstance(arguments, Mapping) and as_json:
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            parsed = None
+        if isinstance(parsed, dict):
+            return {**call, "arguments": parsed}
     return dict(call)
-
-
-def _words(error: Exception) -> str:
-    """An error's own first line, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
