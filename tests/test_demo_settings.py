@@ -5,8 +5,7 @@ import json
 import pytest
 
 from melinoe.checkpoint import describe
-from melinoe.config import DemoSettings
-from melinoe.demo import Demo, quick_settings
+from melinoe.demo import Demo, DemoSettings, quick_settings
 from melinoe.shipped import GSM8K_TEST, HERE, TINY_OLMOE
 
 

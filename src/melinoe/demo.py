@@ -16,7 +16,7 @@ Nothing here is canned: every figure is measured in this run, by the stages that
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import torch
 
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import check_output, describe, load_tokenizer
-from melinoe.config import DemoSettings, experts_in_share
+from melinoe.checkpoint.files import read_config
+from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import Example, encode, load_examples
 from melinoe.engine.load import load
 from melinoe.engine.transfer import EmulatedLink
@@ -51,6 +52,34 @@ from melinoe.shipped import GSM8K_TEST, GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
 BASE, CONTROL, TUNED = "base", "control", "fine-tuned"
 PREFETCH = "fine-tuned + prefetch"
 IN_DOMAIN = "gsm8k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Sizes of the demo, for ten minutes on two CPU cores, set-up included."""
+
+    train_examples: int = 1600  # question and answer pairs to fine-tune on
+    steps: int = 200  # of each of the two fine-tunings
+    batch_size: int = 8
+    max_length: int = 200  # tokens of a training sequence
+    own_texts: int = 256  # that the base model writes to keep what it knew
+    eval_examples: int = 96  # held out, behind each perplexity
+    eval_length: int = 512  # tokens of a text behind a perplexity
+    other_documents: int = 16  # of each other corpus, behind its perplexity
+    prompts: int = 24  # held out, that are generated from
+    max_new_tokens: int = 64
+    slots: float = 0.25  # share of a layer's experts that is resident
+    # The stronger policy for every model of the demo, the base included: see docs/log.md.
+    policy: str = "lfu"
+    predictor_prompts: int = 160  # that the predictor learns from
+    predictor_tokens: int = 48  # generated for each of those
+    # Earlier settings of the fine-tuning were tried on the first 64 test examples.
+    first_test_example: int = 128
+    # One expert of the shipped model in float32 is 85 times smaller than OLMoE-1B-7B's in bfloat16.
+    # At this bandwidth its transfer takes as long as that one's over 25 GB/s (PCIe 4): 0.5 ms.
+    link_bytes_per_s: float = 293e6
+    link_latency_s: float = 10e-6
+    seed: int = 0  # decides everything that is random
 
 
 def quick_settings() -> DemoSettings:
@@ -104,8 +133,8 @@ class Demo:
         self.records = out / "records.jsonl"
         self.paths = {BASE: base, CONTROL: out / "control", TUNED: out / "fine-tuned"}
         self.seconds: dict[str, float] = {}
-        self.about = describe(str(base))
-        self.slots = experts_in_share(settings.slots, self.about.num_experts)
+        self.experts = describe(str(base)).num_experts
+        self.slots = experts_in_share(settings.slots, self.experts)
 
     def run(self) -> str:
         """Run all stages in turn, and give the table."""
@@ -116,20 +145,17 @@ class Demo:
         with self._stage("perplexity"):
             self._perplexity()
         with self._stage("trace"):
-            traces = {name: self._trace(name, prompts) for name in self.paths}
-            self._locality(traces)
+            for name in self.paths:
+                self._locality(name, self._trace(name, prompts))
         with self._stage("predictor"):
             predictor = self._predictor()
         with self._stage("serve"):
-            self._serve(prompts, predictor)
-        self._write(
-            {
-                "kind": "demo",
-                "settings": asdict(self.settings),
-                "seconds": self.seconds,
-                "machine": machine(),
-            }
-        )
+            for name in (BASE, TUNED):
+                self._timeline(name, prompts[0])
+            self._serve(prompts, predictor, emulated=False)
+            self._serve(prompts, predictor, emulated=True)
+        about = {"settings": asdict(self.settings), "seconds": self.seconds, "machine": machine()}
+        self._write({"kind": "demo"} | about)
         write_report([self.records], self.out / "report.html")
         self.say(f"report: {self.out / 'report.html'}  (and report.md, records.jsonl beside it)")
         return render_table([self.records], "text")
@@ -150,45 +176,50 @@ class Demo:
         first = self.settings.first_test_example
         return load_examples(GSM8K_TEST, limit=first + count)[first:]
 
-    def _finetune(self) -> None:
-        examples = load_examples(GSM8K_TRAIN, limit=self.settings.train_examples)
-        ours = self.settings.finetune()
-        for name, settings in ((CONTROL, ours.control()), (TUNED, ours)):
-
-            def progress(row: dict[str, Any], name: str = name) -> None:
-                terms = "  ".join(f"{term} {row[term]:.3f}" for term in ("nll", "cache"))
-                self.say(f"   {name}: step {row['step']} of {row['steps']}  {terms}")
-
-            result = finetune(
-                self.paths[BASE],
-                examples,
-                self.paths[name],
-                settings,
-                progress=progress,
-            )
-            self._write(training_record(name, result.log, asdict(settings)))
-
     def _open(self, name: str, slots: int, **more: Any) -> tuple[Any, Any, Any]:
         """Load a model with the loader that opens any checkpoint."""
         path = str(self.paths[name])
         model, handle = load(path, "cpu", slots=slots, dtype=torch.float32, **more)
         return model, handle, load_tokenizer(path, model.config)
 
+    def _on_disk(self, name: str, emulated: bool) -> tuple[Any, Any, Any]:
+        """Open a model with few slots, its experts on disk, on the link as it is or emulated."""
+        one = self.settings
+        link = EmulatedLink(one.link_bytes_per_s, one.link_latency_s) if emulated else None
+        return self._open(name, self.slots, store="disk", link=link, policy=one.policy)
+
+    def _finetune(self) -> None:
+        one = self.settings
+        examples = load_examples(GSM8K_TRAIN, limit=one.train_examples)
+        names = ("steps", "batch_size", "max_length", "own_texts", "seed")
+        ours = FinetuneSettings(**{name: getattr(one, name) for name in names})
+        for name, settings in ((CONTROL, ours.control()), (TUNED, ours)):
+
+            def progress(row: dict[str, Any], name: str = name) -> None:
+                terms = "  ".join(f"{term} {row[term]:.3f}" for term in ("nll", "cache"))
+                self.say(f"   {name}: step {row['step']} of {row['steps']}  {terms}")
+
+            where = (self.paths[BASE], examples, self.paths[name])
+            result = finetune(*where, settings, progress=progress)
+            self._write(training_record(name, result.log, asdict(settings)))
+
     def _perplexity(self) -> None:
         texts = {IN_DOMAIN: self._held_out(self.settings.eval_examples)} | {
             path.stem: load_examples(path, limit=self.settings.other_documents)
             for path in sorted(HELD_OUT.glob("*.jsonl"))
         }
-        encoded: dict[str, Any] = {}  # once for all models: fine-tuning keeps the tokenizer
+        base = str(self.paths[BASE])
+        tokenizer = load_tokenizer(base, read_config(base))  # fine-tuning keeps it
+        encoded = {
+            domain: encode(examples, tokenizer, self.settings.eval_length)
+            for domain, examples in texts.items()
+        }
         measured: dict[tuple[str, str], Any] = {}
         for name in self.paths:
-            model, handle, tokenizer = self._open(name, self.about.num_experts)
-            for domain, examples in texts.items():
-                if domain not in encoded:
-                    encoded[domain] = encode(examples, tokenizer, self.settings.eval_length)
-                measured[name, domain] = perplexity(model, encoded[domain])
+            model, handle, _ = self._open(name, self.experts)
+            for domain, text in encoded.items():
+                measured[name, domain] = perplexity(model, text)
             read = reading_trace(model, handle, encoded[IN_DOMAIN])
-            handle.detach()
             self._write(reading_record(read, name, self.slots, self.settings.policy))
         for (name, domain), found in measured.items():
             more = {}
@@ -198,99 +229,54 @@ class Demo:
             self._write(quality_record(found, name, domain, domain == IN_DOMAIN, **more))
 
     def _trace(self, name: str, prompts: list[str]) -> Trace:
-        model, handle, tokenizer = self._open(name, self.about.num_experts)
-        trace = trace_prompts(model, handle, tokenizer, prompts, self.settings.max_new_tokens)
-        handle.detach()
+        how = (*self._open(name, self.experts), prompts, self.settings.max_new_tokens)
+        trace = trace_prompts(*how)
         trace.save(self.out / f"trace-{name}.safetensors")
         return trace
 
-    def _locality(self, traces: dict[str, Trace]) -> None:
-        experts = self.about.num_experts
-        top_k = next(iter(traces.values())).top_k
-        sizes = sorted({top_k, *range(top_k, experts + 1, max(1, experts // 16)), self.slots})
-        for name, trace in traces.items():
-            self._write(locality_record(trace, name))
-            self._write(usage_record(trace, name))
-            if name == CONTROL:
-                continue
-            for policy in ("lru", "lfu", "belady"):
-                self._write(curve_record(trace, name, policy, sizes))
+    def _locality(self, name: str, trace: Trace) -> None:
+        self._write(locality_record(trace, name))
+        self._write(usage_record(trace, name))
+        steps = range(trace.top_k, self.experts + 1, max(1, self.experts // 16))
+        for policy in ("lru", "lfu", "belady") if name != CONTROL else ():
+            self._write(curve_record(trace, name, policy, sorted({*steps, self.slots})))
 
     def _predictor(self) -> Predictor:
-        """Fitted on completions of prompts after those trained on, judged across folds of them."""
+        """Fit it on completions of prompts after those trained on, judged across folds of them."""
         first, count = self.settings.train_examples, self.settings.predictor_prompts
-        examples = load_examples(GSM8K_TRAIN, limit=first + count)[first:]
-        model, handle, tokenizer = self._open(TUNED, self.about.num_experts)
-        prompts = [e.prompt for e in examples]
+        prompts = [e.prompt for e in load_examples(GSM8K_TRAIN, limit=first + count)[first:]]
+        model, handle, tokenizer = self._open(TUNED, self.experts)
+        tokens = self.settings.predictor_tokens
         trace = trace_prompts(
-            model,
-            handle,
-            tokenizer,
-            prompts,
-            self.settings.predictor_tokens,
-            progress=lambda text: self.say(f"   {text}"),
+            model, handle, tokenizer, prompts, tokens, progress=lambda text: self.say(f"   {text}")
         )
-        handle.detach()
-        embeddings = model.get_input_embeddings().weight
         ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-        found = compare(trace, ids, embeddings, self.slots, seed=self.settings.seed)
-        self._write(found.to_record(TUNED))
-        predictor = fit(trace, ids, embeddings, self.slots, seed=self.settings.seed)
-        predictor.comparison = found.to_record(TUNED)
+        given = (trace, ids, model.get_input_embeddings().weight, self.slots)
+        found = compare(*given, seed=self.settings.seed).to_record(TUNED)
+        self._write(found)
+        predictor = fit(*given, seed=self.settings.seed)
+        predictor.comparison = found
         predictor.save(self.out / "predictor")
         return predictor
 
-    def _timelines(self, prompt: str) -> None:
-        """One prompt token by token on the emulated link, before and after fine-tuning."""
-        settings = self.settings
-        for name in (BASE, TUNED):
-            link = EmulatedLink(settings.link_bytes_per_s, settings.link_latency_s)
-            model, handle, tokenizer = self._open(
-                name, self.slots, store="disk", link=link, policy=settings.policy
-            )
-            # Twice, because a first generation is slower than all others.
-            for _ in range(2):
-                record = timeline_record(
-                    model, handle, tokenizer, prompt, settings.max_new_tokens, label=name
-                )
-            handle.detach()
-            self._write(record)
+    def _timeline(self, name: str, prompt: str) -> None:
+        """Take one prompt token by token on the emulated link."""
+        opened = self._on_disk(name, emulated=True)
+        for _ in range(2):  # twice, because a first generation is slower than all others
+            record = timeline_record(*opened, prompt, self.settings.max_new_tokens, label=name)
+        self._write(record)
 
-    def _serve(self, prompts: list[str], predictor: Predictor) -> None:
-        """Four strategies on the link as it is, then on an emulated one; the store is on disk."""
-        settings = self.settings
-        strategies = ((BASE, BASE), (CONTROL, CONTROL), (TUNED, TUNED), (PREFETCH, TUNED))
-        self._timelines(prompts[0])
-        for emulated in (False, True):
-            servings = []
-            for strategy, name in strategies:
-                link = (
-                    EmulatedLink(settings.link_bytes_per_s, settings.link_latency_s)
-                    if emulated
-                    else None
-                )
-                model, handle, tokenizer = self._open(
-                    name, self.slots, store="disk", link=link, policy=settings.policy
-                )
-                servings.append(
-                    serving(
-                        model,
-                        handle,
-                        tokenizer,
-                        prompts,
-                        settings.max_new_tokens,
-                        predictor if strategy == PREFETCH else None,
-                        # A prompt uses more experts than there are slots: it would evict them all.
-                        prefetch_at="completion",
-                        label=name,
-                        strategy=strategy,
-                    )
-                )
-            # In turn, prompt by prompt, so that the machine's moods fall on all alike.
-            for record in side_by_side(servings):
-                self._write(record)
-                self.say(
-                    f"   {record['strategy']}{', emulated link' if emulated else ''}: "
-                    f"{record['transfers_per_token']['mean']:.2f} transfers a token, "
-                    f"{record['tokens_per_s']['mean']:.0f} tokens/s"
-                )
+    def _serve(self, prompts: list[str], predictor: Predictor, emulated: bool) -> None:
+        """Serve by four strategies in turn, prompt by prompt: the machine's moods fall on all."""
+        servings = []
+        for strategy, name in ((BASE, BASE), (CONTROL, CONTROL), (TUNED, TUNED), (PREFETCH, TUNED)):
+            ahead = predictor if strategy == PREFETCH else None
+            how = (*self._on_disk(name, emulated), prompts, self.settings.max_new_tokens, ahead)
+            servings.append(serving(*how, label=name, strategy=strategy))
+        for record in side_by_side(servings):
+            self._write(record)
+            self.say(
+                f"   {record['strategy']}{', emulated link' if emulated else ''}: "
+                f"{record['transfers_per_token']['mean']:.2f} transfers a token, "
+                f"{record['tokens_per_s']['mean']:.0f} tokens/s"
+            )

@@ -53,20 +53,12 @@ def named_texts(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """
-    Examples that training never sees.
+    """Examples that training never sees."""
 
-    Attributes:
-        train: What is left to train on.
-        domain: Name of the text.
-        examples: Held out of it, or given apart; empty if there are too few.
-        others: Names to texts of other kinds.
-    """
-
-    train: Sequence[Any]
-    domain: str
-    examples: Sequence[Any] = ()
-    others: dict[str, Sequence[Any]] = field(default_factory=dict)
+    train: Sequence[Any]  # what is left to train on
+    domain: str  # name of the text
+    examples: Sequence[Any] = ()  # held out of it, or given apart; empty if there are too few
+    others: dict[str, Sequence[Any]] = field(default_factory=dict)  # names to texts of other kinds
 
 
 def hold_out(

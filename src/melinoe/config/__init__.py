@@ -6,7 +6,6 @@ default is typed twice.
 """
 
 from melinoe.cache import MISSES, PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
-from melinoe.config.demo import DemoSettings
 from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
 from melinoe.config.names import (
     QUARTER,
@@ -25,7 +24,6 @@ __all__ = [
     "PREFETCH_MOMENTS",
     "QUARTER",
     "STORES",
-    "DemoSettings",
     "FinetuneSettings",
     "OutcomeSettings",
     "PrefetchAt",

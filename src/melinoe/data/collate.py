@@ -44,16 +44,12 @@ class PackedCollator:
     transformers takes a row's sequences from there and keeps their attention apart. There is no
     attention mask, since transformers looks at the positions only where none is given.
 
-    Attributes:
-        pad_token_id: Any valid id; its labels and segments are masked.
-        flat: One row for the whole batch and no padding, as flash attention wants it.
-
     Source:
         `transformers.masking_utils.find_packed_sequence_indices`.
     """
 
-    pad_token_id: int
-    flat: bool = False
+    pad_token_id: int  # any valid id; its labels and segments are masked
+    flat: bool = False  # one row for the whole batch and no padding, as flash attention wants it
 
     def __call__(self, batch: Sequence[Sequence[Encoded]]) -> dict[str, torch.Tensor]:
         """Collate at least one row of at least one example."""

@@ -21,18 +21,13 @@ class Encoded:
     Token ids of one example and, for each, whether it is completion; equal lengths.
 
     The first token never counts as completion: nothing stands before it to predict it from.
-
-    Attributes:
-        input_ids: Token ids.
-        completion_mask: Whether each is completion.
-        tokens_cut: How many more there were, beyond the greatest length.
-        turns_unlearned: Assistant turns that are context, because the chat template writes them
-            otherwise once the chat goes on.
     """
 
-    input_ids: list[int]
-    completion_mask: list[bool]
-    tokens_cut: int = 0
+    input_ids: list[int]  # token ids
+    completion_mask: list[bool]  # whether each is completion
+    tokens_cut: int = 0  # how many more there were, beyond the greatest length
+    # Assistant turns that are context, because the chat template writes them otherwise once the
+    # chat goes on.
     turns_unlearned: int = 0
 
     def __len__(self) -> int:

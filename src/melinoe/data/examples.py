@@ -54,25 +54,21 @@ class Example:
     """
     One row.
 
-    Attributes:
-        prompt: What the model is given; empty for plain text. Unused where *messages* is set.
-        completion: What it should write; empty for a prompt alone. Unused where *messages* is set.
-        source: Where the row stands, as ``file:line`` or ``hub-name[row]``, for messages.
-        messages: A chat, kept as it is until a tokenizer with a chat template renders it.
-        answer: The bare answer of a question row, for scoring; ``None`` for other forms.
-        learned: Places in *messages* of the turns to learn; ``None``: every assistant turn.
-        template: What the chat template is given besides: ``tools``, ``documents`` and so on.
-
     Raises:
         DataError: a text that no tokenizer can read.
     """
 
-    prompt: str
+    prompt: str  # what the model is given; empty for plain text. Unused where *messages* is set
+    # What it should write; empty for a prompt alone. Unused where *messages* is set.
     completion: str
-    source: str
+    source: str  # where the row stands, as ``file:line`` or ``hub-name[row]``, for messages
+    # A chat, kept as it is until a tokenizer with a chat template renders it.
     messages: tuple[Turn, ...] | None = None
+    # The bare answer of a question row, for scoring; ``None`` for other forms.
     answer: str | None = None
+    # Places in *messages* of the turns to learn; ``None``: every assistant turn.
     learned: tuple[int, ...] | None = None
+    # What the chat template is given besides: ``tools``, ``documents`` and so on.
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -26,25 +26,16 @@ _GIVEN = {"tools", "documents"}
 
 @dataclass(frozen=True)
 class Rendered:
-    """
-    A chat's text.
+    """A chat's text."""
 
-    Attributes:
-        parts: Runs of text, each with whether it is completion.
-        prompt: Runs of what the last turn is generated from.
-        rewritten: Turns that are context because the template writes them otherwise later.
-        headless: The last turn does not begin with all of the generation prompt; it is learned
-            from where the two part.
-        trailing: Turns after the last one to learn, which are not read.
-        unshown: Fields of the chat that the template does not write.
-    """
-
-    parts: tuple[tuple[str, bool], ...]
-    prompt: tuple[str, ...]
-    rewritten: int = 0
+    parts: tuple[tuple[str, bool], ...]  # runs of text, each with whether it is completion
+    prompt: tuple[str, ...]  # runs of what the last turn is generated from
+    rewritten: int = 0  # turns that are context because the template writes them otherwise later
+    # The last turn does not begin with all of the generation prompt; it is learned from where the
+    # two part.
     headless: bool = False
-    trailing: int = 0
-    unshown: frozenset[str] = frozenset()
+    trailing: int = 0  # turns after the last one to learn, which are not read
+    unshown: frozenset[str] = frozenset()  # fields of the chat that the template does not write
 
 
 def render(example: Example, tokenizer: Any) -> Rendered:

@@ -19,20 +19,12 @@ _BY_SUFFIX = dict.fromkeys(SUFFIXES, "table") | {".pt": "sglang", ".gguf": "llam
 
 @dataclass(frozen=True)
 class Imported:
-    """
-    Contents of a file.
+    """Contents of a file."""
 
-    Attributes:
-        format: One of `FORMATS`.
-        trace: None where the file has no order.
-        counts: Choices, float64 (layers, num_experts).
-        notes: Assumptions and omissions, for people.
-    """
-
-    format: str
-    trace: Trace | None
-    counts: np.ndarray
-    notes: list[str] = field(default_factory=list)
+    format: str  # one of `FORMATS`
+    trace: Trace | None  # None where the file has no order
+    counts: np.ndarray  # choices, float64 (layers, num_experts)
+    notes: list[str] = field(default_factory=list)  # assumptions and omissions, for people
 
 
 def read_foreign(

@@ -40,26 +40,15 @@ _MISSES = {"wait": "", "cpu": ", misses by the CPU", "split": ", misses split"}
 
 @dataclass(frozen=True)
 class Strategy:
-    """
-    One way to serve.
+    """One way to serve."""
 
-    Attributes:
-        name: For tables.
-        slots: Experts of each layer.
-        policy: Which leaves.
-        prefetch: Name of what is loaded ahead of need.
-        warm: Whether the cache keeps what the prompt before left.
-        miss: What is done about a miss: ``wait``, ``cpu``, ``split``.
-        engine: ``reference`` or ``fast``.
-    """
-
-    name: str
-    slots: int
-    policy: str
-    prefetch: str = NONE
-    warm: bool = False
-    miss: str = "wait"
-    engine: str = "reference"
+    name: str  # for tables
+    slots: int  # experts of each layer
+    policy: str  # which leaves
+    prefetch: str = NONE  # name of what is loaded ahead of need
+    warm: bool = False  # whether the cache keeps what the prompt before left
+    miss: str = "wait"  # what is done about a miss: ``wait``, ``cpu``, ``split``
+    engine: str = "reference"  # ``reference`` or ``fast``
 
     @property
     def cache(self) -> Strategy:

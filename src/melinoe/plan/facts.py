@@ -34,39 +34,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """
-    Sizes of a model, as its config tells them.
+    """Sizes of a model, as its config tells them."""
 
-    Attributes:
-        name: As it was asked for.
-        source: Where the config came from, for people.
-        model_type: transformers' name of the family.
-        dtype: Type of the weights, like ``bfloat16``.
-        decoder_layers: Layers of the decoder, dense ones included.
-        layers: The MoE layers.
-        backbone_bytes: Every parameter outside the experts.
-        read_bytes: Of those, what one token's arithmetic reads; tables of which a token takes a
-            row, and parts for images or sound, are not in it.
-        kv_bytes: Keys, values and states of one sequence of *context* tokens; None if not known.
-        kv_source: How that is known, or why not.
-        context: Tokens of a sequence.
-        max_context: What the config says the model was made for; None if it does not.
-        packed: How experts are stored, as ``mxfp4, 4.25 bits a weight``; None where they are not
-            packed.
-    """
-
-    name: str
-    source: str
-    model_type: str
-    dtype: str
-    decoder_layers: int
-    layers: tuple[Layer, ...]
-    backbone_bytes: int
+    name: str  # as it was asked for
+    source: str  # where the config came from, for people
+    model_type: str  # transformers' name of the family
+    dtype: str  # type of the weights, like ``bfloat16``
+    decoder_layers: int  # layers of the decoder, dense ones included
+    layers: tuple[Layer, ...]  # the MoE layers
+    backbone_bytes: int  # every parameter outside the experts
+    # Of those, what one token's arithmetic reads; tables of which a token takes a row, and parts
+    # for images or sound, are not in it.
     read_bytes: int
+    # Keys, values and states of one sequence of *context* tokens; None if not known.
     kv_bytes: int | None
-    kv_source: str
-    context: int
-    max_context: int | None
+    kv_source: str  # how that is known, or why not
+    context: int  # tokens of a sequence
+    max_context: int | None  # what the config says the model was made for; None if it does not
+    # How experts are stored, as ``mxfp4, 4.25 bits a weight``; None where they are not packed.
     packed: str | None = None
 
     @property

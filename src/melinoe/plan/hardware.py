@@ -94,20 +94,12 @@ def format_bandwidth(bytes_per_s: float) -> str:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """
-    The rate at which one part of the machine moves bytes.
+    """The rate at which one part of the machine moves bytes."""
 
-    Attributes:
-        bytes_per_s: Above 0.
-        source: A datasheet, "given", "measured here", or why it was assumed.
-        name: Its name in the data file; None for a figure of one's own.
-        assumed: Whether nobody named it: the plan chose it.
-    """
-
-    bytes_per_s: float
-    source: str
-    name: str | None = None
-    assumed: bool = False
+    bytes_per_s: float  # above 0
+    source: str  # A datasheet, "given", "measured here", or why it was assumed
+    name: str | None = None  # its name in the data file; None for a figure of one's own
+    assumed: bool = False  # whether nobody named it: the plan chose it
 
     def seconds(self, nbytes: float) -> float:
         """Seconds in which *nbytes* move."""
@@ -132,20 +124,13 @@ class Card:
 class Hardware:
     """
     The parts that experts pass through.
-
-    Attributes:
-        device: Memory that the slots are in.
-        link: From host memory to the device.
-        dram: Host memory, which bounds misses computed on the CPU.
-        disk: Where experts are that host memory cannot hold.
-        card: The card that *device* belongs to, if one was named.
     """
 
-    device: Bandwidth
-    link: Bandwidth
-    dram: Bandwidth
-    disk: Bandwidth
-    card: str | None = None
+    device: Bandwidth  # memory that the slots are in
+    link: Bandwidth  # from host memory to the device
+    dram: Bandwidth  # host memory, which bounds misses computed on the CPU
+    disk: Bandwidth  # where experts are that host memory cannot hold
+    card: str | None = None  # the card that *device* belongs to, if one was named
 
 
 @cache

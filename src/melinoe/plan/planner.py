@@ -50,21 +50,14 @@ def assumptions() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class HitRates:
-    """
-    A range of hit rates, in [0, 1], and what its ends rest on.
-
-    Attributes:
-        low, high: Its ends.
-        source: What both rest on, for people.
-        by_policy: Simulated hit rates by policy, if a trace was given.
-        simulated: Whether a trace is behind it.
-    """
+    """A range of hit rates, in [0, 1], and what its ends rest on."""
 
     low: float
     high: float
-    source: str
+    source: str  # what both rest on, for people
+    # Simulated hit rates by policy, if a trace was given.
     by_policy: dict[str, float] = field(default_factory=dict)
-    simulated: bool = False
+    simulated: bool = False  # whether a trace is behind it
 
 
 @dataclass(frozen=True)
@@ -82,66 +75,39 @@ class Tiers:
 class Speed:
     """
     Tokens a second between two ends.
-
-    Attributes:
-        low: All sequences of the batch together: low hit rate, nothing overlapped, host time paid.
-        high: High hit rate, everything overlapped, no host time.
-        bottleneck: The tier that bounds the fast end.
-        slow_bottleneck: The tier that takes most of the slow end, the host included.
-        tiers_low: At the low hit rate.
-        tiers_high: At the high one.
-        computed_high: The fast end if misses are computed on the CPU instead of loaded.
     """
 
+    # All sequences of the batch together: low hit rate, nothing overlapped, host time paid.
     low: float
-    high: float
-    bottleneck: str
-    slow_bottleneck: str
-    tiers_low: Tiers
-    tiers_high: Tiers
-    computed_high: float
+    high: float  # high hit rate, everything overlapped, no host time
+    bottleneck: str  # the tier that bounds the fast end
+    slow_bottleneck: str  # the tier that takes most of the slow end, the host included
+    tiers_low: Tiers  # at the low hit rate
+    tiers_high: Tiers  # at the high one
+    computed_high: float  # the fast end if misses are computed on the CPU instead of loaded
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    Forecast of one model on one machine; nothing of it is measured.
+    """Forecast of one model on one machine; nothing of it is measured."""
 
-    Attributes:
-        facts: The model.
-        hardware: The machine.
-        gpu_memory_bytes: Of the device.
-        reserve_bytes: Of that, kept for everything that is neither weights nor cache.
-        ram_bytes: Of the host; None if not given.
-        batch: Sequences decoded together.
-        bits: Of a stored weight; None for the model's own type.
-        slots: Experts of each layer that fit.
-        slot_bytes: Bytes of those.
-        stored_bytes: All experts, as the store keeps them.
-        fits_in_ram: Whether the host's memory holds those; None if it was not given.
-        before: Hit rates as the model is, and `speed_before` with them.
-        after: Hit rates fine-tuned for locality, and `speed_after`.
-        notes: Sentences that a reader must not miss.
-        assumed: Sentences about figures that nobody gave.
-    """
-
-    facts: ModelFacts
-    hardware: Hardware
-    gpu_memory_bytes: int
-    reserve_bytes: int
-    ram_bytes: int | None
-    batch: int
-    bits: int | None
-    slots: int
-    slot_bytes: int
-    stored_bytes: int
-    fits_in_ram: bool | None
-    before: HitRates
-    after: HitRates
+    facts: ModelFacts  # the model
+    hardware: Hardware  # the machine
+    gpu_memory_bytes: int  # of the device
+    reserve_bytes: int  # of that, kept for everything that is neither weights nor cache
+    ram_bytes: int | None  # of the host; None if not given
+    batch: int  # sequences decoded together
+    bits: int | None  # of a stored weight; None for the model's own type
+    slots: int  # experts of each layer that fit
+    slot_bytes: int  # bytes of those
+    stored_bytes: int  # all experts, as the store keeps them
+    fits_in_ram: bool | None  # whether the host's memory holds those; None if it was not given
+    before: HitRates  # hit rates as the model is, and `speed_before` with them
+    after: HitRates  # hit rates fine-tuned for locality, and `speed_after`
     speed_before: Speed
     speed_after: Speed
-    notes: tuple[str, ...]
-    assumed: tuple[str, ...]
+    notes: tuple[str, ...]  # sentences that a reader must not miss
+    assumed: tuple[str, ...]  # sentences about figures that nobody gave
 
     @property
     def all_resident(self) -> bool:
@@ -192,12 +158,8 @@ def plan(
         model: A directory, a ``config.json``, a hub name, or facts that were read already; then
             *context* is theirs.
         gpu_memory: Of the device, as ``"8GiB"``; default: all of the card's.
-        card: A name of the data file.
+        card, link, dram, disk: Names of the data file; the last three also as figures.
         ram: Of the host; without it the experts are taken to fit.
-        link: A name (``pcie4x16``) or a figure (``25GB/s``); default: the card's.
-        device_bandwidth: Of the device's memory; default: the card's.
-        dram: A name or a figure.
-        disk: A name or a figure.
         reserve: Device memory kept free; default as in ``assumptions.json``.
         context: Tokens of a sequence.
         batch: Sequences decoded together.
@@ -205,8 +167,7 @@ def plan(
             facts that were read already. Absent, packed experts are counted as they are stored, in
             store, link and slots.
         latency_s: Of each load on the link.
-        trace: The model's choices; gives its hit rates instead of an assumption.
-        tuned_trace: The same of the fine-tuned model.
+        trace, tuned_trace: Choices of the model and of the fine-tuned one, for their hit rates.
         measured: Bytes a second by part, as `measuring.measure` returns them.
 
     Raises:
