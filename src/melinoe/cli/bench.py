@@ -8,6 +8,7 @@ from melinoe.config import MISSES, QUARTER, experts_in_share
 
 _LINK = "Link and prediction"
 _ENGINE = "Engine"
+_TOLERANCE = 10  # per cent between predicted and measured times that is not named
 
 
 def command(
@@ -16,19 +17,15 @@ def command(
     limit: Annotated[int, option("Use only the first examples.", min=1)] = 8,
     slots: Annotated[
         list[int] | None,
-        option(
-            "Experts kept resident in each layer. Repeatable. Default: a quarter of them.", min=1
-        ),
+        option("Resident experts of each layer. Repeatable. Default: a quarter.", min=1),
     ] = None,
     policy: Annotated[
-        list[str] | None,
-        option("Which resident expert is evicted first. Repeatable. Default: lru and lfu."),
+        list[str] | None, option("Who is evicted first. Repeatable. Default: lru and lfu.")
     ] = None,
     max_new_tokens: Annotated[int, option("Generate at most this many tokens.", min=2)] = 64,
     repeat: Annotated[int, option("Serve each prompt this often, and take the median.", min=1)] = 1,
     device: Annotated[
-        str | None,
-        option("Where the model runs: cpu or cuda. Default: CUDA if there is one, else the CPU."),
+        str | None, option("cpu or cuda. Default: CUDA if there is one, else the CPU.")
     ] = None,
     raw: options.Raw = False,
     out: options.RecordsOut = None,
@@ -36,43 +33,23 @@ def command(
     columns: options.Columns = None,
     split: options.Split = "test",
     engine: Annotated[
-        str,
-        option(
-            "reference runs everywhere; fast needs a GPU, lru or lfu, and --miss wait; both: "
-            "one beside the other.",
-            _ENGINE,
-        ),
+        str, option("reference, fast (needs a GPU), or both.", _ENGINE)
     ] = "reference",
     store: Annotated[
-        str,
-        option(
-            "Where the experts that are not resident wait (auto | ram | pinned | disk).", _ENGINE
-        ),
+        str, option("Where other experts wait: auto, ram, pinned or disk.", _ENGINE)
     ] = "auto",
     dtype: Annotated[
         str, option("Type of the weights: auto (as stored), float32 or bfloat16.", _ENGINE)
     ] = "auto",
     miss: Annotated[
         list[str] | None,
-        option(
-            "On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
-            "whichever is faster by measured costs. Repeatable. Default: wait.",
-            _ENGINE,
-        ),
+        option("On a miss: wait, cpu or split. Repeatable. Default: wait.", _ENGINE),
     ] = None,
     prefetch: options.Prefetches = None,
     predictor: options.PredictorDir = None,
     popularity: options.PopularityFile = None,
-    link: Annotated[
-        str | None,
-        option("Emulate a link of this bandwidth, as in 0.3GB/s. On the CPU only.", _LINK),
-    ] = None,
-    link_latency: Annotated[
-        str, option("Its latency for each transfer, as in 10us.", _LINK)
-    ] = "0us",
-    tolerance: Annotated[
-        float, option("Name predicted times that are further off than this share.", _LINK, min=0)
-    ] = 0.1,
+    link: Annotated[str | None, option("Emulate a link, as in 0.3GB/s; on the CPU.", _LINK)] = None,
+    link_latency: Annotated[str, option("Latency of its transfers, as in 10us.", _LINK)] = "0us",
 ) -> None:
     """Serve prompts by several strategies in turn; print predicted beside measured cost."""
     from melinoe.plan.hardware import parse_bandwidth, parse_seconds
@@ -138,11 +115,11 @@ def command(
         output.show_json({"records": records, "timeline": moments, "table": table})
     else:
         print(render_table([{**table, "result": [_short(row) for row in rows]}]))
-        far = _names(row for row in rows if abs(row["error_percent"]) > 100 * tolerance)
+        far = _names(row for row in rows if abs(row["error_percent"]) > _TOLERANCE)
         print(
-            f"Predicted time is more than {tolerance:.0%} from the measured one for {far}."
+            f"Predicted time is more than {_TOLERANCE} % from the measured one for {far}."
             if far
-            else f"Every predicted time is within {tolerance:.0%} of the measured one."
+            else f"Every predicted time is within {_TOLERANCE} % of the measured one."
         )
     if wrong := _names(row for row in rows if not row["counts_equal"]):
         raise MelinoeError(

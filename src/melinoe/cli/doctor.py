@@ -18,35 +18,19 @@ _EXPORT = "Other engines"
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A checkpoint directory, a config.json, or a name on the hub; `tiny` is the model "
-            "that ships."
-        ),
-    ],
+    model: options.ModelOrConfig,
     expert_memory: Annotated[
         list[str] | None, option("Say what fits in this memory, as in 8GiB. Repeatable.")
     ] = None,
     verify: Annotated[
-        bool,
-        option(
-            "Also read every byte, and compare the files with the checksums in melinoe.json "
-            "or the hub's cache.",
-            name="--verify",
-        ),
+        bool, option("Also read every byte, and compare it with known checksums.", name="--verify")
     ] = False,
     export: Annotated[
-        bool,
-        option("Say instead what other engines would compute otherwise.", _EXPORT, name="--export"),
+        bool, option("Say what other engines would compute otherwise.", _EXPORT, name="--export")
     ] = False,
     reference: Annotated[
         Path | None,
-        option(
-            "With --export: write greedy tokens and log-probabilities of four prompts to this "
-            "JSON file, to compare another engine with.",
-            _EXPORT,
-        ),
+        option("With --export: write tokens and log-probabilities to compare with.", _EXPORT),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:

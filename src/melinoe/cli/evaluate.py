@@ -49,16 +49,12 @@ def command(
         str | None, option("Held-out examples: a file, a directory, or a hub data set.")
     ] = None,
     limit: options.Limit = None,
-    rouge: Annotated[
-        bool, option("Also generate, and score ROUGE-L (F1, stemmed).", name="--rouge")
-    ] = False,
+    rouge: Annotated[bool, option("Also generate, and score ROUGE-L.", name="--rouge")] = False,
     answers: Annotated[
-        bool,
-        option("Also generate, and compare the number after '####' (GSM8K).", name="--answers"),
+        bool, option("Also generate, and compare the number after '####'.", name="--answers")
     ] = False,
     locality: Annotated[
-        bool,
-        option("Also trace completions: experts used, loads for each token.", name="--locality"),
+        bool, option("Also trace: experts used, loads for each token.", name="--locality")
     ] = False,
     tasks: Annotated[
         str | None, option("Run these tasks of the lm-evaluation-harness, as in gsm8k,arc_easy.")
@@ -69,33 +65,17 @@ def command(
     columns: options.Columns = None,
     split: options.Split = "test",
     max_length: Annotated[int, option("Longest sequence, in tokens.", options.DATA, min=2)] = 512,
-    max_new_tokens: Annotated[
-        int, option("Generate at most this many tokens.", options.DATA, min=1)
-    ] = 256,
+    max_new_tokens: Annotated[int, option("Generate at most so many.", options.DATA, min=1)] = 256,
     batch_size: Annotated[int, option("Sequences in one forward pass.", options.DATA, min=1)] = 8,
     prompts: Annotated[int, option("Trace this many prompts.", _LOCALITY, min=1)] = 32,
     at_slots: Annotated[
         list[int] | None,
-        option(
-            "Simulate this many slots in each layer. Repeatable. Default: an eighth, a "
-            "quarter and half of the experts.",
-            _LOCALITY,
-            min=1,
-        ),
+        option("Slots of a simulated layer. Repeatable. Default: 1/8, 1/4, 1/2.", _LOCALITY, min=1),
     ] = None,
-    task_path: Annotated[
-        Path | None, option("Directory of further task files (YAML).", _TASKS)
-    ] = None,
-    fewshot: Annotated[
-        int | None, option("Examples put before each question.", _TASKS, min=0)
-    ] = None,
+    task_path: Annotated[Path | None, option("Directory of further task files.", _TASKS)] = None,
+    fewshot: Annotated[int | None, option("Examples before each question.", _TASKS, min=0)] = None,
     chat_template: Annotated[
-        bool,
-        option(
-            "Put the questions through the tokenizer's chat template.",
-            _TASKS,
-            name="--chat-template",
-        ),
+        bool, option("Use the chat template.", _TASKS, name="--chat-template")
     ] = False,
     *,
     given: dict[str, Any],

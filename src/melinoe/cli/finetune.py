@@ -35,76 +35,50 @@ PANELS = _OTHERS | {
 def command(
     context: typer.Context,
     model: options.Model,
-    data: Annotated[
-        str,
-        option("Examples: a file (JSONL, JSON, CSV, Parquet), a directory, a hub data set."),
-    ],
+    data: options.Examples,
     out: options.Out,
     eval_data: Annotated[
-        str | None,
-        option("Held-out examples to measure on. Default: a part of --data, kept from training."),
+        str | None, option("Held-out examples to measure on. Default: a part of --data.")
     ] = None,
     limit: options.Limit = None,
     against: Annotated[
         str | None,
         option(
-            "Also measure what locality costs and saves against a control, the same run "
-            "without the locality terms: the directory of one (see --control); or the word "
-            "control: train it first, in OUT.control."
+            "Also measure what locality costs and saves against a control (see --control): its "
+            "directory; or the word control: train it first, in OUT.control."
         ),
     ] = None,
     resume: Annotated[
-        bool,
-        option(
-            "Go on from the newest checkpoint of an interrupted run, in OUT.checkpoints; or, "
-            "where OUT is written, complete its measuring and its card."
-        ),
+        bool, option("Go on with an interrupted run; where OUT is written, complete its card.")
     ] = False,
     control: Annotated[
-        bool,
-        option(
-            "Train the control of these options: the same run without the locality terms.",
-            _OBJECTIVE,
-        ),
+        bool, option("Train the control: the same run without the locality terms.", _OBJECTIVE)
     ] = False,
     teacher: Annotated[
         str | None,
         option(
             "Also learn from an earlier run, at --lambda-match (10 unless you set it): its "
-            "directory (of --save adapter or both); or the word plain: train it first, on next "
-            "tokens alone, in OUT.teacher.",
+            "directory; or the word plain: train it first, on next tokens alone, in OUT.teacher.",
             _OBJECTIVE,
         ),
     ] = None,
     anchor_data: Annotated[
         str | None,
         option(
-            "Replay text of other kinds, at --lambda-replay: a file or a hub data set. "
-            "Default: own, what the base model writes from an empty prompt.",
+            "Text to replay, at --lambda-replay: a file or a hub data set. Default: own, what the "
+            "base model writes.",
             _OBJECTIVE,
         ),
     ] = None,
     split: options.Split = "train",
-    eval_split: Annotated[
-        str, option("Split of a hub data set given for --eval-data.", options.DATA)
-    ] = "test",
+    eval_split: Annotated[str, option("Split of --eval-data on the hub.", options.DATA)] = "test",
     columns: options.Columns = None,
     hold_out: Annotated[
-        float,
-        option(
-            "Share of --data kept from training to measure on, without --eval-data.",
-            options.DATA,
-            min=0.0,
-            max=0.5,
-        ),
+        float, option("Share of --data to measure on.", options.DATA, min=0.0, max=0.5)
     ] = OutcomeSettings().held_out,
     other: options.Other = None,
     measure: Annotated[
-        bool,
-        option(
-            "Measure quality and locality before and after, for melinoe.json and the model card.",
-            _RUN,
-        ),
+        bool, option("Measure before and after, for melinoe.json and the model card.", _RUN)
     ] = True,
     *,
     given: dict[str, Any],

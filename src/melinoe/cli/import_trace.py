@@ -13,14 +13,13 @@ def command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A table (.csv, .parquet, .jsonl) or arrays (.npz, .npy) of choices, as "
-            "docs/traces.md has them; SGLang's expert distribution record (.pt); or llama.cpp's "
-            "importance matrix (.gguf)."
+            help="A table or arrays (.csv, .parquet, .jsonl, .npz, .npy; see docs/traces.md), "
+            "SGLang's record (.pt), or llama.cpp's importance matrix (.gguf)."
         ),
     ],
     out: Annotated[Path, option("The file to write: a trace, or statistics (.json).")],
     format: Annotated[
-        str, option("What wrote the file: table, sglang, llama.cpp, or auto (by the name's end).")
+        str, option("table, sglang, llama.cpp, or auto: by the name's end.")
     ] = "auto",
     statistics: Annotated[
         bool, option("Write how often each expert was chosen, without the order.")

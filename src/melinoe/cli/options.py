@@ -21,6 +21,12 @@ Model = Annotated[
         help="A checkpoint directory or a name on the hub; `tiny` is the model that ships."
     ),
 ]
+_MODEL = typer.Argument(help="A checkpoint directory, a config.json, a name on the hub, or `tiny`.")
+ModelOrConfig = Annotated[str, _MODEL]
+ModelOrConfigIfAny = Annotated[str | None, _MODEL]
+Examples = Annotated[
+    str, option("Examples: a file, a directory of files, or a hub data set.", name="--data")
+]
 Prompts = Annotated[
     str, option("Prompts: a file, a directory of files, or a hub data set.", name="--data")
 ]
@@ -47,19 +53,11 @@ Split = Annotated[str, option("Split of a hub data set.", DATA)]
 Limit = Annotated[int | None, option("Use only the first examples.", min=1)]
 Columns = Annotated[
     str | None,
-    option(
-        "Name the columns of --data, as in prompt=question,completion=answer. Default: the "
-        "names that docs/data.md lists.",
-        DATA,
-    ),
+    option("Names of columns where docs/data.md has others, as prompt=q,completion=a.", DATA),
 ]
 Other = Annotated[
     list[str] | None,
-    option(
-        "Also measure on this text of another kind: a file, a directory, a hub data set. "
-        "Repeatable.",
-        DATA,
-    ),
+    option("Also measure on this text of another kind. Repeatable.", DATA),
 ]
 
 PREFETCH = (
@@ -71,16 +69,10 @@ PREFETCH = (
 Prefetch = Annotated[str | None, option(PREFETCH, AHEAD)]
 Prefetches = Annotated[list[str] | None, option(f"{PREFETCH} Repeatable.", AHEAD)]
 PredictorDir = Annotated[
-    Path | None,
-    option("Predictor for --prefetch predictor: what `melinoe predictor fit` wrote.", AHEAD),
+    Path | None, option("Predictor for --prefetch predictor: a directory.", AHEAD)
 ]
 PopularityFile = Annotated[
-    Path | None,
-    option(
-        "Counts for --prefetch popularity: a trace, or imported statistics. Default: the "
-        "predictor's.",
-        AHEAD,
-    ),
+    Path | None, option("Counts for --prefetch popularity: a trace or statistics.", AHEAD)
 ]
 
 

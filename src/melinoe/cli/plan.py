@@ -14,18 +14,12 @@ if TYPE_CHECKING:
     from melinoe.plan.planner import Plan
 
 _MACHINE = "Machine"
-_RATES = "Hit rates"
+_RATES = "Hit rates from"
 _INSTEAD = "Instead of a plan"
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A checkpoint directory, a config.json, or a name on the hub, of which only the "
-            "config is fetched; `tiny` is the model that ships."
-        ),
-    ] = None,
+    model: options.ModelOrConfigIfAny = None,
     card: Annotated[
         str | None, option("A GPU by name: rtx4090, l4, h100, ...; see --list.")
     ] = None,
@@ -41,59 +35,34 @@ def command(
         int | None, option("Bits of a stored weight: 16, 8 or 4. Default: as the config says.")
     ] = None,
     as_json: options.AsJson = False,
-    trace: Annotated[
-        Path | None, option("Take hit rates from this trace of the model.", _RATES)
-    ] = None,
-    tuned_trace: Annotated[
-        Path | None, option("Take those after fine-tuning from this trace.", _RATES)
-    ] = None,
+    trace: Annotated[Path | None, option("A trace of the model.", _RATES)] = None,
+    tuned_trace: Annotated[Path | None, option("One of it fine-tuned.", _RATES)] = None,
     link: Annotated[
-        str | None,
-        option(
-            "Link from host to GPU: 25GB/s, or a name as pcie4x16. Default: the card's.", _MACHINE
-        ),
+        str | None, option("Link from host to GPU, as in 25GB/s or pcie4x16.", _MACHINE)
     ] = None,
     link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _MACHINE)] = "0us",
     device_bandwidth: Annotated[
-        str | None,
-        option("Bandwidth of the GPU's memory, as in 1TB/s. Default: the card's.", _MACHINE),
+        str | None, option("Bandwidth of the GPU's memory, as in 1TB/s.", _MACHINE)
     ] = None,
     dram: Annotated[
-        str | None,
-        option("Bandwidth of the host's memory: 70GB/s, or a name as ddr5-2ch.", _MACHINE),
+        str | None, option("Bandwidth of the host's memory, as in 70GB/s or ddr5-2ch.", _MACHINE)
     ] = None,
     disk: Annotated[
-        str | None,
-        option(
-            "Bandwidth of the disk, for experts that --ram cannot hold: 7GB/s, or a name as nvme4.",
-            _MACHINE,
-        ),
+        str | None, option("Bandwidth of the disk, as in 7GB/s or nvme4.", _MACHINE)
     ] = None,
     reserve: Annotated[
-        str | None, option("GPU memory kept free. Default: a tenth of it, at most 1GiB.", _MACHINE)
+        str | None, option("GPU memory kept free. Default: a tenth, at most 1GiB.", _MACHINE)
     ] = None,
     measure: Annotated[
-        bool,
-        option(
-            "Time this machine's memory, disk and link, and plan with them.",
-            _MACHINE,
-            name="--measure",
-        ),
+        bool, option("Time this machine, and plan with that.", _MACHINE, name="--measure")
     ] = False,
     show_list: Annotated[
         bool, option("List the cards and links known by name.", _INSTEAD, name="--list")
     ] = False,
     cards: Annotated[
-        bool,
-        option(
-            "Print what each of some models does on cards of 8, 12, 16 and 24 GB.",
-            _INSTEAD,
-            name="--cards",
-        ),
+        bool, option("Print some models on cards of 8 to 24 GB.", _INSTEAD, name="--cards")
     ] = False,
-    out: Annotated[
-        Path | None, option("Also write the record of --cards to this .json file.", _INSTEAD)
-    ] = None,
+    out: Annotated[Path | None, option("Write --cards to this .json file.", _INSTEAD)] = None,
 ) -> None:
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
     if out is not None and not cards:

@@ -13,13 +13,9 @@ def fit_command(
     trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
     out: options.Out,
     slots: Annotated[
-        int | None,
-        option("Judge by this many slots in each layer. Default: a quarter of the experts.", min=1),
+        int | None, option("Judge by so many slots in each layer. Default: a quarter.", min=1)
     ] = None,
-    model: Annotated[
-        str | None,
-        option("The traced model; `tiny` is the one that ships. Default: as the trace says."),
-    ] = None,
+    model: Annotated[str | None, option("The traced model. Default: as the trace says.")] = None,
     data: Annotated[
         str | None, option("The prompts that were traced. Default: those beside the trace.")
     ] = None,

@@ -13,8 +13,7 @@ def command(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Measurement files (.json, .jsonl), directories of them, or traces "
-            "(.safetensors), which are replayed with each --policy."
+            help="Measurement files (.json, .jsonl), directories of them, or traces (.safetensors)."
         ),
     ],
     out: Annotated[Path, option("The page to write; a .md twin stands beside it.")] = Path(
@@ -22,10 +21,7 @@ def command(
     ),
     policy: Annotated[
         list[str] | None,
-        option(
-            "Replay traces with this policy. Repeatable. Default: those that take seconds; others, "
-            "and those of installed packages, take minutes."
-        ),
+        option("Replay traces with this policy. Repeatable. Default: those that take seconds."),
     ] = None,
     readme: Annotated[
         Path | None, option("Write the tables of this Markdown file instead of a page.")

@@ -31,30 +31,17 @@ def command(
     trace: Annotated[Path, typer.Argument(help="A trace file that `melinoe trace` wrote.")],
     slots: Annotated[
         list[str] | None,
-        option(
-            "Slots in each layer, as 8, or layer by layer, as 6,8,10,8. Repeatable. "
-            "Default: a quarter of the experts."
-        ),
+        option("Slots in each layer: 8, or 6,8,10,8. Repeatable. Default: a quarter."),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        option(
-            "Which resident expert is evicted first: lru, lfu, belady (which knows the future), "
-            "... Repeatable. Default: lru, lfu and belady."
-        ),
+        option("Who is evicted first. Repeatable. Default: lru, lfu and belady, the bound."),
     ] = None,
     cold: Annotated[bool, option("Empty the cache before every sequence.")] = False,
     curve: Annotated[bool, option("Print the miss rate of every number of slots instead.")] = False,
-    locality: Annotated[
-        bool,
-        option("Print measures that no cache decides instead: reuse, SRP(m), SCH(m, rho), ..."),
-    ] = False,
+    locality: Annotated[bool, option("Print measures that no cache decides instead.")] = False,
     allocate_from: Annotated[
-        Path | None,
-        option(
-            "Also share out the same slots over the layers by what this trace says each would "
-            "miss; it may be the same file."
-        ),
+        Path | None, option("Also share out the slots by what this trace's layers would miss.")
     ] = None,
     out: options.RecordsOut = None,
     as_json: options.AsJson = False,
@@ -62,48 +49,26 @@ def command(
     predictor: options.PredictorDir = None,
     popularity: Annotated[
         Path | None,
-        option(
-            "Counts for the policy static and --prefetch popularity: a trace, or imported "
-            "statistics. Default: the trace itself.",
-            options.AHEAD,
-        ),
+        option("Counts for static and popularity. Default: the trace's.", options.AHEAD),
     ] = None,
     link: Annotated[
-        str | None,
-        option(
-            "Predict time over this link from host to GPU: 25GB/s, or a name as pcie4x16.", _TIME
-        ),
+        str | None, option("Link from host to GPU, as in 25GB/s or pcie4x16.", _TIME)
     ] = None,
     link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _TIME)] = "0s",
     device_bandwidth: Annotated[
         str | None, option("Bandwidth of the GPU's memory, as in 3.35TB/s.", _TIME)
     ] = None,
     dram: Annotated[
-        str | None,
-        option("Bandwidth of the host's memory, for misses computed on the CPU: 80GB/s.", _TIME),
+        str | None, option("Bandwidth of the host's memory, for misses on the CPU.", _TIME)
     ] = None,
     pass_time: Annotated[
-        str | None, option("Measured time of a token with all experts resident, as in 5ms.", _TIME)
+        str | None, option("Measured time of a token with all experts resident: 5ms.", _TIME)
     ] = None,
-    miss: Annotated[
-        str,
-        option(
-            "On a miss: wait until the expert is loaded; cpu: compute it on the CPU; split: "
-            "whichever is faster.",
-            _TIME,
-        ),
-    ] = "wait",
+    miss: Annotated[str, option("On a miss: wait, cpu or split.", _TIME)] = "wait",
     model: Annotated[
-        str | None,
-        option(
-            "Take sizes from this model's config; `tiny` is the one that ships. It also reads "
-            "the prompts for --prefetch predictor. Default for that: as the trace says.",
-            _TIME,
-        ),
+        str | None, option("Take sizes from this model; it also reads prompts.", _TIME)
     ] = None,
-    expert_size: Annotated[
-        str | None, option("Size of one expert instead, as in 12.6MB.", _TIME)
-    ] = None,
+    expert_size: Annotated[str | None, option("Size of one expert, as in 12.6MB.", _TIME)] = None,
 ) -> None:
     """Replay a trace through caches of any size and policy: count loads, and predict time."""
     from melinoe.cache.curves import miss_curves
@@ -115,10 +80,7 @@ def command(
 
     one_of(miss, MISSES, "--miss")
     if out is not None and (curve or locality):
-        raise typer.BadParameter(
-            "a record is of replays, which --curve and --locality leave out; leave those or it out",
-            param_hint="--out",
-        )
+        raise typer.BadParameter("it goes neither with --curve nor --locality", param_hint="--out")
     loaded = Trace.load(trace)
     popular = count(loaded) if popularity is None else load_statistics(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]

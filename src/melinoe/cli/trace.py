@@ -20,12 +20,7 @@ def command(
     columns: options.Columns = None,
     split: options.Split = "test",
     guesses: Annotated[
-        bool,
-        option(
-            "Also record what each layer's router says one layer early, for the prefetch "
-            "next-router.",
-            _MORE,
-        ),
+        bool, option("Also record guesses of routers, for --prefetch next-router.", _MORE)
     ] = False,
     keep_prompts: Annotated[
         bool, option("Write the prompts' token ids beside the trace, for `predictor fit`.", _MORE)
