@@ -36,13 +36,11 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
+        who = ""
         with suppress(OSError):
             who = f" ({file.read_text(encoding='utf-8').strip()})"
-            raise OutputExistsError(
-                f"another run{who} is writing to {path}; wait for it, or choose another place"
-            ) from None
         raise OutputExistsError(
-            f"another run is writing to {path}; wait for it, or choose another place"
+            f"another run{who} is writing to {path}; wait for it, or choose another place"
         ) from None
     except OSError as error:
         raise WriteError(

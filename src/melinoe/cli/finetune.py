@@ -225,18 +225,7 @@ def finish(
     resume: bool = False,
 ) -> None:
     """
-    Complete a fine-tuned checkpoint: its origin, its measured outcome, its card.
-
-    Only the first process of a distributed run does it.
-
-    Args:
-        out: The checkpoint.
-        base: What it was fine-tuned from.
-        data, split, columns: As they were given.
-        held_out: What to measure on.
-        measure: Whether to.
-        control: To compare with, or none.
-        resume: Whether an outcome that is there already may be this one.
+    Complete a fine-tuned checkpoint, once: its origin, its measured outcome, its card.
 
     Raises:
         TrainingError: measuring failed; the checkpoint itself is whole, and has a card of what was

@@ -17,13 +17,9 @@ def other_texts(
     sources: Sequence[str], split: str, limit: int | None, taken: Collection[str] = ()
 ) -> dict[str, Sequence[Any]]:
     """
-    Read other texts: name to examples, the source itself its name where the short one is taken.
+    Read other texts: name to examples, the source itself its name where the short one is *taken*.
 
-    Args:
-        sources: Files, directories of them, each file a text of its own, or hub data sets.
-        split: Of hub data sets.
-        limit: Read only so many rows of each.
-        taken: Names that are not free.
+    Each file of a directory is a text of its own.
     """
     from melinoe.data import data_files, load_examples
 
@@ -74,15 +70,7 @@ def hold_out(
     """
     Decide what is kept from training, before any of it.
 
-    Args:
-        data: The training data's name.
-        examples: What was read of it.
-        eval_data: Held-out data of the same kind; then all of *examples* are trained on.
-        eval_split: Split of it on the hub.
-        other: Files, directories or hub names of other texts.
-        share: Of *examples*, evenly spread, to hold out where *eval_data* is absent.
-        limit: Read only so many rows of each.
-        columns: What the columns of *eval_data* are.
+    That is *eval_data*, data of the same kind; else a *share* of *examples*, evenly spread.
     """
     from melinoe.data import load_examples
 

@@ -84,14 +84,7 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
 
 
 def count_losses(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, int]:
-    """
-    Count what `encode` could not keep of *examples*.
-
-    Returns:
-        ``left_out``: examples without a completion token within the greatest length;
-        ``shortened``: those cut there, and ``tokens_cut``, the tokens that fell away from them;
-        ``turns_unlearned``: as in `Encoded`, of all.
-    """
+    """Count what `encode` left out, cut short and took as context of *examples*."""
     return {
         "left_out": len(examples) - len(encoded),
         "shortened": sum(one.tokens_cut > 0 for one in encoded),
@@ -110,9 +103,7 @@ def encode_prompts(
     """
     Give the token ids of the prompts alone: what generation starts from.
 
-    Of a chat that is everything before its last turn to learn, or all of it where there is none; of
-    prompt and completion, the prompt. What a chat template does not write is counted in one line of
-    the log.
+    Of a chat that is everything before its last turn to learn, or all of it where there is none.
 
     Args:
         examples: Any number.

@@ -1,26 +1,10 @@
 """
 Examples from files or the hub: a prompt to condition on and a completion to learn.
 
-A row has one of these forms, the first of them if it has several. The first three are TRL's:
-
-    {"messages": [{"role", "content"}]}   rendered by the tokenizer's chat template; every assistant
-                                          turn is completion, the rest is prompt; "conversations",
-                                          with ShareGPT's "from" and "value", is the same
-    {"prompt": ..., "completion": ...}    two strings, or two lists of turns, of which the first is
-                                          prompt whoever speaks; a "label" must be true
-    {"text": ...}                         all of it is completion
-    {"question": ..., "answer": ...}      as in GSM8K: prompt "Question: ...\\nAnswer:"
-    {"instruction": ..., "response": ...} Dolly's, with a "context" or none
-    {"instruction": ..., "output": ...}   Alpaca's, with an "input" or none; both in Alpaca's prompt
-    {"prompt": ...}                       a prompt alone, where nothing is learned
-
-A chat may bring "tools" (a list, or the JSON of one), "documents", "chat_template_kwargs" and
-"system", the words of a first turn. A key that is null is as absent. Columns of other names can be
-named; pairs of a chosen and a rejected answer, rated answers and rated steps are refused, because
-nothing in them says that they are to be learned.
-
-Nothing is repaired or left out in silence: a row that cannot be used as it stands is an error that
-names file and line, a column that no form reads is counted and said.
+A row has one of the forms of docs/data.md, the first of `_READERS` if it has several: TRL's
+("messages", "prompt" and "completion", "text"), GSM8K's, Dolly's, Alpaca's, or a prompt alone.
+Columns of other names can be named. Nothing is repaired or left out in silence: a row that cannot
+be used as it stands is an error that names file and line, a column that no form reads is said.
 """
 
 import hashlib
@@ -95,12 +79,8 @@ def load_examples(
     """
     Read examples from a file, a directory of files, or a hub data set.
 
-    Columns that no form reads are named in one line of the log, with the number of rows.
-
     Args:
-        path_or_hub_name: A path if one exists there (.jsonl, .json, .csv, .parquet; the first three
-            also as .gz); else a name on the hub, with its configuration after a colon where it
-            needs one: ``openai/gsm8k:main``.
+        path_or_hub_name: As `melinoe.data.rows.read_rows`.
         split: Split of a hub data set; files have none and ignore it.
         limit: Read only so many rows; ``None`` reads all. Lines after the limit are not checked.
         columns: A form's key to the data's own name for it, or all of that in words:
@@ -314,12 +294,7 @@ def _string(row: dict[str, Any], key: str, source: str, *, may_be_empty: bool = 
 
 
 def check_text(text: str, what: str) -> None:
-    """
-    Refuse a text that no tokenizer can read.
-
-    Raises:
-        DataError: it holds half of a character, or a byte that was no UTF-8.
-    """
+    """Refuse a text that holds half of a character, or a byte that was no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

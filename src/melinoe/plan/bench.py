@@ -176,7 +176,7 @@ def bench(
     servings, replays = [], []
     for one in chosen:
         model, handle = opened[one.cache]
-        ahead = prefetchers[one.prefetch]
+        ahead = prefetchers.get(one.prefetch)
         if ahead is not None:
             ahead.bind(model, tokenizer)
         replays.append(
@@ -226,7 +226,7 @@ def bench(
     first = next((one for one in chosen if not one.name.startswith(extremes)), chosen[0])
     moments = timeline_record(
         *opened[first.cache], tokenizer, prompts[0], max_new_tokens,
-        label=f"{label}, {first.name}", prefetch=prefetchers[first.prefetch],
+        label=f"{label}, {first.name}", prefetch=prefetchers.get(first.prefetch),
     )  # fmt: skip
     table = _benchmark(rows, label, len(prompts), max_new_tokens, link, read_s)
     return records, moments, table
