@@ -100,13 +100,7 @@ def command(
     from melinoe.data import load_examples
     from melinoe.finetune import finetune
     from melinoe.finetune.processes import leave
-    from melinoe.finetune.run import (
-        beside,
-        check_place,
-        is_written,
-        train_control,
-        train_teacher,
-    )
+    from melinoe.finetune.run import beside, check_place, is_written, train_control, train_teacher
 
     output.quiet()
     runs = [out.expanduser(), *([beside(out, CONTROL)] if against == CONTROL else [])]

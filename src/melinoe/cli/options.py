@@ -56,8 +56,7 @@ Columns = Annotated[
     option("Names of columns where docs/data.md has others, as prompt=q,completion=a.", DATA),
 ]
 Other = Annotated[
-    list[str] | None,
-    option("Also measure on this text of another kind. Repeatable.", DATA),
+    list[str] | None, option("Also measure on this text of another kind. Repeatable.", DATA)
 ]
 
 PREFETCH = (

@@ -150,11 +150,7 @@ def _show_known(as_json: bool) -> None:
         for one in known()["cards"]
     ]
     output.show_table("Cards (--card)", rows)
-    titles = {
-        "links": "Links (--link)",
-        "dram": "Host memory (--dram)",
-        "disks": "Disks (--disk)",
-    }
+    titles = {"links": "Links (--link)", "dram": "Host memory (--dram)", "disks": "Disks (--disk)"}
     for key, title in titles.items():
         rows = [
             {"name": one["names"][0], "GB/s": f"{one['gb_s']:g}", "source": one["source"]}

@@ -35,13 +35,7 @@ def command(
 ) -> None:
     """Write a self-contained page with tables and figures, or these by themselves."""
     from melinoe.errors import DataError
-    from melinoe.report import (
-        figures_of,
-        page_path,
-        update_readme,
-        write_figures,
-        write_report,
-    )
+    from melinoe.report import figures_of, page_path, update_readme, write_figures, write_report
 
     if policy and not any(run.suffix == ".safetensors" for run in runs):
         raise typer.BadParameter(

@@ -39,13 +39,7 @@ def command(
     loaded, handle, tokenizer = models.open_model(model, given)
     prompts = models.prompt_ids(examples, tokenizer, raw)
     trace = trace_prompts(
-        loaded,
-        handle,
-        tokenizer,
-        prompts,
-        max_new_tokens,
-        progress=output.say,
-        guesses=guesses,
+        loaded, handle, tokenizer, prompts, max_new_tokens, progress=output.say, guesses=guesses
     )
     trace.save(out)
     if keep_prompts:

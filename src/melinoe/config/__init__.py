@@ -7,13 +7,7 @@ default is typed twice.
 
 from melinoe.cache import MISSES, PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
-from melinoe.config.names import (
-    QUARTER,
-    STORES,
-    OutcomeSettings,
-    experts_in_share,
-    policies,
-)
+from melinoe.config.names import QUARTER, STORES, OutcomeSettings, experts_in_share, policies
 
 __all__ = [
     "CONTROL",

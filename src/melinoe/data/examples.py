@@ -126,11 +126,7 @@ def _parse_columns(text: str) -> dict[str, str]:
 
 
 def _example(
-    row: Any,
-    source: str,
-    columns: Mapping[str, str] | None,
-    prompts: bool,
-    ignored: Counter[str],
+    row: Any, source: str, columns: Mapping[str, str] | None, prompts: bool, ignored: Counter[str]
 ) -> Example:
     if not isinstance(row, Mapping):
         raise DataError(f"{source} is not an object; give it the keys {FORMS}")
