@@ -43,18 +43,19 @@ SIZES = (0.25, 0.5, 0.75)
 
 
 def shipped_trace(prompts: int, tokens: int) -> Trace:
-    """The shipped model's completions, with the weight of each choice."""
+    """The shipped model's completions."""
     model, handle = load(TINY_OLMOE, slots=32, store="ram")
     tokenizer = load_tokenizer(TINY_OLMOE, model.config)
     examples = load_examples(str(GSM8K_TEST), limit=prompts)
     encoded = encode_prompts(examples, tokenizer)
-    return trace_prompts(model, handle, tokenizer, encoded, tokens, scores=True)
+    return trace_prompts(model, handle, tokenizer, encoded, tokens)
 
 
 def softmax_rows(trace: Trace, sequence: int) -> np.ndarray:
-    """What the other replay takes: a row of probabilities, float32 (tokens, layers, experts)."""
-    rows = (trace.sequence == sequence) & (trace.kind == 1)
-    chosen, weights = trace.experts[rows], trace.scores[rows]
+    """What the other replay takes: a row of weights, float32 (tokens, layers, experts)."""
+    chosen = trace.completion(sequence)
+    # A trace lists choices by their weight; what it was does not matter to a replay.
+    weights = np.broadcast_to(np.arange(trace.top_k, 0, -1) / 10, chosen.shape)
     full = np.zeros((*chosen.shape[:2], trace.num_experts), np.float32)
     np.put_along_axis(full, chosen.astype(np.int64), weights.astype(np.float32), axis=-1)
     # Equal weights must not let it pick others than the model did.

@@ -37,8 +37,7 @@ from melinoe.cache.trace import TraceBuilder
 from melinoe.measure import machine, write_json
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
-POLICIES = ("lru", "lfu", "lfru", "score", "static", "belady")
-SCORES = [1 / TOP_K] * TOP_K
+POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 WARM_UP, ROUNDS = 200, 2000
 # Experts 0 to 6 are in every request with a miss, and each of 16 to 63 misses once.
 MISSES = [[*range(TOP_K - 1), expert] for expert in range(SLOTS, EXPERTS)]
@@ -90,18 +89,16 @@ def look_up(resident: dict[int, int], requests: list[list[int]]) -> None:
 
 def decide(residency: Residency, requests: list[list[int]]) -> int:
     request, loads = residency.request, 0
-    scores = SCORES if residency.policy.uses_scores else None
     for experts in requests:
-        loads += len(request(experts, None, scores).loads)
+        loads += len(request(experts).loads)
     return loads
 
 
 def decide_and_count(residency: Residency, requests: list[list[int]]) -> int:
     counters, uses = Counters(LAYERS), [1] * TOP_K
     counters.begin_forward("completion", 1)
-    scores = SCORES if residency.policy.uses_scores else None
     for experts in requests:
-        plans = tuple(residency.request_in_parts(experts, uses, scores))
+        plans = tuple(residency.request_in_parts(experts, uses))
         counters.add_decisions(0, experts, uses, plans)
     return int(counters.loads.sum())
 
@@ -118,9 +115,9 @@ def replay() -> dict[str, dict[str, float]]:
         taste = rng.normal(0, 2.5, (LAYERS, EXPERTS))
         noisy = taste + rng.gumbel(size=(128, LAYERS, EXPERTS))
         chosen = np.argsort(-noisy, axis=-1)[..., :TOP_K]
-        builder.add_forward(chosen[:64], sequence, 0, 1 / TOP_K)
+        builder.add_forward(chosen[:64], sequence, 0)
         for token in range(64, 128):
-            builder.add_forward(chosen[token : token + 1], sequence, 1, 1 / TOP_K)
+            builder.add_forward(chosen[token : token + 1], sequence, 1)
     trace = builder.trace()
     result = {}
     for name in POLICIES:

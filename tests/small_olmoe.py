@@ -7,8 +7,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import Predictor
-from melinoe.predictor.features import token_embeddings
-from melinoe.predictor.model import PredictorNetwork
+from melinoe.predictor.model import PredictorNetwork, token_embeddings
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 

@@ -1,6 +1,4 @@
-"""Generation on few slots: the plain model's tokens, its cost, the prefetch before the prompt."""
-
-from inspect import signature
+"""Generation on few slots: the plain model's tokens, its cost, the prefetch after the prompt."""
 
 import numpy as np
 import pytest
@@ -10,10 +8,9 @@ from transformers import TextStreamer
 
 from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.prefetch import prefetcher_class
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
-from melinoe.config import PREFETCH_AT
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.moe.routing import fingerprint
@@ -48,7 +45,7 @@ def test_times_add_up():
     """The predictor is part of the time to the first token, and that part of the whole."""
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=3) as handle:
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 5, always(model, [1, 2]), "prompt")
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 5, always(model, [1, 2]))
     assert 0 < one.predictor_s < one.ttft_s < one.seconds
     assert one.tpot_s == pytest.approx((one.seconds - one.ttft_s) / 4)
     assert one.tokens_per_s == pytest.approx(5 / one.seconds)
@@ -64,19 +61,6 @@ def test_a_single_token_has_no_time_per_token():
     assert len(one.ids) == 1 and one.tpot_s is None and one.decode_tokens == 0
 
 
-def test_a_prefetch_for_the_prompt_comes_before_its_forward_pass():
-    """What the prompt's first layer reads: experts named by the predictor are resident by then."""
-    model, tokenizer = tiny_model(), words_tokenizer()
-    seen = []
-    with attach(model, slots=3) as handle:
-        hook = model.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
-        predictor = always(model, [6, 1, 4])
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor, prefetch_at="prompt")
-        hook.remove()
-    assert seen[0] == [[1, 4, 6]] * LAYERS
-    assert one.counters.prefetch_loads.tolist() == [3, 3]
-
-
 def test_a_prefetch_for_the_completion_comes_after_the_prompts_forward_pass():
     """The prompt's pass starts with empty slots, the second one with the experts named."""
     model, tokenizer = tiny_model(), words_tokenizer()
@@ -89,23 +73,6 @@ def test_a_prefetch_for_the_completion_comes_after_the_prompts_forward_pass():
         hook.remove()
     assert seen == [[[], []], [[1, 4, 6]] * LAYERS]
     assert one.counters.loads[PROMPT].sum() > 0
-
-
-def test_without_a_word_experts_are_loaded_for_the_completion():
-    """Every place that takes a moment, and the command line, means the same one by default."""
-    from melinoe.measure.serve import serving
-
-    for place in (generate, serving, simulate):
-        assert signature(place).parameters["prefetch_at"].default == PREFETCH_AT == "completion"
-    for name in ("popularity", "predictor"):
-        made = signature(prefetcher_class(name).__init__)
-        assert made.parameters["at"].default == PREFETCH_AT
-
-
-def test_an_unknown_moment_of_prefetch_is_the_callers_mistake():
-    """A prefetch happens before the prompt or before the completion."""
-    with pytest.raises(ValueError, match="prefetch_at"):
-        generate(tiny_model(), None, words_tokenizer(), PROMPT_TEXT, 2, prefetch_at="later")
 
 
 def test_experts_that_are_resident_are_not_prefetched_again():
@@ -142,20 +109,6 @@ def test_a_trace_does_not_depend_on_the_slots():
     assert np.array_equal(traces[0].experts, traces[1].experts)
 
 
-def test_simulating_the_trace_counts_what_the_calls_counted():
-    """Three prompts with a prefetch before each: simulator and runtime agree on every counter."""
-    model, tokenizer = tiny_model(), words_tokenizer()
-    prompts, wanted = [PROMPT_TEXT, "w7 w8 w9", "w20"], [6, 1, 4]
-    with attach(model, slots=3) as handle:
-        predictor = always(model, wanted)
-        with handle.record() as recorder:
-            for prompt in prompts:
-                generate(model, handle, tokenizer, prompt, 6, predictor, "prompt")
-        counted, trace = handle.counters, recorder.trace()
-    ahead = simulate(trace, 3, prefetch=lambda _: [wanted] * LAYERS, prefetch_at="prompt")
-    assert ahead.counters == counted
-
-
 @pytest.mark.parametrize("tokens", [1, 2, 6])
 def test_a_prefetch_for_the_completion_counts_as_simulated(tokens):
     """Three prompts, also of one new token, which has no completion to prefetch for."""
@@ -165,11 +118,11 @@ def test_a_prefetch_for_the_completion_counts_as_simulated(tokens):
         predictor = always(model, wanted)
         with handle.record() as recorder:
             for prompt in prompts:
-                generate(model, handle, tokenizer, prompt, tokens, predictor, "completion")
+                generate(model, handle, tokenizer, prompt, tokens, predictor)
             model.generate(torch.tensor([[7, 8]]), max_new_tokens=4, do_sample=False)
         counted, trace = handle.counters, recorder.trace()
     ahead = {sequence: [wanted] * LAYERS for sequence in range(3)}  # not for the last prompt
-    simulated = simulate(trace, 3, prefetch=ahead, prefetch_at="completion").counters
+    simulated = simulate(trace, 3, prefetch=Listed(ahead)).counters
     assert simulated == counted
     assert (counted.prefetch_loads.sum() > 0) == (tokens > 1)
 

@@ -3,14 +3,12 @@
 import os
 import time
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from melinoe.cli.app import app
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.lock import held
-from melinoe.predictor import RecentUse
 
 FINGERPRINT = "0" * 64
 
@@ -97,53 +95,3 @@ def test_the_other_processes_of_a_run_take_no_lock(tmp_path, other, monkeypatch)
     monkeypatch.setenv("RANK", "1")
     done = CliRunner().invoke(app, ["merge", "NOT_THERE", "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, CheckpointError)
-
-
-# --- recent use -----------------------------------------------------------------------------------
-
-
-def usage(*experts):
-    """One layer of four experts, each named one used once."""
-    return np.bincount(experts, minlength=4)[None]
-
-
-def test_two_that_learn_at_once_lose_nothing(tmp_path):
-    """Both read the same file; the second to write adds to the first, as if it had come after."""
-    path = tmp_path / "recent"
-    start = RecentUse(1, 4, FINGERPRINT)
-    start.observe(usage(0))
-    start.update(path)
-    one, other = (RecentUse.load(path) for _ in range(2))
-    one.observe(usage(1))
-    other.observe(usage(2))
-    other.observe(usage(2, 3))
-    one.update(path)
-    other.update(path)
-    expected = RecentUse(1, 4, FINGERPRINT)
-    for used in ((0,), (1,), (2,), (2, 3)):
-        expected.observe(usage(*used))
-    for found in (other, RecentUse.load(path)):
-        np.testing.assert_allclose(found.used, expected.used, rtol=1e-6)
-    other.update(path)  # nothing new
-    np.testing.assert_allclose(RecentUse.load(path).used, expected.used, rtol=1e-6)
-
-
-def learn(path, expert):
-    for _ in range(10):
-        recent = RecentUse.load(path)
-        recent.observe(usage(expert))
-        recent.update(path)
-
-
-def test_many_writers_lose_no_completion(tmp_path):
-    """Four processes, ten completions of each: all forty count."""
-    RecentUse(1, 4, FINGERPRINT).update(tmp_path / "recent")
-    children = [in_a_process(learn, tmp_path / "recent", expert) for expert in range(4)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    alone = RecentUse(1, 4, FINGERPRINT)
-    for _ in range(40):
-        alone.observe(usage(0))
-    found = RecentUse.load(tmp_path / "recent")
-    assert found.completions == pytest.approx(alone.completions, rel=1e-5)
-    assert (found.used > 0).all()
-    assert [one.name for one in tmp_path.iterdir()] == ["recent"]

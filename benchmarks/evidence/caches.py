@@ -16,7 +16,7 @@ from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import Simulation, simulate
 from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 
-POLICIES = ("lru", "lfu", "lfru", "score", "static", "belady")
+POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 PREFETCHES = ("none", "popularity", "prefill", "predictor", "next-router")
 COMPILED = ("lru", "lfu", "lfru", "static", "belady")  # equal counts, and far faster
 FIGURES = ("tokens", "uses", "hits", "loads", "ahead", "used", "used_decoding")

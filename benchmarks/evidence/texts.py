@@ -81,7 +81,7 @@ class Seen:
 def see(name: str, model: Any, handle: Any, of: Texts) -> Seen:
     """Let a model read all texts of a domain."""
     with EarlyRouters(model) as early:
-        judged = early.added_to(reading_trace(model, handle, of.judged, scores=True))
+        judged = early.added_to(reading_trace(model, handle, of.judged))
     return Seen(
         name,
         of.domain,

@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from traffic import Item, Model
 
-from melinoe.cache.trace import COMPLETION_ROW, Trace
-from melinoe.predictor import RecentUse
-from melinoe.predictor.features import features_of
-from melinoe.predictor.fit import fit_shares
-from melinoe.predictor.targets import Floats, completion_shares, top_ids, use_counts
+from melinoe.cache.trace import Trace
+from melinoe.predictor.fit import Floats, completion_shares, fit_shares, top_ids
+from melinoe.predictor.model import features_of
 
 FOLDS = 5
 RIVALS = ("popularity", "prefill")  # what costs nothing, beside an empty start
@@ -34,7 +32,6 @@ class Traffic:
         source: Of each request; also its user.
         document: int64, a number for each document; intervals are over those.
         used: Shares of use of the completion ``(requests, layers, experts)``.
-        counts: The same as counts.
         own: Shares of use of the prompt.
         trace: One sequence a request, in the same order.
         folds: int64; requests of one document are in one fold.
@@ -45,7 +42,6 @@ class Traffic:
     source: list[str]
     document: np.ndarray
     used: Floats
-    counts: Floats
     own: Floats
     trace: Trace
     folds: np.ndarray
@@ -58,10 +54,7 @@ def traffic_of(model: Model, trace: Trace, items: Sequence[Item], seed: int = 0)
     names: dict[tuple[str, int], int] = {}
     document = np.array([names.setdefault((one.source, one.document), len(names)) for one in items])
     folds = np.random.default_rng(seed).permutation(len(names))[document] % FOLDS
-    counts = use_counts(trace, COMPLETION_ROW, len(prompts))
-    return Traffic(
-        model, prompts, [one.source for one in items], document, used, counts, own, trace, folds
-    )
+    return Traffic(model, prompts, [one.source for one in items], document, used, own, trace, folds)
 
 
 def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
@@ -86,32 +79,6 @@ def learned(traffic: Traffic, slots: int, seed: int = 0) -> dict[str, Floats]:
         found["popularity"][test] = traffic.used[train].mean(axis=0)
         found["learned"][test] = predictor.distributions(features[torch.from_numpy(test)])
     return found
-
-
-def scores_of(named: Sequence[Sequence[int]], experts: int) -> Floats:
-    """Lists by layer, best first, to scores above 0; who is not named gets 0."""
-    scores = np.zeros((len(named), experts))
-    for layer, ids in enumerate(named):
-        scores[layer, list(ids)] = experts - np.arange(len(ids))
-    return scores
-
-
-def adaptive(traffic: Traffic, keys: Sequence[str] | None = None) -> Floats:
-    """
-    Follow the traffic with recent use: each request is guessed from those before it, then learned.
-
-    Args:
-        traffic: In its order.
-        keys: Whose each request is; absent, all one deployment's.
-    """
-    shape = traffic.used.shape
-    everybody = [""] * shape[0] if keys is None else keys
-    recent = {key: RecentUse(*shape[1:], traffic.model.fingerprint) for key in set(everybody)}
-    out = np.zeros(shape)
-    for row, key in enumerate(everybody):
-        out[row] = scores_of(recent[key].top((), shape[2]), shape[2])
-        recent[key].observe(traffic.counts[row])
-    return out
 
 
 def recall(used: Floats, scores: Floats, slots: int) -> Floats:

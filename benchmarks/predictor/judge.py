@@ -9,8 +9,9 @@ import numpy as np
 from guesses import Traffic, lists, recall
 
 from melinoe.cache.counters import COMPLETION
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
-from melinoe.predictor.targets import Floats
+from melinoe.predictor.fit import Floats
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
 POLICY = "lfu"  # the demo's, the stronger one for base and fine-tuned models
@@ -26,14 +27,6 @@ def by_document(traffic: Traffic, top: Floats, bottom: Floats | None = None) -> 
         np.bincount(place, top, minlength=names.size),
         np.bincount(place, ones, minlength=names.size),
     )
-
-
-def part(traffic: Traffic, sums: tuple[Floats, Floats | None], rows: np.ndarray | None) -> Sums:
-    """As `by_document`, of some requests alone; a document without any weighs nothing."""
-    top, bottom = sums
-    ones = np.ones(len(top)) if bottom is None else bottom
-    chosen = np.ones(len(top)) if rows is None else np.isin(np.arange(len(top)), rows)
-    return by_document(traffic, top * chosen, ones * chosen)
 
 
 def estimate(sums: Sums) -> dict[str, Any]:
@@ -64,8 +57,7 @@ def transfers(
         traffic.trace,
         slots,
         POLICY,
-        prefetch=None if scores is None else lists(scores, slots),
-        prefetch_at="completion",
+        prefetch=None if scores is None else Listed(lists(scores, slots)),
         reset_between_sequences=cold,
     )
     each = done.per_sequence

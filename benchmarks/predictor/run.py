@@ -1,15 +1,14 @@
 """
-Does predicting from the prompt earn its keep, and what does following the traffic buy?
+Does predicting from the prompt earn its keep?
 
 For the shipped model and one that was fine-tuned for locality: recall of the completion's experts
 by each strategy at 12.5, 25 and 50 % of the experts, on GSM8K and on mixed traffic, read (the same
 text for both models) and written greedily; what the prefetch saves in transfers, its own loads
-charged in full; how long a guess takes beside the time to the first token; and a prior that learns
-from what is served, on drifting traffic and for mixed users. Intervals are over documents.
+charged in full; and how long a guess takes beside the time to the first token. Intervals are over
+documents.
 
 Bad news would be: the learned predictor no better than the experts that the prompt itself used,
-which are free; no transfers saved once its own loads are charged; a prior that knows no more than
-popularity does.
+which are free; no transfers saved once its own loads are charged.
 
 Known limits: the model is small and repeats itself, so a prompt of 64 tokens uses most experts and
 prefetches before it are pointless; all are made between prompt and completion. A prefetch never
@@ -35,8 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from drift import drifting
-from guesses import RIVALS, Traffic, adaptive, learned, traffic_of
+from guesses import RIVALS, Traffic, learned, traffic_of
 from judge import best_of, by_document, difference, estimate, loads_per_token, recalls, transfers
 from times import times
 from traffic import MATHS, Item, Model, in_order, mixed, observe, written_rows
@@ -46,7 +44,7 @@ from melinoe.shipped import TINY_OLMOE
 
 SHARES = (0.125, 0.25, 0.5)
 SERVED = 0.25  # of the experts; what predictors are fitted for
-ORDER = ("popularity", "prefill", "learned", "prior alone")
+ORDER = ("popularity", "prefill", "learned")
 
 
 def traffics(model: Model, items: list[Item]) -> Iterator[tuple[str, Traffic]]:
@@ -76,10 +74,7 @@ def compared(
     served = round(SERVED * experts)
     guesses = learned(traffic, served)
     popularity = guesses["popularity"]
-    guesses |= {
-        "prefill": traffic.own + popularity * 1e-6 * (traffic.own > 0),
-        "prior alone": adaptive(traffic),
-    }
+    guesses["prefill"] = traffic.own + popularity * 1e-6 * (traffic.own > 0)
     guesses = {strategy: guesses[strategy] for strategy in ORDER}
     for share in SHARES if name.endswith("read") else (SERVED,):
         slots = round(share * experts)
@@ -152,7 +147,6 @@ def study(tuned: Path, out: Path, limit: int | None) -> None:
                 rows["predictor-transfers"].append(by_loads)
             print(f"{name}, {traffic_name}: {time.monotonic() - began:.0f} s", flush=True)
         rows["predictor-ttft"].extend(times(model, items, round(SERVED * experts)))
-        rows["prior-drift"].extend(drifting(model, items, round(SERVED * experts)))
         print(f"{name}: done, {time.monotonic() - began:.0f} s", flush=True)
     out.unlink(missing_ok=True)
     for name, table in rows.items():
@@ -184,10 +178,6 @@ TITLES = {
     "predictor-ttft": (
         "Time of a guess beside the time to the first token",
         ["The shipped model's first token takes milliseconds; a larger model's takes longer."],
-    ),
-    "prior-drift": (
-        "A prior that learns from what is served",
-        ["LFU, a cache that stays warm, 8 of 32 slots; half-life 8 requests."],
     ),
 }
 

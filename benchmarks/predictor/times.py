@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from traffic import Item, Model, mixed, open_model
 
-from melinoe.cache.trace import COMPLETION_ROW
 from melinoe.generate import generate
-from melinoe.predictor import RecentUse, fit, use_counts
+from melinoe.predictor import fit
 from melinoe.stats import bootstrap
 
 REPEATS = 5
@@ -29,14 +28,10 @@ def times(model: Model, items: list[Item], slots: int, prompts: int = 32) -> lis
     every = [one.prompt for one in items]
     predictor = fit(model.read, every, model.embeddings, slots, seed=0)
     predictor.bind(served)
-    counts = use_counts(model.read, COMPLETION_ROW, len(every))
-    recent = RecentUse(*counts.shape[1:], model.fingerprint)
     rows = np.random.default_rng(1).permutation(mixed(items))[: prompts + 1]
     ways: dict[str, Callable[[int], Any]] = {
         "popularity": lambda row: predictor.top((), slots),
         "learned": lambda row: predictor.top(every[row], slots),
-        "prior alone": lambda row: recent.top(every[row], slots),
-        "telling the prior what was served": lambda row: recent.observe(counts[row]),
     }
     ttft_s: list[float] = []
     taken: dict[str, list[float]] = {name: [] for name in ways}

@@ -17,12 +17,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from melinoe.cache.counters import Counters
 from melinoe.cache.prefetch import Predicted, Prefetcher
 from melinoe.cache.trace import Trace
-from melinoe.config import PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
 from melinoe.data import check_text, pad_token_id
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.moe.finite import generate_finite
-from melinoe.predictor import Predictor, RecentUse
+from melinoe.predictor import Predictor
 
 Prompt = str | Sequence[int]
 
@@ -114,8 +113,7 @@ def generate(
     tokenizer: Any,
     prompt: Prompt,
     max_new_tokens: int = 64,
-    predictor: Predictor | RecentUse | None = None,
-    prefetch_at: PrefetchAt = PREFETCH_AT,
+    predictor: Predictor | None = None,
     streamer: Any = None,
     *,
     prefetch: Prefetcher | None = None,
@@ -132,13 +130,8 @@ def generate(
         tokenizer: The model's.
         prompt: Text, or token ids.
         max_new_tokens: At most so many; end-of-text may come first.
-        predictor: Names experts to prefetch, as many per layer as there are slots; a
-            `RecentUse` is then told of the completion's uses. Short for
-            ``prefetch=Predicted(predictor, prefetch_at)``.
-        prefetch_at: Of *predictor*. ``completion``: when the forward pass after the prompt's
-            begins, on the clock of the tokens after the first; never if the first token is the
-            last. ``prompt``: before the prompt's forward pass, which then waits for fewer loads,
-            but evicts what was prefetched if it uses more experts than there are slots.
+        predictor: Names experts to prefetch when the forward pass after the prompt's begins, as
+            many per layer as there are slots. Short for ``prefetch=Predicted(predictor)``.
         streamer: Gets tokens as they come; see transformers.
         prefetch: What is loaded ahead of need, and when; see `melinoe.cache.prefetch`.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
@@ -148,19 +141,16 @@ def generate(
         TokenizerError: ids that the model does not know.
         ModelError: the logits are no numbers, and which tensor is to blame; or the predictor
             belongs to another model.
-        AttachError: a prefetch without a handle to load through, or that its engine cannot do; a
-            `RecentUse` while something is being recorded.
+        AttachError: a prefetch without a handle to load through, or that its engine cannot do.
         UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
-        ValueError: *max_new_tokens* below 1; an unknown *prefetch_at*; *predictor* and *prefetch*.
+        ValueError: *max_new_tokens* below 1; *predictor* and *prefetch*.
     """
-    if prefetch_at not in PREFETCH_MOMENTS:
-        raise ValueError(f"prefetch_at must be prompt or completion, got {prefetch_at!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     if predictor is not None:
         if prefetch is not None:
             raise ValueError("give either a predictor or a prefetch, and not both")
-        prefetch = Predicted(predictor, prefetch_at)
+        prefetch = Predicted(predictor)
     if prefetch is not None:
         if handle is None:
             raise AttachError(
@@ -178,9 +168,6 @@ def generate(
     before, stall_before_s = None, 0.0
     input_ids = torch.tensor([ids], device=device)
 
-    asked = prefetch.predictor if isinstance(prefetch, Predicted) else None
-    learner = asked if isinstance(asked, RecentUse) else None
-    meter = None
     with ExitStack() as stack:
         if handle is not None:  # all of it is one text's, so other threads wait
             stack.enter_context(handle.lock)
@@ -189,8 +176,6 @@ def generate(
         if prefetch is not None and handle is not None:
             stack.enter_context(handle.prefetching(prefetch, ids))
         predictor_s = time.perf_counter() - start_s
-        if learner is not None and handle is not None:
-            meter = stack.enter_context(handle.measure_uses())
         stack.enter_context(torch.inference_mode())
         output = generate_finite(
             model,
@@ -203,8 +188,6 @@ def generate(
         )
         counters = handle.counters.minus(before) if handle is not None and before else None
         stall_s = handle.stall_s if handle is not None else 0.0
-    if learner is not None and meter is not None:
-        learner.observe(meter.counts())
     new = output[0, len(ids) :].tolist()
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -227,7 +210,6 @@ def trace_prompts(
     max_new_tokens: int = 64,
     progress: Callable[[str], None] | None = None,
     *,
-    scores: bool = False,
     guesses: bool = False,
     prefetch: Prefetcher | None = None,
     **sampling: Any,
@@ -245,7 +227,6 @@ def trace_prompts(
         prompts: At least one.
         max_new_tokens: At most so many for each.
         progress: Told in words after each tenth of the prompts.
-        scores: Also record the weight that each choice was given.
         guesses: Also record what each layer's router says one layer early while decoding.
         prefetch: As in `generate`.
         sampling: As in `generate`.
@@ -257,7 +238,7 @@ def trace_prompts(
     if not prompts:
         raise DataError("there are no prompts to trace; give at least one")
     step = max(1, len(prompts) // 10)
-    with handle.record(scores=scores, guesses=guesses) as recorder:
+    with handle.record(guesses=guesses) as recorder:
         for number, prompt in enumerate(prompts, start=1):
             generate(
                 model, handle, tokenizer, prompt, max_new_tokens, prefetch=prefetch, **sampling

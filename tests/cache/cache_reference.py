@@ -26,7 +26,6 @@ class Layer:
 
     def __post_init__(self):
         self.requests = []  # every request, as a set: LFRU counts and looks for the last
-        self.wanted = [0.0] * self.num_experts
         self.resident = []
         self.served = []  # every expert served, in order: LRU looks for the last position
         self.score = [0.0] * self.num_experts
@@ -43,8 +42,6 @@ class Layer:
             return -Fraction(len(used), len(self.requests) - used[-1] + 1)
         if self.rule == "static":
             return -self.popularity[expert]
-        if self.rule == "score":
-            return -self.wanted[expert]
         later = [i for i in range(self.now, len(self.future)) if expert in self.future[i]]
         return min(later, default=10**9)
 
@@ -54,8 +51,8 @@ class Layer:
             worst = max(self.badness(e) for e in free_to_go)
             self.resident.remove(next(e for e in free_to_go if self.badness(e) == worst))
 
-    def serve(self, use_counts, weights=None):
-        """Serve a request given as {expert: uses}, weights alike; return its tally."""
+    def serve(self, use_counts):
+        """Serve a request given as {expert: uses}; return its tally."""
         experts = sorted(use_counts)
         hits = [e for e in experts if e in self.resident]
         missing = [e for e in experts if e not in self.resident]
@@ -66,12 +63,6 @@ class Layer:
         self.score = [self.gamma * s + (e in use_counts) for e, s in enumerate(self.score)]
         self.now += 1
         self.requests.append(set(use_counts))
-        if weights is not None:
-            best = sorted(weights, key=lambda e: (-weights[e], e))[:12]
-            self.wanted = [
-                0.5 * (weights[e] if e in best else 0.0) + 0.5 * s
-                for e, s in enumerate(self.wanted)
-            ]
 
         tally = Tally(sum(use_counts.values()), sum(use_counts[e] for e in hits), len(missing), 1)
         part = hits + missing[: self.capacity - len(hits)]
@@ -90,26 +81,21 @@ class Layer:
 
 
 def passes_of(trace):
-    """Rows of each forward pass, and per pass and layer {expert: uses} and {expert: weight}."""
+    """Rows of each forward pass, and per pass and layer {expert: uses}."""
     passes = {}
     for row in range(len(trace)):
         passes.setdefault(int(trace.forward[row]), []).append(row)
-    needs, weights = [], []
+    needs = []
     for rows in passes.values():
         needs.append([])
-        weights.append([])
         for layer in range(trace.num_layers):
-            counts, sums = {}, {}
+            counts = {}
             for row in rows:
-                for k, expert in enumerate(trace.experts[row, layer].tolist()):
+                for expert in trace.experts[row, layer].tolist():
                     if expert >= 0:
                         counts[expert] = counts.get(expert, 0) + 1
-                        if trace.scores is not None:
-                            weight = float(trace.scores[row, layer, k])
-                            sums[expert] = sums.get(expert, 0.0) + weight
             needs[-1].append(counts)
-            weights[-1].append({e: total / len(rows) for e, total in sums.items()})
-    return list(passes.values()), needs, weights
+    return list(passes.values()), needs
 
 
 def popularity_of(trace):
@@ -125,7 +111,7 @@ def popularity_of(trace):
 
 def replay(trace, slots, rule, gamma=0.9):
     """Tallies by (phase, layer) of a whole trace, and tokens and zero-miss tokens by phase."""
-    passes, needs, weights = passes_of(trace)
+    passes, needs = passes_of(trace)
     size, popular = trace.num_experts, popularity_of(trace)
     layers = [
         Layer(size, slots, rule, [set(need[n]) for need in needs if need[n]], gamma, popular[n])
@@ -133,14 +119,14 @@ def replay(trace, slots, rule, gamma=0.9):
     ]
     tallies = {(p, n): Tally() for p in (0, 1) for n in range(trace.num_layers)}
     tokens, zero_miss = [0, 0], [0, 0]
-    for number, (rows, need) in enumerate(zip(passes, needs, strict=True)):
+    for rows, need in zip(passes, needs, strict=True):
         kinds = {int(trace.kind[row]) for row in rows}
         phase = 1 if 1 in kinds and 0 not in kinds else 0
         loads = 0
         for n, layer in enumerate(layers):
             if not need[n]:
                 continue  # nobody chose an expert: no request
-            tally = layer.serve(need[n], weights[number][n] if trace.scores is not None else None)
+            tally = layer.serve(need[n])
             total = tallies[phase, n]
             for name in vars(total):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))

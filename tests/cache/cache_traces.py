@@ -2,7 +2,15 @@
 
 import numpy as np
 
+from melinoe.cache.prefetch import Listed, Prefetcher
 from melinoe.cache.trace import Trace, TraceBuilder
+
+
+class Early(Listed):
+    """Lists by sequence as `Listed`, loaded before the prompt is read."""
+
+    before_prompt = Listed.before_completion
+    before_completion = Prefetcher.before_completion
 
 
 def trace_of(*forwards, num_experts, top_k, sequence=0, kind=1):
@@ -22,18 +30,10 @@ def random_trace(
     prompt=5,
     completion=12,
     batch=1,
-    scored=False,
 ) -> Trace:
     """Skewed random choices: prompts computed at once, then token by token, in batches."""
     rng = np.random.default_rng(seed)
     builder = TraceBuilder(layers, num_experts, top_k)
-
-    def add(builder, experts, owner, kind):
-        scores = None
-        if scored:
-            raw = rng.random(experts.shape)
-            scores = raw / raw.sum(-1, keepdims=True)
-        builder.add_forward(experts, owner, kind, scores)
 
     for first in range(0, sequences, batch):
         ids = np.arange(first, min(first + batch, sequences))
@@ -47,10 +47,10 @@ def random_trace(
         kind = np.zeros(len(owner), dtype=int)
         if batch > 1:
             kind[0] = 2  # left padding
-        add(builder, choose(len(owner), owner), ids[owner], kind)
+        builder.add_forward(choose(len(owner), owner), ids[owner], kind)
         for _ in range(completion):
             owner = np.arange(len(ids))
             experts = choose(len(ids), owner)
             experts[rng.random(experts.shape) < 0.05] = -1
-            add(builder, experts, ids, 1)
+            builder.add_forward(experts, ids, 1)
     return builder.trace("random", f"seed {seed}", {"numpy": np.__version__}, "for tests")

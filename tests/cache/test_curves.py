@@ -8,7 +8,6 @@ from cache_traces import random_trace, trace_of
 
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves, unit_costs
-from melinoe.cache.policy import policy_names
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
@@ -111,9 +110,6 @@ def test_other_policies_are_replayed_once_per_size():
 
     trace = random_trace(4)
     assert (miss_curves(trace, LFRU).loads == miss_curves(trace, "lfru").loads).all()
-    assert "score" in policy_names()
-    scored = random_trace(4, scored=True)
-    assert (miss_curves(scored, "score").loads == replayed(scored, "score")[0]).all()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "static", "belady"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from cache_traces import random_trace
 
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import COMPILED_FROM, simulate
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
@@ -72,7 +73,7 @@ def test_the_engine_is_chosen_by_rule_and_size():
     assert simulate(small, 3).engine == "residency"
     assert simulate(large, 3).engine == "compiled"
     assert simulate(large, 3, load=len).engine == "residency"
-    nothing = {0: [[], []]}
+    nothing = Listed({0: [[], []]})
     assert simulate(large.select([0]), 3, prefetch=nothing).engine == "residency"
     for special in ({"load": len}, {"prefetch": nothing}):
         with pytest.raises(ValueError, match="loading all"):

@@ -18,7 +18,6 @@ from melinoe.cache.policy import (
     Belady,
     DecayedLFU,
     Policy,
-    Score,
     Static,
     policy,
     policy_class,
@@ -28,8 +27,7 @@ from melinoe.cache.policy import (
 )
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
-from melinoe.errors import MelinoeError, TraceError
+from melinoe.errors import MelinoeError
 from tests.outside import installed_package
 
 
@@ -225,54 +223,6 @@ def test_lfru_lets_an_old_favourite_go_in_the_end():
     assert load.evicted == 0
 
 
-def test_score_averages_the_router_s_weights():
-    """Alpha .5: S(0) = .5*.9 then .225; S(1) = .5*.1*.5 + .5*.2: .225 stays, .125 leaves."""
-    score = Score()
-    residency = Residency(3, 2, score)
-    residency.request([0, 1], None, [0.9, 0.1])
-    residency.request([1], None, [0.2])
-    assert [score.gamma, *(s * 0.5 for s in score.scores())] == pytest.approx(
-        [0.5, 0.225, 0.125, 0]
-    )
-    (load,) = residency.request([2], None, [0.01]).loads
-    assert load.evicted == 1
-
-
-def test_score_keeps_only_the_best_of_each_pass():
-    """Top 1 of weights .4 and .6: the other expert's score stays zero."""
-    score = Score(top=1)
-    score.reset(2)
-    score.weigh([0, 1], [0.4, 0.6])
-    score.use([0, 1])
-    assert score.scores() == [0.0, 0.6]
-
-
-def test_score_with_equal_weights_is_lfu_with_the_other_decay():
-    """Weights all 1/2 in float16: the same loads as lfu with gamma .5, request by request."""
-    trace = random_trace(3, completion=40)
-    builder = TraceBuilder(trace.num_layers, trace.num_experts, trace.top_k)
-    for number in range(trace.num_forwards):
-        rows = trace.forward == number
-        builder.add_forward(trace.experts[rows], trace.sequence[rows], trace.kind[rows], 0.5)
-    weighed = builder.trace()
-    decode = weighed.kind == 1  # in a prompt's pass the mean weighs experts by their uses
-    assert decode.any()
-    only = TraceBuilder(trace.num_layers, trace.num_experts, trace.top_k)
-    for row in range(int(decode.sum())):
-        only.add_forward(weighed.experts[decode][row : row + 1], 0, 1, 0.5)
-    scores = simulate(only.trace(), 3, "score")
-    counts = simulate(only.trace(), 3, "lfu", policy_options={"gamma": 0.5})
-    assert scores.counters == counts.counters
-
-
-def test_score_is_refused_without_weights():
-    """A trace of choices alone cannot drive it; the message names the rule that can."""
-    with pytest.raises(TraceError, match="lfu with gamma"):
-        simulate(random_trace(0), 3, "score")
-    with pytest.raises(MelinoeError, match="router's weights"):
-        Residency(3, 2, "score").request([0])
-
-
 def test_static_gives_up_the_unpopular_however_recent():
     """Popularity 5, 1, 3: after {0} {2} {1}, 1 took the slot of 2, and is itself next to go."""
     residency = Residency(3, 2, Static([5, 1, 3]))
@@ -307,8 +257,6 @@ def test_options_of_a_policy_reach_it():
     assert isinstance(make(), Belady)
     with pytest.raises(TypeError):
         policy_makers("lru", {"gamma": 0.5}, 1)[0]()
-    with pytest.raises(ValueError, match="alpha"):
-        Score(alpha=1.0)
 
 
 MRU = '''
@@ -395,7 +343,7 @@ def test_an_entry_point_that_is_no_policy_is_refused(name, text):
 def test_the_settings_name_ours_that_run_a_model_by_name_alone():
     """Of the built-in policies, exactly those that need no future and no data."""
     able = []
-    for name in ("belady", "lfru", "lfu", "lru", "score", "static"):
+    for name in ("belady", "lfru", "lfu", "lru", "static"):
         cls = policy_class(name)
         assert cls.name == name
         if cls.offline:

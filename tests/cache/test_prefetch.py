@@ -6,23 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_traces import Early
 from typer.testing import CliRunner
 
-from melinoe.cache.ahead import LoadsAhead, Route
 from melinoe.cache.prefetch import (
     Given,
+    LoadsAhead,
     NextRouter,
     Popularity,
     Prefetcher,
     Prefill,
     Prompt,
-    Timed,
+    Route,
+    merge_guesses,
     prefetcher,
     prefetcher_class,
     prefetcher_names,
     register,
 )
-from melinoe.cache.requests import merge_guesses
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace, TraceBuilder
@@ -91,17 +92,16 @@ def test_what_a_prefetch_is_made_of_must_be_given(name, words):
         prefetcher(name, Given())
 
 
-def test_a_moment_is_for_those_that_have_a_choice():
-    """Prefill and next-router load when they know; an unknown name lists the known ones."""
-    for name in ("prefill", "next-router"):
-        with pytest.raises(MelinoeError, match="moment of its own"):
-            prefetcher(name, Given(at="prompt"))
-    given = Given(popularity=np.ones((1, 2)), at="prompt")
-    assert prefetcher("popularity", given).when == "prompt"
-    with pytest.raises(ValueError, match="prompt or completion"):
-        Popularity(np.ones((1, 2)), "later")
+def test_an_unknown_name_lists_the_known_ones():
+    """One sentence."""
     with pytest.raises(MelinoeError, match="next-router"):
         prefetcher("psychic")
+
+
+def test_when_it_loads_is_told_for_records():
+    """By what it answers; several with a plus."""
+    assert Prefill().when == "completion" and NextRouter().when == "layers"
+    assert Both().when == "completion+layers" and Prefetcher().when is None
 
 
 OUTSIDE = '''
@@ -276,8 +276,8 @@ def test_what_waits_for_its_first_use_is_not_used_yet():
     builder = TraceBuilder(1, 8, 1)
     builder.add_forward(np.array([[[0]], [[1]]]), 0, 0)
     builder.add_forward(np.array([[[5]]]), 0, 1)
-    done = simulate(builder.trace(), 4, prefetch=Popularity([[9, 8, 7, 6, 0, 0, 0, 0]], "prompt"))
-    assert done.prefetch == "popularity"
+    done = simulate(builder.trace(), 4, prefetch=Early({0: [[0, 1, 2, 3]]}))
+    assert done.prefetch == "listed"
     assert done.counters.prefetch_used.tolist() == [[2], [0]]
     assert (done.counters.prefetch_precision(), done.counters.prefetch_recall()) == (0.5, 0.0)
     nothing = simulate(builder.trace(), 4).counters
@@ -315,10 +315,10 @@ def test_a_trace_without_guesses_or_prompts_is_refused_by_what_needs_them():
     builder.add_forward(np.array([[[1]], [[2]]]), 0, 0)
     trace = builder.trace()
 
-    class Reader(Timed):
+    class Reader(Prefetcher):
         name, uses_ids = "reader", True
 
-        def named(self, prompt):
+        def before_prompt(self, prompt):
             return [[prompt.ids[0]]]
 
     with pytest.raises(TraceError, match="record one with guesses"):
@@ -328,7 +328,7 @@ def test_a_trace_without_guesses_or_prompts_is_refused_by_what_needs_them():
     for prompts in ([[1]], [[1, 2], [3, 4]]):
         with pytest.raises(TraceError, match="in their order"):
             simulate(trace, 2, prefetch=Reader(), prompts=prompts)
-    done = simulate(trace, 2, prefetch=Reader("prompt"), prompts=[[3, 0]])
+    done = simulate(trace, 2, prefetch=Reader(), prompts=[[3, 0]])
     assert done.counters.prefetch_loads.tolist() == [1]
 
 

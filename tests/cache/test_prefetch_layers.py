@@ -6,13 +6,12 @@ import torch
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from melinoe import attach
-from melinoe.cache.ahead import Route
 from melinoe.cache.locality import popularity
-from melinoe.cache.prefetch import Given, Prefetcher, Prompt, most_wanted, prefetcher
+from melinoe.cache.prefetch import Given, Prefetcher, Prompt, Route, most_wanted, prefetcher
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.generate import generate, prompt_ids, trace_prompts
-from melinoe.predictor import FitSettings, RecentUse, compare, fit
+from melinoe.predictor import FitSettings, compare, fit
 from tests import small_olmoe, tiny
 
 
@@ -205,13 +204,11 @@ def test_what_is_wanted_most_is_named_and_what_nobody_chose_is_not():
 
 
 def test_no_strategy_names_an_expert_that_its_layer_does_not_have(uneven):
-    """Six slots, three experts: popularity, predictor and recent use name those."""
+    """Six slots, three experts: popularity and predictor name those."""
     model, _, trace = uneven
-    learner = RecentUse.of(model)
-    learner.observe(popularity(trace))
     predictor = quick(trace, model)
     given = Given(popularity(trace), predictor)
-    named = [one.top([3, 4], SLOTS) for one in (predictor, learner)]
+    named = [predictor.top([3, 4], SLOTS)]
     for name in ("popularity", "predictor"):
         one = prefetcher(name, given)
         one.bind(model)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from cache_traces import Early
 from fast_attach import attach as attach_fast
 
 from melinoe import attach
 from melinoe.cache.locality import popularity
-from melinoe.cache.prefetch import Given, Prefetcher, Timed, prefetcher, prefetcher_names
+from melinoe.cache.prefetch import Given, Listed, Prefetcher, prefetcher, prefetcher_names
 from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
@@ -45,22 +46,21 @@ def shipped():
     return model, tokenizer, texts, trace, ids
 
 
-def made(name, shipped, at=None):
-    trace = shipped[3]
-    return prefetcher(name, Given(popularity(trace), Stub(), at))
+def made(name, shipped):
+    return prefetcher(name, Given(popularity(shipped[3]), Stub()))
 
 
-CASES = [(name, "lfu", SLOTS, None) for name in OURS]
-CASES += [(name, "lru", 3, "prompt") for name in ("popularity", "predictor")]
+CASES = [(name, "lfu", SLOTS) for name in OURS]
+CASES += [(name, "lru", 3) for name in ("popularity", "predictor")]
 # Fewer slots in some layers than a token needs there.
-CASES += [("next-router", "lru", [2, 1, 2, 1], None)]
+CASES += [("next-router", "lru", [2, 1, 2, 1])]
 
 
-@pytest.mark.parametrize(("name", "policy", "slots", "at"), CASES)
-def test_the_text_stays_and_every_count_is_simulated(name, policy, slots, at, shipped):
+@pytest.mark.parametrize(("name", "policy", "slots"), CASES)
+def test_the_text_stays_and_every_count_is_simulated(name, policy, slots, shipped):
     """A trace taken with all experts resident tells what any prefetch then costs, to the load."""
     model, tokenizer, texts, trace, ids = shipped
-    chosen = made(name, shipped, at)
+    chosen = made(name, shipped)
     with attach(model, slots=slots, policy=policy) as handle:
         served = [
             generate(model, handle, tokenizer, one, TOKENS, prefetch=chosen).ids for one in PROMPTS
@@ -144,7 +144,7 @@ def test_one_prefetcher_is_at_work_at_a_time_and_leaves_nothing():
         assert not any(router._forward_pre_hooks for router in routers_of(model))
 
 
-class Reader(Timed):
+class Reader(Prefetcher):
     name, uses_ids = "reader", True
 
 
@@ -186,14 +186,14 @@ def test_counters_that_were_reset_know_nothing_of_prefetches_before(engine):
 def test_what_was_copied_counts_where_a_later_answer_is_wrong():
     """Two of layer 0 are copied, then layer 1 is told of an expert that it does not have."""
 
-    class Wrong(Timed):
+    class Wrong(Prefetcher):
         name = "wrong"
 
-        def named(self, prompt):
+        def before_prompt(self, prompt):
             return [[0, 1], [8]]
 
     with attach(tiny_model(), slots=4) as handle:
-        with pytest.raises(ValueError, match="outside"), handle.prefetching(Wrong("prompt")):
+        with pytest.raises(ValueError, match="outside"), handle.prefetching(Wrong()):
             pass
         assert handle.counters.prefetch_loads.tolist() == [2, 0]
         with handle.prefetching(prefetcher("prefill")):  # the one before is gone
@@ -215,7 +215,7 @@ def test_what_a_text_did_not_use_is_its_waste_whoever_uses_it_later():
 
     So the first wasted one copy and the second none, and their sum is that of the whole.
     """
-    done = simulate(two_texts(), 4, prefetch={0: [[5]]})
+    done = simulate(two_texts(), 4, prefetch=Listed({0: [[5]]}))
     assert [one.hits.sum() for one in done.per_sequence] == [0, 2]
     assert [one.prefetch_unused.tolist() for one in done.per_sequence] == [[1], [0]]
     assert done.counters.prefetch_unused.tolist() == [1]
@@ -232,8 +232,8 @@ def test_no_text_wastes_less_than_nothing():
             builder.add_forward(rng.integers(0, 8, (1, 2, 2)), sequence, 1)
     trace, spared = builder.trace(), 0
     wanted = {sequence: rng.permuted([range(8)] * 2, axis=1)[:, :3] for sequence in range(6)}
-    for at in ("prompt", "completion"):
-        done = simulate(trace, 5, "lfu", prefetch=wanted, prefetch_at=at)
+    for kind in (Early, Listed):
+        done = simulate(trace, 5, "lfu", prefetch=kind(wanted))
         assert all((one.prefetch_unused >= 0).all() for one in done.per_sequence)
         spared += done.counters.prefetch_used.sum()
     assert spared > 0
@@ -252,7 +252,12 @@ def test_each_answer_counts_the_waste_that_was_simulated_for_it(engine):
     """Three answers on a warm cache, of both engines: counter by counter those of its sequence."""
     model, tokenizer = tiny_model(), words_tokenizer()
     prompts = [[3, 4, 5], [9], [20, 21]]
-    chosen = prefetcher("popularity", Given([[1, 2, 3, 4, 5, 6, 7, 8]] * 2, at="prompt"))
+
+    class Always(Prefetcher):
+        def before_prompt(self, prompt):
+            return [[7, 6, 5, 4]] * 2
+
+    chosen = Always()
     with engine(model, slots=4, policy="lfu") as handle:
         with handle.record() as recorder:
             said = [generate(model, handle, tokenizer, one, 4, prefetch=chosen) for one in prompts]
@@ -290,6 +295,6 @@ def test_a_model_that_is_called_begins_a_text_too():
                 handle.prefetch([[0, 1, 2, 3]] * 2)
                 model(torch.tensor([ids]))
         counted, trace = handle.counters, recorder.trace()
-    wanted = lambda _: [[0, 1, 2, 3]] * 2  # noqa: E731
-    assert simulate(trace, 8, prefetch=wanted, prefetch_at="prompt").counters == counted
+    wanted = dict.fromkeys((0, 1), [[0, 1, 2, 3]] * 2)
+    assert simulate(trace, 8, prefetch=Early(wanted)).counters == counted
     assert counted.prefetch_used.sum() < 8

@@ -9,13 +9,14 @@ from typer.testing import CliRunner
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.locality import popularity, reuse, sch, srp
+from melinoe.cache.prefetch import Prefill
 from melinoe.cache.simulator import simulate
-from melinoe.cache.statistics import load_statistics, save_statistics
+from melinoe.cache.statistics import load_counts, save_statistics
 from melinoe.cache.timing import Machine, Work, loads_when, predict
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError, TraceError
 
-TRACE = {"layers": 4, "num_experts": 12, "top_k": 2, "completion": 20, "scored": True}
+TRACE = {"layers": 4, "num_experts": 12, "top_k": 2, "completion": 20}
 TIMED = ("--link", "1GB/s", "--expert-size", "1MB", "--device-bandwidth", "10GB/s")
 
 
@@ -45,7 +46,7 @@ def test_slots_are_one_number_or_one_for_each_layer(trace):
 
 def test_every_policy_of_ours_can_be_named(trace):
     """By the name that its rows then have."""
-    names = ("belady", "lfru", "lfu", "lru", "score", "static")
+    names = ("belady", "lfru", "lfu", "lru", "static")
     arguments = [word for name in names for word in ("--policy", name)]
     found = rows(trace, *arguments, "--slots", 4)
     assert [row["policy"] for row in found] == list(names)
@@ -90,9 +91,11 @@ def test_misses_on_the_cpu_keep_the_popular_where_they_are(trace):
 
 
 def test_a_prefetch_can_come_from_prompts(trace):
-    """The prompt's experts are loaded for the completion."""
+    """The prompt's experts, as the simulator takes them."""
     (row,) = rows(trace, "--policy", "lru", "--slots", 4, "--prefetch", "prefill")
-    assert row["prefetch_per_token"] > 0
+    counters = simulate(random_trace(0, **TRACE), 4, "lru", prefetch=Prefill()).counters
+    assert row["prefetch_per_token"] == counters.prefetch_per_token() > 0
+    assert row["hit_rate"] == counters.hit_rate("completion")
 
 
 def test_a_curve_has_a_row_for_every_number_of_slots(trace):
@@ -121,16 +124,16 @@ def test_popularity_may_come_from_elsewhere(trace, tmp_path):
     (row,) = rows(trace, "--policy", "static", "--slots", 4, "--popularity", path)
     want = simulate(loaded, 4, "static", policy_options={"popularity": counts}).counters
     assert row["hit_rate"] == want.hit_rate("completion")
-    assert (load_statistics(path, loaded) == counts).all()
-    assert (load_statistics(trace, loaded) == popularity(loaded)).all()
+    assert (load_counts(path, loaded) == counts).all()
+    assert (load_counts(trace, loaded) == popularity(loaded)).all()
     save_statistics(path, counts[:, :5])
     with pytest.raises(TraceError, match="another model"):
-        load_statistics(path, loaded)
+        load_counts(path, loaded)
     path.write_text('{"format": "melinoe-expert-statistics", "version": 1, "counts": [["x"]]}')
     with pytest.raises(TraceError, match="malformed"):
-        load_statistics(path, loaded)
+        load_counts(path, loaded)
     with pytest.raises(TraceError, match="cannot be read"):
-        load_statistics(tmp_path / "absent", loaded)
+        load_counts(tmp_path / "absent", loaded)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 from cache_reference import replay
-from cache_traces import random_trace, trace_of
+from cache_traces import Early, random_trace, trace_of
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import LRU, DecayedLFU
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
-RULES = ["lru", "lfu", "lfru", "score", "static", "belady"]
+RULES = ["lru", "lfu", "lfru", "static", "belady"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -21,7 +22,7 @@ RULES = ["lru", "lfu", "lfru", "score", "static", "belady"]
 def test_counts_equal_an_independent_replay(rule, batch, slots):
     """Prompts, batches, padding, absent experts, too few slots: all counts."""
     for seed in range(3):
-        trace = random_trace(seed, sequences=4, batch=batch, scored=rule == "score")
+        trace = random_trace(seed, sequences=4, batch=batch)
         tallies, tokens, zero_miss = replay(trace, slots, rule)
         counters = simulate(trace, slots, rule).counters
         for (phase, layer), tally in tallies.items():
@@ -96,7 +97,7 @@ def test_units_add_up_to_the_whole(policy):
     """Counters per sequence sum to the counters of the trace, prefetches too."""
     trace = random_trace(7)
     wanted = {0: [[0, 1], [2, 3]], 2: [[4], []]}
-    simulation = simulate(trace, 3, policy, prefetch=wanted)
+    simulation = simulate(trace, 3, policy, prefetch=Listed(wanted))
     total = Counters(trace.num_layers)
     for counters in simulation.per_sequence:
         total = total.plus(counters)
@@ -138,20 +139,18 @@ def test_a_prefetch_at_the_completion_comes_after_the_prompt_has_evicted():
     builder.add_forward(np.array([[[0, 1]]]), 0, 1)
     trace = builder.trace()
     wanted = {0: [[0, 1]]}
-    early = simulate(trace, 2, prefetch=wanted, prefetch_at="prompt").counters
-    late = simulate(trace, 2, prefetch=wanted).counters
+    early = simulate(trace, 2, prefetch=Early(wanted)).counters
+    late = simulate(trace, 2, prefetch=Listed(wanted)).counters
     # The prompt: hits {0,1} after the early prefetch and streams 2 over 0, the older; without it,
     # 0 and 2 come first and 1, used twice, last, over 0.
     assert early.loads.tolist() == [[1], [1]] and early.prefetch_loads.tolist() == [2]
     assert late.loads.tolist() == [[3], [0]] and late.prefetch_loads.tolist() == [1]
-    with pytest.raises(ValueError, match="prefetch_at"):
-        simulate(trace, 2, prefetch=wanted, prefetch_at="whenever")
 
 
 def test_a_prefetch_comes_before_the_first_pass_and_is_charged_apart():
     """{0,1} prefetched, then {0,1}: two hits, no demand load, adjusted hit rate 0."""
     trace = trace_of([[0, 1]], num_experts=4, top_k=2)
-    counters = simulate(trace, 2, prefetch=lambda sequence: [[0, 1]]).counters
+    counters = simulate(trace, 2, prefetch=Listed({0: [[0, 1]]})).counters
     assert counters.hit_rate() == 1.0
     assert counters.adjusted_hit_rate() == 0.0
     assert counters.prefetch_per_token() == 2.0
@@ -166,8 +165,8 @@ def test_the_residency_is_called_as_a_runtime_would(monkeypatch):
     monkeypatch.setattr(
         Residency,
         "request_in_parts",
-        lambda self, experts, uses, scores: (
-            calls.append((self, experts, uses)) or decisions(self, experts, uses, scores)
+        lambda self, experts, uses: (
+            calls.append((self, experts, uses)) or decisions(self, experts, uses)
         ),
     )
     trace = random_trace(3, sequences=1, layers=3, completion=2)
@@ -214,7 +213,7 @@ def test_slots_and_prefetches_must_name_every_layer():
     with pytest.raises(ValueError, match="1 layers of 2"):
         simulate(trace, [3])
     with pytest.raises(ValueError, match="1 layers of 2"):
-        simulate(trace, 3, prefetch={0: [[1]]})
+        simulate(trace, 3, prefetch=Listed({0: [[1]]}))
 
 
 def test_an_empty_trace_costs_nothing():
@@ -228,7 +227,7 @@ def test_what_is_computed_on_the_host_is_a_miss_but_no_load():
     """Two slots hold {0,1} by prefetch and nothing is loaded: of {0,2} {1,2} {0,1} half miss."""
     trace = trace_of([[0, 2]], [[1, 2]], [[0, 1]], num_experts=4, top_k=2)
     simulation = simulate(
-        trace, 2, prefetch={0: [[0, 1]]}, load=lambda missing: 0, steps=True, policy="lru"
+        trace, 2, prefetch=Listed({0: [[0, 1]]}), load=lambda missing: 0, steps=True, policy="lru"
     )
     assert simulation.counters.hit_rate() == 4 / 6
     assert simulation.counters.loads.sum() == 0

@@ -1,10 +1,8 @@
 """The time model's formulas, each worked by hand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from cache_traces import random_trace
+from cache_traces import Early, random_trace
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.simulator import Simulation, Steps, simulate
@@ -59,54 +57,6 @@ def test_a_measured_pass_replaces_bytes():
     assert timing.pass_s == pytest.approx([0.032, 0.012])
 
 
-def test_parts_are_paid_by_their_number():
-    """
-    Two slots. 5 experts: 3 parts, 4 + 2 x 3 ms. 2 experts: none. On the host: the 4 ms alone.
-
-    With nothing in slots the layer's 1 ms for calling the device is not paid.
-    """
-    machine = Machine(
-        link_bytes_per_s=1e12, dram_bytes_per_s=1e12, pass_s=0.010, experts_share=0.2,
-        call_s=0.001, parts_s=0.004, part_s=0.003,
-    )  # fmt: skip
-    done = run([[0], [0], [0], [0]], [[5], [2], [2], [2]], on_host=[[0], [0], [1], [2]])
-    done = replace(done, slots=(2,))
-    expected = [0.010 + 0.010, 0.010, 0.014 - 0.0005, 0.014 - 0.002]
-    assert predict(done, machine, WORK).pass_s == pytest.approx(expected)
-
-
-def test_what_follows_a_wait_is_slower_by_how_long_it_was():
-    """
-    After 10 ms 2 more, after 20 and longer 3 more; layers wait 11, 0 and 22 ms.
-
-    Of 11 ms the copy took 4: 7 of idleness, 1.4 more. Of 22 the copies took 8: 14, and 2.4 more.
-    """
-    curve = ((0.010, 0.002), (0.020, 0.003))
-    plain, cold = Machine(**SLOW, copy_s=0.004), Machine(**SLOW, copy_s=0.004, after_wait_s=curve)
-    assert [cold.colder_s(1e-3 * ms) for ms in (0, 5, 10, 15, 99)] == pytest.approx(
-        [0, 0.001, 0.002, 0.0025, 0.003]
-    )
-    done = replace(run([[1, 0, 2]], [[4, 4, 4]]), slots=(4, 4, 4))
-    before, after = predict(done, plain, WORK), predict(done, cold, WORK)
-    assert after.pass_s - before.pass_s == pytest.approx([0.0014 + 0.0024])
-    assert (after.link_s == before.link_s).all()
-
-
-def test_each_part_waits_for_itself():
-    """Four experts through one slot: 4 waits of 7 ms, 1.4 more each; two through two: one of 14."""
-    machine = Machine(**SLOW, copy_s=0.004, after_wait_s=((0.010, 0.002), (0.020, 0.003)))
-    plain = Machine(**SLOW, copy_s=0.004)
-    four = run([[4]], [[4]])
-    two = replace(run([[2]], [[2]]), slots=(2,))
-    for done, more in ((four, 4 * 0.0014), (two, 0.0024)):
-        difference = predict(done, machine, WORK).pass_s - predict(done, plain, WORK).pass_s
-        assert difference == pytest.approx([more])
-    machine = replace(machine, part_after_wait_s=((0.010, 0.001),))  # 0.7 after 7, only in parts
-    for done, more in ((four, 4 * 0.0007), (two, 0.0024)):
-        difference = predict(done, machine, WORK).pass_s - predict(done, plain, WORK).pass_s
-        assert difference == pytest.approx([more])
-
-
 def test_metrics_are_of_the_completion_and_the_prompt_s_are_ttft():
     """Two units, prompts of 34 and 12 ms: mean 23; one token each of 12 ms."""
     simulation = run(
@@ -146,9 +96,6 @@ def test_time_is_never_below_the_limits():
         {"link_bytes_per_s": float("nan")},
         {"link_bytes_per_s": 1e9, "link_latency_s": -1},
         {"link_bytes_per_s": 1e9, "device_bytes_per_s": float("inf")},
-        {"link_bytes_per_s": 1e9, "experts_share": 1.5},
-        {"link_bytes_per_s": 1e9, "after_wait_s": ((2.0, 0.1), (1.0, 0.2))},
-        {"link_bytes_per_s": 1e9, "part_after_wait_s": ((1.0, -0.1),)},
     ],
 )
 def test_impossible_machines_are_refused(figures):
@@ -206,16 +153,14 @@ def test_activations_travel_both_ways_and_rows_are_computed_one_by_one():
     Two experts of 100 B at 20 kB/s: 10 ms; chosen 5 times by 3 tokens: 3 more rows of 1 ms.
 
     3 rows of 50 B go over and 5 come back: 400 B on 10 kB/s are 40 ms, and twice 1 ms of latency.
-    The one load's copy, 3 ms, is made by the same thread, which also takes 4 once.
+    The one load's copy, 3 ms, is made by the same thread.
     """
-    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3, copy_s=3e-3, host_call_s=4e-3)
+    machine = Machine(**SLOW, dram_bytes_per_s=2e4, host_row_s=1e-3, copy_s=3e-3)
     work = Work(expert_bytes=100, activation_bytes=50, backbone_bytes=300, kv_bytes=100)
-    assert computed_s(machine, work, 2, 5, 3) == pytest.approx(
-        0.004 + 0.010 + 0.003 + 0.040 + 0.002
-    )
+    assert computed_s(machine, work, 2, 5, 3) == pytest.approx(0.010 + 0.003 + 0.040 + 0.002)
     done = run([[1]], [[4]], on_host=[[2]], tokens=[3])
     done.steps.on_host_uses[:] = 5
-    assert predict(done, machine, work).host_s == pytest.approx([0.059 + 0.003])
+    assert predict(done, machine, work).host_s == pytest.approx([0.055 + 0.003])
 
 
 def test_a_prompt_s_misses_are_loaded_where_a_token_s_are_computed():
@@ -235,7 +180,7 @@ def test_handling_misses_on_the_host_is_simulated_as_it_is_timed():
     found = {}
     for miss in ("wait", "cpu", "split"):
         load = loads_when(miss, machine, WORK)
-        found[miss] = simulate(trace, 3, prefetch=wanted, load=load, steps=True)
+        found[miss] = simulate(trace, 3, prefetch=Early(wanted), load=load, steps=True)
     assert found["cpu"].counters.loads.sum() == 0 < found["split"].counters.loads.sum()
     steps = found["split"].steps
     assert (steps.loads + steps.on_host <= steps.experts).all() and steps.on_host.any()

@@ -10,6 +10,7 @@ from melinoe.cache.simulator import simulate
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError, BudgetError, MelinoeError, UnsupportedModelError
 from melinoe.moe.experts import find_experts
+from tests.cache.cache_traces import Early
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])
 BATCH = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4]])  # 0 is padding, on the left
@@ -74,8 +75,7 @@ def test_simulated_counts_equal_measured_counts_with_prefetch(model):
         recorder.trace(),
         3,
         "lfu",
-        prefetch=wanted,
-        prefetch_at="prompt",
+        prefetch=Early(wanted),
         policy_options={"gamma": 0.8},
     ).counters
     assert simulated == counted

@@ -1,8 +1,6 @@
-"""Slots and policies that differ by layer, and policies that look at the router's weights."""
+"""Slots and policies that differ by layer."""
 
-import numpy as np
 import pytest
-import torch
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
 from melinoe import attach
@@ -16,11 +14,11 @@ from melinoe.generate import generate
 PROMPTS = [PROMPT_TEXT, "w7 w8 w9", "w20"]
 
 
-def serve(slots, policy="lru", options=None, scores=False):
+def serve(slots, policy="lru", options=None):
     """Generated ids, counters and trace of three prompts."""
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=slots, policy=policy, policy_options=options) as handle:
-        with handle.record(scores=scores) as recorder:
+        with handle.record() as recorder:
             ids = [generate(model, handle, tokenizer, prompt, 8).ids for prompt in PROMPTS]
         return ids, handle.counters, recorder.trace(), handle
 
@@ -44,26 +42,6 @@ def test_an_allocation_from_a_trace_can_be_served():
     assert counted.loads.sum() == sum(cost[n, c - 1] for n, c in enumerate(slots))
 
 
-@pytest.mark.parametrize("slots", [2, 3, EXPERTS])
-def test_the_score_policy_counts_as_simulated_from_recorded_scores(slots):
-    """The runtime's own weights and the trace's float16 ones lead to the same evictions."""
-    _, counted, trace, _ = serve(slots, "score", scores=True)
-    assert trace.scores is not None and trace.scores.dtype == np.float16
-    assert (trace.scores.sum(axis=-1) <= 1.001).all() and (trace.scores > 0).all()
-    assert simulate(trace, slots, "score").counters == counted
-
-
-def test_the_score_policy_counts_as_simulated_in_half_precision():
-    """bfloat16 weights are rounded to float16 on both sides."""
-    model, tokenizer = tiny_model().to(torch.bfloat16), words_tokenizer()
-    with attach(model, slots=3, policy="score") as handle:
-        with handle.record(scores=True) as recorder:
-            for prompt in PROMPTS:
-                generate(model, handle, tokenizer, prompt, 8)
-        counted, trace = handle.counters, recorder.trace()
-    assert simulate(trace, 3, "score").counters == counted
-
-
 def test_a_static_policy_has_each_layer_s_popularity():
     """Counts of another run, per layer, served and simulated alike."""
     popular = popularity(serve(EXPERTS)[2])
@@ -72,11 +50,6 @@ def test_a_static_policy_has_each_layer_s_popularity():
     assert simulate(trace, 3, "static", policy_options=options).counters == counted
     with pytest.raises(MelinoeError, match="popularity"):
         attach(tiny_model(), slots=3, policy="static")
-
-
-def test_a_trace_without_scores_says_nothing_of_them():
-    """Scores are recorded on demand, since they double a trace."""
-    assert serve(3)[2].scores is None
 
 
 @pytest.mark.parametrize(

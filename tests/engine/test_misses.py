@@ -17,6 +17,7 @@ from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError
 from melinoe.moe.experts import find_experts
 from melinoe.stores.ram_store import RamStore
+from tests.cache.cache_traces import Early
 
 # A load takes 3 s, the host 2 s an expert and .1 s each further row: of three missing it gets two,
 # and of a prompt's much used ones hardly any.
@@ -78,21 +79,19 @@ def test_an_expert_that_answers_for_its_neighbour_shows(model, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("policy", ["lru", "lfu", "score"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru"])
 @pytest.mark.parametrize("miss", MISSES)
 def test_simulated_counts_equal_measured_counts(model, way, policy, miss):
     """Told the same rule, the simulator loads and leaves the same experts, prefetches included."""
     expected = generate(model, way)
     wanted = {0: [[3, 1], [2, 7]]}
     with attach(model, slots=3, policy=policy, miss=MISSES[miss]) as handle:
-        with handle.record(scores=True) as recorder:
+        with handle.record() as recorder:
             handle.prefetch(wanted[0])
             assert torch.equal(generate(model, way), expected)
         counted, rule = handle.counters, handle.misses.rule
     # The sequences of a batch share the passes, so the one prefetch before them is the first's.
-    simulated = simulate(
-        recorder.trace(), 3, policy, load=rule, prefetch=wanted, prefetch_at="prompt"
-    )
+    simulated = simulate(recorder.trace(), 3, policy, load=rule, prefetch=Early(wanted))
     assert simulated.counters == counted
     assert counted.on_host.sum() > 0 and counted.requests.sum() > 0
 

@@ -5,7 +5,7 @@ from foreign_files import COUNTS, CSV, WRITTEN, gguf
 from typer.testing import CliRunner
 
 from melinoe.cache.locality import popularity
-from melinoe.cache.statistics import load_counts, load_statistics
+from melinoe.cache.statistics import load_counts
 from melinoe.cache.trace import Trace
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError
@@ -23,7 +23,7 @@ def test_the_command_writes_traces_and_statistics(tmp_path):
     trace = Trace.load(out)
     assert trace.num_sequences == 2
     assert run(table, "--num-experts", 6, "--statistics", "--out", stats).exit_code == 0
-    assert (load_statistics(stats, trace) == popularity(trace)).all()
+    assert (load_counts(stats, trace) == popularity(trace)).all()
     matrix, other = tmp_path / "i.gguf", tmp_path / "o.json"
     matrix.write_bytes(gguf(COUNTS))
     assert run(matrix, "--statistics", "--out", other).exit_code == 0

@@ -28,8 +28,8 @@ from melinoe.evaluate import decoded_perplexity, perplexity
 from melinoe.finetune import finetune
 from melinoe.generate import generate
 from melinoe.moe.finite import are_finite, broken_weight
-from melinoe.predictor.features import features_of
 from melinoe.predictor.fit import fit_shares
+from melinoe.predictor.model import features_of
 
 NAN, INF = float("nan"), float("inf")
 ROWS = [{"prompt": "w3 w4", "completion": " w5 w6 w7"}] * 6

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from melinoe.cache import simulator
+from melinoe.cache.policy import LRU
 from melinoe.cache.residency import Residency
 from melinoe.cache.trace import TraceBuilder
 from melinoe.measure import trace_records
@@ -13,17 +14,16 @@ from melinoe.report.page import glossary
 def long_trace(tokens=300, layers=3, experts=16, top_k=4):
     """Four sequences of random choices."""
     rng = np.random.default_rng(0)
-    ones = np.ones((1, layers, top_k), np.float16)
     builder = TraceBuilder(layers, experts, top_k)
     for sequence in range(4):
         for token in range(tokens):
             chosen = rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)[:, :top_k]
-            builder.add_forward(chosen[None], sequence, int(token > 0), ones)
+            builder.add_forward(chosen[None], sequence, int(token > 0))
     return builder.trace()
 
 
 def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
-    """Belady too; what must be asked request by request is named, and only then replayed."""
+    """Belady too; a policy from a function must be asked, request by request."""
 
     def slow(*_, **__):
         raise RuntimeError("a request was planned in Python")
@@ -37,7 +37,7 @@ def test_no_default_policy_is_replayed_request_by_request(monkeypatch):
         "lru", "lfu", "lfru", "static", "belady",
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="in Python"):
-        trace_records(trace, "mine", ["score"])
+        simulator.simulate(trace, 2, LRU)
 
 
 def test_static_is_said_to_know_the_trace_that_is_replayed():

@@ -8,12 +8,14 @@ from typer.testing import CliRunner
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.locality import sch, srp
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.measure.traces import replay_record
-from melinoe.predictor.targets import recall_at
+from melinoe.predictor.fit import recall_at
 from melinoe.report.figures.experts import experts_needed, used_shares
+from tests.cache.cache_traces import Early
 
 OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
 
@@ -44,9 +46,9 @@ def test_without_a_prefetch_there_is_nothing_to_recall(tmp_path):
 def test_a_prefetch_that_brings_nothing_has_no_share_either():
     """Everything named is resident already: nothing was copied ahead."""
     everything = {0: [[0, 1, 2, 3]] * 2}
-    done = simulate(decoded(), 4, prefetch=everything, prefetch_at="prompt").counters
+    done = simulate(decoded(), 4, prefetch=Early(everything)).counters
     assert done.prefetch_precision() is not None and done.prefetch_recall() == 1
-    done = simulate(decoded(), 4, prefetch={0: [[], []]}).counters
+    done = simulate(decoded(), 4, prefetch=Listed({0: [[], []]})).counters
     assert [done.metrics()[name] for name in OF_PREFETCHES] == [None] * 3
 
 

@@ -180,7 +180,6 @@ def test_with_every_expert_resident_nothing_is_waited_for():
             4,
             always(model, list(range(EXPERTS))),
             label="tiny",
-            prefetch_at="prompt",
             cold=False,
         )
     assert record["hit_rate"]["mean"] == record["zero_miss_tokens"]["mean"] == 1

@@ -11,8 +11,8 @@ from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
 from melinoe.errors import CheckpointError
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import FitSettings, Predictor, fit
-from melinoe.predictor.features import features_of, token_embeddings
 from melinoe.predictor.fit import _split, fit_shares
+from melinoe.predictor.model import features_of, token_embeddings
 
 QUICK = FitSettings(epochs=40, patience=15)
 
@@ -65,7 +65,7 @@ def test_early_stopping_keeps_the_pass_with_the_best_held_out_recall():
     """More passes can only find a better one: held-out recall never falls with the epochs."""
     trace, prompts = by_topic("m", 40)
     table = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
-    from melinoe.predictor.targets import completion_shares, recall_at
+    from melinoe.predictor.fit import completion_shares, recall_at
 
     target, _ = completion_shares(trace, prompts)
     _, stop = _split(np.arange(40), QUICK.held_out, 0)
@@ -83,7 +83,7 @@ def test_early_stopping_keeps_the_pass_with_the_best_held_out_recall():
 @pytest.mark.parametrize("seed", range(3))
 def test_where_fitting_only_harms_the_start_is_kept(seed):
     """Experts that have nothing to do with the prompt: what was held out is served no worse."""
-    from melinoe.predictor.targets import recall_at
+    from melinoe.predictor.fit import recall_at
 
     rng = np.random.default_rng(seed)
     weights = np.arange(EXPERTS, 0, -1.0) ** 2

@@ -24,7 +24,7 @@ from melinoe.predictor import (
     Predictor,
     fit,
 )
-from melinoe.predictor.features import token_embeddings
+from melinoe.predictor.model import token_embeddings
 
 
 def test_a_saved_predictor_predicts_the_same(tmp_path):

@@ -24,7 +24,7 @@ def two_sequences():
     for sequence in range(2):
         for token in range(5):
             chosen = np.array([[[0], [token % 4]]])
-            builder.add_forward(chosen, sequence, int(token > 0), np.ones(chosen.shape))
+            builder.add_forward(chosen, sequence, int(token > 0))
     return builder.trace()
 
 
@@ -46,21 +46,12 @@ def test_policies_are_chosen_by_name_and_progress_is_told():
     """Four sizes and one replay by layer of each; a policy named twice counts once."""
     told = []
     records = trace_records(
-        two_sequences(), "mine", ["score", "lru", "score"], lambda *now: told.append(now)
+        two_sequences(), "mine", ["lfru", "lru", "lfru"], lambda *now: told.append(now)
     )
-    assert [one["policy"] for one in records if one["kind"] == "curve"] == ["score", "lru"]
+    assert [one["policy"] for one in records if one["kind"] == "curve"] == ["lfru", "lru"]
     assert told == [(done, 10) for done in range(1, 11)]
     with pytest.raises(MelinoeError, match="oldest"):
         trace_records(two_sequences(), "mine", ["oldest"])
-
-
-def test_a_policy_that_needs_weights_is_refused_where_there_are_none():
-    """A trace recorded without scores says so, and the way out."""
-    builder = TraceBuilder(1, 4, 1)
-    for token in range(3):
-        builder.add_forward(np.array([[[token]]]), 0, int(token > 0))
-    with pytest.raises(MelinoeError, match="record one with scores"):
-        trace_records(builder.trace(), "mine", ["score"])
 
 
 def test_the_command_reports_traces(tmp_path):

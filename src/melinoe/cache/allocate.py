@@ -1,8 +1,7 @@
 """
 Divide one budget of slots among the layers, by what a trace says each of them would load.
 
-Layers do not share slots, so the loads of a model are the sum of its layers' loads, and the best
-split is a resource allocation problem over the layers' miss curves.
+Layers do not share slots, so the loads of a model are the sum of its layers' loads.
 """
 
 import numpy as np

@@ -1,8 +1,7 @@
 """
-Counters: what serving experts cost, by phase and layer, and the rates that follow from them.
+Count what serving experts costs, by phase and layer, and give the rates that follow.
 
-The simulator and the runtime fill the same structure by the same calls, so that it can be
-compared with ``==``.
+The simulator and the engines fill the same structure by the same calls; compare it with ``==``.
 """
 
 from collections.abc import Sequence
@@ -17,24 +16,18 @@ PROMPT, COMPLETION = 0, 1
 
 # Counts by their names: int64 (2, layers), (layers,) and (2,), phases in the order of PHASES.
 _BY_PHASE_AND_LAYER = ("uses", "hits", "loads", "requests", "chunked", "on_host", "prefetch_used")
-_BY_LAYER = ("prefetch_loads",)
 _BY_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
-_ALL = (*_BY_PHASE_AND_LAYER, *_BY_LAYER, *_BY_PHASE)
-
-
-def phase_number(phase: int | str) -> int:
-    """Number of a phase that is given by its name or already by its number."""
-    return PHASES.index(phase) if isinstance(phase, str) else phase
+_ALL = (*_BY_PHASE_AND_LAYER, "prefetch_loads", *_BY_PHASE)
 
 
 class _Count:
-    """The numbers kept under the same name with an underscore, as an int64 array."""
+    """A copy of the numbers kept under this name."""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = "_" + name
+        self._name = name
 
-    def __get__(self, instance: object, owner: type) -> np.ndarray:
-        return np.array(getattr(instance, self._name), dtype=np.int64)
+    def __get__(self, instance: "Counters", owner: type) -> np.ndarray:
+        return instance._counts[self._name].copy()
 
 
 class Counters:
@@ -44,8 +37,7 @@ class Counters:
     By phase and layer, int64 (2, layers), phases in the order of `PHASES`:
 
     - ``uses``: (token, choice) pairs; a choice of no expert is none.
-    - ``hits``: uses whose expert was resident when its request began, also if the request was
-      then served by several decisions.
+    - ``hits``: uses whose expert was resident when its request began.
     - ``loads``: experts copied in because a request needed them (on demand).
     - ``requests``: forward passes in which the layer's tokens chose some expert; ``chunked``: those
       that took more than one decision.
@@ -59,8 +51,7 @@ class Counters:
     ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand or
     had an expert computed by the host; ``zero_miss_tokens``, the rows of those.
 
-    Rates are None where nothing was counted. Hit rates count uses, transfers count copies, and an
-    eviction copies nothing.
+    Rates are None where nothing was counted, and of both phases unless one is named.
     """
 
     uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
@@ -76,19 +67,12 @@ class Counters:
 
     def reset(self) -> None:
         """Set everything to zero."""
-
-        # Lists of Python ints: adding to one costs a third of adding to an array element.
-        def zeros() -> list[list[int]]:
-            return [[0] * self.num_layers for _ in PHASES]
-
-        self._uses, self._hits, self._loads, self._requests = zeros(), zeros(), zeros(), zeros()
-        self._chunked, self._on_host, self._prefetch_used = zeros(), zeros(), zeros()
-        self._prefetch_loads = [0] * self.num_layers
-        self._tokens, self._forwards = [0, 0], [0, 0]
-        self._zero_miss_forwards, self._zero_miss_tokens = [0, 0], [0, 0]
-        self._now: int | None = None
-        self._now_tokens = 0
-        self._now_misses = 0
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_ALL, (2,))
+        shapes |= dict.fromkeys(_BY_PHASE_AND_LAYER, (2, self.num_layers))
+        shapes["prefetch_loads"] = (self.num_layers,)
+        self._counts = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+        self._now: int | None = None  # phase of the open pass
+        self._now_tokens = self._now_misses = 0
 
     # --- counting -------------------------------------------------------------------------------
 
@@ -99,9 +83,8 @@ class Counters:
         A pass left open (an exception ended it) is dropped: its requests stay counted, the pass
         and its tokens do not.
         """
-        self._now = phase_number(phase)
-        self._now_tokens = tokens
-        self._now_misses = 0
+        self._now = _number(phase)
+        self._now_tokens, self._now_misses = tokens, 0
 
     def add_request(
         self,
@@ -114,22 +97,20 @@ class Counters:
         first_uses: int = 0,
     ) -> None:
         """Count one request of the open pass: *uses* pairs, *hits* of them on resident experts."""
-        phase = self._now
+        phase, counts = self._now, self._counts
         if phase is None:
             raise ValueError("a request was counted outside a forward pass; begin_forward first")
-        self._uses[phase][layer] += uses
-        self._hits[phase][layer] += hits
-        self._requests[phase][layer] += 1
-        if loads:
-            self._loads[phase][layer] += loads
-            self._now_misses += loads
-        if on_host:
-            self._on_host[phase][layer] += on_host
-            self._now_misses += on_host
+        counts["uses"][phase, layer] += uses
+        counts["hits"][phase, layer] += hits
+        counts["requests"][phase, layer] += 1
+        if loads or on_host:
+            counts["loads"][phase, layer] += loads
+            counts["on_host"][phase, layer] += on_host
+            self._now_misses += loads + on_host
         if first_uses:
-            self._prefetch_used[phase][layer] += first_uses
+            counts["prefetch_used"][phase, layer] += first_uses
         if decisions > 1:
-            self._chunked[phase][layer] += 1
+            counts["chunked"][phase, layer] += 1
 
     def add_decisions(
         self,
@@ -140,10 +121,7 @@ class Counters:
         on_host: Sequence[int] = (),
     ) -> None:
         """
-        Count one request from the decisions that served it.
-
-        Without experts there was no request, and nothing is counted: a trace cannot tell a layer
-        that did not run from one whose tokens all chose no expert.
+        Count one request from the decisions that served it; nothing where it names no expert.
 
         Args:
             layer: Of the request.
@@ -151,56 +129,49 @@ class Counters:
             decisions: In order; only the first can have hits.
             on_host: Experts that the host computed instead of loading them.
         """
-        if not len(experts):
-            return
-        first = decisions[0]
-        total = hits = sum(uses)
-        loads = len(first.loads) if len(decisions) == 1 else sum(len(d.loads) for d in decisions)
-        if loads or on_host:
-            hits = _uses_of(first.hits, experts, uses, total)
-        self.add_request(layer, total, hits, loads, len(decisions), len(on_host), first.first_uses)
+        if len(experts):
+            first, loads = decisions[0], sum(len(one.loads) for one in decisions)
+            hits = _uses_of(first.hits, experts, uses) if loads or on_host else sum(uses)
+            self.add_request(
+                layer, sum(uses), hits, loads, len(decisions), len(on_host), first.first_uses
+            )
 
     def add_stream(
         self, layer: int, experts: Sequence[int], uses: Sequence[int], stream: Stream
     ) -> None:
         """Count one request of a prompt that was streamed; *experts* and *uses* are parallel."""
         if len(experts):
-            total = sum(uses)
-            hits = _uses_of(stream.hits, experts, uses, total)
-            self.add_request(layer, total, hits, stream.loads, first_uses=stream.first_uses)
+            hits = _uses_of(stream.hits, experts, uses)
+            self.add_request(layer, sum(uses), hits, stream.loads, first_uses=stream.first_uses)
 
     def add_prefetch(self, layer: int, loads: int) -> None:
         """Count experts copied in ahead of need; belongs to no phase."""
-        self._prefetch_loads[layer] += loads
+        self._counts["prefetch_loads"][layer] += loads
 
     def end_forward(self) -> None:
         """End the open pass, and count its tokens."""
-        phase = self._now
+        phase, counts = self._now, self._counts
         if phase is None:
             raise ValueError("a forward pass was ended that had not begun")
-        self._forwards[phase] += 1
-        self._tokens[phase] += self._now_tokens
+        counts["forwards"][phase] += 1
+        counts["tokens"][phase] += self._now_tokens
         if not self._now_misses:
-            self._zero_miss_forwards[phase] += 1
-            self._zero_miss_tokens[phase] += self._now_tokens
+            counts["zero_miss_forwards"][phase] += 1
+            counts["zero_miss_tokens"][phase] += self._now_tokens
         self._now = None
 
     # --- rates ----------------------------------------------------------------------------------
 
     def _sum(self, name: str, phase: int | str | None) -> int:
-        values = getattr(self, name)
-        return int(values.sum() if phase is None else values[phase_number(phase)].sum())
+        values = self._counts[name]
+        return int(values.sum() if phase is None else values[_number(phase)].sum())
 
     def hit_rate(self, phase: int | str | None = None) -> float | None:
         """Share of uses whose expert was resident."""
         return _rate(self._sum("hits", phase), self._sum("uses", phase))
 
     def adjusted_hit_rate(self, phase: int | str | None = None) -> float | None:
-        """
-        1 - (demand + prefetch loads + experts computed by the host) / uses.
-
-        Prefetches are charged in full to any phase.
-        """
+        """1 - (loads + all prefetch loads + experts computed by the host) / uses."""
         uses = self._sum("uses", phase)
         loads = self._sum("loads", phase) + self._sum("on_host", phase)
         loads += self._sum("prefetch_loads", None)
@@ -215,12 +186,7 @@ class Counters:
         return _rate(self._sum("prefetch_loads", None), self._sum("tokens", COMPLETION))
 
     def prefetch_precision(self) -> float | None:
-        """
-        Share of the experts copied ahead that a request asked for before they left.
-
-        An expert that still waits for its first use counts as not used. The literature on
-        hardware prefetchers calls it accuracy. None if nothing was copied ahead.
-        """
+        """Share of the experts copied ahead that a request asked for before they left."""
         return _rate(self._sum("prefetch_used", None), self._sum("prefetch_loads", None))
 
     def prefetch_recall(self) -> float | None:
@@ -228,24 +194,21 @@ class Counters:
         Share of what the completion's passes would have missed that was copied ahead in time.
 
         Those copied ahead whose first use came in a pass of the completion, over the same and all
-        that such passes still missed: loaded on demand or computed by the host. Experts that a
-        prefetch pushed out and that were loaded again are among the latter. The literature on
-        hardware prefetchers calls it coverage. None if nothing was copied ahead.
+        that such passes still missed: loaded on demand or computed by the host. None if nothing
+        was copied ahead.
         """
-        if not self.prefetch_loads.any():
-            return None
         used = self._sum("prefetch_used", COMPLETION)
         missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)
-        return _rate(used, used + missed)
+        return _rate(used, used + missed) if self._sum("prefetch_loads", None) else None
 
     @property
     def prefetch_unused(self) -> np.ndarray:
-        """Waste: experts copied ahead and not used so far, int64 (layers,)."""
+        """Experts copied ahead and not used so far, int64 (layers,)."""
         return self.prefetch_loads - self.prefetch_used.sum(axis=0)
 
     def prefetch_waste_per_token(self) -> float | None:
         """Experts copied ahead and not used, per completion token; None if none was copied."""
-        tokens = self._sum("tokens", COMPLETION) if self.prefetch_loads.any() else 0
+        tokens = self._sum("tokens", COMPLETION) if self._sum("prefetch_loads", None) else 0
         return _rate(int(self.prefetch_unused.sum()), tokens)
 
     def on_host_per_token(self, phase: int | str = "completion") -> float | None:
@@ -275,48 +238,39 @@ class Counters:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; `from_dict` reads them back."""
-        return {"num_layers": self.num_layers} | {f: getattr(self, f).tolist() for f in _ALL}
+        counts = {name: self._counts[name].tolist() for name in _ALL}
+        return {"num_layers": self.num_layers, **counts}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Counters":
-        """
-        Read what `to_dict` wrote.
-
-        Raises:
-            ValueError: a field is missing, unknown, or of another shape.
-        """
+        """Read what `to_dict` wrote; ValueError for a field missing, unknown or misshapen."""
         counters = cls(int(values.get("num_layers", 0)))
-        expected = counters.to_dict()
-        if values.keys() != expected.keys():
-            odd = sorted(values.keys() ^ expected.keys())
+        odd = sorted(values.keys() ^ {"num_layers", *_ALL})
+        if odd:
             raise ValueError(f"not a dictionary of counters: check {', '.join(odd)}")
-        for name in _ALL:
+        for name, kept in counters._counts.items():
             array = np.asarray(values[name])
-            if array.shape != np.shape(expected[name]) or array.dtype.kind not in "iu":
+            if array.shape != kept.shape or array.dtype.kind not in "iu":
                 raise ValueError(f"not a dictionary of counters: {name} has another shape")
-            setattr(counters, "_" + name, array.tolist())
+            kept[:] = array
         return counters
 
     def copy(self) -> "Counters":
         """An independent copy; an open forward pass is not in it."""
-        return Counters.from_dict(self.to_dict())
+        return self.plus(Counters(self.num_layers))
 
-    def _combine(self, other: "Counters", sign: int) -> "Counters":
+    def plus(self, other: "Counters", sign: int = 1) -> "Counters":
+        """Both together."""
         if self.num_layers != other.num_layers:
             raise ValueError(f"counters of {self.num_layers} and of {other.num_layers} layers")
         result = Counters(self.num_layers)
-        for name in _ALL:
-            value = getattr(self, name) + sign * getattr(other, name)
-            setattr(result, "_" + name, value.tolist())
+        for name, kept in result._counts.items():
+            kept[:] = self._counts[name] + sign * other._counts[name]
         return result
-
-    def plus(self, other: "Counters") -> "Counters":
-        """Both together."""
-        return self._combine(other, 1)
 
     def minus(self, other: "Counters") -> "Counters":
         """Counts since *other*, an earlier copy."""
-        return self._combine(other, -1)
+        return self.plus(other, -1)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Counters) and self.to_dict() == other.to_dict()
@@ -327,13 +281,15 @@ class Counters:
         return f"Counters({self.to_dict()})"
 
 
+def _number(phase: int | str) -> int:
+    return PHASES.index(phase) if isinstance(phase, str) else phase
+
+
 def _rate(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _uses_of(chosen: Sequence[int], experts: Sequence[int], uses: Sequence[int], total: int) -> int:
+def _uses_of(chosen: Sequence[int], experts: Sequence[int], uses: Sequence[int]) -> int:
     """Sum of the *uses* of those of *experts* that are *chosen*."""
-    if total == len(experts):  # one use each, as for one token
-        return len(chosen)
     of = dict(zip(experts, uses, strict=True))
     return sum(of[expert] for expert in chosen)

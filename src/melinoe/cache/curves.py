@@ -1,17 +1,16 @@
 """
 Miss-ratio curves: the cost of every number of slots, most of it found in one pass.
 
-Each built-in rule orders all experts of a layer by a number that does not depend on the slots
-(`melinoe.cache.policy`), and that makes it a stack algorithm: **as long as every request fits**,
-a cache of C slots holds what one of C - 1 holds, and one expert more. Let both serve a request of
-n <= C - 1 experts. The smaller one keeps its best C - 1 - n others; the larger one has at most one
-other that the smaller one has not, so each of those is among its best C - n. So one stack per
-layer tells the least slots with which each use would have been a hit.
+Each built-in rule orders all experts of a layer by a number that does not depend on the slots, and
+that makes it a stack algorithm **as long as every request fits**: a cache of C slots holds what
+one of C - 1 holds, and one expert more. (Let both serve n <= C - 1 experts. The smaller one keeps
+its best C - 1 - n others; the larger one has at most one other that the smaller one has not, so
+each of those is among its best C - n.) So one stack per layer tells the least slots with which each
+use would have been a hit.
 
 A request with more experts than slots, as a prompt makes, is served in parts whose order depends on
-who is resident, and the argument fails: after it a smaller cache may hold what a larger one does
-not. So a layer's curve comes from the one pass for as many slots as its largest request has experts
-or more, and from one replay per size below that.
+who is resident, and the argument fails. So a curve comes from the one pass for as many slots as the
+largest request has experts or more, and from one replay per size below that.
 
 Source:
     R. L. Mattson, J. Gecsei, D. R. Slutz, I. L. Traiger, Evaluation techniques for storage
@@ -76,25 +75,16 @@ def miss_curves(
     """
     The cost of every number of slots per layer under one policy; equal to simulating each.
 
-    Args:
-        trace: The model's choices.
-        policy: As in `simulate`, with slots per layer. Built-in rules go in one pass where that is
-            exact; others are replayed once per size.
-        policy_options, reset_between_sequences: As in `simulate`.
-
-    Raises:
-        MelinoeError, TraceError: as `simulate`.
+    Arguments and errors as in `simulate`.
     """
-    options = dict(policy_options or {})
     layers, experts = trace.num_layers, trace.num_experts
     exact_from = np.full(layers, experts + 1)
     loads = np.zeros((2, layers, experts), np.int64)
-    hits = np.zeros_like(loads)
-    uses = np.zeros((2, layers), np.int64)
+    hits, uses = np.zeros_like(loads), np.zeros((2, layers), np.int64)
     if isinstance(policy, str) and policy in COMPILED_POLICIES:
         from melinoe.cache.kernel import Prepared
 
-        ready = Prepared(trace, policy, options, reset_between_sequences)
+        ready = Prepared(trace, policy, policy_options or {}, reset_between_sequences)
         loads_at, uses_at, exact_from = ready.distances(ready.phase, 2, layers)
         loads[:] = loads_at.sum(axis=2, keepdims=True) - np.cumsum(loads_at, axis=2)[:, :, :-1]
         hits[:] = np.cumsum(uses_at, axis=2)[:, :, :-1]
@@ -104,7 +94,7 @@ def miss_curves(
             trace,
             slots,
             policy,
-            policy_options=options,
+            policy_options=policy_options,
             reset_between_sequences=reset_between_sequences,
         ).counters
         chunked = exact_from > slots
@@ -144,17 +134,10 @@ def unit_costs(
     """
     Count what each unit's completion costs with each number of slots; equal to simulating each.
 
-    Args:
-        trace, policy, policy_options, reset_between_sequences: As in `miss_curves`.
-        slots: Sizes of every layer to count for.
-        progress: Called once for each size that is done.
-
-    Raises:
-        MelinoeError, TraceError: as `simulate`.
+    Arguments and errors as in `simulate`; *progress* is called once for each size that is done.
     """
     for size in slots:
         check_capacity(trace.num_experts, size)
-    options = dict(policy_options or {})
     exact_from = trace.num_experts + 1
     by_rule = isinstance(policy, str) and policy in COMPILED_POLICIES
     # As in `simulate`: loading compiled code pays for much work alone.
@@ -162,12 +145,12 @@ def unit_costs(
         assert isinstance(policy, str)
         from melinoe.cache.kernel import Prepared
 
-        ready = Prepared(trace, policy, options, reset_between_sequences)
+        ready = Prepared(trace, policy, policy_options or {}, reset_between_sequences)
         group, groups = 2 * ready.unit + ready.phase, 2 * len(ready.units)
         loads_at, uses_at, largest = ready.distances(group, groups, 1)
         loads_at, uses_at = loads_at[COMPLETION::2, 0], uses_at[COMPLETION::2, 0]
         loads_below, hits_below = np.cumsum(loads_at, axis=1), np.cumsum(uses_at, axis=1)
-        tokens = np.bincount(group, ready.tokens, groups)[COMPLETION::2]
+        tokens = np.bincount(group, ready.tokens, groups)[COMPLETION::2].astype(np.int64)
         exact_from = int(largest.max())
     found: list[tuple[np.ndarray, ...]] = []
     for size in slots:
@@ -179,15 +162,13 @@ def unit_costs(
                 trace,
                 size,
                 policy,
-                policy_options=options,
+                policy_options=policy_options,
                 reset_between_sequences=reset_between_sequences,
             ).per_sequence
             names = ("hits", "loads", "uses", "tokens")
             found.append(
-                tuple(
-                    np.array([getattr(u, name)[COMPLETION].sum() for u in done]) for name in names
-                )
+                tuple(np.array([getattr(u, n)[COMPLETION].sum() for u in done]) for n in names)
             )
         progress()
     hits, loads, uses, rows = zip(*found, strict=True)
-    return UnitCosts(np.stack(hits), np.stack(loads), uses[0], rows[0].astype(np.int64))
+    return UnitCosts(np.stack(hits), np.stack(loads), uses[0], rows[0])

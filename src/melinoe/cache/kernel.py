@@ -1,11 +1,10 @@
 """
 Replay long traces by compiled code, which decides as `Residency` does.
 
-`replay` takes one number of slots, `distances` all at once, under a built-in policy.
-
-A policy is a number here, its place in `COMPILED_POLICIES`; its rule is the function of
-`melinoe.cache.policy` itself, compiled. Every expert of a layer has a float64 *rank*, the lowest
-leaves, and of equal ones the lowest id. Experts that are needed together carry the same *mark*.
+`replay` takes one number of slots, `distances` all at once, under a built-in policy: a number here,
+its place in `COMPILED_POLICIES`, its rule the function of `melinoe.cache.policy` itself, compiled.
+Every expert of a layer has a float64 *rank*, the lowest leaves, and of equal ones the lowest id.
+Experts that are needed together carry the same *mark*.
 
 Import it only when it is used: numba takes a good second to load. Compiled code is kept on disk
 beside its file (or where ``NUMBA_CACHE_DIR`` says), so only the first use on a machine waits for
@@ -65,8 +64,28 @@ def workspace(experts, num_experts, rule):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def forget(rule, rank, last, count):  # type: ignore[no-untyped-def]
-    """Forget all requests; returns *now*. Popularity and the future stay."""
+def begin(rule, experts, bounds, layer, popularity, rank, following, upcoming):  # type: ignore[no-untyped-def]
+    """Give a layer's experts the ranks that do not come from the past."""
+    if rule == STATIC:
+        rank[:] = popularity[layer]
+    elif rule == BELADY:
+        # For each choice, find the pass that next requests its expert; leave each expert's first.
+        following[:] = len(bounds)
+        for step in range(len(bounds) - 2, -1, -1):
+            for row in range(bounds[step], bounds[step + 1]):
+                for k in range(experts.shape[2]):
+                    if experts[row, layer, k] >= 0:
+                        upcoming[row, k] = following[experts[row, layer, k]]
+            for row in range(bounds[step], bounds[step + 1]):
+                for k in range(experts.shape[2]):
+                    if experts[row, layer, k] >= 0:
+                        following[experts[row, layer, k]] = step
+
+
+@compiled
+def forget(rule, rank, last, count, place):  # type: ignore[no-untyped-def]
+    """Empty the slots and forget all requests; returns *now*. Popularity and the future stay."""
+    place[:] = -1
     if rule != STATIC and rule != BELADY:
         rank[:] = 0.0
         last[:] = 0.0
@@ -90,39 +109,34 @@ def use(rule, order, found, rank, last, count, now, gamma, following):  # type: 
 
 
 @compiled
-def refresh(experts, found, rank, last, count, now):  # type: ignore[no-untyped-def]
+def refresh(rule, experts, found, rank, last, count, now):  # type: ignore[no-untyped-def]
     """Bring the ranks of ``experts[:found]`` up to date under LFRU, where they fall unused."""
-    for i in range(found):
-        expert = experts[i]
-        rank[expert] = _rank_lfru(expert, last, count, now)
+    if rule == LFRU:
+        for i in range(found):
+            rank[experts[i]] = _rank_lfru(experts[i], last, count, now)
 
 
 @compiled
-def admit(  # type: ignore[no-untyped-def]
-    missing, begin, end, resident, place, filled, capacity, mark, step, rank
-):
-    """Give slots to ``missing[begin:end]``, evicting nobody marked *step*; returns slots in use."""
-    free = capacity - filled
-    for i in range(begin, min(end, begin + free)):
-        resident[filled] = missing[i]
-        place[missing[i]] = filled
-        filled += 1
-    if begin + free >= end:
-        return filled
-    for i in range(begin + free, end):
-        victim = -1
-        for j in range(filled):
-            expert = resident[j]
-            if mark[expert] == step:
-                continue
-            if (
-                victim < 0
-                or rank[expert] < rank[victim]
-                or (rank[expert] == rank[victim] and expert < victim)
-            ):
-                victim = expert
-        slot = place[victim]
-        place[victim] = -1
+def admit(missing, first, end, resident, place, filled, capacity, mark, step, rank):  # type: ignore[no-untyped-def]
+    """Give slots to ``missing[first:end]``, evicting nobody marked *step*; returns slots in use."""
+    for i in range(first, end):
+        slot = filled
+        if filled < capacity:
+            filled += 1
+        else:
+            victim = -1
+            for j in range(filled):
+                expert = resident[j]
+                if mark[expert] == step:
+                    continue
+                if (
+                    victim < 0
+                    or rank[expert] < rank[victim]
+                    or (rank[expert] == rank[victim] and expert < victim)
+                ):
+                    victim = expert
+            slot = place[victim]
+            place[victim] = -1
         resident[slot] = missing[i]
         place[missing[i]] = slot
     return filled
@@ -154,39 +168,21 @@ def distinct(experts, low, high, layer, ids, count, following, upcoming):  # typ
                 count[expert] += 1
                 if len(upcoming):
                     following[expert] = upcoming[row, k]
-    if found <= 24:  # insertion sort
-        for i in range(1, found):
-            expert = ids[i]
-            j = i - 1
-            while j >= 0 and ids[j] > expert:
-                ids[j + 1] = ids[j]
-                j -= 1
-            ids[j + 1] = expert
-    else:
+    if found > 24:
         found = 0
         for expert in range(len(count)):
             if count[expert]:
                 ids[found] = expert
                 found += 1
+        return found
+    for i in range(1, found):  # insertion sort
+        expert = ids[i]
+        j = i - 1
+        while j >= 0 and ids[j] > expert:
+            ids[j + 1] = ids[j]
+            j -= 1
+        ids[j + 1] = expert
     return found
-
-
-@compiled
-def look_ahead(experts, bounds, layer, upcoming, following):  # type: ignore[no-untyped-def]
-    """For each choice, find the pass that next requests its expert; leave each expert's first."""
-    never = len(bounds)
-    following[:] = never
-    for step in range(len(bounds) - 2, -1, -1):
-        for row in range(bounds[step], bounds[step + 1]):
-            for k in range(experts.shape[2]):
-                expert = experts[row, layer, k]
-                if expert >= 0:
-                    upcoming[row, k] = following[expert]
-        for row in range(bounds[step], bounds[step + 1]):
-            for k in range(experts.shape[2]):
-                expert = experts[row, layer, k]
-                if expert >= 0:
-                    following[expert] = step
 
 
 # --- one number of slots --------------------------------------------------------------------------
@@ -217,7 +213,6 @@ def replay(  # type: ignore[no-untyped-def]
             experts.
         stamp: Left out.
     """
-    passes, layers = len(bounds) - 1, experts.shape[1]
     ids, count, place, following, rank, last, times, upcoming = workspace(
         experts, num_experts, rule
     )
@@ -225,20 +220,14 @@ def replay(  # type: ignore[no-untyped-def]
     missing = np.empty(num_experts, np.int64)
     resident = np.empty(num_experts, np.int64)
     mark = np.zeros(num_experts, np.int64)
-    detailed = len(loads_of) > 0
     mine = 0
-    for layer in range(layers):
+    for layer in range(experts.shape[1]):
         capacity = slots[layer]
-        if rule == STATIC:
-            rank[:] = popularity[layer]
-        elif rule == BELADY:
-            look_ahead(experts, bounds, layer, upcoming, following)
-        now, filled = forget(rule, rank, last, times), 0
-        place[:] = -1
-        for step in range(passes):
+        begin(rule, experts, bounds, layer, popularity, rank, following, upcoming)
+        now, filled = forget(rule, rank, last, times, place), 0
+        for step in range(len(bounds) - 1):
             if resets[step]:
-                now, filled = forget(rule, rank, last, times), 0
-                place[:] = -1
+                now, filled = forget(rule, rank, last, times, place), 0
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
             )
@@ -255,43 +244,34 @@ def replay(  # type: ignore[no-untyped-def]
                 else:
                     missing[absent] = expert
                     absent += 1
-            own = counts[unit_of[step], phase[step]]
-            mine += 1
-            if found <= capacity:
-                now = use(rule, ids, found, rank, last, times, now, gamma, following)
-                if absent:
-                    for i in range(found):
-                        mark[ids[i]] = mine
-                    if rule == LFRU:
-                        refresh(resident, filled, rank, last, times, now)
-                    filled = admit(
-                        missing, 0, absent, resident, place, filled, capacity, mark, mine, rank
-                    )
-            else:
+            fits = found <= capacity
+            if not fits:
                 least_used_first(missing, absent, count)
-                for i in range(absent):
-                    order[present + i] = missing[i]
-                now = use(rule, order, found, rank, last, times, now, gamma, following)
-                for i in range(present):
-                    mark[order[i]] = mine
-                low, high = 0, capacity - present
-                while low < absent:
-                    for i in range(low, high):
-                        mark[missing[i]] = mine
-                    if rule == LFRU:
-                        refresh(resident, filled, rank, last, times, now)
-                    filled = admit(
-                        missing, low, high, resident, place, filled, capacity, mark, mine, rank
-                    )
-                    low, high = high, min(high + capacity, absent)
-                    mine += 1
-                own[4, layer] += 1
+            for i in range(absent):
+                order[present + i] = missing[i]
+            served = ids if fits else order
+            now = use(rule, served, found, rank, last, times, now, gamma, following)
+            mine += 1
+            for i in range(found if fits else present):
+                mark[served[i]] = mine
+            low, high = 0, min(absent, capacity - present)
+            while low < absent:
+                for i in range(low, high):
+                    mark[missing[i]] = mine
+                refresh(rule, resident, filled, rank, last, times, now)
+                filled = admit(
+                    missing, low, high, resident, place, filled, capacity, mark, mine, rank
+                )
+                low, high = high, min(high + capacity, absent)
+                mine += 1
+            own = counts[unit_of[step], phase[step]]
             own[0, layer] += uses
             own[1, layer] += hits
             own[2, layer] += absent
             own[3, layer] += 1
+            own[4, layer] += not fits
             waited[step] += absent
-            if detailed:
+            if len(loads_of):
                 loads_of[step, layer] = absent
                 experts_of[step, layer] = found
             for i in range(found):
@@ -322,25 +302,19 @@ def distances(  # type: ignore[no-untyped-def]
         largest: int64 (layers,), filled: experts of the largest request.
         stamp: Left out.
     """
-    passes, layers = len(bounds) - 1, experts.shape[1]
     ids, count, place, following, rank, last, times, upcoming = workspace(
         experts, num_experts, rule
     )
     stack = np.empty(num_experts, np.int64)
     after = np.empty(num_experts, np.int64)
     pool = np.empty(num_experts, np.int64)
-    for layer in range(layers):
+    for layer in range(experts.shape[1]):
         at_layer = layer if loads_at.shape[1] > 1 else 0
-        if rule == STATIC:
-            rank[:] = popularity[layer]
-        elif rule == BELADY:
-            look_ahead(experts, bounds, layer, upcoming, following)
-        now, depth = forget(rule, rank, last, times), 0
-        place[:] = -1
-        for step in range(passes):
+        begin(rule, experts, bounds, layer, popularity, rank, following, upcoming)
+        now, depth = forget(rule, rank, last, times, place), 0
+        for step in range(len(bounds) - 1):
             if resets[step]:
-                now, depth = forget(rule, rank, last, times), 0
-                place[:] = -1
+                now, depth = forget(rule, rank, last, times, place), 0
             found = distinct(
                 experts, bounds[step], bounds[step + 1], layer, ids, count, following, upcoming
             )
@@ -353,8 +327,7 @@ def distances(  # type: ignore[no-untyped-def]
                 loads_at[group[step], at_layer, distance] += 1
                 uses_at[group[step], at_layer, distance] += count[ids[i]]
             now = use(rule, ids, found, rank, last, times, now, gamma, following)
-            if rule == LFRU:
-                refresh(stack, depth, rank, last, times, now)
+            refresh(rule, stack, depth, rank, last, times, now)
 
             for i in range(found):
                 after[i] = ids[i]
@@ -395,15 +368,12 @@ class Prepared:
     Args:
         trace, policy, reset_between_sequences: As in `melinoe.cache.simulator.simulate`; the policy
             by name.
-        options: Arguments of the policy's class.
+        options: Arguments of the policy's class, which checks them.
 
     Attributes:
         phase: uint8 (passes,).
         tokens: int64 (passes,), rows.
         units, unit: As `Trace.unit_of_passes`.
-
-    Raises:
-        MelinoeError, ValueError: the options are none that the policy's class would take.
     """
 
     def __init__(
@@ -416,7 +386,7 @@ class Prepared:
         self._trace = trace
         self._bounds, self.phase = trace.bounds()
         self.tokens = np.diff(self._bounds)
-        self.units, self.unit, begins = trace.unit_of_passes(self._bounds)
+        self.units, self.unit, begins = trace.unit_of_passes()
         self._resets = begins if reset_between_sequences else np.zeros_like(begins)
         cls, layers = policy_class(policy), trace.num_layers
         popular, gamma = np.zeros((layers, trace.num_experts)), 1.0
@@ -450,14 +420,11 @@ class Prepared:
         """Find loads_at, uses_at and largest of `distances`, for so many groups and layers."""
         trace = self._trace
         shape = (groups, layers, trace.num_experts + 1)
-        found = (
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.int64),
-            np.ones(trace.num_layers, np.int64),
-        )
+        found = (np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        largest = np.ones(trace.num_layers, np.int64)
         if len(group):
             distances(
                 trace.experts, self._bounds, group.astype(np.int64), self._resets,
-                trace.num_experts, *self._rule, *found,
+                trace.num_experts, *self._rule, *found, largest,
             )  # fmt: skip
-        return found
+        return *found, largest

@@ -23,8 +23,8 @@ def experts_per_sequence(trace: Trace) -> np.ndarray:
         float64 (num_sequences,), nan for a sequence without completion tokens.
     """
     result = np.full(trace.num_sequences, np.nan)
-    for sequence, rows in _rows_by_sequence(trace, trace.kind == COMPLETION_ROW):
-        result[sequence] = _used(trace, rows).sum(axis=1).mean()
+    for sequence, used in _uses(trace):
+        result[sequence] = used.any(axis=0).sum(axis=1).mean()
     return result
 
 
@@ -42,14 +42,13 @@ def reuse(trace: Trace) -> np.ndarray:
         Expert overlap ratio (EOR) as in arXiv:2605.27081, per sequence here.
     """
     result = np.full(trace.num_sequences, np.nan)
-    for sequence, rows in _rows_by_sequence(trace, trace.kind != PADDING_ROW):
-        tokens = rows[1:][trace.kind[rows[1:]] == COMPLETION_ROW]
-        before = rows[:-1][trace.kind[rows[1:]] == COMPLETION_ROW]
-        now, then = trace.experts[tokens], trace.experts[before]
-        chosen = now >= 0
-        again = (now[..., :, None] == then[..., None, :]).any(axis=-1) & chosen
-        if chosen.any():
-            result[sequence] = again.sum() / chosen.sum()
+    for sequence in np.unique(trace.sequence).tolist():
+        rows = np.flatnonzero((trace.sequence == sequence) & (trace.kind != PADDING_ROW))
+        decodes = trace.kind[rows[1:]] == COMPLETION_ROW
+        now, then = trace.experts[rows[1:][decodes]], trace.experts[rows[:-1][decodes]]
+        again = (now[..., :, None] == then[..., None, :]).any(axis=-1) & (now >= 0)
+        if (now >= 0).any():
+            result[sequence] = again.sum() / (now >= 0).sum()
     return result
 
 
@@ -59,37 +58,34 @@ def distinct_experts(trace: Trace) -> np.ndarray:
 
     A small number here is collapse; a small number per sequence is locality.
     """
-    return _used(trace, np.flatnonzero(trace.kind == COMPLETION_ROW)).sum(axis=1)
+    counts = _choices(trace, trace.kind == COMPLETION_ROW)
+    return (counts > 0).sum(axis=1)
 
 
 def popularity(trace: Trace, *, prompts_only: bool = False) -> np.ndarray:
     """
     Choices of each expert, in prompts and completions without padding: int64 (layers, experts).
     """
-    wanted = trace.kind == PROMPT_ROW if prompts_only else trace.kind != PADDING_ROW
+    return _choices(trace, trace.kind == PROMPT_ROW if prompts_only else trace.kind != PADDING_ROW)
+
+
+def _choices(trace: Trace, rows: np.ndarray) -> np.ndarray:
+    """Choices of each expert in some rows, int64 (layers, experts)."""
     counts = np.empty((trace.num_layers, trace.num_experts), np.int64)
     for layer in range(trace.num_layers):  # a layer at a time: a copy of all choices may be large
-        choices = trace.experts[wanted, layer]
-        counts[layer] = np.bincount(choices[choices >= 0], minlength=trace.num_experts)
+        chosen = trace.experts[rows, layer]
+        counts[layer] = np.bincount(chosen[chosen >= 0], minlength=trace.num_experts)
     return counts
 
 
-def _rows_by_sequence(trace: Trace, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Row numbers of each sequence that has any wanted rows, in the order they ran."""
-    rows = np.flatnonzero(wanted)
-    rows = rows[np.argsort(trace.sequence[rows], kind="stable")]
-    sequences, starts = np.unique(trace.sequence[rows], return_index=True)
-    return (
-        list(zip(sequences.tolist(), np.split(rows, starts[1:]), strict=True)) if rows.size else []
-    )
-
-
-def _used(trace: Trace, rows: np.ndarray) -> np.ndarray:
-    """Mark the experts that the rows used, bool (layers, num_experts)."""
-    used = np.zeros((trace.num_layers, trace.num_experts + 1), dtype=bool)
-    choices = trace.experts[rows]
-    used[np.arange(trace.num_layers)[None, :, None], choices] = True  # -1 falls into the extra one
-    return used[:, :-1]
+def _uses(trace: Trace) -> Iterator[tuple[int, np.ndarray]]:
+    """Of each sequence with a completion, the experts each token used: bool (tokens, layers, E)."""
+    for sequence in range(trace.num_sequences):
+        chosen = trace.completion(sequence)
+        used = np.zeros((len(chosen), trace.num_layers, trace.num_experts + 1), bool)
+        np.put_along_axis(used, chosen.astype(np.int64) % (trace.num_experts + 1), True, axis=2)
+        if len(chosen):
+            yield sequence, used[..., :-1]  # -1 has fallen into the extra one
 
 
 def srp(trace: Trace, m: int, *, by_layer: bool = False) -> float | np.ndarray:
@@ -116,11 +112,9 @@ def srp(trace: Trace, m: int, *, by_layer: bool = False) -> float | np.ndarray:
         raise ValueError(f"a segment has at least one token, not {m}")
     layers = trace.num_layers
     seen = np.zeros((layers, m + 1))  # pairs of segment and expert, by uses in the segment
-    for used in _uses(trace):
-        if len(used) < m:
-            continue
-        total = np.cumsum(np.concatenate([np.zeros_like(used[:1]), used]), axis=0)
-        counts = total[m:] - total[:-m]
+    for _, used in _uses(trace):
+        total = np.cumsum(np.concatenate([np.zeros_like(used[:1]), used]), axis=0, dtype=np.int64)
+        counts = total[m:] - total[:-m]  # nothing where the sequence is shorter
         for layer in range(layers):
             seen[layer] += np.bincount(counts[:, layer].ravel(), minlength=m + 1)
     if not seen.any():
@@ -147,13 +141,11 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
     Each layer of each sequence has an empty cache of ``round(rho * K)`` slots at its first
     completion token. A token's experts are loaded together; who leaves is the expert, not of this
     token, that the next *m* tokens of the sequence use least, of equal ones the least recently
-    used. First uses count as misses.
+    used. First uses count as misses. The published code counts the current token as the first of
+    the *m*; this does not.
 
     More foresight is not better: the rule counts uses and not how soon they come, so for large *m*
-    it keeps what is used often but late. On 38 answers of gpt-oss-20b with 8 slots (LRU .656,
-    Belady's bound .773) it rises to .757 at *m* = 4, and falls to .706 at 512.
-
-    The published code counts the current token as the first of the *m*; this does not.
+    it keeps what is used often but late.
 
     Args:
         trace: Its completion tokens.
@@ -169,14 +161,13 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
         raise ValueError(f"m is {m} and rho {rho}; a cache sees 0 or more tokens and holds one's")
     slots = int(rho * trace.top_k + 0.5)
     hits, uses = np.zeros(trace.num_layers), np.zeros(trace.num_layers)
-    for used in _uses(trace):
+    for _, used in _uses(trace):
         for layer in range(trace.num_layers):
             requests = [np.flatnonzero(token).tolist() for token in used[:, layer]]
             cache = Residency(trace.num_experts, slots, _SeesAhead(requests, m))
             for request in requests:
-                if request:
-                    uses[layer] += len(request)
-                    hits[layer] += len(cache.request(request).hits)
+                uses[layer] += len(request)
+                hits[layer] += len(cache.request(request).hits)
     if not uses.any():
         raise MelinoeError("the trace has no completion to count; record a longer one")
     if by_layer:
@@ -207,16 +198,4 @@ class _SeesAhead(Policy):
         self._stamp[list(experts)] = self._now
 
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
-        order = sorted(candidates, key=lambda e: (self._ahead[e], self._stamp[e], e))
-        return order[:count]
-
-
-def _uses(trace: Trace) -> Iterator[np.ndarray]:
-    """Mark the experts that each completion token used: int64 (tokens, layers, experts)."""
-    for sequence in range(trace.num_sequences):
-        chosen = trace.completion(sequence)
-        used = np.zeros((len(chosen), trace.num_layers, trace.num_experts + 1), np.int64)
-        place = np.indices((*chosen.shape[:2], 1))
-        used[place[0], place[1], chosen] = 1  # -1 falls into the extra one
-        if len(chosen):
-            yield used[..., :-1]
+        return sorted(candidates, key=lambda e: (self._ahead[e], self._stamp[e], e))[:count]

@@ -10,13 +10,13 @@ installed package, which melinoe finds wherever policies are named:
     mru = "my_package.mru:Mru"
 
 The built-in policies that look at the past are a `RankedPolicy` each: a number for every expert,
-kept up by a plain function (``note_lru``, ...) that Python calls in the runtime and that
+kept up by a plain function (``note_lru``, ...) that Python calls in the engines and that
 `melinoe.cache.kernel` compiles for long traces. So each rule is written once.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from melinoe.cache.registry import Registry
 from melinoe.errors import MelinoeError
@@ -34,13 +34,11 @@ class Policy:
 
     Attributes:
         name: By which it is chosen; the entry point that declares it has the same name.
-        uses_scores: Whether `weigh` must be told the router's weights.
         offline: Whether it must know all requests to come, so that it cannot run a model.
         needs_data: Whether it is made of something, so that its name alone does not make one.
     """
 
     name: ClassVar[str] = ""
-    uses_scores: ClassVar[bool] = False
     offline: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 
@@ -52,16 +50,6 @@ class Policy:
     def reset(self, num_experts: int) -> None:
         """Forget everything; from now on ids lie in ``[0, num_experts)``."""
         raise NotImplementedError
-
-    def weigh(self, experts: Sequence[int], scores: Sequence[float]) -> None:
-        """
-        Note the router's weights of the request that `use` is told of next.
-
-        Args:
-            experts: As in `use`, ids ascending.
-            scores: Mean over the pass's rows of the weight that the router gave the expert, 0 in
-                rows that did not choose it; so they add up to at most 1 where a row's weights do.
-        """
 
     def use(self, experts: Sequence[int]) -> None:
         """
@@ -75,14 +63,11 @@ class Policy:
 
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
         """
-        Choose who leaves, the first to go first.
+        Choose *count* distinct ids who leave, the first to go first.
 
         Args:
             candidates: Resident experts that may leave, ids ascending; none is needed now.
-            count: How many must leave, between 1 and ``len(candidates)``.
-
-        Returns:
-            *count* distinct ids out of *candidates*.
+            count: Between 1 and ``len(candidates)``.
         """
         raise NotImplementedError
 
@@ -92,7 +77,8 @@ class Policy:
 
 
 _registry = Registry(ENTRY_POINTS, Policy, kind="cache policy", word="cache policy")
-_Class = TypeVar("_Class", bound=type[Policy])
+register = _registry.register
+policy_class = _registry.find
 
 
 # --- policies that look at the past ---------------------------------------------------------------
@@ -152,9 +138,8 @@ class LRU(RankedPolicy):
     """
     Evict the expert whose last use is longest ago.
 
-    Rule: a clock ticks once per expert served; an expert's rank is the tick of its last use.
     Experts of one request are stamped in the order listed, so of two last used together the lower
-    id leaves first. No two stamps are equal.
+    id leaves first.
 
     Source:
         The usual rule; for experts of one layer, arXiv:2312.17238.
@@ -254,62 +239,7 @@ class LFRU(RankedPolicy):
         return sorted(candidates, key=self.rank)[:count]
 
 
-@_registry.own
-class Score(DecayedLFU):
-    """
-    Evict the expert that the router has wanted least of late.
-
-    Rule: with each request ``S <- alpha * TopP(p) + (1 - alpha) * S`` for all experts of the layer,
-    where ``p`` are the router's scores of this pass and TopP keeps the *top* best and sets the
-    others to zero; the lowest S leaves.
-
-    Differences from the source: ``p`` is known for the experts that a token chose, so TopP can
-    keep no more than those (the source keeps twice the model's top-k); a pass of several tokens
-    counts as one step with their mean. S is kept divided by alpha, which changes no order, and in
-    the growing unit of `DecayedLFU`. With every weight equal it is ``lfu`` with gamma 1 - alpha.
-
-    Args:
-        alpha: Weight of the present, in (0, 0.999].
-        top: Scores kept of each pass.
-
-    Raises:
-        ValueError: a value outside its range.
-        MelinoeError: from `use`, when nobody told the router's weights.
-
-    Source:
-        Minus-recent-score caching of HybriMoE, arXiv:2504.05897; alpha .5 and the 12 best as in
-        its published settings.
-    """
-
-    name = "score"
-    uses_scores = True
-
-    def __init__(self, alpha: float = 0.5, top: int = 12):
-        if not 0 < alpha <= 0.999 or top < 1:
-            raise ValueError(f"alpha is {alpha} and top {top}; want (0, 0.999] and 1 or more")
-        super().__init__(gamma=1 - alpha)
-        self._top = top
-        self._weights: dict[int, float] | None = None
-
-    def weigh(self, experts: Sequence[int], scores: Sequence[float]) -> None:
-        """Keep the *top* best scores, of equal ones those of the lower ids."""
-        best = sorted(zip(experts, scores, strict=True), key=lambda one: (-one[1], one[0]))
-        self._weights = dict(best[: self._top])
-
-    def use(self, experts: Sequence[int]) -> None:
-        """Decay every score, then credit by the weights told last."""
-        if self._weights is None:
-            raise MelinoeError(
-                "policy 'score' needs the router's weights, which this trace does not hold; record "
-                "it again with scores, or choose lfu with gamma 0.5, the same rule on choices alone"
-            )
-        super().use(())
-        for expert, weight in self._weights.items():
-            self._rank[expert] += self._now * weight
-        self._weights = None
-
-    def prefetched(self, experts: Sequence[int]) -> None:
-        """Change nothing: no router has wanted them yet."""
+# --- policies that know something -----------------------------------------------------------------
 
 
 @_registry.own
@@ -317,17 +247,14 @@ class Static(Policy):
     """
     Keep the experts that were popular on other traffic, whatever happens now.
 
-    Rule: the resident expert of lowest *popularity* leaves, of equal ones the lowest id; uses and
-    prefetches change nothing. An unpopular expert that must be loaded takes the slot of the least
-    popular one and is the next to leave. With the popular ones prefetched and misses computed on
-    the host, nothing ever moves: that is the source's placement.
+    Rule: the resident expert of lowest *popularity* leaves, of equal ones the lowest id. An
+    unpopular expert that must be loaded takes the slot of the least popular one and is the next to
+    leave. With the popular ones prefetched and misses computed on the host, nothing ever moves:
+    that is the source's placement.
 
     Args:
         popularity: A number per expert of the layer, such as how often it was chosen. From
             `for_layer`: per layer and expert, (layers, num_experts).
-
-    Raises:
-        ValueError: from `reset`, a popularity of another number of experts.
 
     Source:
         Fiddler, arXiv:2402.07033, which places experts by popularity on calibration data.
@@ -363,9 +290,6 @@ class Static(Policy):
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
         """Least popular first."""
         return sorted(candidates, key=self._popularity.__getitem__)[:count]
-
-
-# --- the bound, which knows the future ------------------------------------------------------------
 
 
 @_registry.own
@@ -404,48 +328,38 @@ class Belady(Policy):
         return cls(future[layer], **options)
 
     def reset(self, num_experts: int) -> None:
-        """
-        Before the first use: start at the first request. Later: empty slots, same place in time.
-
-        The requests to come are still to come when the cache is emptied between two prompts.
-        """
-        if self._ahead is not None:
+        """Before the first use: start at the first request. Later: keep the place in time."""
+        if self._ahead is not None:  # slots are emptied between two prompts; time goes on
             return
         # Requests ahead per expert, the nearest last, so that passing one is a pop.
-        ahead: list[list[float]] = [[math.inf] for _ in range(num_experts)]
+        self._ahead = [[math.inf] for _ in range(num_experts)]
         for when in range(len(self._future) - 1, -1, -1):
             for expert in self._future[when]:
-                ahead[expert].append(when)
-        self._ahead = ahead
-        self._next = [of_one[-1] for of_one in ahead]
+                self._ahead[expert].append(when)
         self._now = 0
 
     def use(self, experts: Sequence[int]) -> None:
         """Move one request on."""
         assert self._ahead is not None
         for expert in experts:
-            if self._next[expert] != self._now:
+            if self._ahead[expert][-1] != self._now:
                 raise ValueError(
                     f"request {self._now} uses expert {expert}, which the future did not promise"
                 )
             self._ahead[expert].pop()
-            self._next[expert] = self._ahead[expert][-1]
         self._now += 1
 
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
         """Furthest next use first."""
-        return sorted(candidates, key=self._next.__getitem__, reverse=True)[:count]
+        ahead = self._ahead
+        assert ahead is not None
+        return sorted(candidates, key=lambda expert: ahead[expert][-1], reverse=True)[:count]
 
     def prefetched(self, experts: Sequence[int]) -> None:
         """Change nothing: the future stays what it is."""
 
 
 # --- policies by name -----------------------------------------------------------------------------
-
-
-def register(cls: _Class) -> _Class:
-    """Make a policy known by its `name` in this process; a decorator."""
-    return _registry.register(cls)
 
 
 def policy_names() -> list[str]:
@@ -456,17 +370,6 @@ def policy_names() -> list[str]:
 def servable_names() -> tuple[str, ...]:
     """Names that run a model by themselves: ours that need no data, then those from outside."""
     return tuple(_registry.names(lambda cls: not cls.offline and not cls.needs_data))
-
-
-def policy_class(name: str) -> type[Policy]:
-    """
-    Look a policy up; a name of ours always means ours.
-
-    Raises:
-        MelinoeError: unknown name (the message lists the known ones), or an installed package that
-            declares it cannot be loaded or declares something else.
-    """
-    return _registry.find(name)
 
 
 def policy(name: str, **options: Any) -> Policy:
@@ -480,31 +383,25 @@ def policy(name: str, **options: Any) -> Policy:
     Raises:
         MelinoeError: unknown name, or a policy that must know the requests to come and does not.
     """
-    cls = policy_class(name)
-    _check_future(cls, options)
-    return cls(**options)
+    return _class_for(name, options)(**options)
 
 
 def policy_makers(
     name: str, options: Mapping[str, Any], num_layers: int
 ) -> list[Callable[[], Policy]]:
-    """
-    Functions that make the policy of each layer.
-
-    Raises:
-        MelinoeError: as `policy`.
-    """
-    cls = policy_class(name)
-    _check_future(cls, options)
+    """Functions that make the policy of each layer; arguments and errors as of `policy`."""
+    cls = _class_for(name, options)
     return [
         lambda layer=layer: cls.for_layer(layer, num_layers, **options)  # type: ignore[misc]
         for layer in range(num_layers)
     ]
 
 
-def _check_future(cls: type[Policy], options: Mapping[str, Any]) -> None:
+def _class_for(name: str, options: Mapping[str, Any]) -> type[Policy]:
+    cls = policy_class(name)
     if cls.offline and "future" not in options:
         raise MelinoeError(
             f"policy {cls.name!r} must know all requests to come, so it only works in the "
             "simulator; choose lru or lfu to run a model"
         )
+    return cls

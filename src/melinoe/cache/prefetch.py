@@ -1,27 +1,23 @@
 """
-Prefetch rules: which experts are loaded before anybody asks for them.
+Prefetch: which experts are loaded before anybody asks for them, and how that is carried out.
 
-A prefetcher is asked at three moments, and answers with experts, the most wanted first. To add one,
-write a subclass of `Prefetcher` with a name here under ``@_registry.own``; or outside, decorated
-with `register` or declared as an entry point of an installed package, which melinoe finds wherever
-prefetches are named:
+To add a rule, write a subclass of `Prefetcher` with a name here under ``@_registry.own``; or
+outside, decorated with `register` or declared as an entry point of an installed package:
 
     [project.entry-points."melinoe.prefetchers"]
     pairs = "my_package.pairs:Pairs"
 
-The simulator and the runtime ask through the same class, `melinoe.cache.ahead.LoadsAhead`, in the
-same order, so that simulated counts equal measured ones.
+The simulator and both engines ask through `LoadsAhead`, so simulated counts equal measured ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from melinoe.cache import PREFETCH_AT, PREFETCH_MOMENTS
 from melinoe.cache.registry import Registry
 from melinoe.errors import MelinoeError
 
@@ -29,7 +25,6 @@ ENTRY_POINTS = "melinoe.prefetchers"
 NONE = "none"
 
 ByLayer = Sequence[Sequence[int]]
-Prefetch = Callable[[int], ByLayer | None] | Mapping[int, ByLayer]
 
 # Guesses for a pass of many rows would together name most experts of a layer.
 MOST_ROWS = 8
@@ -65,21 +60,18 @@ class Given:
     Attributes:
         popularity: How often each expert was chosen, (layers, num_experts).
         predictor: Names experts for a prompt: ``top(ids, slots)``, ``bind(model, tokenizer)``.
-        at: ``prompt`` or ``completion``, for those that can be either; None for their default.
     """
 
     popularity: np.ndarray | None = None
     predictor: Any = None
-    at: str | None = None
 
 
 class Prefetcher:
     """
     Name experts to load ahead of need.
 
-    All answers must be deterministic, and depend on nothing but the arguments and what the object
-    was made of: the same calls give the same answers. Ids are distinct, the most wanted come
-    first, and those beyond a layer's slots are dropped; those resident are not loaded again.
+    The same calls must give the same answers. Ids are distinct, the most wanted first; those
+    beyond a layer's slots are dropped, those resident are not loaded again.
 
     Attributes:
         name: By which it is chosen; the entry point that declares it has the same name.
@@ -93,32 +85,18 @@ class Prefetcher:
 
     @classmethod
     def make(cls, given: Given) -> Prefetcher:
-        """
-        Make one for `prefetcher` and the command line; override it if it is made of something.
-
-        Raises:
-            MelinoeError: something that it is made of is missing, or a moment that is not its own.
-        """
-        if given.at is not None:
-            raise MelinoeError(
-                f"prefetch {cls.name!r} has a moment of its own; leave --prefetch-at out"
-            )
+        """Make one of what is given; MelinoeError if something that it needs is missing."""
         return cls()
 
     def bind(self, model: Any, tokenizer: Any = None) -> None:
-        """
-        Take what belongs to *model*, a transformers model, before its first prompt.
-
-        Args:
-            model: Served.
-            tokenizer: Its own, for those that read prompts as text.
-
-        Raises:
-            ModelError: it was made for another model.
-        """
+        """Take what belongs to *model* before its first prompt; ModelError if made for another."""
 
     def before_prompt(self, prompt: Prompt) -> ByLayer | None:
-        """Name experts of every layer before the prompt's first forward pass; None for none."""
+        """
+        Name experts of every layer before the prompt's first forward pass; None for none.
+
+        A prompt that uses more experts than there are slots evicts them again.
+        """
         return None
 
     def before_completion(self, prompt: Prompt) -> ByLayer | None:
@@ -129,14 +107,10 @@ class Prefetcher:
         self, layer: int, chosen: Sequence[int], guess: Sequence[int]
     ) -> Sequence[int]:
         """
-        Name experts of the layer that comes next while decoding, before those of *layer* are
-        computed.
+        Name experts of the layer that comes next (see `Route`), before those of *layer* compute.
 
-        That is ``layer + 1``, but in models whose passes leave layers out, such as those with one
-        stack of experts for text and another for images in a decoder layer: there it is the layer
-        that asked next in the pass before (`melinoe.cache.ahead.Route`). Asked in each forward
-        pass of the completion with at most `MOST_ROWS` rows, for every layer whose tokens chose
-        some expert and that another follows.
+        Asked in each forward pass of the completion with at most `MOST_ROWS` rows, for every layer
+        whose tokens chose some expert and that another follows.
 
         Args:
             layer: MoE layer whose router has just chosen.
@@ -149,7 +123,7 @@ class Prefetcher:
     @property
     def between_layers(self) -> bool:
         """Whether it answers `after_router`."""
-        return type(self).after_router is not Prefetcher.after_router
+        return self._answers("after_router")
 
     @property
     def for_prompt(self) -> bool:
@@ -159,89 +133,153 @@ class Prefetcher:
     @property
     def when(self) -> str | None:
         """For records: ``prompt``, ``completion``, ``layers``, several with ``+``; None: never."""
-        moments = {
+        calls = {
             "prompt": "before_prompt",
             "completion": "before_completion",
             "layers": "after_router",
         }
-        return "+".join(name for name, call in moments.items() if self._answers(call)) or None
+        return "+".join(name for name, call in calls.items() if self._answers(call)) or None
 
     def _answers(self, call: str) -> bool:
         return getattr(type(self), call) is not getattr(Prefetcher, call)
 
 
-class Timed(Prefetcher):
+# --- carrying it out ------------------------------------------------------------------------------
+
+
+class Route:
     """
-    A prefetcher that knows its experts before the prompt was read, and can wait until after it.
+    Know which layer a forward pass reaches next, from the pass before.
+
+    Some models hold several stacks of experts in one decoder layer (for text and for images, say),
+    so the next number is not always the layer that asks next. Until a pass has shown otherwise it
+    is. Only layers that made a request count, in ascending order: the simulator has no others.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._next: list[int | None] = [*range(1, num_layers), None]
+        self._order: list[int] = []  # of the open pass, so far
+
+    def reached(self, layer: int) -> None:
+        """Note that *layer* made a request in the open pass."""
+        if not self._order or layer > self._order[-1]:
+            self._order.append(layer)
+
+    def end_pass(self) -> None:
+        """End the open pass, if there is one, and learn its order."""
+        for layer, following in zip(self._order, [*self._order[1:], None], strict=False):
+            self._next[layer] = following
+        self._order = []
+
+    def drop_pass(self) -> None:
+        """Learn nothing from the open pass, which broke off."""
+        self._order = []
+
+    def after(self, layer: int) -> int | None:
+        """The layer that is expected to make the next request after *layer*; None for none."""
+        return self._next[layer]
+
+
+def merge_guesses(rows: Sequence[Sequence[int]]) -> list[int]:
+    """
+    Merge the guesses for all rows of a pass, the most wanted first.
+
+    The more rows guess an expert, the more it is wanted; of equally wanted ones the one that
+    stands further in front in some row, then the lower id.
 
     Args:
-        at: ``prompt``: before the prompt's first forward pass, which then waits for fewer loads,
-            but evicts what was prefetched if it uses more experts than there are slots.
-            ``completion``: between the prompt and the first pass of the completion.
-
-    Raises:
-        ValueError: another *at*.
+        rows: Of each row ids, the most wanted first; negative ones mean none.
     """
-
-    @classmethod
-    def make(cls, given: Given) -> Prefetcher:
-        """Make one for the moment that is asked for."""
-        return cls() if given.at is None else cls(at=given.at)
-
-    def __init__(self, at: str = PREFETCH_AT) -> None:
-        if at not in PREFETCH_MOMENTS:
-            raise ValueError(f"a prefetch is at prompt or completion, not at {at!r}")
-        self.at = at
-
-    def named(self, prompt: Prompt) -> ByLayer | None:
-        """Name experts of every layer; ``prompt.uses`` is None whatever *at* is."""
-        raise NotImplementedError
-
-    def before_prompt(self, prompt: Prompt) -> ByLayer | None:
-        """Name its experts, if this is its moment."""
-        return self.named(prompt) if self.at == "prompt" else None
-
-    def before_completion(self, prompt: Prompt) -> ByLayer | None:
-        """Name its experts, if this is its moment."""
-        if self.at == "prompt":
-            return None
-        return self.named(
-            Prompt(prompt.slots, prompt.num_experts, prompt.ids, None, prompt.sequence)
-        )
-
-    @property
-    def when(self) -> str:
-        """Its moment."""
-        return self.at
+    places: dict[int, list[int]] = {}
+    for row in rows:
+        for at, expert in enumerate(dict.fromkeys(row)):
+            if expert >= 0:
+                places.setdefault(expert, []).append(at)
+    return sorted(places, key=lambda one: (-len(places[one]), min(places[one]), one))
 
 
-class Listed(Timed):
+class LoadsAhead:
     """
-    Lists made beforehand, by number of the sequence; in the simulator only.
+    Ask a prefetcher, and load what it names.
+
+    Between layers a prefetch evicts nothing that an earlier prefetch named for the same layer if
+    that has not made a request since, and nothing that it names itself. What then finds no slot is
+    dropped, the least wanted first. To the policy a prefetch is one request
+    (`Residency.prefetch`).
 
     Args:
-        wanted: A mapping, which may leave sequences out, or a function of the number.
-        at: As `Timed`.
+        prefetcher: Asked.
+        route: Says which layer comes next; told of the requests by whoever serves them.
+        num_layers: MoE layers.
+        load: Begins to load experts of a layer, sparing some residents, and returns how many loads
+            that takes: `Residency.prefetch`, and in an engine the copies too.
     """
 
-    name = "listed"
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        route: Route,
+        num_layers: int,
+        load: Callable[[int, Sequence[int], Collection[int]], int],
+    ) -> None:
+        self.prefetcher = prefetcher
+        self._route = route
+        self._load = load
+        # By layer: named by a prefetch, and no request of that layer has come since.
+        self._waiting: list[set[int]] = [set() for _ in range(num_layers)]
 
-    def __init__(self, wanted: Prefetch, at: str = PREFETCH_AT) -> None:
-        super().__init__(at)
-        self._wanted = wanted
+    def before_prompt(self, prompt: Prompt) -> list[int]:
+        """Ask and load; returns how many loads of each layer that takes."""
+        return self._all(self.prefetcher.before_prompt(prompt))
 
-    def named(self, prompt: Prompt) -> ByLayer | None:
-        """Look the sequence up."""
-        assert prompt.sequence is not None
-        if isinstance(self._wanted, Mapping):
-            return self._wanted.get(prompt.sequence)
-        return self._wanted(prompt.sequence)
+    def before_completion(self, prompt: Prompt) -> list[int]:
+        """Ask and load; returns how many loads of each layer that takes."""
+        return self._all(self.prefetcher.before_completion(prompt))
+
+    def _all(self, wanted: ByLayer | None) -> list[int]:
+        layers = len(self._waiting)
+        if wanted is None:
+            return [0] * layers
+        if len(wanted) != layers:
+            raise ValueError(f"a prefetch names {len(wanted)} layers of {layers}")
+        return [self._one(layer, experts, ()) for layer, experts in enumerate(wanted)]
+
+    def requested(self, layer: int) -> None:
+        """Note that a request of *layer* is served: experts brought for it had their chance."""
+        self._waiting[layer].clear()
+
+    def after_router(self, layer: int, chosen: Sequence[int], guess: Sequence[int]) -> int:
+        """Ask and load for the layer that comes next; returns how many loads of it that takes."""
+        target = self._route.after(layer)
+        if target is None:
+            return 0
+        wanted = self.prefetcher.after_router(layer, chosen, guess)
+        return self._one(target, wanted, self._waiting[target]) if len(wanted) else 0
+
+    def _one(self, layer: int, experts: Sequence[int], spared: Collection[int]) -> int:
+        experts = [int(expert) for expert in experts]
+        loads = self._load(layer, experts, spared)
+        self._waiting[layer].update(experts)
+        return loads
 
 
 # --- the rules ------------------------------------------------------------------------------------
 
 _registry = Registry(ENTRY_POINTS, Prefetcher, kind="prefetch", word="prefetcher", none=NONE)
-_Class = TypeVar("_Class", bound=type[Prefetcher])
+register = _registry.register
+# All names: ``none``, built-in ones, then registered ones and installed entry points.
+prefetcher_names = _registry.names
+prefetcher_class = _registry.find
+
+
+def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
+    """
+    Make a prefetcher of what is given; None for ``none``.
+
+    Raises:
+        MelinoeError: unknown name, or what it is made of is missing.
+    """
+    return None if name == NONE else prefetcher_class(name).make(given or Given())
 
 
 def most_wanted(wanted: np.ndarray, slots: int, known: np.ndarray | None = None) -> list[list[int]]:
@@ -263,18 +301,12 @@ def most_wanted(wanted: np.ndarray, slots: int, known: np.ndarray | None = None)
 
 
 @_registry.own
-class Popularity(Timed):
+class Popularity(Prefetcher):
     """
     Load the experts that other texts chose most often, whatever the prompt; ties to the lower id.
 
-    Those that were never chosen are not named.
-
     Args:
-        popularity: How often, (layers, num_experts).
-        at: As `Timed`.
-
-    Raises:
-        ValueError: another shape.
+        popularity: How often, (layers, num_experts); those never chosen are not named.
 
     Source:
         Static placement by popularity: Fiddler, arXiv:2402.07033.
@@ -282,12 +314,12 @@ class Popularity(Timed):
 
     name = "popularity"
 
-    def __init__(self, popularity: np.ndarray, at: str = PREFETCH_AT) -> None:
-        super().__init__(at)
-        counts = np.asarray(popularity)
-        if counts.ndim != 2:
-            raise ValueError(f"a popularity has layers and experts, not the shape {counts.shape}")
-        self._counts = counts
+    def __init__(self, popularity: np.ndarray) -> None:
+        self._counts = np.asarray(popularity)
+        if self._counts.ndim != 2:
+            raise ValueError(
+                f"a popularity has layers and experts, not the shape {self._counts.shape}"
+            )
 
     @classmethod
     def make(cls, given: Given) -> Popularity:
@@ -297,9 +329,9 @@ class Popularity(Timed):
                 "prefetch 'popularity' needs to know which experts are popular; give --popularity "
                 "(a trace or statistics) or --predictor"
             )
-        return cls(given.popularity, given.at or PREFETCH_AT)
+        return cls(given.popularity)
 
-    def named(self, prompt: Prompt) -> ByLayer:
+    def before_completion(self, prompt: Prompt) -> ByLayer:
         """At most as many of each layer as there are slots."""
         layers, experts = self._counts.shape
         if layers != len(prompt.slots) or experts != prompt.num_experts:
@@ -315,12 +347,7 @@ class Prefill(Prefetcher):
     """
     Load the experts that the prompt's own tokens chose, the most used first, ties to the lower id.
 
-    They are known once the prompt was read, and cost nothing to know. Those that the prompt's pass
-    left resident are not loaded again; this brings back those that it evicted.
-
-    Source:
-        Prompt-aware placement at the end of prefill is folklore of MoE serving; we know of no
-        first source.
+    They cost nothing to know. This brings back those that the prompt's own pass evicted.
     """
 
     name = "prefill"
@@ -332,14 +359,13 @@ class Prefill(Prefetcher):
 
 
 @_registry.own
-class Predicted(Timed):
+class Predicted(Prefetcher):
     """
     Load the experts that a fitted predictor finds likeliest for the prompt.
 
     Args:
         predictor: Has ``top(ids, slots)``: per layer the likeliest ids, likeliest first; and
-            ``bind(model, tokenizer)``. Those of `melinoe.predictor` do, and so may others.
-        at: As `Timed`.
+            ``bind(model, tokenizer)``. `melinoe.predictor.Predictor` does, and so may others.
 
     Source:
         Loading the predicted top experts of each layer before generation: arXiv:2602.11192.
@@ -348,8 +374,7 @@ class Predicted(Timed):
     name = "predictor"
     uses_ids = True
 
-    def __init__(self, predictor: Any, at: str = PREFETCH_AT) -> None:
-        super().__init__(at)
+    def __init__(self, predictor: Any) -> None:
         self.predictor = predictor
 
     @classmethod
@@ -359,13 +384,13 @@ class Predicted(Timed):
             raise MelinoeError(
                 "prefetch 'predictor' needs one; give --predictor (see `melinoe predictor fit`)"
             )
-        return cls(given.predictor, given.at or PREFETCH_AT)
+        return cls(given.predictor)
 
     def bind(self, model: Any, tokenizer: Any = None) -> None:
         """Bind the predictor to the model."""
         self.predictor.bind(model, tokenizer)
 
-    def named(self, prompt: Prompt) -> ByLayer:
+    def before_completion(self, prompt: Prompt) -> ByLayer:
         """At most as many of each layer as there are slots."""
         assert prompt.ids is not None
         return self.predictor.top(prompt.ids, max(prompt.slots))
@@ -376,9 +401,8 @@ class NextRouter(Prefetcher):
     """
     Load the experts that the next layer's router chooses when it is shown this layer's input.
 
-    Issued while decoding, behind this layer's own loads and before its experts are computed, so
-    that the next layer's come over the link meanwhile. A trace holds those choices if it was
-    recorded with guesses, and then the simulator replays it exactly.
+    The next layer's experts come over the link while this layer computes. A trace holds those
+    choices if it was recorded with guesses, and then the simulator replays it exactly.
 
     Source:
         Speculative loading: Eliseev and Mazur, arXiv:2312.17238.
@@ -394,41 +418,15 @@ class NextRouter(Prefetcher):
         return guess
 
 
-# --- rules by name --------------------------------------------------------------------------------
+class Listed(Prefetcher):
+    """Lists made beforehand, sequence -> layer -> ids; a sequence may be left out. To simulate."""
 
+    name = "listed"
 
-def register(cls: _Class) -> _Class:
-    """Make a prefetcher known by its `name` in this process; a decorator."""
-    return _registry.register(cls)
+    def __init__(self, wanted: Mapping[int, ByLayer]) -> None:
+        self._wanted = wanted
 
-
-def prefetcher_names() -> list[str]:
-    """All names: ``none``, built-in ones, then registered ones and installed entry points."""
-    return _registry.names()
-
-
-def prefetcher_class(name: str) -> type[Prefetcher]:
-    """
-    Look a prefetcher up; a built-in name always means the built-in class.
-
-    Raises:
-        MelinoeError: unknown name (the message lists the known ones), or an installed package that
-            declares it cannot be loaded or declares something else.
-    """
-    return _registry.find(name)
-
-
-def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
-    """
-    Make a prefetcher; None for ``none``.
-
-    Args:
-        name: One of `prefetcher_names`.
-        given: What it may be made of.
-
-    Raises:
-        MelinoeError: unknown name, or what it is made of is missing.
-    """
-    if name == NONE:
-        return None
-    return prefetcher_class(name).make(given or Given())
+    def before_completion(self, prompt: Prompt) -> ByLayer | None:
+        """Look the sequence up."""
+        assert prompt.sequence is not None
+        return self._wanted.get(prompt.sequence)

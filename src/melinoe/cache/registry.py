@@ -12,21 +12,20 @@ _Class = TypeVar("_Class", bound=type)
 
 class Registry(Generic[_Base]):
     """
-    Classes by name; a built-in name always means the built-in class.
+    Classes by their ``name``; a built-in name always means the built-in class.
 
     Args:
         group: Of the entry points by which packages declare theirs.
-        base: The class that all are subclasses of; they are found by their ``name``.
-        kind: The word for a name in messages.
-        word: The word for a class in messages.
+        base: The class that all are subclasses of.
+        kind, word: The words for a name and for a class in messages.
         none: A name that means nothing at all, and that no class may have.
     """
 
     def __init__(
         self, group: str, base: type[_Base], kind: str, word: str, none: str | None = None
     ) -> None:
-        self._group, self._base = group, base
-        self._kind, self._word, self._none = kind, word, none
+        self._group, self._base, self._none = group, base, none
+        self._kind, self._word = kind, word
         self._built_in: dict[str, type[_Base]] = {}
         self._known: dict[str, type[_Base]] = {}  # from outside
 
@@ -36,12 +35,7 @@ class Registry(Generic[_Base]):
         return cls
 
     def register(self, cls: _Class) -> _Class:
-        """
-        Make a class known by its ``name`` in this process; a decorator.
-
-        Raises:
-            ValueError: it has no name, or one that is taken.
-        """
+        """Make a class known in this process; a decorator. ValueError if its name is taken."""
         name = getattr(cls, "name", "")
         if not name or name == self._none or name in self._known or name in self._built_in:
             raise ValueError(f"a {self._word} needs a name of its own, and {name!r} is not one")
@@ -49,16 +43,11 @@ class Registry(Generic[_Base]):
         return cls
 
     def names(self, keep: Callable[[type[_Base]], bool] = lambda _: True) -> list[str]:
-        """
-        Name all classes: built-in ones in their order, then those from outside, sorted.
-
-        Args:
-            keep: Which built-in classes to name.
-        """
-        taken = [*([] if self._none is None else [self._none]), *self._built_in]
-        ours = [n for n in taken if n == self._none or keep(self._built_in[n])]
-        outside = {point.name for point in entry_points(group=self._group)}
-        return [*ours, *sorted({*self._known, *outside}.difference(taken))]
+        """Name the built-in classes to *keep* in their order, then all from outside, sorted."""
+        none = [] if self._none is None else [self._none]
+        outside = {point.name for point in entry_points(group=self._group)} | self._known.keys()
+        ours = [name for name, cls in self._built_in.items() if keep(cls)]
+        return [*none, *ours, *sorted(outside.difference(none, self._built_in))]
 
     def find(self, name: str) -> type[_Base]:
         """
@@ -75,7 +64,6 @@ class Registry(Generic[_Base]):
         return self._known[name]
 
     def _declared(self, name: str) -> type[_Base]:
-        """Load the class that a package declares under *name*."""
         points = () if name == self._none else entry_points(group=self._group, name=name)
         if not points:
             raise MelinoeError(

@@ -25,14 +25,7 @@ class Load(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """
-    The answer to one request: experts served from slots, and loads for the others.
-
-    Attributes:
-        hits: Experts that were resident.
-        loads: One for each expert that was not.
-        first_uses: How many of the hits a prefetch had brought and no request had used since.
-    """
+    """Experts served from slots, loads for the others, and how many hits a prefetch had brought."""
 
     hits: tuple[int, ...]
     loads: tuple[Load, ...]
@@ -43,13 +36,7 @@ _NOTHING: tuple[Load, ...] = ()
 
 
 def check_capacity(num_experts: int, capacity: int) -> None:
-    """
-    Make sure that a layer can have so many slots.
-
-    Raises:
-        CacheTooSmallError: *capacity* is below 1.
-        MelinoeError: it is above *num_experts*.
-    """
+    """Make sure that a layer can have so many slots."""
     if capacity < 1:
         raise CacheTooSmallError(f"a layer was given {capacity} slots; it needs at least 1")
     if capacity > num_experts:
@@ -76,8 +63,7 @@ class Residency:
         expert_of: int64 (capacity,), -1 where empty; always the same array, changed in place.
 
     Raises:
-        CacheTooSmallError: *capacity* is below 1.
-        MelinoeError: *capacity* is above *num_experts*, or no policy has that name.
+        CacheTooSmallError, MelinoeError: *capacity* is below 1, or above *num_experts*.
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = "lru"):
@@ -102,20 +88,13 @@ class Residency:
 
     # --- requests -------------------------------------------------------------------------------
 
-    def request(
-        self,
-        experts: Sequence[int],
-        uses: Sequence[int] | None = None,
-        scores: Sequence[float] | None = None,
-    ) -> Decision:
+    def request(self, experts: Sequence[int]) -> Decision:
         """
         Make *experts* resident together, and say which transfers that takes.
 
         Args:
             experts: Distinct ids, ascending (any order works, but the order is what breaks the
                 policy's ties), at most `capacity` of them.
-            uses: How many (token, choice) pairs picked each; one decision does not depend on it.
-            scores: The router's weights, for policies that ask (`Policy.weigh`).
 
         Returns:
             Ids that were resident, and one `Load` per id that was not, both in the order given.
@@ -131,9 +110,7 @@ class Residency:
         slot = self._slot
         missing = [expert for expert in experts if expert not in slot]
         if not missing:  # which also proves all ids to be in range
-            if experts:  # else nobody chose an expert here, and the policy hears of no request
-                if scores is not None:
-                    self.policy.weigh(experts, scores)
+            if experts:
                 self._use(experts)
             first = self.first_uses(experts) if self._unused else 0
             return Decision(tuple(experts), _NOTHING, first)
@@ -145,17 +122,12 @@ class Residency:
         needed = self.check(experts)
         # Lists, not generators: this runs per layer and token, and they take half the time.
         hits = tuple([expert for expert in experts if expert in slot])
-        if scores is not None:
-            self.policy.weigh(experts, scores)
         self._use(experts)
         first = self.first_uses(experts) if self._unused else 0
         return Decision(hits, self._admit(missing, needed), first)
 
     def request_in_parts(
-        self,
-        experts: Sequence[int],
-        uses: Sequence[int] | None = None,
-        scores: Sequence[float] | None = None,
+        self, experts: Sequence[int], uses: Sequence[int] | None = None
     ) -> Iterator[Decision]:
         """
         Serve a request of any size, by as many decisions as it takes.
@@ -170,35 +142,23 @@ class Residency:
         later one may evict the experts of an earlier one. Do not begin another request in between.
 
         Args:
-            experts: Distinct ids, ascending.
+            experts: Distinct ids, ascending; else a ValueError, and nothing has changed.
             uses: How many (token, choice) pairs picked each; absent means one each.
-            scores: As in `request`.
-
-        Raises:
-            ValueError: an id is out of range or given twice. Nothing has changed.
         """
         if len(experts) <= self.capacity:
-            return iter((self.request(experts, None, scores),))
+            return iter((self.request(experts),))
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
         self.check(experts)
-        return self._parts(experts, uses, scores)
+        return self._parts(experts, uses)
 
-    def _parts(
-        self,
-        experts: Sequence[int],
-        uses: Sequence[int] | None,
-        scores: Sequence[float] | None,
-    ) -> Iterator[Decision]:
+    def _parts(self, experts: Sequence[int], uses: Sequence[int] | None) -> Iterator[Decision]:
         hits, missing = self._sorted(experts, uses)
-        if scores is not None:
-            self.policy.weigh(experts, scores)
         self._use(hits + missing)
-        first_uses = self.first_uses(experts) if self._unused else 0
+        first_uses = self.first_uses(experts)
         room = self.capacity - len(hits)
         first = missing[:room]
-        loads = self._admit(first, {*hits, *first}) if first else _NOTHING
-        yield Decision(tuple(hits), loads, first_uses)
+        yield Decision(tuple(hits), self._admit(first, {*hits, *first}), first_uses)
         for start in range(room, len(missing), self.capacity):
             part = missing[start : start + self.capacity]
             yield Decision((), self._admit(part, set(part)))
@@ -207,27 +167,23 @@ class Residency:
         self,
         experts: Sequence[int],
         uses: Sequence[int] | None = None,
-        scores: Sequence[float] | None = None,
         *,
         load: Callable[[Sequence[int]], int],
     ) -> tuple[Decision, tuple[int, ...]]:
         """
         Serve a request of any size by loading some of the missing, and leave others to the host.
 
-        The host's processor computes the others from its own memory, so they need no slot and
-        one decision is enough. The most used are loaded, of equally used ones those of the higher
-        ids, which `request_in_parts` keeps too. The policy notes one request of all.
+        The host computes the others from its own memory, so they need no slot and one decision is
+        enough. The most used are loaded, of equally used ones those of the higher ids, which
+        `request_in_parts` keeps too. The policy notes one request of all.
 
         Args:
-            experts, uses, scores: As in `request_in_parts`.
+            experts, uses: As in `request_in_parts`.
             load: From the *uses* of each missing expert, ascending, to how many of them to load;
                 cut to the slots beside the hits.
 
         Returns:
             The decision, and the ids left to the host, least used first.
-
-        Raises:
-            ValueError: an id is out of range or given twice. Nothing has changed.
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
@@ -235,29 +191,23 @@ class Residency:
         if not experts:
             return Decision((), _NOTHING), ()
         hits, missing = self._sorted(experts, uses)
-        of = {} if uses is None else dict(zip(experts, uses, strict=True))
-        if scores is not None:
-            self.policy.weigh(experts, scores)
+        of = dict(zip(experts, [1] * len(experts) if uses is None else uses, strict=True))
         # In the order of `request_in_parts`, so that to load everything is to be served by it.
         self._use(list(experts) if len(experts) <= self.capacity else hits + missing)
-        wanted = load([of.get(expert, 1) for expert in missing]) if missing else 0
+        wanted = load([of[expert] for expert in missing]) if missing else 0
         count = max(0, min(wanted, self.capacity - len(hits)))
         on_host, loaded = missing[: len(missing) - count], missing[len(missing) - count :]
-        first = self.first_uses(experts) if self._unused else 0
-        loads = self._admit(loaded, {*hits, *loaded}) if loaded else _NOTHING
-        return Decision(tuple(hits), loads, first), tuple(on_host)
+        first = self.first_uses(experts)
+        return Decision(tuple(hits), self._admit(loaded, {*hits, *loaded}), first), tuple(on_host)
 
     def _sorted(
         self, experts: Sequence[int], uses: Sequence[int] | None
     ) -> tuple[list[int], list[int]]:
         """Residents by id, and the missing by uses and id, the most used last."""
+        of = dict(zip(experts, [1] * len(experts) if uses is None else uses, strict=True))
         hits = sorted(expert for expert in experts if expert in self._slot)
-        of = dict.fromkeys(experts, 1) if uses is None else dict(zip(experts, uses, strict=True))
-        missing = sorted(
-            (expert for expert in experts if expert not in self._slot),
-            key=lambda expert: (of[expert], expert),
-        )
-        return hits, missing
+        missing = (expert for expert in experts if expert not in self._slot)
+        return hits, sorted(missing, key=lambda expert: (of[expert], expert))
 
     # --- prefetches -----------------------------------------------------------------------------
 
@@ -272,27 +222,20 @@ class Residency:
         Args:
             experts: Distinct ids, the most wanted first; those beyond `capacity` are dropped.
             spare: Ids that are not evicted for them; what then finds no slot is dropped too.
-
-        Raises:
-            ValueError: an id is out of range or given twice. Nothing has changed.
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
         self.check(experts)
         kept = experts[: self.capacity]
-        needed = set(kept)
-        if spare:
-            needed.update(spare)
-            room = self.capacity - sum(expert in needed for expert in self._slot)
-            absent = [expert for expert in kept if expert not in self._slot]
-            dropped = set(absent[max(room, 0) :])
-            kept = [expert for expert in kept if expert not in dropped]
+        needed = {*kept, *spare}
+        room = max(self.capacity - sum(expert in needed for expert in self._slot), 0)
+        missing = [expert for expert in kept if expert not in self._slot][:room]
+        kept = [expert for expert in kept if expert in self._slot or expert in missing]
         if not kept:
             return Decision((), _NOTHING)
         hits = tuple([expert for expert in kept if expert in self._slot])
-        missing = [expert for expert in kept if expert not in self._slot]
         self.policy.prefetched(kept[::-1])
-        loads = self._admit(missing, needed) if missing else _NOTHING
+        loads = self._admit(missing, needed)
         self._unused.update(missing)
         return Decision(hits, loads)
 
@@ -304,13 +247,10 @@ class Residency:
 
     def forget_prefetches(self, but: Collection[int] = ()) -> None:
         """
-        Stop counting whether what prefetches brought so far is used.
+        Stop counting whether what prefetches brought so far is used, but for the ids *but*.
 
-        That is done when a text begins: an expert that was brought for the one before, and not
-        used by it, was wasted, whatever the next one asks for.
-
-        Args:
-            but: Ids that still count.
+        Done when a text begins: an expert that was brought for the one before and not used by it
+        was wasted, whatever the next one asks for.
         """
         self._unused.intersection_update(but)
 
@@ -331,6 +271,8 @@ class Residency:
         filled = len(slot)
         free = self.capacity - filled
         victims: Sequence[int] = ()
+        if not missing:
+            return _NOTHING
         if len(missing) > free:
             candidates = sorted([expert for expert in slot if expert not in needed])
             victims = self.policy.victims(candidates, len(missing) - free)
@@ -377,15 +319,7 @@ class Residency:
 
 
 class Stream(NamedTuple):
-    """
-    The answer of `StreamedPrefill` to one request of a prompt.
-
-    Attributes:
-        hits: Experts that are resident, ids ascending.
-        admitted: Experts copied into slots, the most used first.
-        passing: Experts that only pass through, the most used first.
-        first_uses: As `Decision.first_uses`.
-    """
+    """What is resident, ids ascending; what is given slots and what passes, the most used first."""
 
     hits: tuple[int, ...]
     admitted: tuple[Load, ...]
@@ -404,14 +338,12 @@ class StreamedPrefill:
     Serve prompts without losing the experts that decoding uses.
 
     A prompt needs most experts of a layer once. Served as a request it would evict everything, so
-    the fast engine streams it: experts that are not resident pass through staging memory, one after
-    the other, and only the most used of them are given slots. The simulator follows the same rule.
-
-    Of the experts that are not resident the most used (ties: the lowest id) are admitted: as many
-    as there are free slots, and at most *admit* more, in place of residents that the same pass
-    does not use; which of those leave, the policy says. No expert that the pass uses is evicted.
-    Slots are given in that order, the free ones first. The policy hears of one request, with the
-    experts in ascending order of their uses, ties by id: so the most used count as the most recent.
+    experts that are not resident pass through staging memory, one after the other, and only the
+    most used of them (ties: the lowest id) are given slots: as many as there are free slots, and at
+    most *admit* more, in place of residents that the same pass does not use; which of those leave,
+    the policy says. Slots are given in that order, the free ones first. The policy hears of one
+    request, with the experts in ascending order of their uses, ties by id: so the most used count
+    as the most recent.
 
     Args:
         admit: The most experts of one request that may evict another; None sets no limit. 0 keeps
@@ -424,40 +356,18 @@ class StreamedPrefill:
         if self.admit is not None and self.admit < 0:
             raise ValueError(f"admit cannot be {self.admit}; it must be 0 or more, or None")
 
-    def serve(
-        self,
-        residency: Residency,
-        experts: Sequence[int],
-        uses: Sequence[int],
-        scores: Sequence[float] | None = None,
-    ) -> Stream:
-        """
-        Decide one request of a prompt, and remember what it admits.
-
-        Args:
-            residency: Of the layer.
-            experts: Distinct ids, ascending.
-            uses: How many (token, choice) pairs picked each.
-            scores: As in `Residency.request`.
-
-        Raises:
-            ValueError: an id is out of range or given twice. Nothing has changed.
-        """
+    def serve(self, residency: Residency, experts: Sequence[int], uses: Sequence[int]) -> Stream:
+        """Decide one request of a prompt, and remember what it admits."""
         if not len(experts):
             return Stream((), (), ())
         needed = residency.check(experts)
         count = dict(zip(experts, uses, strict=True))
         hits = tuple(expert for expert in experts if expert in residency)
-        missing = sorted(
-            (expert for expert in experts if expert not in residency),
-            key=lambda expert: (-count[expert], expert),
-        )
-        if scores is not None:
-            residency.policy.weigh(experts, scores)
+        missing = sorted(needed.difference(hits), key=lambda expert: (-count[expert], expert))
         residency.policy.use(sorted(experts, key=lambda expert: (count[expert], expert)))
         first = residency.first_uses(experts)
         free = residency.capacity - len(residency)
         replaceable = len(residency) - len(hits)
         room = free + (replaceable if self.admit is None else min(self.admit, replaceable))
-        admitted = residency._admit(missing[:room], needed) if missing[:room] else ()
+        admitted = residency._admit(missing[:room], needed)
         return Stream(hits, admitted, tuple(missing[room:]), first)

@@ -9,42 +9,28 @@ It takes one forward pass after the other, as one user's decoding does. With
     W, l     link: bytes/s, latency in s       D        device memory, bytes/s
     c        host seconds per copy             R        host memory (DRAM), bytes/s
 
-one layer of one pass takes ``F + w + max(T, U) + G + H + N``: wait for the experts, then compute.
+one layer of one pass takes ``F + w + max(T, U) + C``: wait for the experts, then compute.
 
     x   = max(l + B / W, c)                       one transfer; they follow one another
     T   = q + n x                                 q: the link is still busy with a prefetch
-    U   = n c + o + e B / R + (p - e) s + 2 l + (t + p) a / W      (0 if e = 0)
+    U   = n c + e B / R + (p - e) s + 2 l + (t + p) a / W      (0 if e = 0)
                                                   p (token, choice) pairs of t tokens, s seconds
-                                                  for each further row of an expert, o once;
-                                                  activations of a bytes go over, and come back
-                                                  by pairs
-    H   = h B / D,  N = n B / D                   experts read through device memory
-    F   = (backbone + KV) / (L D) + P             all else
-    P   = u + (m - 1) v        (0 if m = 1 and e = 0)   computed in m parts: see below
+                                                  for each further row of an expert; activations of
+                                                  a bytes go over, and come back by pairs
+    C   = (h + n) B / D                           experts read through device memory
+    F   = (backbone + KV) / (L D)                 all else
     w                                             until this layer's prefetch has arrived, if used
-    G   = k g((w + T - max(U, n c)) / k)          code that runs after a wait is slower, by g =
-                                                  ``after_wait_s``; k waits, one a part: min(m, n);
-                                                  where m > 1, g is ``part_after_wait_s``
 
 A pass takes the sum of its layers. Where a pass with all experts resident was measured (``pass_s``,
-and ``row_s`` for each row more), that replaces F + H + N, of which ``experts_share`` is H + N:
-``call_s`` a layer, the rest by d experts alike.
+and ``row_s`` for each row more), that replaces F + C. Prefetches of all layers are issued one after
+the other right before their pass: the host spends c on each, and the link carries them while layers
+compute. They delay later loads on demand (q). Those of a prefetch between layers are issued when
+the layer before has its experts, before C; w is as if the last of a layer's were used.
 
-A request of more experts than the layer has slots, C, is computed in ``m = ceil(d / C)`` parts,
-each a call of its own: u is ``parts_s``, v ``part_s``. With misses on the host m is 1, or 0 if no
-expert is in a slot, and then ``call_s`` is not paid; the cost of the host's parts is in R.
-
-Prefetches of all layers are issued one after the other right before their pass: the host spends c
-on each, and the link carries them while layers compute. They delay later loads on demand (q).
-Those of a prefetch between layers are issued when the layer before has its experts, before H + N;
-w is as if the last of a layer's were used.
-
-Stall is the time of layers beyond F + G + H + N: by the link (w, or T where it is longest) or by
-the host's computing (U). Whatever shares the machine is left out.
+Stall is the time of layers beyond F + C: by the link (w, or T where it is longest) or by the host's
+computing (U). Whatever shares the machine is left out.
 
 Source:
-    The limits of docs/method.md, taken apart by layer. Copies on one link follow one another and
-    take ``latency + bytes / bandwidth``, as `melinoe.engine.transfer.EmulatedLink` has it.
     Computing a miss where its weights are, on the host: Fiddler (arXiv:2402.07033), and llama.cpp's
     experts on the CPU. Splitting misses by measured bandwidths so that both sides end together:
     FreeToken 0.2. The rules are written down from those ideas; no code is theirs.
@@ -61,9 +47,6 @@ from melinoe.cache import MISSES
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.simulator import Simulation, Steps
 from melinoe.errors import HardwareError
-
-Curve = tuple[tuple[float, float], ...]
-"""Pairs of seconds waited and seconds more, waits ascending."""
 
 LoadRule = Callable[[Sequence[int]], int]
 """From the uses of each missing expert, ascending, to how many of them are loaded."""
@@ -82,19 +65,9 @@ class Machine:
         dram_bytes_per_s: Rate at which the host computes missing experts from its memory, one row
             each, the cost of a call for each included.
         host_row_s: Seconds of each further row of such an expert.
-        host_call_s: Seconds once for all experts of a request that the host computes.
         host_threads: Threads that figure was measured with; the model does not depend on it.
         pass_s: Measured time of a pass of one row with all experts resident.
         row_s: Measured time of each further row of a pass.
-        experts_share: Share of the measured time in which experts are computed; matters only
-            where the host computes some of them.
-        call_s: Part of that, by layer, which does not depend on how many experts are computed.
-        parts_s: Seconds more of a request that is computed in parts and then put together.
-        part_s: Seconds more of each part after the first.
-        after_wait_s: Seconds more of computing after a wait, for it finds caches and clock cold;
-            none after no wait, between the pairs in a straight line, beyond the last as after it.
-        part_after_wait_s: The same for a part of a request that is computed in several; as
-            ``after_wait_s`` where it is empty.
 
     Raises:
         HardwareError: a figure that no machine has.
@@ -106,46 +79,12 @@ class Machine:
     device_bytes_per_s: float | None = None
     dram_bytes_per_s: float | None = None
     host_row_s: float = 0.0
-    host_call_s: float = 0.0
     host_threads: int | None = None
     pass_s: float | None = None
     row_s: float = 0.0
-    experts_share: float = 0.0
-    call_s: float = 0.0
-    parts_s: float = 0.0
-    part_s: float = 0.0
-    after_wait_s: Curve = ()
-    part_after_wait_s: Curve = ()
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, tuple | list):
-                waits = [waited for waited, _ in value]
-                finite = all(math.isfinite(s) and s >= 0 for pair in value for s in pair)
-                if waits != sorted(set(waits)) or not finite:
-                    raise HardwareError(
-                        f"{one.name} cannot be {value}; give pairs of seconds, waits ascending"
-                    )
-            elif value is not None:
-                positive = one.name.endswith("_per_s")
-                if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                    raise HardwareError(
-                        f"{one.name} cannot be {value}; it must be a number "
-                        f"{'above 0' if positive else 'of 0 or more'}"
-                    )
-        if self.experts_share > 1:
-            raise HardwareError(f"experts_share cannot be {self.experts_share}; it is at most 1")
-
-    def colder_s(self, waited_s: float, *, part: bool = False) -> float:
-        """Seconds more that computing takes after a wait; of all of a request, or of a *part*."""
-        before, slower = 0.0, 0.0
-        for wait, more in (part and self.part_after_wait_s) or self.after_wait_s:
-            if waited_s <= wait:
-                share = (waited_s - before) / (wait - before) if wait > before else 1.0
-                return slower + share * (more - slower)
-            before, slower = wait, more
-        return slower
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +109,20 @@ class Work:
     kv_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if not math.isfinite(value) or value < 0 or (one.name == "expert_bytes" and not value):
-                raise HardwareError(f"{one.name} cannot be {value}; give the model's own figure")
+        _check(self)
+
+
+def _check(figures: Machine | Work) -> None:
+    for one in fields(figures):
+        value = getattr(figures, one.name)
+        positive = one.name.endswith("_per_s") or one.name == "expert_bytes"
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            raise HardwareError(
+                f"{one.name} cannot be {value}; it must be a number "
+                f"{'above 0' if positive else 'of 0 or more'}"
+            )
 
 
 # --- misses ---------------------------------------------------------------------------------------
@@ -230,7 +179,7 @@ def computed_s(
     rows: int | None = None,
 ) -> float:
     """
-    Seconds in which the host computes missing experts: U of the formulas.
+    Seconds in which the host computes missing experts: U of the formulas, but for the copies.
 
     Args:
         machine, work: Figures; the machine's *dram_bytes_per_s* among them.
@@ -244,13 +193,9 @@ def computed_s(
     pairs = experts if pairs is None else pairs
     rows = -(-pairs // experts) if rows is None else min(rows, pairs)
     weights = experts * work.expert_bytes / machine.dram_bytes_per_s
-    return (
-        machine.host_call_s
-        + weights
-        + (pairs - experts) * machine.host_row_s
-        + 2 * machine.link_latency_s
-        + (rows + pairs) * work.activation_bytes / machine.link_bytes_per_s
-    )
+    activations = (rows + pairs) * work.activation_bytes / machine.link_bytes_per_s
+    further = (pairs - experts) * machine.host_row_s
+    return weights + further + 2 * machine.link_latency_s + activations
 
 
 # --- a whole run ----------------------------------------------------------------------------------
@@ -329,63 +274,63 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     if steps.on_host.any() and machine.dram_bytes_per_s is None:
         raise HardwareError("misses are computed on the host, so give its memory's bandwidth")
     passes, layers = steps.loads.shape
-    in_parts = _parts(simulation, steps)
-    other, resident, fresh = _computing(in_parts, steps, machine, work)
-    parts = in_parts.tolist()
+    if machine.pass_s is not None:
+        # What a measured pass spends where does not matter: all of it comes before the waits.
+        of_pass = (machine.pass_s + machine.row_s * (steps.tokens - 1)) / layers
+        other = np.repeat(of_pass[:, None], layers, axis=1)
+        computing = np.zeros_like(other)
+    else:
+        device = machine.device_bytes_per_s
+        assert device is not None
+        all_else = (work.backbone_bytes + work.kv_bytes) / (layers * device)
+        other = np.full((passes, layers), all_else)
+        computing = (steps.experts - steps.on_host) * (work.expert_bytes / device)
     each, carried = transfer_s(machine, work), work.expert_bytes / machine.link_bytes_per_s
     carried += machine.link_latency_s
     pass_s, link_s, host_s, ahead_s = (np.zeros(passes) for _ in range(4))
-    arrives = np.zeros(layers)  # when each layer's last prefetch has arrived
+    arrives = [0.0] * layers  # when each layer's last prefetch has arrived
     now = free = 0.0  # the clock, and when the link will be free
-    loads, experts = steps.loads.tolist(), steps.experts.tolist()
-    ahead, on_host = steps.ahead.tolist(), steps.on_host.tolist()
-    between = steps.between.tolist()
-    pairs, rows = steps.on_host_uses.tolist(), steps.tokens.tolist()
-    for step in range(passes):
+
+    def issue(layer: int, count: int) -> None:
+        nonlocal now, free
+        for _ in range(count):
+            free = max(free, now) + carried
+            now += machine.copy_s
+        if count:
+            arrives[layer] = free
+
+    loads, experts, ahead, on_host, between, pairs = (
+        getattr(steps, name).tolist()
+        for name in ("loads", "experts", "ahead", "on_host", "between", "on_host_uses")
+    )
+    for step, rows in enumerate(steps.tokens.tolist()):
         begin = now
         for layer, count in enumerate(ahead[step]):
-            for _ in range(count):
-                free = max(free, now) + carried
-                now += machine.copy_s
-            if count:
-                arrives[layer] = free
-        ahead_s[step] = now - begin
+            issue(layer, count)
+        ahead_s[step] = now - begin + sum(between[step]) * machine.copy_s
         for layer in range(layers):
             count, host = loads[step][layer], on_host[step][layer]
-            now += other[step][layer]
-            late = 0.0
+            now += other[step, layer]
             if arrives[layer] and experts[step][layer] > count + host:
                 late = max(0.0, arrives[layer] - now)
-                arrives[layer] = 0.0
+                link_s[step] += late
                 now += late
-            link = 0.0
+                arrives[layer] = 0.0
+            link = max(0.0, free - now) + count * each if count else 0.0
             if count:
-                link = max(0.0, free - now) + count * each
                 free = now + link
-            cpu = computed_s(machine, work, host, pairs[step][layer], rows[step])
+            cpu = computed_s(machine, work, host, pairs[step][layer], rows)
             if host:
                 cpu += count * machine.copy_s
             now += max(link, cpu)
-            if machine.after_wait_s:
-                idle = late + max(0.0, link - max(cpu, count * machine.copy_s))
-                several = parts[step][layer] > 1
-                waits = max(1, min(parts[step][layer], count))
-                now += waits * machine.colder_s(idle / waits, part=several)
+            (link_s if link >= cpu else host_s)[step] += max(link, cpu)
             target = _loaded_for(layer, between[step], experts[step])
             if target is not None:
-                early = between[step][target]
-                for _ in range(early):
-                    free = max(free, now) + carried
-                    now += machine.copy_s
-                arrives[target] = free
-                ahead_s[step] += early * machine.copy_s
-            now += resident[step][layer] + fresh[step][layer]
-            link_s[step] += late
-            (link_s if link >= cpu else host_s)[step] += max(link, cpu)
+                issue(target, between[step][target])
+            now += computing[step, layer]
         pass_s[step] = now - begin
     copied = steps.loads.sum() + steps.ahead.sum() + steps.between.sum()
-    carried_bytes = float(copied) * work.expert_bytes
-    return Timing(pass_s, link_s, host_s, ahead_s, steps, carried_bytes)
+    return Timing(pass_s, link_s, host_s, ahead_s, steps, float(copied) * work.expert_bytes)
 
 
 def _loaded_for(layer: int, between: list[int], experts: list[int]) -> int | None:
@@ -397,33 +342,3 @@ def _loaded_for(layer: int, between: list[int], experts: list[int]) -> int | Non
             if experts[target]:  # which is where one for a later layer came from
                 break
     return None
-
-
-def _computing(
-    parts: np.ndarray, steps: Steps, machine: Machine, work: Work
-) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """F, H and N by pass and layer; a measured pass is shared out evenly over its layers."""
-    layers = steps.loads.shape[1]
-    here = (steps.experts - steps.loads - steps.on_host).astype(float)
-    extra = machine.parts_s + np.maximum(parts - 1, 0) * machine.part_s
-    put_together = (parts > 1) | (steps.on_host > 0)
-    other = np.where(put_together, extra, 0.0)
-    if machine.pass_s is not None:
-        of_layer = (machine.pass_s + machine.row_s * (steps.tokens - 1))[:, None] / layers
-        by_expert = np.maximum(machine.experts_share * of_layer - machine.call_s, 0.0)
-        per_expert = by_expert / np.maximum(steps.experts, 1)
-        other += of_layer - by_expert
-        in_slots = steps.experts > steps.on_host
-        other -= np.where(in_slots | (steps.experts == 0), 0.0, machine.call_s)
-        return other.tolist(), (per_expert * here).tolist(), (per_expert * steps.loads).tolist()
-    assert machine.device_bytes_per_s is not None
-    other += (work.backbone_bytes + work.kv_bytes) / (layers * machine.device_bytes_per_s)
-    resident = here * work.expert_bytes / machine.device_bytes_per_s
-    fresh = steps.loads * work.expert_bytes / machine.device_bytes_per_s
-    return other.tolist(), resident.tolist(), fresh.tolist()
-
-
-def _parts(simulation: Simulation, steps: Steps) -> np.ndarray:
-    """m by pass and layer."""
-    capacity = np.array(simulation.slots)
-    return np.where(steps.on_host > 0, 1, -(-steps.experts // capacity))

@@ -1,26 +1,29 @@
 """
 Traces: which experts a model chose, token by token.
 
-A trace is evidence, so it carries where it came from, and one that is inconsistent is refused. It
-is kept in one safetensors file with a header in JSON; a file that is torn, of another version or of
-other contents is refused, never read as far as it goes.
+A trace is kept in one safetensors file with a header in JSON. A file that is torn, of another
+version or inconsistent is refused, never read as far as it goes.
 """
 
+import json
 import os
+import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from melinoe.cache.requests import ForwardPass, forward_passes
-from melinoe.cache.tensor_file import FileKind
 from melinoe.errors import TraceError
+from melinoe.whole_file import write_whole
 
 PROMPT_ROW, COMPLETION_ROW, PADDING_ROW = 0, 1, 2
 
 ARRAYS = {"experts": np.int16, "forward": np.int32, "sequence": np.int32, "kind": np.uint8}
-OPTIONAL = {"scores": np.float16, "guesses": np.int16}  # shaped as the experts
 HEADER: dict[str, type] = {
     "model": str,
     "fingerprint": str,
@@ -29,22 +32,38 @@ HEADER: dict[str, type] = {
     "versions": dict,
     "note": str,
 }
-# A file has the lowest version that allows its arrays, for older readers: 2 with scores, 3 with
-# guesses, else 1.
-_KIND = FileKind(
-    "melinoe-trace",
-    (1, 2, 3),
-    "the trace {} is",
-    "trace",
-    "record one with `melinoe trace`",
-    TraceError,
-)
+_FORMAT = "melinoe-trace"
+# Arrays beside those of version 1. Version 2 added the weight of each choice, which nothing reads
+# any more; a file is written in version 1 or 3.
+_MORE = {1: (), 2: ("scores",), 3: ("guesses",)}
+_WAY_OUT = "record one with `melinoe trace`"
+
+
+class ForwardPass(NamedTuple):
+    """
+    One forward pass.
+
+    Attributes:
+        phase: 1 completion if some row is a completion token and none is a prompt token, else 0
+            prompt; so a pass of padding alone belongs to the prompt that it pads.
+        rows: Of the trace, padding included.
+        sequences: Whose rows, ascending.
+        requests: Per layer the distinct experts, ascending, and how many (token, choice) pairs
+            picked each; padding's too, for the model computed it.
+    """
+
+    phase: int
+    rows: slice
+    sequences: list[int]
+    requests: list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """
     The choices of a model: one row per token that a forward pass computed, in the order they ran.
+
+    Arrays that do not fit each other or the header are refused with a TraceError.
 
     Attributes:
         experts: int16 (rows, layers, top_k), ids the model chose; -1 means "no expert".
@@ -56,14 +75,9 @@ class Trace:
         fingerprint: Which weights chose; see `check_model`.
         versions: Libraries that made it, name to version.
         note: Anything worth knowing.
-        scores: float16, as *experts*: the weight that the router gave each choice (by which its
-            output was multiplied), 0 where there was none; None if that was not recorded.
         guesses: int16, as *experts*: the choices of this layer's router one layer early, for the
             input of the router before it, the most wanted first; -1 where nobody asked, as in the
             first layer and in prompts. None if that was not recorded.
-
-    Raises:
-        TraceError: the arrays do not fit each other or the header.
     """
 
     experts: np.ndarray
@@ -75,7 +89,6 @@ class Trace:
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
-    scores: np.ndarray | None = None
     guesses: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -102,17 +115,12 @@ class Trace:
     @property
     def num_forwards(self) -> int:
         """Forward passes that computed at least one row."""
-        return int((np.diff(self.forward) > 0).sum()) + 1 if len(self) else 0
+        return len(self.bounds()[1])
 
     def check_model(
         self, fingerprint: str, num_layers: int, num_experts: int, top_k: int | None = None
     ) -> None:
-        """
-        Make sure that the trace was taken from this model.
-
-        Raises:
-            TraceError: it was not.
-        """
+        """Make sure that the trace was taken from this model; TraceError if it was not."""
         mine = (self.num_layers, self.num_experts, self.top_k)
         theirs = (num_layers, num_experts, self.top_k if top_k is None else top_k)
         if mine != theirs:
@@ -129,27 +137,6 @@ class Trace:
 
     # --- requests -------------------------------------------------------------------------------
 
-    def passes(self) -> Iterator[ForwardPass]:
-        """All forward passes in order, each with the request it makes of every layer."""
-        return forward_passes(
-            self.experts,
-            self.forward,
-            self.sequence,
-            self.kind == PROMPT_ROW,
-            self.kind == COMPLETION_ROW,
-            self.num_experts,
-            self.scores,
-            self.guesses,
-        )
-
-    def layer_requests(self) -> list[list[list[int]]]:
-        """Distinct ids of each request, by layer and then by forward pass."""
-        layers: list[list[list[int]]] = [[] for _ in range(self.num_layers)]
-        for forward in self.passes():
-            for layer, (experts, _) in zip(layers, forward.requests, strict=True):
-                layer.append(experts)
-        return layers
-
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Find where each forward pass's rows begin, int64 (passes + 1,), and its phase, uint8."""
         if not len(self):
@@ -158,6 +145,20 @@ class Trace:
         prompts = np.logical_or.reduceat(self.kind == PROMPT_ROW, starts)
         completions = np.logical_or.reduceat(self.kind == COMPLETION_ROW, starts)
         return np.append(starts, len(self)), (completions & ~prompts).astype(np.uint8)
+
+    def passes(self) -> Iterator[ForwardPass]:
+        """All forward passes in order, each with the request it makes of every layer."""
+        bounds, phases = self.bounds()
+        begins = bounds.tolist()
+        for begin, end, phase in zip(begins[:-1], begins[1:], phases.tolist(), strict=True):
+            requests = []
+            for choices in self.experts[begin:end].transpose(1, 0, 2).reshape(self.num_layers, -1):
+                count = Counter(choices.tolist())
+                del count[-1]
+                experts = sorted(count)
+                requests.append((experts, [count[expert] for expert in experts]))
+            sequences = sorted(set(self.sequence[begin:end].tolist()))
+            yield ForwardPass(phase, slice(begin, end), sequences, requests)
 
     def units(self) -> list[tuple[int, ...]]:
         """
@@ -168,47 +169,24 @@ class Trace:
         """
         rows = np.stack([self.forward, self.sequence], axis=1)
         changes = np.flatnonzero(np.any(np.diff(rows, axis=0, prepend=rows[:1] - 1), axis=1))
-        pairs = rows[changes]
-        # Rows of a pass that belong to one sequence are one change; so without a shared pass there
-        # are as many changes as passes.
-        if len(pairs) == len(np.unique(pairs[:, 0])):
-            return [(sequence,) for sequence in dict.fromkeys(pairs[:, 1].tolist())]
-        group: dict[int, int] = {}
-
-        def find(sequence: int) -> int:
-            while group[sequence] != sequence:
-                group[sequence] = sequence = group[group[sequence]]
-            return sequence
-
+        group: dict[int, list[int]] = {}  # of each sequence, in the order of first rows
         leader, of_forward = -1, -1
-        for forward, sequence in pairs.tolist():
+        for forward, sequence in rows[changes].tolist():
+            mine = group.setdefault(sequence, [sequence])
             if forward != of_forward:
                 leader, of_forward = sequence, forward
-            group.setdefault(sequence, sequence)
-            group[find(sequence)] = find(leader)
-        units: dict[int, list[int]] = {}
-        for sequence in group:  # insertion order is the order of first rows
-            units.setdefault(find(sequence), []).append(sequence)
-        return [tuple(sorted(unit)) for unit in units.values()]
+            elif mine is not group[leader]:
+                group[leader].extend(mine)
+                group |= dict.fromkeys(mine, group[leader])
+        return [tuple(sorted(unit)) for unit in {id(one): one for one in group.values()}.values()]
 
-    def unit_of_passes(
-        self, bounds: np.ndarray
-    ) -> tuple[list[tuple[int, ...]], np.ndarray, np.ndarray]:
-        """
-        Assign each forward pass to its unit.
-
-        Args:
-            bounds: From `bounds`.
-
-        Returns:
-            The units; of each pass its unit, int64 (passes,); and whether it is that unit's first,
-            bool (passes,).
-        """
+    def unit_of_passes(self) -> tuple[list[tuple[int, ...]], np.ndarray, np.ndarray]:
+        """The units; of each pass its unit, int64 (passes,); whether it is that unit's first."""
         units = self.units()
         unit_of_sequence = np.zeros(self.num_sequences, np.int64)
         for number, unit in enumerate(units):
             unit_of_sequence[list(unit)] = number
-        owner = unit_of_sequence[self.sequence[bounds[:-1]]]
+        owner = unit_of_sequence[self.sequence[self.bounds()[0][:-1]]]
         begins = np.zeros(len(owner), bool)
         begins[np.unique(owner, return_index=True)[1]] = True
         return units, owner, begins
@@ -225,78 +203,102 @@ class Trace:
 
     def select(self, sequences: Iterable[int]) -> "Trace":
         """
-        Keep only some sequences, in the order in which they ran.
+        Keep only some sequences, in the order in which they ran; ValueError for one without rows.
 
         Sequences and forward passes are numbered anew from 0, without gaps. Where a pass ran
         several sequences together, only the rows of those kept remain in it.
-
-        Raises:
-            ValueError: the trace has no rows of one of them.
         """
         wanted = np.unique(np.fromiter(sequences, dtype=np.int32))
         absent = np.setdiff1d(wanted, self.sequence)
         if absent.size:
             raise ValueError(f"the trace has no rows of sequences {absent.tolist()}")
         rows = np.isin(self.sequence, wanted)
-        kept = {name: array[rows] for name, array in self._arrays().items()}
-        kept["forward"] = np.unique(kept["forward"], return_inverse=True)[1].astype(np.int32)
-        kept["sequence"] = np.searchsorted(wanted, kept["sequence"]).astype(np.int32)
-        return self._with(kept)
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name, those that were recorded."""
-        found = {name: getattr(self, name) for name in (*ARRAYS, *OPTIONAL)}
-        return {name: array for name, array in found.items() if array is not None}
-
-    def _with(self, arrays: Mapping[str, np.ndarray]) -> "Trace":
-        """Make a trace of other arrays with this one's header."""
-        header = {name: getattr(self, name) for name in HEADER if name != "top_k"}
-        fields: dict[str, Any] = {**arrays, **header}
-        return Trace(**fields)
+        return replace(
+            self,
+            experts=self.experts[rows],
+            forward=np.unique(self.forward[rows], return_inverse=True)[1].astype(np.int32),
+            sequence=np.searchsorted(wanted, self.sequence[rows]).astype(np.int32),
+            kind=self.kind[rows],
+            guesses=None if self.guesses is None else self.guesses[rows],
+        )
 
     # --- the file -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
-        """
-        Write one safetensors file: the arrays, and the header as JSON in its metadata.
-
-        The file appears whole or not at all; one already there is replaced.
-
-        Raises:
-            TraceError: the place cannot be written to.
-        """
-        version = 3 if self.guesses is not None else 2 if self.scores is not None else 1
+        """Write one safetensors file, whole or not at all; one already there is replaced."""
+        version = 1 if self.guesses is None else 3
+        arrays = {name: getattr(self, name) for name in (*ARRAYS, *_MORE[version])}
         header = {name: getattr(self, name) for name in HEADER}
-        header["versions"] = dict(self.versions)
-        _KIND.write(path, self._arrays(), {"version": version, **header})
+        header |= {"version": version, "versions": dict(self.versions)}
+        metadata = {"format": _FORMAT, "header": json.dumps(header)}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_file(path, save(arrays, metadata=metadata), "trace")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Trace":
-        """
-        Read a file that `save` wrote, and check all of it.
-
-        Raises:
-            TraceError: it is missing, torn, no trace, of another version, or inconsistent.
-        """
-        arrays, header, version = _KIND.read(path)
+        """Read a file that `save` wrote, and check all of it; TraceError for what is wrong."""
+        arrays, header = _read(path)
 
         def refuse(fault: str) -> NoReturn:
             raise TraceError(f"the trace {path} is malformed: {fault}; record it again")
 
+        version = header.pop("version", None)
+        if version not in _MORE:
+            raise TraceError(
+                f"the trace {path} is of format version {version!r}, and this melinoe reads "
+                f"{max(_MORE)} at most; {_WAY_OUT}, or install the melinoe that wrote it"
+            )
         if {name: type(value) for name, value in header.items()} != HEADER:
             refuse(f"its header does not hold {', '.join(HEADER)}")
-        wanted = {*ARRAYS, *({"scores"} if version == 2 else {"guesses"} if version == 3 else ())}
-        if arrays.keys() != wanted | ({"scores"} & arrays.keys() if version == 3 else set()):
+        wanted = {*ARRAYS, *_MORE[version]}
+        if arrays.keys() not in (wanted, wanted | {"scores"} if version == 3 else wanted):
             refuse(f"it holds {', '.join(sorted(arrays))} instead of {', '.join(sorted(wanted))}")
+        arrays.pop("scores", None)
         top_k = header.pop("top_k")
-        fields: dict[str, Any] = {**arrays, **header}
         try:
-            trace = cls(**fields)
+            trace = cls(**arrays, **header)
         except TraceError as error:
             raise TraceError(str(error).replace("the trace", f"the trace {path}", 1)) from error
         if top_k != trace.top_k:
             refuse(f"its header says top-{top_k}, its rows hold {trace.top_k} choices")
         return trace
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a trace's arrays and its header; their contents are unchecked."""
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as error:
+        raise TraceError(
+            f"the trace {path} cannot be read: {error.strerror}; check the path"
+        ) from error
+    try:
+        arrays = load(blob)
+        (length,) = struct.unpack_from("<Q", blob)
+        # The library's reader of bytes leaves the metadata out.
+        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, KeyError, ValueError, struct.error) as error:
+        raise TraceError(
+            f"the trace {path} is torn, or no trace ({error}); copy it again, or {_WAY_OUT}"
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise TraceError(f"{path} is a safetensors file but holds no trace; {_WAY_OUT}")
+    try:
+        return arrays, dict(json.loads(metadata["header"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(
+            f"the trace {path} is malformed: the header is not readable; {_WAY_OUT}"
+        ) from error
+
+
+def write_file(path: str | os.PathLike, blob: bytes, noun: str) -> None:
+    """Write a file that appears whole or not at all; TraceError if the place cannot be written."""
+    try:
+        write_whole(path, blob)
+    except OSError as error:
+        raise TraceError(
+            f"the {noun} cannot be written to {path}: {error.strerror}; choose another place"
+        ) from error
 
 
 def _check(trace: Trace) -> None:
@@ -313,14 +315,11 @@ def _check(trace: Trace) -> None:
             refuse(f"{name} has {array.ndim} dimensions")
         if len(array) != len(trace.experts):
             refuse(f"{name} has {len(array)} rows where experts has {len(trace.experts)}")
-    scores, guesses = trace.scores, trace.guesses
-    for name, array in (("scores", scores), ("guesses", guesses)):
-        if array is not None and (
-            getattr(array, "dtype", None) != OPTIONAL[name] or array.shape != trace.experts.shape
-        ):
-            refuse(f"its {name} are not one {np.dtype(OPTIONAL[name]).name} for each choice")
-    if scores is not None and not (np.isfinite(scores) & (scores >= 0)).all():
-        refuse("a score is negative or no number")
+    guesses = trace.guesses
+    if guesses is not None and (
+        getattr(guesses, "dtype", None) != np.int16 or guesses.shape != trace.experts.shape
+    ):
+        refuse("its guesses are not one int16 for each choice")
     if trace.num_layers < 1 or trace.top_k < 1:
         refuse(f"it has {trace.num_layers} layers and top-{trace.top_k} choices")
     if not 1 <= trace.num_experts <= np.iinfo(np.int16).max:
@@ -344,26 +343,12 @@ def _check(trace: Trace) -> None:
 
 
 def known_ids(ids: np.ndarray, num_experts: int) -> np.ndarray:
-    """
-    Turn ids into those of a trace: int16, -1 wherever no expert is meant.
-
-    Args:
-        ids: Any integers. A negative id means no expert, and so does one at or above
-            *num_experts*: what some families write for a skipped choice.
-        num_experts: Of the layer that the ids are of.
-    """
+    """Turn any integers into ids of a trace: int16, -1 where outside ``[0, num_experts)``."""
     return np.where((ids >= 0) & (ids < num_experts), ids, -1).astype(np.int16)
 
 
 class TraceBuilder:
-    """
-    Collect forward passes into a `Trace`.
-
-    Args:
-        num_layers: MoE layers.
-        num_experts: Experts of each layer.
-        top_k: Choices per token and layer.
-    """
+    """Collect forward passes into a `Trace`."""
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int):
         self._shape = (num_layers, top_k)
@@ -378,7 +363,6 @@ class TraceBuilder:
         experts: np.ndarray,
         sequence: np.ndarray | int,
         kind: np.ndarray | int,
-        scores: np.ndarray | None = None,
         guesses: np.ndarray | None = None,
     ) -> None:
         """
@@ -388,12 +372,11 @@ class TraceBuilder:
             experts: Any integers (rows, layers, top_k), see `known_ids`.
             sequence: Which prompt each row belongs to, (rows,) or one for all.
             kind: 0 prompt, 1 completion, 2 padding, (rows,) or one for all.
-            scores: The router's weights, as *experts*; of all passes or of none.
             guesses: See `Trace`; of all passes or of none.
 
         Raises:
             ValueError: another shape, numbers that are not whole or beyond those of a trace, or
-                scores or guesses of some passes only.
+                guesses of some passes only.
         """
         experts = np.asarray(experts)
         if experts.dtype.kind not in "iu":
@@ -402,18 +385,14 @@ class TraceBuilder:
             raise ValueError(
                 f"experts has shape {experts.shape}, not (rows, {self._shape[0]}, {self._shape[1]})"
             )
-        for name, given in (("scores", scores), ("guesses", guesses)):
-            if self._passes and (name in self._passes[0]) != (given is not None):
-                raise ValueError(f"{name} must be given for all forward passes, or for none")
-        ids, rows = known_ids(experts, self._num_experts), (len(experts),)
+        if self._passes and ("guesses" in self._passes[0]) != (guesses is not None):
+            raise ValueError("guesses must be given for all forward passes, or for none")
+        rows = (len(experts),)
         added = {
-            "experts": ids,
+            "experts": known_ids(experts, self._num_experts),
             "sequence": _whole("sequence", sequence, rows, np.int32, np.iinfo(np.int32).max),
             "kind": _whole("kind", kind, rows, np.uint8, PADDING_ROW),
         }
-        if scores is not None:
-            weights = np.broadcast_to(np.asarray(scores), experts.shape)
-            added["scores"] = np.where(ids >= 0, weights, 0).astype(np.float16)
         if guesses is not None:
             early = np.broadcast_to(np.asarray(guesses), experts.shape)
             added["guesses"] = known_ids(early, self._num_experts)

@@ -32,7 +32,7 @@ def fit_command(
     from melinoe.data import load_examples
     from melinoe.errors import BudgetError
     from melinoe.predictor import compare, fit, load_prompts
-    from melinoe.predictor.features import token_embeddings
+    from melinoe.predictor.model import token_embeddings
 
     if columns is not None and data is None:
         raise typer.BadParameter("--columns go with --data", param_hint="--columns")

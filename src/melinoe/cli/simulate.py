@@ -74,7 +74,7 @@ def command(
     from melinoe.cache.curves import miss_curves
     from melinoe.cache.locality import popularity as count
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.statistics import load_statistics
+    from melinoe.cache.statistics import load_counts
     from melinoe.cache.timing import loads_when, predict
     from melinoe.cache.trace import Trace
 
@@ -82,7 +82,7 @@ def command(
     if out is not None and (curve or locality):
         raise typer.BadParameter("it goes neither with --curve nor --locality", param_hint="--out")
     loaded = Trace.load(trace)
-    popular = count(loaded) if popularity is None else load_statistics(popularity, loaded)
+    popular = count(loaded) if popularity is None else load_counts(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
     of_policy = {name: {"popularity": popular} if name == "static" else {} for name in names}
     if locality:

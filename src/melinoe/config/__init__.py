@@ -5,7 +5,7 @@ The command line builds its options from them and the checkpoint's record writes
 default is typed twice.
 """
 
-from melinoe.cache import MISSES, PREFETCH_AT, PREFETCH_MOMENTS, PrefetchAt
+from melinoe.cache import MISSES
 from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
 from melinoe.config.names import QUARTER, STORES, OutcomeSettings, experts_in_share, policies
 
@@ -14,13 +14,10 @@ __all__ = [
     "MATCH",
     "MISSES",
     "PLAIN",
-    "PREFETCH_AT",
-    "PREFETCH_MOMENTS",
     "QUARTER",
     "STORES",
     "FinetuneSettings",
     "OutcomeSettings",
-    "PrefetchAt",
     "experts_in_share",
     "policies",
 ]

@@ -414,15 +414,12 @@ class Handle:
                     self._passes.next_routers = self._passes.guess = None
 
     @contextmanager
-    def record(
-        self, model_name: str = "", scores: bool = False, guesses: bool = False
-    ) -> Iterator[Recorder]:
+    def record(self, model_name: str = "", guesses: bool = False) -> Iterator[Recorder]:
         """
         Record what the routers choose in the body of the ``with`` statement.
 
         Args:
             model_name: for the trace's header; absent means the configuration's name.
-            scores: also the weight that each choice was given, as the policy ``score`` needs it.
             guesses: also what each layer's router says one layer early while decoding, as the
                 prefetch ``next-router`` needs it.
 
@@ -443,7 +440,7 @@ class Handle:
             ) from None
         experts = [layer.num_experts for layer in self.layers]
         note = "" if self._choosing is None else self._choosing.note(self.policy, self.slots)
-        recorder = Recorder(experts, name, which, scores=scores, guesses=guesses, note=note)
+        recorder = Recorder(experts, name, which, guesses=guesses, note=note)
         with ExitStack() as stack:
             if guesses:
                 stack.enter_context(self._asking_next_routers())

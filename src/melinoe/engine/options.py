@@ -60,8 +60,7 @@ class Options:
     )
     policy: str | Callable[[], Any] = setting(
         "lru",
-        "which resident expert is evicted first: lru, lfu, lfru, score, or one of an installed "
-        "package",
+        "which resident expert is evicted first: lru, lfu, lfru, or one of an installed package",
     )
     policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
     engine: str = setting(

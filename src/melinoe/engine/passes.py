@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from melinoe.cache.ahead import Route
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.cache.prefetch import MOST_ROWS
+from melinoe.cache.prefetch import MOST_ROWS, Route
 from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW
 from melinoe.errors import AttachError, TraceError
 from melinoe.moe.dispatch import NOT_COMPILED

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from melinoe.cache.ahead import LoadsAhead
 from melinoe.cache.counters import PROMPT
-from melinoe.cache.prefetch import Prefetcher, Prompt
-from melinoe.cache.requests import merge_guesses
+from melinoe.cache.prefetch import LoadsAhead, Prefetcher, Prompt, merge_guesses
 from melinoe.cache.trace import known_ids
 from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.record import UseMeter

@@ -25,7 +25,6 @@ class Recorder:
         num_experts: Of each MoE layer.
         model: Its name, for people.
         fingerprint: Of the weights that choose.
-        scores: Whether to keep the weight that each choice was given.
         guesses: Whether to keep what the next layer's router said early.
         note: What a reader of the trace must know of how it came about.
     """
@@ -36,20 +35,17 @@ class Recorder:
         model: str,
         fingerprint: str,
         *,
-        scores: bool = False,
         guesses: bool = False,
         note: str = "",
     ) -> None:
         self._num_experts = tuple(num_experts)
         self._model, self._fingerprint, self._note = model, fingerprint, note
-        self._keeps_scores, self._keeps_guesses = scores, guesses
+        self._keeps_guesses = guesses
         # Of the open pass, by layer.
         self._chosen: dict[int, Tensor] = {}
         self._early: dict[int, Tensor] = {}
-        self._weights: dict[int, Tensor] = {}
         # Of each pass that has ended.
         self._passes: list[np.ndarray] = []
-        self._scores: list[np.ndarray] = []
         self._guesses: list[np.ndarray] = []
         self._sequences: list[np.ndarray] = []
         self._kinds: list[np.ndarray] = []
@@ -65,22 +61,12 @@ class Recorder:
             self._batch = batch
         rows, kinds = rows_of(call, phase, tokens)
         self._now = (rows + np.int32(self._base), kinds)
-        self._chosen, self._weights, self._early = {}, {}, {}
+        self._chosen, self._early = {}, {}
 
     def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
-        """
-        Keep a copy on the device; it is brought to the host at the end of the pass.
-
-        Raises:
-            TraceError: scores are wanted and this engine does not tell weights.
-        """
-        if self._now is None:
-            return
-        if self._keeps_scores:
-            if top_k_weights is None:
-                raise TraceError("this engine does not tell weights; record without scores")
-            self._weights[layer] = top_k_weights.detach().to(torch.float16, copy=True)
-        self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
+        """Keep a copy on the device; it is brought to the host at the end of the pass."""
+        if self._now is not None:
+            self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
 
     def add_guess(self, layer: int, guess: Tensor) -> None:
         """The router of *layer* was asked early, and said *guess* ``(tokens, top_k)``."""
@@ -101,7 +87,6 @@ class Recorder:
         top_k = max(one.shape[1] for one in (*self._chosen.values(), *self._early.values()))
         shape = rows, len(self._num_experts), top_k
         experts = np.full(shape, -1, dtype=np.int16)
-        scores = np.zeros(shape if self._keeps_scores else (0, 0, 0), dtype=np.float16)
         early = np.full(shape if self._keeps_guesses else (0, 0, 0), -1, dtype=np.int16)
         for layer, chosen in self._chosen.items():
             if chosen.shape[0] != rows:
@@ -111,15 +96,11 @@ class Recorder:
                 )
             ids = self._known(layer, chosen)
             experts[:, layer, : ids.shape[1]] = ids
-            if self._keeps_scores:
-                weights = self._weights[layer].cpu().numpy()
-                scores[:, layer, : ids.shape[1]] = np.where(ids >= 0, weights, 0)
         for layer, guess in self._early.items():
             ids = self._known(layer, guess)
             early[:, layer, : ids.shape[1]] = ids
         self._guesses.append(early)
         self._passes.append(experts)
-        self._scores.append(scores)
         self._sequences.append(sequences)
         self._kinds.append(kinds)
 
@@ -147,7 +128,6 @@ class Recorder:
         lengths = [len(experts) for experts in self._passes]
         return Trace(
             experts=pad(self._passes, -1),
-            scores=pad(self._scores, 0) if self._keeps_scores else None,
             guesses=pad(self._guesses, -1) if self._keeps_guesses else None,
             forward=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
             sequence=np.concatenate(self._sequences).astype(np.int32),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
-from melinoe.cache.requests import mean_scores
 from melinoe.cache.residency import Decision, Load, Residency, StreamedPrefill
 from melinoe.cache.timing import LoadRule
 from melinoe.engine.checks import Guard
@@ -153,7 +152,6 @@ class ExpertCache:
         self.layer = layer
         self.nbytes = num_slots * layer.block_bytes
         self.residency = Residency(layer.num_experts, num_slots, policy)
-        self._uses_scores = policy.uses_scores
         self._index, self._num_experts, self._num_slots = layer.index, layer.num_experts, num_slots
         self._transfer, self._passes, self._counters = transfer, passes, passes.counters
         with torch.inference_mode(False):
@@ -238,15 +236,12 @@ class ExpertCache:
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         request = _request_of(top_k_index, self._num_experts)
-        scores = None
-        if self._uses_scores:
-            scores = _scores_of(request.experts, top_k_index, top_k_weights, self._num_experts)
         if self._rule is not None:
-            return self._partly(request, scores, hidden_states, top_k_index, top_k_weights)
+            return self._partly(request, hidden_states, top_k_index, top_k_weights)
         experts, uses, whole = request
         if not whole or len(experts) > self._num_slots:
-            return self._in_parts(request, scores, hidden_states, top_k_index, top_k_weights)
-        decision = self.residency.request(experts, None, scores)
+            return self._in_parts(request, hidden_states, top_k_index, top_k_weights)
+        decision = self.residency.request(experts)
         if decision.loads:
             self._make_way(decision.loads)
             self._transfer.demand(self._index, decision.loads, self._views)
@@ -258,7 +253,6 @@ class ExpertCache:
     def _in_parts(
         self,
         request: _Request,
-        scores: list[float] | None,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
@@ -268,7 +262,7 @@ class ExpertCache:
         pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
         flat = self._flat(top_k_index)
         decisions = []
-        for decision in self.residency.request_in_parts(experts, uses, scores):
+        for decision in self.residency.request_in_parts(experts, uses):
             decisions.append(decision)
             if decision.loads:
                 self._make_way(decision.loads)
@@ -285,7 +279,6 @@ class ExpertCache:
     def _partly(
         self,
         request: _Request,
-        scores: list[float] | None,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
@@ -293,7 +286,7 @@ class ExpertCache:
         """Load some of the missing; meanwhile the host computes the others."""
         assert self._rule is not None and self._host is not None
         experts, uses, whole = request
-        decision, on_host = self.residency.request_with_host(experts, uses, scores, load=self._rule)
+        decision, on_host = self.residency.request_with_host(experts, uses, load=self._rule)
         ticket = None
         if decision.loads:
             self._make_way(decision.loads)
@@ -394,14 +387,3 @@ def _request_of(top_k_index: Tensor, num_experts: int) -> _Request:
     counts = np.bincount(known, minlength=num_experts)
     experts = counts.nonzero()[0]
     return _Request(experts.tolist(), counts[experts].tolist(), known.size == ids.size)
-
-
-def _scores_of(
-    experts: list[int], top_k_index: Tensor, top_k_weights: Tensor, num_experts: int
-) -> list[float]:
-    """How much the router wanted each of *experts*, the number that a trace would give."""
-    ids = top_k_index.reshape(-1).cpu().numpy()
-    weights = top_k_weights.reshape(-1).to(torch.float16).cpu().numpy()
-    known = (ids >= 0) & (ids < num_experts)
-    rows = top_k_index.shape[0]
-    return mean_scores(ids[known], weights[known], rows, num_experts)[experts].tolist()

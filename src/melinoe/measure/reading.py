@@ -20,9 +20,7 @@ from melinoe.measure.traces import completion_counts
 from melinoe.stats import bootstrap
 
 
-def reading_trace(
-    model: Any, handle: Handle, encoded: Sequence[Encoded], *, scores: bool = False
-) -> Trace:
+def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Trace:
     """
     Record which experts every token of *encoded* chose, laid out as generation would have it.
 
@@ -34,7 +32,6 @@ def reading_trace(
         model: A causal language model that *handle* is attached to; any number of slots.
         handle: From `attach` or `load`.
         encoded: At least one example, with at least one completion token.
-        scores: Also record the weight that each choice was given, as the policy ``score`` needs it.
 
     Returns:
         One sequence per example, in order.
@@ -48,7 +45,7 @@ def reading_trace(
     was_training = model.training
     model.eval()
     try:
-        with handle.record(scores=scores) as recorder, torch.inference_mode():
+        with handle.record() as recorder, torch.inference_mode():
             for one in encoded:
                 ids = torch.tensor([one.input_ids], device=device)
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -9,7 +9,6 @@ import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetch import Prefetcher
-from melinoe.config import PREFETCH_AT, PrefetchAt
 from melinoe.engine.handle import Handle
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
@@ -52,7 +51,6 @@ def serving(
     prefetch: Prefetcher | None = None,
     label: str,
     strategy: str = "",
-    prefetch_at: PrefetchAt = PREFETCH_AT,
     cold: bool = True,
     repeat: int = 1,
     warmup: int = 1,
@@ -94,7 +92,6 @@ def serving(
         prefetch: The rule by which experts are loaded ahead of need.
         label: The model's name in tables.
         strategy: The strategy's name in tables; ``""`` names policy and prefetch.
-        prefetch_at: Of *predictor*, as in `melinoe.generate.generate`.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
         repeat: Runs per prompt, for steadier times.
         warmup: Runs of the first prompt before anything is measured.
@@ -129,7 +126,6 @@ def serving(
             prompt,
             max_new_tokens,
             predictor=predictor,
-            prefetch_at=prefetch_at,
             prefetch=prefetch,
             **sampling,
         )
@@ -144,7 +140,7 @@ def serving(
         yield
         if progress is not None and (number % step == 0 or number == len(prompts)):
             progress(f"{label}: served {number} of {len(prompts)} prompts")
-    moment = prefetch_at if predictor is not None else None if prefetch is None else prefetch.when
+    moment = "completion" if predictor is not None else prefetch.when if prefetch else None
     what = "predictor" if predictor is not None else "none" if prefetch is None else prefetch.name
     default = handle.policy if moment is None else f"{handle.policy}, prefetch"
     first = handle.layers[0]

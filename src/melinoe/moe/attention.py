@@ -23,8 +23,12 @@ def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str
 
     Decoder layers are the elements of the outermost list of modules around each experts module, so
     those without experts count too, and towers for pictures or sound do not. Projections are plain
-    ``nn.Linear``; one warning names those of another kind, and layers without any (a convolution
-    or a state-space mixer).
+    ``nn.Linear``: of queries, keys, values, gates and outputs, latent or not. One warning names
+    projections of another kind, and layers without any (a convolution or a state-space mixer).
+
+    Args:
+        model: of any family.
+        layers: of *model*, from `find_experts`.
 
     Returns:
         Module by full name, in the model's own order.
@@ -50,8 +54,11 @@ def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str
             "alone"
         )
     if bare or other:
-        log.warning("attention updates leave out what is not plain linear attention in %s: %s",
-                    family(model), ", ".join(sorted(bare | other)))  # fmt: skip
+        log.warning(
+            "attention updates leave out what is not plain linear attention in %s: %s",
+            family(model),
+            ", ".join(sorted(bare | other)),
+        )
     return found
 
 
@@ -60,8 +67,12 @@ def _decoder_layers(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of every element of the lists around the experts."""
     lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
-    holders = [[name for name in lists if x.name.startswith(f"{name}.")] for x in layers]
-    for holder in dict.fromkeys(min(names, key=len) for names in holders if names):
+    around: dict[str, None] = {}
+    for layer in layers:
+        holders = [name for name in lists if layer.name.startswith(f"{name}.")]
+        if holders:
+            around.setdefault(min(holders, key=len))
+    for holder in around:
         for number, element in enumerate(lists[holder]):
             yield f"{holder}.{number}", element
 

@@ -8,13 +8,20 @@ import numpy as np
 import torch
 
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.prefetch import most_wanted
+from melinoe.cache.prefetch import Listed, Prefetcher, most_wanted
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
-from melinoe.predictor.features import features_of
-from melinoe.predictor.fit import FitSettings, fit_shares, same_prompts, usable
-from melinoe.predictor.targets import Floats, completion_shares, recall_at
+from melinoe.predictor.fit import (
+    FitSettings,
+    Floats,
+    completion_shares,
+    fit_shares,
+    recall_at,
+    same_prompts,
+    usable,
+)
+from melinoe.predictor.model import features_of
 from melinoe.stats import Estimate, bootstrap, paired_difference
 
 RIVALS = ("empty", "popularity", "prefill")  # strategies that cost nothing
@@ -52,27 +59,25 @@ class Comparison:
 
     @property
     def prefetch(self) -> str:
-        """
-        The strategy to load ahead by: the winner, if that saves transfers; else ``none``.
-
-        Whatever its recall, a prefetch whose own loads cost what it saves is of no use to a link.
-        """
+        """The strategy to load ahead by: the winner, if that saves transfers; else ``none``."""
         saved = self.saved.get(self.winner)
         return self.winner if saved is not None and saved.low > 0 else "none"
 
     def to_record(self, model: str) -> dict[str, Any]:
         """Return the record of kind ``predictor`` that reports read."""
+        by_name = {"recall": self.recall, "transfers": self.transfers, "saved": self.saved}
         return {
             "kind": "predictor",
             "model": model,
             "slots": self.slots,
-            "recall": {name: value.to_dict() for name, value in self.recall.items()},
             "ceiling": self.ceiling.to_dict(),
             "gain": self.gain.to_dict(),
             "winner": self.winner,
-            "transfers": _by_name(self.transfers),
-            "saved": _by_name(self.saved),
             "prefetch": self.prefetch,
+            **{
+                what: {name: one.to_dict() for name, one in estimates.items()} or None
+                for what, estimates in by_name.items()
+            },
         }
 
 
@@ -91,19 +96,15 @@ def compare(
 
     Every prompt is judged by a predictor, and a popularity, that never saw it; equal prompts
     fall into one fold. ``prefill`` is the experts that the prompt's own forward pass used most,
-    ties and gaps filled by popularity: it is known only once the prompt has been computed.
+    ties and gaps filled by popularity.
 
     Transfers are simulated: a cold cache for each sequence, and what a strategy names loaded
-    between prompt and completion, because a prompt evicts what is loaded before it.
+    between prompt and completion.
 
     Args:
-        trace: As in `fit`.
-        prompts: As in `fit`.
-        embeddings: As in `fit`.
-        slots: As in `fit`.
-        seed: As in `fit`; also decides the folds.
+        trace, prompts, embeddings, slots, seed, settings: As in `fit`; the seed also decides the
+            folds.
         folds: How many predictors are fitted.
-        settings: As in `fit`.
         policy: Eviction policy of the cache in which transfers are counted.
 
     Raises:
@@ -117,12 +118,11 @@ def compare(
     group = same_prompts([prompts[index] for index in kept])
     distinct = int(group.max()) + 1
     fold_of = np.random.default_rng(seed).permutation(distinct)[group] % folds
-    found: dict[str, Floats] = {
-        name: np.zeros(kept.size) for name in (*RIVALS, "learned", "ceiling")
-    }
+    found = {name: np.zeros(kept.size) for name in (*RIVALS, "learned", "ceiling")}
     named: dict[str, dict[int, list[list[int]]]] = {name: {} for name in NAMED}
     for fold in range(folds):
-        test, train = kept[fold_of == fold], kept[fold_of != fold]
+        rows = fold_of == fold
+        test, train = kept[rows], kept[~rows]
         if test.size == 0:
             raise DataError(
                 f"{distinct} different prompts cannot be cut into {folds} folds; trace more"
@@ -135,30 +135,25 @@ def compare(
             trace.fingerprint,
             seed,
             settings,
-            features[torch.from_numpy(fold_of != fold)],
+            features[torch.from_numpy(~rows)],
         )
-        popularity = target[train].mean(axis=0)
-        # A use of the prompt outweighs any difference in popularity, which only breaks ties.
-        seen = prefill[test] + popularity * 1e-6
-        learned = predictor.distributions(features[torch.from_numpy(fold_of == fold)])
-        rows = fold_of == fold
-        for name, scores in (
-            ("popularity", popularity),
-            ("prefill", seen),
-            ("learned", learned),
-            ("ceiling", target[test]),
-        ):
+        popularity = np.broadcast_to(target[train].mean(axis=0), target[test].shape)
+        guesses = {
+            "popularity": popularity,
+            # A use of the prompt outweighs any difference in popularity, which only breaks ties.
+            "prefill": prefill[test] + popularity * 1e-6,
+            "learned": predictor.distributions(features[torch.from_numpy(rows)]),
+        }
+        found["ceiling"][rows] = recall_at(target[test], target[test], slots)
+        for name, scores in guesses.items():
             found[name][rows] = recall_at(target[test], scores, slots)
-            if name in named:
-                # Of a layer with fewer experts than others, only those that it has.
-                exists = predictor.popularity > 0 if name == "learned" else scores > 0
-                shape = target[test].shape
-                by_prompt = np.broadcast_to(scores, shape), np.broadcast_to(exists, shape)
-                for index, one, known in zip(test.tolist(), *by_prompt, strict=True):
-                    named[name][index] = most_wanted(one, slots, known)
+            # Of a layer with fewer experts than others, only those that it has.
+            exists = [predictor.popularity > 0] * len(test) if name == "learned" else scores > 0
+            for index, one, known in zip(test.tolist(), scores, exists, strict=True):
+                named[name][index] = most_wanted(one, slots, known)
     best = max(RIVALS, key=lambda name: float(found[name].mean()))
     loads, tokens = _loads(trace, None, slots, policy)
-    others = {name: _loads(trace, named[name], slots, policy)[0] for name in NAMED}
+    others = {name: _loads(trace, Listed(named[name]), slots, policy)[0] for name in NAMED}
     return Comparison(
         slots,
         {name: bootstrap(found[name]) for name in (*RIVALS, "learned")},
@@ -170,24 +165,13 @@ def compare(
 
 
 def _loads(
-    trace: Trace, named: dict[int, list[list[int]]] | None, slots: int, policy: str
+    trace: Trace, prefetch: Prefetcher | None, slots: int, policy: str
 ) -> tuple[Floats, Floats]:
     """Loads of each unit's completion, its prefetch included, and its tokens."""
-    done = simulate(
-        trace,
-        slots,
-        policy,
-        prefetch=named,
-        prefetch_at="completion",
-        reset_between_sequences=True,
-    )
-    loads = [
-        int(one.loads[COMPLETION].sum() + one.prefetch_loads.sum()) for one in done.per_sequence
+    done = simulate(trace, slots, policy, prefetch=prefetch, reset_between_sequences=True)
+    each = [
+        (one.loads[COMPLETION].sum() + one.prefetch_loads.sum(), one.tokens[COMPLETION])
+        for one in done.per_sequence
     ]
-    tokens = [int(one.tokens[COMPLETION]) for one in done.per_sequence]
-    return np.asarray(loads, np.float64), np.asarray(tokens, np.float64)
-
-
-def _by_name(estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
-    """For a record: nothing where nothing was measured."""
-    return {name: value.to_dict() for name, value in estimates.items()} or None
+    loads, tokens = np.array(each, np.float64).T
+    return loads, tokens

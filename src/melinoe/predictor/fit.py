@@ -7,39 +7,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melinoe.cache.trace import Trace
+from melinoe.cache.simulator import check_prompts
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.errors import DataError
-from melinoe.predictor.features import features_of
-from melinoe.predictor.model import Predictor, PredictorNetwork
-from melinoe.predictor.targets import Floats, completion_shares, recall_at
+from melinoe.predictor.model import Predictor, PredictorNetwork, features_of
 
+Floats = NDArray[np.float64]
 FEWEST_PROMPTS = 10
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """
-    Settings of the fit.
-
-    Attributes:
-        hidden: Width of the hidden layer.
-        dropout: Share of hidden units dropped while fitting.
-        learning_rate: AdamW's.
-        weight_decay: AdamW's.
-        batch_size: Prompts per step.
-        epochs: Most passes over the prompts.
-        patience: Passes without a better held-out recall before it stops.
-        held_out: Share of the prompts that only decide when to stop.
-    """
+    """Settings of the fit: of the network, of AdamW, and of the early stopping."""
 
     hidden: int = 256
     dropout: float = 0.1
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    batch_size: int = 128
-    epochs: int = 300
-    patience: int = 40
-    held_out: float = 0.2
+    batch_size: int = 128  # prompts
+    epochs: int = 300  # at most
+    patience: int = 40  # epochs without a better held-out recall before it stops
+    held_out: float = 0.2  # share of the prompts that only decide when to stop
 
 
 def fit(
@@ -53,9 +41,8 @@ def fit(
     """
     Learn which experts the completion of a prompt will use.
 
-    The network starts as the global popularity (its output weights are zero and its bias is the
-    logarithm of the mean shares), and the pass with the best recall on held-out prompts is kept:
-    what it learns on top has shown itself on prompts that it was not fitted to.
+    The network starts as the global popularity, and the pass with the best recall on held-out
+    prompts is kept: what it learns on top has shown itself on prompts that it was not fitted to.
 
     Args:
         trace: Of the model that will be served; its sequences are *prompts*, in order.
@@ -84,10 +71,7 @@ def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64
     Return the indices of the sequences with a prompt and at least one completion token.
 
     Layers that no sequence uses (of a model that sends images through other experts than text)
-    are not asked for.
-
-    Raises:
-        DataError: too few.
+    are not asked for. DataError if they are too few.
     """
     used = target.sum(axis=-1) > 0
     teaches = used.any(axis=-1) & (used | ~used.any(axis=0)).all(axis=-1)
@@ -114,8 +98,8 @@ def fit_shares(
     """
     Fit to shares of use ``(sequences, layers, num_experts)`` instead of a trace; else as `fit`.
 
-    *features* are those of all prompts, if they are known already; *groups* one number a prompt:
-    prompts of one group, by default equal ones, are all fitted to or all held out.
+    *features* are those of all prompts, if they are known already. Prompts of one of *groups*, one
+    number a prompt, by default alike for equal ones, are all fitted to or all held out.
     """
     settings = settings or FitSettings()
     if not 1 <= slots <= target.shape[-1]:
@@ -209,3 +193,64 @@ def _train(
 
 def _copy(network: PredictorNetwork) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+# --- what is learned, and how a guess is judged ---------------------------------------------------
+
+
+def use_counts(trace: Trace, kind: int, num_sequences: int | None = None) -> Floats:
+    """
+    Count how often each sequence chose each expert in rows of one *kind* of `cache.trace`.
+
+    Returns:
+        float64 ``(sequences, layers, num_experts)``, of *num_sequences* if they are more than the
+        trace has.
+    """
+    sequences = trace.num_sequences if num_sequences is None else num_sequences
+    rows = trace.kind == kind
+    experts, sequence = trace.experts[rows].astype(np.int64), trace.sequence[rows].astype(np.int64)
+    counts = np.zeros((sequences, trace.num_layers, trace.num_experts))
+    for layer in range(trace.num_layers):
+        chosen = experts[:, layer, :]
+        cells = (sequence[:, None] * trace.num_experts + chosen)[chosen >= 0]
+        found = np.bincount(cells, minlength=sequences * trace.num_experts)
+        counts[:, layer] = found.reshape(sequences, trace.num_experts)
+    return counts
+
+
+def completion_shares(trace: Trace, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
+    """
+    Return each expert's share of the uses of the completion, and of those of the prompt.
+
+    Two float64 ``(sequences, layers, num_experts)``; TraceError if the prompts are not its own.
+    """
+    check_prompts(trace, prompts)
+    after, own = (use_counts(trace, kind, len(prompts)) for kind in (COMPLETION_ROW, PROMPT_ROW))
+    # A layer without uses stays 0.
+    return after / after.sum(-1, keepdims=True).clip(1), own / own.sum(-1, keepdims=True).clip(1)
+
+
+def top_ids(scores: Floats, slots: int) -> NDArray[np.int64]:
+    """Return the ids of the *slots* highest scores, best first; ties go to the lower id."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :slots]
+
+
+def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
+    """
+    Return the share of uses that the *slots* best-scored experts of each layer would serve.
+
+    Mean over the layers that the sequence used.
+
+    Args:
+        target: Shares ``(sequences, layers, num_experts)``, each layer summing to 1, or to 0 where
+            the sequence did not use it.
+        scores: Any scores of the same shape, or one that broadcasts to it; higher is likelier.
+        slots: Experts taken from each layer.
+
+    Returns:
+        float64 ``(sequences,)``; nan for a sequence without a use.
+    """
+    chosen = top_ids(np.broadcast_to(scores, target.shape), slots)
+    served = np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).sum(axis=-1)
+    used = (target.sum(axis=-1) > 0).sum(axis=-1)
+    return np.where(used > 0, served, np.nan) / np.maximum(used, 1)

@@ -1,4 +1,8 @@
-"""Predict which experts each layer will use for a prompt, with a small fitted network."""
+"""
+Predict which experts each layer will use for a prompt, with a small fitted network.
+
+It reads prompts with the served model's own token embeddings.
+"""
 
 import json
 import os
@@ -20,13 +24,60 @@ from melinoe.errors import (
     DataError,
     ModelError,
     OutputExistsError,
+    TokenizerError,
 )
 from melinoe.moe.routing import fingerprint
-from melinoe.predictor.features import READS_WITH, features_of, token_embeddings
 from melinoe.whole_file import unfinished
 
 FORMAT = 2
 _WEIGHTS, _HEADER = "predictor.safetensors", "predictor.json"
+
+
+LAST_TOKENS = 8  # the end of a prompt says what is asked; its mean is the second half of a feature
+READS_WITH = {"kind": "embeddings", "pooling": f"mean of all and of the last {LAST_TOKENS}"}
+
+
+def features_of(embeddings: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """
+    Pool each prompt: the mean embedding of all its tokens, and of its last ones.
+
+    Args:
+        embeddings: ``(vocabulary, hidden)``, any device and floating type.
+        prompts: Token ids, at least one each.
+
+    Returns:
+        float32 ``(prompts, 2 * hidden)`` on the CPU.
+
+    Raises:
+        TokenizerError: an id that the vocabulary does not have.
+        ModelError: an embedding that is no number.
+    """
+    table, pooled = embeddings.detach(), []
+    for prompt in prompts:
+        if min(prompt) < 0 or max(prompt) >= table.shape[0]:
+            raise TokenizerError(
+                f"the prompt has token id {max(prompt)} but the model knows {table.shape[0]} "
+                "tokens; use the model's own tokenizer"
+            )
+        vectors = table[torch.as_tensor(list(prompt), device=table.device)].float()
+        pooled.append(torch.cat([vectors.mean(0), vectors[-LAST_TOKENS:].mean(0)]).cpu())
+    found = torch.stack(pooled)
+    if not found.isfinite().all():
+        ids = {id for prompt in prompts for id in prompt}
+        bad = min(id for id in ids if not table[id].isfinite().all())
+        raise ModelError(
+            f"the model's token embedding of id {bad} holds NaN or infinity; get the "
+            "checkpoint's files again"
+        )
+    return found
+
+
+def token_embeddings(model: nn.Module) -> torch.Tensor:
+    """Return the model's input embedding matrix ``(vocabulary, hidden)``, not copied."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None or not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        raise ModelError("the model has no token embeddings to read prompts with; predict nothing")
+    return embedding.weight
 
 
 class PredictorNetwork(nn.Module):
@@ -59,8 +110,7 @@ class Predictor:
         slots: The number of experts per layer that its early stopping looked at.
         popularity: float32 ``(layers, experts)``, the mean over the fitted sequences, for an
             empty prompt.
-        embeddings: The served model's, which read prompts; ``None`` until `bind`, for one that
-            was loaded.
+        embeddings: The served model's, which read prompts; ``None`` when loaded, until `bind`.
         comparison: The record of `melinoe.predictor.compare`, if it was saved along.
     """
 
@@ -80,16 +130,6 @@ class Predictor:
         self.slots = slots
         self.comparison = comparison
         self._model: weakref.ref[nn.Module] | None = None
-
-    @property
-    def num_layers(self) -> int:
-        """MoE layers."""
-        return self.network.shape[0]
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of each layer."""
-        return self.network.shape[1]
 
     def predict(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """
@@ -126,18 +166,13 @@ class Predictor:
 
         Those that no completion used that it was fitted to are not named: a layer may have fewer
         experts than others, and then they do not exist.
-
-        Raises:
-            TokenizerError, ModelError: as `predict`.
         """
         count = self.slots if slots is None else slots
         return most_wanted(self.predict(token_ids), count, self.popularity > 0)
 
     def bind(self, model: nn.Module, tokenizer: Any = None) -> None:
         """
-        Read prompts with *model*'s embeddings, if it is the model fitted to.
-
-        Checked once per model: binding again to the same object costs nothing.
+        Read prompts with *model*'s embeddings; binding again to the same object costs nothing.
 
         Raises:
             ModelError: the predictor was fitted to another model.
@@ -171,8 +206,8 @@ class Predictor:
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "layers": self.num_layers,
-            "experts": self.num_experts,
+            "layers": self.network.shape[0],
+            "experts": self.network.shape[1],
             "slots": self.slots,
             "encoder": READS_WITH,
             "comparison": self.comparison,

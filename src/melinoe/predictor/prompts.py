@@ -9,8 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from melinoe.cache.tensor_file import write_file
-from melinoe.cache.trace import Trace
+from melinoe.cache.trace import Trace, write_file
 from melinoe.errors import DataError
 
 FORMAT, VERSION = "melinoe-prompts", 1
@@ -36,12 +35,8 @@ def save_prompts(trace: str | Path, fingerprint: str, prompts: Sequence[Sequence
         TraceError: the place cannot be written to.
     """
     path = prompts_path(trace)
-    record = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": fingerprint,
-        "prompts": [[int(token) for token in prompt] for prompt in prompts],
-    }
+    ids = [[int(token) for token in prompt] for prompt in prompts]
+    record = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "prompts": ids}
     write_file(path, (json.dumps(record) + "\n").encode(), "prompts")
     return path
 
@@ -59,10 +54,9 @@ def load_prompts(path: str | Path, trace: Trace) -> list[list[int]]:
         record = json.loads(file.read_bytes())
         if record["format"] != FORMAT or record["version"] != VERSION:
             raise ValueError(f"it is no {FORMAT} of version {VERSION}")
-        prompts = record["prompts"]
+        prompts, found = record["prompts"], record["fingerprint"]
         if not all(type(token) is int and token >= 0 for prompt in prompts for token in prompt):
             raise ValueError("it holds something else than token ids")
-        found = record["fingerprint"]
     except OSError as error:
         raise DataError(
             f"the prompts of {path} cannot be read from {file} ({error.strerror}); {way_out}"
