@@ -18,6 +18,7 @@ from melinoe.engine.device import support
 from melinoe.engine.device.support import why_not
 from melinoe.engine.options import Options
 from melinoe.engine.placement import Model
+from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError, BudgetError, CheckpointError, PinError
 from melinoe.host_memory import HostMemory
 from melinoe.moe.experts import find_experts
@@ -218,6 +219,12 @@ def test_what_only_the_fast_engine_can_do_is_refused_where_it_cannot_run(gpu, mo
         choose(store="pinned", ram="8KiB")
 
 
+def test_an_emulated_link_on_a_gpu_is_refused(gpu):
+    """There is a real one."""
+    with pytest.raises(AttachError, match="emulated link works on the CPU only"):
+        choose(link=EmulatedLink(1e9))
+
+
 def test_without_triton_the_reason_is_named(gpu, monkeypatch):
     """An error for fast, a reason for auto."""
     monkeypatch.setattr(placement, "why_not", why_not)
@@ -240,7 +247,7 @@ def test_without_triton_the_reason_is_named(gpu, monkeypatch):
         ({"batch": 4}, "the model runs on the CPU; leave them out"),
         ({"admit": 1}, "no GPU is used; leave admit out"),
         ({"engine": "reference", "compile": True}, r'compile belongs.*engine="fast"'),
-        ({"engine": "fast", "miss_threads": 2, "miss": "cpu"}, r'miss belongs.*"reference"'),
+        ({"engine": "fast", "miss": "cpu"}, r'miss belongs.*"reference"'),
         ({"engine": "quick"}, "no engine 'quick'"),
         ({"store": "tape"}, "no store 'tape'"),
     ],

@@ -1,13 +1,8 @@
 """
 Memory and slots: how many experts fit into an amount, never one more.
 
-A budget of GPU memory is a contract: everything is counted, and what is left goes to slots. What is
-counted beside the slots: the backbone's weights as they lie in memory; the cache of *batch*
-sequences of *context* tokens; the staging blocks; what the largest forward pass, a prompt of
-*context* tokens in every sequence, needs while it runs; and the buffers of captured steps. The
-cache and the pass are asked of the model itself, on the meta device. PyTorch's allocator gives
-large tensors whole pieces of 2 MiB, and so does this arithmetic. The CUDA context, some hundred
-MiB that no allocator sees, is not counted.
+A GPU's budget holds the backbone, the cache of *batch* sequences of *context* tokens, a prompt's
+pass, the staging blocks and captured steps; the rest is slots. The CUDA context is not counted.
 """
 
 from __future__ import annotations
@@ -16,10 +11,10 @@ import math
 import re
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,42 +35,33 @@ _LIBRARIES = 64 << 20
 _GRAPHS = 64 << 20
 # PyTorch's allocator packs small tensors together, and gives large ones whole pieces.
 _SMALL, _PIECE = 1 << 20, 2 << 20
-
-
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
-_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*")
+_BYTES = re.compile(r"\s*(\d*)(?:\.(\d+))?\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
     """
     Read an amount of memory: ``"8GiB"``, ``"500 MB"``, ``"1.5gib"``, ``"1024"`` or an int.
 
-    Returns:
-        Bytes, rounded down.
-
     Raises:
-        BudgetError: no number, an unknown unit, or nothing left after rounding.
+        BudgetError: no number, an unknown unit, or nothing left after rounding down.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         amount = text
     else:
         match = _BYTES.fullmatch(str(text))
-        if match is None or match[2].lower() not in _UNITS:
+        if match is None or not (match[1] or match[2]) or match[3].lower() not in _UNITS:
             raise BudgetError(
                 f"{text!r} is not an amount of memory; write it like 8GiB, 500MB or 1073741824"
             )
-        amount = _exact(match[1], _UNITS[match[2].lower()])
+        # In whole numbers: a float would lose the last bytes of a large budget.
+        unit, part = _UNITS[match[3].lower()], match[2] or "0"
+        amount = int(match[1] or 0) * unit + int(part) * unit // 10 ** len(part)
     if amount <= 0:
         raise BudgetError(f"{text!r} leaves no memory; write an amount like 8GiB or 500MB")
     return amount
-
-
-def _exact(number: str, unit: int) -> int:
-    """``number * unit`` in whole numbers: a float would lose the last bytes of a large budget."""
-    whole, _, part = number.partition(".")
-    return int(whole or 0) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
 
 
 def memory_of(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> int:
@@ -87,10 +73,7 @@ def memory_of(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> int
 
 def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
     """
-    The most slots per layer, alike in all layers, whose bytes stay within *expert_memory*.
-
-    Returns:
-        Between 1 and the largest number of experts of a layer.
+    Find the most slots per layer, alike in all, whose bytes stay within *expert_memory*.
 
     Raises:
         BudgetError: not even one slot per layer fits; the message has the smallest that works.
@@ -113,24 +96,24 @@ def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -
     Raises:
         BudgetError: no slot or more than experts, or not one number for each layer.
     """
+    most = [layer.num_experts for layer in layers]
     if isinstance(slots, int):
-        most = max(layer.num_experts for layer in layers)
-        if not 1 <= slots <= most:
+        if not 1 <= slots <= max(most):
             raise BudgetError(
-                f"{slots} slots per layer do not work with {most} experts; "
-                f"give between 1 and {most}"
+                f"{slots} slots per layer do not work with {max(most)} experts; "
+                f"give between 1 and {max(most)}"
             )
-        return tuple(min(slots, layer.num_experts) for layer in layers)
+        return tuple(min(slots, experts) for experts in most)
     if len(slots) != len(layers):
         raise BudgetError(
             f"slots are given for {len(slots)} layers of {len(layers)}; give one number for each, "
             "or one for all"
         )
-    for number, (count, layer) in enumerate(zip(slots, layers, strict=True)):
-        if not 1 <= count <= layer.num_experts:
+    for number, (count, experts) in enumerate(zip(slots, most, strict=True)):
+        if not 1 <= count <= experts:
             raise BudgetError(
-                f"{count} slots do not work in layer {number} with {layer.num_experts} experts; "
-                f"give between 1 and {layer.num_experts}"
+                f"{count} slots do not work in layer {number} with {experts} experts; "
+                f"give between 1 and {experts}"
             )
     return tuple(map(int, slots))
 
@@ -140,19 +123,7 @@ def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -
 
 @dataclass(frozen=True)
 class GpuBudget:
-    """
-    Where the memory of a budget goes, in bytes; the parts add up to *total* or less.
-
-    Attributes:
-        total: the budget.
-        backbone: all weights and buffers but the experts'.
-        kv_cache: keys and values, and recurrent states.
-        staging: the two blocks that prompts' experts pass through.
-        workspace: what the largest forward pass needs while it runs.
-        graphs: buffers of captured steps.
-        slots: of all layers.
-        slots_per_layer: alike in all layers.
-    """
+    """Where the bytes of a budget go; all parts add up to *total* or less."""
 
     total: int
     backbone: int
@@ -160,17 +131,18 @@ class GpuBudget:
     staging: int
     workspace: int
     graphs: int
-    slots: int
-    slots_per_layer: int
+    slots: int = 0
+    slots_per_layer: int = 0
 
     @property
     def used(self) -> int:
         """The sum of the parts."""
-        return sum(asdict(self).values()) - self.total - self.slots_per_layer
+        parts = self.backbone, self.kv_cache, self.staging, self.workspace, self.graphs
+        return sum(parts) + self.slots
 
     def __str__(self) -> str:
-        parts = ("backbone", "kv_cache", "staging", "workspace", "graphs", "slots")
-        said = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in parts)
+        names = ("backbone", "kv_cache", "staging", "workspace", "graphs", "slots")
+        said = ", ".join(f"{n} {format_bytes(getattr(self, n))}" for n in names if getattr(self, n))
         return f"{format_bytes(self.total)}: {said} ({self.slots_per_layer} per layer)"
 
 
@@ -188,27 +160,16 @@ def share_budget(
     """
     Share a budget out: the most slots, alike in all layers, that fit beside the rest.
 
-    Args:
-        gpu_memory: such as ``"8GiB"``; an int is bytes.
-        layers: in the format that slots hold.
-        backbone: from `backbone_bytes`.
-        kv_cache: from `cache_bytes`.
-        workspace: from `workspace_bytes`.
-        batch: sequences decoded at once, at most.
-        context: tokens of a sequence, prompt included, at most.
-        staging_experts: that one staging block holds.
+    *layers* are in the format that slots hold; *backbone* is from `backbone_bytes`, *kv_cache* and
+    *workspace* from `prompt_bytes`; *staging_experts* fit into one staging block.
 
     Raises:
         BudgetError: not even one slot per layer fits, with the smallest budget that works.
     """
-    total = parse_bytes(gpu_memory)
-    known = {
-        "backbone": pieces(backbone),
-        "kv_cache": kv_cache,
-        "staging": staging_bytes(layers, staging_experts),
-        "workspace": pieces(workspace) + _LIBRARIES,
-        "graphs": _GRAPHS,
-    }
+    rest = GpuBudget(
+        parse_bytes(gpu_memory), pieces(backbone), kv_cache, staging_bytes(layers, staging_experts),
+        pieces(workspace) + _LIBRARIES, _GRAPHS,
+    )  # fmt: skip
 
     def slot_bytes(slots: int) -> int:
         return sum(
@@ -217,19 +178,16 @@ def share_budget(
             for part in layer.parts
         )
 
-    rest = total - sum(known.values())
     most = max(layer.num_experts for layer in layers)
-    slots = bisect_right(range(1, most + 1), rest, key=slot_bytes)
+    slots = bisect_right(range(1, most + 1), rest.total - rest.used, key=slot_bytes)
     if not slots:
-        needed = total - rest + slot_bytes(1)
         raise BudgetError(
-            f"a GPU memory of {format_bytes(total)} is too little for {batch} sequences of "
-            f"{context} tokens with one expert of each layer; give {format_bytes(needed)} or more, "
-            f"or fewer or shorter sequences ("
-            + ", ".join(f"{name} {format_bytes(size)}" for name, size in known.items())
-            + ")"
+            f"a GPU memory of {format_bytes(rest.total)} is too little for {batch} sequences of "
+            f"{context} tokens with one expert of each layer; give "
+            f"{format_bytes(rest.used + slot_bytes(1))} or more, or fewer or shorter sequences "
+            f"({str(rest).split(': ')[1].split(' (')[0]})"
         )
-    return GpuBudget(total=total, **known, slots=slot_bytes(slots), slots_per_layer=slots)
+    return replace(rest, slots=slot_bytes(slots), slots_per_layer=slots)
 
 
 def pieces(nbytes: int) -> int:
@@ -248,49 +206,23 @@ def backbone_bytes(model: nn.Module, layers: Sequence[ExpertsLayer]) -> int:
     return sum(sizes.values())
 
 
-# --- asked of the model on the meta device ------------------------------------------------------
+class PromptBytes(NamedTuple):
+    """Memory of a prompt's pass: *cache* stays after it, *workspace* is the most beside it."""
+
+    cache: int
+    workspace: int
 
 
-def cache_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int) -> int:
+def prompt_bytes(
+    model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int
+) -> PromptBytes:
     """
-    Bytes that the cache of *batch* sequences of *context* tokens takes, as the allocator counts.
+    Ask a model on the meta device for the memory of the largest pass: a prompt in every sequence.
 
-    The family's static cache is filled by a pass without values, so latent attention, windows,
-    indexers and recurrent states are what they are. For a family without one, the cache that grows
-    is counted at its full length.
-
-    Args:
-        model: on the meta device.
-        layers: its MoE layers.
-        batch: sequences at once.
-        context: tokens of a sequence, prompt included, at most.
-
-    Raises:
-        UnknownNeedError: the family's code looks at values, so neither cache can be counted.
-    """
-    try:
-        cache = _static_cache(model, layers, batch, context)
-        return sum(pieces(one.nbytes) for layer in cache.layers for one in tensors(layer))
-    except RuntimeError:
-        pass  # no static cache; the other may do
-    try:
-        seen = meta_pass.forward(model, layers, min(context, meta_pass.DIRECT))
-        return batch * pieces(meta_pass.cache_bytes(model, layers, context, seen))
-    except RuntimeError as error:
-        raise _unknown(model, "the cache", error) from error
-
-
-def workspace_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int) -> int:
-    """
-    Estimate the most memory that is alive at once in a prompt's pass, beside weights and cache.
-
-    Each operation's outputs are followed until nobody holds them; so attention that keeps all
+    Each operation's outputs are followed until nobody holds them, so attention that keeps all
     probabilities is counted with them, and fused attention without. The experts' part is computed
-    by us and added where they are called.
-
-    Args:
-        model, layers, batch, context: as for `cache_bytes`; every sequence has *context* tokens,
-            and *layers* are in the format that slots hold.
+    by us and added where they are called. A family without a static cache is counted with the one
+    that grows, at its full length. *layers* are in the format that slots hold.
 
     Raises:
         UnknownNeedError: the family's code looks at values.
@@ -304,20 +236,31 @@ def workspace_bytes(model: Any, layers: Sequence[ExpertsLayer], batch: int, cont
     options: dict[str, Any] = {"use_cache": True}
     if getattr(model, "_supports_logits_to_keep", bool)():
         options["logits_to_keep"] = 1  # as generate does
+    kept: list[Tensor] = []
     try:
-        known: Iterable[Tensor] = ()
-        try:
-            cache = options["past_key_values"] = _static_cache(model, layers, batch, context)
-            known = [one for layer in cache.layers for one in tensors(layer)]
-        except RuntimeError:
-            pass  # the cache that grows is counted with the pass
-        ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
-        held = (ids, *model.parameters(), *model.buffers(), *known)
-        with meta_pass.without_experts(model, layers, called), watched(held) as live:
-            model(input_ids=ids, **options)
+        with meta_pass.without_experts(model, layers):
+            cache = StaticCache(config=model.config, max_cache_len=context)
+            ids = torch.zeros(batch, min(context, 2), dtype=torch.long, device="meta")
+            model(input_ids=ids, past_key_values=cache)
+        cache.reset()
+        options["past_key_values"] = cache
+        kept = [one for layer in cache.layers for one in tensors(layer)]
+    except RuntimeError:
+        pass  # no static cache: the one that grows stays alive with the pass's output
+    ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
+    known = (ids, *model.parameters(), *model.buffers(), *kept)
+    try:
+        with meta_pass.without_experts(model, layers, called), watched(known) as live:
+            output = model(input_ids=ids, **options)
     except RuntimeError as error:
-        raise _unknown(model, "a prompt", error) from error
-    return max(most, live.most)
+        raise UnknownNeedError(
+            f"how much memory a prompt of {model.config.model_type} takes cannot be told "
+            f"beforehand ({str(error).splitlines()[0][:80]}); give slots or expert_memory instead "
+            "of gpu_memory"
+        ) from error
+    grown = 0 if kept else live.bytes
+    del output
+    return PromptBytes(grown + sum(pieces(t.nbytes) for t in kept), max(most, live.most) - grown)
 
 
 def _experts_bytes(layer: ExpertsLayer, pairs: int) -> int:
@@ -334,45 +277,15 @@ def _experts_bytes(layer: ExpertsLayer, pairs: int) -> int:
     return unpacking + pairs * ((5 * larger + 4 * smaller) * down.dtype.itemsize + 8 * 8)
 
 
-def _unknown(model: Any, what: str, error: Exception) -> UnknownNeedError:
-    return UnknownNeedError(
-        f"how much memory {what} of {model.config.model_type} takes cannot be told beforehand "
-        f"({str(error).splitlines()[0][:80]}); give slots or expert_memory instead of gpu_memory"
-    )
-
-
-def _static_cache(
-    model: Any, layers: Sequence[ExpertsLayer], batch: int, context: int
-) -> StaticCache:
-    """Fill the family's static cache without values; RuntimeError if it has none."""
-    with meta_pass.without_experts(model, layers):
-        cache = StaticCache(config=model.config, max_cache_len=context)
-        ids = torch.zeros(batch, min(context, 2), dtype=torch.long, device="meta")
-        model(input_ids=ids, past_key_values=cache)
-    cache.reset()
-    return cache
-
-
 class Live(TorchDispatchMode):
-    """
-    Follows memory, from the operation that makes it until nobody holds it.
-
-    Args:
-        known: tensors whose memory is not counted.
-
-    Attributes:
-        bytes: alive now.
-        most: alive at once, at most.
-    """
+    """Follow memory from the operation that makes it until nobody holds it, but that of *known*."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.bytes = self.most = 0
+        self.bytes = self.most = 0  # alive now, and at once at most
         self._known = weakref.WeakSet(one.untyped_storage() for one in known)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for one in tree_leaves(made):
             if isinstance(one, Tensor) and one.untyped_storage() not in self._known:
@@ -390,9 +303,7 @@ class Live(TorchDispatchMode):
 class _FusedAttention(TorchFunctionMode):
     """Attention by one kernel, as on a GPU: its output, and its mask as numbers."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -412,35 +323,24 @@ def watched(known: Iterable[Tensor]) -> Iterator[Live]:
         yield live
 
 
-# --- kept ---------------------------------------------------------------------------------------
-
-
-class Cap:
+def cap_memory(total: int, device: torch.device) -> Callable[[], None]:
     """
-    A limit on what the allocator takes on *device*, in the whole process; without effect on a CPU.
+    Limit what the allocator takes on *device*, in the whole process, to *total* bytes.
 
-    A request that would need more fails with `torch.OutOfMemoryError`, and the next one works. The
-    allocator knows one limit a device: a second cap replaces the first.
+    A request for more fails with `torch.OutOfMemoryError`, and the next one works. On the CPU
+    nothing is limited.
 
-    Args:
-        total: bytes.
-        device: where.
+    Returns:
+        What allows again what was allowed before; without effect the second time.
     """
+    before: list[float] = []
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        before.append(torch.cuda.get_per_process_memory_fraction(device))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, total / memory), device)
 
-    def __init__(self, total: int, device: torch.device) -> None:
-        self._total, self._device = total, device
-        self._before: float | None = None
+    def lift() -> None:
+        if before:
+            torch.cuda.set_per_process_memory_fraction(before.pop(), device)
 
-    def put(self) -> None:
-        """Limit the allocator from now on."""
-        if self._device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self._device).total_memory
-            self._before = torch.cuda.get_per_process_memory_fraction(self._device)
-            share = min(1.0, self._total / memory)
-            torch.cuda.set_per_process_memory_fraction(share, self._device)
-
-    def lift(self) -> None:
-        """Allow again what was allowed before; without effect if the cap was not put."""
-        if self._before is not None:
-            torch.cuda.set_per_process_memory_fraction(self._before, self._device)
-            self._before = None
+    return lift

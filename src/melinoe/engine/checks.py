@@ -28,9 +28,7 @@ class Guard:
     """
 
     def __init__(self, device: torch.device, module: nn.Module, names: Sequence[str]) -> None:
-        self._device = device
-        self._parameters = module._parameters
-        self._names = tuple(names)
+        self._device, self._parameters, self._names = device, module._parameters, tuple(names)
         self._dtypes: dict[str, torch.dtype] = {}
 
     def watch(self) -> None:
@@ -50,8 +48,7 @@ class Guard:
                 "offloaded experts have no gradient; run the model under torch.no_grad(), or "
                 "call handle.detach() to train"
             )
-        way = _other_way(hidden_states)
-        if way is not None:
+        if (way := _other_way(hidden_states)) is not None:
             raise AttachError(
                 f"offloaded experts cannot run under {way}, because which of them are resident is "
                 "asked while they run; call the model as it is, or handle.detach() first"
@@ -76,11 +73,7 @@ class Guard:
 
 
 def _other_way(tensor: Tensor) -> str | None:
-    """
-    The name of what runs this pass without values, or more than once; None if nothing does.
-
-    What that makes would keep today's residents for good, or hold no numbers to choose by.
-    """
+    """Name what runs this pass without values, or more than once; None if nothing does."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     if torch.compiler.is_exporting():
@@ -120,48 +113,35 @@ def stream_order(device: torch.device) -> Callable[[], None]:
 
 
 def audit(layers: Sequence[ExpertsLayer], caches: Sequence[Any]) -> int:
-    """
-    Compare every resident expert with the store; see `melinoe.engine.handle.Handle.audit`.
+    """Compare every resident expert with the store; see `melinoe.engine.handle.Handle.audit`."""
 
-    Args:
-        layers: In order.
-        caches: Of each layer: its ``residency``, its ``slots`` by name, and ``read``.
+    def fault(what: str) -> AttachError:
+        return AttachError(
+            f"{what}; call reset_cache(), which empties the slots, and report how it came about"
+        )
 
-    Returns:
-        How many experts were compared.
-
-    Raises:
-        AttachError: they differ, or the books of a layer disagree.
-    """
-    return sum(_audit_layer(*pair) for pair in zip(layers, caches, strict=True))
-
-
-def _audit_layer(layer: ExpertsLayer, cache: Any) -> int:
-    residency = cache.residency
-    slot_of, expert_of = residency.slot_of, residency.expert_of
-    resident = np.flatnonzero(slot_of >= 0)
-    try:
-        residency.check_invariants()
-        books = len(resident) == int((expert_of >= 0).sum())
-    except AssertionError:
-        books = False
-    if not (books and (expert_of[slot_of[resident]] == resident).all()):
-        raise _fault(f"the books of {layer.name} disagree about which expert is in which slot")
-    for expert in resident.tolist():
-        slot = int(slot_of[expert])
-        for name, kept in cache.read(expert).items():
-            if not same_bits(cache.slots[name][slot].cpu(), kept):
-                raise _fault(
-                    f"slot {slot} of {layer.name} is to hold expert {expert}, and its {name} is "
-                    "not what the store holds"
-                )
-    return len(resident)
-
-
-def _fault(what: str) -> AttachError:
-    return AttachError(
-        f"{what}; call reset_cache(), which empties the slots, and report how it came about"
-    )
+    compared = 0
+    for layer, cache in zip(layers, caches, strict=True):
+        residency = cache.residency
+        slot_of, expert_of = residency.slot_of, residency.expert_of
+        resident = np.flatnonzero(slot_of >= 0)
+        try:
+            residency.check_invariants()
+            books = len(resident) == int((expert_of >= 0).sum())
+        except AssertionError:
+            books = False
+        if not (books and (expert_of[slot_of[resident]] == resident).all()):
+            raise fault(f"the books of {layer.name} disagree about which expert is in which slot")
+        for expert in resident.tolist():
+            slot = int(slot_of[expert])
+            for name, kept in cache.read(expert).items():
+                if not same_bits(cache.slots[name][slot].cpu(), kept):
+                    raise fault(
+                        f"slot {slot} of {layer.name} is to hold expert {expert}, and its {name} "
+                        "is not what the store holds"
+                    )
+        compared += len(resident)
+    return compared
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -24,14 +24,7 @@ class Choosing:
     """
     Changes the choices of decoding tokens; see `melinoe.moe.choice` for how.
 
-    What is counted and recorded is what then runs, so that a trace, its simulation and the
-    counters agree as they always do.
-
-    Args:
-        model: It is served.
-        caches: Of its layers, in order.
-        passes: Tell prompt from completion.
-        settings: Not ``exact``.
+    What is counted and recorded is what then runs.
 
     Raises:
         UnsupportedModelError: a layer without a router whose logits can be seen.

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.prefetch import Prefetcher
-from melinoe.cache.residency import Residency, StreamedPrefill
-from melinoe.engine.budget import Cap, GpuBudget
+from melinoe.cache.residency import StreamedPrefill
+from melinoe.engine.budget import GpuBudget
 from melinoe.engine.checks import audit, stream_order
 from melinoe.engine.choosing import Choosing
 from melinoe.engine.misses import Misses
-from melinoe.engine.passes import ForwardPasses
 from melinoe.engine.prefetching import Prefetching
-from melinoe.engine.record import Recorder, UseMeter
+from melinoe.engine.record import Recorder
+from melinoe.engine.reference import ReferenceEngine
 from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, still_used, unbind, use_melinoe
@@ -29,111 +29,8 @@ from melinoe.moe.routing import find_routers, fingerprint
 from melinoe.stores.store import Store
 from melinoe.stores.weights import free_weights, give_weights_back, refuse_copies
 
-
-class LayerExperts(Protocol):
-    """The experts of one MoE layer, computed from its slots."""
-
-    @property
-    def layer(self) -> ExpertsLayer:
-        """The layer."""
-
-    @property
-    def slots(self) -> Mapping[str, Tensor]:
-        """By parameter name, ``(num_slots, ...)``."""
-
-    @property
-    def residency(self) -> Residency:
-        """Which experts are resident now."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the layer's slots."""
-
-    @property
-    def watch(self) -> Callable[[], None]:
-        """Refuse from now on to run once the layer's empty parameters are changed."""
-
-    def resident(self) -> list[int]:
-        """Ids of the resident experts, ascending; any thread may ask at any time."""
-
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes."""
-
-    def prefetch(self, experts: Sequence[int]) -> int:
-        """Begin to load *experts*; returns how many loads that takes."""
-
-    def reset(self) -> None:
-        """Empty the slots; the counters stay."""
-
-    def read(self, expert: int) -> dict[str, Tensor]:
-        """One expert as the store holds it, on the host."""
-
-    def release(self) -> None:
-        """Free the slots: nothing is computed from them any more."""
-
-
-class Engine(Protocol):
-    """
-    Who decides which experts are loaded: all that differs between the host and the device.
-
-    `melinoe.engine.reference.ReferenceEngine` asks the host in every layer,
-    `melinoe.engine.device.engine.DeviceEngine` never does in a decode step. Made while the weights
-    are still in the model; changes nothing of it before `plug_in`.
-    """
-
-    name: str
-    """``reference`` or ``fast``."""
-
-    asks_host: bool
-    """Whether the host learns between layers what a layer chose."""
-
-    prefill: StreamedPrefill | None
-    """The rule by which prompts are streamed; None: they are served like any request."""
-
-    @property
-    def passes(self) -> ForwardPasses:
-        """Follow the model's forward passes."""
-
-    @property
-    def experts(self) -> Sequence[LayerExperts]:
-        """By layer."""
-
-    @property
-    def graphs(self) -> Any:
-        """The captured decode steps; None if this engine captures none."""
-
-    @property
-    def stall_s(self) -> float:
-        """Seconds for which forward passes waited for experts, where that is known."""
-
-    @property
-    def host_s(self) -> float:
-        """Seconds for which the host computed missing experts."""
-
-    @property
-    def transferred_bytes(self) -> int:
-        """Bytes copied into slots."""
-
-    def plug_in(self, model: nn.Module) -> Callable[[], None]:
-        """Fit the model's ``generate`` to this engine; returns what undoes it."""
-
-    def counters(self) -> Counters:
-        """A copy of what was counted."""
-
-    def reset_counters(self) -> None:
-        """Count from zero."""
-
-    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """Let no prefetch count any more, except those in *but*, by layer."""
-
-    def every_step_seen(self, counting: bool) -> AbstractContextManager[None]:
-        """Within the body the recorder of `passes` sees every step."""
-
-    def finish(self) -> None:
-        """Return when no copy is under way."""
-
-    def close(self) -> None:
-        """Free what holds the slots: the model is about to get its weights back."""
+if TYPE_CHECKING:  # Triton may be absent
+    from melinoe.engine.device.engine import DeviceEngine
 
 
 class Handle:
@@ -156,6 +53,8 @@ class Handle:
         engine: Who decides what is loaded.
         budget: Of the GPU's memory, kept until `detach`; None if none was given.
         placement: One line: what was chosen to serve the model, and why.
+        lock: Held by the thread whose call of the model runs, for whoever makes several as one. A
+            thread that holds it must not wait for another that calls the model.
     """
 
     def __init__(
@@ -163,31 +62,36 @@ class Handle:
         model: nn.Module,
         layers: Sequence[ExpertsLayer],
         store: Store,
-        engine: Engine,
+        engine: ReferenceEngine | DeviceEngine,
         device: torch.device,
         *,
         slots: Sequence[int],
         misses: Misses | None = None,
         link: Any = None,
         budget: GpuBudget | None = None,
-        cap: Cap | None = None,
+        lift_cap: Callable[[], None] | None = None,
         at_detach: Callable[[], None] | None = None,
         placement: str = "",
     ) -> None:
         self.layers, self.store, self.engine, self.device = tuple(layers), store, engine, device
         self.slots_by_layer, self.slots = tuple(slots), max(slots)
         self.link, self.misses = link, misses or Misses()
-        self.budget, self._cap = budget, cap
-        self.placement = placement
-        self._at_detach = at_detach
+        self.budget, self.placement = budget, placement
+        self._lift_cap, self._at_detach = lift_cap, at_detach
         self._model = model
-        self._passes, self._caches = engine.passes, engine.experts
+        self._passes = engine.passes
+        self._caches: Sequence[Any] = engine.experts
+        self.lock: threading.RLock = self._passes.lock
         self._undo = ExitStack()
         self._choosing: Choosing | None = None
         self._prefetching = False  # whether a prefetcher is at work
         self._askers = 0
         self.policy = self._caches[0].residency.policy.name
-        self._origins = [_origin(layer, device) for layer in layers]
+        # Where each layer's weights go back to.
+        self._origins = [
+            device if p.is_meta else p.device
+            for p in (layer.module.get_parameter("down_proj") for layer in layers)
+        ]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             undo.callback(self._passes.follow())
             self._passes.ahead.forget = engine.forget_prefetches
@@ -204,15 +108,6 @@ class Handle:
             self._undo = undo.pop_all()
         self._attached = True
 
-    @property
-    def lock(self) -> threading.RLock:
-        """
-        Held by the thread whose call of the model runs; for whoever makes several as one.
-
-        A thread that holds it must not wait for another that calls the model.
-        """
-        return self._passes.lock
-
     # --- reading --------------------------------------------------------------------------------
 
     @property
@@ -222,11 +117,7 @@ class Handle:
 
     @property
     def counters_before_text(self) -> Counters:
-        """
-        As `counters`, without the prefetches that wait for the text to come.
-
-        Those are part of its cost, so this is what to subtract from the counters after it.
-        """
+        """`counters` without the prefetches that wait for the text to come: part of its cost."""
         counters = self.counters
         for layer, count in enumerate(self._passes.ahead.waiting):
             counters.add_prefetch(layer, -count)
@@ -234,11 +125,7 @@ class Handle:
 
     @property
     def prefill(self) -> StreamedPrefill | None:
-        """
-        The rule by which prompts are streamed, None where they are served like any request.
-
-        For ``simulate(..., prefill=handle.prefill)``. May be exchanged between two prompts.
-        """
+        """The rule by which prompts are streamed, for `simulate`; None: like any request."""
         return self.engine.prefill
 
     @prefill.setter
@@ -285,14 +172,20 @@ class Handle:
         """How many experts of MoE layer *layer* are resident."""
         return len(self._caches[layer].resident())
 
+    @property
+    def choice(self) -> ChoiceSettings:
+        """How experts are chosen; ``exact`` unless `choose` said else."""
+        return self._choosing.settings if self._choosing is not None else ChoiceSettings()
+
+    @property
+    def changed_choices(self) -> int:
+        """Choices that a cache-aware choice has replaced since it was set."""
+        return self._choosing.changed if self._choosing is not None else 0
+
     # --- acting ---------------------------------------------------------------------------------
 
     def reset_counters(self) -> None:
-        """
-        Set counters, stall time and transferred bytes to zero.
-
-        An expert that was prefetched before, and is used later, no longer counts as a prefetch.
-        """
+        """Set counters, stall time and transferred bytes to zero, and forget earlier prefetches."""
         with self.lock:
             self.engine.reset_counters()
             self._passes.ahead.reset()
@@ -308,13 +201,10 @@ class Handle:
 
     def audit(self) -> int:
         """
-        Check that the books agree and that each slot holds, bit for bit, what they say.
-
-        Nothing has to be wrong for it: call it when something else went wrong. It reads every
-        resident expert once from the store, and waits for the call that runs.
+        Check that the books agree and that each slot holds, bit for bit, what the store has.
 
         Returns:
-            How many experts were compared with the store.
+            How many experts were compared with the store; each is read once.
 
         Raises:
             AttachError: something differs, and what; or detached.
@@ -419,8 +309,8 @@ class Handle:
         Record what the routers choose in the body of the ``with`` statement.
 
         Args:
-            model_name: for the trace's header; absent means the configuration's name.
-            guesses: also what each layer's router says one layer early while decoding, as the
+            model_name: For the trace's header; absent: the configuration's name.
+            guesses: Also what each layer's router says one layer early while decoding, as the
                 prefetch ``next-router`` needs it.
 
         Raises:
@@ -444,51 +334,19 @@ class Handle:
         with ExitStack() as stack:
             if guesses:
                 stack.enter_context(self._asking_next_routers())
-            stack.enter_context(self._telling(recorder))
-            yield recorder
-
-    @contextmanager
-    def measure_uses(self) -> Iterator[UseMeter]:
-        """
-        Count which experts completions choose in the body of the ``with`` statement.
-
-        Cheaper than `record`, and for models too that cannot be recorded; nothing is kept of who
-        chose what when.
-
-        Raises:
-            AttachError: something is being recorded already, or detached.
-        """
-        self._check_attached()
-        meter = UseMeter([layer.num_experts for layer in self.layers])
-        with self._telling(meter):
-            yield meter
-
-    @contextmanager
-    def _telling(self, listener: Recorder | UseMeter) -> Iterator[None]:
-        """Tell *listener* of each pass that begins in the body of the ``with`` statement."""
-        with self.engine.every_step_seen(counting=isinstance(listener, UseMeter)):
+            stack.enter_context(self.engine.every_step_seen())
             with self.lock:
                 if self._passes.recorder is not None:
                     raise AttachError(
                         "a recording is running already; end it before you begin another"
                     )
-                self._passes.recorder = listener
+                self._passes.recorder = recorder
             try:
-                yield
+                yield recorder
             finally:
                 with self.lock:  # not in the midst of another thread's pass
                     self._passes.settle()
                     self._passes.recorder = None
-
-    @property
-    def choice(self) -> ChoiceSettings:
-        """How experts are chosen; ``exact`` unless `choose` said else."""
-        return self._choosing.settings if self._choosing is not None else ChoiceSettings()
-
-    @property
-    def changed_choices(self) -> int:
-        """Choices that a cache-aware choice has replaced since it was set."""
-        return self._choosing.changed if self._choosing is not None else 0
 
     def choose(self, settings: ChoiceSettings) -> None:
         """
@@ -521,9 +379,9 @@ class Handle:
 
         Weights come back bit for bit; those that were packed while attaching as they were rounded.
         Needs memory for all experts beside the store. The files of a checkpoint that `load` left
-        open for the store are closed, so that the store cannot be used again. Without effect the
-        second time. If it fails, for want of that memory say, the handle is still attached and
-        can be detached again. Waits for a call, or a `generate`, of another thread.
+        open for the store are closed. Without effect the second time. If it fails, for want of
+        memory say, the handle is still attached. Waits for a call, or a `generate`, of another
+        thread.
 
         Raises:
             AttachError: a call of the model runs in this thread.
@@ -535,9 +393,17 @@ class Handle:
                 raise AttachError("the model computes a call now; detach() when it has returned")
             self.engine.finish()
             self.engine.close()
-            if self._cap is not None:
-                self._cap.lift()  # experts that come back may need more than the budget
-            self._give_weights_back()
+            if self._lift_cap is not None:
+                self._lift_cap()  # experts that come back may need more than the budget
+            given = []
+            try:  # all of them, or none
+                for layer, origin in zip(self.layers, self._origins, strict=True):
+                    given.append(layer)
+                    give_weights_back(layer, self.store, origin)
+            except BaseException:
+                for layer in given:
+                    free_weights(layer, self.device)
+                raise
             self.choose(ChoiceSettings())
             self._attached = False
             self._undo.close()
@@ -545,18 +411,6 @@ class Handle:
                 cache.release()
             if self._at_detach is not None:
                 self._at_detach()
-
-    def _give_weights_back(self) -> None:
-        """All of them, or none."""
-        given = []
-        try:
-            for layer, origin in zip(self.layers, self._origins, strict=True):
-                given.append(layer)
-                give_weights_back(layer, self.store, origin)
-        except BaseException:
-            for layer in given:
-                free_weights(layer, self.device)
-            raise
 
     def __enter__(self) -> Handle:
         return self
@@ -567,9 +421,3 @@ class Handle:
     def _check_attached(self) -> None:
         if not self._attached:
             raise AttachError("this handle is detached from its model; attach again")
-
-
-def _origin(layer: ExpertsLayer, device: torch.device) -> torch.device:
-    """The device that a layer's weights go back to: theirs, or the slots'."""
-    parameter = layer.module.get_parameter("down_proj")
-    return device if parameter.is_meta else parameter.device

@@ -84,9 +84,6 @@ class Options:
         "on a miss: wait for the expert; cpu, compute it on the host; split, both, by cost",
         choices=MISSES,
     )
-    miss_threads: int | None = setting(
-        None, "threads of the host while it computes a miss; absent: measured", unit="threads"
-    )
     admit: int | None = setting(
         None, "experts of a prompt that may evict others; absent: all", unit="experts"
     )
@@ -100,29 +97,34 @@ class Options:
     link: Any = setting(None, "emulate a slow link to the slots, on the CPU")
 
     def __post_init__(self) -> None:
-        for name in ("engine", "store", "format"):
-            self._check_word(name)
-        sizes = (self.slots, self.expert_memory, self.gpu_memory)
-        if sum(size is not None for size in sizes) > 1:
+        for one in fields(self):
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            choices = choices() if callable(choices) else choices
+            if choices and isinstance(value, str) and value not in choices:
+                raise AttachError(
+                    f"there is no {one.name} {value!r}; choose one of {', '.join(choices)}"
+                )
+        given = [
+            name
+            for name in ("slots", "expert_memory", "gpu_memory", "batch", "context")
+            if getattr(self, name) is not None
+        ]
+        if len({"slots", "expert_memory", "gpu_memory"}.intersection(given)) > 1:
             raise BudgetError(
                 "give one of slots, expert_memory and gpu_memory, and not both of two: each says "
                 "how many experts are resident"
             )
-        if (self.slots is not None or self.expert_memory is not None) and (
-            self.batch is not None or self.context is not None
-        ):
+        if given and given[0] in ("slots", "expert_memory") and len(given) > 1:
             raise BudgetError(
                 "batch and context share a GPU's memory out, and slots or expert_memory do that "
                 "already; give gpu_memory, or leave them out"
             )
-        if self.engine == "reference" and (other := self.needs_device) is not None:
-            raise AttachError(
-                f'{other} belongs to the other engine; leave it out, or give engine="fast"'
-            )
-        if self.engine == "fast" and (other := self.needs_host) is not None:
-            raise AttachError(
-                f'{other} belongs to the other engine; leave it out, or give engine="reference"'
-            )
+        for engine, other in (("reference", "fast"), ("fast", "reference")):
+            name = self.needs_device if other == "fast" else self.needs_host
+            if self.engine == engine and name is not None:
+                raise AttachError(
+                    f'{name} belongs to the other engine; leave it out, or give engine="{other}"'
+                )
         if self.staging_experts < 1:
             raise AttachError(f"staging_experts cannot be {self.staging_experts}; give 1 or more")
 
@@ -142,17 +144,7 @@ class Options:
         """The first option given that only the reference engine knows; None if none is."""
         given = {
             "miss": getattr(self.miss, "kind", self.miss) != "wait",
-            "miss_threads": self.miss_threads is not None,
             "link": self.link is not None,
             "store": self.store == "disk",
         }
         return next((name for name, is_given in given.items() if is_given), None)
-
-    def _check_word(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, str):
-            return
-        choices = next(one.metadata["choices"] for one in fields(self) if one.name == name)
-        choices = choices() if callable(choices) else choices
-        if value not in choices:
-            raise AttachError(f"there is no {name} {value!r}; choose one of {', '.join(choices)}")

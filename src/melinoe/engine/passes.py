@@ -1,5 +1,5 @@
 """
-Follow a model's forward passes: where one begins, whose each row is, and what it is.
+Follow a model's forward passes: where one begins, sequence and kind of each row.
 
 Experts see the tokens of a layer and nothing else. `ForwardPasses` stands before the model's own
 ``forward`` and ``generate`` and sees the rest: the batch, its padding, the prompt's length.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.prefetch import MOST_ROWS, Route
@@ -78,10 +78,9 @@ class Batch:
         """`PROMPT` if some token is the prompt's, else `COMPLETION`."""
         return PROMPT if self.prompt else COMPLETION
 
-    @property
-    def continues(self) -> bool:
-        """Whether something came before."""
-        return self.start > 0 or self.repeats
+    def begins_text(self, batch: int) -> bool:
+        """Whether a prompt's pass begins a text, *batch* being the rows of the text before."""
+        return not (self.start > 0 or self.repeats) or self.batch != batch
 
     def padding(self) -> Tensor | None:
         """Bool ``(batch, length)``, true where a token is padding; None if no mask tells."""
@@ -93,7 +92,7 @@ class Batch:
 
 
 class Listener(Protocol):
-    """Is told of forward passes: a recorder, or a meter of uses."""
+    """Is told of forward passes."""
 
     def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
         """A pass of *tokens* rows begins, within *call* if the model was called as a whole."""
@@ -112,48 +111,46 @@ class Ahead:
     """
     Tell which prefetches belong to the text to come, so that each is judged by its own text.
 
-    A prefetch belongs to the text whose first pass is the next one. An earlier prefetch was for an
-    earlier text, and wasted, even if a later text finds the expert resident.
-    The simulator, which knows where a text begins before it loads for it, comes to the same.
+    A prefetch between passes belongs to the text whose pass comes next. An earlier one was for an
+    earlier text, and wasted, even if a later text finds the expert resident; as the simulator says.
 
     Attributes:
-        forget: Called when a text begins with what still counts as loaded ahead, by layer
+        forget: Called with what still counts as loaded ahead, by layer, when a text begins
             (`melinoe.cache.residency.Residency.forget_prefetches`).
     """
 
     def __init__(self, num_layers: int) -> None:
-        self._waiting: list[list[int]] = [[] for _ in range(num_layers)]
+        self._by_layer: list[list[int]] = [[] for _ in range(num_layers)]  # for the text to come
         self._any = False  # whether anything was loaded ahead since a text began
         self.forget: Callable[[Sequence[Collection[int]]], None] = lambda _: None
 
     def loaded(self, layer: int, experts: Sequence[int], waits: bool) -> None:
         """*experts* of *layer* were loaded ahead; *waits*: between passes, not within one."""
-        if experts:
-            self._any = True
-            if waits:
-                self._waiting[layer].extend(experts)
+        self._any |= bool(experts)
+        if waits:
+            self._by_layer[layer].extend(experts)
 
     def text_begins(self) -> None:
         """A text's first pass is about to begin."""
         if self._any:
-            self.forget(self._waiting)
-            self._any = any(self._waiting)
+            self.forget(self._by_layer)
+            self._any = any(self._by_layer)
 
     def pass_begins(self) -> None:
         """Nothing waits for the pass that begins any more."""
-        for waiting in self._waiting if self._any else ():
-            waiting.clear()
+        if self._any:
+            self._by_layer = [[] for _ in self._by_layer]
 
     def reset(self) -> None:
         """Counters begin anew: nothing that was loaded so far counts."""
-        self.pass_begins()
-        self.forget(self._waiting)
+        self._by_layer = [[] for _ in self._by_layer]
+        self.forget(self._by_layer)
         self._any = False
 
     @property
     def waiting(self) -> list[int]:
         """How many experts of each layer were loaded ahead for the text to come."""
-        return [len(experts) for experts in self._waiting]
+        return [len(experts) for experts in self._by_layer]
 
 
 class ForwardPasses:
@@ -166,24 +163,21 @@ class ForwardPasses:
     prompt. Passes that verify guesses (assisted decoding, prompt lookup) are completion: their
     tokens, wrong guesses included, come behind the prompt.
 
-    One call at a time: another thread waits until the call that runs has returned, or the
-    ``generate`` that it belongs to.
-
     Attributes:
         lock: Held by the thread whose call or ``generate`` runs; by others while they change what
             a call relies on.
         forward: Computes a call of the model; its own, unless a compiled one stands in.
         check: Called before each call of the model; raises if it cannot be served.
-        recorder: Told of every pass, if there is one.
-        prompt_uses: Told too: counts which experts a prompt's tokens choose, for a prefetcher.
+        recorder, prompt_uses: Told of every pass, if there are any.
         before_completion: Called once, when the next pass of the completion begins and before it
             asks for any expert; then forgotten.
         next_routers: Asked early in passes of the completion with few rows, if somebody wants it.
         guess: What the next layer's router said in the layer entered last; None if not asked.
         route: Which layer comes next; whoever serves a request tells it.
         ahead: Which prefetches belong to the text to come.
-        phase: Of the open pass, or of the last one.
+        phase, tokens: Of the open pass, or of the last one.
         fallbacks: Decode steps that the host planned where the device should.
+        inside: Whether a call of the model has begun and not returned.
     """
 
     def __init__(self, model: nn.Module, counters: Counters) -> None:
@@ -201,11 +195,11 @@ class ForwardPasses:
         self.phase = PROMPT
         self.tokens = 0
         self.fallbacks = 0
+        self.inside = False
         self._model = model
         self._batch = 0  # sequences of the text that began last
         self._call: Batch | None = None
         self._generating: Generating | None = None
-        self._inside = False  # a call of the model has begun and not returned
         self._seen = 0  # bit i: layer i has run in the open pass
         self._warned_of_compiling = False
 
@@ -213,14 +207,12 @@ class ForwardPasses:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
         bit = 1 << layer
         if not self._seen or self._seen & bit:
-            if not self._inside:  # a submodule was called directly
+            if not self.inside:  # a submodule was called directly
                 self.check()
             self._begin(top_k_index.shape[0])
         self._seen |= bit
-        if self.recorder is not None:
-            self.recorder.add(layer, top_k_index, top_k_weights)
-        if self.prompt_uses is not None:
-            self.prompt_uses.add(layer, top_k_index)
+        for listener in self._listeners():
+            listener.add(layer, top_k_index, top_k_weights)
         if self.next_routers is not None:
             self._ask_early(self.next_routers, layer, *top_k_index.shape)
 
@@ -236,7 +228,7 @@ class ForwardPasses:
 
     def settle(self) -> None:
         """Between calls of the model: end a pass that is open, as one of a submodule may be."""
-        if not self._inside:
+        if not self.inside:
             self.end()
 
     def drop(self) -> None:
@@ -273,21 +265,13 @@ class ForwardPasses:
         return COMPLETION if tokens == 1 else PROMPT
 
     @property
-    def inside(self) -> bool:
-        """Whether a call of the model runs."""
-        return self._inside
-
-    @property
     def decodes_few(self) -> bool:
         """Whether the open pass is one in which prefetchers are asked between layers."""
         return self.phase == COMPLETION and self.tokens <= MOST_ROWS
 
     def follow(self) -> Callable[[], None]:
         """Stand before the model's own ``forward`` from now on; returns what ends that."""
-        model = self._model
-        before = vars(model).get("forward")
-        own = self.forward
-        attached = True
+        own, attached = self.forward, True
 
         # A compiler that looked inside would keep for good what is asked and counted once.
         @torch.compiler.disable(reason=NOT_COMPILED)
@@ -307,16 +291,14 @@ class ForwardPasses:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return call(torch.compiler.is_dynamo_compiling(), *args, **kwargs)
 
+        put_back = _stand_before(self._model, "forward", forward)
+
         def undo() -> None:
             nonlocal attached
             self.settle()
             attached = False  # somebody may have put another before ours, which then stays
-            if vars(model).get("forward") is forward:
-                del vars(model)["forward"]
-                if before is not None:
-                    vars(model)["forward"] = before
+            put_back()
 
-        vars(model)["forward"] = forward  # not setattr: nothing of it may be registered
         return undo
 
     # --- inner ----------------------------------------------------------------------------------
@@ -338,10 +320,8 @@ class ForwardPasses:
     def _tell(self, phase: int, tokens: int) -> None:
         """Tell whoever follows that a pass has begun."""
         self.phase, self.tokens = phase, tokens
-        call, batch = self._call, 1 if self._call is None else self._call.batch
-        # As a recording tells sequences apart.
-        if phase == PROMPT and not (call is not None and call.continues and batch == self._batch):
-            self._batch = batch
+        if phase == PROMPT and (self._call is None or self._call.begins_text(self._batch)):
+            self._batch = 1 if self._call is None else self._call.batch
             self.ahead.text_begins()
         self.ahead.pass_begins()
         for listener in self._listeners():
@@ -366,14 +346,14 @@ class ForwardPasses:
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call of the model."""
-        if self._inside:
+        if self.inside:
             raise AttachError(
                 "the model was called while it computes another call, as by a hook on one of its "
                 "layers; call it when that call has returned"
             )
         self.check()
         self.settle()
-        self._inside = True
+        self.inside = True
         try:
             self._before(args, kwargs)
             output = self.forward(*args, **kwargs)
@@ -382,35 +362,28 @@ class ForwardPasses:
             self.drop()
             raise
         finally:
-            self._inside, self._call = False, None
+            self.inside, self._call = False, None
         return output
 
     def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call with these arguments is about to run."""
-        self._call = describe_call(args, kwargs, self._generating)
-        if self._generating is not None:
-            self._check_repeats(self._generating)
-        if self._call is not None and self._call.phase == COMPLETION:
+        call = self._call = describe_call(args, kwargs, self._generating)
+        generating = self._generating
+        if generating is not None and not generating.drafts:
+            generating.began = True
+            if call is not None and call.repeats and self.recorder is not None:
+                raise TraceError(
+                    "this generation runs without a key-value cache, so each pass computes the "
+                    "whole text again, which a trace cannot hold; generate with use_cache=True"
+                )
+            if call is not None and call.repeats and not generating.warned:
+                generating.warned = True
+                _log.warning(
+                    "generation without a key-value cache computes the prompt again for each "
+                    "token, so all its passes count as the prompt's; use_cache=True avoids both"
+                )
+        if call is not None and call.phase == COMPLETION:
             self._completion_begins()
-
-    def _check_repeats(self, generating: Generating) -> None:
-        """Say, or refuse to record, that the prompt is computed again and again."""
-        if generating.drafts:
-            return
-        generating.began = True
-        if self._call is None or not self._call.repeats:
-            return
-        if self.recorder is not None:
-            raise TraceError(
-                "this generation runs without a key-value cache, so each pass computes the whole "
-                "text again, which a trace cannot hold; generate with use_cache=True"
-            )
-        if not generating.warned:
-            generating.warned = True
-            _log.warning(
-                "generation without a key-value cache computes the prompt again for each token, "
-                "so all its passes count as the prompt's; use_cache=True avoids both"
-            )
 
     def _completion_begins(self) -> None:
         act, self.before_completion = self.before_completion, None
@@ -418,17 +391,27 @@ class ForwardPasses:
             act()
 
 
+def _stand_before(model: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Make *function* the method *name* of this *model*; returns what puts the old one back."""
+    own = vars(model)  # not setattr: nothing of it may be registered
+    before = own.get(name)
+    own[name] = function
+
+    def undo() -> None:
+        if own.get(name) is function:
+            del own[name]
+            if before is not None:
+                own[name] = before
+
+    return undo
+
+
 # --- calls of the model -------------------------------------------------------------------------
 
 
 def rows_of(call: Batch | None, phase: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Sequence and kind of each row of a pass.
-
-    Args:
-        call: The call that the pass belongs to; None if the model was not called as a whole.
-        phase: Of the pass.
-        tokens: Rows of the pass.
+    Sequence and kind of each row of a pass of *tokens* rows within *call*, if there is one.
 
     Returns:
         int32 (tokens,), number of the batch's row that each belongs to; uint8 (tokens,), its kind
@@ -542,84 +525,52 @@ def watch_generate(
     original = getattr(model, "generate", None)
     if not callable(original):
         return lambda: None
-    before = vars(model).get("generate")
-    config = getattr(model, "generation_config", None)
-    compiling = getattr(config, "disable_compile", None)
-    if config is not None and not may_compile:
-        config.disable_compile = True
+    own: Any = getattr(model, "generation_config", None)
+    compiling = getattr(own, "disable_compile", None)
+    forbids = own is not None and not may_compile
+    if forbids:
+        own.disable_compile = True
+    parameters = inspect.signature(original).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if not may_compile:
-            args, kwargs = _uncompiled(args, kwargs)
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        given = kwargs.get("generation_config")
+        if not may_compile and kwargs.get("disable_compile") is False:
+            _log.warning("disable_compile=False is overruled: offloaded experts cannot be compiled")
+            kwargs["disable_compile"] = True
+        if not may_compile and given is not None:
+            given = kwargs["generation_config"] = copy.deepcopy(given)
+            given.disable_compile = True
         # Before anything runs: transformers shortens the model for its guesses, and an exception
         # in the middle of that would leave it short.
-        early = _exits_early(config, args, kwargs)
-        if passes.recorder is not None and early:
+        name = "assistant_early_exit"
+        early = kwargs[name] if name in kwargs else getattr(given or own, name, None)
+        if passes.recorder is not None and early is not None:
             raise TraceError(
                 "a trace cannot hold guesses that the model makes with its own first layers; "
                 "generate without assistant_early_exit, or do not record"
             )
-        known = _prompt_of(model, args, kwargs)
-        if known is not None:
-            known.guesses = early or kwargs.get("assistant_model") is model
+        known = None
+        # The mask covers what a cache holds already where only the new tokens are given.
+        inputs = map(kwargs.get, ("inputs", "input_ids", "inputs_embeds", "attention_mask"))
+        lengths = [one.shape[1] for one in inputs if isinstance(one, Tensor) and one.dim() >= 2]
+        if lengths and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            sizes = [getattr(one, "prefill_chunk_size", None) for one in (given, own)]
+            known = Generating(
+                max(lengths),
+                guesses=early is not None or kwargs.get("assistant_model") is model,
+                chunked=any([kwargs.get("prefill_chunk_size"), *sizes]),
+            )
         with passes.generate(known):
-            return original(*args, **kwargs)
+            return original(*args[len(names) :], **kwargs)
+
+    put_back = _stand_before(model, "generate", generate)
 
     def restore() -> None:
-        vars(model).pop("generate", None)
-        if before is not None:
-            vars(model)["generate"] = before
-        if config is not None and not may_compile:
-            config.disable_compile = compiling
+        put_back()
+        if forbids:
+            own.disable_compile = compiling
 
-    vars(model)["generate"] = generate  # not setattr: nothing of it may be registered
     return restore
-
-
-def _uncompiled(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, with whatever they say about compilation turned off."""
-    if len(args) > 1 and isinstance(args[1], GenerationConfig):
-        args = (args[0], _without_compiling(args[1]), *args[2:])
-    if kwargs.get("disable_compile") is False:
-        _log.warning("disable_compile=False is overruled: offloaded experts cannot be compiled")
-        kwargs = kwargs | {"disable_compile": True}
-    if kwargs.get("generation_config") is not None:
-        kwargs = kwargs | {"generation_config": _without_compiling(kwargs["generation_config"])}
-    return args, kwargs
-
-
-def _without_compiling(config: GenerationConfig) -> GenerationConfig:
-    own = copy.deepcopy(config)
-    own.disable_compile = True
-    return own
-
-
-def _config_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-
-
-def _exits_early(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether guesses are asked of the model's own first layers."""
-    if "assistant_early_exit" in kwargs:
-        return kwargs["assistant_early_exit"] is not None
-    return getattr(_config_of(args, kwargs) or config, "assistant_early_exit", None) is not None
-
-
-def _prompt_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Generating | None:
-    """Describe what ``generate`` continues; None where that are not tokens in a row."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    # The mask covers what a cache holds already where only the new tokens are given.
-    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
-    given = [*args[:1], *(kwargs.get(name) for name in names)]
-    lengths = [one.shape[1] for one in given if isinstance(one, Tensor) and one.dim() >= 2]
-    if not lengths:
-        return None
-    configs = (_config_of(args, kwargs), getattr(model, "generation_config", None))
-    sizes = [getattr(one, "prefill_chunk_size", None) for one in configs]
-    return Generating(max(lengths), chunked=any([kwargs.get("prefill_chunk_size"), *sizes]))

@@ -12,9 +12,7 @@ from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy, policy_makers
 from melinoe.engine.budget import GpuBudget, memory_of, parse_bytes, slots_by_layer, slots_for
 from melinoe.engine.device.support import why_not
-from melinoe.engine.misses import check_miss
 from melinoe.engine.options import Options
-from melinoe.engine.transfer import check_link
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
 from melinoe.experts.format import PLAIN, ExpertFormat
 from melinoe.experts.integer import Integer
@@ -24,6 +22,11 @@ from melinoe.moe.experts import ExpertsLayer
 # Of the memory that is free, what is taken where nobody says how much: the rest is for the system
 # and for what a prompt needs while it runs.
 _SHARE = 0.8
+_WHERE = {
+    "ram": "all experts wait in host memory",
+    "pinned": "all experts wait in pinned host memory",
+    "disk": "experts are read from disk",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def in_slots(layers: Sequence[ExpertsLayer], engine: str) -> list[ExpertsLayer]:
 @dataclass(frozen=True)
 class Placement:
     """
-    The choice that was made, and why.
+    The choice that was made.
 
     Attributes:
         device: Of the slots, and of all other weights.
@@ -94,18 +97,13 @@ class Placement:
         """One line for the log."""
         least, most = min(self.slots), max(self.slots)
         slots = str(most) if least == most else f"{least} to {most}"
-        experts = max(layer.num_experts for layer in layers)
         who = "the GPU decides what is loaded" if self.engine == "fast" else "the host decides"
-        where = {
-            "ram": "all experts wait in host memory",
-            "pinned": "all experts wait in pinned host memory",
-            "disk": "experts are read from disk",
-        }[self.store]
         reason, room = (f" ({one})" if one else "" for one in self.why)
-        size = memory_of(self.slots, in_slots(layers, self.engine))
+        size = format_bytes(memory_of(self.slots, in_slots(layers, self.engine)))
         return (
-            f"served on {self.device}: {who}{reason}; slots for {slots} of {experts} experts of "
-            f"each layer, {format_bytes(size)}{room}; {where}"
+            f"served on {self.device}: {who}{reason}; slots for {slots} of "
+            f"{max(layer.num_experts for layer in layers)} experts of each layer, {size}{room}; "
+            f"{_WHERE[self.store]}"
         )
 
 
@@ -113,29 +111,36 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
     """
     Choose, and refuse what cannot work, before anything is read or moved.
 
-    Args:
-        options: What the user said.
-        model: What is to be served.
-        host_because: Why the host must decide; absent: found out.
+    *host_because* says why the host must decide; absent: found out.
 
     Raises:
         AttachError: the device is not there, or the engine or store that was asked for cannot work.
         BudgetError: too little memory.
         MelinoeError: no such policy.
     """
-    check_miss(options.miss, options.miss_threads)
     if options.slots is not None:
         slots_by_layer(options.slots, model.layers)
     device = _device(options.device, model.device)
-    check_link(device, options.link)
-    policies = _policies(options, len(model.layers))
+    if options.link is not None and device.type != "cpu":
+        raise AttachError(
+            f"the emulated link works on the CPU only, and the slots are on {device}; "
+            "leave the link out to use the real one"
+        )
+    if not isinstance(options.policy, str) and options.policy_options:
+        raise ValueError("policy_options belong to a policy given by name")
+    policies: Sequence[Callable[[], Policy]] = (
+        policy_makers(options.policy, dict(options.policy_options or {}), len(model.layers))
+        if isinstance(options.policy, str)
+        else [options.policy] * len(model.layers)
+    )
+    names = {make().name for make in policies}  # an unknown policy or option shows here
     free = free_host_bytes()
     room = None if free is None else int(_SHARE * free)
     if options.ram is not None:
         room = parse_bytes(options.ram)
-    why = host_because or _why_host(options, device, policies, model, room)
-    engine = "fast" if why is None and options.engine != "reference" else "reference"
-    if why is not None and options.engine == "fast":
+    why = host_because or _why_host(options, device, names, model, room)
+    engine = "fast" if why is None else "reference"
+    if why and options.engine == "fast":
         raise AttachError(
             f'the fast engine cannot run here: {why}; leave engine out, or give "reference"'
         )
@@ -176,35 +181,21 @@ def _device(asked: Any, home: torch.device | None) -> torch.device:
         device = torch.device(asked)
     except RuntimeError:
         raise AttachError(f"there is no device {str(asked)!r}; use cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type not in ("cpu", "cuda"):
+        raise AttachError(f"slots on {device} are not supported; use cpu or cuda")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
         raise AttachError(f"this machine has no device {device}; use cpu, or another GPU")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if device.type == "cpu" else device
-
-
-def _policies(options: Options, num_layers: int) -> Sequence[Callable[[], Policy]]:
-    given, more = options.policy, dict(options.policy_options or {})
-    if not isinstance(given, str) and more:
-        raise ValueError("policy_options belong to a policy given by name")
-    made = (
-        policy_makers(given, more, num_layers) if isinstance(given, str) else [given] * num_layers
-    )
-    for make in made:
-        make()  # an unknown policy or option shows here
-    return made
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def _why_host(
-    options: Options,
-    device: torch.device,
-    policies: Sequence[Callable[[], Policy]],
-    model: Model,
-    room: int | None,
+    options: Options, device: torch.device, policies: set[str], model: Model, room: int | None
 ) -> str | None:
-    """Why the host must decide, in words; None if the device can."""
+    """Why the host must decide, in words, empty if it was asked to; None if the device can."""
     if options.engine == "reference":
-        return None
+        return ""
     if device.type == "cpu" and options.engine == "auto":
         return "no GPU is used"
     if (name := options.needs_host) is not None:
@@ -214,7 +205,7 @@ def _why_host(
         return f"the GPU cannot read experts in a {kind} store"
     if (reason := why_not(device)) is not None:
         return reason
-    for name in {make().name for make in policies} - set(PACKABLE):
+    for name in policies - set(PACKABLE):
         return f"the GPU can decide by {' or '.join(PACKABLE)}, not by {name}"
     for layer in model.layers:
         if not (layer.format.exact or _unpacks(layer.format)):
@@ -265,10 +256,9 @@ def _store(
     if engine == "fast" or model.in_memory or model.packs:
         return "ram"
     # On the CPU slots and store are the same memory: it all goes to slots, unless these are given.
-    if device.type == "cpu" and options.ram is not None and room is not None:
-        slots = _asked(options, model.layers)
-        if slots is not None and model.expert_bytes + memory_of(slots, model.layers) <= room:
-            return "ram"
+    slots = _asked(options, model.layers)
+    if device.type == "cpu" and options.ram is not None and room is not None and slots is not None:
+        return "ram" if model.expert_bytes + memory_of(slots, model.layers) <= room else "disk"
     return "disk"
 
 
@@ -288,18 +278,18 @@ def _slots(
     if asked is not None:
         return asked, None, "as asked"
     staging = options.staging_experts if engine == "fast" else 0
-    on_gpu = device.type == "cuda" or engine == "fast"
-    if not on_gpu and (options.batch is not None or options.context is not None):
-        raise AttachError(
-            "batch and context share a GPU's memory out, and the model runs on the CPU; leave "
-            "them out"
-        )
-    if options.gpu_memory is not None:
-        if not on_gpu:
+    if device.type == "cpu" and engine != "fast":
+        if options.batch is not None or options.context is not None:
+            raise AttachError(
+                "batch and context share a GPU's memory out, and the model runs on the CPU; leave "
+                "them out"
+            )
+        if options.gpu_memory is not None:
             raise AttachError(
                 "gpu_memory limits a GPU's memory, and the model runs on the CPU; "
                 "give ram instead, or a device"
             )
+    if options.gpu_memory is not None:
         assert model.budget is not None  # only `load` takes gpu_memory
         budget = model.budget(parse_bytes(options.gpu_memory), staging)
         return budget.slots_per_layer, budget, "what fits into gpu_memory"
@@ -337,16 +327,12 @@ def _check_host(
         "all other weights": model.backbone_bytes if on_cpu else 0,
     }
     what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)
-    ways = []
-    if parts["experts"]:
-        ways.append(
-            "load a checkpoint from disk that `melinoe pack` wrote in this format"
-            if model.packs
-            else "load the checkpoint with melinoe.load"
-            if model.in_memory
-            else "choose the disk store"
-        )
-    ways += ["give fewer slots"] * on_cpu
+    ways = ["give fewer slots"] * on_cpu
+    if parts["experts"] and model.packs:
+        ways.insert(0, "load a checkpoint from disk that `melinoe pack` wrote in this format")
+    elif parts["experts"]:
+        other = "load the checkpoint with melinoe.load"
+        ways.insert(0, other if model.in_memory else "choose the disk store")
     if what:
         check_host_room(sum(parts.values()), what, ", or ".join(ways))
     taken = parts["experts"] + parts["slots"]

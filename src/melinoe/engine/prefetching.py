@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-from melinoe.cache.counters import PROMPT
 from melinoe.cache.prefetch import LoadsAhead, Prefetcher, Prompt, merge_guesses
 from melinoe.cache.trace import known_ids
 from melinoe.engine.passes import ForwardPasses
-from melinoe.engine.record import UseMeter
+from melinoe.engine.record import PromptUses
 
 
 class Prefetching:
-    """
-    One prefetcher for one sequence, from before its prompt until `close`.
-
-    Args:
-        prefetcher: Asked at its moments.
-        caches: Of all layers; they begin the copies.
-        passes: Tell when a completion begins, and what the next routers said; hold the counters.
-        ids: Token ids of the prompt, if the prefetcher reads them.
-    """
+    """One prefetcher for one sequence, from before its prompt (token *ids*) until `close`."""
 
     def __init__(
         self,
@@ -32,7 +24,8 @@ class Prefetching:
     ) -> None:
         self._prefetcher, self._caches, self._passes = prefetcher, caches, passes
         self._num_experts = tuple(cache.layer.num_experts for cache in caches)
-        slots = tuple(next(iter(cache.slots.values())).shape[0] for cache in caches)
+        self._uses = PromptUses(self._num_experts)
+        slots = tuple(cache.residency.capacity for cache in caches)
         given = None if ids is None else tuple(map(int, ids))
         self._prompt = Prompt(slots, max(self._num_experts), given)
         self._ahead = LoadsAhead(prefetcher, passes.route, len(caches), self._load)
@@ -41,26 +34,22 @@ class Prefetching:
         """Ask for what comes before the prompt, and wait for the other moments."""
         self._ahead.before_prompt(self._prompt)
         if self._prefetcher.for_prompt:
-            self._passes.prompt_uses = UseMeter(self._num_experts, PROMPT)
+            self._passes.prompt_uses = self._uses
             self._passes.before_completion = self._completion_begins
-        if self._prefetcher.between_layers:
-            for cache in self._caches:
-                cache.after_request = self._after_request
+        self._tell_after_requests(self._after_request)
 
     def close(self) -> None:
         """Ask no more."""
         self._passes.prompt_uses = self._passes.before_completion = None
-        if self._prefetcher.between_layers:
-            for cache in self._caches:
-                cache.after_request = None
+        self._tell_after_requests(None)
+
+    def _tell_after_requests(self, ask: Any) -> None:
+        for cache in self._caches if self._prefetcher.between_layers else ():
+            cache.after_request = ask
 
     def _completion_begins(self) -> None:
-        meter, self._passes.prompt_uses = self._passes.prompt_uses, None
-        assert isinstance(meter, UseMeter)
-        known = Prompt(
-            self._prompt.slots, self._prompt.num_experts, self._prompt.ids, meter.counts()
-        )
-        self._ahead.before_completion(known)
+        self._passes.prompt_uses = None
+        self._ahead.before_completion(replace(self._prompt, uses=self._uses.counts()))
 
     def _after_request(self, layer: int, experts: list[int]) -> None:
         self._ahead.requested(layer)

@@ -1,4 +1,4 @@
-"""Record what a model's routers choose while it runs, or only count it."""
+"""Record what a model's routers choose while it runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.trace import Trace, known_ids
+from melinoe.cache.counters import PROMPT
+from melinoe.cache.trace import PROMPT_ROW, Trace, known_ids
 from melinoe.config.names import version_of
 from melinoe.engine.passes import Batch, rows_of
 from melinoe.errors import AttachError, TraceError
@@ -32,8 +32,8 @@ class Recorder:
     def __init__(
         self,
         num_experts: Sequence[int],
-        model: str,
-        fingerprint: str,
+        model: str = "",
+        fingerprint: str = "",
         *,
         guesses: bool = False,
         note: str = "",
@@ -41,24 +41,20 @@ class Recorder:
         self._num_experts = tuple(num_experts)
         self._model, self._fingerprint, self._note = model, fingerprint, note
         self._keeps_guesses = guesses
-        # Of the open pass, by layer.
+        # Of the open pass: choices and guesses by layer, on the device; its rows.
         self._chosen: dict[int, Tensor] = {}
         self._early: dict[int, Tensor] = {}
-        # Of each pass that has ended.
-        self._passes: list[np.ndarray] = []
-        self._guesses: list[np.ndarray] = []
-        self._sequences: list[np.ndarray] = []
-        self._kinds: list[np.ndarray] = []
         self._now: tuple[np.ndarray, np.ndarray] | None = None
+        # Of each pass that has ended: choices, guesses, sequences, kinds.
+        self._passes: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self._base = 0  # sequence number of the first row of the batch that is running
         self._batch = 0  # rows of that batch
 
     def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
         """Begin a pass; see `melinoe.engine.passes.Listener`."""
-        batch = call.batch if call is not None else 1
-        if phase == PROMPT and not (call is not None and call.continues and self._batch == batch):
+        if phase == PROMPT and (call is None or call.begins_text(self._batch)):
             self._base += self._batch
-            self._batch = batch
+            self._batch = 1 if call is None else call.batch
         rows, kinds = rows_of(call, phase, tokens)
         self._now = (rows + np.int32(self._base), kinds)
         self._chosen, self._early = {}, {}
@@ -83,26 +79,15 @@ class Recorder:
         if self._now is None:
             return  # recording began in the middle of it
         (sequences, kinds), self._now = self._now, None
-        rows = len(kinds)
-        top_k = max(one.shape[1] for one in (*self._chosen.values(), *self._early.values()))
-        shape = rows, len(self._num_experts), top_k
-        experts = np.full(shape, -1, dtype=np.int16)
-        early = np.full(shape if self._keeps_guesses else (0, 0, 0), -1, dtype=np.int16)
-        for layer, chosen in self._chosen.items():
-            if chosen.shape[0] != rows:
+        for chosen in self._chosen.values():
+            if chosen.shape[0] != len(kinds):
                 raise TraceError(
-                    f"one forward pass computed {rows} tokens in one layer and {chosen.shape[0]} "
-                    "in another, which a trace cannot hold; this model cannot be traced"
+                    f"one forward pass computed {len(kinds)} tokens in one layer and "
+                    f"{chosen.shape[0]} in another, which a trace cannot hold; this model cannot "
+                    "be traced"
                 )
-            ids = self._known(layer, chosen)
-            experts[:, layer, : ids.shape[1]] = ids
-        for layer, guess in self._early.items():
-            ids = self._known(layer, guess)
-            early[:, layer, : ids.shape[1]] = ids
-        self._guesses.append(early)
-        self._passes.append(experts)
-        self._sequences.append(sequences)
-        self._kinds.append(kinds)
+        experts, early = (self._table(one, len(kinds)) for one in (self._chosen, self._early))
+        self._passes.append((experts, early, sequences, kinds))
 
     def drop(self) -> None:
         """Forget the open pass."""
@@ -117,21 +102,21 @@ class Recorder:
         """
         if not self._passes:
             raise TraceError("nothing was recorded; run the model inside `with handle.record()`")
-        top_k = max(experts.shape[2] for experts in self._passes)
+        experts, early, sequences, kinds = zip(*self._passes, strict=True)
+        top_k = max(table.shape[2] for table in (*experts, *early))
 
-        def pad(passes: list[np.ndarray], value: int) -> np.ndarray:
-            widths = [((0, 0), (0, 0), (0, top_k - e.shape[2])) for e in passes]
-            return np.concatenate(
-                [np.pad(e, w, constant_values=value) for e, w in zip(passes, widths, strict=True)]
-            )
+        def joined(tables: Sequence[np.ndarray]) -> np.ndarray:
+            widths = [((0, 0), (0, 0), (0, top_k - table.shape[2])) for table in tables]
+            pairs = zip(tables, widths, strict=True)
+            return np.concatenate([np.pad(one, by, constant_values=-1) for one, by in pairs])
 
-        lengths = [len(experts) for experts in self._passes]
+        lengths = [len(rows) for rows in kinds]
         return Trace(
-            experts=pad(self._passes, -1),
-            guesses=pad(self._guesses, -1) if self._keeps_guesses else None,
+            experts=joined(experts),
+            guesses=joined(early) if self._keeps_guesses else None,
             forward=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
-            sequence=np.concatenate(self._sequences).astype(np.int32),
-            kind=np.concatenate(self._kinds),
+            sequence=np.concatenate(sequences).astype(np.int32),
+            kind=np.concatenate(kinds),
             num_experts=max(self._num_experts),
             model=self._model,
             fingerprint=self._fingerprint,
@@ -139,81 +124,40 @@ class Recorder:
             note="; ".join(filter(None, (self._note, note))),
         )
 
-    def _known(self, layer: int, ids: Tensor) -> np.ndarray:
-        return known_ids(ids.cpu().numpy(), self._num_experts[layer])
+    def _table(self, by_layer: Mapping[int, Tensor], rows: int) -> np.ndarray:
+        """int16 ``(rows, layers, most choices)``; -1 where nothing was chosen."""
+        width = max((ids.shape[1] for ids in by_layer.values()), default=0)
+        table = np.full((rows, len(self._num_experts), width), -1, dtype=np.int16)
+        for layer, ids in by_layer.items():
+            known = known_ids(ids.cpu().numpy(), self._num_experts[layer])
+            table[:, layer, : known.shape[1]] = known
+        return table
 
 
-class UseMeter:
-    """
-    Counts how often each expert is chosen in one phase, without keeping who chose it when.
-
-    Padding counts nowhere. Counting stays on the device that the choices are on, and waits for
-    nothing until `counts`.
-
-    Args:
-        num_experts: Of each MoE layer.
-        phase: `COMPLETION`; or `PROMPT`, of one sequence.
-    """
-
-    def __init__(self, num_experts: Sequence[int], phase: int = COMPLETION) -> None:
-        self._num_experts, self._phase = tuple(num_experts), phase
-        self._uses: dict[int, Tensor] = {}
-        self._now: dict[int, Tensor] | None = None
-        self._skipped: Tensor | None = None
+class PromptUses(Recorder):
+    """Counts which experts the tokens of one prompt chose, for a prefetcher."""
 
     def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
         """
-        Begin a pass; those of the other phase are not counted.
+        Begin a pass.
 
         Raises:
             AttachError: several prompts came together.
         """
-        self._now, self._skipped = None, None
-        if phase != self._phase:
-            return
         if phase == PROMPT and call is not None and call.batch > 1:
             raise AttachError(
                 f"a prefetch for a prompt serves one sequence at a time and {call.batch} came "
                 "together; generate from one prompt after the other, or prefetch by next-router"
             )
-        self._now = {}
-        if call is None or tokens != call.batch * call.length:
-            return
-        self._skipped = call.padding()
-        if phase == PROMPT and call.prompt < call.length:  # guesses come with the prompt's end
-            if self._skipped is None:
-                self._skipped = torch.zeros(call.batch, call.length, dtype=torch.bool, device="cpu")
-            self._skipped = self._skipped.clone()
-            self._skipped[:, call.prompt :] = True
-
-    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
-        """Keep a copy of the choices, which the engine may renumber."""
-        if self._now is not None:
-            self._now[layer] = top_k_index.detach().to(torch.int64, copy=True)
-
-    def end(self) -> None:
-        """Count the pass."""
-        for layer, ids in (self._now or {}).items():
-            experts = self._num_experts[layer]
-            # One place more, for what is no expert: skip slots and padding.
-            ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
-            if self._skipped is not None and self._skipped.numel() == ids.shape[0]:
-                ids = torch.where(self._skipped.to(ids.device).reshape(-1, 1), experts, ids)
-            if layer not in self._uses:
-                self._uses[layer] = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
-            flat = ids.reshape(-1)
-            self._uses[layer].scatter_add_(0, flat, torch.ones_like(flat))
-        self._now = None
-
-    def drop(self) -> None:
-        """Forget the open pass."""
-        self._now = None
+        super().begin(phase, tokens, call)
 
     def counts(self) -> np.ndarray:
-        """Uses so far, int64 ``(layers, most experts of a layer)``; waits for the device."""
+        """Uses so far, int64 ``(layers, most experts of a layer)``."""
         found = np.zeros((len(self._num_experts), max(self._num_experts)), np.int64)
-        for layer, uses in self._uses.items():
-            found[layer, : self._num_experts[layer]] = uses[:-1].cpu().numpy()
+        for experts, _, _, kinds in self._passes:
+            for layer, uses in enumerate(found):
+                ids = experts[kinds == PROMPT_ROW, layer].reshape(-1)
+                uses += np.bincount(ids[ids >= 0], minlength=len(uses))
         return found
 
 

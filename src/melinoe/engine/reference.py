@@ -7,9 +7,9 @@ that into the slots, and lets transformers' own function compute from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from melinoe.cache.timing import LoadRule
 from melinoe.engine.checks import Guard
 from melinoe.engine.misses import HostExperts, Misses
 from melinoe.engine.passes import ForwardPasses, watch_generate
-from melinoe.engine.transfer import EmulatedLink, Transfer, transfer_for
-from melinoe.experts.format import Part
+from melinoe.engine.transfer import CudaTransfer, EmulatedLink, Transfer
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
@@ -32,17 +31,10 @@ from melinoe.stores.store import Store, read_block
 
 class ReferenceEngine:
     """
-    Let the host decide what is loaded; see `melinoe.engine.handle.Engine`.
+    Let the host decide what is loaded; `melinoe.engine.device.engine.DeviceEngine` is the other.
 
-    Args:
-        model: A transformers model.
-        layers: Its MoE layers, with their weights.
-        store: Holds their experts.
-        slots: Of each layer.
-        policies: By layer, a function that makes its policy.
-        device: Where the slots are.
-        link: The emulated link, if any.
-        misses: What is done about a miss.
+    Made while the weights are still in the model; changes nothing of it before `plug_in`. *slots*
+    and *policies*, which make one each, are by layer.
     """
 
     name = "reference"
@@ -62,17 +54,17 @@ class ReferenceEngine:
         misses: Misses,
     ) -> None:
         self.passes = ForwardPasses(model, Counters(len(layers)))
-        self.transfer = transfer_for(store, device, link)
-        rule, threads = misses.rule, misses.threads
-        buffers: dict[tuple[Part, ...], dict[str, Tensor]] = {}
+        cuda = device.type == "cuda"
+        self.transfer = CudaTransfer(store, device) if cuda else Transfer(store, link)
+        buffers: dict[Any, dict[str, Tensor]] = {}
         self.experts = [
-            ExpertCache(
-                layer, count, make(), self.transfer, self.passes, device, rule,
-                HostExperts(layer, store, threads, device, self.transfer, buffers=buffers)
-                if rule else None,
-            )
+            ExpertCache(layer, count, make(), self.transfer, self.passes, device)
             for layer, count, make in zip(layers, slots, policies, strict=True)
-        ]  # fmt: skip
+        ]
+        if misses.rule is not None:
+            for cache in self.experts:
+                cache.rule = misses.rule
+                cache.host = HostExperts(cache.layer, store, device, self.transfer, buffers)
 
     @property
     def stall_s(self) -> float:
@@ -108,7 +100,7 @@ class ReferenceEngine:
             cache.residency.forget_prefetches(but=spared)
 
     @contextmanager
-    def every_step_seen(self, counting: bool) -> Iterator[None]:
+    def every_step_seen(self) -> Iterator[None]:
         """The host sees every step as it is."""
         yield
 
@@ -124,17 +116,9 @@ class ExpertCache:
     """
     The experts of one MoE layer, computed from its slots.
 
-    Args:
-        layer: Its module's weights are taken out after this is made.
-        num_slots: Between 1 and the layer's number of experts.
-        policy: Of this layer alone.
-        transfer: Shared by all layers.
-        passes: Shared by all layers; also holds the counters.
-        device: Where the slots are.
-        rule: How many of a request's missing experts are loaded; absent: all.
-        host: Computes the others; needed with a *rule*.
-
     Attributes:
+        rule: How many of a request's missing experts are loaded; None: all.
+        host: Computes the others; needed with a *rule*.
         after_request: Called with the layer and its experts once a request's loads are under way.
     """
 
@@ -146,12 +130,13 @@ class ExpertCache:
         transfer: Transfer,
         passes: ForwardPasses,
         device: torch.device,
-        rule: LoadRule | None = None,
-        host: HostExperts | None = None,
     ) -> None:
         self.layer = layer
         self.nbytes = num_slots * layer.block_bytes
         self.residency = Residency(layer.num_experts, num_slots, policy)
+        self.rule: LoadRule | None = None
+        self.host: HostExperts | None = None
+        self.after_request: Callable[[int, list[int]], None] | None = None
         self._index, self._num_experts, self._num_slots = layer.index, layer.num_experts, num_slots
         self._transfer, self._passes, self._counters = transfer, passes, passes.counters
         with torch.inference_mode(False):
@@ -166,16 +151,13 @@ class ExpertCache:
         self._views = [
             {name: tensor[slot] for name, tensor in self.slots.items()} for slot in range(num_slots)
         ]
-        self._dtype = layer.pair_dtype
-        self._device = device
+        self._device, self._dtype = device, layer.pair_dtype
         self._forward = experts_function(layer)
         self._stand_in = StandIn(layer.module, self.slots, num_slots)
-        self._rule, self._host = rule, host
         self._guard = Guard(device, layer.module, [tensor.name for tensor in layer.tensors])
         self.watch = self._guard.watch
-        self._in_flight: dict[int, Any] = {}  # expert -> ticket of its prefetch
+        self._in_flight: dict[int | None, Any] = {}  # expert -> ticket of its prefetch
         self._as_numbered = False  # whether slot i holds expert i, for all i
-        self.after_request: Callable[[int, list[int]], None] | None = None
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
@@ -196,7 +178,7 @@ class ExpertCache:
                 raise
 
     def resident(self) -> list[int]:
-        """Ids of the resident experts, ascending."""
+        """Ids of the resident experts, ascending; any thread may ask at any time."""
         return np.flatnonzero(self.residency.slot_of >= 0).tolist()
 
     def read(self, expert: int) -> dict[str, Tensor]:
@@ -205,25 +187,23 @@ class ExpertCache:
 
     def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
         """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""
-        decision = self.residency.prefetch(experts, spare)
-        if decision.loads:
+        loads = self.residency.prefetch(experts, spare).loads
+        if loads:
             try:
-                ticket = self._transfer.issue(self._index, decision.loads, self._views)
+                ticket = self._transfer.issue(self._index, loads, self._views)
             except BaseException:
                 self.reset()
                 raise
-            for load in decision.loads:
-                self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
-                if ticket is not None:
-                    self._in_flight[load.expert] = ticket
-            self._renumber()
-            self._passes.prefetched(self._index, [load.expert for load in decision.loads])
-        return len(decision.loads)
+            self._make_way(loads)
+            if ticket is not None:
+                self._in_flight.update((load.expert, ticket) for load in loads)
+            self._passes.prefetched(self._index, [load.expert for load in loads])
+        return len(loads)
 
     def release(self) -> None:
         """Free the slots: nothing is computed from them any more."""
-        self.slots, self._views = {}, []
-        del self._stand_in, self._host
+        self.slots, self._views, self.host = {}, [], None
+        del self._stand_in
 
     def reset(self) -> None:
         """Forget who is resident; the counters stay."""
@@ -235,90 +215,47 @@ class ExpertCache:
     # --- inner ----------------------------------------------------------------------------------
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        request = _request_of(top_k_index, self._num_experts)
-        if self._rule is not None:
-            return self._partly(request, hidden_states, top_k_index, top_k_weights)
-        experts, uses, whole = request
-        if not whole or len(experts) > self._num_slots:
-            return self._in_parts(request, hidden_states, top_k_index, top_k_weights)
-        decision = self.residency.request(experts)
-        if decision.loads:
-            self._make_way(decision.loads)
-            self._transfer.demand(self._index, decision.loads, self._views)
-        self._await(decision.hits)
-        self._counters.add_decisions(self._index, experts, uses, (decision,))
-        self._served(experts)
-        return self._from_slots(hidden_states, top_k_index, top_k_weights)
-
-    def _in_parts(
-        self,
-        request: _Request,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """Compute in several turns, or with choices of no expert."""
-        experts, uses, _ = request
-        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
-        flat = self._flat(top_k_index)
-        decisions = []
-        for decision in self.residency.request_in_parts(experts, uses):
-            decisions.append(decision)
+        experts, uses, whole = _request_of(top_k_index, self._num_experts)
+        fits, on_host = len(experts) <= self._num_slots, tuple[int, ...]()
+        decisions: Iterable[Decision]
+        if self.rule is not None:
+            decision, on_host = self.residency.request_with_host(experts, uses, load=self.rule)
+            decisions, fits = (decision,), True
+        else:
+            decisions = self.residency.request_in_parts(experts, uses)
+        at_once = whole and fits and not on_host
+        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype) if not at_once else None
+        made = []
+        for decision in decisions:  # the next one is made when this one has been computed
+            made.append(decision)
+            ticket = None
             if decision.loads:
                 self._make_way(decision.loads)
-                self._transfer.demand(self._index, decision.loads, self._views)
-            self._await(decision.hits)
-            if len(experts) <= self._num_slots:  # else more turns come, and more loads with them
+                ticket = self._transfer.issue(self._index, decision.loads, self._views, stalls=True)
+            if fits:  # else more turns come, and more loads with them
                 self._served(experts)
-            self._add_from_slots(pairs, decision, flat)
-        if len(experts) > self._num_slots:
+            if on_host:
+                assert self.host is not None and pairs is not None
+                self.host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), on_host)
+            self._transfer.wait(ticket)
+            for expert in decision.hits if self._in_flight else ():
+                self._transfer.wait(self._in_flight.pop(expert, None))
+            if pairs is not None and (decision.hits or decision.loads):
+                self._add_from_slots(pairs, decision, top_k_index)
+        if not fits:
             self._served(experts)
-        self._counters.add_decisions(self._index, experts, uses, decisions)
-        return pairs.total(top_k_weights)
-
-    def _partly(
-        self,
-        request: _Request,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """Load some of the missing; meanwhile the host computes the others."""
-        assert self._rule is not None and self._host is not None
-        experts, uses, whole = request
-        decision, on_host = self.residency.request_with_host(experts, uses, load=self._rule)
-        ticket = None
-        if decision.loads:
-            self._make_way(decision.loads)
-            issue = self._transfer.begin_demand if on_host or not whole else self._transfer.demand
-            ticket = issue(self._index, decision.loads, self._views)
-        if whole and not on_host:
-            self._await(decision.hits)
-            self._counters.add_decisions(self._index, experts, uses, (decision,), on_host)
-            self._served(experts)
-            return self._from_slots(hidden_states, top_k_index, top_k_weights)
-        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
-        self._served(experts)
-        if on_host:
-            self._host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), on_host)
-        if ticket is not None:
-            self._transfer.await_prefetched(ticket)
-        self._await(decision.hits)
-        if decision.hits or decision.loads:
-            self._add_from_slots(pairs, decision, self._flat(top_k_index))
-        self._counters.add_decisions(self._index, experts, uses, (decision,), on_host)
-        return pairs.total(top_k_weights)
-
-    def _from_slots(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        """Compute all at once: every choice is of an expert that has arrived in a slot."""
+        self._counters.add_decisions(self._index, experts, uses, made, on_host)
+        if pairs is not None:
+            return pairs.total(top_k_weights)
         if not self._as_numbered:
             top_k_index = self._slot_of.take(top_k_index.long())
         return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
 
-    def _add_from_slots(self, pairs: Pairs, decision: Decision, flat: Tensor) -> None:
+    def _add_from_slots(self, pairs: Pairs, decision: Decision, top_k_index: Tensor) -> None:
         """Compute the pairs of a decision's experts."""
+        flat = top_k_index.reshape(-1).long()
+        known = (flat >= 0) & (flat < self._num_experts)
+        flat = flat.masked_fill(~known, self._num_experts)
         # The last entry means "not due", as -1 does for experts that are not in the decision.
         # On the host by name: the user's default device may be another.
         due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
@@ -327,35 +264,20 @@ class ExpertCache:
         due[present] = self._host_slot_of[present]
         pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
 
-    def _flat(self, top_k_index: Tensor) -> Tensor:
-        """The choices in a row; those of no expert are `num_experts`."""
-        flat = top_k_index.reshape(-1).long()
-        known = (flat >= 0) & (flat < self._num_experts)
-        return flat.masked_fill(~known, self._num_experts)
-
     def _served(self, experts: list[int]) -> None:
         """The loads of a request are under way: now others may follow them over the link."""
-        if not experts:
-            return
-        self._passes.route.reached(self._index)
-        if self.after_request is not None:
-            self.after_request(self._index, experts)
+        if experts:
+            self._passes.route.reached(self._index)
+            if self.after_request is not None:
+                self.after_request(self._index, experts)
 
     def _make_way(self, loads: Sequence[Load]) -> None:
-        """Bring the books up to date before *loads* are copied."""
-        if self._in_flight:
-            # Transfers keep their order, so a prefetch to the same slot cannot land after this.
-            for load in loads:
-                self._in_flight.pop(load.evicted, None)  # type: ignore[arg-type]
-        # First, because on CUDA it makes the host wait for the computation, now without the copies.
+        """Bring the books up to date with *loads*."""
+        # Transfers keep their order, so a prefetch to the same slot cannot land after these.
+        for load in loads if self._in_flight else ():
+            self._in_flight.pop(load.evicted, None)
+        # Before copies on demand, as on CUDA it makes the host wait for the computation.
         self._renumber()
-
-    def _await(self, hits: Sequence[int]) -> None:
-        """Wait for those of *hits* whose prefetch is still under way."""
-        for expert in hits if self._in_flight else ():
-            ticket = self._in_flight.pop(expert, None)
-            if ticket is not None:
-                self._transfer.await_prefetched(ticket)
 
     def _renumber(self) -> None:
         """The residency has changed: bring what is derived from it up to date."""
@@ -367,23 +289,20 @@ class ExpertCache:
             )
 
 
-class _Request(NamedTuple):
-    """Distinct ids ascending, how often each is used, and whether every choice is one."""
+def _request_of(top_k_index: Tensor, num_experts: int) -> tuple[list[int], list[int], bool]:
+    """
+    The request of ``top_k_index`` ``(tokens, top_k)``; ids outside the experts are no expert.
 
-    experts: list[int]
-    uses: list[int]
-    whole: bool
-
-
-def _request_of(top_k_index: Tensor, num_experts: int) -> _Request:
-    """The request of ``top_k_index`` ``(tokens, top_k)``; other ids are no expert."""
+    Returns:
+        Distinct ids ascending, how often each is used, and whether every choice is one.
+    """
     if top_k_index.shape[0] == 1:
         chosen = sorted(top_k_index.tolist()[0])
         distinct = len(set(chosen)) == len(chosen)
         if distinct and chosen[0] >= 0 and chosen[-1] < num_experts:
-            return _Request(chosen, [1] * len(chosen), True)
+            return chosen, [1] * len(chosen), True
     ids = top_k_index.reshape(-1).cpu().numpy()
     known = ids[(ids >= 0) & (ids < num_experts)]
     counts = np.bincount(known, minlength=num_experts)
     experts = counts.nonzero()[0]
-    return _Request(experts.tolist(), counts[experts].tolist(), known.size == ids.size)
+    return experts.tolist(), counts[experts].tolist(), known.size == ids.size

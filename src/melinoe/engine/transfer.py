@@ -8,8 +8,7 @@ copies run on a stream of their own, ordered against the computation by events.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.residency import Load
-from melinoe.errors import AttachError
 from melinoe.stores.store import Store
 
 SlotViews = Sequence[Mapping[str, Tensor]]
@@ -77,38 +75,31 @@ class Transfer:
         self.stall_s = self.host_s = 0.0
         self.transferred_bytes = self.activation_bytes = 0
 
-    def issue(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """Begin to copy experts into slots; returns a ticket for `wait`, None if they are there."""
-        nbytes, arrival = self.store.block_bytes(layer), None
+    def issue(
+        self, layer: int, loads: Sequence[Load], slots: SlotViews, *, stalls: bool = False
+    ) -> Any:
+        """
+        Begin to copy experts into slots; returns a ticket for `wait`, None if they are there.
+
+        *stalls*: a pass waits for it, so that the time this takes belongs to `stall_s`.
+        """
+        begin, arrival = time.perf_counter(), None
+        nbytes = self.store.block_bytes(layer)
         for load in loads:
             if self._link is not None:
                 arrival = self._link.issue(nbytes)
             self.store.read(layer, load.expert, slots[load.slot])
         self.transferred_bytes += nbytes * len(loads)
+        if stalls:
+            self.stall_s += time.perf_counter() - begin
         return arrival
 
     def wait(self, ticket: Any) -> None:
-        """Return when what *ticket* stands for has arrived."""
-        while (left := ticket - time.perf_counter()) > 0:
-            if left > 2e-4:  # sleeping oversleeps by some 60 us; the rest is spent waiting awake
-                time.sleep(left - 1e-4)
-
-    def begin_demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """Begin to copy, on the clock of `stall_s`: the host does something else meanwhile."""
-        with self._stalling():
-            return self.issue(layer, loads, slots)
-
-    def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
-        """Copy the experts of *loads* and wait for them, on the clock of `stall_s`."""
-        with self._stalling():
-            ticket = self.issue(layer, loads, slots)
-            if ticket is not None:
-                self.wait(ticket)
-
-    def await_prefetched(self, ticket: Any) -> None:
-        """Wait for an earlier prefetch, on the clock of `stall_s`."""
-        with self._stalling():
-            self.wait(ticket)
+        """Let the pass wait for what *ticket* stands for, on the clock of `stall_s`."""
+        if ticket is not None:
+            begin = time.perf_counter()
+            _sleep_until(ticket)
+            self.stall_s += time.perf_counter() - begin
 
     def carry_activations(self, nbytes: int) -> None:
         """
@@ -119,7 +110,7 @@ class Transfer:
         """
         self.activation_bytes += nbytes
         if self._link is not None:
-            self.wait(time.perf_counter() + self._link.takes_s(nbytes))
+            _sleep_until(time.perf_counter() + self._link.takes_s(nbytes))
 
     def adopt(self, slots: Iterable[Tensor]) -> None:
         """Tell whoever manages their memory that copies go to *slots*; nothing to do on the CPU."""
@@ -127,11 +118,11 @@ class Transfer:
     def finish(self) -> None:
         """Return when no copy is under way: the store and the slots may then go."""
 
-    @contextmanager
-    def _stalling(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.stall_s += time.perf_counter() - begin
+
+def _sleep_until(when: float) -> None:
+    while (left := when - time.perf_counter()) > 0:
+        if left > 2e-4:  # sleeping oversleeps by some 60 us; the rest is spent waiting awake
+            time.sleep(left - 1e-4)
 
 
 class CudaTransfer(Transfer):
@@ -139,13 +130,9 @@ class CudaTransfer(Transfer):
     Copy to a CUDA device, on a stream of its own.
 
     A copy waits for the work the computation has queued, which may still read the slot's former
-    expert; the computation waits for the copy by an event. The host waits for neither. Stalls are
+    expert; the computation waits for the copy by an event, the host for neither. A stall is
     measured between two events on the computation's stream, around its wait and, on demand, around
     the issue too, which takes the host's time where the store is not pinned.
-
-    Args:
-        store: Its blocks should be pinned; copies from pageable memory make the host wait.
-        device: Where the slots are.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:
@@ -153,8 +140,11 @@ class CudaTransfer(Transfer):
         self._stream = torch.cuda.Stream(device)
         super().__init__(store)
 
-    def issue(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """Begin to copy; the ticket is a CUDA event."""
+    def issue(
+        self, layer: int, loads: Sequence[Load], slots: SlotViews, *, stalls: bool = False
+    ) -> Any:
+        """Begin to copy; the ticket is when the stall began, if it did, and the copy's event."""
+        before = self._mark() if stalls else None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for load in loads:
@@ -162,24 +152,18 @@ class CudaTransfer(Transfer):
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         self.transferred_bytes += self.store.block_bytes(layer) * len(loads)
-        return arrived
+        return before, arrived
 
     def wait(self, ticket: Any) -> None:
         """Let the computation's stream, not the host, wait for the copy."""
-        self._wait_since(self._mark(), ticket)
-
-    def begin_demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> Any:
-        """Begin to copy; the wait is measured when the ticket is awaited."""
-        return self.issue(layer, loads, slots)
-
-    def demand(self, layer: int, loads: Sequence[Load], slots: SlotViews) -> None:
-        """Let the computation's stream wait for the copies; the host goes on."""
-        before = self._mark()
-        self._wait_since(before, self.issue(layer, loads, slots))
-
-    def await_prefetched(self, ticket: Any) -> None:
-        """Let the computation's stream wait for an earlier prefetch; the host goes on."""
-        self.wait(ticket)
+        if ticket is None:
+            return
+        before, arrived = ticket
+        before = before or self._mark()
+        torch.cuda.current_stream(self._device).wait_event(arrived)
+        self._waits.append((before, self._mark()))
+        if len(self._waits) >= 4096:
+            self._measure()
 
     def adopt(self, slots: Iterable[Tensor]) -> None:
         """The allocator gives the slots' memory to nobody else before their last copy is done."""
@@ -207,38 +191,9 @@ class CudaTransfer(Transfer):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _wait_since(self, before: torch.cuda.Event, ticket: torch.cuda.Event) -> None:
-        """Let the computation's stream wait for *ticket*; its stall counts from *before*."""
-        torch.cuda.current_stream(self._device).wait_event(ticket)
-        self._waits.append((before, self._mark()))
-        if len(self._waits) >= 4096:
-            self._measure()
-
     def _measure(self) -> None:
         """Add up the waits recorded so far, and forget their events."""
         if self._waits:
             self._waits[-1][1].synchronize()
             self._measured_s += sum(a.elapsed_time(b) for a, b in self._waits) / 1e3
             self._waits = []
-
-
-def check_link(device: torch.device, link: EmulatedLink | None) -> None:
-    """
-    Refuse what cannot work before anything is moved.
-
-    Raises:
-        AttachError: an emulated link on a device with a real one, or an unsupported device.
-    """
-    if device.type not in ("cpu", "cuda"):
-        raise AttachError(f"slots on {device} are not supported; use cpu or cuda")
-    if link is not None and device.type != "cpu":
-        raise AttachError(
-            f"the emulated link works on the CPU only, and the slots are on {device}; "
-            "leave the link out to use the real one"
-        )
-
-
-def transfer_for(store: Store, device: torch.device, link: EmulatedLink | None) -> Transfer:
-    """The transfer that fits *device*; see `check_link` for what is refused."""
-    check_link(device, link)
-    return CudaTransfer(store, device) if device.type == "cuda" else Transfer(store, link)

@@ -26,11 +26,8 @@ class RamStore:
     """
     All experts in pageable host memory.
 
-    Made with room for *layers* and no contents: fill it with `write`, or through `views`. Or let
-    `from_modules` move the weights of a model into it.
-
-    Args:
-        layers: as `find_experts` lists them; their weights are not read.
+    Made with room for *layers* and no contents: fill it through `views`. Or let `from_modules` move
+    the weights of a model into it.
 
     Raises:
         BudgetError: the host does not have the memory.
@@ -51,9 +48,8 @@ class RamStore:
         Move the weights of *layers* out of their modules, one layer at a time.
 
         A layer's stacked parameters are freed before the next layer is read, so that never more
-        than one layer exists twice. Afterwards the parameters are empty. Layers that share their
-        weights are stored each for itself. Weights that are packed are freed at the end: what was
-        rounded could not be given back.
+        than one layer exists twice. Layers that share their weights are stored each for itself.
+        Weights that are packed are freed at the end: what was rounded could not be given back.
 
         Raises:
             AttachError, BudgetError: as the constructor, or a weight that the layer's format cannot
@@ -61,13 +57,12 @@ class RamStore:
         """
         store = cls()
         if not all(layer.format.exact for layer in layers):
-            for layer in layers:
+            for at, layer in enumerate(layers):
                 store._add(layer)
                 own = weights_of(layer)
                 for expert in range(layer.num_experts):
                     weights = {name: stack[expert].cpu() for name, stack in own.items()}
-                    made = layer.format.encode(layer.tensors, weights)
-                    store.write(len(store._layers) - 1, expert, made)
+                    store.write(at, expert, layer.format.encode(layer.tensors, weights))
             for layer in layers:
                 free_weights(layer)
             return store
@@ -121,21 +116,21 @@ class RamStore:
             view.copy_(tensors[name])
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
-        """Copy one block into *into*; see `Store.read`."""
+        """Copy one block into *into*; from pinned memory to a GPU in the order of its stream."""
         for name, stack in self._views[layer].items():
-            into[name].copy_(stack[expert])
+            into[name].copy_(stack[expert], non_blocking=self.kind == "pinned")
 
     def _add(self, layer: ExpertsLayer) -> None:
         """Make room for one more layer."""
         offsets, stride = [], 0
-        for tensor in layer.parts:
+        for part in layer.parts:
             offsets.append(stride)
-            stride += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            stride += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
         blocks = self._allocate(layer.num_experts, stride)
         views = {}
-        for offset, tensor in zip(offsets, layer.parts, strict=True):
-            flat = blocks[:, offset : offset + tensor.nbytes].view(tensor.dtype)
-            views[tensor.name] = flat.unflatten(1, tensor.shape) if tensor.shape else flat[:, 0]
+        for offset, part in zip(offsets, layer.parts, strict=True):
+            flat = blocks[:, offset : offset + part.nbytes].view(part.dtype)
+            views[part.name] = flat.unflatten(1, part.shape) if part.shape else flat[:, 0]
         self._blocks.append(blocks)
         self._views.append(views)
         self._layers.append(layer)
@@ -157,8 +152,8 @@ class PinnedStore(RamStore):
     """
     All experts in page-locked host memory, from which a GPU copies without a detour.
 
-    The memory is locked in place, not taken from torch's pinned allocator, which rounds every
-    block up to a power of two. It is locked by whole pages, which no other block has a part in.
+    The memory is locked in place, by whole pages which no other block has a part in; torch's pinned
+    allocator rounds every block up to a power of two.
 
     Raises:
         AttachError: there is no CUDA device to pin memory for.
@@ -175,17 +170,16 @@ class PinnedStore(RamStore):
         torch.cuda.init()
         super().__init__(layers)
 
-    def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
-        """Copy one block into *into*; to a GPU without waiting, in the order of its stream."""
-        for name, stack in self._views[layer].items():
-            into[name].copy_(stack[expert], non_blocking=True)
-
     def _allocate(self, num_experts: int, stride: int) -> Tensor:
         size = num_experts * stride
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         room = super()._allocate(1, whole + mmap.PAGESIZE)[0]
         first = -room.data_ptr() % mmap.PAGESIZE
-        _ask_for_huge_pages(room.data_ptr() + first, whole)
+        # A GPU that reads 20 GiB through pages of 4 KiB is reported to lose a third of the link's
+        # rate (nvbandwidth#42). A refusal costs speed alone, so none is heard.
+        with suppress(OSError, AttributeError):
+            start, length = ctypes.c_void_p(room.data_ptr() + first), ctypes.c_size_t(whole)
+            ctypes.CDLL(None).madvise(start, length, mmap.MADV_HUGEPAGE)
         # All threads bring the pages in; locking pages that are not there yet takes one thread.
         room.zero_()
         blocks = room[first : first + size].view(num_experts, stride)
@@ -201,18 +195,6 @@ class PinnedStore(RamStore):
         # The storage, not the tensor: views of it may outlive the tensor object.
         weakref.finalize(blocks.untyped_storage(), _unpin, address)
         return blocks
-
-
-def _ask_for_huge_pages(address: int, size: int) -> None:
-    """
-    Ask Linux to back memory that nobody has touched by pages of 2 MiB.
-
-    A GPU that reads 20 GiB through pages of 4 KiB is reported to lose a third of the link's rate
-    (nvbandwidth#42). A refusal costs speed alone, so none is heard.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def _forget_error() -> None:

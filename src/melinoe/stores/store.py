@@ -1,4 +1,4 @@
-"""The contract of the places where experts wait that are not resident."""
+"""The places where experts wait that are not resident, as the engines and training see them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from melinoe.moe.experts import ExpertsLayer
 
 @runtime_checkable
 class Store(Protocol):
-    """
-    Holds every expert of every MoE layer; read from, never written to, while serving.
-
-    *kind* says where: ``ram``, ``pinned`` or ``disk``.
-    """
+    """Holds every expert of every MoE layer; read from, never written to, while serving."""
 
     @property
     def kind(self) -> str:
@@ -45,14 +41,7 @@ class Store(Protocol):
         """One block where it lies in host memory, by part; None if it can only be read."""
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
-        """
-        Copy one expert into *into*.
-
-        Args:
-            layer: MoE layer, in ``find_experts`` order.
-            expert: id in ``[0, num_experts(layer))``.
-            into: per part of a block, a view of one slot, shaped without the experts' dimension.
-        """
+        """Copy one expert into *into*: per part of a block, a view of one slot."""
 
 
 def empty_block(parts: Sequence[Part]) -> dict[str, Tensor]:

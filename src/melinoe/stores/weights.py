@@ -30,14 +30,7 @@ def free_weights(layer: ExpertsLayer, device: torch.device | None = None) -> Non
 def give_weights_back(
     layer: ExpertsLayer, store: Store, device: torch.device | str | None = None
 ) -> None:
-    """
-    Fill the parameters of *layer* from *store* again, in the dtype they had.
-
-    Args:
-        layer: whose module's parameters are empty.
-        store: holds all experts of the layer.
-        device: where to put them; absent means where the empty parameters are.
-    """
+    """Fill the empty parameters of *layer* from *store*; *device* absent: where they are."""
     with torch.inference_mode(False), torch.no_grad():
         full = {}
         for tensor in layer.tensors:
@@ -75,12 +68,7 @@ _COPYING = ("__deepcopy__", "__reduce_ex__", "_replicate_for_data_parallel")
 
 
 def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
-    """
-    Make it an error to save, pickle or copy the model while its weights are in the store.
-
-    Returns:
-        What makes it possible again.
-    """
+    """Refuse to save, pickle or copy the model, its weights being in a store; returns the undo."""
 
     def refuse(*_: object) -> None:
         raise AttachError(

@@ -1,9 +1,7 @@
 """The fast engine computes what the model computes, and counts what the simulator counts."""
 
 import copy
-import logging
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -301,24 +299,6 @@ def test_layers_that_compute_other_numbers_of_tokens_are_other_passes(model):
             found = first(*one), second(*five)
             assert all(map(torch.equal, found, expected))
             assert handle.counters.uses.sum(axis=1).tolist() == [10, 2]
-
-
-def test_uses_equal_the_reference_engines_and_lost_graphs_are_logged_once(model, caplog):
-    """Steps planned on the device; where graphs would have been used, one line says so."""
-    counts = []
-    for way in (attach_reference, attach):
-        with way(model, slots=3) as handle:
-            handle.engine._use_graphs = True  # as on a GPU; what is counted does not depend on it
-            for _ in range(2):
-                with handle.measure_uses() as meter:
-                    model.generate(PROMPT[:, :4], **GREEDY | {"max_new_tokens": 6})
-                counts.append(meter.counts())
-                if way is attach:
-                    assert handle.graphs._paused == 0
-    assert counts[0].sum() > 0
-    assert all(np.array_equal(one, counts[0]) for one in counts)
-    said = [one for one in caplog.records if "CUDA graphs" in one.message]
-    assert len(said) == 1 and said[0].levelno == logging.WARNING
 
 
 def test_reading_who_is_resident_disturbs_no_pass(model, monkeypatch):

@@ -8,15 +8,15 @@ from transformers import StaticCache
 
 import melinoe
 import melinoe.engine.device.engine as engine_module
+import melinoe.engine.load as load_module
 from melinoe import attach
 from melinoe.engine.budget import (
-    Cap,
     backbone_bytes,
-    cache_bytes,
+    cap_memory,
     pieces,
+    prompt_bytes,
     share_budget,
     watched,
-    workspace_bytes,
 )
 from melinoe.engine.device import support
 from melinoe.engine.device.staging import Staging, staging_bytes
@@ -114,8 +114,7 @@ def test_a_budget_is_shared_out_as_worked_by_hand():
     # Embeddings and head 2 x 50304 x 2048, attention 4 x 2048^2, router 64 x 2048, norms; bf16.
     by_hand = 2 * (2 * 50304 * 2048 + 16 * (4 * 2048**2 + 64 * 2048 + 4 * 2048) + 2048)
     assert backbone == pytest.approx(by_hand, rel=1e-3)
-    cache = cache_bytes(model, layers, 1, 2048)
-    prompt = workspace_bytes(model, layers, 1, 2048)
+    cache, prompt = prompt_bytes(model, layers, 1, 2048)
     options = {"batch": 1, "context": 2048, "staging_experts": 4}
     budget = share_budget("8GiB", layers, backbone, cache, prompt, **options)
     kv = 16 * 2 * 2048 * 2048 * 2  # layers, keys and values, tokens, width
@@ -150,8 +149,7 @@ def test_a_budget_below_the_least_names_the_least():
     options = {"batch": 1, "context": 512, "staging_experts": 1}
     known = (
         backbone_bytes(model, layers),
-        cache_bytes(model, layers, 1, 512),
-        workspace_bytes(model, layers, 1, 512),
+        *prompt_bytes(model, layers, 1, 512),
     )
     with pytest.raises(BudgetError, match=r"give (\S+) or more") as error:
         share_budget("1GiB", layers, *known, **options)
@@ -191,9 +189,9 @@ def test_the_cache_is_counted_as_the_model_allocates_it(family):
     layers = find_experts(hollow)
     if family in LOOKS_AT_VALUES:
         with pytest.raises(BudgetError, match="give slots or expert_memory"):
-            cache_bytes(hollow, layers, 2, 48)
+            prompt_bytes(hollow, layers, 2, 48)
         return
-    counted = cache_bytes(hollow, layers, 2, 48)
+    counted = prompt_bytes(hollow, layers, 2, 48).cache
     ids = torch.tensor([[5, 6, 7], [3, 4, 5]])
     with torch.no_grad():
         if family in NO_STATIC_CACHE:  # at its full length; some keys are the values too
@@ -215,9 +213,10 @@ def test_a_prompts_workspace_is_what_its_pass_makes(family):
     hollow = tiny.on_meta(model)
     if family in LOOKS_AT_VALUES:
         with pytest.raises(BudgetError, match="give slots or expert_memory"):
-            workspace_bytes(hollow, find_experts(hollow), 2, 120)
+            prompt_bytes(hollow, find_experts(hollow), 2, 120)
         return
-    told = workspace_bytes(hollow, find_experts(hollow), 2, 120)
+    kept, told = prompt_bytes(hollow, find_experts(hollow), 2, 120)
+    told += kept if family in NO_STATIC_CACHE else 0  # followed with the pass
     ids = torch.randint(3, 90, (2, 120), generator=torch.Generator().manual_seed(0))
     options = {"use_cache": True}
     if getattr(model, "_supports_logits_to_keep", bool)():
@@ -255,7 +254,7 @@ def test_attention_that_keeps_all_probabilities_is_counted():
         model = olmoe_1b_7b()
         model.set_attn_implementation(way)
         layers = find_experts(model)
-        found[way] = [workspace_bytes(model, layers, 1, tokens) for tokens in (1024, 2048)]
+        found[way] = [prompt_bytes(model, layers, 1, tokens).workspace for tokens in (1024, 2048)]
     eager, fused = found["eager"], found["sdpa"]
     # Scores in bfloat16 and their softmax in float32, of 16 heads, at least.
     assert eager[1] > 16 * 2048**2 * (2 + 4) and eager[1] > fused[1]
@@ -275,19 +274,21 @@ def test_the_allocator_is_told_the_budget_and_then_what_was_before(monkeypatch):
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share)
     )
     for device in ("cpu", "cuda"):
-        cap = Cap(8 << 30, torch.device(device))
-        cap.lift()  # nothing to lift
-        cap.put()
-        cap.lift()
-        cap.lift()
+        lift = cap_memory(8 << 30, torch.device(device))
+        lift()
+        lift()
     assert told == [0.5, 0.1, 0.5]
 
 
 def test_a_budget_is_kept_from_loading_to_detaching(saved, monkeypatch):
     """And lifted where loading fails; what is put back may need more than the budget."""
     told = []
-    monkeypatch.setattr(Cap, "put", lambda self: told.append(self._total))
-    monkeypatch.setattr(Cap, "lift", lambda self: told.append("lifted"))
+
+    def cap(total, device):
+        told.append(total)
+        return lambda: told.append("lifted")
+
+    monkeypatch.setattr(load_module, "cap_memory", cap)
     path, _ = saved
     _, handle = melinoe.load(path, engine="fast", gpu_memory="1GiB", context=32)
     assert told == [1 << 30] and handle.budget.total == 1 << 30
@@ -347,7 +348,8 @@ def test_the_workspace_of_packed_slots_holds_an_unpacked_matrix(name):
     hollow = tiny.on_meta(model)
     layers, kind = find_experts(hollow), named_format(name)
     packed = [layer.stored_as(kind) for layer in layers]
-    added = workspace_bytes(hollow, packed, 1, 64) - workspace_bytes(hollow, layers, 1, 64)
+    needs = [prompt_bytes(hollow, one, 1, 64).workspace for one in (packed, layers)]
+    added = needs[0] - needs[1]
     rows, columns = 2 * 256, 64
     block = kind.encode_matrix(torch.ones(rows, columns))
     with watched(block.values()) as live:

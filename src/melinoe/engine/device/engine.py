@@ -28,7 +28,7 @@ _log = logging.getLogger("melinoe")
 
 class DeviceEngine:
     """
-    Let the device decide what is loaded; see `melinoe.engine.handle.Engine`.
+    Let the device decide what is loaded; `melinoe.engine.reference.ReferenceEngine` is the other.
 
     Time that a step waits for experts passes on the device and is not measured: `stall_s` is 0.
 
@@ -74,7 +74,6 @@ class DeviceEngine:
         self.staging = Staging(device, staging_experts)
         self._store, self._device = store, device
         self._use_graphs, self._compile = use_graphs, compile
-        self._warned_of_uses = False
         # First: a policy or a model that cannot run here shows now.
         self.residencies = DeviceResidency(
             [layer.num_experts for layer in layers], list(slots), policies, device
@@ -127,14 +126,8 @@ class DeviceEngine:
         self.residencies.forget_prefetches(but)
 
     @contextmanager
-    def every_step_seen(self, counting: bool) -> Iterator[None]:
-        """Replay no step in the body: the recorder sees all. Warn once if it counts uses."""
-        if counting and self._use_graphs and not self._warned_of_uses:
-            self._warned_of_uses = True
-            _log.warning(
-                "counting which experts are used runs decode steps without CUDA graphs, which is "
-                "slower; leave the prior out, or let it learn on the reference engine"
-            )
+    def every_step_seen(self) -> Iterator[None]:
+        """Replay no step in the body: the recorder sees all."""
         with self.graphs.paused():
             yield
 
