@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from melinoe.checkpoint.direct import DirectReader
 from melinoe.errors import CheckpointError
 
 # The names that the format gives to the types of a tensor, and what torch calls them.
@@ -127,6 +128,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._direct: DirectReader | None = None
         try:
             self._fd = os.open(self.path, BINARY)
         except OSError as error:
@@ -279,7 +281,8 @@ class SafetensorsFile:
         while len(view):
             # One call moves at most 2 GiB, and may move less than it was asked to.
             try:
-                done = read_at(self._fd, view, offset)
+                direct = self._direct
+                done = direct.fill(view, offset) if direct else read_at(self._fd, view, offset)
             except OSError as error:
                 raise self._unreadable(error) from None
             if done == 0:
@@ -290,6 +293,16 @@ class SafetensorsFile:
         if len(view):
             raise self._torn(f"lost bytes after {offset} while it was being read")
 
+    def read_past_cache(self) -> None:
+        """
+        Read past the system's page cache from now on.
+
+        Raises:
+            OSError: the file system does not let us.
+        """
+        if self._direct is None:
+            self._direct = DirectReader(self._fd)
+
     @property
     def closed(self) -> bool:
         """Whether it can no longer be read."""
@@ -298,6 +311,8 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file; reading afterwards is a caller's mistake."""
         self._closing()
+        if self._direct is not None:
+            self._direct.close()
 
 
 class Place(NamedTuple):

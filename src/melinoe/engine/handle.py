@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +24,7 @@ from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.moe.dispatch import bind, still_used, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer, watch_for_adapters
-from melinoe.moe.next_router import NextRouters
-from melinoe.moe.routing import find_routers, fingerprint
+from melinoe.moe.routing import fingerprint
 from melinoe.stores.store import Store
 from melinoe.stores.weights import free_weights, give_weights_back, refuse_copies
 
@@ -85,7 +84,6 @@ class Handle:
         self._undo = ExitStack()
         self._choosing: Choosing | None = None
         self._prefetching = False  # whether a prefetcher is at work
-        self._askers = 0
         self.policy = self._caches[0].residency.policy.name
         # Where each layer's weights go back to.
         self._origins = [
@@ -95,7 +93,8 @@ class Handle:
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             undo.callback(self._passes.follow())
             self._passes.ahead.forget = engine.forget_prefetches
-            for layer, cache in zip(layers, self._caches, strict=True):
+            for number, layer in enumerate(layers):
+                cache = self._caches[number]
                 free_weights(layer, device)
                 undo.callback(refuse_copies(layer))
                 cache.watch()
@@ -105,6 +104,9 @@ class Handle:
             checks = stream_order(device), still_used(model), watch_for_adapters(model, layers)
             self._passes.check = lambda: [check() for check in checks]
             undo.callback(engine.plug_in(model))
+            if self._passes.reads_ahead:
+                with suppress(UnsupportedModelError):
+                    undo.enter_context(self._passes.asking_next_routers())
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -280,28 +282,12 @@ class Handle:
                     )
                 work = Prefetching(prefetcher, self._caches, self._passes, ids)
                 if prefetcher.uses_guesses:
-                    stack.enter_context(self._asking_next_routers())
+                    stack.enter_context(self._passes.asking_next_routers())
                 self._prefetching = True
                 stack.callback(setattr, self, "_prefetching", False)
                 stack.callback(work.close)
                 work.begin()
             yield
-
-    @contextmanager
-    def _asking_next_routers(self) -> Iterator[None]:
-        """Have the next router asked early; recording and prefetching may both want it."""
-        with self.lock:  # not in the midst of another thread's pass
-            if self._passes.next_routers is None:
-                self._passes.next_routers = NextRouters(find_routers(self._model))
-            self._askers += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._askers -= 1
-                if not self._askers:
-                    self._passes.next_routers.close()
-                    self._passes.next_routers = self._passes.guess = None
 
     @contextmanager
     def record(self, model_name: str = "", guesses: bool = False) -> Iterator[Recorder]:
@@ -333,7 +319,7 @@ class Handle:
         recorder = Recorder(experts, name, which, guesses=guesses, note=note)
         with ExitStack() as stack:
             if guesses:
-                stack.enter_context(self._asking_next_routers())
+                stack.enter_context(self._passes.asking_next_routers())
             stack.enter_context(self.engine.every_step_seen())
             with self.lock:
                 if self._passes.recorder is not None:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.prefetch import MOST_ROWS, Route
 from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW
-from melinoe.errors import AttachError, TraceError
+from melinoe.errors import AttachError, TraceError, UnsupportedModelError
 from melinoe.moe.dispatch import NOT_COMPILED
 from melinoe.moe.next_router import NextRouters
+from melinoe.moe.routing import find_routers
 
 _log = logging.getLogger("melinoe")
 
@@ -171,8 +172,9 @@ class ForwardPasses:
         recorder, prompt_uses: Told of every pass, if there are any.
         before_completion: Called once, when the next pass of the completion begins and before it
             asks for any expert; then forgotten.
-        next_routers: Asked early in passes of the completion with few rows, if somebody wants it.
-        guess: What the next layer's router said in the layer entered last; None if not asked.
+        reads_ahead: Whether whoever loads wants the next router asked in every pass, if it can be.
+        early: What the next layer's router said in the layer entered last; None if not asked.
+        guess: The same in passes of the completion with few rows, as prefetchers and traces see it.
         route: Which layer comes next; whoever serves a request tells it.
         ahead: Which prefetches belong to the text to come.
         phase, tokens: Of the open pass, or of the last one.
@@ -188,8 +190,9 @@ class ForwardPasses:
         self.recorder: Listener | None = None
         self.prompt_uses: Listener | None = None
         self.before_completion: Callable[[], None] | None = None
-        self.next_routers: NextRouters | None = None
+        self.reads_ahead = False
         self.guess: Tensor | None = None
+        self.early: Tensor | None = None
         self.route = Route(counters.num_layers)
         self.ahead = Ahead(counters.num_layers)
         self.phase = PROMPT
@@ -202,6 +205,8 @@ class ForwardPasses:
         self._generating: Generating | None = None
         self._seen = 0  # bit i: layer i has run in the open pass
         self._warned_of_compiling = False
+        self._routers: NextRouters | None = None
+        self._askers = 0
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
@@ -213,8 +218,8 @@ class ForwardPasses:
         self._seen |= bit
         for listener in self._listeners():
             listener.add(layer, top_k_index, top_k_weights)
-        if self.next_routers is not None:
-            self._ask_early(self.next_routers, layer, *top_k_index.shape)
+        if self._routers is not None:
+            self._ask_early(self._routers, layer, *top_k_index.shape)
 
     def prefetched(self, layer: int, experts: Sequence[int]) -> None:
         """*experts* of *layer* have been loaded ahead."""
@@ -333,16 +338,50 @@ class ForwardPasses:
         for listener in self._listeners():
             listener.end()
 
+    @contextmanager
+    def asking_next_routers(self) -> Iterator[None]:
+        """
+        Have the next router asked early in the body; several may want it.
+
+        Raises:
+            UnsupportedModelError: this model's cannot be asked.
+        """
+        with self.lock:  # not in the midst of another thread's pass
+            if self._routers is None:
+                self._routers = NextRouters(find_routers(self._model))
+            self._askers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._askers -= 1
+                if not self._askers:
+                    self._ask_no_more()
+
+    def _ask_no_more(self) -> None:
+        if self._routers is not None:
+            self._routers.close()
+        self._routers = self.guess = self.early = None
+
     def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
-        target = self.route.after(layer) if self.decodes_few else None
+        few = self.decodes_few
+        target = self.route.after(layer) if few or self.reads_ahead else None
+        self.guess = self.early = None
         if target is None:
-            self.guess = None
             routers.forget(layer)
             return
-        self.guess = routers.guess(layer, target, rows, top_k)
-        tell = getattr(self.recorder, "add_guess", None)
-        if tell is not None:
-            tell(target, self.guess)
+        try:
+            self.early = routers.guess(layer, target, rows, top_k)
+        except UnsupportedModelError:
+            if not self.reads_ahead or self._askers > 1:
+                raise
+            self._ask_no_more()  # only speed asked for it
+            return
+        if few:
+            self.guess = self.early
+            tell = getattr(self.recorder, "add_guess", None)
+            if tell is not None:
+                tell(target, self.guess)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call of the model."""

@@ -13,6 +13,7 @@ from melinoe.cache.policy import Policy, policy_makers
 from melinoe.engine.budget import GpuBudget, memory_of, parse_bytes, slots_by_layer, slots_for
 from melinoe.engine.device.support import why_not
 from melinoe.engine.options import Options
+from melinoe.engine.transfer import staging_blocks
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
 from melinoe.experts.format import PLAIN, ExpertFormat
 from melinoe.experts.integer import Integer
@@ -308,7 +309,16 @@ def _slots(
         room -= model.backbone_bytes
     if store != "disk":
         room -= model.added_bytes(options)
-    return slots_for(max(room, 1), layers), None, f"what fits into {format_bytes(max(room, 0))}"
+    slots = slots_for(max(room, 1), layers)
+    if staged := _staged_bytes([slots] * len(layers), layers, store):
+        slots = slots_for(max(room - staged, 1), layers)
+    return slots, None, f"what fits into {format_bytes(max(room, 0))}"
+
+
+def _staged_bytes(slots: Sequence[int], layers: Sequence[ExpertsLayer], store: str) -> int:
+    """Bytes of the blocks into which experts are read ahead of their use on the CPU."""
+    blocks = staging_blocks(slots) if store == "disk" else 0
+    return blocks * sum({layer.parts: layer.block_bytes for layer in layers}.values())
 
 
 def _check_host(
@@ -323,7 +333,10 @@ def _check_host(
     on_cpu = device.type == "cpu"
     parts = {
         "experts": 0 if store == "disk" else model.added_bytes(options),
-        "slots": memory_of(slots, in_slots(model.layers, engine)) if on_cpu else 0,
+        "slots": memory_of(slots, in_slots(model.layers, engine))
+        + _staged_bytes(slots, model.layers, store)
+        if on_cpu
+        else 0,
         "all other weights": model.backbone_bytes if on_cpu else 0,
     }
     what = " and ".join(f"{format_bytes(size)} of {part}" for part, size in parts.items() if size)

@@ -7,7 +7,7 @@ that into the slots, and lets transformers' own function compute from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,13 @@ from melinoe.cache.timing import LoadRule
 from melinoe.engine.checks import Guard
 from melinoe.engine.misses import HostExperts, Misses
 from melinoe.engine.passes import ForwardPasses, watch_generate
-from melinoe.engine.transfer import CudaTransfer, EmulatedLink, Transfer
+from melinoe.engine.transfer import (
+    CudaTransfer,
+    DiskTransfer,
+    EmulatedLink,
+    Transfer,
+    staging_blocks,
+)
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
@@ -54,13 +60,19 @@ class ReferenceEngine:
         misses: Misses,
     ) -> None:
         self.passes = ForwardPasses(model, Counters(len(layers)))
-        cuda = device.type == "cuda"
-        self.transfer = CudaTransfer(store, device) if cuda else Transfer(store, link)
+        self.transfer = Transfer(store, link)
+        if device.type == "cuda":
+            self.transfer = CudaTransfer(store, device)
+        elif store.kind == "disk" and link is None:
+            self.transfer = DiskTransfer(store, layers, staging_blocks(slots))
+            self.passes.reads_ahead = True
         buffers: dict[Any, dict[str, Tensor]] = {}
         self.experts = [
             ExpertCache(layer, count, make(), self.transfer, self.passes, device)
             for layer, count, make in zip(layers, slots, policies, strict=True)
         ]
+        for cache in self.experts:
+            cache.peers = self.experts
         if misses.rule is not None:
             for cache in self.experts:
                 cache.rule = misses.rule
@@ -119,6 +131,7 @@ class ExpertCache:
     Attributes:
         rule: How many of a request's missing experts are loaded; None: all.
         host: Computes the others; needed with a *rule*.
+        peers: Those of all layers, for reading ahead.
         after_request: Called with the layer and its experts once a request's loads are under way.
     """
 
@@ -136,6 +149,7 @@ class ExpertCache:
         self.residency = Residency(layer.num_experts, num_slots, policy)
         self.rule: LoadRule | None = None
         self.host: HostExperts | None = None
+        self.peers: Sequence[ExpertCache] = ()
         self.after_request: Callable[[int, list[int]], None] | None = None
         self._index, self._num_experts, self._num_slots = layer.index, layer.num_experts, num_slots
         self._transfer, self._passes, self._counters = transfer, passes, passes.counters
@@ -223,27 +237,34 @@ class ExpertCache:
             decisions, fits = (decision,), True
         else:
             decisions = self.residency.request_in_parts(experts, uses)
-        at_once = whole and fits and not on_host
-        pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype) if not at_once else None
-        made = []
-        for decision in decisions:  # the next one is made when this one has been computed
-            made.append(decision)
+        turns = []
+        for decision in decisions:  # a later one may take the slots of an earlier one
+            slots = {expert: int(self.residency.slot_of[expert]) for expert in decision.hits}
+            slots |= {load.expert: load.slot for load in decision.loads}
+            turns.append((decision, slots))
+        one_by_one = self._transfer.overlaps and bool(turns[0][0].loads)
+        pairs = None
+        if not whole or not fits or on_host or one_by_one:
+            pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
+        if self._transfer.overlaps:
+            loaded = {load.expert for decision, _ in turns for load in decision.loads}
+            self._transfer.forget_ahead(self._index, but=loaded)
+        for number, (decision, slots) in enumerate(turns, start=1):
             ticket = None
             if decision.loads:
                 self._make_way(decision.loads)
                 ticket = self._transfer.issue(self._index, decision.loads, self._views, stalls=True)
-            if fits:  # else more turns come, and more loads with them
+            if number < len(turns):
+                self._transfer.ahead(self._index, [load.expert for load in turns[number][0].loads])
+            else:
                 self._served(experts)
             if on_host:
                 assert self.host is not None and pairs is not None
                 self.host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), on_host)
-            self._transfer.wait(ticket)
-            for expert in decision.hits if self._in_flight else ():
-                self._transfer.wait(self._in_flight.pop(expert, None))
-            if pairs is not None and (decision.hits or decision.loads):
-                self._add_from_slots(pairs, decision, top_k_index)
-        if not fits:
-            self._served(experts)
+            for arrived in self._arriving(decision, ticket):
+                if pairs is not None and arrived:
+                    self._add_from_slots(pairs, {one: slots[one] for one in arrived}, top_k_index)
+        made = [decision for decision, _ in turns]
         self._counters.add_decisions(self._index, experts, uses, made, on_host)
         if pairs is not None:
             return pairs.total(top_k_weights)
@@ -251,25 +272,49 @@ class ExpertCache:
             top_k_index = self._slot_of.take(top_k_index.long())
         return self._forward(self._stand_in, hidden_states, top_k_index, top_k_weights)
 
-    def _add_from_slots(self, pairs: Pairs, decision: Decision, top_k_index: Tensor) -> None:
-        """Compute the pairs of a decision's experts."""
+    def _arriving(self, decision: Decision, ticket: Any) -> Iterator[list[int]]:
+        """Wait for a decision's experts, and yield them in the groups in which they come."""
+        for expert in decision.hits if self._in_flight else ():
+            self._transfer.wait(self._in_flight.pop(expert, None))
+        if self._transfer.overlaps:
+            yield list(decision.hits)
+            yield from self._transfer.arrivals(ticket)
+        else:
+            self._transfer.wait(ticket)
+            yield [*decision.hits, *(load.expert for load in decision.loads)]
+
+    def _add_from_slots(self, pairs: Pairs, slots: Mapping[int, int], top_k_index: Tensor) -> None:
+        """Compute the pairs of some experts from their *slots*."""
         flat = top_k_index.reshape(-1).long()
         known = (flat >= 0) & (flat < self._num_experts)
         flat = flat.masked_fill(~known, self._num_experts)
-        # The last entry means "not due", as -1 does for experts that are not in the decision.
+        # The last entry means "not due", as -1 does for all other experts.
         # On the host by name: the user's default device may be another.
         due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
-        here = [*decision.hits, *(load.expert for load in decision.loads)]
-        present = torch.tensor(here, dtype=torch.int64, device="cpu")
-        due[present] = self._host_slot_of[present]
+        due[torch.tensor(list(slots), device="cpu")] = torch.tensor(
+            list(slots.values()), device="cpu"
+        )
         pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
 
     def _served(self, experts: list[int]) -> None:
-        """The loads of a request are under way: now others may follow them over the link."""
-        if experts:
-            self._passes.route.reached(self._index)
-            if self.after_request is not None:
-                self.after_request(self._index, experts)
+        """The loads of a request are under way: now others may follow them."""
+        if not experts:
+            return
+        self._passes.route.reached(self._index)
+        if self.after_request is not None:
+            self.after_request(self._index, experts)
+        target = self._passes.route.after(self._index)
+        if self._transfer.overlaps and target is not None and self._passes.early is not None:
+            self.peers[target].read_ahead(self._passes.early)
+
+    def read_ahead(self, guess: Tensor) -> None:
+        """Begin to read what *guess* ``(tokens, top_k)`` says this layer will load."""
+        ids, counts = guess.unique(return_counts=True)
+        # A request loads the least used first.
+        order = ids[counts.argsort(stable=True)].tolist()
+        slot_of = self.residency.slot_of
+        missing = [one for one in order if 0 <= one < self._num_experts and slot_of[one] < 0]
+        self._transfer.ahead(self._index, missing)
 
     def _make_way(self, loads: Sequence[Load]) -> None:
         """Bring the books up to date with *loads*."""

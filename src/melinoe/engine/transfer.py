@@ -8,7 +8,9 @@ copies run on a stream of their own, ordered against the computation by events.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,18 @@ import torch
 from torch import Tensor
 
 from melinoe.cache.residency import Load
-from melinoe.stores.store import Store
+from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.store import Store, empty_block
+
+# A disk gives its rate to about four reads in flight; more gained nothing.
+_READERS = 4
+_MOST_STAGED = 8
+
+
+def staging_blocks(slots: Sequence[int]) -> int:
+    """Experts that are read ahead at once, where slots are filled from disk: few beside *slots*."""
+    return min(_MOST_STAGED, sum(slots) // 16)
+
 
 SlotViews = Sequence[Mapping[str, Tensor]]
 """Per slot, per parameter name, a view shaped without the experts' dimension."""
@@ -65,6 +78,9 @@ class Transfer:
         activation_bytes: Bytes of activations that went to the host for it, and came back.
     """
 
+    overlaps = False
+    """Whether experts arrive one by one while others are computed."""
+
     def __init__(self, store: Store, link: EmulatedLink | None = None) -> None:
         self.store = store
         self._link = link
@@ -101,6 +117,16 @@ class Transfer:
             _sleep_until(ticket)
             self.stall_s += time.perf_counter() - begin
 
+    def arrivals(self, ticket: Any) -> Iterator[list[int]]:
+        """Yield the experts of *ticket* as they arrive, where the transfer `overlaps`."""
+        raise NotImplementedError
+
+    def ahead(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to read experts that will be asked for, where that can be hidden."""
+
+    def forget_ahead(self, layer: int, but: Collection[int]) -> None:
+        """Forget what was read ahead for *layer* and is not asked for."""
+
     def carry_activations(self, nbytes: int) -> None:
         """
         Count activations on their way to the host or back; over an emulated link, also wait.
@@ -123,6 +149,119 @@ def _sleep_until(when: float) -> None:
     while (left := when - time.perf_counter()) > 0:
         if left > 2e-4:  # sleeping oversleeps by some 60 us; the rest is spent waiting awake
             time.sleep(left - 1e-4)
+
+
+class DiskTransfer(Transfer):
+    """
+    Read from disk by a few threads at once: into slots while others are computed from, and ahead.
+
+    A disk gives its rate to several reads in flight only. What the next layer will probably ask for
+    is read ahead into staging, blocks of host memory that belong to no layer, never into a slot; a
+    demand that finds its expert there copies it. A wrong guess costs its read and nothing else.
+
+    Attributes:
+        ahead_reads, ahead_used: Experts read into staging, and those that were then asked for.
+    """
+
+    overlaps = True
+
+    def __init__(self, store: Store, layers: Sequence[ExpertsLayer], staging: int) -> None:
+        with torch.inference_mode(False):
+            self._free = {
+                parts: [empty_block(parts) for _ in range(staging)]
+                for parts in {layer.parts for layer in layers}
+            }
+        self._parts = [layer.parts for layer in layers]
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="melinoe-read")
+        # By layer and expert, on its way into staging or there.
+        self._staged: dict[tuple[int, int], tuple[Future[None], dict[str, Tensor]]] = {}
+        # By layer and slot, the last copy into it: the next one waits for it.
+        self._last: dict[tuple[int, int], Future[None]] = {}
+        super().__init__(store)
+
+    def reset(self) -> None:
+        """Set the accounts to zero."""
+        super().reset()
+        self.ahead_reads = self.ahead_used = 0
+
+    def issue(
+        self, layer: int, loads: Sequence[Load], slots: SlotViews, *, stalls: bool = False
+    ) -> Any:
+        """Begin to read; the ticket has for each copy the expert that it brings."""
+        ticket: dict[Future[None], int] = {}
+        for load in loads:
+            staged = self._staged.pop((layer, load.expert), None)
+            self.ahead_used += staged is not None
+            before = self._last.get((layer, load.slot))
+            copy = self._pool.submit(
+                self._bring, layer, load.expert, slots[load.slot], staged, before
+            )
+            self._last[layer, load.slot] = copy
+            ticket[copy] = load.expert
+        self.transferred_bytes += self.store.block_bytes(layer) * len(loads)
+        return ticket
+
+    def wait(self, ticket: Any) -> None:
+        """Let the pass wait for all copies of *ticket*."""
+        for _ in self.arrivals(ticket):
+            pass
+
+    def arrivals(self, ticket: Any) -> Iterator[list[int]]:
+        """Yield the experts of *ticket* as they arrive, waiting on the clock of `stall_s`."""
+        left = dict(ticket or {})
+        while left:
+            begin = time.perf_counter()
+            done, _ = wait_for(left, return_when=FIRST_COMPLETED)
+            self.stall_s += time.perf_counter() - begin
+            for copy in done:
+                copy.result()
+            yield sorted(left.pop(copy) for copy in done)
+
+    def ahead(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to read *experts* of *layer* into staging, as far as it has room."""
+        free = self._free[self._parts[layer]]
+        for expert in experts:
+            if not free:
+                return
+            if (layer, expert) not in self._staged:
+                block = free.pop()
+                read = self._pool.submit(self.store.read, layer, expert, block)
+                self._staged[layer, expert] = read, block
+                self.ahead_reads += 1
+
+    def forget_ahead(self, layer: int, but: Collection[int]) -> None:
+        """Make room in staging of what *layer* does not ask for after all."""
+        free = self._free[self._parts[layer]]
+        for key in [k for k in self._staged if k[0] == layer and k[1] not in but]:
+            read, block = self._staged.pop(key)
+            self.ahead_reads -= read.cancel()
+            read.add_done_callback(lambda _, block=block: free.append(block))  # type: ignore[misc]
+
+    def finish(self) -> None:
+        """Return when no read is under way."""
+        wait_for([*self._last.values(), *(read for read, _ in self._staged.values())])
+
+    def _bring(
+        self,
+        layer: int,
+        expert: int,
+        slot: Mapping[str, Tensor],
+        staged: tuple[Future[None], dict[str, Tensor]] | None,
+        before: Future[None] | None,
+    ) -> None:
+        """Fill a slot, in a thread; the copy that was to fill it *before* is over first."""
+        if before is not None:
+            before.exception()
+        if staged is None:
+            self.store.read(layer, expert, slot)
+            return
+        read, block = staged
+        try:
+            read.result()
+            for name, part in block.items():
+                slot[name].copy_(part)
+        finally:
+            self._free[self._parts[layer]].append(block)
 
 
 class CudaTransfer(Transfer):

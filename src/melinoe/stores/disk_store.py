@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -9,40 +10,61 @@ from torch import Tensor
 
 from melinoe.checkpoint.opening import Checkpoint
 from melinoe.experts.format import ExpertFormat
+from melinoe.host_memory import free_host_bytes
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.stores.store import empty_block
+
+_log = logging.getLogger("melinoe")
 
 
 class DiskStore:
     """
-    Reads an expert from the shards each time it is asked for; holds no expert in host memory.
+    Reads an expert from the shards each time it is asked for, by any number of threads at once.
 
     The shards stay open. One that is replaced by another file goes on being served from; one that
-    is written to in place is refused at the next read. What the system's page cache keeps of them
-    is not this store's, and goes when others need the memory.
+    is written to in place is refused at the next read. Where the experts fit into the memory that
+    is free, the system's page cache keeps those that were read; where they do not, it would only
+    push out what else is there, so reads go past it.
 
     Args:
         checkpoint: An opened checkpoint; the store closes it.
         layers: Its layers, in the formats that are read; absent: plain.
+        direct: Whether to read past the page cache; absent: as above.
     """
 
     kind: ClassVar[str] = "disk"
     host_bytes: ClassVar[int] = 0
 
     def __init__(
-        self, checkpoint: Checkpoint, layers: Sequence[ExpertsLayer] | None = None
+        self,
+        checkpoint: Checkpoint,
+        layers: Sequence[ExpertsLayer] | None = None,
+        direct: bool | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = checkpoint.layers if layers is None else layers
+        if direct is None:
+            free = free_host_bytes()
+            direct = free is not None and checkpoint.expert_bytes > free
+        if direct:
+            try:
+                for place in checkpoint.files.values():
+                    place.file.read_past_cache()
+            except OSError as error:
+                _log.warning(
+                    "the files of %s cannot be read past the system's page cache (%s), so they are "
+                    "read through it, which is slower where memory is short",
+                    checkpoint.name, error.strerror or error,
+                )  # fmt: skip
 
     @property
     def num_layers(self) -> int:
         """How many MoE layers."""
-        return len(self._checkpoint.layers)
+        return len(self._layers)
 
     def num_experts(self, layer: int) -> int:
         """How many experts MoE layer *layer* has."""
-        return self._checkpoint.layers[layer].num_experts
+        return self._layers[layer].num_experts
 
     def block_bytes(self, layer: int) -> int:
         """Bytes of one expert of *layer*."""
