@@ -100,7 +100,7 @@ def serving(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., No
         "Experts in memory": (
             "slots", "expert_memory", "policy", "store", "batch", "context", "allocate_from",
         ),
-        "Misses": ("miss", "miss_threads"),
+        "Misses": ("miss",),
         "Engine": ("engine", "format", "compile", "dtype"),
         "Choice of experts": ("choice", "choice_strength", "choice_keep"),
     }  # fmt: skip
