@@ -49,12 +49,12 @@ def compressed(bits: int, symmetric: bool, strategy: str = "group", kind: str = 
     }
 
 
-def write_packed(directory: Path, settings: dict, seed: int = 0) -> Path:
+def write_packed(directory: Path, settings: dict, seed: int = 0, width: int | None = None) -> Path:
     """
     Write a tiny model whose ``quantization_config`` is *settings*, and the same one plain.
 
-    mxfp4 is a gpt-oss, all else a Qwen3-MoE. Codes and scales are drawn, but for fp8, which
-    transformers' own quantiser makes.
+    mxfp4 is a gpt-oss, all else a Qwen3-MoE, whose vectors have *width* numbers. Codes and scales
+    are drawn, but for fp8, which transformers' own quantiser makes, if 128 divides the shapes.
 
     Returns:
         The packed checkpoint, ``directory/packed``. In ``directory/plain`` lies one in float32
@@ -65,7 +65,7 @@ def write_packed(directory: Path, settings: dict, seed: int = 0) -> Path:
     if method == "mxfp4":
         model = tiny_model("gpt_oss", dtype=torch.bfloat16, hidden_size=64)
     else:
-        wide = 128 if method == "fp8" else 64
+        wide = width or (128 if method == "fp8" else 64)
         model = tiny_model(
             "qwen3_moe", dtype=torch.bfloat16, hidden_size=wide, moe_intermediate_size=wide,
             head_dim=32, mlp_only_layers=[],
@@ -104,6 +104,16 @@ def _mxfp4(name: str, plain: torch.Tensor, settings: dict) -> Packed:
 
 
 def _fp8(name: str, plain: torch.Tensor, settings: dict) -> Packed:
+    rows, columns = plain.shape
+    if rows % 128 or columns % 128:  # square by square, the last ones cut
+        scales = torch.rand(-(-rows // 128), -(-columns // 128)) / 100
+        codes = (torch.randn(rows, columns) * 10).to(torch.float8_e4m3fn)
+        meant = codes.float()
+        for row in range(scales.shape[0]):
+            for column in range(scales.shape[1]):
+                square = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+                meant[square] *= scales[row, column]
+        return {name: codes, f"{name}_scale_inv": scales}, meant
     config = SimpleNamespace(weight_block_size=[128, 128], scale_fmt=None)
     quantizer = SimpleNamespace(quantization_config=config)
     made = Fp8Quantize(quantizer)._quantize_one(name, plain)

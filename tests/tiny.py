@@ -145,6 +145,9 @@ MODEL_CLASS: dict[str, str] = {
 CANNOT: dict[str, str] = {}
 """Family to the reason why no tiny model of it can be built here; empty at the time of writing."""
 
+ATTACHED_ONLY = {"ernie4_5_vl_moe"}
+"""Families in whose files a rule mixes all experts of a layer, so that none can be read alone."""
+
 
 @cache
 def families() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from melinoe.checkpoint import (
     read_metadata,
     write_metadata,
 )
-from melinoe.checkpoint.hub import hub_arguments
+from melinoe.checkpoint.files import hub_arguments
 from melinoe.errors import CheckpointError
 from melinoe.shipped import TINY_OLMOE
 

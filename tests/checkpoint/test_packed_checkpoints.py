@@ -19,6 +19,7 @@ from melinoe.errors import CheckpointError, UnsupportedModelError
 WAYS = {
     "mxfp4": MXFP4,
     "fp8": FP8,
+    "fp8 cut": FP8,
     "gptq": gptq(),
     "gptq 8 bits": gptq(8),
     "gptq v2": gptq(checkpoint_format="gptq_v2"),
@@ -28,6 +29,8 @@ WAYS = {
     "int8 by output": compressed(8, False, "channel"),
     "int8 plain codes": compressed(8, False, "channel", "int-quantized"),
 }
+# gate and up, of one and a half squares of 128 outputs each, become one matrix.
+WIDTHS = {"fp8 cut": 192}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,9 @@ def made(tmp_path_factory):
 
     def of(way):
         if way not in found:
-            found[way] = packed_checkpoints.write_packed(tmp_path_factory.mktemp("way"), WAYS[way])
+            found[way] = packed_checkpoints.write_packed(
+                tmp_path_factory.mktemp("way"), WAYS[way], width=WIDTHS.get(way)
+            )
         return found[way]
 
     return of
@@ -115,8 +120,8 @@ def test_the_whole_model_is_the_one_that_transformers_dequantises(made, way, con
         assert torch.equal(ours[name], tensor), name
 
 
-SERVED = [("mxfp4", "ram"), ("mxfp4", "disk"), ("fp8", "ram"), ("fp8", "disk"), ("gptq", "ram"),
-          ("awq", "disk"), ("int4", "disk")]  # fmt: skip
+SERVED = [("mxfp4", "ram"), ("mxfp4", "disk"), ("fp8", "ram"), ("fp8", "disk"), ("fp8 cut", "disk"),
+          ("gptq", "ram"), ("awq", "disk"), ("int4", "disk")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("way", "store"), SERVED)

@@ -11,7 +11,7 @@ from melinoe.checkpoint.writing import check_rewritable, round_as_stored
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
-FAMILIES = [family for family in tiny.families() if family not in tiny.CANNOT]
+FAMILIES = [f for f in tiny.families() if f not in {*tiny.CANNOT, *tiny.ATTACHED_ONLY}]
 PREDICTS_MORE = {
     "model.mtp.layers.0.weight": torch.arange(6, dtype=torch.int8).reshape(2, 3),
     "mtp.scale": torch.tensor(0.5, dtype=torch.float64),

@@ -12,12 +12,17 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from melinoe.checkpoint.files import read_raw_config, without_mark
-from melinoe.checkpoint.hub import first_line, locate, split_revision
+from melinoe.checkpoint.files import (
+    first_line,
+    locate,
+    read_raw_config,
+    split_revision,
+    without_mark,
+)
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import Checkpoint
 from melinoe.checkpoint.packed import Weights
-from melinoe.checkpoint.safetensors_file import describe_shape
+from melinoe.checkpoint.safetensors_file import describe_shape, load_whole
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import fingerprint
@@ -32,9 +37,7 @@ class _Lazy:
         self.place = place
 
     def __getitem__(self, _: object) -> torch.Tensor:
-        tensor = torch.empty(self.place.info.shape, dtype=self.place.info.dtype, device="cpu")
-        self.place.read(tensor)
-        return tensor
+        return load_whole(self.place)
 
 
 def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
@@ -46,10 +49,6 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
     model had no memory yet. They are left as empty parameters ``(0, ...)``, the form that
     `melinoe.attach` leaves too.
 
-    Args:
-        checkpoint: An opened checkpoint.
-        device: Where the backbone's weights go.
-
     Returns:
         The model, in evaluation mode. It cannot run until experts are attached or put into it.
 
@@ -59,20 +58,26 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
             names.
     """
     model = _without(checkpoint, device)
-    _check_routers(model, checkpoint)
+    wanted = read_metadata(checkpoint.source).get("fingerprint")
+    raw = read_raw_config(checkpoint.source)[1]
+    own = raw.get("dtype") or raw.get("torch_dtype")
+    # In another type than it was written for, the numbers may be rounded otherwise.
+    same_type = str(checkpoint.dtype) == f"torch.{own}"
+    if wanted is not None and same_type and fingerprint(model) != wanted:
+        raise CheckpointError(
+            f"the routers of {checkpoint.name} are not those that its melinoe.json was written "
+            "for; write or download it again, or delete melinoe.json if they were changed on "
+            "purpose"
+        )
     return model
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
     """
-    Load a whole model, as transformers does from a directory, from the files that were checked.
+    Load a whole model onto *device*, as transformers does from a directory.
 
     Unlike transformers it needs no ``metadata`` in the index and takes `Checkpoint.dtype`, so
     that everything that opens a checkpoint agrees on its files and its type.
-
-    Args:
-        checkpoint: An opened checkpoint.
-        device: Where the weights go.
 
     Returns:
         The model, in evaluation mode.
@@ -86,22 +91,27 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> An
     readers = [reader for source in checkpoint.experts for reader in source.readers.values()]
     if any(reader.pieces(0) is None for reader in readers):
         places = list(checkpoint.tensors.values())
-        model = _from_pretrained(checkpoint, checkpoint.model_class, places, device, set())
-        _name_it(model, checkpoint)
-        return model
+        return _from_pretrained(checkpoint, checkpoint.model_class, places, device, set())
     model = _without(checkpoint, device)
     for source in checkpoint.experts:
         module = model.get_submodule(source.layer.name)
-        stacks = {}
-        for tensor in source.layer.tensors:
-            stack = torch.empty(
-                (source.num_experts, *tensor.shape), dtype=tensor.dtype, device=device
-            )
-            module._parameters[tensor.name] = nn.Parameter(stack)
-            stacks[tensor.name] = stack
+        _take_out(module, source.layer, device, source.num_experts)
         for expert in range(source.num_experts):
-            source.read(expert, {name: stack[expert] for name, stack in stacks.items()})
+            into = {t.name: module.get_parameter(t.name).data for t in source.layer.tensors}
+            source.read(expert, {name: stack[expert] for name, stack in into.items()})
     return model
+
+
+def layers_of(checkpoint: Checkpoint, model: nn.Module) -> list[ExpertsLayer]:
+    """Return the checkpoint's MoE layers with the modules of *model*, from `load_backbone`."""
+    return [replace(x, module=model.get_submodule(x.name)) for x in checkpoint.layers]
+
+
+def _take_out(module: Any, layer: ExpertsLayer, device: Any, room: int = 0) -> None:
+    """Give *module* uninitialised parameters for *room* experts."""
+    for tensor in layer.tensors:
+        empty = torch.empty((room, *tensor.shape), dtype=tensor.dtype, device=device)
+        module._parameters[tensor.name] = nn.Parameter(empty)
 
 
 def _without(checkpoint: Checkpoint, device: torch.device | str) -> Any:
@@ -111,12 +121,25 @@ def _without(checkpoint: Checkpoint, device: torch.device | str) -> Any:
     model = _from_pretrained(checkpoint, stripped, checkpoint.backbone, device, given)
     model.__class__ = checkpoint.model_class
     for layer in checkpoint.layers:
-        module = model.get_submodule(layer.name)
-        for tensor in layer.tensors:
-            empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=device)
-            module._parameters[tensor.name] = nn.Parameter(empty)
-    _name_it(model, checkpoint)
+        _take_out(model.get_submodule(layer.name), layer, device)
     return model
+
+
+def _without_experts(model_class: Any) -> Any:
+    """Make a class like *model_class* whose instances drop their experts once they are built."""
+
+    def __init__(self, *args, **kwargs):
+        model_class.__init__(self, *args, **kwargs)
+        for layer in find_experts(self):
+            module: Any = layer.module
+            assert all(module._parameters[t.name].is_meta for t in layer.tensors)  # no byte yet
+            # Not None: some families' own initialisation and tying expect a parameter here.
+            _take_out(module, layer, "cpu")
+            module._is_hf_initialized = True
+
+    # The same name and module: transformers chooses its conversions by the class's name.
+    body = {"__init__": __init__, "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), body)
 
 
 def _from_pretrained(
@@ -138,31 +161,8 @@ def _from_pretrained(
             output_loading_info=True,
         )
     _refuse_gaps(checkpoint.name, info, given)
+    _name_it(model, checkpoint)
     return model
-
-
-def layers_of(checkpoint: Checkpoint, model: nn.Module) -> list[ExpertsLayer]:
-    """Return the checkpoint's MoE layers with the modules of *model*, from `load_backbone`."""
-    return [replace(x, module=model.get_submodule(x.name)) for x in checkpoint.layers]
-
-
-def _without_experts(model_class: Any) -> Any:
-    """Make a class like *model_class* whose instances drop their experts once they are built."""
-
-    def __init__(self, *args, **kwargs):
-        model_class.__init__(self, *args, **kwargs)
-        for layer in find_experts(self):
-            module: Any = layer.module
-            for tensor in layer.tensors:
-                assert module._parameters[tensor.name].is_meta  # not a byte was ever given
-                # Not None: some families' own initialisation and tying expect a parameter here.
-                empty = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device="cpu")
-                module._parameters[tensor.name] = nn.Parameter(empty)
-            module._is_hf_initialized = True
-
-    # The same name and module: transformers chooses its conversions by the class's name.
-    body = {"__init__": __init__, "__module__": model_class.__module__}
-    return type(model_class.__name__, (model_class,), body)
 
 
 def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
@@ -188,22 +188,6 @@ def _refuse_gaps(name: str, info: dict, experts: set[str]) -> None:
     if unexpected:
         _log.warning("%s: %d stored tensors are not used by the model, first %s",
                      name, len(unexpected), unexpected[0])  # fmt: skip
-
-
-def _check_routers(model: Any, checkpoint: Checkpoint) -> None:
-    """Refuse routers other than those that the checkpoint's ``melinoe.json`` was written for."""
-    wanted = read_metadata(checkpoint.source).get("fingerprint")
-    raw = read_raw_config(checkpoint.source)[1]
-    own = raw.get("dtype") or raw.get("torch_dtype")
-    # In another type than it was written for, the numbers may be rounded otherwise.
-    if wanted is None or str(checkpoint.dtype) != f"torch.{own}":
-        return
-    if fingerprint(model) != wanted:
-        raise CheckpointError(
-            f"the routers of {checkpoint.name} are not those that its melinoe.json was written "
-            "for; write or download it again, or delete melinoe.json if they were changed on "
-            "purpose"
-        )
 
 
 # How the names of a generation config's true-or-false settings begin.
@@ -244,7 +228,6 @@ def _loading_quietly() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if before is None:
-            del os.environ[name]
-        else:
+        del os.environ[name]
+        if before is not None:
             os.environ[name] = before

@@ -5,11 +5,9 @@ Each rule was read in the engine's own code or seen to happen; `docs/export.md` 
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from melinoe.checkpoint.files import read_raw_config
-from melinoe.checkpoint.hub import locate
+from melinoe.checkpoint.files import locate, read_raw_config
 from melinoe.checkpoint.packed import OWN_METHOD, find_packing
 from melinoe.checkpoint.tokenizer import TOKENIZER_FILES
 
@@ -33,46 +31,33 @@ class Finding(NamedTuple):
     changes_results: bool = True
 
 
-class _Rule(NamedTuple):
-    """Hold a finding and the family whose configs it is about; None for any family."""
-
-    family: str | None
-    holds: Callable[[Config], bool]
-    finding: Finding
-
-
-def _is_packed_here(config: Config) -> bool:
-    """Whether `melinoe pack` wrote the checkpoint."""
-    packing = find_packing(config)
-    return packing is not None and packing.method == OWN_METHOD
-
-
 _FIXED = "vLLM, SGLang, llama.cpp"
-_RULES = (
-    _Rule("olmoe", lambda c: bool(c.get("norm_topk_prob")), Finding(
+# The family whose configs a rule is about, or None; whether it holds; what it finds.
+_RULES: tuple[tuple[str | None, Callable[[Config], bool], Finding], ...] = (
+    ("olmoe", lambda c: bool(c.get("norm_topk_prob")), Finding(
         _FIXED, "norm_topk_prob is true",
         "their OLMoE never normalises the weights of the chosen experts, whatever the config says",
     )),
-    _Rule("olmoe", lambda c: bool(c.get("tie_word_embeddings")), Finding(
+    ("olmoe", lambda c: bool(c.get("tie_word_embeddings")), Finding(
         _FIXED, "tie_word_embeddings is true",
         "their OLMoE has a head of its own, which no stored tensor fills",
     )),
-    _Rule("olmoe", lambda c: c.get("clip_qkv") is not None, Finding(
+    ("olmoe", lambda c: c.get("clip_qkv") is not None, Finding(
         _FIXED, "clip_qkv is set", "their OLMoE does not clip queries, keys and values",
     )),
-    _Rule("olmoe", lambda c: c.get("rms_norm_eps", 1e-5) != 1e-5, Finding(
+    ("olmoe", lambda c: c.get("rms_norm_eps", 1e-5) != 1e-5, Finding(
         "vLLM, SGLang", "rms_norm_eps is not 1e-05", "their OLMoE takes 1e-05 in every norm",
     )),
-    _Rule(None, lambda c: "rope_parameters" in c and "rope_theta" not in c, Finding(
+    (None, lambda c: "rope_parameters" in c and "rope_theta" not in c, Finding(
         "transformers 4", "rope_parameters, and no rope_theta",
         "it knows only rope_theta and rope_scaling, and takes its family's default (10,000 for "
         "most) without a word; write them beside",
     )),
-    _Rule("qwen3_moe", lambda c: "num_local_experts" in c and "num_experts" not in c, Finding(
+    ("qwen3_moe", lambda c: "num_local_experts" in c and "num_experts" not in c, Finding(
         "transformers 4", "num_local_experts, and no num_experts",
         "it takes 128 experts and fails to load; write num_experts beside",
     )),
-    _Rule(None, lambda c: _is_packed_here(c), Finding(
+    (None, lambda c: (find_packing(c) or ("",))[0] == OWN_METHOD, Finding(
         "all", "experts are packed by `melinoe pack`",
         "only Melinoe reads them; `melinoe pack --format plain` writes them for other engines",
     )),
@@ -83,10 +68,17 @@ def other_results(config: Config) -> list[Finding]:
     """Find the rules that hold for a raw config, or for any part of it."""
     family = config.get("model_type")
     return [
-        rule.finding
-        for rule in _RULES
-        if rule.family in (None, family) and any(rule.holds(part) for part in _parts(config))
+        finding
+        for of, holds, finding in _RULES
+        if of in (None, family) and any(holds(part) for part in _parts(config))
     ]
+
+
+def _parts(config: Config) -> Iterator[Config]:
+    yield config
+    for part in config.values():
+        if isinstance(part, dict) and "model_type" in part:
+            yield from _parts(part)
 
 
 def find_export_faults(name: str) -> list[Finding]:
@@ -98,29 +90,14 @@ def find_export_faults(name: str) -> list[Finding]:
     path, config = read_raw_config(name)
     found = other_results(config)
     if not config.get("architectures"):
-        found.append(Finding(
-            "all", "config.json names no architectures", "engines choose their code by that name"
-        ))  # fmt: skip
+        why = "engines choose their code by that name"
+        found.append(Finding("all", "config.json names no architectures", why))
     if not any(locate(name, filename) for filename in TOKENIZER_FILES):
-        found.append(Finding(
-            "all", "no tokenizer", "put the base's own beside the weights"
-        ))  # fmt: skip
+        found.append(Finding("all", "no tokenizer", "put the base's own beside the weights"))
     if locate(name, "generation_config.json") is None:
-        found.append(Finding(
-            "all", "no generation_config.json",
-            "where a text ends is then told by config.json alone", changes_results=False,
-        ))  # fmt: skip
-    if (Path(path).parent / "adapter" / "adapter_config.json").is_file():
-        found.append(Finding(
-            "vLLM", "an adapter lies beside the weights",
-            "vLLM takes no adapter that saves routers; serve this directory, which is merged",
-            changes_results=False,
-        ))  # fmt: skip
+        why = "where a text ends is then told by config.json alone"
+        found.append(Finding("all", "no generation_config.json", why, changes_results=False))
+    if (path.parent / "adapter" / "adapter_config.json").is_file():
+        why = "vLLM takes no adapter that saves routers; serve this directory, which is merged"
+        found.append(Finding("vLLM", "an adapter lies beside the weights", why, False))
     return found
-
-
-def _parts(config: Config) -> Iterator[Config]:
-    yield config
-    for part in config.values():
-        if isinstance(part, dict) and "model_type" in part:
-            yield from _parts(part)

@@ -1,4 +1,4 @@
-"""Read a checkpoint's config and index, open its shards, and check them before any read."""
+"""Find, read and check a checkpoint's files: in a directory, the hub's cache or on the hub."""
 
 import contextlib
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
-from melinoe.checkpoint.hub import first_line, is_directory, locate
-from melinoe.checkpoint.packed import check_packing, find_packing
+from melinoe.checkpoint.packed import PACKING_KEYS, check_packing
 from melinoe.checkpoint.safetensors_file import Place, SafetensorsFile
 from melinoe.errors import CheckpointError, UnsupportedModelError
 
@@ -19,6 +19,84 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def is_directory(name: str) -> bool:
+    """Tell a directory from a name on the hub."""
+    return Path(name).expanduser().is_dir()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split ``"org/model@v1.0"`` at the ``@``; a directory is never split, whatever its name."""
+    if is_directory(name):
+        return name, None
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def hub_arguments(name: str) -> dict[str, str]:
+    """Return the arguments by which transformers' ``from_pretrained`` takes *name*."""
+    repository, revision = split_revision(name)
+    return {"pretrained_model_name_or_path": repository, "revision": revision or "main"}
+
+
+def pinned(name: str, path: Path) -> str:
+    """
+    Add to *name* the commit that *path*, one of its files, came from; not to a directory.
+
+    A branch can move between two downloads, and what the cache has of a commit is final.
+    """
+    if is_directory(name) or path.parent.parent.name != "snapshots":
+        return name
+    return f"{split_revision(name)[0]}@{path.parent.name}"
+
+
+def locate(name: str, filename: str, download: bool = True) -> Path | None:
+    """
+    Find one file of a checkpoint; None where the checkpoint has no such file.
+
+    Args:
+        name: A directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
+        filename: The file's name inside it.
+        download: Fetch a hub file that is not in the local cache; without it such a file counts
+            as absent, as it does where the hub cannot be reached (or ``HF_HUB_OFFLINE`` is set).
+
+    Raises:
+        CheckpointError: the path does not exist or is a file; the hub refuses or fails; there is
+            no such repository or revision.
+    """
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        path = directory / filename
+        return path if path.is_file() else None
+    if directory.exists():
+        raise CheckpointError(f"{name} is a file; give the directory that holds the checkpoint")
+    repository, revision = split_revision(name)
+    if repository.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"the directory {name} does not exist; check the path")
+    try:
+        found = cached_file(
+            repository,
+            filename,
+            revision=revision,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=download,
+        )
+    except Exception as error:  # the hub's client lets through errors of many libraries
+        raise CheckpointError(
+            f"{name} is no directory here, and the hub did not give {filename} "
+            f"({first_line(error)}); check the name, the network and the room on the disk"
+        ) from None
+    return None if found is None else Path(found)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+# --- config --------------------------------------------------------------------------------------
 
 
 def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
@@ -68,9 +146,7 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
         UnsupportedModelError: transformers does not know the family.
     """
     path, raw = read_raw_config(name, download)
-    packing = find_packing(raw)
-    if packing is not None:
-        check_packing(packing, name)
+    check_packing(raw, name)
     family = raw.get("model_type")
     if not family:
         raise CheckpointError(f"{path} names no model_type; give a transformers model's config")
@@ -88,7 +164,7 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
 
 def _forget_packing(config: Any) -> None:
     """Take out what would make transformers build a quantised model."""
-    for key in ("quantization_config", "compression_config"):
+    for key in PACKING_KEYS:
         if hasattr(config, key):
             delattr(config, key)
     for part in getattr(config, "sub_configs", None) or ():
@@ -107,6 +183,9 @@ def without_mark(path: Path) -> Iterator[Path]:
         plain = Path(directory) / path.name
         plain.write_bytes(blob.removeprefix(BOM_UTF8))
         yield plain
+
+
+# --- shards --------------------------------------------------------------------------------------
 
 
 def open_shards(name: str, download: bool = True) -> dict[str, Place]:
@@ -128,17 +207,13 @@ def open_shards(name: str, download: bool = True) -> dict[str, Place]:
                 f"{name} has only pickled .bin weights, which are never opened here; "
                 "convert it to safetensors with transformers' save_pretrained"
             )
-        if is_directory(name):
-            raise CheckpointError(f"{name} has no {SINGLE} and no {INDEX}; download its weights")
-        raise CheckpointError(
-            f"{name} has no {SINGLE} and no {INDEX} in the local cache or on the hub as far as it "
-            "can be reached; download its weights where there is a network"
-        )
-    return _open_index(name, index, download)
-
-
-def _open_index(name: str, index: Path, download: bool) -> dict[str, Place]:
-    """Open the shards of an index, and check that each holds what the index says."""
+        way_out = "; download its weights"
+        if not is_directory(name):
+            way_out = (
+                " in the local cache or on the hub as far as it can be reached; download its "
+                "weights where there is a network"
+            )
+        raise CheckpointError(f"{name} has no {SINGLE} and no {INDEX}{way_out}")
     weight_map = _weight_map(index)
     files: dict[str, SafetensorsFile] = {}
     try:
@@ -161,14 +236,13 @@ def _open_index(name: str, index: Path, download: bool) -> dict[str, Place]:
         raise
     # Like transformers, take what the shards hold even where the index forgot to say so.
     places = {k: Place(f, k, info) for f in files.values() for k, info in f.tensors.items()}
-    places |= {k: Place(files[f], k, files[f].tensors[k]) for k, f in weight_map.items()}
-    return places
+    return places | {k: Place(files[f], k, files[f].tensors[k]) for k, f in weight_map.items()}
 
 
 def close_shards(places: dict[str, Place]) -> None:
     """Close every file that *places* points into."""
-    for file in {id(place.file): place.file for place in places.values()}.values():
-        file.close()
+    for place in places.values():
+        place.file.close()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -176,25 +250,25 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = read_object(index).get("weight_map")
     names = list(found.values()) if isinstance(found, dict) else []
     # Also holds back what would lead out of the directory.
-    beside = [isinstance(n, str) and Path(n).name == n and n.endswith(SUFFIX) for n in names]
-    if not isinstance(found, dict) or not names or not all(beside):
-        odd = f": {names[beside.index(False)]!r}" if names and not all(beside) else ""
+    odd = [
+        n
+        for n in names
+        if not (isinstance(n, str) and Path(n).name == n and n.endswith(SUFFIX))
+    ]  # fmt: skip
+    if not isinstance(found, dict) or not names or odd:
+        which = f": {odd[0]!r}" if odd else ""
         raise CheckpointError(
             f"the index {index} is not readable (its weight_map names no {SUFFIX} file beside "
-            f"it{odd}); put the shards there and name them so, or download both again"
+            f"it{which}); put the shards there and name them so, or download both again"
         )
     return found
 
 
-def has_weights(name: str, download: bool = True) -> bool:
-    """
-    Whether a checkpoint has weight files of any kind, pickled ones included.
-
-    Without *download*, a hub checkpoint whose shards are not all in the local cache has none.
-    """
-    if locate(name, SINGLE, download):
+def has_weights(name: str) -> bool:
+    """Whether all weight files of a checkpoint are here, pickled ones included."""
+    if locate(name, SINGLE, download=False):
         return True
-    index = locate(name, INDEX, download)
-    if index is not None and not (download or is_directory(name)):
-        return all(locate(name, shard, download) for shard in set(_weight_map(index).values()))
-    return index is not None or any(locate(name, pickled, download) for pickled in PICKLED)
+    index = locate(name, INDEX, download=False)
+    if index is not None and not is_directory(name):
+        return all(locate(name, x, download=False) for x in set(_weight_map(index).values()))
+    return index is not None or any(locate(name, pickled, download=False) for pickled in PICKLED)

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from melinoe.checkpoint.files import read_object
-from melinoe.checkpoint.hub import locate
+from melinoe.checkpoint.files import is_directory, locate, read_object, split_revision
 from melinoe.data import Example, data_files, digest
 from melinoe.errors import CheckpointError
 from melinoe.whole_file import write_whole
@@ -27,7 +26,12 @@ VERSION_FIELD = "schema_version"
 # object: a key that ends in "?" may be absent or null, and "*" stands for any key.
 Schema = str | list[Any] | dict[str, Any]
 
-ESTIMATE: Schema = {"mean": "number", "low": "number", "high": "number", "n": "count"}
+
+def _fields(kind: Schema, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, kind)
+
+
+ESTIMATE: Schema = {**_fields("number", "mean", "low", "high"), "n": "count"}
 
 # How one model routed some text: experts of each sequence, and what caches of each size would do.
 LOCALITY: Schema = {
@@ -42,90 +46,60 @@ LOCALITY: Schema = {
 
 # What was measured of one model, while it wrote its own completions and while it read given ones.
 MEASURED: Schema = {
-    "perplexity": {
-        "*": {"in_domain": "flag", "tokens": "count", "perplexity": ESTIMATE},
-    },
-    "writing": LOCALITY,
-    "reading": LOCALITY,
+    "perplexity": {"*": {"in_domain": "flag", "tokens": "count", "perplexity": ESTIMATE}},
+    **_fields(LOCALITY, "writing", "reading"),
 }
 
-LOCALITY_CHANGE: Schema = {
+# The fine-tuned model against another, paired by example; "ratio" is the other model's over the
+# fine-tuned one's: how many times fewer.
+_LOCALITY_CHANGE: Schema = {
     "experts_per_sequence": ESTIMATE,
-    # The other model's over the fine-tuned one's: how many times fewer.
     "transfers_per_token": {"*": {"slots": ["count"], "ratio": [ESTIMATE]}},
 }
-
-# The fine-tuned model against another, paired by example.
 CHANGE: Schema = {
     "perplexity": {"*": ESTIMATE},
-    "writing": LOCALITY_CHANGE,
-    "reading": LOCALITY_CHANGE,
+    **_fields(_LOCALITY_CHANGE, "writing", "reading"),
 }
 
 # What fine-tuning bought and cost: both models on the same held-out examples; and the control, the
 # same run without locality terms, where there was one: it tells apart what these terms did.
 OUTCOME: Schema = {
-    "examples": "count",
-    "prompts": "count",
-    "max_new_tokens": "count",
-    "slots": "count",
-    "num_experts": "count",
-    "top_k": "count",
-    "layers": "count",
-    "before": MEASURED,
-    "after": MEASURED,
-    "change": CHANGE,
-    "control?": MEASURED,
-    "change_from_control?": CHANGE,
+    **_fields("count", "examples", "prompts", "max_new_tokens", "slots", "num_experts", "top_k",
+              "layers"),
+    **_fields(MEASURED, "before", "after", "control?"),
+    **_fields(CHANGE, "change", "change_from_control?"),
     "control_run?": {"name": "text", "fingerprint?": "text", "settings?": "object"},
     "machine?": "object",
     "date?": "text",
     "seconds?": "number",
-}
+}  # fmt: skip
 
 FIELDS: Schema = {
-    "base?": "text",
-    "base_model?": "text",
-    # Of the hub's repository, at the time of the run; null for a directory.
-    "base_commit?": "text",
-    "base_fingerprint?": "text",
-    "fingerprint?": "text",
-    "license?": "text",
-    "settings?": "object",
+    # The commit is of the hub's repository, at the time of the run; null for a directory.
+    **_fields("text", "base?", "base_model?", "base_commit?", "base_fingerprint?", "fingerprint?",
+              "license?", "compute_dtype?"),
+    **_fields("object", "settings?", "versions?"),
     # Whether the run had no locality terms, so that it is a control of one that had.
     "is_control?": "flag",
     # The peak rates that the run took; the settings may leave them to the model's width.
-    "compute_dtype?": "text",
-    "learning_rates?": {"width": "count", "routers": "number", "low_rank": "number"},
-    # The earlier run that this one learned from beside its data.
-    "teacher?": {"source": "text", "fingerprint": "text"},
-    # The text that was replayed beside its data.
+    "learning_rates?": {"width": "count", **_fields("number", "routers", "low_rank")},
+    # The earlier run that this one learned from beside its data; the text that it replayed.
+    "teacher?": _fields("text", "source", "fingerprint"),
     "anchor?": {"examples": "count", "tokens_sha256": "text"},
     "data?": {
-        "source?": "text",
-        "split?": "text",
-        # What the data's columns are, where they have names of their own.
-        "columns?": "text",
-        "examples?": "count",
-        # Examples and turns that could not be learned, and what was cut at the greatest length.
-        "left_out?": "count",
-        "shortened?": "count",
-        "tokens_cut?": "count",
-        "turns_unlearned?": "count",
-        # Kept from training.
-        "held_out?": "count",
-        "sha256?": "text",
-        # Of the token ids that were trained on, and which of them are completion.
-        "tokens_sha256?": "text",
+        # The columns' own names; the last sum is of the token ids, and which are completion.
+        **_fields("text", "source?", "split?", "columns?", "sha256?", "tokens_sha256?"),
+        # What could not be learned, what was cut at the greatest length, what was not trained on.
+        **_fields("count", "examples?", "left_out?", "shortened?", "tokens_cut?",
+                  "turns_unlearned?", "held_out?"),
     },
     "log?": [{"step?": "count"}],
     "skipped_steps?": "count",
     "seconds?": "number",
-    "versions?": "object",
     # Every other file that was written with this one, but the card.
     "files?": {"*": {"bytes": "count", "sha256": "text"}},
     "outcome?": OUTCOME,
-}
+}  # fmt: skip
 
 
 def read_metadata(name: str | Path) -> dict[str, Any]:
@@ -145,22 +119,20 @@ def read_metadata(name: str | Path) -> dict[str, Any]:
     path = locate(str(name), METADATA)
     if path is None:
         return {}
-    found = read_object(path, "delete it, or write the checkpoint again")
+    again = "delete it, or write the checkpoint again"
+    found = read_object(path, again)
     version = found.pop(VERSION_FIELD, 1)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(
-            f"{path} has the {VERSION_FIELD} {version!r}, which is no version; delete the file, or "
-            "write the checkpoint again"
+            f"{path} has the {VERSION_FIELD} {version!r}, which is no version; {again}"
         )
     if version > SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} has {VERSION_FIELD} {version} and this release reads up to {SCHEMA_VERSION}; "
             "update melinoe"
         )
-    if problem := check_metadata(found):
-        raise CheckpointError(
-            f"{path} is malformed: {problem}; delete it, or write the checkpoint again"
-        )
+    if problem := _problem(found, FIELDS, ""):
+        raise CheckpointError(f"{path} is malformed: {problem}; {again}")
     return found
 
 
@@ -173,7 +145,7 @@ def update_metadata(directory: str | Path, **fields: Any) -> dict[str, Any]:
         ValueError: a field that is not what it should be; nothing is written.
     """
     metadata = {**read_metadata(directory), **fields}
-    if problem := check_metadata(metadata):
+    if problem := _problem(metadata, FIELDS, ""):
         raise ValueError(f"melinoe.json cannot hold this: {problem}")
     write_metadata(directory, metadata)
     return metadata
@@ -190,36 +162,30 @@ def write_metadata(directory: str | Path, metadata: dict[str, Any]) -> None:
     write_whole(Path(directory) / METADATA, text)
 
 
-def check_metadata(found: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with the contents of a ``melinoe.json``; ``None`` if nothing is."""
-    return _problem(found, FIELDS, "")
-
-
 def _problem(value: Any, schema: Schema, where: str) -> str | None:
+    """Say what is wrong with *value*, which is at *where*; ``None`` if nothing is."""
     if isinstance(schema, str):
         words, holds = _TYPES[schema]
         return None if holds(value) else f"{where} is not {words}"
+    fields: list[tuple[str, Any, Schema]] = []
     if isinstance(schema, list):
         if not isinstance(value, list):
             return f"{where} is not a list"
-        items = ((f"{where}[{i}]", item, schema[0]) for i, item in enumerate(value))
-        return next((p for at, item, one in items if (p := _problem(item, one, at))), None)
-    if not isinstance(value, Mapping):
+        fields = [(f"{where}[{number}]", item, schema[0]) for number, item in enumerate(value)]
+    elif not isinstance(value, Mapping):
         return f"{where or 'it'} is not an object"
-    for key, inner in schema.items():
-        if key == "*":
-            fields = {name: (item, inner) for name, item in value.items()}
-        else:
-            name, optional = key.removesuffix("?"), key.endswith("?")
-            if value.get(name) is None:
-                if optional:
-                    continue
+    else:
+        at = f"{where}." if where else ""
+        for key, inner in schema.items():
+            name = key.removesuffix("?")
+            if key == "*":
+                fields += [(f"{at}{name}", item, inner) for name, item in value.items()]
+            elif value.get(name) is not None:
+                fields.append((f"{at}{name}", value[name], inner))
+            elif not key.endswith("?"):
                 return f"{where or 'it'} has no {name!r}"
-            fields = {name: (value[name], inner)}
-        for name, (item, one) in fields.items():
-            if problem := _problem(item, one, f"{where}.{name}" if where else name):
-                return problem
-    return None
+    problems = (_problem(item, inner, place) for place, item, inner in fields)
+    return next(filter(None, problems), None)
 
 
 def _is_number(value: Any) -> bool:
@@ -252,13 +218,13 @@ def describe_base(name: str | Path) -> dict[str, Any]:
         ``base_model``: the hub name, else ``None``; ``license`` and ``language``: what the base's
         card says, else ``None``.
     """
-    is_directory = Path(name).expanduser().is_dir()
+    local = is_directory(str(name))
     card = read_card(name)
     license, language = card.get("license"), card.get("language")
     return {
-        "base": Path(name).expanduser().resolve().name if is_directory else str(name),
+        "base": Path(name).expanduser().resolve().name if local else str(name),
         # A revision behind an @ is ours alone; the hub's cards name repositories.
-        "base_model": None if is_directory else str(name).partition("@")[0],
+        "base_model": None if local else split_revision(str(name))[0],
         "license": license if isinstance(license, str) else None,
         "language": language if isinstance(language, str | list) else None,
     }
@@ -266,18 +232,13 @@ def describe_base(name: str | Path) -> dict[str, Any]:
 
 def read_card(name: str | Path) -> dict[str, Any]:
     """Read the front matter of a checkpoint's README.md; empty where there is none."""
-    try:
-        path = locate(str(name), "README.md")
-    except CheckpointError:  # offline, and the cache holds no card: it says nothing
-        path = None
-    if path is None:
-        return {}
     # Imported here: it loads YAML, and only cards need it.
     from huggingface_hub import metadata_load
 
     try:
-        found = metadata_load(path)
-    except Exception:  # a card is free text: what is not YAML says nothing
+        path = locate(str(name), "README.md")
+        found = metadata_load(path) if path is not None else None
+    except Exception:  # offline without a card; a card is free text, and need not hold YAML
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -294,21 +255,20 @@ def describe_data(
         one after the other, or, from the hub, of the examples as JSON lines; ``sha256_of``:
         which of these.
     """
-    path = None if source is None else Path(source)
-    local = path is not None and path.exists()
-    files = hashlib.sha256()
-    if path is not None and local:
-        for file in data_files(path):
-            with file.open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    files.update(block)
-    return {
-        "source": path.resolve().name if path is not None and local else source and str(source),
-        "hub": bool(path is not None and not local and _HUB_NAME.match(str(source))),
-        "split": None if local or source is None else split,
+    found: dict[str, Any] = {
+        "source": source and str(source),
+        "hub": bool(source is not None and _HUB_NAME.match(str(source))),
+        "split": None if source is None else split,
         "examples": len(examples),
-        "sha256": files.hexdigest() if local else digest(examples),
-        "sha256_of": ("files" if path is not None and path.is_dir() else "file")
-        if local
-        else "examples",
     }
+    path = None if source is None else Path(source)
+    if path is None or not path.exists():
+        return found | {"sha256": digest(examples), "sha256_of": "examples"}
+    files = hashlib.sha256()
+    for file in data_files(path):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                files.update(block)
+    found |= {"source": path.resolve().name, "hub": False, "split": None}
+    of = "files" if path.is_dir() else "file"
+    return found | {"sha256": files.hexdigest(), "sha256_of": of}

@@ -1,11 +1,11 @@
-"""Open a checkpoint: everything about it is known and checked before a weight is read."""
+"""Open a checkpoint, or describe it: all about it is known and checked before a weight is read."""
 
 import contextlib
 import copy
 import logging
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -15,14 +15,28 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from melinoe.checkpoint.files import close_shards, open_shards, read_config, read_raw_config
-from melinoe.checkpoint.hub import first_line, is_directory, pinned
-from melinoe.checkpoint.mapping import group_by_parameter, refuse_integers, split
-from melinoe.checkpoint.packed import Packing, Weights, find_packing, unpack
+from melinoe.checkpoint.files import (
+    close_shards,
+    first_line,
+    has_weights,
+    is_directory,
+    open_shards,
+    pinned,
+    read_config,
+    read_raw_config,
+)
+from melinoe.checkpoint.packed import Weights, expert_format, find_packing, unpack
 from melinoe.checkpoint.safetensors_file import Place, Stamp
-from melinoe.checkpoint.sources import ExpertSource, reader_for
-from melinoe.errors import CheckpointError, UnsupportedModelError
-from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer, find_experts
+from melinoe.checkpoint.sources import (
+    ExpertSource,
+    group_by_parameter,
+    reader_for,
+    refuse_integers,
+    split,
+)
+from melinoe.errors import CheckpointError, ModelError, UnsupportedModelError
+from melinoe.moe.experts import PLAIN_DTYPES, TOP_K, ExpertsLayer, find_experts
+from melinoe.moe.routing import find_routers
 
 _log = logging.getLogger("melinoe")
 
@@ -39,7 +53,6 @@ class Checkpoint:
         model_class: The transformers class that its architecture names.
         dtype: Type that the weights are given in memory.
         files: Stored name -> where it lies.
-        packing: How its config says that weights are packed; None where they are not.
         tensors: Name -> stored weights; packed ones under the name of the plain ones.
         layers: MoE layers, whose modules are on the meta device.
         experts: One source per MoE layer.
@@ -52,7 +65,6 @@ class Checkpoint:
     model_class: type
     dtype: torch.dtype
     files: dict[str, Place]
-    packing: Packing | None
     tensors: dict[str, Weights]
     layers: list[ExpertsLayer]
     experts: list[ExpertSource]
@@ -117,17 +129,15 @@ def open_checkpoint(
     name = str(name)
     wanted = None if dtype == "auto" else as_dtype(dtype)
     source = pinned(name, read_raw_config(name, download)[0])
-    packing = find_packing(read_raw_config(source, download)[1])
+    raw = read_raw_config(source, download)[1]
     config = read_config(source, download)
     model_class = find_model_class(config)
     if download and not is_directory(name):
         find_experts(build_on_meta(model_class, copy.deepcopy(config), torch.bfloat16))
     files = open_shards(source, download)
     try:
-        resolved = wanted or _own_dtype(name, config, files, packing is not None)
-        tensors: dict[str, Weights] = dict(files)
-        if packing is not None:
-            tensors = unpack(files, packing, name, resolved)
+        resolved = wanted or _own_dtype(name, config, files, find_packing(raw) is not None)
+        tensors = unpack(files, raw, name, resolved)
         model = build_on_meta(model_class, config, resolved)
         layers = [_with_plan(layer, model, resolved) for layer in find_experts(model)]
         experts, backbone = _sources(model, config, layers, tensors)
@@ -135,9 +145,8 @@ def open_checkpoint(
         close_shards(files)
         raise
     return Checkpoint(
-        name, source, config, model_class, resolved, files, packing, tensors, layers, experts,
-        backbone,
-    )  # fmt: skip
+        name, source, config, model_class, resolved, files, tensors, layers, experts, backbone
+    )
 
 
 def _sources(
@@ -165,7 +174,7 @@ def _sources(
                     f"the checkpoint has no tensor for {name}; a shard or a part of its index is "
                     "missing, download it again"
                 )
-            readers[tensor.name] = reader_for(found[name], name, shapes, config)
+            readers[tensor.name] = reader_for(found[name], name, shapes[name], config)
         sources.append(ExpertSource(layer, readers))
     return sources, backbone
 
@@ -218,14 +227,15 @@ def build_on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype
 
 def _with_plan(layer: ExpertsLayer, model: Any, dtype: torch.dtype) -> ExpertsLayer:
     """Apply the family's wish to keep some parameters in float32, as from_pretrained does."""
-    plan = model._get_dtype_plan(dtype)
-    tensors = []
-    for tensor in layer.tensors:
-        for pattern, wanted in plan.items():
+    tensors = list(layer.tensors)
+    for pattern, wanted in model._get_dtype_plan(dtype).items():
+        for number, tensor in enumerate(tensors):
             if re.search(pattern.replace("*", ".*"), f"{layer.name}.{tensor.name}"):
-                tensor = replace(tensor, dtype=wanted)
-        tensors.append(tensor)
+                tensors[number] = replace(tensor, dtype=wanted)
     return replace(layer, tensors=tuple(tensors))
+
+
+# --- the type of the weights ----------------------------------------------------------------------
 
 
 def as_dtype(dtype: Any) -> torch.dtype:
@@ -272,16 +282,16 @@ def _own_dtype(
             amounts[place.info.dtype] += place.info.nbytes
     if not amounts:
         raise CheckpointError("the checkpoint holds no floating-point tensor; download it again")
-    most = max(amounts, key=amounts.__getitem__)
-    share = f"{100 * amounts[most] / sum(amounts.values()):.0f} % of the stored bytes"
+    ((most, share),) = amounts.most_common(1)
+    part = f"{100 * share / amounts.total():.0f} % of the stored bytes"
     if told is None and len(amounts) > 1:
         _say_once(
             f"{name}: config.json names no type; its weights are taken as {_word(most)}, like "
-            f"{share}"
+            f"{part}"
         )
     if told is not None and told != most and told.itemsize > most.itemsize:
         _say_once(
-            f"{name}: loaded as {_word(told)}, for config.json says so, but {share} are "
+            f"{name}: loaded as {_word(told)}, for config.json says so, but {part} are "
             f'{_word(most)}; to take less memory, set "dtype" there to "{_word(most)}"'
         )
     return told or most
@@ -309,3 +319,129 @@ def _say_once(sentence: str) -> None:
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# --- a checkpoint described without reading it ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    Hold what a checkpoint's config and its files' headers tell.
+
+    Attributes:
+        name: The directory or hub name.
+        model_type: transformers' name of the family.
+        architecture: The class that the config names.
+        supported: Whether it can be served as it is.
+        reason: Why not; None where it can.
+        weights: Whether weight files are there; without them the numbers are the config's.
+        dtype: The type the weights are given in memory, like ``bfloat16``.
+        format: How experts are stored: ``plain``, or packed, like ``mxfp4``.
+        moe_layers: How many layers have experts.
+        num_experts: Experts of a layer; the most, where layers differ.
+        top_k: Experts a token uses in a layer; None where the config does not say.
+        bytes_per_expert: Of one expert in one layer as it is stored; the most, where layers differ.
+        expert_bytes: Of all experts of all layers.
+        backbone_bytes: Of all else.
+        layers: Per MoE layer: experts, and bytes of one.
+    """
+
+    name: str
+    model_type: str | None
+    architecture: str | None
+    supported: bool
+    reason: str | None
+    weights: bool
+    dtype: str | None = None
+    format: str | None = None
+    moe_layers: int = 0
+    num_experts: int = 0
+    top_k: int | None = None
+    bytes_per_expert: int = 0
+    expert_bytes: int = 0
+    backbone_bytes: int = 0
+    layers: tuple[tuple[int, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON can hold them."""
+        return asdict(self)
+
+
+def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
+    """
+    Describe a checkpoint from its config, and check its files' headers where they are at hand.
+
+    Weights are neither read nor downloaded: for a name on the hub only the config is fetched, and
+    headers are checked if the weights are in the local cache.
+
+    Raises:
+        CheckpointError: there is no readable config to describe.
+        ValueError: *dtype* is no floating-point type.
+    """
+    name = str(name)
+    wanted = None if dtype == "auto" else as_dtype(dtype)
+    _, raw = read_raw_config(name)
+    named = raw.get("architectures")
+    weights = has_weights(name)
+    known: dict[str, Any] = {}
+    reason = None
+    try:
+        config = read_config(name)
+        known = _from_config(name, raw, config, wanted or guess_dtype(name, config))
+        if weights:
+            with open_checkpoint(name, dtype, download=False) as checkpoint:
+                stored = [replace(x.layer, format=x.format) for x in checkpoint.experts]
+                known = _from_config(name, raw, config, checkpoint.dtype) | _of_layers(stored)
+    except ModelError as error:
+        reason = str(error)
+    return Description(
+        name=name,
+        model_type=raw.get("model_type"),
+        architecture=named[0] if named and isinstance(named, list) else None,
+        supported=reason is None,
+        reason=reason,
+        weights=weights,
+        **known,
+    )
+
+
+def _from_config(name: str, raw: dict[str, Any], config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Tell all that the config alone tells, with plain weights of *dtype*."""
+    model = build_on_meta(find_model_class(config), copy.deepcopy(config), dtype)
+    layers = find_experts(model)
+    plain = sum(layer.num_experts * layer.block_bytes for layer in layers)
+    everything = sum(p.numel() * p.element_size() for p in model.parameters())
+    top_k = top_k_of(config)
+    with contextlib.suppress(UnsupportedModelError):  # such a router can still be served
+        top_k = find_routers(model)[0].top_k or top_k
+    stored = [replace(one, format=expert_format(raw, name, one.name)) for one in layers]
+    return _of_layers(stored) | {
+        "backbone_bytes": everything - plain,
+        "dtype": _word(dtype),
+        "top_k": top_k,
+    }
+
+
+def _of_layers(layers: list[ExpertsLayer]) -> dict[str, Any]:
+    return {
+        "format": layers[0].format.name,
+        "moe_layers": len(layers),
+        "num_experts": max(layer.num_experts for layer in layers),
+        "bytes_per_expert": max(layer.block_bytes for layer in layers),
+        "expert_bytes": sum(layer.num_experts * layer.block_bytes for layer in layers),
+        "layers": tuple((layer.num_experts, layer.block_bytes) for layer in layers),
+    }
+
+
+def top_k_of(config: Any) -> int | None:
+    """Find how many experts a token uses in a layer; None if the config does not say."""
+    for part in (config, config.get_text_config()):
+        for key in (*TOP_K, "top_k"):
+            # ``top_k`` alone is a sampling setting in old configs, so it comes last.
+            value = getattr(part, key, None)
+            if isinstance(value, list) and value:
+                value = max(value)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None

@@ -1,17 +1,15 @@
 """
 Read packed weights as they are stored: which tensors make one matrix, and which format they are.
 
-A checkpoint of a quantised model keeps, for a matrix, codes and scales under names of their own.
-Here each such set of stored tensors becomes one `PackedPlace`, under the name that the matrix would
-have if it were plain. It can be read in two ways: as the parts of a block in a format of
-`melinoe.experts`, or decoded, as the plain weights that it means. So the rest of the room handles a
-packed checkpoint like any other; experts are read as blocks, all else is decoded.
-
-A new way of packing is a `PackedPlace` and a `_Rule` in `_rules`.
+A quantised checkpoint keeps codes and scales under names of their own. Each such set of stored
+tensors becomes one `PackedPlace` under the name that the matrix would have if it were plain. It
+gives the parts of a block in a format of `melinoe.experts`, or the plain weights that they mean.
+A new way of packing is a function that makes `_Rule`s, and a line in `_METHODS`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -28,22 +26,18 @@ from melinoe.experts.mxfp4 import GROUP
 
 # The ``quant_method`` of checkpoints that `melinoe.checkpoint.pack` writes.
 OWN_METHOD = "melinoe"
-
+PACKING_KEYS = ("quantization_config", "compression_config")
 _MXFP4: Any = FORMATS["mxfp4"]
 _FP8: Any = FORMATS["fp8"]
+# Position in a word at which each of AWQ's eight outputs lies.
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+_ACT_ORDER = (
+    "{name} was quantised in the order of activations (act-order, desc_act), whose groups are "
+    "scattered over the inputs and are not read here; take a checkpoint without it"
+)
 
-
-class Packing(NamedTuple):
-    """
-    Hold how a config says that weights are packed.
-
-    Attributes:
-        method: Its ``quant_method``, as ``fp8``.
-        settings: Its ``quantization_config``.
-    """
-
-    method: str
-    settings: Mapping[str, Any]
+Stored = Mapping[str, Place]
+Settings = Mapping[str, Any]
 
 
 class PackedPlace:
@@ -59,22 +53,25 @@ class PackedPlace:
         shape: ``(..., outputs, inputs)``.
         dtype: Type in which `read` is asked for plain weights.
         transposed: Whether the plain weights are ``(..., inputs, outputs)``.
+        fill: Reads the parts of one matrix; absent where they are ranges of the stored tensors.
     """
 
     def __init__(
         self,
         name: str,
-        stored: Mapping[str, Place],
+        stored: Stored,
         packed: PackedFormat,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         transposed: bool = False,
+        fill: Callable[["PackedPlace", Mapping[str, Tensor], int], None] | None = None,
     ) -> None:
         self.name, self.stored, self.format, self.transposed = name, stored, packed, transposed
         *self.count, self.rows, self.columns = shape
         if transposed:
             shape = (*self.count, self.columns, self.rows)
         self.info = TensorInfo(dtype, shape, 0, prod(shape) * dtype.itemsize)
+        self._fill = fill
 
     @property
     def file(self) -> SafetensorsFile:
@@ -82,20 +79,13 @@ class PackedPlace:
         return self.stored["codes"].file
 
     def read(self, into: Tensor, first: int = 0) -> None:
-        """
-        Decode whole matrices into *into*.
-
-        Args:
-            into: Takes the weights of one or more matrices.
-            first: The first weight to read, at which a matrix begins.
-        """
+        """Decode whole matrices into *into*, beginning at the plain weight *first*."""
         size = self.rows * self.columns
         if first % size or into.numel() % size:
             raise ValueError(f"{first} and {into.numel()} are no whole matrices of {self.name}")
-        kinds = self.format.matrix_parts(self.rows, self.columns)
         parts = {
             kind: torch.empty(shape, dtype=dtype, device="cpu")
-            for kind, (shape, dtype) in kinds.items()
+            for kind, (shape, dtype) in self.format.matrix_parts(self.rows, self.columns).items()
         }
         for index, plain in enumerate(into.reshape(-1, *into.shape[-2:]), start=first // size):
             self.read_parts(parts, index)
@@ -111,247 +101,29 @@ class PackedPlace:
                 them.
             index: Which of the matrices.
         """
-        raise NotImplementedError
-
-    def _check(self, kind: str, expected: tuple[int, ...]) -> None:
-        """Refuse a stored tensor of another shape than the codes need."""
-        place = self.stored[kind]
-        if place.info.shape != expected:
-            raise CheckpointError(
-                f"{place.name} has shape {describe_shape(place.info.shape)} where "
-                f"{self.stored['codes'].name} needs {describe_shape(expected)}; the two do not "
-                "belong together, download the checkpoint again"
-            )
-
-
-# Where stored weights lie, as they are or packed.
-Weights = Place | PackedPlace
-
-
-class _Mxfp4Experts(PackedPlace):
-    """Read gpt-oss: ``_blocks`` ``(E, outputs, inputs / 32, 16)``, ``_scales`` without the last."""
-
-    def __init__(self, name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> None:
-        shape = stored["codes"].info.shape
-        if len(shape) != 4 or shape[3] * 2 != GROUP:
-            raise CheckpointError(
-                f"{stored['codes'].name} has shape {describe_shape(shape)} where mxfp4 has experts "
-                "x outputs x groups x 16 bytes; download the checkpoint again"
-            )
-        experts, rows, groups, _ = shape
-        super().__init__(
-            name, stored, _MXFP4, (experts, rows, groups * GROUP), dtype, transposed=True
-        )
-        self._check("scales", shape[:3])
-
-    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """Read the expert's range of blocks and of scales; see `PackedPlace.read_parts`."""
-        for kind in ("codes", "scales"):
-            self.stored[kind].read(into[kind], index * into[kind].numel())
-
-
-class _Fp8Matrix(PackedPlace):
-    """Read FP8 codes with a scale for each square of 128 x 128, or one for the whole matrix."""
-
-    def __init__(self, name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> None:
-        shape = stored["codes"].info.shape
-        if stored["codes"].info.dtype != torch.float8_e4m3fn or len(shape) < 2:
-            raise CheckpointError(
-                f"{stored['codes'].name} has a scale, but is no float8_e4m3fn matrix, which is "
-                "the one kind of fp8 that is read here; take a checkpoint of another kind"
-            )
-        super().__init__(name, stored, _FP8, shape, dtype)
-        self._one_scale = prod(stored["scales"].info.shape) == prod(self.count)
-        if not self._one_scale or (self.rows <= BLOCK and self.columns <= BLOCK):
-            self._one_scale = False
-            self._check("scales", (*self.count, -(-self.rows // BLOCK), -(-self.columns // BLOCK)))
-
-    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """Read codes and scales; see `PackedPlace.read_parts`."""
-        self.stored["codes"].read(into["codes"], index * into["codes"].numel())
-        if not self._one_scale:
-            self.stored["scales"].read(into["scales"], index * into["scales"].numel())
+        if self._fill is not None:
+            self._fill(self, into, index)
             return
-        one = torch.empty((), dtype=torch.float32, device="cpu")
-        self.stored["scales"].read(one, index)
-        into["scales"].fill_(one)
+        for kind, part in into.items():
+            self.stored[kind].read(part, index * part.numel())
 
 
-class _GroupedIntegers(PackedPlace):
-    """Read integer codes with a scale, and maybe a zero point, for each group of inputs."""
-
-    def __init__(
-        self,
-        name: str,
-        stored: Mapping[str, Place],
-        dtype: torch.dtype,
-        bits: int,
-        group: int | None,
-        shape: tuple[int, int],
-    ) -> None:
-        columns = shape[1]
-        if columns % (group or columns) or columns * bits % 32:
-            raise CheckpointError(
-                f"{name} has {columns} inputs, which do not divide into groups of {group} and "
-                "words of 32 bits; download the checkpoint again"
-            )
-        offset = "zero" if "zeros" in stored else "symmetric"
-        packed = Integer(bits, group, offset, stored["scales"].info.dtype)
-        super().__init__(name, stored, packed, shape, dtype)
-        self.bits, self.groups = bits, columns // (group or columns)
-
-    def _stored(self, kind: str) -> Tensor:
-        """Read a whole stored tensor."""
-        place = self.stored[kind]
-        tensor = torch.empty(place.info.shape, dtype=place.info.dtype, device="cpu")
-        place.read(tensor)
-        return tensor
-
-    def _unpacked(self, words: Tensor) -> Tensor:
-        """Take the numbers out of int32 words, which hold some each along the last dimension."""
-        found = words.contiguous().view(torch.uint8)
-        if self.bits == 4:
-            found = torch.stack([found & 15, found >> 4], dim=-1).flatten(-2)
-        return found
+Weights = Place | PackedPlace
+"""Stored weights, as they are or packed."""
 
 
-class _CompressedTensors(_GroupedIntegers):
-    """Read compressed-tensors: pack-quantized (int32 words) or int-quantized (int8 codes)."""
-
-    def __init__(
-        self,
-        name: str,
-        stored: Mapping[str, Place],
-        dtype: torch.dtype,
-        bits: int,
-        group: int | None,
-    ) -> None:
-        info = stored["codes"].info
-        self._in_words = info.dtype == torch.int32
-        if len(info.shape) != 2 or not (self._in_words or info.dtype == torch.int8):
-            raise CheckpointError(
-                f"{stored['codes'].name} is neither a matrix of int32 words nor of int8 codes; "
-                "download the checkpoint again"
-            )
-        rows, width = info.shape
-        columns = width * 32 // bits if self._in_words else width
-        super().__init__(name, stored, dtype, bits, group, (rows, columns))
-        self._check("scales", (rows, self.groups))
-        if "zeros" in stored:
-            packed_rows = -(-rows * bits // 32) if self._in_words else rows
-            self._check("zeros", (packed_rows, self.groups))
-
-    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """Read codes and scales, and unpack zero points; see `PackedPlace.read_parts`."""
-        codes = into["codes"]
-        self.stored["codes"].read(codes.view(self.stored["codes"].info.dtype))
-        if not self._in_words:
-            codes.bitwise_xor_(128)  # int8 is stored with its sign, and held without
-        self.stored["scales"].read(into["scales"])
-        if "zeros" in self.stored:
-            zeros = self._stored("zeros")
-            zeros = self._unpacked(zeros.T).T if self._in_words else zeros.view(torch.uint8) ^ 128
-            into["zeros"].copy_(zeros[: self.rows])
-
-
-class _Gptq(_GroupedIntegers):
-    """Read GPTQ: words of eight inputs ``(inputs / 8, outputs)``, zero points stored less one."""
-
-    def __init__(
-        self,
-        name: str,
-        stored: Mapping[str, Place],
-        dtype: torch.dtype,
-        bits: int,
-        group: int | None,
-        less: int,
-    ) -> None:
-        height, rows = _words(stored["codes"])
-        super().__init__(name, stored, dtype, bits, group, (rows, height * 32 // bits))
-        self._less, self._in_order = less, "order" not in stored
-        self._check("scales", (self.groups, rows))
-        self._check("zeros", (self.groups, rows * bits // 32))
-
-    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """Turn words of inputs into rows of outputs; see `PackedPlace.read_parts`."""
-        if not self._in_order:
-            expected = torch.arange(self.columns, device="cpu") // (self.columns // self.groups)
-            if not torch.equal(self._stored("order").to(expected.dtype), expected):
-                raise CheckpointError(_ACT_ORDER.format(name=self.name))
-            self._in_order = True
-        into["codes"].copy_(self._stored("codes").T.contiguous().view(torch.uint8))
-        into["scales"].copy_(self._stored("scales").T)
-        into["zeros"].copy_((self._unpacked(self._stored("zeros")) + self._less).T)
-
-
-class _Awq(_GroupedIntegers):
-    """Read AWQ: words of eight outputs ``(inputs, outputs / 8)`` in an order of their own."""
-
-    # Position in a word at which each of its eight outputs lies.
-    _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-
-    def __init__(
-        self, name: str, stored: Mapping[str, Place], dtype: torch.dtype, group: int | None
-    ) -> None:
-        columns, width = _words(stored["codes"])
-        super().__init__(name, stored, dtype, 4, group, (width * 8, columns))
-        self._check("scales", (self.groups, width * 8))
-        self._check("zeros", (self.groups, width))
-
-    def _outputs(self, kind: str) -> Tensor:
-        """Unpack words that hold eight outputs each, as ``(outputs, ...)``."""
-        numbers = self._unpacked(self._stored(kind)).unflatten(-1, (-1, 8))
-        return numbers[..., list(self._ORDER)].flatten(-2).T
-
-    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """Turn words of outputs into rows of inputs; see `PackedPlace.read_parts`."""
-        into["codes"].copy_(pack_pairs(self._outputs("codes")))
-        into["scales"].copy_(self._stored("scales").T)
-        into["zeros"].copy_(self._outputs("zeros"))
-
-
-class _OwnBlocks(PackedPlace):
-    """Read the stacked parts of blocks that `melinoe.checkpoint.pack` writes."""
-
-    def __init__(
-        self,
-        name: str,
-        stored: Mapping[str, Place],
-        dtype: torch.dtype,
-        packed: PackedFormat,
-        transposed: bool,
-    ) -> None:
-        experts, rows, width = stored["codes"].info.shape
-        columns = width * 128 // packed.matrix_parts(1, 128)["codes"][0][1]
-        super().__init__(name, stored, packed, (experts, rows, columns), dtype, transposed)
-        for kind, (shape, _) in packed.matrix_parts(rows, columns).items():
-            self._check(kind, (experts, *shape))
-
-    def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
-        """Read the expert's range of each part; see `PackedPlace.read_parts`."""
-        for kind, place in self.stored.items():
-            place.read(into[kind], index * into[kind].numel())
-
-
-def _words(place: Place) -> tuple[int, int]:
-    if place.info.dtype != torch.int32 or len(place.info.shape) != 2:
+def _check(stored: Stored, kind: str, expected: tuple[int, ...]) -> None:
+    """Refuse a stored tensor of another shape than the codes need."""
+    place = stored[kind]
+    if place.info.shape != expected:
         raise CheckpointError(
-            f"{place.name} is no matrix of int32 words; download the checkpoint again"
+            f"{place.name} has shape {describe_shape(place.info.shape)} where "
+            f"{stored['codes'].name} needs {describe_shape(expected)}; the two do not belong "
+            "together, download the checkpoint again"
         )
-    first, second = place.info.shape
-    return first, second
 
 
-_ACT_ORDER = (
-    "{name} was quantised by GPTQ in the order of activations (act-order, desc_act), whose groups "
-    "are scattered over the inputs and are not read here; take a checkpoint without it"
-)
-
-
-# --- from a config to the places -----------------------------------------------------------------
-
-
-_KEYS = ("quantization_config", "compression_config")
+# --- the ways of packing, each from its settings --------------------------------------------------
 
 
 class _Rule(NamedTuple):
@@ -370,126 +142,306 @@ class _Rule(NamedTuple):
     format: PackedFormat
     endings: Mapping[str, str]
     plain: str
-    place: Callable[[str, Mapping[str, Place], torch.dtype], PackedPlace]
+    place: Callable[[str, Stored, torch.dtype], PackedPlace]
     unused: tuple[str, ...] = ()
 
 
-def find_packing(config: Mapping[str, Any]) -> Packing | None:
-    """
-    Find the quantisation that a raw config, or any part of it, declares; None if there is none.
+def _mxfp4(settings: Settings) -> list[_Rule]:
+    def place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
+        shape = stored["codes"].info.shape
+        if len(shape) != 4 or shape[3] * 2 != GROUP:
+            raise CheckpointError(
+                f"{stored['codes'].name} has shape {describe_shape(shape)} where mxfp4 has experts "
+                "x outputs x groups x 16 bytes; download the checkpoint again"
+            )
+        experts, rows, groups, _ = shape
+        _check(stored, "scales", shape[:3])
+        return PackedPlace(name, stored, _MXFP4, (experts, rows, groups * GROUP), dtype, True)
 
-    Raises:
-        CheckpointError: it names no method.
+    return [_Rule(_MXFP4, {"codes": "_blocks", "scales": "_scales"}, "", place)]
+
+
+def _fp8_place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
+    """Read FP8 codes with a scale for each square of 128 x 128, or one for the whole matrix."""
+    info, scales = stored["codes"].info, stored["scales"]
+    if info.dtype != torch.float8_e4m3fn or len(info.shape) < 2:
+        raise CheckpointError(
+            f"{stored['codes'].name} has a scale, but is no float8_e4m3fn matrix, which is the one "
+            "kind of fp8 that is read here; take a checkpoint of another kind"
+        )
+    *count, rows, columns = info.shape
+    squares = (-(-rows // BLOCK), -(-columns // BLOCK))
+    one = prod(scales.info.shape) == prod(count)
+    if not one:
+        _check(stored, "scales", (*count, *squares))
+
+    def fill(place: PackedPlace, into: Mapping[str, Tensor], index: int) -> None:
+        stored["codes"].read(into["codes"], index * into["codes"].numel())
+        shape = () if one else squares
+        own = torch.empty(shape, dtype=torch.float32, device="cpu")
+        scales.read(own, index * prod(shape))
+        if not one:  # as often as the format has rows of scales in a square
+            finer: Any = place.format
+            own = own.repeat_interleave(BLOCK // finer.rows, 0)[: len(into["scales"])]
+        into["scales"].copy_(own)
+
+    return PackedPlace(name, stored, _FP8, info.shape, dtype, fill=fill)
+
+
+def _fp8(settings: Settings) -> list[_Rule]:
+    block = settings.get("weight_block_size")
+    if block is not None and list(block) != [BLOCK, BLOCK]:
+        raise CheckpointError(
+            f"with scales for blocks of {block}, and blocks of {BLOCK} x {BLOCK} are read here; "
+            "take another checkpoint of the model"
+        )
+    endings, unused = {"codes": "", "scales": "_scale_inv"}, (".input_scale", ".activation_scale")
+    return [_Rule(_FP8, endings, "", _fp8_place, unused)]
+
+
+def _grouped(
+    name: str,
+    stored: Stored,
+    dtype: torch.dtype,
+    bits: int,
+    group: int | None,
+    shape: tuple[int, int],
+    fill: Callable[[PackedPlace, Mapping[str, Tensor], int], None],
+) -> PackedPlace:
+    """Make the place of integer codes with a scale for each group of inputs."""
+    columns = shape[1]
+    if columns % (group or columns) or columns * bits % 32:
+        raise CheckpointError(
+            f"{name} has {columns} inputs, which do not divide into groups of {group} and words of "
+            "32 bits; download the checkpoint again"
+        )
+    offset = "zero" if "zeros" in stored else "symmetric"
+    packed = Integer(bits, group, offset, stored["scales"].info.dtype)
+    return PackedPlace(name, stored, packed, shape, dtype, fill=fill)
+
+
+def _numbers(words: Tensor, bits: int) -> Tensor:
+    """Take the numbers out of int32 words, which hold some each along the last dimension."""
+    found = words.contiguous().view(torch.uint8)
+    return found if bits == 8 else torch.stack([found & 15, found >> 4], dim=-1).flatten(-2)
+
+
+def _words(place: Place) -> tuple[int, int]:
+    if place.info.dtype != torch.int32 or len(place.info.shape) != 2:
+        raise CheckpointError(
+            f"{place.name} is no matrix of int32 words; download the checkpoint again"
+        )
+    first, second = place.info.shape
+    return first, second
+
+
+def _compressed_place(
+    bits: int, group: int | None, name: str, stored: Stored, dtype: torch.dtype
+) -> PackedPlace:
+    """Read compressed-tensors: pack-quantized (int32 words) or int-quantized (int8 codes)."""
+    if "order" in stored:
+        raise CheckpointError(_ACT_ORDER.format(name=name))
+    info = stored["codes"].info
+    in_words = info.dtype == torch.int32
+    if len(info.shape) != 2 or not (in_words or info.dtype == torch.int8):
+        raise CheckpointError(
+            f"{stored['codes'].name} is neither a matrix of int32 words nor of int8 codes; "
+            "download the checkpoint again"
+        )
+    rows, width = info.shape
+    columns = width * 32 // bits if in_words else width
+
+    def fill(place: PackedPlace, into: Mapping[str, Tensor], index: int) -> None:
+        stored["codes"].read(into["codes"].view(info.dtype))
+        if not in_words:
+            into["codes"].bitwise_xor_(128)  # int8 is stored with its sign, and held without
+        stored["scales"].read(into["scales"])
+        if "zeros" in stored:
+            zeros = stored["zeros"].load()
+            zeros = _numbers(zeros.T, bits).T if in_words else zeros.view(torch.uint8) ^ 128
+            into["zeros"].copy_(zeros[:rows])
+
+    found = _grouped(name, stored, dtype, bits, group, (rows, columns), fill)
+    groups = columns // (group or columns)
+    _check(stored, "scales", (rows, groups))
+    if "zeros" in stored:
+        _check(stored, "zeros", (-(-rows * bits // 32) if in_words else rows, groups))
+    return found
+
+
+def _compressed(settings: Settings) -> list[_Rule]:
+    rules = []
+    groups = list(settings["config_groups"].values())
+    # First the group that names experts: a plan takes it for theirs.
+    groups.sort(key=lambda group: not any("expert" in target for target in group["targets"]))
+    for group in groups:
+        weights, kind = group["weights"], group.get("format") or settings.get("format")
+        strategy, bits = weights.get("strategy", "tensor"), weights["num_bits"]
+        number = weights.get("type", "int")
+        square = list(weights.get("block_structure") or ()) == [BLOCK, BLOCK]
+        unused = (".input_scale", ".output_scale", ".input_zero_point")
+        endings = {"codes": ".weight", "scales": ".weight_scale"}
+        integers = ("pack-quantized", "int-quantized", "naive-quantized")
+        floats = ("float-quantized", "naive-quantized")
+        if kind in integers and (number, bits) in (("int", 4), ("int", 8)) and (
+            strategy in ("group", "channel")
+        ):  # fmt: skip
+            size = _size(weights["group_size"]) if strategy == "group" else None
+            symmetric = weights.get("symmetric", True)
+            endings |= {"order?": ".weight_g_idx", "shape?": ".weight_shape"}
+            if kind == "pack-quantized":
+                endings["codes"] = ".weight_packed"
+            if not symmetric:
+                endings["zeros"] = ".weight_zero_point"
+            made = Integer(bits, size, "symmetric" if symmetric else "zero")
+            place: Any = partial(_compressed_place, bits, size)
+            rules.append(_Rule(made, endings, ".weight", place, unused))
+        elif kind in floats and (number, bits) == ("float", 8) and (
+            strategy == "tensor" or (strategy == "block" and square)
+        ):  # fmt: skip
+            rules.append(_Rule(_FP8, endings, ".weight", _fp8_place, unused))
+        else:
+            raise CheckpointError(
+                f"as {kind} with {bits} bits and a scale for each {strategy}, which is not read "
+                "here; take another checkpoint of the model"
+            )
+    if not rules:
+        raise ValueError("config_groups is empty")
+    if len({rule.endings["codes"] for rule in rules}) != len(rules):
+        raise CheckpointError(
+            "with several settings for tensors of one name, which are not told apart here; take "
+            "another checkpoint of the model"
+        )
+    return rules
+
+
+def _gptq(settings: Settings) -> list[_Rule]:
+    """Words of eight inputs ``(inputs / 8, outputs)``; zero points stored less one."""
+    bits, group = settings["bits"], _size(settings.get("group_size", 128))
+    if settings.get("desc_act"):
+        raise CheckpointError(
+            "in the order of activations (act-order, desc_act), whose groups are scattered over "
+            "the inputs and are not read here; take a checkpoint without it"
+        )
+    if bits not in (4, 8):
+        raise CheckpointError(f"with {bits} bits, and 4 and 8 are read here; take another one")
+    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros", "order?": ".g_idx"}
+
+    def fill(place: PackedPlace, into: Mapping[str, Tensor], index: int) -> None:
+        stored = place.stored
+        if "order" in stored:
+            expected = torch.arange(place.columns, device="cpu") // (group or place.columns)
+            if not torch.equal(stored["order"].load().to(expected.dtype), expected):
+                raise CheckpointError(_ACT_ORDER.format(name=place.name))
+        into["codes"].copy_(stored["codes"].load().T.contiguous().view(torch.uint8))
+        into["scales"].copy_(stored["scales"].load().T)
+        into["zeros"].copy_((_numbers(stored["zeros"].load(), bits) + less).T)
+
+    def place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
+        height, rows = _words(stored["codes"])
+        columns = height * 32 // bits
+        found = _grouped(name, stored, dtype, bits, group, (rows, columns), fill)
+        groups = columns // (group or columns)
+        _check(stored, "scales", (groups, rows))
+        _check(stored, "zeros", (groups, rows * bits // 32))
+        return found
+
+    return [_Rule(Integer(bits, group, "zero"), endings, ".weight", place)]
+
+
+def _awq(settings: Settings) -> list[_Rule]:
+    """Words of eight outputs ``(inputs, outputs / 8)`` in an order of their own."""
+    bits = settings.get("bits", settings.get("w_bit", 4))
+    group = _size(settings.get("group_size", 128))
+    version = str(settings.get("version", settings.get("format", "gemm"))).lower()
+    if bits != 4 or version != "gemm" or not settings.get("zero_point", True):
+        raise CheckpointError(
+            f"with {bits} bits as {version}, and 4 bits as gemm with zero points are read here; "
+            "take another checkpoint of the model"
+        )
+
+    def outputs(place: Place) -> Tensor:
+        return _numbers(place.load(), 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2).T
+
+    def fill(place: PackedPlace, into: Mapping[str, Tensor], index: int) -> None:
+        into["codes"].copy_(pack_pairs(outputs(place.stored["codes"])))
+        into["scales"].copy_(place.stored["scales"].load().T)
+        into["zeros"].copy_(outputs(place.stored["zeros"]))
+
+    def place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
+        columns, width = _words(stored["codes"])
+        found = _grouped(name, stored, dtype, 4, group, (width * 8, columns), fill)
+        groups = columns // (group or columns)
+        _check(stored, "scales", (groups, width * 8))
+        _check(stored, "zeros", (groups, width))
+        return found
+
+    endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros"}
+    return [_Rule(Integer(4, group, "zero"), endings, ".weight", place)]
+
+
+def _own(settings: Settings) -> list[_Rule]:
+    """Stacked parts of blocks, as `melinoe.checkpoint.pack` writes them."""
+    packed: Any = named_format(settings["format"])
+    transposed = bool(settings["transposed"])
+    width_of_128 = packed.matrix_parts(1, 128)["codes"][0][1]
+
+    def place(name: str, stored: Stored, dtype: torch.dtype) -> PackedPlace:
+        experts, rows, width = stored["codes"].info.shape
+        columns = width * 128 // width_of_128
+        for kind, (shape, _) in packed.matrix_parts(rows, columns).items():
+            _check(stored, kind, (experts, *shape))
+        return PackedPlace(name, stored, packed, (experts, rows, columns), dtype, transposed)
+
+    endings = {kind: f".{kind}" for kind in packed.matrix_parts(1, 128)}
+    return [_Rule(packed, endings, "", place)]
+
+
+def _size(value: Any) -> int | None:
+    """Check a number of weights that share a scale; None for a whole output, written as -1."""
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise ValueError(f"{value!r} is no number of weights")
+    return None if value == -1 else value
+
+
+_METHODS: dict[str, Callable[[Settings], list[_Rule]]] = {
+    "mxfp4": _mxfp4,
+    "fp8": _fp8,
+    "compressed-tensors": _compressed,
+    "gptq": _gptq,
+    "awq": _awq,
+    OWN_METHOD: _own,
+}
+
+
+# --- from a config to the places -----------------------------------------------------------------
+
+
+def find_packing(config: Settings) -> tuple[str, Settings] | None:
     """
-    for key in _KEYS:
+    Find the quantisation that a raw config, or any part of it, declares.
+
+    Returns its ``quant_method`` and all its settings; None if there is none.
+    """
+    for key in PACKING_KEYS:
         if settings := config.get(key):
             method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-            return Packing(str(method or "of an unnamed kind"), settings)
+            return str(method or "of an unnamed kind"), settings
     parts = (find_packing(part) for part in config.values() if isinstance(part, Mapping))
     return next((found for found in parts if found is not None), None)
 
 
-def check_packing(packing: Packing, name: str) -> None:
+def check_packing(config: Settings, name: str) -> list[_Rule]:
     """
-    Refuse a way of packing that is not read here.
+    Look up the rules by which a raw config's weights are packed; none where they are plain.
 
     Raises:
         CheckpointError: the method is unknown, or its settings are malformed or not supported.
     """
-    _rules(packing, name)
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a raw config as of plain weights."""
-    return {
-        key: plain_config(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _KEYS
-    }
-
-
-def expert_format(config: Mapping[str, Any], name: str, layer: str) -> ExpertFormat:
-    """
-    Tell from a raw config alone how the experts of *layer*, a module's full name, are stored.
-
-    Raises:
-        CheckpointError: as `check_packing`.
-    """
     packing = find_packing(config)
     if packing is None:
-        return PLAIN
-    rules = _rules(packing, name)
-    return PLAIN if _left_out(packing.settings, layer) else rules[0].format
-
-
-def _left_out(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether a config leaves a module plain, or one that it lies in."""
-    names = settings.get("modules_to_not_convert") or settings.get("ignore") or ()
-    patterns = [
-        name[3:] if name.startswith("re:")
-        else rf"(|.*\.){re.escape(name).replace(chr(92) + '*', '[^.]*')}(\.|$)"
-        for name in names
-    ]  # fmt: skip
-    return any([re.match(pattern, module) for pattern in patterns])  # all, for each to be checked
-
-
-def unpack(
-    stored: Mapping[str, Place], packing: Packing, name: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """
-    Gather the stored tensors of each packed matrix under the name of its plain weights.
-
-    Returns name -> place; tensors that are not packed stay as they are. Plain weights are given as
-    *dtype*.
-
-    Raises:
-        CheckpointError: a scale or another part is missing, or has another shape than it should;
-            no tensor is packed as the config says.
-    """
-    found: dict[str, Any] = dict(stored)
-    count = 0
-    for rule in _rules(packing, name):
-        codes = rule.endings["codes"]
-        for scales in [key for key in stored if key.endswith(rule.endings["scales"])]:
-            base = scales.removesuffix(rule.endings["scales"])
-            if base + codes not in stored:
-                continue  # another rule's, or the model's parameter will be missed
-            parts = dict(_gather(stored, base, rule))
-            for place in parts.values():
-                found.pop(place.name, None)
-            found[base + rule.plain] = rule.place(base + rule.plain, parts, dtype)
-            count += 1
-        for key in [key for key in found if key.endswith(rule.unused)]:
-            del found[key]
-        for key in found:
-            if codes not in ("", ".weight") and key.endswith(codes):
-                raise CheckpointError(
-                    f"{name} holds {key} without {key.removesuffix(codes)}"
-                    f"{rule.endings['scales']}; a shard or a part of its index is missing, "
-                    "download it again"
-                )
-    if not count:
-        raise CheckpointError(
-            f"{name} is quantised ({packing.method}) by its config, but holds no weights with "
-            "scales; download the checkpoint again"
-        )
-    return found
-
-
-def _gather(stored: Mapping[str, Place], base: str, rule: _Rule) -> Iterator[tuple[str, Place]]:
-    """Find the stored tensors of one matrix by what they hold."""
-    for kind, ending in rule.endings.items():
-        if (place := stored.get(base + ending)) is not None:
-            yield kind.removesuffix("?"), place
-        elif not kind.endswith("?"):
-            raise CheckpointError(
-                f"{base}{rule.endings['codes']} needs {base}{ending}, which the checkpoint does "
-                "not hold; a shard or a part of its index is missing, download it again"
-            )
-
-
-def _rules(packing: Packing, name: str) -> tuple[_Rule, ...]:
-    """Look up the rules of a way of packing."""
+        return []
     method, settings = packing
     if method not in _METHODS:
         raise CheckpointError(
@@ -508,141 +460,81 @@ def _rules(packing: Packing, name: str) -> tuple[_Rule, ...]:
         ) from None
 
 
-def _mxfp4(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    return (_Rule(_MXFP4, {"codes": "_blocks", "scales": "_scales"}, "", _Mxfp4Experts),)
+def plain_config(config: Settings) -> dict[str, Any]:
+    """Return a raw config as of plain weights."""
+    return {
+        key: plain_config(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in PACKING_KEYS
+    }
 
 
-def _fp8(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    block = settings.get("weight_block_size")
-    if block is not None and list(block) != [BLOCK, BLOCK]:
+def expert_format(config: Settings, name: str, layer: str) -> ExpertFormat:
+    """
+    Tell from a raw config alone how the experts of *layer*, a module's full name, are stored.
+
+    Raises:
+        CheckpointError: as `check_packing`.
+    """
+    rules, packing = check_packing(config, name), find_packing(config)
+    return PLAIN if packing is None or _left_out(packing[1], layer) else rules[0].format
+
+
+def _left_out(settings: Settings, module: str) -> bool:
+    """Whether a config leaves a module plain, or one that it lies in."""
+    names = settings.get("modules_to_not_convert") or settings.get("ignore") or ()
+    patterns = [
+        name[3:] if name.startswith("re:")
+        else rf"(|.*\.){re.escape(name).replace(chr(92) + '*', '[^.]*')}(\.|$)"
+        for name in names
+    ]  # fmt: skip
+    return any([re.match(pattern, module) for pattern in patterns])  # all, for each to be checked
+
+
+def unpack(stored: Stored, config: Settings, name: str, dtype: torch.dtype) -> dict[str, Weights]:
+    """
+    Gather the stored tensors of each packed matrix under the name of its plain weights.
+
+    Args:
+        stored: Every stored tensor.
+        config: The raw config; without quantisation, all tensors stay as they are.
+        name: Of the checkpoint, for messages.
+        dtype: In which packed weights are given as plain ones.
+
+    Raises:
+        CheckpointError: a scale or another part is missing, or has another shape than it should;
+            no tensor is packed as the config says.
+    """
+    found: dict[str, Any] = dict(stored)
+    rules, count = check_packing(config, name), 0
+    again = "a shard or a part of its index is missing, download it again"
+    for rule in rules:
+        codes, scales = rule.endings["codes"], rule.endings["scales"]
+        for base in [key.removesuffix(scales) for key in stored if key.endswith(scales)]:
+            if base + codes not in stored:
+                continue  # another rule's, or the model's parameter will be missed
+            parts = {}
+            for kind, ending in rule.endings.items():
+                if (place := stored.get(base + ending)) is not None:
+                    parts[kind.removesuffix("?")] = place
+                    found.pop(place.name, None)
+                elif not kind.endswith("?"):
+                    raise CheckpointError(
+                        f"{base}{codes} needs {base}{ending}, which the checkpoint does not hold; "
+                        f"{again}"
+                    )
+            found[base + rule.plain] = rule.place(base + rule.plain, parts, dtype)
+            count += 1
+        for key in [key for key in found if key.endswith(rule.unused)]:
+            del found[key]
+        for key in found:
+            if codes not in ("", ".weight") and key.endswith(codes):
+                raise CheckpointError(
+                    f"{name} holds {key} without {key.removesuffix(codes)}{scales}; {again}"
+                )
+    if rules and not count:
         raise CheckpointError(
-            f"with scales for blocks of {block}, and blocks of {BLOCK} x {BLOCK} are read here; "
-            "take another checkpoint of the model"
+            f"{name} is quantised ({(find_packing(config) or '')[0]}) by its config, but holds no "
+            "weights with scales; download the checkpoint again"
         )
-    return (
-        _Rule(
-            _FP8, {"codes": "", "scales": "_scale_inv"}, "", _Fp8Matrix,
-            (".input_scale", ".activation_scale"),
-        ),
-    )  # fmt: skip
-
-
-def _compressed(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    rules = []
-    groups = list(settings["config_groups"].values())
-    # First the group that names experts: a plan takes it for theirs.
-    groups.sort(key=lambda group: not any("expert" in target for target in group["targets"]))
-    for group in groups:
-        weights, kind = group["weights"], group.get("format") or settings.get("format")
-        strategy, bits = weights.get("strategy", "tensor"), weights["num_bits"]
-        square = list(weights.get("block_structure") or ()) == [BLOCK, BLOCK]
-        unused = (".input_scale", ".output_scale", ".input_zero_point")
-        if kind in ("pack-quantized", "int-quantized", "naive-quantized") and (
-            weights.get("type", "int") == "int" and bits in (4, 8) and strategy in _GROUPED
-        ):
-            size = _size(weights["group_size"]) if strategy == "group" else None
-            packed = ".weight_packed" if kind == "pack-quantized" else ".weight"
-            more = {} if weights.get("symmetric", True) else {"zeros": ".weight_zero_point"}
-            offset = "zero" if more else "symmetric"
-            endings = {"codes": packed, "scales": ".weight_scale"} | more
-            endings |= {"order?": ".weight_g_idx", "shape?": ".weight_shape"}
-            made = Integer(bits, size, offset)
-            rules.append(_Rule(made, endings, ".weight", _compressed_place(bits, size), unused))
-        elif (
-            kind in ("float-quantized", "naive-quantized")
-            and weights.get("type") == "float"
-            and bits == 8
-            and (strategy == "tensor" or (strategy == "block" and square))
-        ):
-            endings = {"codes": ".weight", "scales": ".weight_scale"}
-            rules.append(_Rule(_FP8, endings, ".weight", _Fp8Matrix, unused))
-        else:
-            raise CheckpointError(
-                f"as {kind} with {bits} bits and a scale for each {strategy}, which is not read "
-                "here; take another checkpoint of the model"
-            )
-    if not rules:
-        raise ValueError("config_groups is empty")
-    if len({rule.endings["codes"] for rule in rules}) != len(rules):
-        raise CheckpointError(
-            "with several settings for tensors of one name, which are not told apart here; take "
-            "another checkpoint of the model"
-        )
-    return tuple(rules)
-
-
-_GROUPED = ("group", "channel")
-
-
-def _compressed_place(bits: int, group: int | None) -> Callable[..., PackedPlace]:
-    def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
-        if "order" in stored:
-            raise CheckpointError(_ACT_ORDER.format(name=name).replace("by GPTQ ", ""))
-        return _CompressedTensors(name, stored, dtype, bits, group)
-
-    return place
-
-
-def _gptq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    bits, group = settings["bits"], _size(settings.get("group_size", 128))
-    if settings.get("desc_act"):
-        raise CheckpointError(
-            "in the order of activations (act-order, desc_act), whose groups are scattered over "
-            "the inputs and are not read here; take a checkpoint without it"
-        )
-    if bits not in (4, 8):
-        raise CheckpointError(f"with {bits} bits, and 4 and 8 are read here; take another one")
-    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-    endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros", "order?": ".g_idx"}
-
-    def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
-        return _Gptq(name, stored, dtype, bits, group, less)
-
-    return (_Rule(Integer(bits, group, "zero"), endings, ".weight", place),)
-
-
-def _awq(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    bits, group = (
-        settings.get("bits", settings.get("w_bit", 4)),
-        _size(settings.get("group_size", 128)),
-    )
-    version = str(settings.get("version", settings.get("format", "gemm"))).lower()
-    if bits != 4 or version != "gemm" or not settings.get("zero_point", True):
-        raise CheckpointError(
-            f"with {bits} bits as {version}, and 4 bits as gemm with zero points are read here; "
-            "take another checkpoint of the model"
-        )
-
-    def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
-        return _Awq(name, stored, dtype, group)
-
-    endings = {"codes": ".qweight", "scales": ".scales", "zeros": ".qzeros"}
-    return (_Rule(Integer(4, group, "zero"), endings, ".weight", place),)
-
-
-def _own(settings: Mapping[str, Any]) -> tuple[_Rule, ...]:
-    packed: Any = named_format(settings["format"])
-    transposed = bool(settings["transposed"])
-
-    def place(name: str, stored: Mapping[str, Place], dtype: torch.dtype) -> PackedPlace:
-        return _OwnBlocks(name, stored, dtype, packed, transposed)
-
-    endings = {kind: f".{kind}" for kind in packed.matrix_parts(1, 128)}
-    return (_Rule(packed, endings, "", place),)
-
-
-def _size(value: Any) -> int | None:
-    """Check a number of weights that share a scale; None for a whole output, written as -1."""
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-        raise ValueError(f"{value!r} is no number of weights")
-    return None if value == -1 else value
-
-
-_METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[_Rule, ...]]] = {
-    "mxfp4": _mxfp4,
-    "fp8": _fp8,
-    "compressed-tensors": _compressed,
-    "gptq": _gptq,
-    "awq": _awq,
-    OWN_METHOD: _own,
-}
+    return found

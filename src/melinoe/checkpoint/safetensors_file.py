@@ -11,41 +11,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import _TYPES
 from torch import Tensor
 
 from melinoe.checkpoint.direct import DirectReader
 from melinoe.errors import CheckpointError
 
-# The names that the format gives to the types of a tensor, and what torch calls them.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-}
+DTYPES: dict[str, Any] = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
+"""torch's types by the names that the format gives them."""
 
 # The format's own limit on a header, which keeps a garbled length from asking for all memory.
 LARGEST_HEADER_BYTES = 100_000_000
-
-
 # Windows opens files as text unless told otherwise.
 BINARY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-
+# File systems note the time of a change in steps of a timer's tick, 10 ms at most.
+_TICK_NS = 20_000_000
 _ONCE_BYTES = 1 << 24
 _lock = threading.Lock()
+
+Stamp = tuple[int, ...]
+"""Device, inode, size, time of change, time of change of anything, links: change with the bytes."""
 
 
 def read_at(handle: int, into: memoryview, offset: int) -> int:
@@ -77,44 +62,12 @@ class TensorInfo(NamedTuple):
         return self.stop - self.start
 
 
-# File systems note the time of a change in steps of a timer's tick, 10 ms at most.
-_TICK_NS = 20_000_000
-
-
-class Stamp(NamedTuple):
-    """Identify a file by what changes when its bytes do."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-    links: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> "Stamp":
-        """Take the stamp from what ``os.stat`` or ``os.fstat`` found."""
-        return cls(
-            found.st_dev,
-            found.st_ino,
-            found.st_size,
-            found.st_mtime_ns,
-            found.st_ctime_ns,
-            found.st_nlink,
-        )
-
-
 class SafetensorsFile:
     """
     Read a safetensors file, whose header is checked against the file's real size.
 
-    The file stays open, so that a later read costs two system calls: the bytes, and whether the
-    file is still the one that was opened. Reads give the offset themselves and share no position:
-    threads may read at the same time. A file that another one replaces goes on being read, for its
+    Threads may read at the same time. A file that another one replaces goes on being read, for its
     bytes stay until it is closed; one that is written to in place is refused from then on.
-
-    Args:
-        path: The file.
 
     Raises:
         CheckpointError: the file is missing, empty, torn, or its header is not one; a tensor is of
@@ -138,22 +91,18 @@ class SafetensorsFile:
         # Closes the file once: by close(), or when nothing refers to this object any more.
         self._closing = weakref.finalize(self, os.close, self._fd)
         try:
-            self.stamp = self._take_stamp()
-            self.tensors = self._read_header()
+            found = os.fstat(self._fd)
+            if 0 <= time.time_ns() - found.st_ctime_ns < _TICK_NS:
+                time.sleep(_TICK_NS / 1e9)  # so that a change after this one has another time
+                found = os.fstat(self._fd)
+            self.stamp = _stamp(found)
+            self.tensors = self._read_header(found.st_size)
             self.check_unchanged()
         except BaseException as error:
             self.close()  # not when the error and its frames are gone: nobody knows when that is
             if isinstance(error, OSError):
                 raise self._unreadable(error) from None
             raise
-
-    def _take_stamp(self) -> Stamp:
-        """Take the stamp, a tick later if the file changed just now: more changes then show."""
-        found = os.fstat(self._fd)
-        if 0 <= time.time_ns() - found.st_ctime_ns < _TICK_NS:
-            time.sleep(_TICK_NS / 1e9)
-            found = os.fstat(self._fd)
-        return Stamp.of(found)
 
     def check_unchanged(self) -> None:
         """
@@ -162,39 +111,40 @@ class SafetensorsFile:
         Raises:
             CheckpointError: the file was written to, or its times say that it may have been.
         """
-        now, then = Stamp.of(os.fstat(self._fd)), self.stamp
+        now, then = _stamp(os.fstat(self._fd)), self.stamp
         if now == then:
             return
         # A new name, a further one, or none any more changes the last time, and not a byte.
-        moved = now.links != then.links or not self._is_at_its_path(now)
+        moved = now[5] != then[5] or (_stamp_at(self.path) or ())[:2] != now[:2]
         if now[:4] != then[:4] or not moved:
             raise _changed(self.path)
         self.stamp = now
 
-    def _is_at_its_path(self, stamp: Stamp) -> bool:
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == stamp[:2]
-
-    def _read_header(self) -> dict[str, TensorInfo]:
+    def _read_header(self, size: int) -> dict[str, TensorInfo]:
         """Read the header: name -> place in the file, every range checked."""
-        size = self.stamp.size
         length = int.from_bytes(self._start(8, 0), "little")
         if size >= 8 and length > LARGEST_HEADER_BYTES:
             raise self._torn(f"a header of {length} bytes, above the format's limit")
         if size < 8 or length > size - 8:
             raise self._torn(f"{size} bytes, too few for its header")
-        origin = 8 + length
         try:
-            text = self._start(length, 8)
-            header = json.loads(text, object_pairs_hook=_without_repeats)
+            header = json.loads(self._start(length, 8), object_pairs_hook=_without_repeats)
             header.pop("__metadata__", None)
-            tensors = {name: self._place(name, entry, origin) for name, entry in header.items()}
+            tensors = {key: self._place(key, entry, 8 + length) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._torn(f"a header that is not safetensors ({error})") from None
-        self._check_ranges(tensors, origin, size)
+        reached, before = 8 + length, ""
+        for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
+            if info.start < reached:
+                raise self._torn(f"a header by which {before} and {name} share bytes")
+            if info.start > reached:
+                gap = info.start - reached
+                raise self._torn(f"{gap} bytes before {name} that belong to no tensor")
+            reached, before = info.stop, name
+        if reached > size:
+            raise self._torn(f"{size} bytes where its header promises {reached}")
+        if reached < size:
+            raise self._torn(f"{size - reached} bytes behind its last tensor")
         return tensors
 
     def _start(self, count: int, offset: int) -> bytes:
@@ -218,22 +168,6 @@ class SafetensorsFile:
         if stop - start != prod(shape) * dtype.itemsize:
             raise ValueError(f"{stop - start} bytes for shape {shape} of {entry['dtype']}")
         return TensorInfo(dtype, tuple(shape), origin + start, origin + stop)
-
-    def _check_ranges(self, tensors: dict[str, TensorInfo], origin: int, size: int) -> None:
-        """Check that the tensors fill the file from the header's end on, without gap or overlap."""
-        promised = max((info.stop for info in tensors.values()), default=origin)
-        if promised > size:
-            raise self._torn(f"{size} bytes where its header promises {promised}")
-        if promised < size:
-            raise self._torn(f"{size - promised} bytes behind its last tensor")
-        reached, before = origin, ""
-        for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
-            if info.start < reached:
-                raise self._torn(f"a header by which {before} and {name} share bytes")
-            if info.start > reached:
-                gap = info.start - reached
-                raise self._torn(f"{gap} bytes before {name} that belong to no tensor")
-            reached, before = info.stop, name
 
     def _torn(self, what: str) -> CheckpointError:
         return CheckpointError(f"the shard {self.path} is torn: it has {what}; download it again")
@@ -276,8 +210,7 @@ class SafetensorsFile:
         """Fill a contiguous CPU tensor with the file's bytes from *offset* on."""
         if self.closed:
             raise ValueError(f"{self.path} is closed")
-        data: Any = into.detach().reshape(-1).view(torch.uint8).numpy()
-        view = memoryview(data)
+        view = bytes_of(into)
         while len(view):
             # One call moves at most 2 GiB, and may move less than it was asked to.
             try:
@@ -326,6 +259,23 @@ class Place(NamedTuple):
         """Read ``into.numel()`` elements from *first* on; see `SafetensorsFile.read`."""
         self.file.read(self.name, into, first)
 
+    def load(self) -> Tensor:
+        """Read all of it into a new tensor on the CPU."""
+        return load_whole(self)
+
+
+def load_whole(place: Any) -> Tensor:
+    """Read all of a stored tensor, plain or packed, into a new one on the CPU."""
+    tensor = torch.empty(place.info.shape, dtype=place.info.dtype, device="cpu")
+    place.read(tensor)
+    return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Give the bytes of a CPU tensor, its own if it is contiguous."""
+    data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
 
 def check_same(stamps: Mapping[Path, Stamp]) -> None:
     """
@@ -335,13 +285,18 @@ def check_same(stamps: Mapping[Path, Stamp]) -> None:
         CheckpointError: one was changed, replaced or removed.
     """
     for path, then in stamps.items():
-        if (now := _stamp_at(path)) is None or now[:4] != then[:4]:
+        if (_stamp_at(path) or ())[:4] != then[:4]:
             raise _changed(path)
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns,
+            found.st_nlink)  # fmt: skip
 
 
 def _stamp_at(path: Path) -> Stamp | None:
     try:
-        return Stamp.of(os.stat(path))
+        return _stamp(os.stat(path))
     except OSError:
         return None
 

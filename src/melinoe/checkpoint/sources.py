@@ -3,36 +3,190 @@ Find where each expert's weights lie in a checkpoint, and read one expert alone.
 
 The hub keeps one tensor per expert and projection; the model stacks all experts of a layer.
 transformers converts one into the other by rules (`conversion_mapping`), a whole layer at a time.
-Here the same rules are applied to one expert. The first of three readers that reproduces
-transformers is taken:
-
-    Stacked     the parameter is stored as it is: expert e is a range of its bytes
-    Rows        one tensor per expert, one above the other: each is read straight into its rows;
-                recognised by the rule's name, or by running the rule on small stand-ins
-    OneExpert   any other rule that treats all experts alike: run it on expert e's tensors
+Here the same rules are applied to one expert: stored tensors that lie one above the other in the
+parameter are read straight into their rows (`Reader`); any other rule that treats all experts
+alike is run on the expert's tensors (`Converted`).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from math import gcd, prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     Interleave,
     MergeModulelist,
     Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
 )
 
-from melinoe.checkpoint.mapping import Group
 from melinoe.checkpoint.packed import PackedPlace, Weights
 from melinoe.checkpoint.safetensors_file import describe_shape
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.experts.format import PLAIN, ExpertFormat
-from melinoe.experts.fp8 import BLOCK
-from melinoe.moe.experts import ExpertsLayer
+from melinoe.experts.fp8 import BLOCK, Fp8
+from melinoe.moe.experts import PLAIN_DTYPES, ExpertsLayer
+
+# --- stored tensors by the parameter that they belong to ------------------------------------------
+
+
+class Group(NamedTuple):
+    """Hold the stored tensors that one rule turns into one or more parameters of the model."""
+
+    target: str  # the first of the parameters, by its full name in the model
+    targets: tuple[str, ...]
+    converter: WeightConverter | None  # None: a renaming at most
+    tensors: dict[str, list[Weights]]  # source pattern -> tensors, in transformers' order
+
+    @property
+    def places(self) -> list[Weights]:
+        """List all stored tensors of the group."""
+        return [place for part in self.tensors.values() for place in part]
+
+    @property
+    def operations(self) -> list:
+        """List the steps of the rule."""
+        return [] if self.converter is None else list(self.converter.operations)
+
+    def is_stored_as(self, shape: tuple[int, ...]) -> bool:
+        """Whether the one stored tensor is the parameter, which has this *shape*."""
+        operations = self.operations
+        if len(operations) == 1 and getattr(operations[0], "check_dims", False):
+            # A transposition that leaves a tensor of the right shape alone.
+            return self.places[0].info.shape == shape
+        return not operations
+
+    def convert(
+        self, pieces: dict[str, list[Tensor]], shapes: dict[str, tuple[int, ...]], config: Any
+    ) -> dict[str, Tensor]:
+        """
+        Run the rule on *pieces*.
+
+        Args:
+            pieces: Source pattern -> tensors, in the group's order.
+            shapes: Full name -> shape of the parameters that the rule may ask for.
+            config: The model's config, which some rules look into.
+
+        Returns:
+            Full parameter name -> tensor.
+        """
+        converter: Any = deepcopy(self.converter)
+        for pattern, tensors in pieces.items():
+            for tensor in tensors:
+                converter.add_tensor(self.target, pattern, pattern, tensor)
+        made = converter.convert(self.target, model=_Shapes(shapes), config=config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+class _Shapes(NamedTuple):
+    """Stand in for the model where a rule asks it for a parameter's shape."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+
+def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, Group]:
+    """
+    Apply transformers' renamings and rules to every stored name.
+
+    Returns full name of a parameter (of the first, where a rule makes several) -> the stored
+    tensors that make it. Names that the model does not know are kept under the name they would
+    have.
+
+    Raises:
+        CheckpointError: two stored tensors are the same parameter.
+
+    Source:
+        `convert_and_load_state_dict_in_model` of transformers 5.23, whose order of tensors within
+        a group and whose second try without renaming are kept.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known = model.state_dict()
+    prefix = model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for key in sorted(places, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if target not in known and key in known:
+            target, pattern = rename_source_key(key, [], [], prefix, known)
+        rule = None if pattern is None else rule_of[pattern]
+        if target not in groups:
+            targets: tuple[str, ...] = (target,)
+            if rule is not None and len(rule.target_patterns) > 1:
+                first = rule.target_patterns[0]
+                targets = tuple(target.replace(first, one, 1) for one in rule.target_patterns)
+            groups[target] = Group(target, targets, rule, {})
+        tensors = groups[target].tensors
+        tensors.setdefault(pattern or key, []).append(places[key])
+        if len(tensors) > 1 and rule is None:
+            raise CheckpointError(
+                f"the stored tensors {next(iter(tensors))} and {key} are both the model's "
+                f"{target}; delete the one that is not meant, or download the checkpoint again"
+            )
+    return groups
+
+
+def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
+    """
+    Refuse weights of types that only mean something together with scales.
+
+    Raises:
+        CheckpointError: a parameter of *model* is stored as integers or in eight bits.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    used = [group for group in groups.values() if not parameters.keys().isdisjoint(group.targets)]
+    for place in [place for group in used for place in group.places]:
+        if place.info.dtype not in PLAIN_DTYPES:
+            raise CheckpointError(
+                f"{place.name} is stored as {str(place.info.dtype).removeprefix('torch.')}, which "
+                "means something only with scales, and the checkpoint has none for it; download it "
+                "again, or take one that is not quantised"
+            )
+
+
+def split(
+    groups: dict[str, Group], experts: Collection[str]
+) -> tuple[dict[str, Group], list[Weights]]:
+    """
+    Part the experts' tensors from all others.
+
+    Returns full name -> group for each of *experts*, names of parameters, that the checkpoint has;
+    and the places of all other tensors, which make the backbone.
+
+    Raises:
+        UnsupportedModelError: one rule makes an expert's parameter and another one together.
+    """
+    wanted = set(experts)
+    of_expert: dict[str, Group] = {}
+    backbone: list[Weights] = []
+    for group in groups.values():
+        hits = wanted.intersection(group.targets)
+        if not hits:
+            backbone += group.places
+        elif len(hits) < len(group.targets):
+            raise UnsupportedModelError(
+                f"this family's checkpoint keeps {sorted(hits)[0]} together with weights that are "
+                "no experts, so its experts cannot be read alone; load it with from_pretrained and "
+                "use melinoe.attach"
+            )
+        else:
+            of_expert |= dict.fromkeys(hits, group)
+    return of_expert, backbone
+
+
+# --- one expert's part of a parameter -------------------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -44,52 +198,28 @@ class Piece(NamedTuple):
     rows: int
 
 
-class Reader(Protocol):
-    """Read one expert's part of one parameter."""
+class Reader:
+    """
+    Read one expert's part of a parameter whose rows are stored as they are.
 
-    def read(self, expert: int, into: Tensor) -> None:
-        """Fill *into*, shaped like the parameter without its leading E."""
+    Args:
+        parts: From the top of the parameter, the stored tensors of all experts, one each.
+        stacked: Whether there is one stored tensor instead, the parameter itself.
+    """
 
-    def pieces(self, expert: int) -> list[Piece] | None:
-        """Name the stored elements that each row is; None where a rule computes them."""
+    def __init__(self, parts: Sequence[Sequence[Weights]], stacked: bool = False) -> None:
+        self.parts, self.stacked = parts, stacked
 
     def places(self) -> list[Weights]:
         """List all stored weights that the parameter is made of."""
-
-
-class Stacked:
-    """Read a parameter that is stored as it is: expert e is a range of its bytes."""
-
-    def __init__(self, place: Weights) -> None:
-        self.place = place
-        self._size = prod(place.info.shape[1:])
-        self._rows = place.info.shape[1] if len(place.info.shape) > 1 else 0
-
-    def places(self) -> list[Weights]:
-        """Return the one stored tensor."""
-        return [self.place]
-
-    def pieces(self, expert: int) -> list[Piece]:
-        """Return the expert's range of the one stored tensor."""
-        return [Piece(self.place, expert * self._size, 0, self._rows)]
-
-    def read(self, expert: int, into: Tensor) -> None:
-        """Read that range."""
-        self.place.read(into, expert * self._size)
-
-
-class Rows:
-    """Read one tensor per expert and projection, one above the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Weights]]) -> None:
-        self.parts = parts
-
-    def places(self) -> list[Weights]:
-        """Return the tensors of all experts and projections."""
         return [place for part in self.parts for place in part]
 
-    def pieces(self, expert: int) -> list[Piece]:
-        """Return the expert's tensor of each projection, from the top."""
+    def pieces(self, expert: int) -> list[Piece] | None:
+        """Name the stored elements that each row is; None where a rule computes them."""
+        if self.stacked:
+            place = self.parts[0][0]
+            _, *own = place.info.shape
+            return [Piece(place, expert * prod(own), 0, own[0] if own else 0)]
         found, row = [], 0
         for part in self.parts:
             found.append(Piece(part[expert], 0, row, rows := part[expert].info.shape[0]))
@@ -97,143 +227,132 @@ class Rows:
         return found
 
     def read(self, expert: int, into: Tensor) -> None:
-        """Read each projection into its rows."""
-        for place, first, row, rows in self.pieces(expert):
-            place.read(into.narrow(0, row, rows), first)
+        """Fill *into*, shaped like the parameter without its leading E."""
+        for place, first, row, rows in self.pieces(expert) or ():
+            place.read(into.narrow(0, row, rows) if into.dim() else into, first)
 
 
-class OneExpert:
-    """Run transformers' own rule on the tensors of one expert."""
+class Converted(Reader):
+    """Run transformers' own rule on one expert's share of stored tensors ``(E, ...)``."""
 
     def __init__(self, group: Group, parameter: str, shape: Sequence[int], config: Any) -> None:
+        super().__init__([group.places])
         self.group, self.parameter, self.shape, self.config = group, parameter, shape, config
-        self.listed = isinstance(group.operations[0], MergeModulelist)
 
     def pieces(self, expert: int) -> None:
         """Return nothing: a rule computes the rows."""
 
-    def places(self) -> list[Weights]:
-        """Return all stored tensors of the rule."""
-        return self.group.places
-
-    def sources(self, expert: int) -> dict[str, tuple[Weights, int]]:
-        """Locate the expert's stored tensor of each source pattern: place and first element."""
-        return {
-            pattern: (places[expert], 0)
-            if self.listed
-            else (places[0], expert * prod(places[0].info.shape[1:]))
-            for pattern, places in self.group.tensors.items()
-        }
-
-    def convert(self, pieces: dict[str, Tensor]) -> Tensor:
-        """Make the expert's part ``(1, ...)`` of one tensor for each source pattern."""
-        shapes = {self.parameter: (1, *self.shape[1:])}
-        lists = {pattern: [piece] for pattern, piece in pieces.items()}
-        return self.group.convert(lists, shapes, self.config)[self.parameter]
-
-    def empty(self, device: str) -> dict[str, Tensor]:
-        """Make tensors for one expert's stored numbers, by source pattern."""
-        found = {}
-        for pattern, (place, _) in self.sources(0).items():
-            shape = place.info.shape if self.listed else (1, *place.info.shape[1:])
-            found[pattern] = torch.empty(shape, dtype=place.info.dtype, device=device)
-        return found
+    def read(self, expert: int, into: Tensor) -> None:
+        """Read the expert's share and run the rule on it."""
+        shares = self._shares("cpu")
+        for (share,), (place,) in zip(shares.values(), self.group.tensors.values(), strict=True):
+            place.read(share, expert * share.numel())
+        into.copy_(self._convert(shares)[0])
 
     def shape_made(self) -> tuple[int, ...] | None:
         """Run the rule on the meta device, and return the shape; None where it fails."""
         try:
-            return tuple(self.convert(self.empty("meta")).shape)
+            return tuple(self._convert(self._shares("meta")).shape)
         except Exception:  # whatever a rule trips over whose tensors do not fit
             return None
 
-    def read(self, expert: int, into: Tensor) -> None:
-        """Read the expert's tensors and run the rule on them."""
-        pieces = self.empty("cpu")
-        for pattern, (place, first) in self.sources(expert).items():
-            place.read(pieces[pattern], first)
-        into.copy_(self.convert(pieces)[0])
+    def _shares(self, device: str) -> dict[str, list[Tensor]]:
+        """Make tensors for one expert's stored numbers, by source pattern."""
+        return {
+            pattern: [torch.empty((1, *p.info.shape[1:]), dtype=p.info.dtype, device=device)]
+            for pattern, (p,) in self.group.tensors.items()
+        }
+
+    def _convert(self, shares: dict[str, list[Tensor]]) -> Tensor:
+        shapes = {self.parameter: (1, *self.shape[1:])}
+        return self.group.convert(shares, shapes, self.config)[self.parameter]
 
 
-def reader_for(
-    group: Group, parameter: str, shapes: dict[str, tuple[int, ...]], config: Any
-) -> Reader:
+# Rules by which one tensor for each expert is stacked, projections one above the other.
+_STACKS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
+def reader_for(group: Group, parameter: str, shape: tuple[int, ...], config: Any) -> Reader:
     """
     Choose the cheapest reader that gives what transformers would; check shapes, read nothing.
 
     Args:
         group: The stored tensors and their rule.
         parameter: Full name of the parameter to read, one of ``group.targets``.
-        shapes: Full shapes ``(E, ...)`` of the model's experts' parameters, by full name.
+        shape: ``(E, ...)``, of the model's parameter.
         config: The model's config, which some rules look into.
 
     Raises:
         CheckpointError: tensors of some experts are missing, or have another shape.
         UnsupportedModelError: the rule mixes experts, so that none can be read alone.
     """
-    shape, places, operations = shapes[parameter], group.places, group.operations
+    places, operations = group.places, group.operations
+    odd = None
     if group.is_stored_as(shape):
-        if len(places) != 1 or places[0].info.shape != shape:
-            raise _mismatch(parameter, shape, places[0])
-        return Stacked(places[0])
-    patterns = [] if group.converter is None else group.converter.source_patterns
-    if isinstance(operations[0], MergeModulelist):
-        expected = shape[0] if len(group.targets) == 1 else None
-        check_complete(group.tensors, patterns, parameter, expected)
-    if len(group.targets) == 1 and _treats_experts_alike(group, shape[0]):
-        parts = [group.tensors[p] for p in patterns if p in group.tensors]
-        if _stacks_rows(operations) and _rows_fit(parts, shape):
-            return Rows(parts)
-        one = OneExpert(group, parameter, shape, config)
-        if one.shape_made() != (1, *shape[1:]):
-            raise _mismatch(parameter, shape, places[0])
-        for part in parts:  # the rule was tried on expert 0; the others must look the same
-            for place in part:
-                if place.info.shape != part[0].info.shape:
-                    raise _mismatch(place.name, part[0].info.shape, place)
-        return one
-    found = rows_by_trial(
-        group.tensors, parameter, shape[0], lambda pieces: group.convert(pieces, shapes, config)
-    )
-    if found is None:
+        if len(places) == 1 and places[0].info.shape == shape:
+            return Reader([places], stacked=True)
+        odd = places[0]
+    elif [(type(op), getattr(op, "dim", None)) for op in operations] in _STACKS:
+        assert group.converter is not None
+        _check_complete(group, parameter, shape[0])
+        parts = [group.tensors[pattern] for pattern in group.converter.source_patterns]
+        first = [part[0].info.shape for part in parts]
+        unlike = [p for part in parts for p in part if p.info.shape != part[0].info.shape]
+        rows = sum(one[0] for one in first if one)
+        if not unlike and all(s[1:] == shape[2:] for s in first) and rows == prod(shape[1:2]):
+            return Reader(parts)
+        odd = (unlike or places)[0]
+    elif len(group.targets) == 1 and all(
+        len(part) == 1 and part[0].info.shape[:1] == shape[:1] for part in group.tensors.values()
+    ) and all(
+        (type(op) in (Concatenate, Interleave) and op.dim >= 1)
+        or (type(op) is Transpose and min(op.dim0, op.dim1) >= 1)
+        for op in operations
+    ):  # fmt: skip
+        one = Converted(group, parameter, shape, config)
+        if one.shape_made() == (1, *shape[1:]):
+            return one
+        odd = places[0]
+    if odd is None:
         raise UnsupportedModelError(
             f"the stored tensors of {parameter} (first {places[0].name}) can only be converted all "
             "at once, so no expert can be read alone; load the model with from_pretrained and use "
             "melinoe.attach"
         )
-    if not _rows_fit(found, shape):
-        raise _mismatch(parameter, shape, places[0])
-    return Rows(found)
-
-
-def _stacks_rows(operations: list) -> bool:
-    """Whether a rule stacks the experts, and at most puts projections one above the other."""
-    kinds = [(type(op), getattr(op, "dim", None)) for op in operations]
-    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-
-
-def _rows_fit(parts: list[list[Weights]], shape: tuple[int, ...]) -> bool:
-    """Whether all experts' tensors have the same shapes, and together the parameter's."""
-    first = [part[0].info.shape for part in parts]
-    same = all(place.info.shape == part[0].info.shape for part in parts for place in part)
-    rows = sum(s[0] for s in first if s)
-    return same and all(s[1:] == shape[2:] for s in first) and rows == prod(shape[1:2])
-
-
-def _treats_experts_alike(group: Group, num_experts: int) -> bool:
-    """Whether the rule computes each expert from its own tensors only."""
-    operations = group.operations
-    first = operations[0]
-    if isinstance(first, MergeModulelist):
-        if first.dim != 0:
-            return False
-        operations = operations[1:]
-    elif any(len(t) != 1 or t[0].info.shape[:1] != (num_experts,) for t in group.tensors.values()):
-        return False
-    return all(
-        (type(op) in (Concatenate, Interleave) and op.dim >= 1)
-        or (type(op) is Transpose and min(op.dim0, op.dim1) >= 1)
-        for op in operations
+    raise CheckpointError(
+        f"{odd.name} has shape {describe_shape(odd.info.shape)}, which does not fit {parameter} of "
+        f"shape {describe_shape(shape)}; the weights are of another model than the config"
     )
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _check_complete(group: Group, parameter: str, expected: int) -> None:
+    """Check that every source pattern of a rule has one tensor for each expert, 0 to the last."""
+    assert group.converter is not None
+    for pattern in group.converter.source_patterns:
+        places = group.tensors.get(pattern, ())
+        needs = (
+            f"{parameter} needs {expected} tensors {pattern} and the checkpoint has "
+            f"{len(places) or 'none'}"
+        )
+        again = "a shard or a part of its index is missing, download it again"
+        if len(places) > expected:
+            raise CheckpointError(
+                f"{needs}; the weights are of another model than the config, use one model's"
+            )
+        if len(places) < expected:
+            raise CheckpointError(f"{needs}; {again}")
+        in_names = [_NUMBER.findall(place.name) for place in places]
+        if ".*." in pattern and all(in_names):
+            numbers = [int(one[-1]) for one in in_names]
+            if numbers != list(range(expected)):
+                has = ", ".join(map(str, numbers))
+                raise CheckpointError(f"{needs}, but has them for experts {has}; {again}")
+
+
+# --- one layer ------------------------------------------------------------------------------------
 
 
 class ExpertSource:
@@ -273,7 +392,8 @@ class ExpertSource:
         Raises:
             CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
-        self._check(expert)
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
         for name, reader in self.readers.items():
             reader.read(expert, into[name])
 
@@ -293,188 +413,62 @@ class ExpertSource:
             CheckpointError: as `read`.
             AttachError: a weight that *format* cannot hold.
         """
-        self._check(expert)
         if format.exact:
             self.read(expert, into)
-            return
-        if format != self.format:
-            plain = {
-                t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu")
-                for t in self.layer.tensors
-            }
+        elif format != self.format:
+            tensors = self.layer.tensors
+            plain = {t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in tensors}
             self.read(expert, plain)
-            for name, part in format.encode(self.layer.tensors, plain).items():
+            for name, part in format.encode(tensors, plain).items():
                 into[name].copy_(part)
-            return
-        for tensor in self.layer.tensors:
-            reader = self.readers[tensor.name]
-            if not tensor.is_matrix:
-                reader.read(expert, into[tensor.name])
-                continue
-            for place, first, row, rows in reader.pieces(expert) or ():
-                assert isinstance(place, PackedPlace)
-                parts = {}
-                for kind in place.format.matrix_parts(place.rows, place.columns):
-                    part = into[f"{tensor.name}.{kind}"]
-                    # A row of the part belongs to so many of the matrix.
-                    step = tensor.rows_columns[0] // len(part)
-                    whole = rows == tensor.shape[0]
-                    parts[kind] = part if whole else part[row // step : (row + rows) // step]
-                place.read_parts(parts, first // (place.rows * place.columns))
-
-    def _check(self, expert: int) -> None:
-        if not 0 <= expert < self.num_experts:
-            raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
+        else:
+            for tensor in self.layer.tensors:
+                reader = self.readers[tensor.name]
+                if not tensor.is_matrix:
+                    reader.read(expert, into[tensor.name])
+                    continue
+                for place, first, row, rows in reader.pieces(expert) or ():
+                    assert isinstance(place, PackedPlace)
+                    parts = {}
+                    for kind in place.format.matrix_parts(place.rows, place.columns):
+                        part = into[f"{tensor.name}.{kind}"]
+                        if rows != tensor.shape[0]:  # a row of the part may belong to several
+                            step = tensor.rows_columns[0] // len(part)
+                            part = part[row // step : (row + rows) // step]
+                        parts[kind] = part
+                    place.read_parts(parts, first // (place.rows * place.columns))
 
 
 def _stored_format(layer: ExpertsLayer, readers: dict[str, Reader]) -> ExpertFormat:
     """Find out how a layer's experts are stored: plain, or all matrices in one packed format."""
     found: dict[Any, str] = {}
+    fp8, joined = [], False
     for tensor in layer.tensors:
         name = f"{layer.name}.{tensor.name}"
-        places = readers[tensor.name].places()
+        places, pieces = readers[tensor.name].places(), readers[tensor.name].pieces(0)
         packed = [place for place in places if isinstance(place, PackedPlace)]
-        if not packed:
-            if tensor.is_matrix:
-                found[PLAIN] = name
-            continue
-        pieces = readers[tensor.name].pieces(0)
-        if pieces is None or any(place.transposed != tensor.transposed for place in packed):
+        if len(packed) < len(places) and tensor.is_matrix:
+            found[PLAIN] = name
+        if packed and (
+            pieces is None or any(place.transposed != tensor.transposed for place in packed)
+        ):
             raise UnsupportedModelError(
                 f"{name} is stored packed ({packed[0].format.name}) in rows that the model "
                 "rearranges, which is not read here; take a checkpoint that is not quantised"
             )
-        if len(pieces) > 1 and packed[0].format.name == "fp8" and packed[0].rows % BLOCK:
-            raise UnsupportedModelError(
-                f"{name} consists of matrices with {packed[0].rows} outputs, whose scales do not "
-                f"join in blocks of {BLOCK}; take a checkpoint that is not quantised"
-            )
         found |= {place.format: name for place in packed}
-        if len(packed) < len(places):
-            found[PLAIN] = name
+        fp8 += [place for place in packed if isinstance(place.format, Fp8)]
+        joined |= pieces is not None and len(pieces) > 1
     if len(found) > 1:
         names = " and ".join(f"{format.name} ({name})" for format, name in found.items())
         raise UnsupportedModelError(
             f"experts of one layer are stored in different formats, {names}, which is not read "
             "here; take another checkpoint of the model"
         )
+    if joined and any(place.rows % BLOCK for place in fp8):
+        # Matrices whose last square is cut become one: scales for as many rows as divide all.
+        finer = Fp8(gcd(BLOCK, *(place.rows for place in fp8)))
+        for place in fp8:
+            place.format = finer
+        return finer
     return next(iter(found), PLAIN)
-
-
-# --- a rule's effect on one expert, found by running it on stand-ins -----------------------------
-
-Run = Callable[[dict[str, list[Tensor]]], Mapping[str, Tensor]]
-
-
-def rows_by_trial(
-    tensors: Mapping[str, Sequence[Weights]], parameter: str, num_experts: int, run: Run
-) -> list[list[Weights]] | None:
-    """
-    Find out whether a rule only puts stored tensors one above the other, by running it.
-
-    Some rules treat all experts of a layer at once, and their code does not say what becomes of
-    one expert. So each stored tensor is given a small stand-in whose every number occurs once, the
-    rule *run* is run on those, and the numbers are looked up in the *parameter* that it makes.
-
-    Returns for each position in an expert the tensors of all experts in order; None where the rule
-    does anything else, or cannot be run on stand-ins.
-    """
-    stand_ins, owner = _stand_ins(tensors)
-    try:
-        made = run(stand_ins)[parameter]
-    except Exception:  # whatever a rule trips over that looks at sizes
-        return None
-    if made.dtype != torch.int64 or made.dim() < 2 or made.shape[0] != num_experts:
-        return None
-    found: list[list[Weights]] = []
-    for expert in made:
-        parts, row = [], 0
-        while row < expert.shape[0]:
-            place, piece = owner.get(int(expert[row].reshape(-1)[0]), (None, None))
-            if place is None or piece is None:
-                return None
-            rows = piece.shape[0]
-            if not torch.equal(expert[row : row + rows], piece):
-                return None
-            parts.append(place)
-            row += rows
-        found.append(parts)
-    if len({len(parts) for parts in found}) != 1:
-        return None
-    return [list(parts) for parts in zip(*found, strict=True)]
-
-
-def _stand_ins(
-    tensors: Mapping[str, Sequence[Weights]],
-) -> tuple[dict[str, list[Tensor]], dict[int, tuple[Weights, Tensor]]]:
-    """Make small tensors of unique numbers, and note the owner of each first number."""
-    sizes = sorted({n for places in tensors.values() for p in places for n in p.info.shape})
-    # Sizes that were different stay different, and even: rules halve.
-    small = {size: 2 * rank for rank, size in enumerate(sizes, start=1)}
-    stand_ins: dict[str, list[Tensor]] = {}
-    owner: dict[int, tuple[Weights, Tensor]] = {}
-    following = 0
-    for pattern, places in tensors.items():
-        stand_ins[pattern] = []
-        for place in places:
-            shape = [small[n] for n in place.info.shape]
-            piece = torch.arange(following, following + prod(shape), device="cpu").reshape(shape)
-            stand_ins[pattern].append(piece)
-            if piece.dim():
-                owner[following] = (place, piece)
-            following += piece.numel()
-    return stand_ins, owner
-
-
-# --- whether the stored tensors are all there, and of the right shapes ----------------------------
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def check_complete(
-    tensors: Mapping[str, Sequence[Weights]],
-    patterns: Sequence[str],
-    parameter: str,
-    expected: int | None,
-) -> None:
-    """
-    Check that every source pattern of a rule has one tensor for each expert, 0 to the last.
-
-    Args:
-        tensors: Source pattern -> stored tensors.
-        patterns: All source patterns of the rule.
-        parameter: What the rule makes, for messages.
-        expected: Experts; None where the rule makes several parameters of one list.
-    """
-    for pattern in patterns:
-        places = tensors.get(pattern, ())
-        found = len(places)
-        needs = (
-            f"{parameter} needs {expected or 'its'} tensors {pattern} and the checkpoint has "
-            f"{found or 'none'}"
-        )
-        if expected is not None and found > expected:
-            raise CheckpointError(
-                f"{needs}; the weights are of another model than the config, use one model's"
-            )
-        if found == 0 or (expected is not None and found < expected):
-            raise CheckpointError(
-                f"{needs}; a shard or a part of its index is missing, download it again"
-            )
-        in_names = [_NUMBER.findall(place.name) for place in places]
-        if ".*." not in pattern or not all(in_names):
-            continue
-        numbers = [int(one[-1]) for one in in_names]
-        if numbers != list(range(found)):
-            raise CheckpointError(
-                f"{needs}, but has them for experts {', '.join(map(str, numbers))}; a shard or a "
-                "part of its index is missing, download it again"
-            )
-
-
-def _mismatch(parameter: str, shape: tuple[int, ...], place: Weights) -> CheckpointError:
-    return CheckpointError(
-        f"{place.name} has shape {describe_shape(place.info.shape)}, which does not fit "
-        f"{parameter} of shape {describe_shape(shape)}; the weights are of another model than "
-        "the config"
-    )

@@ -7,19 +7,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from melinoe.checkpoint.hub import first_line, hub_arguments, locate
+from melinoe.checkpoint.files import first_line, hub_arguments, locate
 from melinoe.errors import TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _MORE_FILES = (
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "merges.txt", "vocab.txt", "spiece.model", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
@@ -39,7 +34,13 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
         )
         tokenizer("a")  # odd settings show at the first use
     except Exception as error:
-        _check_marks(str(name))
+        for filename in (*TOKENIZER_FILES, *_MORE_FILES):
+            path = locate(str(name), filename)
+            if path is not None and path.read_bytes().startswith(BOM_UTF8):
+                raise TokenizerError(
+                    f"{path} begins with a byte-order mark, which transformers cannot read; save "
+                    "it as UTF-8 without one"
+                ) from None
         raise TokenizerError(
             f"the tokenizer of {name} cannot be read ({first_line(error)}); download it again"
         ) from None
@@ -59,22 +60,6 @@ def copy_tokenizer(name: str, directory: Path) -> None:
             copyfile(path, directory / filename)
 
 
-def _check_marks(name: str) -> None:
-    """
-    Name a file that begins with a byte-order mark: transformers, which reads these, cannot.
-
-    Raises:
-        TokenizerError: there is one.
-    """
-    for filename in (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json"):
-        path = locate(name, filename)
-        if path is not None and path.read_bytes().startswith(BOM_UTF8):
-            raise TokenizerError(
-                f"{path} begins with a byte-order mark, which transformers cannot read; save it as "
-                "UTF-8 without one"
-            )
-
-
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
     """
     Refuse a tokenizer that can give an id the model has no embedding for.
@@ -84,23 +69,22 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None
     Raises:
         TokenizerError: its largest id, or a special token of the config, is out of range.
     """
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    if rows is None:
+    text = config.get_text_config()
+    if (rows := getattr(text, "vocab_size", None)) is None:
         return
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest < 0:
+    known = set(tokenizer.get_vocab().values())
+    if not known:
         raise TokenizerError(f"the tokenizer of {name} is empty; use the model's own")
-    if largest >= rows:
+    if max(known) >= rows:
         raise TokenizerError(
-            f"the tokenizer of {name} gives ids up to {largest} and the model has {rows} rows; "
+            f"the tokenizer of {name} gives ids up to {max(known)} and the model has {rows} rows; "
             "it belongs to another model, use the model's own"
         )
-    known = set(tokenizer.get_vocab().values())
     for role in ("bos", "eos", "pad"):
-        own = getattr(tokenizer, f"{role}_token_id", None)
-        wanted = getattr(config.get_text_config(), f"{role}_token_id", None)
+        wanted = getattr(text, f"{role}_token_id", None)
         for token in wanted if isinstance(wanted, list) else [wanted]:
-            if token is not None and own is not None and token not in known:
+            has_role = getattr(tokenizer, f"{role}_token_id", None) is not None
+            if token is not None and has_role and token not in known:
                 raise TokenizerError(
                     f"the model's {role} token {token} is not in the tokenizer of {name}; "
                     "it belongs to another model, use the model's own"

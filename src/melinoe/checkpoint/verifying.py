@@ -2,21 +2,17 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from melinoe.checkpoint.backbone import load_backbone
-from melinoe.checkpoint.files import read_raw_config
-from melinoe.checkpoint.hub import locate, pinned
+from melinoe.checkpoint.files import locate, pinned, read_raw_config
 from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.errors import CheckpointError
 
 # A large file in the hub's cache is named by the SHA-256 of its bytes.
 _NAMED_BY_SUM = re.compile(r"[0-9a-f]{64}")
-
-
 # Written anew once a checkpoint is there: its own record, and its card.
 CHANGING = ("melinoe.json", "README.md")
 
@@ -68,47 +64,37 @@ def verify(name: str) -> Verified:
     source = pinned(name, read_raw_config(name)[0])
     metadata = read_metadata(source)
     recorded = metadata.get("files") or {}
-    compared = {"recorded": 0, "named": 0, "unknown": 0}
     with open_checkpoint(name) as checkpoint:  # what is torn is said before the long reading
-        problems = []
-        for file, path, wanted, by in _files(source, recorded, list(checkpoint.stamps)):
-            problem = _problem(path, wanted)
-            if problem is not None:
-                problems.append(f"{file} {problem}")
-            compared[by] += 1
+        files = [(file, locate(source, file), wanted) for file, wanted in recorded.items()]
+        named = unknown = 0
+        for path in checkpoint.stamps:
+            if path.name not in recorded:
+                blob = path.resolve().name
+                known = _NAMED_BY_SUM.fullmatch(blob) is not None
+                files.append((path.name, path, {"sha256": blob} if known else {}))
+                named, unknown = named + known, unknown + (not known)
+        problems = [
+            f"{file} {problem}"
+            for file, path, wanted in files
+            if (problem := _problem(path, wanted)) is not None
+        ]
         if problems:
             raise CheckpointError(
                 f"{name} is not what was written: {'; '.join(problems)}; write or download it again"
             )
         load_backbone(checkpoint)  # compares the fingerprint
-    return Verified(**compared, fingerprint="fingerprint" in metadata)
+    return Verified(len(recorded), named, unknown, "fingerprint" in metadata)
 
 
-def _files(
-    source: str, recorded: dict[str, dict[str, Any]], shards: list[Path]
-) -> Iterator[tuple[str, Path | None, dict[str, Any] | None, str]]:
-    """List every file to read: name, path, what is known of it, and who says so."""
-    for file, wanted in recorded.items():
-        yield file, locate(source, file), wanted, "recorded"
-    for path in shards:
-        if path.name in recorded:
-            continue
-        blob = path.resolve().name
-        if _NAMED_BY_SUM.fullmatch(blob):
-            yield path.name, path, {"sha256": blob}, "named"
-        else:
-            yield path.name, path, None, "unknown"
-
-
-def _problem(path: Path | None, wanted: dict[str, Any] | None) -> str | None:
+def _problem(path: Path | None, wanted: dict[str, Any]) -> str | None:
     if path is None:
         return "is missing"
     try:
         found = sum_of(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if wanted is None or wanted.items() <= found.items():
+    if wanted.items() <= found.items():
         return None
-    if "bytes" in wanted and found["bytes"] != wanted["bytes"]:
+    if wanted.get("bytes", found["bytes"]) != found["bytes"]:
         return f"has {found['bytes']} bytes instead of {wanted['bytes']}"
     return "has other contents"

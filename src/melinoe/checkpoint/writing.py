@@ -9,12 +9,11 @@ transformers would leave out or store otherwise. The directory appears whole or 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from math import prod
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,14 +22,20 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from melinoe.checkpoint.export_rules import other_results
-from melinoe.checkpoint.files import INDEX, SINGLE, read_raw_config
-from melinoe.checkpoint.hub import first_line, is_directory, locate, split_revision
-from melinoe.checkpoint.mapping import Group, group_by_parameter
+from melinoe.checkpoint.files import (
+    INDEX,
+    SINGLE,
+    first_line,
+    is_directory,
+    locate,
+    read_raw_config,
+    split_revision,
+)
 from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.packed import PackedPlace, Weights
-from melinoe.checkpoint.safetensors_file import check_same
-from melinoe.checkpoint.sources import OneExpert, Reader
+from melinoe.checkpoint.safetensors_file import bytes_of, check_same
+from melinoe.checkpoint.sources import Group, group_by_parameter
 from melinoe.checkpoint.verifying import sums_of
 from melinoe.errors import OutputExistsError, UnsupportedModelError, WriteError
 from melinoe.host_memory import format_bytes
@@ -52,9 +57,8 @@ def write_model(
     """
     Write a changed model to *out*: its base's own files, in which what changed is overwritten.
 
-    They are written to a directory beside it, which takes the name only when it is whole. Weights
-    keep the base's names, shards and types, and config, tokenizer and all else its bytes; its
-    card becomes ``BASE_README.md``. Left out, with a warning, are weights in other files than
+    Weights keep the base's names, shards and types, and config, tokenizer and all else its bytes;
+    its card becomes ``BASE_README.md``. Left out, with a warning, are weights in other files than
     those that were read, and directories.
 
     Args:
@@ -76,22 +80,24 @@ def write_model(
     find_experts(model)
     with open_checkpoint(base) as checkpoint, whole_directory(out) as directory:
         rewrite(model, checkpoint, changed, directory)
-        _copy_other_files(checkpoint, directory)
-        _warn_of_other_engines(directory, out)
+        files, left = other_files(checkpoint)
+        for path in files:
+            copyfile(path, directory / (BASE_CARD if path.name == _CARD else path.name))
+        if left:
+            _log.warning(
+                "%s: left out of the copy, as no part of what was read: %s",
+                checkpoint.name, ", ".join(left),
+            )  # fmt: skip
+        found = other_results(read_raw_config(str(directory))[1])
+        for engines in dict.fromkeys(one.engines for one in found):
+            settings = " and ".join(one.what for one in found if one.engines == engines)
+            _log.warning(
+                "%s: %s compute something else from it (%s); see `melinoe doctor %s --export`",
+                out, engines, settings, out,
+            )  # fmt: skip
         write_metadata(directory, metadata)
         if also is not None:
             also(directory)
-
-
-def _warn_of_other_engines(directory: Path, out: str | Path) -> None:
-    """Name in one line the engines that compute something else from what was written."""
-    found = other_results(read_raw_config(str(directory))[1])
-    for engines in dict.fromkeys(one.engines for one in found):
-        settings = " and ".join(one.what for one in found if one.engines == engines)
-        _log.warning(
-            "%s: %s compute something else from it (%s); see `melinoe doctor %s --export`",
-            out, engines, settings, out,
-        )  # fmt: skip
 
 
 # --- the directory -------------------------------------------------------------------------------
@@ -165,54 +171,20 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
 # --- weights -------------------------------------------------------------------------------------
 
 
-class _Part:
+class _Part(NamedTuple):
     """
     Hold what is written at once: one expert's share of a parameter, or a group.
 
-    Args:
+    Attributes:
         own: The model's tensors, by full name.
-        stored: Where each piece of them is stored: place, first element there, and the numbers;
-            views of *own* where the checkpoint stores them unchanged.
+        stored: Where each piece of them is stored: place, first element there, and the numbers.
         load: Makes *own* of the numbers in the order of *stored*, as transformers does when it
-            loads them; None where *stored* are views.
-
-    Raises:
-        UnsupportedModelError: a piece is stored packed.
+            loads them; None where *stored* are views of *own*.
     """
 
-    def __init__(
-        self,
-        own: dict[str, Tensor],
-        stored: Sequence[tuple[Weights, int, Tensor]],
-        load: Callable[[list[Tensor]], dict[str, Tensor]] | None = None,
-    ) -> None:
-        self.own, self.stored, self.load = own, stored, load
-        for place, _, _ in stored:
-            if isinstance(place, PackedPlace):
-                raise UnsupportedModelError(
-                    f"{place.name} is stored packed ({place.format.name}), and changed weights are "
-                    "not packed again; save an adapter instead (--save adapter), or first unpack "
-                    "the base (`melinoe pack BASE --format plain --out DIR`)"
-                )
-
-    def round(self) -> None:
-        """Round the model's numbers to the types in which they are stored."""
-        if all(place.info.dtype == tensor.dtype for place, _, tensor in self.stored):
-            return
-        rounded = [tensor.to(place.info.dtype) for place, _, tensor in self.stored]
-        if self.load is None:
-            for (_, _, tensor), new in zip(self.stored, rounded, strict=True):
-                tensor.copy_(new)
-            return
-        for name, tensor in self.load(rounded).items():
-            self.own[name].copy_(tensor)
-
-    def comes_back(self) -> bool:
-        """Whether loading what will be stored gives the model's own numbers."""
-        if self.load is None:
-            return True
-        made = self.load([tensor for _, _, tensor in self.stored])
-        return all(torch.equal(made[name], tensor) for name, tensor in self.own.items())
+    own: dict[str, Tensor]
+    stored: list[tuple[Weights, int, Tensor]]
+    load: Callable[[list[Tensor]], dict[str, Tensor]] | None = None
 
 
 def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
@@ -231,58 +203,67 @@ def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def round_as_stored(model: Any, checkpoint: Checkpoint, changed: Collection[str]) -> None:
-    """
-    Round what changed to the types that the base stores it in, so that *model* is what loads.
-
-    Args:
-        model: Loaded from *checkpoint*, then changed; rounded in place.
-        checkpoint: Open.
-        changed: Full names of the tensors that may have changed.
-    """
-    for part in _parts(model, checkpoint, changed):
-        part.round()
+    """Round *changed* tensors in place to the types that the base stores, as they will load."""
+    for own, stored, load in _parts(model, checkpoint, changed):
+        if all(place.info.dtype == tensor.dtype for place, _, tensor in stored):
+            continue
+        rounded = [tensor.to(place.info.dtype) for place, _, tensor in stored]
+        if load is None:
+            for (_, _, tensor), new in zip(stored, rounded, strict=True):
+                tensor.copy_(new)
+        else:
+            for name, tensor in load(rounded).items():
+                own[name].copy_(tensor)
 
 
 @torch.no_grad()
-def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], directory: Any) -> None:
+def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], directory: Path) -> None:
     """
     Copy the base's weight files into *directory* and overwrite there what changed.
 
     Tensors that equal the base's are left alone, in whatever type they are stored.
 
-    Args:
-        model: Loaded from *checkpoint*, then changed.
-        checkpoint: Open.
-        changed: Full names of the tensors that may have changed.
-        directory: Exists.
-
     Raises:
-        UnsupportedModelError: as `check_rewritable`.
-        WriteError: what would be written is not what *model* holds; a fault of the rules.
+        UnsupportedModelError: as `check_rewritable`; or what would be written is not what *model*
+            holds, a fault of the rules.
         OSError: a full disk.
 
     Cost: every byte of the base copied once; a few copies of one expert in memory.
     """
-    for path in {place.file.path for place in checkpoint.files.values()}:
+    for path in checkpoint.stamps:
         copyfile(path, directory / path.name)
     check_same(checkpoint.stamps)  # they were copied by their paths
-    opened: dict[str, BinaryIO] = {}
-    with ExitStack() as stack:
-        for part in _parts(model, checkpoint, changed):
-            if not part.comes_back():
-                raise _other_layout(model, next(iter(part.own)), part.stored[0][0])
-            for place, first, tensor in part.stored:
-                name = place.file.path.name
-                if name not in opened:
-                    opened[name] = stack.enter_context((directory / name).open("r+b"))
-                if not _is_stored(place, first, tensor):
-                    _overwrite(opened[name], place, first, tensor)
+    for own, stored, load in _parts(model, checkpoint, changed):
+        made = own if load is None else load([tensor for _, _, tensor in stored])
+        if not all(torch.equal(made[name], tensor) for name, tensor in own.items()):
+            raise _other_layout(model, next(iter(own)), stored[0][0])
+        for place, first, tensor in stored:
+            old = torch.empty(tensor.shape, dtype=place.info.dtype, device="cpu")
+            place.read(old, first)
+            if not torch.equal(old.to(tensor.dtype), tensor.cpu()):
+                with (directory / place.file.path.name).open("r+b") as file:
+                    file.seek(place.info.start + first * place.info.dtype.itemsize)
+                    file.write(bytes_of(tensor.to("cpu", place.info.dtype)))
 
 
 def _parts(
     model: Any, checkpoint: Checkpoint, changed: Collection[str], only_first: bool = False
 ) -> Iterator[_Part]:
     """List the parts of *model* that may have changed; with *only_first*, of experts only 0."""
+    for part in _all_parts(model, checkpoint, changed, only_first):
+        for place, _, _ in part.stored:
+            if isinstance(place, PackedPlace):
+                raise UnsupportedModelError(
+                    f"{place.name} is stored packed ({place.format.name}), and changed weights are "
+                    "not packed again; save an adapter instead (--save adapter), or first unpack "
+                    "the base (`melinoe pack BASE --format plain --out DIR`)"
+                )
+        yield part
+
+
+def _all_parts(
+    model: Any, checkpoint: Checkpoint, changed: Collection[str], only_first: bool
+) -> Iterator[_Part]:
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     # Not by name: what is shared is stored under one of its names, or under several.
@@ -292,18 +273,25 @@ def _parts(
     for source in checkpoint.experts:
         for tensor_name, reader in source.readers.items():
             name = f"{source.layer.name}.{tensor_name}"
-            if id(tensors.get(name)) not in wanted:
-                continue
+            if id(tensors.get(name)) not in wanted or reader.pieces(0) is None:
+                continue  # not changed; or written as a group, for a rule computes its rows
             by_expert.add(name)
             left.pop(id(tensors[name]), None)
             for expert in range(1 if only_first else source.num_experts):
-                yield _expert_part(model, reader, name, expert, tensors[name].detach()[expert])
+                own = tensors[name].detach()[expert]
+                yield _Part(
+                    {name: own},
+                    [
+                        (place, first, own.narrow(0, row, rows) if own.dim() else own)
+                        for place, first, row, rows in reader.pieces(expert) or ()
+                    ],
+                )
     for group in group_by_parameter(model, checkpoint.tensors).values():
-        own = {name: tensors[name].detach() for name in group.targets if name in tensors}
-        if any(id(tensors[name]) in wanted for name in own.keys() - by_expert):
-            for name in own:
+        group_of = {name: tensors[name].detach() for name in group.targets if name in tensors}
+        if any(id(tensors[name]) in wanted for name in group_of.keys() - by_expert):
+            for name in group_of:
                 left.pop(id(tensors[name]), None)
-            yield _group_part(model, group, own)
+            yield _group_part(model, group, group_of)
     persistent = model.state_dict().keys()
     for name in left.values():
         if name in persistent:
@@ -313,57 +301,24 @@ def _parts(
             )
 
 
-def _expert_part(model: Any, reader: Reader, name: str, expert: int, own: Tensor) -> _Part:
-    """Find where one expert's share of a parameter is stored."""
-    pieces = reader.pieces(expert)
-    if pieces is not None:
-        views = [own.narrow(0, row, rows) if own.dim() else own for _, _, row, rows in pieces]
-        return _Part(
-            {name: own},
-            [(p.place, p.first, view) for p, view in zip(pieces, views, strict=True)],
-        )
-    assert isinstance(reader, OneExpert)
-    # Reverted as a layer of one expert, whose stored names are those of expert 0.
-    made = revert_weight_conversion(model, {name: own[None]})
-    named = {pattern: place.name for pattern, (place, _) in reader.sources(0).items()}
-    shapes = {pattern: tuple(one.shape) for pattern, one in reader.empty("meta").items()}
-    if made.keys() != set(named.values()) or any(
-        made[key].numel() != prod(shapes[pattern]) for pattern, key in named.items()
-    ):
-        raise _other_layout(model, name, next(iter(reader.sources(expert).values()))[0])
-
-    def load(tensors: list[Tensor]) -> dict[str, Tensor]:
-        given = zip(shapes.items(), tensors, strict=True)
-        pieces = {
-            pattern: tensor.to(own.dtype).reshape(shape) for (pattern, shape), tensor in given
-        }
-        return {name: reader.convert(pieces)[0]}
-
-    places = reader.sources(expert)
-    return _Part({name: own}, [(*places[p], made[named[p]]) for p in named], load)
-
-
 def _group_part(model: Any, group: Group, own: dict[str, Tensor]) -> _Part:
     """Find where all tensors of a group are stored, such as a router's."""
-    shape = tuple(next(iter(own.values())).shape)
+    first = own.get(group.target, next(iter(own.values())))
     places = {place.name: place for place in group.places}
-    if group.is_stored_as(shape) and len(places) == 1:
-        (place,) = places.values()
-        first = own.get(group.target, next(iter(own.values())))
-        if place.info.shape != tuple(first.shape):
-            raise _other_layout(model, group.target, place)
-        return _Part({group.target: first}, [(place, 0, first)])
+    shape = tuple(first.shape)
+    if group.is_stored_as(shape) and [p.info.shape for p in places.values()] == [shape]:
+        return _Part({group.target: first}, [(group.places[0], 0, first)])
     made = revert_weight_conversion(model, own)
     if {name: tuple(tensor.shape) for name, tensor in made.items()} != {
         name: place.info.shape for name, place in places.items()
     }:
         raise _other_layout(model, group.target, group.places[0])
-    wide, shapes = next(iter(own.values())).dtype, {n: tuple(t.shape) for n, t in own.items()}
+    shapes = {n: tuple(t.shape) for n, t in own.items()}
 
     def load(tensors: list[Tensor]) -> dict[str, Tensor]:
         by_name = dict(zip(made, tensors, strict=True))
         pieces = {
-            pattern: [by_name[place.name].to(wide) for place in part]
+            pattern: [by_name[place.name].to(first.dtype) for place in part]
             for pattern, part in group.tensors.items()
         }
         return group.convert(pieces, shapes, model.config)
@@ -378,21 +333,6 @@ def _other_layout(model: Any, name: str, place: Weights) -> UnsupportedModelErro
     )
 
 
-def _is_stored(place: Weights, first: int, tensor: Tensor) -> bool:
-    """Whether the base's own file holds these numbers already, as far as their type tells."""
-    old = torch.empty(tensor.shape, dtype=place.info.dtype, device="cpu")
-    place.read(old, first)
-    return torch.equal(old.to(tensor.dtype), tensor.cpu())
-
-
-def _overwrite(file: BinaryIO, place: Weights, first: int, tensor: Tensor) -> None:
-    assert not isinstance(place, PackedPlace)  # refused before
-    new = tensor.to("cpu", place.info.dtype).contiguous()
-    data: Any = new.reshape(-1).view(torch.uint8).numpy()
-    file.seek(place.info.start + first * place.info.dtype.itemsize)
-    file.write(memoryview(data))
-
-
 # --- everything that is no weight, copied as it is -----------------------------------------------
 
 BASE_CARD = "BASE_README.md"
@@ -404,11 +344,10 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
-def bytes_of(checkpoint: Checkpoint) -> int:
+def copied_bytes(checkpoint: Checkpoint) -> int:
     """Add up the bytes of the base's files that `write_model` copies."""
-    shards = {place.file.path for place in checkpoint.files.values()}
-    others, _ = other_files(checkpoint)
-    return sum(path.stat().st_size for path in (*shards, *others))
+    files = (*checkpoint.stamps, *other_files(checkpoint)[0])
+    return sum(path.stat().st_size for path in files)
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
@@ -419,36 +358,7 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         Files to copy, the index that was read among them; names of what is left out: weights
         that were not read, directories, ``adapter_config.json``.
     """
-    directory = _fetched(checkpoint.source)
-    read = {place.file.path.name for place in checkpoint.files.values()}
-    index = INDEX if SINGLE not in read else None
-    files, left = [], []
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name == index:
-            files.append(path)
-        elif path.name in read or path.name.startswith((".", "melinoe")):
-            continue  # copied with the weights; of the hub's own tools; a run's record and figures
-        elif path.is_dir() or path.name.endswith(_WEIGHTS) or path.name == "adapter_config.json":
-            left.append(path.name)
-        else:
-            files.append(path)
-    return files, left
-
-
-def _copy_other_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy what `other_files` gives; the base's card becomes `BASE_CARD`: ours takes its name."""
-    files, left = other_files(checkpoint)
-    for path in files:
-        copyfile(path, directory / (BASE_CARD if path.name == _CARD else path.name))
-    if left:
-        _log.warning(
-            "%s: left out of the copy, as no part of what was read: %s",
-            checkpoint.name, ", ".join(left),
-        )  # fmt: skip
-
-
-def _fetched(source: str) -> Path:
-    """Fetch all files of *source* that can be had, weights aside; return their directory."""
+    source = checkpoint.source
     config = locate(source, "config.json")
     assert config is not None  # it was read
     if not is_directory(source):
@@ -461,4 +371,15 @@ def _fetched(source: str) -> Path:
                 "%s: the hub does not say which files it has (%s); those that are here are copied",
                 source, first_line(error),
             )  # fmt: skip
-    return config.parent
+    read = {path.name for path in checkpoint.stamps}
+    files, left = [], []
+    for path in sorted(config.parent.iterdir()):
+        if path.is_file() and path.name == INDEX and SINGLE not in read:
+            files.append(path)
+        elif path.name in read or path.name.startswith((".", "melinoe")):
+            continue  # copied with the weights; of the hub's own tools; a run's record and figures
+        elif path.is_dir() or path.name.endswith(_WEIGHTS) or path.name == "adapter_config.json":
+            left.append(path.name)
+        else:
+            files.append(path)
+    return files, left

@@ -31,21 +31,26 @@ class Fp8(PackedFormat):
     - ``codes``: float8_e4m3fn ``(rows, columns)``.
     - ``scales``: float32, one for each started square: ``(ceil(rows / 128), ceil(columns / 128))``.
       A weight is its code times the scale, which checkpoints call ``weight_scale_inv``.
+
+    Args:
+        rows: Rows that share a scale. A divisor of 128 where matrices stored apart become one, and
+            a square ends between them.
     """
 
+    rows: int = BLOCK
     name = "fp8"
 
     def arithmetic(self, columns: int) -> Arithmetic:
         """How products read a matrix."""
         group = groups_of(columns, BLOCK)
-        return Arithmetic("e4m3", group, "none", BLOCK, BLOCK // group)
+        return Arithmetic("e4m3", group, "none", self.rows, BLOCK // group)
 
     def matrix_parts(self, rows: int, columns: int) -> Shapes:
         """Give the parts of a matrix; see the class."""
         groups_of(columns, BLOCK)  # refuses rows that the arithmetic could not cut
         return {
             "codes": ((rows, columns), torch.float8_e4m3fn),
-            "scales": ((-(-rows // BLOCK), -(-columns // BLOCK)), torch.float32),
+            "scales": ((-(-rows // self.rows), -(-columns // BLOCK)), torch.float32),
         }
 
     def encode_matrix(self, weights: Tensor) -> dict[str, Tensor]:
@@ -55,8 +60,8 @@ class Fp8(PackedFormat):
                 "a weight is not finite, so fp8 cannot hold it; serve this model without a format"
             )
         rows, columns = weights.shape
-        whole = pad(weights, (0, -columns % BLOCK, 0, -rows % BLOCK))
-        squares = whole.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+        whole = pad(weights, (0, -columns % BLOCK, 0, -rows % self.rows))
+        squares = whole.unflatten(0, (-1, self.rows)).unflatten(2, (-1, BLOCK))
         largest = squares.abs().amax(dim=(1, 3))
         factor = torch.where(largest > 0, _LARGEST / largest, 1.0)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # of the smallest weights
@@ -66,5 +71,5 @@ class Fp8(PackedFormat):
 
     def decode_matrix(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """Compute code times scale in float32."""
-        scale = parts["scales"].repeat_interleave(BLOCK, 0)[:rows]
+        scale = parts["scales"].repeat_interleave(self.rows, 0)[:rows]
         return parts["codes"].float() * scale.repeat_interleave(BLOCK, 1)[:, :columns]

@@ -18,16 +18,16 @@ import transformers
 from transformers import TrainerCallback
 
 from melinoe.checkpoint.backbone import load_backbone, load_model
-from melinoe.checkpoint.hub import commit_of
+from melinoe.checkpoint.files import split_revision
 from melinoe.checkpoint.metadata import METADATA, read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.safetensors_file import Stamp, check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.writing import (
-    bytes_of,
     check_output,
     check_rewritable,
     check_room,
+    copied_bytes,
     round_as_stored,
 )
 from melinoe.config import PLAIN, FinetuneSettings
@@ -153,7 +153,7 @@ def finetune(
         model = load_model(checkpoint)
         if settings.save != "adapter":
             check_rewritable(model, checkpoint)
-            check_room(path, bytes_of(checkpoint))
+            check_room(path, copied_bytes(checkpoint))
     routers = find_routers(model)
     share_routers([p for one in routers for _, p in one.parameters()], arguments)
     writes_anchor = settings.lambda_replay > 0 and anchor is None
@@ -195,7 +195,7 @@ def finetune(
                 round_as_stored(model, checkpoint, kept.changed)
         metadata = {
             "base": name,
-            "base_commit": commit_of(source),
+            "base_commit": split_revision(source)[1],
             "base_fingerprint": base_fingerprint,
             "fingerprint": fingerprint(model),
             "settings": asdict(settings),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from melinoe.checkpoint.backbone import load_model
-from melinoe.checkpoint.hub import is_directory, split_revision
+from melinoe.checkpoint.files import is_directory, split_revision
 from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
 from melinoe.checkpoint.opening import open_checkpoint
 from melinoe.checkpoint.safetensors_file import check_same

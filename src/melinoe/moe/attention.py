@@ -23,12 +23,8 @@ def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str
 
     Decoder layers are the elements of the outermost list of modules around each experts module, so
     those without experts count too, and towers for pictures or sound do not. Projections are plain
-    ``nn.Linear``: of queries, keys, values, gates and outputs, latent or not. One warning names
-    projections of another kind, and layers without any (a convolution or a state-space mixer).
-
-    Args:
-        model: of any family.
-        layers: of *model*, from `find_experts`.
+    ``nn.Linear``; one warning names those of another kind, and layers without any (a convolution
+    or a state-space mixer).
 
     Returns:
         Module by full name, in the model's own order.
@@ -54,11 +50,8 @@ def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str
             "alone"
         )
     if bare or other:
-        log.warning(
-            "attention updates leave out what is not plain linear attention in %s: %s",
-            family(model),
-            ", ".join(sorted(bare | other)),
-        )
+        log.warning("attention updates leave out what is not plain linear attention in %s: %s",
+                    family(model), ", ".join(sorted(bare | other)))  # fmt: skip
     return found
 
 
@@ -67,12 +60,8 @@ def _decoder_layers(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of every element of the lists around the experts."""
     lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
-    around: dict[str, None] = {}
-    for layer in layers:
-        holders = [name for name in lists if layer.name.startswith(f"{name}.")]
-        if holders:
-            around.setdefault(min(holders, key=len))
-    for holder in around:
+    holders = [[name for name in lists if x.name.startswith(f"{name}.")] for x in layers]
+    for holder in dict.fromkeys(min(names, key=len) for names in holders if names):
         for number, element in enumerate(lists[holder]):
             yield f"{holder}.{number}", element
 

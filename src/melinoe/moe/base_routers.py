@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from melinoe.moe.routing import Router, Routing, router_logits
 
 
-def _widen(value: Any) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.float() if floating else value
-
-
 class BaseRouters:
     """
     Frozen copies of routers as they are now, to be asked about other inputs or used in their place.
@@ -45,13 +40,14 @@ class BaseRouters:
     @torch.no_grad()
     def logits(self, routing: Routing) -> Tensor:
         """Compute the base router's logits on the router's inputs: ``(tokens, num_logits)``."""
+
+        def wide(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.float() if floating else value
+
         args, kwargs = routing.inputs
-        args = tuple(map(_widen, args))
-        kwargs = {key: _widen(value) for key, value in kwargs.items()}
-        module = self._copy(routing.router, args)
-        with _logits_of(module, routing.router.source) as seen:
-            module(*args, **kwargs)
-        return seen[0]
+        kwargs = {key: wide(value) for key, value in kwargs.items()}
+        return self._ask(routing.router, tuple(map(wide, args)), kwargs)[1]
 
     @contextmanager
     def in_place(self) -> Iterator[dict[int, Tensor]]:
@@ -63,11 +59,20 @@ class BaseRouters:
         """
         logits: dict[int, Tensor] = {}
         before: list[tuple[nn.Module, Any]] = []
+
+        def answer(router: Router) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output, seen = self._ask(router, args, kwargs)
+                logits.setdefault(router.index, seen)
+                return output
+
+            return forward
+
         try:
             for router in self.routers:
                 # In the module's own dictionary, where hooks on the module see no difference.
                 before.append((router.module, router.module.__dict__.get("forward")))
-                router.module.forward = self._answer(router, logits)  # type: ignore[method-assign]
+                router.module.forward = answer(router)  # type: ignore[method-assign]
             yield logits
         finally:
             for module, forward in before:
@@ -75,33 +80,16 @@ class BaseRouters:
                 if forward is not None:
                     module.forward = forward
 
-    def _answer(self, router: Router, logits: dict[int, Tensor]) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            module = self._copy(router, args or tuple(kwargs.values()))
-            with _logits_of(module, router.source) as seen:
-                output = module(*args, **kwargs)
-            logits.setdefault(router.index, seen[0])
-            return output
-
-        return forward
-
-    def _copy(self, router: Router, inputs: tuple[Any, ...]) -> nn.Module:
-        """Move the layer's copy to the device of its inputs."""
-        module = self._copies[router.index]
-        device = next((x.device for x in inputs if isinstance(x, Tensor)), None)
-        return module if device is None else module.to(device)
-
-
-@contextmanager
-def _logits_of(module: nn.Module, source: str) -> Iterator[list[Tensor]]:
-    """Collect the logits that *source* of *module* makes, ``(tokens, num_logits)`` each time."""
-    seen: list[Tensor] = []
-
-    def hook(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(router_logits(output))
-
-    handle = module.get_submodule(source).register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def _ask(self, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the copy of *router* on the inputs' device; its output, and the logits it made."""
+        module, seen = self._copies[router.index], []
+        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if device is not None:
+            module.to(device)
+        handle = module.get_submodule(router.source).register_forward_hook(
+            lambda _, __, output: seen.append(router_logits(output))
+        )
+        try:
+            return module(*args, **kwargs), seen[0]
+        finally:
+            handle.remove()

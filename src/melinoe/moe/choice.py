@@ -14,8 +14,7 @@ than its logits (correction biases, groups), an expert that it did not choose co
 than the least of those it did.
 
 Weights of a changed choice follow the router's own rule on the unchanged logits; a token whose
-choice stays keeps its weights bit for bit. Families differ (softmax or sigmoid, over all experts or
-over the chosen, scaled or not), yet nearly all follow
+choice stays keeps its weights bit for bit. Nearly all families follow
 
     weight_k = scale * f(z)_k                      for some, and
     weight_k = scale * f(z)_k / sum_chosen f(z)    for others.
@@ -28,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class CacheAwareChoice:
         self.weighting: Weighting | None = None
         self.changed = 0
         self._spread: float | None = None
-        self._evidence: tuple[Tensor, Tensor, Tensor] | None = None
+        self._evidence: list[Tensor] = []
 
     def reset(self) -> None:
         """Forget the spread of earlier tokens: the next text is decoded as if it came first."""
@@ -99,8 +99,7 @@ class CacheAwareChoice:
         Raises:
             UnsupportedModelError: the router's weights follow no known rule.
         """
-        some = (logits[:_EVIDENCE], top_k_index[:_EVIDENCE], top_k_weights[:_EVIDENCE])
-        self._learn(*some, self._whole(some[1]))
+        self._learn(logits[:_EVIDENCE], top_k_index[:_EVIDENCE], top_k_weights[:_EVIDENCE])
 
     def __call__(
         self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, resident: Tensor
@@ -121,58 +120,50 @@ class CacheAwareChoice:
         Raises:
             UnsupportedModelError: the router's weights follow no known rule.
         """
-        whole = self._whole(top_k_index)
-        known = self._learn(logits, top_k_index, top_k_weights, whole)
-        if known is None or not self.settings.strength:
+        whole = self._learn(logits, top_k_index, top_k_weights)
+        if self.weighting is None or not self.settings.strength or not bool(whole.any()):
             return top_k_index, top_k_weights
         scores = logits[:, : self.num_experts].float()
         wanted = self._prior(scores, top_k_index.clamp(0, self.num_experts - 1), resident)
         # Who stays, stays in its place: only newcomers take the places of those who leave.
-        index = self._in_place(top_k_index, wanted)
+        index = _in_place(top_k_index, wanted)
         moved = (index != top_k_index).any(-1) & whole
         if not bool(moved.any()):
             return top_k_index, top_k_weights
         index = torch.where(moved[:, None], index, top_k_index)
         self.changed += int((index != top_k_index).sum())
-        weights = known.weights(logits, index.clamp(0, logits.shape[-1] - 1))
+        weights = self.weighting.weights(logits, index.clamp(0, logits.shape[-1] - 1))
         weights = weights.to(top_k_weights.dtype)
         return index, torch.where(moved[:, None], weights, top_k_weights)
 
-    def _whole(self, top_k_index: Tensor) -> Tensor:
-        """Tell which tokens chose an expert in every place: bool ``(tokens,)``."""
-        return ((top_k_index >= 0) & (top_k_index < self.num_experts)).all(-1)
-
-    def _learn(
-        self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor, whole: Tensor
-    ) -> Weighting | None:
-        """Find the rule of the weights, or check it on these tokens; None while it is not known."""
+    def _learn(self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Find or check the rule of the weights; bool ``(tokens,)``: chose experts throughout."""
+        whole = ((top_k_index >= 0) & (top_k_index < self.num_experts)).all(-1)
         if not bool(whole.any()):
-            return None
+            return whole
         now = (logits[whole], top_k_index[whole], top_k_weights[whole])
         # Checked each time: a wrong rule must not go unseen.
         fits = self.weighting is not None and self.weighting.gives(*now)
         before = self._evidence
-        if not fits or before is None or len(before[0]) < _EVIDENCE:
+        if not fits or len(before[0]) < _EVIDENCE:
             seen = [one[:_EVIDENCE].detach().clone() for one in now]
-            if before is not None:
-                seen = [torch.cat(pair) for pair in zip(before, seen, strict=True)]
-            self._evidence = (seen[0], seen[1], seen[2])
+            seen = [torch.cat(pair) for pair in zip(before, seen, strict=True)] if before else seen
+            self._evidence = seen
             if not fits and len(seen[0]) > 1:
-                self.weighting = find_weighting(*self._evidence)
-        return self.weighting
+                self.weighting = find_weighting(seen[0], seen[1], seen[2])
+        return whole
 
     def _prior(self, scores: Tensor, chosen: Tensor, resident: Tensor) -> Tensor:
         """Rank experts by the cache prior; the best ``(tokens, top_k)``, in no order."""
         spread = (scores.amax(-1) - scores.amin(-1)).mean().item()
         memory = _MEMORY ** len(scores) if self._spread is not None else 0.0
         self._spread = memory * (self._spread or 0.0) + (1 - memory) * spread
-        least = scores.gather(-1, chosen).amin(-1, keepdim=True)
+        of_chosen = scores.gather(-1, chosen)
         gain = self.settings.strength * self._spread
         # Above the least of the chosen, only the order counts: the router preferred that one.
-        over = (scores - least).clamp(min=0)
+        over = (scores - of_chosen.amin(-1, keepdim=True)).clamp(min=0)
         ranked = torch.where(resident, scores - 0.999 * over + gain, -float("inf"))
         # Chosen experts stay that are resident, or among the *keep* most wanted.
-        of_chosen = scores.gather(-1, chosen)
         keep = min(self.settings.keep, chosen.shape[-1])
         first = chosen.gather(-1, of_chosen.topk(keep, dim=-1).indices)
         stays = (chosen[:, :, None] == first[:, None, :]).any(-1)
@@ -180,16 +171,15 @@ class CacheAwareChoice:
         kept = torch.where(stays, float("inf"), of_chosen)
         return ranked.scatter(-1, chosen, kept).topk(chosen.shape[-1], dim=-1).indices
 
-    @staticmethod
-    def _in_place(before: Tensor, wanted: Tensor) -> Tensor:
-        """Order *wanted* so that every expert that was chosen before keeps its column."""
-        stays = (before[:, :, None] == wanted[:, None, :]).any(-1)
-        is_new = ~(wanted[:, :, None] == before[:, None, :]).any(-1)
-        # The nth free place takes the nth newcomer, in their order of rank.
-        order = torch.argsort((~is_new).int(), dim=-1, stable=True)
-        newcomers = wanted.gather(-1, order)
-        nth = (~stays).long().cumsum(-1) - 1
-        return torch.where(stays, before, newcomers.gather(-1, nth.clamp(min=0)))
+
+def _in_place(before: Tensor, wanted: Tensor) -> Tensor:
+    """Order *wanted* so that every expert that was chosen before keeps its column."""
+    stays = (before[:, :, None] == wanted[:, None, :]).any(-1)
+    is_new = ~(wanted[:, :, None] == before[:, None, :]).any(-1)
+    # The nth free place takes the nth newcomer, in their order of rank.
+    order = torch.argsort((~is_new).int(), dim=-1, stable=True)
+    nth = (~stays).long().cumsum(-1) - 1
+    return torch.where(stays, before, wanted.gather(-1, order).gather(-1, nth.clamp(min=0)))
 
 
 # --- weights of a changed choice ----------------------------------------------------------------
@@ -202,8 +192,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Weighting:
+class Weighting(NamedTuple):
     """
     The rule by which one router makes weights of logits.
 
@@ -218,16 +207,7 @@ class Weighting:
     scale: float
 
     def weights(self, logits: Tensor, index: Tensor) -> Tensor:
-        """
-        Compute the weights of any choice.
-
-        Args:
-            logits: ``(tokens, num_logits)``.
-            index: int64 ``(tokens, top_k)``, ids within the logits.
-
-        Returns:
-            float32 ``(tokens, top_k)``.
-        """
+        """Compute the float32 weights of any choice *index* ``(tokens, top_k)`` of the logits."""
         values = _FUNCTIONS[self.function](logits.float()).gather(-1, index)
         if self.normalised:
             values = values / values.sum(-1, keepdim=True).clamp(min=1e-20)
@@ -256,18 +236,16 @@ def find_weighting(logits: Tensor, index: Tensor, weights: Tensor) -> Weighting:
     Raises:
         UnsupportedModelError: no known rule gives these weights.
     """
-    best: tuple[float, Weighting] | None = None
-    total = weights.float().sum()
+    tolerance, total = _tolerance(weights), weights.float().sum()
+    rules = []
     for name in _FUNCTIONS:
         for normalised in (False, True):
             sums = Weighting(name, normalised, 1.0).weights(logits, index).sum()
-            scale = _plain(float(total / sums.clamp(min=1e-20)), _tolerance(weights) / 20)
-            rule = Weighting(name, normalised, scale)
-            error = rule.error(logits, index, weights)
-            if error <= _tolerance(weights) and (best is None or error < best[0]):
-                best = error, rule
-    if best is not None:
-        return best[1]
+            scale = _plain(float(total / sums.clamp(min=1e-20)), tolerance / 20)
+            rules.append(Weighting(name, normalised, scale))
+    errors = [rule.error(logits, index, weights) for rule in rules]
+    if min(errors) <= tolerance:
+        return rules[errors.index(min(errors))]
     raise UnsupportedModelError(
         "this model's routers weigh experts by a rule that is not known here, so its choices "
         'cannot be changed; serve it with choice="exact"'
@@ -281,8 +259,5 @@ def _tolerance(weights: Tensor) -> float:
 
 def _plain(scale: float, tolerance: float) -> float:
     """Round *scale* to the fewest digits within *tolerance*: configs say 2.5 or 1."""
-    for digits in range(1, 5):
-        short = float(f"{scale:.{digits}g}")
-        if abs(short - scale) <= tolerance * abs(scale):
-            return short
-    return scale
+    shorter = (float(f"{scale:.{digits}g}") for digits in range(1, 5))
+    return next((s for s in shorter if abs(s - scale) <= tolerance * abs(scale)), scale)

@@ -13,9 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+_FLAGS = {
+    "has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True,
+    "has_post_expert_norm": False,
+}  # fmt: skip
+Forward = Callable[..., Tensor]
 
 
 class StandIn:
@@ -28,24 +32,15 @@ class StandIn:
         num_slots: how many.
     """
 
-    def __init__(
-        self, module: nn.Module, slots: Mapping[str, torch.Tensor], num_slots: int
-    ) -> None:
-        self._module = module
-        self.num_experts = num_slots
-        for name, default in _FLAGS.items():
-            setattr(self, name, getattr(module, name, default))
-        self.has_post_expert_norm = getattr(module, "has_post_expert_norm", False)
+    def __init__(self, module: nn.Module, slots: Mapping[str, Tensor], num_slots: int) -> None:
+        flags = {name: getattr(module, name, default) for name, default in _FLAGS.items()}
+        self._module, self.num_experts = module, num_slots
         self._is_expert_parallel = False
         self._apply_gate = module._apply_gate
-        for name, tensor in slots.items():
-            setattr(self, name, tensor)
+        vars(self).update(flags | dict(slots))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-Forward = Callable[..., torch.Tensor]
 
 
 class Pairs:
@@ -61,18 +56,13 @@ class Pairs:
         dtype: the slots' dtype, in which the pairs are computed.
     """
 
-    def __init__(self, hidden_states: torch.Tensor, top_k: int, dtype: torch.dtype) -> None:
-        self._hidden_states = hidden_states
-        self._top_k = top_k
+    def __init__(self, hidden_states: Tensor, top_k: int, dtype: torch.dtype) -> None:
+        self._hidden_states, self._top_k = hidden_states, top_k
         tokens, hidden = hidden_states.shape
         self._outputs = hidden_states.new_zeros((tokens * top_k, hidden), dtype=dtype)
 
     def add(
-        self,
-        forward: Forward,
-        stand_in: StandIn,
-        slot_of_pair: torch.Tensor,
-        due: torch.Tensor | None = None,
+        self, forward: Forward, stand_in: StandIn, slot_of_pair: Tensor, due: Tensor | None = None
     ) -> None:
         """
         Compute the pairs that have a slot now.
@@ -97,15 +87,15 @@ class Pairs:
         """Map pairs to their tokens."""
         return due // self._top_k
 
-    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+    def rows(self, tokens: Tensor) -> Tensor:
         """Gather the hidden states of *tokens* in the experts' dtype, ``(len(tokens), hidden)``."""
         return self._hidden_states[tokens].to(self._outputs.dtype)
 
-    def put(self, due: torch.Tensor, outputs: torch.Tensor) -> None:
+    def put(self, due: Tensor, outputs: Tensor) -> None:
         """Store the *outputs* ``(len(due), hidden)`` of the pairs *due*."""
         self._outputs[due] = outputs
 
-    def total(self, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def total(self, top_k_weights: Tensor) -> Tensor:
         """Weight the pairs by *top_k_weights* ``(tokens, top_k)`` and sum: ``(tokens, hidden)``."""
         tokens, hidden = self._hidden_states.shape
         weighted = self._outputs * top_k_weights.reshape(-1).unsqueeze(-1)

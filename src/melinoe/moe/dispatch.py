@@ -8,10 +8,11 @@ without one is an error, never a fallback to weights that may be gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import AttachError
@@ -27,7 +28,7 @@ NOT_COMPILED = (
     "leave fullgraph out, or detach() the runtime first"
 )
 
-ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bind(module: nn.Module, function: ExpertsFunction) -> None:
@@ -67,24 +68,24 @@ def use_melinoe(model: nn.Module) -> Callable[[], None]:
     """
     if NAME not in ALL_EXPERTS_FUNCTIONS:  # not at import, which changes nothing
         ALL_EXPERTS_FUNCTIONS.register(NAME, _melinoe)
-    before = [(config, config._experts_implementation_internal) for config in _deciding(model)]  # type: ignore[attr-defined]
+    before = [(config, config._experts_implementation_internal) for config in _deciding(model)]
     for config, _ in before:
-        config._experts_implementation_internal = NAME  # type: ignore[attr-defined]
+        config._experts_implementation_internal = NAME
 
     def restore() -> None:
         for config, name in before:
-            config._experts_implementation_internal = name  # type: ignore[attr-defined]
+            config._experts_implementation_internal = name
 
     return restore
 
 
 def still_used(model: nn.Module) -> Callable[[], None]:
     """Make a check, after `use_melinoe`, that raises AttachError once another one is chosen."""
-    configs = list(_deciding(model))
+    configs = _deciding(model)
 
     def check() -> None:
         for config in configs:
-            chosen = config._experts_implementation_internal  # type: ignore[attr-defined]
+            chosen = config._experts_implementation_internal
             if chosen != NAME:
                 raise AttachError(
                     f"the experts implementation was changed to {chosen!r}, which finds no weights "
@@ -94,7 +95,17 @@ def still_used(model: nn.Module) -> Callable[[], None]:
     return check
 
 
-def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
+def _deciding(model: nn.Module) -> list[Any]:
+    """List each configuration, once, that an experts module or a generate call reads."""
+    # A submodel's own configuration is set too: generate() snapshots and restores the choice
+    # through the top-level configuration, and the two must not disagree.
+    modules = [m for m in model.modules() if is_experts_module(m) or hasattr(m, "generate")]
+    configs: list[Any] = [getattr(module, "config", None) for module in modules]
+    known = {id(c): c for c in configs if hasattr(c, "_experts_implementation_internal")}
+    return list(known.values())
+
+
+def transformers_function(module: nn.Module) -> Callable[..., Tensor]:
     """
     Find transformers' function that *module* would use with all experts resident.
 
@@ -114,7 +125,7 @@ def transformers_function(module: nn.Module) -> Callable[..., torch.Tensor]:
     return ALL_EXPERTS_FUNCTIONS[name]
 
 
-def experts_function(layer: ExpertsLayer) -> Callable[..., torch.Tensor]:
+def experts_function(layer: ExpertsLayer) -> Callable[..., Tensor]:
     """The function that computes a layer's experts from slots in the layer's format."""
     if isinstance(layer.format, PackedFormat):
         return PackedExperts(layer.format, layer.tensors)
@@ -122,11 +133,8 @@ def experts_function(layer: ExpertsLayer) -> Callable[..., torch.Tensor]:
 
 
 def _melinoe(
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     function = vars(module).get(_BOUND)
     if torch.compiler.is_dynamo_compiling() and getattr(function, "traced", False):
         return function(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
@@ -135,7 +143,7 @@ def _melinoe(
 
 # A compiler that looked inside would keep today's residents for all passes to come.
 @torch.compiler.disable(reason=NOT_COMPILED)
-def _as_it_is(function: ExpertsFunction | None, *tensors: torch.Tensor) -> torch.Tensor:
+def _as_it_is(function: ExpertsFunction | None, *tensors: Tensor) -> Tensor:
     """Compute the experts outside the graph that their model is compiled to."""
     if function is None:
         raise AttachError(
@@ -143,17 +151,3 @@ def _as_it_is(function: ExpertsFunction | None, *tensors: torch.Tensor) -> torch
             "model; call melinoe.attach(model, ...) or choose another implementation"
         )
     return function(*tensors)
-
-
-def _deciding(model: nn.Module) -> Iterator[object]:
-    """Yield each configuration, once, that an experts module or a generate call reads."""
-    seen: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if not hasattr(config, "_experts_implementation_internal") or id(config) in seen:
-            continue
-        # A submodel's own configuration is set too: generate() snapshots and restores the choice
-        # through the top-level configuration, and the two must not disagree.
-        if is_experts_module(module) or hasattr(module, "generate"):
-            seen.add(id(config))
-            yield config

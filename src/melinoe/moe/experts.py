@@ -1,9 +1,9 @@
-"""Find the mixture-of-experts layers of a transformers model; refuse what cannot be served.
+"""
+Find the mixture-of-experts layers of a transformers model; refuse what cannot be served.
 
 transformers decorates the experts class of a family with ``use_experts_implementation``; such a
 module stacks its experts' weights, ``(num_experts, ...)``, and lets a registered function compute
-them. This module only looks; `melinoe.moe.dispatch` registers the function and
-`melinoe.moe.compute` calls transformers' arithmetic on slots.
+them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,11 @@ from melinoe.experts.format import PLAIN, ExpertFormat, Part
 ADAPTER = "low_rank"
 
 # Names by which configurations of transformers' families say how many experts a layer has.
-_EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
-)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+                  "num_routed_experts")  # fmt: skip
 # And how many of them a token gets.
-TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-)
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k",
+         "moe_topk", "moe_k", "top_k_experts")  # fmt: skip
 # Most families name whole model classes "...Moe...", also when they are configured dense.
 _EXPERT_CLASS = re.compile(r"[Ee]xpert|(MoE|Moe|MoeBlock|MoEBlock|SparseMLP)$")
 # Types that mean what they say; others need scales that stand elsewhere.
@@ -128,10 +116,8 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 def watch_for_adapters(model: nn.Module, layers: Sequence[ExpertsLayer]) -> Callable[[], None]:
     """Make a check: raises AttachError once an adapter has been put on the experts of *layers*."""
-    places = []
-    for layer in layers:
-        block, _, child = layer.name.rpartition(".")
-        places.append((model.get_submodule(block), child, layer.name))
+    names = [(layer.name, *layer.name.rpartition(".")[::2]) for layer in layers]
+    places = [(model.get_submodule(block), child, name) for name, block, child in names]
 
     def check() -> None:
         for block, child, name in places:
@@ -237,29 +223,22 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 def _configs(config: object) -> Iterator[object]:
     """The configuration and all that are nested in it."""
-    if config is None:
-        return
-    yield config
-    for key in getattr(config, "sub_configs", None) or ():
-        yield from _configs(getattr(config, key, None))
+    if config is not None:
+        yield config
+        for key in getattr(config, "sub_configs", None) or ():
+            yield from _configs(getattr(config, key, None))
 
 
 def _why_no_layers(model: nn.Module) -> str:
     """Tell a dense model from a family whose experts are out of reach."""
-    name = family(model)
-    quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
-    counts = [
-        count
-        for config in _configs(getattr(model, "config", None))
-        for count in (getattr(config, key, None) for key in _EXPERT_COUNTS)
-        if isinstance(count, int) and count > 1
-    ]
-    classes = sorted(
-        {type(m).__name__ for m in model.modules() if _EXPERT_CLASS.search(type(m).__name__)}
-    )
-    if not classes and not counts:
+    name, config = family(model), getattr(model, "config", None)
+    counts = [getattr(one, key, None) for one in _configs(config) for key in _EXPERT_COUNTS]
+    counted = any(isinstance(count, int) and count > 1 for count in counts)
+    classes = {type(m).__name__ for m in model.modules()}
+    classes = {one for one in classes if _EXPERT_CLASS.search(one)}
+    if not classes and not counted:
         return f"{name} has no mixture-of-experts layers; there is nothing to offload"
-    if quantised:
+    if getattr(config, "quantization_config", None) is not None:
         return (
             f"the experts of {name} are quantised in a layout that has no experts function; load "
             "it with unpacked weights (transformers' quantisation configs take dequantize=True)"
@@ -269,6 +248,7 @@ def _why_no_layers(model: nn.Module) -> str:
             f"{name} is configured without mixture-of-experts layers; there is nothing to offload"
         )
     return (
-        f"{name} has experts ({', '.join(classes)}), but transformers does not let a registered "
-        "function compute them, so this family cannot be served; use one of the decorated families"
+        f"{name} has experts ({', '.join(sorted(classes))}), but transformers does not let a "
+        "registered function compute them, so this family cannot be served; use one of the "
+        "decorated families"
     )

@@ -8,12 +8,12 @@ the model run once more, with a hook on each module.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from melinoe.errors import ModelError
 from melinoe.moe.dispatch import bound
@@ -30,6 +30,10 @@ def are_finite(logits: Tensor) -> bool:
     return bool(logits.amax(-1).isfinite().all())
 
 
+class _FoundError(Exception):
+    """Its argument is what was found."""
+
+
 def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
     """
     Call the ``generate`` of *model*, and stop at the first logits that are not finite.
@@ -37,29 +41,18 @@ def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
     Raises:
         ModelError: there are such; it names the layer and the tensor.
     """
-    processors = LogitsProcessorList([*options.pop("logits_processor", ()), _Watch()])
-    try:
-        return model.generate(*inputs, **options, logits_processor=processors)
-    except _NotFiniteError as error:
-        ids = error.args[0]
-    raise not_finite(model, {"input_ids": ids}, "what the model says")
 
-
-class _NotFiniteError(Exception):
-    """Its argument is the token ids."""
-
-
-class _Watch(LogitsProcessor):
-    """Checks the logits of each step before a token is drawn from them."""
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
+    def watch(input_ids: Any, scores: Any) -> Any:
         if not are_finite(scores):
-            raise _NotFiniteError(input_ids)
+            raise _FoundError(input_ids)
         return scores
 
-
-class _FoundError(Exception):
-    pass
+    processors = LogitsProcessorList([*options.pop("logits_processor", ()), watch])
+    try:
+        return model.generate(*inputs, **options, logits_processor=processors)
+    except _FoundError as error:
+        ids = error.args[0]
+    raise not_finite(model, {"input_ids": ids}, "what the model says")
 
 
 def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelError:
@@ -71,34 +64,30 @@ def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelE
         inputs: of the call that gave it; the model is called with them once more.
         what: such as ``the loss of example 3``.
     """
-    found: list[tuple[str, nn.Module, str]] = []
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for tensor in _tensors(output):
-                kind = _kind(tensor)
-                if kind is not None:
-                    found.append((name, module, kind))
-                    raise _FoundError
+            for kind in filter(None, map(_kind, _tensors(output))):
+                raise _FoundError(name, module, kind)
 
         return hook
 
+    cause = "only in that call; run it again, and if it stays so, load the model in float32"
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(look(name)).remove)
-        with torch.no_grad(), suppress(_FoundError):
-            model(**inputs)
-    cause = "only in that call; run it again, and if it stays so, load the model in float32"
-    if found:
-        name, module, kind = found[0]
-        broken = _broken(name, module) or broken_weight(model)
-        why = (
-            f", because {broken}; get the checkpoint's files again"
-            if broken is not None
-            else " though its weights are numbers, so they grew beyond the model's type; load it "
-            "in float32, or in bfloat16 if it is in float16"
-        )
-        cause = f"{name} gave {kind}{why}"
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except _FoundError as error:
+            name, module, kind = error.args
+            broken = _broken(name, module) or broken_weight(model)
+            cause = f"{name} gave {kind}" + (
+                f", because {broken}; get the checkpoint's files again"
+                if broken is not None
+                else " though its weights are numbers, so they grew beyond the model's type; load "
+                "it in float32, or in bfloat16 if it is in float16"
+            )
     return ModelError(f"{what} is not finite: {cause}")
 
 
@@ -110,16 +99,13 @@ def broken_weight(model: nn.Module) -> str | None:
 def _broken(name: str, module: nn.Module) -> str | None:
     """Name a tensor of *module* itself that holds NaN or infinity; also of offloaded experts."""
     for key, parameter in module.named_parameters(recurse=False):
-        kind = _kind(parameter)
-        if kind is not None:
+        if kind := _kind(parameter):
             return f"{name}.{key} holds {kind}"
     read: Any = getattr(bound(module), "read", None) if is_experts_module(module) else None
-    if read is not None:
-        for expert in range(int(module.num_experts)):  # type: ignore[arg-type]
-            for key, tensor in read(expert).items():
-                kind = _kind(tensor)
-                if kind is not None:
-                    return f"expert {expert} of {name} holds {kind} in its {key}"
+    for expert in range(int(module.num_experts)) if read is not None else ():  # type: ignore[arg-type]
+        for key, tensor in read(expert).items():
+            if kind := _kind(tensor):
+                return f"expert {expert} of {name} holds {kind} in its {key}"
     return None
 
 

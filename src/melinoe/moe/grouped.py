@@ -1,14 +1,13 @@
 """
 Compute all experts of a layer for training, with a term added to the product of each projection.
 
-transformers' own ``grouped_mm`` function leaves no room for a low-rank term beside a projection's
-weight. This is the same function with that room: the same order of operations and the same grouped
-product underneath, so that without an addition both agree bit for bit.
+transformers' own ``grouped_mm`` function has no room for a low-rank term beside a projection's
+weight. Without an addition both agree bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +38,7 @@ def grouped_experts(
         hidden_states: ``(tokens, hidden)``.
         top_k_index: int64 ``(tokens, top_k)``; ids outside ``[0, num_experts)`` mean no expert.
         top_k_weights: ``(tokens, top_k)``.
-        addition: returns the term, from the parameter's name, the rows that its product takes,
-            sorted by expert, and for each expert the number of rows up to and with its own.
+        addition: gives the term of a projection.
 
     Returns:
         ``(tokens, hidden)`` in the dtype of *hidden_states*.
@@ -126,11 +124,9 @@ def expert_rows(
             product.add_(stacks[f"{name}_bias"][experts])
         return product
 
-    if getattr(module, "has_gate", True):
-        inner = module._apply_gate(project("gate_up_proj", rows))
-    else:
-        inner = module.act_fn(project("up_proj", rows))
-    outputs = project("down_proj", inner)
+    gated = getattr(module, "has_gate", True)
+    inner = project("gate_up_proj" if gated else "up_proj", rows)
+    outputs = project("down_proj", module._apply_gate(inner) if gated else module.act_fn(inner))
     if getattr(module, "has_post_expert_norm", False):
         outputs = module.post_expert_norm(outputs)
     return outputs
@@ -173,27 +169,22 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(weight, offsets)
-        out = rows.new_empty(rows.shape[0], weight.shape[-1])
-        for group, some in _groups(offsets):
-            torch.mm(rows[some], weight[group].to(rows.dtype), out=out[some])
-        return out
+        return _each_group(rows, weight, offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,), (weight, offsets) = gradients, ctx.saved_tensors
-        out = gradient.new_empty(gradient.shape[0], weight.shape[-2])
-        for group, some in _groups(offsets):
-            torch.mm(gradient[some], weight[group].to(gradient.dtype).T, out=out[some])
-        return out, None, None
+        weight, offsets = ctx.saved_tensors
+        return _each_group(gradients[0], weight.mT, offsets), None, None
 
 
-def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield the groups that have rows, with their rows. Waits for the device."""
-    start = 0
+def _each_group(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply the rows of each group by its matrix. Waits for the device."""
+    out, start = rows.new_empty(rows.shape[0], weight.shape[-1]), 0
     for group, end in enumerate(offsets.tolist()):
         if end > start:
-            yield group, slice(start, end)
+            torch.mm(rows[start:end], weight[group].to(rows.dtype), out=out[start:end])
         start = end
+    return out
 
 
 def is_aligned(weight: Tensor) -> bool:

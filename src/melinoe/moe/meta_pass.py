@@ -1,11 +1,10 @@
 """
 Learn from one forward pass on the meta device what decoding reads, and what the cache keeps.
 
-The model is built without weights and run on tokens without values. Its experts are replaced by a
-function that notes how many of them a token asks for. The pass leaves the keys, values and states
-of its tokens in the model's own cache, whatever the family does: latent attention, sliding windows,
-linear attention, indexers. The parameters that its operators took are what a token reads; of a
-table that is only looked up, a row.
+The model is run on tokens without values, its experts replaced by a function that notes how many of
+them a token asks for. Keys, values and states are left in the model's own cache, whatever the
+family does. The parameters that operators took are what a token reads; of a table that is only
+looked up, a row.
 """
 
 from __future__ import annotations
@@ -59,11 +58,10 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         into = self.looked_up if func in _LOOKUPS else self.read
-        for value in (*args, *(kwargs or {}).values()):
-            # Looking at a parameter's shape or type is no reading.
-            if isinstance(value, torch.nn.Parameter) and getattr(func, "__name__", "") not in _ASKS:
-                into.add(id(value))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _ASKS:  # a parameter's shape or type is no reading
+            into |= {id(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.nn.Parameter)}
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -76,8 +74,6 @@ def without_experts(
     Make *model*, on the meta device, run in the body; its experts return their inputs.
 
     Args:
-        model: on the meta device.
-        layers: its MoE layers.
         called: told of each call of a layer's experts, with ``top_k_index``.
 
     Yields:
@@ -102,7 +98,9 @@ def without_experts(
             bind(layer.module, noted(layer))
             stack.callback(unbind, layer.module)
         stack.callback(use_melinoe(model))
-        stack.enter_context(_quiet())
+        logger = logging.getLogger("transformers")  # tells of missing kernels; nothing is computed
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         stack.enter_context(torch.no_grad())
         try:
             yield top_k
@@ -120,8 +118,6 @@ def forward(
     Run *model*, on the meta device, over *tokens* tokens: no memory, and well under a second.
 
     Args:
-        model: on the meta device.
-        layers: its MoE layers.
         tokens: at most `DIRECT`.
         sizes: bytes of each parameter outside the experts, by ``id``; absent: its own.
 
@@ -135,13 +131,15 @@ def forward(
             kept = model(input_ids=ids, use_cache=True).past_key_values
     if kept is None:
         raise RuntimeError("the model left no cache")
-    parts = list(_parts(kept))
+    # The cache's layers, and whatever else it keeps as one part.
+    parts = [*(getattr(kept, "layers", None) or ()), vars(kept) | {"layers": None}]
+    windows = [getattr(part, "sliding_window", None) for part in parts]
     experts = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
     own = {id(p): p.numel() * p.element_size() for p in model.parameters() if id(p) not in experts}
     sizes = own if sizes is None else sizes
     return Pass(
         tuple(sum(_tensors(part, {}).values()) for part in parts),
-        tuple(_window(part) for part in parts),
+        tuple(one if isinstance(one, int) else None for one in windows),
         sum(size for key, size in sizes.items() if key in reads.read),
         sum(size for key, size in sizes.items() if key in reads.looked_up - reads.read),
         tuple(top_k),
@@ -156,11 +154,7 @@ def cache_bytes(
 
     Beyond `DIRECT` tokens each part grows on as over the last half of them, up to its window.
 
-    Args:
-        model: on the meta device.
-        layers: its MoE layers.
-        context: tokens.
-        seen: a pass over ``min(context, DIRECT)`` tokens, if one was made already.
+    *seen* is a pass over ``min(context, DIRECT)`` tokens, if one was made already.
 
     Raises:
         RuntimeError: as `forward`.
@@ -183,43 +177,16 @@ def cache_bytes(
     return round(total)
 
 
-def _parts(kept: Any) -> Iterator[Any]:
-    """Yield the cache's layers, and whatever else it keeps as one part."""
-    layers = list(getattr(kept, "layers", None) or ())
-    yield from layers
-    yield {key: value for key, value in vars(kept).items() if key != "layers"}
-
-
-def _window(part: Any) -> int | None:
-    window = getattr(part, "sliding_window", None)
-    return int(window) if isinstance(window, int) else None
-
-
 def _tensors(value: Any, found: dict[int, int], depth: int = 0) -> dict[int, int]:
     """Collect in *found* the bytes of every tensor of two or more dimensions inside *value*."""
     if isinstance(value, torch.Tensor):
         if value.dim() > 1:  # below that it is bookkeeping, of a few bytes
             found[id(value)] = value.numel() * value.element_size()
-    elif depth < 6:
-        inner: Any = ()
-        if isinstance(value, Mapping):
-            inner = value.values()
-        elif isinstance(value, list | tuple):
-            inner = value
-        elif hasattr(value, "__dict__") and not isinstance(value, type):
-            inner = [item for key, item in vars(value).items() if "config" not in key]
-        for item in inner:
+    elif depth < 6 and not isinstance(value, type):
+        inner: Any = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        items = value if isinstance(value, list | tuple) else [
+            item for key, item in inner.items() if "config" not in str(key)
+        ]  # fmt: skip
+        for item in items:
             _tensors(item, found, depth + 1)
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notices about missing kernels: nothing is computed."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

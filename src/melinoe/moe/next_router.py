@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,10 +29,6 @@ class NextRouters:
     While it is open, a hook on each router keeps its latest inputs. The modules asked share the
     model's parameters but not its hooks, so that a recorder of the routers sees nothing of it.
 
-    The experts named are the router's own choice where it returns one (an integer tensor beside
-    its logits), so that correction biases and groups count; else its highest logits. A question
-    costs one router's forward pass.
-
     Args:
         routers: of all MoE layers, in order.
 
@@ -45,7 +42,7 @@ class NextRouters:
 
     def __init__(self, routers: Sequence[Router]) -> None:
         self._routers = list(routers)
-        for one, other in zip(self._routers, self._routers[1:], strict=False):
+        for one, other in pairwise(self._routers):
             if one.weight.shape[1] != other.weight.shape[1]:
                 raise UnsupportedModelError(
                     f"the router {other.name} reads vectors of {other.weight.shape[1]} numbers and "
@@ -54,17 +51,22 @@ class NextRouters:
                 )
         self._logits: list[Tensor] = []
         self._bare = [_without_hooks(router.module) for router in self._routers]
-        for bare, router in zip(self._bare, self._routers, strict=True):
+        for router, bare in zip(self._routers, self._bare, strict=True):
             bare.get_submodule(router.source).register_forward_hook(
                 lambda _, __, output: self._logits.append(router_logits(output))
             )
         self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._handles = [
-            router.module.register_forward_pre_hook(
-                self._see_inputs(router.index), with_kwargs=True
-            )
+            router.module.register_forward_pre_hook(self._see(router.index), with_kwargs=True)
             for router in self._routers[:-1]
         ]
+
+    def _see(self, layer: int) -> Any:
+        @torch.compiler.disable(reason=NOT_COMPILED)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inputs[layer] = (args, kwargs)
+
+        return hook
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -89,47 +91,40 @@ class NextRouters:
             top_k: ids to name for each, where the router itself does not say how many.
 
         Returns:
-            Integers ``(rows, top_k)``, the likeliest first where logits were sorted; ids outside
-            the experts mean none.
+            Integers ``(rows, top_k)``: the router's own choice where it returns one, so that
+            correction biases and groups count, else its highest logits; ids outside the experts
+            mean none.
 
         Raises:
             UnsupportedModelError: the router cannot take these inputs, or its output cannot be
                 read.
         """
         router = self._routers[target]
+
+        def refusal(why: str) -> UnsupportedModelError:
+            return UnsupportedModelError(
+                f"the router {router.name} cannot be asked early: {why}; choose another prefetch "
+                "than next-router"
+            )
+
         given = self._inputs.pop(layer, None)
         if given is None:
-            raise _refusal(router, f"{self._routers[layer].name} did not run before it")
+            raise refusal(f"{self._routers[layer].name} did not run before it")
         self._logits.clear()
         try:
             output = self._bare[target](*given[0], **given[1])
         except Exception as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise _refusal(router, f"it does not take its inputs ({what})") from error
+            raise refusal(f"it does not take its inputs ({what})") from error
         for part in output if isinstance(output, tuple | list) else ():
             if isinstance(part, Tensor) and part.dtype in (torch.int64, torch.int32):
                 ids = part.reshape(-1, part.shape[-1])
                 if ids.shape[0] == rows:
-                    return ids  # the router's own choice
-        logits = self._logits[0] if self._logits else None
-        if logits is None or logits.shape[0] != rows:
-            raise _refusal(router, "it gives no logits for each token")
+                    return ids
+        if not self._logits or self._logits[0].shape[0] != rows:
+            raise refusal("it gives no logits for each token")
         count = min(router.top_k or top_k, router.num_experts)
-        return logits[:, : router.num_experts].topk(count).indices
-
-    def _see_inputs(self, layer: int) -> Any:
-        @torch.compiler.disable(reason=NOT_COMPILED)
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inputs[layer] = (args, kwargs)
-
-        return hook
-
-
-def _refusal(router: Router, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the router {router.name} cannot be asked early: {why}; choose another prefetch than "
-        "next-router"
-    )
+        return self._logits[0][:, : router.num_experts].topk(count).indices
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +113,7 @@ def router_logits(output: Any) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
-@dataclass
-class Routing:
+class Routing(NamedTuple):
     """
     The record of one layer's router in one forward pass; tokens are flat, in the batch's order.
 
@@ -130,7 +130,25 @@ class Routing:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class RoutingRecorder:
+class _Recorder:
+    """Hooks on a model during one forward pass, used as a context manager."""
+
+    def __enter__(self) -> Self:
+        self._clear()
+        self._handles = list(self._hook())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _clear(self) -> None: ...
+
+    def _hook(self) -> Iterator[Any]:
+        yield from ()
+
+
+class RoutingRecorder(_Recorder):
     """
     Collects, during a forward pass, every router's inputs and logits, and the choices that ran.
 
@@ -141,25 +159,7 @@ class RoutingRecorder:
 
     def __init__(self, routers: list[Router]):
         self.routers = routers
-        self._handles: list[Any] = []
         self._clear()
-
-    def __enter__(self) -> RoutingRecorder:
-        self._clear()
-        for router in self.routers:
-            part = router.module.get_submodule(router.source)
-            inputs, logits, choice = self._hooks(router.index)
-            self._handles += [
-                router.module.register_forward_pre_hook(inputs, with_kwargs=True),
-                part.register_forward_hook(logits),
-                router.experts.register_forward_pre_hook(choice, with_kwargs=True),
-            ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def take(self) -> list[Routing]:
         """
@@ -187,6 +187,13 @@ class RoutingRecorder:
         self._index: dict[int, Tensor] = {}
         self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
+    def _hook(self) -> Iterator[Any]:
+        for router in self.routers:
+            inputs, logits, choice = self._hooks(router.index)
+            yield router.module.register_forward_pre_hook(inputs, with_kwargs=True)
+            yield router.module.get_submodule(router.source).register_forward_hook(logits)
+            yield router.experts.register_forward_pre_hook(choice, with_kwargs=True)
+
     def _hooks(self, layer: int) -> tuple[Any, Any, Any]:
         def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer not in self._inputs:
@@ -209,14 +216,13 @@ def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-class HiddenRecorder:
+class HiddenRecorder(_Recorder):
     """
     Collects the inputs of each router and of the language-model head, with their graph.
 
     Between one router and the next lies one MoE block, so these are the model's hidden states after
-    each block, whatever a family calls its layers. Used as a context manager around one forward
-    pass; ``take()`` empties it. Where a part runs twice within the pass (recomputed activations),
-    the first run counts.
+    each block, whatever a family calls its layers. ``take()`` empties it. Where a part runs twice
+    within the pass (recomputed activations), the first run counts.
 
     Args:
         routers: of *model*, from `find_routers`.
@@ -224,49 +230,35 @@ class HiddenRecorder:
     """
 
     def __init__(self, routers: list[Router], model: Any) -> None:
-        self._parts: list[nn.Module] = [router.module for router in routers]
         head = model.get_output_embeddings()
-        if head is not None:
-            self._parts.append(head)
+        self._parts = [router.module for router in routers] + ([] if head is None else [head])
+        self._clear()
+
+    def _clear(self) -> None:
         self._seen: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> HiddenRecorder:
-        self._seen = {}
-        self._handles = [
-            part.register_forward_pre_hook(self._see(place), with_kwargs=True)
-            for place, part in enumerate(self._parts)
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def take(self) -> dict[int, Tensor]:
         """Return hidden states ``(tokens, features)`` by place in the model's order."""
         seen, self._seen = self._seen, {}
         return seen
 
-    def _see(self, place: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and torch.is_floating_point(value) and value.dim() > 1:
-                    self._seen.setdefault(place, value.reshape(-1, value.shape[-1]))
-                    return
+    def _hook(self) -> Iterator[Any]:
+        for place, part in enumerate(self._parts):
+            yield part.register_forward_pre_hook(partial(self._see, place), with_kwargs=True)
 
-        return hook
+    def _see(self, place: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and torch.is_floating_point(value) and value.dim() > 1:
+                self._seen.setdefault(place, value.reshape(-1, value.shape[-1]))
+                return
 
 
 def fingerprint(model: nn.Module) -> str:
     """
     Hash a model's routing: sha256 over all router weights and the experts' geometry.
 
-    Fingerprints are equal exactly if the routers hold equal numbers, in whatever type; a trace or
-    predictor of one model then belongs to the other. The experts' weights are not read.
-
-    Returns:
-        64 hexadecimal digits.
+    The 64 hexadecimal digits are equal exactly if the routers hold equal numbers, in whatever type;
+    a trace or predictor of one model then belongs to the other.
 
     Raises:
         UnsupportedModelError: as `find_routers`.

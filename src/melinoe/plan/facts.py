@@ -13,9 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from melinoe.checkpoint.describing import top_k_of
 from melinoe.checkpoint.files import read_object, read_raw_config
-from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype
+from melinoe.checkpoint.opening import build_on_meta, find_model_class, guess_dtype, top_k_of
 from melinoe.checkpoint.packed import expert_format, plain_config
 from melinoe.errors import CheckpointError, UnsupportedModelError
 from melinoe.experts.format import ExpertFormat
