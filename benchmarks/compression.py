@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common import publish
 from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_tokenizer
@@ -26,7 +28,6 @@ from melinoe.evaluate import perplexity, perplexity_increase
 from melinoe.experts.format import PackedFormat
 from melinoe.experts.formats import named_format
 from melinoe.experts.integer import Integer
-from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.shipped import GSM8K_TEST, HELD_OUT, TINY_OLMOE
 from melinoe.stores.ram_store import RamStore
@@ -34,10 +35,13 @@ from melinoe.stores.weights import give_weights_back
 
 
 def texts(tokenizer: Any, documents: int, length: int) -> dict[str, list[Any]]:
-    """Per corpus, token ids."""
+    """Per corpus, token ids, all of which count."""
     paths = {"GSM8K": GSM8K_TEST} | {path.stem: path for path in sorted(HELD_OUT.glob("*.jsonl"))}
     return {
-        name: encode(load_examples(str(path), limit=documents), tokenizer, length)
+        name: [
+            replace(one, completion_mask=[False] + [True] * (len(one) - 1))
+            for one in encode(load_examples(str(path), limit=documents), tokenizer, length)
+        ]
         for name, path in paths.items()
     }
 
@@ -77,17 +81,17 @@ def main() -> None:
     tokenizer = load_tokenizer(str(TINY_OLMOE), model.config)
     corpora = texts(tokenizer, arguments.documents, arguments.length)
     every = [one for corpus in corpora.values() for one in corpus]
-    base = perplexity(model, every, completion_only=False)
+    base = perplexity(model, every)
     rows, errors = [], {}
     for compression, bits in (("int8", 8), ("int4", 4)):
         ours, times = packed(model, compression)
-        found = perplexity(ours, every, completion_only=False)
+        found = perplexity(ours, every)
         increase = perplexity_increase(found, base)
         by_corpus = {
             name: float(
                 perplexity_increase(
-                    perplexity(ours, corpus, completion_only=False),
-                    perplexity(model, corpus, completion_only=False),
+                    perplexity(ours, corpus),
+                    perplexity(model, corpus),
                 ).mean
                 * 100
             )
@@ -122,11 +126,8 @@ def main() -> None:
         ],
         "documents": len(every),
         "tokens": int(base.tokens.sum()),
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

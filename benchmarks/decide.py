@@ -21,20 +21,19 @@ Not measured: copying experts, and reading ids back from a device.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from common import publish
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import policy
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
-from melinoe.measure import machine, write_json
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
 POLICIES = ("lru", "lfu", "lfru", "static", "belady")
@@ -188,11 +187,8 @@ def main() -> None:
         "worst_all_hits_us": worst,
         "goal_us": 10,
         "goal_met": worst < 10,
-        "machine": machine(),
     }
-    print(json.dumps(record))
-    if out is not None:
-        write_json(out, record)
+    publish(record, out)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish, spread
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from melinoe import attach
-from melinoe.measure import machine, write_json
 
 PROMPT = torch.arange(5, 21)[None]
 
@@ -79,10 +79,6 @@ def measure(name: str, plain: Any, repeats: int, tokens: int) -> dict[str, Any]:
     return result
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def olmoe_shape(layers: int, dtype: torch.dtype) -> OlmoeForCausalLM:
     """Random weights at OLMoE-1B-7B's dimensions, with fewer layers and a small vocabulary."""
     config = OlmoeConfig(
@@ -128,11 +124,8 @@ def main() -> None:
         "runs": runs,
         "repeats": arguments.repeats,
         "tokens": arguments.tokens,
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,19 @@ What share of a training step do the locality terms cost, forward and backward?
 Shape: OLMoE-1B-7B's routing (16 layers, 64 experts, top-8) on a batch of 4 x 1,024 tokens, all of
 them completion, with the base routers' own products included. Bad news would be 5 % or more.
 
-Two answers. (a) Seconds of the terms over the seconds that the whole step cannot do without: its
+The answer: seconds of the terms over the seconds that the whole step cannot do without: its
 floating-point operations, counted, at the rate of one large matrix product measured in turn with
 them. Counted are the forward pass of OLMoE-1B-7B and its backward pass with frozen weights (the
 gradient of each product's input, not of its weight), router and rank-32 updates of the experts with
 both. No step runs as fast as its operations at a matrix product's rate, so this share is an upper
-bound of the true one. (b) In one process, against the step of a scaled model that trains: the same
-layers, experts, choices and tokens, smaller hidden sizes; with the terms and without, in turn. The
-terms cost the same at every hidden size but for the base routers' small products, so a smaller step
-makes their share look larger: the share at full size is below it by the ratio of operations, which
-is printed, times the ratio of rates at which the two steps run, which is near 1 or above where
-larger products run faster.
+bound of the true one.
 
 The order of the ways rotates; the first round is discarded. Two clocks: wall time, and the
 processor time of this process, which is the one to read on a machine that others use. Memory is of
 tensors beyond the logits, summed over the profiler's record of one more round (on a GPU, the
 allocator's own peak). Not measured: hidden states and replay, whose cost is another pass.
 
-    python benchmarks/losses.py [--repeats 7] [--hidden 256] [--device cuda] [--out FILE]
+    python benchmarks/losses.py [--repeats 7] [--device cuda] [--out FILE]
 """
 
 from __future__ import annotations
@@ -37,16 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish, spread
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from melinoe.config import FinetuneSettings
 from melinoe.finetune.objective import Objective
-from melinoe.finetune.parts import make_trainable
-from melinoe.measure import machine, write_json
-from melinoe.moe.experts import find_experts
-from melinoe.moe.routing import Router, Routing, find_routers
+from melinoe.moe.routing import Router, Routing
 
 OBJECTIVES = {
     "default: resident": {},
@@ -56,7 +48,6 @@ OBJECTIVES = {
     "clipped, KL anchor": {"cache_loss": "clipped", "anchor": "kl", "lambda_rank": 0.1},
     "resident, rank mean": {"lambda_rank": 0.1},
 }
-ALL = "resident, rank mean"
 
 
 @dataclass(frozen=True)
@@ -122,55 +113,6 @@ class Terms:
         return total
 
 
-class Step:
-    """One training step of a scaled model: forward, backward, AdamW; with the terms or without."""
-
-    def __init__(self, shape: Shape, changes: dict[str, Any], device: torch.device):
-        config = OlmoeConfig(
-            num_hidden_layers=shape.layers,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_experts=shape.experts,
-            num_experts_per_tok=shape.top_k,
-            num_attention_heads=max(1, shape.hidden // 64),
-            num_key_value_heads=max(1, shape.hidden // 64),
-            vocab_size=shape.vocabulary,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-        torch.manual_seed(0)
-        self.model = OlmoeForCausalLM(config).to(device).train()
-        settings = FinetuneSettings(lora_rank=shape.rank, lambda_replay=0.0, **changes)
-        routers = find_routers(self.model)
-        layers = find_experts(self.model)
-        parts = make_trainable(self.model, routers, layers, settings, shape.rank)
-        self.objective = Objective(routers, settings, parts=parts)
-        self.optimizer = torch.optim.AdamW(parts.all(), lr=1e-5)
-        ids = torch.randint(2, shape.vocabulary, (shape.batch, shape.tokens), device=device)
-        self.batch = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "labels": ids,
-            "segment_ids": torch.zeros_like(ids),
-        }
-
-    def with_terms(self) -> Tensor:
-        return self._update(self.objective.measure(self.model, self.batch, training=True).total)
-
-    def without_terms(self) -> Tensor:
-        inputs = {key: self.batch[key] for key in ("input_ids", "attention_mask")}
-        logits = self.model(**inputs, use_cache=False).logits[:, :-1]
-        labels = self.batch["labels"][:, 1:]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        return self._update(loss)
-
-    def _update(self, loss: Tensor) -> Tensor:
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
-
-
 def timed(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, Any]:
     """Way -> clock -> seconds of each repeat; all ways in each round, in rotating order."""
     seconds: dict[str, dict[str, list[float]]] = {n: {"wall": [], "cpu": []} for n in ways}
@@ -207,14 +149,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return max([0, *itertools.accumulate(sizes)])
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--hidden", type=int, default=256, help="of the scaled model")
     parser.add_argument("--tokens", type=int, default=1024, help="per sequence")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -223,12 +160,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     full = Shape(tokens=arguments.tokens)
-    scaled = Shape(
-        hidden=arguments.hidden,
-        intermediate=arguments.hidden // 2,
-        vocabulary=4096,
-        tokens=arguments.tokens,
-    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left = torch.randn(full.batch * full.tokens, full.hidden, dtype=dtype, device=device)
     right = torch.randn(full.hidden, 2 * full.hidden, dtype=dtype, device=device)
@@ -253,30 +184,6 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    step = Step(scaled, OBJECTIVES[ALL], device)
-    in_turn = timed(
-        {"with": step.with_terms, "without": step.without_terms}, arguments.repeats, device
-    )
-    ratio = full.step_operations() / scaled.step_operations()
-    scaled_row: dict[str, Any] = {"hidden_size": scaled.hidden, "terms": ALL}
-    for clock in ("wall", "cpu"):
-        ours, plain = in_turn["with"][clock], in_turn["without"][clock]
-        scaled_row[clock] = {
-            "step_with_s": spread(ours),
-            "step_without_s": spread(plain),
-            "share_of_step_percent": spread(
-                [100 * (a - b) / a for a, b in zip(ours, plain, strict=True)]
-            ),
-            # The same without the noise of two long steps: the terms timed alone, over the step.
-            "terms_alone_over_step_percent": spread(
-                [100 * s / statistics.median(ours) for s in seconds[ALL][clock]]
-            ),
-            "gflop_per_s_of_the_scaled_step": scaled.step_operations()
-            / statistics.median(plain)
-            / 1e9,
-        }
-    scaled_row["operations_at_full_size_over_these"] = ratio
-    print(json.dumps(scaled_row), flush=True)
     result = {
         "benchmark": "losses",
         "title": "Locality terms at OLMoE-1B-7B's shape: share of the training step",
@@ -289,33 +196,17 @@ def main() -> None:
                 "peak_mib": row["peak_mib"],
             }
             for row in rows
-        ]
-        + [
-            {
-                "terms": f"{ALL}; of a trained step of hidden size {scaled.hidden}, which has "
-                f"{ratio:.0f} times fewer operations: {how}",
-                "share_of_step_percent": scaled_row["wall"][key],
-                "share_of_processor_time_percent": scaled_row["cpu"][key],
-            }
-            for how, key in (
-                ("with minus without", "share_of_step_percent"),
-                ("the terms timed alone", "terms_alone_over_step_percent"),
-            )
         ],
         "assumption": "the step runs its counted operations at the rate of a product of "
         f"{left.shape[0]} x {full.hidden} by {full.hidden} x {2 * full.hidden} in {dtype}",
         "product_gflop_per_s": spread([operations / s / 1e9 for s in seconds["product"]["wall"]]),
         "step_tflop": full.step_operations() / 1e12,
         "runs": rows,
-        "scaled": scaled_row,
-        "shapes": {"full": asdict(full), "scaled": asdict(scaled)},
+        "shape": asdict(full),
         "repeats": arguments.repeats,
         "threads": arguments.threads,
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish, spread
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, OlmoeConfig
@@ -36,7 +36,6 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from melinoe.finetune.adapter import from_peft_A, from_peft_B
 from melinoe.finetune.parts import LowRankUpdates
-from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.shipped import TINY_OLMOE
 
@@ -131,10 +130,6 @@ def peak_bytes(step: Step, device: str) -> int:
         total += change
         peak = max(peak, total)
     return peak
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def measure(
@@ -252,11 +247,8 @@ def main() -> None:
         "rank": arguments.rank,
         "repeats": arguments.repeats,
         "device": arguments.device,
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

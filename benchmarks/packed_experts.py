@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import publish
 from transformers import OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -32,7 +33,6 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from melinoe.experts.format import PackedFormat, Part
 from melinoe.experts.formats import named_format
 from melinoe.experts.packed import PackedExperts
-from melinoe.measure import machine, write_json
 from melinoe.moe.compute import StandIn
 
 FORMATS = ("int4", "mxfp4", "int8", "fp8")
@@ -144,11 +144,8 @@ def main() -> None:
             + ".",
         ],
         "settings": {"threads": arguments.threads, "hidden": HIDDEN, "intermediate": INNER},
-        "machine": machine(),
     }
-    if arguments.out is not None:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

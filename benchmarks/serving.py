@@ -32,7 +32,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from melinoe.measure import machine, write_json
+from common import publish
+
 from melinoe.shipped import TINY_OLMOE
 
 WORDS = "the sea was calm and the island lay before us as the ship went on".split()  # noqa: SIM905
@@ -166,11 +167,8 @@ def main() -> None:
         "clients": arguments.clients,
         "tokens_per_s_over_transformers": ours["tokens_per_s"] / theirs["tokens_per_s"],
         "results": [{"server": name, **row} for name, row in rows.items()],
-        "machine": machine(),
     }
-    if arguments.out is not None:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,17 @@ Not measured: making or reading the trace.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from common import publish
 
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
-from melinoe.measure import machine, write_json
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
 GOAL = 1_000_000
@@ -137,11 +136,8 @@ def main() -> None:
         "goal_met": slowest >= GOAL,
         "shape": {"experts": EXPERTS, "top_k": TOP_K, "slots": SLOTS, "layers": LAYERS},
         "settings": {"rows": args.rows, "rounds": args.rounds},
-        "machine": machine(),
     }
-    print(json.dumps(record))
-    if args.out is not None:
-        write_json(args.out, record)
+    publish(record, args.out)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def locality(model: torch.nn.Module, texts: list[list[int]]) -> dict[str, str]:
     trace = reading_trace(model, handle, encoded)
     handle.detach()
     found = locality_record(trace, "")
-    curve = curve_record(trace, "", "lru", [experts // 4], cold=True)
+    curve = curve_record(trace, "", "lru", [experts // 4])
     row = {
         "experts per sequence": found["experts_per_sequence_mean"],
         "reuse": found["reuse"],

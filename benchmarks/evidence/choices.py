@@ -40,7 +40,7 @@ def prices(name: str, path: Path, domains: list[Texts], count: int) -> list[dict
                 name, of.domain, of.domain == IN_DOMAIN, settings,
                 f"{POLICY}, {QUARTER} slots", exact, changed, replaced,
             )  # fmt: skip
-            perplexity, transfers = (one.change for one in price.comparisons())
+            perplexity, transfers = (one.change for one in price.against(price))
             (record,) = price.records()
             before, after = record["transfers"].values()
             rows.append(

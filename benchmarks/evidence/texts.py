@@ -2,16 +2,14 @@
 What is read for the evidence: texts to learn from and others to judge, in and out of domain.
 
 In domain: GSM8K rows of the training part from 6,000 on, which no run of the demo or the study
-trains on. Out of domain: the six held-out corpora, cut as `benchmarks/predictor/traffic.py` cuts
-them, half of each corpus's documents to learn from. Every model reads the same tokens.
+trains on. Out of domain: the six held-out corpora, two pieces of each document, 64 tokens of
+prompt and 64 of completion, half of the documents to learn from. Every model reads the same tokens.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +21,10 @@ from melinoe.cache.trace import Trace
 from melinoe.data import Encoded, encode, load_examples
 from melinoe.measure import reading_trace
 from melinoe.predictor import fit
-from melinoe.shipped import GSM8K_TRAIN
-
-sys.path.append(str(Path(__file__).parent.parent / "predictor"))
-
-from traffic import MATHS, items_of
+from melinoe.shipped import GSM8K_TRAIN, HELD_OUT
 
 FIRST, LENGTH = 6000, 512
+PIECES, HALF = 2, 64  # of each document; tokens of a piece's prompt, and of its completion
 IN_DOMAIN, OUT_OF_DOMAIN = "GSM8K", "six other corpora"
 
 
@@ -48,14 +43,21 @@ def texts(tokenizer: Any, judged: int, learned: int) -> list[Texts]:
     rows = load_examples(GSM8K_TRAIN, limit=FIRST + judged + learned)[FIRST:]
     maths = encode(rows, tokenizer, LENGTH)
     found = [Texts(IN_DOMAIN, maths[:judged], np.arange(judged), maths[judged:])]
-    others = [one for one in items_of(tokenizer) if one.source != MATHS]
+    others = []  # document, corpus, piece and its tokens
+    for file in sorted(HELD_OUT.glob("*.jsonl")):
+        for document, example in enumerate(load_examples(file)):
+            ids = tokenizer(example.prompt + example.completion)["input_ids"]
+            for piece in range(min(PIECES, len(ids) // (2 * HALF))):
+                cut = list(ids[2 * HALF * piece : 2 * HALF * (piece + 1)])
+                text = Encoded(cut, [False] * HALF + [True] * HALF)
+                others.append((document, file.stem, piece, text))
     # Documents in turn over the corpora, so that fewer texts are still of all of them.
-    others.sort(key=lambda one: (one.document, one.source, one.piece))
-    to_judge = [one for one in others if one.document % 2 == 0][:judged]
-    to_learn = [one for one in others if one.document % 2 == 1][:learned]
-    names = [f"{one.source} {one.document}" for one in to_judge]
+    others.sort(key=lambda one: one[:3])
+    to_judge = [one for one in others if one[0] % 2 == 0][:judged]
+    to_learn = [one for one in others if one[0] % 2 == 1][:learned]
+    names = [f"{source} {document}" for document, source, _, _ in to_judge]
     documents = np.unique(names, return_inverse=True)[1]
-    pieces = ([one.text for one in part] for part in (to_judge, to_learn))
+    pieces = ([text for *_, text in part] for part in (to_judge, to_learn))
     return [*found, Texts(OUT_OF_DOMAIN, next(pieces), documents, next(pieces))]
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from melinoe.config.likeness import differences, for_locality
 from melinoe.report import update_readme, write_figures
 from melinoe.report.amounts import DASH, inline, plain, signed
-from melinoe.report.figures.svg import COLOUR, Figure, finish, panel
+from melinoe.report.figures import COLOUR, Figure, panel
 from melinoe.report.table import Cell, Table, cell
 from melinoe.stats import Estimate
 
@@ -296,10 +296,8 @@ def _moved(runs: Sequence[Record], cache: str) -> Columns:
 
 
 def study_tables(study: Study) -> list[Table]:
-    """Three tables of each group: prices and savings, prices by text, transfers by cache."""
-    made = (price_table, texts_table, caches_table)
-    tables = [make(study, group) for group in study.groups for make in made]
-    return [table for table in tables if table is not None]
+    """The table of each group: price and saving of each setting."""
+    return [price_table(study, group) for group in study.groups]
 
 
 def price_table(study: Study, group: str) -> Table:
@@ -335,35 +333,6 @@ def price_table(study: Study, group: str) -> Table:
     notes += [UNPRICED] if any(one.text == NO_CONTROL for row in rows for one in row) else []
     notes += [OVER_PLAIN] if apart else []
     return Table(f"study-{group}", f"Study, {group}: what it costs and saves", columns, rows, notes)
-
-
-def texts_table(study: Study, group: str) -> Table | None:
-    """Price of each setting with a control on each text, the one trained on first."""
-    priced = [(one, other) for one in study.tried(group) if (other := study.control(one))]
-    if not priced:
-        return None
-    inside, outside = corpora(next(iter(priced[0][0].runs.values())))
-    texts = [*inside, *outside]
-    rows = [
-        [Cell(one.name), *(_signed(increase(one, other, True, text)) for text in texts)]
-        for one, other in priced
-    ]
-    title = f"Study, {group}: price by text"
-    notes = [f"Trained on: {', '.join(inside)}."] if inside else []
-    return Table(f"study-{group}-texts", title, ["setting", *texts], rows, notes)
-
-
-def caches_table(study: Study, group: str) -> Table:
-    """Transfers per token of each setting for every cache that was simulated."""
-    record = next(iter(study.tried(group)[0].runs.values()))
-    caches = sorted(record["transfers"], key=_slots)
-    titles = [_cache_title(name, int(record["num_experts"])) for name in caches]
-    rows = [
-        [Cell(one.name), *(cell(transfers(one, name)) for name in caches)]
-        for one in _rows(study, group)
-    ]
-    title = f"Study, {group}: transfers per token by cache"
-    return Table(f"study-{group}-caches", title, ["setting", *titles], rows)
 
 
 def _rows(study: Study, group: str) -> Iterator[Setting]:
@@ -430,9 +399,10 @@ def frontier(study: Study, group: str = "frontier") -> Figure | None:
     # Long names of a legend stand one below the other, or they would squeeze the axes.
     columns = 1 if max(map(len, families)) > LONG_NAME else 2
     caption = _caption(study, tried, cache)
-    panels = []
+    panels: list[str] = []
     for inside in (True, False):
-        with panel(4.0 + 0.22 * -(-len(families) // columns)) as (figure, axes):
+        with panel(panels, 4.0 + 0.22 * -(-len(families) // columns)) as figure:
+            axes = figure.add_subplot()
             for index, family in enumerate(families):
                 _line(axes, study, [one for one in tried if one.family == family], inside, index)
             _levels(axes, study, tried, cache)
@@ -444,8 +414,6 @@ def frontier(study: Study, group: str = "frontier") -> Figure | None:
             # Below the axes, where it covers no point.
             at = {"loc": "upper left", "bbox_to_anchor": (-0.04, -0.19)}
             axes.legend(frameon=False, ncols=columns, handlelength=1.6, **at)
-            name = f"fig-{group}-{'in' if inside else 'out'}"
-            panels.append(finish(figure, name, f"Price {WHERE[inside]}. {caption}"))
     title = "Price against transfers"
     return Figure(f"study-{group}", title, panels, caption, price_table(study, group))
 

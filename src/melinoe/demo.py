@@ -29,7 +29,7 @@ from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import Example, encode, load_examples
 from melinoe.engine.load import load
 from melinoe.engine.transfer import EmulatedLink
-from melinoe.evaluate import perplexity, perplexity_increase, quality_record
+from melinoe.evaluate import perplexity, quality_record
 from melinoe.finetune import finetune
 from melinoe.generate import prompt_ids, trace_prompts
 from melinoe.measure import (
@@ -42,7 +42,6 @@ from melinoe.measure import (
     serving,
     side_by_side,
     timeline_record,
-    training_record,
     usage_record,
 )
 from melinoe.predictor import Predictor, compare, fit
@@ -201,7 +200,9 @@ class Demo:
 
             where = (self.paths[BASE], examples, self.paths[name])
             result = finetune(*where, settings, progress=progress)
-            self._write(training_record(name, result.log, asdict(settings)))
+            log = [row for row in result.log if "step" in row]  # the last has no step of its own
+            about = {"kind": "training", "model": name}
+            self._write({**about, "log": log, "settings": asdict(settings)})
 
     def _perplexity(self) -> None:
         texts = {IN_DOMAIN: self._held_out(self.settings.eval_examples)} | {
@@ -222,11 +223,7 @@ class Demo:
             read = reading_trace(model, handle, encoded[IN_DOMAIN])
             self._write(reading_record(read, name, self.slots, self.settings.policy))
         for (name, domain), found in measured.items():
-            more = {}
-            if name == TUNED:
-                over = perplexity_increase(found, measured[CONTROL, domain])
-                more["increase_over_control"] = over.to_dict()
-            self._write(quality_record(found, name, domain, domain == IN_DOMAIN, **more))
+            self._write(quality_record(found, name, domain, domain == IN_DOMAIN))
 
     def _trace(self, name: str, prompts: list[str]) -> Trace:
         how = (*self._open(name, self.experts), prompts, self.settings.max_new_tokens)

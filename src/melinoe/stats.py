@@ -6,7 +6,7 @@ counts for more than a short one. Resampling draws whole prompts, because the to
 are not independent of each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ class Estimate:
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
     @classmethod
-    def from_dict(cls, data: dict[str, float]) -> "Estimate":
+    def from_dict(cls, data: Mapping[str, float]) -> "Estimate":
         """Read what `to_dict` wrote."""
         return cls(float(data["mean"]), float(data["low"]), float(data["high"]), int(data["n"]))
 

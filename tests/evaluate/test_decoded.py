@@ -81,7 +81,7 @@ def test_the_price_of_a_choice_is_paired_with_the_exact_one():
     assert handle.choice.kind == "exact" and found.changed_choices > 0
     exact = decoded_perplexity(model, handle, TEXTS)
     assert found.exact.perplexity.nll == pytest.approx(exact.perplexity.nll)
-    price, saving = found.comparisons()
+    price, saving = found.against(found)
     gap = (found.changed.perplexity.nll.sum() - exact.perplexity.nll.sum()) / 10
     assert price.change.mean == pytest.approx(np.expm1(gap))
     ratio = found.changed.loads.sum() / exact.loads.sum()
@@ -104,5 +104,6 @@ def test_exact_choices_have_no_price_and_without_transfers_none_are_compared():
         model, handle, TEXTS, ChoiceSettings("cache-prior", 0.5), "ours", "text"
     )
     still = replace(found.exact, loads=np.zeros_like(found.exact.loads))
-    assert len(found.comparisons()) == 2
-    assert len(replace(found, exact=still).comparisons()) == 1
+    assert len(found.against(found)) == 2
+    still_exact = replace(found, exact=still)
+    assert len(still_exact.against(still_exact)) == 1

@@ -102,7 +102,11 @@ def found(tasks):
 def test_an_offloaded_model_scores_exactly_what_the_resident_one_does(found):
     """Six slots a layer against all: the same numbers, example by example."""
     for ours, theirs in zip(found[6], found[32], strict=True):
-        assert (ours.task, ours.metric, ours.value) == (theirs.task, theirs.metric, theirs.value)
+        assert (ours.task, ours.metric, ours.estimate) == (
+            theirs.task,
+            theirs.metric,
+            theirs.estimate,
+        )
         assert ours.per_example.tolist() == theirs.per_example.tolist()
 
 
@@ -111,7 +115,7 @@ def test_a_choice_is_scored_as_by_hand(found):
     choice = found[6][0]
     assert (choice.task, choice.metric) == ("here_choice", "acc")
     assert choice.per_example.tolist() == found["by hand"]
-    assert 0 < choice.value < 1
+    assert 0 < choice.estimate.mean < 1
 
 
 def test_task_scores_are_records_and_can_be_paired(found):

@@ -14,7 +14,7 @@ from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.measure.traces import replay_record
 from melinoe.predictor.fit import recall_at
-from melinoe.report.figures.experts import experts_needed, used_shares
+from melinoe.report.figures import experts_needed, used_shares
 from tests.cache.cache_traces import Early
 
 OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")

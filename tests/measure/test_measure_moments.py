@@ -70,9 +70,7 @@ def test_a_serve_record_says_the_hit_rate_of_each_layer():
     """Every expert resident and warm: all layers hit always; their number is the model's."""
     model = tiny_model()
     handle = attach(model, slots=EXPERTS)
-    record = serve(
-        model, handle, words_tokenizer(), [PROMPT_TEXT], 6, label="m", cold=False, warmup=0
-    )
+    record = serve(model, handle, words_tokenizer(), [PROMPT_TEXT], 6, label="m", cold=False)
     assert len(record["hit_rate_by_layer"]) == LAYERS
     counters = handle.counters
     expected = counters.hits[COMPLETION] / counters.uses[COMPLETION]

@@ -22,7 +22,6 @@ from melinoe.measure import (
     serve,
     serve_record,
     side_by_side,
-    training_record,
     write_json,
 )
 from melinoe.predictor import Comparison
@@ -130,7 +129,6 @@ def test_a_record_states_its_configuration_and_survives_json(tmp_path):
     """Slots, sizes, policy, store, link, prompts and the start of each are in the file."""
     model, tokenizer = tiny_model(), words_tokenizer()
     link = EmulatedLink(2e9, 5e-6)
-    said = []
     with attach(model, slots=3, link=link) as handle:
         record = serve(
             model,
@@ -140,7 +138,6 @@ def test_a_record_states_its_configuration_and_survives_json(tmp_path):
             4,
             label="tiny",
             repeat=2,
-            progress=said.append,
         )
     write_json(tmp_path / "record.json", record)
     again = json.loads((tmp_path / "record.json").read_text())
@@ -165,7 +162,6 @@ def test_a_record_states_its_configuration_and_survives_json(tmp_path):
     }
     assert {name: again[name] for name in wanted} == wanted
     assert again["machine"]["versions"]["torch"] == torch.__version__
-    assert said[-1] == "tiny: served 4 of 4 prompts"
 
 
 def test_with_every_expert_resident_nothing_is_waited_for():
@@ -229,24 +225,9 @@ def test_the_report_accepts_every_kind_of_record():
         locality_record(small_trace(), "m"),
         curve_record(small_trace(), "m", "belady", [1, 2]),
         comparison.to_record("m"),
-        training_record("m", [{"step": 1, "nll": 2.0}], {"steps": 1}),
     ]
     for record in records:
         assert check(json.loads(json.dumps(record)), "here") == record["kind"]
-
-
-def test_a_training_record_keeps_the_steps_alone():
-    """The summary at the end of a log has no step of its own."""
-    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"train_runtime": 9.0}]
-    record = training_record("control", log, {"steps": 2})
-    assert record == {
-        "kind": "training",
-        "model": "control",
-        "log": log[:2],
-        "settings": {"steps": 2},
-    }
-    with pytest.raises(DataError):
-        training_record("control", log[2:], {})
 
 
 def test_the_machine_is_described_without_naming_it():

@@ -28,7 +28,7 @@ def test_a_curve_is_worked_by_hand():
     """
     record = curve_record(small_trace(), "m", "lru", [1, 2, 4])
     assert [rate["mean"] for rate in record["hit_rate"]] == pytest.approx([4 / 6, 5 / 6, 5 / 6])
-    assert record["slots"] == [1, 2, 4] and record["cold"] is True
+    assert record["slots"] == [1, 2, 4]
     assert record["hit_rate"][0]["n"] == 2
 
 

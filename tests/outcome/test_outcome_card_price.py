@@ -8,6 +8,7 @@ from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.cli.app import app
 from melinoe.errors import CheckpointError
 from melinoe.report.card import write_card
+from melinoe.report.figures import COLOUR
 
 
 @pytest.fixture
@@ -59,10 +60,9 @@ def test_the_figures_show_the_control_in_its_colour(held, copy):
     """A third model, which the figures of a run without a control have no trace of."""
 
     def orange(path):
-        drawn = [file.read_text().partition("</style>")[2] for file in write_card(path)[1:]]
-        return sum("var(--control)" in text for text in drawn)
+        return sum(COLOUR["control"] in file.read_text() for file in write_card(path)[1:])
 
-    assert orange(held) == 2  # experts per completion, and the control's own hit rates
+    assert orange(held) == 1  # experts per completion
     assert orange(copy) == 0
 
 
@@ -79,6 +79,16 @@ def test_without_a_control_one_sentence_says_so_and_how_to_measure_it(copy, held
     off = {"lambda_cache": 0.0, "lambda_rank": 0.0}
     write_metadata(copy, read_metadata(copy) | {"settings": off})
     assert said(copy) == 0
+
+
+def test_a_control_trained_otherwise_is_not_called_like_for_like(held):
+    """What differs from it may be a teacher's doing."""
+    whole = "what differs from it is their doing"
+    assert whole in "\n".join(body(held))
+    metadata = read_metadata(held)
+    metadata["outcome"]["control_run"]["settings"]["lambda_match"] = 7.0
+    write_metadata(held, metadata)
+    assert whole not in "\n".join(body(held))
 
 
 def test_the_card_command_writes_it_again_from_the_record_alone(held):

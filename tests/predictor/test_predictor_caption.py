@@ -1,37 +1,33 @@
-"""A report says in words what a predictor's guess is worth, and whether it saves anything."""
+"""A report shows what a predictor's guess is worth, and whether it saves anything."""
 
-import pytest
+from melinoe.report.records import read_records
+from melinoe.report.tables import predictor_table
 
-from melinoe.report.figures.predictor import predictor_caption
 
-
-def record(low, high):
-    """A learned predictor that finds 9 of 10 experts, and saves between *low* and *high*."""
+def record(**more):
+    """A learned predictor that finds 9 of 10 experts, a rival that finds 8."""
     estimate = {"mean": 0.9, "low": 0.85, "high": 0.95, "n": 40}
-    saved = {"mean": (low + high) / 2, "low": low, "high": high, "n": 40}
-    return {
-        "slots": 8,
-        "recall": {"learned": estimate, "popularity": {**estimate, "mean": 0.8}},
-        "winner": "learned",
-        "saved": {"learned": saved},
-    }
+    recall = {"learned": estimate, "popularity": {**estimate, "mean": 0.86}}
+    return {"kind": "predictor", "model": "tiny", "slots": 8, "recall": recall, **more}
 
 
-@pytest.mark.parametrize(
-    "low, high, said",
-    [
-        (0.25, 0.75, "the learned predictor saves 0.500 [0.250, 0.750] transfers a token."),
-        (-0.75, -0.25, "transfers a token, so loading ahead was not shown to save any."),
-        (-0.25, 0.75, "transfers a token, so loading ahead was not shown to save any."),
-    ],
-)
-def test_the_caption_says_whether_loading_ahead_saves(low, high, said):
-    """Only an interval above 0 counts as a saving."""
-    assert said in predictor_caption({"tiny": record(low, high)})
+def rows(**more):
+    table = predictor_table(read_records([record(**more)]))
+    return [[cell.inline() for cell in row] for row in table.rows]
+
+
+def test_transfers_that_loading_ahead_saves_stand_with_their_interval():
+    """One that contains 0 is seen to."""
+    saved = {"learned": {"mean": 0.25, "low": -0.25, "high": 0.75, "n": 40}}
+    assert rows(saved=saved)[-1] == [
+        "transfers a token saved by the learned predictor",
+        "0.250 [-0.250 to 0.750]",
+    ]
 
 
 def test_records_without_transfers_say_nothing_of_them():
-    """As those of earlier runs."""
-    plain = record(0.25, 0.75)
-    del plain["saved"]
-    assert "loaded ahead" not in predictor_caption({"tiny": plain})
+    """As those of earlier runs: the recall of both alone."""
+    assert [name for name, _ in rows()] == [
+        "recall of the learned predictor",
+        "recall of global popularity",
+    ]

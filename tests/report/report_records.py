@@ -46,6 +46,13 @@ def serve_record(strategy, link=None, **changes):
         "tpot_s": estimate(1 / speed, 0.001),
         "ttft_s": estimate(0.21, 0.02),
         "stall_ms_per_token": estimate(moved * 1.5, 0.4),
+        "per_prompt": {
+            "prompt_tokens": [9, 7, 8],
+            "loads": [10 * moved, 20 * moved, 30 * moved],
+            "tokens": [10, 20, 30],
+            "new_tokens": [10, 20, 30],
+            "seconds": [count * (4 if link else 1) / speed for count in (10, 20, 30)],
+        },
         "machine": {"cpu": "Example CPU", "cores": 2, "ram_gib": 8.0, "gpu": None},
     }
     return {**record, **changes}
@@ -60,8 +67,14 @@ def quality_records():
             value = start * ((1, 0.62, 0.631)[place] if number == 0 else (1, 1.04, 1.05)[place])
             low_high = estimate(value, 0.035 * value, 200)
             nll = estimate(math.log(value), 0.035, 200)
+            each = {"nll": [10 * math.log(value)] * 3, "tokens": [10] * 3}
             base = {"kind": "quality", "model": model, "domain": domain}
-            rest = {"in_domain": number == 0, "perplexity": low_high, "nll": nll, "tokens": 40000}
+            rest = {
+                "in_domain": number == 0,
+                "perplexity": low_high,
+                "nll": nll,
+                "per_sequence": each,
+            }
             records.append({**base, **rest})
     return records
 

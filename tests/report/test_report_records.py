@@ -54,13 +54,14 @@ def test_a_malformed_record_leaves_no_report_behind(records, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hit_rate": 0.5}, "'hit_rate' of the serve record is not an estimate"),
+        ({"hit_rate": 0.5}, "'hit_rate' of the serve record is not an object of mean"),
         ({"hit_rate": {"mean": 1, "low": 1}}, "has no 'high'"),
         ({"hit_rate": {"mean": 1, "low": 2, "high": 1, "n": 1}}, "has 'low' above 'high'"),
         ({"hit_rate": {"mean": float("nan"), "low": 1, "high": 1, "n": 1}}, "is not finite"),
-        ({"hit_rate": {"mean": 1, "low": 1, "high": 1}}, "has an 'n' that is not a whole number"),
+        ({"hit_rate": {"mean": 1, "low": 1, "high": 1}}, "has no 'n'"),
+        ({"hit_rate": {"mean": 1, "low": 1, "high": 1, "n": 0.5}}, "'n' that is not a whole"),
         ({"num_experts": "32"}, "'num_experts' of the serve record is not a whole number"),
-        ({"link": {"bandwidth_gb_s": 1}}, "has a 'latency_us' that is not a number"),
+        ({"link": {"bandwidth_gb_s": 1}}, "has no 'latency_us'"),
         ({"model": None}, "the serve record has no 'model'"),
     ],
 )
@@ -106,7 +107,7 @@ def test_an_unknown_kind_is_passed_over_with_a_note(records, tmp_path):
     assert found.notes == ["2 records of unknown kind 'novel' ignored."]
     logs = [record for record in records if record["kind"] == "demo"]
     write_report([*logs, {"kind": "novel"}], tmp_path / "r.html")
-    assert "1 record of unknown kind &#39;novel&#39; ignored." in (tmp_path / "r.html").read_text()
+    assert "1 record of unknown kind 'novel' ignored." in (tmp_path / "r.html").read_text()
 
 
 def test_no_records_at_all_is_an_error(tmp_path):

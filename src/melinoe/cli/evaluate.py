@@ -152,7 +152,7 @@ def command(
         gc.collect()
         found.append(one)
         _append(out, one.records())
-    comparisons = [said for one in found for price in one.prices for said in price.comparisons()]
+    comparisons = [said for one in found for price in one.prices for said in price.against(price)]
     comparisons += _compare(*found) if other_model else []
     compared = [comparison.to_record() for comparison in comparisons]
     _append(out, compared)

@@ -7,13 +7,11 @@ from typing import Any
 from melinoe.data import Encoded
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError
-from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_rates
+from melinoe.evaluate.compare import Comparison, Rate, compare_perplexity, compare_rates
 from melinoe.evaluate.perplexity import Decoded, decoded_perplexity
 from melinoe.evaluate.scores import quality_record
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.stats import bootstrap
-
-_HOW = "demand loads while reading token by token, the cache emptied before each text"
 
 
 @dataclass(frozen=True)
@@ -21,15 +19,7 @@ class ChoicePrice:
     """
     One model on one text, read token by token with its own choices and with changed ones.
 
-    Attributes:
-        model: Label of the model.
-        domain: Name of the text.
-        in_domain: Whether the text is of the kind that the model is for.
-        settings: Of the changed choices.
-        cache: Policy and slots, for people.
-        exact: With the router's own choices.
-        changed: With choices that prefer resident experts.
-        changed_choices: How many were replaced.
+    *cache* names policy and slots for people; *changed_choices* counts those that were replaced.
     """
 
     model: str
@@ -53,41 +43,32 @@ class ChoicePrice:
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of kind ``quality``: perplexity with changed choices, both transfers."""
+        both = ((self.model, self.exact), (self.label, self.changed))
         about = {
             "choice": asdict(self.settings),
             "changed_choices": self.changed_choices,
             "transfers_metric": self.metric,
-            "transfers": {
-                label: bootstrap(*_rate(one)).to_dict()
-                for label, one in ((self.model, self.exact), (self.label, self.changed))
-            },
-            "how": _HOW,
+            "transfers": {label: bootstrap(*_rate(one)).to_dict() for label, one in both},
+            "how": "demand loads while reading token by token, the cache emptied before each text",
         }
         perplexity = self.changed.perplexity
         return [quality_record(perplexity, self.label, self.domain, self.in_domain, **about)]
 
-    def comparisons(self) -> list[Comparison]:
-        """Compare changed with exact choices, paired by text: the price and the saving."""
-        return self._compare(self.exact, self.model)
-
     def against(self, other: "ChoicePrice") -> list[Comparison]:
         """
-        Compare this model with changed choices with *other* with its own.
+        Compare this model with changed choices with *other*, itself too, with its own.
 
         Raises:
             DataError: the two did not read the same tokens.
         """
-        return self._compare(other.exact, other.model)
-
-    def _compare(self, exact: Decoded, name: str) -> list[Comparison]:
-        names = (self.label, name, self.domain)
+        names, exact = (self.label, other.model, self.domain), other.exact
         found = [compare_perplexity(self.changed.perplexity, exact.perplexity, *names)]
         if exact.loads.sum():  # else there is no transfer to save
             found.append(compare_rates(_rate(self.changed), _rate(exact), *names, self.metric))
         return found
 
 
-def _rate(one: Decoded) -> tuple[list[float], list[float]]:
+def _rate(one: Decoded) -> Rate:
     """Transfers and tokens by text."""
     return one.loads.tolist(), one.tokens.tolist()
 
@@ -104,19 +85,10 @@ def price_of_choice(
     progress: Callable[[str], None] | None = None,
 ) -> ChoicePrice:
     """
-    Read *encoded* token by token with exact choices and with changed ones.
+    Read *encoded* token by token with exact choices and with changed ones: two passes a token.
 
-    Args:
-        model: A causal language model that *handle* is attached to.
-        handle: Its choices are exact afterwards, whatever they were.
-        encoded: As `decoded_perplexity` takes them.
-        settings: Not ``exact``.
-        label: The model's name in records.
-        domain: The text's name in records.
-        in_domain: As in `quality_record`.
-        progress: Told in words how far it is.
-
-    Cost: two forward passes per token.
+    The choices of *handle* are exact afterwards, whatever they were; *label* and *domain* name
+    model and text in records.
 
     Raises:
         AttachError: *settings* change nothing, or the engine cannot change choices.

@@ -10,21 +10,15 @@ from melinoe.stats import Estimate, paired_difference, paired_ratio
 
 # Metric -> whether less of it is better.
 LOWER_IS_BETTER = {"perplexity": True, "rouge_l": False, "exact_match": False}
+Rate = tuple[Sequence[float], Sequence[float]]  # numerators and denominators, one per example
 
 
 @dataclass(frozen=True)
 class Comparison:
     """
-    The difference of one model from another, on the same examples.
+    The difference of *model* from *other* in one metric of one text or task (*domain*), paired.
 
-    Attributes:
-        metric: Name of the quantity.
-        domain: Name of the text or task.
-        model: The model that the change is of.
-        other: The model that it is compared with.
-        change: Its value minus the other's, or with *relative* over it, minus 1; paired.
-        relative: Whether *change* is a share of the other's value.
-        lower_is_better: Whether less of the metric is better.
+    *change* is the model's value minus the other's, or with *relative* over it, minus 1.
     """
 
     metric: str
@@ -45,21 +39,19 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """A sentence on how the two differ, and which is better or that none is shown to be."""
-        metric = self.metric.replace("_", " ")
-        start = f"{metric} on {self.domain}, {self.model} against {self.other}: {self._amount()}; "
-        if self.change.n < 2:
-            return start + "one example alone shows nothing about the next"
-        if self.better is None:
-            return start + "the interval contains no difference, so neither is shown to be better"
-        return start + f"{self.better} is better"
-
-    def _amount(self) -> str:
         ends = (self.change.mean, self.change.low, self.change.high)
-        if self.relative:
-            mean, low, high = (f"{100 * end:+.1f}" for end in ends)
-            return f"{mean} % [{low}, {high}]"
-        mean, low, high = (f"{end:+.3f}" for end in ends)
-        return f"{mean} [{low}, {high}]"
+        scale, digits, unit = (100, 1, " %") if self.relative else (1, 3, "")
+        mean, low, high = (f"{scale * end:+.{digits}f}" for end in ends)
+        if self.change.n < 2:
+            said = "one example alone shows nothing about the next"
+        elif self.better is None:
+            said = "the interval contains no difference, so neither is shown to be better"
+        else:
+            said = f"{self.better} is better"
+        return (
+            f"{self.metric.replace('_', ' ')} on {self.domain}, {self.model} against {self.other}: "
+            f"{mean}{unit} [{low}, {high}]; {said}"
+        )
 
     def to_record(self) -> dict[str, Any]:
         """Return the record of kind ``comparison`` that reports read."""
@@ -99,16 +91,9 @@ def compare_scores(
     lower_is_better: bool | None = None,
 ) -> Comparison:
     """
-    Compare two scores of the same examples, one number an example.
+    Compare two scores, one number an example, of the same examples in the same order.
 
-    Args:
-        ours: The scores of *model*.
-        theirs: Those of *other*; entry i is of the same example.
-        model: Label of the model.
-        other: Label of the other.
-        domain: Name of the text or task.
-        metric: Name of the score.
-        lower_is_better: Known for the metrics of this package; to be said for others.
+    *lower_is_better* is known for the metrics of this package, and to be said for others.
 
     Raises:
         DataError: the numbers of examples differ.
@@ -124,23 +109,10 @@ def compare_scores(
 
 
 def compare_rates(
-    ours: tuple[Sequence[float] | Floats, Sequence[float] | Floats],
-    theirs: tuple[Sequence[float] | Floats, Sequence[float] | Floats],
-    model: str,
-    other: str,
-    domain: str,
-    metric: str,
+    ours: Rate, theirs: Rate, model: str, other: str, domain: str, metric: str
 ) -> Comparison:
     """
     Compare two rates of which less is better, such as transfers per token; the change is relative.
-
-    Args:
-        ours: Numerators and denominators of *model*, one of each per example.
-        theirs: Those of *other*; entry i is of the same example.
-        model: Label of the model.
-        other: Label of the other.
-        domain: Name of the text.
-        metric: Name of the rate.
 
     Raises:
         DataError: the other's rate is zero.

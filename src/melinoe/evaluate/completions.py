@@ -56,15 +56,8 @@ def complete(
     A completion ends at end-of-text, before the next ``Question:`` where the example is a
     question, after *max_new_tokens*, or where the model's context ends, whichever comes first.
     Prompts of similar length share a batch, padded on the left; what shares a batch changes
-    results only in rounding, and is the same for every model with the same tokenizer.
-
-    Args:
-        model: A causal language model, offloaded or not.
-        tokenizer: Its tokenizer.
-        examples: At least one, each with a prompt.
-        max_new_tokens: At most so many for each.
-        batch_size: Prompts per call of `generate`.
-        progress: Told in words after each tenth of the prompts.
+    results only in rounding, and is the same for every model with the same tokenizer. *progress*
+    is told in words after each tenth of the prompts.
 
     Returns:
         One text per example, in their order, without special tokens.

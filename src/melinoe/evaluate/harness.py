@@ -22,32 +22,20 @@ from melinoe.evaluate.perplexity import Floats
 from melinoe.evaluate.scores import score_record
 from melinoe.stats import Estimate
 
-_RESAMPLES = 1000  # of the harness's own standard errors, where no mean of examples is taken
-_TWO_SIDED_95 = 1.96
-
 
 @dataclass(frozen=True)
 class TaskScore:
     """
-    One metric of one task.
+    One metric of one task, as the harness computed it.
 
-    Attributes:
-        model: Label of the model.
-        task: The task's name.
-        metric: The metric's name, with the harness's filter behind it if it has one.
-        value: The harness's own.
-        per_example: One number per example, where *value* is their mean; else ``None``.
-        examples: The harness's hash of each example, in order.
-        estimate: *value* with its interval where there is no *per_example*: 1.96 of the
-            harness's standard errors to each side; no width if it gives none.
-        higher_is_better: As the task says; ``None`` if it does not.
-        versions: Of the harness and of the task.
+    *per_example* has one number per example where the metric is their mean, else ``None``;
+    *estimate* reaches 1.96 of the harness's standard errors to each side. *examples* are the
+    harness's hashes of each example, in order.
     """
 
     model: str
     task: str
     metric: str
-    value: float
     per_example: Floats | None
     examples: tuple[str, ...]
     estimate: Estimate
@@ -104,10 +92,9 @@ def run_tasks(
     Run tasks of the lm-evaluation-harness.
 
     Args:
-        model: A causal language model of transformers, offloaded or not.
+        model: A causal language model, offloaded or not; *label* names it in records.
         tokenizer: Its tokenizer.
         tasks: Names of tasks or groups; ``*`` stands for any letters.
-        label: The model's name in records.
         limit: Only the first examples of each task; ``None`` takes all.
         task_path: A directory of further task files (YAML), looked at first.
         fewshot: Examples before each question; ``None`` leaves each task its own number.
@@ -121,8 +108,8 @@ def run_tasks(
         DependencyError: the harness is not installed.
         DataError: no such task, or one that cannot be run, as without its data set.
     """
-    manager, names = _find_tasks(tasks, task_path)
     lm_eval, wrapper = _harness()
+    manager, names = _find_tasks(tasks, task_path)
     wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         with warnings.catch_warnings():
@@ -134,7 +121,7 @@ def run_tasks(
                 limit=limit,
                 num_fewshot=fewshot,
                 apply_chat_template=chat_template,
-                bootstrap_iters=_RESAMPLES,
+                bootstrap_iters=1000,
             )
     except MelinoeError:
         raise
@@ -166,27 +153,22 @@ def _harness() -> tuple[Any, Any]:
 
 def _find_tasks(tasks: Sequence[str], task_path: str | Path | None) -> tuple[Any, list[str]]:
     """Return the harness's task manager, and the names of the tasks that were asked for."""
-    _harness()
     from lm_eval.tasks import TaskManager
 
-    if task_path is not None:
-        if not Path(task_path).is_dir():
-            raise DataError(f"{task_path} is no directory; name one that holds task files (.yaml)")
-        # The harness's own index of thousands of tasks takes many seconds to read.
-        manager = TaskManager(include_path=str(task_path), include_defaults=False)
-        if all(manager.match_tasks([name]) for name in tasks):
-            return manager, _matches(manager, tasks)
-    manager = TaskManager(include_path=None if task_path is None else str(task_path))
+    if task_path is not None and not Path(task_path).is_dir():
+        raise DataError(f"{task_path} is no directory; name one that holds task files (.yaml)")
+    path = None if task_path is None else str(task_path)
+    # The harness's own index of thousands of tasks takes many seconds to read.
+    manager = TaskManager(include_path=path, include_defaults=path is None)
+    if not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=path)
     for name in tasks:
         if not manager.match_tasks([name]):
             close = difflib.get_close_matches(name, manager.all_tasks, 3)
             hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
             raise DataError(f"the harness has no task {name!r}; {hint}")
-    return manager, _matches(manager, tasks)
-
-
-def _matches(manager: Any, tasks: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(found for name in tasks for found in manager.match_tasks([name])))
+    found = dict.fromkeys(one for name in tasks for one in manager.match_tasks([name]))
+    return manager, list(found)
 
 
 def _scores(results: Mapping[str, Any], label: str, version: str) -> Iterator[TaskScore]:
@@ -206,12 +188,11 @@ def _scores(results: Mapping[str, Any], label: str, version: str) -> Iterator[Ta
             per_example = _mean_of(numbers, float(value))
             count = len(rows) or int(values.get("sample_len") or 0)
             error = values.get(f"{metric}_stderr,{chosen}")
-            reach = _TWO_SIDED_95 * float(error) if _is_number(error) else 0.0
+            reach = 1.96 * float(error) if _is_number(error) else 0.0
             yield TaskScore(
                 label,
                 task,
                 metric if chosen == "none" else f"{metric} ({chosen})",
-                float(value),
                 per_example,
                 tuple(row["doc_hash"] for row in rows),
                 Estimate(float(value), float(value) - reach, float(value) + reach, count),

@@ -33,14 +33,7 @@ def right_answers(completions: Sequence[str], references: Sequence[str]) -> Floa
     """
     Score each completion 1 if its answer equals the reference's, else 0.
 
-    A completion without an answer is wrong.
-
-    Args:
-        completions: What the model wrote, one per question.
-        references: The right solutions, each with its ``####`` line.
-
-    Returns:
-        float64 ``(questions,)``.
+    A completion without an answer is wrong; each reference has a ``####`` line.
 
     Raises:
         DataError: nothing to score, or a reference without an answer.
@@ -58,20 +51,12 @@ def right_answers(completions: Sequence[str], references: Sequence[str]) -> Floa
     return right
 
 
-def rouge_l(completions: Sequence[str], references: Sequence[str], stemmer: bool = True) -> Floats:
+def rouge_l(completions: Sequence[str], references: Sequence[str]) -> Floats:
     """
     Score each completion by the F1 of its longest common subsequence of words with the reference.
 
-    Words are runs of a-z and 0-9, lower-cased; with *stemmer*, those of more than three letters
-    are stemmed. A completion without words scores 0.
-
-    Args:
-        completions: What the model wrote, one per reference.
-        references: What it should have written.
-        stemmer: Porter's, on as is usual for instruction data.
-
-    Returns:
-        float64 ``(references,)``, each in [0, 1].
+    Words are runs of a-z and 0-9, lower-cased; those of more than three letters are stemmed by
+    Porter's rules, as is usual for instruction data. A completion without words scores 0.
 
     Raises:
         DataError: nothing to score, or a reference without a word in this sense.
@@ -86,7 +71,7 @@ def rouge_l(completions: Sequence[str], references: Sequence[str], stemmer: bool
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenize import tokenize
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=stemmer)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = np.zeros(len(references))
     for index, (completion, reference) in enumerate(zip(completions, references, strict=True)):
         if not tokenize(reference, None):

@@ -25,9 +25,8 @@ class Perplexity:
     """
     The loss of a model on a text.
 
-    Attributes:
-        nll: float64 ``(sequences,)``, summed negative log-likelihood in nats.
-        tokens: float64 ``(sequences,)``, how many tokens that sums over.
+    *nll* is the summed negative log-likelihood in nats, float64 ``(sequences,)``, over *tokens*
+    each.
     """
 
     nll: Floats
@@ -38,30 +37,22 @@ class Perplexity:
         """Perplexity, exp of the mean loss per token, over sequences."""
         return bootstrap(self.nll, self.tokens, transform=np.exp)
 
-    @property
-    def mean_nll(self) -> Estimate:
-        """Mean loss per token in nats, over sequences."""
-        return bootstrap(self.nll, self.tokens)
-
 
 def perplexity(
     model: nn.Module,
     encoded: Sequence[Encoded],
     batch_size: int = 8,
-    completion_only: bool = True,
 ) -> Perplexity:
     """
     Measure how well *model* predicts *encoded*.
 
-    Batches are made in the order given, padded on the right to their longest sequence; logits and
-    their softmax are taken in float32 and summed in float64. One forward pass per batch, without
-    gradients; the model's training mode is put back afterwards.
+    Logits and their softmax are taken in float32 and summed in float64; *batch_size* changes
+    results only in rounding. The model's training mode is put back afterwards.
 
     Args:
         model: A causal language model, offloaded or not.
         encoded: Token ids and which of them are completion.
-        batch_size: Sequences per forward pass. It changes speed, and results only in rounding.
-        completion_only: Count completion tokens alone; else every token but a sequence's first.
+        batch_size: Sequences per forward pass.
 
     Raises:
         DataError: nothing to predict.
@@ -78,8 +69,6 @@ def perplexity(
             collated = collate(encoded[start : start + batch_size])
             labels = collated["labels"].to(device)
             batch = {key: collated[key].to(device) for key in ("input_ids", "attention_mask")}
-            if not completion_only:
-                labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
             logits = model(**batch, use_cache=False).logits
             # (batch, vocabulary, tokens - 1): each position predicts the token after it.
             losses = nn.functional.cross_entropy(
@@ -135,12 +124,9 @@ def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
 @dataclass(frozen=True)
 class Decoded:
     """
-    The cost of reading a text token by token.
+    The cost of reading a text token by token: transfers on demand and tokens while decoding.
 
-    Attributes:
-        perplexity: Over completion tokens.
-        loads: int64 ``(sequences,)``, transfers on demand while decoding.
-        tokens: int64 ``(sequences,)``, tokens decoded: forward passes after the prompt's.
+    Both int64 ``(sequences,)``; tokens are the forward passes after the prompt's.
     """
 
     perplexity: Perplexity
@@ -153,20 +139,19 @@ def decoded_perplexity(
     handle: Handle | None,
     encoded: Sequence[Encoded],
     *,
-    cold: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Decoded:
     """
     Read each text as decoding would: the prompt in one pass, then every token in one of its own.
 
     Where experts depend on what is resident (cache-aware choice), one pass over a whole text would
-    not show what that costs. With the exact choice both agree up to rounding.
+    not show what that costs. With the exact choice both agree up to rounding. Each text starts from
+    an empty cache.
 
     Args:
         model: A causal language model, offloaded or not.
         handle: Of *model*; ``None`` for a plain one, whose loads are 0.
         encoded: At least one, each with a token before its completion.
-        cold: Empty the cache before each text.
         progress: Told in words after each tenth of the texts.
 
     Raises:
@@ -178,7 +163,7 @@ def decoded_perplexity(
     step = max(1, len(encoded) // 10)
     with _evaluating(model, encoded):
         for number, one in enumerate(encoded, start=1):
-            if handle is not None and cold:
+            if handle is not None:
                 handle.reset_cache()
             before = handle.counters if handle is not None else None
             ids = torch.tensor([one.input_ids], device=device)

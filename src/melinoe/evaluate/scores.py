@@ -23,13 +23,8 @@ class Scores:
     """
     The scores of one model on one text.
 
-    Attributes:
-        model: Label of the model.
-        domain: Name of the text.
-        in_domain: Whether the text is of the kind that the model is for.
-        perplexity: Of its completions.
-        per_example: Metric to one number per example: ``rouge_l``, ``exact_match``.
-        settings: How the completions were made.
+    *per_example* maps ``rouge_l`` and ``exact_match``, where measured, to one number per example;
+    *settings* say how the completions were made.
     """
 
     model: str
@@ -83,15 +78,12 @@ def score(
         model: A causal language model, offloaded or not.
         tokenizer: Its tokenizer.
         examples: At least one.
-        label: The model's name in records.
-        domain: The text's name in records.
-        in_domain: As in `quality_record`.
+        label: The model's name in records; *domain* is the text's.
+        in_domain: Whether the model was fine-tuned on text of this kind.
         rouge: Also ROUGE-L; see `rouge_l`.
         answers: Also exact match of GSM8K answers; see `right_answers`.
         max_length: Longest sequence behind the perplexity, in tokens.
-        max_new_tokens: As in `complete`.
-        batch_size: Sequences per forward pass, prompts per call of generate.
-        progress: Told in words how far it is.
+        max_new_tokens: As in `complete`, as are *batch_size* and *progress*.
 
     Raises:
         DataError: as `encode`, `perplexity`, `complete`, `rouge_l` and `right_answers`; before
@@ -116,23 +108,13 @@ def score(
 def quality_record(
     result: Perplexity, model: str, domain: str, in_domain: bool, **more: Any
 ) -> dict[str, Any]:
-    """
-    Return the record of kind ``quality``.
-
-    Args:
-        result: What `perplexity` measured.
-        model: Label of the model.
-        domain: Name of the text.
-        in_domain: Whether the model was fine-tuned on text of this kind.
-        more: Further fields, such as ``"increase"`` over a control.
-    """
+    """Return the record of kind ``quality``, with *more* fields."""
     return {
         "kind": "quality",
         "model": model,
         "domain": domain,
         "in_domain": in_domain,
         "perplexity": result.estimate.to_dict(),
-        "nll": result.mean_nll.to_dict(),
         "tokens": int(result.tokens.sum()),
         # So that two models can be paired later.
         "per_sequence": {"nll": result.nll.tolist(), "tokens": result.tokens.astype(int).tolist()},
@@ -143,16 +125,7 @@ def quality_record(
 def score_record(
     values: Floats | Estimate, model: str, domain: str, metric: str, **more: Any
 ) -> dict[str, Any]:
-    """
-    Return the record of kind ``score``: the mean of one number per example, with its interval.
-
-    Args:
-        values: One number per example; or the estimate itself, where only that is known.
-        model: Label of the model.
-        domain: Name of the text or task.
-        metric: Name of the score; ``exact_match`` also gets how many were right.
-        more: Further fields, such as settings.
-    """
+    """Return the record of kind ``score``: of one number per example, or of an estimate alone."""
     record: dict[str, Any] = {"kind": "score", "model": model, "domain": domain, "metric": metric}
     if isinstance(values, Estimate):
         record["score"] = values.to_dict()

@@ -7,10 +7,10 @@ Run one configuration over prompts, count and time; make the records that `repor
     reading.py    what a model chooses while it reads given text, as a trace and a record
     reference.py  greedy tokens and log-probabilities, for another engine to be compared with
     machine.py    this machine and its software
-    files.py      records to JSON and JSON lines; the record of a training log
+    files.py      records to JSON and JSON lines
 """
 
-from melinoe.measure.files import append_jsonl, training_record, write_json
+from melinoe.measure.files import append_jsonl, write_json
 from melinoe.measure.machine import machine
 from melinoe.measure.reading import reading_record, reading_trace
 from melinoe.measure.serve import serve, serve_record, serving, side_by_side, timeline_record
@@ -38,7 +38,6 @@ __all__ = [
     "side_by_side",
     "timeline_record",
     "trace_records",
-    "training_record",
     "usage_record",
     "write_json",
 ]

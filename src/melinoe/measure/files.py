@@ -22,21 +22,15 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     with _named(Path(path)) as target:
         # O_APPEND keeps lines of two writers apart; a text buffer could cut one into pieces.
         handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        written = 0
         try:
-            _write_line(handle, line)
+            while written < len(line):
+                written += os.write(handle, line[written:])
+        except OSError:  # the disk took only a part of the line: take that part back
+            os.ftruncate(handle, os.fstat(handle).st_size - written)
+            raise
         finally:
             os.close(handle)
-
-
-def _write_line(handle: int, line: bytes) -> None:
-    """Write all of *line*; where the disk takes only a part of it, take that part back."""
-    written = os.write(handle, line)
-    try:
-        while written < len(line):
-            written += os.write(handle, line[written:])
-    except OSError:
-        os.ftruncate(handle, os.fstat(handle).st_size - written)
-        raise
 
 
 def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -70,24 +64,3 @@ def _text(value: Any, indent: int | None) -> str:
         raise DataError(
             "a record holds a number that is not finite; look for what went wrong before it"
         ) from None
-
-
-def training_record(
-    model: str, log: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """
-    Return the record of kind ``training``.
-
-    Args:
-        model: Label of the run.
-        log: One mapping per logged step, with ``step`` and the losses: ``loss``, ``nll``,
-            ``cache``, …; entries without a step (summaries) are left out.
-        settings: Those of the run.
-
-    Raises:
-        DataError: no step was logged.
-    """
-    steps = [dict(entry) for entry in log if "step" in entry]
-    if not steps:
-        raise DataError("the training run logged no step; log at least one")
-    return {"kind": "training", "model": model, "log": steps, "settings": dict(settings)}

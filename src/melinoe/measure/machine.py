@@ -3,15 +3,12 @@
 import os
 import platform
 import subprocess
-from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-PACKAGES = ("melinoe", "torch", "transformers", "numpy", "safetensors")
 
 
 def machine() -> dict[str, Any]:
@@ -23,6 +20,7 @@ def machine() -> dict[str, Any]:
     the project; ``-dirty`` behind it if files were changed) and ``date`` (UTC, to the second).
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    names = ("melinoe", "torch", "transformers", "numpy", "safetensors")
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count() if cores is None else len(cores),
@@ -30,20 +28,19 @@ def machine() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _commit(Path(__file__).resolve().parent),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "commit": _commit(Path(__file__).resolve()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def _cpu() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _memory_gib() -> float | None:
@@ -54,30 +51,21 @@ def _memory_gib() -> float | None:
     return round(total / 2**30, 1)
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _commit(folder: Path) -> str | None:
-    """The commit of the checkout that this code runs from; an installed package has none."""
+def _commit(file: Path) -> str | None:
+    """Name the commit of the checkout that this code runs from; an installed package has none."""
 
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+                ["git", "-C", str(file.parent), *words], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     # Installed into an environment that lies inside another project, git would answer for that one.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if git("ls-files", "--error-unmatch", file.name) is None:
         return None
     commit = git("rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return None
-    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+    dirty = commit and git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if dirty else commit

@@ -26,15 +26,7 @@ def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Tra
 
     A token's routing depends on the tokens before it alone, so one forward pass per example
     gives what decoding that text would give, up to rounding: the prompt in one pass, then each
-    completion token in its own.
-
-    Args:
-        model: A causal language model that *handle* is attached to; any number of slots.
-        handle: From `attach` or `load`.
-        encoded: At least one example, with at least one completion token.
-
-    Returns:
-        One sequence per example, in order.
+    completion token in its own. One sequence per example, in order.
 
     Raises:
         DataError: nothing to read.
@@ -70,13 +62,8 @@ def reading_record(trace: Trace, model: str, slots: int, policy: str) -> dict[st
     """
     Return the record of kind ``reading``: transfers per token of texts that were read, simulated.
 
-    Every text starts from an empty cache; what its prompt loads is not counted.
-
-    Args:
-        trace: From `reading_trace`.
-        model: Label of the model.
-        slots: Slots of each layer.
-        policy: ``lru``, ``lfu``, ...
+    Every text of *trace*, from `reading_trace`, starts from an empty cache; what its prompt loads
+    is not counted.
     """
     counts = completion_counts(trace, slots, policy)
     prompts = [
@@ -90,9 +77,5 @@ def reading_record(trace: Trace, model: str, slots: int, policy: str) -> dict[st
         "policy": policy,
         "num_experts": trace.num_experts,
         "transfers_per_token": bootstrap(counts["loads"], counts["tokens"]).to_dict(),
-        "per_prompt": {
-            "prompt_tokens": prompts,
-            "loads": counts["loads"],
-            "tokens": counts["tokens"],
-        },
+        "per_prompt": {"prompt_tokens": prompts, **{n: counts[n] for n in ("loads", "tokens")}},
     }

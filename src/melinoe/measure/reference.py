@@ -21,18 +21,12 @@ def reference_record(
     """
     Let a model continue *prompts* greedily, and record tokens and log-probabilities.
 
-    Args:
-        model: In memory, or offloaded; in the type that the other engine will compute in.
-        tokenizer: Its own.
-        name: The model's name in the record.
-        prompts: Texts; given to the model as they are, without a chat template.
-        max_new_tokens: Of each continuation; fewer where it ends before.
+    Give it in the type that the other engine computes in; prompts get no chat template.
 
     Returns:
         ``prompts``: per prompt its ``text``, ``prompt_ids``, greedy ``tokens``, the ``logprobs``
         of these (natural logarithms over the whole vocabulary, in float32) and the ``top`` five
-        pairs of token and log-probability at each step; beside ``model``, ``dtype`` and
-        ``versions``.
+        pairs of token and log-probability at each step; beside ``model``, ``dtype``, ``versions``.
     """
     rows = []
     for text in prompts:

@@ -1,7 +1,7 @@
 """Serve prompts one by one under one configuration; count and time, with intervals."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ _ESTIMATES: dict[str, tuple[str, str | None]] = {
     "ttft_s": ("ttft_s", None),
     "stall_ms_per_token": ("stall_ms", "tokens"),
 }
+_OF_PREFETCHES = {
+    "prefetch_precision": ("prefetch_used", "prefetch_loads"),
+    "prefetch_waste_per_token": ("prefetch_unused", "tokens"),
+    "prefetch_recall": ("prefetch_used_decoding", "missed_without"),
+}
 
 
 def serving(
@@ -53,17 +58,14 @@ def serving(
     strategy: str = "",
     cold: bool = True,
     repeat: int = 1,
-    warmup: int = 1,
-    progress: Callable[[str], None] | None = None,
     **sampling: Any,
 ) -> Serving:
     """
     Generate from each prompt, batch 1, pausing after each; return a record of kind ``serve``.
 
-    A generator for `serve` or `side_by_side` to drive; nothing is checked or run before that.
-
-    Counts and times are of the completion's forward passes, one token each, unless their name
-    says else:
+    A generator for `serve` or `side_by_side` to drive; nothing is checked or run before that. The
+    first prompt is run once before anything is measured. Counts and times are of the completion's
+    forward passes, one token each, unless their name says else:
 
     - ``hit_rate``: share of uses (token x choice) whose expert was resident.
     - ``adjusted_hit_rate``: 1 - (demand + prefetch loads + computed there) / uses. Prefetches are
@@ -71,10 +73,8 @@ def serving(
     - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
     - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart;
       ``computed_there_per_token``: missing experts that the host computed instead.
-    - ``prefetch_precision``: share of the experts copied ahead that were used before they left;
-      ``prefetch_recall``: copied ahead in time, of what the completion would have missed;
-      ``prefetch_waste_per_token``: copied ahead and not used; see `melinoe.cache.counters`.
-      These stand only where something was copied ahead.
+    - ``prefetch_precision``, ``prefetch_recall``, ``prefetch_waste_per_token``: see
+      `melinoe.cache.counters`; they stand only where something was copied ahead.
     - ``prefill_transfers``: demand loads of the prompt's forward pass, per prompt.
     - ``tokens_per_s``: new tokens over the whole call; ``tpot_s``: time per token after the
       first; ``ttft_s``: to the first token, predictor included; ``stall_ms_per_token``.
@@ -83,20 +83,15 @@ def serving(
     the median of its runs; greedy runs from a cold cache all count the same.
 
     Args:
-        model: As in `melinoe.generate.generate`.
+        model: As in `melinoe.generate.generate`, as are *predictor*, *prefetch* and *sampling*.
         handle: Attached to *model*; its counters run on.
         tokenizer: The model's.
         prompts: At least one.
         max_new_tokens: At most so many for each; at least 2.
-        predictor: Names experts to prefetch for each prompt; short for a *prefetch*.
-        prefetch: The rule by which experts are loaded ahead of need.
         label: The model's name in tables.
         strategy: The strategy's name in tables; ``""`` names policy and prefetch.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
         repeat: Runs per prompt, for steadier times.
-        warmup: Runs of the first prompt before anything is measured.
-        progress: Told in words after each tenth of the prompts.
-        sampling: As in `melinoe.generate.generate`.
 
     Raises:
         DataError: no prompts, or none that got two tokens.
@@ -130,20 +125,20 @@ def serving(
             **sampling,
         )
 
-    for _ in range(warmup):
-        run(prompts[0])
+    run(prompts[0])
     handle.reset_cache()
-    step = max(1, len(prompts) // 10)
     generations = []
-    for number, prompt in enumerate(prompts, start=1):
+    for prompt in prompts:
         generations.append([run(prompt) for _ in range(repeat)])
         yield
-        if progress is not None and (number % step == 0 or number == len(prompts)):
-            progress(f"{label}: served {number} of {len(prompts)} prompts")
     moment = "completion" if predictor is not None else prefetch.when if prefetch else None
     what = "predictor" if predictor is not None else "none" if prefetch is None else prefetch.name
     default = handle.policy if moment is None else f"{handle.policy}, prefetch"
-    first = handle.layers[0]
+    counters = [runs[0].counters for runs in generations if runs[0].counters]
+    uses, requests = (
+        [int(getattr(one, name)[COMPLETION].sum()) for one in counters]
+        for name in ("uses", "requests")
+    )
     return serve_record(
         generations,
         kind="serve",
@@ -153,8 +148,8 @@ def serving(
         prefetch_at=moment,
         block_bytes=[handle.store.block_bytes(layer) for layer in range(len(handle.layers))],
         slots=handle.slots,
-        num_experts=first.num_experts,
-        top_k=_top_k(generations),
+        num_experts=handle.layers[0].num_experts,
+        top_k=round(sum(uses) / sum(requests)) if sum(requests) else None,
         layers=len(handle.layers),
         policy=handle.policy,
         miss=handle.misses.kind,
@@ -179,8 +174,8 @@ def side_by_side(servings: Sequence[Serving]) -> list[dict[str, Any]]:
     """
     Run several servings prompt by prompt in turn, and return their records.
 
-    Throttling and other work of the machine then fall on all of them alike, so
-    that their times can be compared. Each round begins with another one.
+    Throttling and other work of the machine then fall on all of them alike. Each round begins with
+    another one.
     """
     records: list[dict[str, Any]] = [{} for _ in servings]
     running = list(range(len(servings)))
@@ -208,25 +203,23 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
         raise DataError(
             "no prompt got a second token, so nothing was decoded; check the prompts' ends"
         )
-    return {
-        **facts,
-        **{
-            name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
-            for name, (top, bottom) in _ESTIMATES.items()
-        },
-        **_of_prefetches(columns),
-        "hit_rate_by_layer": hit_rates_by_layer(
-            runs[0].counters for runs in generations if runs[0].counters is not None
-        ),
-        "per_prompt": columns,
-        "machine": machine(),
+    asked = dict(_ESTIMATES)
+    if any(columns["prefetch_loads"]):
+        asked |= _OF_PREFETCHES
+        if not any(columns["missed_without"]):
+            del asked["prefetch_recall"]
+    estimates = {
+        name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
+        for name, (top, bottom) in asked.items()
     }
+    by_layer = hit_rates_by_layer(runs[0].counters for runs in generations if runs[0].counters)
+    more = {"hit_rate_by_layer": by_layer, "per_prompt": columns, "machine": machine()}
+    return {**facts, **estimates, **more}
 
 
 def _row(runs: Sequence[Generation]) -> dict[str, float]:
-    """One prompt's numbers: counts of its first run, times of the median of all."""
-    one = runs[0]
-    counters = one.counters
+    """Count one prompt's first run, and time the median of all."""
+    one, counters = runs[0], runs[0].counters
     if counters is None:
         raise ValueError("a plain model has no cache to count; attach the runtime first")
 
@@ -237,7 +230,7 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         return float(np.median([getattr(run, name) for run in runs]))
 
     uses, loads, on_host = count("uses"), count("loads"), count("on_host")
-    prefetches = int(counters.prefetch_loads.sum())
+    prefetches, in_time = int(counters.prefetch_loads.sum()), count("prefetch_used")
     return {
         "prompt_tokens": len(one.prompt_ids),
         "new_tokens": len(one.ids),
@@ -247,11 +240,11 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "loads": loads,
         "prefetch_loads": prefetches,
         "prefetch_used": int(counters.prefetch_used.sum()),
-        "prefetch_used_decoding": count("prefetch_used"),
+        "prefetch_used_decoding": in_time,
         "prefetch_unused": int(counters.prefetch_unused.sum()),
         "elsewhere": on_host,
         "prefill_elsewhere": count("on_host", PROMPT),
-        "missed": loads + on_host,
+        "missed_without": in_time + loads + on_host,
         "uses_not_paid": uses - loads - prefetches - on_host,
         "prefill_loads": count("loads", PROMPT),
         "zero_miss": count("zero_miss_tokens"),
@@ -262,28 +255,6 @@ def _row(runs: Sequence[Generation]) -> dict[str, float]:
         "stall_ms": 1e3 * median("stall_s"),
         "prompt_stall_ms": 1e3 * median("prompt_stall_s"),
     }
-
-
-def _of_prefetches(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """Precision, recall and waste over prompts, where something was copied ahead."""
-    if not any(columns["prefetch_loads"]):
-        return {}
-    used, missed = np.array(columns["prefetch_used_decoding"]), np.array(columns["missed"])
-    found = {
-        "prefetch_precision": bootstrap(columns["prefetch_used"], columns["prefetch_loads"]),
-        "prefetch_waste_per_token": bootstrap(columns["prefetch_unused"], columns["tokens"]),
-    }
-    if (used + missed).any():
-        found["prefetch_recall"] = bootstrap(used, used + missed)
-    return {name: value.to_dict() for name, value in found.items()}
-
-
-def _top_k(generations: Sequence[Sequence[Generation]]) -> int | None:
-    """Choices per token and layer, from what was counted; skip slots count as none."""
-    counters = [runs[0].counters for runs in generations if runs[0].counters is not None]
-    requests = sum(int(one.requests[COMPLETION].sum()) for one in counters)
-    uses = sum(int(one.uses[COMPLETION].sum()) for one in counters)
-    return round(uses / requests) if requests else None
 
 
 def link_fields(link: EmulatedLink | None) -> dict[str, Any] | None:
@@ -339,16 +310,7 @@ def timeline_record(
     Its lists have one entry per token after the first: ``ms`` from the token before to this one,
     ``stall_ms`` of it waiting for experts, ``hits`` and ``loads`` by layer (uses whose expert was
     resident, experts copied on demand), and ``tokens``, the text of each. What the prompt took
-    stands apart: ``ttft_s`` and ``prompt_loads``.
-
-    Args:
-        model: As in `melinoe.generate.generate`.
-        handle: Attached to *model*.
-        tokenizer: The model's.
-        prompt: Text or token ids.
-        max_new_tokens: At most so many.
-        label: The model's name in reports.
-        options: As in `melinoe.generate.generate`.
+    stands apart. Arguments as in `melinoe.generate.generate`; *label* names the model in reports.
 
     Raises:
         DataError: fewer than two tokens came.

@@ -28,16 +28,13 @@ def trace_records(
     Return records of kind ``locality``, ``usage``, ``curve`` and ``layers``, all of completions.
 
     Every sequence starts from an empty cache. Popularity, which the policy ``static`` goes by, is
-    counted on the trace itself: with hindsight, which is that policy's best case.
-
-    A compiled policy takes one pass over the trace for all numbers of slots that hold its largest
-    request, and a replay for each below; any other takes a replay for each number.
+    counted on the trace itself: with hindsight, which is that policy's best case. A compiled policy
+    takes seconds, any other minutes.
 
     Args:
         trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
         model: Label of the model.
-        policies: Names; a policy that is not among the compiled ones takes minutes where those
-            take seconds.
+        policies: Names.
         progress: Called with how many of how many replays are done.
 
     Raises:
@@ -56,31 +53,21 @@ def trace_records(
         progress(done, of)
 
     found = [locality_record(trace, model), usage_record(trace, model)]
-    options: dict[str, dict[str, Any]] = (
+    given: dict[str, Any] = (
         {"static": {"popularity": popularity(trace)}} if "static" in names else {}
     )
     for name in names:
-        given = options.get(name, {})
-        found.append(curve_record(trace, model, name, slots, progress=step, **given))
-        found[-1].pop("policy_options")  # popularity is too long for a record
+        curve = curve_record(trace, model, name, slots, progress=step, **given.get(name, {}))
+        del curve["policy_options"]  # popularity is too long for a record
+        found.append(curve)
+    about = {"kind": "layers", "model": model, "slots": quarter, "num_experts": trace.num_experts}
     for name in names:
-        replay = simulate(
-            trace,
-            quarter,
-            name,
-            reset_between_sequences=True,
-            policy_options=options.get(name),
+        options = given.get(name)
+        done_once = simulate(
+            trace, quarter, name, reset_between_sequences=True, policy_options=options
         )
-        found.append(
-            {
-                "kind": "layers",
-                "model": model,
-                "policy": name,
-                "slots": quarter,
-                "num_experts": trace.num_experts,
-                "hit_rate_by_layer": hit_rates_by_layer(replay.per_sequence),
-            }
-        )
+        rates = hit_rates_by_layer(done_once.per_sequence)
+        found.append({**about, "policy": name, "hit_rate_by_layer": rates})
         step()
     return found
 
@@ -119,13 +106,8 @@ def usage_record(trace: Trace, model: str, sequences: int = 24, layers: int = 4)
     Return the record of kind ``usage``, of completion tokens alone.
 
     ``counts`` holds, for each shown layer, one row per sequence with the number of its choices
-    that fell on each expert; ``shown_layers`` lists those layers.
-
-    Args:
-        trace: As `melinoe.generate.trace_prompts` makes it.
-        model: Label of the model.
-        sequences: Show so many sequences at most, the first.
-        layers: Show so many layers at most, evenly from the first to the last.
+    that fell on each expert; ``shown_layers`` lists those layers. At most *sequences* are shown,
+    the first, and at most *layers*, evenly from the first to the last.
 
     Raises:
         DataError: the trace has no completion tokens.
@@ -134,20 +116,17 @@ def usage_record(trace: Trace, model: str, sequences: int = 24, layers: int = 4)
     if rows.size == 0:
         raise DataError("the trace has no completion tokens; generate at least two per prompt")
     shown = np.unique(np.linspace(0, trace.num_layers - 1, layers).round().astype(int))
-    present = np.unique(trace.sequence[rows])[:sequences]
+    present, place = np.unique(trace.sequence[rows], return_inverse=True)
+    chosen = trace.experts[rows][:, shown]  # (tokens, layers, top-k); -1 means no expert
     counts = np.zeros((len(shown), len(present), trace.num_experts + 1), dtype=np.int64)
-    for place, sequence in enumerate(present):
-        chosen = trace.experts[rows[trace.sequence[rows] == sequence]][:, shown]
-        for layer in range(len(shown)):
-            # -1, which means no expert, falls into the extra place.
-            np.add.at(counts[layer, place], chosen[:, layer].ravel(), 1)
+    np.add.at(counts, (np.arange(len(shown))[None, :, None], place[:, None, None], chosen), 1)
     return {
         "kind": "usage",
         "model": model,
         "num_experts": trace.num_experts,
         "layers": trace.num_layers,
         "shown_layers": shown.tolist(),
-        "counts": counts[..., :-1].tolist(),
+        "counts": counts[:, :sequences, :-1].tolist(),
     }
 
 
@@ -156,7 +135,6 @@ def curve_record(
     model: str,
     policy: str,
     slots: Sequence[int],
-    cold: bool = True,
     progress: Callable[[], None] = lambda: None,
     **policy_options: Any,
 ) -> dict[str, Any]:
@@ -166,24 +144,16 @@ def curve_record(
     Args:
         trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
         model: Label of the model.
-        policy: ``lru``, ``lfu``, ``belady``, …
+        policy: ``lru``, ``lfu``, ``belady``, …, with its *policy_options*.
         slots: Numbers of slots per layer to try.
-        cold: Empty the cache before each sequence; else it keeps what the one before left.
         progress: Called once for each number of slots that is done.
-        policy_options: What the policy takes.
 
     Raises:
         DataError: no completion tokens.
         MelinoeError: no such policy, or a number of slots that the model cannot have.
     """
-    costs = unit_costs(
-        trace,
-        slots,
-        policy,
-        policy_options=policy_options,
-        reset_between_sequences=cold,
-        progress=progress,
-    )
+    options: Any = {"policy_options": policy_options, "reset_between_sequences": True}
+    costs = unit_costs(trace, slots, policy, progress=progress, **options)
     return {
         "kind": "curve",
         "model": model,
@@ -193,22 +163,14 @@ def curve_record(
         "slots": list(slots),
         "hit_rate": [bootstrap(hits, costs.uses).to_dict() for hits in costs.hits],
         "transfers_per_token": [bootstrap(one, costs.tokens).to_dict() for one in costs.loads],
-        "cold": cold,
     }
 
 
 def completion_counts(
-    trace: Trace, slots: int, policy: str, cold: bool = True, **policy_options: Any
+    trace: Trace, slots: int, policy: str, **policy_options: Any
 ) -> dict[str, list[int]]:
     """
-    Count what each sequence's completion would have cost with other slots or another policy.
-
-    Args:
-        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
-        slots: Slots of each layer.
-        policy: ``lru``, ``lfu``, ``belady``, …
-        cold: Empty the cache before each sequence; else it keeps what the one before left.
-        policy_options: What the policy takes.
+    Count what each sequence's completion would have cost; arguments as in `curve_record`.
 
     Returns:
         ``uses``, ``hits``, ``loads`` of all layers and ``tokens``: one number per sequence, so
@@ -218,7 +180,7 @@ def completion_counts(
         MelinoeError: no such policy, or a number of slots that the model cannot have.
     """
     options = policy_options or None
-    done = simulate(trace, slots, policy, reset_between_sequences=cold, policy_options=options)
+    done = simulate(trace, slots, policy, reset_between_sequences=True, policy_options=options)
     return {name: _per_sequence(done, name) for name in ("uses", "hits", "loads", "tokens")}
 
 

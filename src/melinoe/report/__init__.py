@@ -4,11 +4,10 @@ Make tables and figures from measurement records, and from nothing else.
     records.py    read records, and check what they hold
     amounts.py    numbers, estimates and settings as text
     comparing.py  which model is compared with which; paired ratios
-    table.py      a table as data, Markdown, text or HTML
+    table.py      a table as data, Markdown or text
     tables.py     the tables of a report, and those of benchmark results
-    figures/      the figures, each with a sentence on what it shows
-    contents.py   all of it in reading order, and the findings
-    page.py       the HTML page, its Markdown twin, figures as files
+    figures.py    the figures, each with a sentence on what it shows
+    page.py       all of it in reading order: the HTML page, its Markdown twin, figures as files
     readme.py     the tables between a README's markers
     card.py       a fine-tuned checkpoint's model card
 """
@@ -21,14 +20,7 @@ from melinoe.report.page import figures_of, page_path, write_figures, write_repo
 from melinoe.report.readme import update_readme
 from melinoe.report.records import Sources, read_records
 from melinoe.report.table import render
-from melinoe.report.tables import (
-    benchmark_tables,
-    comparison_table,
-    corpus_table,
-    main_table,
-    score_table,
-    servings,
-)
+from melinoe.report.tables import benchmark_tables, main_table, model_tables, servings
 
 __all__ = [
     "figures_of",
@@ -42,9 +34,7 @@ __all__ = [
 
 
 def render_table(
-    sources: Sources,
-    form: Literal["markdown", "text"] = "text",
-    width: int | None = None,
+    sources: Sources, form: Literal["markdown", "text"] = "text", width: int | None = None
 ) -> str:
     """
     Write the main table of some records, one per cache configuration.
@@ -62,9 +52,7 @@ def render_table(
     """
     found = read_records(sources)
     tables = [main_table(found, serving) for serving in servings(found)]
-    if not tables:
-        others = (corpus_table(found), score_table(found), comparison_table(found))
-        tables = [table for table in others if table] + benchmark_tables(found)
+    tables = tables or model_tables(found) + benchmark_tables(found)
     if not tables:
         message = "no record makes a table; give records of kind serve, quality or a benchmark"
         raise DataError(message)

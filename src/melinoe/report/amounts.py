@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
-"""Write numbers, estimates, settings and machines as text, and compute ratios of estimates."""
+"""Write numbers, estimates, settings and machines as text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from typing import Any
 from melinoe.stats import Estimate
 
 DASH = "–"
-NOT_MEASURED = "n/a"
 UNITS = {
+    "_gb_s": "GB/s",
     "_us": "µs",
     "_ms": "ms",
     "_s": "s",
@@ -17,15 +17,14 @@ UNITS = {
     "_gib": "GiB",
     "_mib": "MiB",
     "_percent": "%",
-    "_gb_s": "GB/s",
 }
 Facts = list[tuple[str, str]]  # a name and a text each
 
 
 def label(key: str) -> str:
     """Write a name for people: ``decide_us`` becomes ``decide (µs)``."""
-    for ending, unit in sorted(UNITS.items(), key=lambda item: -len(item[0])):
-        if key.endswith(ending) and key != ending[1:] and not key.endswith("per_s"):
+    for ending, unit in UNITS.items():
+        if key.endswith(ending) and not key.endswith("per_s"):
             return f"{key.removesuffix(ending).replace('_', ' ')} ({unit})"
     return key.replace("_", " ").replace(" per s", " / s")
 
@@ -43,14 +42,7 @@ def plain(value: float, digits: int = 3) -> str:
 
 
 def spread(estimate: Estimate, unit: str = "", digits: int = 3) -> tuple[str, str]:
-    """
-    Write an estimate's mean and its interval, both with the decimals of the mean.
-
-    Args:
-        estimate: What to write.
-        unit: ``"%"`` for a share between 0 and 1, shown times 100; anything else is not written.
-        digits: Significant digits of the mean; a percentage always has one decimal.
-    """
+    """Write mean and interval with the mean's decimals; unit ``"%"`` shows a share times 100."""
     scale = 100.0 if unit == "%" else 1.0
     places = 1 if unit == "%" else decimals(estimate.mean, digits)
     low, high = (f"{scale * end:,.{places}f}" for end in (estimate.low, estimate.high))
@@ -71,49 +63,9 @@ def signed(change: Estimate) -> str:
     return f"{mean} % [{low}, {high}]"
 
 
-def change(value: Estimate | None, base: Estimate | None) -> str:
-    """Write how far a mean lies from the base's, in percent with its sign."""
-    if value is None or base is None or base.mean == 0:
-        return ""
-    return f"{100 * (value.mean / base.mean - 1):+.1f} %".replace("-", "−")
-
-
 def join(parts: Sequence[str]) -> str:
     """Join phrases: ``a``, ``a and b``, ``a, b and c``."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
-    """
-    Average positive estimates on the log scale, with the interval that follows.
-
-    The distances from mean to either end are added in quadrature: that takes the estimates as
-    independent of each other, which separate corpora are.
-
-    Raises:
-        ValueError: nothing to average, or something not positive.
-    """
-    if not estimates or any(item.low <= 0 for item in estimates):
-        raise ValueError("a geometric mean needs positive numbers")
-    count = len(estimates)
-    centre = sum(math.log(item.mean) for item in estimates) / count
-    down = math.hypot(*(math.log(item.mean / item.low) for item in estimates)) / count
-    up = math.hypot(*(math.log(item.high / item.mean) for item in estimates)) / count
-    total = sum(item.n for item in estimates)
-    return Estimate(math.exp(centre), math.exp(centre - down), math.exp(centre + up), total)
-
-
-def ratio(top: Estimate, bottom: Estimate) -> Estimate | None:
-    """
-    Divide two positive estimates; the range is the widest that their intervals allow.
-
-    Wider than a paired interval would be, never narrower. ``None`` where the divisor's interval
-    reaches zero.
-    """
-    if bottom.low <= 0 or top.low < 0:
-        return None
-    low, high = top.low / bottom.high, top.high / bottom.low
-    return Estimate(top.mean / bottom.mean, low, high, min(top.n, bottom.n))
 
 
 def apart(one: Estimate, other: Estimate) -> bool:
@@ -132,6 +84,8 @@ def say(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(say, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -140,12 +94,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Facts:
     facts: Facts = []
     for key, value in values.items():
         name = f"{prefix}{label(key)}"
-        if isinstance(value, Mapping):
-            facts += flat(value, f"{name} ")
-        elif isinstance(value, list | tuple):
-            facts.append((name, ", ".join(say(item) for item in value)))
-        else:
-            facts.append((name, say(value)))
+        nested = isinstance(value, Mapping)
+        facts += flat(value, f"{name} ") if nested else [(name, say(value))]
     return facts
 
 

@@ -1,16 +1,52 @@
 """Write a report: one HTML page that needs nothing else, its Markdown twin, figures as files."""
 
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from melinoe.errors import DataError
-from melinoe.report.contents import Report, assemble
-from melinoe.report.figures.svg import Figure
-from melinoe.report.records import Sources, read_records
-from melinoe.report.table import html, literal, markdown
+from melinoe.report import figures
+from melinoe.report.amounts import Facts, flat, hardware, inline, join, label, say
+from melinoe.report.comparing import (
+    about_control,
+    differing_settings,
+    increase,
+    perplexity,
+    quality,
+    quotient,
+)
+from melinoe.report.figures import Figure
+from melinoe.report.records import Measurements, Record, Sources, estimate, read_records
+from melinoe.report.table import Table, literal, markdown
+from melinoe.report.tables import (
+    Serving,
+    benchmark_tables,
+    link_text,
+    main_table,
+    model_tables,
+    predictor_table,
+    servings,
+    time_table,
+    transfer_table,
+)
 from melinoe.whole_file import write_whole
+
+HERE = Path(__file__).parent
+EMULATED = (
+    "An emulated link makes each transfer last as long as the printed bandwidth and latency say. "
+    "It is for comparing strategies on a machine without a separate fast memory; it is not the "
+    "speed of any hardware."
+)
+UNMODIFIED = (
+    "Over the unmodified link experts come from this machine's own storage, usually from pages "
+    "that the operating system holds in memory already: transfers are cheap, so differences in "
+    "speed are small."
+)
+
+
+Part = str | Table | Figure  # Markdown, or what becomes some
 
 
 def page_path(out: Path | str) -> Path:
@@ -42,55 +78,40 @@ def write_report(sources: Sources, out: Path | str) -> None:
             *out* cannot be written.
     """
     out = page_path(out)
-    report = assemble(read_records(sources))
-    _write({out: html_page(report), out.with_suffix(".md"): markdown_page(report)}, out)
+    parts = assemble(read_records(sources))
+    _write({out: html_page(parts), out.with_suffix(".md"): markdown_page(parts)}, out)
 
 
 def figures_of(sources: Sources) -> list[Figure]:
     """Return the figures of the page that these records make, in the page's order."""
-    report = assemble(read_records(sources))
-    return [figure for section in report.sections for figure in section.figures]
+    return [part for part in assemble(read_records(sources)) if isinstance(part, Figure)]
 
 
-def write_figures(figures: Sequence[Figure], directory: Path | str) -> list[Path]:
+def svg_files(drawn: Sequence[Figure]) -> dict[str, str]:
+    """Return each panel as SVG by file name: the figure's, numbered where it has several."""
+    return {
+        f"{one.name}-{number}.svg" if len(one.panels) > 1 else f"{one.name}.svg": panel
+        for one in drawn
+        for number, panel in enumerate(one.panels, 1)
+    }
+
+
+def write_figures(drawn: Sequence[Figure], directory: Path | str) -> list[Path]:
     """
     Write every panel of every figure as an SVG file that needs nothing else.
 
-    A file is named after its figure, and where that has several panels, numbered from 1. It brings
-    the page's colours, those of the dark theme too, and its background.
-
     Args:
-        figures: From `figures_of`.
+        drawn: From `figures_of`.
         directory: Made if it does not exist; files of the same names are replaced, others stay.
-
-    Returns:
-        The files, in the order of *figures*.
 
     Raises:
         DataError: there is no figure, or *directory* cannot be written to.
     """
-    drawings = svg_files(figures)
-    if not drawings:
+    texts = {Path(directory) / name: text for name, text in svg_files(drawn).items()}
+    if not texts:
         raise DataError("none of these records makes a figure; give those of a demo")
-    texts = {Path(directory) / name: text for name, text in drawings.items()}
     _write(texts, directory)
     return [*texts]
-
-
-def svg_files(figures: Sequence[Figure]) -> dict[str, str]:
-    """Return the files of `write_figures` by name."""
-    colours = escape(_environment().get_template("colours.css").render(), quote=False)
-    files = {}
-    for figure in figures:
-        for number, panel in enumerate(figure.panels, 1):
-            head, body = panel.split(">", 1)
-            name = f"{figure.name}-{number}" if len(figure.panels) > 1 else figure.name
-            files[f"{name}.svg"] = (
-                f'{head} xmlns="http://www.w3.org/2000/svg">'
-                f"<style>{colours}svg {{ color: var(--ink); }}</style>"
-                f'<rect width="100%" height="100%" fill="var(--page)"/>{body}\n'
-            )
-    return files
 
 
 def _write(texts: Mapping[Path, str], named: Path | str) -> None:
@@ -103,59 +124,213 @@ def _write(texts: Mapping[Path, str], named: Path | str) -> None:
         raise DataError(message) from error
 
 
-def html_page(report: Report) -> str:
-    """Write a report as one HTML document."""
-    from markupsafe import Markup
+def html_page(parts: Sequence[Part]) -> str:
+    """Write a report as one HTML document, from the Markdown of its twin."""
+    from markdown_it import MarkdownIt
 
-    environment = _environment()
-    # Tables and drawings arrive as markup whose texts are escaped already.
-    environment.filters["table"] = lambda table: Markup(html(table))
-    environment.filters["drawing"] = Markup
-    style = Markup(environment.get_template("style.css").render())
-    page = environment.get_template("page.html")
-    return str(page.render(report=report, style=style, glossary=glossary()))
+    def drawing(figure: Figure) -> str:
+        alt = escape(figure.caption)
+        data = (b64encode(panel.encode()).decode() for panel in figure.panels)
+        images = "".join(f'<img alt="{alt}" src="data:image/svg+xml;base64,{d}">' for d in data)
+        return (
+            f'<div class="panels">{images}</div>\n\n{literal(figure.caption)}\n\n'
+            f"<details><summary>The numbers</summary>\n\n{markdown(figure.table)}\n\n</details>"
+        )
 
-
-def glossary() -> list[tuple[str, str]]:
-    """Return the terms of a report and what they mean."""
-    lines = _environment().get_template("glossary.md").render().splitlines()
-    terms = [line.removeprefix("**").partition("**: ") for line in lines]
-    return [(term, meaning) for term, _, meaning in terms]
-
-
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("melinoe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    # What records say is escaped by `literal`; the tags are ours.
+    body = MarkdownIt("commonmark").enable("table").render(_text(parts, drawing))
+    style = (HERE / "style.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Melinoe: a report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"{body}</body>\n</html>\n"
     )
 
 
-def markdown_page(report: Report) -> str:
+def markdown_page(parts: Sequence[Part]) -> str:
     """Write a report as Markdown: the same words and numbers, figures as tables."""
+    return _text(parts, lambda figure: f"{literal(figure.caption)}\n\n{markdown(figure.table)}")
 
-    def listed(facts: Sequence[tuple[str, str]]) -> str:
-        return "\n".join(f"- {literal(name)}: {literal(text)}" for name, text in facts)
 
-    def bullets(texts: Sequence[str]) -> str:
-        return "\n".join(f"- {literal(text)}" for text in texts)
+def _text(parts: Sequence[Part], drawing: Callable[[Figure], str]) -> str:
+    written = []
+    for part in parts:
+        if isinstance(part, str):
+            written.append(part)
+        else:
+            shown = markdown(part) if isinstance(part, Table) else drawing(part)
+            written.append(f"### {literal(part.title)}\n\n{shown}")
+    return "\n\n".join(filter(None, written)) + "\n"
 
-    parts = [f"# {literal(report.title)}", listed(report.facts), bullets(report.findings)]
-    for section in report.sections:
-        parts.append(f"## {literal(section.title)}")
-        for table in section.tables:
-            parts += [f"**{literal(table.title)}**", markdown(table)]
-        for figure in section.figures:
-            parts.append(literal(figure.caption))
-            if figure.table not in section.tables:
-                parts.append(markdown(figure.table))
-        for title, facts in section.facts.items():
-            parts += [f"**{literal(title)}**", listed(facts)]
-    parts.append("## How to read this")
-    parts.append("\n".join(f"- **{term}**: {text}" for term, text in glossary()))
-    parts += ["## Limits and omissions", bullets([*report.limits, *report.notes])]
-    return "\n\n".join(part for part in parts if part) + "\n"
+
+# --- what stands in a report ----------------------------------------------------------------------
+
+
+def assemble(found: Measurements) -> list[Part]:
+    """Arrange all that the records allow; what they lack is left out, with a note."""
+    configurations = servings(found)
+    first = configurations[0] if configurations else None
+    measured = benchmark_tables(found)
+    # Without a comparison of models, the strategies that were run side by side are the first thing.
+    compared = [main_table(found, c) for c in configurations]
+    compared = compared or [table for table in measured if table.name == "bench"]
+    times = [make(c) for c in configurations for make in (time_table, transfer_table)]
+    cache = [figures.curves(found, first.slots if first else None), figures.layers(found, first)]
+    contents: list[tuple[str, str, Sequence[Part | None]]] = [
+        ("Strategies", "serve", compared),
+        ("Locality", "locality", [figures.locality(found), figures.usage(found)]),
+        ("Cache size and policy", "curve", cache),
+        ("Quality", "quality", model_tables(found)),
+        ("Prediction", "predictor", [predictor_table(found)]),
+        ("Training", "training", [figures.training(found)]),
+        ("Where the time goes", "serve", [*times, figures.timeline(found)]),
+        ("Benchmarks", "", [table for table in measured if table not in compared]),
+        ("How it was run", "demo", _run(found)),
+    ]
+    title = "a Mixture-of-Experts model in a fraction of its memory"
+    parts: list[Part] = [f"# Melinoe: {title if first else 'measurements'}"]
+    parts += [_bullets(findings(found, first)) if first else "", _header(found)]
+    missing = []
+    for title, kind, made in contents:
+        if shown := [one for one in made if one is not None]:
+            parts += [f"## {title}", *shown]
+        elif kind:
+            missing.append(f"{title}: no records of kind {kind!r}, so left out.")
+    glossary = (HERE / "glossary.md").read_text(encoding="utf-8").strip()
+    remarks = _bullets(_limits(found) + missing + found.notes)
+    return [*parts, "## How to read this", glossary, "## Limits and omissions", remarks]
+
+
+def _bullets(texts: Sequence[str]) -> str:
+    return "\n".join(f"- {literal(text)}" for text in texts)
+
+
+def _listed(facts: Facts) -> str:
+    return _bullets([f"{name}: {text}" for name, text in facts])
+
+
+def _machine(found: Measurements) -> dict[str, Any]:
+    """Return the machine that the records name first: the whole run's, else a serve run's."""
+    named = [record.get("machine") for record in (*found.of("demo"), *found.of("serve"))]
+    return dict(next(filter(None, named), {}))
+
+
+def _header(found: Measurements) -> str:
+    """Name the model, the run and the machine: the run's own words first."""
+    demo, serve = (next(iter(found.of(kind)), {}) for kind in ("demo", "serve"))
+    machine = _machine(found)
+    sides = (demo, demo.get("settings") or {}, machine)
+    facts = [
+        (name, say(value))
+        for name in ("model", "command", "date", "commit")
+        if (value := next((side[name] for side in sides if side.get(name)), None))
+    ]
+
+    def told(words: Mapping[str, str]) -> str:
+        said = (f"{serve[key]} {word}" for key, word in words.items() if serve.get(key) is not None)
+        return ", ".join(said)
+
+    shape = told({"layers": "MoE layers", "num_experts": "experts", "top_k": "chosen"})
+    run = told({"prompts": "prompts", "max_new_tokens": "new tokens at most", "store": "store"})
+    if (cold := serve.get("cold")) is not None:
+        run += ", cache emptied before each prompt" if cold else ", cache kept between prompts"
+    more = [("shape", shape), ("measured on", run), ("machine", hardware(machine))]
+    return literal("; ".join(f"{name}: {text}" for name, text in facts + more if text))
+
+
+def _run(found: Measurements) -> list[str]:
+    """List the time of each stage, settings of the run and of each training, versions."""
+    demo = next(iter(found.of("demo")), {})
+    groups = {
+        "Time per stage": [
+            (label(f"{k}_s"), say(v)) for k, v in (demo.get("seconds") or {}).items()
+        ],
+        "Settings": flat(demo.get("settings") or {}),
+    }
+    for record in found.of("training"):
+        groups[f"Training of {record['model']}"] = flat(record.get("settings") or {})
+    groups["Versions"] = flat(demo.get("versions") or _machine(found).get("versions") or {})
+    return [f"### {literal(name)}\n\n{_listed(facts)}" for name, facts in groups.items() if facts]
+
+
+def _limits(found: Measurements) -> list[str]:
+    """List the limits of the times and of the quality that a reader must know."""
+    limits = []
+    links = [record.get("link") for record in found.of("serve")]
+    if any(link is None for link in links):
+        limits.append(UNMODIFIED)
+    if any(link is not None for link in links):
+        limits.append(EMULATED)
+    if links and not _machine(found).get("gpu"):
+        limits.append("No GPU took part: times are those of a CPU, counts hold on any machine.")
+    if found.of("quality") and not found.of("score"):
+        limits.append("Quality is perplexity alone here; no task was scored.")
+    return limits
+
+
+def findings(found: Measurements, serving: Serving) -> list[str]:
+    """Say in sentences what the main table shows of the fine-tuned model against the others."""
+    base, tuned, control = (serving.run(one) for one in ("base", "fine-tuned", "control"))
+    if base is None or tuned is None:
+        return []
+    said = [_transfers(base, tuned, control), _price(found, control is not None)]
+    for link in serving.links:
+        fast, slow = (serving.runs[name].get(link) for name in ("fine-tuned", "base"))
+        after, before = (estimate(run, "tokens_per_s") for run in (fast, slow))
+        if before is not None and after is not None:
+            times = quotient(fast, slow, "tokens_per_s")
+            beside = f", {inline(times)} times the base's" if times is not None else ", base"
+            said.append(
+                f"Over the {link_text(link)} it writes {inline(after)} tokens a second{beside} "
+                f"{inline(before)}."
+            )
+    return [text for text in said if text]
+
+
+def _transfers(base: Record, tuned: Record, control: Record | None) -> str | None:
+    before, after, middle = (estimate(run, "transfers_per_token") for run in (base, tuned, control))
+    if before is None or after is None:
+        return None
+    if not (times := _times_fewer(base, tuned)):
+        return (
+            "No change in expert transfers shown: per token "
+            f"{inline(before)} base, {inline(after)} fine-tuned."
+        )
+    text = (
+        f"The fine-tuned model needs {times} expert transfers per token than the base: "
+        f"{inline(after)} instead of {inline(before)}"
+    )
+    # Any fine-tuning changes locality; only the step from the control is the locality terms' doing.
+    if control is None or middle is None:
+        return f"{text}."
+    times = _times_fewer(control, tuned) or "no change shown"
+    return f"{text}; against the control, {inline(middle)}, {times}."
+
+
+def _times_fewer(other: Record, tuned: Record) -> str:
+    """Say how many times fewer or more transfers than another's; empty where none is shown."""
+    for top, bottom, word in ((other, tuned, "fewer"), (tuned, other, "more")):
+        times = quotient(top, bottom, "transfers_per_token")
+        if times is not None and times.n > 1 and times.low > 1:
+            return f"{inline(times)} times {word}"
+    return ""
+
+
+def _price(found: Measurements, has_control: bool) -> str | None:
+    parts = []
+    for in_domain, where in ((True, "in domain"), (False, "out of domain")):
+        tuned, control = (perplexity(found, m, in_domain) for m in ("fine-tuned", "control"))
+        if tuned is None or control is None:
+            continue
+        amount = increase(*(quality(found, m, in_domain) for m in ("fine-tuned", "control")))
+        if not amount:  # the records do not list their sequences
+            continue
+        beside = f"{inline(tuned, digits=4)} against {inline(control, digits=4)}"
+        parts.append(f"{amount} {where} ({beside})")
+    if not parts:
+        return None if has_control else "No control was measured, so the price is not known."
+    differing = differing_settings(found)
+    if differing == []:
+        return f"Its price in perplexity, over {about_control(differing)}: {join(parts)}."
+    return f"Its perplexity is {join(parts)}, over {about_control(differing)}."

@@ -5,16 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from melinoe.errors import DataError
-from melinoe.report.records import Measurements, Sources, read_records
+from melinoe.report.records import Sources, read_records
 from melinoe.report.table import Table, markdown, render
-from melinoe.report.tables import (
-    benchmark_tables,
-    comparison_table,
-    corpus_table,
-    main_table,
-    score_table,
-    servings,
-)
+from melinoe.report.tables import benchmark_tables, main_table, model_tables, servings
 from melinoe.whole_file import write_whole
 
 OPENING = re.compile(r"<!-- report:([\w-]+) -->")
@@ -39,13 +32,16 @@ def update_readme(
         DataError: the file cannot be read or written, has no marker, a marker that nothing
             closes, or a name that no record fills; nothing has been written.
     """
-    path = Path(readme)
+    path, found = Path(readme), read_records(sources)
     try:
         before = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise DataError(f"cannot read {path} ({reason}); name a Markdown file") from error
-    texts = _texts(read_records(sources), more)
+    tables = (*model_tables(found), *benchmark_tables(found), *more)
+    texts = {table.name.replace("_", "-"): markdown(table) for table in tables}
+    if configurations := servings(found):
+        texts["demo"] = render([main_table(found, one) for one in configurations], "markdown")
     pieces, stale, position = [], [], 0
     while opening := OPENING.search(before, position):
         name = opening.group(1)
@@ -75,16 +71,3 @@ def update_readme(
                 f"cannot write {path} ({error.strerror}); make it and its directory writable"
             ) from None
     return stale
-
-
-def _texts(found: Measurements, more: Iterable[Table]) -> dict[str, str]:
-    """The Markdown for each marker name that the records can fill."""
-    texts = {}
-    if tables := [main_table(found, configuration) for configuration in servings(found)]:
-        texts["demo"] = render(tables, "markdown")
-    if (corpora := corpus_table(found)) is not None:
-        texts["corpora"] = render([corpora], "markdown")
-    for table in (score_table(found), comparison_table(found), *benchmark_tables(found), *more):
-        if table is not None:
-            texts[table.name.replace("_", "-")] = markdown(table)
-    return texts

@@ -1,9 +1,8 @@
 """
 Read measurement records: JSON objects from files or from memory, checked before they are used.
 
-A `.jsonl` file holds one record a line, a `.json` file one record or a list of them. A record is
-a plain dict with a ``kind``; a benchmark's result has ``benchmark`` instead. Every mean is an
-estimate ``{"mean", "low", "high", "n"}``: *low* and *high* are its 95 % interval over *n* items.
+A record is a plain dict with a ``kind``; a benchmark's result has ``benchmark`` instead. Every mean
+is an estimate ``{"mean", "low", "high", "n"}``: its 95 % interval over *n* items.
 """
 
 import json
@@ -17,7 +16,45 @@ from melinoe.errors import DataError
 from melinoe.stats import Estimate
 
 Record = Mapping[str, Any]
-Source = Record | Path | str
+
+# Losses that a training log may hold, with their names for people.
+TRAINING_TERMS = {
+    "nll": "next-token loss (nats)",
+    "cache": "cache loss",
+    "anchor": "anchor loss",
+    "reuse": "reuse loss",
+    "distill": "distillation loss",
+    "match": "hidden-state distance",
+    "replay": "replay loss (nats)",
+}
+
+# Kind -> the type of each field. A trailing "?": may be null or absent, because it was not
+# measured; [] is a list with something in it, {} an object whose values are of that type.
+FIELDS = {
+    "serve": "model:text strategy:text policy:text? slots:count? num_experts:count link:link? "
+    "hit_rate:estimate? adjusted_hit_rate:estimate? zero_miss_tokens:estimate? "
+    "transfers_per_token:estimate? prefetch_transfers_per_token:estimate? "
+    "prefetch_precision:estimate? prefetch_recall:estimate? prefetch_waste_per_token:estimate? "
+    "prefill_transfers:estimate? tokens_per_s:estimate? tpot_s:estimate? ttft_s:estimate? "
+    "stall_ms_per_token:estimate? hit_rate_by_layer:[estimate?]?",
+    "quality": "model:text domain:text in_domain:flag perplexity:estimate per_sequence:object?",
+    "score": "model:text domain:text metric:text how:text? score:estimate",
+    "comparison": "model:text other:text domain:text metric:text better:text? change:estimate "
+    "relative:flag",
+    "locality": "model:text experts_per_sequence:[number] num_experts:count reuse:estimate? "
+    "distinct_experts:number?",
+    "reading": "model:text policy:text slots:count transfers_per_token:estimate per_prompt:object?",
+    "curve": "model:text policy:text slots:[count] hit_rate:[estimate] num_experts:count",
+    "layers": "model:text policy:text slots:count num_experts:count hit_rate_by_layer:[estimate?]",
+    "predictor": "model:text winner:text? slots:count recall:{estimate?} saved:{estimate?}? "
+    "ceiling:estimate? gain:estimate?",
+    "training": "model:text log:[object] settings:object?",
+    "usage": "model:text num_experts:count shown_layers:[count] counts:[[[count]]]",
+    "timeline": "model:text slots:count num_experts:count link:link? ms:[number] "
+    "stall_ms:[number] loads:[[count]] hits:[[count]]?",
+    "demo": "settings:object? seconds:object? machine:object?",
+    "benchmark": "benchmark:text machine:object?",
+}
 
 
 @dataclass
@@ -31,16 +68,12 @@ class Measurements:
         """Return the records of one *kind*; an empty list where none was read."""
         return self.by_kind.get(kind, [])
 
-    def first(self, kind: str) -> Record | None:
-        """Return the first record of one *kind*, or ``None``."""
-        return next(iter(self.of(kind)), None)
-
     def by_model(self, kind: str) -> dict[str, Record]:
         """Return the last record of each model."""
         return {record["model"]: record for record in self.of(kind)}
 
 
-Sources = Measurements | Iterable[Source] | Source
+Sources = Measurements | Iterable[Record | Path | str] | Record | Path | str
 
 
 def read_records(sources: Sources) -> Measurements:
@@ -96,7 +129,9 @@ def _files(source: Path) -> list[Path]:
 
 
 def _items(path: Path) -> Iterator[tuple[Any, str]]:
-    """Each record of a file, and where it stands."""
+    """Yield each record of a file, and where it stands."""
+    if path.suffix not in (".json", ".jsonl"):
+        raise DataError(f"{path} is neither .jsonl nor .json; name a file of records")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -107,17 +142,14 @@ def _items(path: Path) -> Iterator[tuple[Any, str]]:
         # Not splitlines: strings may hold Unicode's own line ends, which JSON leaves as they are.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                where = f"{path}, line {number}"
-                yield _parse(line, where), where
-    elif path.suffix == ".json":
-        whole = _parse(text, str(path))
-        if isinstance(whole, list):
-            for index, item in enumerate(whole, start=1):
-                yield item, f"{path}, record {index}"
-        else:
-            yield whole, str(path)
-    else:
-        raise DataError(f"{path} is neither .jsonl nor .json; name a file of records")
+                yield _parse(line, where := f"{path}, line {number}"), where
+        return
+    whole = _parse(text, str(path))
+    if not isinstance(whole, list):
+        yield whole, str(path)
+        return
+    for index, item in enumerate(whole, start=1):
+        yield item, f"{path}, record {index}"
 
 
 def _parse(text: str, where: str) -> Any:
@@ -128,100 +160,10 @@ def _parse(text: str, where: str) -> Any:
         raise DataError(message) from error
 
 
-def read_estimate(value: Mapping[str, Any] | None) -> Estimate | None:
-    """Turn a checked record's estimate into an `Estimate`; ``None``, not measured, stays so."""
-    return None if value is None else Estimate.from_dict(dict(value))
-
-
 def estimate(record: Record | None, name: str) -> Estimate | None:
-    """Take an estimate out of a record, if both exist."""
-    return None if record is None else read_estimate(record.get(name))
-
-
-# --- what a record must hold ----------------------------------------------------------------------
-
-# Losses that a training log may hold, with their names for people.
-TRAINING_TERMS = {
-    "nll": "next-token loss (nats)",
-    "cache": "cache loss",
-    "anchor": "anchor loss",
-    "reuse": "reuse loss",
-    "distill": "distillation loss",
-    "match": "hidden-state distance",
-    "replay": "replay loss (nats)",
-}
-
-# Kind -> type -> fields. A trailing "?": may be null or absent, because it was not measured.
-FIELDS = {
-    "serve": {
-        "text": "model strategy policy? miss? prefetch?",
-        "count": "slots? num_experts",
-        "link": "link?",
-        "list of estimates or null": "hit_rate_by_layer?",
-        "estimate": "hit_rate? adjusted_hit_rate? zero_miss_tokens? transfers_per_token? "
-        "prefetch_transfers_per_token? prefetch_precision? prefetch_recall? "
-        "prefetch_waste_per_token? computed_there_per_token? prefill_transfers? tokens_per_s? "
-        "tpot_s? ttft_s? stall_ms_per_token?",
-    },
-    "quality": {
-        "text": "model domain",
-        "flag": "in_domain",
-        "estimate": "perplexity increase_over_control?",
-        "object": "per_sequence?",
-    },
-    "score": {"text": "model domain metric how?", "estimate": "score"},
-    "comparison": {
-        "text": "model other domain metric better?",
-        "estimate": "change",
-        "flag": "relative",
-    },
-    "locality": {
-        "text": "model",
-        "list of numbers": "experts_per_sequence",
-        "count": "num_experts",
-        "estimate": "reuse?",
-        "number": "distinct_experts?",
-    },
-    "reading": {
-        "text": "model policy",
-        "count": "slots num_experts",
-        "estimate": "transfers_per_token",
-        "object": "per_prompt?",
-    },
-    "curve": {
-        "text": "model policy",
-        "list of counts": "slots",
-        "list of estimates": "hit_rate transfers_per_token?",
-        "count": "num_experts",
-    },
-    "layers": {
-        "text": "model policy",
-        "count": "slots num_experts",
-        "list of estimates or null": "hit_rate_by_layer",
-    },
-    "predictor": {
-        "text": "model winner? prefetch?",
-        "count": "slots",
-        "estimates by name": "recall transfers? saved?",
-        "estimate": "ceiling? gain?",
-    },
-    "training": {"text": "model", "list of objects": "log", "object": "settings?"},
-    "usage": {
-        "text": "model",
-        "count": "num_experts",
-        "list of counts": "shown_layers",
-        "list of lists of lists of counts": "counts",
-    },
-    "timeline": {
-        "text": "model",
-        "count": "slots num_experts",
-        "link": "link?",
-        "list of numbers": "ms stall_ms",
-        "list of lists of counts": "loads hits?",
-    },
-    "demo": {"object": "settings? seconds? machine?"},
-    "benchmark": {"text": "benchmark", "object": "machine?"},
-}
+    """Take an estimate out of a record; ``None`` where there is no record, or it has none."""
+    value = None if record is None else record.get(name)
+    return None if value is None else Estimate.from_dict(value)
 
 
 def check(record: Any, where: str) -> str | None:
@@ -246,96 +188,68 @@ def check(record: Any, where: str) -> str | None:
         raise fail("the record says no 'kind'")
     if kind not in FIELDS:
         return None
-    for wanted, names in FIELDS[kind].items():
-        for name in names.split():
-            value = record.get(name.removesuffix("?"))
-            if value is None and not name.endswith("?"):
-                raise fail(f"the {kind} record has no {name!r}")
-            if value is not None and (problem := _problem(value, wanted)):
-                raise fail(f"{name.removesuffix('?')!r} of the {kind} record {problem}")
+    for one in FIELDS[kind].split():
+        name, wanted = one.split(":")
+        if record.get(name) is None and not wanted.endswith("?"):
+            raise fail(f"the {kind} record has no {name!r}")
+        if problem := _problem(record.get(name), wanted):
+            raise fail(f"{name!r} of the {kind} record {problem}")
     if kind == "curve" and len(record["slots"]) != len(record["hit_rate"]):
         raise fail("'slots' and 'hit_rate' of the curve record differ in length")
     if kind == "training":
         for row in record["log"]:
-            terms = [row[term] for term in TRAINING_TERMS if row.get(term) is not None]
-            if _count(row.get("step")) or any(_number(term) for term in terms):
+            terms = [_problem(row.get(term), "number?") for term in TRAINING_TERMS]
+            if _problem(row.get("step"), "count") or any(terms):
                 raise fail(f"the training record's log has the entry {json.dumps(row)[:80]}")
     return kind
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "text": (lambda value: isinstance(value, str) and bool(value), "is not a text"),
+    "flag": (lambda value: isinstance(value, bool), "is not true or false"),
+    "object": (lambda value: isinstance(value, dict), "is not an object"),
+    "number": (_is_number, "is not a number"),
+    "count": (_is_count, "is not a whole number of 0 or more"),
+}
+_OBJECTS = {
+    "estimate": {"mean": "number", "low": "number", "high": "number", "n": "count"},
+    "link": {"bandwidth_gb_s": "number", "latency_us": "number"},
+}
+
+
 def _problem(value: Any, wanted: str) -> str | None:
     """Say what keeps *value* from being of a type of `FIELDS`; None if it is of it."""
-    if not wanted.startswith("list of "):
-        return _TYPES[wanted](value)
-    if not isinstance(value, list) or not value:
-        return "is not a list with something in it"
-    item_type = wanted.removeprefix("list of ")
-    if not item_type.startswith("lists of "):
-        item_type = _ITEMS[item_type]
-    for index, item in enumerate(value):
-        if problem := _problem(item, item_type.replace("lists of ", "list of ", 1)):
-            return f"item {index} {problem}"
-    return None
-
-
-def _number(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "is not a number"
-    return None if math.isfinite(value) else "is not finite"
-
-
-def _count(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        return "is not a whole number of 0 or more"
-    return None
-
-
-def _estimate(value: Any) -> str | None:
+    if wanted.endswith("?"):
+        return None if value is None else _problem(value, wanted[:-1])
+    if wanted[0] in "[{":
+        whole = list if wanted[0] == "[" else dict
+        if not isinstance(value, whole) or not value:
+            of = "a list with something in it" if whole is list else "an object of estimates"
+            return f"is not {of}"
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        said = ((key, _problem(item, wanted[1:-1])) for key, item in items)
+        return next((f"item {key!r} {problem}" for key, problem in said if problem), None)
+    if wanted in _PLAIN:
+        holds, wrong = _PLAIN[wanted]
+        if not holds(value):
+            return wrong
+        return "is not finite" if wanted == "number" and not math.isfinite(value) else None
+    parts = _OBJECTS[wanted]
     if not isinstance(value, dict):
-        return "is not an estimate {mean, low, high, n}"
-    for key in ("mean", "low", "high"):
+        return f"is not an object of {', '.join(parts)}"
+    for key, kind in parts.items():
         if key not in value:
             return f"has no {key!r}"
-        if problem := _number(value[key]):
+        if problem := _problem(value[key], kind):
             return f"has a {key!r} that {problem}"
-    if problem := _count(value.get("n")):
-        return f"has an 'n' that {problem}"
-    return None if value["low"] <= value["high"] else "has 'low' above 'high'"
-
-
-def _estimates_by_name(value: Any) -> str | None:
-    if not isinstance(value, dict) or not value:
-        return "is not an object of estimates"
-    for name, item in value.items():
-        if item is not None and (problem := _estimate(item)):
-            return f"entry {name!r} {problem}"
+    if wanted == "estimate" and value["low"] > value["high"]:
+        return "has 'low' above 'high'"
     return None
-
-
-def _link(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return "is not null or {bandwidth_gb_s, latency_us}"
-    for key in ("bandwidth_gb_s", "latency_us"):
-        if problem := _number(value.get(key)):
-            return f"has a {key!r} that {problem}"
-    return None
-
-
-_TYPES: dict[str, Callable[[Any], str | None]] = {
-    "text": lambda value: None if isinstance(value, str) and value else "is not a text",
-    "flag": lambda value: None if isinstance(value, bool) else "is not true or false",
-    "object": lambda value: None if isinstance(value, dict) else "is not an object",
-    "estimate or null": lambda value: None if value is None else _estimate(value),
-    "number": _number,
-    "count": _count,
-    "estimate": _estimate,
-    "estimates by name": _estimates_by_name,
-    "link": _link,
-}
-_ITEMS = {
-    "numbers": "number",
-    "counts": "count",
-    "objects": "object",
-    "estimates": "estimate",
-    "estimates or null": "estimate or null",
-}

@@ -1,7 +1,7 @@
 # ruff: noqa: RUF001  (signs such as × and − are meant: they are what a reader sees)
 """Make the tables of a report: strategies, times, transfers, perplexity, scores, benchmarks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,40 @@ from melinoe.report.comparing import (
     reference,
 )
 from melinoe.report.records import Measurements, Record, estimate
-from melinoe.report.table import Cell, Table, cell
+from melinoe.report.table import NOT_MEASURED, Cell, Table, cell
 from melinoe.stats import Estimate
 
 Link = tuple[float, float] | None  # bandwidth in GB/s and latency in us; None: unmodified
+
+TIMES = {
+    "ttft_s": "time to first token (s)",
+    "tpot_s": "time per later token (s)",
+    "stall_ms_per_token": "stall (ms / token)",
+}
+TRANSFERS = {
+    "adjusted_hit_rate": ("adjusted hit rate", "%"),
+    "transfers_per_token": ("demanded / token", ""),
+    "prefetch_transfers_per_token": ("prefetched / token", ""),
+    "prefetch_precision": ("precision of prefetch", "%"),
+    "prefetch_recall": ("recall of prefetch", "%"),
+    "prefetch_waste_per_token": ("prefetched in vain / token", ""),
+    "prefill_transfers": ("transfers in prefill", ""),
+}
+PREDICTIONS = {
+    "empty": "an empty start",
+    "popularity": "global popularity",
+    "prefill": "the prefill's experts",
+    "learned": "the learned predictor",
+}
+OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
+MAIN_NOTE = (
+    "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast as "
+    "base; in brackets their intervals, paired by prompt or text where the records list those."
+)
+READING_NOTE = (
+    "Transfers per token are of the text that each model writes, greedily. Where all read the same "
+    "held-out answers, nothing is prefetched, and a model that repeats itself gains nothing by it."
+)
 
 
 def link_of(record: Record) -> Link:
@@ -31,9 +61,7 @@ def link_of(record: Record) -> Link:
 
 def link_text(link: Link) -> str:
     """Name a link: ``emulated link 2 GB/s, 50 µs``."""
-    if link is None:
-        return "unmodified link"
-    return f"emulated link {link[0]:g} GB/s, {link[1]:g} µs"
+    return f"emulated link {link[0]:g} GB/s, {link[1]:g} µs" if link else "unmodified link"
 
 
 @dataclass
@@ -82,23 +110,19 @@ def servings(found: Measurements) -> list[Serving]:
     bounded = [record for record in records if record["strategy"] != "all resident"]
     configurations: dict[tuple[int | None, str | None], Serving] = {}
     for record in bounded or records:
-        slots = record.get("slots") if bounded else None
-        key = (slots, record.get("policy"))
-        if key not in configurations:
-            configurations[key] = Serving(*key, record["num_experts"], {})
+        key = (record.get("slots") if bounded else None, record.get("policy"))
+        configurations.setdefault(key, Serving(*key, record["num_experts"], {}))
     repeated = 0
-    for serving in configurations.values():
+    for key, serving in configurations.items():
         for record in records:
-            everyone = record["strategy"] == "all resident"
-            same = (record.get("slots"), record.get("policy")) == (serving.slots, serving.policy)
-            if everyone or same:
+            same = (record.get("slots"), record.get("policy")) == key
+            if same or record["strategy"] == "all resident":
                 runs = serving.runs.setdefault(record["strategy"], {})
                 repeated += link_of(record) in runs
                 runs[link_of(record)] = record
-    if repeated:
-        note = f"{repeated} serve record(s) repeat an earlier one; the later one stands."
-        if note not in found.notes:
-            found.notes.append(note)
+    note = f"{repeated} serve record(s) repeat an earlier one; the later one stands."
+    if repeated and note not in found.notes:
+        found.notes.append(note)
     return list(configurations.values())
 
 
@@ -113,72 +137,41 @@ def main_table(found: Measurements, serving: Serving) -> Table:
     columns += ["transfers / token, reading the same text"] if read else []
     columns += ["perplexity in domain", "perplexity out of domain"]
     columns += [f"tokens/s, {link_text(link)}" for link in serving.links]
+
+    def beside(value: Record | None, base: Record | None, name: str, sign: str) -> Cell:
+        remark = "" if value is base else factor(value, base, name, sign)
+        return cell(estimate(value, name), remark=remark)
+
     base = serving.run("base")
-    rows = []
+    rows, ahead = [], []
     for strategy in serving.strategies:
         run = serving.run(strategy)
         assert run is not None
-        is_base = strategy == "base"
-        moved = estimate(run, "transfers_per_token")
-        less = "" if is_base else factor(run, base, "transfers_per_token", "÷")
         row = [Cell(strategy), cell(estimate(run, "hit_rate"), "%")]
-        row += [cell(estimate(run, "zero_miss_tokens"), "%"), cell(moved, remark=less)]
+        row.append(cell(estimate(run, "zero_miss_tokens"), "%"))
+        row.append(beside(run, base, "transfers_per_token", "÷"))
         if read:
             own = read.get(run["model"])
-            less = "" if is_base else factor(own, read.get("base"), "transfers_per_token", "÷")
-            row.append(cell(estimate(own, "transfers_per_token"), remark=less))
+            row.append(beside(own, read.get("base"), "transfers_per_token", "÷"))
         for in_domain in (True, False):
-            remark, of = "", reference(found, run["model"])
-            if of is not None:
-                ours, theirs = (quality(found, m, in_domain) for m in (run["model"], of))
-                remark = increase(ours, theirs)
+            other = reference(found, run["model"]) or ""
+            ours, theirs = (quality(found, m, in_domain) for m in (run["model"], other))
             value = perplexity(found, run["model"], in_domain)
-            row.append(cell(value, digits=4, remark=remark))
+            row.append(cell(value, digits=4, remark=increase(ours, theirs)))
         for link in serving.links:
             fast, slow = (serving.runs.get(name, {}).get(link) for name in (strategy, "base"))
-            remark = "" if is_base else factor(fast, slow, "tokens_per_s", "×")
-            row.append(cell(estimate(fast, "tokens_per_s"), remark=remark))
+            row.append(beside(fast, slow, "tokens_per_s", "×"))
         rows.append(row)
-    notes = [
-        "Below or behind each mean: its 95 % interval. ÷: times fewer than base; ×: times as fast "
-        "as base; in brackets their intervals, paired by prompt or text where the records list "
-        "those.",
-        quality_note(found),
-    ]
-    if read:
-        notes.append(
-            "Transfers per token are of the text that each model writes, greedily. Where all read "
-            "the same held-out answers, nothing is prefetched, and a model that repeats itself "
-            "gains nothing by it."
-        )
-    for strategy in serving.strategies:
-        ahead = estimate(serving.run(strategy), "prefetch_transfers_per_token")
-        if ahead is not None and ahead.mean > 0:
-            mean, interval = spread(ahead)
-            notes.append(
+        copied = estimate(run, "prefetch_transfers_per_token")
+        if copied is not None and copied.mean > 0:
+            ahead.append(
                 f"Transfers are those that a token waited for; {strategy} copies "
-                f"{mean} [{interval}] more per token ahead of need."
+                f"{cell(copied).inline()} more per token ahead of need."
             )
+    notes = [MAIN_NOTE, quality_note(found), *([READING_NOTE] if read else []), *ahead]
     if sum(not in_domain for _, in_domain in domains(found)) > 1:
         notes.append("Out of domain: geometric mean over the other corpora, taken as independent.")
     return Table("main", serving.title, columns, rows, notes)
-
-
-TIMES = {
-    "ttft_s": "time to first token (s)",
-    "tpot_s": "time per later token (s)",
-    "stall_ms_per_token": "stall (ms / token)",
-}
-TRANSFERS = {
-    "adjusted_hit_rate": ("adjusted hit rate", "%"),
-    "transfers_per_token": ("demanded / token", ""),
-    "prefetch_transfers_per_token": ("prefetched / token", ""),
-    "prefetch_precision": ("precision of prefetch", "%"),
-    "prefetch_recall": ("recall of prefetch", "%"),
-    "prefetch_waste_per_token": ("prefetched in vain / token", ""),
-    "prefill_transfers": ("transfers in prefill", ""),
-}
-OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
 
 
 def time_table(serving: Serving) -> Table:
@@ -195,9 +188,7 @@ def transfer_table(serving: Serving) -> Table:
     """Make the table of what was copied and when, one row per strategy, the same on any link."""
     runs = {strategy: serving.run(strategy) for strategy in serving.strategies}
     prefetched = any(estimate(run, "prefetch_precision") for run in runs.values())
-    shown = {
-        key: about for key, about in TRANSFERS.items() if prefetched or key not in OF_PREFETCHES
-    }
+    shown = {k: about for k, about in TRANSFERS.items() if prefetched or k not in OF_PREFETCHES}
     rows = [
         [Cell(strategy), *(cell(estimate(run, key), unit) for key, (_, unit) in shown.items())]
         for strategy, run in runs.items()
@@ -206,24 +197,28 @@ def transfer_table(serving: Serving) -> Table:
     return Table("transfers", f"Transfers: {serving.title}", columns, rows)
 
 
+def model_tables(found: Measurements) -> list[Table]:
+    """Make the tables of perplexity per corpus, of task scores, and of paired comparisons."""
+    made = (corpus_table(found), score_table(found), comparison_table(found))
+    return [table for table in made if table is not None]
+
+
 def corpus_table(found: Measurements) -> Table | None:
     """Make the table of every model's perplexity on every corpus; ``None`` without records."""
     records = {(r["model"], r["domain"]): r for r in found.of("quality")}
     if not records:
         return None
-    models = in_order(r["model"] for r in found.of("quality"))
+    models = in_order(model for model, _ in records)
     rows = []
     for domain, in_domain in domains(found):
         row = [Cell(domain + (" (trained on)" if in_domain else ""))]
         for model in models:
-            one, of = records.get((model, domain)), reference(found, model)
-            other = records.get((of, domain)) if of else None
+            one, other = (records.get((m, domain)) for m in (model, reference(found, model) or ""))
             remark = increase([one], [other]) if one and other else ""
             row.append(cell(estimate(one, "perplexity"), "", 4, remark))
         rows.append(row)
-    return Table(
-        "corpora", "Perplexity per corpus", ["corpus", *models], rows, [quality_note(found)]
-    )
+    columns = ["corpus", *models]
+    return Table("corpora", "Perplexity per corpus", columns, rows, [quality_note(found)])
 
 
 def score_table(found: Measurements) -> Table | None:
@@ -232,25 +227,21 @@ def score_table(found: Measurements) -> Table | None:
     if not records:
         return None
     models = in_order(model for _, _, model in records)
+
+    def score(record: Record | None) -> Cell:
+        value = estimate(record, "score")
+        if record is None or value is None:
+            return cell(None)
+        right = f"{record['right']:,} " if record.get("right") is not None else ""
+        return cell(value, remark=f"{right}of {value.n:,}")
+
     rows = [
-        [
-            Cell(f"{domain}: {metric.replace('_', ' ')}"),
-            *(_score(records.get((domain, metric, model))) for model in models),
-        ]
+        [Cell(f"{domain}: {words(metric)}")]
+        + [score(records.get((domain, metric, model))) for model in models]
         for domain, metric in dict.fromkeys(key[:2] for key in records)
     ]
-    notes = {
-        f"{r['metric'].replace('_', ' ')}: {r['how']}" for r in records.values() if r.get("how")
-    }
+    notes = {f"{words(r['metric'])}: {r['how']}" for r in records.values() if r.get("how")}
     return Table("scores", "Task scores", ["text or task", *models], rows, sorted(notes))
-
-
-def _score(record: Record | None) -> Cell:
-    score = estimate(record, "score")
-    if record is None or score is None:
-        return cell(None)
-    right = f"{record['right']:,} " if record.get("right") is not None else ""
-    return cell(score, remark=f"{right}of {score.n:,}")
 
 
 def comparison_table(found: Measurements) -> Table | None:
@@ -258,25 +249,49 @@ def comparison_table(found: Measurements) -> Table | None:
     records = {
         (r["domain"], r["metric"], r["model"], r["other"]): r for r in found.of("comparison")
     }
-    if not records:
-        return None
     rows = []
     for (domain, metric, model, other), record in records.items():
-        change = Estimate.from_dict(dict(record["change"]))
-        if record["relative"]:
-            shown = Cell(signed(change))
-        else:
-            mean, interval = spread(change)
-            shown = Cell(mean, interval)
-        better = record.get("better") or "no difference shown"
-        name = f"{metric.replace('_', ' ')}, {domain}: {model} against {other}"
-        rows.append([Cell(name), shown, Cell(better)])
+        change = Estimate.from_dict(record["change"])
+        shown = Cell(signed(change)) if record["relative"] else Cell(*spread(change))
+        name = f"{words(metric)}, {domain}: {model} against {other}"
+        rows.append([Cell(name), shown, Cell(record.get("better") or "no difference shown")])
     note = "Paired by example; no difference is shown where the interval holds none."
     columns = ["comparison", "change", "better"]
-    return Table("comparisons", "Two models on the same examples", columns, rows, [note])
+    title = "Two models on the same examples"
+    return Table("comparisons", title, columns, rows, [note]) if rows else None
 
 
-# --- benchmark results: JSON with ``benchmark``, its figures, and the machine ---------------------
+def words(metric: str) -> str:
+    """Write a metric's name for people."""
+    return metric.replace("_", " ")
+
+
+def predictor_table(found: Measurements) -> Table | None:
+    """Make the table of what the predictor and its rivals find, and what loading ahead saves."""
+    records = found.by_model("predictor")
+    if not records:
+        return None
+    models = in_order(records)
+    rows = []
+
+    def add(text: str, key: str, inside: str | None = None, unit: str = "%") -> None:
+        found = [records[m].get(inside) if inside else records[m] for m in models]
+        if any(estimate(one, key) for one in found):
+            rows.append([Cell(text), *(cell(estimate(one, key), unit) for one in found)])
+
+    names = dict.fromkeys(name for record in records.values() for name in record["recall"])
+    for name in names:
+        add(f"recall of {PREDICTIONS.get(name, name)}", name, "recall")
+    add("recall of the best unchanging choice", "ceiling")
+    add("recall, learned minus best rival", "gain")
+    for name in names:
+        add(f"transfers a token saved by {PREDICTIONS.get(name, name)}", name, "saved", "")
+    slots = next(iter(records.values()))["slots"]
+    notes = [f"{slots} experts named per layer. An interval that contains 0 shows no gain."]
+    return Table("predictor", "Predictor beside free rivals", ["measure", *models], rows, notes)
+
+
+# --- benchmark results: JSON with ``benchmark``, its rows, and the machine -----------------------
 
 # Keys that describe a result file and are no figures.
 ABOUT = frozenset(
@@ -289,11 +304,8 @@ RANGES = tuple(
     for middle in ("mean", "median")
     for low, high in (("low", "high"), ("p5", "p95"), ("min", "max"))
 )
-INTERVALS = "Below or in brackets: a 95 % interval."
-SEEN = "Below or in brackets: the range that the benchmark saw."
-BOTH = (
-    "Below or in brackets: a 95 % interval for a mean, "
-    "the range that the benchmark saw for a median."
+RANGE_NOTE = (
+    "Below or in brackets: the 95 % interval of a mean, or of a median the range that was seen."
 )
 
 
@@ -307,29 +319,22 @@ def benchmark_table(record: Record) -> Table:
     """
     Make the table of one benchmark's result.
 
-    ``result`` (without it, every figure of the record) may be a list of rows or
-    a mapping of figures, nested as deep as it likes; ``{mean, low, high}``, ``{median, min, max}``
-    and ``{median, p5, p95}`` are one value with its range. Sentences in ``notes`` stand below it.
-    Columns that hold nothing in any row are left out.
+    ``result`` is a list of rows, or a mapping, which is one row; without it, the figures of the
+    record are. ``{mean, low, high}``, ``{median, min, max}`` and ``{median, p5, p95}`` are a value
+    with its range. Sentences in ``notes`` stand below. Columns that are empty are left out.
     """
-    result = record.get("result")
-    if result is None:
-        result = {key: value for key, value in record.items() if key not in ABOUT}
+    result = record.get("result") or {key: v for key, v in record.items() if key not in ABOUT}
+    rows = [result] if isinstance(result, Mapping) else result
+    named = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in named if any(row.get(key) is not None for row in rows)]
     name = record["benchmark"].replace("_", "-")
-    kinds = set(_kinds_of_ranges(result))
-    notes = [BOTH if len(kinds) == 2 else INTERVALS if True in kinds else SEEN] if kinds else []
-    notes += [str(note) for note in record.get("notes") or []]
-    machine = hardware(record.get("machine") or {})
-    notes += [f"Machine: {machine}."] if machine else []
+    ranges = any(spread_of(value) for row in rows for value in row.values())
+    notes = [RANGE_NOTE] * ranges + [str(note) for note in record.get("notes") or []]
+    if machine := hardware(record.get("machine") or {}):
+        notes.append(f"Machine: {machine}.")
     title = str(record.get("title") or name.replace("-", " ").capitalize())
-    if isinstance(result, list) and result and all(isinstance(row, Mapping) for row in result):
-        told = {key for row in result for key, value in row.items() if value is not None}
-        columns = [key for key in dict.fromkeys(k for row in result for k in row) if key in told]
-        cells = [[value_cell(key, row.get(key)) for key in columns] for row in result]
-        return Table(name, title, [label(key) for key in columns], cells, notes)
-    figures = result if isinstance(result, Mapping) else {"result": result}
-    rows = [[Cell(text), value] for text, value in _figures(figures)]
-    return Table(name, title, ["figure", "value"], rows, notes)
+    cells = [[value_cell(key, row.get(key)) for key in columns] for row in rows]
+    return Table(name, title, [label(key) for key in columns], cells, notes)
 
 
 def spread_of(value: Any) -> Estimate | None:
@@ -343,15 +348,6 @@ def spread_of(value: Any) -> Estimate | None:
     return None
 
 
-def _kinds_of_ranges(value: Any) -> Iterator[bool]:
-    """For each range within *value*, whether it is an interval: a mean between low and high."""
-    if spread_of(value) is not None:
-        yield {"mean", "low", "high"} <= value.keys()
-    elif isinstance(value, Mapping | list | tuple):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _kinds_of_ranges(one)
-
-
 def value_cell(key: str, value: Any) -> Cell:
     """Make the cell of one figure: an estimate, a median with its range, a number or a text."""
     scale = 1 / 2**30 if key.endswith("_bytes") else 1.0
@@ -359,28 +355,12 @@ def value_cell(key: str, value: Any) -> Cell:
         return cell(Estimate(scale * found.mean, scale * found.low, scale * found.high, found.n))
     if isinstance(value, Mapping):
         return Cell(", ".join(f"{label(k)} {value_cell(k, v).inline()}" for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return Cell(", ".join(value_cell(key, item).inline() for item in value))
     if isinstance(value, bool):
         return Cell("yes" if value else "no")
     if isinstance(value, int) and scale == 1:
         return Cell(f"{value:,}")
     if isinstance(value, int | float):
         return Cell(plain(scale * value))
-    if isinstance(value, list | tuple):
-        return Cell(", ".join(value_cell(key, item).inline() for item in value))
-    return Cell("n/a" if value is None else str(value))
-
-
-def _figures(
-    result: Mapping[str, Any], path: tuple[str, ...] = (), unit: str = ""
-) -> Iterator[tuple[str, Cell]]:
-    """Nested figures, each as name and cell: ``request, lru, all hits (µs)``."""
-    for key, value in result.items():
-        own = unit if label(key) == key.replace("_", " ") else key
-        names = (*path, str(key))
-        if isinstance(value, Mapping) and spread_of(value) is None and value:
-            yield from _figures(value, names, own)
-            continue
-        bare = [label(one).partition(" (")[0] if one == own else label(one) for one in names]
-        ending = label(own).partition(" (")[2]
-        name = ", ".join(bare) + (f" ({ending}" if ending else "")
-        yield name, value_cell(own or str(key), value)
+    return Cell(NOT_MEASURED if value is None else str(value))

@@ -1,4 +1,4 @@
-"""The Python of docs/fast-engine.md runs as it stands, on the CPU, with the model that ships."""
+"""The Python of docs/device-engine.md runs as it stands, on the CPU, with the model that ships."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from melinoe.checkpoint import load_tokenizer
 from melinoe.checkpoint.files import read_config
 from melinoe.shipped import TINY_OLMOE
 
-PAGE = (Path(__file__).parents[3] / "docs" / "fast-engine.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "device-engine.md").read_text()
 
 
 def test_the_code_of_the_page_runs():
@@ -28,7 +28,7 @@ def test_the_code_of_the_page_runs():
     for code in blocks:
         for here, there in small.items():
             code = code.replace(here, there)
-        exec(compile(code, "docs/fast-engine.md", "exec"), names)
+        exec(compile(code, "docs/device-engine.md", "exec"), names)
     assert names["tokens"].shape[1] == names["ids"].shape[1] + 3
     assert [len(one.generated_tokens) for one in names["outputs"].values()] == [3, 3]
     assert isinstance(names["handle"], melinoe.engine.handle.Handle)
