@@ -28,32 +28,20 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Generation:
-    """
-    One prompt's answer and its cost.
+    """One prompt's answer and its cost."""
 
-    Attributes:
-        text: What was generated, without special tokens.
-        ids: Generated token ids, end-of-text included if it was reached.
-        prompt_ids: The prompt's token ids.
-        counters: Of this call alone; ``None`` for a plain model.
-        predictor_s: Asking the prefetcher before the prompt, and issuing what it named then,
-            seconds; part of *ttft_s*. One that loads for the completion is asked when it begins.
-        ttft_s: From the call to the first new token, seconds; waiting for other threads' texts
-            left out.
-        seconds: From the call to the last new token.
-        stall_s: Waited for experts while decoding, the prompt's forward pass left out.
-        prompt_stall_s: Waited for experts in the prompt's forward pass.
-    """
-
-    text: str
-    ids: list[int]
-    prompt_ids: list[int]
-    counters: Counters | None
+    text: str  # what was generated, without special tokens
+    ids: list[int]  # generated token ids, end-of-text included if it was reached
+    prompt_ids: list[int]  # the prompt's token ids
+    counters: Counters | None  # of this call alone; ``None`` for a plain model
+    # Asking the prefetcher before the prompt, and issuing what it named then, seconds; part of
+    # *ttft_s*. One that loads for the completion is asked when it begins.
     predictor_s: float
+    # From the call to the first new token, seconds; waiting for other threads' texts left out.
     ttft_s: float
-    seconds: float
-    stall_s: float
-    prompt_stall_s: float
+    seconds: float  # from the call to the last new token
+    stall_s: float  # waited for experts while decoding, the prompt's forward pass left out
+    prompt_stall_s: float  # waited for experts in the prompt's forward pass
 
     @property
     def decode_tokens(self) -> int:
@@ -217,19 +205,13 @@ def trace_prompts(
     """
     Generate from each prompt in turn, and record which experts every token chose.
 
-    One sequence per prompt, in order, batch 1. The ids of the prompts, which `predictor.fit`
-    wants beside the trace, are `prompt_ids` of each.
+    One sequence per prompt, in order, batch 1; any number of slots gives the same trace if choices
+    are exact. Other arguments as in `generate`.
 
     Args:
-        model: As in `generate`.
-        handle: As in `generate`; any number of slots gives the same trace if choices are exact.
-        tokenizer: As in `generate`.
         prompts: At least one.
-        max_new_tokens: At most so many for each.
         progress: Told in words after each tenth of the prompts.
         guesses: Also record what each layer's router says one layer early while decoding.
-        prefetch: As in `generate`.
-        sampling: As in `generate`.
 
     Raises:
         DataError: no prompts, or an empty one.

@@ -12,16 +12,12 @@ from melinoe.errors import OutputExistsError, WriteError
 
 
 @contextmanager
-def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
+def held(path: str | Path) -> Iterator[None]:
     """
     Hold the lock of *path*, ``.<name>.lock`` beside it, which is removed at the end.
 
     The system takes it from a process that ends in any way, so what a killed one leaves of it
-    stops nobody.
-
-    Args:
-        path: What will be written; the directory that it will be in is made.
-        wait: For another process that holds it, instead of refusing.
+    stops nobody. The directory that *path* will be in is made.
 
     Raises:
         OutputExistsError: another process holds it; the message names that one.
@@ -31,7 +27,7 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
 
     path = Path(path).expanduser().absolute()
     file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(file, timeout=-1 if wait else 0)
+    lock = FileLock(file, timeout=0)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -51,7 +47,7 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):  # while it is held: whoever waits notices, and makes a new one
+        with suppress(OSError):
             file.unlink()
         lock.release()
 
