@@ -20,7 +20,7 @@ def command(
         option("Resident experts of each layer. Repeatable. Default: a quarter.", min=1),
     ] = None,
     policy: Annotated[
-        list[str] | None, option("Who is evicted first. Repeatable. Default: lru and lfu.")
+        list[str] | None, option("Which expert is evicted first. Repeatable. Default: lru and lfu.")
     ] = None,
     max_new_tokens: Annotated[int, option("Generate at most this many tokens.", min=2)] = 64,
     repeat: Annotated[int, option("Serve each prompt this often, and take the median.", min=1)] = 1,

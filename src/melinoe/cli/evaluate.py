@@ -70,7 +70,7 @@ def command(
     prompts: Annotated[int, option("Trace this many prompts.", _LOCALITY, min=1)] = 32,
     at_slots: Annotated[
         list[int] | None,
-        option("Slots of a simulated layer. Repeatable. Default: 1/8, 1/4, 1/2.", _LOCALITY, min=1),
+        option("Simulate so many slots. Repeatable. Default: 1/8, 1/4, 1/2.", _LOCALITY, min=1),
     ] = None,
     task_path: Annotated[Path | None, option("Directory of further task files.", _TASKS)] = None,
     fewshot: Annotated[int | None, option("Examples before each question.", _TASKS, min=0)] = None,
