@@ -41,7 +41,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, encode, load_examples, pad_token_id
 from melinoe.evaluate import perplexity
 from melinoe.finetune import train
-from melinoe.finetune.adapter import Adapter, adapter_of
+from melinoe.finetune.adapter import Adapter
 from melinoe.finetune.own_text import own_text
 from melinoe.measure import (
     append_jsonl,
@@ -204,15 +204,15 @@ def anchor(seed: int) -> list[Encoded]:
 @functools.cache
 def teacher(plain: FinetuneSettings) -> Adapter:
     """Next tokens alone, as many steps as the student will take."""
-    kept: list[Adapter] = []
-    train(
+    done = train(
         base_model(),
         texts()["train"],
         plain,
         pad_token_id=pad_token_id(tokenizer()),
-        before_merge=lambda parts: kept.append(adapter_of(parts)),
+        keep_adapter=True,
     )
-    return kept[0]
+    assert done.adapter is not None
+    return done.adapter
 
 
 def judge(model: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from small_runs import examples, settings
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
 from melinoe.finetune import train
-from melinoe.finetune.adapter import adapter_of
-from melinoe.finetune.parts import AttentionUpdates, make_trainable
-from melinoe.finetune.teacher import Teacher
+from melinoe.finetune.adapter import Teacher, adapter_of
+from melinoe.finetune.parts import LowRankUpdates, make_trainable
 from melinoe.moe.attention import find_attention
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
@@ -46,19 +45,21 @@ def test_outputs_and_gradients_are_pefts():
     ours, base = tiny.tiny_model("olmoe").double(), tiny.tiny_model("olmoe").double()
     for model in (ours, base):
         model.set_experts_implementation("eager")  # the grouped product knows no float64
-    updates = AttentionUpdates(find_attention(ours, find_experts(ours)), 3, 6.0, 0)
+    attention = find_attention(ours, find_experts(ours))
+    updates = LowRankUpdates(ours, [], 3, 6.0, 0, attention=attention)
     for parameter in updates.parameters().values():
         parameter.data = parameter.data.double()
-    names = list(updates.projections)
+    names = list(updates.attention)
     theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=names))
     inside = theirs.base_model.model
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name in names:
             module, own = inside.get_submodule(name), updates.of(name)
-            own.lora_B.copy_(0.2 * torch.randn(own.lora_B.shape, generator=generator))
-            module.lora_A["default"].weight.copy_(own.lora_A)
-            module.lora_B["default"].weight.copy_(own.lora_B)
+            b = own.lora_B["weight"]
+            b.copy_(0.2 * torch.randn(b.shape, generator=generator))
+            module.lora_A["default"].weight.copy_(own.lora_A["weight"])
+            module.lora_B["default"].weight.copy_(b)
     losses = [m(input_ids=IDS).logits.square().mean() for m in (ours, inside)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
     for loss in losses:
@@ -66,8 +67,10 @@ def test_outputs_and_gradients_are_pefts():
     for name in names:
         module, own = inside.get_submodule(name), updates.of(name)
         for mine, other in ((own.lora_A, module.lora_A), (own.lora_B, module.lora_B)):
-            assert mine.grad.abs().max() > 0
-            torch.testing.assert_close(mine.grad, other["default"].weight.grad, rtol=1e-9, atol=0)
+            assert mine["weight"].grad.abs().max() > 0
+            torch.testing.assert_close(
+                mine["weight"].grad, other["default"].weight.grad, rtol=1e-9, atol=0
+            )
 
 
 def test_updates_start_at_zero_and_equally_for_a_seed():
@@ -77,7 +80,7 @@ def test_updates_start_at_zero_and_equally_for_a_seed():
     first = parts_of(model)
     assert torch.equal(output(model), plain)
     second, third = parts_of(tiny.tiny_model("olmoe")), parts_of(tiny.tiny_model("olmoe"), seed=1)
-    name = "model.layers.0.self_attn.q_proj.low_rank.lora_A"
+    name = "model.layers.0.self_attn.q_proj.low_rank.lora_A.weight"
     assert torch.equal(first.lora[name], second.lora[name])
     assert not torch.equal(first.lora[name], third.lora[name])
     assert first.lora[name].abs().max() <= 32**-0.5
@@ -105,11 +108,11 @@ def test_every_update_acts_in_every_family(family):
     others = (*choosing, "compressor.kv_proj", "compressor.gate_proj")
     dead = [
         name
-        for name in parts.attention.projections
-        if (grad := parts.attention.of(name).lora_B.grad) is None or not grad.any()
+        for name in parts.updates.attention
+        if (grad := parts.updates.of(name).lora_B["weight"].grad) is None or not grad.any()
     ]
     assert [name for name in dead if not name.endswith(others)] == []
-    assert len(dead) < len(parts.attention.projections)
+    assert len(dead) < len(parts.updates.attention)
 
 
 def test_merging_gives_the_trained_models_logits():
@@ -125,12 +128,12 @@ def test_merging_gives_the_trained_models_logits():
 
 
 def test_without_updates_a_pass_is_the_bases():
-    """`disabled` switches experts' and attention's updates off, and on again."""
+    """Replaced by nothing, experts' and attention's updates are off, and then on again."""
     model = tiny.tiny_model("olmoe")
     plain = output(model)
     parts = moved(parts_of(model))
     trained = output(model)
-    with parts.disabled():
+    with parts.replaced({}):
         assert torch.equal(output(model), plain)
     assert torch.equal(output(model), trained)
 
@@ -141,11 +144,10 @@ def test_a_teachers_attention_acts_in_the_place_of_the_students():
     teacher_parts = moved(parts_of(teacher_model), seed=8)
     adapter = adapter_of(teacher_parts)
     model = tiny.tiny_model("olmoe")
-    layers = find_experts(model)
     parts = moved(parts_of(model), seed=9)
     own = output(model)
-    teacher = Teacher(adapter, parts, layers, torch.device("cpu"))
-    with teacher.disabled():
+    teacher = Teacher(adapter, parts, torch.device("cpu"))
+    with parts.replaced(teacher.updates):
         torch.testing.assert_close(output(model), output(teacher_model), rtol=1e-6, atol=1e-6)
     assert torch.equal(output(model), own)
 
@@ -154,10 +156,9 @@ def test_a_teacher_of_attention_is_refused_where_attention_is_not_trained():
     """One sentence that names what to train."""
     adapter = adapter_of(moved(parts_of(tiny.tiny_model("olmoe"))))
     model = tiny.tiny_model("olmoe")
-    layers = find_experts(model)
     parts = parts_of(model, train="router+experts")
     with pytest.raises(TrainingError, match=r"self_attn\.q_proj was trained.*\+attention"):
-        Teacher(adapter, parts, layers, torch.device("cpu"))
+        Teacher(adapter, parts, torch.device("cpu"))
 
 
 def test_a_run_moves_attention_only_where_it_is_asked_for():

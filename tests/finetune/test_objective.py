@@ -173,7 +173,6 @@ def test_settings_of_terms_that_weigh_nothing_decide_nothing():
     assert one.control().deciding() == other.control().deciding()
     replayed = FinetuneSettings(lambda_replay=0.1, own_texts=7)
     assert replayed.control().deciding()["own_texts"] == 7
-    assert "eval_every" in FinetuneSettings(keep="best", eval_every=2).deciding()
 
 
 # ---- passes beside the batch's own ----
@@ -223,7 +222,7 @@ def test_an_interrupted_pass_puts_the_model_back():
         objective._taught(model, {"no_such_input": None}, recorder)
     assert all("forward" not in router.module.__dict__ for router in find_routers(model))
     updates = objective.parts.updates
-    assert all(updates.of(layer).enabled for layer in updates.layers)
+    assert all(updates.of(layer).instead is None for layer in updates.layers)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,7 @@ def test_replay_is_the_next_token_loss_of_its_own_batch():
     copy.load_state_dict(model.state_dict())
     replay, chosen = Replay(examples(3, seed=5), 0, seed=0), settings(lambda_replay=0.7)
     objective, batch = objective_of(model, chosen, replay=replay), batch_of(examples())
-    objective.begin_step(4)
+    objective.next_replayed = 4
     terms = objective.measure(model, batch, training=True)
     anchor = replay.batch(4)
     inputs = {key: anchor[key] for key in ("input_ids", "attention_mask", "labels")}

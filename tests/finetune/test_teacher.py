@@ -13,10 +13,9 @@ from melinoe.cli.app import app
 from melinoe.data import Collator, load_examples
 from melinoe.errors import CheckpointError, TrainingError
 from melinoe.finetune import finetune, train
-from melinoe.finetune.adapter import adapter_of
+from melinoe.finetune.adapter import Teacher, adapter_of, read_teacher
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.parts import make_trainable
-from melinoe.finetune.teacher import Teacher, read_teacher
 from melinoe.losses import match_loss
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
@@ -44,7 +43,7 @@ def student_and_teacher(family, **changes):
     own.merge()
     routers, layers = find_routers(model), find_experts(model)
     parts = make_trainable(model, routers, layers, chosen, rank=2)
-    teacher = Teacher(adapter, parts, layers, CPU)
+    teacher = Teacher(adapter, parts, CPU)
     objective = Objective(routers, chosen, parts=parts, teacher=teacher)
     moved(parts, 9)
     return model, objective, taught, base
@@ -103,7 +102,9 @@ def test_a_teachers_pass_leaves_the_run_as_it_was():
     terms["match"].backward()
     got = {name for name, one in model.named_parameters() if one.grad is not None}
     assert any("lora_B" in name for name in got) and any("gate" in name for name in got)
-    assert all(one.grad is None for low in objective.teacher._experts for one in low.parameters())
+    assert all(
+        one.grad is None for low in objective.teacher.updates.values() for one in low.parameters()
+    )
     assert {name for name, _ in model.named_parameters()} == names
     assert torch.equal(states_of(model, inputs)[0], before)
 
@@ -234,12 +235,12 @@ def test_a_control_learns_from_whom_its_run_learns(checkpoint):
 def test_run_and_control_have_one_teacher(checkpoint):
     """So that the gap between them is the locality terms' alone."""
     held = checkpoint / "held.jsonl"
-    rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abc"]
+    rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abcdefgh"]
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
     options = "--steps 2 --capacity 0.5 --against control --teacher plain"
     done = CliRunner().invoke(app, f"{command} {options} --eval-data {held}".split())
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0, (done.output, done.exception)
     records = [
         json.loads((checkpoint / name / "melinoe.json").read_text()) for name in ("o", "o.control")
     ]

@@ -19,7 +19,7 @@ from melinoe.finetune import finetune
 from melinoe.outcome import record_outcome, why_no_control
 
 SETTINGS_OF = {
-    "lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3, "batch_size": 4, "keep": "last",
+    "lambda_cache": 0.5, "lambda_rank": 0.1, "seed": 3, "batch_size": 4,
 }  # fmt: skip
 OFF = {"lambda_cache": 0.0}
 OURS = {

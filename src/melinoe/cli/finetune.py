@@ -22,7 +22,7 @@ _OTHERS: dict[str | None, tuple[str, ...]] = {
         "gradient_accumulation", "packing", "gradient_checkpointing", "compute_dtype", "warmup",
         "schedule", "max_grad_norm",
     ),
-    _RUN: ("log_every", "eval_every", "save_every", "keep", "save", "report_to"),
+    _RUN: ("log_every", "eval_every", "save_every", "save", "report_to"),
 }  # fmt: skip
 _NAMED = {name for names in _OTHERS.values() for name in names}
 # A setting that no other panel names belongs to the objective.
@@ -99,8 +99,14 @@ def command(
         settings = settings.control()
     from melinoe.data import load_examples
     from melinoe.finetune import finetune
-    from melinoe.finetune.processes import leave
-    from melinoe.finetune.run import beside, check_place, is_written, train_control, train_teacher
+    from melinoe.finetune.run import (
+        beside,
+        check_place,
+        is_written,
+        leave,
+        train_control,
+        train_teacher,
+    )
 
     output.quiet()
     runs = [out.expanduser(), *([beside(out, CONTROL)] if against == CONTROL else [])]

@@ -119,11 +119,6 @@ class FinetuneSettings:
     save_every: int | None = setting(
         None, "steps between checkpoints of the run; absent: only when it is interrupted"
     )
-    keep: str = setting(
-        "last",
-        "write the last weights, or the best on the held-out examples",
-        choices=("last", "best"),
-    )
     save: str = setting(
         "merged",
         "write a plain checkpoint, the adapter in PEFT's files, or both",
@@ -165,7 +160,7 @@ class FinetuneSettings:
         Left out are those of reporting and saving, and those of terms that weigh nothing: two runs
         that agree here, on the same base and data, end alike.
         """
-        idle = {*_BOOKKEEPING, *(() if self.keep == "best" else ("eval_every",))}
+        idle = {*_BOOKKEEPING}
         for weight, others in _READ_BY.items():
             if getattr(self, weight) == 0:
                 idle |= {*others}
@@ -193,4 +188,11 @@ _READ_BY = {
     "lambda_rank": ("anchor", "rho"),
     "lambda_replay": ("own_texts",),
 }
-_BOOKKEEPING = ("log_every", "save_every", "save", "report_to", "gradient_checkpointing")
+_BOOKKEEPING = (
+    "log_every",
+    "eval_every",
+    "save_every",
+    "save",
+    "report_to",
+    "gradient_checkpointing",
+)

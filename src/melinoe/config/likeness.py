@@ -14,6 +14,7 @@ _TERMS = {"lambda_rank", "lambda_match", "lambda_replay"}
 _GONE: dict[str, tuple[str | None, Any]] = {
     "lambda_distill": (None, 0.0),
     "weight_decay": (None, 0.0),
+    "keep": (None, "last"),
     "replay_loss": ("lambda_replay", "nll"),
     "replay_batch_size": ("lambda_replay", 2),
     "rank_reduce": ("lambda_rank", "mean"),

@@ -1,24 +1,21 @@
 """
-Adapters: what fine-tuning trained, without its model, in memory and in PEFT's files.
+Adapters: what fine-tuning trained, without its model, in memory, in PEFT's files, and as a teacher.
 
-``adapter_model.safetensors`` holds the factors of all updates and, whole, the routers;
-``adapter_config.json`` names the updated stacks of experts (``target_parameters``), the updated
-linear modules (``target_modules``) and the routers (``modules_to_save``), each by its full name.
-``PeftModel.from_pretrained`` takes the directory as it is. Routers are kept in float32: what a
-checkpoint in bfloat16 must round is exact here.
+``adapter_model.safetensors`` holds the factors of all updates and, whole and in float32, the
+routers; ``adapter_config.json`` names the updated stacks of experts (``target_parameters``), the
+updated linear modules (``target_modules``) and the routers (``modules_to_save``).
 
 For a stack of *E* experts PEFT keeps two plain linear layers: ``lora_A`` of weight ``(E r, in)``,
-experts outermost, and ``lora_B`` of weight ``(out, r E)``, experts **innermost**. Ours are
-``(E, r, in)`` and ``(E, out, r)``. PEFT wraps a module once per updated parameter, the first one
-innermost, so the last has its factors on the outermost wrapper and each before it one
-``base_layer`` deeper (``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21).
+experts outermost, and ``lora_B`` of weight ``(out, r E)``, experts **innermost**. PEFT wraps a
+module once per updated parameter, the first one innermost, so the last has its factors on the
+outermost wrapper and each before it one ``base_layer`` deeper (``ParamWrapper`` of PEFT 0.21).
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import copymode
 from typing import Any
@@ -28,20 +25,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from melinoe.errors import CheckpointError
-from melinoe.finetune.parts import PROJECTIONS, TrainedParts, add_update, is_transposed
-from melinoe.moe.experts import ExpertsLayer, find_experts
-from melinoe.moe.routing import Router, find_routers
+from melinoe.checkpoint.metadata import read_metadata
+from melinoe.checkpoint.verifying import sum_of
+from melinoe.errors import CheckpointError, TrainingError
+from melinoe.finetune.parts import (
+    PROJECTIONS,
+    Factors,
+    LowRank,
+    TrainedParts,
+    add_update,
+    is_transposed,
+)
+from melinoe.moe.base_routers import BaseRouters
+from melinoe.moe.experts import find_experts
+from melinoe.moe.routing import find_routers, fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+DIRECTORY = "adapter"
+"""Name of the adapter's directory in a checkpoint that was saved with it."""
 
+_PREFIX = "base_model.model."
 # What else PEFT can put into such a file, and the values by which it says that it did not.
 _NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out")
+_ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
 # What PEFT puts behind the name of a module, and the experts of transformers before its fifth.
 _OF_PEFT = re.compile(r"\.(?:base_layer|lora_|modules_to_save|original_module)")
 _OF_ONE_EXPERT = re.compile(r"experts\.\d+\.")
-_ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
 
 
 @dataclass(frozen=True)
@@ -53,25 +62,22 @@ class Adapter:
         rank: Of each update.
         alpha: As PEFT's ``lora_alpha``.
         scaling: Updates are ``scaling x B A``.
-        factors: Experts module -> projection -> ``(A, B)``, ``(E, r, in)`` and ``(E, out, r)``.
-        routers: Router module -> its whole state, buffers included.
-        linears: Linear module -> ``(A, B)``, ``(r, in)`` and ``(out, r)``.
+        factors: Module name to the factors of its parameters; a linear module's is ``weight``.
+        routers: Router module to its whole state, buffers included.
+        sha256: Of the file that it was read from.
     """
 
     rank: int
     alpha: float
     scaling: float
-    factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    factors: dict[str, Factors]
     routers: dict[str, dict[str, Tensor]]
-    linears: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sha256: str | None = None
 
     def names(self) -> list[str]:
         """Full names of all tensors of the model that `apply` may change."""
-        return [
-            *(f"{name}.{key}" for name, state in self.routers.items() for key in state),
-            *(f"{name}.{projection}" for name, own in self.factors.items() for projection in own),
-            *(f"{name}.weight" for name in self.linears),
-        ]
+        both: tuple[Mapping[str, Mapping[str, Any]], ...] = (self.routers, self.factors)
+        return [f"{name}.{key}" for of in both for name, own in of.items() for key in own]
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -84,28 +90,84 @@ class Adapter:
         for name, state in self.routers.items():
             model.get_submodule(name).load_state_dict(state)
         done: dict[int, tuple[Tensor, Tensor]] = {}
+        for name, own in self.factors.items():
+            module = model.get_submodule(name)
+            for key, update in own.items():
+                weight = module.get_parameter(key)
+                if (other := done.setdefault(id(weight), update)) is update:
+                    add_update(weight, *update, self.scaling, is_transposed(module))
+                elif not all(map(torch.equal, other, update)):
+                    raise CheckpointError(
+                        f"the weights of {name} are shared with another layer, but the adapter "
+                        "updates both differently, so it cannot be merged; train with updates that "
+                        "are shared"
+                    )
 
-        def is_new(name: str, weight: Tensor, update: tuple[Tensor, Tensor]) -> bool:
-            if (other := done.setdefault(id(weight), update)) is update:
-                return True
-            if not all(map(torch.equal, other, update)):
-                raise CheckpointError(
-                    f"the weights of {name} are shared with another layer, but the adapter updates "
-                    "both differently, so it cannot be merged; train with updates that are shared"
-                )
-            return False
 
-        for name, projections in self.factors.items():
-            experts = model.get_submodule(name)
-            for projection, update in projections.items():
-                weight = experts.get_parameter(projection)
-                if is_new(name, weight, update):
-                    for one, down, up in zip(weight, *update, strict=True):
-                        add_update(one, down, up, self.scaling, is_transposed(experts))
-        for name, update in self.linears.items():
-            weight = model.get_submodule(name).get_parameter("weight")
-            if is_new(name, weight, update):
-                add_update(weight, *update, self.scaling, False)
+class Teacher:
+    """
+    An adapter of the same base, to act for a pass in the place of what is being trained.
+
+    Both share every frozen weight, so a teacher costs the memory of its routers and updates, and a
+    forward pass without gradients per batch.
+
+    Args:
+        adapter: From `read_teacher`.
+        parts: Of the model in training, before or after any step.
+        device: Where passes will run.
+
+    Raises:
+        TrainingError: the teacher changes experts or other projections, and this run does not.
+    """
+
+    def __init__(self, adapter: Adapter, parts: TrainedParts, device: torch.device) -> None:
+        sites = {} if parts.updates is None else parts.updates.sites
+        if adapter.factors and not sites:
+            raise TrainingError(
+                "the teacher's experts were trained, but this run trains routers alone; train the "
+                "experts too, or give a teacher whose routers alone were trained"
+            )
+        if beyond := [name for name in adapter.factors if name not in sites]:
+            raise TrainingError(
+                f"the teacher's {beyond[0]} was trained, but this run does not train it; train "
+                "attention too (train: router+experts+attention), or give another teacher"
+            )
+        self.routers = BaseRouters(parts.routers, adapter.routers)
+        self.updates = {
+            name: LowRank(own, adapter.scaling, is_transposed(sites[name]))
+            .requires_grad_(False)
+            .to(device)
+            for name, own in adapter.factors.items()
+        }
+
+
+def read_teacher(directory: str | Path, model: nn.Module) -> Adapter:
+    """
+    Read the trained parts of an earlier run on the base *model*.
+
+    Args:
+        directory: What ``melinoe finetune --save adapter`` or ``both`` wrote, or PEFT.
+        model: The base, loaded; not changed.
+
+    Raises:
+        CheckpointError: no adapter there, or none of this base's shapes.
+        TrainingError: it was trained on another base.
+    """
+    path = place_of(directory)
+    adapter = read_adapter(path, model)
+    wanted = read_metadata(path).get("base_fingerprint")
+    if wanted is not None and wanted != fingerprint(model):
+        raise TrainingError(
+            f"the teacher in {path} was trained on another base model: their routers differ; give "
+            "a run on this base, or none"
+        )
+    return adapter
+
+
+def place_of(run: str | Path) -> Path:
+    """Return where a run's adapter lies: in its directory, or in a checkpoint's own."""
+    path = Path(run).expanduser()
+    return path / DIRECTORY if (path / DIRECTORY / CONFIG).is_file() else path
 
 
 def adapter_of(parts: TrainedParts) -> Adapter:
@@ -114,24 +176,17 @@ def adapter_of(parts: TrainedParts) -> Adapter:
 
     Collective under FSDP2: every process must call it, and gets all of it.
     """
-    factors, updates = {}, parts.updates
-    if updates is not None:
-        for layer in updates.layers:
-            own = updates.of(layer)
-            factors[layer.name] = {
-                name: (_copy(own.lora_A[name]), _copy(own.lora_B[name])) for name in own.names
-            }
+    updates, factors = parts.updates, dict[str, Factors]()
+    for site in () if updates is None else updates.sites:
+        one = updates.of(site)  # type: ignore[union-attr]
+        pairs = zip(one.names, one.lora_A.values(), one.lora_B.values(), strict=True)
+        factors[site] = {name: (_copy(down), _copy(up)) for name, down, up in pairs}
     routers = {
         router.name: {key: _copy(value) for key, value in router.module.state_dict().items()}
         for router in parts.routers
     }
-    linears = {}
-    if parts.attention is not None:
-        for name in parts.attention.projections:
-            one = parts.attention.of(name)
-            linears[name] = (_copy(one.lora_A), _copy(one.lora_B))
-    rank, alpha = (updates.rank, updates.alpha) if updates is not None else (1, 1.0)
-    return Adapter(rank, alpha, alpha / rank, factors, routers, linears)
+    rank, alpha = (1, 1.0) if updates is None else (updates.rank, updates.alpha)
+    return Adapter(rank, alpha, alpha / rank, factors, routers)
 
 
 def write_adapter(
@@ -150,24 +205,26 @@ def write_adapter(
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    tensors, targets = {}, []
-    for name, projections in adapter.factors.items():
-        for projection, key_A, key_B in factor_keys(name, list(projections)):
-            down, up = projections[projection]
-            tensors[key_A], tensors[key_B] = to_peft_A(down), to_peft_B(up)
-            targets.append(f"{name}.{projection}")
-    for name, (down, up) in adapter.linears.items():
-        key_A, key_B = linear_keys(name)
-        tensors[key_A], tensors[key_B] = down.contiguous(), up.contiguous()
+    tensors: dict[str, Tensor] = {}
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name, own in adapter.factors.items():
+        for key, key_A, key_B in factor_keys(name, list(own)):
+            down, up = own[key]
+            if down.dim() == 2:
+                modules.append(name)
+            else:
+                parameters.append(f"{name}.{key}")
+                down, up = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
+            tensors |= {key_A: down.contiguous(), key_B: up.contiguous()}
     for name, state in adapter.routers.items():
-        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
-    changes = targets or adapter.linears
+        tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in state.items()}
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         # PEFT refuses an adapter that changes no layer, unless it is told so by this word.
-        target_modules=list(adapter.linears) if changes else DUMMY_TARGET_MODULES,
-        target_parameters=targets,
+        target_modules=modules if adapter.factors else DUMMY_TARGET_MODULES,
+        target_parameters=parameters,
         modules_to_save=list(adapter.routers),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM" if generates else None,
@@ -235,21 +292,66 @@ def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
         raise CheckpointError(
             f"{path / WEIGHTS} is not readable ({error}); write the adapter again"
         ) from None
-    rank, scaling = _rank_and_scaling(config)
-    factors = {}
+
+    def take(key: str, *shape: int) -> Tensor:
+        found = tensors.pop(key, None)
+        if found is None or tuple(found.shape) != shape:
+            what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise CheckpointError(
+                f"{path} does not fit this base model: it holds {what} for "
+                f"{key.removeprefix(_PREFIX)}, where {shape} is due; give its own base with --base"
+            )
+        return found
+
+    rank, common = _rank_and_scaling(config)
+
+    def scaled(up: Tensor, scaling: float) -> Tensor:  # so that the factor of all is right for it
+        return up if scaling == common else up.float() * (scaling / common)
+
+    factors: dict[str, Factors] = {}
     for layer in find_experts(model):
-        projections = _targeted(layer, config)
-        if projections:
-            factors[layer.name] = dict(_take_factors(path, layer, projections, config, tensors))
-    routers = {
-        router.name: state
-        for router in find_routers(model)
-        if (state := _take_router(path, router, tensors))
-    }
-    linears = dict(_take_linears(path, model, config, tensors))
+        shapes = {
+            one.name: one.shape
+            for one in layer.tensors
+            if one.name in PROJECTIONS and _is_target(f"{layer.name}.{one.name}", config)
+        }
+        own = {}
+        for name, key_A, key_B in factor_keys(layer.name, list(shapes)):
+            into, out = shapes[name] if is_transposed(layer.module) else shapes[name][::-1]
+            its_rank, scaling = _rank_and_scaling(config, f"{layer.name}.{name}")
+            pairs = layer.num_experts * its_rank
+            down, up = take(key_A, pairs, into), scaled(take(key_B, out, pairs), scaling)
+            own[name] = (from_peft_A(down, layer.num_experts), from_peft_B(up, layer.num_experts))
+        factors |= {layer.name: own} if own else {}
+    found, routers = find_routers(model), {}
+    for router in found:
+        state, stem = router.module.state_dict(), f"{_PREFIX}{router.name}."
+        if any(stem + key in tensors for key in state):
+            routers[router.name] = {key: take(stem + key, *one.shape) for key, one in state.items()}
+    # PEFT lays updates of single matrices out alike: of linear modules, routers (before
+    # transformers 5 a linear module, and named as such), parameters that are named.
+    of_routers = {f"{one.name}.{one.source}".rstrip(".") for one in found}
+    for name, module in model.named_modules():
+        ((_, key_A, key_B),) = factor_keys(name, ["weight"])
+        weight = getattr(module, "weight", None)
+        if not (key_A in tensors or key_B in tensors) or getattr(weight, "ndim", 0) != 2:
+            continue
+        named = _is_target(f"{name}.weight", config)
+        if isinstance(module, nn.Linear) or name in of_routers or named:
+            out, into = weight.shape  # type: ignore[union-attr]
+            its_rank, scaling = _rank_and_scaling(config, name, f"{name}.weight")
+            down, up = take(key_A, its_rank, into), take(key_B, out, its_rank)
+            factors[name] = {"weight": (down, scaled(up, scaling))}
     if tensors:
-        raise CheckpointError(_why_not(path, next(iter(tensors)).removeprefix(PREFIX), model))
-    return Adapter(rank, float(config["lora_alpha"]), scaling, factors, routers, linears)
+        raise CheckpointError(_why_not(path, next(iter(tensors)).removeprefix(_PREFIX), model))
+    return Adapter(
+        rank,
+        float(config["lora_alpha"]),
+        common,
+        factors,
+        routers,
+        sum_of(path / WEIGHTS)["sha256"],
+    )
 
 
 def _rank_and_scaling(config: dict[str, Any], *names: str) -> tuple[int, float]:
@@ -266,75 +368,10 @@ def _rank_and_scaling(config: dict[str, Any], *names: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _targeted(layer: ExpertsLayer, config: dict[str, Any]) -> list[str]:
-    """List the layer's projections that the adapter updates."""
-    return [
-        tensor.name
-        for tensor in layer.tensors
-        if tensor.name in PROJECTIONS and _is_target(f"{layer.name}.{tensor.name}", config)
-    ]
-
-
 def _is_target(parameter: str, config: dict[str, Any]) -> bool:
     """Whether an adapter names *parameter*, by PEFT's rule for names."""
     targets: Sequence[str] = config.get("target_parameters") or ()
     return any(f".{parameter}".endswith(f".{target}") for target in targets)
-
-
-def _take_factors(
-    path: Path,
-    layer: ExpertsLayer,
-    projections: list[str],
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
-    transposed, experts = is_transposed(layer.module), layer.num_experts
-    for projection, key_A, key_B in factor_keys(layer.name, projections):
-        into, out = shapes[projection] if transposed else shapes[projection][::-1]
-        rank, scaling = _rank_and_scaling(config, f"{layer.name}.{projection}")
-        down = _take(path, key_A, (experts * rank, into), tensors)
-        up = _take(path, key_B, (out, rank * experts), tensors)
-        up = _scaled(up, scaling, config)
-        yield projection, (from_peft_A(down, experts), from_peft_B(up, experts))
-
-
-def _scaled(up: Tensor, scaling: float, config: dict[str, Any]) -> Tensor:
-    """B of an update, so that the factor of all updates is right for it."""
-    _, common = _rank_and_scaling(config)
-    return up if scaling == common else up.float() * (scaling / common)
-
-
-def _take_linears(
-    path: Path, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """
-    Updates of single matrices: linear modules, routers, named parameters; their keys name them.
-
-    PEFT lays all of them out alike. What is a router's weight here was a linear module before
-    transformers 5, and may be named as such.
-    """
-    routers = {f"{one.name}.{one.source}".rstrip(".") for one in find_routers(model)}
-    for name, module in model.named_modules():
-        key_A, key_B = linear_keys(name)
-        weight = getattr(module, "weight", None)
-        if not (key_A in tensors or key_B in tensors) or getattr(weight, "ndim", 0) != 2:
-            continue
-        named = _is_target(f"{name}.weight", config)
-        if isinstance(module, nn.Linear) or name in routers or named:
-            out, into = weight.shape  # type: ignore[union-attr]
-            rank, scaling = _rank_and_scaling(config, name, f"{name}.weight")
-            down = _take(path, key_A, (rank, into), tensors)
-            yield name, (down, _scaled(_take(path, key_B, (out, rank), tensors), scaling, config))
-
-
-def _take_router(path: Path, router: Router, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take a router's state; nothing where the adapter does not hold it whole."""
-    own = router.module.state_dict()
-    stem = f"{PREFIX}{router.name}."
-    if not any(stem + key in tensors for key in own):
-        return {}
-    return {key: _take(path, stem + key, tuple(own[key].shape), tensors) for key in own}
 
 
 def _why_not(path: Path, name: str, model: nn.Module) -> str:
@@ -356,27 +393,6 @@ def _why_not(path: Path, name: str, model: nn.Module) -> str:
     )
 
 
-def _take(path: Path, key: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Tensor:
-    found = tensors.pop(key, None)
-    if found is None or tuple(found.shape) != shape:
-        what = "nothing" if found is None else f"shape {tuple(found.shape)}"
-        raise CheckpointError(
-            f"{path} does not fit this base model: it holds {what} for "
-            f"{key.removeprefix(PREFIX)}, where {shape} is due; give its own base with --base"
-        )
-    return found
-
-
-def to_peft_A(lora_A: Tensor) -> Tensor:
-    """Turn ``(E, r, in)`` into PEFT's ``(E r, in)``."""
-    return lora_A.flatten(0, 1).contiguous()
-
-
-def to_peft_B(lora_B: Tensor) -> Tensor:
-    """Turn ``(E, out, r)`` into PEFT's ``(out, r E)``."""
-    return lora_B.permute(1, 2, 0).flatten(1).contiguous()
-
-
 def from_peft_A(weight: Tensor, num_experts: int) -> Tensor:
     """Turn PEFT's ``(E r, in)`` into ``(E, r, in)``."""
     return weight.unflatten(0, (num_experts, -1)).contiguous()
@@ -387,23 +403,12 @@ def from_peft_B(weight: Tensor, num_experts: int) -> Tensor:
     return weight.unflatten(1, (-1, num_experts)).permute(2, 0, 1).contiguous()
 
 
-def factor_keys(experts_name: str, projections: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """
-    Name each projection's factors in an adapter's file: projection, lora_A's key, lora_B's key.
-
-    Args:
-        experts_name: Of the experts module in the base model.
-        projections: The updated parameters, in the module's own order.
-    """
-    for place, projection in enumerate(projections):
-        depth = ".base_layer" * (len(projections) - 1 - place)
-        stem = f"{PREFIX}{experts_name}{depth}"
-        yield projection, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-
-
-def linear_keys(name: str) -> tuple[str, str]:
-    """Name a linear module's lora_A, ``(r, in)``, and lora_B in an adapter's file."""
-    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+def factor_keys(module: str, parameters: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Name each parameter's factors in an adapter's file: parameter, key of A, key of B."""
+    for place, parameter in enumerate(parameters):
+        depth = ".base_layer" * (len(parameters) - 1 - place)
+        stem = f"{_PREFIX}{module}{depth}"
+        yield parameter, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ The cache term is computed without gradient where its weight is 0, so that a con
 the fine-tuned model's. The others are computed only if they weigh something.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.errors import TrainingError, UnsupportedModelError
+from melinoe.finetune.adapter import Teacher
 from melinoe.finetune.parts import TrainedParts
-from melinoe.finetune.teacher import Teacher
 from melinoe.losses import (
     CausalFilter,
     cache_simulation_loss,
@@ -36,7 +35,6 @@ from melinoe.losses import (
     rank_matching_loss,
 )
 from melinoe.moe.base_routers import BaseRouters
-from melinoe.moe.finite import broken_weight
 from melinoe.moe.routing import HiddenRecorder, Router, Routing, RoutingRecorder
 
 _NOT_FOR_THE_MODEL = ("labels", "segment_ids", "num_items_in_batch")
@@ -74,17 +72,12 @@ class Replay:
     Every text comes once before any comes again, in a new order each time.
 
     Args:
-        data: Encoded texts; every token but the first counts, prompt or not.
+        data: Encoded texts, at least one; every token but the first counts, prompt or not.
         pad_token_id: Any id; padding is masked.
         seed: Decides the order.
-
-    Raises:
-        ValueError: no text.
     """
 
     def __init__(self, data: Sequence[Encoded], pad_token_id: int, seed: int):
-        if not data:
-            raise ValueError("there is no anchor text")
         self.data = [Encoded(one.input_ids, [False, *[True] * (len(one) - 1)]) for one in data]
         self.seed, self._collate = seed, Collator(pad_token_id)
 
@@ -124,10 +117,11 @@ class Objective:
         replay: Replay | None = None,
         teacher: Teacher | None = None,
     ):
-        self.settings, self.parts, self.replay, self.teacher = settings, parts, replay, teacher
+        self.settings, self.replay, self.teacher = settings, replay, teacher
+        self.parts = parts or TrainedParts({}, {})
         self.base = BaseRouters(routers)
         self.recorder = RoutingRecorder(routers)
-        self._next_replayed = 0
+        self.next_replayed = 0  # batch of anchor text on this device
         for router in routers:
             if router.top_k is not None:
                 self._capacity(router, int(router.top_k))
@@ -135,10 +129,6 @@ class Objective:
             raise TrainingError(
                 "lambda_replay is above 0 but there is no anchor text; give some, or set it to 0"
             )
-
-    def begin_step(self, first_batch: int) -> None:
-        """Say which batch of anchor text comes next on this device."""
-        self._next_replayed = first_batch
 
     def measure(
         self,
@@ -165,24 +155,25 @@ class Objective:
         # Never 0: a process may get a batch in which nothing is to be learned.
         count = (labels != IGNORED).sum().clamp(min=1) if denominator is None else denominator
         hidden = None
-        if settings.lambda_match > 0:
+        if settings.is_taught:
             hidden = HiddenRecorder(self.recorder.routers, getattr(model, "module", model))
             taught = self._taught(model, batch, hidden)
         # The loss is computed here and not by the model: some families divide by their own count of
         # tokens, shift labels in their own way, or add a load-balancing loss.
         with self.recorder, hidden or nullcontext():
-            nll = next_token_loss(
-                _logits_at(model, batch), labels, ignored=IGNORED, denominator=count
-            )
+            nll = _next_token_loss(model, batch, count)
             routings = self.recorder.take()
         more = {}
         if hidden is not None:
             positions = completion_positions(labels != IGNORED)
             more["match"] = match_loss(hidden.take(), taught, positions, denominator=count)
-        if training and settings.lambda_replay > 0:
+        if training and self.replay is not None and settings.lambda_replay > 0:
+            replayed = self.replay.batch(self.next_replayed)
+            self.next_replayed += 1
+            replayed = {key: value.to(labels.device) for key, value in replayed.items()}
             # The batch's share of the step, so that batches and devices add up to one mean.
             share = (labels != IGNORED).sum() / count
-            more["replay"] = self._replayed(model, labels.device) * share
+            more["replay"] = _next_token_loss(model, replayed) * share
         return self.weigh(nll, routings, labels, batch["segment_ids"], count, more)
 
     def weigh(
@@ -206,8 +197,8 @@ class Objective:
             more: Terms from other passes, weighed by their names in the settings.
         """
         settings = self.settings
-        values = {"nll": nll, **self._locality(routings, labels, segment_ids, denominator)}
-        values |= more or {}
+        locality = self._locality(routings, labels, segment_ids, denominator)
+        values = {"nll": nll, **locality, **(more or {})}
         weights = {
             "nll": 1.0,
             "cache": settings.lambda_cache,
@@ -244,7 +235,7 @@ class Objective:
 
         for (num_experts, _, top_k), group in groups.items():
             logits = stack([one.logits for one in group])
-            with nullcontext() if self.settings.lambda_cache else torch.no_grad():
+            with nullcontext() if settings.lambda_cache else torch.no_grad():
                 cache.append(
                     cache_simulation_loss(
                         logits,
@@ -259,13 +250,12 @@ class Objective:
                 )
             if settings.lambda_rank > 0:
                 base = stack([self.base.logits(one) for one in group])
-                if settings.anchor == "kl":
-                    value = kl_anchor_loss(logits, base, completion, denominator=denominator)
-                else:
-                    value = rank_matching_loss(
-                        logits, base, completion, rho=settings.rho, denominator=denominator
-                    )
-                anchor.append(value)
+                given = (logits, base, completion)
+                anchor.append(
+                    kl_anchor_loss(*given, denominator=denominator)
+                    if settings.anchor == "kl"
+                    else rank_matching_loss(*given, rho=settings.rho, denominator=denominator)
+                )
         means = {"cache": torch.cat(cache).mean()}
         return means | ({"anchor": torch.cat(anchor).mean()} if anchor else {})
 
@@ -285,19 +275,12 @@ class Objective:
         self, model: nn.Module, batch: dict[str, Any], hidden: HiddenRecorder
     ) -> dict[int, Tensor]:
         """Hidden states of the teacher, or of the base model, on a batch."""
-        routers = self.base if self.teacher is None else self.teacher.routers
-        switch = self.parts if self.teacher is None else self.teacher
-        off = nullcontext() if switch is None else switch.disabled()
-        with off, routers.in_place(), hidden:
+        routers, updates = self.base, {}
+        if self.teacher is not None:
+            routers, updates = self.teacher.routers, self.teacher.updates
+        with self.parts.replaced(updates), routers.in_place(), hidden:
             model_outputs(model, batch)
         return hidden.take()
-
-    def _replayed(self, model: nn.Module, device: torch.device) -> Tensor:
-        """Compute the loss on the next batch of anchor text."""
-        assert self.replay is not None
-        batch = {k: v.to(device) for k, v in self.replay.batch(self._next_replayed).items()}
-        self._next_replayed += 1
-        return next_token_loss(_logits_at(model, batch), batch["labels"], ignored=IGNORED)
 
 
 def model_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
@@ -322,71 +305,11 @@ def logits_of(model: nn.Module, outputs: Any) -> Tensor:
     return logits
 
 
-def _logits_at(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Logits of a batch, one row for each of its tokens."""
+def _next_token_loss(model: nn.Module, batch: dict[str, Any], count: Any = None) -> Tensor:
     logits = logits_of(model, model_outputs(model, batch))
     if logits.shape[:-1] != batch["labels"].shape:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives logits for other positions than its input's, so it "
             "has no next-token loss to train on; use a family that predicts the next token"
         )
-    return logits
-
-
-@torch.no_grad()
-def held_out_terms(
-    model: Any,
-    data: Sequence[Encoded],
-    objective: Objective,
-    collator: Collator,
-    settings: FinetuneSettings,
-    accelerator: Any = None,
-) -> dict[str, float]:
-    """
-    Average ``nll``, ``total`` and each other term over the completion tokens of *data*.
-
-    Args:
-        model: In any mode, which it is left in.
-        data: At least one example; each is a row of its own, packing or not.
-        objective: Computes the terms.
-        collator: Pads the rows.
-        settings: ``batch_size`` and ``compute_dtype``.
-        accelerator: Of a run on several processes: each measures its share of the same batches
-            that one process would, and all return the same means. Every process must call.
-
-    Raises:
-        TrainingError: a mean is not finite.
-    """
-    was_training = model.training
-    model.eval()
-    processes = 1 if accelerator is None else accelerator.num_processes
-    index = 0 if accelerator is None else accelerator.process_index
-    device = next(model.parameters()).device if accelerator is None else accelerator.device
-    narrow = settings.compute_dtype == "bfloat16"
-    ordered = sorted(data, key=len)
-    starts = range(0, len(ordered), settings.batch_size)
-    sums: dict[str, float] = {}
-    tokens = 0
-    # Sharded weights are gathered by all processes together: each takes as many passes as any.
-    for number in range(-(-len(starts) // processes)):
-        mine = number * processes + index
-        start = starts[mine] if mine < len(starts) else 0
-        batch = collator(ordered[start : start + settings.batch_size])
-        batch = {key: value.to(device) for key, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
-            terms = objective.measure(model, batch, training=False)
-        count = int((batch["labels"] != IGNORED).sum()) if mine < len(starts) else 0
-        for key, value in terms.detached().items():
-            sums[key] = sums.get(key, 0.0) + float(value) * count
-        tokens += count
-    model.train(was_training)
-    totals = torch.tensor([*sums.values(), tokens], dtype=torch.float64, device=device)
-    if processes > 1:
-        totals = accelerator.reduce(totals, reduction="sum")
-    *values, tokens_of_all = totals.tolist()
-    if not all(map(math.isfinite, values)):
-        raise TrainingError(
-            "the loss on held-out examples is not finite: "
-            f"{broken_weight(model) or 'lower learning_rate or lambda_cache'}"
-        )
-    return {key: value / tokens_of_all for key, value in zip(sums, values, strict=True)}
+    return next_token_loss(logits, batch["labels"], ignored=IGNORED, denominator=count)

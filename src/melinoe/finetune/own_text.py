@@ -8,7 +8,6 @@ fine-tuning from forgetting the rest, and needs no corpus.
 Source: pseudo-rehearsal, Robins, Connection Science 7(2), 1995; here for language models.
 """
 
-import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from melinoe.data import Encoded, pad_token_id
 from melinoe.errors import TokenizerError, TrainingError
 from melinoe.finetune.objective import REPLAYED_AT_ONCE
 from melinoe.finetune.rows import rows_of
+from melinoe.finetune.trainer import is_sharded
 from melinoe.moe.finite import generate_finite
 
 _AT_ONCE = 64  # sequences sampled together
@@ -38,15 +38,13 @@ def write_own_text(
     data: Sequence[Encoded],
 ) -> list[Encoded]:
     """
-    Write `own_text` as *settings* ask for it, as long as the longest of *data*.
-
-    Every process writes the same, since it is the seed that decides.
+    Write `own_text` as *settings* ask for it, as long as the longest of *data*; alike everywhere.
 
     Raises:
         TrainingError: the model is to be sharded, so no device holds it whole; or as `own_text`.
         TokenizerError: as `own_text`.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or arguments.fsdp:
+    if is_sharded(arguments):
         raise TrainingError(
             "a sharded model cannot write its own anchor text before it is sharded; give a file of "
             "text as --anchor-data, or replay nothing (--lambda-replay 0)"
@@ -102,14 +100,34 @@ def own_text(
     was_training = model.training
     model.eval()
     texts: list[Encoded] = []
+    prompt = torch.full((min(_AT_ONCE, count), 1), start, device=device)
+    end = model.generation_config.eos_token_id
+    ends = set(end) if isinstance(end, list) else {end}
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
             rounds = 0
             while len(texts) < count:
-                wanted = min(_AT_ONCE, count - len(texts))
-                texts += _some(model, start, length, device, pad_token_id(tokenizer), wanted)
+                some = prompt[: count - len(texts)]
+                # A checkpoint's own sampling settings would narrow what it writes.
+                written = generate_finite(
+                    model,
+                    some,
+                    attention_mask=torch.ones_like(some),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
+                    max_new_tokens=length - 1,
+                    pad_token_id=pad_token_id(tokenizer),
+                )
+                for ids in written.tolist():
+                    over = (place for place, token in enumerate(ids) if place and token in ends)
+                    ids = ids[: next(over, len(ids)) + 1]
+                    if len(ids) >= SHORTEST:
+                        texts.append(Encoded(ids, [False, *[True] * (len(ids) - 1)]))
                 if (rounds := rounds + 1) > 8 and len(texts) < rounds:
                     raise TrainingError(
                         f"the base model ends nearly every text before {SHORTEST} tokens, so it "
@@ -119,34 +137,3 @@ def own_text(
         model.train(was_training)
     random.Random(seed).shuffle(texts)  # or the last batch's would be cut off unevenly
     return texts[:count]
-
-
-def _some(
-    model: Any, start: int, length: int, device: torch.device, padding: int, count: int
-) -> list[Encoded]:
-    prompt = torch.full((count, 1), start, device=device)
-    # A checkpoint's own sampling settings would narrow what it writes.
-    written = generate_finite(
-        model,
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=length - 1,
-        pad_token_id=padding,
-    ).tolist()
-    end = model.generation_config.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
-    cut = [_until(ids, ends) for ids in written]
-    return [Encoded(ids, [False, *[True] * (len(ids) - 1)]) for ids in cut if len(ids) >= SHORTEST]
-
-
-def _until(ids: list[int], ends: set[int | None]) -> list[int]:
-    """Cut ids behind the first end-of-text after the first token."""
-    for place, token in enumerate(ids[1:], start=1):
-        if token in ends:
-            return ids[: place + 1]
-    return ids

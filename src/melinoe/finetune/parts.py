@@ -2,23 +2,17 @@
 The trained parts of a model: routers in full, low-rank updates of experts and of attention.
 
 Each update is a child module, ``low_rank``, of the module that it changes, with PEFT's form and
-starting values: ``alpha / rank x B A``, A uniform within ``1 / sqrt(in)``, B zero. Base weights
-keep their names, by which teachers, checkpoints of a run and sharding know them.
-
-The update of one projection of expert *e* is ``alpha / rank x B_e A_e``. PEFT adds it to the whole
-stack of weights before each forward pass, and its gradient has the size of that stack; here the
-tokens of an expert go through ``A_e`` and ``B_e`` beside their grouped product with ``W_e``. The
-numbers are PEFT's up to rounding, which in bfloat16 is less: PEFT rounds ``W + B A``.
-
-Every update is in the graph of every forward pass. An expert that no token chose gets a gradient of
-zeros, never none, so that distributed training finds the same gradients on each process.
+starting values: ``alpha / rank x B A``, A uniform within ``1 / sqrt(in)``, B zero. PEFT adds it to
+a stack of experts before each pass, with a gradient of the stack's size; here the tokens of an
+expert go through its A and B beside their grouped product. The numbers are PEFT's up to rounding,
+which in bfloat16 is less: PEFT rounds ``W + B A``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,184 +29,80 @@ from melinoe.moe.experts import ADAPTER, ExpertsLayer, family
 from melinoe.moe.grouped import aligned_size, grouped_experts, grouped_product
 from melinoe.moe.routing import Router
 
-Compute = Callable[..., Tensor]
-"""Called as `grouped_experts`."""
-
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Parameter name to A ``(rank, in)`` and B ``(out, rank)``; of experts with their number before."""
 
 
 class LowRank(nn.Module):
     """
-    The updates of one experts module.
+    The updates of one module's weights.
 
     Args:
-        layer: The module, on any device; its weights are not read.
-        rank: Of each update.
-        alpha: Updates are multiplied by ``alpha / rank``.
-        generator: On the CPU; decides the starting values.
+        factors: Become its parameters, in float32.
+        scaling: Of each product ``B A``.
+        transposed: Whether the module stores its matrices as ``(in, out)``.
 
     Attributes:
-        lora_A: Per projection, float32 ``(num_experts, rank, in)``.
-        lora_B: Per projection, float32 ``(num_experts, out, rank)``.
-        enabled: Whether forward passes add them.
-        instead: Updates that act in place of these, or none of them, in a tuple of one: so they
-            are no submodule, whose parameters would be this module's own.
+        lora_A, lora_B: The factors by parameter name.
+        instead: What acts in its place, an update or none, in a tuple, so it is no submodule.
     """
 
-    def __init__(
-        self, layer: ExpertsLayer, rank: int, alpha: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, factors: Factors, scaling: float, transposed: bool = False) -> None:
         super().__init__()
-        self.rank, self.scaling, self.enabled = rank, alpha / rank, True
+        self.scaling, self.is_transposed = scaling, transposed
         self.instead: tuple[LowRank | None] | None = None
-        self.is_transposed = is_transposed(layer.module)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        for tensor in layer.tensors:
-            if tensor.name not in PROJECTIONS:
-                continue
-            device = layer.module.get_parameter(tensor.name).device
-            into, out = tensor.shape if self.is_transposed else tensor.shape[::-1]
-            start = torch.empty(layer.num_experts, rank, into)
-            start.uniform_(-1 / math.sqrt(into), 1 / math.sqrt(into), generator=generator)
-            zeros = torch.zeros(layer.num_experts, out, rank, device=device)
-            self.lora_A[tensor.name] = nn.Parameter(start.to(device))
-            self.lora_B[tensor.name] = nn.Parameter(zeros)
+        for name, (down, up) in factors.items():
+            self.lora_A[name] = nn.Parameter(down.float())
+            self.lora_B[name] = nn.Parameter(up.float())
 
     @property
     def names(self) -> list[str]:
-        """The projections that are updated, in the module's own order."""
+        """The parameters that are updated, in the module's own order."""
         return list(self.lora_A)
 
-    def forward(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Compute what the update of projection *name* adds; an `Addition` of `grouped_experts`."""
+    def forward(self, name: str, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Compute what the update of *name* adds; with offsets, an `Addition` of its experts."""
         return self.term(self.lora_A[name], self.lora_B[name], rows, offsets)
 
-    def term(self, down: Tensor, up: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Compute the same from the factors of those experts that *offsets* count."""
+    def term(self, down: Tensor, up: Tensor, rows: Tensor, offsets: Tensor | None) -> Tensor:
+        """Compute the same from these factors: of the experts that *offsets* count."""
+        if offsets is None:
+            inner = linear(rows, down.to(rows.dtype)) * self.scaling
+            return linear(inner, up.to(inner.dtype))
         down, up = down.to(rows.dtype), up.to(rows.dtype)
         # Rows of zeros, so that torch's kernel takes any rank.
-        if missing := aligned_size(self.rank, rows.dtype) - self.rank:
+        if missing := aligned_size(rank := down.shape[-2], rows.dtype) - rank:
             down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
         inner = grouped_product(rows, down.transpose(-2, -1), offsets) * self.scaling
         return grouped_product(inner, up.transpose(-2, -1), offsets)
 
     def add_to(self, module: nn.Module) -> None:
-        """Add the updates to the module's weights in place, expert by expert, rounded once."""
+        """Add the updates to the module's weights in place, each matrix rounded once."""
         for name in self.names:
-            weight, down, up = module.get_parameter(name), self.lora_A[name], self.lora_B[name]
-            for expert in range(weight.shape[0]):
-                add_update(
-                    weight[expert], down[expert], up[expert], self.scaling, self.is_transposed
-                )
+            weight, pair = module.get_parameter(name), (self.lora_A[name], self.lora_B[name])
+            add_update(weight, *pair, self.scaling, self.is_transposed)
 
 
-class LinearUpdate(nn.Module):
+class LowRankUpdates:
     """
-    The update of one linear projection.
+    The updates of a model's experts and attention, on the model while it trains.
+
+    The parameters are ordinary ones, ``<module>.low_rank.lora_A.<name>``: seen by
+    ``named_parameters()``, wrapped by DDP and FSDP2, moved with the model. Every update is in the
+    graph of every pass: an expert that no token chose gets a gradient of zeros, so that all
+    processes find the same gradients. Modules that share their weights share their update.
 
     Args:
-        projection: Gives shapes and device; its weight is not read.
-        rank: Of the update.
-        alpha: The update is multiplied by ``alpha / rank``.
-        generator: On the CPU; decides the starting values.
-
-    Attributes:
-        lora_A: float32 ``(rank, in)``.
-        lora_B: float32 ``(out, rank)``.
-        enabled, instead: As `LowRank`'s.
-    """
-
-    def __init__(
-        self, projection: nn.Linear, rank: int, alpha: float, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.scaling, self.enabled = alpha / rank, True
-        self.instead: tuple[LinearUpdate | None] | None = None
-        bound = 1 / math.sqrt(projection.in_features)
-        start = torch.empty(rank, projection.in_features).uniform_(
-            -bound, bound, generator=generator
-        )
-        device = projection.weight.device
-        self.lora_A = nn.Parameter(start.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(projection.out_features, rank, device=device))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Compute what the update adds to the projection of *inputs*."""
-        inner = linear(inputs, self.lora_A.to(inputs.dtype)) * self.scaling
-        return linear(inner, self.lora_B.to(inner.dtype))
-
-    def add_to(self, projection: nn.Linear) -> None:
-        """Add the update to the projection's weight in place, rounded once."""
-        add_update(projection.weight, self.lora_A, self.lora_B, self.scaling, False)
-
-
-class Updates:
-    """
-    Base of the updates of several modules of a model: left out of a pass, replaced, merged.
-
-    Modules that share their weights share their update.
-
-    Args:
-        sites: Full name and module of each that has an update.
+        model: Changed in place.
+        layers: Of *model*, from `find_experts`.
         rank: Of each update.
         alpha: Updates are multiplied by ``alpha / rank``.
-    """
-
-    def __init__(self, sites: Mapping[str, nn.Module], rank: int, alpha: float) -> None:
-        self._sites, self.rank, self.alpha = dict(sites), rank, alpha
-
-    def places(self) -> list[Any]:
-        """The update modules, one for each site; shared ones come again."""
-        return [site.get_submodule(ADAPTER) for site in self._sites.values()]
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Full name and parameter of every update; a shared one by its first name."""
-        return _once(
-            (f"{name}.{ADAPTER}.{key}", parameter)
-            for name, update in zip(self._sites, self.places(), strict=True)
-            for key, parameter in update.named_parameters()
-        )
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within it, the model computes as if it had no updates: a pass of the base model."""
-        with _switched(self.places(), "enabled", [False] * len(self._sites)):
-            yield
-
-    @contextmanager
-    def replaced(self, others: Sequence[Any]) -> Iterator[None]:
-        """
-        Within it, other updates act in place of these.
-
-        Args:
-            others: One for each place, on its device; ``None``: that place has no update.
-        """
-        with _switched(self.places(), "instead", [(other,) for other in others]):
-            yield
-
-    def remove(self, *, merge: bool) -> None:
-        """Take the updates off the model; with *merge*, add them to its weights before."""
-        merged: set[nn.Module] = set()
-        for site, update in zip(self._sites.values(), self.places(), strict=True):
-            if merge and update not in merged:
-                update.add_to(site)
-                merged.add(update)
-            delattr(site, ADAPTER)
-
-
-class LowRankUpdates(Updates):
-    """
-    The updates of all MoE layers of a model, on the model while it trains.
-
-    The parameters are ordinary ones, ``<experts module>.low_rank.lora_A.<projection>``: they are
-    seen by ``named_parameters()``, wrapped by DDP and FSDP2, moved with the model.
-
-    Args:
-        model: Gets the updates, and their experts function, in place.
-        layers: Of *model*, from `find_experts`.
-        rank, alpha: As in `Updates`.
         seed: Decides the starting values, equally on each device and process.
-        compute: Computes an experts module with an update.
+        compute: Computes an experts module with its update, as `grouped_experts`.
+        attention: Full name and module, from `find_attention`.
 
     Raises:
         AttachError: a runtime is attached to the model.
@@ -225,66 +115,77 @@ class LowRankUpdates(Updates):
         rank: int,
         alpha: float,
         seed: int,
-        compute: Compute = grouped_experts,
+        compute: Callable[..., Tensor] = grouped_experts,
+        attention: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        super().__init__({layer.name: layer.module for layer in layers}, rank, alpha)
-        self.layers = list(layers)
+        self.rank, self.alpha, self.layers = rank, alpha, list(layers)
+        self.attention = dict(attention or {})
+        self.sites = {layer.name: layer.module for layer in layers} | self.attention
+        shared: dict[int, LowRank] = {}
         generator = torch.Generator().manual_seed(seed)
-        by_weight: dict[int, LowRank] = {}
-        for layer in self.layers:
-            weight = id(layer.module.get_parameter("down_proj"))
-            if weight not in by_weight:
-                by_weight[weight] = LowRank(layer, rank, alpha, generator)
-            layer.module.add_module(ADAPTER, by_weight[weight])
-            bind(layer.module, partial(_updated_experts, compute, layer.module))
-        self._restore: Callable[[], None] = use_melinoe(model)
 
-    def of(self, layer: ExpertsLayer) -> LowRank:
-        """Return the updates of one layer."""
-        return layer.module.get_submodule(ADAPTER)  # type: ignore[return-value]
+        def place(module: nn.Module, names: Sequence[str]) -> None:
+            key = id(module.get_parameter(names[-1]))
+            if key not in shared:
+                transposed = is_transposed(module)
+                factors = {
+                    name: _start(module.get_parameter(name), rank, transposed, generator)
+                    for name in names
+                }
+                shared[key] = LowRank(factors, alpha / rank, transposed)
+            module.add_module(ADAPTER, shared[key])
+
+        for layer in self.layers:
+            place(layer.module, [one.name for one in layer.tensors if one.name in PROJECTIONS])
+            bind(layer.module, partial(_updated_experts, compute, layer.module))
+        self._restore = use_melinoe(model) if self.layers else lambda: None
+        generator.manual_seed(seed)
+        self._hooks = []
+        for projection in self.attention.values():
+            place(projection, ["weight"])
+            self._hooks.append(projection.register_forward_hook(_add_update))
+
+    def of(self, site: ExpertsLayer | str) -> LowRank:
+        """Return the updates of one layer, or of the module of that name."""
+        name = site if isinstance(site, str) else site.name
+        return self.sites[name].get_submodule(ADAPTER)  # type: ignore[return-value]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Full name and parameter of every update; a shared one by its first name."""
+        return _once(
+            (f"{name}.{ADAPTER}.{key}", parameter)
+            for name in self.sites
+            for key, parameter in self.of(name).named_parameters()
+        )
+
+    def names(self) -> list[str]:
+        """Full names of the tensors that are updated."""
+        return [f"{site}.{name}" for site in self.sites for name in self.of(site).names]
+
+    @contextmanager
+    def replaced(self, others: Mapping[str, LowRank]) -> Iterator[None]:
+        """Within it, *others* act in place of these by module name; no other update does."""
+        for name in self.sites:
+            self.of(name).instead = (others.get(name),)
+        try:
+            yield
+        finally:
+            for name in self.sites:
+                self.of(name).instead = None
 
     def remove(self, *, merge: bool) -> None:
-        """Also take the hooks off the model."""
-        super().remove(merge=merge)
+        """Take the updates off the model; with *merge*, add them to its weights before."""
+        merged: set[LowRank] = set()
+        for name, module in self.sites.items():
+            if merge and (update := self.of(name)) not in merged:
+                update.add_to(module)
+                merged.add(update)
+            delattr(module, ADAPTER)
+        for hook in self._hooks:
+            hook.remove()
         for layer in self.layers:
             unbind(layer.module)
         self._restore()
-
-
-class AttentionUpdates(Updates):
-    """
-    The updates of all attention projections of a model, on the model while it trains.
-
-    Args:
-        projections: Full name and module, from `find_attention`; each gets its update, in place.
-        rank, alpha, seed: As in `LowRankUpdates`.
-    """
-
-    def __init__(
-        self, projections: Mapping[str, nn.Linear], rank: int, alpha: float, seed: int
-    ) -> None:
-        super().__init__(projections, rank, alpha)
-        self.projections = dict(projections)
-        generator = torch.Generator().manual_seed(seed)
-        by_weight: dict[int, LinearUpdate] = {}
-        self._handles = []
-        for projection in self.projections.values():
-            update = by_weight.get(id(projection.weight))
-            if update is None:
-                update = LinearUpdate(projection, rank, alpha, generator)
-                by_weight[id(projection.weight)] = update
-            projection.add_module(ADAPTER, update)
-            self._handles.append(projection.register_forward_hook(_add_update))
-
-    def of(self, name: str) -> LinearUpdate:
-        """Return the update of one projection."""
-        return self.projections[name].get_submodule(ADAPTER)  # type: ignore[return-value]
-
-    def remove(self, *, merge: bool) -> None:
-        """Also take the hooks off the model."""
-        super().remove(merge=merge)
-        for handle in self._handles:
-            handle.remove()
 
 
 @dataclass
@@ -296,26 +197,22 @@ class TrainedParts:
         router: Router parameters by full name.
         lora: Parameters of the updates by full name; empty if only routers are trained.
         routers: The routers they belong to.
-        updates: The updates of experts, as long as they are on the model.
-        attention: The updates of attention projections, likewise.
+        updates: The updates, as long as they are on the model.
     """
 
     router: dict[str, nn.Parameter]
     lora: dict[str, nn.Parameter]
     routers: list[Router] = field(default_factory=list, repr=False)
     updates: LowRankUpdates | None = field(default=None, repr=False)
-    attention: AttentionUpdates | None = field(default=None, repr=False)
-
-    def _on_model(self) -> list[Updates]:
-        return [one for one in (self.updates, self.attention) if one is not None]
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within it, no update acts: with base routers, a pass is the base model's."""
-        with ExitStack() as stack:
-            for updates in self._on_model():
-                stack.enter_context(updates.disabled())
+    def replaced(self, others: Mapping[str, LowRank]) -> Iterator[None]:
+        """Within it, *others* act in place of the updates, by module name; empty: none does."""
+        if self.updates is None:
             yield
+        else:
+            with self.updates.replaced(others):
+                yield
 
     def all(self) -> list[nn.Parameter]:
         """Every trained parameter, routers first."""
@@ -323,19 +220,13 @@ class TrainedParts:
 
     def names(self) -> list[str]:
         """Full names of all tensors of the model that training and `merge` change."""
-        names = list(self.router)
-        if self.updates is not None:
-            for layer in self.updates.layers:
-                names += [f"{layer.name}.{one}" for one in self.updates.of(layer).names]
-        if self.attention is not None:
-            names += [f"{name}.weight" for name in self.attention.projections]
-        return names
+        return [*self.router, *([] if self.updates is None else self.updates.names())]
 
     def merge(self) -> None:
         """Add the updates to the weights they belong to and take them off the model."""
-        for updates in self._on_model():
-            updates.remove(merge=True)
-        self.updates = self.attention = None
+        if self.updates is not None:
+            self.updates.remove(merge=True)
+        self.updates = None
 
 
 def make_trainable(
@@ -346,14 +237,7 @@ def make_trainable(
     rank: int,
 ) -> TrainedParts:
     """
-    Freeze *model* and open the parts that *settings* name, in float32.
-
-    Args:
-        model: Changed in place: with updates of experts, a low-rank function computes them.
-        routers: Of *model*, from `find_routers`.
-        layers: Of *model*, from `find_experts`.
-        settings: ``train``, ``lora_alpha``, ``seed``.
-        rank: Of each update.
+    Freeze *model* and open the parts that ``settings.train`` names, in float32.
 
     Raises:
         TrainingError: the routers' weights are frozen by the model itself, or hold integers.
@@ -380,66 +264,54 @@ def make_trainable(
     if settings.train == "router+experts+attention":
         attention = find_attention(model, layers)
     alpha, seed = settings.lora_alpha, settings.seed
-    updates = LowRankUpdates(model, layers, rank, alpha, seed)
-    parts = TrainedParts(router, updates.parameters(), routers, updates)
-    if attention is not None:
-        parts.attention = AttentionUpdates(attention, rank, alpha, seed)
-        parts.lora |= parts.attention.parameters()
-    return parts
+    updates = LowRankUpdates(model, layers, rank, alpha, seed, attention=attention)
+    return TrainedParts(router, updates.parameters(), routers, updates)
 
 
 @torch.no_grad()
 def add_update(
-    weight: Tensor, down: Tensor, up: Tensor, scaling: float, is_transposed: bool
+    weight: Tensor, down: Tensor, up: Tensor, scaling: float, transposed: bool = False
 ) -> None:
-    """
-    Add ``scaling x B A`` to one matrix in place: in float32 or wider, rounded once.
-
-    Args:
-        weight: ``(out, in)``, or ``(in, out)`` where *is_transposed*.
-        down: A, ``(rank, in)``.
-        up: B, ``(out, rank)``.
-        scaling: Factor of the product.
-        is_transposed: Layout of *weight*.
-    """
+    """Add ``scaling x B A`` to a matrix or a stack in place: in float32 or wider, rounded once."""
+    if weight.dim() > 2:  # one by one: a whole stack in float32 would not fit
+        for one, its_down, its_up in zip(weight, down, up, strict=True):
+            add_update(one, its_down, its_up, scaling, transposed)
+        return
     wide = torch.promote_types(weight.dtype, torch.float32)
     update = scaling * (up.to(wide) @ down.to(wide))
-    weight.copy_(weight.to(wide) + (update.T if is_transposed else update))
+    weight.copy_(weight.to(wide) + (update.T if transposed else update))
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether an experts module stores its matrices as ``(in, out)``."""
+    """Tell whether an experts module stores its matrices as ``(in, out)``."""
     return bool(getattr(module, "is_transposed", False))
+
+
+def _start(
+    weight: Tensor, rank: int, transposed: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Make the starting factors of one weight's update, on its device."""
+    *stack, out, into = weight.shape
+    if transposed:
+        out, into = into, out
+    bound = 1 / math.sqrt(into)
+    down = torch.empty(*stack, rank, into).uniform_(-bound, bound, generator=generator)
+    return down.to(weight.device), torch.zeros(*stack, out, rank, device=weight.device)
 
 
 def _acting(site: nn.Module) -> Any:
     """The update that acts on a module now, or none."""
     update: Any = getattr(site, ADAPTER)
-    if update.instead is not None:
-        return update.instead[0]
-    return update if update.enabled else None
+    return update if update.instead is None else update.instead[0]
 
 
-def _updated_experts(compute: Compute, module: nn.Module, *given: Tensor) -> Tensor:
+def _updated_experts(compute: Callable[..., Tensor], module: nn.Module, *given: Tensor) -> Tensor:
     return compute(module, *given, _acting(module))
 
 
 def _add_update(projection: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    addition = _acting(projection)
-    return output if addition is None else output + addition(inputs[0]).to(output.dtype)
-
-
-@contextmanager
-def _switched(modules: Sequence[Any], name: str, values: Sequence[Any]) -> Iterator[None]:
-    """Within it, an attribute of each module has another value."""
-    before = [getattr(module, name) for module in modules]
-    for module, value in zip(modules, values, strict=True):
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            setattr(module, name, value)
+    update = _acting(projection)
+    return output if update is None else output + update("weight", inputs[0]).to(output.dtype)
 
 
 def _once(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:

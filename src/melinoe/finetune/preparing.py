@@ -1,10 +1,10 @@
 """
 Give a model the types and switches that training needs, and make it plain again afterwards.
 
-Training freezes nearly all of a model. Casting it up as a whole doubles the memory of a bfloat16
-checkpoint; computing in bfloat16 on a CPU is slower than in float32 (three times, for the shipped
-model). So large frozen weights keep their type, and each product casts up the matrix it reads: an
-expert, or a piece of a linear layer. Norms, biases and whatever else is small are cast up once.
+Casting all of a bfloat16 checkpoint up would double its memory, and computing in bfloat16 is slower
+on a CPU than in float32 (three times, for the shipped model). So large frozen weights keep their
+type, and each product casts up the matrix it reads: an expert, or a piece of a linear layer. Norms,
+biases and whatever else is small are cast up once.
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ from melinoe.moe.routing import find_routers
 
 # Activations of one layer's experts from which on a run on the CPU recomputes its layers: 64 MiB.
 RECOMPUTED_BYTES = 1 << 26
-
-# Weights of a model from which on freed memory goes back to the kernel: 1 GiB.
-_LARGE_BYTES = 1 << 30
-
 # Elements of a linear layer's weight that are cast up at a time: 32 MiB in float32.
 PIECE = 1 << 23
+# Weights of a model from which on freed memory goes back to the kernel: 1 GiB.
+_LARGE_BYTES = 1 << 30
 
 
 class ReadyModel:
@@ -55,23 +53,41 @@ class ReadyModel:
         self._widened = None if settings.compute_dtype == "bfloat16" else Widened(model)
         if self._widened is not None and settings.train != "router":
             self._widened.make_way()  # for the function that adds the updates
-        self._configs = _switch_off_balancing(model)
-        # The Trainer switches the key-value cache off in the config, and would leave it so.
-        if hasattr(model.config, "use_cache"):
-            self._configs.append((model.config, {"use_cache": model.config.use_cache}))
+        self._configs: list[tuple[Any, str, Any]] = []  # and what they said
+        pending = [model.config]
+        while pending:
+            config = pending.pop()
+            pending += [getattr(config, key) for key in config.sub_configs if hasattr(config, key)]
+            # transformers would add its load-balancing loss, which works against locality.
+            off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
+            for key in (one for one in off if hasattr(config, one)):
+                self._configs.append((config, key, getattr(config, key)))
+                setattr(config, key, off[key])
+        if hasattr(model.config, "use_cache"):  # the Trainer switches it off, and would leave it so
+            self._configs.append((model.config, "use_cache", model.config.use_cache))
 
-    def recompute(self) -> None:
-        """Recompute layers in the backward pass from now on, if that is asked for."""
-        if self._recomputes:
-            _recompute(self._model, True)
+    def recompute(self, on: bool = True) -> None:
+        """Recompute layers in the backward pass from now on, if that is asked for; or no longer."""
+        if not self._recomputes:
+            return
+        word, model = "enable" if on else "disable", self._model
+        switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
+            model, f"gradient_checkpointing_{word}"
+        )
+        try:
+            # Not reentrant: what a layer records inside must stay in the graph.
+            switch(*([{"use_reentrant": False}] if on else []))
+        except ValueError:
+            raise TrainingError(
+                f"{family(model)} cannot recompute its activations; leave gradient_checkpointing "
+                "out"
+            ) from None
 
     def switch_back(self) -> None:
         """Put configs and switches back as they were."""
-        if self._recomputes:
-            _recompute(self._model, False)
-        for config, values in self._configs:
-            for key, value in values.items():
-                setattr(config, key, value)
+        self.recompute(False)
+        for config, key, value in self._configs:
+            setattr(config, key, value)
 
     def make_plain(self, parts: TrainedParts) -> None:
         """Merge the updates into the model; give its tensors back the types they came with."""
@@ -111,9 +127,8 @@ def recomputes(
     # Rows and outputs are as wide as the model; gate, up, activation and product as an expert.
     width = 2 * max(shapes["down_proj"]) + 4 * min(shapes["down_proj"])
     large = tokens * top_k * width * 4 >= RECOMPUTED_BYTES
-    return (
-        large and device.type == "cpu" and getattr(model, "supports_gradient_checkpointing", False)
-    )
+    can = bool(getattr(model, "supports_gradient_checkpointing", False))
+    return large and device.type == "cpu" and can
 
 
 class Widened:
@@ -126,24 +141,25 @@ class Widened:
     """
 
     def __init__(self, model: Any) -> None:
-        layers = find_experts(model)
-        self._experts = [layer.module for layer in layers]
+        self._experts = [layer.module for layer in find_experts(model)]
         self._linears, self._hooks = [], []
         routers = {id(part) for one in find_routers(model) for part in one.module.modules()}
         large = {
-            id(module.get_parameter(name))
+            id(parameter)
             for module in self._experts
-            for name, _ in module.named_parameters(recurse=False)
+            for name, parameter in module.named_parameters(recurse=False)
             if name in PROJECTIONS
         }
         for module in model.modules():
-            if type(module) is nn.Linear and id(module) not in routers and _narrow(module.weight):
-                large.add(id(module.weight))
-                module.forward = partial(_wide_linear, module)  # type: ignore[method-assign]
+            plain = type(module) is nn.Linear and id(module) not in routers
+            if not (plain or isinstance(module, nn.Embedding)) or not _is_narrow(module.weight):
+                continue
+            large.add(id(module.weight))
+            if plain:
+                module.forward = partial(_wide_linear, module)
                 self._linears.append(module)
-            elif isinstance(module, nn.Embedding) and _narrow(module.weight):
-                large.add(id(module.weight))
-                self._hooks.append(module.register_forward_hook(_widen_output))
+            else:
+                self._hooks.append(module.register_forward_hook(lambda _, args, out: out.float()))
         self._types: list[tuple[Tensor, torch.dtype]] = []
         for _, tensor in _tensors(model):
             if tensor.is_floating_point() and id(tensor) not in large:
@@ -198,50 +214,17 @@ def _wide_linear(module: nn.Linear, inputs: Tensor) -> Tensor:
     return _Linear.apply(inputs, module.weight, module.bias)  # type: ignore[no-any-return]
 
 
-def _widen_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.float()
-
-
 def _pieces(weight: Tensor) -> Iterator[slice]:
     step = max(1, PIECE // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)
 
 
-def _narrow(tensor: Tensor) -> bool:
+def _is_narrow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize < 4
-
-
-def _recompute(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing, by the name that this version of transformers has for it."""
-    word = "enable" if on else "disable"
-    switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
-        model, f"gradient_checkpointing_{word}"
-    )
-    try:
-        # Not reentrant: what a layer records inside must stay in the graph.
-        switch(*([{"use_reentrant": False}] if on else []))
-    except ValueError:
-        raise TrainingError(
-            f"{family(model)} cannot recompute its activations; leave gradient_checkpointing out"
-        ) from None
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _switch_off_balancing(model: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """Keep transformers from adding its load-balancing loss; return what the configs said."""
-    before, pending = [], [model.config]
-    while pending:
-        config = pending.pop()
-        pending += [getattr(config, key) for key in config.sub_configs if hasattr(config, key)]
-        off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
-        present = {key: getattr(config, key) for key in off if hasattr(config, key)}
-        before.append((config, present))
-        for key in present:
-            setattr(config, key, off[key])
-    return before

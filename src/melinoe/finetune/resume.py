@@ -3,12 +3,10 @@ Let a run that ended early go on bit for bit: its checkpoints, what they must ag
 
     DIR/step-000120/
         parts.safetensors       what is trained, by parameter name
-        best.safetensors        the same at the best measurement, where that is kept
         optimizer.safetensors   the optimizer's state, "<name of state>:<parameter>"
-        run.safetensors         random states, and terms summed up for the next log row
         trainer_state.json      of transformers' Trainer
-        state.json              schedule, log rows, counts, callbacks; and of every other file its
-                                size and SHA-256
+        state.json              schedule, log rows, counts, random states; and of every other file
+                                its size and SHA-256
 
 A checkpoint is written under another name, forced to the disk, and renamed in one step. One that is
 torn all the same (a crash of the machine, a bad disk, a careless hand) is recognised by its sums
@@ -27,7 +25,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,26 +45,11 @@ from melinoe.whole_file import remove_unfinished, unfinished
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})$")
 _KEPT = 2  # newest checkpoints that stay
-_TWISTER = 624  # words of the generator that Python and NumPy share
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO_S = 1.0  # a launcher passes on the Ctrl-C that the terminal has sent to every process itself
-
-# Settings that may be others when a run goes on: they change no number of its curve, or are
-# accounted for by the rows of a step.
-_FREE = (
-    "log_every",
-    "eval_every",
-    "save_every",
-    "save",
-    "report_to",
-    "batch_size",
-    "gradient_accumulation",
-    "gradient_checkpointing",
-)
 
 
 def write_checkpoint(
@@ -75,7 +57,7 @@ def write_checkpoint(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    texts: Mapping[str, str],
+    trainer_state: str,
     *,
     more: bool = False,
 ) -> Path:
@@ -87,7 +69,7 @@ def write_checkpoint(
         step: Optimiser steps done; a checkpoint of the same step is replaced.
         tensors: File name without its ending to tensors by name; files without any are left out.
         state: For ``state.json``; a JSON object.
-        texts: Further file names and what to write into them.
+        trainer_state: What ``trainer_state.json`` holds.
         more: Let one more stay.
 
     Raises:
@@ -99,14 +81,11 @@ def write_checkpoint(
         with unfinished(path) as temporary:
             for name, group in tensors.items():
                 if group:
-                    save_file(
-                        {k: v.contiguous() for k, v in group.items()}, temporary / _file(name)
-                    )
-            for name, text in texts.items():
-                (temporary / name).write_text(text, encoding="utf-8")
+                    whole = {key: value.contiguous() for key, value in group.items()}
+                    save_file(whole, temporary / f"{name}.safetensors")
+            (temporary / "trainer_state.json").write_text(trainer_state, encoding="utf-8")
             files = {one.name: sum_of(one) for one in sorted(temporary.iterdir())}
-            whole = {"format": FORMAT, "step": step, "files": files, **state}
-            text = json.dumps(whole, indent=1, allow_nan=False)
+            text = json.dumps({"format": FORMAT, "step": step, "files": files, **state})
             (temporary / STATE).write_text(text, encoding="utf-8")
             for one in temporary.iterdir():
                 _force_to_disk(one)
@@ -125,35 +104,24 @@ def write_checkpoint(
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """List a run's checkpoints, newest first, whole or not."""
-    if not directory.is_dir():
-        return []
-    found = [
-        (int(match[1]), one) for one in directory.iterdir() if (match := _NAME.search(one.name))
-    ]
+    inside = directory.iterdir() if directory.is_dir() else ()
+    found = [(int(match[1]), one) for one in inside if (match := _NAME.search(one.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Find the newest whole checkpoint of a run; name torn ones in warnings and pass them over."""
+    """Find the newest whole checkpoint; torn ones are named in warnings. Cost: it is read once."""
     for path in list_checkpoints(directory):
-        problem = find_damage(path)
-        if problem is None:
+        try:
+            state = read_state(path)
+            if state["format"] != FORMAT:
+                raise ValueError(f"format {state['format']} is of another release")
+            for name, facts in state["files"].items():
+                if sum_of(path / name) != facts:
+                    raise ValueError(f"{name} is not what was written")
             return path
-        log.warning("%s is torn (%s), so the one before it is taken", path, problem)
-    return None
-
-
-def find_damage(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or ``None``. Cost: all of it is read once."""
-    try:
-        state = read_state(path)
-        if state["format"] > FORMAT:
-            return f"format {state['format']} is of a newer release"
-        for name, facts in state["files"].items():
-            if sum_of(path / name) != facts:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return str(error)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is torn (%s), so the one before it is taken", path, error)
     return None
 
 
@@ -164,7 +132,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     """Read one group of tensors of a checkpoint; empty if it has none of that name."""
-    file = path / _file(name)
+    file = path / f"{name}.safetensors"
     # Copied: what is returned is the file, mapped, and would change with it.
     return {key: one.clone() for key, one in load_file(file).items()} if file.is_file() else {}
 
@@ -175,28 +143,56 @@ def remove_checkpoints(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for one in directory.glob(".step-*"):  # of a process that was killed while it wrote
         remove_unfinished(directory / one.name.split(".")[1])
+    remove_if_empty(directory)
+
+
+def remove_if_empty(directory: Path) -> None:
+    """Delete a directory in which nothing was left."""
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
 
-def identity(
-    settings: FinetuneSettings,
-    data: Sequence[Encoded],
-    rows_per_step: int,
-    base: str,
-    teacher: str | None = None,
-    anchor_text: str | None = None,
-) -> dict[str, Any]:
-    """Collect, as JSON, what a run must share with the checkpoint that it goes on from."""
-    kept = {key: value for key, value in asdict(settings).items() if key not in _FREE}
-    return {
-        **json.loads(json.dumps(kept)),
-        "rows_per_step": rows_per_step,
-        "data": data_fingerprint(data),
-        "base": base,
-        "teacher": teacher,
-        "anchor_text": anchor_text,
-    }
+def identity(settings: FinetuneSettings, **facts: str | int | None) -> dict[str, Any]:
+    """Collect what a run must share with one that it goes on from: its settings, and *facts*."""
+    # Accounted for by the rows of a step.
+    free = ("batch_size", "gradient_accumulation")
+    return {k: v for k, v in settings.deciding().items() if k not in free} | facts
+
+
+def check_same_run(
+    path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], way_out: str
+) -> None:
+    """
+    Refuse what is left of another run.
+
+    Args:
+        path: Where that lies.
+        theirs: Its `identity`; what it does not name is not compared.
+        ours: That of this run.
+        way_out: What else to do.
+
+    Raises:
+        TrainingError: names what differs.
+    """
+    if gone := gone_settings(theirs):
+        named = ", ".join(f"{key} {value}" for key, value in gone.items())
+        raise TrainingError(
+            f"{path} is of a run with settings that this release no longer has ({named}); go on "
+            "with the release that began it, or delete it"
+        )
+    differ = [key for key in ours if theirs.get(key, ours[key]) != ours[key]]
+    if differ:
+        named = ", ".join(
+            f"another {key}" if key in FACTS else f"{key} {theirs[key]} there and {ours[key]} here"
+            for key in differ
+        )
+        raise TrainingError(
+            f"{path} belongs to another run ({named}); give what that run was given, or {way_out}"
+        )
+
+
+FACTS = ("data", "base model", "teacher", "anchor text")
+"""Facts of an `identity` that are named without their values."""
 
 
 def data_fingerprint(data: Sequence[Encoded]) -> str:
@@ -207,73 +203,10 @@ def data_fingerprint(data: Sequence[Encoded]) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(path: Path, ours: dict[str, Any]) -> None:
-    """
-    Refuse a checkpoint of another run.
-
-    Raises:
-        TrainingError: names what differs.
-    """
-    theirs = read_state(path)["run"]
-    _check_gone(path, theirs)
-    differ = [key for key in ours if theirs.get(key) != ours[key]]
-    if not differ:
-        return
-    named = ", ".join(
-        key
-        if key in ("data", "base", "teacher", "anchor_text")
-        else f"{key} {theirs.get(key)} there and {ours[key]} here"
-        for key in differ
-    )
-    raise TrainingError(
-        f"{path} belongs to another run ({named}); give what that run was given, or start anew "
-        "without --resume"
-    )
-
-
-def check_same_settings(
-    path: Path, recorded: Mapping[str, Any], settings: FinetuneSettings
-) -> None:
-    """
-    Refuse a finished run that other settings gave, where a resumed call would take it for its own.
-
-    Args:
-        path: Of the run.
-        recorded: Its settings, from its ``melinoe.json``.
-        settings: Now; what decides no weight of such a run may be otherwise.
-
-    Raises:
-        TrainingError: names what differs.
-    """
-    _check_gone(path, recorded)
-    now = {k: v for k, v in settings.deciding().items() if k not in _FREE}
-    differ = [key for key in now if recorded.get(key, now[key]) != now[key]]
-    if differ:
-        named = ", ".join(f"{key} {recorded[key]} there and {now[key]} here" for key in differ)
-        raise TrainingError(
-            f"{path} is a run with other settings ({named}); give what it was given, or delete it"
-        )
-
-
-def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
-    if gone := gone_settings(recorded):
-        named = ", ".join(f"{key} {value}" for key, value in gone.items())
-        raise TrainingError(
-            f"{path} is of a run with settings that this release no longer has ({named}); go on "
-            "with the release that began it, or delete it"
-        )
-
-
 def gather(tensor: Tensor) -> Tensor:
     """Copy all of a tensor that may be sharded to the CPU; every process must call."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole.detach().cpu()
-
-
-@torch.no_grad()
-def put(parameter: Tensor, whole: Tensor) -> None:
-    """Copy all of a tensor into one that may be sharded."""
-    parameter.copy_(share_out(whole, parameter))
 
 
 def share_out(whole: Tensor, like: Tensor) -> Tensor:
@@ -285,51 +218,33 @@ def share_out(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
-def random_state() -> Tensor:
-    """
-    Pack the states of Python, NumPy, torch and, if there is one, the CUDA device: int64 ``(n,)``.
-
-    The same length on every process of a run, so that it can be gathered.
-    """
-    _, words, spare = random.getstate()
-    _, keys, position, has_spare, cached = np.random.get_state()
-    parts = [
-        torch.tensor(words),
-        _bits(spare),
-        torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        torch.tensor([int(position), int(has_spare)]),
-        _bits(float(cached)),
-        torch.get_rng_state().view(torch.int64),
-    ]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_rng_state().view(torch.int64))
-    return torch.cat(parts)
+def random_state() -> dict[str, Any]:
+    """Return the states of Python, NumPy, torch and the CUDA device if there is one, for JSON."""
+    of_numpy = np.random.get_state(legacy=False)
+    keys: Any = of_numpy["state"]
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": {**of_numpy, "state": {**keys, "key": keys["key"].tolist()}},
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": None if cuda is None else cuda.numpy().tobytes().hex(),
+    }
 
 
-def set_random_state(state: Tensor) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Put back what `random_state` gave; a CUDA state is left out on a machine without CUDA."""
-    sizes = [_TWISTER + 1, 2, _TWISTER, 2, 2, torch.get_rng_state().numel() // 8]
-    words, spare, keys, place, cached, cpu, cuda = state.cpu().split(
-        [*sizes, state.numel() - sum(sizes)]
-    )
-    random.setstate((3, tuple(words.tolist()), _number(spare)))
-    position, has_spare = place.tolist()
-    numpy_keys = keys.numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", numpy_keys, position, has_spare, _number(cached) or 0.0))
-    # A copy of its own: torch reads a generator's state from the start of the storage.
-    torch.set_rng_state(cpu.clone().view(torch.uint8))
-    if cuda.numel() and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda.clone().view(torch.uint8))
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(words), spare))
+    keys = {**state["numpy"]["state"]}
+    keys["key"] = np.asarray(keys["key"], dtype=np.uint32)
+    np.random.set_state({**state["numpy"], "state": keys})
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
 
 
-def _bits(number: float | None) -> Tensor:
-    """A flag that there is a number, and its bits."""
-    value = torch.tensor([0.0 if number is None else number], dtype=torch.float64)
-    return torch.cat([torch.tensor([int(number is not None)]), value.view(torch.int64)])
-
-
-def _number(bits: Tensor) -> float | None:
-    return float(bits[1:].clone().view(torch.float64)) if bits[0] else None
+def _bytes(digits: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)
 
 
 class StopRequest:
@@ -348,12 +263,9 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within it, signals are noted; outside the main thread nothing is changed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before: dict[signal.Signals, Any] = {one: signal.getsignal(one) for one in _SIGNALS}
-        for one in _SIGNALS:
-            signal.signal(one, self._note)
+        here = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if here else ()
+        before = {one: signal.signal(one, self._note) for one in signals}
         try:
             yield
         finally:
@@ -368,10 +280,6 @@ class StopRequest:
                 log.warning("stopping after this step; Ctrl-C once more stops at once, unsaved")
         elif number == signal.SIGINT and now - self._first_s > _ECHO_S:
             raise KeyboardInterrupt
-
-
-def _file(name: str) -> str:
-    return f"{name}.safetensors"
 
 
 def _force_to_disk(path: Path) -> None:

@@ -1,14 +1,10 @@
 """
 Arrange examples in rows, in the order of training; the seed alone decides, for a control too.
 
-Examples of like length share a batch, which saves padding; which batches, and their order, are
-random. Packed, the examples of a row fill it up, and the rows come in random order.
-
-Packed examples never see each other. transformers keeps attention apart itself, from positions that
-begin anew with each example (see `melinoe.data.PackedCollator`). Some families make their masks
-without the positions and are given ready-made ones; some cannot be helped: convolutions,
-state-space and linear attention layers carry a state over the border. So a model is tried before it
-is trained: the gradient of one example's logits must not reach another example of its row.
+Packed examples never see each other: transformers keeps attention apart by positions that begin
+anew with each example. Some families make their masks without the positions and are given ready
+ones; convolutions, state-space and linear attention layers carry a state over the border. So a
+model is tried before it is trained.
 """
 
 import logging
@@ -76,9 +72,8 @@ def training_rows(
     """
     Return the number of optimiser steps, and the positions of each row's examples, in order.
 
-    A row holds one example, or several where ``settings.packing`` asks for it. One step takes
-    batch size x accumulation x *processes* rows that follow each other, so the processes only share
-    out what one process would see in the same step.
+    A row holds one example, or packed several. One step takes batch size x accumulation x
+    *processes* rows that follow each other, so the processes share out what one would see.
     """
     per_step = settings.batch_size * settings.gradient_accumulation * processes
     if not settings.packing:
@@ -104,16 +99,10 @@ def number_of_steps(
 
 def training_order(lengths: Sequence[int], batch: int, seen: int, seed: int) -> list[int]:
     """
-    Order the positions of the examples for training.
+    Order the positions of *seen* examples: each once before any comes again.
 
-    Every example comes once before any comes again. Within a window of 16 batches examples are
-    sorted by length and the batches then shuffled.
-
-    Args:
-        lengths: Tokens of each example; at least one.
-        batch: Examples per optimiser step.
-        seen: Length of the order.
-        seed: Decides the order.
+    Within a window of 16 batches examples are sorted by length, which saves padding, and the
+    batches then shuffled.
     """
     random_numbers = random.Random(seed)
     arranged: list[int] = []
@@ -143,31 +132,19 @@ def pack(lengths: Sequence[int], row_tokens: int, random_numbers: random.Random)
         lengths: Tokens of each example, none above *row_tokens*.
         row_tokens: Most tokens of a row.
         random_numbers: Decides what is not decided by the lengths.
-
-    Cost: n log n.
     """
     waiting = list(range(len(lengths)))
     random_numbers.shuffle(waiting)
     waiting.sort(key=lambda index: -lengths[index])
     rows: list[list[int]] = []
-    rooms: list[int] = []  # the different amounts of room that rows have left, ascending
-    rows_with: dict[int, list[int]] = {}
+    rooms: list[tuple[int, int]] = []  # tokens that each row has left, and the row, ascending
     for index in waiting:
-        at = bisect_left(rooms, lengths[index])
+        at = bisect_left(rooms, (lengths[index],))
         if at == len(rooms):
-            row, room = len(rows), row_tokens
             rows.append([])
-        else:
-            room = rooms[at]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                del rows_with[room], rooms[at]
+        room, row = (row_tokens, len(rows) - 1) if at == len(rooms) else rooms.pop(at)
         rows[row].append(index)
-        room -= lengths[index]
-        if room not in rows_with:
-            insort(rooms, room)
-            rows_with[room] = []
-        rows_with[room].append(row)
+        insort(rooms, (room - lengths[index], row))
     random_numbers.shuffle(rows)
     return rows
 

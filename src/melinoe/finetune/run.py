@@ -2,13 +2,13 @@
 Fine-tune a checkpoint: examples in, a plain checkpoint in the hub's layout, and a log, out.
 
 Beside a run *OUT* there may be *OUT*.teacher and *OUT*.control, the runs that it needs, and
-*OUT*.checkpoints until it is written; and *OUT*.runs while a price is searched.
+*OUT*.checkpoints until it is written.
 """
 
 import gc
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from melinoe.checkpoint.backbone import load_backbone, load_model
 from melinoe.checkpoint.files import split_revision
 from melinoe.checkpoint.metadata import METADATA, read_metadata
 from melinoe.checkpoint.opening import open_checkpoint
-from melinoe.checkpoint.safetensors_file import Stamp, check_same
+from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
+from melinoe.checkpoint.verifying import sum_of
 from melinoe.checkpoint.writing import (
     check_output,
     check_rewritable,
@@ -34,20 +35,21 @@ from melinoe.config import PLAIN, FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Encoded, Example, count_losses, encode, load_examples, pad_token_id
 from melinoe.errors import CheckpointError, OutputExistsError, TrainingError, WriteError
+from melinoe.finetune.adapter import WEIGHTS, place_of, read_teacher
 from melinoe.finetune.own_text import write_own_text
-from melinoe.finetune.processes import remove_if_empty, share_routers, wait_for_all
 from melinoe.finetune.resume import (
-    check_same_settings,
+    check_same_run,
     data_fingerprint,
+    identity,
     list_checkpoints,
     newest_checkpoint,
     read_state,
     remove_checkpoints,
+    remove_if_empty,
 )
-from melinoe.finetune.saving import KeptParts, write_result
-from melinoe.finetune.teacher import read_teacher, teacher_fingerprint
-from melinoe.finetune.trainer import Progress, training_arguments, with_compute_dtype
-from melinoe.finetune.training import train
+from melinoe.finetune.saving import write_result
+from melinoe.finetune.trainer import Progress, training_arguments
+from melinoe.finetune.training import train, with_compute_dtype
 from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.malloc import return_freed_memory
 from melinoe.moe.routing import find_routers, fingerprint
@@ -101,8 +103,7 @@ def finetune(
             earlier run on the same base wrote (``save``); or ``"plain"``: the run on next tokens
             alone, trained first, in ``<out>.teacher``. ``None``: the base model's.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
-        callbacks: As in `train`. What one's ``metadata()`` gives, if it has such a method, goes
-            into the record of the run.
+        callbacks: Of transformers' kind, run beside Melinoe's own.
         resume: Go on from the run's newest whole checkpoint, in ``<out>.checkpoints``; from the
             beginning if there is none. A result that was written already is read.
 
@@ -120,7 +121,8 @@ def finetune(
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
     path, name = check_place(out, resume), str(model_path)
-    if teacher == PLAIN and is_written(path, resume):  # a teacher that was deleted is not missed
+    written = is_written(path, resume)
+    if teacher == PLAIN and written:  # a teacher that was deleted is not missed
         teacher = beside(path, "teacher")
     elif teacher == PLAIN:
         teacher = train_teacher(
@@ -130,39 +132,42 @@ def finetune(
     checkpoints = beside(path, "checkpoints")
     with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
         source = checkpoint.source  # of one commit, also where the branch moves meanwhile
-        size = checkpoint.stored_bytes
+        size, stored = checkpoint.stored_bytes, checkpoint.dtype
         check_host_room(size, f"{format_bytes(size)} of weights", "train on a host with more")
-        config = checkpoint.config
-    tokenizer = load_tokenizer(name, config)
+        tokenizer = load_tokenizer(name, checkpoint.config)
     from_name = isinstance(data, (str, Path))
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
     encoded = encode(examples, tokenizer, settings.max_length)
     anchor = None
     if anchor_examples and not isinstance(anchor_examples, str):
         anchor = encode(anchor_examples, tokenizer, settings.max_length)
-    if is_written(path, resume):
-        found = dict(_finished_run(path, settings, encoded, anchor, teacher, source))
+    if written:
+        found = _finished_run(path, settings, encoded, anchor, teacher, source)
         remove_checkpoints(checkpoints)
         return FinetuneResult(path, found["log"], found)
     held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
-    computed = with_compute_dtype(settings, checkpoint.dtype)
+    computed = with_compute_dtype(settings, stored)
     arguments = training_arguments(computed, checkpoints)  # joins the other processes
-    main = arguments.process_index == 0
+    main, several = arguments.process_index == 0, arguments.world_size > 1
     with open_checkpoint(source) as checkpoint:
         stamps = checkpoint.stamps
         model = load_model(checkpoint)
         if settings.save != "adapter":
             check_rewritable(model, checkpoint)
             check_room(path, copied_bytes(checkpoint))
-    routers = find_routers(model)
-    share_routers([p for one in routers for _, p in one.parameters()], arguments)
+    for router in find_routers(model) if several else ():
+        # By FSDP's memory-saving way one process alone has read the checkpoint until the model is
+        # sharded; the base routers are needed before.
+        for _, parameter in router.parameters():
+            there = parameter.data.to(arguments.device)
+            torch.distributed.broadcast(there, src=0)
+            parameter.data.copy_(there)
     writes_anchor = settings.lambda_replay > 0 and anchor is None
     if writes_anchor:
         anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
     return_freed_memory()  # of loading, and of the text that was written
     base_fingerprint = fingerprint(model)
     taught_by = read_teacher(teacher, model) if teacher is not None else None
-    kept = KeptParts(model, settings)
     started = time.monotonic()
     try:
         trained = train(
@@ -176,7 +181,7 @@ def finetune(
             teacher=taught_by,
             progress=progress,
             callbacks=callbacks,
-            before_merge=kept,
+            keep_adapter=settings.save != "merged",
             checkpoints=checkpoints,
             resume=resume,
             arguments=arguments,
@@ -186,13 +191,13 @@ def finetune(
             remove_if_empty(checkpoints)
     metadata: dict[str, Any] = {}
     if main:
-        if trained.adapter is not None:  # a sharded model stays so: a whole one takes what it has
+        if trained.adapter is not None and trained.sharded:  # a whole model takes what it has
             with open_checkpoint(source) as checkpoint:
                 model = load_model(checkpoint)
             trained.adapter.apply(model)
         if settings.save != "adapter":
             with open_checkpoint(source) as checkpoint:
-                round_as_stored(model, checkpoint, kept.changed)
+                round_as_stored(model, checkpoint, trained.changed)
         metadata = {
             "base": name,
             "base_commit": split_revision(source)[1],
@@ -204,9 +209,7 @@ def finetune(
             "learning_rates": {k: v for k, v in asdict(trained.rates).items() if k != "rank"},
             "lora_rank": trained.rates.rank,
             "compute_dtype": computed.compute_dtype,
-            "teacher": None
-            if taught_by is None
-            else {"source": str(teacher), "fingerprint": teacher_fingerprint(taught_by)},
+            "teacher": taught_by and {"source": str(teacher), "fingerprint": taught_by.sha256},
             "anchor": None
             if anchor is None or not settings.lambda_replay
             else {
@@ -222,9 +225,7 @@ def finetune(
             },
             "log": trained.rows,
             "skipped_steps": trained.skipped_steps,
-            "kept_step": trained.step,
             "processes": trained.processes,
-            "router_rounding": kept.router_rounding(model),
             "seconds": round(time.monotonic() - started, 1),
             "versions": {
                 "melinoe": version_of("melinoe"),
@@ -233,14 +234,21 @@ def finetune(
                 "transformers": transformers.__version__,
             },
         }
-        for callback in callbacks:
-            if hasattr(callback, "metadata"):
-                metadata.update(callback.metadata())
         gc.collect()  # the trainer is a circle, and holds the optimizer's state
         return_freed_memory()
-        _write(model, source, path, metadata, kept, checkpoints, stamps)
+        try:
+            check_same(stamps)  # what did not change is copied from the base's files now
+            write_result(
+                model, source, path, metadata, settings.save, trained.changed, trained.adapter
+            )
+        except (CheckpointError, WriteError) as error:  # the base may be gone, or the disk full
+            if left := _left(checkpoints):
+                raise WriteError(f"{error}; {left}") from error
+            raise
+        remove_checkpoints(checkpoints)
         metadata["files"] = read_metadata(path)["files"]
-    wait_for_all(arguments)
+    if several:
+        torch.distributed.barrier()
     return FinetuneResult(path, trained.rows, metadata)
 
 
@@ -254,12 +262,8 @@ def train_control(
     """
     Train the control of the run *out* (`FinetuneSettings.control`), in ``<out>.control``.
 
-    Args:
-        model_path, data, out, settings: Of the run that will be compared with it.
-        options: Of `finetune`, as the run itself gets them: the same teacher and anchor text.
-
-    Returns:
-        The directory, in which its adapter is.
+    Args are those of `finetune` for the run itself: the same teacher and anchor text. Returns the
+    directory, in which an adapter is.
 
     Raises:
         TrainingError: as `finetune`; or the run has no locality terms.
@@ -268,7 +272,8 @@ def train_control(
         raise TrainingError(
             "the run has no locality terms, so it is its own control; compare it with nothing"
         )
-    return _train_beside(model_path, data, beside(out, "control"), settings.control(), **options)
+    path, its_settings = beside(out, "control"), replace(settings.control(), save="adapter")
+    return finetune(model_path, data, path, its_settings, **options).out
 
 
 def train_teacher(
@@ -281,12 +286,8 @@ def train_teacher(
     """
     Train the teacher of the run *out* (`FinetuneSettings.plain`), in ``<out>.teacher``.
 
-    Args:
-        model_path, data, out, settings: Of the run that will learn from it.
-        options: Of `finetune`; anchor text is not used.
-
-    Returns:
-        The directory, in which its adapter is.
+    Args are those of `finetune` for the run itself; anchor text is not used. Returns the directory,
+    in which an adapter is.
 
     Raises:
         TrainingError: as `finetune`; or *settings* have no term that learns from a teacher.
@@ -296,19 +297,14 @@ def train_teacher(
         raise TrainingError(
             "lambda_match is 0, so there is nothing to learn from a teacher; set lambda_match"
         )
-    return _train_beside(model_path, data, beside(out, "teacher"), settings.plain(), **options)
+    path, its_settings = beside(out, "teacher"), replace(settings.plain(), save="adapter")
+    return finetune(model_path, data, path, its_settings, **options).out
 
 
-def _train_beside(
-    model_path: str | Path,
-    data: str | Path | Sequence[Example],
-    out: Path,
-    settings: FinetuneSettings,
-    **options: Any,
-) -> Path:
-    """Train a run that another one needs, and write its adapter."""
-    finetune(model_path, data, out, replace(settings, save="adapter"), **options)
-    return out
+def leave() -> None:
+    """Part from the other processes, at the end of all that is done together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def beside(out: str | Path, what: str) -> Path:
@@ -345,60 +341,44 @@ def _finished_run(
     anchor: Sequence[Encoded] | None,
     teacher: str | Path | None,
     base: str,
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """Read the record of a written run; an error if it is not the run that is asked for."""
-    metadata = read_metadata(path)
-    check_same_settings(path, metadata.get("settings") or {}, settings)
-    taught = None if teacher is None else Path(teacher).expanduser()
+    metadata = dict(read_metadata(path))
     known, replayed = metadata.get("teacher") or {}, metadata.get("anchor") or {}
     with open_checkpoint(base) as checkpoint:
-        if taught is not None and taught.is_dir():
-            model = load_model(checkpoint)  # an adapter is read by the shapes of its experts
-            teachers = known.get("fingerprint"), teacher_fingerprint(read_teacher(taught, model))
-        else:  # deleted since, or none: its name has to do
-            model = load_backbone(checkpoint)
-            teachers = Path(known.get("source", "")).name, "" if taught is None else taught.name
-    anchors: tuple[Any, Any] = None, None
-    if anchor is not None and settings.lambda_replay > 0:
-        anchors = replayed.get("tokens_sha256"), data_fingerprint(anchor)
-    elif settings.lambda_replay > 0:  # what the base writes follows from base and settings
-        anchors = replayed.get("own_text", True), True
-    for what, there, here in (
-        ("data", (metadata.get("data") or {}).get("tokens_sha256"), data_fingerprint(data)),
-        ("base model", metadata.get("base_fingerprint"), fingerprint(model)),
-        ("teacher", *teachers),
-        ("anchor text", *anchors),
-    ):
-        if there != here:
-            raise TrainingError(
-                f"{path} is a run with another {what}; give what it was given, or delete it"
-            )
+        routers = fingerprint(load_backbone(checkpoint))
+    there, here = known.get("fingerprint"), None
+    if teacher is not None and (file := place_of(teacher) / WEIGHTS).is_file():
+        here = sum_of(file)["sha256"]
+    elif teacher is not None:  # deleted since: its name has to do
+        there, here = Path(known.get("source", "")).name, Path(teacher).name
+    own = "own" if replayed.get("own_text", True) else replayed.get("tokens_sha256")
+    theirs = {
+        "data": (metadata.get("data") or {}).get("tokens_sha256"),
+        "base model": metadata.get("base_fingerprint"),
+        "teacher": there,
+        "anchor text": own if settings.lambda_replay else None,
+    }
+    asked = "own" if anchor is None else data_fingerprint(anchor)
+    ours = {
+        "data": data_fingerprint(data),
+        "base model": routers,
+        "teacher": here,
+        "anchor text": asked if settings.lambda_replay else None,
+    }
+    recorded = {**(metadata.get("settings") or {}), **theirs}
+    check_same_run(path, recorded, identity(settings, **ours), "delete it")
     return metadata
 
 
-def _write(
-    model: Any,
-    base: str,
-    path: Path,
-    metadata: dict[str, Any],
-    kept: KeptParts,
-    checkpoints: Path,
-    stamps: Mapping[Path, Stamp],
-) -> None:
-    """Write the result; only then are the run's checkpoints of no more use."""
-    try:
-        check_same(stamps)  # what did not change is copied from the base's files now
-        write_result(model, base, path, metadata, kept)
-    except (CheckpointError, WriteError) as error:  # the base may be gone by now, or the disk full
-        if (newest := newest_checkpoint(checkpoints)) is None:
-            raise
-        state = read_state(newest)
-        done = (
-            f"what was trained is kept in {checkpoints}, and the same command with --resume writes "
-            "it"
-            if state["finished"]  # a disk that was full by then may have kept an earlier step alone
-            else f"what was trained up to step {state['step']} is kept in {checkpoints}, and the "
-            "same command with --resume goes on from there"
-        )
-        raise WriteError(f"{error}; {done}") from error
-    remove_checkpoints(checkpoints)
+def _left(checkpoints: Path) -> str | None:
+    """Say what is left of a run whose result could not be written, and how to go on."""
+    if (newest := newest_checkpoint(checkpoints)) is None:
+        return None
+    state = read_state(newest)
+    return (
+        f"what was trained is kept in {checkpoints}, and the same command with --resume writes it"
+        if state["finished"]  # a disk that was full by then may have kept an earlier step alone
+        else f"what was trained up to step {state['step']} is kept in {checkpoints}, and the same "
+        "command with --resume goes on from there"
+    )

@@ -2,22 +2,22 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from melinoe.config import FinetuneSettings
 from melinoe.data import Collator, Encoded
 from melinoe.errors import InterruptedRunError, TrainingError
-from melinoe.finetune.adapter import Adapter, adapter_of
-from melinoe.finetune.objective import Objective, Replay
+from melinoe.finetune.adapter import Adapter, Teacher, adapter_of
+from melinoe.finetune.objective import Objective, Replay, logits_of, model_outputs
 from melinoe.finetune.own_text import OWN
 from melinoe.finetune.parts import TrainedParts, make_trainable
 from melinoe.finetune.preparing import ReadyModel, recomputes
-from melinoe.finetune.processes import freeze_unreached, is_sharded
 from melinoe.finetune.rates import Rates
 from melinoe.finetune.resume import (
     StopRequest,
@@ -25,16 +25,15 @@ from melinoe.finetune.resume import (
     data_fingerprint,
     identity,
     newest_checkpoint,
-    put,
+    read_state,
 )
 from melinoe.finetune.rows import check_data, find_packing, rows_of
-from melinoe.finetune.teacher import Teacher, teacher_fingerprint
 from melinoe.finetune.trainer import (
     LocalityTrainer,
     Progress,
+    is_sharded,
     set_steps,
     training_arguments,
-    with_compute_dtype,
 )
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers, fingerprint
@@ -50,19 +49,22 @@ class Trained:
     Attributes:
         rows: See `LocalityTrainer.rows`.
         skipped_steps: Steps that changed nothing because of a non-finite loss.
-        step: Optimiser steps that made the weights: the last, or those up to the best measurement.
+        step: Optimiser steps that were taken.
         processes: On how many the run was.
-        adapter: Where the model was sharded (FSDP2) and stays so, what was trained; else ``None``:
-            it is merged into the model.
         rates: The learning rates at their peak.
+        changed: Full names of the model's tensors that training changes.
+        adapter: What was trained, if it was to be kept or the model is sharded.
+        sharded: Whether the model is (FSDP2): it stays so, and the adapter is not merged into it.
     """
 
     rows: list[dict[str, Any]]
     skipped_steps: int
     step: int
     processes: int
-    adapter: Adapter | None
     rates: Rates
+    changed: list[str]
+    adapter: Adapter | None
+    sharded: bool
 
 
 def train(
@@ -77,7 +79,7 @@ def train(
     teacher: Adapter | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    before_merge: Callable[[TrainedParts], None] | None = None,
+    keep_adapter: bool = False,
     checkpoints: Path | None = None,
     resume: bool = False,
     arguments: TrainingArguments | None = None,
@@ -98,11 +100,8 @@ def train(
         teacher: Of the same base, from `read_teacher`: whose hidden states
             ``settings.lambda_match`` means, in place of the base model's.
         progress: Called with each log row.
-        callbacks: Of transformers' kind, run beside Melinoe's own. One that has a method
-            ``attach(trainer)`` is called with the `LocalityTrainer` before the first step: it finds
-            ``locality`` (the `Objective`) and ``measure(examples)`` there. Its ``state_dict()`` and
-            ``load_state_dict(state)``, if it has them, keep its state (JSON) in checkpoints.
-        before_merge: Called with the trained parts in float32, before they become the model's own.
+        callbacks: Of transformers' kind, run beside Melinoe's own.
+        keep_adapter: Copy what was trained, in float32, before it becomes the model's own.
         checkpoints: Directory for the run's checkpoints; Ctrl-C and SIGTERM then end the run after
             its step and leave one.
         resume: Go on from the newest whole one; from the beginning if there is none.
@@ -112,24 +111,28 @@ def train(
         UnsupportedModelError, TrainingError: as `melinoe.finetune.finetune`.
         InterruptedRunError: the run was asked to stop; its state is in *checkpoints*.
     """
-    _check_held_out(settings, eval_data)
+    if settings.eval_every and not eval_data:
+        raise TrainingError(
+            f"eval_every={settings.eval_every} needs held-out examples to measure; give some "
+            "(--eval-data), or leave it out"
+        )
     check_data(settings, data)
     if teacher is not None and not settings.is_taught:
         raise TrainingError(
             "a teacher does nothing while lambda_match is 0; set it, or give no teacher"
         )
-    # The Trainer makes a directory even if it saves nothing.
     stored = find_experts(model)[0].module.get_parameter("down_proj").dtype
     settings = with_compute_dtype(settings, stored)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
         arguments = arguments or training_arguments(settings, checkpoints or work)
-        processes, sharded = arguments.world_size, is_sharded(arguments)
+        processes, device, sharded = arguments.world_size, arguments.device, is_sharded(arguments)
+        main = arguments.process_index == 0
         if not sharded:
-            model.to(arguments.device)
+            model.to(device)
         base = fingerprint(model)
         routers, layers = find_routers(model), find_experts(model)
         rates = Rates.of(routers, settings)
-        if arguments.process_index == 0:
+        if main:
             log.info(
                 "hidden size %d: rate of routers %.3g, of low-rank updates %.3g; their rank %d",
                 rates.width, rates.routers, rates.low_rank, rates.rank,
@@ -137,7 +140,7 @@ def train(
         steps, rows = rows_of(data, settings, processes)
         tokens = settings.batch_size * max(sum(map(len, row)) for row in rows)
         top_k = routers[0].top_k or 1
-        recompute = recomputes(model, layers[0], settings, tokens, top_k, arguments.device)
+        recompute = recomputes(model, layers[0], settings, tokens, top_k, device)
         ready = ReadyModel(model, settings, recompute)
         parts = make_trainable(model, routers, layers, settings, rates.rank)
         objective = Objective(
@@ -145,25 +148,35 @@ def train(
             settings,
             parts=parts,
             replay=Replay(anchor_data, pad_token_id, settings.seed) if anchor_data else None,
-            teacher=None if teacher is None else Teacher(teacher, parts, layers, arguments.device),
+            teacher=None if teacher is None else Teacher(teacher, parts, device),
         )
         if processes > 1:
-            freeze_unreached(model, parts)
+            _freeze_unreached(model, parts)
             arguments.ddp_find_unused_parameters = False
         set_steps(arguments, settings, steps, rates)
         packing = find_packing(model, pad_token_id) if settings.packing else None
         padding = Collator(pad_token_id)
-        per_step = settings.batch_size * settings.gradient_accumulation * processes
-        taught = None if teacher is None else teacher_fingerprint(teacher)
-        named = replace(
-            settings,
-            learning_rate=rates.routers,
-            lora_learning_rate=rates.low_rank,
-            lora_rank=rates.rank,
-        )
         replayed = OWN if own_text else data_fingerprint(anchor_data) if anchor_data else None
-        ours = identity(named, data, per_step, base, taught, replayed)
-        start = _start(checkpoints, ours, arguments) if resume else None
+        ours = identity(
+            replace(
+                settings,
+                learning_rate=rates.routers,
+                lora_learning_rate=rates.low_rank,
+                lora_rank=rates.rank,
+            ),
+            rows_per_step=settings.batch_size * settings.gradient_accumulation * processes,
+            **{
+                "data": data_fingerprint(data),
+                "base model": base,
+                "teacher": None if teacher is None else teacher.sha256,
+                "anchor text": replayed,
+            },
+        )
+        start = newest_checkpoint(checkpoints) if resume and checkpoints else None
+        if start is not None:
+            check_same_run(start, read_state(start)["run"], ours, "start anew without --resume")
+        elif resume and main:
+            log.warning("%s has no checkpoint to go on from: the run begins anew", checkpoints)
         ready.recompute()
         stop = StopRequest()
         trainer = LocalityTrainer(
@@ -187,58 +200,57 @@ def train(
         if sharded != (trainer.accelerator.distributed_type == "FSDP"):
             raise TrainingError(
                 "the run was launched to be sharded (FSDP), but accelerate shards nothing on this "
-                f"kind of device ({arguments.device.type}); launch it without"
+                f"kind of device ({device.type}); launch it without"
             )
-        for callback in callbacks:
-            if hasattr(callback, "attach"):
-                callback.attach(trainer)
         if checkpoints is None:
             trainer.train()
         else:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    step = trainer.state.global_step
     if trainer.stopped:
         raise InterruptedRunError(
-            f"the run was stopped after step {trainer.state.global_step} of {steps}; its state is "
-            f"kept in {checkpoints}, so the same command with --resume goes on from there"
+            f"the run was stopped after step {step} of {steps}; its state is kept in "
+            f"{checkpoints}, so the same command with --resume goes on from there"
         )
-    step = trainer.state.global_step
     if step and trainer.skipped_steps == step:
         raise TrainingError(
             f"no step of {step} had a finite loss, so nothing was learned; lower learning_rate or "
             "lambda_cache, or load the model in another dtype"
         )
-    if settings.keep == "best" and trainer.best is not None:
-        step = trainer.best["step"]
-        for name, parameter in trainer.trained().items():
-            put(parameter, trainer.best_parts[name])
-    if before_merge is not None:
-        before_merge(parts)
-    adapter = adapter_of(parts) if sharded else None
+    adapter = adapter_of(parts) if keep_adapter or sharded else None
+    changed = parts.names()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
     ready.switch_back()
     if not sharded:
         ready.make_plain(parts)
-    return Trained(trainer.rows, trainer.skipped_steps, step, processes, adapter, rates)
+    return Trained(
+        trainer.rows, trainer.skipped_steps, step, processes, rates, changed, adapter, sharded
+    )
 
 
-def _start(
-    checkpoints: Path | None, ours: dict[str, Any], arguments: TrainingArguments
-) -> Path | None:
-    """Find this run's checkpoint to go on from; none: begin anew, with a warning."""
-    start = None if checkpoints is None else newest_checkpoint(checkpoints)
-    if start is not None:
-        check_same_run(start, ours)
-    elif arguments.process_index == 0:
-        log.warning("%s has no checkpoint to go on from: the run begins anew", checkpoints)
-    return start
+def with_compute_dtype(settings: FinetuneSettings, stored: torch.dtype) -> FinetuneSettings:
+    """Decide the type to compute in, where it is left open, by device and checkpoint."""
+    if settings.compute_dtype != "auto":
+        return settings
+    narrow = torch.cuda.is_available() and stored.itemsize == 2
+    return replace(settings, compute_dtype="bfloat16" if narrow else "float32")
 
 
-def _check_held_out(settings: FinetuneSettings, eval_data: Sequence[Encoded] | None) -> None:
-    for name, needs in (("eval_every", settings.eval_every), ("keep", settings.keep == "best")):
-        if needs and not eval_data:
-            raise TrainingError(
-                f"{name}={getattr(settings, name)} needs held-out examples to measure; give some "
-                "(--eval-data), or leave it out"
-            )
+def _freeze_unreached(model: Any, parts: TrainedParts) -> None:
+    """
+    Leave out trained parameters that no gradient ever reaches, such as a bias of the choice alone.
+
+    On one process they would simply stay as they are. Several wait for every parameter's gradient
+    to be averaged, unless they search the graph of every step for those that have none.
+    """
+    few = torch.arange(1, 6, device=model.get_input_embeddings().weight.device)[None]
+    with torch.enable_grad():
+        logits = logits_of(model, model_outputs(model, {"input_ids": few}))
+        names = [*parts.router, *parts.lora]
+        gradients = torch.autograd.grad(logits.float().sum(), parts.all(), allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            group = parts.router if name in parts.router else parts.lora
+            group.pop(name).requires_grad_(False)

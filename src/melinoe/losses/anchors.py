@@ -30,19 +30,17 @@ def rank_matching_loss(
     Args:
         router_logits: ``(batch, tokens, ..., experts)``, with gradient.
         base_logits: The base router's, same shape; never differentiated.
-        completion: As in `cache_simulation_loss`.
+        completion, denominator: As in `cache_simulation_loss`.
         rho: Margin in probability that a pair should keep.
-        denominator: As in `cache_simulation_loss`.
-        pairs_at_once: Bounds memory, in bytes about three times as many, and speed: few enough
-            stay in a processor's cache, many enough fill a GPU.
+        pairs_at_once: Bounds memory, in bytes about three times as many.
 
     Returns:
         float32 of shape ``(...)``.
 
-    Cost: experts x (log experts + 1 / rho) per token instead of experts^2, and still exact: a pair
-    keeps its margin only if its first expert has a probability of rho or more, and no more than
-    1 / rho experts can. So all pairs count but those few. The loss is linear in p_f where its set
-    of pairs is fixed, so only their counts are kept for the backward pass.
+    Cost: experts x (log experts + 1 / rho) per token, and still exact: all pairs count but those
+    that keep their margin, of which the first expert has a probability of rho or more, and no more
+    than 1 / rho experts can. The loss is linear in p_f where its set of pairs is fixed, so only
+    their counts are kept for the backward pass.
     """
     experts = router_logits.shape[-1]
     p = select(router_logits, completion).float().softmax(-1)
@@ -126,19 +124,16 @@ def match_loss(
 
     Args:
         hidden: Place to this model's hidden states ``(tokens, features)``, with gradient.
-        theirs: The teacher's, on the same tokens; never differentiated.
+        theirs: The teacher's, on the same tokens and places; never differentiated.
         positions: int64, the tokens that count, as `completion_positions` gives them.
         denominator: Divides sums over tokens; default: the tokens that count.
 
     Returns:
         A float32 scalar; 0 where the models agree, 1 where ours says nothing.
 
-    Raises:
-        ValueError: the two have other places.
-
     Source:
-        Hints for hidden layers, Romero et al., arXiv:1412.6550; relative and without a regressor,
-        since student and teacher are one model with other updates.
+        Hints for hidden layers, Romero et al., arXiv:1412.6550; without a regressor, since both
+        are one model with other updates.
     """
     if hidden.keys() != theirs.keys() or not hidden:
         raise ValueError(f"places differ: {sorted(hidden)} here, {sorted(theirs)} of the teacher")

@@ -1,18 +1,13 @@
 """
 Count how many of a token's experts an imagined cache lacks.
 
-    clipped    c = min(1, C s / |s|). The entries of C s / |s| sum to C and may pass 1;
-               the clip bounds the loss to [0, K].
+    clipped    c = min(1, C s / |s|): the clip bounds the loss to [0, K].
     literal    c = C s / |s|, as in the paper. It rewards the same K experts for ever rather than at
                most C of them, and has no lower bound but K - C.
     resident   c = 1 for the C experts with the highest s of those used before, else 0; the default
-               of a run, closest to what a cache does when it serves. With gamma in (0, 1/2) these
-               are the C experts used last; of experts last used by the same token those stay that
-               were used before later, then the lower ids. So the loss counts the misses of that LRU
-               cache exactly: with one expert a token, of any; with more, an LRU cache that breaks
-               those ties otherwise may count a few more or fewer. With a larger gamma it is near
-               the count of a decayed LFU cache that remembers what it let go, but that one always
-               holds what it has just loaded, and this one only the experts with the highest s.
+               of a run, closest to what a cache does when it serves. With gamma in (0, 1/2) it
+               counts the misses of an LRU cache, up to ties among experts of one token; with a
+               larger gamma nearly those of a decayed LFU cache that remembers what it let go.
 
 All three pull on the router alike: along p_f, by what the cache lacks. No gradient passes through
 the cache to earlier tokens.
@@ -78,12 +73,7 @@ def missing_share(s: Tensor, capacity: float, form: Form, used: Tensor | None = 
     """
     Compute 1 - c, the share of each expert that is not in the cache, from the filter's *s*.
 
-    Args:
-        s: ``(count, ..., experts)``, never below 0.
-        capacity: As in `cache_simulation_loss`.
-        form: See this module.
-        used: Experts used before in the sequence, where *s* may have fallen below the smallest
-            float since; bool, as *s*. Default: those with *s* above 0.
+    *used*, bool, as *s*: experts used before, where *s* may have fallen below the smallest float.
     """
     if form == "resident":
         if used is not None:  # the longest unused are equals, and still before those never used

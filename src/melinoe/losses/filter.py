@@ -17,15 +17,7 @@ _CHUNK = 128  # tokens whose pairwise weights are held at once
 
 
 def segments_of(attention_mask: Tensor) -> Tensor:
-    """
-    Make the segment ids of a batch with one sequence per row.
-
-    Args:
-        attention_mask: ``(batch, tokens)``, 1 on real tokens and 0 on padding.
-
-    Returns:
-        int64 ``(batch, tokens)``: 0 on real tokens, -1 on padding.
-    """
+    """Make the segment ids of a batch with one sequence per row: 0 on tokens, -1 on padding."""
     return attention_mask.to(torch.int64) - 1
 
 
@@ -35,8 +27,7 @@ class CausalFilter:
     The exponential filter s(t) of one batch's layout, applied to any layer's choices.
 
     Weights within a chunk of tokens and between chunks are both triangular matrices, so a sequence
-    of any length is filtered by three matrix products and no loop. All powers of gamma have
-    exponents >= 0: nothing grows and nothing is divided by a small number.
+    of any length is filtered by three matrix products and no loop.
     """
 
     inside: Tensor  # (batch, chunks, chunk, chunk): token from token, same segment, earlier

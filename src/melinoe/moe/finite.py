@@ -92,7 +92,7 @@ def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelE
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """Name the first weight of *model* that holds NaN or infinity; None if there is none."""
+    """Name the first weight of *model*, or of this process's shards, that holds NaN or infinity."""
     return next(filter(None, (_broken(*named) for named in model.named_modules())), None)
 
 
@@ -113,7 +113,7 @@ def _kind(tensor: Tensor) -> str | None:
     """Return NaN or infinity if *tensor* holds it; -inf alone is how something is masked."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return None
-    largest = tensor.detach().max()
+    largest = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().max()
     if largest.isnan():
         return "NaN"
     return "infinity" if largest == float("inf") else None

@@ -27,21 +27,23 @@ _POLICIES = ("lru", "lfu")  # the two that the cache loss imagines, as gamma nea
 
 
 @dataclass(frozen=True)
-class LocalityOf:
-    """Locality of one trace: the part that ``melinoe.json`` keeps, and what pairing needs."""
-
-    record: dict[str, Any]
-    experts: np.ndarray  # float64 (sequences,), nan where nothing was written
-    counts: dict[str, dict[int, Counts]]
-
-
-@dataclass(frozen=True)
 class Measured:
-    """Results of one model: perplexity of each text, locality while writing and reading."""
+    """
+    Results of one model.
+
+    Attributes:
+        shape: Experts, top-k and layers.
+        record: Its part of ``melinoe.json``.
+        perplexities: By name of the text.
+        experts: While ``writing`` and ``reading``: of each sequence, nan where nothing was written.
+        counts: Likewise: policy to slots to counts by sequence.
+    """
 
     shape: dict[str, int]
+    record: dict[str, Any]
     perplexities: dict[str, Perplexity]
-    localities: dict[str, LocalityOf]  # writing, reading
+    experts: dict[str, np.ndarray]
+    counts: dict[str, dict[str, dict[int, Counts]]]
 
 
 def measure_model(
@@ -54,19 +56,10 @@ def measure_model(
     say: Say | None,
 ) -> Measured:
     """
-    Measure one model with every expert resident.
+    Measure one model with every expert resident; arguments and errors as `record_outcome`'s.
 
     Args:
-        path: Its checkpoint.
-        held_out: One name to held-out examples, whose prompts it answers and whose text it reads.
-        others: Names to other texts.
         sizes: Cache sizes to simulate, all experts the last.
-        settings: How much to measure.
-        device: Where it runs.
-        say: Told of progress.
-
-    Raises:
-        DataError, CheckpointError: as `record_outcome`.
     """
     model, handle = load(path, device, engine="reference", slots=sizes[-1])
     tokenizer = load_tokenizer(str(path), model.config)
@@ -87,53 +80,46 @@ def measure_model(
     # The next model needs the room; detaching would first want the experts a third time.
     del model, handle
     gc.collect()
-    trace = traces["writing"]
-    shape = {
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "layers": trace.num_layers,
-    }
-    localities = {name: _locality(trace, sizes) for name, trace in traces.items()}
-    return Measured(shape, perplexities, localities)
-
-
-def _locality(trace: Trace, sizes: Sequence[int]) -> LocalityOf:
-    counts = {
-        policy: {size: completion_counts(trace, size, policy) for size in sizes}
-        for policy in _POLICIES
-    }
-    found = locality_record(trace, "")
-    keys = ("experts_per_sequence", "experts_per_sequence_mean", "reuse", "distinct_experts")
-    caches = {
-        policy: {
-            "slots": list(by_size),
-            **{
-                name: [bootstrap(one[top], one[bottom]).to_dict() for one in by_size.values()]
-                for name, top, bottom in (
-                    ("hit_rate", "hits", "uses"),
-                    ("transfers_per_token", "loads", "tokens"),
-                )
-            },
-        }
-        for policy, by_size in counts.items()
-    }
-    record = {**{key: found[key] for key in keys}, "caches": caches}
-    return LocalityOf(record, experts_per_sequence(trace), counts)
-
-
-def record_of(one: Measured, held_out: Texts) -> dict[str, Any]:
-    """Return the part of ``melinoe.json`` that is of one model."""
-    return {
+    record: dict[str, Any] = {
         "perplexity": {
             name: {
                 "in_domain": name in held_out,
                 "tokens": int(found.tokens.sum()),
                 "perplexity": found.estimate.to_dict(),
             }
-            for name, found in one.perplexities.items()
-        },
-        **{name: locality.record for name, locality in one.localities.items()},
+            for name, found in perplexities.items()
+        }
     }
+    counts = {}
+    for name, trace in traces.items():
+        counts[name] = {
+            policy: {size: completion_counts(trace, size, policy) for size in sizes}
+            for policy in _POLICIES
+        }
+        record[name] = _locality(trace, counts[name])
+    trace = traces["writing"]
+    shape = {"num_experts": trace.num_experts, "top_k": trace.top_k, "layers": trace.num_layers}
+    experts = {name: experts_per_sequence(trace) for name, trace in traces.items()}
+    return Measured(shape, record, perplexities, experts, counts)
+
+
+def _locality(trace: Trace, counts: Mapping[str, Mapping[int, Counts]]) -> dict[str, Any]:
+    """The part of ``melinoe.json`` that is of one trace."""
+    found = locality_record(trace, "")
+    keys = ("experts_per_sequence", "experts_per_sequence_mean", "reuse", "distinct_experts")
+
+    def curve(by_size: Mapping[int, Counts], top: str, bottom: str) -> list[Any]:
+        return [bootstrap(one[top], one[bottom]).to_dict() for one in by_size.values()]
+
+    caches = {
+        policy: {
+            "slots": list(by_size),
+            "hit_rate": curve(by_size, "hits", "uses"),
+            "transfers_per_token": curve(by_size, "loads", "tokens"),
+        }
+        for policy, by_size in counts.items()
+    }
+    return {**{key: found[key] for key in keys}, "caches": caches}
 
 
 def change_of(before: Measured, after: Measured, sizes: Sequence[int]) -> dict[str, Any]:
@@ -143,7 +129,7 @@ def change_of(before: Measured, after: Measured, sizes: Sequence[int]) -> dict[s
     Args:
         before: The base model; or the control, for the effect of the locality terms alone.
         after: The fine-tuned model.
-        sizes: Slots of the caches to compare at.
+        sizes: Slots of the caches to compare at; those without loads after have no ratio.
 
     Raises:
         DataError: no prompt got a completion from both.
@@ -154,18 +140,16 @@ def change_of(before: Measured, after: Measured, sizes: Sequence[int]) -> dict[s
             for name, one in after.perplexities.items()
         }
     }
-    for name, one in after.localities.items():
-        other = before.localities[name]
-        both = ~(np.isnan(other.experts) | np.isnan(one.experts))
+    for name, ours in after.experts.items():
+        theirs = before.experts[name]
+        both = ~(np.isnan(theirs) | np.isnan(ours))
         if not both.any():
             raise DataError("no prompt got a completion from both models; measure on other prompts")
         found[name] = {
-            "experts_per_sequence": paired_difference(
-                one.experts[both], other.experts[both]
-            ).to_dict(),
+            "experts_per_sequence": paired_difference(ours[both], theirs[both]).to_dict(),
             "transfers_per_token": {
-                policy: _times_fewer(other.counts[policy], by_size, sizes)
-                for policy, by_size in one.counts.items()
+                policy: _times_fewer(before.counts[name][policy], by_size, sizes)
+                for policy, by_size in after.counts[name].items()
             },
         }
     return found
@@ -174,11 +158,8 @@ def change_of(before: Measured, after: Measured, sizes: Sequence[int]) -> dict[s
 def _times_fewer(
     before: Mapping[int, Counts], after: Mapping[int, Counts], sizes: Sequence[int]
 ) -> dict[str, list[Any]]:
-    """Transfers per token before over after, by slots; sizes without loads after have no ratio."""
+    """Transfers per token before over after, by slots."""
     kept = [size for size in sizes if sum(after[size]["loads"])]
-    ratios = []
-    for size in kept:
-        theirs, ours = before[size], after[size]
-        ratio = paired_ratio(theirs["loads"], ours["loads"], theirs["tokens"], ours["tokens"])
-        ratios.append(ratio.to_dict())
-    return {"slots": kept, "ratio": ratios}
+    pairs = [(before[size], after[size]) for size in kept]
+    ratios = [paired_ratio(b["loads"], a["loads"], b["tokens"], a["tokens"]) for b, a in pairs]
+    return {"slots": kept, "ratio": [one.to_dict() for one in ratios]}

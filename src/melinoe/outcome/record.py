@@ -17,7 +17,7 @@ from melinoe.data import Example
 from melinoe.errors import CheckpointError, DataError
 from melinoe.measure import machine
 from melinoe.outcome.control import as_checkpoint, check_control
-from melinoe.outcome.model import Measured, Say, Texts, change_of, measure_model, record_of
+from melinoe.outcome.model import Measured, Say, Texts, change_of, measure_model
 
 _CURVE_POINTS = 16
 
@@ -82,12 +82,12 @@ def record_outcome(
     facts = machine()
     outcome = {
         "examples": min(settings.examples, len(next(iter(held_out.values())))),
-        "prompts": len(after.localities["writing"].experts),
+        "prompts": len(after.experts["writing"]),
         "max_new_tokens": settings.max_new_tokens,
         "slots": slots,
         **after.shape,
-        "before": record_of(before, held_out),
-        "after": record_of(after, held_out),
+        "before": before.record,
+        "after": after.record,
         "change": change_of(before, after, compared),
         "machine": facts,
         "date": facts["date"],
@@ -104,7 +104,7 @@ def record_outcome(
             f"{control} is of another shape than {directory}; give a control of the same base"
         )
     outcome |= {
-        "control": record_of(plain, held_out),
+        "control": plain.record,
         "change_from_control": change_of(plain, after, compared),
         "control_run": {
             "name": Path(control).expanduser().resolve().name,
