@@ -111,11 +111,6 @@ class Teacher:
     Both share every frozen weight, so a teacher costs the memory of its routers and updates, and a
     forward pass without gradients per batch.
 
-    Args:
-        adapter: From `read_teacher`.
-        parts: Of the model in training, before or after any step.
-        device: Where passes will run.
-
     Raises:
         TrainingError: the teacher changes experts or other projections, and this run does not.
     """
@@ -143,11 +138,7 @@ class Teacher:
 
 def read_teacher(directory: str | Path, model: nn.Module) -> Adapter:
     """
-    Read the trained parts of an earlier run on the base *model*.
-
-    Args:
-        directory: What ``melinoe finetune --save adapter`` or ``both`` wrote, or PEFT.
-        model: The base, loaded; not changed.
+    Read what a run on the base *model* trained: by ``--save adapter`` or ``both``, or PEFT.
 
     Raises:
         CheckpointError: no adapter there, or none of this base's shapes.
@@ -196,8 +187,6 @@ def write_adapter(
     Write an adapter's two files into an existing directory.
 
     Args:
-        adapter: What to write.
-        directory: Of which PEFT will be given the name.
         base: Name of the model it was trained on, for PEFT's config: absolute, or of the hub.
         generates: Whether that model writes text, as PEFT's class for such models requires.
     """
@@ -273,11 +262,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
 
 def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
     """
-    Read an adapter, ours or PEFT's, for the base *model* that it was trained on.
-
-    Args:
-        directory: With PEFT's two files.
-        model: Gives the names and shapes; not changed.
+    Read an adapter, ours or PEFT's, for the base *model*, which gives names and shapes.
 
     Raises:
         CheckpointError: as `read_adapter_config`; torn files; names or shapes that are not those

@@ -43,17 +43,9 @@ REPLAYED_AT_ONCE = 2  # texts beside each batch
 
 @dataclass
 class Terms:
-    """
-    The loss terms of one batch: means over completion tokens, and over MoE layers.
-
-    Attributes:
-        values: Each term by name, a scalar with its graph.
-        weights: Each term's weight in *total*.
-        total: What is minimised.
-    """
+    """The loss terms of one batch by name, with their graph, and what is minimised."""
 
     values: dict[str, Tensor]
-    weights: dict[str, float]
     total: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
@@ -71,10 +63,7 @@ class Replay:
     Seed and position in the run decide a batch, so a resumed run sees what it would have seen.
     Every text comes once before any comes again, in a new order each time.
 
-    Args:
-        data: Encoded texts, at least one; every token but the first counts, prompt or not.
-        pad_token_id: Any id; padding is masked.
-        seed: Decides the order.
+    Every token of *data* but the first of a text counts, prompt or not.
     """
 
     def __init__(self, data: Sequence[Encoded], pad_token_id: int, seed: int):
@@ -144,8 +133,7 @@ class Objective:
         Args:
             model: Returns logits; may be wrapped for distributed training.
             batch: From a collator of `melinoe.data`, on the model's device.
-            denominator: Completion tokens of the whole optimiser step, over all of its batches and
-                processes; default: of this batch.
+            denominator: Completion tokens of the whole optimiser step; default: of this batch.
             training: Whether anchor text is replayed beside the batch.
 
         Raises:
@@ -186,15 +174,14 @@ class Objective:
         more: dict[str, Tensor] | None = None,
     ) -> Terms:
         """
-        Combine a batch's next-token loss with its locality terms.
+        Combine a batch's mean next-token loss with its locality terms.
 
         Args:
-            nll: Mean next-token loss, with gradient.
+            nll: With gradient.
             routings: What each layer recorded in the pass that gave *nll*.
-            labels: int64 ``(batch, tokens)``, -100 on prompt and padding.
-            segment_ids: int64 ``(batch, tokens)``, as the collators of `melinoe.data` give it.
-            denominator: Completion tokens of the whole step; default: of this batch.
-            more: Terms from other passes, weighed by their names in the settings.
+            labels, segment_ids: int64 ``(batch, tokens)``, as the collators of `melinoe.data` give.
+            denominator: As in `measure`.
+            more: Terms from other passes.
         """
         settings = self.settings
         locality = self._locality(routings, labels, segment_ids, denominator)
@@ -211,7 +198,7 @@ class Objective:
             # Not 0 times a term that is only watched: it may be infinite.
             if name != "nll" and weights[name]:
                 total = total + weights[name] * value
-        return Terms(values, {name: weights[name] for name in values}, total)
+        return Terms(values, total)
 
     def _locality(
         self,

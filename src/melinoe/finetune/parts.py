@@ -37,12 +37,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 class LowRank(nn.Module):
     """
-    The updates of one module's weights.
-
-    Args:
-        factors: Become its parameters, in float32.
-        scaling: Of each product ``B A``.
-        transposed: Whether the module stores its matrices as ``(in, out)``.
+    The updates of one module's weights, in float32: ``scaling x B A``.
 
     Attributes:
         lora_A, lora_B: The factors by parameter name.

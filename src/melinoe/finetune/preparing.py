@@ -35,14 +35,7 @@ _LARGE_BYTES = 1 << 30
 
 
 class ReadyModel:
-    """
-    A model in the types and with the switches that its training needs; it can be made plain again.
-
-    Args:
-        model: Changed in place.
-        settings: ``train`` and ``compute_dtype`` are read.
-        recomputes: Whether layers are recomputed in the backward pass; see `recomputes`.
-    """
+    """A model, changed in place to what its training needs; it can be made plain again."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, recomputes: bool = False) -> None:
         self._model, self._recomputes = model, recomputes
@@ -112,14 +105,6 @@ def recomputes(
 
     Recomputing gives the same numbers and costs about a forward pass. By default it is done on the
     CPU only, where memory that runs out ends the process.
-
-    Args:
-        model: To be trained.
-        layer: One of its MoE layers.
-        settings: ``gradient_checkpointing``.
-        tokens: Of a forward pass.
-        top_k: Experts per token.
-        device: To train on.
     """
     if settings.gradient_checkpointing is not None:
         return settings.gradient_checkpointing

@@ -67,9 +67,9 @@ def write_checkpoint(
     Args:
         directory: Of the run; is made.
         step: Optimiser steps done; a checkpoint of the same step is replaced.
-        tensors: File name without its ending to tensors by name; files without any are left out.
-        state: For ``state.json``; a JSON object.
-        trainer_state: What ``trainer_state.json`` holds.
+        tensors: File name without its ending to tensors by name.
+        state: For ``state.json``.
+        trainer_state: For ``trainer_state.json``.
         more: Let one more stay.
 
     Raises:
@@ -163,16 +163,10 @@ def check_same_run(
     path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], way_out: str
 ) -> None:
     """
-    Refuse what is left of another run.
-
-    Args:
-        path: Where that lies.
-        theirs: Its `identity`; what it does not name is not compared.
-        ours: That of this run.
-        way_out: What else to do.
+    Refuse what is left of another run in *path*; what its `identity` does not name is not compared.
 
     Raises:
-        TrainingError: names what differs.
+        TrainingError: names what differs, and another *way_out*.
     """
     if gone := gone_settings(theirs):
         named = ", ".join(f"{key} {value}" for key, value in gone.items())

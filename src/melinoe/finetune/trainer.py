@@ -45,26 +45,11 @@ class LocalityTrainer(Trainer):
     batches and over all processes. A step whose loss or gradient is not finite on any process
     changes no weight; it is counted, and five in a row end the run.
 
-    Args:
-        settings: Of the run.
-        rates: Of routers and low-rank updates at their peak.
-        objective: Weighs the terms.
-        parts: What is trained.
-        held_out: Measured before the first step, at its turns, and after the last.
-        padding: Collator for *held_out*.
-        packing: How the training examples are packed, if they are.
-        progress: Called with each log row, on the main process.
-        checkpoints: Where the run's checkpoints go; without it there are none.
-        identity: What the run must have in common with one that goes on from them.
-        stop: Tells when to end early.
-        trainer_options: Of `transformers.Trainer`.
-
     Attributes:
         rows: The log: one dictionary per logged step, with the mean of each term since the last,
             and one per measurement of the held-out examples.
         skipped_steps: Steps that changed nothing because of a non-finite loss.
         stopped: Whether the run ended early, as it was asked to.
-        bad_in_a_row: Steps skipped since the last good one.
     """
 
     def __init__(
@@ -380,10 +365,7 @@ class _Turns(TrainerCallback):
 
 def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
     """
-    Make the Trainer's arguments, but for what depends on model and processes: see `set_steps`.
-
-    Making them joins the other processes of the run; they say how many there are, and which of
-    them this one is. ``settings.compute_dtype`` is decided.
+    Make the Trainer's arguments, but for `set_steps`. That joins the other processes of the run.
 
     Raises:
         DependencyError: a tracker that is not installed.

@@ -47,8 +47,7 @@ class Trained:
     Result of training, beside the model.
 
     Attributes:
-        rows: See `LocalityTrainer.rows`.
-        skipped_steps: Steps that changed nothing because of a non-finite loss.
+        rows, skipped_steps: As the `LocalityTrainer`'s.
         step: Optimiser steps that were taken.
         processes: On how many the run was.
         rates: The learning rates at their peak.
@@ -242,8 +241,7 @@ def _freeze_unreached(model: Any, parts: TrainedParts) -> None:
     """
     Leave out trained parameters that no gradient ever reaches, such as a bias of the choice alone.
 
-    On one process they would simply stay as they are. Several wait for every parameter's gradient
-    to be averaged, unless they search the graph of every step for those that have none.
+    Several processes wait for every parameter's gradient, or search each step's graph for them.
     """
     few = torch.arange(1, 6, device=model.get_input_embeddings().weight.device)[None]
     with torch.enable_grad():
