@@ -281,22 +281,6 @@ def test_a_compiled_model_says_that_it_is_not_compiled(model, caplog):
     ]
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", ["model", "block", "forward"])
-def test_one_graph_of_all_is_refused_by_name(model, part):
-    """fullgraph=True may leave nothing out; dynamo then shows our sentence."""
-    with torch.no_grad(), attach(model, slots=3):
-        if part == "model":
-            run = torch.compile(model, fullgraph=True, **EAGER)
-        elif part == "forward":
-            run = torch.compile(model.forward, fullgraph=True, **EAGER)
-        else:
-            model.model.layers[0].mlp.compile(fullgraph=True, **EAGER)
-            run = model
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="offloaded experts cannot be comp"):
-            run(PROMPT)
-
-
 def embedded(model):
     return model.model.embed_tokens(PROMPT).detach()
 
@@ -355,6 +339,25 @@ def called_within_a_call(model):
     model(PROMPT)
 
 
+def one_graph(part):
+    """May leave nothing out."""
+
+    def way(model):
+        if part == "block":
+            model.model.layers[0].mlp.compile(fullgraph=True, **EAGER)
+            model(PROMPT)
+        else:
+            what = Wrapper(model) if part == "wrapper" else getattr(model, part, model)
+            torch.compile(what, fullgraph=True, **EAGER)(PROMPT)
+
+    return way
+
+
+def no_break_allowed(model):
+    with torch._dynamo.error_on_graph_break(True):
+        torch.compile(model, **EAGER)(PROMPT)
+
+
 def with_gradients(model):
     with torch.enable_grad():
         model(PROMPT)
@@ -367,6 +370,13 @@ REFUSED = {
     "jvp": jvp,
     "dual numbers": dual,
     "export": lambda m: torch.export.export(Wrapper(m), (PROMPT,), strict=False),
+    "export, strict": lambda m: torch.export.export(Wrapper(m), (PROMPT,), strict=True),
+    "export of the model": lambda m: torch.export.export(m, (PROMPT,), strict=True),
+    "one graph": one_graph("model_itself"),
+    "one graph, forward": one_graph("forward"),
+    "one graph, wrapper": one_graph("wrapper"),
+    "one graph, block": one_graph("block"),
+    "no break allowed": no_break_allowed,
     "jit.trace": lambda m: torch.jit.trace(Wrapper(m), (PROMPT,)),
     "make_fx": lambda m: make_fx(lambda ids: m(ids).logits)(PROMPT),
     "fake tensors": on_fake_tensors,
@@ -404,7 +414,7 @@ def test_another_way_is_refused_in_one_sentence(model, way, engine):
         assert str(raised.value).count(". ") == 0 and "\n" not in str(raised.value)
         handle.audit()
         if way in ("half", "meta", "other weights", "another implementation",
-                   "called within a call"):  # fmt: skip
+                   "called within a call", "one graph, block"):  # fmt: skip
             return  # the model itself is another one now
         model.eval()
         model.config._attn_implementation = other.config._attn_implementation

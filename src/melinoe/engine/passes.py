@@ -25,7 +25,7 @@ from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.prefetch import MOST_ROWS, Route
 from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW
 from melinoe.errors import AttachError, TraceError, UnsupportedModelError
-from melinoe.moe.dispatch import NOT_COMPILED
+from melinoe.moe.dispatch import NOT_COMPILED, refuse_one_graph
 from melinoe.moe.next_router import NextRouters
 from melinoe.moe.routing import find_routers
 
@@ -294,7 +294,10 @@ class ForwardPasses:
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return call(torch.compiler.is_dynamo_compiling(), *args, **kwargs)
+            compiling = torch.compiler.is_dynamo_compiling()
+            if compiling and attached:
+                refuse_one_graph()
+            return call(compiling, *args, **kwargs)
 
         put_back = _stand_before(self._model, "forward", forward)
 

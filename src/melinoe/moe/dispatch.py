@@ -22,7 +22,6 @@ from melinoe.moe.experts import ExpertsLayer, is_experts_module
 
 NAME = "melinoe"
 _BOUND = "_melinoe_bound"
-# Shown by torch.compile with fullgraph=True.
 NOT_COMPILED = (
     "offloaded experts cannot be compiled, because they ask the host which of them are resident; "
     "leave fullgraph out, or detach() the runtime first"
@@ -136,9 +135,36 @@ def _melinoe(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     function = vars(module).get(_BOUND)
-    if torch.compiler.is_dynamo_compiling() and getattr(function, "traced", False):
-        return function(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
+    if torch.compiler.is_dynamo_compiling():
+        if getattr(function, "traced", False):
+            return function(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
+        refuse_one_graph()
     return _as_it_is(function, hidden_states, top_k_index, top_k_weights)
+
+
+def refuse_one_graph() -> bool:
+    """
+    Raise where a compiler may leave nothing out of its graph: fullgraph=True, torch.export.
+
+    Dynamo calls it while it traces its caller, and would put its own words around any other error.
+    """
+    from torch._dynamo.exc import Unsupported  # slow to import
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    class Refused(AttachError, Unsupported):
+        def __init__(self) -> None:
+            Unsupported.__init__(self, NOT_COMPILED)
+
+        def __str__(self) -> str:  # without the traced frames that dynamo adds
+            return NOT_COMPILED
+
+    tracing = InstructionTranslator.current_tx()
+    if tracing.one_graph or tracing.error_on_graph_break:
+        raise Refused
+    return True
+
+
+refuse_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # A compiler that looked inside would keep today's residents for all passes to come.
