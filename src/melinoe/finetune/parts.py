@@ -119,25 +119,27 @@ class LowRankUpdates:
         shared: dict[int, LowRank] = {}
         generator = torch.Generator().manual_seed(seed)
 
-        def place(module: nn.Module, names: Sequence[str]) -> None:
-            key = id(module.get_parameter(names[-1]))
-            if key not in shared:
-                transposed = is_transposed(module)
+        def place(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+            weights = [module.get_parameter(name) for name in shapes]
+            if (key := id(weights[-1])) not in shared:
+                device, transposed = weights[-1].device, is_transposed(module)
                 factors = {
-                    name: _start(module.get_parameter(name), rank, transposed, generator)
-                    for name in names
+                    name: _start(shape, rank, transposed, generator, device)
+                    for name, shape in shapes.items()
                 }
                 shared[key] = LowRank(factors, alpha / rank, transposed)
             module.add_module(ADAPTER, shared[key])
 
         for layer in self.layers:
-            place(layer.module, [one.name for one in layer.tensors if one.name in PROJECTIONS])
+            updated = [one for one in layer.tensors if one.name in PROJECTIONS]
+            # Not of the module's weights, which may be elsewhere.
+            place(layer.module, {one.name: (layer.num_experts, *one.shape) for one in updated})
             bind(layer.module, partial(_updated_experts, compute, layer.module))
         self._restore = use_melinoe(model) if self.layers else lambda: None
         generator.manual_seed(seed)
         self._hooks = []
         for projection in self.attention.values():
-            place(projection, ["weight"])
+            place(projection, {"weight": projection.get_parameter("weight").shape})
             self._hooks.append(projection.register_forward_hook(_add_update))
 
     def of(self, site: ExpertsLayer | str) -> LowRank:
@@ -283,15 +285,19 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def _start(
-    weight: Tensor, rank: int, transposed: bool, generator: torch.Generator
+    shape: Sequence[int],
+    rank: int,
+    transposed: bool,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Make the starting factors of one weight's update, on its device."""
-    *stack, out, into = weight.shape
+    """Make the starting factors of one weight's update."""
+    *stack, out, into = shape
     if transposed:
         out, into = into, out
     bound = 1 / math.sqrt(into)
     down = torch.empty(*stack, rank, into).uniform_(-bound, bound, generator=generator)
-    return down.to(weight.device), torch.zeros(*stack, out, rank, device=weight.device)
+    return down.to(device), torch.zeros(*stack, out, rank, device=device)
 
 
 def _acting(site: nn.Module) -> Any:
