@@ -65,7 +65,7 @@ def test_the_long_help_shows_each_setting_in_its_panel():
         assert f"\n{title or 'Options'}:\n" in shown
     for one in fields(FinetuneSettings):
         assert f"--{one.name.replace('_', '-')} " in shown, one.name
-    assert "(tokens)" in shown and "(last | best)" in shown
+    assert "(tokens)" in shown and "(merged | adapter | both)" in shown
 
 
 def test_progress_is_lines_where_nobody_watches(capsys, monkeypatch):

@@ -240,7 +240,7 @@ def test_run_and_control_have_one_teacher(checkpoint):
     command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
     options = "--steps 2 --capacity 0.5 --against control --teacher plain"
     done = CliRunner().invoke(app, f"{command} {options} --eval-data {held}".split())
-    assert done.exit_code == 0, (done.output, done.exception)
+    assert done.exit_code == 0, f"{done.exception}"
     records = [
         json.loads((checkpoint / name / "melinoe.json").read_text()) for name in ("o", "o.control")
     ]
