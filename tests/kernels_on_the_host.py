@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 from melinoe.cache.packing import pack, packed_length, unpack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
+from melinoe.experts.packed_dot import E2M1
 
 
 @contextmanager
@@ -27,8 +28,9 @@ def on_the_host():
         if stand_in is None:
             return interpret(grid, *args, **kwargs)
         with torch._C._DisableTorchDispatch():
-            arrays = [_array(one) if isinstance(one, torch.Tensor) else one for one in args]
-            stand_in(*arrays, **kwargs)
+            if stand_in not in (project, combine):
+                args = [_array(one) if isinstance(one, torch.Tensor) else one for one in args]
+            stand_in(*args, **kwargs)
 
     interpreter.GridExecutor.__call__ = launch
     try:
@@ -89,41 +91,84 @@ def copy(addresses, chunks, experts, slots, num_loads, num_chunks, *, VECTOR, BY
             ctypes.memmove(target + slot * stride, block + offset, count * size)
 
 
-def expand(
-    addresses, chunks, experts, slots, num_loads, num_chunks, *, TYPE, BF16, BITS, GROUP, **_
-):
-    """Codes with a float16 scale and minimum for each group; biases as they are."""
-    size = TYPE.primitive_bitwidth // 8
-    for number in range(num_loads.reshape(-1)[0]):
-        block, slot = int(addresses[experts[number]]), int(slots[number])
-        for shared, offset, scales, minimums, target, stride, count, first in chunks[
-            :num_chunks
-        ].tolist():
-            into = target + slot * stride
-            if not shared:
-                ctypes.memmove(into, block + offset, count * size)
-                continue
-            codes = _memory(block + offset, np.uint8, count, GROUP * BITS // 8)
-            if BITS == 4:
-                codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(count, GROUP)
-            at = (first + np.arange(count)) // shared
-            scale, least = (
-                _memory(block + part, np.float16, at[-1] + 1, 1)[at].astype(np.float32)
-                for part in (scales, minimums)
-            )
-            weights = codes.astype(np.float32) * scale + least
-            if BF16:  # to the nearest, ties to even
-                bits = weights.view(np.uint32)
-                weights = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-            elif size == 2:
-                weights = weights.astype(np.float16)
-            _memory(into, weights.dtype, count, GROUP)[:] = weights
+def project(
+    x, order, table, codes, scales, offsets, bias, out, pairs, choices, outputs, columns,
+    row_stride, *_,
+    CODES, OFFSET, GROUP, ROWS_PER_SCALE, GROUPS_PER_SCALE, ACTIVATION, BIAS, PAIRS, OUTPUTS, **__,
+):  # fmt: skip
+    """Group after group, products added up in float64 as by the interpreter of these tests."""
+    where = order
+    if not PAIRS:  # then they are sorted, and a table has the slot of each tile
+        where = torch.empty_like(order)
+        where[order] = table[:, 0].repeat_interleave((table[:, 2] - table[:, 1]).clamp(min=0))
+    halves = 1 if ACTIVATION == "none" else 2
+    for slot in where.unique().tolist():
+        pair = (where == slot).nonzero().flatten().tolist()
+        rows = x[[p // choices for p in pair]].float().numpy()
+        matrix = codes[slot].T if row_stride == 1 else codes[slot]
+        found = _products(
+            rows, matrix, scales[slot], offsets[slot], CODES, OFFSET, GROUP, ROWS_PER_SCALE,
+            GROUPS_PER_SCALE,
+        )  # fmt: skip
+        if BIAS:
+            found = found + bias[slot].float().numpy()
+        total, upper = found[:, :outputs], found[:, outputs:]
+        if ACTIVATION == "silu":
+            total = total / (np.float32(1) + np.exp(-total)) * upper
+        assert ACTIVATION in ("none", "silu") and found.shape[1] == halves * outputs
+        out[pair] = torch.from_numpy(total).to(out.dtype)
 
 
-def _memory(address, dtype, rows, columns):
-    nbytes = rows * columns * np.dtype(dtype).itemsize
-    raw = (ctypes.c_uint8 * nbytes).from_address(address)
-    return np.frombuffer(raw, dtype).reshape(rows, columns)
+def combine(outputs, weights, out, choices, hidden, **_):
+    """Choice after choice, in float32."""
+    pairs = outputs.float().numpy().reshape(-1, choices, hidden)
+    weights = weights.float().numpy()
+    total = np.zeros((len(pairs), hidden), np.float32)
+    for choice in range(choices):
+        total = total + pairs[:, choice] * weights[:, choice, None]
+    out[:] = torch.from_numpy(total).to(out.dtype)
 
 
-KERNELS = {"_decide": decide, "_close_step": close_step, "_copy": copy, "_expand": expand}
+def _products(x, codes, scales, offsets, CODES, OFFSET, GROUP, DOWN, ACROSS):
+    """float32 ``(pairs, rows)`` of float32 *x* with one slot's projection."""
+    if OFFSET == "raw":
+        weights = codes.float().numpy()
+        total = np.zeros((len(x), len(weights)), np.float32)
+        for at in range(0, x.shape[1], GROUP):
+            total = _dot(x[:, at : at + GROUP], weights[:, at : at + GROUP], total)
+        return total
+    half = {"uint4": 8, "uint8": 128}.get(CODES, 0)
+    if CODES in ("uint4", "e2m1"):
+        pair = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+        levels = torch.tensor(E2M1) if CODES == "e2m1" else torch.arange(16.0)
+        numbers = levels[pair.long()].numpy()
+    else:
+        numbers = (codes.view(torch.float8_e4m3fn) if CODES == "e4m3" else codes).float().numpy()
+    scale = scales.float()
+    if scales.dtype == torch.uint8:
+        scale = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
+    scale = scale.repeat_interleave(DOWN, 0)[: len(numbers)].numpy()
+    added = {"minimum": offsets.float().numpy(), "zero": -offsets.float().numpy() * scale,
+             "symmetric": scale * np.float32(-half), "none": None}[OFFSET]  # fmt: skip
+    total = np.zeros((len(x), len(numbers)), np.float32)
+    for number in range(x.shape[1] // GROUP):
+        of = slice(number * GROUP, (number + 1) * GROUP)
+        if CODES in ("uint4", "e2m1"):
+            part = _dot(x[:, of][:, ::2], numbers[:, of][:, ::2], np.float32(0))
+            part = _dot(x[:, of][:, 1::2], numbers[:, of][:, 1::2], part)
+        else:
+            part = _dot(x[:, of], numbers[:, of], np.float32(0))
+        total = total + part * scale[:, number // ACROSS]
+        if added is not None:
+            total = total + x[:, of].sum(axis=1)[:, None] * added[:, number // ACROSS]
+    return total
+
+
+def _dot(x, weights, total):
+    return (x.astype(np.float64) @ weights.T.astype(np.float64) + total).astype(np.float32)
+
+
+KERNELS = {
+    "_decide": decide, "_close_step": close_step, "_copy": copy, "_project": project,
+    "_combine": combine,
+}  # fmt: skip

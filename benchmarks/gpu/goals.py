@@ -75,6 +75,13 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['model']:14} {row['engine']:40} prompt of {row['tokens']} tokens: "
                 f"{row['ttft_s'] * 1e3:.0f} ms"
             )
+        elif row["section"] == "products":
+            share = row["share_of_memory"]
+            lines.append(
+                f"{row['model']:14} {row['engine']:40} {row['experts']:5} {row['pairs']:3} pairs: "
+                f"{row['bytes_per_s'] / 1e9:.0f} GB/s"
+                + (f", {share:.0%} of memory's rate" if share is not None else "")
+            )
         elif row["section"] == "smoke":
             said = str(row["said"]).strip().splitlines()
             lines.append(f"{'passed' if row['passed'] else 'FAILED'}: {row['step']}: {said[-1]}")

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from melinoe.engine.device import tuning
-from melinoe.engine.device.loading import Loader, addresses
+from melinoe.engine.device.copying import PROGRAMS_PER_SM, Loader, addresses, default_programs
 
 # Experts of one request: what a step of one token, a few tokens and a prompt may ask for.
 COUNTS = (1, 2, 8, 32)
@@ -47,12 +46,12 @@ def measure(store: Any, layers: Sequence[Any], device: torch.device) -> dict[str
     generator = torch.Generator().manual_seed(0)
     most = min(COUNTS[-1], layers[0].num_experts)
     slots = {
-        t.name: torch.zeros((most, *t.shape), dtype=t.dtype, device=device)
-        for t in layers[0].tensors
+        p.name: torch.zeros((most, *p.shape), dtype=p.dtype, device=device)
+        for p in store.format(0).parts(layers[0].tensors)
     }
     used = [layers[i % len(layers)] for i in range(REPEATS + 1)]
-    loaders = [Loader(store, one, addresses(store, one.index, device), slots) for one in used]
-    nbytes = loaders[0].plan.nbytes
+    loaders = [Loader(store, one.index, addresses(store, one.index, device), slots) for one in used]
+    nbytes = loaders[0].nbytes
     tried = []
     for count in sorted({min(count, most) for count in COUNTS}):
         places = torch.arange(count, dtype=torch.int32, device=device)
@@ -68,9 +67,9 @@ def measure(store: Any, layers: Sequence[Any], device: torch.device) -> dict[str
         kernels = [
             partial(c.load_listed, e, places, number) for c, e in zip(loaders, lists, strict=True)
         ]
-        for programs in tuning.candidates(device):
+        for programs in candidates(device):
             for loader in loaders:
-                loader.plan.programs = programs
+                loader.programs = programs
             rate = count * nbytes / seconds(kernels, device)
             tried.append(
                 {"by": "kernel", "experts": count, "programs": programs, "bytes_per_s": rate}
@@ -89,6 +88,21 @@ def measure(store: Any, layers: Sequence[Any], device: torch.device) -> dict[str
         "device": 2 * source.numel() / seconds(copies, device),
         "tried": tried,
     }
+
+
+def candidates(device: torch.device) -> list[int]:
+    """
+    List the numbers of programs worth a trial, the usual one first.
+
+    Too few have too little under way, too many may be in each other's way: a kernel that read an
+    H100's host memory with all it had is reported to reach two thirds of the copy engine's rate.
+    """
+    usual = default_programs(device)
+    if device.type != "cuda":
+        return [usual]
+    whole = usual // PROGRAMS_PER_SM
+    others = [16, 32, 64, *(whole * times for times in (1, 2, 4, 8, 16))]
+    return [usual, *(one for one in others if one != usual)]
 
 
 def _check(store: Any, layer: int, experts: Sequence[int], slots: dict[str, Any]) -> None:

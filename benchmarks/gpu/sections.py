@@ -99,9 +99,7 @@ class Setup:
             self.handle = melinoe.attach(
                 self.model, engine="reference", slots=slots, store=store, device=device
             )
-        self.programs = (
-            self.handle._caches[0].loaders[0].plan.programs if engine == "fast" else None
-        )
+        self.programs = self.handle._caches[0].loaders[0].programs if engine == "fast" else None
         self.forced = shapes.ForcedRouting(self.model, device)
         self.loads = 0
 

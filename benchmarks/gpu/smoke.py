@@ -47,12 +47,12 @@ def card(dry: bool) -> dict[str, Any]:
 
 
 def smoke(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Try attach, a step that may not wait, capture and replay, and 4-bit experts."""
+    """Try attach, a step that may not wait, capture and replay, and packed experts."""
     steps: dict[str, Callable[[torch.device], str]] = {
         "attach and generate": _generates,
         "a step that may not wait": _never_waits,
         "captured steps give the tokens of plain ones": _replays,
-        "int4 experts": _int4,
+        "packed experts": _packed,
     }
     for name, step in steps.items():
         try:
@@ -103,7 +103,8 @@ def _text(model: Any) -> torch.Tensor:
 def _generates(device: torch.device) -> str:
     model = _model(device)
     with melinoe.attach(model, engine="fast", slots=6, graphs=False) as handle:
-        return f"{_text(model).shape[1]} tokens, {handle.engine.copies} programs copy"
+        programs = handle._caches[0].loaders[0].programs
+        return f"{_text(model).shape[1]} tokens, {programs} programs copy"
 
 
 def _never_waits(device: torch.device) -> str:
@@ -151,11 +152,13 @@ def _replays(device: torch.device) -> str:
     return f"{graphs.captured} captured, {graphs.replayed} replayed"
 
 
-def _int4(device: torch.device) -> str:
+def _packed(device: torch.device) -> str:
     model = _model(device)
-    with melinoe.attach(model, engine="fast", slots=6, format="int4", graphs=False):
-        found = _text(model)
-    # The weights are now what the codes stand for.
-    with melinoe.attach(model, engine="fast", slots=16, graphs=False):
-        assert torch.equal(_text(model), found), "other tokens than from the decoded weights"
-    return "the tokens of the decoded weights"
+    formats = ("int8", "int4", "mxfp4", "fp8")
+    for format in formats:
+        found = []
+        for slots in (6, 16):
+            with melinoe.attach(model, engine="fast", slots=slots, format=format, graphs=False):
+                found.append(_text(model))
+        assert torch.equal(*found), f"{format}: other tokens than with every expert in a slot"
+    return f"{', '.join(formats)}: the tokens of all-resident experts"

@@ -171,10 +171,10 @@ def without(handle: Any, part: str) -> Iterator[None]:
     ``compute``: nor computed, the layer's experts give zeros.
     """
     experts = handle._caches
-    saved = [(one._loader.load_listed, one._on_device) for one in experts]
+    saved = [(one.loaders[0].load_listed, one._on_device) for one in experts]
     for one in experts:
         if part == "copy":
-            one._loader.load_listed = lambda *_: None
+            one.loaders[0].load_listed = lambda *_: None
         elif part == "decide":
             one._on_device = _renumbered(one)
         elif part == "compute":
@@ -183,7 +183,7 @@ def without(handle: Any, part: str) -> Iterator[None]:
         yield
     finally:
         for one, (load, on_device) in zip(experts, saved, strict=True):
-            one._loader.load_listed, one._on_device = load, on_device
+            one.loaders[0].load_listed, one._on_device = load, on_device
 
 
 def _renumbered(one: Any) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import plan
+import products
 import rivals
 import sections
 import shapes
@@ -27,6 +28,7 @@ PARTS = {
     "split": sections.split,
     "profile": sections.profile,
     "half resident": sections.half_resident,
+    "products": products.measure,
     "all resident": sections.all_resident,
     "compiled": sections.compiled,
     "reference engine": sections.reference,

@@ -6,12 +6,11 @@ import pytest
 import torch
 from library_bits import LibraryBits
 from on_cuda import EXPERTS, LAYERS, PROMPT, TOP_K, generate, model
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import melinoe
 from melinoe.cache.simulator import simulate
 from melinoe.engine.budget import backbone_bytes, share_budget
-from melinoe.engine.device.batching import batching_config
 from melinoe.engine.passes import Batch
 from melinoe.moe.experts import find_experts
 
@@ -109,14 +108,16 @@ def test_a_step_never_waits_for_the_host():
         assert handle.counters.tokens.sum() == 26
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_codes_serve_what_they_stand_for(format):
-    """The all-resident engine on the decoded weights gives the same tokens."""
-    network = model()
-    with melinoe.attach(network, engine="fast", slots=6, format=format):
-        found = generate(network)
-    with melinoe.attach(network, engine="fast", slots=EXPERTS):
-        assert torch.equal(generate(network), found)
+@pytest.mark.parametrize("format", ["int8", "int4", "mxfp4", "fp8"])
+def test_codes_serve_the_same_at_any_slots(format):
+    """From slots that hold blocks, captured or not, as with every expert resident."""
+    network, found = model(), []
+    for slots, graphs in ((6, True), (6, False), (EXPERTS, True)):
+        options = {"engine": "fast", "slots": slots, "format": format, "graphs": graphs}
+        with melinoe.attach(network, **options) as handle:
+            found.append(generate(network))
+            assert handle.graphs.reason is None
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_continuous_batching_gives_the_tokens_of_single_prompts():
@@ -129,8 +130,9 @@ def test_continuous_batching_gives_the_tokens_of_single_prompts():
         with melinoe.attach(network, engine="fast", slots=slots) as handle:
             outputs = network.generate_batch(
                 prompts, generation_config=config,
-                continuous_batching_config=batching_config(
-                    handle, TOP_K, num_blocks=16, max_batch_tokens=256
+                continuous_batching_config=ContinuousBatchingConfig(
+                    num_blocks=16, max_batch_tokens=256, max_requests_per_batch=slots // TOP_K,
+                    q_padding_interval_size=1, use_cuda_graph=(slots == EXPERTS, True),
                 ),
             )  # fmt: skip
             found = [one.generated_tokens for one in outputs.values()]

@@ -175,9 +175,9 @@ def _fast_engine(name: str) -> dict[str, str | None]:
     config, cannot = read_config(name), why_not(torch.device("cuda"))
     decoding = None
     if cannot is None:
-        decoding = "decodes by grouped_mm in bfloat16, by batched_mm in other types"
+        decoding = "decodes by grouped_mm in bfloat16, by kernels of ours in other types"
         if grouped_mm_waits(torch.cuda.get_device_capability(), torch.bfloat16):
-            decoding = "decodes by batched_mm, because grouped_mm waits for the host on this GPU"
+            decoding = "decodes by kernels of ours, because grouped_mm waits for the host"
     return {
         "cannot_run": cannot,
         "decoding": decoding,

@@ -31,7 +31,7 @@ from melinoe.engine.device.static_cache import cache_length
 from melinoe.engine.handle import Handle
 from melinoe.engine.misses import Misses, measure_misses
 from melinoe.engine.options import STAGING_EXPERTS, Options
-from melinoe.engine.placement import Model, Placement, in_slots, place, use_graphs
+from melinoe.engine.placement import Model, Placement, place, use_graphs
 from melinoe.engine.reference import ReferenceEngine
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import (
@@ -277,7 +277,6 @@ def _handle(
     at_detach: Callable[[], None] | None = None,
 ) -> Handle:
     device, slots = chosen.device, chosen.slots
-    layers = in_slots(layers, chosen.engine)
     misses = options.miss
     if not isinstance(misses, Misses):
         misses = measure_misses(misses, layers, store, device, options.link)
@@ -314,8 +313,7 @@ def _share_out(
     config = copy.deepcopy(checkpoint.config)
     hollow = build_on_meta(checkpoint.model_class, config, checkpoint.dtype)
     layers = find_experts(hollow)
-    if not staging:  # slots hold what the store does
-        layers = [layer.stored_as(kept.format) for layer, kept in zip(layers, stored, strict=True)]
+    layers = [layer.stored_as(kept.format) for layer, kept in zip(layers, stored, strict=True)]
     return share_budget(
         total, layers, backbone_bytes(hollow, layers),
         *prompt_bytes(hollow, layers, batch, context),

@@ -15,8 +15,6 @@ from melinoe.engine.device.support import why_not
 from melinoe.engine.options import Options
 from melinoe.engine.transfer import staging_blocks
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
-from melinoe.experts.format import PLAIN, ExpertFormat
-from melinoe.experts.integer import Integer
 from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
 from melinoe.moe.experts import ExpertsLayer
 
@@ -66,11 +64,6 @@ class Model:
         return 0 if moves or not isinstance(options.store, str) else self.expert_bytes
 
 
-def in_slots(layers: Sequence[ExpertsLayer], engine: str) -> list[ExpertsLayer]:
-    """Give *layers* as the slots of an engine hold experts: the fast one unpacks as it copies."""
-    return [layer.stored_as(PLAIN) for layer in layers] if engine == "fast" else list(layers)
-
-
 @dataclass(frozen=True)
 class Placement:
     """
@@ -100,7 +93,7 @@ class Placement:
         slots = str(most) if least == most else f"{least} to {most}"
         who = "the GPU decides what is loaded" if self.engine == "fast" else "the host decides"
         reason, room = (f" ({one})" if one else "" for one in self.why)
-        size = format_bytes(memory_of(self.slots, in_slots(layers, self.engine)))
+        size = format_bytes(memory_of(self.slots, layers))
         return (
             f"served on {self.device}: {who}{reason}; slots for {slots} of "
             f"{max(layer.num_experts for layer in layers)} experts of each layer, {size}{room}; "
@@ -154,7 +147,7 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
     store = _store(options, device, engine, model, room)
     slots, budget, into = _slots(options, device, engine, store, model, room)
     by_layer = slots_by_layer(slots, model.layers)
-    _check_host(options, device, engine, store, by_layer, model)
+    _check_host(options, device, store, by_layer, model)
     return Placement(device, engine, store, by_layer, policies, budget, (why or "", into))
 
 
@@ -208,13 +201,6 @@ def _why_host(
         return reason
     for name in policies - set(PACKABLE):
         return f"the GPU can decide by {' or '.join(PACKABLE)}, not by {name}"
-    for layer in model.layers:
-        if not (layer.format.exact or _unpacks(layer.format)):
-            kind = " of another kind" if isinstance(layer.format, Integer) else ""
-            return (
-                "the GPU unpacks int8 and int4 as melinoe pack writes them, and these experts are "
-                f"{layer.format.name}{kind}"
-            )
     too_many = room is not None and model.added_bytes(options) > room
     if too_many and (options.engine == "auto" or options.ram):
         return (
@@ -222,11 +208,6 @@ def _why_host(
             f"{format_bytes(room or 0)} of host memory"
         )
     return None
-
-
-def _unpacks(stored: ExpertFormat) -> bool:
-    """Whether the GPU's copy kernel unpacks the format."""
-    return isinstance(stored, Integer) and stored.offset == "minimum" and bool(stored.group)
 
 
 def _store(
@@ -274,7 +255,7 @@ def _slots(
     options: Options, device: torch.device, engine: str, store: str, model: Model, room: int | None
 ) -> tuple[int | Sequence[int], GpuBudget | None, str]:
     """Slots, the budget that is to be kept, and in words what they fit into."""
-    layers = in_slots(model.layers, engine)
+    layers = model.layers
     asked = _asked(options, layers)
     if asked is not None:
         return asked, None, "as asked"
@@ -324,7 +305,6 @@ def _staged_bytes(slots: Sequence[int], layers: Sequence[ExpertsLayer], store: s
 def _check_host(
     options: Options,
     device: torch.device,
-    engine: str,
     store: str,
     slots: Sequence[int],
     model: Model,
@@ -333,8 +313,7 @@ def _check_host(
     on_cpu = device.type == "cpu"
     parts = {
         "experts": 0 if store == "disk" else model.added_bytes(options),
-        "slots": memory_of(slots, in_slots(model.layers, engine))
-        + _staged_bytes(slots, model.layers, store)
+        "slots": memory_of(slots, model.layers) + _staged_bytes(slots, model.layers, store)
         if on_cpu
         else 0,
         "all other weights": model.backbone_bytes if on_cpu else 0,

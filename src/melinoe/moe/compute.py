@@ -54,12 +54,15 @@ class Pairs:
         hidden_states: ``(tokens, hidden)``.
         top_k: choices per token.
         dtype: the slots' dtype, in which the pairs are computed.
+
+    Attributes:
+        outputs: ``(tokens * top_k, hidden)``, unweighted.
     """
 
     def __init__(self, hidden_states: Tensor, top_k: int, dtype: torch.dtype) -> None:
         self._hidden_states, self._top_k = hidden_states, top_k
         tokens, hidden = hidden_states.shape
-        self._outputs = hidden_states.new_zeros((tokens * top_k, hidden), dtype=dtype)
+        self.outputs = hidden_states.new_zeros((tokens * top_k, hidden), dtype=dtype)
 
     def add(
         self, forward: Forward, stand_in: StandIn, slot_of_pair: Tensor, due: Tensor | None = None
@@ -89,15 +92,15 @@ class Pairs:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """Gather the hidden states of *tokens* in the experts' dtype, ``(len(tokens), hidden)``."""
-        return self._hidden_states[tokens].to(self._outputs.dtype)
+        return self._hidden_states[tokens].to(self.outputs.dtype)
 
     def put(self, due: Tensor, outputs: Tensor) -> None:
         """Store the *outputs* ``(len(due), hidden)`` of the pairs *due*."""
-        self._outputs[due] = outputs
+        self.outputs[due] = outputs
 
     def total(self, top_k_weights: Tensor) -> Tensor:
         """Weight the pairs by *top_k_weights* ``(tokens, top_k)`` and sum: ``(tokens, hidden)``."""
         tokens, hidden = self._hidden_states.shape
-        weighted = self._outputs * top_k_weights.reshape(-1).unsqueeze(-1)
+        weighted = self.outputs * top_k_weights.reshape(-1).unsqueeze(-1)
         summed = weighted.view(tokens, self._top_k, hidden).sum(dim=1)
         return summed.to(self._hidden_states.dtype)

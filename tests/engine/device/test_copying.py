@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from melinoe.engine.device.copying import CopyPlan, Segment
+from melinoe.engine.device.copying import Loader, addresses
 
 INTERPRETED = True
 GUARD = 64
@@ -12,7 +12,7 @@ POISON = 0xAB
 
 class World:
     """
-    Blocks of random bytes at known addresses, and slots between guard zones, all poisoned.
+    Blocks of random bytes, a store of them, and slots between guard zones, all poisoned.
 
     Args:
         sizes: bytes of each tensor of an expert.
@@ -21,41 +21,37 @@ class World:
 
     def __init__(self, sizes, experts, slots, align, **options):
         rng = torch.Generator().manual_seed(sum(sizes))
-        offsets, stride = [], 0
-        for size in sizes:
-            offsets.append(stride)
+        self.parts, stride = {}, 0
+        for number, size in enumerate(sizes):
+            self.parts[f"t{number}"] = slice(stride, stride + size)
             stride += -(-size // align) * align
-        self.blocks = torch.randint(0, 256, (experts, stride), generator=rng, dtype=torch.uint8)
-        self.segments = [
-            Segment(f"t{i}", offset, size)
-            for i, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
-        ]
-        self.around = {
-            s.name: torch.full((slots * s.nbytes + 2 * GUARD,), POISON, dtype=torch.uint8)
-            for s in self.segments
-        }
-        self.slots = {
-            s.name: self.around[s.name][GUARD:-GUARD].view(slots, s.nbytes) for s in self.segments
-        }
-        begins = [self.blocks[e].data_ptr() for e in range(experts)]
-        # Blocks at addresses that neither ascend nor lie side by side: only the table knows.
-        self.order = torch.randperm(experts, generator=rng)
-        table = torch.tensor(begins)[self.order]
-        self.plan = CopyPlan(table, self.segments, self.slots, **options)
+        blocks = torch.randint(0, 256, (experts, stride), generator=rng, dtype=torch.uint8)
+        # Addresses that neither ascend nor lie side by side.
+        self.blocks = [blocks[expert] for expert in torch.randperm(experts, generator=rng)]
+        self.kept, self.kind = blocks, "ram"
+        self.around, self.slots = {}, {}
+        for (name, _), size in zip(self.parts.items(), sizes, strict=True):
+            flat = torch.full((slots * size + 2 * GUARD,), POISON, dtype=torch.uint8)
+            self.around[name], self.slots[name] = flat, flat[GUARD:-GUARD].view(slots, size)
+        where = addresses(self, 0, torch.device("cpu"))
+        self.loader = Loader(self, 0, where, self.slots, **options)
         self.expected = {name: tensor.clone() for name, tensor in self.around.items()}
+
+    def num_experts(self, layer):
+        return len(self.blocks)
+
+    def views(self, layer, expert):
+        return {name: self.blocks[expert][part] for name, part in self.parts.items()}
 
     def load(self, pairs, room=8):
         """Copy (expert, slot) pairs; what follows them in the lists must not matter."""
         lists = torch.full((2, room), 1 << 20, dtype=torch.int32)
         lists[:, : len(pairs)] = torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2).T
-        self.plan.launch(lists[0], lists[1], torch.tensor([len(pairs)], dtype=torch.int32))
+        self.loader.load_listed(lists[0], lists[1], torch.tensor([len(pairs)], dtype=torch.int32))
         for expert, slot in pairs:
-            block = self.blocks[self.order[expert]]
-            for s in self.segments:
-                begin = GUARD + slot * s.nbytes
-                self.expected[s.name][begin : begin + s.nbytes] = block[
-                    s.offset : s.offset + s.nbytes
-                ]
+            for name, part in self.views(0, expert).items():
+                begin = GUARD + slot * part.nbytes
+                self.expected[name][begin : begin + part.nbytes] = part
 
     def check(self):
         for name, tensor in self.around.items():
@@ -101,12 +97,14 @@ def test_any_number_of_programs_shares_the_work(programs):
 def test_the_widest_word_that_alignment_allows_is_used():
     """16-byte vectors for real expert sizes, bytes only where sizes are odd."""
     for sizes, align, word, vector in (([4096], 64, 8, 2), ([40], 8, 8, 1), ([33], 1, 1, 1)):
-        plan = World(sizes, 2, 2, align).plan
+        loader = World(sizes, 2, 2, align).loader
         # The allocator may place a block better than its size asks for, never worse.
-        assert (plan._size, plan._vector) == (word, vector)
+        assert (loader.word_bytes, loader.vector) == (word, vector)
 
 
 def test_slots_that_are_not_contiguous_are_refused():
     """Their addresses would not be multiples of the size."""
+    world = World([4], 2, 2, 4)
+    where = addresses(world, 0, torch.device("cpu"))
     with pytest.raises(ValueError, match="contiguous"):
-        CopyPlan(torch.tensor([0]), [Segment("t", 0, 4)], {"t": torch.zeros(4, 2)[:, :1]})
+        Loader(world, 0, where, {"t0": torch.zeros(2, 8, dtype=torch.uint8)[:, :4]})

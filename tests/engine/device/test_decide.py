@@ -8,8 +8,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.packing import pack, unpack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
-from melinoe.engine.device.decide import MOST_PAIRS, PREFETCH_USED, decide
-from melinoe.engine.device.residency import DeviceResidency, to_counters
+from melinoe.engine.device.decide import COUNTERS, MOST_PAIRS, DeviceResidency
 from melinoe.errors import AttachError, MelinoeError
 
 INTERPRETED = True
@@ -38,10 +37,7 @@ class Lanes:
         device.load_expert.fill_(POISON)
         device.load_slot.fill_(POISON)
         weights = torch.rand(index.shape)
-        slots, kept = decide(
-            device.state, device.gamma, device.load_expert, device.load_slot, device.num_loads,
-            device.counts, 0, experts, self.capacity, index, weights, self.lanes,
-        )  # fmt: skip
+        slots, kept = device.decide(0, index, weights, self.lanes)
         known = (index >= 0) & (index < experts)
         assert torch.equal(kept, torch.where(known, weights, 0.0))
         assert ((slots >= 0) & (slots < self.capacity)).all()
@@ -164,7 +160,7 @@ def test_host_and_device_may_take_turns(policy):
             device.decide(0, torch.tensor([experts]), torch.ones(1, len(experts)))
             first_uses += alone.request(experts).first_uses
         assert np.array_equal(device.state[0].numpy(), pack(alone))
-        assert device.counts[0, PREFETCH_USED] == first_uses
+        assert device.counts[0, COUNTERS.index("prefetch_used")] == first_uses
     assert first_uses
     device.reset()
     alone.reset()
@@ -212,7 +208,7 @@ def test_layers_of_different_sizes_share_the_tensors():
         for layer in (0, 1):
             expected.add_request(layer, uses[layer], hits[layer], loaded[layer])
         expected.end_forward()
-    assert to_counters(device.counts.numpy()) == expected
+    assert device.counters() == expected
     assert device.fits(1, 2) and not device.fits(2, 2)
 
 

@@ -11,7 +11,7 @@ from melinoe import attach as attach_reference
 from melinoe.cache.prefetch import Popularity
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
-from melinoe.engine.device.loading import Loader
+from melinoe.engine.device.copying import Loader
 from melinoe.errors import AttachError, BudgetError
 from melinoe.moe.experts import find_experts
 
@@ -150,7 +150,7 @@ def test_unused_slots_never_leak(model):
         for cache in handle._caches:
             for tensor in (
                 *cache.slots.values(),
-                *handle.engine.staging.blocks(cache.layer, handle.store)[0].values(),
+                *handle.engine.staging.blocks(cache.layer)[0].values(),
             ):
                 tensor.fill_(float("nan"))
         assert torch.equal(generate(model, "one"), expected)
@@ -189,24 +189,25 @@ def test_other_layouts_equal_all_resident(family):
             assert handle.counters.tokens.tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
-@pytest.mark.parametrize("way", ["one", "batch with padding"])
-def test_codes_serve_the_weights_that_they_stand_for(format, way):
-    """The reference engine on the decoded weights gives the same tokens and logits, bit for bit."""
+@pytest.mark.parametrize("format", ["int8", "int4", "mxfp4", "fp8"])
+def test_codes_serve_the_weights_that_they_stand_for(format):
+    """The logits of the decoded weights up to bfloat16, and one and the same at any slots."""
     network = tiny.tiny_model("olmoe", dtype=torch.bfloat16)
-    exact = generate(network, way)
+    exact = network(PROMPT).logits.detach()
+    found = []
     with torch.no_grad():
-        exact_logits = network(PROMPT).logits
-        with attach(network, slots=4, format=format) as handle:
-            tokens, logits = generate(network, way), network(PROMPT).logits
-            assert handle.store.kind == "ram"
+        for slots in (1, 4, 8):
+            with attach(network, slots=slots, format=format) as handle:
+                blocks = slots * sum(handle.store.block_bytes(layer) for layer in range(2))
+                assert handle.expert_memory_bytes == blocks
+                found.append((generate(network, "batch with padding"), network(PROMPT).logits))
+                assert handle.audit() > 0
         # Detached, the model holds the decoded weights.
-        with attach_reference(network, slots=4):
-            assert torch.equal(generate(network, way), tokens)
-            assert torch.equal(network(PROMPT).logits, logits)
-    assert not torch.equal(logits, exact_logits)
-    assert (logits - exact_logits).abs().max() < (0.1 if format == "int8" else 1.0)
-    assert exact.shape == tokens.shape
+        decoded = network(PROMPT).logits
+    for tokens, logits in found[1:]:
+        assert torch.equal(tokens, found[0][0]) and torch.equal(logits, found[0][1])
+    assert (logits - decoded).abs().max() < 0.05 * decoded.abs().max()
+    assert not torch.equal(decoded, exact)
 
 
 def test_detach_restores_weights_bit_for_bit(model):

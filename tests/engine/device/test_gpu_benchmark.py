@@ -53,7 +53,7 @@ def test_a_dry_run_of_both_calls_measures_every_section_and_judges_every_goal(
     """All engines on one drawn routing, whose loads the engines must count; B goes on from A."""
     first, said = run_dry(tmp_path, "A")
     assert first["not_measured"] == [] and first["dry_run"] is True and "drawn" in first["routing"]
-    assert "passed: int4 experts" in said and "GB/s: copy_engine" in said
+    assert "passed: packed experts" in said and "GB/s: copy_engine" in said
     assert {"copy_engine", "kernel_reads", "kernel_share", "device"} <= first["link"].keys()
     assert {one["by"] for one in first["link"]["tried"]} == {"kernel", "copy engine"}
     assert {one["experts"] for one in first["link"]["tried"]} == {1, 2, 8, 16}
@@ -77,6 +77,11 @@ def test_a_dry_run_of_both_calls_measures_every_section_and_judges_every_goal(
     assert all(0 < row["loads_per_step"] <= 4 for row in single) and len(single) == 3
     compiled = [row for row in decode if "compiled" in row["engine"]]
     assert len(compiled) == 3 and all(row["compile_s"] > 0 for row in compiled)
+    products = [row for row in second["result"] if row["section"] == "products"]
+    formats = {row["experts"] for row in products if row["engine"] == "fast"}
+    assert formats == {"plain", "int8", "int4", "mxfp4", "fp8"}
+    assert {row["pairs"] for row in products} == {2, 8, 32}
+    assert all(row["bytes_per_s"] > 0 for row in products)
     met = {goal["goal"]: goal["measured"] for goal in second["goals"]}
     assert met["tok/s, OLMoE, all resident"] > 0  # judged by what call A measured
     assert met["tok/s, OLMoE, 60 experts a token, 4 bits"] > 0

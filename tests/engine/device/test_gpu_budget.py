@@ -25,7 +25,6 @@ from melinoe.engine.device.support import why_not
 from melinoe.errors import BudgetError
 from melinoe.experts.formats import named_format
 from melinoe.moe.experts import find_experts
-from melinoe.stores.ram_store import RamStore
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 MIB = 1 << 20
@@ -172,7 +171,7 @@ def test_staging_is_what_is_allocated():
     layers = find_experts(tiny.tiny_model("gpt_oss"))
     staging = Staging(torch.device("cpu"), 3)
     for layer in layers:
-        staging.blocks(layer, RamStore(layers))
+        staging.blocks(layer)
     assert staging.nbytes == staging_bytes(tuple(layers), 3)
 
 

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import test_expanding
 import torch
 from kernels_on_the_host import on_the_host
-from test_copying import World
+from test_copying import World as Blocks
+from test_packed_kernels import KINDS, World
 
 from melinoe.cache.policy import policy as make_policy
-from melinoe.engine.device.residency import DeviceResidency
+from melinoe.engine.device.decide import DeviceResidency
 
 INTERPRETED = True
 TABLES = ("state", "load_expert", "load_slot", "num_loads", "counts")
@@ -52,19 +52,23 @@ def test_decisions_are_those_of_the_kernel(policy, dtype):
 
 
 def test_copies_are_those_of_the_kernel():
-    """Experts in slots, guard zones, and chunks of odd sizes, as `World` says they must be."""
+    """Experts in slots, guard zones, and chunks of odd sizes, as `Blocks` says they must be."""
     with on_the_host():
         for sizes, align in (([256, 128], 64), ([33, 7, 1], 1), ([2048], 64)):
-            world = World(sizes, 5, 4, align, chunk_bytes=64)
+            world = Blocks(sizes, 5, 4, align, chunk_bytes=64)
             world.load([(3, 1), (0, 2)])
             world.load([(4, 2), (2, 0), (1, 3)])
             world.load([])
             world.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["int8", "int4"])
-def test_unpacked_codes_are_those_of_the_kernel(name, dtype):
-    """Weights and biases as the store reads them, in the place that the kernel's test gives."""
-    with on_the_host():
-        test_expanding.test_the_kernel_unpacks_what_the_store_reads("gpt_oss", name, dtype)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_products_are_those_of_the_kernel(family, kind):
+    """Few pairs and many, with biases and without, to the bit."""
+    world = World(family, kind)
+    for tokens in (3, 70):
+        given = world.drawn(tokens)
+        interpreted = world.compute(*given)
+        with on_the_host():
+            assert torch.equal(world.compute(*given), interpreted)

@@ -126,7 +126,7 @@ def test_generate_uses_a_static_cache_by_itself_only_where_there_is_one(model, m
             undo = graphs.plug_in()
             assert network.generation_config.cache_implementation == (expected or before)
             if expected is None and on_gpu:
-                graphs._unasked(False)  # as each of its steps tells
+                graphs._unasked()  # as each of its steps tells
             said = [r for r in caplog.records if "not as CUDA graphs" in r.getMessage()]
             assert len(said) == (on_gpu and expected is None)
             undo()

@@ -13,7 +13,7 @@ import torch
 from fast_attach import attach
 from small_olmoe import tiny_model
 
-from melinoe.engine.device.loading import Loader
+from melinoe.engine.device.copying import Loader
 
 IDS = torch.arange(3, 31)[None]
 

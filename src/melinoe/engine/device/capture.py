@@ -59,11 +59,11 @@ class CudaStep:
         try:
             self._graph.capture_end()
         except BaseException:
-            mend_after_failed_capture(stream.device_index, pool)
+            _mend_after_failed_capture(stream.device_index, pool)
             raise
 
 
-def mend_after_failed_capture(device: int, pool: Any) -> None:
+def _mend_after_failed_capture(device: int, pool: Any) -> None:
     """
     Make memory and random numbers usable again after ``capture_end`` raised.
 
@@ -71,10 +71,6 @@ def mend_after_failed_capture(device: int, pool: Any) -> None:
     capture fails, and memory that other streams used is never given back (pytorch#180395). The
     random generator goes on expecting a capture, and refuses to sample. Until torch 2.14 the
     capture also keeps its hold on the pool's memory (pytorch#190308).
-
-    Args:
-        device: index of the GPU that was captured on.
-        pool: the capture's memory pool.
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 12):
@@ -148,16 +144,13 @@ def fill(buffers: Any, inputs: Mapping[str, Any]) -> None:
             fill(buffers[name], value)
 
 
-# --- constants ----------------------------------------------------------------------------------
-
-
 class Constants:
     """
     Small tensors that a model makes of Python's numbers in every step, made once.
 
     ``torch.tensor([-1], device="cuda")`` copies from the host, which a CUDA graph cannot hold. A
-    captured step is given what such calls made in a step that ran as it is. They are never moved or
-    freed, since graphs know where they lie.
+    captured step is given copies of what such calls made in a step that ran as it was. They are
+    never moved or freed, since graphs know where they lie.
     """
 
     def __init__(self) -> None:
@@ -184,12 +177,10 @@ class _Watch(TorchFunctionMode):
         if func is not torch.tensor or len(args) != 1 or not _is_plain(args[0]):
             return func(*args, **kwargs)
         key = (repr(args), repr(sorted(kwargs.items())), torch.is_inference_mode_enabled())
-        known = self._made.get(key)
-        if self._giving:
-            return func(*args, **kwargs) if known is None else known.clone()
-        with _unwatched():  # it waits, but a captured step will be given it
-            made = func(*args, **kwargs)
-        if known is None:
+        if self._giving and key in self._made:
+            return self._made[key].clone()
+        made = func(*args, **kwargs)
+        if not self._giving and key not in self._made:
             self._made[key] = made.clone()
         return made
 
@@ -207,8 +198,7 @@ def _is_plain(value: Any) -> bool:
 @contextmanager
 def waits(device: torch.device) -> Iterator[list[str]]:
     """
-    Collect which calls in the body make the host wait for *device*, as PyTorch's sync debug mode
-    reports them.
+    Collect which calls in the body make the host wait for *device*, by PyTorch's sync debug mode.
 
     Yields:
         A list, filled when the body has ended: ``file.py:line`` of each such call. Empty on a CPU.
@@ -231,24 +221,12 @@ def waits(device: torch.device) -> Iterator[list[str]]:
 
 
 def calls_that_wait(caught: list[warnings.WarningMessage]) -> list[str]:
-    """Name the calls that waited; warnings about anything else are passed on."""
+    """Name the calls that waited, `Constants` apart; other warnings are passed on."""
     found = []
     for one in caught:
         if "called a synchronizing CUDA operation" in str(one.message):
-            found.append(f"{Path(one.filename).name}:{one.lineno}")
+            if one.filename != __file__:  # a captured step is given the constant
+                found.append(f"{Path(one.filename).name}:{one.lineno}")
         elif "synchronization debug mode" not in str(one.message).lower():
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return found
-
-
-@contextmanager
-def _unwatched() -> Iterator[None]:
-    """Leave calls in the body out of what `waits` collects."""
-    before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
-    if before:
-        torch.cuda.set_sync_debug_mode("default")
-    try:
-        yield
-    finally:
-        if before:
-            torch.cuda.set_sync_debug_mode(before)

@@ -2,9 +2,8 @@
 A decode step of fewer kernels: the model's forward pass compiled by ``torch.compile``, on request.
 
 transformers' code launches a kernel for each norm, rotation, cast and addition; a compiler makes a
-few of them. What decides and copies experts is one operation to it (``melinoe::bring``), which it
-neither looks into nor moves: a layer's arithmetic needs the slots that this operation returns. The
-pass is one graph, so compiling fails, if it does, before anything is computed.
+few of them. A layer's experts are one operation to it, ``melinoe::experts``, which it does not look
+into. The pass is one graph, so compiling fails, if it does, before anything is computed.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -28,41 +26,19 @@ from melinoe.engine.device.passes import DevicePasses
 _log = logging.getLogger("melinoe")
 
 # Compiled passes of one model class that torch keeps: kinds of step, and models in this process.
-_MOST_COMPILED = 256
+_KEPT = 256
 # Round between fused operations where the model's own would: fewer last bits change.
 _OPTIONS = {"emulate_precision_casts": True}
-
-# --- a layer as operations ----------------------------------------------------------------------
-#
-# The compiler sees tensors and a number; behind the number is the layer. An operation changes the
-# slots' memory, which the compiler is not told: it would make copies of it to be safe. It need not
-# know, because whatever reads the slots needs what the operation returns.
 
 _layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def register(layer: Any) -> int:
-    """Number *layer*, a `DeviceExperts`, for `bring` and `experts`; forgotten with the layer."""
+    """Number *layer*, a `DeviceExperts`, for `experts`; forgotten with the layer."""
     number = next(_numbers)
     _layers[number] = layer
     return number
-
-
-@torch.library.custom_op(
-    "melinoe::bring",
-    mutates_args=(),
-    schema="(Tensor index, Tensor weights, int layer) -> (Tensor, Tensor)",
-)
-def bring(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Bring the chosen experts into slots, as `DeviceExperts.bring`: slots (int64) and weights."""
-    return _layers[layer].bring(index, weights)
-
-
-@bring.register_fake
-def _bring(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    slots = torch.empty(index.shape, dtype=torch.int64, device=index.device)
-    return slots, torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
 
 
 @torch.library.custom_op(
@@ -71,16 +47,13 @@ def _bring(index: Tensor, weights: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     schema="(Tensor hidden, Tensor index, Tensor weights, int layer) -> Tensor",
 )
 def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
-    """Compute all of a layer's experts, as calling a `DeviceExperts`."""
+    """Compute a layer's experts, as calling a `DeviceExperts`."""
     return _layers[layer](hidden, index, weights)
 
 
 @experts.register_fake
 def _experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
     return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-
-
-# --- the forward pass ---------------------------------------------------------------------------
 
 
 def inductor(graph: Any, example_inputs: Any) -> Callable[..., Any]:
@@ -101,19 +74,14 @@ class CompiledForward:
     """
     The compiled forward pass of one model; nothing is compiled before it is asked for.
 
-    Args:
-        model: a transformers model.
-        experts: the `DeviceExperts` of all its layers.
-        passes: of its runtime.
-
     Attributes:
         reason: why it will not be used any more; None while it may be.
         compile_s: seconds that compiling has taken, the first pass included.
     """
 
-    def __init__(self, model: nn.Module, experts: Sequence[Any], passes: DevicePasses) -> None:
+    def __init__(self, model: nn.Module, passes: DevicePasses) -> None:
         self._model: Any = model
-        self._experts, self._passes = experts, passes
+        self._passes = passes
         self._ran = ran = [False]  # the graph outlives us, and must not keep the model alive
 
         def compile_graph(graph: Any, example_inputs: Any) -> Callable[..., Any]:
@@ -143,12 +111,9 @@ class CompiledForward:
             )
         self._ran[0] = False
         begin = time.perf_counter()
-        limits = {
-            "recompile_limit": _MOST_COMPILED,
-            "accumulated_recompile_limit": 4 * _MOST_COMPILED,
-        }
+        most = {"recompile_limit": _KEPT, "accumulated_recompile_limit": 4 * _KEPT}
         try:
-            with torch._dynamo.config.patch(limits), warnings.catch_warnings():
+            with torch._dynamo.config.patch(most), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # how others' code is traced is nothing to a user
                 output = self._call(inputs)
         except Exception as error:
@@ -184,19 +149,11 @@ class CompiledForward:
             )
 
     def _call(self, inputs: Mapping[str, Any]) -> Any:
+        """Let the compiled forward compute the pass, which is followed as ever."""
+        passes, before = self._passes, self._passes.forward
         assert self._forward is not None
-        with self._in_place():
-            return self._model(**inputs)
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Let the compiled forward compute the passes in the body, which are followed as ever."""
-        before, self._passes.forward = self._passes.forward, self._forward  # type: ignore[assignment]
-        for one in self._experts:
-            one.traced = True
+        passes.forward, passes.traced = self._forward, True  # type: ignore[method-assign]
         try:
-            yield
+            return self._model(**inputs)
         finally:
-            for one in self._experts:
-                one.traced = False
-            self._passes.forward = before
+            passes.forward, passes.traced = before, False  # type: ignore[method-assign]

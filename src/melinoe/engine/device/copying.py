@@ -1,5 +1,5 @@
 """
-Copy missing experts into their slots: one launch for all of a layer's tensors and misses.
+Copy experts of one layer from host memory into slots: one launch for all missing experts.
 
 The kernel reads the load list that the decide kernel wrote, so the host does not know what is
 copied; when the list is empty every program ends at once. Source and target are raw addresses: the
@@ -8,36 +8,30 @@ source may be page-locked host memory, which a GPU reads over the link.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from melinoe.errors import AttachError
+from melinoe.stores.store import Store
+
 # Bytes that one program moves at a time: 128 threads with eight 16-byte loads under way each.
 CHUNK_BYTES = 16384
 # Programs per multiprocessor; with the chunk, they say how much is under way on the link at once.
-# The usual number: `melinoe.engine.device.tuning` tries others.
 PROGRAMS_PER_SM = 4
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 @triton.jit
 def _copy(
-    address_ptr,
-    chunk_ptr,
-    load_expert_ptr,
-    load_slot_ptr,
-    num_loads_ptr,
-    num_chunks,
-    WORD: tl.constexpr,
-    WORDS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BYTES: tl.constexpr,
-):
+    address_ptr, chunk_ptr, load_expert_ptr, load_slot_ptr, num_loads_ptr, num_chunks,
+    WORD: tl.constexpr, WORDS: tl.constexpr, VECTOR: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
     programs = tl.num_programs(0)
     items = tl.load(num_loads_ptr) * num_chunks
     for item in range(tl.program_id(0), items, programs):
@@ -56,82 +50,72 @@ def _copy(
         tl.store(to_ptr, tl.load(from_ptr, mask=inside), mask=inside)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One tensor of an expert's block: its *offset* and *nbytes*, in bytes."""
-
-    name: str
-    offset: int
-    nbytes: int
-
-
-class CopyPlan:
+class Loader:
     """
-    How experts of one layer get from their blocks into one set of slots.
+    Loads experts of one layer into slots or a staging block.
 
     Args:
-        addresses: int64 ``(num_experts,)``, on the device: where each expert's block begins, as
-            the device sees it.
-        segments: the tensors of a block.
-        slots: per name, a contiguous tensor ``(num_slots, ...)`` on the device.
-        programs: how many copy at once; absent means as many as the device runs at once.
+        store: holds the experts, in host memory.
+        layer: index of the layer.
+        where: `addresses` of the layer.
+        slots: by part, a contiguous tensor ``(num_slots, ...)`` on the device.
+        programs: how many copy at once; absent: `default_programs`.
+
+    Attributes:
+        nbytes: of one expert.
     """
 
     def __init__(
-        self,
-        addresses: Tensor,
-        segments: Sequence[Segment],
-        slots: Mapping[str, Tensor],
-        programs: int | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> None:
-        rows = []
-        sizes = [int(addresses[0]) if len(addresses) else 0]
-        for segment in segments:
-            target = slots[segment.name]
-            if not target.is_contiguous():
-                raise ValueError(f"the slots of {segment.name} are not contiguous")
-            base, stride = target.data_ptr(), segment.nbytes
-            sizes += [segment.offset, base, stride]
-            for start in range(0, stride, chunk_bytes):
-                length = min(chunk_bytes, stride - start)
-                rows.append((segment.offset + start, base + start, stride, length))
-        sizes += (addresses - addresses[0]).tolist()
-        aligned = math.gcd(*sizes)
-        size = math.gcd(aligned, 8)
-        self._word, self._size = _WORDS[size], size
-        self._vector = math.gcd(aligned, 16) // size
+        self, store: Store, layer: int, where: Tensor, slots: Mapping[str, Tensor],
+        programs: int | None = None, chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:  # fmt: skip
+        parts = _views_of(store, layer, 0)
+        begin = min(part.data_ptr() for part in parts.values())
+        rows, sizes = [], [int(where[0])]
+        for name, part in parts.items():
+            if not slots[name].is_contiguous():
+                raise ValueError(f"the slots of {name} are not contiguous")
+            offset, base, stride = part.data_ptr() - begin, slots[name].data_ptr(), part.nbytes
+            sizes += [offset, base, stride]
+            rows += [
+                (offset + at, base + at, stride, min(chunk_bytes, stride - at))
+                for at in range(0, stride, chunk_bytes)
+            ]
+        aligned = math.gcd(*sizes, *(where - where[0]).tolist())
+        self.word_bytes = math.gcd(aligned, 8)
+        self.vector = math.gcd(aligned, 16) // self.word_bytes
         table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        table[:, 3] //= size
-        self._chunks = table.to(addresses.device)
-        self._addresses = addresses
-        self._words = chunk_bytes // size
-        self._keep = dict(slots)  # the table holds their addresses, which must stay theirs
-        self.programs = programs or default_programs(addresses.device)
-        self.nbytes = sum(segment.nbytes for segment in segments)
+        table[:, 3] //= self.word_bytes
+        self._chunks, self._where = table.to(where.device), where
+        self._words = chunk_bytes // self.word_bytes
+        self._store, self._layer = store, layer
+        self.programs = programs or default_programs(where.device)
+        self.nbytes = sum(part.nbytes for part in parts.values())
+        # They also keep the memory alive whose addresses the table holds.
+        self._views = [
+            {name: tensor[slot] for name, tensor in slots.items()}
+            for slot in range(len(next(iter(slots.values()))))
+        ]
 
-    def launch(self, load_expert: Tensor, load_slot: Tensor, num_loads: Tensor) -> None:
+    def load_listed(self, experts: Tensor, slots: Tensor, count: Tensor) -> None:
         """
-        Copy the listed experts, in the order of the current stream.
+        Load the experts that lists on the device name, in the order of the current stream.
 
         Args:
-            load_expert: int32 ``(n,)``, on the device.
-            load_slot: int32 ``(n,)``, on the device; no slot twice.
-            num_loads: int32, one element: how many entries of the lists hold.
+            experts: int32 ``(n,)``.
+            slots: int32 ``(n,)``, no slot twice.
+            count: int32, one element: how many entries of the lists hold.
         """
         _copy[(self.programs,)](
-            self._addresses,
-            self._chunks,
-            load_expert,
-            load_slot,
-            num_loads,
-            self._chunks.shape[0],
-            WORD=self._word,
-            WORDS=self._words,
-            VECTOR=self._vector,
-            BYTES=self._vector * self._size,
-            num_warps=4,
-        )
+            self._where, self._chunks, experts, slots, count, self._chunks.shape[0],
+            WORD=_WORDS[self.word_bytes], WORDS=self._words, VECTOR=self.vector,
+            BYTES=self.vector * self.word_bytes, num_warps=4,
+        )  # fmt: skip
+
+    def load(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Load (expert, slot) pairs that the host names, by the copy engine, which is faster."""
+        for expert, slot in pairs:
+            self._store.read(self._layer, expert, self._views[slot])
 
 
 def default_programs(device: torch.device) -> int:
@@ -139,3 +123,56 @@ def default_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- where blocks lie ---------------------------------------------------------------------------
+
+
+def _views_of(store: Store, layer: int, expert: int) -> dict[str, Tensor]:
+    views = store.views(layer, expert)
+    if views is None:
+        raise AttachError(
+            f"the GPU cannot read experts in a {store.kind} store; leave store out, or give "
+            'engine="reference"'
+        )
+    return views
+
+
+def addresses(store: Store, layer: int, device: torch.device) -> Tensor:
+    """
+    Find where each block of *layer* begins, as *device* sees it: int64 ``(num_experts,)``.
+
+    Raises:
+        AttachError: a GPU cannot read the memory.
+    """
+    begins = [
+        min(view.data_ptr() for view in _views_of(store, layer, expert).values())
+        for expert in range(store.num_experts(layer))
+    ]
+    if device.type == "cuda":
+        shift = _device_address(begins[0], device) - begins[0]  # a layer is one allocation
+        begins = [begin + shift for begin in begins]
+    return torch.tensor(begins, dtype=torch.int64, device=device)
+
+
+def _device_address(host_address: int, device: torch.device) -> int:
+    """Find the address by which a GPU reads page-locked host memory; usually the same."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise AttachError(
+            f"the CUDA driver's library cannot be opened ({error}), so the GPU cannot be told "
+            'where experts lie in host memory; use engine="reference"'
+        ) from error
+    found = ctypes.c_uint64()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes the device's context the current one
+        code = driver.cuMemHostGetDevicePointer_v2(
+            ctypes.byref(found), ctypes.c_void_p(host_address), ctypes.c_uint(0)
+        )
+    if code != 0:
+        raise AttachError(
+            f"the GPU cannot read the experts' host memory in place (CUDA error {code}); give "
+            'store="pinned", or engine="reference"'
+        )
+    return int(found.value)

@@ -18,10 +18,19 @@ brought and that no request has asked for since.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from melinoe.cache.counters import COMPLETION, Counters
+from melinoe.cache.packing import pack, packed_length, unpack
+from melinoe.cache.policy import DecayedLFU, Policy
+from melinoe.cache.residency import Residency
+from melinoe.errors import AttachError
 
 # Exponent fields of doubles: 2**0, 2**512, and what a field and the power it scales by add up to.
 _ONE = tl.constexpr(1023 << 52)
@@ -30,39 +39,23 @@ _TWICE = tl.constexpr(2045)
 _NEVER = tl.constexpr((1 << 63) - 1)
 
 # Fields of a row of the counters.
-USES, HITS, LOADS, REQUESTS, PREFETCH_USED = range(5)
-NUM_COUNTERS = 5
-_FIELDS = tl.constexpr(NUM_COUNTERS)
+COUNTERS = ("uses", "hits", "loads", "requests", "prefetch_used")
+_FIELDS = tl.constexpr(len(COUNTERS))
 
 # (token, choice) pairs of one request: 16 bits count them.
 MOST_PAIRS = 65535
+MOST_EXPERTS = 512
 # From so many on (a prompt's batch, not a decode step), more warps take more pairs at a time.
 _MANY_PAIRS = 256
 
 
 @triton.jit(do_not_specialize=["layer", "num_pairs"])
 def _decide(
-    index_ptr,
-    weight_ptr,
-    slot_index_ptr,
-    weight_out_ptr,
-    state_ptr,
-    gamma_ptr,
-    load_expert_ptr,
-    load_slot_ptr,
-    num_loads_ptr,
-    counters_ptr,
-    layer,
-    num_pairs,
-    num_experts,
-    capacity,
-    state_stride,
-    list_stride,
-    BLOCK_E: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    LFU: tl.constexpr,
+    index_ptr, weight_ptr, slot_index_ptr, weight_out_ptr, state_ptr, gamma_ptr, load_expert_ptr,
+    load_slot_ptr, num_loads_ptr, counters_ptr, layer, num_pairs, num_experts, capacity,
+    state_stride, list_stride, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, LFU: tl.constexpr,
     LANES: tl.constexpr,
-):
+):  # fmt: skip
     # A lane is one layer with its own request; tests decide many at a time, the engine one.
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     row = lane + layer
@@ -180,77 +173,165 @@ def _close_step(num_loads_ptr, step_ptr, num_layers, tokens, BLOCK: tl.constexpr
     tl.store(step_ptr + 3, tl.load(step_ptr + 3) + free * tokens)
 
 
-def decide(
-    state: Tensor,
-    gamma: Tensor | None,
-    load_expert: Tensor,
-    load_slot: Tensor,
-    num_loads: Tensor,
-    counters: Tensor,
-    layer: int,
-    num_experts: int,
-    capacity: int,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    lanes: int = 1,
-) -> tuple[Tensor, Tensor]:
+class DeviceResidency:
     """
-    Decide one request on the device; the host neither waits nor learns of it.
+    Which experts of all layers are resident, as tensors on the device.
 
-    No more than *capacity* distinct experts may be chosen, which the caller guarantees.
+    `decide` serves a decode step without the host. For a prompt, a layer is taken to the host as a
+    `Residency` (`pull`) and brought back (`push`).
 
-    Args:
-        state: int64 ``(layers, 1 + 3 * num_experts + capacity)`` or wider; changed in place.
-        gamma: float64 ``(1,)``, the decay of LFU; None for LRU.
-        load_expert: int32 ``(layers, capacity)`` or wider; the experts to load, ascending.
-        load_slot: int32, as *load_expert*; the slots they go to.
-        num_loads: int32 ``(layers,)``; how many entries of the two lists hold.
-        counters: int64 ``(layers, 5)``: uses, hits, loads, requests, first uses of what was
-            prefetched; added to.
-        layer: row of all those.
-        num_experts: of this layer, at most 512.
-        capacity: slots of this layer.
-        top_k_index: ``(tokens, top_k)``, any integer type, at most `MOST_PAIRS` entries; ids
-            outside ``[0, num_experts)`` are choices of no expert.
-        top_k_weights: ``(tokens, top_k)``.
-        lanes: decide so many layers at once, from *layer* on; the two arguments above then have a
-            leading dimension of it.
+    Attributes:
+        state: int64, a row by layer, as the module's docstring has it.
+        load_expert, load_slot: int32, a row by layer: what to load, ascending, and the slots.
+        num_loads: int32, by layer: how many entries of the two hold.
+        counts: int64 ``(layers + 1, 5)``: `COUNTERS` by layer; in the last row tokens, passes,
+            passes without a load, and their tokens.
 
-    Returns:
-        Slots, int64, and weights, both shaped as *top_k_index*; a choice of no expert has weight
-        zero and a slot that holds some expert.
+    Raises:
+        MelinoeError: another policy.
+        AttachError: too many experts; policies that differ.
     """
-    index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    slots = torch.empty_like(index, dtype=torch.int64)
-    kept = torch.empty_like(weights)
-    pairs = index.numel() // lanes
-    assert pairs <= MOST_PAIRS, "the host decides such a pass"
-    block = triton.next_power_of_2(num_experts)
-    warps, most = (1 if block <= 128 else block // 128), 2048
-    if pairs > _MANY_PAIRS:
-        warps, most = max(4, warps), 8192
-    _decide[(1,)](
-        index, weights, slots, kept, state, state if gamma is None else gamma,
-        load_expert, load_slot, num_loads, counters, layer, pairs, num_experts, capacity,
-        state.stride(0), load_expert.stride(0),
-        BLOCK_E=block,
-        BLOCK_P=max(2, min(most // 128, triton.next_power_of_2(pairs), most // block)),
-        LFU=gamma is not None, LANES=lanes, num_warps=warps,
-    )  # fmt: skip
-    return slots, kept
+
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        capacity: Sequence[int],
+        policy: Sequence[Callable[[], Policy]],
+        device: torch.device,
+    ) -> None:
+        if max(num_experts) > MOST_EXPERTS:
+            raise AttachError(
+                f"the fast engine takes at most {MOST_EXPERTS} experts a layer and this model "
+                f'has {max(num_experts)}; use engine="reference"'
+            )
+        self.num_experts, self.capacity = tuple(num_experts), tuple(capacity)
+        self.on_host = [
+            Residency(experts, slots, make())
+            for experts, slots, make in zip(num_experts, capacity, policy, strict=True)
+        ]
+        kinds = {(one.policy.name, getattr(one.policy, "gamma", None)) for one in self.on_host}
+        if len(kinds) > 1:
+            raise AttachError(
+                "the fast engine decides all layers by one rule and the policies given differ; "
+                'use engine="reference"'
+            )
+        layers, most = len(self.capacity), max(self.capacity)
+        widest = max(map(packed_length, self.num_experts, self.capacity))
+        first = self.on_host[0].policy
+        with torch.inference_mode(False):
+            self.state = torch.zeros(layers, widest, dtype=torch.int64, device=device)
+            self.load_expert = torch.zeros(layers, most, dtype=torch.int32, device=device)
+            self.load_slot = torch.zeros_like(self.load_expert)
+            self.num_loads = torch.zeros(layers, dtype=torch.int32, device=device)
+            self.counts = torch.zeros(layers + 1, len(COUNTERS), dtype=torch.int64, device=device)
+            self.gamma = None
+            if isinstance(first, DecayedLFU):
+                self.gamma = torch.tensor([first.gamma], dtype=torch.float64, device=device)
+        for layer in range(layers):
+            self.push(layer)
+
+    def decide(
+        self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, lanes: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Decide one request of *layer* on the device; the host neither waits nor learns of it.
+
+        Args:
+            layer: its number.
+            top_k_index: ``(tokens, top_k)``, any integer type, at most `MOST_PAIRS` entries, no
+                more distinct experts than the layer has slots; ids outside ``[0, num_experts)``
+                are choices of no expert.
+            top_k_weights: ``(tokens, top_k)``.
+            lanes: decide so many layers alike at once, from *layer* on; the two arguments above
+                then have a leading dimension of it.
+
+        Returns:
+            Slots, int64, and weights, both shaped as *top_k_index*; a choice of no expert has
+            weight zero and a slot that holds some expert.
+        """
+        index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+        slots = torch.empty_like(index, dtype=torch.int64)
+        kept = torch.empty_like(weights)
+        pairs, experts = index.numel() // lanes, self.num_experts[layer]
+        assert pairs <= MOST_PAIRS, "the host decides such a pass"
+        block = triton.next_power_of_2(experts)
+        warps, most = (1 if block <= 128 else block // 128), 2048
+        if pairs > _MANY_PAIRS:
+            warps, most = max(4, warps), 8192
+        _decide[(1,)](
+            index, weights, slots, kept, self.state,
+            self.state if self.gamma is None else self.gamma, self.load_expert, self.load_slot,
+            self.num_loads, self.counts, layer, pairs, experts, self.capacity[layer],
+            self.state.stride(0), self.load_expert.stride(0),
+            BLOCK_E=block,
+            BLOCK_P=max(2, min(most // 128, triton.next_power_of_2(pairs), most // block)),
+            LFU=self.gamma is not None, LANES=lanes, num_warps=warps,
+        )  # fmt: skip
+        return slots, kept
+
+    def close_step(self, tokens: int) -> None:
+        """Count a pass of *tokens* tokens whose layers have all decided."""
+        layers = len(self.num_loads)
+        _close_step[(1,)](
+            self.num_loads, self.counts[-1], layers, tokens,
+            BLOCK=triton.next_power_of_2(layers), num_warps=1,
+        )  # fmt: skip
+
+    def counters(self) -> Counters:
+        """Read the counts, which are all of the completion's phase; waits for the device."""
+        counts = self.counts.cpu().numpy()
+        values = Counters(len(counts) - 1).to_dict()
+        for field, name in enumerate(COUNTERS):
+            values[name][COMPLETION] = counts[:-1, field].tolist()
+        names = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
+        for field, name in enumerate(names):
+            values[name][COMPLETION] = int(counts[-1, field])
+        return Counters.from_dict(values)
+
+    def pull(self, layer: int) -> Residency:
+        """Copy the layer's state to the host; waits for the device."""
+        residency = self.on_host[layer]
+        length = packed_length(residency.num_experts, residency.capacity)
+        unpack(self.state[layer, :length].cpu().numpy(), residency)
+        return residency
+
+    def push(self, layer: int) -> None:
+        """Copy the host's `Residency` of *layer* to the device."""
+        row = to_device(pack(self.on_host[layer]), self.state.device)
+        self.state[layer, : row.shape[0]].copy_(row)
+
+    def resident(self, layer: int) -> list[int]:
+        """Ids of the layer's resident experts, ascending; any thread may ask. Waits."""
+        # From the device alone: `on_host` belongs to whoever is between `pull` and `push`.
+        first = 1 + self.num_experts[layer]
+        slot_of = self.state[layer, first : first + self.num_experts[layer]].cpu().numpy()
+        return np.flatnonzero(slot_of >= 0).tolist()
+
+    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
+        """Count no prefetch of before as used later, but those of *but*, by layer."""
+        for layer, (experts, slots) in enumerate(zip(self.num_experts, self.capacity, strict=True)):
+            end = packed_length(experts, slots)
+            unused = self.state[layer, end - experts : end]
+            spared = list(but[layer])
+            kept = unused[spared]
+            unused.zero_()
+            unused[spared] = kept
+
+    def reset(self) -> None:
+        """Empty all slots, and let the policies forget; the counters stay."""
+        for layer, residency in enumerate(self.on_host):
+            residency.reset()
+            self.push(layer)
+
+    def fits(self, tokens: int, top_k: int) -> bool:
+        """Tell whether *tokens* tokens can never need more experts of a layer than it has slots."""
+        return tokens * top_k <= MOST_PAIRS and all(
+            min(tokens * top_k, experts) <= slots
+            for experts, slots in zip(self.num_experts, self.capacity, strict=True)
+        )
 
 
-def close_step(num_loads: Tensor, step: Tensor, tokens: int) -> None:
-    """
-    Count a forward pass whose layers have all decided.
-
-    Args:
-        num_loads: int32 ``(layers,)``, as the layers left it.
-        step: int64 ``(4,)`` or longer: tokens, passes, passes without a load, tokens of those;
-            added to.
-        tokens: rows of the pass.
-    """
-    layers = num_loads.shape[0]
-    _close_step[(1,)](
-        num_loads, step, layers, tokens, BLOCK=triton.next_power_of_2(layers), num_warps=1
-    )
+def to_device(table: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a small table to *device*, in the order of its stream, without waiting."""
+    found = torch.from_numpy(table)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

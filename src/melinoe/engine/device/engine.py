@@ -13,12 +13,11 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.engine.device.compiled import CompiledForward
+from melinoe.engine.device.decide import DeviceResidency
 from melinoe.engine.device.experts import DeviceExperts
 from melinoe.engine.device.graphs import DecodeGraphs
 from melinoe.engine.device.passes import DevicePasses
-from melinoe.engine.device.residency import DeviceResidency, to_counters
 from melinoe.engine.device.staging import Staging
-from melinoe.engine.device.tuning import tune
 from melinoe.engine.passes import watch_generate
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.stores.store import Store
@@ -31,24 +30,7 @@ class DeviceEngine:
     Let the device decide what is loaded; `melinoe.engine.reference.ReferenceEngine` is the other.
 
     Time that a step waits for experts passes on the device and is not measured: `stall_s` is 0.
-
-    Args:
-        model: A transformers model.
-        layers: Its MoE layers, with their weights.
-        store: Holds their experts; readable by the device.
-        slots: Of each layer.
-        policies: By layer, a function that makes its policy: LRU or decayed LFU, one rule in all.
-        device: Where the slots are.
-        prefill: How prompts are streamed.
-        staging_experts: Experts that one of the two staging blocks holds.
-        use_graphs: Whether ``generate`` replays decode steps from CUDA graphs.
-        compile: Whether the captured steps are compiled.
-
-    Attributes:
-        residencies: Which experts are resident, on the device.
-        staging: The blocks that prompts' experts pass through.
-        copies: How fast kernels copied experts when this was made, by bytes of a block and number
-            of programs; see `melinoe.engine.device.tuning`. Empty without CUDA.
+    The policies are LRU or decayed LFU, one rule in all layers; the device can read the store.
     """
 
     name = "fast"
@@ -78,17 +60,16 @@ class DeviceEngine:
         self.residencies = DeviceResidency(
             [layer.num_experts for layer in layers], list(slots), policies, device
         )
-        counters = Counters(len(layers))
         self.passes = DevicePasses(
-            model, counters, self.residencies.fits, max(self.residencies.num_experts)
+            model, Counters(len(layers)), self.residencies.fits, max(self.residencies.num_experts)
         )
         self.experts = [
             DeviceExperts(
-                layer, self.residencies, store, self.staging, self.passes, self._rule, device
+                layer, self.residencies, store, self.staging, self.passes, self._rule, device,
+                compile,
             )
             for layer in layers
         ]  # fmt: skip
-        self.copies = tune((one.loaders for one in self.experts), device)
 
     @property
     def transferred_bytes(self) -> int:
@@ -101,7 +82,7 @@ class DeviceEngine:
         """Let ``generate`` take captured steps; returns what undoes it."""
         compiled = None
         if self._compile:
-            compiled = CompiledForward(model, self.experts, self.passes)
+            compiled = CompiledForward(model, self.passes)
             _log.info(
                 "decode steps are compiled: fused kernels round otherwise than the model's own, so "
                 "the last bits of logits change"
@@ -114,7 +95,7 @@ class DeviceEngine:
 
     def counters(self) -> Counters:
         """Read the counters; waits for the device."""
-        return self.passes.counters.plus(to_counters(self.residencies.counts.cpu().numpy()))
+        return self.passes.counters.plus(self.residencies.counters())
 
     def reset_counters(self) -> None:
         """Count from zero."""

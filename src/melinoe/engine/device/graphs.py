@@ -41,10 +41,8 @@ _log = logging.getLogger("melinoe")
 
 Counts = list[list[int | None]]
 
-# Kinds of step (batch size, cache length) that are captured at once; each holds its own buffers.
-_MOST_KINDS = 16
-# Other kinds that are remembered.
-_MOST_KNOWN = 64
+# Kinds of step (batch size, cache length) that are captured at once, and that are known at all.
+_MOST_KINDS, _MOST_KNOWN = 16, 64
 # Captures that may run out of memory before none is tried any more.
 _TRIES = 3
 # Steps of a kind that may wait for the device, as a first one does, before it is never captured.
@@ -58,36 +56,19 @@ _METHODS = ("get_compiled_call", "_prepare_static_cache")
 
 @dataclass
 class Kind:
-    """
-    How far one kind of step is on its way to a CUDA graph.
+    """How far one kind of step is on its way to a CUDA graph."""
 
-    Attributes:
-        ran: whether one has run as it is and can be captured.
-        never: whether none is captured: the host decides such steps, or they wait for the device.
-        waited: how many steps have waited for the device.
-        buffers: inputs that the compiled step, or the captured one, reads.
-        counts: tokens in the cache when it was compiled.
-        captured: the graph.
-    """
-
-    ran: bool = False
-    never: bool = False
-    waited: int = 0
-    buffers: dict[str, Any] | None = None
-    counts: Counts | None = None
+    ran: bool = False  # as it is, and can be captured
+    never: bool = False  # because the host decides such steps, or they wait for the device
+    waited: int = 0  # steps that did
+    buffers: dict[str, Any] | None = None  # inputs that the compiled or captured step reads
+    counts: Counts | None = None  # tokens in the cache when it was compiled
     captured: CudaStep | None = None
 
 
 class DecodeGraphs:
     """
     The captured decode steps of one model.
-
-    Args:
-        model: a transformers model.
-        passes: of its runtime.
-        device: where it is.
-        enabled: whether `generate` is to use them.
-        compiled: the compiled forward pass that is captured; None: the model's own.
 
     Attributes:
         captured: steps captured so far.
@@ -160,11 +141,9 @@ class DecodeGraphs:
 
         return undo
 
-    def _unasked(self, batched: bool) -> None:
+    def _unasked(self) -> None:
         """Warn of decode steps that `generate` did not ask of us."""
-        if batched:
-            self._warn("in continuous batching its attention has no block tables")
-        elif not (self._stepping or self._paused or self.reason or self._not_static):
+        if not (self._stepping or self._paused or self.reason or self._not_static):
             self._warn("nobody asks for these, as with beams, or in a loop of one's own")
 
     @contextmanager
@@ -201,7 +180,7 @@ class DecodeGraphs:
         try:
             as_it_is = self._paused or self.reason or self._passes.in_prompt(inputs)
             key = None if as_it_is else self._key(inputs)
-            return self._model(**inputs) if key is None else self._step(self._kind(key), inputs)
+            return self._model(**inputs) if key is None else self._step(key, inputs)
         finally:
             self._stepping, self._caches = False, {}
 
@@ -234,15 +213,10 @@ class DecodeGraphs:
             key.append((name, part))
         return tuple(key)
 
-    def _kind(self, key: tuple) -> Kind:
-        if key not in self._kinds:
-            idle = [known for known, one in self._kinds.items() if one.captured is None]
-            if len(idle) >= _MOST_KNOWN:
-                self._kinds.pop(idle[0])
-            self._kinds[key] = Kind()
-        return self._kinds[key]
-
-    def _step(self, kind: Kind, inputs: Mapping[str, Any]) -> Any:
+    def _step(self, key: tuple, inputs: Mapping[str, Any]) -> Any:
+        if key not in self._kinds and len(self._kinds) >= _MOST_KNOWN:
+            self._drop()
+        kind = self._kinds.setdefault(key, Kind())
         if kind.never:
             return self._model(**inputs)
         if not kind.ran:
@@ -290,7 +264,8 @@ class DecodeGraphs:
     def _first_compiled(self, kind: Kind, inputs: Mapping[str, Any]) -> Any | None:
         """Compile the step on the buffers it will be captured with; None if that fails."""
         assert self.compiled is not None
-        kind.buffers, kind.counts = self._buffers_for(inputs), self._counts()
+        self._prepare(kind, inputs)
+        assert kind.buffers is not None and kind.counts is not None
         try:
             return self._joined(self._run(self.compiled.first, kind.buffers))
         except CompileError:
@@ -306,12 +281,13 @@ class DecodeGraphs:
         """Capture one kind of step; False, after a warning, if that does not work."""
         counts = self._counts()
         if kind.buffers is None:
-            kind.buffers, kind.counts = self._buffers_for(inputs), counts
+            self._prepare(kind, inputs)
+        assert kind.buffers is not None and kind.counts is not None
         captured = [key for key, one in self._kinds.items() if one.captured is not None]
         if len(captured) >= _MOST_KINDS:  # the oldest goes before the new one takes memory
             self._kinds.pop(captured.pop(0))
         if self._compiles:
-            assert self.compiled is not None and kind.counts is not None
+            assert self.compiled is not None
             try:
                 kind.captured = self._made(self.compiled.again, kind.buffers, kind.counts)
             except Exception as error:  # nothing was computed: the model's own may be captured
@@ -376,8 +352,10 @@ class DecodeGraphs:
         """The output with its cache, as the caller expects it."""
         return type(output)(**{**output, **self._caches})
 
-    def _buffers_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: buffer(value) for name, value in inputs.items() if name not in self._caches}
+    def _prepare(self, kind: Kind, inputs: Mapping[str, Any]) -> None:
+        """Make the buffers that a compiled or captured step reads."""
+        kind.buffers = {n: buffer(value) for n, value in inputs.items() if n not in self._caches}
+        kind.counts = self._counts()
 
     def _counts(self) -> Counts:
         return list(map(static_cache.counts, self._caches.values()))

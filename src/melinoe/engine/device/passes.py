@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
@@ -18,8 +17,6 @@ _log = logging.getLogger("melinoe")
 # How the loads of a pass are decided: by the device; by the host, streamed past the slots; by the
 # host, in parts that fit the slots.
 DEVICE, STREAM, PARTS = "device", "stream", "parts"
-# Decode batches of continuous batching in a row that nobody captured: more than those of a warm-up.
-_MANY = 64
 
 
 class DevicePasses(ForwardPasses):
@@ -33,8 +30,6 @@ class DevicePasses(ForwardPasses):
     no expert, and counts as prompt.
 
     Args:
-        model: a transformers model.
-        counters: of its runtime.
         fits: tells whether the device can decide for so many tokens of so many choices.
         most: experts of the layer that has the most.
 
@@ -43,8 +38,8 @@ class DevicePasses(ForwardPasses):
         paged: whether the open pass belongs to continuous batching.
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
-        unasked: called for each decode step that the device decides and that nobody captures: with
-            True for continuous batching, after many in a row.
+        traced: whether ``torch.compile`` is to see the passes; see `device.compiled`.
+        unasked: called for each decode step that the device decides and that nobody captures.
         generation_begins: called when `generate` of the model begins.
     """
 
@@ -55,12 +50,10 @@ class DevicePasses(ForwardPasses):
         self._fits, self._most = fits, most
         self._tokens = self._top_k = 0
         self.mode = DEVICE
-        self.paged = False
+        self.paged = self.traced = self._only_decodes = False
         self.given: Batch | None = None
-        self.unasked: Callable[[bool], None] | None = None
+        self.unasked: Callable[[], None] | None = None
         self.generation_begins: Callable[[], None] | None = None
-        self._only_decodes = False
-        self._paged_decodes = 0
 
     def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
         """Begin a pass if need be; all layers of a pass compute the same number of tokens."""
@@ -105,13 +98,8 @@ class DevicePasses(ForwardPasses):
             self.mode = DEVICE if fits else PARTS
         if self.mode == PARTS or (self.paged and self._only_decodes and not fits):
             self._note_fallback(tokens)
-        elif self.mode == DEVICE and self.unasked and self.given is None:
-            if not self.paged:
-                self.unasked(False)
-            elif not _capturing():
-                self._paged_decodes = self._paged_decodes + 1 if self._only_decodes else 0
-                if self._paged_decodes == _MANY:
-                    self.unasked(True)
+        elif self.mode == DEVICE and self.unasked and self.given is None and not self.paged:
+            self.unasked()
         if phase == COMPLETION:
             self._completion_begins()
         if self.mode != DEVICE:
@@ -144,7 +132,3 @@ class DevicePasses(ForwardPasses):
                 self.generation_begins()
             with super().generate(generating):
                 yield
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

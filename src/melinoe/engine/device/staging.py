@@ -9,33 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from melinoe.experts.format import Part
 from melinoe.moe.experts import ExpertsLayer
-from melinoe.stores.store import Store
+
+Block = dict[str, Tensor]
 
 
 class Staging:
     """
-    The staging blocks of a model, shared by all layers of the same shape, and the copy stream.
-
-    Args:
-        device: where they are.
-        experts: that one block holds.
+    The staging blocks of a model, *experts* in each, shared by all layers of the same shape; and
+    the copy stream.
     """
 
     def __init__(self, device: torch.device, experts: int) -> None:
         self.experts = experts
         self._device = device
-        self._blocks: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._blocks: dict[tuple[Part, ...], tuple[Block, Block]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def blocks(
-        self, layer: ExpertsLayer, store: Store
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The two blocks for *layer*; each maps names to tensors ``(experts, ...)``."""
-        key = layer.tensors, store.format(layer.index).exact
-        if key not in self._blocks:
-            self._blocks[key] = (self._block(layer, store), self._block(layer, store))
-        return self._blocks[key]
+    def blocks(self, layer: ExpertsLayer) -> tuple[Block, Block]:
+        """The two blocks for *layer*, by part, ``(experts, ...)``."""
+        if layer.parts not in self._blocks:
+            two = self.slots(layer, self.experts), self.slots(layer, self.experts)
+            self._blocks[layer.parts] = two
+        return self._blocks[layer.parts]
+
+    def slots(self, layer: ExpertsLayer, count: int) -> Block:
+        """
+        Room for *count* experts, by part, that the allocator reuses after copies to it are done.
+
+        Of zeros: a choice of no expert computes some slot, with weight zero.
+        """
+        with torch.inference_mode(False):
+            found = {
+                part.name: torch.zeros((count, *part.shape), dtype=part.dtype, device=self._device)
+                for part in layer.parts
+            }
+        if self._stream is not None:
+            for tensor in found.values():
+                tensor.record_stream(self._stream)
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -50,11 +63,8 @@ class Staging:
     @contextmanager
     def copying(self, after: Any = None) -> Iterator[None]:
         """Issue copies in the body that wait for *after*, an earlier `mark`."""
-        if self._stream is None:
-            yield
-            return
         with torch.cuda.stream(self._stream):
-            if after is not None:
+            if self._stream is not None and after is not None:
                 self._stream.wait_event(after)
             yield
 
@@ -65,17 +75,9 @@ class Staging:
 
     def mark(self) -> Any:
         """Mark what the computation has queued so far."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def adopt(self, *tensors: Tensor) -> None:
-        """Keep the allocator from reusing the memory of *tensors* before a copy to it is done."""
         if self._stream is not None:
-            for tensor in tensors:
-                tensor.record_stream(self._stream)
+            return torch.cuda.current_stream(self._device).record_event()
+        return None
 
     def release(self) -> None:
         """Free the blocks."""
@@ -86,29 +88,8 @@ class Staging:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _block(self, layer: ExpertsLayer, store: Store) -> dict[str, Tensor]:
-        with torch.inference_mode(False):
-            block = unpacked_slots(layer, store, self.experts, self._device)
-        self.adopt(*block.values())
-        return block
-
-
-def unpacked_slots(
-    layer: ExpertsLayer, store: Store, count: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Slots for the module's tensors; where blocks are unpacked, matrices lie as in the block."""
-    slots = {}
-    for tensor in layer.tensors:
-        turned = tensor.transposed and not store.format(layer.index).exact
-        shape = tensor.rows_columns if turned else tensor.shape
-        slot = torch.zeros((count, *shape), dtype=tensor.dtype, device=device)
-        slots[tensor.name] = slot.transpose(1, 2) if turned else slot
-    return slots
-
 
 def staging_bytes(layers: Sequence[ExpertsLayer], experts: int) -> int:
     """Bytes of the two blocks for each distinct shape among *layers*."""
-    return sum(
-        2 * experts * sum(tensor.nbytes for tensor in tensors)
-        for tensors in {layer.tensors for layer in layers}
-    )
+    shapes = {layer.parts: layer.block_bytes for layer in layers}
+    return 2 * experts * sum(shapes.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ _COUNT = "cumulative_length_int"
 _ASKING = ("get_seq_length", "get_mask_sizes")
 # Lengths of static caches where steps are compiled: not every prompt is to be another kind of step.
 CACHE_STEP = 256
-# Caches of which the kind is remembered.
+# Kinds of caches that are remembered.
 _MOST_CACHES = 64
 
 
@@ -48,30 +49,24 @@ def why_not_static(model_class: Any, config: Any) -> str | None:
     return None
 
 
-# --- kinds --------------------------------------------------------------------------------------
-
-
 def describe(cache: StaticCache) -> tuple[tuple[str, tuple], ...]:
     """List by layer its class, where its tensors lie, and its other settings but `_COUNT`."""
     found = []
     for layer in cache.layers:
         fixed: list[tuple] = []
-        for _, name, path, value in _parts(vars(layer)):
-            if name == _COUNT:
-                continue
+        for name, path, value in _parts(vars(layer)):
             if isinstance(value, Tensor):
                 where = value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
                 fixed.append((path, *where))
-            elif value is None or isinstance(value, bool | int | str):
+            elif name != _COUNT and (value is None or isinstance(value, bool | int | str)):
                 fixed.append((path, value))
         found.append((type(layer).__name__, tuple(fixed)))
     return tuple(found)
 
 
-def full_windows(cache: StaticCache) -> tuple[bool, ...]:
-    """Tell of each layer that counts in Python whether its window is full."""
-    counting = (own for own in map(vars, cache.layers) if _COUNT in own)
-    return tuple([own[_COUNT] >= own["max_cache_len"] for own in counting])
+def moved(before: tuple, after: tuple) -> set[str]:
+    """Name the classes of layers whose descriptions differ: other memory or other settings."""
+    return {new[0] for old, new in zip(before, after, strict=True) if old != new}
 
 
 class CacheKinds:
@@ -80,45 +75,27 @@ class CacheKinds:
     def __init__(self) -> None:
         self._numbers: dict[tuple, int] = {}
         self._next = itertools.count()
-        self._seen: weakref.WeakKeyDictionary[StaticCache, _Seen] = weakref.WeakKeyDictionary()
+        # By cache, its number and the very values that it was described by.
+        self._seen: weakref.WeakKeyDictionary[StaticCache, tuple[int, list[Any]]]
+        self._seen = weakref.WeakKeyDictionary()
 
     def of(self, cache: StaticCache) -> tuple[int, tuple[bool, ...]]:
         """
-        The kind of *cache* now: its number, and which windows are full.
+        The kind of *cache* now: its number, and which of its layers' windows are full.
 
         Asked in every step, so a cache is described anew only if a value is another object.
         """
-        seen = self._seen.get(cache)
-        if seen is None or seen.changed():
+        layers = list(map(vars, cache.layers))
+        values = [v for own in layers for name, _, v in _parts(own) if name != _COUNT]
+        number, known = self._seen.get(cache, (-1, []))
+        same = len(values) == len(known) and all(map(operator.is_, values, known))
+        if not same:
             if len(self._numbers) >= _MOST_CACHES:
                 self._numbers.clear()  # a number is never used again
             number = self._numbers.setdefault(describe(cache), next(self._next))
-            seen = self._seen[cache] = _Seen(cache, number)
-        return seen.number, full_windows(cache)
-
-
-class _Seen:
-    """The values that a cache was described by, to see that they are still the same objects."""
-
-    def __init__(self, cache: StaticCache, number: int) -> None:
-        self.number = number
-        parts = [one for layer in cache.layers for one in _parts(vars(layer)) if one[1] != _COUNT]
-        self._values = [(holder, name, value) for holder, name, _, value in parts]
-        self._holders = list({id(holder): holder for holder, *_ in self._values}.values())
-        self._size = sum(map(len, self._holders))
-
-    def changed(self) -> bool:
-        return sum(map(len, self._holders)) != self._size or any(
-            [holder.get(name) is not value for holder, name, value in self._values]
-        )
-
-
-def moved(before: tuple, after: tuple) -> set[str]:
-    """Name the classes of layers whose descriptions differ: other memory or other settings."""
-    return {new[0] for old, new in zip(before, after, strict=True) if old != new}
-
-
-# --- counts of tokens ---------------------------------------------------------------------------
+            self._seen[cache] = number, values
+        full = [own[_COUNT] >= own["max_cache_len"] for own in layers if _COUNT in own]
+        return number, tuple(full)
 
 
 def counts(cache: StaticCache) -> list[int | None]:
@@ -156,9 +133,6 @@ def uncounted(cache: StaticCache) -> Iterator[None]:
                 del own[name]
 
 
-# --- one cache for many calls -------------------------------------------------------------------
-
-
 class KeptCache:
     """
     Gives ``generate`` the memory of its last static cache again: captured steps know no other.
@@ -166,9 +140,7 @@ class KeptCache:
     Only the layers are kept. While the cache itself is alive somebody may still read it, and the
     next call gets new memory.
 
-    Args:
-        renewed: called when new memory is given, so that steps captured before are of no use.
-        compiles: tells whether steps are compiled, for which caches have few lengths.
+    When it gives new memory it calls *renewed*: steps captured before are of no use.
     """
 
     def __init__(self, renewed: Callable[[], None], compiles: Callable[[], bool]) -> None:
@@ -219,8 +191,8 @@ def _empty_for(used: Any, fresh: Any) -> bool:
     if type(used) is not type(fresh) or any(one.is_inference() != inference for one in held):
         return False
     used.reset()
-    now = {path: value for _, _, path, value in _parts(vars(used))}
-    made = {path: value for _, _, path, value in _parts(vars(fresh)) if type(value) is int}
+    now = {path: value for _, path, value in _parts(vars(used))}
+    made = {path: value for _, path, value in _parts(vars(fresh)) if type(value) is int}
     return all(now.get(path) == value for path, value in made.items())
 
 
@@ -229,10 +201,10 @@ def tensors(layer: Any) -> list[Tensor]:
     return [value for *_, value in _parts(vars(layer)) if isinstance(value, Tensor)]
 
 
-def _parts(holder: Mapping[Any, Any], before: str = "") -> Iterator[tuple[Any, Any, str, Any]]:
-    """Walk a layer's attributes and the dictionaries in them: holder, key, path, value."""
+def _parts(holder: Mapping[Any, Any], before: str = "") -> Iterator[tuple[Any, str, Any]]:
+    """Walk a layer's attributes and the dictionaries in them: key, path, value."""
     for name, value in holder.items():
         if isinstance(value, Mapping):
             yield from _parts(value, f"{before}{name}.")
         else:
-            yield holder, name, f"{before}{name}", value
+            yield name, f"{before}{name}", value
