@@ -119,7 +119,7 @@ def main():
     )  # fmt: skip
     for architecture in ARCHITECTURES:
         for name in ("plain", "int8", "int4", "mxfp4", "fp8"):
-            for activation, pairs in (("silu", 8), ("none", 0)):
+            for activation, pairs in (("silu", 8), ("none", 0))[: 1 + (name == "int4")]:
                 found[f"project {architecture} {name} {activation} {pairs}"] = projected(
                     architecture, name, "bfloat16", activation, pairs
                 )

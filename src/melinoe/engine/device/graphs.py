@@ -271,11 +271,6 @@ class DecodeGraphs:
         except CompileError:
             self._set_counts(kind.counts)
             return None
-        finally:
-            if not self._compiles:
-                for one in self._kinds.values():
-                    if one.captured is None:
-                        one.buffers = one.counts = None
 
     def _capture(self, kind: Kind, inputs: Mapping[str, Any]) -> bool:
         """Capture one kind of step; False, after a warning, if that does not work."""
