@@ -7,7 +7,6 @@ import tiny
 import torch
 from fast_attach import attach
 
-from melinoe import attach as attach_reference
 from melinoe.cache.prefetch import Popularity
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.cache.simulator import simulate
