@@ -77,10 +77,10 @@ def test_the_command_replays_the_policies_it_is_told(tmp_path):
     """A policy needs a trace to replay; its curve alone stands in the page."""
     two_sequences().save(tmp_path / "t.safetensors")
     out = tmp_path / "r.html"
-    told = ["report", str(tmp_path / "t.safetensors"), "--out", str(out), "--policy", "score"]
+    told = ["report", str(tmp_path / "t.safetensors"), "--out", str(out), "--policy", "lfru"]
     assert CliRunner().invoke(app, told).exit_code == 0
     twin = out.with_suffix(".md").read_text()
-    assert "| t, score |" in twin and "lru" not in twin
+    assert "| t, lfru |" in twin and "t, lru" not in twin
     (tmp_path / "r.json").write_text("[]")
     told[1] = str(tmp_path / "r.json")
     assert CliRunner().invoke(app, told).exit_code == 2

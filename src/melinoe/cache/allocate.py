@@ -35,7 +35,6 @@ def allocate(cost: np.ndarray, budget: int, *, at_least: int = 1) -> tuple[int, 
 
     Raises:
         BudgetError: *budget* is below *at_least* in every layer.
-        ValueError: an *at_least* that no layer can have.
 
     Source:
         Dynamic programming over layers as in AdapMoE, arXiv:2408.10284.

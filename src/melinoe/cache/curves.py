@@ -33,32 +33,15 @@ from melinoe.errors import MelinoeError
 
 @dataclass(frozen=True)
 class MissCurves:
-    """
-    Cost of each layer with 1 to all slots.
+    """Cost of each layer with 1 to all slots."""
 
-    Attributes:
-        loads: int64 (2, layers, num_experts), demand loads by phase, layer and slots - 1.
-        hits: int64, alike, uses whose expert was resident.
-        uses: int64 (2, layers).
-        exact_from: int64 (layers,), slots from which one pass was enough; more than there are
-            experts where it never was.
-    """
-
-    loads: np.ndarray
-    hits: np.ndarray
-    uses: np.ndarray
-    exact_from: np.ndarray
+    loads: np.ndarray  # int64 (2, layers, num_experts), on demand, by phase, layer and slots - 1
+    hits: np.ndarray  # alike, uses whose expert was resident
+    uses: np.ndarray  # int64 (2, layers)
+    exact_from: np.ndarray  # int64 (layers,), slots from which one pass was enough
 
     def miss_rate(self, phase: str = "completion") -> np.ndarray:
-        """
-        Share of uses that were not resident with the same slots in all layers.
-
-        Returns:
-            float64 (num_experts,), by slots - 1.
-
-        Raises:
-            MelinoeError: the trace has no use in that phase.
-        """
+        """Share of uses not resident, the same slots in all layers: float64 by slots - 1."""
         uses = self.uses[PHASES.index(phase)].sum()
         if not uses:
             raise MelinoeError(f"the trace has no {phase} to count; record a longer one")
@@ -106,20 +89,12 @@ def miss_curves(
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """
-    Count what each unit's completion costs by slots; see `melinoe.cache.simulator.Simulation`.
+    """What each unit's completion costs by slots; see `melinoe.cache.simulator.Simulation`."""
 
-    Attributes:
-        hits: int64 (sizes, units), uses whose expert was resident, of all layers.
-        loads: int64, alike, experts copied on demand.
-        uses: int64 (units,).
-        tokens: int64 (units,), rows.
-    """
-
-    hits: np.ndarray
-    loads: np.ndarray
-    uses: np.ndarray
-    tokens: np.ndarray
+    hits: np.ndarray  # int64 (sizes, units), uses whose expert was resident, of all layers
+    loads: np.ndarray  # alike, experts copied on demand
+    uses: np.ndarray  # int64 (units,)
+    tokens: np.ndarray  # int64 (units,), rows
 
 
 def unit_costs(

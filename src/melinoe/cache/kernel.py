@@ -363,17 +363,9 @@ def distances(  # type: ignore[no-untyped-def]
 
 class Prepared:
     """
-    A trace and a policy as the compiled loops take them.
+    A trace and a policy, by name, as the compiled loops take them.
 
-    Args:
-        trace, policy, reset_between_sequences: As in `melinoe.cache.simulator.simulate`; the policy
-            by name.
-        options: Arguments of the policy's class, which checks them.
-
-    Attributes:
-        phase: uint8 (passes,).
-        tokens: int64 (passes,), rows.
-        units, unit: As `Trace.unit_of_passes`.
+    Of each pass: *phase*, uint8; *tokens*, int64, its rows; *unit*, its place in *units*.
     """
 
     def __init__(

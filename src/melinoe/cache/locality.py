@@ -16,12 +16,7 @@ from melinoe.errors import MelinoeError
 
 
 def experts_per_sequence(trace: Trace) -> np.ndarray:
-    """
-    Distinct experts that each sequence's completion tokens used, mean over layers.
-
-    Returns:
-        float64 (num_sequences,), nan for a sequence without completion tokens.
-    """
+    """Distinct experts that each sequence's completion used, mean over layers; nan without one."""
     result = np.full(trace.num_sequences, np.nan)
     for sequence, used in _uses(trace):
         result[sequence] = used.any(axis=0).sum(axis=1).mean()
@@ -33,10 +28,7 @@ def reuse(trace: Trace) -> np.ndarray:
     Share of a token's experts that the sequence's previous token used in the same layer.
 
     Counted over all layers and completion tokens that have a previous token; the first one's is
-    the last token of the prompt. Choices of no expert are left out.
-
-    Returns:
-        float64 (num_sequences,), nan for a sequence with no such token.
+    the last token of the prompt. Choices of no expert are left out; nan for a sequence without.
 
     Source:
         Expert overlap ratio (EOR) as in arXiv:2605.27081, per sequence here.
@@ -99,14 +91,10 @@ def srp(trace: Trace, m: int, *, by_layer: bool = False) -> float | np.ndarray:
     those taken plus those used. 1 means that segments use their experts in every token.
 
     Args:
-        trace: Sequences shorter than *m* are left out.
+        trace: Sequences shorter than *m* are left out; MelinoeError if all are.
         m: Tokens of a segment, 1 or more.
         by_layer: The best threshold and value of each layer, float64 (layers,), instead of all; nan
             for one that its segments do not use.
-
-    Raises:
-        MelinoeError: no sequence has *m* completion tokens.
-        ValueError: *m* is below 1.
     """
     if m < 1:
         raise ValueError(f"a segment has at least one token, not {m}")
@@ -152,10 +140,6 @@ def sch(trace: Trace, m: int, rho: float, *, by_layer: bool = False) -> float | 
         m: Tokens that are seen ahead, 0 or more; 0 is LRU.
         rho: Slots per layer as a multiple of top-k, 1 or more.
         by_layer: Of each layer, float64 (layers,), instead of all; nan for one without a use.
-
-    Raises:
-        MelinoeError: no completion tokens, or more slots than experts.
-        ValueError: *m* below 0, or *rho* below 1.
     """
     if m < 0 or rho < 1:
         raise ValueError(f"m is {m} and rho {rho}; a cache sees 0 or more tokens and holds one's")

@@ -53,22 +53,15 @@ class Policy:
 
     def use(self, experts: Sequence[int]) -> None:
         """
-        Note one request.
+        Note one request, before its victims are chosen: all its distinct experts, at least one.
 
-        Called once per request, before its victims are chosen, with all its distinct experts (at
-        least one), resident or not. Those listed later are served later: ids ascend when the
-        request fits into the slots (see `Residency.request_in_parts` for when it does not).
+        Those listed later are served later: ids ascend when the request fits into the slots (see
+        `Residency.request_in_parts` for when it does not).
         """
         raise NotImplementedError
 
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:
-        """
-        Choose *count* distinct ids who leave, the first to go first.
-
-        Args:
-            candidates: Resident experts that may leave, ids ascending; none is needed now.
-            count: Between 1 and ``len(candidates)``.
-        """
+        """Choose *count* of *candidates*, residents not needed now, ids ascending, who leave."""
         raise NotImplementedError
 
     def prefetched(self, experts: Sequence[int]) -> None:
@@ -172,14 +165,10 @@ class DecayedLFU(RankedPolicy):
 
     Scores are kept in a unit that grows by ``1 / gamma`` per request, which is the same without
     touching all of them. Near the end of the double range the unit and all scores are divided by
-    the power of two in it, which rounds nothing; a score that falls below the smallest double this
-    way counts as zero.
+    the power of two in it, which rounds nothing.
 
     Args:
         gamma: Decay per request, in [0.001, 1]; 1 counts uses without forgetting.
-
-    Raises:
-        ValueError: *gamma* is outside its range.
 
     Source:
         The cache of the training loss of arXiv:2602.11192 (closed form s <- gamma s + r), with
@@ -374,11 +363,7 @@ def servable_names() -> tuple[str, ...]:
 
 def policy(name: str, **options: Any) -> Policy:
     """
-    Make a policy for one layer.
-
-    Args:
-        name: One of `policy_names`.
-        options: Arguments of its class, for example ``gamma=0.9`` for ``lfu``.
+    Make a policy for one layer, with the arguments of its class.
 
     Raises:
         MelinoeError: unknown name, or a policy that must know the requests to come and does not.
@@ -389,7 +374,7 @@ def policy(name: str, **options: Any) -> Policy:
 def policy_makers(
     name: str, options: Mapping[str, Any], num_layers: int
 ) -> list[Callable[[], Policy]]:
-    """Functions that make the policy of each layer; arguments and errors as of `policy`."""
+    """Functions that make the policy of each layer; otherwise as `policy`."""
     cls = _class_for(name, options)
     return [
         lambda layer=layer: cls.for_layer(layer, num_layers, **options)  # type: ignore[misc]

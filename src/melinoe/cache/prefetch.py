@@ -35,35 +35,24 @@ class Prompt:
     """
     A sequence for which experts are loaded ahead.
 
-    Attributes:
-        slots: Of each layer.
-        num_experts: Of each layer, the most where layers differ; ids lie below it.
-        ids: Token ids of the prompt; None where the prefetcher does not ask for them
-            (`Prefetcher.uses_ids`) or nobody knows them.
-        uses: int64 (layers, num_experts), how many (token, choice) pairs of the prompt's own
-            tokens picked each expert; None before the prompt was read.
-        sequence: Its number in the trace; None while serving.
+    *ids* are the prompt's tokens, None where the prefetcher does not ask for them. *uses*, int64
+    (layers, num_experts), counts the (token, choice) pairs of the prompt that picked each expert,
+    None before it was read.
     """
 
-    slots: tuple[int, ...]
-    num_experts: int
+    slots: tuple[int, ...]  # of each layer
+    num_experts: int  # of the layer that has most
     ids: tuple[int, ...] | None = None
     uses: np.ndarray | None = None
-    sequence: int | None = None
+    sequence: int | None = None  # its number in the trace; None while serving
 
 
 @dataclass(frozen=True)
 class Given:
-    """
-    Parts for prefetchers that are asked for by name; each takes those that it needs.
+    """What prefetchers asked for by name are made of; each takes those that it needs."""
 
-    Attributes:
-        popularity: How often each expert was chosen, (layers, num_experts).
-        predictor: Names experts for a prompt: ``top(ids, slots)``, ``bind(model, tokenizer)``.
-    """
-
-    popularity: np.ndarray | None = None
-    predictor: Any = None
+    popularity: np.ndarray | None = None  # (layers, num_experts)
+    predictor: Any = None  # as of `Predicted`
 
 
 class Prefetcher:
@@ -92,11 +81,7 @@ class Prefetcher:
         """Take what belongs to *model* before its first prompt; ModelError if made for another."""
 
     def before_prompt(self, prompt: Prompt) -> ByLayer | None:
-        """
-        Name experts of every layer before the prompt's first forward pass; None for none.
-
-        A prompt that uses more experts than there are slots evicts them again.
-        """
+        """Name experts of every layer before the prompt is read, which may evict them again."""
         return None
 
     def before_completion(self, prompt: Prompt) -> ByLayer | None:
@@ -113,8 +98,7 @@ class Prefetcher:
         whose tokens chose some expert and that another follows.
 
         Args:
-            layer: MoE layer whose router has just chosen.
-            chosen: Distinct ids that its tokens chose, ascending.
+            layer, chosen: Layer whose router has just chosen these ids, ascending.
             guess: Choices of the next layer's router for the input of this one's, the most
                 wanted first; empty unless `uses_guesses`.
         """
@@ -332,7 +316,7 @@ class Popularity(Prefetcher):
         return cls(given.popularity)
 
     def before_completion(self, prompt: Prompt) -> ByLayer:
-        """At most as many of each layer as there are slots."""
+        """Name at most as many of each layer as there are slots."""
         layers, experts = self._counts.shape
         if layers != len(prompt.slots) or experts != prompt.num_experts:
             raise MelinoeError(

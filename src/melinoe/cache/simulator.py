@@ -36,52 +36,31 @@ COMPILED_FROM = 50_000
 @dataclass(frozen=True)
 class Steps:
     """
-    Loads of each forward pass and layer, for a time model.
+    Loads of each forward pass and layer, for a time model: int32 (passes, layers) from *loads* on.
 
-    Attributes:
-        phase: uint8 (passes,), 0 prompt, 1 completion.
-        tokens: int64 (passes,), rows.
-        unit: int64 (passes,), index into `Simulation.sequences`.
-        loads: int32 (passes, layers), experts copied on demand.
-        experts: int32 (passes, layers), distinct experts requested.
-        ahead: int32 (passes, layers), experts copied by prefetches right before the pass.
-        on_host: int32 (passes, layers), missing experts that the host computed.
-        on_host_uses: int32 (passes, layers), (token, choice) pairs that those were computed for.
-        between: int32 (passes, layers), experts of the layer copied by a prefetch that was issued
-            within the pass, when the layer reached before it had its experts and began to compute.
+    *between* counts the experts of a layer that a prefetch copied within the pass, issued when the
+    layer reached before it had its experts and began to compute.
     """
 
-    phase: np.ndarray
-    tokens: np.ndarray
-    unit: np.ndarray
-    loads: np.ndarray
-    experts: np.ndarray
-    ahead: np.ndarray
-    on_host: np.ndarray
-    on_host_uses: np.ndarray
+    phase: np.ndarray  # uint8 (passes,), 0 prompt, 1 completion
+    tokens: np.ndarray  # int64 (passes,), rows
+    unit: np.ndarray  # int64 (passes,), index into `Simulation.sequences`
+    loads: np.ndarray  # experts copied on demand
+    experts: np.ndarray  # distinct experts requested
+    ahead: np.ndarray  # experts copied by prefetches right before the pass
+    on_host: np.ndarray  # missing experts that the host computed
+    on_host_uses: np.ndarray  # (token, choice) pairs that those were computed for
     between: np.ndarray
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """
-    The outcome of `simulate`.
-
-    Attributes:
-        counters: The whole trace.
-        per_sequence: The same by unit (`Trace.units`); they add up to *counters*.
-        sequences: The sequence numbers of each unit, ascending.
-        slots: Slots of each layer.
-        policy: Its name.
-        engine: ``residency`` or ``compiled``.
-        steps: Pass by pass, if asked for.
-        prefetch: Name of the prefetcher; ``none`` without one.
-    """
+    """The outcome of `simulate`."""
 
     counters: Counters
-    per_sequence: list[Counters]
-    sequences: list[tuple[int, ...]]
-    slots: tuple[int, ...]
+    per_sequence: list[Counters]  # by unit (`Trace.units`); they add up to *counters*
+    sequences: list[tuple[int, ...]]  # the sequence numbers of each unit, ascending
+    slots: tuple[int, ...]  # of each layer
     policy: str
     engine: str = "residency"
     steps: Steps | None = None
@@ -109,8 +88,7 @@ def simulate(
         trace: The model's choices.
         slots: Slots of every layer, or of each.
         policy: A known name, or a function that makes a new `Policy` for each layer.
-        prefetch: Says what is loaded ahead, and when; `melinoe.cache.prefetch.prefetcher` makes
-            them by name.
+        prefetch: Says what is loaded ahead, and when.
         prompts: Token ids of each sequence's prompt, for prefetchers that read them.
         reset_between_sequences: Empty the cache before each unit's first forward pass.
         policy_options: Arguments of the named policy, such as ``{"gamma": 0.9}`` for ``lfu``.
@@ -121,16 +99,14 @@ def simulate(
         steps: Also keep what happened in each forward pass and layer.
         engine: ``residency``: drive the engines' own class. ``compiled``: the compiled replay,
             for `COMPILED_POLICIES` by name and nothing but loads on demand. ``auto``: compiled
-            where that can be and the trace makes 50,000 requests or more, for which loading it
-            pays.
+            where that can be and pays.
         prefill: Stream prompts by this rule; absent, serve them as any other request.
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
         TraceError: the prefetch needs the next router's guesses or the prompts, and they are not
             there; prompts that are not the trace's.
-        ValueError: *slots* or a prefetch does not name every layer; an unknown *engine*; or the
-            compiled replay is asked for where it cannot be.
+        ValueError: *slots* or a prefetch does not name every layer; no such *engine* here.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")

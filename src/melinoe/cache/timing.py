@@ -54,34 +54,18 @@ LoadRule = Callable[[Sequence[int]], int]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """
-    Figures of the machine and of the engine that runs on it.
+    """Figures of a machine and of the engine on it; HardwareError for what cannot be."""
 
-    Attributes:
-        link_bytes_per_s: Host to device.
-        link_latency_s: Of each transfer.
-        copy_s: Host time of each copy that the link does not hide; the emulated link's real copy.
-        device_bytes_per_s: Memory of the device; None: computing is not modelled from bytes.
-        dram_bytes_per_s: Rate at which the host computes missing experts from its memory, one row
-            each, the cost of a call for each included.
-        host_row_s: Seconds of each further row of such an expert.
-        host_threads: Threads that figure was measured with; the model does not depend on it.
-        pass_s: Measured time of a pass of one row with all experts resident.
-        row_s: Measured time of each further row of a pass.
-
-    Raises:
-        HardwareError: a figure that no machine has.
-    """
-
-    link_bytes_per_s: float
-    link_latency_s: float = 0.0
-    copy_s: float = 0.0
-    device_bytes_per_s: float | None = None
+    link_bytes_per_s: float  # host to device
+    link_latency_s: float = 0.0  # of each transfer
+    copy_s: float = 0.0  # host time of a copy that the link does not hide
+    device_bytes_per_s: float | None = None  # None: computing is not modelled from bytes
+    # The host computes missing experts from its memory, one row each, at this rate.
     dram_bytes_per_s: float | None = None
-    host_row_s: float = 0.0
-    host_threads: int | None = None
-    pass_s: float | None = None
-    row_s: float = 0.0
+    host_row_s: float = 0.0  # of each further row of such an expert
+    host_threads: int | None = None  # that rate was measured with so many
+    pass_s: float | None = None  # a pass of one row with all experts resident, measured
+    row_s: float = 0.0  # each further row of a pass, measured
 
     def __post_init__(self) -> None:
         _check(self)
@@ -89,24 +73,12 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """
-    Bytes that the model asks the machine to move.
+    """Bytes that the model asks the machine to move; HardwareError for less than none."""
 
-    Attributes:
-        expert_bytes: Of one expert, as it is carried.
-        activation_bytes: Of one token between layers: sent to the host for a missing expert
-            that it computes, and back for each choice of one.
-        backbone_bytes: Weights outside the experts that a pass reads.
-        kv_bytes: Of the KV cache that a pass reads.
-
-    Raises:
-        HardwareError: no bytes, or less than none.
-    """
-
-    expert_bytes: float
-    activation_bytes: float = 0.0
-    backbone_bytes: float = 0.0
-    kv_bytes: float = 0.0
+    expert_bytes: float  # of one, as it is carried
+    activation_bytes: float = 0.0  # of one token between layers: to the host, and back by choice
+    backbone_bytes: float = 0.0  # weights outside the experts that a pass reads
+    kv_bytes: float = 0.0  # of the KV cache that a pass reads
 
     def __post_init__(self) -> None:
         _check(self)
@@ -203,24 +175,14 @@ def computed_s(
 
 @dataclass(frozen=True)
 class Timing:
-    """
-    Predicted seconds of each forward pass, float64 (passes,) each.
+    """Predicted seconds of each forward pass, float64 (passes,) each."""
 
-    Attributes:
-        pass_s: All of it.
-        link_s: Stalled for the link: loads on demand, and prefetches that came too late.
-        host_s: Stalled for the host that computes misses.
-        ahead_s: Spent on issuing prefetches.
-        steps: What was timed.
-        transferred_bytes: Over the link, prefetches too.
-    """
-
-    pass_s: np.ndarray
-    link_s: np.ndarray
-    host_s: np.ndarray
-    ahead_s: np.ndarray
-    steps: Steps
-    transferred_bytes: float
+    pass_s: np.ndarray  # all of it
+    link_s: np.ndarray  # stalled for loads on demand, and for prefetches that came too late
+    host_s: np.ndarray  # stalled for the host that computes misses
+    ahead_s: np.ndarray  # spent on issuing prefetches
+    steps: Steps  # what was timed
+    transferred_bytes: float  # over the link, prefetches too
 
     def metrics(self) -> dict[str, float | None]:
         """

@@ -43,18 +43,15 @@ class ForwardPass(NamedTuple):
     """
     One forward pass.
 
-    Attributes:
-        phase: 1 completion if some row is a completion token and none is a prompt token, else 0
-            prompt; so a pass of padding alone belongs to the prompt that it pads.
-        rows: Of the trace, padding included.
-        sequences: Whose rows, ascending.
-        requests: Per layer the distinct experts, ascending, and how many (token, choice) pairs
-            picked each; padding's too, for the model computed it.
+    Its phase is 1, completion, if some row is a completion token and none is a prompt token; else
+    0, prompt: a pass of padding alone belongs to the prompt that it pads. *requests* are, per
+    layer, the distinct experts, ascending, and how many (token, choice) pairs picked each;
+    padding's too, for the model computed it.
     """
 
     phase: int
-    rows: slice
-    sequences: list[int]
+    rows: slice  # of the trace
+    sequences: list[int]  # ascending
     requests: list[tuple[list[int], list[int]]]
 
 
@@ -366,17 +363,12 @@ class TraceBuilder:
         guesses: np.ndarray | None = None,
     ) -> None:
         """
-        Append one forward pass.
+        Append one forward pass; ValueError for what no trace can hold.
 
         Args:
             experts: Any integers (rows, layers, top_k), see `known_ids`.
-            sequence: Which prompt each row belongs to, (rows,) or one for all.
-            kind: 0 prompt, 1 completion, 2 padding, (rows,) or one for all.
+            sequence, kind: See `Trace`; (rows,) or one for all.
             guesses: See `Trace`; of all passes or of none.
-
-        Raises:
-            ValueError: another shape, numbers that are not whole or beyond those of a trace, or
-                guesses of some passes only.
         """
         experts = np.asarray(experts)
         if experts.dtype.kind not in "iu":

@@ -33,21 +33,14 @@ class Comparison:
     """
     The recall at *slots* of each way to fill the cache before the completion.
 
-    Attributes:
-        slots: Experts per layer.
-        recall: Estimate over prompts by strategy: the `RIVALS`, and ``learned``. An empty start
-            holds nothing, so its recall is 0.
-        ceiling: The best that *slots* unchanging experts per layer could reach on each prompt.
-        gain: Recall of the learned predictor minus that of the best rival, paired.
-        transfers: Loads per token of the completion, on demand and by the prefetch together, of
-            each strategy; ``empty`` loads nothing ahead.
-        saved: Loads per token of an empty start minus those of each other strategy, paired.
+    By strategy, the `RIVALS` and ``learned``: *recall* over prompts; *transfers*, loads per token
+    of the completion, the prefetch's too; and what those are less than an empty start's, paired.
     """
 
-    slots: int
+    slots: int  # of each layer
     recall: Mapping[str, Estimate]
-    ceiling: Estimate
-    gain: Estimate
+    ceiling: Estimate  # the best that unchanging experts could reach on each prompt
+    gain: Estimate  # recall of the learned predictor minus that of the best rival, paired
     transfers: Mapping[str, Estimate] = field(default_factory=dict)
     saved: Mapping[str, Estimate] = field(default_factory=dict)
 
@@ -106,11 +99,6 @@ def compare(
             folds.
         folds: How many predictors are fitted.
         policy: Eviction policy of the cache in which transfers are counted.
-
-    Raises:
-        DataError: too few different prompts.
-        TraceError: the prompts are not the trace's.
-        TokenizerError: a prompt has ids that the model does not know.
     """
     target, prefill = completion_shares(trace, prompts)
     kept = usable(target, prompts)

@@ -55,8 +55,6 @@ def fit(
     Raises:
         DataError: fewer than 10 usable prompts (not empty, with a completion).
         TraceError: the prompts are not the trace's.
-        TokenizerError: a prompt has ids that the model does not know.
-        ValueError: *slots* is not in ``[1, num_experts]``.
 
     Source:
         A two-layer network on a prompt embedding with one distribution per layer and a KL loss:
@@ -243,12 +241,9 @@ def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
 
     Args:
         target: Shares ``(sequences, layers, num_experts)``, each layer summing to 1, or to 0 where
-            the sequence did not use it.
-        scores: Any scores of the same shape, or one that broadcasts to it; higher is likelier.
+            the sequence did not use it; nan comes out for a sequence without a use.
+        scores: Any scores that broadcast to it; higher is likelier.
         slots: Experts taken from each layer.
-
-    Returns:
-        float64 ``(sequences,)``; nan for a sequence without a use.
     """
     chosen = top_ids(np.broadcast_to(scores, target.shape), slots)
     served = np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).sum(axis=-1)

@@ -31,8 +31,6 @@ from melinoe.whole_file import unfinished
 
 FORMAT = 2
 _WEIGHTS, _HEADER = "predictor.safetensors", "predictor.json"
-
-
 LAST_TOKENS = 8  # the end of a prompt says what is asked; its mean is the second half of a feature
 READS_WITH = {"kind": "embeddings", "pooling": f"mean of all and of the last {LAST_TOKENS}"}
 
@@ -41,16 +39,8 @@ def features_of(embeddings: torch.Tensor, prompts: Sequence[Sequence[int]]) -> t
     """
     Pool each prompt: the mean embedding of all its tokens, and of its last ones.
 
-    Args:
-        embeddings: ``(vocabulary, hidden)``, any device and floating type.
-        prompts: Token ids, at least one each.
-
-    Returns:
-        float32 ``(prompts, 2 * hidden)`` on the CPU.
-
-    Raises:
-        TokenizerError: an id that the vocabulary does not have.
-        ModelError: an embedding that is no number.
+    From embeddings ``(vocabulary, hidden)`` and token ids, at least one each, to float32
+    ``(prompts, 2 * hidden)`` on the CPU.
     """
     table, pooled = embeddings.detach(), []
     for prompt in prompts:
@@ -135,15 +125,7 @@ class Predictor:
         """
         Predict a distribution over the experts of each layer, as the completion will use them.
 
-        Args:
-            token_ids: The prompt; an empty one gets the global popularity.
-
-        Returns:
-            float32 ``(layers, num_experts)``; each layer sums to 1.
-
-        Raises:
-            TokenizerError: an id that the model does not know.
-            ModelError: loaded, and not yet bound to a model.
+        float32 ``(layers, num_experts)``; an empty prompt gets the popularity.
         """
         if len(token_ids) == 0:
             return self.popularity.copy()
@@ -171,12 +153,7 @@ class Predictor:
         return most_wanted(self.predict(token_ids), count, self.popularity > 0)
 
     def bind(self, model: nn.Module, tokenizer: Any = None) -> None:
-        """
-        Read prompts with *model*'s embeddings; binding again to the same object costs nothing.
-
-        Raises:
-            ModelError: the predictor was fitted to another model.
-        """
+        """Read prompts with *model*'s embeddings; ModelError if it was fitted to another model."""
         if self._model is not None and self._model() is model:
             return
         found = fingerprint(model)
@@ -189,14 +166,7 @@ class Predictor:
         self._model = weakref.ref(model)
 
     def save(self, path: str | Path) -> None:
-        """
-        Write a directory with ``predictor.safetensors`` and ``predictor.json``.
-
-        The embeddings stay with their model. Nothing half-written is left behind.
-
-        Raises:
-            OutputExistsError: *path* exists and is not an empty directory.
-        """
+        """Write a directory with ``predictor.safetensors`` and ``predictor.json``, or nothing."""
         target = Path(path)
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
             raise OutputExistsError(f"{target} is not empty; name another directory, or remove it")
@@ -222,14 +192,11 @@ class Predictor:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "Predictor":
         """
-        Read what `save` wrote, and bind it to *model* if one is given.
-
-        Without one, `generate` binds it to the model that it is used with.
+        Read what `save` wrote, and bind it to *model*, or later to the model that it is used with.
 
         Raises:
             DataError: no predictor there.
             CheckpointError: its files are torn, or of another version.
-            ModelError: as `bind`.
         """
         folder = Path(path)
         try:
