@@ -3,11 +3,11 @@ Does a policy that does not know the future close half of the gap between LFU an
 
 Question: loads a token of a real model's routing, at a quarter and at half of the experts, by rules
 that look at the past alone: recency, frequency at several rates of forgetting and two of them added
-up, uses over age, popularity counted on other sequences, which experts follow which; with no
-staging, and with one or two slots given up for staging places through which an expert is computed
-without being admitted. And how far anything could come: a linear model of all these numbers, and a
-network that sees the recent use of every layer, both fitted to other sequences to say how soon an
-expert is used again.
+up, uses over age, popularity counted on other sequences, which experts follow which; with slots
+that move between layers; with one or two slots given up for staging places, through which an expert
+is computed without being admitted. And how far anything could come: a linear model of all these
+numbers, and a network that sees the recent use of every layer, fitted to other sequences to say how
+soon an expert is used again.
 
 Every rule is a score of each expert after each token; the lowest leaves. Sequences are halved at
 random: one half tunes and fits, the other is judged, each from an empty cache. Belady bounds what
@@ -20,7 +20,7 @@ Floor: Belady. Not measured: router logits and hidden states, which a trace does
 which copies more and not less; time.
 
     melinoe import-trace ROUTING.parquet --num-experts 32 --out t.safetensors
-    python benchmarks/policies.py t.safetensors [--tokens 40000] [--out FILE]
+    python benchmarks/policies.py t.safetensors [--tokens 30000] [--out FILE]
 """
 
 import argparse
@@ -32,9 +32,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from common import publish
 
 from melinoe.cache.trace import COMPLETION_ROW, Trace
-from melinoe.measure import machine, write_json
 from melinoe.stats import bootstrap, paired_difference
 
 KEPT = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # rates of forgetting that the learned ones see
@@ -71,6 +71,40 @@ def loads_of(experts, begins, scores, slots, staging):  # type: ignore[no-untype
                     victim = expert
             resident[victim] = False
             held -= 1
+    return loads
+
+
+@njit
+def pooled_loads_of(experts, begins, scores, slots):  # type: ignore[no-untyped-def]
+    """Loads of each token where all layers share the slots, and the lowest of all scores leaves."""
+    tokens, layers, top_k = experts.shape
+    resident = np.zeros((layers, scores.shape[2]), np.bool_)
+    needed = np.zeros(scores.shape[2], np.bool_)
+    loads, held = np.zeros(tokens, np.int64), 0
+    for t in range(tokens):
+        if begins[t]:
+            resident[:] = False
+            held = 0
+        for layer in range(layers):
+            needed[:] = False
+            for k in range(top_k):
+                expert = experts[t, layer, k]
+                needed[expert] = True
+                if not resident[layer, expert]:
+                    loads[t] += 1
+                    resident[layer, expert] = True
+                    held += 1
+            while held > slots:
+                worst, at, victim = np.inf, -1, -1
+                for other in range(layers):
+                    known = t if other <= layer or begins[t] else t - 1  # not yet this token's
+                    for expert in range(scores.shape[2]):
+                        if resident[other, expert] and (other != layer or not needed[expert]):
+                            score = scores[known, other, expert]
+                            if score < worst:
+                                worst, at, victim = score, other, expert
+                resident[at, victim] = False
+                held -= 1
     return loads
 
 
@@ -221,38 +255,51 @@ def seen(half: Half) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Learned(torch.nn.Module):
-    """How soon each expert is used again: linear in what is seen of it; or with all layers' too."""
+    """
+    Say how soon each expert is used again: from what is seen of it, and *hidden* of all layers.
 
-    def __init__(self, tune: Half, hidden: int) -> None:
+    A layer decides before those behind it have run, so it sees this token in the layers up to its
+    own and the token before in the others; *whole* lets it see the whole token, which none can.
+    """
+
+    def __init__(self, tune: Half, hidden: int = 0, bent: bool = True, whole: bool = False) -> None:
         super().__init__()
-        shape = (tune.num_layers, tune.num_experts)
+        layers, experts = tune.num_layers, tune.num_experts
+        self.bent, self.whole = bent, whole
         used = torch.from_numpy(tune.popularity()).clamp(1e-3, 0.99)
         self.bias = torch.nn.Parameter(torch.logit(used))
-        self.own = torch.nn.Parameter(torch.zeros(*shape, len(KEPT) + 2))
+        self.own = torch.nn.Parameter(torch.zeros(layers, experts, len(KEPT) + 2))
         self.shared = torch.nn.Parameter(torch.zeros(len(KEPT) + 2))
         self.early = torch.nn.Parameter(torch.zeros(len(KEPT) + 2))  # while little is known
-        self.network = None
-        if hidden:
-            size = shape[0] * shape[1]
-            self.network = torch.nn.Sequential(
-                torch.nn.Linear(4 * size, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, size)
-            )
-            torch.nn.init.zeros_(self.network[2].weight)
-            torch.nn.init.zeros_(self.network[2].bias)
+        self.into = torch.nn.Parameter(torch.randn(layers, 4 * experts, hidden) * 0.05)
+        self.out = torch.nn.Parameter(torch.zeros(layers, hidden, experts))
 
-    def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, before: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         early = self.early * place.rsqrt()[:, None, None, None]
         logits = self.bias + (x * (self.own + self.shared + early)).sum(-1)
-        if self.network is not None:
-            everything = x[..., (0, 1, 3, 5)].flatten(1)
-            logits = logits + self.network(everything).view_as(logits)
-        return logits
+        if not self.out.shape[1]:
+            return logits
+        now, then = (one[..., (0, 1, 3, 5)].flatten(2) for one in (x, before))
+        change = torch.einsum("tlf,lfh->tlh", now - then, self.into)
+        change = change.sum(1, keepdim=True) if self.whole else change.cumsum(1)
+        inner = torch.einsum("tlf,lfh->th", then, self.into)[:, None] + change
+        inner = torch.nn.functional.gelu(inner) if self.bent else inner
+        return logits + torch.einsum(
+            "tlh,lhe->tle", inner.expand(x.shape[0], x.shape[1], -1), self.out
+        )
 
 
-def learn(tune: Half, hidden: int, epochs: int, rate: float) -> Learned:
+def batches(half: Half, x: torch.Tensor, place: torch.Tensor, order: torch.Tensor) -> Iterator[Any]:
+    """Rows of 512 tokens, with what was seen at the token before: nothing where a text begins."""
+    begins = torch.from_numpy(half.begins)
+    for rows in order.split(512):
+        before = x[(rows - 1).clamp(0)] * ~begins[rows][:, None, None, None]
+        yield rows, (x[rows], before, place[rows])
+
+
+def learn(model: Learned, tune: Half, epochs: int, rate: float) -> Learned:
     """Fit to the uses to come, by cross entropy."""
-    torch.manual_seed(0)
-    model, (x, place) = Learned(tune, hidden), seen(tune)
+    x, place = seen(tune)
     soon = [ahead(tune.layer(n), tune.begins, SOON, tune.num_experts)[1]
             for n in range(tune.num_layers)]  # fmt: skip
     goal = torch.from_numpy(np.stack(soon, axis=1))
@@ -260,10 +307,8 @@ def learn(tune: Half, hidden: int, epochs: int, rate: float) -> Learned:
     steps = epochs * -(-len(x) // 512)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(512):
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                model(x[rows], place[rows]), goal[rows]
-            )
+        for rows, given in batches(tune, x, place, torch.randperm(len(x))):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(model(*given), goal[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -271,12 +316,21 @@ def learn(tune: Half, hidden: int, epochs: int, rate: float) -> Learned:
     return model
 
 
-def learned_rule(model: Learned, half: Half) -> Rule:
-    x, place = seen(half)
-    with torch.inference_mode():
-        parts = zip(x.split(1024), place.split(1024), strict=True)
-        scores = torch.cat([model(one, at) for one, at in parts]).numpy()
-    return lambda _, n: np.ascontiguousarray(scores[:, n])
+def learned_rules(tune: Half, half: Half) -> Iterator[tuple[str, Rule]]:
+    """Fit each and score the judged half with it."""
+    torch.manual_seed(0)
+    for name, options, epochs, rate in (
+        ("linear", {}, 3, 3e-2),
+        ("linear in all layers", {"hidden": 32, "bent": False}, 5, 5e-3),
+        ("network", {"hidden": 512}, 6, 2e-3),
+        ("network that sees the whole token", {"hidden": 512, "whole": True}, 6, 2e-3),
+    ):
+        model = learn(Learned(tune, **options), tune, epochs, rate)
+        x, place = seen(half)
+        with torch.inference_mode():
+            parts = [model(*given) for _, given in batches(half, x, place, torch.arange(len(x)))]
+        scores = torch.cat(parts).numpy()
+        yield f"learned, {name}", lambda _, n, known=scores: np.ascontiguousarray(known[:, n])
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -290,23 +344,34 @@ def judge(half: Half, rule: Rule, slots: int, staging: int) -> np.ndarray:
     return np.bincount(half.owner, total)
 
 
+def judge_pooled(half: Half, rule: Rule, slots: int) -> np.ndarray:
+    """Loads of each sequence where layers share as many slots as they would have apart."""
+    scores = np.stack([rule(half, n) for n in range(half.num_layers)], axis=1)
+    total = pooled_loads_of(half.experts, half.begins, scores, slots * half.num_layers)
+    return np.bincount(half.owner, total)
+
+
 def table(trace: Trace, tokens: int) -> list[dict[str, Any]]:
     """One row for each rule, number of slots and of staging places."""
     order = np.random.default_rng(0).permutation(np.unique(trace.sequence))
-    tune, half = (Half(trace, part, tokens) for part in np.array_split(order, 2))
+    first, second = np.array_split(order, 2)
+    tune, half = Half(trace, first, 2 * tokens), Half(trace, second, tokens)
     every: dict[str, Rule] = dict(rules(tune))
-    for name, hidden, epochs, rate in (("linear", 0, 3, 3e-2), ("network", 512, 6, 2e-3)):
-        every[f"learned, {name}"] = learned_rule(learn(tune, hidden, epochs, rate), half)
+    every |= learned_rules(tune, half)
     lengths = np.bincount(half.owner).astype(float)
+    staged = ("lfu, gamma 0.95", "belady", "learned, network")
     rows = []
     for share in (0.25, 0.5):
         slots = round(share * trace.num_experts)
         base = judge(half, every["lfu, gamma 0.9"], slots, 0)
         bound = judge(half, every["belady"], slots, 0)
-        for name, rule in every.items():
-            for staging in (0, 1, 2) if name in ("lfu, gamma 0.95", "belady", "learned, network") \
-                    else (0,):  # fmt: skip
-                loads = judge(half, rule, slots, staging)
+        pool = "lfu, gamma 0.95, slots of all layers"
+        for name, rule in {**every, pool: every["lfu, gamma 0.95"]}.items():
+            for staging in (0, 1, 2) if name in staged else (0,):
+                if name == pool:
+                    loads = judge_pooled(half, rule, slots)
+                else:
+                    loads = judge(half, rule, slots, staging)
                 less = paired_difference(loads, base, lengths, lengths)
                 rows.append(
                     {
@@ -326,7 +391,7 @@ def table(trace: Trace, tokens: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--tokens", type=int, default=40_000, help="of each half, at most")
+    parser.add_argument("--tokens", type=int, default=30_000, help="judged; twice as many tune")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policies.json"))
     arguments = parser.parse_args()
     trace = Trace.load(arguments.trace)
@@ -339,10 +404,8 @@ def main() -> None:
             "Each judged sequence from an empty cache; fitted and counted on other sequences. Gap: "
             "from LFU with gamma 0.9 to Belady, without staging. Staging places count as slots."
         ],
-        "machine": machine(),
     }
-    write_json(arguments.out, record)
-    print(json.dumps({key: record[key] for key in ("benchmark", "trace", "machine")}))
+    publish(record, arguments.out)
 
 
 if __name__ == "__main__":
