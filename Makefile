@@ -24,15 +24,18 @@ check: $(DEV)  ## style, types, and whether tables and lists of README and docs 
 	$(BIN)/melinoe report benchmarks/results --readme README.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md --check
+	$(BIN)/melinoe report benchmarks/results --readme docs/finetuning.md --check
 	$(BIN)/python benchmarks/study/tables.py --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md --check
 
 report: $(READY) ## write the tables and lists of README and docs again
 	$(BIN)/melinoe plan --cards --out benchmarks/results/plan_cards.json
+	$(BIN)/melinoe plan --finetune --cards --out benchmarks/results/finetune_cards.json
 	$(BIN)/python recipes/file_index.py
 	$(BIN)/melinoe report benchmarks/results --readme README.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md
+	$(BIN)/melinoe report benchmarks/results --readme docs/finetuning.md
 	$(BIN)/python benchmarks/study/tables.py
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md
 

@@ -69,6 +69,35 @@ def format_bytes(amount: int) -> str:
     return f"{amount}B"
 
 
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
+_BYTES = re.compile(r"\s*(\d*)(?:\.(\d+))?\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """
+    Read an amount of memory: ``"8GiB"``, ``"500 MB"``, ``"1.5gib"``, ``"1024"`` or an int.
+
+    Raises:
+        BudgetError: no number, an unknown unit, or nothing left after rounding down.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        amount = text
+    else:
+        match = _BYTES.fullmatch(str(text))
+        if match is None or not (match[1] or match[2]) or match[3].lower() not in _UNITS:
+            raise BudgetError(
+                f"{text!r} is not an amount of memory; write it like 8GiB, 500MB or 1073741824"
+            )
+        # In whole numbers: a float would lose the last bytes of a large budget.
+        unit, part = _UNITS[match[3].lower()], match[2] or "0"
+        amount = int(match[1] or 0) * unit + int(part) * unit // 10 ** len(part)
+    if amount <= 0:
+        raise BudgetError(f"{text!r} leaves no memory; write an amount like 8GiB or 500MB")
+    return amount
+
+
 def _machine(root: Path) -> Iterator[HostMemory]:
     available = _kilobytes(root / "proc/meminfo", "MemAvailable")
     if available is not None:

@@ -8,9 +8,10 @@ import torch
 
 from melinoe import attach
 from melinoe.cache.residency import Load
-from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
+from melinoe.engine.budget import memory_of, slots_for
 from melinoe.engine.transfer import EmulatedLink, Transfer
 from melinoe.errors import BudgetError
+from melinoe.host_memory import format_bytes, parse_bytes
 from melinoe.moe.experts import find_experts
 from melinoe.stores.ram_store import RamStore
 from melinoe.stores.store import Store

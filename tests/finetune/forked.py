@@ -100,7 +100,9 @@ def shard_on_cpu():
     AcceleratorState.__init__ = patched
 
 
-def finetuned(place, out, kill_at=None, resume=False, callbacks=(), teacher=None, **changes):
+def finetuned(
+    place, out, kill_at=None, resume=False, callbacks=(), teacher=None, ram=None, **changes
+):
     """`finetune` on the files of the ``checkpoint`` fixture; the log goes to ``<out>.json``."""
     held_out = load_examples(place / "data.jsonl")
     kill = [] if kill_at is None else [KillAt(kill_at)]
@@ -113,6 +115,7 @@ def finetuned(place, out, kill_at=None, resume=False, callbacks=(), teacher=None
         teacher=teacher,
         callbacks=[*kill, *callbacks],
         resume=resume,
+        ram=ram,
     )
     if int(os.environ.get("RANK", "0")) == 0:
         (place / f"{out}.json").write_text(json.dumps(result.log))

@@ -28,7 +28,7 @@ def test_a_widened_model_computes_what_the_cast_one_does(family):
     before = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         expected = cast(IDS).logits
-        widened = Widened(model)
+        widened = Widened(model, find_experts(model))
         found = model(IDS).logits
         widened.undo()
         again = model(IDS).logits
@@ -87,6 +87,6 @@ def test_a_linear_layer_in_pieces_has_the_gradient_of_the_whole():
 def test_routers_are_no_wide_layers():
     """They are trained in float32 themselves."""
     model = narrow_model("olmoe")
-    widened = Widened(model)
+    widened = Widened(model, find_experts(model))
     assert all(one.weight.dtype == torch.float32 for one in find_routers(model))
     widened.undo()

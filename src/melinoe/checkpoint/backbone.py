@@ -120,8 +120,13 @@ def _without(checkpoint: Checkpoint, device: torch.device | str) -> Any:
     stripped = _without_experts(checkpoint.model_class)
     model = _from_pretrained(checkpoint, stripped, checkpoint.backbone, device, given)
     model.__class__ = checkpoint.model_class
-    for layer in checkpoint.layers:
-        _take_out(model.get_submodule(layer.name), layer, device)
+    shared: dict[tuple[str, int], nn.Parameter] = {}  # layers with the same experts share these too
+    for source in checkpoint.experts:
+        module: Any = model.get_submodule(source.layer.name)
+        _take_out(module, source.layer, device)
+        for name, reader in source.readers.items():
+            own = module._parameters[name]
+            module._parameters[name] = shared.setdefault((name, id(reader.places()[0])), own)
     return model
 
 

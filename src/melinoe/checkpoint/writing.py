@@ -35,7 +35,7 @@ from melinoe.checkpoint.metadata import METADATA, update_metadata, write_metadat
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.packed import PackedPlace, Weights
 from melinoe.checkpoint.safetensors_file import bytes_of, check_same
-from melinoe.checkpoint.sources import Group, group_by_parameter
+from melinoe.checkpoint.sources import ExpertSource, Group, group_by_parameter
 from melinoe.checkpoint.verifying import sums_of
 from melinoe.errors import OutputExistsError, UnsupportedModelError, WriteError
 from melinoe.host_memory import format_bytes
@@ -45,6 +45,9 @@ from melinoe.whole_file import unfinished
 
 _log = logging.getLogger("melinoe")
 
+OwnExpert = Callable[[ExpertSource, str, int], Tensor]
+"""From a layer, a parameter's name and an expert: its changed tensor, to be written."""
+
 
 def write_model(
     model: Any,
@@ -53,6 +56,7 @@ def write_model(
     metadata: dict[str, Any],
     changed: Collection[str],
     also: Callable[[Path], None] | None = None,
+    experts: OwnExpert | None = None,
 ) -> None:
     """
     Write a changed model to *out*: its base's own files, in which what changed is overwritten.
@@ -62,12 +66,14 @@ def write_model(
     those that were read, and directories.
 
     Args:
-        model: From `load_model`, then changed; with all its weights in it.
+        model: From `load_model`, then changed; with all its weights in it. Or from
+            `load_backbone`, with *experts*.
         base: What it was loaded from: a directory, or a name on the hub.
         out: The directory to make.
         metadata: For ``melinoe.json``.
         changed: Full names of the model's tensors that may have changed.
         also: Called with the directory, to write more into it.
+        experts: Gives the changed tensors of one expert at a time.
 
     Raises:
         OutputExistsError: *out* is taken.
@@ -77,9 +83,10 @@ def write_model(
         AttachError: the experts' weights are in an engine's store; detach it first.
     """
     check_output(out)
-    find_experts(model)
+    if experts is None:
+        find_experts(model)
     with open_checkpoint(base) as checkpoint, whole_directory(out) as directory:
-        rewrite(model, checkpoint, changed, directory)
+        rewrite(model, checkpoint, changed, directory, experts)
         files, left = other_files(checkpoint)
         for path in files:
             copyfile(path, directory / (BASE_CARD if path.name == _CARD else path.name))
@@ -195,33 +202,55 @@ def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
         UnsupportedModelError: they are packed, or transformers' rules do not lead back to the names
             that are stored.
     """
-    names = [f"{x.name}.{tensor.name}" for x in find_experts(model) for tensor in x.tensors]
+    names = [f"{x.name}.{tensor.name}" for x in checkpoint.layers for tensor in x.tensors]
     names += [name for router in find_routers(model) for name, _ in router.parameters()]
-    for _ in _parts(model, checkpoint, names, only_first=True):
+
+    def blank(source: ExpertSource, name: str, expert: int) -> Tensor:
+        tensor = next(one for one in source.layer.tensors if one.name == name)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    for _ in _parts(model, checkpoint, names, blank, only_first=True):
         pass
 
 
 @torch.no_grad()
 def round_as_stored(model: Any, checkpoint: Checkpoint, changed: Collection[str]) -> None:
-    """Round *changed* tensors in place to the types that the base stores, as they will load."""
-    for own, stored, load in _parts(model, checkpoint, changed):
-        if all(place.info.dtype == tensor.dtype for place, _, tensor in stored):
-            continue
-        rounded = [tensor.to(place.info.dtype) for place, _, tensor in stored]
-        if load is None:
-            for (_, _, tensor), new in zip(stored, rounded, strict=True):
-                tensor.copy_(new)
-        else:
-            for name, tensor in load(rounded).items():
-                own[name].copy_(tensor)
+    """
+    Round *changed* tensors in place to the types that the base stores, as they will load.
+
+    Experts that *model* does not have are left out.
+    """
+    has = {name for name, one in model.named_parameters(remove_duplicate=False) if one.numel()}
+    for part in _parts(model, checkpoint, [name for name in changed if name in has]):
+        _round(part)
+
+
+def _round(part: _Part) -> None:
+    own, stored, load = part
+    if all(place.info.dtype == tensor.dtype for place, _, tensor in stored):
+        return
+    rounded = [tensor.to(place.info.dtype) for place, _, tensor in stored]
+    if load is None:
+        for (_, _, tensor), new in zip(stored, rounded, strict=True):
+            tensor.copy_(new)
+    else:
+        for name, tensor in load(rounded).items():
+            own[name].copy_(tensor)
 
 
 @torch.no_grad()
-def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], directory: Path) -> None:
+def rewrite(
+    model: Any,
+    checkpoint: Checkpoint,
+    changed: Collection[str],
+    directory: Path,
+    experts: OwnExpert | None = None,
+) -> None:
     """
     Copy the base's weight files into *directory* and overwrite there what changed.
 
-    Tensors that equal the base's are left alone, in whatever type they are stored.
+    Tensors that equal the base's are left alone, in whatever type they are stored. What *experts*
+    gives is rounded here.
 
     Raises:
         UnsupportedModelError: as `check_rewritable`; or what would be written is not what *model*
@@ -233,7 +262,10 @@ def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], direct
     for path in checkpoint.stamps:
         copyfile(path, directory / path.name)
     check_same(checkpoint.stamps)  # they were copied by their paths
-    for own, stored, load in _parts(model, checkpoint, changed):
+    for part in _parts(model, checkpoint, changed, experts):
+        if experts is not None:
+            _round(part)
+        own, stored, load = part
         made = own if load is None else load([tensor for _, _, tensor in stored])
         if not all(torch.equal(made[name], tensor) for name, tensor in own.items()):
             raise _other_layout(model, next(iter(own)), stored[0][0])
@@ -247,10 +279,18 @@ def rewrite(model: Any, checkpoint: Checkpoint, changed: Collection[str], direct
 
 
 def _parts(
-    model: Any, checkpoint: Checkpoint, changed: Collection[str], only_first: bool = False
+    model: Any,
+    checkpoint: Checkpoint,
+    changed: Collection[str],
+    experts: OwnExpert | None = None,
+    only_first: bool = False,
 ) -> Iterator[_Part]:
-    """List the parts of *model* that may have changed; with *only_first*, of experts only 0."""
-    for part in _all_parts(model, checkpoint, changed, only_first):
+    """
+    List the parts of *model* that may have changed.
+
+    With *experts* it has none itself; with *only_first* they are listed of experts 0 alone.
+    """
+    for part in _all_parts(model, checkpoint, changed, experts, only_first):
         for place, _, _ in part.stored:
             if isinstance(place, PackedPlace):
                 raise UnsupportedModelError(
@@ -262,8 +302,22 @@ def _parts(
 
 
 def _all_parts(
-    model: Any, checkpoint: Checkpoint, changed: Collection[str], only_first: bool
+    model: Any,
+    checkpoint: Checkpoint,
+    changed: Collection[str],
+    experts: OwnExpert | None,
+    only_first: bool,
 ) -> Iterator[_Part]:
+    sources = {
+        f"{one.layer.name}.{key}": (one, key) for one in checkpoint.experts for key in one.readers
+    }
+
+    def whole(name: str) -> Tensor:
+        if experts is None or name not in sources:
+            return tensors[name].detach()
+        source, key = sources[name]
+        return torch.stack([experts(source, key, one) for one in range(source.num_experts)])
+
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     # Not by name: what is shared is stored under one of its names, or under several.
@@ -278,7 +332,11 @@ def _all_parts(
             by_expert.add(name)
             left.pop(id(tensors[name]), None)
             for expert in range(1 if only_first else source.num_experts):
-                own = tensors[name].detach()[expert]
+                own = (
+                    tensors[name].detach()[expert]
+                    if experts is None
+                    else experts(source, tensor_name, expert)
+                )
                 yield _Part(
                     {name: own},
                     [
@@ -287,11 +345,11 @@ def _all_parts(
                     ],
                 )
     for group in group_by_parameter(model, checkpoint.tensors).values():
-        group_of = {name: tensors[name].detach() for name in group.targets if name in tensors}
-        if any(id(tensors[name]) in wanted for name in group_of.keys() - by_expert):
-            for name in group_of:
+        names = [name for name in group.targets if name in tensors]
+        if any(id(tensors[name]) in wanted for name in {*names} - by_expert):
+            for name in names:
                 left.pop(id(tensors[name]), None)
-            yield _group_part(model, group, group_of)
+            yield _group_part(model, group, {name: whole(name) for name in names})
     persistent = model.state_dict().keys()
     for name in left.values():
         if name in persistent:

@@ -41,6 +41,20 @@ def command(
         str | None, option("Held-out examples to measure on. Default: a part of --data.")
     ] = None,
     limit: options.Limit = None,
+    gpu_memory: Annotated[
+        str | None,
+        option(
+            "Train within so much of the GPU, as in 8GiB: the experts wait in host memory, or on "
+            "disk, and pass through."
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        option(
+            "Of the host: what the experts may take beside a GPU, else they stay on disk; without "
+            "a GPU, what the run may take, its experts on disk."
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         option(
@@ -132,6 +146,9 @@ def command(
             "progress": progress,
             "callbacks": progress.callbacks,
             "resume": resume,
+            "gpu_memory": gpu_memory,
+            "ram": ram,
+            "say": output.say,
         }
         if teacher == PLAIN:
             teacher = str(beside(out, "teacher"))
@@ -154,7 +171,19 @@ def command(
         output.say("an adapter alone is not measured; make a checkpoint of it with melinoe merge")
         measure = False
     of = None if against is None else Path(against)
-    finish(result.out, base, data, split, held_out, measure, of, columns, resume)
+    memory = _memory(result.metadata.get("streamed"), gpu_memory, ram)
+    finish(result.out, base, data, split, held_out, measure, of, columns, resume, memory)
+
+
+def _memory(
+    streamed: dict[str, Any] | None, gpu_memory: str | None, ram: str | None
+) -> dict[str, Any] | None:
+    """What measuring may take, within the run's budget; None where that was not bounded."""
+    if streamed is None:
+        return None
+    if models.resolve_device(None) == "cpu":
+        return {"expert_memory": streamed["measuring_bytes"], "store": "disk"}
+    return {"gpu_memory": gpu_memory or streamed["budget_bytes"], "ram": ram}
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -223,6 +252,7 @@ def finish(
     control: Path | None = None,
     columns: str | None = None,
     resume: bool = False,
+    memory: dict[str, Any] | None = None,
 ) -> None:
     """
     Complete a fine-tuned checkpoint, once: its origin, its measured outcome, its card.
@@ -253,6 +283,7 @@ def finish(
                 held_out.others,
                 control=control,
                 device=models.resolve_device(None),
+                memory=memory,
                 say=output.say,
             )
         except MelinoeError as error:

@@ -19,6 +19,7 @@ _INSTEAD = "Instead of a plan"
 
 
 def command(
+    given: typer.Context,
     model: options.ModelOrConfigIfAny = None,
     card: Annotated[
         str | None, option("A GPU by name: rtx4090, l4, h100, ...; see --list.")
@@ -62,6 +63,18 @@ def command(
     cards: Annotated[
         bool, option("Print some models on cards of 8 to 24 GB.", _INSTEAD, name="--cards")
     ] = False,
+    finetune: Annotated[
+        bool,
+        option(
+            "Plan a fine-tuning within --gpu-memory, or --ram without a GPU; a step has --batch "
+            "(8) texts of --context (512) tokens.",
+            _INSTEAD,
+            name="--finetune",
+        ),
+    ] = False,
+    lora_rank: Annotated[
+        int | None, option("Rank of the updates of --finetune.", _INSTEAD, min=1)
+    ] = None,
     out: Annotated[Path | None, option("Write --cards to this .json file.", _INSTEAD)] = None,
 ) -> None:
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
@@ -72,7 +85,7 @@ def command(
         return
     output.quiet()
     if cards:
-        _show_cards(out, as_json)
+        _show_cards(out, as_json, finetune)
         return
     measured = None
     if measure:
@@ -88,6 +101,18 @@ def command(
         raise typer.BadParameter(
             "name a model, or use --measure, --cards or --list alone", param_hint="MODEL"
         )
+    if finetune:
+        said = {"max_length": "context", "batch_size": "batch"}
+        sizes: dict[str, Any] = {
+            setting: given.params[name]
+            for setting, name in said.items()
+            if (source := given.get_parameter_source(name)) and source.name != "DEFAULT"
+        }
+        machine = {
+            "gpu_memory": gpu_memory, "card": card, "ram": ram, "link": link, "disk": disk
+        }  # fmt: skip
+        _show_finetuning(model, sizes | {"lora_rank": lora_rank}, machine, as_json)
+        return
     from melinoe.cache.trace import Trace
     from melinoe.host_memory import host_memory
     from melinoe.plan.hardware import parse_seconds
@@ -117,6 +142,27 @@ def command(
         output.show_json(done.to_dict() | {"host_memory_here": host})
     else:
         _show(model, done, left)
+
+
+def _show_finetuning(
+    model: str, settings: dict[str, Any], machine: dict[str, str | None], as_json: bool
+) -> None:
+    from melinoe.config import FinetuneSettings
+    from melinoe.host_memory import format_bytes as size
+    from melinoe.plan.finetuning import plan_finetuning
+
+    asked = FinetuneSettings(**settings)
+    done = plan_finetuning(models.resolve(model), asked, **machine)
+    if as_json:
+        output.show_json(done.to_dict())
+        return
+    steps = f"{asked.batch_size} texts of {asked.max_length} tokens a step"
+    print(f"{model}, {steps}: {done.plan}.")
+    print(
+        f"A step reads {size(done.reads_bytes)} of experts if its tokens use all of them: at least "
+        f"{done.step_s:.3g} s at {done.rate}, {done.step_s / 3.6:.3g} h for 1,000 steps. Where "
+        "computing takes longer, that is the bound."
+    )
 
 
 def _show_measured(measured: dict[str, float], as_json: bool) -> None:
@@ -159,19 +205,25 @@ def _show_known(as_json: bool) -> None:
         output.show_table(title, rows)
 
 
-def _show_cards(out: Path | None, as_json: bool) -> None:
+def _show_cards(out: Path | None, as_json: bool, finetune: bool) -> None:
     from melinoe.measure import write_json
+    from melinoe.plan import finetuning
     from melinoe.plan.cards import forecast, forecast_record
     from melinoe.report import render_table
 
-    rows = forecast()
+    if finetune:
+        record = finetuning.forecast_record()
+        rows = record["result"]
+    else:
+        rows = forecast()
+        record = forecast_record(rows)
     if out is not None:
-        write_json(out, forecast_record(rows))
+        write_json(out, record)
         output.say(f"wrote {out}")
     if as_json:
         output.show_json(rows)
     else:
-        print(render_table([forecast_record(rows)]))
+        print(render_table([record]))
 
 
 def _show(model: str, done: Plan, left: Any) -> None:

@@ -235,8 +235,8 @@ def _machine(
 def _work(trace: Trace, model: str | None, expert_size: str | None) -> Work:
     """Give the bytes of an expert, and what else a token reads where the model is known."""
     from melinoe.cache.timing import Work
-    from melinoe.engine.budget import parse_bytes
     from melinoe.errors import HardwareError
+    from melinoe.host_memory import parse_bytes
 
     if (model is None) == (expert_size is None):
         raise HardwareError(

@@ -10,12 +10,12 @@ import torch
 
 from melinoe.cache.packing import PACKABLE
 from melinoe.cache.policy import Policy, policy_makers
-from melinoe.engine.budget import GpuBudget, memory_of, parse_bytes, slots_by_layer, slots_for
+from melinoe.engine.budget import GpuBudget, memory_of, slots_by_layer, slots_for
 from melinoe.engine.device.support import why_not
 from melinoe.engine.options import Options
 from melinoe.engine.transfer import staging_blocks
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
-from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes
+from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes, parse_bytes
 from melinoe.moe.experts import ExpertsLayer
 
 # Of the memory that is free, what is taken where nobody says how much: the rest is for the system

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from melinoe.checkpoint.metadata import read_metadata
+from melinoe.checkpoint.sources import ExpertSource
 from melinoe.checkpoint.verifying import sum_of
 from melinoe.errors import CheckpointError, TrainingError
 from melinoe.finetune.parts import (
@@ -37,7 +38,7 @@ from melinoe.finetune.parts import (
     is_transposed,
 )
 from melinoe.moe.base_routers import BaseRouters
-from melinoe.moe.experts import find_experts
+from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers, fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,9 +81,22 @@ class Adapter:
         return [f"{name}.{key}" for of in both for name, own in of.items() for key in own]
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
+    def expert(self, source: ExpertSource, projection: str, expert: int) -> Tensor:
+        """Read one expert's matrix of the base, and add its update; rounded once."""
+        tensor = next(one for one in source.layer.tensors if one.name == projection)
+        weight = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        source.readers[projection].read(expert, weight)
+        if (update := self.factors.get(source.layer.name, {}).get(projection)) is not None:
+            down, up = update
+            add_update(weight, down[expert], up[expert], self.scaling, tensor.transposed)
+        return weight
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, experts: bool = True) -> None:
         """
         Make the adapter part of *model*'s own weights, in place, each rounded once.
+
+        Without *experts* those of its experts are left out: `expert` gives them one by one.
 
         Raises:
             CheckpointError: layers that share a weight have different updates.
@@ -95,6 +109,8 @@ class Adapter:
             for key, update in own.items():
                 weight = module.get_parameter(key)
                 if (other := done.setdefault(id(weight), update)) is update:
+                    if weight.dim() > 2 and not experts:
+                        continue
                     add_update(weight, *update, self.scaling, is_transposed(module))
                 elif not all(map(torch.equal, other, update)):
                     raise CheckpointError(
@@ -136,7 +152,9 @@ class Teacher:
         }
 
 
-def read_teacher(directory: str | Path, model: nn.Module) -> Adapter:
+def read_teacher(
+    directory: str | Path, model: nn.Module, layers: Sequence[ExpertsLayer] | None = None
+) -> Adapter:
     """
     Read what a run on the base *model* trained: by ``--save adapter`` or ``both``, or PEFT.
 
@@ -145,7 +163,7 @@ def read_teacher(directory: str | Path, model: nn.Module) -> Adapter:
         TrainingError: it was trained on another base.
     """
     path = place_of(directory)
-    adapter = read_adapter(path, model)
+    adapter = read_adapter(path, model, layers)
     wanted = read_metadata(path).get("base_fingerprint")
     if wanted is not None and wanted != fingerprint(model):
         raise TrainingError(
@@ -260,9 +278,13 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
+def read_adapter(
+    directory: str | Path, model: nn.Module, layers: Sequence[ExpertsLayer] | None = None
+) -> Adapter:
     """
     Read an adapter, ours or PEFT's, for the base *model*, which gives names and shapes.
+
+    *layers* are its MoE layers, where it has none of their weights.
 
     Raises:
         CheckpointError: as `read_adapter_config`; torn files; names or shapes that are not those
@@ -294,7 +316,7 @@ def read_adapter(directory: str | Path, model: nn.Module) -> Adapter:
         return up if scaling == common else up.float() * (scaling / common)
 
     factors: dict[str, Factors] = {}
-    for layer in find_experts(model):
+    for layer in find_experts(model) if layers is None else layers:
         shapes = {
             one.name: one.shape
             for one in layer.tensors

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from melinoe.config import FinetuneSettings
-from melinoe.errors import TrainingError
+from melinoe.errors import AttachError, TrainingError
 from melinoe.moe.attention import find_attention
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ADAPTER, ExpertsLayer, family
@@ -78,6 +78,8 @@ class LowRank(nn.Module):
         """Add the updates to the module's weights in place, each matrix rounded once."""
         for name in self.names:
             weight, pair = module.get_parameter(name), (self.lora_A[name], self.lora_B[name])
+            if not len(weight):
+                raise AttachError("updates cannot be added to experts whose weights are in a store")
             add_update(weight, *pair, self.scaling, self.is_transposed)
 
 
@@ -98,6 +100,7 @@ class LowRankUpdates:
         seed: Decides the starting values, equally on each device and process.
         compute: Computes an experts module with its update, as `grouped_experts`.
         attention: Full name and module, from `find_attention`.
+        device: Where the updates of experts are kept; absent: where their weights are.
 
     Raises:
         AttachError: a runtime is attached to the model.
@@ -112,6 +115,7 @@ class LowRankUpdates:
         seed: int,
         compute: Callable[..., Tensor] = grouped_experts,
         attention: Mapping[str, nn.Module] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.rank, self.alpha, self.layers = rank, alpha, list(layers)
         self.attention = dict(attention or {})
@@ -119,12 +123,16 @@ class LowRankUpdates:
         shared: dict[int, LowRank] = {}
         generator = torch.Generator().manual_seed(seed)
 
-        def place(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+        def place(
+            module: nn.Module,
+            shapes: Mapping[str, Sequence[int]],
+            device: torch.device | None = None,
+        ) -> None:
             weights = [module.get_parameter(name) for name in shapes]
             if (key := id(weights[-1])) not in shared:
-                device, transposed = weights[-1].device, is_transposed(module)
+                where, transposed = device or weights[-1].device, is_transposed(module)
                 factors = {
-                    name: _start(shape, rank, transposed, generator, device)
+                    name: _start(shape, rank, transposed, generator, where)
                     for name, shape in shapes.items()
                 }
                 shared[key] = LowRank(factors, alpha / rank, transposed)
@@ -133,7 +141,8 @@ class LowRankUpdates:
         for layer in self.layers:
             updated = [one for one in layer.tensors if one.name in PROJECTIONS]
             # Not of the module's weights, which may be elsewhere.
-            place(layer.module, {one.name: (layer.num_experts, *one.shape) for one in updated})
+            shapes = {one.name: (layer.num_experts, *one.shape) for one in updated}
+            place(layer.module, shapes, device)
             bind(layer.module, partial(_updated_experts, compute, layer.module))
         self._restore = use_melinoe(model) if self.layers else lambda: None
         generator.manual_seed(seed)
@@ -170,11 +179,16 @@ class LowRankUpdates:
             for name in self.sites:
                 self.of(name).instead = None
 
-    def remove(self, *, merge: bool) -> None:
-        """Take the updates off the model; with *merge*, add them to its weights before."""
+    def remove(self, *, merge: bool, experts: bool = True) -> None:
+        """
+        Take the updates off the model; with *merge*, add them to its weights before.
+
+        Without *experts* those of the experts are not added.
+        """
         merged: set[LowRank] = set()
         for name, module in self.sites.items():
-            if merge and (update := self.of(name)) not in merged:
+            wanted = merge and (experts or name in self.attention)
+            if wanted and (update := self.of(name)) not in merged:
                 update.add_to(module)
                 merged.add(update)
             delattr(module, ADAPTER)
@@ -195,12 +209,14 @@ class TrainedParts:
         lora: Parameters of the updates by full name; empty if only routers are trained.
         routers: The routers they belong to.
         updates: The updates, as long as they are on the model.
+        streamed: Whether the experts' weights are in a store, so that nothing can be added to them.
     """
 
     router: dict[str, nn.Parameter]
     lora: dict[str, nn.Parameter]
     routers: list[Router] = field(default_factory=list, repr=False)
     updates: LowRankUpdates | None = field(default=None, repr=False)
+    streamed: bool = False
 
     @contextmanager
     def replaced(self, others: Mapping[str, LowRank]) -> Iterator[None]:
@@ -220,9 +236,9 @@ class TrainedParts:
         return [*self.router, *([] if self.updates is None else self.updates.names())]
 
     def merge(self) -> None:
-        """Add the updates to the weights they belong to and take them off the model."""
+        """Add the updates to the weights that the model has, and take all off it."""
         if self.updates is not None:
-            self.updates.remove(merge=True)
+            self.updates.remove(merge=True, experts=not self.streamed)
         self.updates = None
 
 
@@ -232,9 +248,14 @@ def make_trainable(
     layers: list[ExpertsLayer],
     settings: FinetuneSettings,
     rank: int,
+    compute: Callable[..., Tensor] = grouped_experts,
+    device: torch.device | None = None,
 ) -> TrainedParts:
     """
     Freeze *model* and open the parts that ``settings.train`` names, in float32.
+
+    *compute* and *device* are those of `LowRankUpdates`; another function than the default has the
+    experts' weights in a store.
 
     Raises:
         TrainingError: the routers' weights are frozen by the model itself, or hold integers.
@@ -252,17 +273,18 @@ def make_trainable(
             f"the routers of {family(model)} are frozen; load it without frozen weights"
         )
     model.requires_grad_(False)
+    streamed = compute is not grouped_experts
     for parameter in router.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     if settings.train == "router":
-        return TrainedParts(router, {}, routers)
+        return TrainedParts(router, {}, routers, streamed=streamed)
     attention = None
     if settings.train == "router+experts+attention":
         attention = find_attention(model, layers)
     alpha, seed = settings.lora_alpha, settings.seed
-    updates = LowRankUpdates(model, layers, rank, alpha, seed, attention=attention)
-    return TrainedParts(router, updates.parameters(), routers, updates)
+    updates = LowRankUpdates(model, layers, rank, alpha, seed, compute, attention, device)
+    return TrainedParts(router, updates.parameters(), routers, updates, streamed)
 
 
 @torch.no_grad()

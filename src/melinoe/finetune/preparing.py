@@ -9,7 +9,8 @@ biases and whatever else is small are cast up once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import linear
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
 from melinoe.finetune.parts import PROJECTIONS, TrainedParts
+from melinoe.finetune.stream import ExpertStream
 from melinoe.malloc import keep_freed_memory, return_large_blocks
 from melinoe.moe.dispatch import bind, bound, unbind, use_melinoe
 from melinoe.moe.experts import ExpertsLayer, family, find_experts
@@ -35,15 +37,30 @@ _LARGE_BYTES = 1 << 30
 
 
 class ReadyModel:
-    """A model, changed in place to what its training needs; it can be made plain again."""
+    """
+    A model, changed in place to what its training needs; it can be made plain again.
 
-    def __init__(self, model: Any, settings: FinetuneSettings, recomputes: bool = False) -> None:
-        self._model, self._recomputes = model, recomputes
+    *stream* computes the experts, where their weights are in a store.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: FinetuneSettings,
+        recomputes: bool = False,
+        stream: ExpertStream | None = None,
+    ) -> None:
+        self._model, self._recomputes, self._stream = model, recomputes, stream
         self._types = {name: tensor.dtype for name, tensor in _tensors(model)}
         weights_bytes = sum(tensor.nbytes for _, tensor in _tensors(model))
         if not torch.cuda.is_available():
             keep_freed_memory() if weights_bytes < _LARGE_BYTES else return_large_blocks()
-        self._widened = None if settings.compute_dtype == "bfloat16" else Widened(model)
+        self._attached = ExitStack()
+        if stream is not None and settings.train == "router":
+            self._attached.enter_context(stream.attached(model))
+        self._widened = None
+        if settings.compute_dtype != "bfloat16":
+            self._widened = Widened(model, find_experts(model) if stream is None else stream.layers)
         if self._widened is not None and settings.train != "router":
             self._widened.make_way()  # for the function that adds the updates
         self._configs: list[tuple[Any, str, Any]] = []  # and what they said
@@ -69,7 +86,10 @@ class ReadyModel:
         )
         try:
             # Not reentrant: what a layer records inside must stay in the graph.
-            switch(*([{"use_reentrant": False}] if on else []))
+            options: dict[str, Any] = {"use_reentrant": False}
+            if self._stream is not None:
+                options["context_fn"] = self._stream.checkpoint_contexts
+            switch(*([options] if on else []))
         except ValueError:
             raise TrainingError(
                 f"{family(model)} cannot recompute its activations; leave gradient_checkpointing "
@@ -87,6 +107,7 @@ class ReadyModel:
         parts.merge()
         if self._widened is not None:
             self._widened.undo()
+        self._attached.close()
         self._model.requires_grad_(True).eval()
         for name, tensor in _tensors(self._model):
             tensor.data = tensor.data.to(self._types.get(name, tensor.dtype))
@@ -123,10 +144,11 @@ class Widened:
     Args:
         model: Changed in place: hooks, forward methods, and the types of its small tensors. Its
             experts run through Melinoe's function; another function may be bound in its place.
+        layers: Its MoE layers.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._experts = [layer.module for layer in find_experts(model)]
+    def __init__(self, model: Any, layers: Sequence[ExpertsLayer]) -> None:
+        self._experts = [layer.module for layer in layers]
         self._linears, self._hooks = [], []
         routers = {id(part) for one in find_routers(model) for part in one.module.modules()}
         large = {
@@ -150,15 +172,16 @@ class Widened:
             if tensor.is_floating_point() and id(tensor) not in large:
                 self._types.append((tensor, tensor.dtype))
                 tensor.data = tensor.data.float()
-        for module in self._experts:
-            if bound(module) is None:
-                bind(module, partial(grouped_experts, module))
+        self._bound = [module for module in self._experts if bound(module) is None]
+        for module in self._bound:
+            bind(module, partial(grouped_experts, module))
         self._restore = use_melinoe(model)
 
     def make_way(self) -> None:
         """Unbind the experts, for whoever binds a function of their own."""
-        for module in self._experts:
+        for module in self._bound:
             unbind(module)
+        self._bound = []
 
     def undo(self) -> None:
         """Let the model compute in its own types again."""

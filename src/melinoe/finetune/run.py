@@ -8,19 +8,20 @@ Beside a run *OUT* there may be *OUT*.teacher and *OUT*.control, the runs that i
 import gc
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from melinoe.checkpoint.backbone import load_backbone, load_model
+from melinoe.checkpoint.backbone import layers_of, load_backbone, load_model
 from melinoe.checkpoint.files import split_revision
 from melinoe.checkpoint.metadata import METADATA, read_metadata
-from melinoe.checkpoint.opening import open_checkpoint
+from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
 from melinoe.checkpoint.verifying import sum_of
@@ -34,8 +35,15 @@ from melinoe.checkpoint.writing import (
 from melinoe.config import PLAIN, FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Encoded, Example, count_losses, encode, load_examples, pad_token_id
-from melinoe.errors import CheckpointError, OutputExistsError, TrainingError, WriteError
+from melinoe.errors import (
+    BudgetError,
+    CheckpointError,
+    OutputExistsError,
+    TrainingError,
+    WriteError,
+)
 from melinoe.finetune.adapter import WEIGHTS, place_of, read_teacher
+from melinoe.finetune.memory import Plan, describe, open_stream, plan_run, stored_layers
 from melinoe.finetune.own_text import write_own_text
 from melinoe.finetune.resume import (
     check_same_run,
@@ -47,10 +55,12 @@ from melinoe.finetune.resume import (
     remove_checkpoints,
     remove_if_empty,
 )
+from melinoe.finetune.rows import rows_of
 from melinoe.finetune.saving import write_result
-from melinoe.finetune.trainer import Progress, training_arguments
+from melinoe.finetune.stream import ExpertStream
+from melinoe.finetune.trainer import Progress, is_sharded, training_arguments
 from melinoe.finetune.training import train, with_compute_dtype
-from melinoe.host_memory import check_host_room, format_bytes
+from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes, parse_bytes
 from melinoe.malloc import return_freed_memory
 from melinoe.moe.routing import find_routers, fingerprint
 
@@ -83,6 +93,9 @@ def finetune(
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
+    gpu_memory: str | int | None = None,
+    ram: str | int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> FinetuneResult:
     """
     Fine-tune a checkpoint for locality and write the result: a plain checkpoint, or an adapter.
@@ -106,6 +119,11 @@ def finetune(
         callbacks: Of transformers' kind, run beside Melinoe's own.
         resume: Go on from the run's newest whole checkpoint, in ``<out>.checkpoints``; from the
             beginning if there is none. A result that was written already is read.
+        gpu_memory: What the run may take of the GPU, as in ``8GiB``: its experts then wait in
+            pinned host memory, or on disk, and pass through. See docs/finetuning.md.
+        ram: Likewise of the host: for the experts beside a GPU; without one, for all of the run,
+            whose experts stay on disk.
+        say: Told, before a run within a budget, what it will take.
 
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
@@ -116,7 +134,8 @@ def finetune(
         TrainingError: settings that do not fit the model, a checkpoint of another run, or too many
             non-finite losses; what was trained before those is in the run's checkpoints.
         InterruptedRunError: the run was asked to stop (Ctrl-C, SIGTERM), and can be resumed.
-        BudgetError: the host has no memory for the model's weights.
+        BudgetError: the host has no memory for the model's weights; or *gpu_memory* or *ram* is
+            too small for the run.
         WriteError: the result could not be written; what was trained is in the run's checkpoints.
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
@@ -133,7 +152,13 @@ def finetune(
     with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
         source = checkpoint.source  # of one commit, also where the branch moves meanwhile
         size, stored = checkpoint.stored_bytes, checkpoint.dtype
-        check_host_room(size, f"{format_bytes(size)} of weights", "train on a host with more")
+        if gpu_memory is None and ram is None:
+            check_host_room(
+                size,
+                f"{format_bytes(size)} of weights",
+                "train on a host with more, or say what it may take with --ram: the experts then "
+                "stay on disk",
+            )
         tokenizer = load_tokenizer(name, checkpoint.config)
     from_name = isinstance(data, (str, Path))
     examples = load_examples(data) if isinstance(data, (str, Path)) else list(data)
@@ -149,27 +174,42 @@ def finetune(
     computed = with_compute_dtype(settings, stored)
     arguments = training_arguments(computed, checkpoints)  # joins the other processes
     main, several = arguments.process_index == 0, arguments.world_size > 1
-    with open_checkpoint(source) as checkpoint:
-        stamps = checkpoint.stamps
-        model = load_model(checkpoint)
+    opened = open_checkpoint(source)
+    with ExitStack() as stack:
+        stack.callback(opened.close)
+        stamps = opened.stamps
+        model, stream, plan = _load(opened, encoded, computed, arguments, gpu_memory, ram)
+        if stream is not None:
+            stack.callback(stream.close)
+            if say is not None and main:
+                say(f"{plan}")
         if settings.save != "adapter":
-            check_rewritable(model, checkpoint)
-            check_room(path, copied_bytes(checkpoint))
-    for router in find_routers(model) if several else ():
-        # By FSDP's memory-saving way one process alone has read the checkpoint until the model is
-        # sharded; the base routers are needed before.
-        for _, parameter in router.parameters():
-            there = parameter.data.to(arguments.device)
-            torch.distributed.broadcast(there, src=0)
-            parameter.data.copy_(there)
-    writes_anchor = settings.lambda_replay > 0 and anchor is None
-    if writes_anchor:
-        anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
-    return_freed_memory()  # of loading, and of the text that was written
-    base_fingerprint = fingerprint(model)
-    taught_by = read_teacher(teacher, model) if teacher is not None else None
-    started = time.monotonic()
-    try:
+            check_rewritable(model, opened)
+            check_room(path, copied_bytes(opened))
+        for router in find_routers(model) if several else ():
+            # By FSDP's memory-saving way one process alone has read the checkpoint until the model
+            # is sharded; the base routers are needed before.
+            for _, parameter in router.parameters():
+                there = parameter.data.to(arguments.device)
+                torch.distributed.broadcast(there, src=0)
+                parameter.data.copy_(there)
+        writes_anchor = settings.lambda_replay > 0 and anchor is None
+        if writes_anchor:
+            if stream is not None and say is not None and main:
+                say(
+                    "first the base model writes anchor text, and reads experts for each token; "
+                    "text of your own (--anchor-data), or --lambda-replay 0, saves that"
+                )
+            with nullcontext() if stream is None else stream.attached(model):
+                anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
+        return_freed_memory()  # of loading, and of the text that was written
+        base_fingerprint = fingerprint(model)
+        taught_by = None
+        if teacher is not None:
+            taught_by = read_teacher(teacher, model, layers_of(opened, model))
+        started = time.monotonic()
+        if main:
+            stack.callback(remove_if_empty, checkpoints)
         trained = train(
             model,
             encoded,
@@ -185,10 +225,8 @@ def finetune(
             checkpoints=checkpoints,
             resume=resume,
             arguments=arguments,
+            stream=stream,
         )
-    finally:
-        if main:
-            remove_if_empty(checkpoints)
     metadata: dict[str, Any] = {}
     if main:
         if trained.adapter is not None and trained.sharded:  # a whole model takes what it has
@@ -226,6 +264,7 @@ def finetune(
             "log": trained.rows,
             "skipped_steps": trained.skipped_steps,
             "processes": trained.processes,
+            **({"streamed": describe(plan, stream)} if plan and stream else {}),
             "seconds": round(time.monotonic() - started, 1),
             "versions": {
                 "melinoe": version_of("melinoe"),
@@ -239,8 +278,9 @@ def finetune(
         try:
             check_same(stamps)  # what did not change is copied from the base's files now
             write_result(
-                model, source, path, metadata, settings.save, trained.changed, trained.adapter
-            )
+                model, source, path, metadata, settings.save, trained.changed, trained.adapter,
+                stream is not None,
+            )  # fmt: skip
         except (CheckpointError, WriteError) as error:  # the base may be gone, or the disk full
             if left := _left(checkpoints):
                 raise WriteError(f"{error}; {left}") from error
@@ -250,6 +290,51 @@ def finetune(
     if several:
         torch.distributed.barrier()
     return FinetuneResult(path, trained.rows, metadata)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    data: Sequence[Encoded],
+    settings: FinetuneSettings,
+    arguments: TrainingArguments,
+    gpu_memory: str | int | None,
+    ram: str | int | None,
+) -> tuple[Any, ExpertStream | None, Plan | None]:
+    """Load the model, whole; or within a budget without its experts, with the stream of them."""
+    if gpu_memory is None and ram is None:
+        return load_model(checkpoint), None, None
+    device, processes = arguments.device, arguments.world_size
+    on_gpu = device.type == "cuda"
+    if is_sharded(arguments):
+        raise TrainingError(
+            "a sharded run (FSDP) keeps its experts on its devices; leave out --gpu-memory and "
+            "--ram, or launch it without sharding"
+        )
+    if gpu_memory is not None and not on_gpu:
+        raise BudgetError("--gpu-memory is for a GPU and there is none here; give --ram alone")
+    model = load_backbone(checkpoint)
+    _, rows = rows_of(data, settings, processes)
+    host = None if ram is None else parse_bytes(ram)
+    if on_gpu:
+        free, _ = torch.cuda.mem_get_info(device)
+        budget = free * 9 // 10 if gpu_memory is None else parse_bytes(gpu_memory)
+        host = (free_host_bytes() or 0) * 4 // 5 if host is None else host
+    else:
+        assert host is not None
+        budget, host = host // processes, None
+    plan = plan_run(
+        model,
+        stored_layers(checkpoint, model),
+        checkpoint.backbone_bytes,
+        settings,
+        settings.batch_size * max(sum(map(len, row)) for row in rows),
+        top_k=find_routers(model)[0].top_k or 1,
+        budget_bytes=budget,
+        host_bytes=host if processes == 1 else None,  # pinned memory is not shared
+        on_gpu=on_gpu,
+    )
+    model.to(device)
+    return model, open_stream(checkpoint, model, plan, device), plan
 
 
 def train_control(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from melinoe.checkpoint.backbone import load_model
+from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.files import is_directory, split_revision
 from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
 from melinoe.checkpoint.opening import open_checkpoint
@@ -31,12 +31,14 @@ def write_result(
     save: str,
     changed: Sequence[str],
     adapter: Adapter | None = None,
+    streamed: bool = False,
 ) -> None:
     """
     Write what *save* asks for, whole or not at all; ``melinoe.json`` lies beside each.
 
     Args:
-        model: From `load_model`, with what was trained in it.
+        model: From `load_model`, with what was trained in it; or *streamed*, from `load_backbone`:
+            the updates of its experts are in *adapter*.
         base: What it was loaded from, of one commit where it is a name on the hub.
         out: The directory to make.
         metadata: For ``melinoe.json``.
@@ -65,7 +67,8 @@ def write_result(
             copy_tokenizer(base, directory)
         return
     also = (lambda directory: write_files(directory / DIRECTORY)) if save == "both" else None
-    write_model(model, base, out, metadata, changed, also)
+    experts = adapter.expert if streamed and adapter is not None else None
+    write_model(model, base, out, metadata, changed, also, experts)
 
 
 def merge_adapter(
@@ -74,8 +77,8 @@ def merge_adapter(
     """
     Write base and adapter as one checkpoint, which needs neither PEFT nor Melinoe.
 
-    The updates are added to the base's weights in place, expert by expert, in float32, and rounded
-    once to the base's own type; routers too are rounded to it.
+    Experts are read one by one, updated in float32, and rounded once to the base's own type;
+    routers too are rounded to it.
 
     Args:
         adapter: Directory that fine-tuning or PEFT wrote.
@@ -93,7 +96,7 @@ def merge_adapter(
         UnsupportedModelError: the base has no experts.
         BudgetError: the host has no memory for the base's weights.
 
-    Cost: the base in memory once, in its own type.
+    Cost: the base without its experts in memory, and one expert.
     """
     path = check_output(out)
     config, metadata = read_adapter_config(adapter), read_metadata(Path(adapter).expanduser())
@@ -101,10 +104,11 @@ def merge_adapter(
     try:
         with open_checkpoint(name) as checkpoint:
             source = checkpoint.source  # of one commit, also where the branch moves meanwhile
-            size, stamps = checkpoint.stored_bytes, checkpoint.stamps
+            size, stamps = checkpoint.backbone_bytes, checkpoint.stamps
             check_host_room(size, f"{format_bytes(size)} of weights", "merge on a host with more")
             load_tokenizer(source, checkpoint.config)
-            model = load_model(checkpoint)
+            model = load_backbone(checkpoint)
+            layers = layers_of(checkpoint, model)
     except CheckpointError as error:
         if base is not None:
             raise
@@ -117,13 +121,13 @@ def merge_adapter(
             f"{adapter} was trained on another model than {name}: their routers differ "
             f"(its base was {metadata.get('base', 'not named')}); give its own base with --base"
         )
-    merged = read_adapter(adapter, model)
-    merged.apply(model)
+    merged = read_adapter(adapter, model, layers)
+    merged.apply(model, experts=False)
     with open_checkpoint(source) as checkpoint:
         round_as_stored(model, checkpoint, merged.names())
     metadata = {**describe_base(name), **metadata, "fingerprint": fingerprint(model)}
     check_same(stamps)  # what did not change is copied from the base's files now
-    write_model(model, source, path, metadata, merged.names())
+    write_model(model, source, path, metadata, merged.names(), experts=merged.expert)
     return read_metadata(path)
 
 

@@ -55,6 +55,11 @@ class Reads:
     bytes: int = 0
     waited_s: float = 0.0
 
+    @property
+    def used(self) -> int:
+        """Experts read for passes, both ways."""
+        return self.forward + self.backward
+
 
 @dataclass
 class _Load:
@@ -86,6 +91,8 @@ class ExpertStream:
         buffers: Groups of experts that are held at once: one that computes, the rest read ahead.
         chunk: Experts of a group.
         readers: Reads in flight.
+        updates_on: Where the experts' low-rank updates and their optimiser are kept; absent: on
+            *device*. Those of a group go to the device with it.
 
     Attributes:
         reads: What was read since it was last set.
@@ -100,9 +107,10 @@ class ExpertStream:
         buffers: int = 4,
         chunk: int = 1,
         readers: int = READERS,
+        updates_on: torch.device | None = None,
     ) -> None:
         self.store, self.layers, self.device = store, list(layers), torch.device(device)
-        self.chunk, self.reads = chunk, Reads()
+        self.chunk, self.reads, self.updates_on = chunk, Reads(), updates_on
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="melinoe-stream")
         size = max(chunk * buffer_bytes(layer) for layer in self.layers)
         self._arenas = [
@@ -409,7 +417,7 @@ class _Experts(torch.autograd.Function):
             with torch.enable_grad(), ctx.autocast():
                 rows = hidden[some.tokens].detach().requires_grad_()
                 weight = choice.weights[some.pairs].detach().requires_grad_()
-                slices = [one[experts].detach().requires_grad_() for one in factors]
+                slices = [one[experts].detach().to(rows.device).requires_grad_() for one in factors]
                 outputs = some.rows(stacks, rows, addition, slices, sliced=True)
                 weighted = outputs * weight.unsqueeze(-1)
             wanted = gradients[0][some.tokens].to(weighted.dtype)
@@ -418,7 +426,7 @@ class _Experts(torch.autograd.Function):
             )
             to_rows[some.pairs], to_weights[some.pairs] = found[0], found[1]
             for whole, part in zip(to_factors, found[2:], strict=True):
-                whole[experts] = part
+                whole[experts] = part.to(whole.device)
 
         following = stream.step_back(ctx.back)
         stream.run(layer.index, used, following, compute, backward=True)
@@ -472,7 +480,7 @@ class _Some:
         """Compute the pairs' rows, unweighted; *factors* are of all experts, or only of these."""
         stacks = {name: stack[: len(self._experts)] for name, stack in stacks.items()}
         names = [] if addition is None else addition.names
-        own = [one if sliced else one[self._experts] for one in factors]
+        own = [one if sliced else one[self._experts].to(rows.device) for one in factors]
         pairs = dict(
             zip(names, zip(own[: len(names)], own[len(names) :], strict=True), strict=True)
         )

@@ -26,6 +26,7 @@ from melinoe.finetune.objective import Objective
 from melinoe.finetune.parts import TrainedParts
 from melinoe.finetune.rates import Rates
 from melinoe.finetune.rows import Packing
+from melinoe.finetune.stream import ExpertStream
 from melinoe.moe.finite import broken_weight
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class LocalityTrainer(Trainer):
 
     Attributes:
         rows: The log: one dictionary per logged step, with the mean of each term since the last,
-            and one per measurement of the held-out examples.
+            and one per measurement of the held-out examples. Where the experts' weights are in a
+            store, ``expert_reads`` is what the logged step read.
         skipped_steps: Steps that changed nothing because of a non-finite loss.
         stopped: Whether the run ended early, as it was asked to.
     """
@@ -66,6 +68,7 @@ class LocalityTrainer(Trainer):
         checkpoints: Path | None,
         identity: dict[str, Any],
         stop: resume.StopRequest,
+        stream: ExpertStream | None = None,
         **trainer_options: Any,
     ):
         self.settings, self.rates, self.locality, self.parts = settings, rates, objective, parts
@@ -74,6 +77,7 @@ class LocalityTrainer(Trainer):
         self.held_out, self.padding, self.packing = held_out, padding, packing
         self.progress, self.checkpoints = progress, checkpoints
         self.identity, self.stop, self.stopped = identity, stop, False
+        self.stream, self.read_before = stream, 0  # reads up to the step that runs
         # Whatever the model takes: its loss is computed here, with the denominator of the step.
         self.model_accepts_loss_kwargs = True
         self.rows: list[dict[str, Any]] = []
@@ -148,7 +152,7 @@ class LocalityTrainer(Trainer):
     def _is_bad_anywhere(self) -> bool:
         """Whether the step is bad on any process; they also agree on whether to stop."""
         gradients = [_local(p.grad) for p in self.parts.all() if p.grad is not None]
-        sums = torch.stack([gradient.sum() for gradient in gradients])
+        sums = torch.stack([gradient.sum().to(self.accelerator.device) for gradient in gradients])
         bad = self._bad_now or not bool(torch.isfinite(sums).all())
         flags = torch.tensor([float(bad), float(self.stop.asked)], device=self.accelerator.device)
         bad, self.stopped = (self.accelerator.reduce(flags, reduction="sum") > 0).tolist()
@@ -174,6 +178,8 @@ class LocalityTrainer(Trainer):
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
                 "skipped_steps": self.skipped_steps,
             }
+            if self.stream is not None:
+                row["expert_reads"] = self.stream.reads.used - self.read_before
             self.sums, self.good_steps = {}, 0
             self._tell(row)
             logs = {**logs, **row, "loss": row["total"]}
@@ -341,6 +347,8 @@ class _Turns(TrainerCallback):
         accelerator = self.trainer.accelerator
         turn = state.global_step * accelerator.num_processes + accelerator.process_index
         self.trainer.locality.next_replayed = turn * args.gradient_accumulation_steps
+        if (stream := self.trainer.stream) is not None:
+            self.trainer.read_before = stream.reads.used
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find out a bad step here, where gradients are complete and unused."""

@@ -28,6 +28,7 @@ from melinoe.finetune.resume import (
     read_state,
 )
 from melinoe.finetune.rows import check_data, find_packing, rows_of
+from melinoe.finetune.stream import ExpertStream
 from melinoe.finetune.trainer import (
     LocalityTrainer,
     Progress,
@@ -36,6 +37,7 @@ from melinoe.finetune.trainer import (
     training_arguments,
 )
 from melinoe.moe.experts import find_experts
+from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers, fingerprint
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ class Trained:
         processes: On how many the run was.
         rates: The learning rates at their peak.
         changed: Full names of the model's tensors that training changes.
-        adapter: What was trained, if it was to be kept or the model is sharded.
+        adapter: What was trained, if it was to be kept, or could not be merged: the model is
+            sharded, or its experts are in a store.
         sharded: Whether the model is (FSDP2): it stays so, and the adapter is not merged into it.
     """
 
@@ -82,6 +85,7 @@ def train(
     checkpoints: Path | None = None,
     resume: bool = False,
     arguments: TrainingArguments | None = None,
+    stream: ExpertStream | None = None,
 ) -> Trained:
     """
     Fine-tune a model in memory; at the end it is plain again, its updates merged.
@@ -105,6 +109,8 @@ def train(
             its step and leave one.
         resume: Go on from the newest whole one; from the beginning if there is none.
         arguments: Of the Trainer, if they are made already.
+        stream: Computes the experts of a model without them, from `load_backbone`. On return the
+            model still has none, and the updates are in `Trained.adapter`.
 
     Raises:
         UnsupportedModelError, TrainingError: as `melinoe.finetune.finetune`.
@@ -120,7 +126,8 @@ def train(
         raise TrainingError(
             "a teacher does nothing while lambda_match is 0; set it, or give no teacher"
         )
-    stored = find_experts(model)[0].module.get_parameter("down_proj").dtype
+    layers = find_experts(model) if stream is None else stream.layers
+    stored = layers[0].module.get_parameter("down_proj").dtype
     settings = with_compute_dtype(settings, stored)
     with tempfile.TemporaryDirectory() as work:  # the Trainer makes one even if it saves nothing
         arguments = arguments or training_arguments(settings, checkpoints or work)
@@ -129,7 +136,7 @@ def train(
         if not sharded:
             model.to(device)
         base = fingerprint(model)
-        routers, layers = find_routers(model), find_experts(model)
+        routers = find_routers(model)
         rates = Rates.of(routers, settings)
         if main:
             log.info(
@@ -140,8 +147,14 @@ def train(
         tokens = settings.batch_size * max(sum(map(len, row)) for row in rows)
         top_k = routers[0].top_k or 1
         recompute = recomputes(model, layers[0], settings, tokens, top_k, device)
-        ready = ReadyModel(model, settings, recompute)
-        parts = make_trainable(model, routers, layers, settings, rates.rank)
+        if stream is not None and settings.gradient_checkpointing is None:
+            recompute = bool(getattr(model, "supports_gradient_checkpointing", False))
+        ready = ReadyModel(model, settings, recompute, stream)
+        compute = grouped_experts if stream is None else stream.compute
+        where = None if stream is None else stream.updates_on
+        parts = make_trainable(model, routers, layers, settings, rates.rank, compute, where)
+        if where is not None and where != device:  # or the Trainer would move them
+            model.hf_device_map = {"": str(device), "updates": str(where)}
         objective = Objective(
             routers,
             settings,
@@ -190,6 +203,7 @@ def train(
             checkpoints=checkpoints,
             identity=ours,
             stop=stop,
+            stream=stream,
             model=model,
             args=arguments,
             train_dataset=rows if packing else [row[0] for row in rows],
@@ -217,7 +231,8 @@ def train(
             f"no step of {step} had a finite loss, so nothing was learned; lower learning_rate or "
             "lambda_cache, or load the model in another dtype"
         )
-    adapter = adapter_of(parts) if keep_adapter or sharded else None
+    kept = keep_adapter or sharded or stream is not None
+    adapter = adapter_of(parts) if kept else None
     changed = parts.names()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()

@@ -53,15 +53,16 @@ def measure_model(
     sizes: Sequence[int],
     settings: OutcomeSettings,
     device: str,
+    memory: Mapping[str, Any] | None,
     say: Say | None,
 ) -> Measured:
     """
-    Measure one model with every expert resident; arguments and errors as `record_outcome`'s.
+    Measure one model; arguments and errors as `record_outcome`'s.
 
     Args:
         sizes: Cache sizes to simulate, all experts the last.
     """
-    model, handle = load(path, device, engine="reference", slots=sizes[-1])
+    model, handle = load(path, device, engine="reference", **(memory or {"slots": sizes[-1]}))
     tokenizer = load_tokenizer(str(path), model.config)
     perplexities = {
         name: perplexity(

@@ -1,7 +1,7 @@
 """Measure base, fine-tuned model and control alike, and record it in ``melinoe.json``."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ def record_outcome(
     control: str | Path | None = None,
     settings: OutcomeSettings | None = None,
     device: str = "cpu",
+    memory: Mapping[str, Any] | None = None,
     say: Say | None = None,
 ) -> dict[str, Any]:
     """
     Measure a fine-tuned checkpoint and its base, and write the outcome into its ``melinoe.json``.
 
-    All experts are resident; smaller caches are simulated from traces, among them those of half
-    and of double the slots that the model was trained for.
+    Smaller caches are simulated from traces, among them those of half and of double the slots that
+    the model was trained for.
 
     With a *control*, the price and the saving of the locality terms are recorded too.
 
@@ -51,6 +52,8 @@ def record_outcome(
             merged for a while into a directory beside *directory*.
         settings: How much to measure.
         device: Where the models run.
+        memory: What `melinoe.load` is given of it, as ``gpu_memory``; absent: all experts are
+            resident. It changes no number.
         say: Told of progress.
 
     Returns:
@@ -75,7 +78,7 @@ def record_outcome(
     def measure(path: str | Path, what: str) -> Measured:
         if say is not None:
             say(f"measuring {what}")
-        return measure_model(path, held_out, others or {}, sizes, settings, device, say)
+        return measure_model(path, held_out, others or {}, sizes, settings, device, memory, say)
 
     before = measure(base, "the model before fine-tuning")
     after = measure(directory, "the model after fine-tuning")

@@ -106,13 +106,7 @@ def model_facts(
         CheckpointError: no readable config, or weights packed in a form that is not known.
         UnsupportedModelError: a dense model, or a family whose experts cannot be served.
     """
-    config, source, raw = _config(model)
-    wanted = dtype or guess_dtype(model, config)
-    built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
-    built.eval()
-    experts = find_experts(built)
-    if packed:
-        experts = [replace(one, format=_format(raw, model, one)) for one in experts]
+    config, source, wanted, built, experts = built_from_config(model, dtype, packed=packed)
     of_experts = {id(p) for one in experts for p in one.module.parameters(recurse=False)}
     others = [p for p in built.parameters() if id(p) not in of_experts]
     sizes = {id(p): p.numel() * p.element_size() for p in others}
@@ -134,7 +128,7 @@ def model_facts(
         dtype=str(wanted).removeprefix("torch."),
         decoder_layers=int(getattr(text, "num_hidden_layers", len(experts))),
         layers=tuple(
-            Layer(one.num_experts, one.block_bytes, min(_top_k(config, k), one.num_experts))
+            Layer(one.num_experts, one.block_bytes, min(top_k_in(config, k), one.num_experts))
             for one, k in zip(experts, top_k, strict=True)
         ),
         backbone_bytes=backbone,
@@ -147,6 +141,26 @@ def model_facts(
         if stored.exact
         else f"{stored.name}, {stored.bits_per_weight(experts[0].tensors):.2f} bits a weight",
     )
+
+
+def built_from_config(
+    model: str, dtype: torch.dtype | None = None, *, packed: bool = True
+) -> tuple[PreTrainedConfig, str, torch.dtype, Any, list[ExpertsLayer]]:
+    """
+    Build a model without weights; see `model_facts`.
+
+    Returns:
+        Its config, where that came from, the type of the weights, the model, its MoE layers in the
+        format in which they are stored.
+    """
+    config, source, raw = _config(model)
+    wanted = dtype or guess_dtype(model, config)
+    built = build_on_meta(find_model_class(config), copy.deepcopy(config), wanted)
+    built.eval()
+    experts = find_experts(built)
+    if packed:
+        experts = [replace(one, format=_format(raw, model, one)) for one in experts]
+    return config, source, wanted, built, experts
 
 
 def _format(raw: dict[str, Any], name: str, layer: ExpertsLayer) -> ExpertFormat:
@@ -191,7 +205,7 @@ def _config(model: str) -> tuple[PreTrainedConfig, str, dict[str, Any]]:
         ) from None
 
 
-def _top_k(config: PreTrainedConfig, seen: int | None) -> int:
+def top_k_in(config: PreTrainedConfig, seen: int | None = None) -> int:
     """Choices of a token in a layer: what ran, else what the config says."""
     found = seen or top_k_of(config)
     if not found:

@@ -30,8 +30,9 @@ from typing import Any
 
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace
-from melinoe.engine.budget import format_bytes, memory_of, parse_bytes, slots_for
+from melinoe.engine.budget import memory_of, slots_for
 from melinoe.errors import BudgetError, HardwareError, TraceError
+from melinoe.host_memory import format_bytes, parse_bytes
 from melinoe.plan.facts import Layer, ModelFacts, model_facts
 from melinoe.plan.hardware import Hardware, find_card, machine_of
 

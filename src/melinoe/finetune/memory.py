@@ -1,0 +1,278 @@
+"""
+Forecast the memory of a run whose experts are in a store, and keep it within a budget.
+
+Everything is counted from shapes: a config suffices. The budget is the GPU's, or the host's where
+the CPU computes. Layers are recomputed in the backward pass, if the model can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from melinoe.checkpoint.backbone import layers_of
+from melinoe.checkpoint.opening import Checkpoint
+from melinoe.config import FinetuneSettings
+from melinoe.errors import BudgetError
+from melinoe.finetune.rates import default_rank
+from melinoe.finetune.stream import ExpertStream, buffer_bytes
+from melinoe.host_memory import format_bytes
+from melinoe.moe.attention import find_attention
+from melinoe.moe.experts import ExpertsLayer
+from melinoe.stores.disk_store import DiskStore
+from melinoe.stores.ram_store import PinnedStore
+
+PROCESS_BYTES = 640 << 20  # Python with torch and transformers, before a model
+CONTEXT_BYTES = 600 << 20  # CUDA's own
+TRAINED_BYTES = 16  # a trained number with its gradient and Adam's two moments
+_REPLAYED = 2  # texts beside each batch
+_FEWEST, _MOST = 2, 8  # buffers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    What a run takes on the device that computes, by part, in bytes.
+
+    Attributes:
+        process: Before any model.
+        backbone: Weights outside the experts.
+        trained: Routers and low-rank updates, with gradients and optimiser.
+        activations: What each layer keeps for the backward pass, and one layer's work.
+        logits: With their gradient.
+        buffers: For experts on their way through.
+    """
+
+    process: int
+    backbone: int
+    trained: int
+    activations: int
+    logits: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = [f"{name} {format_bytes(n)}" for name, n in asdict(self).items() if n]
+        return f"{format_bytes(self.total)} ({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How a run keeps its budget.
+
+    Attributes:
+        memory: What it takes.
+        budget_bytes: Of the device that computes.
+        store: ``pinned`` or ``disk``.
+        expert_bytes: All experts, as they are stored.
+        buffers: Groups of experts held at once.
+        chunk: Experts of a group.
+        host_updates: Bytes of the experts' updates with gradients and optimiser, where they are
+            kept on the host; else 0.
+    """
+
+    memory: Memory
+    budget_bytes: int
+    store: str
+    expert_bytes: int
+    buffers: int
+    chunk: int
+    host_updates: int = 0
+
+    @property
+    def measuring_bytes(self) -> int:
+        """What the budget leaves to resident experts while the model is measured."""
+        memory = self.memory
+        taken = memory.process + memory.backbone + memory.activations + memory.logits
+        return self.budget_bytes - taken
+
+    def __str__(self) -> str:
+        where = "on disk" if self.store == "disk" else "in pinned host memory"
+        if self.host_updates:
+            where += f", {format_bytes(self.host_updates)} of low-rank updates on the host"
+        return (
+            f"training takes {self.memory} of {format_bytes(self.budget_bytes)}; "
+            f"{format_bytes(self.expert_bytes)} of experts wait {where}, "
+            f"{self.buffers * self.chunk} pass through at a time"
+        )
+
+
+def plan_run(
+    model: Any,
+    layers: Sequence[ExpertsLayer],
+    backbone_bytes: int,
+    settings: FinetuneSettings,
+    tokens: int,
+    *,
+    top_k: int,
+    budget_bytes: int,
+    host_bytes: int | None = None,
+    on_gpu: bool = False,
+) -> Plan:
+    """
+    Choose the buffers and the store for a run within a budget.
+
+    Args:
+        model: On any device, also meta; its config and shapes are read.
+        layers: Its MoE layers, in the format of the store.
+        backbone_bytes: Of its weights outside the experts.
+        settings: Of the run, its type to compute in decided.
+        tokens: Of a forward pass: rows times the longest.
+        top_k: Experts per token.
+        budget_bytes: What the run may take: of the GPU, or of the host where the CPU computes.
+        host_bytes: What experts may take of the host beside a GPU; absent: none, so that they are
+            read from disk.
+        on_gpu: Whether a GPU computes.
+
+    Raises:
+        BudgetError: it does not fit; the sentence names the smallest budget that does.
+    """
+    fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu)
+    block = max(map(buffer_bytes, layers))
+    fewest = max(layer.num_experts for layer in layers)
+    room, host_updates = (budget_bytes - fixed.total) // block, 0
+    if room < _FEWEST and on_gpu and settings.train != "router":
+        host_updates = TRAINED_BYTES * update_numbers(layers, settings, top_k)
+        fixed = replace(fixed, trained=fixed.trained - host_updates)
+        room = (budget_bytes - fixed.total) // block
+        host_bytes = None if host_bytes is None else host_bytes - host_updates
+    if room < _FEWEST:
+        least = fixed.total + _FEWEST * block
+        option = "--gpu-memory" if on_gpu else "--ram"
+        raise BudgetError(
+            f"training takes at least {format_bytes(least)}: {fixed}, and "
+            f"{format_bytes(_FEWEST * block)} of buffers; raise {option} to "
+            f"{format_bytes(least)}, or lower --batch-size, --max-length or --lora-rank"
+        )
+    # A GPU multiplies several experts at once; a CPU one by one.
+    chunk = max(1, min(8, room // 3, fewest)) if on_gpu else 1
+    buffers = min(_MOST, room // chunk, max(_FEWEST, -(-fewest // chunk)))
+    expert_bytes = sum(layer.num_experts * layer.block_bytes for layer in layers)
+    pinned = on_gpu and host_bytes is not None and expert_bytes <= host_bytes
+    memory = Memory(**asdict(fixed) | {"buffers": buffers * chunk * block})
+    store = "pinned" if pinned else "disk"
+    return Plan(memory, budget_bytes, store, expert_bytes, buffers, chunk, host_updates)
+
+
+def memory_of_run(
+    model: Any,
+    layers: Sequence[ExpertsLayer],
+    backbone_bytes: int,
+    settings: FinetuneSettings,
+    tokens: int,
+    top_k: int,
+    on_gpu: bool,
+) -> Memory:
+    """Count what a run takes, without buffers; see `plan_run`."""
+    text = model.config.get_text_config(decoder=True)
+    hidden, depth = int(text.hidden_size), int(text.num_hidden_layers)
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    vocabulary = int(text.vocab_size)
+    size = 2 if settings.compute_dtype == "bfloat16" else 4
+    replayed = _REPLAYED * settings.max_length if settings.lambda_replay > 0 else 0
+    passes = tokens + replayed  # their graphs live at the same time
+    # Every layer's input, and its experts' output, which is not computed again.
+    kept = (depth + len(layers)) * passes * hidden * size
+    if settings.lambda_match > 0:
+        kept += 2 * depth * tokens * hidden * size
+    most = max(tokens, replayed)
+    inner = max(max(part.shape[0] for part in layer.tensors) for layer in layers)
+    pairs = most * top_k
+    longest = settings.max_length
+    scores = 0 if on_gpu else 3 * heads * longest * most * size
+    attention = 12 * most * hidden * 4 + scores
+    routed = 4 * pairs * hidden * size  # rows, their gradients, and what the sums gather
+    rows = most * (3 * hidden + 4 * inner) * 4  # of one expert, if all tokens chose it
+    matrix = max(part.shape[0] * part.shape[-1] for part in layers[0].tensors if part.is_matrix)
+    work = max(attention, routed + rows + 2 * 4 * matrix)
+    return Memory(
+        process=CONTEXT_BYTES if on_gpu else PROCESS_BYTES,
+        backbone=backbone_bytes,
+        trained=TRAINED_BYTES * trained_numbers(model, layers, settings, top_k),
+        activations=kept + work,
+        logits=2 * passes * vocabulary * size + (64 << 20),
+        buffers=0,
+    )
+
+
+def trained_numbers(
+    model: Any, layers: Sequence[ExpertsLayer], settings: FinetuneSettings, top_k: int
+) -> int:
+    """Count the numbers that a run trains."""
+    hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+    numbers = sum(layer.num_experts * hidden for layer in layers)
+    if settings.train == "router":
+        return numbers
+    numbers += update_numbers(layers, settings, top_k)
+    rank = settings.lora_rank or default_rank(top_k)
+    if settings.train == "router+experts+attention":
+        for linear in find_attention(model, layers).values():
+            numbers += rank * (linear.in_features + linear.out_features)
+    return numbers
+
+
+def update_numbers(layers: Sequence[ExpertsLayer], settings: FinetuneSettings, top_k: int) -> int:
+    """Count the numbers of the experts' low-rank updates."""
+    rank = settings.lora_rank or default_rank(top_k)
+    return sum(
+        layer.num_experts * rank * sum(part.shape)
+        for layer in layers
+        for part in layer.tensors
+        if part.is_matrix
+    )
+
+
+def open_stream(
+    checkpoint: Checkpoint, model: Any, plan: Plan, device: torch.device
+) -> ExpertStream:
+    """
+    Put a checkpoint's experts into the planned store, and make the stream that reads them.
+
+    Args:
+        checkpoint: Open; the stream's store reads it as long as it is used.
+        model: From `load_backbone`.
+        plan: From `plan_run`.
+        device: Where experts are computed.
+    """
+    layers = stored_layers(checkpoint, model)
+    store: Any = DiskStore(checkpoint, layers)
+    if plan.store == "pinned":
+        filled = PinnedStore(layers)
+        for layer, source in zip(layers, checkpoint.experts, strict=True):
+            for expert in range(layer.num_experts):
+                source.read_block(expert, layer.format, filled.views(layer.index, expert))
+        store = filled
+    updates_on = torch.device("cpu") if plan.host_updates else None
+    return ExpertStream(
+        store, layers, device, buffers=plan.buffers, chunk=plan.chunk, updates_on=updates_on
+    )
+
+
+def describe(plan: Plan, stream: ExpertStream) -> dict[str, Any]:
+    """Say for a run's record what was planned, how experts were stored, and what was read."""
+    formats = {stream.store.format(layer.index).name for layer in stream.layers}
+    return {
+        "store": stream.store.kind,
+        "format": ", ".join(sorted(formats)),
+        "budget_bytes": plan.budget_bytes,
+        "memory": asdict(plan.memory),
+        "measuring_bytes": plan.measuring_bytes,
+        "reads": asdict(stream.reads),
+    }
+
+
+def stored_layers(checkpoint: Checkpoint, model: Any) -> list[ExpertsLayer]:
+    """The layers of *model*, in the formats in which the checkpoint stores their experts."""
+    found = layers_of(checkpoint, model)
+    return [
+        layer.stored_as(source.format)
+        for layer, source in zip(found, checkpoint.experts, strict=True)
+    ]
