@@ -32,13 +32,13 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from melinoe.experts.format import PackedFormat, Part
 from melinoe.experts.formats import named_format
-from melinoe.experts.packed import PackedExperts
+from melinoe.experts.packed import PackedExperts, PackedMatrix
 from melinoe.moe.compute import StandIn
 
 FORMATS = ("int4", "mxfp4", "int8", "fp8")
 HIDDEN, INNER, TOP_K = 2048, 1024, 8
 # Tokens, experts of the layer, pairs of runs: a decode step, a few sequences, a short prompt.
-CASES = ((1, 8, 40), (4, 16, 20), (16, 16, 10), (512, 16, 4))
+CASES = ((1, 8, 40), (2, 8, 20), (4, 8, 20), (8, 8, 10), (16, 8, 10), (512, 16, 4))
 
 
 def make(experts: int) -> OlmoeExperts:
@@ -69,15 +69,12 @@ def pack(module: OlmoeExperts, kind: PackedFormat) -> tuple[PackedExperts, Stand
 
 def error(module: OlmoeExperts, kind: PackedFormat) -> float:
     """The largest error of one projection over the largest result, against float64."""
-    function, slots = pack(module, kind)
-    x = torch.randn(1, HIDDEN)
-    found = function._multiply(
-        slots, "gate_up_proj", x, np.zeros(1, np.int64), np.zeros(1, np.int64)
-    )
-    parts = {
-        n: getattr(slots, f"gate_up_proj.{n}")[0] for n in kind.matrix_parts(2 * INNER, HIDDEN)
-    }
-    true = kind.decode_matrix(parts, 2 * INNER, HIDDEN).double() @ x.double()[0]
+    _, slots = pack(module, kind)
+    x, matrix = torch.randn(1, HIDDEN), PackedMatrix(kind, (2 * INNER, HIDDEN), torch.bfloat16)
+    parts = {name: getattr(slots, f"gate_up_proj.{name}") for name in matrix.parts}
+    found = matrix.multiply(parts, x, np.zeros(1, np.int64), np.zeros(1, np.int64))
+    own = {name: part[0] for name, part in parts.items()}
+    true = kind.decode_matrix(own, 2 * INNER, HIDDEN).double() @ x.double()[0]
     return float((found[0].double() - true).abs().max() / true.abs().max())
 
 

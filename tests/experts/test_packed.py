@@ -19,6 +19,7 @@ KINDS = {
     "int8": named_format("int8"),
     "mxfp4": named_format("mxfp4"),
     "fp8": named_format("fp8"),
+    "int4 minimum": Integer(4),
     "int4 symmetric": Integer(4, 64, "symmetric"),
     "int4 row": Integer(4, None),
 }
@@ -43,7 +44,8 @@ def multiply(kind, slots, x, rows, of_slots):
     shape = tuple(slots.meaning[0].shape)
     part = packed.Part("down_proj", shape, torch.float32)
     function = PackedExperts(kind, (part,))
-    return function, function._multiply(slots, "down_proj", x, np.array(rows), np.array(of_slots))
+    matrix, parts = function._matrices["down_proj"], function._parts(slots, "down_proj")
+    return matrix, matrix.multiply(parts, x, np.array(rows), np.array(of_slots))
 
 
 @pytest.mark.parametrize("columns", [256, 104])
@@ -55,12 +57,14 @@ def test_products_are_those_of_the_unpacked_weights(name, columns):
     kind = KINDS[name]
     slots = Slots(kind, 150, columns)  # no multiple of the rows that are computed side by side
     x = torch.randn(3, columns, generator=rng(1))
-    function, found = multiply(kind, slots, x, [0, 2, 1, 0], [1, 0, 1, 0])
-    for row, slot, product in zip([0, 2, 1, 0], [1, 0, 1, 0], found, strict=True):
+    rows, of_slots = [0, 2, 1, 0, 0, 1, 2], [1, 0, 1, 0, 0, 0, 0]  # alone, and up to four together
+    matrix, found = multiply(kind, slots, x, rows, of_slots)
+    for row, slot, product in zip(rows, of_slots, found, strict=True):
         true = slots.meaning[slot].double() @ x[row].double()
         assert float((product - true).abs().max()) <= 1e-6 * float(true.abs().max())
     for slot in (0, 1):
-        assert torch.equal(function._weights(slots, "down_proj", slot), slots.meaning[slot])
+        parts = {name: getattr(slots, f"down_proj.{name}") for name in matrix.parts}
+        assert torch.equal(matrix.weights(parts, slot), slots.meaning[slot])
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -86,12 +90,13 @@ def test_zero_points_and_any_type_of_scale_are_read(bits, scale_dtype):
     assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
-def test_levels_are_the_same_without_wide_registers(monkeypatch):
+@pytest.mark.parametrize("name", ["mxfp4", "int4"])
+def test_levels_are_the_same_without_wide_registers(monkeypatch, name):
     """The table of bytes that older processors use gives the bits of the table of floats."""
-    kind, x = KINDS["mxfp4"], torch.randn(1, 64, generator=rng(1))
+    kind, x = KINDS[name], torch.randn(1, 64, generator=rng(1))
     slots = Slots(kind, 16, 64)
     expected = multiply(kind, slots, x, [0], [0])[1]
-    monkeypatch.setattr(packed_dot, "_compile", numba.njit(nogil=True))  # keep nothing of it
+    monkeypatch.setattr(packed_dot, "compile_kept", numba.njit(nogil=True))  # keep nothing of it
     monkeypatch.setattr(packed_dot, "_permutes_floats", lambda width: False)
     packed_dot.compiled.cache_clear()
     found = multiply(kind, slots, x, [0], [0])[1]
@@ -107,6 +112,7 @@ def test_bits_of_a_product_depend_on_its_row_and_expert_alone(name, monkeypatch)
     x = torch.randn(5, 256, generator=rng(1))
     alone = multiply(kind, slots, x[3:4], [0], [1])[1][0]
     assert torch.equal(multiply(kind, slots, x, [0, 3, 4, 3], [0, 1, 1, 0])[1][1], alone)
+    assert torch.equal(multiply(kind, slots, x, [0, 1, 2, 4, 3, 3], [1] * 6)[1][4], alone)
     for part in kind.matrix_parts(150, 256):
         tensor = getattr(slots, f"down_proj.{part}")
         setattr(slots, f"down_proj.{part}", torch.cat([tensor[1:].clone()] * 3))

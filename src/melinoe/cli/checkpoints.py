@@ -16,8 +16,8 @@ def pack(
     format: Annotated[
         str,
         option(
-            "int8, int4, mxfp4 or fp8; int4-g32 and int4-g128 share a scale by 32 and 128 weights. "
-            "plain: packed weights as they mean, for training and other engines."
+            "int8, int4, mxfp4 or fp8; int4-g64 and int4-g128 share a scale by 64 and 128 weights "
+            "instead of 32. plain: packed weights as they mean, for training and other engines."
         ),
     ] = "int4",
 ) -> None:

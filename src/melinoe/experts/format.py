@@ -129,7 +129,7 @@ class Arithmetic:
     How compiled products read a packed matrix.
 
     Attributes:
-        codes: ``uint4`` or ``e2m1``, two to a byte; ``uint8`` or ``e4m3``.
+        codes: ``uint4``, ``e2m1`` or ``levels``, two to a byte; ``uint8`` or ``e4m3``.
         group: Neighbours of a row that share a scale and an offset.
         offset: ``none``; ``minimum``, which is added; ``zero``, which is taken off the code; or
             ``symmetric``: half the codes is taken off.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import PLAIN, ExpertFormat
 from melinoe.experts.fp8 import Fp8
+from melinoe.experts.int4 import Int4
 from melinoe.experts.integer import Integer
 from melinoe.experts.mxfp4 import Mxfp4
 
@@ -15,9 +16,9 @@ FORMATS: dict[str, ExpertFormat] = {
         Integer(8),
         Integer(8, 32),
         Integer(8, 128),
-        Integer(4),
-        Integer(4, 32),
-        Integer(4, 128),
+        Int4(),
+        Int4(64),
+        Int4(128),
         Mxfp4(),
         Fp8(),
     )

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from melinoe.experts.format import PackedFormat, Part
 from melinoe.experts.packed_dot import ROWS, compiled
@@ -37,6 +37,76 @@ _AS_NUMPY = {
     torch.bfloat16: torch.int16,
     torch.float8_e4m3fn: torch.uint8,
 }
+_NO_OFFSETS = np.zeros((1, 1, 1), np.uint8)
+
+
+class PackedMatrix:
+    """
+    Compute with a matrix of each slot.
+
+    Args:
+        kind: The format of the blocks.
+        shape: Outputs and columns.
+        dtype: In which unpacked weights are multiplied: bfloat16 as such, on the CPU every other
+            type in float32. Packed ones are multiplied in float32.
+    """
+
+    def __init__(self, kind: PackedFormat, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.kind, self.shape, self.dtype = kind, shape, dtype
+        self.parts = tuple(kind.matrix_parts(*shape))
+
+    def multiply(
+        self, parts: Mapping[str, Tensor], inputs: Tensor, rows: np.ndarray, slots: np.ndarray
+    ) -> Tensor:
+        """
+        Multiply each pair of a row of float32 *inputs* and a slot: ``(pairs, outputs)``, float32.
+
+        Pairs of one slot should follow each other.
+        """
+        outputs, columns = self.shape
+        how = self.kind.arithmetic(columns)
+        prepare, multiply, _ = compiled(how, False)
+        x = inputs.numpy()
+        ordered = np.empty(x.shape, np.float32)  # in rows, however x lies
+        groups = columns // how.group
+        sums = np.zeros((len(x), groups + -groups % how.lanes), np.float32)
+        prepare(x, ordered, sums)
+        product = torch.empty((len(slots), outputs), dtype=torch.float32, device="cpu")
+        given = (*_arrays(parts), slots, rows, ordered, sums, product.numpy())
+        threads = torch.get_num_threads()
+        new, begin = not multiply.signatures, time.perf_counter()
+        if new or threads == 1 or len(slots) * outputs * columns < _WORTH_THREADS:
+            multiply(*given, 0, outputs)
+            if new and (taken := time.perf_counter() - begin) > _WORTH_SAYING_S:
+                name = self.kind.name
+                _log.info("compiled the products of %s in %.1f s, kept for next time", name, taken)
+            return product
+        step = -(-outputs // threads // ROWS) * ROWS
+        ends = [min(begin + step, outputs) for begin in range(0, outputs, step)]
+        others = [
+            _pool(threads).submit(partial(multiply, *given, begin, end))
+            for begin, end in pairwise(ends)
+        ]
+        multiply(*given, 0, ends[0])
+        for other in others:
+            other.result()
+        return product
+
+    def weights(self, parts: Mapping[str, Tensor], slot: int) -> Tensor:
+        """Unpack one slot, ``(outputs, columns)``; on the CPU until the next is asked for."""
+        outputs, columns = self.shape
+        if parts["codes"].device.type != "cpu":
+            own = {kind: part[slot] for kind, part in parts.items()}
+            return self.kind.decode_matrix(own, outputs, columns).to(self.dtype)
+        half = self.dtype == torch.bfloat16
+        key = self.shape, torch.bfloat16 if half else torch.float32
+        scratch = _LOCAL.__dict__.setdefault("scratch", {})
+        if key not in scratch:
+            with torch.inference_mode(False):
+                scratch[key] = torch.empty(key[0], dtype=key[1], device="cpu")
+        found: Tensor = scratch[key]
+        compiled(self.kind.arithmetic(columns), half)[2](*_arrays(parts), slot, _array(found))
+        return found
 
 
 class PackedExperts:
@@ -45,15 +115,14 @@ class PackedExperts:
 
     Args:
         kind: The format of the blocks.
-        tensors: An expert's tensors, as its module has them. Where many tokens share an expert,
-            bfloat16 is computed in as such, and on the CPU every other type in float32. Few tokens
-            are computed in float32.
+        tensors: An expert's tensors, as its module has them.
     """
 
     def __init__(self, kind: PackedFormat, tensors: Sequence[Part]) -> None:
-        self._kind = kind
-        self._matrices = {t.name: t.rows_columns for t in tensors if t.is_matrix}
-        self._dtype = next(t.dtype for t in tensors if t.name == "down_proj")
+        dtype = next(t.dtype for t in tensors if t.name == "down_proj")
+        self._matrices = {
+            t.name: PackedMatrix(kind, t.rows_columns, dtype) for t in tensors if t.is_matrix
+        }
 
     def __call__(
         self, module: Any, hidden_states: Tensor, slot_index: Tensor, top_k_weights: Tensor
@@ -75,10 +144,11 @@ class PackedExperts:
         few = np.bincount(on_host)[on_host] < MANY
         if hidden_states.device.type != "cpu":
             few[:] = False
-        shape = (len(on_host), self._matrices["down_proj"][0])
+        shape = (len(on_host), self._matrices["down_proj"].shape[0])
         outputs = hidden_states.new_empty(shape, dtype=torch.float32)
         if few.any():
             due = np.flatnonzero(few)
+            due = due[np.argsort(on_host[due], kind="stable")]
             outputs[due] = self._read(module, hidden_states, due // top_k, on_host[due])
         for slot in np.unique(on_host[~few]):
             due = np.flatnonzero(on_host == slot)
@@ -88,15 +158,16 @@ class PackedExperts:
         weighted = outputs * top_k_weights.reshape(-1, 1)
         return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
+    def _parts(self, module: Any, name: str) -> dict[str, Tensor]:
+        return {kind: getattr(module, f"{name}.{kind}") for kind in self._matrices[name].parts}
+
     def _read(self, module: Any, hidden: Tensor, rows: np.ndarray, slots: np.ndarray) -> Tensor:
-        """Compute pairs (row of *hidden*, slot), reading the blocks once for each pair."""
+        """Compute pairs (row of *hidden*, slot) from packed rows."""
 
         def project(name: str, inputs: Tensor) -> Tensor:
             row_of = rows if inputs is wide else np.arange(len(slots))
-            product = self._multiply(module, name, inputs, row_of, slots)
-            return (
-                product.add_(getattr(module, f"{name}_bias")[slots]) if module.has_bias else product
-            )
+            matrix, parts = self._matrices[name], self._parts(module, name)
+            return _add_bias(module, name, matrix.multiply(parts, inputs, row_of, slots), slots)
 
         wide = hidden.float()
         return _expert(module, wide, project)
@@ -105,83 +176,10 @@ class PackedExperts:
         """Compute one expert for the rows *hidden*, its weights unpacked."""
 
         def project(name: str, inputs: Tensor) -> Tensor:
-            weights = self._weights(module, name, slot)
-            product = inputs.to(weights.dtype) @ weights.T
-            return (
-                product.add_(getattr(module, f"{name}_bias")[slot]) if module.has_bias else product
-            )
+            weights = self._matrices[name].weights(self._parts(module, name), slot)
+            return _add_bias(module, name, inputs.to(weights.dtype) @ weights.T, slot)
 
         return _expert(module, hidden, project)
-
-    def _multiply(
-        self, module: Any, name: str, inputs: Tensor, rows: np.ndarray, slots: np.ndarray
-    ) -> Tensor:
-        """Product of each pair: ``(pairs, outputs)``, float32."""
-        outputs, columns = self._matrices[name]
-        how = self._kind.arithmetic(columns)
-        prepare, multiply, _ = compiled(how, False)
-        x = inputs.numpy()
-        ordered = np.empty(x.shape, np.float32)  # in rows, however x lies
-        sums = np.empty((len(x), columns // how.group, how.lanes), np.float32)
-        prepare(x, ordered, sums)
-        product = torch.empty((len(slots), outputs), dtype=torch.float32, device="cpu")
-        given: tuple[Any, ...] = (
-            *self._arrays(module, name),
-            slots,
-            rows,
-            ordered,
-            sums,
-            product.numpy(),
-        )
-        threads = torch.get_num_threads()
-        new, begin = not multiply.signatures, time.perf_counter()
-        if new or threads == 1 or len(slots) * outputs * columns < _WORTH_THREADS:
-            multiply(*given, 0, outputs)
-            if new and (taken := time.perf_counter() - begin) > _WORTH_SAYING_S:
-                kind = self._kind.name
-                _log.info("compiled the products of %s in %.1f s, kept for next time", kind, taken)
-            return product
-        step = -(-outputs // threads // ROWS) * ROWS
-        ends = [min(begin + step, outputs) for begin in range(0, outputs, step)]
-        others = [
-            _pool(threads).submit(partial(multiply, *given, begin, end))
-            for begin, end in pairwise(ends)
-        ]
-        multiply(*given, 0, ends[0])
-        for other in others:
-            other.result()
-        return product
-
-    def _weights(self, module: Any, name: str, slot: int) -> Tensor:
-        """The weights of one slot, ``(outputs, columns)``, until the next are asked for."""
-        outputs, columns = self._matrices[name]
-        half = self._dtype == torch.bfloat16
-        dtype = torch.bfloat16 if half else torch.float32
-        codes = getattr(module, f"{name}.codes")
-        if codes.device.type != "cpu":
-            kinds = self._kind.matrix_parts(outputs, columns)
-            parts = {kind: getattr(module, f"{name}.{kind}")[slot] for kind in kinds}
-            return self._kind.decode_matrix(parts, outputs, columns).to(self._dtype)
-        scratch = _LOCAL.__dict__.setdefault("scratch", {})
-        shape = (outputs, columns)
-        if (shape, dtype) not in scratch:
-            with torch.inference_mode(False):
-                scratch[shape, dtype] = torch.empty(shape, dtype=dtype, device="cpu")
-        found: Tensor = scratch[shape, dtype]
-        unpack = compiled(self._kind.arithmetic(columns), half)[2]
-        unpack(*self._arrays(module, name), slot, _array(found))
-        return found
-
-    def _arrays(self, module: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes, scales and offsets of all slots, as the compiled functions read them."""
-        codes, scales = (_array(getattr(module, f"{name}.{kind}")) for kind in ("codes", "scales"))
-        for kind in ("minimums", "zeros"):
-            if hasattr(module, f"{name}.{kind}"):
-                return codes, scales, _array(getattr(module, f"{name}.{kind}"))
-        return codes, scales, _NO_OFFSETS
-
-
-_NO_OFFSETS = np.zeros((1, 1, 1), np.uint8)
 
 
 def _expert(module: Any, hidden: Tensor, project: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -189,6 +187,56 @@ def _expert(module: Any, hidden: Tensor, project: Callable[[str, Tensor], Tensor
     if module.has_gate:
         return project("down_proj", module._apply_gate(project("gate_up_proj", hidden)))
     return project("down_proj", module.act_fn(project("up_proj", hidden)))
+
+
+def _add_bias(module: Any, name: str, product: Tensor, slots: Any) -> Tensor:
+    return product.add_(getattr(module, f"{name}_bias")[slots]) if module.has_bias else product
+
+
+class PackedLinear(nn.Module):
+    """
+    A linear layer whose weight is packed, on the CPU; few rows are multiplied as they are read.
+
+    Each row of the output has the same bits whatever else is computed with it, within few rows and
+    within many.
+
+    Args:
+        linear: Gives weight and bias.
+        kind: The format.
+
+    Raises:
+        UnsupportedModelError: the format cannot hold a weight of this shape.
+        AttachError: it cannot hold these numbers.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: PackedFormat) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._matrix = PackedMatrix(kind, (linear.out_features, linear.in_features), weight.dtype)
+        for name, part in kind.encode_matrix(weight.float().contiguous()).items():
+            self.register_buffer(name, part[None], persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Multiply *inputs* ``(..., in_features)``; in their own type."""
+        parts = {kind: getattr(self, kind) for kind in self._matrix.parts}
+        rows = inputs.reshape(-1, self.in_features)
+        if len(rows) < MANY:
+            places = np.arange(len(rows))
+            product = self._matrix.multiply(parts, rows.float(), places, np.zeros_like(places))
+        else:
+            weights = self._matrix.weights(parts, 0)
+            product = rows.to(weights.dtype) @ weights.T
+        if self.bias is not None:
+            product = product + self.bias
+        return product.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+
+def _arrays(parts: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales and offsets of all slots, as the compiled functions read them."""
+    codes, scales, *offsets = (_array(part) for part in parts.values())
+    return codes, scales, offsets[0] if offsets else _NO_OFFSETS
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -28,9 +28,16 @@ from melinoe.experts.format import Arithmetic
 
 # Rows that are computed side by side, so that each vector of inputs is loaded once for all.
 ROWS = 4
+# Vectors that are multiplied with an expert's rows while those are in registers.
+BATCH = 4
 # What the 16 codes of e2m1 mean: the highest bit is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_CODES = {"uint4": 0, "e2m1": 1, "uint8": 2, "e4m3": 3}
+# What those of int4 mean.
+LEVELS = (-120, -97, -77, -59, -44, -30, -18, -6, 6, 18, 30, 44, 59, 77, 97, 120)
+# Of the smallest scale of 8 bits, as a float32 has it.
+SCALE_EXPONENT = 99
+_CODES = {"uint4": 0, "e2m1": 1, "uint8": 2, "e4m3": 3, "levels": 4}
+_PAIRS = (_CODES["uint4"], _CODES["e2m1"], _CODES["levels"])  # two codes to a byte
 _OFFSETS = {"none": 0, "minimum": 1, "zero": 2, "symmetric": 3}
 
 intrinsic: Any = _typed_intrinsic  # its type counts the compiler's own argument too
@@ -82,22 +89,22 @@ def _permutes_floats(width: int) -> bool:
 
 def _widen(b: Any, codes: int, pointer: Any, width: int) -> list[Any]:
     """Two vectors of *width* float32 numbers from the codes at *pointer*."""
-    if codes in (_CODES["uint4"], _CODES["e2m1"]):  # even columns first, then the odd ones
+    if codes in _PAIRS:  # even columns first, then the odd ones
         raw = _load(b, _I8, width, pointer)
+        levels = LEVELS if codes == _CODES["levels"] else E2M1
         if codes == _CODES["uint4"] or _permutes_floats(width):
             wide = b.zext(raw, ir.VectorType(_I32, width))
             halves = [b.and_(wide, _vector(_I32, 15, width)), b.lshr(wide, _vector(_I32, 4, width))]
             if codes == _CODES["uint4"]:
                 return [_to_float(b, half, width) for half in halves]
-            table = _vector(_F32, E2M1, 16)
+            table = _vector(_F32, levels, 16)
             return [_look_up(b, table, half, width) for half in halves]
-        # Twice a level is a whole number: a table of bytes, which older processors permute too.
-        table = _vector(_I8, [int(2 * level) & 255 for level in E2M1], 16)
-        half = _vector(_F32, 0.5, width)
+        # Twice a level of e2m1 is whole: a table of bytes, which older processors permute too.
+        unit = 1 if codes == _CODES["levels"] else 2
+        table = _vector(_I8, [int(unit * level) & 255 for level in levels], 16)
         halves = [b.and_(raw, _vector(_I8, 15, width)), b.lshr(raw, _vector(_I8, 4, width))]
-        return [
-            b.fmul(half, _to_float(b, _look_up(b, table, index, width), width)) for index in halves
-        ]
+        found = [_to_float(b, _look_up(b, table, index, width), width) for index in halves]
+        return [b.fmul(_vector(_F32, 1 / unit, width), half) for half in found]
     found = []
     for part in range(2):
         raw = _load(b, _I8, width, b.gep(pointer, [_I64(part * width)]))
@@ -116,7 +123,7 @@ def _widen(b: Any, codes: int, pointer: Any, width: int) -> list[Any]:
 
 def _bytes_of_two(codes: int, width: int) -> int:
     """Bytes of the codes that `_widen` reads."""
-    return width if codes in (_CODES["uint4"], _CODES["e2m1"]) else 2 * width
+    return width if codes in _PAIRS else 2 * width
 
 
 def _loop(
@@ -145,20 +152,21 @@ def _loop(
 
 @intrinsic(prefer_literal=True)
 def _dot(  # type: ignore[no-untyped-def]
-    context, codes, offsets, width, chunks, groups, packed, stride, scales, offset, x, sums, out
+    context, codes, offsets, width, chunks, batch, groups, data, step, scale, shift, wide, xs, out
 ):
     """
-    Multiply `ROWS` packed rows, *stride* bytes apart, with one vector; all by address.
+    Multiply `ROWS` packed rows, *step* bytes apart, with *batch* vectors; all by address.
 
-    *scales* and *offset* are float32 ``(ROWS, groups)``; *sums* has *width* partial sums of each
-    group of *x*; *out* takes one number for each row.
+    *scale* is float32 ``(ROWS, groups)``, *shift* ``(ROWS, wide * width)``: the same, then zeros;
+    *xs* lists the addresses of the vectors, then of the sums of their groups, then zeros; *out*
+    takes ``(batch, ROWS)``.
     """
     kind, shifted = codes.literal_value, offsets.literal_value
-    lanes, parts = width.literal_value, chunks.literal_value
+    lanes, parts, many = width.literal_value, chunks.literal_value, batch.literal_value
     size = _bytes_of_two(kind, lanes)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        count, begin, step, scale, shift, inputs, partial, into = args[4:]
+        count, begin, step, scale, shift, ends, inputs, into = args[5:]
         floats = ir.VectorType(_F32, lanes)
         fma = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{lanes}f32"
@@ -169,21 +177,19 @@ def _dot(  # type: ignore[no-untyped-def]
             ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]),
         )
         begin = b.inttoptr(begin, _I8.as_pointer())
-        pointers = [
-            b.inttoptr(address, _F32.as_pointer())
-            for address in (scale, shift, inputs, partial, into)
-        ]
-        scale, shift, inputs, partial, into = pointers
+        scale, shift, into = (b.inttoptr(one, _F32.as_pointer()) for one in (scale, shift, into))
+        inputs = b.inttoptr(inputs, _I64.as_pointer())
+        addresses = [b.load(b.gep(inputs, [_I64(n)])) for n in range(2 * many)]
+        vectors = [b.inttoptr(address, _F32.as_pointer()) for address in addresses]
 
-        def group(number: Any, sums_of: list[Any]) -> list[Any]:
-            found = []
+        def group(number: Any, before: list[Any]) -> list[Any]:
+            found = list(before)
             at = b.mul(number, _I64(parts * 2 * lanes))
             x_of = [
-                _load(b, _F32, lanes, b.gep(inputs, [b.add(at, _I64(n * lanes))]))
-                for n in range(2 * parts)
-            ]
-            if shifted:
-                own = _load(b, _F32, lanes, b.gep(partial, [b.mul(number, _I64(lanes))]))
+                [_load(b, _F32, lanes, b.gep(x, [b.add(at, _I64(n * lanes))]))
+                 for n in range(2 * parts)]
+                for x in vectors[:many]
+            ]  # fmt: skip
             for row in range(ROWS):
                 place = b.add(b.mul(step, _I64(row)), b.mul(number, _I64(parts * size)))
                 here = b.gep(begin, [place])
@@ -191,36 +197,46 @@ def _dot(  # type: ignore[no-untyped-def]
                     b.call(
                         fetch, [b.gep(here, [b.mul(step, _I64(ROWS))]), _I32(0), _I32(3), _I32(1)]
                     )
-                total = None
+                weights = []
                 for part in range(parts):
-                    weights = _widen(b, kind, b.gep(here, [_I64(part * size)]), lanes)
-                    for weight, x_part in zip(weights, x_of[2 * part :], strict=False):
-                        total = (
-                            b.fmul(weight, x_part)
-                            if total is None
-                            else b.call(fma, [weight, x_part, total])
-                        )
+                    weights += _widen(b, kind, b.gep(here, [_I64(part * size)]), lanes)
                 index = b.add(b.mul(count, _I64(row)), number)
                 factor = _splat(b, b.load(b.gep(scale, [index])), lanes)
-                sum_of = b.call(fma, [factor, total, sums_of[row]])
-                if shifted:
-                    added = _splat(b, b.load(b.gep(shift, [index])), lanes)
-                    sum_of = b.call(fma, [added, own, sum_of])
-                found.append(sum_of)
+                for n in range(many):
+                    total = b.fmul(weights[0], x_of[n][0])
+                    for weight, x_part in zip(weights[1:], x_of[n][1:], strict=True):
+                        total = b.call(fma, [weight, x_part, total])
+                    found[n * ROWS + row] = b.call(fma, [factor, total, before[n * ROWS + row]])
+            return found
+
+        def added(number: Any, before: list[Any]) -> list[Any]:
+            at, found = b.mul(number, _I64(lanes)), []
+            sums_of = [_load(b, _F32, lanes, b.gep(x, [at])) for x in vectors[many:]]
+            length = b.mul(ends, _I64(lanes))
+            own = [
+                _load(b, _F32, lanes, b.gep(shift, [b.add(b.mul(length, _I64(row)), at)]))
+                for row in range(ROWS)
+            ]
+            for n in range(many):
+                for row in range(ROWS):
+                    found.append(b.call(fma, [own[row], sums_of[n], before[n * ROWS + row]]))
             return found
 
         zero = _vector(_F32, 0.0, lanes)
-        for row, total in enumerate(_loop(b, count, [zero] * ROWS, group)):
+        totals = _loop(b, count, [zero] * ROWS * many, group)
+        if shifted:
+            totals = _loop(b, ends, totals, added)
+        for place, total in enumerate(totals):
             half = lanes // 2
             while half:
                 low = _shuffle(b, total, total, list(range(half)))
                 high = _shuffle(b, total, total, list(range(half, 2 * half)))
                 total, half = b.fadd(low, high), half // 2
-            b.store(b.extract_element(total, _I32(0)), b.gep(into, [_I64(row)]))
+            b.store(b.extract_element(total, _I32(0)), b.gep(into, [_I64(place)]))
         return context.get_dummy_value()
 
     numbers = (types.int64,) * 8
-    return types.void(codes, offsets, width, chunks, *numbers), generate
+    return types.void(codes, offsets, width, chunks, batch, *numbers), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -274,7 +290,7 @@ def _to_bfloat16(b: Any, value: Any, width: int) -> Any:
 
 @intrinsic
 def _number(context, stored):  # type: ignore[no-untyped-def]
-    """Read a scale as float32: float16 as uint16, bfloat16 as int16, e8m0 as uint8, or float32."""
+    """Read a scale as float32: float16 is uint16, bfloat16 int16, e8m0 uint8, int4's own int8."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         (value,) = args
@@ -282,6 +298,9 @@ def _number(context, stored):  # type: ignore[no-untyped-def]
             return b.fpext(b.bitcast(value, ir.HalfType()), _F32)
         if stored == types.int16:
             return b.bitcast(b.shl(b.zext(value, _I32), _I32(16)), _F32)
+        if stored == types.int8:
+            bits = b.shl(b.zext(value, _I32), _I32(20))
+            return b.bitcast(b.add(bits, _I32(SCALE_EXPONENT << 23)), _F32)
         if stored == types.uint8:
             bits = b.zext(value, _I32)
             smallest = b.icmp_unsigned("==", bits, _I32(0))  # 2**-127 has no exponent of its own
@@ -291,7 +310,7 @@ def _number(context, stored):  # type: ignore[no-untyped-def]
     return types.float32(stored), generate
 
 
-def _compile(function: Callable[..., Any]) -> Any:
+def compile_kept(function: Callable[..., Any]) -> Any:
     """Compile *function* when it is first called, or take what an earlier process kept."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -299,7 +318,7 @@ def _compile(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
-@_compile
+@compile_kept
 def round_to_codes(values, scale, minimum, most, codes):  # type: ignore[no-untyped-def]
     """Write the code nearest to each of *values* ``(rows, groups, group)``, in float64."""
     for row in range(values.shape[0]):
@@ -349,10 +368,11 @@ def compiled(how: Arithmetic, half: bool) -> tuple[Any, Any, Any]:
 
     Returns:
         ``prepare(x, ordered, sums)``: order float32 rows *x* as the codes lie, and sum each group
-        in *sums* ``(rows, groups, width)``.
+        in *sums* ``(rows, groups)``, which has zeros behind up to a multiple of `Arithmetic.lanes`.
 
         ``multiply(codes, scales, offsets, slots, rows, x, sums, out, begin, end)``: the product of
-        outputs *begin* to *end* of the expert in ``slots[p]`` with ``x[rows[p]]``, into ``out[p]``.
+        outputs *begin* to *end* of the expert in ``slots[p]`` with ``x[rows[p]]``, into ``out[p]``;
+        pairs of one slot that follow each other share the reading of its rows.
 
         ``unpack(codes, scales, offsets, slot, out)``: the weights of a slot, ``(outputs,
         columns)``.
@@ -360,36 +380,45 @@ def compiled(how: Arithmetic, half: bool) -> tuple[Any, Any, Any]:
     kind, offset, group = _CODES[how.codes], _OFFSETS[how.offset], how.group
     width = how.lanes
     chunks, down, across = group // (2 * width), how.rows_per_scale, how.groups_per_scale
-    pairs = kind in (_CODES["uint4"], _CODES["e2m1"])
+    pairs = kind in _PAIRS
     middle = 8 if kind == _CODES["uint4"] else 128
     short = int(half)
 
-    @_compile
+    @compile_kept
     def prepare(x, ordered, sums):  # type: ignore[no-untyped-def]
         for row in range(x.shape[0]):
-            for number in range(sums.shape[1]):
-                for lane in range(width):
-                    total = np.float32(0)
-                    for half in range(2 * chunks):
-                        at = number * group + half * width + lane
-                        source = at
-                        if pairs:
-                            source = number * group + half // 2 * 2 * width + 2 * lane + half % 2
-                        ordered[row, at] = x[row, source]
-                        total += x[row, source]
-                    sums[row, number, lane] = total
+            for number in range(x.shape[1] // group):
+                total = np.float32(0)
+                for place in range(group):
+                    at = number * group + place
+                    source = at
+                    if pairs:
+                        half, lane = place // width, place % width
+                        source = number * group + half // 2 * 2 * width + 2 * lane + half % 2
+                    ordered[row, at] = x[row, source]
+                    total += x[row, source]
+                sums[row, number] = total
 
-    @_compile
+    @compile_kept
     def multiply(  # type: ignore[no-untyped-def]
         codes, scales, offsets, slots, rows, x, sums, out, begin, end
     ):
-        groups = sums.shape[1]
+        groups, wide = x.shape[1] // group, sums.shape[1] // width
         factor = np.empty((ROWS, groups), np.float32)
-        added = np.empty((ROWS, groups), np.float32)
-        result = np.empty(ROWS, np.float32)
+        added = np.zeros((ROWS, wide * width), np.float32)
+        result = np.empty((BATCH, ROWS), np.float32)
+        xs = np.empty(2 * BATCH, np.int64)
         outputs, stride = codes.shape[1], codes.shape[2]
-        for pair in range(slots.shape[0]):
-            slot, row = slots[pair], rows[pair]
+        pair = 0
+        while pair < slots.shape[0]:
+            slot, count = slots[pair], 1
+            while count < BATCH and pair + count < slots.shape[0] and slots[pair + count] == slot:
+                count += 1
+            batch = 1 if count == 1 else BATCH
+            for n in range(batch):  # what lacks is computed once more, and not written
+                row = rows[pair + min(n, count - 1)]
+                xs[n] = x.ctypes.data + row * x.shape[1] * 4
+                xs[batch + n] = sums.ctypes.data + row * sums.shape[1] * 4
             for block in range(begin, end, ROWS):
                 # The last rows are computed with some before them, to the same bits.
                 first = min(block, outputs - ROWS)
@@ -398,17 +427,24 @@ def compiled(how: Arithmetic, half: bool) -> tuple[Any, Any, Any]:
                         scales, offsets, slot, first + n, offset, middle, down, across,
                         factor, added, n,
                     )  # fmt: skip
-                _dot(
-                    kind, offset, width, chunks, groups,
-                    codes.ctypes.data + (slot * outputs + first) * stride, stride,
-                    factor.ctypes.data, added.ctypes.data,
-                    x.ctypes.data + row * x.shape[1] * 4,
-                    sums.ctypes.data + row * groups * width * 4, result.ctypes.data,
-                )  # fmt: skip
-                for n in range(ROWS):
-                    out[pair, first + n] = result[n]
+                place = codes.ctypes.data + (slot * outputs + first) * stride
+                if batch == 1:
+                    _dot(
+                        kind, offset, width, chunks, 1, groups, place, stride, factor.ctypes.data,
+                        added.ctypes.data, wide, xs.ctypes.data, result.ctypes.data,
+                    )  # fmt: skip
+                else:
+                    _dot(
+                        kind, offset, width, chunks, BATCH, groups, place, stride,
+                        factor.ctypes.data, added.ctypes.data, wide, xs.ctypes.data,
+                        result.ctypes.data,
+                    )  # fmt: skip
+                for m in range(count):
+                    for n in range(ROWS):
+                        out[pair + m, first + n] = result[m, n]
+            pair += count
 
-    @_compile
+    @compile_kept
     def unpack(codes, scales, offsets, slot, out):  # type: ignore[no-untyped-def]
         groups = out.shape[1] // group
         factor = np.empty((1, groups), np.float32)

@@ -1,0 +1,50 @@
+"""Pack the linear layers beside the experts: attention, shared experts, dense layers, the head."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import nn
+
+from melinoe.errors import AttachError, UnsupportedModelError
+from melinoe.experts.format import PackedFormat
+from melinoe.experts.packed import PackedLinear
+from melinoe.moe.experts import is_experts_module
+from melinoe.moe.routing import find_routers
+
+
+@torch.no_grad()
+def pack_backbone(model: nn.Module, kind: PackedFormat) -> int:
+    """
+    Replace the plain linear layers of *model* by packed ones, for good, one at a time.
+
+    Routers stay as they are, for what they choose hangs on small differences; so do embeddings,
+    other kinds of layers, and weights that the format cannot hold.
+
+    Args:
+        model: On the CPU; its experts may have been taken out.
+        kind: ``int8`` or another format.
+
+    Returns:
+        How many layers are packed now.
+
+    Raises:
+        AttachError: a weight is not on the CPU.
+    """
+    kept = {id(part) for router in find_routers(model) for part in router.module.modules()}
+    kept |= {id(p) for m in model.modules() if is_experts_module(m) for p in m.modules()}
+    count = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Linear or id(child) in kept:
+                continue
+            if child.weight.device.type != "cpu":
+                raise AttachError(
+                    f"the backbone is packed on the CPU alone, and {name} is on "
+                    f"{child.weight.device}; leave --backbone out"
+                )
+            with suppress(UnsupportedModelError):
+                setattr(module, name, PackedLinear(child, kind))
+                count += 1
+    return count
