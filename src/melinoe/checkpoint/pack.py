@@ -33,7 +33,7 @@ _log = logging.getLogger("melinoe")
 SHARD_BYTES = 1 << 30
 
 
-def pack(name: str, format: str, out: str | Path) -> None:
+def pack(name: str, format: str, out: str | Path) -> float:
     """
     Write a checkpoint anew with its experts in *format*.
 
@@ -43,6 +43,10 @@ def pack(name: str, format: str, out: str | Path) -> None:
             writes packed weights as they mean, which any engine reads; the others `melinoe.load`
             reads.
         out: The directory to make; whole or not at all.
+
+    Returns:
+        How far the experts are off: the root mean square of the difference over that of the
+        weights, of the first expert of each layer.
 
     Raises:
         OutputExistsError: *out* is taken.
@@ -85,6 +89,19 @@ def pack(name: str, format: str, out: str | Path) -> None:
                 if path.name not in (INDEX, "config.json"):
                     copyfile(path, directory / path.name)
             write_metadata(directory, read_metadata(checkpoint.source) or describe_base(name))
+        return _difference(checkpoint, wanted)
+
+
+def _difference(checkpoint: Checkpoint, wanted: ExpertFormat) -> float:
+    error = square = 0.0
+    for source in checkpoint.experts:
+        tensors = source.layer.tensors
+        plain = {t.name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in tensors}
+        source.read(0, plain)
+        for name, meant in wanted.decode(tensors, wanted.encode(tensors, plain)).items():
+            error += float((meant.float() - plain[name].float()).square().sum())
+            square += float(plain[name].float().square().sum())
+    return (error / square) ** 0.5 if square else 0.0
 
 
 def _read(checkpoint: Checkpoint, wanted: ExpertFormat) -> Iterator[dict[str, Tensor]]:
