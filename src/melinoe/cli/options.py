@@ -101,7 +101,7 @@ def serving(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., No
             "slots", "expert_memory", "policy", "store", "batch", "context", "allocate_from",
         ),
         "Misses": ("miss",),
-        "Engine": ("engine", "format", "compile", "dtype"),
+        "Engine": ("engine", "format", "backbone", "compile", "dtype"),
         "Choice of experts": ("choice", "choice_strength", "choice_keep"),
     }  # fmt: skip
     return with_settings(Serving, panels, **defaults)

@@ -42,10 +42,11 @@ from melinoe.errors import (
     PinError,
     UnsupportedModelError,
 )
-from melinoe.experts.format import ExpertFormat
+from melinoe.experts.format import ExpertFormat, PackedFormat
 from melinoe.experts.formats import named_format
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
+from melinoe.moe.packed_backbone import pack_backbone
 from melinoe.stores.disk_store import DiskStore
 from melinoe.stores.ram_store import PinnedStore, RamStore
 from melinoe.stores.store import Store, read_block
@@ -73,6 +74,7 @@ def load(
     engine: str = "auto",
     store: str | Store = "auto",
     format: str | None = None,
+    backbone: str = "plain",
     miss: str | Misses = "wait",
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
@@ -94,8 +96,8 @@ def load(
     Args:
         name: A directory in the hub's layout, or the name of a repository on the hub.
         device, gpu_memory, ram, batch, context, dtype, slots, expert_memory, policy,
-            policy_options, engine, format, admit, staging_experts, graphs, compile, link: As
-            `melinoe.engine.options.Options` says of each. *policy* may be a function that makes one
+            policy_options, engine, format, backbone, admit, staging_experts, graphs, compile,
+            link: As `melinoe.engine.options.Options` says of each. *policy* may be a function that makes one
             for each layer.
         store: Or a store that holds this checkpoint's experts already.
         miss: Or another handle's ``misses``, to decide by its figures.
@@ -248,6 +250,10 @@ def _load(
     checkpoint: Checkpoint, stored: Sequence[ExpertsLayer], options: Options, chosen: Placement
 ) -> tuple[Any, Handle]:
     model = load_backbone(checkpoint, chosen.device)
+    if options.backbone != "plain":
+        kind = named_format(options.backbone)
+        assert isinstance(kind, PackedFormat)
+        pack_backbone(model, kind)
     layers = [
         layer.stored_as(as_stored.format)
         for layer, as_stored in zip(layers_of(checkpoint, model), stored, strict=True)

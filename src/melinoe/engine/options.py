@@ -79,6 +79,12 @@ class Options:
         "writes; absent: as the checkpoint has them",
         choices=_formats,
     )
+    backbone: str = setting(
+        "plain",
+        "how attention, shared experts and the head are stored, on the CPU: plain, or int8, which "
+        "reads half the bytes a token and changes what the model writes a little",
+        choices=("plain", "int8", "int4"),
+    )
     miss: Any = setting(
         "wait",
         "on a miss: wait for the expert; cpu, compute it on the host; split, both, by cost",
