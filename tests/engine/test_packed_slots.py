@@ -155,3 +155,18 @@ def test_a_packed_store_serves_another_model(model):
             third.model.layers[0].mlp.experts.down_proj[-1].mul_(2)
         with pytest.raises(AttachError, match="other experts"):
             attach(third, slots=2, store=handle.store)
+
+
+def test_a_packed_backbone_is_loaded_by_option(tmp_path):
+    """Attention and head packed, routers and embedding not; close to the plain model's logits."""
+    path = write_olmoe(tmp_path / "model", hidden_size=32, intermediate_size=32)
+    plain, _ = melinoe.load(path, slots=3)
+    packed, _ = melinoe.load(path, slots=3, backbone="int8")
+    assert type(packed.lm_head).__name__ == "PackedLinear"
+    assert type(packed.model.layers[0].self_attn.q_proj).__name__ == "PackedLinear"
+    assert torch.equal(
+        packed.model.layers[0].mlp.gate.weight, plain.model.layers[0].mlp.gate.weight
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=0.1, atol=0.02)

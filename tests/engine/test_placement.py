@@ -71,7 +71,7 @@ def test_load_and_attach_show_every_option_with_its_default():
         assert not any(one.kind is one.VAR_KEYWORD for one in shown.values())
         assert {n: one.default for n, one in shown.items()} == {n: known[n] for n in shown}
         left_out = known.keys() - shown.keys()
-        of_loading = {"dtype", "gpu_memory", "ram", "batch", "context"}
+        of_loading = {"dtype", "gpu_memory", "ram", "batch", "context", "backbone"}
         assert left_out == (of_loading if first == "model" else set())
 
 
