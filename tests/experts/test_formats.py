@@ -145,7 +145,7 @@ def test_int4_decodes_by_its_formula():
     decoded = Int4().decode_matrix(block | {"zeros": zeros[:, None]}, 256, 32)
     # Five bits of exponent, three of mantissa.
     number = scales.double()
-    scale = 2.0 ** (number // 8 - 28) * (1 + (number % 8) / 8)
+    scale = 2.0 ** (number // 8 - 24) * (1 + (number % 8) / 8)
     expected = (levels[codes.int()] - zeros.double()[:, None]) * scale[:, None]
     assert torch.equal(decoded.double(), expected)
 

@@ -25,7 +25,7 @@ from melinoe.experts.packed_dot import LEVELS, SCALE_EXPONENT, compile_kept
 # The range of a group, and how much of it is tried; rounds of rounding and least squares for each.
 _SHARES = np.array([1.0, 0.92, 0.84, 0.76])
 _ROUNDS = 2
-_LARGEST = 1000.0
+_LARGEST = 25000.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Int4(PackedFormat):
         Choose for each group the scale and shift of the least squared error that is found.
 
         Raises:
-            AttachError: A weight that is not finite, or above 1000.
+            AttachError: A weight that is not finite, or above 25,000.
         """
         rows, columns = weights.shape
         groups = weights.view(rows, -1, groups_of(columns, self.group)).numpy()

@@ -35,7 +35,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 # What those of int4 mean.
 LEVELS = (-120, -97, -77, -59, -44, -30, -18, -6, 6, 18, 30, 44, 59, 77, 97, 120)
 # Of the smallest scale of 8 bits, as a float32 has it.
-SCALE_EXPONENT = 99
+SCALE_EXPONENT = 103
 _CODES = {"uint4": 0, "e2m1": 1, "uint8": 2, "e4m3": 3, "levels": 4}
 _PAIRS = (_CODES["uint4"], _CODES["e2m1"], _CODES["levels"])  # two codes to a byte
 _OFFSETS = {"none": 0, "minimum": 1, "zero": 2, "symmetric": 3}
