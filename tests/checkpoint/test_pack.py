@@ -1,6 +1,7 @@
 """A checkpoint written with packed experts loads as what packing while loading gives."""
 
 import json
+import re
 
 import damaged
 import packed_checkpoints
@@ -9,7 +10,7 @@ import torch
 from small_olmoe import words_tokenizer
 from transformers import AutoModelForCausalLM
 
-from melinoe.checkpoint import load_model, open_checkpoint, pack
+from melinoe.checkpoint import load_model, open_checkpoint, pack, read_metadata
 from melinoe.checkpoint.export_rules import find_export_faults
 from melinoe.checkpoint.verifying import verify
 from melinoe.errors import OutputExistsError, UnsupportedModelError
@@ -126,3 +127,11 @@ def test_an_adapter_of_a_packed_base_is_merged_into_the_base_unpacked(tmp_path, 
     moved = {name for name in merged if not torch.equal(merged[name], before[name])}
     assert any("experts" in name for name in moved) and any("router" in name for name in moved)
     assert not any("embed" in name or "norm" in name for name in moved)
+    # Or in one command, packed again: what packing the merged checkpoint gives, and how far off.
+    code, _, err = melinoe(*merge[:-1], tmp_path / "packed", "--format", "mxfp4")
+    assert code == 0 and re.search(r"its experts are \d+\.\d% off", err)
+    pack.pack(str(tmp_path / "merged"), "mxfp4", tmp_path / "by hand")
+    for path in sorted((tmp_path / "by hand").glob("*.safetensors")):
+        assert (tmp_path / "packed" / path.name).read_bytes() == path.read_bytes()
+    assert read_metadata(tmp_path / "packed")["base"] == "packed"
+    assert not list(tmp_path.glob(".*"))

@@ -295,8 +295,9 @@ def _parts(
             if isinstance(place, PackedPlace):
                 raise UnsupportedModelError(
                     f"{place.name} is stored packed ({place.format.name}), and changed weights are "
-                    "not packed again; save an adapter instead (--save adapter), or first unpack "
-                    "the base (`melinoe pack BASE --format plain --out DIR`)"
+                    "not packed again; save an adapter instead (--save adapter), which `melinoe "
+                    "merge --format` packs, or first unpack the base (`melinoe pack BASE --format "
+                    "plain --out DIR`)"
                 )
         yield part
 

@@ -25,8 +25,8 @@ def pack(
     from melinoe.checkpoint.pack import pack
 
     output.quiet()
-    pack(models.resolve(model), format, out)
-    output.say(f"wrote {out}")
+    off = pack(models.resolve(model), format, out)
+    output.say(f"wrote {out}{_off(off)}")
 
 
 def merge(
@@ -40,15 +40,27 @@ def merge(
             "The adapter's base: a directory or a name on the hub. Default: what the adapter names."
         ),
     ] = None,
+    format: Annotated[
+        str | None,
+        option("Pack the merged experts, as melinoe pack does; the base may be packed itself."),
+    ] = None,
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint in the hub's layout, for any engine."""
-    from melinoe.finetune.saving import merge_adapter
+    from melinoe.finetune.saving import merge_adapter, merge_packed
 
     output.quiet()
-    made = merge_adapter(adapter, out, base=models.resolve(base) if base is not None else None)
-    output.say(f"wrote {out}")
+    base, off = models.resolve(base) if base is not None else None, 0.0
+    if format is None:
+        made = merge_adapter(adapter, out, base=base)
+    else:
+        made, off = merge_packed(adapter, out, format, base=base)
+    output.say(f"wrote {out}{_off(off)}")
     if made.get("settings"):  # of an adapter of ours, whose melinoe.json says what a card tells
         card(out)
+
+
+def _off(share: float) -> str:
+    return f"; its experts are {share:.1%} off in the root mean square" if share else ""
 
 
 def card(

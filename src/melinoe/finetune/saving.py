@@ -6,8 +6,14 @@ from typing import Any
 
 from melinoe.checkpoint.backbone import layers_of, load_backbone
 from melinoe.checkpoint.files import is_directory, split_revision
-from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
+from melinoe.checkpoint.metadata import (
+    describe_base,
+    read_metadata,
+    update_metadata,
+    write_metadata,
+)
 from melinoe.checkpoint.opening import open_checkpoint
+from melinoe.checkpoint.pack import pack
 from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.tokenizer import copy_tokenizer, load_tokenizer
 from melinoe.checkpoint.writing import check_output, round_as_stored, whole_directory, write_model
@@ -21,6 +27,7 @@ from melinoe.finetune.adapter import (
 )
 from melinoe.host_memory import check_host_room, format_bytes
 from melinoe.moe.routing import fingerprint
+from melinoe.whole_file import unfinished
 
 
 def write_result(
@@ -145,3 +152,34 @@ def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> 
     if not (name := metadata.get("base") or path):
         raise CheckpointError(f"{adapter} does not name the model it was trained on; give --base")
     return str(name)
+
+
+def merge_packed(
+    adapter: str | Path, out: str | Path, format: str, base: str | Path | None = None
+) -> tuple[dict[str, Any], float]:
+    """
+    Merge as `merge_adapter`, and pack the experts; the base may be packed itself.
+
+    Args:
+        format: Of the experts, as `melinoe.checkpoint.pack.pack` takes it.
+
+    Returns:
+        The checkpoint's ``melinoe.json``, and how far the packed experts are off the merged ones:
+        root mean square over that of the weights.
+
+    Raises:
+        As `merge_adapter`, and as `pack`.
+
+    Cost: beside *out* on the disk the merged checkpoint for a while, and a packed base unpacked.
+    """
+    path, metadata = check_output(out), read_metadata(Path(adapter).expanduser())
+    name = str(base or _base_of(str(adapter), read_adapter_config(adapter), metadata))
+    with unfinished(path.absolute().with_name(f"{path.name}.merged")) as work:
+        with open_checkpoint(name) as checkpoint:
+            packed = any(not source.format.exact for source in checkpoint.experts)
+        if packed:
+            pack(name, "plain", work / "base")
+        merge_adapter(adapter, work / "merged", work / "base" if packed else name)
+        off = pack(str(work / "merged"), format, path)
+    about = describe_base(name)
+    return update_metadata(path, **{key: metadata.get(key, about[key]) for key in about}), off
