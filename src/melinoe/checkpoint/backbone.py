@@ -45,12 +45,11 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
     Load everything but the experts onto *device*.
 
     The model comes out of transformers' ``from_pretrained``, so tied weights, buffers, types and
-    the generation config are its own doing; only the experts' parameters were taken out while the
-    model had no memory yet. They are left as empty parameters ``(0, ...)``, the form that
-    `melinoe.attach` leaves too.
+    the generation config are its own doing; only the experts' parameters are empty, ``(0, ...)``,
+    as `melinoe.attach` leaves them too.
 
     Returns:
-        The model, in evaluation mode. It cannot run until experts are attached or put into it.
+        The model, in evaluation mode.
 
     Raises:
         CheckpointError: a backbone tensor is missing or has another shape than the config says;

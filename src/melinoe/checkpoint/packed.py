@@ -47,11 +47,10 @@ class PackedPlace:
     Looks like a `Place` of plain weights: `read` decodes them.
 
     Args:
-        name: Of the plain weights.
-        stored: Stored tensors by what they hold: ``codes``, ``scales``, ...
+        name: Of the plain weights, which `read` is asked for as *dtype*.
+        stored: By what they hold: ``codes``, ``scales``, ...
         packed: Format of the block that `read_parts` gives.
         shape: ``(..., outputs, inputs)``.
-        dtype: Type in which `read` is asked for plain weights.
         transposed: Whether the plain weights are ``(..., inputs, outputs)``.
         fill: Reads the parts of one matrix; absent where they are ranges of the stored tensors.
     """
@@ -94,12 +93,9 @@ class PackedPlace:
 
     def read_parts(self, into: Mapping[str, Tensor], index: int = 0) -> None:
         """
-        Read one matrix as parts of a block.
+        Read one matrix, by its *index*, as parts of a block.
 
-        Args:
-            into: Contiguous CPU tensors by what they hold, as `PackedFormat.matrix_parts` lists
-                them.
-            index: Which of the matrices.
+        *into* has contiguous CPU tensors as `PackedFormat.matrix_parts` lists them.
         """
         if self._fill is not None:
             self._fill(self, into, index)
@@ -495,11 +491,7 @@ def unpack(stored: Stored, config: Settings, name: str, dtype: torch.dtype) -> d
     """
     Gather the stored tensors of each packed matrix under the name of its plain weights.
 
-    Args:
-        stored: Every stored tensor.
-        config: The raw config; without quantisation, all tensors stay as they are.
-        name: Of the checkpoint, for messages.
-        dtype: In which packed weights are given as plain ones.
+    Packed weights are given as *dtype*; tensors that *config* does not say are packed stay.
 
     Raises:
         CheckpointError: a scale or another part is missing, or has another shape than it should;

@@ -68,15 +68,9 @@ class Group(NamedTuple):
         self, pieces: dict[str, list[Tensor]], shapes: dict[str, tuple[int, ...]], config: Any
     ) -> dict[str, Tensor]:
         """
-        Run the rule on *pieces*.
+        Run the rule on *pieces*, tensors by source pattern; return tensors by parameter.
 
-        Args:
-            pieces: Source pattern -> tensors, in the group's order.
-            shapes: Full name -> shape of the parameters that the rule may ask for.
-            config: The model's config, which some rules look into.
-
-        Returns:
-            Full parameter name -> tensor.
+        Rules may ask for *shapes* of parameters, and look into the model's *config*.
         """
         converter: Any = deepcopy(self.converter)
         for pattern, tensors in pieces.items():
@@ -97,11 +91,9 @@ class _Shapes(NamedTuple):
 
 def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, Group]:
     """
-    Apply transformers' renamings and rules to every stored name.
+    Find the stored tensors of each parameter, by transformers' renamings and rules.
 
-    Returns full name of a parameter (of the first, where a rule makes several) -> the stored
-    tensors that make it. Names that the model does not know are kept under the name they would
-    have.
+    The key is the first parameter that a rule makes; names that the model does not know are kept.
 
     Raises:
         CheckpointError: two stored tensors are the same parameter.
@@ -160,10 +152,7 @@ def split(
     groups: dict[str, Group], experts: Collection[str]
 ) -> tuple[dict[str, Group], list[Weights]]:
     """
-    Part the experts' tensors from all others.
-
-    Returns full name -> group for each of *experts*, names of parameters, that the checkpoint has;
-    and the places of all other tensors, which make the backbone.
+    Part the groups of *experts*, names of parameters, from the places of the backbone.
 
     Raises:
         UnsupportedModelError: one rule makes an expert's parameter and another one together.
@@ -274,13 +263,7 @@ _STACKS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 def reader_for(group: Group, parameter: str, shape: tuple[int, ...], config: Any) -> Reader:
     """
-    Choose the cheapest reader that gives what transformers would; check shapes, read nothing.
-
-    Args:
-        group: The stored tensors and their rule.
-        parameter: Full name of the parameter to read, one of ``group.targets``.
-        shape: ``(E, ...)``, of the model's parameter.
-        config: The model's config, which some rules look into.
+    Choose the cheapest reader that gives *parameter*, ``(E, ...)``, as transformers would.
 
     Raises:
         CheckpointError: tensors of some experts are missing, or have another shape.
@@ -359,11 +342,9 @@ class ExpertSource:
     """
     Read one MoE layer of a checkpoint expert by expert.
 
-    Args:
-        layer: What the layer's experts consist of; its module is on the meta device.
-        readers: Parameter name -> reader.
-
     Attributes:
+        layer: What the experts consist of; its module is on the meta device.
+        readers: By parameter name.
         format: How the checkpoint stores an expert.
 
     Raises:
@@ -386,8 +367,8 @@ class ExpertSource:
 
         Args:
             expert: In ``[0, num_experts)``.
-            into: Parameter name -> tensor shaped like the parameter without its leading E;
-                every parameter must be there. Converted where types or devices differ.
+            into: By parameter name, shaped without its leading E; converted where types or devices
+                differ.
 
         Raises:
             CheckpointError: a shard was changed since it was opened, or the disk fails.
@@ -399,15 +380,12 @@ class ExpertSource:
 
     def read_block(self, expert: int, format: ExpertFormat, into: Mapping[str, Tensor]) -> None:
         """
-        Read one expert as a block of *format*.
-
-        In the format of the checkpoint the parts go straight from the shards; in another packed one
-        the expert is decoded, and encoded again.
+        Read one expert as a block of *format*: straight from the shards, or encoded here.
 
         Args:
             expert: In ``[0, num_experts)``.
             format: `PLAIN` gives the expert's tensors, as `read`.
-            into: Part name -> tensor, as ``format.parts(layer.tensors)`` lists them.
+            into: By part name, as ``format.parts(layer.tensors)`` lists them.
 
         Raises:
             CheckpointError: as `read`.

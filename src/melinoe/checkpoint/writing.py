@@ -59,11 +59,9 @@ def write_model(
     experts: OwnExpert | None = None,
 ) -> None:
     """
-    Write a changed model to *out*: its base's own files, in which what changed is overwritten.
+    Write a changed model to *out*; the base's card becomes ``BASE_README.md``.
 
-    Weights keep the base's names, shards and types, and config, tokenizer and all else its bytes;
-    its card becomes ``BASE_README.md``. Left out, with a warning, are weights in other files than
-    those that were read, and directories.
+    Left out, with a warning, are weights in other files than those that were read, and directories.
 
     Args:
         model: From `load_model`, then changed; with all its weights in it. Or from
@@ -151,8 +149,7 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
     """
     Give a directory to fill, which becomes *out* when the block ends, and is gone if it fails.
 
-    Its ``melinoe.json``, if it gets one, is given the sums of all other files, which costs one
-    more reading of them.
+    Its ``melinoe.json``, if it gets one, is given the sums of all other files.
 
     Raises:
         OutputExistsError: *out* is taken.
@@ -251,11 +248,6 @@ def rewrite(
 
     Tensors that equal the base's are left alone, in whatever type they are stored. What *experts*
     gives is rounded here.
-
-    Raises:
-        UnsupportedModelError: as `check_rewritable`; or what would be written is not what *model*
-            holds, a fault of the rules.
-        OSError: a full disk.
 
     Cost: every byte of the base copied once; a few copies of one expert in memory.
     """
