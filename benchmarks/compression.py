@@ -18,10 +18,12 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +33,6 @@ from melinoe.evaluate import perplexity, perplexity_increase
 from melinoe.experts.format import PackedFormat, groups_of
 from melinoe.experts.formats import named_format
 from melinoe.experts.integer import Integer
-from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.moe.packed_backbone import pack_backbone
 from melinoe.shipped import GSM8K_TEST, HELD_OUT, TINY_OLMOE
@@ -85,10 +86,14 @@ WAYS: dict[str, Way] = {
 
 
 def texts(tokenizer: Any, documents: int, length: int) -> list[Any]:
-    """Token ids of all corpora."""
+    """Token ids of all corpora, all of which count."""
     paths = [GSM8K_TEST, *sorted(HELD_OUT.glob("*.jsonl"))]
     found = [encode(load_examples(str(p), limit=documents), tokenizer, length) for p in paths]
-    return [one for corpus in found for one in corpus]
+    return [
+        replace(one, completion_mask=[False] + [True] * (len(one) - 1))
+        for corpus in found
+        for one in corpus
+    ]
 
 
 def changed(model: Any, way: Way) -> tuple[Any, float]:
@@ -116,11 +121,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY_OLMOE, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(str(TINY_OLMOE), model.config)
     every = texts(tokenizer, arguments.documents, arguments.length)
-    base = perplexity(model, every, completion_only=False)
+    base = perplexity(model, every)
     rows: list[dict[str, Any]] = [{"what": "as stored", "perplexity": base.estimate.mean}]
 
     def measure(what: str, ours: Any, error: float | None) -> None:
-        found = perplexity(ours, every, completion_only=False)
+        found = perplexity(ours, every)
         increase = perplexity_increase(found, base)
         percent = {k: 100 * getattr(increase, k) for k in ("mean", "low", "high")}
         row = {"what": what, "perplexity": found.estimate.mean}
@@ -142,11 +147,8 @@ def main() -> None:
         "result": rows,
         "documents": len(every),
         "tokens": int(base.tokens.sum()),
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

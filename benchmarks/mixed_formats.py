@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compression import there_and_back
+from common import publish
+from compression import texts, there_and_back
 from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_tokenizer
 from melinoe.data import encode, load_examples
 from melinoe.evaluate import perplexity, perplexity_increase
 from melinoe.experts.formats import named_format
-from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import RoutingRecorder, find_routers
-from melinoe.shipped import GSM8K_TEST, GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
+from melinoe.shipped import GSM8K_TRAIN, HELD_OUT, TINY_OLMOE
 
 HIGH, LOW = (there_and_back(named_format(name)) for name in ("int8", "int4"))
 
@@ -60,10 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(TINY_OLMOE, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(str(TINY_OLMOE), model.config)
-    every: list[Any] = []
-    for path in (GSM8K_TEST, *sorted(HELD_OUT.glob("*.jsonl"))):
-        every += encode(load_examples(str(path), limit=arguments.documents), tokenizer, 512)
-    base = perplexity(model, every, completion_only=False)
+    every = texts(tokenizer, arguments.documents, 512)
+    base = perplexity(model, every)
     layers, used = find_experts(model), uses(model, tokenizer)
     half = layers[0].num_experts // 2
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +86,7 @@ def main() -> None:
                 for expert, weights in enumerate(layer.module.get_parameter(tensor.name).data):
                     way = HIGH if is_high(layer.index, expert, tensor.name) else LOW
                     weights.copy_(way(weights.float().contiguous()))
-        increase = perplexity_increase(perplexity(ours, every, completion_only=False), base)
+        increase = perplexity_increase(perplexity(ours, every), base)
         percent = {k: 100 * getattr(increase, k) for k in ("mean", "low", "high")}
         rows.append({"in int8": what, "perplexity_increase_percent": percent})
         print(json.dumps(rows[-1]), flush=True)
@@ -102,11 +100,8 @@ def main() -> None:
         "result": rows,
         "uses_of_the_most_used_half": shares,
         "tokens": int(base.tokens.sum()),
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def load(
         name: A directory in the hub's layout, or the name of a repository on the hub.
         device, gpu_memory, ram, batch, context, dtype, slots, expert_memory, policy,
             policy_options, engine, format, backbone, admit, staging_experts, graphs, compile,
-            link: As `melinoe.engine.options.Options` says of each. *policy* may be a function that makes one
-            for each layer.
+            link: As `melinoe.engine.options.Options` says of each. *policy* may be a function that
+            makes one for each layer.
         store: Or a store that holds this checkpoint's experts already.
         miss: Or another handle's ``misses``, to decide by its figures.
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import PackedFormat, Part
 from melinoe.experts.packed_dot import ROWS, compiled
 
@@ -52,6 +53,10 @@ class PackedMatrix:
     """
 
     def __init__(self, kind: PackedFormat, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        if shape[0] < ROWS:
+            raise UnsupportedModelError(
+                f"a matrix with {shape[0]} outputs cannot be packed; {ROWS} or more can"
+            )
         self.kind, self.shape, self.dtype = kind, shape, dtype
         self.parts = tuple(kind.matrix_parts(*shape))
 
@@ -217,6 +222,12 @@ class PackedLinear(nn.Module):
         for name, part in kind.encode_matrix(weight.float().contiguous()).items():
             self.register_buffer(name, part[None], persistent=False)
         self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpack the weight, for code that does more than multiply by it."""
+        parts = {kind: getattr(self, kind) for kind in self._matrix.parts}
+        return self._matrix.weights(parts, 0).to(self._matrix.dtype, copy=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiply *inputs* ``(..., in_features)``; in their own type."""
