@@ -93,8 +93,8 @@ def test_counts_and_bytes_are_those_of_blocks(model, miss):
         moved = int(counted.loads.sum()) * layer.block_bytes
         assert handle.transferred_bytes == moved
         assert handle.expert_memory_bytes == 2 * 3 * layer.block_bytes
-        # Of 32 inputs a weight takes 5 bits: they share a scale and a minimum.
-        assert layer.block_bytes == 3 * 32 * 32 * 5 // 8
+        # 32 weights of 4 bits share a scale and a shift of 8.
+        assert layer.block_bytes == 3 * 32 * 32 * 9 // 16
 
 
 @pytest.fixture(scope="module")
