@@ -160,7 +160,7 @@ def hidden_of(layer, tokens, dtype=torch.float32):
     return hidden, choice, torch.rand(tokens, 2, generator=rng(4)).to(dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 80])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_request_is_computed_as_the_module_would(family, tokens):
     """Few tokens and many, against the module's own eager loop on the unpacked weights."""
@@ -173,26 +173,28 @@ def test_a_request_is_computed_as_the_module_would(family, tokens):
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def test_in_bfloat16_few_and_many_tokens_agree_within_its_rounding():
-    """Many tokens are multiplied in the module's type, few in float32."""
+@pytest.mark.parametrize("can", [True, False])
+def test_in_bfloat16_few_and_many_tokens_agree_within_its_rounding(can, monkeypatch):
+    """Many tokens are multiplied in the module's type, if the processor can; few in float32."""
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: can)
     layer, function, slots = both("olmoe", KINDS["int4"], torch.bfloat16)
-    hidden, choice, weights = hidden_of(layer, 40, torch.bfloat16)
+    hidden, choice, weights = hidden_of(layer, 80, torch.bfloat16)
     with torch.inference_mode():
         many = function(slots, hidden, choice, weights)
         few = torch.cat([function(slots, *one) for one in zip(*(
             t.split(1) for t in (hidden, choice, weights)), strict=True)])  # fmt: skip
     assert many.dtype == few.dtype == torch.bfloat16
-    assert not torch.equal(many, few)
-    assert float((many - few).float().norm()) <= 0.01 * float(few.float().norm())
+    share = float((many - few).float().norm() / few.float().norm())
+    assert 1e-3 < share < 1e-2 if can else share < 1e-3
 
 
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [3, 80])
 def test_a_request_in_parts_has_the_bits_of_one_at_once(tokens):
     """Expert by expert through `Pairs`, as a cache with one slot would."""
     layer, function, slots = both("gpt_oss", KINDS["int4"], torch.bfloat16)
     hidden, choice, weights = hidden_of(layer, tokens, torch.bfloat16)
     counts = np.bincount(choice.numpy().ravel())
-    assert (counts.max() >= MANY) == (tokens == 40)
+    assert (counts.max() >= MANY) == (tokens == 80)
     with torch.inference_mode():
         pairs = Pairs(hidden, 2, torch.float32)
         for expert in range(layer.num_experts):
