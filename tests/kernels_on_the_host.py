@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 from melinoe.cache.packing import pack, packed_length, unpack
 from melinoe.cache.policy import policy as make_policy
 from melinoe.cache.residency import Residency
-from melinoe.experts.packed_dot import E2M1
+from melinoe.experts.packed_dot import E2M1, LEVELS
 
 
 @contextmanager
@@ -138,22 +138,27 @@ def _products(x, codes, scales, offsets, CODES, OFFSET, GROUP, DOWN, ACROSS):
             total = _dot(x[:, at : at + GROUP], weights[:, at : at + GROUP], total)
         return total
     half = {"uint4": 8, "uint8": 128}.get(CODES, 0)
-    if CODES in ("uint4", "e2m1"):
+    paired = CODES in ("uint4", "e2m1", "levels")
+    if paired:
         pair = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
-        levels = torch.tensor(E2M1) if CODES == "e2m1" else torch.arange(16.0)
+        levels = {"e2m1": E2M1, "levels": LEVELS}.get(CODES, range(16))
+        levels = torch.tensor(levels, dtype=torch.float32)
         numbers = levels[pair.long()].numpy()
     else:
         numbers = (codes.view(torch.float8_e4m3fn) if CODES == "e4m3" else codes).float().numpy()
     scale = scales.float()
     if scales.dtype == torch.uint8:
         scale = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
+    elif scales.dtype == torch.int8:
+        bits = scales.view(torch.uint8).int()
+        scale = torch.ldexp(1 + (bits % 8).float() / 8, bits // 8 - 24)
     scale = scale.repeat_interleave(DOWN, 0)[: len(numbers)].numpy()
     added = {"minimum": offsets.float().numpy(), "zero": -offsets.float().numpy() * scale,
              "symmetric": scale * np.float32(-half), "none": None}[OFFSET]  # fmt: skip
     total = np.zeros((len(x), len(numbers)), np.float32)
     for number in range(x.shape[1] // GROUP):
         of = slice(number * GROUP, (number + 1) * GROUP)
-        if CODES in ("uint4", "e2m1"):
+        if paired:
             part = _dot(x[:, of][:, ::2], numbers[:, of][:, ::2], np.float32(0))
             part = _dot(x[:, of][:, 1::2], numbers[:, of][:, 1::2], part)
         else:

@@ -79,7 +79,7 @@ def projected(architecture, name, dtype, activation, pairs, bias=False, transpos
 
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8",
-    torch.float8_e4m3fn: "*u8",
+    torch.float8_e4m3fn: "*u8", torch.int8: "*i8",
 }  # fmt: skip
 
 

@@ -49,6 +49,12 @@ def _decode(code, CODES: tl.constexpr, TYPE: tl.constexpr):
         level = (-0x379BCDF0 >> ((code & 7) * 4)) & 15
         value = (level | 0x4A800000).to(tl.float32, bitcast=True) - 4194304.0
         value = (value.to(tl.int32, bitcast=True) | (code & 8) << 28).to(tl.float32, bitcast=True)
+    elif CODES == "levels":
+        # Of a code or its mirror, one of 6 18 30 44 and 59 77 97 120, a byte each.
+        at = tl.where(code > 7, code - 8, 7 - code)
+        level = (tl.where(at > 3, 0x78614D3B, 0x2C1E1206) >> ((at & 3) * 8)) & 255
+        value = (level | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        value = tl.where(code > 7, value, -value)
     else:
         value = (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return value.to(TYPE)
@@ -75,6 +81,8 @@ def _load_affine(scale_ptr, offset_ptr, at, held, OFFSET: tl.constexpr, HALF: tl
         if scale_ptr.dtype.element_ty == tl.uint8:  # exponents of two
             scale = scale.to(tl.int32)
             scale = tl.where(scale == 0, 1 << 22, scale << 23).to(tl.float32, bitcast=True)
+        elif scale_ptr.dtype.element_ty == tl.int8:  # exponent, less 103, and mantissa
+            scale = (((scale.to(tl.int32) & 255) << 20) + (103 << 23)).to(tl.float32, bitcast=True)
         scale = scale.to(tl.float32)
         added = scale * -HALF
         if OFFSET == "minimum":
@@ -143,7 +151,7 @@ def _project(
     x_at = x_ptr + (pair // choices).to(tl.int64)[:, None] * columns
     row_at = row.to(tl.int64)[:, None] * row_stride
     upper_at = outputs.to(tl.int64) * row_stride
-    PAIRED: tl.constexpr = CODES == "uint4" or CODES == "e2m1"
+    PAIRED: tl.constexpr = CODES == "uint4" or CODES == "e2m1" or CODES == "levels"
     BYTES: tl.constexpr = GROUP // 2 if PAIRED else GROUP
     SPAN: tl.constexpr = 2 * WIDTH if PAIRED else WIDTH
     HALF: tl.constexpr = 8.0 if PAIRED else 128.0
@@ -349,7 +357,7 @@ def constants(
     how: Arithmetic, dtype: torch.dtype, activation: str, bias: bool, pairs: int
 ) -> dict[str, Any]:
     """Choose the compiled variant of `_project`; with *pairs* 0 the one that takes a table."""
-    paired = how.codes in ("uint4", "e2m1")
+    paired = how.codes in ("uint4", "e2m1", "levels")
     return {
         "TYPE": _TYPES[dtype], "CODES": how.codes, "OFFSET": how.offset, "GROUP": how.group,
         "WIDTH": max(16, how.group // 2 if paired else how.group),
