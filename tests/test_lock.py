@@ -6,6 +6,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from melinoe.cli import output
 from melinoe.cli.app import app
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
 from melinoe.lock import held
@@ -93,5 +94,6 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path):
 def test_the_other_processes_of_a_run_take_no_lock(tmp_path, other, monkeypatch):
     """The first one holds it for all."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(output, "quiet", lambda: None)  # it would silence the tests that follow
     done = CliRunner().invoke(app, ["merge", "NOT_THERE", "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, CheckpointError)

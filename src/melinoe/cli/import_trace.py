@@ -19,7 +19,7 @@ def command(
     ],
     out: Annotated[Path, option("The file to write: a trace, or statistics (.json).")],
     format: Annotated[
-        str, option("table, sglang, llama.cpp, or auto: by the name's end.")
+        str, option("What wrote the file: table, sglang, llama.cpp; auto: by its ending.")
     ] = "auto",
     statistics: Annotated[
         bool, option("Write how often each expert was chosen, without the order.")

@@ -62,8 +62,8 @@ Other = Annotated[
 PREFETCH = (
     "Load experts ahead of need: none; popularity: the most used; prefill: those the prompt used; "
     "predictor: those a fitted predictor names; next-router: those that the next layer's router "
-    "names one layer early; or a prefetch of an installed package. Default: the one that "
-    "--predictor or --popularity is for, else none."
+    "names one layer early; or a prefetch of an installed package. Default: none, or what the "
+    "files given are for."
 )
 Prefetch = Annotated[str | None, option(PREFETCH, AHEAD)]
 Prefetches = Annotated[list[str] | None, option(f"{PREFETCH} Repeatable.", AHEAD)]
@@ -81,8 +81,8 @@ class Serving(Options):
 
     allocate_from: Path | None = setting(
         None,
-        "share out the slots by what this trace of the model says each layer would miss: as many "
-        "in all as --slots gives each",
+        "share the slots of --slots out over the layers, by what each missed in this trace of the "
+        "model",
     )
     choice: str = setting(
         "exact",

@@ -35,7 +35,7 @@ def command(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        option("Who is evicted first. Repeatable. Default: lru, lfu and belady, the bound."),
+        option("Which expert is evicted first. Repeatable. Default: lru, lfu, belady."),
     ] = None,
     cold: Annotated[bool, option("Empty the cache before every sequence.")] = False,
     curve: Annotated[bool, option("Print the miss rate of every number of slots instead.")] = False,
