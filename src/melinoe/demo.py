@@ -105,20 +105,10 @@ def run(
     base: Path = TINY_OLMOE,
 ) -> str:
     """
-    Run everything; leave checkpoints, records and the report in *out*.
+    Run everything; leave checkpoints, records and the report in *out*, new or empty.
 
-    Args:
-        out: Directory to write; must not exist, or be empty.
-        seed: Decides data order, adapters and predictor.
-        quick: A minute instead of eight, for trying the path; the figures mean nothing.
-        say: Told of progress, a line at a time.
-        base: Checkpoint to start from.
-
-    Returns:
-        The table, for a terminal.
-
-    Raises:
-        OutputExistsError: *out* is taken.
+    *seed* decides data order, adapters and predictor; *quick* takes a minute instead of eight;
+    *say* is told of progress. Gives the table, for a terminal.
     """
     settings = replace(quick_settings() if quick else DemoSettings(), seed=seed)
     return Demo(check_output(out), settings, base, say).run()

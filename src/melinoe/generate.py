@@ -113,11 +113,8 @@ def generate(
     Greedy unless *sampling* says else, whatever the checkpoint's own generation settings are.
 
     Args:
-        model: A transformers model with `generate`.
-        handle: What `attach` or `load` gave for it; ``None`` for a plain model.
-        tokenizer: The model's.
+        handle: What `attach` or `load` gave for *model*; ``None`` for a plain one.
         prompt: Text, or token ids.
-        max_new_tokens: At most so many; end-of-text may come first.
         predictor: Names experts to prefetch when the forward pass after the prompt's begins, as
             many per layer as there are slots. Short for ``prefetch=Predicted(predictor)``.
         streamer: Gets tokens as they come; see transformers.

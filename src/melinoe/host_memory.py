@@ -42,15 +42,10 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
 
 def check_host_room(needed_bytes: int, what: str, way_out: str) -> None:
     """
-    Refuse what the system would end the process for.
+    Refuse, with a BudgetError, what the system would end the process for.
 
-    Args:
-        needed_bytes: Of host memory, beside what the process already has.
-        what: Takes them, in the plural: ``1GiB of experts``.
-        way_out: A clause that says what to do instead.
-
-    Raises:
-        BudgetError: fewer bytes are left.
+    *what*, in the plural (``1GiB of experts``), takes *needed_bytes* of host memory beside what the
+    process already has; *way_out* is a clause that says what to do instead.
     """
     found = host_memory()
     if found is not None and needed_bytes > found.free_bytes:

@@ -78,14 +78,9 @@ def paired_difference(
     transform: Callable[[Floats], Floats] | None = None,
 ) -> Estimate:
     """
-    Estimate our rate minus theirs, on the same prompts.
+    Estimate our rate minus theirs, on the same prompts; entry i of both belongs to the same one.
 
     Each resample draws a prompt for both, so that what makes a prompt hard cancels.
-
-    Args:
-        ours, theirs: One numerator per prompt; entry i of both belongs to the same prompt.
-        our_weights, their_weights: Denominators; ``None`` means 1 each.
-        transform: Applied to the difference, elementwise.
 
     Raises:
         DataError: as in `bootstrap`.

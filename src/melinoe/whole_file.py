@@ -25,11 +25,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     Write a file beside its place and rename it; nothing is left behind if that fails.
 
-    The file has the mode of the one that it replaces, else what the umask gives.
-
-    Args:
-        path: In a directory that exists.
-        content: Text is written as UTF-8.
+    It has the mode of the file that it replaces, else what the umask gives; text is UTF-8.
 
     Raises:
         OSError: the place cannot be written to, or is a device or a pipe, or the disk is full.

@@ -112,12 +112,9 @@ def with_settings(
     """
     Give a command one option for each of some fields of a settings class.
 
-    The command takes ``given``: a dictionary from names to values, for the class.
-
-    Args:
-        settings: A dataclass whose fields are made by `melinoe.config.setting`.
-        panels: Title of a panel, None for the everyday options, to names of fields, in order.
-        defaults: Of this command, where they are not those of the class.
+    The command takes ``given``: a dictionary from names to values, for the class. *panels* map
+    the title of a panel, None for the everyday options, to names of fields, in order; *defaults*
+    are the command's own, where they are not those of the class.
     """
     by_name = {one.name: one for one in fields(settings)}
     named = [name for names in panels.values() for name in names]

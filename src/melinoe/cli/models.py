@@ -55,14 +55,8 @@ def open_model(
     """
     Open a model with the experts resident that fit, and say what was chosen.
 
-    Args:
-        model: As the user names it.
-        given: Values of `melinoe.cli.options.Serving`, by name.
-        choose: Let tokens choose as --choice says.
-        chat_template: Given for --chat-template: a file, or ``plain``.
-
-    Returns:
-        The model, its handle and its tokenizer.
+    *given* are values of `melinoe.cli.options.Serving`, *chat_template* that of --chat-template.
+    Gives the model, its handle and its tokenizer.
     """
     one_of(given["miss"], MISSES, "--miss")
     import torch
@@ -147,15 +141,9 @@ def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int
 
 def open_backbone(trace: Any, path: Path, model: str | None) -> tuple[Any, Any]:
     """
-    Open the model of a trace without its experts, and its tokenizer.
+    Open the model of a loaded trace, which *path* held, without its experts, and its tokenizer.
 
-    Args:
-        trace: A loaded one.
-        path: Of its file.
-        model: As the user names it. Absent: as the trace says.
-
-    Raises:
-        TraceError: the trace is of another model, or does not say of which.
+    *model* names it; absent: as the trace says. Another one is refused.
     """
     from melinoe.checkpoint import load_backbone, load_tokenizer, open_checkpoint
     from melinoe.errors import TraceError
@@ -202,10 +190,6 @@ def prefetchers(
         popularity: A file of counts given for --popularity, or the counts of a trace, which ask
             for nothing. Absent: the predictor's.
         several: Whether more than one may be asked for.
-
-    Raises:
-        BadParameter: an unknown name, or material for a prefetch that is not named.
-        MelinoeError: a file that cannot be used, or what a prefetch is made of is missing.
     """
     from melinoe.cache import prefetch
 

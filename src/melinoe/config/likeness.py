@@ -71,10 +71,7 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
     """
     Find what sets two runs apart beside the locality terms; nothing, for a like-for-like control.
 
-    Args:
-        ours: Settings of a run, as its record holds them.
-        theirs: Those of the run that it is compared with. What only one record names is not
-            compared, but for the weights of terms.
+    What only one of the two records names is not compared, but for the weights of terms.
 
     Returns:
         Name to (our value, theirs), in order of names. Of a term that only one run has, the weight

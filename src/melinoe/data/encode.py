@@ -39,16 +39,8 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
     Turn examples into token ids and say which of them are completion.
 
     End-of-text follows the completion (a chat template ends its turns itself). An example that is
-    too long is cut at its end; one whose prompt leaves no room for one completion token is left
-    out. These, and what a chat template does not write, are counted in one line of the log.
-
-    Args:
-        examples: At least one.
-        tokenizer: A transformers tokenizer.
-        max_length: Most tokens per example, prompt included.
-
-    Returns:
-        The examples that are left, in order.
+    longer than *max_length* is cut; one whose prompt leaves no room for one completion token is
+    left out. These, and what a chat template does not write, are counted in one line of the log.
 
     Raises:
         DataError: none is left, an example without a completion, or a chat that the chat template
@@ -106,16 +98,10 @@ def encode_prompts(
     Of a chat that is everything before its last turn to learn, or all of it where there is none.
 
     Args:
-        examples: Any number.
-        tokenizer: A transformers tokenizer.
         text_tokens: Of plain text, take the first half of its first so many tokens; ``None``
             refuses it.
         chat: Put a prompt that is a string through the chat template, as a user's turn. Training
             does not.
-
-    Raises:
-        DataError: a chat that the chat template refuses; plain text, where it is refused.
-        TokenizerError: chats but no chat template.
     """
     prompts, said = [], _Remarks()
     for example in examples:

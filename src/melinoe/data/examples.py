@@ -80,8 +80,7 @@ def load_examples(
     Read examples from a file, a directory of files, or a hub data set.
 
     Args:
-        path_or_hub_name: As `melinoe.data.rows.read_rows`.
-        split: Split of a hub data set; files have none and ignore it.
+        path_or_hub_name, split: As `melinoe.data.rows.read_rows`.
         limit: Read only so many rows; ``None`` reads all. Lines after the limit are not checked.
         columns: A form's key to the data's own name for it, or all of that in words:
             ``prompt=question,completion=answer``; then no other column is read.

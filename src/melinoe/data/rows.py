@@ -34,10 +34,8 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> Rows:
     """
     Read the rows of a file, of a directory's files by name, or of a hub data set.
 
-    Args:
-        path_or_hub_name: A path if one exists there; else a name on the hub, with its
-            configuration after a colon where it needs one: ``openai/gsm8k:main``.
-        split: Split of a hub data set.
+    *path_or_hub_name* is a path if one exists there; else a name on the hub, with its
+    configuration after a colon where it needs one: ``openai/gsm8k:main``; *split* is of the hub's.
 
     Yields:
         ``file:line``, ``file[row]`` or ``hub-name[row]``, and what stands there.

@@ -24,12 +24,7 @@ _LEARNED = ("weight", "train", "training")
 
 def read_turns(value: Any, key: str, source: str) -> tuple[list[Turn], list[int]]:
     """
-    Read a list of turns, and say which of them are to be learned.
-
-    Args:
-        value: What stands in the row.
-        key: Where in the row.
-        source: Where the row stands.
+    Read a list of turns, which stands at *key* of the row at *source*.
 
     Returns:
         The turns, and the places of the assistant turns that are not marked as context.
@@ -47,14 +42,8 @@ def parse_list(value: Any, what: str) -> list[dict[str, Any]]:
     """
     Read a list of objects, or the JSON of one, as tools and calls are kept; nulls are as absent.
 
-    JSON inside of an object, as a call's arguments may be, stays a string, nulls and all.
-
-    Args:
-        value: The list, or a string; each of its objects may be a string as well.
-        what: Says in an error what has it.
-
-    Raises:
-        DataError: it is none.
+    Each object may be JSON as well. JSON inside of one, as a call's arguments may be, stays a
+    string. *what* says in an error what has it.
     """
     try:
         found = json.loads(value) if isinstance(value, str) else value

@@ -43,13 +43,10 @@ def read_foreign(
         format: One of `FORMATS`; ``auto`` goes by the suffix.
         num_experts: Experts of each layer, if the file does not say.
         model: For people.
-        statistics: Counts are enough, so choices in an unknown order are counted rather than
-            refused.
+        statistics: Count choices in an unknown order, rather than refuse them.
 
     Raises:
-        TraceError: an unknown suffix, an unreadable file, no number of experts for a table, or
-            one that the file contradicts.
-        ValueError: an unknown format.
+        TraceError: a file that cannot be read as one, or contradicts *num_experts*.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

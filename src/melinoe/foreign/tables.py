@@ -56,17 +56,9 @@ def read_table(
     """
     Read a trace, or statistics if the table has no order or no more is wanted.
 
-    Args:
-        path: The table.
-        num_experts: Experts of each layer; absent, as the table's header line says.
-        model: For people; absent, likewise.
-        statistics: Counts are enough.
-
-    Returns:
-        The trace, or counts, float64 (layers, num_experts); and what was assumed or left out.
-
-    Raises:
-        TraceError: the table is neither; the sentence says why, and what would work.
+    Arguments as `melinoe.foreign.read_foreign`; a table's header line may say the number of experts
+    and the model. Gives the trace, or counts, float64 (layers, num_experts); and what was assumed
+    or left out. A TraceError says why the table is neither, and what would work.
     """
     notes: list[str] = []
     columns = _read_columns(path)
@@ -210,18 +202,11 @@ def whole(
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """
-    Read exact whole numbers, int64.
+    Read exact whole numbers, int64, from an Arrow array or a numpy one.
 
-    Args:
-        name: Of the column, for the sentence.
-        values: An Arrow array or a numpy one, of integers, of floats that are whole, or of texts
-            that spell integers.
-        low, high: The least and the greatest allowed.
-        missing: Stands for an empty value; without it an empty one is refused.
-        rows: Which row each value is of, from 1; absent, they are counted.
-
-    Raises:
-        ValueError: a value is none of these; the sentence says which, and of which row.
+    They may be integers, floats that are whole, or texts that spell integers, from *low* to
+    *high*. *missing* stands for an empty value; without it an empty one is refused. A ValueError
+    names the column, *name*, the value and its row; *rows* number those, from 1.
     """
     empty = np.zeros(len(values), bool)
     if not isinstance(values, np.ndarray):

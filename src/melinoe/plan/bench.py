@@ -146,24 +146,17 @@ def bench(
     Serve *prompts* by every strategy, and compare with the simulator.
 
     Args:
-        path: The model.
+        path: The model; *label* is its name in tables.
         chosen: From `strategies`; for each engine one of them holds every expert.
         prompts: Texts or token ids.
         prefetchers: By the names that strategies have.
-        label: The model's name in tables.
         device, dtype, store: As `melinoe.load`.
         link: Bandwidth in bytes a second and latency of an emulated link.
-        max_new_tokens: For each prompt.
         repeat: Runs of each prompt.
-        say: Told of progress.
 
     Returns:
         The records of kind ``serve``, in the order of *chosen*, each with ``predicted``; one of
         kind ``timeline``; and a benchmark record with a row for each strategy.
-
-    Raises:
-        BudgetError: host memory does not hold all caches side by side.
-        DataError: no prompts, or none that got a second token.
     """
     tokenizer, opened = _open(path, chosen, device, dtype, store, link)
     resident = {one.engine: one for one in chosen if one.warm}
@@ -312,11 +305,8 @@ def machine_of(handle: Handle, read_s: float, resident: Mapping[str, Any]) -> Ma
     """
     Collect the figures that predictions rest on, none of them from the strategies themselves.
 
-    Args:
-        handle: Of the strategy's cache: its link, its store, its measured misses.
-        read_s: Seconds of reading one expert, alone.
-        resident: ``per_prompt`` of the record with every expert resident: computing is what it
-            took less what it waited.
+    *read_s* is what reading one expert takes alone, *resident* the ``per_prompt`` of the record
+    with every expert resident: computing is what it took less what it waited.
     """
     rows = {name: np.array(values, dtype=float) for name, values in resident.items()}
     pass_s = (rows["decode_s"] - rows["stall_ms"] / 1e3).sum() / rows["tokens"].sum()

@@ -30,17 +30,11 @@ _GROUPS = {"link": "links", "DRAM": "dram", "disk": "disks"}  # of the data file
 
 def parse_bandwidth(text: str, part: str) -> float:
     """
-    Read a bandwidth: ``"25GB/s"``, ``"900 MB/s"``, ``"3.35TB/s"``, ``"25GiB/s"``, ``"25GBps"``.
-
-    Args:
-        text: What was written; a capital B, for bytes: links are also sold in bits.
-        part: ``link``, ``DRAM``, ``disk`` or ``device memory``.
-
-    Returns:
-        Bytes a second.
+    Read the bytes a second of a *part*: ``"25GB/s"``, ``"900 MB/s"``, ``"25GiB/s"``, ``"25GBps"``.
 
     Raises:
-        HardwareError: no bandwidth, one in bits, or one that no such part has.
+        HardwareError: no bandwidth, one in bits, as links are also sold, or one that no such part
+            has.
     """
     match = _BANDWIDTH.fullmatch(text)
     if match is not None and match[2] not in _UNITS and match[2].endswith(("b", "bit", "bits")):
@@ -165,9 +159,7 @@ def find_bandwidth(text: str, part: str) -> Bandwidth:
     """
     Find a bandwidth by name (``pcie4x16``, ``ddr5-2ch``, ``nvme4``) or in figures (``25GB/s``).
 
-    Args:
-        text: The name or the figure.
-        part: ``link``, ``DRAM``, ``disk`` or ``device memory``; the last has no names.
+    *part* is ``link``, ``DRAM``, ``disk`` or ``device memory``; the last has no names.
 
     Raises:
         HardwareError: neither a known name nor a possible figure.
@@ -196,15 +188,9 @@ def machine_of(
     """
     Put the machine together: what is given first, then what was measured, then names, then guesses.
 
-    Args:
-        gpu_memory_bytes: Decides the card that is assumed where none is named: the
-            smallest that has so much, the slowest of its size.
-        card: A name of the data file.
-        device: Bandwidth of the device's memory, in figures.
-        link: A name or a figure; default: the link that the card sits on.
-        dram: A name or a figure; default: two channels of DDR5.
-        disk: A name or a figure; default: an SSD on PCIe 4.
-        measured: Bytes a second by part, as `measuring.measure` returns them.
+    Where no card is named, the smallest that has *gpu_memory_bytes* is assumed, the slowest of its
+    size; without more words the link that the card sits on, two channels of DDR5, an SSD on PCIe 4.
+    *measured* are bytes a second by part.
 
     Raises:
         HardwareError: an unknown name, or a figure that no machine has.

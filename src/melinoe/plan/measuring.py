@@ -19,27 +19,17 @@ _CHUNK = 8 * 2**20
 
 def measure(directory: str | Path | None = None, nbytes: int = 256 * 2**20) -> dict[str, float]:
     """
-    Measure the bandwidths that a plan needs: the disk in one run, the rest best of several.
+    Measure bandwidths, bytes a second by part: the disk in one run, the rest best of several.
 
     - ``DRAM``: reading a matrix larger than any cache in a matrix-vector product, which is what
       computing a missed expert on the CPU does, with torch's threads as they are set.
-    - ``disk``: reading a file in order, past the page cache where the file system allows it.
+    - ``disk``: reading a file in order, past the page cache where the file system allows it:
+      the largest safetensors file of *directory*, else one that is written there and removed.
     - ``link``, ``device memory``: with CUDA, pinned host memory to device, and a copy within the
       device (reads and writes both counted). Without CUDA slots are in host memory and the store is
       on disk, so these are the two above.
 
     Takes a few seconds, and *nbytes* of memory and disk.
-
-    Args:
-        directory: Where the file to read is: its largest safetensors file, else one that is
-            written there and removed. Default: the directory for temporary files.
-        nbytes: How much is moved each time.
-
-    Returns:
-        Bytes a second by part.
-
-    Raises:
-        HardwareError: the directory cannot be written to, or its disk is full.
     """
     matrix, vector = torch.ones(nbytes // 16384, 4096), torch.ones(4096)
     dram = _best(lambda: torch.mv(matrix, vector), matrix.nbytes)
