@@ -19,9 +19,7 @@ NEXT_QUESTION = "Question:"
 
 def reference(example: Example) -> str:
     """
-    Return the right completion of *example*, without space around it.
-
-    It is the last assistant turn of a chat, the answer of a question, the completion of a prompt.
+    Return the right completion: a chat's last assistant turn, a question's answer, a completion.
 
     Raises:
         DataError: plain text has no prompt, so nothing of it is a reference; a prompt alone and a
@@ -148,13 +146,9 @@ def _generate(
     model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int, stops: list[str]
 ) -> list[str]:
     device = model.get_input_embeddings().weight.device
-    longest = max(map(len, prompts))
-    pad = pad_token_id(tokenizer)
-    input_ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        mask[row, longest - len(ids) :] = 1
+    longest, pad = max(map(len, prompts)), pad_token_id(tokenizer)
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     with torch.inference_mode():
         output = generate_finite(
             model,

@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,13 @@ class TaskScore:
     examples: tuple[str, ...]
     estimate: Estimate
     higher_is_better: bool | None
-    versions: Mapping[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any]
 
     def to_record(self) -> dict[str, Any]:
         """Return the record of kind ``score``."""
         values = self.estimate if self.per_example is None else self.per_example
-        return score_record(
-            values,
-            self.model,
-            self.task,
-            self.metric,
-            how="lm-evaluation-harness",
-            harness=dict(self.versions),
-        )
+        about = {"how": "lm-evaluation-harness", "harness": self.versions}
+        return score_record(values, self.model, self.task, self.metric, **about)
 
     def against(self, other: "TaskScore") -> Comparison | None:
         """
@@ -65,15 +59,9 @@ class TaskScore:
             return None
         if self.examples != other.examples:
             raise DataError(f"{self.task} was run on different examples; run both models again")
-        return compare_scores(
-            self.per_example,
-            other.per_example,
-            self.model,
-            other.model,
-            self.task,
-            self.metric,
-            lower_is_better=not self.higher_is_better,
-        )
+        names = (self.model, other.model, self.task, self.metric)
+        lower = not self.higher_is_better
+        return compare_scores(self.per_example, other.per_example, *names, lower_is_better=lower)
 
 
 def run_tasks(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from melinoe.cache.counters import COMPLETION
 from melinoe.data import IGNORED, Collator, Encoded
@@ -22,67 +23,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """
-    The loss of a model on a text.
-
-    *nll* is the summed negative log-likelihood in nats, float64 ``(sequences,)``, over *tokens*
-    each.
-    """
+    """The loss of a model on a text: nats, float64 ``(sequences,)``, summed over *tokens* each."""
 
     nll: Floats
     tokens: Floats
+
+    def __post_init__(self) -> None:
+        if self.tokens.sum() == 0:
+            raise DataError("no token of the text is left to predict; give longer examples")
 
     @property
     def estimate(self) -> Estimate:
         """Perplexity, exp of the mean loss per token, over sequences."""
         return bootstrap(self.nll, self.tokens, transform=np.exp)
-
-
-def perplexity(
-    model: nn.Module,
-    encoded: Sequence[Encoded],
-    batch_size: int = 8,
-) -> Perplexity:
-    """
-    Measure how well *model* predicts *encoded*.
-
-    Logits and their softmax are taken in float32 and summed in float64; *batch_size* changes
-    results only in rounding. The model's training mode is put back afterwards.
-
-    Args:
-        model: A causal language model, offloaded or not.
-        encoded: Token ids and which of them are completion.
-        batch_size: Sequences per forward pass.
-
-    Raises:
-        DataError: nothing to predict.
-        ModelError: a loss that is not finite, and which tensor is to blame.
-        ValueError: *batch_size* below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    collate = Collator(pad_token_id=0)  # masked everywhere, so any id will do
-    device = next(model.parameters()).device
-    nll, tokens = [], []
-    with _evaluating(model, encoded):
-        for start in range(0, len(encoded), batch_size):
-            collated = collate(encoded[start : start + batch_size])
-            labels = collated["labels"].to(device)
-            batch = {key: collated[key].to(device) for key in ("input_ids", "attention_mask")}
-            logits = model(**batch, use_cache=False).logits
-            # (batch, vocabulary, tokens - 1): each position predicts the token after it.
-            losses = nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2),
-                labels[:, 1:],
-                ignore_index=IGNORED,
-                reduction="none",
-            )
-            nll.append(losses.double().sum(1).cpu().numpy())
-            if not np.isfinite(nll[-1]).all():
-                bad = start + int(np.flatnonzero(~np.isfinite(nll[-1]))[0])
-                raise not_finite(model, batch, f"the loss of example {bad}")
-            tokens.append((labels[:, 1:] != IGNORED).sum(1).cpu().numpy())
-    return _counted(np.concatenate(nll), np.concatenate(tokens).astype(np.float64))
 
 
 @contextmanager
@@ -99,17 +52,43 @@ def _evaluating(model: nn.Module, encoded: Sequence[Encoded]) -> Iterator[None]:
         model.train(was_training)
 
 
-def _counted(nll: Floats, tokens: Floats) -> Perplexity:
-    if tokens.sum() == 0:
-        raise DataError("no token of the text is left to predict; give longer examples")
-    return Perplexity(nll, tokens)
+def perplexity(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 8) -> Perplexity:
+    """
+    Measure how well *model*, offloaded or not, predicts the completions of *encoded*.
+
+    Logits and their softmax are taken in float32 and summed in float64; *batch_size* changes
+    results only in rounding. The model's training mode is put back afterwards.
+
+    Raises:
+        DataError: nothing to predict.
+        ModelError: a loss that is not finite, and which tensor is to blame.
+        ValueError: *batch_size* below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    collate = Collator(pad_token_id=0)  # masked everywhere, so any id will do
+    device = next(model.parameters()).device
+    nll, tokens = [], []
+    with _evaluating(model, encoded):
+        for start in range(0, len(encoded), batch_size):
+            collated = collate(encoded[start : start + batch_size])
+            labels = collated["labels"].to(device)
+            batch = {key: collated[key].to(device) for key in ("input_ids", "attention_mask")}
+            # (batch, vocabulary, tokens - 1): each position predicts the token after it.
+            logits = model(**batch, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+            options: Any = {"ignore_index": IGNORED, "reduction": "none"}
+            losses = cross_entropy(logits, labels[:, 1:], **options)
+            nll.append(losses.double().sum(1).cpu().numpy())
+            if not np.isfinite(nll[-1]).all():
+                bad = start + int(np.flatnonzero(~np.isfinite(nll[-1]))[0])
+                raise not_finite(model, batch, f"the loss of example {bad}")
+            tokens.append((labels[:, 1:] != IGNORED).sum(1).cpu().numpy())
+    return Perplexity(np.concatenate(nll), np.concatenate(tokens).astype(np.float64))
 
 
 def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
     """
-    Estimate our perplexity over theirs, minus 1, on the same sequences: 0.02 is 2 % worse.
-
-    Paired: each resample draws a sequence for both models.
+    Estimate our perplexity over theirs, minus 1: 0.02 is 2 % worse; paired by sequence.
 
     Raises:
         DataError: the two were not measured on the same tokens.
@@ -146,13 +125,8 @@ def decoded_perplexity(
 
     Where experts depend on what is resident (cache-aware choice), one pass over a whole text would
     not show what that costs. With the exact choice both agree up to rounding. Each text starts from
-    an empty cache.
-
-    Args:
-        model: A causal language model, offloaded or not.
-        handle: Of *model*; ``None`` for a plain one, whose loads are 0.
-        encoded: At least one, each with a token before its completion.
-        progress: Told in words after each tenth of the texts.
+    an empty cache; a plain model, whose *handle* is ``None``, loads nothing. *progress* is told in
+    words after each tenth of the texts.
 
     Raises:
         DataError: nothing to predict.
@@ -178,7 +152,7 @@ def decoded_perplexity(
             loads.append(int(spent.loads[COMPLETION].sum()) if spent is not None else 0)
             if progress is not None and (number % step == 0 or number == len(encoded)):
                 progress(f"read {number} of {len(encoded)} texts token by token")
-    found = _counted(np.array(nll), np.array(counted))
+    found = Perplexity(np.array(nll), np.array(counted))
     return Decoded(found, np.array(loads), np.array(decoded))
 
 
@@ -191,6 +165,6 @@ def _losses(model: Any, one: Encoded, ids: torch.Tensor) -> Floats:
         output = model(input_ids=given, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = output.past_key_values
         target = ids[:, place]
-        losses.append(float(nn.functional.cross_entropy(output.logits[:, -1].double(), target)))
+        losses.append(float(cross_entropy(output.logits[:, -1].double(), target)))
         given = target[:, None]
     return np.array(losses)
