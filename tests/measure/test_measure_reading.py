@@ -16,7 +16,7 @@ from melinoe.measure import reading_trace
 def test_reading_gives_what_decoding_the_same_text_chooses():
     """Token by token with a key-value cache, on the same ids: equal experts in every row.
 
-    So do weights, and what the next router said of every decoded token and of no other.
+    So does what the next router said of every decoded token and of no other.
     """
     model = tiny_model()
     encoded = [
