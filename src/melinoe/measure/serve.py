@@ -65,19 +65,9 @@ def serving(
 
     A generator for `serve` or `side_by_side` to drive; nothing is checked or run before that. The
     first prompt is run once before anything is measured. Counts and times are of the completion's
-    forward passes, one token each, unless their name says else:
-
-    - ``hit_rate``: share of uses (token x choice) whose expert was resident.
-    - ``adjusted_hit_rate``: 1 - (demand + prefetch loads + computed there) / uses. Prefetches are
-      charged in full, also where they serve the prompt's forward pass.
-    - ``zero_miss_tokens``: share of tokens that waited for no load on demand.
-    - ``transfers_per_token``: demand loads of all layers; ``prefetch_transfers_per_token`` apart;
-      ``computed_there_per_token``: missing experts that the host computed instead.
-    - ``prefetch_precision``, ``prefetch_recall``, ``prefetch_waste_per_token``: see
-      `melinoe.cache.counters`; they stand only where something was copied ahead.
-    - ``prefill_transfers``: demand loads of the prompt's forward pass, per prompt.
-    - ``tokens_per_s``: new tokens over the whole call; ``tpot_s``: time per token after the
-      first; ``ttft_s``: to the first token, predictor included; ``stall_ms_per_token``.
+    forward passes, one token each, unless their name says else;
+    ``docs/method.md`` defines each. Prefetches are charged in full to ``adjusted_hit_rate``; their
+    precision, recall and waste stand only where something was copied ahead.
 
     Each is a ratio of sums with a 95 % interval over prompts. With *repeat*, a prompt's times are
     the median of its runs; greedy runs from a cold cache all count the same.
