@@ -101,17 +101,24 @@ def shard_on_cpu():
 
 
 def finetuned(
-    place, out, kill_at=None, resume=False, callbacks=(), teacher=None, ram=None, **changes
+    place,
+    out,
+    kill_at=None,
+    resume=False,
+    callbacks=(),
+    teacher=None,
+    ram=None,
+    held_out=True,
+    **changes,
 ):
     """`finetune` on the files of the ``checkpoint`` fixture; the log goes to ``<out>.json``."""
-    held_out = load_examples(place / "data.jsonl")
     kill = [] if kill_at is None else [KillAt(kill_at)]
     result = finetune(
         place / "base",
         place / "data.jsonl",
         place / out,
         settings(**{"log_every": 2, "eval_every": 3, "save_every": 2} | changes),
-        eval_examples=held_out,
+        eval_examples=load_examples(place / "data.jsonl") if held_out else None,
         teacher=teacher,
         callbacks=[*kill, *callbacks],
         resume=resume,

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import signal
 
 import pytest
 import torch
 from forked import finetuned, run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from melinoe.data import load_examples
@@ -114,6 +116,23 @@ def test_a_bad_loss_on_one_process_skips_the_step_on_both(place):
     assert [row.get("skipped_steps") for row in log_of(place, "out")] == [None, 1, 1, None]
     assert (place / "log-0").read_text().count("step 1 is skipped") == 1
     assert (place / "log-1").read_text() == ""
+
+
+@pytest.mark.parametrize(("sharded", "measured"), [(False, False), (True, False), (True, True)])
+def test_a_weight_that_is_no_number_is_named_by_every_process(place, sharded, measured):
+    """Sharded, the second process alone holds it; found by a step's loss, or by measuring."""
+    file = place / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.q_proj.weight"][-1, 0] = math.nan
+    save_file(tensors, file, {"format": "pt"})
+    broken = r"model\.layers\.1\.self_attn\.q_proj\.weight holds NaN"
+    said = f"held-out examples is not finite: {broken}" if measured else f"because {broken}"
+
+    def train():
+        with pytest.raises(TrainingError, match=said):
+            finetuned(place, "out", held_out=measured, **SHARED | {"eval_every": None})
+
+    assert run(train, processes=2, sharded=sharded) == [0, 0]
 
 
 class AskedOnOne(TrainerCallback):

@@ -268,7 +268,7 @@ def finish(
 
     more = {} if columns is None else {"columns": columns}
     record_origin(out, base, data, held_out.train, split, held_out=len(held_out.examples), **more)
-    failed: MelinoeError | None = None
+    failed: Exception | None = None
     if measure and not held_out.examples:
         output.say(
             "too few examples to hold some out, so nothing was measured before and after; give "
@@ -286,7 +286,7 @@ def finish(
                 memory=memory,
                 say=output.say,
             )
-        except MelinoeError as error:
+        except (MelinoeError, OSError) as error:  # or the disk is full
             failed = error
     write_card(out)
     output.say(f"wrote {out}/README.md and its figures")
@@ -306,7 +306,7 @@ def _is_measured(out: Path, control: Path | None) -> bool:
     return "control" in outcome and measured == there
 
 
-def _unmeasured(out: Path, control: Path | None, error: MelinoeError) -> TrainingError:
+def _unmeasured(out: Path, control: Path | None, error: Exception) -> TrainingError:
     """Say what was written and what was not measured, after an error on the way to the outcome."""
     from melinoe.checkpoint import read_metadata
 

@@ -72,6 +72,7 @@ class FinetuneSettings:
         "train the routers alone, or also low-rank updates of the experts, or of attention too",
         choices=("router", "router+experts", "router+experts+attention"),
     )
+    # Measured: docs/method.md#what-the-defaults-rest-on; the rule: melinoe.finetune.rates.
     lora_rank: int | None = setting(
         None,
         "rank of the update of each projection; absent: 128 over the experts per token, at most 32",

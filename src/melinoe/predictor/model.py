@@ -5,7 +5,6 @@ It reads prompts with the served model's own token embeddings.
 """
 
 import json
-import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from melinoe.cache.prefetch import most_wanted
+from melinoe.checkpoint.writing import whole_directory
 from melinoe.errors import (
     CheckpointError,
     DataError,
     ModelError,
-    OutputExistsError,
     TokenizerError,
 )
 from melinoe.moe.routing import fingerprint
-from melinoe.whole_file import unfinished
 
 FORMAT = 2
 _WEIGHTS, _HEADER = "predictor.safetensors", "predictor.json"
@@ -167,10 +165,6 @@ class Predictor:
 
     def save(self, path: str | Path) -> None:
         """Write a directory with ``predictor.safetensors`` and ``predictor.json``, or nothing."""
-        target = Path(path)
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise OutputExistsError(f"{target} is not empty; name another directory, or remove it")
-        target.parent.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         weights["popularity"] = torch.from_numpy(self.popularity)
         header = {
@@ -182,12 +176,9 @@ class Predictor:
             "encoder": READS_WITH,
             "comparison": self.comparison,
         }
-        with unfinished(target) as beside:
-            save_file(weights, beside / _WEIGHTS)
-            (beside / _HEADER).write_text(json.dumps(header, indent=1) + "\n")
-            if target.is_dir():
-                target.rmdir()
-            os.replace(beside, target)
+        with whole_directory(path) as directory:
+            save_file(weights, directory / _WEIGHTS)
+            (directory / _HEADER).write_text(json.dumps(header, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "Predictor":
