@@ -14,13 +14,12 @@ Not measured: CUDA, where layers are not recomputed unless told to; reading, wri
 """
 
 import argparse
-import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish, spread
 from load_memory import status
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -28,7 +27,6 @@ from melinoe.config import FinetuneSettings
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.parts import make_trainable
 from melinoe.finetune.preparing import ReadyModel
-from melinoe.measure import machine, write_json
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -64,10 +62,6 @@ class Steps:
         return {"s": seconds, "bytes": status("VmHWM") - before, "loss": float(total.detach())}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
@@ -101,11 +95,8 @@ def main() -> None:
         ],
         "notes": ["The last row holds ratios of neighbouring steps."],
         "losses": [round(one["loss"], 6) for pair in pairs for one in pair],
-        "machine": machine(),
     }
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":
