@@ -47,15 +47,18 @@ def client_gone() -> bool:
 
 
 class _Models:
-    """List the one model, in the place of transformers' model manager."""
+    """List the model and its adapters, in the place of transformers' model manager."""
 
     force_model = None
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
 
     def get_gen_models(self) -> list[dict[str, Any]]:
-        return [{"id": self._name, "object": "model", "created": 0, "owned_by": "melinoe"}]
+        return [
+            {"id": name, "object": "model", "created": 0, "owned_by": "melinoe"}
+            for name in self._names
+        ]
 
     def shutdown(self) -> None:
         """The model belongs to whoever loaded it."""
@@ -87,7 +90,7 @@ def build_app(
     chat = ChatHandler(batches, metrics, tokenizer, name, client_gone)
     completion = CompletionHandler(batches, metrics, tokenizer, name, client_gone)
     given: dict[str, Any] = {
-        "model_manager": _Models(name),
+        "model_manager": _Models(chat.names),
         "chat_handler": chat,
         "completion_handler": completion,
         "response_handler": Responses(chat),
@@ -106,7 +109,7 @@ def build_app(
     _add_errors(app)
     _add_pages(app, batches, metrics, name)
     vocabulary = batches.model.config.get_text_config().vocab_size
-    describe(app, bodies(name, vocabulary, batches.limits))
+    describe(app, bodies(chat.names, vocabulary, batches.limits))
     app.add_middleware(Gate, api_key=api_key)
     return app
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
+from melinoe.adapters import Adapters
 from melinoe.errors import AttachError
 from melinoe.serve.body import ApiError, Asked
 from melinoe.serve.sampling import Chosen, Sampler
@@ -102,22 +104,43 @@ class Running:
     chosen: list[Chosen] = field(default_factory=list)
 
 
-class PriorityScheduler(FIFOScheduler):
+class TurnsScheduler(FIFOScheduler):
     """
     Compute requests of a lower number first; those that no step has room for pause.
 
-    A paused request keeps its keys and values, and goes on with the same text.
+    A paused request keeps its keys and values, and goes on with the same text. A step computes
+    requests of one adapter, and adapters that have some take turns.
     """
 
+    use: Callable[[str | None], None] | None = None
+    _turn = ""
+
     def _process_candidates(self, candidates: list[Any], *args: Any) -> Any:
-        return super()._process_candidates(sorted(candidates, key=_priority), *args)
+        candidates = sorted(candidates, key=_priority)
+        if self.use is None or not candidates:
+            return super()._process_candidates(candidates, *args)
+        first = _priority(candidates[0])
+        names = sorted({_adapter(one) for one in candidates if _priority(one) == first})
+        at = bisect_right(names, self._turn)
+        for turn in (*names[at:], *names[:at]):
+            own = [one for one in candidates if _adapter(one) == turn]
+            made = super()._process_candidates(own, *args)
+            if made[0]:
+                self._turn = turn
+                self.use(turn or None)
+                break
+        return made
 
 
 def _priority(state: Any) -> int:
     return state.logit_processor_kwargs.get("priority", 0)
 
 
-SCHEDULER_MAPPING["melinoe"] = PriorityScheduler
+def _adapter(state: Any) -> str:
+    return state.logit_processor_kwargs.get("adapter", "")
+
+
+SCHEDULER_MAPPING["melinoe"] = TurnsScheduler
 
 
 class Batches:
@@ -129,12 +152,19 @@ class Batches:
         handle: Counts what its passes cost.
         limits: What may be spent.
         observe: Called in the worker after each step with the step's cost and seconds.
+        adapters: Of the model, by which requests may be written.
     """
 
     def __init__(
-        self, model: Any, handle: Any, limits: Limits, observe: Callable[..., None] | None = None
+        self,
+        model: Any,
+        handle: Any,
+        limits: Limits,
+        observe: Callable[..., None] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.model, self.handle, self.limits = model, handle, limits
+        self.adapters = adapters
         self.running: dict[str, Running] = {}
         self.restarts: list[float] = []
         self.draining = False
@@ -172,6 +202,7 @@ class Batches:
             eos_token_id=self.ends,
             settings=asked.sampling,
             priority=asked.priority,
+            adapter=asked.adapter or "",
         )
         if taken is None:  # the worker failed just now
             self.cancel(made)
@@ -279,6 +310,8 @@ class Batches:
             use_cuda_graph=False,  # the engine captures its own steps, and the sampler is Python
             use_async_batching=False,  # a step is accounted to the requests that it computed
             scheduler_type="melinoe",
+            # Requests of two adapters that begin alike share no keys and values.
+            allow_block_sharing=self.adapters is None,
         )
         # One end at most is asked of the config; each request brings the model's own.
         generation = GenerationConfig(do_sample=False, max_new_tokens=limits.max_tokens,
@@ -305,6 +338,8 @@ class Batches:
                 f"the cache of keys and values cannot be made: {error}; lower --cache-tokens, or "
                 "give fewer slots"
             ) from error
+        if self.adapters is not None:
+            manager.batch_processor.scheduler.use = self.adapters.use
 
     def _account(self, manager: Any, step: Callable[[], None]) -> None:
         """Compute one step, and share out its cost among its requests."""

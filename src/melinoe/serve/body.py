@@ -81,6 +81,7 @@ class Asked:
         stream: Whether tokens are sent as they come.
         stream_usage: Whether a stream ends with what it cost.
         priority: Those with a lower number go first; 0 unless the client says else.
+        adapter: The adapter that writes; None: the model as it is.
     """
 
     max_tokens: int | None
@@ -90,6 +91,7 @@ class Asked:
     stream: bool
     stream_usage: bool
     priority: int
+    adapter: str | None = None
 
 
 # Fields that change nothing of what is written.

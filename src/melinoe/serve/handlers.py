@@ -64,7 +64,7 @@ class Handler:
         choices: list[Running] = []
         status = "error"
         try:
-            self._check_model(body)
+            adapter = self.adapter_of(body)
             vocabulary = self.batches.model.config.get_text_config().vocab_size
             asked = read(body, self.chat, vocabulary, self.default)
             prompts = self._prompts(body)
@@ -75,7 +75,7 @@ class Handler:
                     f"{limits.running + limits.waiting} have room at once; send fewer prompts",
                     param="prompt" if len(prompts) > 1 else "n",
                 )
-            asked = self._within(asked, max(map(len, prompts)))
+            asked = replace(self._within(asked, max(map(len, prompts))), adapter=adapter)
             for prompt in prompts:
                 for at in range(asked.choices):
                     choices.append(self._submit(prompt, asked, at, request_id))
@@ -97,13 +97,26 @@ class Handler:
 
     # --- reading --------------------------------------------------------------------------------
 
-    def _check_model(self, body: dict[str, Any]) -> None:
+    @property
+    def names(self) -> list[str]:
+        """The names by which clients may ask: the model's and its adapters'."""
+        adapters = self.batches.adapters
+        return [self.name, *(adapters.names if adapters is not None else ())]
+
+    def adapter_of(self, body: dict[str, Any]) -> str | None:
+        """
+        Give the adapter that *body* asks for; None: the model as it is.
+
+        Raises:
+            ApiError: no model of that name.
+        """
         wanted = body.get("model")
-        if wanted is not None and wanted != self.name:
+        if wanted is not None and wanted not in self.names:
             raise ApiError(
-                f"there is no model {wanted!r} here; ask for {self.name!r}", 404, "model",
-                "model_not_found",
+                f"there is no model {wanted!r} here; ask for {' or '.join(map(repr, self.names))}",
+                404, "model", "model_not_found",
             )  # fmt: skip
+        return None if wanted in (None, self.name) else wanted
 
     def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
         """Token ids of each prompt of the request."""
@@ -232,7 +245,7 @@ class Handler:
         ]
         return {
             "id": request_id, "object": self.object, "created": int(time.time()),
-            "model": self.name, "choices": answers, "usage": self._usage(choices),
+            "model": asked.adapter or self.name, "choices": answers, "usage": self._usage(choices),
         }  # fmt: skip
 
     object: str
@@ -250,7 +263,7 @@ class Handler:
         events: asyncio.Queue[dict[str, Any] | ApiError | None] = asyncio.Queue()
         head = {
             "id": request_id, "object": self.chunk_object, "created": int(time.time()),
-            "model": self.name,
+            "model": asked.adapter or self.name,
         }  # fmt: skip
 
         async def follow(at: int, one: Running) -> None:

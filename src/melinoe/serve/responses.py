@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -70,7 +71,7 @@ class Responses(ResponseHandler, BaseGenerateManager):
         if "input" not in body:
             raise ApiError("input must be text or a list of items", param="input")
         refuse(body)
-        self.chat._check_model(body)
+        adapter = self.chat.adapter_of(body)
         if not self.chat.tokenizer.chat_template:
             self.chat._prompts({"messages": [{"role": "user", "content": ""}]})
         reasoning = body.get("reasoning") or {}
@@ -84,10 +85,11 @@ class Responses(ResponseHandler, BaseGenerateManager):
             raise ApiError("tools must be a list of functions", param="tools")
         model = self.chat.batches.model
         shared = {name: body.get(name) for name in ("temperature", "top_p", "seed", "stream")}
-        self._asked[request_id] = read(
+        read_so_far = read(
             {"max_tokens": body.get("max_output_tokens"), **shared}, True,
             model.config.get_text_config().vocab_size, self.chat.default,
         )  # fmt: skip
+        self._asked[request_id] = replace(read_so_far, adapter=adapter)
         asked = {**body, "stream": bool(body.get("stream")), "chat_template_kwargs": switches}
         try:
             return await super().handle_request(asked, request_id)
@@ -104,7 +106,7 @@ class Responses(ResponseHandler, BaseGenerateManager):
     # --- what transformers' handler asks of its model manager and its generation state -----------
 
     def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
-        return self.chat.name, self.chat.batches.model, self.chat.tokenizer
+        return body.get("model") or self.chat.name, self.chat.batches.model, self.chat.tokenizer
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
         """Text alone is served."""

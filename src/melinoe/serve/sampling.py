@@ -44,7 +44,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     """
 
     def __init__(self) -> None:
-        self.supported_kwargs = {"settings": Sampling, "priority": int}
+        self.supported_kwargs = {"settings": Sampling, "priority": int, "adapter": str}
         self.ignored_kwargs = ()
         self._states: list[Any] = []
         self._generators: dict[str, Random] = {}

@@ -33,12 +33,12 @@ def _fields(values: dict[str, Any], *required: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bodies(model: str, vocabulary: int, limits: Limits) -> dict[str, dict[str, Any]]:
+def bodies(models: list[str], vocabulary: int, limits: Limits) -> dict[str, dict[str, Any]]:
     """Give the JSON schema of each route's body."""
     most = _whole(1, limits.max_tokens)
     ids = _list(_whole(0, vocabulary - 1), minItems=1)
     drawn = {
-        "model": {"enum": [model]}, "stream": _FLAG, "seed": _whole(-(1 << 63), (1 << 63) - 1),
+        "model": {"enum": models}, "stream": _FLAG, "seed": _whole(-(1 << 63), (1 << 63) - 1),
         "temperature": _number(0, 2), "top_p": _number(0, 1),
     }  # fmt: skip
     shared = {

@@ -1,0 +1,157 @@
+"""Let a model with few resident experts write by adapters: several by name, one in each pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melinoe.engine.handle import Handle
+from melinoe.errors import AttachError, MelinoeError
+from melinoe.experts.format import PackedFormat
+from melinoe.finetune.adapter import read_adapter
+from melinoe.finetune.parts import LowRank, add_update, is_transposed
+from melinoe.moe.grouped import expert_rows, sort_choices, weighted_sum
+from melinoe.moe.routing import find_routers
+
+
+class Adapters:
+    """
+    Adapters of one model, `melinoe finetune`'s or PEFT's, over its slots.
+
+    The experts stay as they are, in store and slots; low-rank terms are added to their products,
+    as in training. Routers are exchanged whole. All adapters' tensors stay in fast memory.
+
+    Args:
+        model: Attached to *handle*.
+        handle: Of `melinoe.load` or `melinoe.attach`.
+
+    Raises:
+        AttachError: the device decides, whose captured steps cannot change.
+    """
+
+    def __init__(self, model: nn.Module, handle: Handle) -> None:
+        if handle.engine.name != "reference":
+            raise AttachError("adapters need the reference engine; choose engine='reference'")
+        self._model, self._handle = model, handle
+        self._device = next(model.parameters()).device
+        self._experts: dict[str, dict[str, LowRank]] = {}
+        self._linears: dict[str, dict[str, LowRank]] = {}
+        self._routers: dict[str, dict[str, dict[str, Tensor]]] = {}
+        self._base = {
+            one.name: {key: value.clone() for key, value in one.module.state_dict().items()}
+            for one in find_routers(model)
+        }
+        self._hooked: set[str] = set()
+        self._now: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, in the order in which they were added."""
+        return list(self._routers)
+
+    @torch.no_grad()
+    def add(self, name: str, directory: str | Path) -> None:
+        """
+        Read an adapter, to be used as *name*.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not this model's.
+            MelinoeError: the name is taken.
+        """
+        if name in self._routers:
+            raise MelinoeError(f"two adapters are named {name!r}; give each its own name")
+        adapter = read_adapter(directory, self._model, self._handle.layers)
+        layers = {layer.name: layer for layer in self._handle.layers}
+        routers = {key: dict(state) for key, state in adapter.routers.items()}
+        self._experts[name], self._linears[name] = {}, {}
+        for place, factors in adapter.factors.items():
+            if place in self._base:  # a low-rank update of a router
+                state = routers.setdefault(place, dict(self._base[place]))
+                for key, update in factors.items():
+                    state[key] = state[key].clone()
+                    add_update(state[key], *(one.to(self._device) for one in update),
+                               adapter.scaling)  # fmt: skip
+                continue
+            transposed = place in layers and is_transposed(layers[place].module)
+            made = LowRank(factors, adapter.scaling, transposed).requires_grad_(False)
+            made.to(self._device)
+            if place in layers:
+                self._experts[name][place] = made
+                continue
+            self._linears[name][place] = made
+            if place not in self._hooked:
+                self._hooked.add(place)
+                self._model.get_submodule(place).register_forward_hook(self._adding_to(place))
+        self._routers[name] = routers
+
+    @torch.no_grad()
+    def use(self, name: str | None) -> None:
+        """
+        Let *name* write from the next pass on; None: the model as it is.
+
+        Raises:
+            KeyError: no adapter of that name.
+        """
+        if name == self._now:
+            return
+        chosen = {} if name is None else self._routers[name]
+        for place, base in self._base.items():
+            own = self._model.get_submodule(place).state_dict()
+            for key, value in {**base, **chosen.get(place, {})}.items():
+                own[key].copy_(value)
+        updates = {} if name is None else self._experts[name]
+        for cache in self._handle.engine.experts:
+            update = updates.get(cache.layer.name)
+            cache.compute_by(None if update is None else _UpdatedExperts(cache, update))
+        self._now = name
+
+    def _adding_to(self, place: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            update = None if self._now is None else self._linears[self._now].get(place)
+            return None if update is None else output + update("weight", inputs[0]).to(output.dtype)
+
+        return add
+
+
+class _UpdatedExperts:
+    """Compute experts from a cache's slots, with low-rank terms; as transformers' functions do."""
+
+    def __init__(self, cache: Any, update: LowRank) -> None:
+        self._cache, self._update = cache, update
+
+    def __call__(
+        self, stand_in: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        cache, update = self._cache, self._update
+        choice = sort_choices(top_k_index, top_k_weights, stand_in.num_experts)
+        counts = choice.offsets.diff(prepend=choice.offsets.new_zeros(1))
+        used = counts.nonzero()[:, 0]
+        own_offsets = choice.offsets[used]
+        experts = torch.from_numpy(cache.residency.expert_of).to(used.device)[used]
+
+        def term(name: str, rows: Tensor, _: Tensor) -> Tensor:
+            if name not in update.names:
+                return rows.new_zeros(())
+            down, up = update.lora_A[name][experts], update.lora_B[name][experts]
+            return update.term(down, up, rows, own_offsets)
+
+        rows = hidden_states[choice.tokens].to(cache.layer.pair_dtype)
+        layer, stacks, offsets, numbers = cache.layer, cache.slots, choice.offsets, choice.experts
+        if isinstance(layer.format, PackedFormat):  # the experts of this pass alone are unpacked
+            decoded = [
+                layer.format.decode(
+                    layer.tensors, {name: part[slot] for name, part in cache.slots.items()}
+                )
+                for slot in used.tolist()
+            ]
+            stacks = {
+                name: torch.stack([one[name] for one in decoded]).to(layer.pair_dtype)
+                for name in decoded[0]
+            }
+            offsets = own_offsets
+            numbers = torch.repeat_interleave(torch.arange(len(used)), counts[used].long())
+        outputs = expert_rows(layer.module, stacks, rows, numbers, offsets, term)
+        return weighted_sum(outputs * choice.weights.unsqueeze(-1), choice, hidden_states)
