@@ -7,7 +7,6 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from small_olmoe import tiny_model
-from tiny import FAMILIES
 
 import melinoe
 from melinoe.adapters import Adapters
@@ -20,17 +19,18 @@ from melinoe.moe.routing import find_routers
 from melinoe.serve.batching import Batches, Limits
 from melinoe.serve.body import Asked, Sampling
 
+FAMILIES = ("olmoe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "gemma4")
 LIMITS = Limits(running=4, waiting=8, context=200, max_tokens=64, cache_tokens=512, chunk=16)
 
 
-def trained(model, seed, train="router+experts"):
+def trained(model, seed, train="router+experts", by=0.3):
     """Move every trained part of *model* somewhere."""
     settings = FinetuneSettings(train=train, lora_alpha=6.0, seed=seed)
     parts = make_trainable(model, find_routers(model), find_experts(model), settings, 3)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in parts.all():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+            parameter.add_(torch.randn(parameter.shape), alpha=by)
     return parts
 
 

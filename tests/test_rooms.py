@@ -19,7 +19,7 @@ ROOMS = [
     ["stores"],
     ["losses", "predictor"],
     ["finetune", "engine"],
-    ["generate"],
+    ["generate", "adapters"],
     ["evaluate", "measure"],
     ["report", "plan", "outcome", "serve"],
     ["demo", "cli", "__main__"],

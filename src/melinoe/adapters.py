@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from melinoe.engine.handle import Handle
+from melinoe.engine.reference import ExpertCache, ReferenceEngine
 from melinoe.errors import AttachError, MelinoeError
 from melinoe.experts.format import PackedFormat
 from melinoe.finetune.adapter import read_adapter
@@ -29,12 +30,16 @@ class Adapters:
         handle: Of `melinoe.load` or `melinoe.attach`.
 
     Raises:
-        AttachError: the device decides, whose captured steps cannot change.
+        AttachError: the device decides, whose captured steps cannot change; or the CPU computes
+            what is missing, which adds no terms.
     """
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
-        if handle.engine.name != "reference":
+        if not isinstance(handle.engine, ReferenceEngine):
             raise AttachError("adapters need the reference engine; choose engine='reference'")
+        self._caches = handle.engine.experts
+        if any(cache.rule is not None for cache in self._caches):
+            raise AttachError("adapters need every missing expert loaded; choose miss='load'")
         self._model, self._handle = model, handle
         self._device = next(model.parameters()).device
         self._experts: dict[str, dict[str, LowRank]] = {}
@@ -70,10 +75,11 @@ class Adapters:
         for place, factors in adapter.factors.items():
             if place in self._base:  # a low-rank update of a router
                 state = routers.setdefault(place, dict(self._base[place]))
-                for key, update in factors.items():
+                for key, (down, up) in factors.items():
                     state[key] = state[key].clone()
-                    add_update(state[key], *(one.to(self._device) for one in update),
-                               adapter.scaling)  # fmt: skip
+                    add_update(
+                        state[key], down.to(self._device), up.to(self._device), adapter.scaling
+                    )
                 continue
             transposed = place in layers and is_transposed(layers[place].module)
             made = LowRank(factors, adapter.scaling, transposed).requires_grad_(False)
@@ -103,7 +109,7 @@ class Adapters:
             for key, value in {**base, **chosen.get(place, {})}.items():
                 own[key].copy_(value)
         updates = {} if name is None else self._experts[name]
-        for cache in self._handle.engine.experts:
+        for cache in self._caches:
             update = updates.get(cache.layer.name)
             cache.compute_by(None if update is None else _UpdatedExperts(cache, update))
         self._now = name
@@ -119,7 +125,7 @@ class Adapters:
 class _UpdatedExperts:
     """Compute experts from a cache's slots, with low-rank terms; as transformers' functions do."""
 
-    def __init__(self, cache: Any, update: LowRank) -> None:
+    def __init__(self, cache: ExpertCache, update: LowRank) -> None:
         self._cache, self._update = cache, update
 
     def __call__(
@@ -130,7 +136,7 @@ class _UpdatedExperts:
         counts = choice.offsets.diff(prepend=choice.offsets.new_zeros(1))
         used = counts.nonzero()[:, 0]
         own_offsets = choice.offsets[used]
-        experts = torch.from_numpy(cache.residency.expert_of).to(used.device)[used]
+        experts = cache.expert_of()[used]
 
         def term(name: str, rows: Tensor, _: Tensor) -> Tensor:
             if name not in update.names:

@@ -209,3 +209,34 @@ def test_a_server_asks_for_its_key_and_ends_what_runs_in_words(tmp_path):
         assert len(json.loads(kept.read_text())["resident"]) == 4
     finally:
         server.process.kill()
+
+
+def test_a_server_answers_by_an_adapters_name(tmp_path, offline):
+    """Its text is that of the model into which the adapter is merged; the base's is as before."""
+    from test_adapters import trained
+    from transformers import AutoModelForCausalLM
+
+    from melinoe.finetune.adapter import adapter_of, write_adapter
+    from melinoe.shipped import TINY_OLMOE
+
+    model = AutoModelForCausalLM.from_pretrained(TINY_OLMOE, dtype=torch.bfloat16)
+    parts = trained(model, 1, "router", 0.1)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(adapter_of(parts), tmp_path / "adapter", str(TINY_OLMOE))
+    write, _, tokenizer = offline
+    ids = torch.tensor([tokenizer("The sea was")["input_ids"]])
+    made = model.to(torch.bfloat16).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    server = Server(tmp_path, "--adapter", f"fine={tmp_path / 'adapter'}")
+    try:
+        listed = json.loads(ask(f"{server.url}/v1/models")[2])["data"]
+        assert [one["id"] for one in listed] == ["tiny", "fine"]
+        for name, text in (("fine", expected), ("tiny", write("The sea was", 6))):
+            body = {"model": name, "prompt": "The sea was", "max_tokens": 6, "temperature": 0}
+            answer = json.loads(ask(f"{server.url}/v1/completions", body)[2])
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, text)
+        assert expected != write("The sea was", 6)
+    finally:
+        server.stop()

@@ -219,3 +219,18 @@ def prefetchers(
         popularity = getattr(guess, "popularity", None)
     given = prefetch.Given(popularity, guess)
     return {name: prefetch.prefetcher(name, given) for name in names}
+
+
+def adapters(model: Any, handle: Any, named: Sequence[str]) -> Any:
+    """Read the adapters of --adapter NAME=DIR; None without any."""
+    if not named:
+        return None
+    from melinoe.adapters import Adapters
+
+    made = Adapters(model, handle)
+    for one in named:
+        name, _, directory = one.partition("=")
+        if not name or not directory:
+            raise typer.BadParameter(f"{one!r} is not NAME=DIR", param_hint="--adapter")
+        made.add(name, directory)
+    return made

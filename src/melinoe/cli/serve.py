@@ -31,6 +31,13 @@ def command(
         option("Name by which clients ask for the model. Default: the last part of MODEL.", SERVER),
     ] = None,
     chat_template: options.ChatTemplate = None,
+    adapter: Annotated[
+        list[str] | None,
+        option(
+            "Also serve this adapter, as NAME=DIR; clients ask for it as for a model. Repeatable.",
+            SERVER,
+        ),
+    ] = None,
     requests: Annotated[int, option("Requests computed at once.", SERVER, min=1)] = 8,
     waiting: Annotated[
         int, option("Requests that may wait; more are answered 429.", SERVER, min=0)
@@ -73,6 +80,7 @@ def command(
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_context)
+    adapters = models.adapters(loaded, handle, adapter or [])
     _log_to_stderr()
     kept = None
     if keep_residency is not None:
@@ -90,6 +98,7 @@ def command(
         api_key=api_key or os.environ.get("MELINOE_API_KEY") or None,
         residency=kept,
         patience_s=patience,
+        adapters=adapters,
     )
 
 

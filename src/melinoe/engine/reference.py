@@ -166,11 +166,12 @@ class ExpertCache:
             {name: tensor[slot] for name, tensor in self.slots.items()} for slot in range(num_slots)
         ]
         self._device, self._dtype = device, layer.pair_dtype
-        self._forward = experts_function(layer)
+        self._forward = self._own_function = experts_function(layer)
         self._stand_in = StandIn(layer.module, self.slots, num_slots)
         self._guard = Guard(device, layer.module, [tensor.name for tensor in layer.tensors])
         self.watch = self._guard.watch
         self._in_flight: dict[int | None, Any] = {}  # expert -> ticket of its prefetch
+        self._turn: Mapping[int, int] | None = None  # slots of the experts that are computed now
         self._as_numbered = False  # whether slot i holds expert i, for all i
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -190,6 +191,19 @@ class ExpertCache:
             except BaseException:
                 self.reset()  # what was decided may not have been copied: trust no slot
                 raise
+
+    def compute_by(self, function: Callable[..., Tensor] | None) -> None:
+        """Let *function* compute from the slots, called as `StandIn`'s; None: the format's own."""
+        self._forward = self._own_function if function is None else function
+
+    def expert_of(self) -> Tensor:
+        """Give the expert that each slot holds for the computation at hand; -1 for none."""
+        if self._turn is None:
+            return torch.from_numpy(self.residency.expert_of).to(self._device)
+        expert_of = torch.full((self._num_slots,), -1, dtype=torch.int64, device="cpu")
+        for expert, slot in self._turn.items():
+            expert_of[slot] = expert
+        return expert_of.to(self._device)
 
     def resident(self) -> list[int]:
         """Ids of the resident experts, ascending; any thread may ask at any time."""
@@ -294,7 +308,9 @@ class ExpertCache:
         due[torch.tensor(list(slots), device="cpu")] = torch.tensor(
             list(slots.values()), device="cpu"
         )
+        self._turn = slots
         pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
+        self._turn = None
 
     def _served(self, experts: list[int]) -> None:
         """The loads of a request are under way: now others may follow them."""

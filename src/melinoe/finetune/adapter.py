@@ -389,7 +389,9 @@ def _why_not(path: Path, name: str, model: nn.Module) -> str:
             "transformers 4; merge it there with PEFT (merge_and_unload)"
         )
     module = _OF_PEFT.split(name)[0]
-    if module in model.state_dict() or module in dict(model.named_modules()):
+    known = {key for of in ("parameters", "buffers", "modules")
+             for key, _ in getattr(model, f"named_{of}")()}  # fmt: skip
+    if module in known:
         return (
             f"{path} also changes {module}, which is no projection or router; merge it with PEFT "
             "(merge_and_unload), which gives a plain checkpoint too"

@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from melinoe.adapters import Adapters
 from melinoe.errors import MelinoeError, TokenizerError
 from melinoe.serve.app import build_app
 from melinoe.serve.batching import Batches, Limits
@@ -114,6 +115,7 @@ def serve(
     api_key: str | None = None,
     residency: Residency | None = None,
     patience_s: float = 30.0,
+    adapters: Adapters | None = None,
 ) -> None:
     """
     Serve *model* until a signal ends it.
@@ -129,6 +131,7 @@ def serve(
         api_key: Asked of every request but `/health` and the page.
         residency: Restored now, and written every minute and at the end.
         patience_s: Seconds that running requests have after SIGTERM.
+        adapters: Of *model*; clients ask for them by their names.
 
     Raises:
         MelinoeError: the model cannot be batched, or the port cannot be had.
@@ -142,7 +145,7 @@ def serve(
         )
     metrics = Metrics()
     try:
-        batches = Batches(model, handle, limits or Limits(), metrics.step_done)
+        batches = Batches(model, handle, limits or Limits(), metrics.step_done, adapters)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise MelinoeError(
             f"transformers cannot batch this model continuously: {error}; use melinoe chat or "

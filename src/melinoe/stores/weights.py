@@ -73,8 +73,8 @@ def refuse_copies(layer: ExpertsLayer) -> Callable[[], None]:
     def refuse(*_: object) -> None:
         raise AttachError(
             f"the weights of {layer.name} are in the expert store, so the model's state cannot be "
-            "read, as to save it, copy it or load an adapter; call handle.detach() first, or "
-            "merge the adapter into the checkpoint (`melinoe merge`)"
+            "read, as to save it, copy it or load an adapter; call handle.detach() first, serve "
+            "the adapter with melinoe.adapters, or merge it into the checkpoint (`melinoe merge`)"
         )
 
     hook = layer.module.register_state_dict_pre_hook(refuse)
