@@ -1,0 +1,127 @@
+"""Experts that come from disk while others are computed: the same bits, the same counts."""
+
+import threading
+import time
+
+import pytest
+import tiny
+import torch
+from test_attach import BATCH, GREEDY, MASK, PROMPT
+
+import melinoe
+from melinoe.cache.residency import Load
+from melinoe.cache.simulator import simulate
+from melinoe.engine import reference
+from melinoe.engine.transfer import DiskTransfer, staging_blocks
+from melinoe.errors import CheckpointError
+from melinoe.moe.next_router import NextRouters
+from melinoe.stores import disk_store
+from melinoe.stores.disk_store import DiskStore
+
+
+@pytest.fixture(params=[True, False], ids=["past the page cache", "through it"])
+def saved(request, model, tmp_path, monkeypatch):
+    """A checkpoint, read either way, with room for three experts in staging."""
+    free = 1 if request.param else None
+    monkeypatch.setattr(disk_store, "free_host_bytes", lambda: free)
+    monkeypatch.setattr(reference, "staging_blocks", lambda slots: 3)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(path, **options):
+    return melinoe.load(path, "cpu", store="disk", dtype="float32", **options)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+def test_tokens_logits_and_counts_are_those_of_the_resident_model(model, saved, slots):
+    """Prompts, completions and a padded batch; as simulated, and every slot holds its expert."""
+    expected = model.generate(PROMPT, **GREEDY)
+    with torch.no_grad():
+        logits = model(BATCH, attention_mask=MASK).logits
+    loaded, handle = load(saved, slots=slots)
+    assert isinstance(handle.engine.transfer, DiskTransfer)
+    with handle.record() as recorder:
+        assert torch.equal(loaded.generate(PROMPT, **GREEDY), expected)
+        with torch.no_grad():
+            assert torch.equal(loaded(BATCH, attention_mask=MASK).logits, logits)
+    assert simulate(recorder.trace(), slots).counters == handle.counters
+    transfer = handle.engine.transfer
+    assert transfer.transferred_bytes == handle.counters.loads.sum() * handle.store.block_bytes(0)
+    assert transfer.ahead_used <= transfer.ahead_reads
+    assert slots == 8 or transfer.ahead_used > 0
+    handle.audit()
+    handle.detach()
+
+
+@pytest.mark.parametrize("guess", ["wrong", "none"])
+def test_a_wrong_guess_or_none_changes_nothing_but_reads(model, saved, monkeypatch, guess):
+    """Staging fills with what nobody asks for, or routers cannot be asked: the same tokens."""
+    expected = model.generate(PROMPT, **GREEDY)
+
+    def wrong(self, layer, target, rows, top_k):
+        self._inputs.pop(layer)
+        return torch.full((rows, top_k), tiny.NUM_EXPERTS - 1)
+
+    def none(self, *_):
+        raise melinoe.errors.UnsupportedModelError("cannot be asked")
+
+    monkeypatch.setattr(NextRouters, "guess", wrong if guess == "wrong" else none)
+    loaded, handle = load(saved, slots=2)
+    assert torch.equal(loaded.generate(PROMPT, **GREEDY), expected)
+    if guess == "none":  # and none is asked again, but by whoever wants guesses
+        assert loaded.generate(PROMPT, **GREEDY).equal(expected)
+        with pytest.raises(melinoe.errors.UnsupportedModelError), handle.record(guesses=True):
+            loaded.generate(PROMPT, **GREEDY)
+    handle.audit()
+
+
+def test_a_read_ahead_that_fails_is_no_error_until_its_expert_is_wanted(model, saved, monkeypatch):
+    """The first read into staging fails: the pass that wants it says so, and the next is right."""
+    expected = model.generate(PROMPT, **GREEDY)
+    real, failed = DiskStore.read, []
+
+    def read(self, layer, expert, into):
+        staged = threading.current_thread().name.startswith("melinoe-read") and any(
+            block is into for _, block in handle.engine.transfer._staged.values()
+        )
+        if staged and not failed:
+            failed.append((layer, expert))
+            raise CheckpointError("the shard cannot be read")
+        real(self, layer, expert, into)
+
+    loaded, handle = load(saved, slots=2)
+    monkeypatch.setattr(DiskStore, "read", read)
+    try:
+        found = loaded.generate(PROMPT, **GREEDY)
+    except CheckpointError:
+        found = loaded.generate(PROMPT, **GREEDY)
+    assert failed and torch.equal(found, expected)
+    handle.audit()
+
+
+def test_copies_into_one_slot_keep_their_order(model, saved):
+    """The first copy is slow and the second is fast: the second's expert stays."""
+
+    class Slow:
+        kind = "disk"
+
+        def block_bytes(self, layer):
+            return 1
+
+        def read(self, layer, expert, into):
+            if expert == 3:
+                time.sleep(0.1)
+            into["down_proj"].fill_(expert)
+
+    _, handle = load(saved, slots=2)
+    transfer = DiskTransfer(Slow(), handle.layers, 0)
+    slot = {"down_proj": torch.zeros(4)}
+    transfer.issue(0, [Load(3, 0, None)], [slot])
+    transfer.wait(transfer.issue(0, [Load(5, 0, 3)], [slot]))
+    assert slot["down_proj"].tolist() == [5.0] * 4
+
+
+def test_staging_is_few_beside_the_slots():
+    """A sixteenth, and eight at most."""
+    assert [staging_blocks([n] * 16) for n in (0, 1, 4, 16, 64)] == [0, 1, 4, 8, 8]
