@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from common import publish
 from load_memory import write_checkpoint
 
 GIB = 1 << 30
@@ -197,8 +198,6 @@ def main() -> None:
         if not (Path(path) / "config.json").exists():
             write_checkpoint(Path(path), options.layers)
         found = {way: run(path, way, options, arguments) for way in options.ways}
-    from melinoe.measure import machine, write_json
-
     rows = []
     if "serve" in found:
         serve = found["serve"]
@@ -217,7 +216,6 @@ def main() -> None:
             **{name: getattr(options, name) for name in names},
             "limit_gib": options.limit,
         },
-        "machine": machine(),
     }
     kept = True
     if rows:
@@ -234,9 +232,7 @@ def main() -> None:
             "promise": PROMPT_PROMISE,
         }
         kept = kept and times <= PROMPT_PROMISE
-    if options.out:
-        write_json(options.out, result)
-    print(json.dumps(result))
+    publish(result, options.out)
     if not kept:
         sys.exit("a promise was not kept")
 

@@ -325,9 +325,11 @@ class ExpertCache:
 
     def read_ahead(self, guess: Tensor) -> None:
         """Begin to read what *guess* ``(tokens, top_k)`` says this layer will load."""
-        ids, counts = guess.unique(return_counts=True)
-        # A request loads the least used first.
-        order = ids[counts.argsort(stable=True)].tolist()
+        if guess.shape[0] == 1:
+            order = guess[0].tolist()
+        else:  # a request of many tokens loads the least used first
+            ids, counts = guess.unique(return_counts=True)
+            order = ids[counts.argsort(stable=True)].tolist()
         slot_of = self.residency.slot_of
         missing = [one for one in order if 0 <= one < self._num_experts and slot_of[one] < 0]
         self._transfer.ahead(self._index, missing)
