@@ -32,16 +32,9 @@ _LEAST, _MOST, _ENOUGH_S = 5, 24, 0.2  # runs of one measurement, and when to st
 
 @dataclass(frozen=True)
 class Misses:
-    """
-    Decide what is done about a miss.
+    """Decide what is done about a miss, by figures; there are none with ``wait``."""
 
-    Attributes:
-        kind: ``wait``: load it; ``cpu``: compute it on the host; ``split``: by cost.
-        machine: The figures that decide, and that a time model takes; None with ``wait``.
-        work: The model's.
-    """
-
-    kind: str = "wait"
+    kind: str = "wait"  # "wait": load it; "cpu": compute it on the host; "split": by cost
     machine: Machine | None = None
     work: Work | None = None
 

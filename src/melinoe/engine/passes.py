@@ -34,45 +34,26 @@ _log = logging.getLogger("melinoe")
 
 @dataclass
 class Generating:
-    """
-    A ``generate`` that is under way.
+    """A ``generate`` that is under way."""
 
-    Attributes:
-        prompt: Tokens per row that it was given; all that come behind them are its own.
-        began: Whether it has called the model yet.
-        warned: Whether it was said that it computes the prompt again and again.
-        guesses: Whether the model makes guesses for itself, by a ``generate`` inside this one.
-        drafts: How many of those run.
-        chunked: Whether the prompt comes in several calls, and may not be over yet.
-    """
-
-    prompt: int
-    began: bool = False
-    warned: bool = False
-    guesses: bool = False
-    drafts: int = 0
-    chunked: bool = False
+    prompt: int  # tokens per row that it was given; all that come behind them are its own
+    began: bool = False  # whether it has called the model yet
+    warned: bool = False  # whether it was said that it computes the prompt again and again
+    guesses: bool = False  # whether the model makes them itself, by a ``generate`` inside this one
+    drafts: int = 0  # how many of those run
+    chunked: bool = False  # whether the prompt comes in several calls, and may not be over yet
 
 
 @dataclass(frozen=True)
 class Batch:
-    """
-    One call of the model: *batch* rows of *length* tokens.
-
-    Attributes:
-        start: Tokens per row that came before these; their keys and values are in the cache.
-        prompt: How many of the *length* tokens are the prompt's; those behind are completion.
-        mask: The attention mask, ``(batch, length or more)`` or ``(batch, 1 or more, length,
-            length or more)``, or None.
-        repeats: Whether ``generate`` computes the prompt once more, having no cache.
-    """
+    """One call of the model: *batch* rows of *length* tokens."""
 
     batch: int
     length: int
-    start: int
-    prompt: int
-    mask: Tensor | None
-    repeats: bool = False
+    start: int  # tokens per row that came before; their keys and values are in the cache
+    prompt: int  # how many of the *length* tokens are the prompt's, the others are completion
+    mask: Tensor | None  # (batch, length or more), or (batch, 1 or more, length, length or more)
+    repeats: bool = False  # whether ``generate`` computes the prompt once more, having no cache
 
     @property
     def phase(self) -> int:
@@ -114,10 +95,7 @@ class Ahead:
 
     A prefetch between passes belongs to the text whose pass comes next. An earlier one was for an
     earlier text, and wasted, even if a later text finds the expert resident; as the simulator says.
-
-    Attributes:
-        forget: Called with what still counts as loaded ahead, by layer, when a text begins
-            (`melinoe.cache.residency.Residency.forget_prefetches`).
+    *forget* is then called with what still counts, by layer (`Residency.forget_prefetches`).
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -558,11 +536,8 @@ def watch_generate(
     Put a ``generate`` before the model's own that tells *passes* when it begins and ends.
 
     Unless *may_compile*, it also forbids compilation, which transformers begins by itself with a
-    static cache on a GPU: the experts ask the host who is resident, once per layer, and that cannot
-    be compiled. The caller's generation config is not touched; the model's own is, until the end.
-
-    Returns:
-        A function that puts back what was there.
+    static cache on a GPU: the experts ask the host who is resident. The caller's generation config
+    is not touched; the model's own is, until what is returned puts all back.
     """
     original = getattr(model, "generate", None)
     if not callable(original):

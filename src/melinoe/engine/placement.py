@@ -30,27 +30,16 @@ _WHERE = {
 
 @dataclass(frozen=True)
 class Model:
-    """
-    Facts of a model, known before it is loaded.
+    """Facts of a model, known before it is loaded."""
 
-    Attributes:
-        layers: Its MoE layers in the format of the store; their weights are not read.
-        backbone_bytes: Bytes of all other weights that loading will add; 0 for a model in memory.
-        in_memory: Whether the experts are in memory, so that there is no file to read them from.
-        device: Where its other weights are; None for a checkpoint.
-        budget: Shares so many bytes of a GPU out, with so many experts in a staging block; None
-            where the model cannot be asked what it needs.
-        packs: Whether experts are packed as they are read, which only a store in memory keeps.
-        experts_on_host: Whether experts in memory are in the host's.
-    """
-
-    layers: Sequence[ExpertsLayer]
-    backbone_bytes: int = 0
-    in_memory: bool = False
-    device: torch.device | None = None
+    layers: Sequence[ExpertsLayer]  # in the format of the store; weights are not read
+    backbone_bytes: int = 0  # of all other weights that loading will add
+    in_memory: bool = False  # whether there is no file to read experts from
+    device: torch.device | None = None  # where its other weights are; None for a checkpoint
+    # Shares so many bytes of a GPU out, with so many experts in a staging block.
     budget: Callable[[int, int], GpuBudget] | None = None
-    packs: bool = False
-    experts_on_host: bool = True
+    packs: bool = False  # whether experts are packed as they are read, to be kept in memory
+    experts_on_host: bool = True  # whether experts in memory are in the host's
 
     @property
     def expert_bytes(self) -> int:
@@ -66,26 +55,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Placement:
-    """
-    The choice that was made.
+    """The choice that was made."""
 
-    Attributes:
-        device: Of the slots, and of all other weights.
-        engine: ``fast``: the device decides; ``reference``: the host does.
-        store: ``ram``, ``pinned`` or ``disk``: where the experts wait.
-        slots: Of each layer.
-        policies: By layer, a function that makes its policy.
-        budget: The limit on the GPU's memory, shared out; None if none was given.
-        why: In words: why the host decides; what the slots fit into.
-    """
-
-    device: torch.device
-    engine: str
-    store: str
-    slots: tuple[int, ...]
-    policies: Sequence[Callable[[], Policy]]
-    budget: GpuBudget | None
-    why: tuple[str, str]
+    device: torch.device  # of the slots, and of all other weights
+    engine: str  # "fast": the device decides; "reference": the host does
+    store: str  # "ram", "pinned" or "disk"
+    slots: tuple[int, ...]  # of each layer
+    policies: Sequence[Callable[[], Policy]]  # by layer
+    budget: GpuBudget | None  # the limit on the GPU's memory, shared out, if one was given
+    why: tuple[str, str]  # in words: why the host decides; what the slots fit into
 
     def describe(self, layers: Sequence[ExpertsLayer]) -> str:
         """One line for the log."""

@@ -332,7 +332,7 @@ class ExpertCache:
             order = ids[counts.argsort(stable=True)].tolist()
         slot_of = self.residency.slot_of
         missing = [one for one in order if 0 <= one < self._num_experts and slot_of[one] < 0]
-        self._transfer.ahead(self._index, missing)
+        self._transfer.guess(self._index, missing)
 
     def _make_way(self, loads: Sequence[Load]) -> None:
         """Bring the books up to date with *loads*."""

@@ -24,6 +24,7 @@ from melinoe.stores.store import Store, empty_block
 # A disk gives its rate to about four reads in flight; more gained nothing.
 _READERS = 4
 _MOST_STAGED = 8
+_WORTH = 0.5  # share of guesses that must be right for them to be made
 
 
 def staging_blocks(slots: Sequence[int]) -> int:
@@ -121,8 +122,12 @@ class Transfer:
         """Yield the experts of *ticket* as they arrive, where the transfer `overlaps`."""
         raise NotImplementedError
 
-    def ahead(self, layer: int, experts: Iterable[int]) -> None:
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read experts that will probably be asked for, where that can be hidden."""
+
+    def ahead(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Begin to read experts that will be asked for, where that can be hidden."""
+        return []
 
     def forget_ahead(self, layer: int, but: Collection[int]) -> None:
         """Forget what was read ahead for *layer* and is not asked for."""
@@ -157,7 +162,8 @@ class DiskTransfer(Transfer):
 
     A disk gives its rate to several reads in flight only. What the next layer will probably ask for
     is read ahead into staging, blocks of host memory that belong to no layer, never into a slot; a
-    demand that finds its expert there copies it. A wrong guess costs its read and nothing else.
+    demand that finds its expert there copies it. A wrong guess costs its read, so few are made
+    while few of them are right.
 
     Attributes:
         ahead_reads, ahead_used: Experts read into staging, and those that were then asked for.
@@ -177,6 +183,9 @@ class DiskTransfer(Transfer):
         self._staged: dict[tuple[int, int], tuple[Future[None], dict[str, Tensor]]] = {}
         # By layer and slot, the last copy into it: the next one waits for it.
         self._last: dict[tuple[int, int], Future[None]] = {}
+        self._guessed: set[tuple[int, int]] = set()
+        self._right = 1.0  # share of the guesses, the last twenty or so
+        self._refrained = 0
         super().__init__(store)
 
     def reset(self) -> None:
@@ -192,6 +201,8 @@ class DiskTransfer(Transfer):
         for load in loads:
             staged = self._staged.pop((layer, load.expert), None)
             self.ahead_used += staged is not None
+            if (layer, load.expert) in self._guessed:
+                self._judge((layer, load.expert), 1.0)
             before = self._last.get((layer, load.slot))
             copy = self._pool.submit(
                 self._bring, layer, load.expert, slots[load.slot], staged, before
@@ -217,23 +228,38 @@ class DiskTransfer(Transfer):
                 copy.result()
             yield sorted(left.pop(copy) for copy in done)
 
-    def ahead(self, layer: int, experts: Iterable[int]) -> None:
-        """Begin to read *experts* of *layer* into staging, as far as it has room."""
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Read ahead what *layer* will probably ask for; seldom, if guesses were wrong of late."""
+        if self._right < _WORTH:
+            self._refrained += 1
+            experts = experts[: self._refrained % 16 == 0]
+        self._guessed.update((layer, expert) for expert in self.ahead(layer, experts))
+
+    def _judge(self, guess: tuple[int, int], right: float) -> None:
+        self._guessed.discard(guess)
+        self._right += 0.05 * (right - self._right)
+
+    def ahead(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Read *experts* into staging, as far as it has room; returns those begun now."""
+        begun: list[int] = []
         free = self._free[self._parts[layer]]
         for expert in experts:
             if not free:
-                return
+                break
             if (layer, expert) not in self._staged:
                 block = free.pop()
                 read = self._pool.submit(self.store.read, layer, expert, block)
                 self._staged[layer, expert] = read, block
                 self.ahead_reads += 1
+                begun.append(expert)
+        return begun
 
     def forget_ahead(self, layer: int, but: Collection[int]) -> None:
         """Make room in staging of what *layer* does not ask for after all."""
         free = self._free[self._parts[layer]]
         for key in [k for k in self._staged if k[0] == layer and k[1] not in but]:
             read, block = self._staged.pop(key)
+            self._judge(key, 0.0)
             self.ahead_reads -= read.cancel()
             read.add_done_callback(lambda _, block=block: free.append(block))  # type: ignore[misc]
 
