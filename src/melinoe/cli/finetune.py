@@ -42,18 +42,11 @@ def command(
     ] = None,
     limit: options.Limit = None,
     gpu_memory: Annotated[
-        str | None,
-        option(
-            "Train within so much of the GPU, as in 8GiB: the experts wait in host memory, or on "
-            "disk, and pass through."
-        ),
+        str | None, option("Train within so much of the GPU, as in 8GiB; experts pass through.")
     ] = None,
     ram: Annotated[
         str | None,
-        option(
-            "Of the host: what the experts may take beside a GPU, else they stay on disk; without "
-            "a GPU, what the run may take, its experts on disk."
-        ),
+        option("What experts may take of the host; without a GPU, what the run may take."),
     ] = None,
     against: Annotated[
         str | None,

@@ -14,6 +14,7 @@ from melinoe.engine.options import Options
 
 DATA = "Data"
 AHEAD = "Prefetch"
+MACHINE = "Machine"
 
 Model = Annotated[
     str,
@@ -73,6 +74,11 @@ PredictorDir = Annotated[
 PopularityFile = Annotated[
     Path | None, option("Counts for --prefetch popularity: a trace or statistics.", AHEAD)
 ]
+
+Link = Annotated[str | None, option("Link from host to GPU, as in 25GB/s or pcie4x16.", MACHINE)]
+LinkLatency = Annotated[str, option("Latency of each transfer, as in 10us.", MACHINE)]
+DeviceBandwidth = Annotated[str | None, option("Of the GPU's memory, as in 1TB/s.", MACHINE)]
+Dram = Annotated[str | None, option("Of the host's memory, as in 70GB/s or ddr5-2ch.", MACHINE)]
 
 
 @dataclass(frozen=True, kw_only=True)

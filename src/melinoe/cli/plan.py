@@ -13,7 +13,6 @@ from melinoe.cli.command import option
 if TYPE_CHECKING:
     from melinoe.plan.planner import Plan
 
-_MACHINE = "Machine"
 _RATES = "Hit rates from"
 _INSTEAD = "Instead of a plan"
 
@@ -36,26 +35,20 @@ def command(
         int | None, option("Bits of a stored weight: 16, 8 or 4. Default: as the config says.")
     ] = None,
     as_json: options.AsJson = False,
-    trace: Annotated[Path | None, option("A trace of the model.", _RATES)] = None,
-    tuned_trace: Annotated[Path | None, option("One of it fine-tuned.", _RATES)] = None,
-    link: Annotated[
-        str | None, option("Link from host to GPU, as in 25GB/s or pcie4x16.", _MACHINE)
-    ] = None,
-    link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _MACHINE)] = "0us",
-    device_bandwidth: Annotated[
-        str | None, option("Bandwidth of the GPU's memory, as in 1TB/s.", _MACHINE)
-    ] = None,
-    dram: Annotated[
-        str | None, option("Bandwidth of the host's memory, as in 70GB/s or ddr5-2ch.", _MACHINE)
-    ] = None,
+    trace: Annotated[Path | None, option("A trace of it.", _RATES)] = None,
+    tuned_trace: Annotated[Path | None, option("A trace of it fine-tuned.", _RATES)] = None,
+    link: options.Link = None,
+    link_latency: options.LinkLatency = "0s",
+    device_bandwidth: options.DeviceBandwidth = None,
+    dram: options.Dram = None,
     disk: Annotated[
-        str | None, option("Bandwidth of the disk, as in 7GB/s or nvme4.", _MACHINE)
+        str | None, option("Bandwidth of the disk, as in 7GB/s or nvme4.", options.MACHINE)
     ] = None,
     reserve: Annotated[
-        str | None, option("GPU memory kept free. Default: a tenth, at most 1GiB.", _MACHINE)
+        str | None, option("GPU memory kept free. Default: a tenth, at most 1GiB.", options.MACHINE)
     ] = None,
     measure: Annotated[
-        bool, option("Time this machine, and plan with that.", _MACHINE, name="--measure")
+        bool, option("Time this machine, and plan with that.", options.MACHINE, name="--measure")
     ] = False,
     show_list: Annotated[
         bool, option("List the cards and links known by name.", _INSTEAD, name="--list")
@@ -66,10 +59,7 @@ def command(
     finetune: Annotated[
         bool,
         option(
-            "Plan a fine-tuning within --gpu-memory, or --ram without a GPU; a step has --batch "
-            "(8) texts of --context (512) tokens.",
-            _INSTEAD,
-            name="--finetune",
+            "Plan a fine-tuning by --batch (8) of --context (512).", _INSTEAD, name="--finetune"
         ),
     ] = False,
     lora_rank: Annotated[
@@ -108,9 +98,7 @@ def command(
             for setting, name in said.items()
             if (source := given.get_parameter_source(name)) and source.name != "DEFAULT"
         }
-        machine = {
-            "gpu_memory": gpu_memory, "card": card, "ram": ram, "link": link, "disk": disk
-        }  # fmt: skip
+        machine = {"gpu_memory": gpu_memory, "card": card, "ram": ram, "link": link, "disk": disk}
         _show_finetuning(model, sizes | {"lora_rank": lora_rank}, machine, as_json)
         return
     from melinoe.cache.trace import Trace

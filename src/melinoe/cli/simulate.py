@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from melinoe.cache.timing import Machine, Work
     from melinoe.cache.trace import Trace
 
-_TIME = "Predicted time"
+_TIME = "Predicted time, with --link"
 # Tokens of a segment, in the published measures 2 to 256; ours are as long as an answer.
 SEGMENTS = (4, 16)
 OF_PREFETCHES = (
@@ -51,16 +51,10 @@ def command(
         Path | None,
         option("Counts for static and popularity. Default: the trace's.", options.AHEAD),
     ] = None,
-    link: Annotated[
-        str | None, option("Link from host to GPU, as in 25GB/s or pcie4x16.", _TIME)
-    ] = None,
-    link_latency: Annotated[str, option("Latency of each transfer, as in 10us.", _TIME)] = "0s",
-    device_bandwidth: Annotated[
-        str | None, option("Bandwidth of the GPU's memory, as in 3.35TB/s.", _TIME)
-    ] = None,
-    dram: Annotated[
-        str | None, option("Bandwidth of the host's memory, for misses on the CPU.", _TIME)
-    ] = None,
+    link: options.Link = None,
+    link_latency: options.LinkLatency = "0s",
+    device_bandwidth: options.DeviceBandwidth = None,
+    dram: options.Dram = None,
     pass_time: Annotated[
         str | None, option("Measured time of a token with all experts resident: 5ms.", _TIME)
     ] = None,

@@ -17,22 +17,14 @@ from melinoe.plan.hardware import Bandwidth, find_bandwidth, find_card
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """
-    A run within a budget.
+    """A run within a budget."""
 
-    Attributes:
-        model: As it was asked for.
-        plan: Its memory, and where the experts wait.
-        rate: Of what experts are read from.
-        reads_bytes: Of a step, if its tokens use every expert.
-        step_s: Seconds that those reads take: no step is shorter, and it is as long where the
-            link, not computing, is the bound. Fewer experts used are fewer reads.
-    """
-
-    model: str
-    plan: Plan
-    rate: Bandwidth
-    reads_bytes: int
+    model: str  # as it was asked for
+    plan: Plan  # its memory, and where the experts wait
+    rate: Bandwidth  # of what experts are read from
+    reads_bytes: int  # of a step, if its tokens use every expert
+    # Seconds that those reads take: no step is shorter, and it is as long where the link, not
+    # computing, is the bound. Fewer experts used are fewer reads.
     step_s: float
 
     def to_dict(self) -> dict[str, Any]:
