@@ -76,10 +76,7 @@ class ExpertFormat(ABC):
     @abstractmethod
     def parts(self, tensors: Sequence[Part]) -> tuple[Part, ...]:
         """
-        List the parts of one expert's block, in the order in which they lie there.
-
-        Args:
-            tensors: The expert's tensors, as its module has them.
+        List the parts of one expert's block, in order; *tensors* are as its module has them.
 
         Raises:
             UnsupportedModelError: The format cannot hold a tensor of this shape.
@@ -88,14 +85,11 @@ class ExpertFormat(ABC):
     @abstractmethod
     def encode(self, tensors: Sequence[Part], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Make the parts of one expert from its weights.
+        Make the parts of one expert, by name.
 
         Args:
             tensors: As for `parts`.
             weights: By name, shaped as in *tensors*, of any floating type, on the CPU.
-
-        Returns:
-            By the part's name.
 
         Raises:
             AttachError: A weight that the format cannot hold, such as infinity.
@@ -104,14 +98,9 @@ class ExpertFormat(ABC):
     @abstractmethod
     def decode(self, tensors: Sequence[Part], block: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Compute the weights that a block means, by the format's own definition.
+        Compute the weights that a block means, by name, shaped as in *tensors*.
 
-        Args:
-            tensors: As for `parts`.
-            block: The parts by name.
-
-        Returns:
-            By name, shaped as in *tensors*: matrices in float32, biases as they are.
+        Matrices are given in float32, biases as they are.
         """
 
     def block_bytes(self, tensors: Sequence[Part]) -> int:
@@ -169,7 +158,7 @@ class PackedFormat(ExpertFormat):
         """Compute the float32 weights ``(rows, columns)`` that *parts* mean."""
 
     def parts(self, tensors: Sequence[Part]) -> tuple[Part, ...]:
-        """List the parts of one expert's block; see `ExpertFormat.parts`."""
+        """Pack matrices, and keep biases."""
         found: list[Part] = []
         for tensor in tensors:
             if not tensor.is_matrix:
@@ -180,7 +169,7 @@ class PackedFormat(ExpertFormat):
         return tuple(found)
 
     def encode(self, tensors: Sequence[Part], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Make the parts of one expert from its weights; see `ExpertFormat.encode`."""
+        """Pack each matrix as ``(out, in)``."""
         block: dict[str, Tensor] = {}
         for tensor in tensors:
             values = weights[tensor.name].detach()
@@ -193,7 +182,7 @@ class PackedFormat(ExpertFormat):
         return block
 
     def decode(self, tensors: Sequence[Part], block: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the weights that a block means; see `ExpertFormat.decode`."""
+        """Turn each matrix as its module has it."""
         weights: dict[str, Tensor] = {}
         for tensor in tensors:
             if not tensor.is_matrix:
