@@ -85,7 +85,7 @@ class Int4(PackedFormat):
             )
         codes = np.empty(groups.shape, np.uint8)
         scales, zeros = (np.empty(groups.shape[:2], np.int8) for _ in range(2))
-        _fit(groups, np.array(LEVELS, np.float32), codes, scales, zeros)
+        _fit(groups, _CODES, _LEVELS, codes, scales, zeros)
         return {
             "codes": pack_pairs(torch.from_numpy(codes.reshape(rows, columns))),
             "scales": torch.from_numpy(scales),
@@ -102,55 +102,60 @@ class Int4(PackedFormat):
         return (shifted * scale[..., None]).reshape(rows, columns)
 
 
+# The code nearest to half a level each, from -128: middles of levels are whole or halves.
+_HALVES = np.arange(-256, 256) / 2
+_CODES = (_HALVES[:, None] >= (np.array(LEVELS)[1:] + np.array(LEVELS)[:-1]) / 2).sum(1, np.uint8)
+_LEVELS = np.array(LEVELS, np.int32)[_CODES]
+
+
 @compile_kept
-def _fit(values, levels, codes, scales, zeros):  # type: ignore[no-untyped-def]
+def _place(target):  # type: ignore[no-untyped-def]
+    """Find a number of levels in the tables."""
+    return min(max(int(np.floor(2 * target)), -256), 255) + 256
+
+
+@compile_kept
+def _fit(values, nearest, levels, codes, scales, zeros):  # type: ignore[no-untyped-def]
     """Write codes, scales and shifts of float32 groups *values* ``(rows, groups, group)``."""
-    size, top = values.shape[2], levels[15]
-    middles = (levels[1:] + levels[:-1]) / np.float32(2)
+    size = values.shape[2]
     for row in range(values.shape[0]):
         for number in range(values.shape[1]):
             x = values[row, number]
-            low, high, sum_x, square = min(x.min(), 0.0), max(x.max(), 0.0), 0.0, 0.0
+            low, high, sum_x, square = np.float32(0), np.float32(0), 0.0, 0.0
             for place in range(size):
+                low, high = min(low, x[place]), max(high, x[place])
                 sum_x += np.float64(x[place])
                 square += x[place] * np.float64(x[place])
             best: Any = np.int32(0)
             least, shift = np.inf, np.int32(0)
             for share in _SHARES:
-                step, start = (high - low) * share / (2 * top), (high + low) / 2
+                step, start = (high - low) * share / 240, (high + low) / 2
                 for _ in range(_ROUNDS):
                     # The nearest scale of 8 bits, and the shift in whole levels.
                     bits = np.float32(step).view(np.int32) + (1 << 19)
                     code: Any = min(max((bits >> 20) - (SCALE_EXPONENT << 3), 0), 255)
                     scale = np.int32((code << 20) + (SCALE_EXPONENT << 23)).view(np.float32)
                     zero = np.int32(min(max(np.rint(-start / scale), -128), 127))
-                    total, squares, product = 0.0, 0.0, 0.0
+                    inverse, shifted = np.float32(1) / scale, np.float32(zero)
+                    total, squares, product = np.int32(0), np.int32(0), 0.0
                     for place in range(size):
-                        target = x[place] / scale + np.float32(zero)
-                        index = 0
-                        for middle in middles:
-                            index += target > middle
-                        level = np.float64(levels[index])
+                        level = levels[_place(x[place] * inverse + shifted)]
                         total += level
                         squares += level * level
-                        product += level * x[place]
+                        product += level * np.float64(x[place])
                     # The squared error of (level - zero) * scale.
-                    meant = squares - 2 * zero * total + size * np.float64(zero) * zero
+                    meant = squares - 2.0 * zero * total + size * np.float64(zero) * zero
                     error = square - 2 * scale * (product - zero * sum_x) + scale * scale * meant
                     if error < least:
                         least, best, shift = error, code, zero
-                    spread = size * squares - total * total
+                    spread = size * np.float64(squares) - np.float64(total) * total
                     if spread > 0:
                         step = max((size * product - total * sum_x) / spread, 0.0)
                         start = (sum_x - step * total) / size
             if square == 0:  # exactly zero: a level taken off itself
-                best, shift = np.int32(0), np.int32(levels[7])
+                best, shift = np.int32(0), levels[255]
             scales[row, number] = np.int8(np.uint8(best))
             zeros[row, number] = np.int8(shift)
             scale = np.int32((best << 20) + (SCALE_EXPONENT << 23)).view(np.float32)
             for place in range(size):
-                target = x[place] / scale + np.float32(shift)
-                index = 0
-                for middle in middles:
-                    index += target > middle
-                codes[row, number, place] = index
+                codes[row, number, place] = nearest[_place(x[place] / scale + np.float32(shift))]
