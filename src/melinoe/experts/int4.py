@@ -10,6 +10,7 @@ and a weight has the same bits wherever it is decoded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,15 @@ class Int4(PackedFormat):
             )
         codes = np.empty(groups.shape, np.uint8)
         scales, zeros = (np.empty(groups.shape[:2], np.int8) for _ in range(2))
-        _fit(groups, _CODES, _LEVELS, codes, scales, zeros)
+        threads = min(torch.get_num_threads(), rows)
+        cuts = np.linspace(0, rows, threads + 1, dtype=int)
+
+        def fit(begin: int, end: int) -> None:
+            own = slice(begin, end)
+            _fit(groups[own], _CODES, _LEVELS, codes[own], scales[own], zeros[own])
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fit, cuts[:-1], cuts[1:]))
         return {
             "codes": pack_pairs(torch.from_numpy(codes.reshape(rows, columns))),
             "scales": torch.from_numpy(scales),
