@@ -16,8 +16,9 @@ _TRAINING = "Training"
 _RUN = "Run and output"
 
 _OTHERS: dict[str | None, tuple[str, ...]] = {
-    None: ("capacity", "lambda_cache", "steps", "batch_size", "max_length", "seed"),
+    None: ("capacity", "lambda_cache", "steps", "batch_size"),
     _TRAINING: (
+        "max_length", "seed",
         "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "epochs",
         "gradient_accumulation", "packing", "gradient_checkpointing", "compute_dtype", "warmup",
         "schedule", "max_grad_norm",
