@@ -16,6 +16,7 @@ CARDS = ("rtx4060", "rtx3060", "rtx4060ti", "rtx4090")
 MODELS: tuple[tuple[str, int | None], ...] = (
     ("OLMoE-1B-7B", None),
     ("Qwen3-30B-A3B", None),
+    ("Qwen3-30B-A3B", 8),
     ("Qwen3-30B-A3B", 4),
     ("gpt-oss-20b", None),
     ("gpt-oss-120b", None),

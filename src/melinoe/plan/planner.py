@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,7 @@ def plan(
         reserve: Device memory kept free; default as in ``assumptions.json``.
         context: Tokens of a sequence.
         batch: Sequences decoded together.
-        bits: 16, 8 or 4 of a stored weight: what the link carries. Slots hold 16, or the type of
-            facts that were read already. Absent, packed experts are counted as they are stored, in
-            store, link and slots.
+        bits: 16, 8 or 4 of an expert's weight, in store, link and slots; absent: as stored.
         latency_s: Of each load on the link.
         trace, tuned_trace: Choices of the model and of the fine-tuned one, for their hit rates.
         measured: Bytes a second by part, as `measuring.measure` returns them.
@@ -198,10 +196,10 @@ def plan(
 
         wanted = torch.bfloat16 if bits else None
         facts = model_facts(model, context, wanted, packed=bits is None)
+    facts = _stored_at(facts, bits)
     kept = _reserve(memory, reserve)
     slots = _slots(facts, memory, kept, batch)
-    share = _stored_share(facts, bits)
-    stored = round(facts.expert_bytes * share)
+    stored = facts.expert_bytes
     ram_bytes = None if ram is None else _memory(ram)
     usable = None if ram_bytes is None else ram_bytes * assumptions()["ram_share"]["value"]
     fits = None if usable is None else stored <= usable
@@ -209,8 +207,7 @@ def plan(
     # Slow end: what RAM cannot hold is what misses ask for. Fast end: misses ask for all alike.
     from_disk = (0.0, 0.0) if fits is not False else (1.0, 1 - (usable or 0) / stored)
     speeds = [
-        _speed(facts, rates, hardware, batch, share, from_disk, latency_s)
-        for rates in (before, after)
+        _speed(facts, rates, hardware, batch, from_disk, latency_s) for rates in (before, after)
     ]
     return Plan(
         facts=facts,
@@ -285,14 +282,16 @@ def _slots(facts: ModelFacts, memory: int, reserve: int, batch: int) -> int:
     return slots_for(left, facts.layers)  # type: ignore[arg-type]
 
 
-def _stored_share(facts: ModelFacts, bits: int | None) -> float:
-    """Bytes of a stored expert over those of a resident one."""
+def _stored_at(facts: ModelFacts, bits: int | None) -> ModelFacts:
+    """Give *facts* with each expert's block at *bits* of a weight; None: as it is."""
     if bits is None:
-        return 1.0
+        return facts
     import torch
 
     known = assumptions()["stored_bits"].get(str(bits), {"per_weight": bits})
-    return known["per_weight"] / (8 * getattr(torch, facts.dtype).itemsize)
+    share = known["per_weight"] / (8 * getattr(torch, facts.dtype).itemsize)
+    layers = (replace(one, block_bytes=round(one.block_bytes * share)) for one in facts.layers)
+    return replace(facts, layers=tuple(layers))
 
 
 # --- hit rates ------------------------------------------------------------------------------------
@@ -385,7 +384,6 @@ def _speed(
     rates: HitRates,
     hardware: Hardware,
     batch: int,
-    stored_share: float,
     from_disk: tuple[float, float],
     latency_s: float,
 ) -> Speed:
@@ -397,7 +395,7 @@ def _speed(
 
     def tiers(hit_rate: float, from_disk: float) -> Tiers:
         loads = (1 - hit_rate) * sum(asked)
-        load_bytes = (1 - hit_rate) * expert_bytes * stored_share
+        load_bytes = (1 - hit_rate) * expert_bytes
         return Tiers(
             link=hardware.link.seconds(load_bytes) + loads * latency_s,
             device=hardware.device.seconds(other_bytes + expert_bytes),
@@ -482,8 +480,8 @@ def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[
         )
     if bits in (8, 4):
         out.append(
-            f"At {bits} bits the store and the link carry less; slots, and the arithmetic on the "
-            "device, stay at 16 bits."
+            f"At {bits} bits experts are packed in store, link and slots; all else stays as it "
+            "is. What that costs in text: docs/benchmarks.md."
         )
     return out
 
