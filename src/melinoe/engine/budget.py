@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
-from melinoe.engine.device.staging import staging_bytes
 from melinoe.engine.device.static_cache import tensors
 from melinoe.errors import BudgetError, UnknownNeedError
 from melinoe.host_memory import format_bytes, parse_bytes
@@ -34,6 +33,11 @@ _LIBRARIES = 64 << 20
 _GRAPHS = 64 << 20
 # PyTorch's allocator packs small tensors together, and gives large ones whole pieces.
 _SMALL, _PIECE = 1 << 20, 2 << 20
+
+
+def staging_bytes(layers: Sequence[ExpertsLayer], experts: int) -> int:
+    """Bytes of the two blocks of so many *experts* for each distinct shape among *layers*."""
+    return 2 * experts * sum({layer.parts: layer.block_bytes for layer in layers}.values())
 
 
 def memory_of(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> int:

@@ -119,15 +119,15 @@ def main():
     )  # fmt: skip
     for architecture in ARCHITECTURES:
         for name in ("plain", "int8", "int4", "mxfp4", "fp8"):
-            for activation, pairs in (("silu", 8), ("none", 0))[: 1 + (name == "int4")]:
+            for activation, pairs in (("silu", 16), ("none", 0))[: 1 + (name == "int4")]:
                 found[f"project {architecture} {name} {activation} {pairs}"] = projected(
                     architecture, name, "bfloat16", activation, pairs
                 )
     for name, dtype, activation, pairs, bias, transposed in (
         ("mxfp4", "bfloat16", "none", 128, True, False),
         ("plain", "bfloat16", "none", 128, True, True),
-        ("fp8", "float16", "gelu", 8, False, False),
-        ("int4", "float32", "gelu_tanh", 8, False, False),
+        ("fp8", "float16", "gelu", 16, False, False),
+        ("int4", "float32", "gelu_tanh", 16, False, False),
     ):
         found[f"other project {name} {dtype}"] = projected(
             "sm_80", name, dtype, activation, pairs, bias, transposed

@@ -16,10 +16,11 @@ from melinoe.engine.budget import (
     pieces,
     prompt_bytes,
     share_budget,
+    staging_bytes,
     watched,
 )
 from melinoe.engine.device import support
-from melinoe.engine.device.staging import Staging, staging_bytes
+from melinoe.engine.device.copying import Staging
 from melinoe.engine.device.static_cache import tensors
 from melinoe.engine.device.support import why_not
 from melinoe.errors import BudgetError

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 class CudaStep:
     """
-    One captured forward pass.
+    One captured forward pass; every replay overwrites its `output`.
 
     A capture that fails leaves the process as it was: the stream is the caller's again, and memory
     and random numbers can be captured anew.
@@ -32,9 +32,6 @@ class CudaStep:
         pool: memory shared by graphs that live together. Never use a pool again whose graphs are
             all gone: what libraries keep in it may outlive them.
         stream: to capture on; not that of another model, whose graphs may go while ours stay.
-
-    Attributes:
-        output: of the pass; overwritten by every replay.
     """
 
     def __init__(self, run: Callable[[], Any], pool: Any, stream: Any) -> None:
@@ -149,8 +146,8 @@ class Constants:
     Small tensors that a model makes of Python's numbers in every step, made once.
 
     ``torch.tensor([-1], device="cuda")`` copies from the host, which a CUDA graph cannot hold. A
-    captured step is given copies of what such calls made in a step that ran as it was. They are
-    never moved or freed, since graphs know where they lie.
+    captured step (`giving`) is given copies of what such calls made in a step that ran as it was
+    (`learning`). They are never moved or freed, since graphs know where they lie.
     """
 
     def __init__(self) -> None:
@@ -170,9 +167,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._made, self._giving = made, giving
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.tensor or len(args) != 1 or not _is_plain(args[0]):
             return func(*args, **kwargs)
@@ -180,8 +175,8 @@ class _Watch(TorchFunctionMode):
         if self._giving and key in self._made:
             return self._made[key].clone()
         made = func(*args, **kwargs)
-        if not self._giving and key not in self._made:
-            self._made[key] = made.clone()
+        if not self._giving:
+            self._made.setdefault(key, made.clone())
         return made
 
 
@@ -198,12 +193,11 @@ def _is_plain(value: Any) -> bool:
 @contextmanager
 def waits(device: torch.device) -> Iterator[list[str]]:
     """
-    Collect which calls in the body make the host wait for *device*, by PyTorch's sync debug mode.
+    List the calls in the body that make the host wait for *device*, as ``file.py:line``, once the
+    body has ended; none on a CPU.
 
-    Yields:
-        A list, filled when the body has ended: ``file.py:line`` of each such call. Empty on a CPU.
-        PyTorch does not see every wait (not ``torch.cuda.synchronize``), so a step of which nothing
-        is reported may still fail to be captured.
+    PyTorch's sync debug mode does not see every wait (not ``torch.cuda.synchronize``), so a step of
+    which nothing is reported may still fail to be captured.
     """
     found: list[str] = []
     if device.type != "cuda":

@@ -99,12 +99,7 @@ class CompiledForward:
         self.compile_s = 0.0
 
     def first(self, inputs: Mapping[str, Any]) -> Any:
-        """
-        Compile a pass of a new kind, then compute it.
-
-        Raises:
-            CompileError: it cannot be compiled, and will not be tried again; nothing was computed.
-        """
+        """Compile a pass of a new kind, then compute it; `CompileError` ends all compiling."""
         if self._forward is None:
             self._forward = torch.compile(
                 self._passes.forward, backend=self._backend, fullgraph=True, dynamic=False
@@ -129,12 +124,7 @@ class CompiledForward:
         return output
 
     def again(self, inputs: Mapping[str, Any]) -> Any:
-        """
-        Compute a pass of a kind that is compiled.
-
-        Raises:
-            RuntimeError: torch would compile it again.
-        """
+        """Compute a pass of a kind that is compiled; RuntimeError if it would be compiled again."""
         with torch.compiler.set_stance("fail_on_recompile"):
             return self._call(inputs)
 

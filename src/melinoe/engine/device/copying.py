@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from melinoe.errors import AttachError
+from melinoe.experts.format import Part
+from melinoe.moe.experts import ExpertsLayer
 from melinoe.stores.store import Store
 
 # Bytes that one program moves at a time: 128 threads with eight 16-byte loads under way each.
@@ -25,6 +29,8 @@ CHUNK_BYTES = 16384
 # Programs per multiprocessor; with the chunk, they say how much is under way on the link at once.
 PROGRAMS_PER_SM = 4
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
+
+Block = dict[str, Tensor]
 
 
 @triton.jit
@@ -101,10 +107,8 @@ class Loader:
         """
         Load the experts that lists on the device name, in the order of the current stream.
 
-        Args:
-            experts: int32 ``(n,)``.
-            slots: int32 ``(n,)``, no slot twice.
-            count: int32, one element: how many entries of the lists hold.
+        All are int32: *experts* and *slots* ``(n,)``, no slot twice; *count*, one element, says how
+        many entries hold.
         """
         _copy[(self.programs,)](
             self._where, self._chunks, experts, slots, count, self._chunks.shape[0],
@@ -123,6 +127,83 @@ def default_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- what a prompt passes through ----------------------------------------------------------------
+
+
+class Staging:
+    """
+    The staging blocks of a model, *experts* in each, shared by all layers of the same shape; and
+    the copy stream.
+    """
+
+    def __init__(self, device: torch.device, experts: int) -> None:
+        self.experts = experts
+        self._device = device
+        self._blocks: dict[tuple[Part, ...], tuple[Block, Block]] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def blocks(self, layer: ExpertsLayer) -> tuple[Block, Block]:
+        """The two blocks for *layer*, by part, ``(experts, ...)``."""
+        if layer.parts not in self._blocks:
+            two = self.slots(layer, self.experts), self.slots(layer, self.experts)
+            self._blocks[layer.parts] = two
+        return self._blocks[layer.parts]
+
+    def slots(self, layer: ExpertsLayer, count: int) -> Block:
+        """
+        Room for *count* experts, by part, that the allocator reuses after copies to it are done.
+
+        Of zeros: a choice of no expert computes some slot, with weight zero.
+        """
+        with torch.inference_mode(False):
+            found = {
+                part.name: torch.zeros((count, *part.shape), dtype=part.dtype, device=self._device)
+                for part in layer.parts
+            }
+        if self._stream is not None:
+            for tensor in found.values():
+                tensor.record_stream(self._stream)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(t.nbytes for pair in self._blocks.values() for b in pair for t in b.values())
+
+    def begin(self) -> None:
+        """Let the copies to come wait for what the computation has queued so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def copying(self, after: Any = None) -> Iterator[None]:
+        """Issue copies in the body that wait for *after*, an earlier `mark`."""
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None and after is not None:
+                self._stream.wait_event(after)
+            yield
+
+    def arrive(self) -> None:
+        """Let the computation wait for all copies issued so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def mark(self) -> Any:
+        """Mark what the computation has queued so far."""
+        if self._stream is not None:
+            return torch.cuda.current_stream(self._device).record_event()
+        return None
+
+    def release(self) -> None:
+        """Free the blocks."""
+        self._blocks.clear()
+
+    def finish(self) -> None:
+        """Wait until no copy is under way."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 # --- where blocks lie ---------------------------------------------------------------------------

@@ -242,8 +242,7 @@ class DeviceResidency:
                 more distinct experts than the layer has slots; ids outside ``[0, num_experts)``
                 are choices of no expert.
             top_k_weights: ``(tokens, top_k)``.
-            lanes: decide so many layers alike at once, from *layer* on; the two arguments above
-                then have a leading dimension of it.
+            lanes: so many layers, from *layer* on, at once; a leading dimension of the two above.
 
         Returns:
             Slots, int64, and weights, both shaped as *top_k_index*; a choice of no expert has

@@ -13,11 +13,11 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.engine.device.compiled import CompiledForward
+from melinoe.engine.device.copying import Staging
 from melinoe.engine.device.decide import DeviceResidency
 from melinoe.engine.device.experts import DeviceExperts
 from melinoe.engine.device.graphs import DecodeGraphs
 from melinoe.engine.device.passes import DevicePasses
-from melinoe.engine.device.staging import Staging
 from melinoe.engine.passes import watch_generate
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.stores.store import Store

@@ -12,11 +12,10 @@ from torch import Tensor
 from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.checks import Guard
 from melinoe.engine.device import compiled
-from melinoe.engine.device.copying import Loader, addresses
+from melinoe.engine.device.copying import Loader, Staging, addresses
 from melinoe.engine.device.decide import DeviceResidency, to_device
 from melinoe.engine.device.packed_kernels import FEW_PAIRS, KernelExperts
 from melinoe.engine.device.passes import DEVICE, STREAM, DevicePasses
-from melinoe.engine.device.staging import Staging
 from melinoe.engine.device.support import grouped_mm_waits
 from melinoe.errors import AttachError
 from melinoe.moe.compute import Pairs, StandIn

@@ -111,7 +111,7 @@ def _add(total, even, odd, sums, code_ptr, at, held, affine, CODES: tl.constexpr
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # prompts of any length are one variant
 def _project(
     x_ptr, slot_ptr, tile_ptr, code_ptr, scale_ptr, offset_ptr, bias_ptr, out_ptr, pairs, choices,
     outputs, columns, row_stride, column_stride, code_stride, scale_stride, TYPE: tl.constexpr,
@@ -254,16 +254,13 @@ class KernelExperts:
         self, module: Any, hidden_states: Tensor, slot_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """
-        Compute all pairs of a request; every entry of *slot_index* is a slot.
+        Compute all pairs of a request: ``(tokens, hidden)``, in the type of *hidden_states*.
 
         Args:
             module: carries the parts of all slots as attributes, and the module's own activation.
             hidden_states: ``(tokens, hidden)``.
-            slot_index: int64 ``(tokens, top_k)``.
+            slot_index: int64 ``(tokens, top_k)``; every entry is a slot.
             top_k_weights: ``(tokens, top_k)``.
-
-        Returns:
-            ``(tokens, hidden)``, in the type of *hidden_states*.
         """
         top_k = slot_index.shape[1]
         slots = slot_index.reshape(-1).contiguous()
@@ -298,19 +295,12 @@ class KernelExperts:
         activation: str = "none",
     ) -> Tensor:  # fmt: skip
         """
-        Multiply pairs with a projection of their slots.
+        Multiply pairs with the projection *name* of their slots: ``(pairs, outputs)``.
 
-        Args:
-            module: as when called.
-            name: of the projection.
-            x: ``(rows, columns)``; pair *p* takes row ``p // choices``.
-            choices: pairs that share a row.
-            where: slots of the pairs, twice; or what `tiles` gives.
-            activation: of the first half of the outputs, which is multiplied with the second.
-
-        Returns:
-            ``(pairs, outputs)``: in the module's type, from packed slots without an activation in
-            float32.
+        Pair *p* takes row ``p // choices`` of *x* ``(rows, columns)``; *where* has the slots of the
+        pairs, twice, or what `tiles` gives. An *activation* is applied to the first half of the
+        outputs, which is then multiplied with the second. The result is in the module's type;
+        without an activation in the layer's ``pair_dtype``.
         """
         order, table = where
         pairs, few = order.numel(), order is table
@@ -335,7 +325,7 @@ class KernelExperts:
         )
         # The interpreter multiplies no bfloat16; in float32 the products are the same.
         compute = torch.float32 if x.device.type == "cpu" else self._dtype
-        rows = triton.next_power_of_2(max(2, pairs)) if few else 0
+        rows = (_ROWS.value if pairs <= _ROWS.value else FEW_PAIRS) if few else 0
         programs = pairs if few else table.shape[0]
         _project[(programs, triton.cdiv(outputs, _OUTPUTS))](
             x, order, table, codes, scales, offsets, bias, out,
@@ -371,13 +361,8 @@ def tiles(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """
     Sort pairs by slot and cut them into tiles of 16, without asking what they are.
 
-    Args:
-        slots: int64 ``(pairs,)``.
-        num_slots: all entries are below it.
-
-    Returns:
-        The pairs by slot, int64; and int64 ``(tiles, 3)``: slot, first and end of each tile in
-        that order. Tiles at the end may be empty.
+    Returns the pairs by slot, int64; and int64 ``(tiles, 3)``: slot, first and end of each tile in
+    that order. Tiles at the end may be empty.
     """
     rows = _ROWS.value
     ordered, order = torch.sort(slots, stable=True)

@@ -11,7 +11,7 @@ _CAPABILITY = (8, 0)
 # Major compute capabilities (Hopper, data centre Blackwell) on which PyTorch multiplies groups
 # without asking the host how large they are, in bfloat16 alone: pytorch#169970.
 _GROUPS_ON_DEVICE = (9, 10)
-_TRITON = (3, 4)
+_TRITON = (3, 6)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -46,13 +46,9 @@ def why_not(device: torch.device) -> str | None:
 
 def grouped_mm_waits(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     """
-    Tell whether PyTorch's grouped matrix product makes the host wait for the device.
+    Tell whether PyTorch's grouped matrix product of this type makes the host wait for the device.
 
     It then copies the groups' ends to the host and multiplies group by group, which no CUDA graph
     can hold.
-
-    Args:
-        capability: the GPU's compute capability, as (major, minor).
-        dtype: of the experts' weights.
     """
     return capability[0] not in _GROUPS_ON_DEVICE or dtype != torch.bfloat16
