@@ -38,7 +38,7 @@ def sections(call: str, dry: bool) -> dict[str, float]:
         found = {
             f"{OLMOE}, 4 layers: bf16: compiled": 60.0,
             f"{OLMOE}: bf16: compiled": 90.0,
-            f"{OLMOE}: packed: products": 60.0,
+            f"{OLMOE}: packed: products": 90.0,
             f"{OLMOE}: int4: half resident": 60.0,
             f"{OLMOE}: int8: half resident": 60.0,
             TESTS: 120.0,

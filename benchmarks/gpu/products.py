@@ -18,6 +18,7 @@ import shapes
 import torch
 from sections import Bench
 
+from melinoe.engine.device import packed_kernels
 from melinoe.engine.device.packed_kernels import KernelExperts
 from melinoe.engine.device.support import grouped_mm_waits
 from melinoe.experts.formats import named_format
@@ -27,6 +28,8 @@ from melinoe.moe.dispatch import transformers_function
 FORMATS = ("int4", "mxfp4", "fp8", "int8", "plain")
 TOKENS = (1, 4, 16)
 CALLS = 24
+# Rows that a program computes and loads under way, tried for one token in 4 bits beside the usual.
+OTHERS = ((16, 4), (32, 8), (64, 4))
 
 
 def measure(bench: Bench, shape: Any, found: dict, kind: str) -> None:
@@ -39,7 +42,12 @@ def measure(bench: Bench, shape: Any, found: dict, kind: str) -> None:
             for part, value in layer.format.encode(layer.tensors, one).items()
         }
         stand_in = StandIn(layer.module, slots, shape.experts)
-        ways: dict[str, Callable[..., Any]] = {"fast": partial(KernelExperts(layer), stand_in)}
+        ours = partial(KernelExperts(layer), stand_in)
+        ways: dict[str, Callable[..., Any]] = {"fast": ours}
+        if name in ("int4", "mxfp4"):
+            for rows, stages in OTHERS:
+                way = partial(_tuned, ours, rows, stages)
+                ways[f"fast, {rows} rows, {stages} stages"] = way
         if name == "plain" and not _waits(bench.device):
             ways["transformers, grouped_mm"] = partial(
                 transformers_function(layer.module), stand_in
@@ -51,7 +59,8 @@ def measure(bench: Bench, shape: Any, found: dict, kind: str) -> None:
             experts = sum(index.unique().numel() for _, index, _ in drawn) / CALLS
             nbytes = experts * layer.block_bytes
             for engine, compute in ways.items():
-                if engine == "grouped-nf4-gemm" and tokens > 1:  # groups whose sizes the host knows
+                # Others are tried for one token; the rival is told each group's size by the host.
+                if tokens > 1 and engine not in ("fast", "transformers, grouped_mm"):
                     continue
                 took = _seconds(compute, drawn, bench.device)
                 roof = found.get("device")
@@ -61,6 +70,16 @@ def measure(bench: Bench, shape: Any, found: dict, kind: str) -> None:
                     bytes_per_s=nbytes / took,
                     share_of_memory=nbytes / took / roof if roof else None,
                 )  # fmt: skip
+
+
+def _tuned(compute: Callable[..., Any], rows: int, stages: int, *given: Any) -> Any:
+    """Compute with other constants of the kernel; captured, they stay."""
+    before = packed_kernels.OUTPUTS, packed_kernels.STAGES
+    packed_kernels.OUTPUTS, packed_kernels.STAGES = rows, stages
+    try:
+        return compute(*given)
+    finally:
+        packed_kernels.OUTPUTS, packed_kernels.STAGES = before
 
 
 def _draw(shape: Any, tokens: int, seed: int, device: torch.device) -> tuple[Any, Any, Any]:

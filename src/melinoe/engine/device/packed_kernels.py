@@ -28,7 +28,7 @@ _ROWS = tl.constexpr(16)
 # Up to so many pairs each program finds its own; of more, a table is made before.
 FEW_PAIRS = 128
 # Rows of a projection that one program computes; columns at a time where there are no groups.
-_OUTPUTS, _COLUMNS = 32, 64
+OUTPUTS, _COLUMNS = 32, 64
 WARPS, STAGES = 4, 4
 _BLOCK = 512  # columns of a token's sum
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -327,7 +327,7 @@ class KernelExperts:
         compute = torch.float32 if x.device.type == "cpu" else self._dtype
         rows = (_ROWS.value if pairs <= _ROWS.value else FEW_PAIRS) if few else 0
         programs = pairs if few else table.shape[0]
-        _project[(programs, triton.cdiv(outputs, _OUTPUTS))](
+        _project[(programs, triton.cdiv(outputs, OUTPUTS))](
             x, order, table, codes, scales, offsets, bias, out,
             pairs, choices, outputs, columns, *strides, codes.stride(0), scales.stride(0),
             **constants(how, compute, activation, bool(module.has_bias), rows),
@@ -352,7 +352,7 @@ def constants(
         "TYPE": _TYPES[dtype], "CODES": how.codes, "OFFSET": how.offset, "GROUP": how.group,
         "WIDTH": max(16, how.group // 2 if paired else how.group),
         "ROWS_PER_SCALE": how.rows_per_scale, "GROUPS_PER_SCALE": how.groups_per_scale,
-        "ACTIVATION": activation, "BIAS": bias, "PAIRS": pairs, "OUTPUTS": _OUTPUTS,
+        "ACTIVATION": activation, "BIAS": bias, "PAIRS": pairs, "OUTPUTS": OUTPUTS,
         "UNROLL": max(1, 128 // how.group),
     }  # fmt: skip
 
