@@ -269,9 +269,9 @@ def test_a_base_that_changes_while_it_is_merged_is_refused(base, tmp_path, monke
 
     real = saving.read_adapter
 
-    def changing(adapter, model):
+    def changing(adapter, model, layers):
         flip(base / SHARD)
-        return real(adapter, model)
+        return real(adapter, model, layers)
 
     monkeypatch.setattr(saving, "read_adapter", changing)
     with pytest.raises(CheckpointError, match="was changed"):

@@ -146,7 +146,8 @@ def finetune(
     elif teacher == PLAIN:
         teacher = train_teacher(
             model_path, data, path, settings, eval_examples=eval_examples,
-            progress=progress, callbacks=callbacks, resume=resume,
+            progress=progress, callbacks=callbacks, resume=resume, gpu_memory=gpu_memory, ram=ram,
+            say=say,
         )  # fmt: skip
     checkpoints = beside(path, "checkpoints")
     with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
