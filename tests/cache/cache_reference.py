@@ -21,7 +21,7 @@ class Layer:
     capacity: int
     rule: str
     future: list = field(default_factory=list)
-    gamma: float = 0.9
+    gamma: float = 0.98
     popularity: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ def popularity_of(trace):
     return counts
 
 
-def replay(trace, slots, rule, gamma=0.9):
+def replay(trace, slots, rule, gamma=0.98):
     """Tallies by (phase, layer) of a whole trace, and tokens and zero-miss tokens by phase."""
     passes, needs = passes_of(trace)
     size, popular = trace.num_experts, popularity_of(trace)
