@@ -21,10 +21,14 @@ which copies more and not less; time.
 
     melinoe import-trace ROUTING.parquet --num-experts 32 --out t.safetensors
     python benchmarks/policies.py t.safetensors [--tokens 30000] [--out FILE]
+
+Beside the traces given stands the shipped model, reading answers and six held-out corpora; nothing
+is fitted to traces as short as those.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +39,15 @@ import torch
 from common import publish
 
 from melinoe.cache.trace import COMPLETION_ROW, Trace
+from melinoe.checkpoint import load_tokenizer
+from melinoe.data import encode, load_examples
+from melinoe.engine.load import load
+from melinoe.measure import reading_trace
+from melinoe.shipped import GSM8K_TEST, HELD_OUT, TINY_OLMOE
 from melinoe.stats import bootstrap, paired_difference
 
 KEPT = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # rates of forgetting that the learned ones see
+ENOUGH = 20_000  # tokens to fit to
 SOON = 0.9  # a use counts so much less for each token that it lies ahead
 njit = numba.njit(cache=True)
 
@@ -357,7 +367,8 @@ def table(trace: Trace, tokens: int) -> list[dict[str, Any]]:
     first, second = np.array_split(order, 2)
     tune, half = Half(trace, first, 2 * tokens), Half(trace, second, tokens)
     every: dict[str, Rule] = dict(rules(tune))
-    every |= learned_rules(tune, half)
+    if len(tune.experts) >= ENOUGH:
+        every |= learned_rules(tune, half)
     lengths = np.bincount(half.owner).astype(float)
     staged = ("lfu, gamma 0.95", "belady", "learned, network")
     rows = []
@@ -384,22 +395,34 @@ def table(trace: Trace, tokens: int) -> list[dict[str, Any]]:
                         "gap_closed": (base.sum() - loads.sum()) / (base.sum() - bound.sum()),
                     }
                 )
-                print(json.dumps(rows[-1]), flush=True)
+                print(json.dumps(rows[-1]), flush=True, file=sys.stderr)
     return rows
+
+
+def shipped() -> Iterator[tuple[str, Trace]]:
+    """What the shipped model chooses on answers and on the six held-out corpora."""
+    model, handle = load(TINY_OLMOE, "cpu", slots=32, dtype=torch.float32)
+    tokenizer = load_tokenizer(str(TINY_OLMOE), model.config)
+    corpora = sorted(HELD_OUT.glob("*.jsonl"))
+    for path, limit in ((Path(GSM8K_TEST), 60), *((one, 12) for one in corpora)):
+        encoded = encode(load_examples(str(path), limit=limit), tokenizer, 512)
+        yield f"shipped, {path.stem}", reading_trace(model, handle, encoded)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("trace", type=Path)
+    parser.add_argument("traces", type=Path, nargs="*")
     parser.add_argument("--tokens", type=int, default=30_000, help="judged; twice as many tune")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policies.json"))
     arguments = parser.parse_args()
-    trace = Trace.load(arguments.trace)
+    given = [(path.stem, Trace.load(path)) for path in arguments.traces]
+    rows = []
+    for name, trace in (*given, *shipped()):
+        rows += [{"trace": name, **row} for row in table(trace, arguments.tokens)]
     record = {
         "benchmark": "policies",
         "title": "Loads a token by policies that look at the past, and the gap that they close",
-        "trace": arguments.trace.stem,
-        "result": table(trace, arguments.tokens),
+        "result": rows,
         "notes": [
             "Each judged sequence from an empty cache; fitted and counted on other sequences. Gap: "
             "from LFU with gamma 0.9 to Belady, without staging. Staging places count as slots."
