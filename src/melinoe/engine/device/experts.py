@@ -81,6 +81,11 @@ class DeviceExperts:
         return self._residencies.resident(self._index)
 
     @property
+    def traced(self) -> bool:
+        """Whether ``torch.compile`` may see the computation; `moe.dispatch` asks."""
+        return self._passes.traced
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return self._num_slots * self.layer.block_bytes
