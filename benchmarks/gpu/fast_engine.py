@@ -1,5 +1,5 @@
 """
-How near is the fast engine to what the link and the memory allow, and how far ahead of the others?
+How near is the device engine to what link and memory allow, and how far ahead of the others?
 
 Bad news would be: below 80 % of the roof max(link, memory) at miss rates of .1 and above; below 300
 tok/s for OLMoE's shape with everything resident; below 200 tok/s at 60 experts a token in 4 bits;
@@ -66,7 +66,7 @@ def record_of(
     card = next((row for row in rows if row["section"] == plan.CARD), {})
     return {
         "benchmark": "gpu_fast_engine",
-        "title": "The fast engine against the roofs and the others",
+        "title": "The device engine against the roofs and the others",
         "question": __doc__.strip().splitlines()[0],
         "routing": "drawn: miss rate forced under LRU, else uniform; prompts by random routers",
         "dry_run": dry,

@@ -1,5 +1,5 @@
 """
-One process of the fast engine's benchmark: works off sections, and tells the supervisor by lines.
+One process of the device engine's benchmark: works off sections, and tells the supervisor by lines.
 
     python benchmarks/gpu/worker.py --sections NAME [NAME ...] --lines FILE [--dry-run]
 """

@@ -235,7 +235,7 @@ def test_packed_slots_with_another_default_device(model):
      ("guessing", "compiled_blocks")],
 )  # fmt: skip
 def test_compiled_with_what_else_looks_on(model, way, engine):
-    """The fast engine; choices that are changed; routers that are asked early: as uncompiled."""
+    """The device engine; choices that are changed; routers that are asked early: as uncompiled."""
     texts = []
     for run in (logits, EQUAL[way]):
         one = copy.deepcopy(model)

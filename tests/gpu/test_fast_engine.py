@@ -1,4 +1,4 @@
-"""The fast engine on CUDA: bits, no wait for the host, batches, and memory that is kept to."""
+"""The device engine on CUDA: bits, no wait for the host, batches, and memory that is kept to."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""The fast engine's kernels, compiled for the GPU: the plans of the host, and every byte copied."""
+"""The device engine's kernels, compiled for the GPU: the host's plans, and every byte copied."""
 
 import numpy as np
 import pytest

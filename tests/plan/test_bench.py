@@ -146,7 +146,7 @@ def test_the_fast_engine_is_refused_where_it_cannot_run(melinoe, place, monkeypa
 
 
 def test_both_engines_stand_in_one_table_and_count_as_simulated(melinoe, place):
-    """The fast engine's prompts are streamed, which the simulator is told; kernels interpreted."""
+    """The device engine streams prompts, which the simulator is told; kernels interpreted."""
     code, out, err = bench(
         melinoe, place, "--slots", 4, "--policy", "lru", "--engine", "both", "--json"
     )
@@ -157,8 +157,8 @@ def test_both_engines_stand_in_one_table_and_count_as_simulated(melinoe, place):
         (ON_DEMAND, "reference"),
         ("lru", "reference"),
         (ALL_RESIDENT, "reference"),
-        ("lru, fast engine", "fast"),
-        (f"{ALL_RESIDENT}, fast engine", "fast"),
+        ("lru, device engine", "fast"),
+        (f"{ALL_RESIDENT}, device engine", "fast"),
     ]
     assert all(one["predicted"]["counts_equal"] for one in records)
     assert sum(records[3]["per_prompt"]["loads"]) > 0

@@ -103,7 +103,7 @@ def _show(
         rows[f"in {budget}"] = f"{slots} of {about.num_experts} experts a layer ({size(slots)})"
     if left is not None:
         rows["memory of this host"] = f"{format_bytes(left.free_bytes)} left ({left.limited_by})"
-    rows["fast engine"] = fast["cannot_run"] or f"runs here; {fast['decoding']}"
+    rows["device engine"] = fast["cannot_run"] or f"runs here; {fast['decoding']}"
     rows["a cache to capture"] = fast["not_captured"] or "yes, a static one"
     if verified is not None:
         parts = [
@@ -153,7 +153,7 @@ def _describe(model: str, name: str) -> Any:
 
 def _fast_engine(name: str) -> dict[str, str | None]:
     """
-    Say why the fast engine cannot run here, why the model has no cache to capture, how it decodes.
+    Say why the device engine cannot run here, why no cache can be captured, and how it decodes.
 
     The first two are None where nothing is in the way.
     """

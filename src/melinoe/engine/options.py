@@ -136,7 +136,7 @@ class Options:
 
     @property
     def needs_device(self) -> str | None:
-        """The first option given that only the fast engine knows; None if none is."""
+        """The first option given that only the device engine knows; None if none is."""
         given = {
             "admit": self.admit is not None,
             "staging_experts": self.staging_experts != STAGING_EXPERTS,

@@ -114,13 +114,13 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
     engine = "fast" if why is None else "reference"
     if why and options.engine == "fast":
         raise AttachError(
-            f'the fast engine cannot run here: {why}; leave engine out, or give "reference"'
+            f'the device engine cannot run here: {why}; leave engine out, or give "reference"'
         )
     if engine == "fast":
         use_graphs(options, device)
     elif (name := options.needs_device) is not None:
         raise AttachError(
-            f"{name} needs the fast engine, which cannot run here: {why}; leave {name} out"
+            f"{name} needs the device engine, which cannot run here: {why}; leave {name} out"
         )
     store = _store(options, device, engine, model, room)
     slots, budget, into = _slots(options, device, engine, store, model, room)

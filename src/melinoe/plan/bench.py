@@ -68,11 +68,11 @@ def strategies(
     List all combinations, between loading every expert that is asked for and holding all of them.
 
     If the CPU computes all misses and nothing is loaded ahead, slots stay empty, so that is one
-    strategy whatever the slots and the policy. The fast engine waits for misses, always.
+    strategy whatever the slots and the policy. The device engine waits for misses, always.
 
     Raises:
         BudgetError: a number of slots that the model cannot have.
-        MelinoeError: an unknown policy, or one that needs the future; or the fast engine alone is
+        MelinoeError: an unknown policy, or one that needs the future; or the device engine alone is
             to compute misses on the CPU.
     """
     for count in slots:
@@ -89,7 +89,7 @@ def strategies(
             )
     if "reference" not in engines and set(misses) != {"wait"}:
         raise MelinoeError(
-            "the fast engine waits for missing experts and cannot have the CPU compute them; leave "
+            "the device engine waits for missing experts and has the CPU compute none; leave "
             "--miss out, or add --engine reference"
         )
     out = []
@@ -115,7 +115,7 @@ def strategies(
 
 
 def check_fast(device: str, emulated: bool) -> None:
-    """Refuse the fast engine where it cannot run, before anything is read."""
+    """Refuse the device engine where it cannot run, before anything is read."""
     reason: str | None = "Triton is not installed"
     if find_spec("triton") is not None:
         from melinoe.engine.device.support import why_not
@@ -124,7 +124,7 @@ def check_fast(device: str, emulated: bool) -> None:
     if reason is None and emulated:
         reason = "it has no emulated link"
     if reason is not None:
-        raise AttachError(f"the fast engine cannot run here: {reason}; give --engine reference")
+        raise AttachError(f"the device engine cannot run here: {reason}; give --engine reference")
 
 
 def bench(

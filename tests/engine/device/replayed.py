@@ -11,7 +11,7 @@ BATCH = torch.tensor([[0, 0, 11, 12], [5, 6, 7, 8], [0, 9, 3, 4], [2, 3, 4, 5]])
 
 
 def attach(model, **options):
-    """The fast engine, with steps recorded and played."""
+    """The device engine, with steps recorded and played."""
     handle = attach_fast(model, **options)
     tape.play(handle)
     return handle
@@ -52,7 +52,7 @@ class Rerun:
 
 
 def attach_rerun(model, **options):
-    """The fast engine, with captured steps run again instead of replayed."""
+    """The device engine, with captured steps run again instead of replayed."""
     handle = attach_fast(model, **options)
     handle.graphs._make = Rerun
     return handle

@@ -37,7 +37,7 @@ FROM_THE_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 
 
 def play(handle: Any) -> None:
-    """Let *handle*, of the fast engine on the CPU, record its steps instead of running them."""
+    """Let *handle*, of the device engine on the CPU, record its steps instead of running them."""
 
     def memory() -> Iterable[torch.Tensor]:
         who = handle.engine.residencies

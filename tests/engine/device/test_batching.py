@@ -1,4 +1,4 @@
-"""transformers' continuous batching runs on the fast engine, and no decode step asks the host."""
+"""transformers' continuous batching runs on the device engine, and no decode step asks the host."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fast engine computes what the model computes, and counts what the simulator counts."""
+"""The device engine computes what the model computes, and counts what the simulator counts."""
 
 import copy
 

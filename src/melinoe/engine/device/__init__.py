@@ -1,1 +1,1 @@
-"""The fast engine: decoding that never asks the host which experts are missing."""
+"""The device engine: decoding that never asks the host which experts are missing."""

@@ -201,7 +201,7 @@ class DeviceResidency:
     ) -> None:
         if max(num_experts) > MOST_EXPERTS:
             raise AttachError(
-                f"the fast engine takes at most {MOST_EXPERTS} experts a layer and this model "
+                f"the device engine takes at most {MOST_EXPERTS} experts a layer and this model "
                 f'has {max(num_experts)}; use engine="reference"'
             )
         self.num_experts, self.capacity = tuple(num_experts), tuple(capacity)
@@ -212,7 +212,7 @@ class DeviceResidency:
         kinds = {(one.policy.name, getattr(one.policy, "gamma", None)) for one in self.on_host}
         if len(kinds) > 1:
             raise AttachError(
-                "the fast engine decides all layers by one rule and the policies given differ; "
+                "the device engine decides all layers by one rule and the policies given differ; "
                 'use engine="reference"'
             )
         layers, most = len(self.capacity), max(self.capacity)

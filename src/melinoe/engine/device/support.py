@@ -1,4 +1,4 @@
-"""Tell whether the fast engine can run here, before anything is moved."""
+"""Tell whether the device engine can run here, before anything is moved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRITON = (3, 6)
 
 def why_not(device: torch.device) -> str | None:
     """
-    Say why the fast engine cannot run on *device*; None if it can.
+    Say why the device engine cannot run on *device*; None if it can.
 
     A CPU will do only where Triton interprets its kernels (``TRITON_INTERPRET=1``), for tests.
     """
