@@ -153,8 +153,12 @@ def _products(x, codes, scales, offsets, CODES, OFFSET, GROUP, DOWN, ACROSS):
         bits = scales.view(torch.uint8).int()
         scale = torch.ldexp(1 + (bits % 8).float() / 8, bits // 8 - 24)
     scale = scale.repeat_interleave(DOWN, 0)[: len(numbers)].numpy()
-    added = {"minimum": offsets.float().numpy(), "zero": -offsets.float().numpy() * scale,
-             "symmetric": scale * np.float32(-half), "none": None}[OFFSET]  # fmt: skip
+    added = None
+    if OFFSET == "symmetric":
+        added = scale * np.float32(-half)
+    elif OFFSET != "none":
+        added = offsets.float().numpy()
+        added = added if OFFSET == "minimum" else -added * scale
     total = np.zeros((len(x), len(numbers)), np.float32)
     for number in range(x.shape[1] // GROUP):
         of = slice(number * GROUP, (number + 1) * GROUP)

@@ -39,7 +39,7 @@ def page(browser, server):
     return open_page
 
 
-def until(true, seconds=30):
+def until(true, seconds=120):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -32,7 +32,7 @@ class DirectReader:
     """
 
     def __init__(self, fd: int) -> None:
-        if not hasattr(os, "O_DIRECT"):
+        if not (hasattr(os, "O_DIRECT") and hasattr(os, "preadv")):
             raise OSError("this system has no direct reads")
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT)
         self.close = weakref.finalize(self, os.close, self._fd)
