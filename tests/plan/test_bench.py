@@ -157,8 +157,8 @@ def test_both_engines_stand_in_one_table_and_count_as_simulated(melinoe, place):
         (ON_DEMAND, "reference"),
         ("lru", "reference"),
         (ALL_RESIDENT, "reference"),
-        ("lru, device engine", "fast"),
-        (f"{ALL_RESIDENT}, device engine", "fast"),
+        ("lru, fast engine", "fast"),
+        (f"{ALL_RESIDENT}, fast engine", "fast"),
     ]
     assert all(one["predicted"]["counts_equal"] for one in records)
     assert sum(records[3]["per_prompt"]["loads"]) > 0
