@@ -89,7 +89,7 @@ def miss_curves(
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """What each unit's completion costs by slots; see `melinoe.cache.simulator.Simulation`."""
+    """Hold the cost of each unit's completion by number of slots; see `simulator.Simulation`."""
 
     hits: np.ndarray  # int64 (sizes, units), uses whose expert was resident, of all layers
     loads: np.ndarray  # alike, experts copied on demand

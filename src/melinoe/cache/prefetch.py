@@ -49,7 +49,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Given:
-    """What prefetchers asked for by name are made of; each takes those that it needs."""
+    """Hold what prefetchers are made of when they are asked for by name; each takes its part."""
 
     popularity: np.ndarray | None = None  # (layers, num_experts)
     predictor: Any = None  # as of `Predicted`

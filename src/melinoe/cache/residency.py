@@ -319,7 +319,7 @@ class Residency:
 
 
 class Stream(NamedTuple):
-    """What is resident, ids ascending; what is given slots and what passes, the most used first."""
+    """Split a request: resident ids, ascending; ids given slots; ids that pass, most used first."""
 
     hits: tuple[int, ...]
     admitted: tuple[Load, ...]

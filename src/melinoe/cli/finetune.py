@@ -172,7 +172,7 @@ def command(
 def _memory(
     streamed: dict[str, Any] | None, gpu_memory: str | None, ram: str | None
 ) -> dict[str, Any] | None:
-    """What measuring may take, within the run's budget; None where that was not bounded."""
+    """Give the memory that measuring may take of the run's budget; None without a budget."""
     if streamed is None:
         return None
     if models.resolve_device(None) == "cpu":

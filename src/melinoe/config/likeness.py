@@ -71,7 +71,7 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
     """
     Find what sets two runs apart beside the locality terms; nothing, for a like-for-like control.
 
-    What only one of the two records names is not compared, but for the weights of terms.
+    A setting that only one record names is not compared, unless it is the weight of a term.
 
     Returns:
         Name to (our value, theirs), in order of names. Of a term that only one run has, the weight

@@ -99,7 +99,7 @@ def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -
 
 @dataclass(frozen=True)
 class GpuBudget:
-    """Where the bytes of a budget go; all parts add up to *total* or less."""
+    """Split a budget's bytes by use; all parts add up to *total* or less."""
 
     total: int
     backbone: int
@@ -307,7 +307,7 @@ def cap_memory(total: int, device: torch.device) -> Callable[[], None]:
     nothing is limited.
 
     Returns:
-        What allows again what was allowed before; without effect the second time.
+        A function that restores the limit of before; a second call changes nothing.
     """
     before: list[float] = []
     if device.type == "cuda":

@@ -24,7 +24,7 @@ class Choosing:
     """
     Changes the choices of decoding tokens; see `melinoe.moe.choice` for how.
 
-    What is counted and recorded is what then runs.
+    The changed choice is the one that is counted, recorded and computed.
 
     Raises:
         UnsupportedModelError: a layer without a router whose logits can be seen.

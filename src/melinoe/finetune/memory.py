@@ -35,7 +35,7 @@ _FEWEST, _MOST = 2, 8  # buffers
 @dataclass(frozen=True)
 class Memory:
     """
-    What a run takes on the device that computes, by part, in bytes.
+    Count the bytes that a run takes on the device that computes, by part.
 
     Attributes:
         process: Before any model.
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def measuring_bytes(self) -> int:
-        """What the budget leaves to resident experts while the model is measured."""
+        """Give the bytes that the budget leaves to resident experts while the model is measured."""
         memory = self.memory
         taken = memory.process + memory.backbone + memory.activations + memory.logits
         return self.budget_bytes - taken

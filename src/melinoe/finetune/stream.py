@@ -321,7 +321,7 @@ class ExpertStream:
     # ---- what comes next ----
 
     def guess(self, layer: int) -> _Pass | None:
-        """What a layer used in its last pass."""
+        """Give the experts that a layer used in its last pass."""
         used = self._used.get(layer)
         return None if used is None else _Pass(layer, used, _nothing)
 

@@ -1,1 +1,1 @@
-"""Where experts wait that are not resident: on disk, in host memory, in pinned memory."""
+"""Keep the experts that are not resident: on disk, in host memory, in pinned memory."""
