@@ -7,7 +7,7 @@ prompt is read, against the same four without it. Bad news would be many more of
 would need slots of its own. Loads are exact counts; no clock is read. What the four load while the
 prompt is read is not counted: those steps load what the prompt needs.
 
-    python benchmarks/long_prompt.py [--trials 10] [--out FILE]
+    python benchmarks/long_prompt.py [--trials 6] [--out FILE]
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from common import publish
 from transformers import AutoTokenizer
 
 import melinoe
-from melinoe.measure import machine, write_json
 from melinoe.serve.batching import Batches, Limits
 from melinoe.serve.body import Asked, Sampling
 from melinoe.shipped import HELD_OUT, TINY_OLMOE
+from melinoe.stats import bootstrap, paired_ratio
 
 LIMITS = Limits(running=6, waiting=8, context=512, max_tokens=100, cache_tokens=4096, chunk=64)
 KINDS = ("novels", "code", "speeches", "drama")
@@ -61,7 +61,7 @@ def steps(slots: int, four: list[list[int]], prompt: list[int] | None, end: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(TINY_OLMOE)
@@ -70,9 +70,9 @@ def main() -> None:
         for kind in KINDS:
             line = (HELD_OUT / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()[row]
             texts.append(tokenizer(json.loads(line)["text"])["input_ids"])
-    rows = []
+    result = []
     for slots in (8, 16):
-        pairs = []
+        beside_loads, alone_loads = [], []
         for trial in range(options.trials):
             four = [texts[4 * trial + i][:16] for i in range(4)]
             prompt = (texts[(4 * trial + 5) % len(texts)] * 20)[:320]
@@ -80,20 +80,17 @@ def main() -> None:
             beside = steps(slots, four, prompt, tokenizer.eos_token_id)
             last = max(at for at, (tokens, _) in enumerate(beside) if tokens > 4)
             after = [loads for _, loads in beside[last + 1 :]]
-            pairs.append((sum(after), sum(loads for _, loads in alone[-len(after) :])))
-        loads = np.array(pairs, dtype=float)
-        picks = np.random.default_rng(0).integers(0, len(loads), (2000, len(loads)))
-        more = loads[picks].sum(1)
-        rows.append({
-            "slots": slots, "trials": len(pairs), "loads_after": loads[:, 0].mean(),
-            "loads_alone": loads[:, 1].mean(), "more": loads[:, 0].sum() / loads[:, 1].sum() - 1,
-            "more_interval": np.quantile(more[:, 0] / more[:, 1] - 1, [0.025, 0.975]).tolist(),
+            beside_loads.append(sum(after))
+            alone_loads.append(sum(loads for _, loads in alone[-len(after) :]))
+        result.append({
+            "slots of 32": slots,
+            "trials": options.trials,
+            "loads of four requests, alone": bootstrap(alone_loads).to_dict(),
+            "after a long prompt": bootstrap(beside_loads).to_dict(),
+            "ratio": paired_ratio(beside_loads, alone_loads).to_dict(),
         })  # fmt: skip
-        print(rows[-1])
-    result = {"benchmark": "long_prompt", "rows": rows, **machine()}
-    if options.out:
-        write_json(options.out, result)
-    print(json.dumps(result))
+    title = "Experts loaded by four requests that write, once a long prompt was read beside them"
+    publish({"benchmark": "long_prompt", "title": title, "result": result}, options.out)
 
 
 if __name__ == "__main__":

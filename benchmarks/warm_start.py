@@ -10,24 +10,25 @@ before the first request comes.
 Bad news would be that the prompt, which fills the cache itself, leaves nothing to save. Loads are
 exact counts and depend on no clock. Not measured: time, and a model larger than the one that ships.
 
-    python benchmarks/warm_start.py [--texts 12] [--out FILE]
+    python benchmarks/warm_start.py [--texts 6] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from common import publish
 from transformers import AutoTokenizer
 
 import melinoe
 from melinoe.generate import generate
-from melinoe.measure import machine, write_json
 from melinoe.serve.run import Residency
 from melinoe.shipped import HELD_OUT, TINY_OLMOE
+from melinoe.stats import bootstrap, paired_ratio
 
 WARM, PROMPT, TOKENS = 8, 24, 32
 
@@ -68,34 +69,31 @@ def measure(slots: int, texts: int, kept: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=12, help="requests of each kind")
+    parser.add_argument("--texts", type=int, default=6, help="requests of each kind")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = []
-    for slots in (8, 16):
-        made = measure(slots, options.texts, Path("residency.json"))
-        Path("residency.json").unlink()
-        empty = np.array([r["prompt_loads"] + r["completion_loads"] for r in made
-                          if r["start"] == "empty"])  # fmt: skip
-        for start in ("empty", "kept"):
-            own = [r for r in made if r["start"] == start]
-            loads = np.array([r["prompt_loads"] + r["completion_loads"] for r in own])
-            saved = 1 - loads.sum() / empty.sum()
-            rng = np.random.default_rng(0)
-            picks = rng.integers(0, len(loads), (2000, len(loads)))
-            range_ = np.quantile(1 - loads[picks].sum(1) / empty[picks].sum(1), [0.025, 0.975])
-            rows.append({
-                "slots": slots, "start": start, "requests": len(own),
-                "prompt_loads": float(np.mean([r["prompt_loads"] for r in own])),
-                "completion_loads": float(np.mean([r["completion_loads"] for r in own])),
-                "restored": float(np.mean([r["restored"] for r in own])),
-                "saved": float(saved), "saved_interval": range_.tolist(),
+    result = []
+    with tempfile.TemporaryDirectory() as directory:
+        for slots in (8, 16):
+            made = measure(slots, options.texts, Path(directory) / "residency.json")
+            loads = {
+                start: [
+                    one["prompt_loads"] + one["completion_loads"]
+                    for one in made
+                    if one["start"] == start
+                ]
+                for start in ("empty", "kept")
+            }
+            result.append({
+                "slots of 32": slots,
+                "requests": len(loads["empty"]),
+                "loads of a request, empty start": bootstrap(loads["empty"]).to_dict(),
+                "with what was kept": bootstrap(loads["kept"]).to_dict(),
+                "ratio": paired_ratio(loads["kept"], loads["empty"]).to_dict(),
+                "loaded before it came": max(one["restored"] for one in made),
             })  # fmt: skip
-            print(rows[-1])
-    result = {"benchmark": "warm_start", "rows": rows, **machine()}
-    if options.out:
-        write_json(options.out, result)
-    print(json.dumps(result))
+    title = "Experts loaded for the first prompt and 32 tokens after a restart"
+    publish({"benchmark": "warm_start", "title": title, "result": result}, options.out)
 
 
 if __name__ == "__main__":
