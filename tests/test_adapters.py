@@ -1,6 +1,7 @@
 """Adapters over slots: the text of the adapted model, one adapter or another, or none."""
 
 import asyncio
+import threading
 
 import pytest
 import tiny
@@ -43,7 +44,7 @@ def output(model):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("train", ["router+experts", "router+experts+attention"])
 def test_slots_with_an_adapter_compute_what_was_trained(family, train, tmp_path):
-    """Bit for bit, with fewer slots than experts; without it the base is back to the bit."""
+    """Bit for bit, with fewer slots than experts; without it, and detached, the base is back."""
     model = tiny.tiny_model(family)
     write_adapter(adapter_of(trained(model, 1, train)), tmp_path, "base", generates=False)
     expected, served = output(model), tiny.tiny_model(family)
@@ -56,6 +57,8 @@ def test_slots_with_an_adapter_compute_what_was_trained(family, train, tmp_path)
         assert torch.equal(output(served), expected) and not torch.equal(expected, plain)
         adapters.use(None)
         assert torch.equal(output(served), plain)
+        adapters.use("mine")
+    assert torch.equal(output(served), plain)
 
 
 @pytest.mark.filterwarnings("default")  # PEFT's
@@ -169,3 +172,19 @@ def test_an_engine_that_captures_steps_takes_no_adapter():
 
     with pytest.raises(AttachError, match="engine='reference'"):
         Adapters(tiny_model(), Captured())
+
+
+def test_an_adapter_is_changed_between_passes_only(tmp_path):
+    """Another thread waits until the pass that runs is over."""
+    write_adapter(adapter_of(trained(tiny_model(), 1)), tmp_path, "base")
+    model = tiny_model()
+    with melinoe.attach(model, slots=3) as handle:
+        adapters = Adapters(model, handle)
+        adapters.add("mine", tmp_path)
+        changing = threading.Thread(target=adapters.use, args=("mine",))
+        with handle.lock:
+            changing.start()
+            changing.join(0.2)
+            assert changing.is_alive()
+        changing.join(10)
+        assert not changing.is_alive()

@@ -24,6 +24,7 @@ class Adapters:
 
     The experts stay as they are, in store and slots; low-rank terms are added to their products,
     as in training. Routers are exchanged whole. All adapters' tensors stay in fast memory.
+    Detaching the handle takes them off the model again.
 
     Args:
         model: Attached to *handle*.
@@ -49,8 +50,9 @@ class Adapters:
             one.name: {key: value.clone() for key, value in one.module.state_dict().items()}
             for one in find_routers(model)
         }
-        self._hooked: set[str] = set()
+        self._hooks: dict[str, Any] = {}
         self._now: str | None = None
+        handle.when_detached(self._remove)
 
     @property
     def names(self) -> list[str]:
@@ -88,9 +90,9 @@ class Adapters:
                 self._experts[name][place] = made
                 continue
             self._linears[name][place] = made
-            if place not in self._hooked:
-                self._hooked.add(place)
-                self._model.get_submodule(place).register_forward_hook(self._adding_to(place))
+            if place not in self._hooks:
+                module = self._model.get_submodule(place)
+                self._hooks[place] = module.register_forward_hook(self._adding_to(place))
         self._routers[name] = routers
 
     @torch.no_grad()
@@ -101,18 +103,25 @@ class Adapters:
         Raises:
             KeyError: no adapter of that name.
         """
-        if name == self._now:
-            return
         chosen = {} if name is None else self._routers[name]
-        for place, base in self._base.items():
-            own = self._model.get_submodule(place).state_dict()
-            for key, value in {**base, **chosen.get(place, {})}.items():
-                own[key].copy_(value)
         updates = {} if name is None else self._experts[name]
-        for cache in self._caches:
-            update = updates.get(cache.layer.name)
-            cache.compute_by(None if update is None else _UpdatedExperts(cache, update))
-        self._now = name
+        with self._handle.lock:  # not in the midst of another thread's pass
+            if name == self._now:
+                return
+            for place, base in self._base.items():
+                own = self._model.get_submodule(place).state_dict()
+                for key, value in {**base, **chosen.get(place, {})}.items():
+                    own[key].copy_(value)
+            for cache in self._caches:
+                update = updates.get(cache.layer.name)
+                cache.compute_by(None if update is None else _UpdatedExperts(cache, update))
+            self._now = name
+
+    def _remove(self) -> None:
+        """Leave the model as it was: its own routers, and no hook."""
+        self.use(None)
+        for hook in self._hooks.values():
+            hook.remove()
 
     def _adding_to(self, place: str) -> Any:
         def add(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -359,6 +359,10 @@ class Handle:
                 )
             self._choosing = Choosing(self._model, self._caches, self._passes, settings)
 
+    def when_detached(self, undo: Callable[[], object]) -> None:
+        """Call *undo* once the model is detached: for what was added to it beside the slots."""
+        self._undo.callback(undo)
+
     def detach(self) -> None:
         """
         Put the experts' weights back, and the experts implementation of before.
