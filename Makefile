@@ -25,6 +25,7 @@ check: $(DEV)  ## style, types, and whether tables and lists of README and docs 
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/finetuning.md --check
+	$(BIN)/melinoe report benchmarks/results --readme docs/serving.md --check
 	$(BIN)/python benchmarks/study/tables.py --check
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md --check
 
@@ -36,6 +37,7 @@ report: $(READY) ## write the tables and lists of README and docs again
 	$(BIN)/melinoe report benchmarks/results --readme docs/method.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/benchmarks.md
 	$(BIN)/melinoe report benchmarks/results --readme docs/finetuning.md
+	$(BIN)/melinoe report benchmarks/results --readme docs/serving.md
 	$(BIN)/python benchmarks/study/tables.py
 	$(BIN)/melinoe report benchmarks/results --readme docs/findings.md
 
