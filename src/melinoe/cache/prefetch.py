@@ -237,7 +237,8 @@ class LoadsAhead:
         target = self._route.after(layer)
         if target is None:
             return 0
-        wanted = self.prefetcher.after_router(layer, chosen, guess)
+        early = guess if self.prefetcher.uses_guesses else ()
+        wanted = self.prefetcher.after_router(layer, chosen, early)
         return self._one(target, wanted, self._waiting[target]) if len(wanted) else 0
 
     def _one(self, layer: int, experts: Sequence[int], spared: Collection[int]) -> int:

@@ -294,7 +294,7 @@ class _Replay:
                 self._route.reached(layer)
                 self._ahead.requested(layer)
                 target = self._route.after(layer)
-                decodes = forward.phase == COMPLETION and rows <= MOST_ROWS and stream is None
+                decodes = forward.phase == COMPLETION and rows <= MOST_ROWS
                 if target is not None and decodes and self._ahead.prefetcher.between_layers:
                     count = self._ahead.after_router(layer, experts, self._guess(forward, target))
                     counters.add_prefetch(target, count)

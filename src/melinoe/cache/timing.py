@@ -63,7 +63,6 @@ class Machine:
     # The host computes missing experts from its memory, one row each, at this rate.
     dram_bytes_per_s: float | None = None
     host_row_s: float = 0.0  # of each further row of such an expert
-    host_threads: int | None = None  # that rate was measured with so many
     pass_s: float | None = None  # a pass of one row with all experts resident, measured
     row_s: float = 0.0  # each further row of a pass, measured
 

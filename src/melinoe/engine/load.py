@@ -23,6 +23,7 @@ from melinoe.engine.budget import (
     GpuBudget,
     backbone_bytes,
     cap_memory,
+    memory_of,
     prompt_bytes,
     share_budget,
 )
@@ -44,6 +45,7 @@ from melinoe.errors import (
 )
 from melinoe.experts.format import ExpertFormat, PackedFormat
 from melinoe.experts.formats import named_format
+from melinoe.host_memory import free_host_bytes
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import ExpertsLayer, find_experts, without_wrapper
 from melinoe.moe.packed_backbone import pack_backbone
@@ -369,7 +371,12 @@ def _packs(layers: Sequence[ExpertsLayer], own: Sequence[ExpertFormat]) -> bool:
 
 def _fill(checkpoint: Checkpoint, layers: Sequence[ExpertsLayer], chosen: Placement) -> Store:
     """A store with all experts in it; the disk's has them already."""
-    disk = DiskStore(checkpoint, layers)
+    direct = None
+    if chosen.store == "disk" and chosen.device.type == "cpu":  # slots take of the same memory
+        free = free_host_bytes()
+        taken = memory_of(chosen.slots, layers)
+        direct = free is not None and checkpoint.expert_bytes > free - taken
+    disk = DiskStore(checkpoint, layers, direct)
     if chosen.store == "disk":
         return disk
     store = (PinnedStore if chosen.store == "pinned" else RamStore)(layers)

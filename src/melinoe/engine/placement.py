@@ -98,6 +98,11 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
             f"the emulated link works on the CPU only, and the slots are on {device}; "
             "leave the link out to use the real one"
         )
+    if options.backbone != "plain" and device.type != "cpu":
+        raise AttachError(
+            f"the backbone is packed on the CPU alone, and the model runs on {device}; leave "
+            'backbone out, or give device="cpu"'
+        )
     if not isinstance(options.policy, str) and options.policy_options:
         raise ValueError("policy_options belong to a policy given by name")
     policies: Sequence[Callable[[], Policy]] = (

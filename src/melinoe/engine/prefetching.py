@@ -57,7 +57,7 @@ class Prefetching:
         if target is None or not self._passes.decodes_few:
             return
         guess, early = self._passes.guess, list[int]()
-        if guess is not None:
+        if guess is not None and self._prefetcher.uses_guesses:
             ids = known_ids(guess.cpu().numpy(), self._num_experts[target])
             early = merge_guesses(ids.tolist())
         self._ahead.after_router(layer, experts, early)

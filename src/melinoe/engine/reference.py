@@ -64,8 +64,9 @@ class ReferenceEngine:
         if device.type == "cuda":
             self.transfer = CudaTransfer(store, device)
         elif store.kind == "disk" and link is None:
-            self.transfer = DiskTransfer(store, layers, staging_blocks(slots))
-            self.passes.reads_ahead = True
+            loads = misses.kind != "cpu"  # else nothing is loaded on demand, so none is read ahead
+            self.transfer = DiskTransfer(store, layers, staging_blocks(slots) if loads else 0)
+            self.passes.reads_ahead = loads
         buffers: dict[Any, dict[str, Tensor]] = {}
         self.experts = [
             ExpertCache(layer, count, make(), self.transfer, self.passes, device)

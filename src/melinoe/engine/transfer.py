@@ -181,6 +181,7 @@ class DiskTransfer(Transfer):
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="melinoe-read")
         # By layer and expert, on its way into staging or there.
         self._staged: dict[tuple[int, int], tuple[Future[None], dict[str, Tensor]]] = {}
+        self._forgotten: set[Future[None]] = set()  # reads that nobody asks for any more
         # By layer and slot, the last copy into it: the next one waits for it.
         self._last: dict[tuple[int, int], Future[None]] = {}
         self._guessed: set[tuple[int, int]] = set()
@@ -261,11 +262,13 @@ class DiskTransfer(Transfer):
             read, block = self._staged.pop(key)
             self._judge(key, 0.0)
             self.ahead_reads -= read.cancel()
+            self._forgotten = {one for one in self._forgotten if not one.done()} | {read}
             read.add_done_callback(lambda _, block=block: free.append(block))  # type: ignore[misc]
 
     def finish(self) -> None:
         """Return when no read is under way."""
-        wait_for([*self._last.values(), *(read for read, _ in self._staged.values())])
+        staged = (read for read, _ in self._staged.values())
+        wait_for([*self._last.values(), *self._forgotten, *staged])
 
     def _bring(
         self,

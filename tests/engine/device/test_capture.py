@@ -218,3 +218,34 @@ def test_no_garbage_is_collected_while_a_step_is_captured():
             1 / 0  # noqa: B018
         assert not gc.isenabled()  # as it was before the inner one
     assert gc.isenabled()
+
+
+WAIT = "called a synchronizing CUDA operation"
+
+
+def test_a_wait_is_told_though_constants_are_watched():
+    """PyTorch names the innermost Python frame, which is ours for every call that is watched."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with capture.Constants().learning():
+            torch.tensor([1, 2])
+            warnings.warn_explicit(WAIT, UserWarning, capture.__file__, 1)
+    assert len(capture.calls_that_wait(caught)) == 1
+
+
+def test_a_constant_that_is_learnt_is_no_wait(monkeypatch):
+    """A captured step is given what ``torch.tensor`` made, so it will not wait there."""
+    plain = torch.tensor
+
+    def waits(values):
+        warnings.warn(WAIT, UserWarning, stacklevel=1)
+        return plain(values)
+
+    monkeypatch.setattr(torch, "tensor", waits)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch = capture.Constants().learning()
+        watch.__torch_function__(waits, (), ([1, 2],))
+        assert not caught
+        waits([1])
+    assert len(capture.calls_that_wait(caught)) == 1

@@ -215,7 +215,8 @@ class DecodeGraphs:
 
     def _step(self, key: tuple, inputs: Mapping[str, Any]) -> Any:
         if key not in self._kinds and len(self._kinds) >= _MOST_KNOWN:
-            self._drop()
+            # At most a quarter of them is captured.
+            self._kinds.pop(next(k for k, one in self._kinds.items() if one.captured is None))
         kind = self._kinds.setdefault(key, Kind())
         if kind.never:
             return self._model(**inputs)
