@@ -126,6 +126,19 @@ def tear(path, how):
         path.mkdir()
 
 
+def test_a_checkpoint_just_written_stays_beside_torn_ones_of_higher_steps(tmp_path):
+    """A run begun anew among two torn ones of later steps keeps what it writes."""
+    directory = tmp_path / "run"
+    in_memory(directory, steps=1)
+    (first,) = list_checkpoints(directory)
+    for step in (500, 490):
+        shutil.copytree(first, directory / f"step-{step:06}")
+        tear(directory / f"step-{step:06}", "cut")
+    shutil.rmtree(first)
+    in_memory(directory, steps=1)
+    assert newest_checkpoint(directory) == first
+
+
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, monkeypatch):
     """The newest but one is damaged in five ways: it is named each time, and the first is taken."""
     whole = tmp_path / "whole"

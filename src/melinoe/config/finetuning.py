@@ -103,7 +103,7 @@ class FinetuneSettings:
     gradient_checkpointing: bool | None = setting(
         None,
         "recompute layers in the backward pass: less memory, more time, the same numbers; absent: "
-        "on the CPU, where the experts of one would keep more than 64 MiB",
+        "on the CPU, where the experts of one would keep more than 64 MiB, and within a budget",
     )
     compute_dtype: str = setting(
         "auto",

@@ -17,6 +17,7 @@ from melinoe.checkpoint.backbone import layers_of
 from melinoe.checkpoint.opening import Checkpoint
 from melinoe.config import FinetuneSettings
 from melinoe.errors import BudgetError
+from melinoe.finetune.objective import REPLAYED_AT_ONCE
 from melinoe.finetune.rates import default_rank
 from melinoe.finetune.stream import ExpertStream, buffer_bytes
 from melinoe.host_memory import format_bytes
@@ -28,7 +29,6 @@ from melinoe.stores.ram_store import PinnedStore
 PROCESS_BYTES = 640 << 20  # Python with torch and transformers, before a model
 CONTEXT_BYTES = 600 << 20  # CUDA's own
 TRAINED_BYTES = 16  # a trained number with its gradient and Adam's two moments
-_REPLAYED = 2  # texts beside each batch
 _FEWEST, _MOST = 2, 8  # buffers
 
 
@@ -116,6 +116,7 @@ def plan_run(
     budget_bytes: int,
     host_bytes: int | None = None,
     on_gpu: bool = False,
+    taught: bool = False,
 ) -> Plan:
     """
     Choose the buffers and the store for a run within a budget.
@@ -128,28 +129,39 @@ def plan_run(
         tokens: Of a forward pass: rows times the longest.
         top_k: Experts per token.
         budget_bytes: What the run may take: of the GPU, or of the host where the CPU computes.
-        host_bytes: What experts may take of the host beside a GPU; absent: none, so that they are
-            read from disk.
+        host_bytes: What experts and low-rank updates may take of the host beside a GPU; absent:
+            none, so that experts are read from disk.
         on_gpu: Whether a GPU computes.
+        taught: Whether a teacher's updates stand beside the run's own.
 
     Raises:
         BudgetError: it does not fit; the sentence names the smallest budget that does.
     """
-    fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu)
+    fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu, taught)
     block = max(map(buffer_bytes, layers))
     fewest = max(layer.num_experts for layer in layers)
     room, host_updates = (budget_bytes - fixed.total) // block, 0
-    if room < _FEWEST and on_gpu and settings.train != "router":
+    movable = on_gpu and host_bytes is not None and settings.train != "router"
+    if room < _FEWEST and movable:
         host_updates = TRAINED_BYTES * update_numbers(layers, settings, top_k)
         fixed = replace(fixed, trained=fixed.trained - host_updates)
         room = (budget_bytes - fixed.total) // block
-        host_bytes = None if host_bytes is None else host_bytes - host_updates
-    if room < _FEWEST:
-        least = fixed.total + _FEWEST * block
+        assert host_bytes is not None
+        host_bytes -= host_updates
+        if host_bytes < 0:
+            raise BudgetError(
+                f"the low-rank updates take {format_bytes(host_updates)} of the host; raise --ram "
+                "to that, raise --gpu-memory, or lower --lora-rank"
+            )
+    # While the model is measured, one expert of each layer is held where the updates were trained.
+    held = 0 if on_gpu else sum(map(buffer_bytes, layers)) - fixed.trained
+    least_blocks = max(_FEWEST, -(-held // block))
+    if room < least_blocks:
+        least = fixed.total + least_blocks * block
         option = "--gpu-memory" if on_gpu else "--ram"
         raise BudgetError(
             f"training takes at least {format_bytes(least)}: {fixed}, and "
-            f"{format_bytes(_FEWEST * block)} of buffers; raise {option} to "
+            f"{format_bytes(least_blocks * block)} of buffers; raise {option} to "
             f"{format_bytes(least)}, or lower --batch-size, --max-length or --lora-rank"
         )
     # A GPU multiplies several experts at once; a CPU one by one.
@@ -170,6 +182,7 @@ def memory_of_run(
     tokens: int,
     top_k: int,
     on_gpu: bool,
+    taught: bool = False,
 ) -> Memory:
     """Count what a run takes, without buffers; see `plan_run`."""
     text = model.config.get_text_config(decoder=True)
@@ -177,7 +190,7 @@ def memory_of_run(
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     vocabulary = int(text.vocab_size)
     size = 2 if settings.compute_dtype == "bfloat16" else 4
-    replayed = _REPLAYED * settings.max_length if settings.lambda_replay > 0 else 0
+    replayed = REPLAYED_AT_ONCE * settings.max_length if settings.lambda_replay > 0 else 0
     passes = tokens + replayed  # their graphs live at the same time
     # Every layer's input, and its experts' output, which is not computed again.
     kept = (depth + len(layers)) * passes * hidden * size
@@ -193,10 +206,13 @@ def memory_of_run(
     rows = most * (3 * hidden + 4 * inner) * 4  # of one expert, if all tokens chose it
     matrix = max(part.shape[0] * part.shape[-1] for part in layers[0].tensors if part.is_matrix)
     work = max(attention, routed + rows + 2 * 4 * matrix)
+    trained = TRAINED_BYTES * trained_numbers(model, layers, settings, top_k)
+    if taught and settings.train != "router":
+        trained += 4 * update_numbers(layers, settings, top_k)  # the teacher's, in float32
     return Memory(
         process=CONTEXT_BYTES if on_gpu else PROCESS_BYTES,
         backbone=backbone_bytes,
-        trained=TRAINED_BYTES * trained_numbers(model, layers, settings, top_k),
+        trained=trained,
         activations=kept + work,
         logits=2 * passes * vocabulary * size + (64 << 20),
         buffers=0,

@@ -120,12 +120,13 @@ def recomputes(
     tokens: int,
     top_k: int,
     device: torch.device,
+    streamed: bool = False,
 ) -> bool:
     """
     Decide whether layers are recomputed in the backward pass: as *settings* say, else by size.
 
-    Recomputing gives the same numbers and costs about a forward pass. By default it is done on the
-    CPU only, where memory that runs out ends the process.
+    Recomputing gives the same numbers and costs about a forward pass. By default it is done where
+    experts are *streamed*, and else on the CPU only, where memory that runs out ends the process.
     """
     if settings.gradient_checkpointing is not None:
         return settings.gradient_checkpointing
@@ -134,7 +135,7 @@ def recomputes(
     width = 2 * max(shapes["down_proj"]) + 4 * min(shapes["down_proj"])
     large = tokens * top_k * width * 4 >= RECOMPUTED_BYTES
     can = bool(getattr(model, "supports_gradient_checkpointing", False))
-    return large and device.type == "cpu" and can
+    return can and (streamed or (large and device.type == "cpu"))
 
 
 class Widened:

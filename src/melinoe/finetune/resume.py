@@ -97,7 +97,9 @@ def write_checkpoint(
             f"the checkpoint of step {step} could not be written to {directory} "
             f"({reason_of(error)}); free some space there, or choose another place"
         ) from error
-    for old in list_checkpoints(directory)[_KEPT + more :]:
+    # Never the one just written, though a torn one may have a higher step.
+    others = [one for one in list_checkpoints(directory) if one != path]
+    for old in others[_KEPT - 1 + more :]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -179,7 +179,9 @@ def finetune(
     with ExitStack() as stack:
         stack.callback(opened.close)
         stamps = opened.stamps
-        model, stream, plan = _load(opened, encoded, computed, arguments, gpu_memory, ram)
+        model, stream, plan = _load(
+            opened, encoded, computed, arguments, gpu_memory, ram, teacher is not None
+        )
         if stream is not None:
             stack.callback(stream.close)
             if say is not None and main:
@@ -300,6 +302,7 @@ def _load(
     arguments: TrainingArguments,
     gpu_memory: str | int | None,
     ram: str | int | None,
+    taught: bool,
 ) -> tuple[Any, ExpertStream | None, Plan | None]:
     """Load the model, whole; or within a budget without its experts, with the stream of them."""
     if gpu_memory is None and ram is None:
@@ -310,6 +313,10 @@ def _load(
         raise TrainingError(
             "a sharded run (FSDP) keeps its experts on its devices; leave out --gpu-memory and "
             "--ram, or launch it without sharding"
+        )
+    if settings.gradient_checkpointing is False:
+        raise TrainingError(
+            "a run within a budget recomputes its layers; leave out --no-gradient-checkpointing"
         )
     if gpu_memory is not None and not on_gpu:
         raise BudgetError("--gpu-memory is for a GPU and there is none here; give --ram alone")
@@ -333,6 +340,7 @@ def _load(
         budget_bytes=budget,
         host_bytes=host if processes == 1 else None,  # pinned memory is not shared
         on_gpu=on_gpu,
+        taught=taught,
     )
     model.to(device)
     return model, open_stream(checkpoint, model, plan, device), plan

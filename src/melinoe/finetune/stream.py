@@ -127,11 +127,6 @@ class ExpertStream:
         self._places = {id(layer.module): layer for layer in self.layers}
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    @property
-    def buffers_bytes(self) -> int:
-        """Memory of all buffers, on the device."""
-        return sum(map(Tensor.numel, self._arenas))
-
     def close(self) -> None:
         """End the readers; nothing can be read afterwards."""
         self._drop_all()

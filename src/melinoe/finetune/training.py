@@ -146,9 +146,8 @@ def train(
         steps, rows = rows_of(data, settings, processes)
         tokens = settings.batch_size * max(sum(map(len, row)) for row in rows)
         top_k = routers[0].top_k or 1
-        recompute = recomputes(model, layers[0], settings, tokens, top_k, device)
-        if stream is not None and settings.gradient_checkpointing is None:
-            recompute = bool(getattr(model, "supports_gradient_checkpointing", False))
+        streamed = stream is not None
+        recompute = recomputes(model, layers[0], settings, tokens, top_k, device, streamed)
         ready = ReadyModel(model, settings, recompute, stream)
         compute = grouped_experts if stream is None else stream.compute
         where = None if stream is None else stream.updates_on
@@ -237,6 +236,7 @@ def train(
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
     ready.switch_back()
+    vars(model).pop("hf_device_map", None)  # or a later Trainer would leave it where it is
     if not sharded:
         ready.make_plain(parts)
     return Trained(

@@ -13,6 +13,7 @@ from melinoe.host_memory import parse_bytes
 from melinoe.plan.cards import CARDS
 from melinoe.plan.facts import built_from_config, top_k_in
 from melinoe.plan.hardware import Bandwidth, find_bandwidth, find_card
+from melinoe.plan.planner import gpu_memory_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def plan_finetuning(
     on_gpu = gpu_memory is not None or card is not None
     found = find_card(card) if card is not None else None
     if gpu_memory is not None:
-        budget = parse_bytes(gpu_memory)
+        budget = gpu_memory_of(gpu_memory, card)
     elif found is not None:
         budget = found.memory_bytes * 9 // 10
     else:
@@ -89,7 +90,7 @@ def plan_finetuning(
     rate = find_bandwidth(disk or "nvme4", "disk")
     if made.store == "pinned":
         rate = find_bandwidth(wire, "link")
-    passes = 2 + (settings.lambda_match > 0)
+    passes = 2 + 2 * (settings.lambda_replay > 0) + (settings.lambda_match > 0)
     reads = passes * experts * settings.gradient_accumulation
     return FinetunePlan(model, made, rate, reads, rate.seconds(reads))
 
