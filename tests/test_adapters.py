@@ -157,6 +157,39 @@ def test_requests_of_several_adapters_run_side_by_side(tmp_path):
             batches.stop()
 
 
+def test_an_urgent_request_that_finds_no_room_waits_until_others_have_made_some(tmp_path):
+    """The cache is full of another adapter's request, which goes on; both end well."""
+    for seed, name in enumerate(("a", "b"), start=1):
+        (tmp_path / name).mkdir()
+        write_adapter(adapter_of(trained(tiny_model(), seed)), tmp_path / name, "base")
+    model = tiny_model()
+    with melinoe.attach(model, slots=4) as handle:
+        adapters = Adapters(model, handle)
+        for name in ("a", "b"):
+            adapters.add(name, tmp_path / name)
+        limits = LIMITS._replace(cache_tokens=128, max_tokens=200, context=200)
+        batches = Batches(model, handle, limits, adapters=adapters)
+
+        async def run():
+            asked = Asked(110, 1, Sampling(temperature=0), (), False, False, 5, "b")
+            slow = batches.submit([5, 6, 7], asked, "slow")
+            while len(slow.tokens) < 95:
+                await asyncio.wait_for(slow.pieces.get(), 30)
+            asked = Asked(5, 1, Sampling(temperature=0), (), False, False, 0, "a")
+            urgent = batches.submit([3 + i % 20 for i in range(60)], asked, "urgent")
+            errors = []
+            for one in (slow, urgent):
+                while not (piece := await asyncio.wait_for(one.pieces.get(), 30)).done:
+                    pass
+                errors.append(piece.error)
+            return errors, len(slow.tokens), len(urgent.tokens)
+
+        try:
+            assert asyncio.run(run()) == ([None, None], 110, 5)
+        finally:
+            batches.stop()
+
+
 def text(model, prompt):
     ids = torch.tensor([prompt])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,

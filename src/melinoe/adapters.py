@@ -40,7 +40,7 @@ class Adapters:
             raise AttachError("adapters need the reference engine; choose engine='reference'")
         self._caches = handle.engine.experts
         if any(cache.rule is not None for cache in self._caches):
-            raise AttachError("adapters need every missing expert loaded; choose miss='load'")
+            raise AttachError("adapters need every missing expert loaded; choose miss='wait'")
         self._model, self._handle = model, handle
         self._device = next(model.parameters()).device
         self._experts: dict[str, dict[str, LowRank]] = {}
@@ -73,7 +73,8 @@ class Adapters:
         adapter = read_adapter(directory, self._model, self._handle.layers)
         layers = {layer.name: layer for layer in self._handle.layers}
         routers = {key: dict(state) for key, state in adapter.routers.items()}
-        self._experts[name], self._linears[name] = {}, {}
+        experts: dict[str, LowRank] = {}
+        linears: dict[str, LowRank] = {}
         for place, factors in adapter.factors.items():
             if place in self._base:  # a low-rank update of a router
                 state = routers.setdefault(place, dict(self._base[place]))
@@ -85,15 +86,13 @@ class Adapters:
                 continue
             transposed = place in layers and is_transposed(layers[place].module)
             made = LowRank(factors, adapter.scaling, transposed).requires_grad_(False)
-            made.to(self._device)
-            if place in layers:
-                self._experts[name][place] = made
-                continue
-            self._linears[name][place] = made
-            if place not in self._hooks:
+            (experts if place in layers else linears)[place] = made.to(self._device)
+        with self._handle.lock:
+            for place in linears.keys() - self._hooks.keys():
                 module = self._model.get_submodule(place)
                 self._hooks[place] = module.register_forward_hook(self._adding_to(place))
-        self._routers[name] = routers
+            self._experts[name], self._linears[name] = experts, linears
+            self._routers[name] = routers
 
     @torch.no_grad()
     def use(self, name: str | None) -> None:
@@ -167,6 +166,7 @@ class _UpdatedExperts:
                 for name in decoded[0]
             }
             offsets = own_offsets
-            numbers = torch.repeat_interleave(torch.arange(len(used)), counts[used].long())
+            there = torch.arange(len(used), device=used.device)
+            numbers = torch.repeat_interleave(there, counts[used].long())
         outputs = expert_rows(layer.module, stacks, rows, numbers, offsets, term)
         return weighted_sum(outputs * choice.weights.unsqueeze(-1), choice, hidden_states)

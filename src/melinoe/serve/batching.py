@@ -122,14 +122,19 @@ class TurnsScheduler(FIFOScheduler):
         first = _priority(candidates[0])
         names = sorted({_adapter(one) for one in candidates if _priority(one) == first})
         at = bisect_right(names, self._turn)
-        for turn in (*names[at:], *names[:at]):
+        failed, starved = False, list[Any]()
+        # The less urgent come last: where the first find no room, they go on and make some.
+        for turn in dict.fromkeys([*names[at:], *names[:at], *map(_adapter, candidates)]):
             own = [one for one in candidates if _adapter(one) == turn]
             made = super()._process_candidates(own, *args)
+            failed |= made[1]
+            starved += self.starved_requests  # each call forgets those of the one before
             if made[0]:
                 self._turn = turn
                 self.use(turn or None)
                 break
-        return made
+        self.starved_requests = starved
+        return made[0], failed, *made[2:]
 
 
 def _priority(state: Any) -> int:

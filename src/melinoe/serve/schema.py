@@ -1,4 +1,4 @@
-"""Describe at `/openapi.json` what the writing routes take; `body.py` checks the same."""
+"""Describe bodies of the writing routes at `/openapi.json`; `body.py` takes some more."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bodies(models: list[str], vocabulary: int, limits: Limits) -> dict[str, dict
         "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
         "logit_bias": {
             "type": "object", "maxProperties": MOST_BIASES,
-            "propertyNames": {"pattern": f"^[0-9]{{1,{len(str(vocabulary)) - 1}}}$"},
+            "propertyNames": {"pattern": f"^[0-9]{{1,{len(str(vocabulary))}}}$"},
             "additionalProperties": _number(-100, 100),
         },
         "stop": {"anyOf": [
@@ -57,9 +57,10 @@ def bodies(models: list[str], vocabulary: int, limits: Limits) -> dict[str, dict
         "priority": _whole(-1000, 1000), "user": _TEXT,
     }  # fmt: skip
     function = _fields({"name": _TEXT, "description": _TEXT, "parameters": _OBJECT}, "name")
+    arguments = {**_TEXT, "contentMediaType": "application/json"}
     call = _fields(
         {"id": _TEXT, "type": {"enum": ["function"]},
-         "function": _fields({"name": _TEXT, "arguments": {"enum": ["{}", '{"a": 1}']}}, "name")},
+         "function": _fields({"name": _TEXT, "arguments": arguments}, "name")},
         "function",
     )  # fmt: skip
     message = _fields(
