@@ -171,7 +171,7 @@ def test_without_a_control_the_price_is_not_known(records, tmp_path):
 
 def test_words_from_records_are_escaped(records, tmp_path):
     """A model's name is data, in the page, in the drawings and in the twin."""
-    name = "<b>&\"x'"
+    name = "<b>&\"x'![i](//e)&copy;"
     for record in records:
         if record.get("model") == "control":
             record["model"] = name
@@ -182,6 +182,8 @@ def test_words_from_records_are_escaped(records, tmp_path):
     assert "<b>&" not in text
     assert parse(tmp_path / "r.html").faults == []
     assert "&lt;b&gt;&amp;" in text
+    for asked in ('http://e.example/x.png"', "<a href", "©"):
+        assert asked not in text
     assert "<b>" not in (tmp_path / "r.md").read_text()
 
 

@@ -55,7 +55,7 @@ def pack(name: str, format: str, out: str | Path) -> float:
             stored so already.
         WriteError: a full disk, or another reason why it cannot be written.
 
-    Cost: the experts of one layer, or `SHARD_BYTES`, in memory.
+    Cost: the experts of two layers, or of one and `SHARD_BYTES`, in memory.
     """
     check_output(out)
     wanted = named_format(format)

@@ -12,6 +12,7 @@ import typer
 
 from melinoe.cli import models, options, output
 from melinoe.cli.command import option
+from melinoe.config import QUARTER, experts_in_share
 
 _REFERENCE_TOKENS = 32  # of each prompt, for another engine to compare with
 _EXPORT = "Other engines"
@@ -97,7 +98,7 @@ def _show(
         "all experts": format_bytes(about.expert_bytes),
         "all else": format_bytes(about.backbone_bytes),
         "smallest budget": f"{size(1)} (one expert a layer)",
-        "a quarter of the experts": size(max(1, about.num_experts // 4)),
+        "a quarter of the experts": size(experts_in_share(QUARTER, about.num_experts)),
     }
     for budget, slots in fits:
         rows[f"in {budget}"] = f"{slots} of {about.num_experts} experts a layer ({size(slots)})"

@@ -70,6 +70,14 @@ def command(
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
     if out is not None and not cards:
         raise typer.BadParameter("only --cards writes a record", param_hint="--out")
+    idle = (measure, bits, trace, tuned_trace, device_bandwidth, dram, reserve)
+    if finetune and any(one not in (None, False) for one in idle):
+        raise typer.BadParameter(
+            "takes --card, --gpu-memory, --ram, --link, --disk, --batch, --context and --lora-rank",
+            param_hint="--finetune",
+        )
+    if lora_rank is not None and not finetune:
+        raise typer.BadParameter("belongs to --finetune", param_hint="--lora-rank")
     if show_list:
         _show_known(as_json)
         return

@@ -113,11 +113,11 @@ def command(
             param_hint="--miss",
         )
     counts, times, replays = [], [], []
+    fitted = None if allocate_from is None else Trace.load(allocate_from)
     for name, own in of_policy.items():
         for size in sizes:
             splits: dict[str, Any] = {"as given": size}
-            if allocate_from is not None:
-                fitted = Trace.load(allocate_from)
+            if fitted is not None:
                 splits["allocated"] = _allocated(loaded, fitted, name, size, own, cold)
             for how, chosen in splits.items():
                 for prefetcher in ahead.values():
@@ -262,9 +262,10 @@ def _allocated(
         check_capacity(trace.num_experts, count)
     fitted.check_model(trace.fingerprint, trace.num_layers, trace.num_experts, trace.top_k)
     curves = miss_curves(fitted, policy, policy_options=own, reset_between_sequences=cold)
-    return allocate(
-        cost_of(curves), sum(size) if isinstance(size, list) else size * trace.num_layers
-    )
+    budget = sum(size) if isinstance(size, list) else size * trace.num_layers
+    # As a model that is served does: a token's experts fit, where there are slots for that.
+    least = trace.top_k if budget >= trace.top_k * trace.num_layers else 1
+    return allocate(cost_of(curves), budget, at_least=least)
 
 
 def _who_of(done: Simulation, how: str | None) -> dict[str, Any]:

@@ -112,12 +112,12 @@ class PackedMatrix:
             own = {kind: part[slot] for kind, part in parts.items()}
             return self.kind.decode_matrix(own, outputs, columns).to(self.dtype)
         half = self.dtype == torch.bfloat16 and multiplies_bfloat16()
-        key = self.shape, torch.bfloat16 if half else torch.float32
+        dtype, size = torch.bfloat16 if half else torch.float32, outputs * columns
         scratch = _LOCAL.__dict__.setdefault("scratch", {})
-        if key not in scratch:
+        if dtype not in scratch or scratch[dtype].numel() < size:
             with torch.inference_mode(False):
-                scratch[key] = torch.empty(key[0], dtype=key[1], device="cpu")
-        found: Tensor = scratch[key]
+                scratch[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+        found: Tensor = scratch[dtype][:size].view(outputs, columns)
         compiled(self.kind.arithmetic(columns), half)[2](*_arrays(parts), slot, _array(found))
         return found
 

@@ -40,7 +40,7 @@ def read_imatrix(path: str | os.PathLike) -> np.ndarray:
             found = _counts(path, file)
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}; check the path") from error
-    except (ValueError, struct.error, OverflowError) as error:
+    except (ValueError, TypeError, RecursionError, struct.error, OverflowError) as error:
         raise TraceError(
             f"{path} is a torn GGUF file, or none that is known ({error}); make it again"
         ) from error

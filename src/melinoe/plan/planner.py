@@ -179,7 +179,7 @@ def plan(
         raise BudgetError(f"context {context} and batch {batch} must both be 1 or more")
     if bits not in (None, 16, 8, 4):
         raise BudgetError(f"experts cannot be stored at {bits} bits; choose 16, 8 or 4")
-    memory = _gpu_memory(gpu_memory, card)
+    memory = gpu_memory_of(gpu_memory, card)
     hardware = machine_of(
         gpu_memory_bytes=memory,
         card=card,
@@ -191,6 +191,11 @@ def plan(
     )
     if isinstance(model, ModelFacts):
         facts = model
+        if bits and facts.packed:  # its blocks are packed already
+            raise BudgetError(
+                f"these facts of {facts.name} are of packed experts; name the model to plan it at "
+                f"{bits} bits"
+            )
     else:
         import torch
 
@@ -241,7 +246,7 @@ def _memory(text: str | int) -> int:
     return amount
 
 
-def _gpu_memory(given: str | int | None, card: str | None) -> int:
+def gpu_memory_of(given: str | int | None, card: str | None) -> int:
     """Give the device's memory: as given, or the card's; never more than the card has."""
     known = find_card(card) if card else None
     if given is None:

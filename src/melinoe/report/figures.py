@@ -89,7 +89,10 @@ def panel(panels: list[str], height_in: float = 3.1, width_in: float = 5.0) -> I
 
 def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return colour and marker of each name: models have colours of their own."""
-    free = cycle([COLOUR[name] for name in ("other", "base", "tuned", "rose", "olive", "slate")])
+    names = list(names)
+    taken = {MODELS[name] for name in names if name in MODELS}
+    others = ("other", "base", "tuned", "rose", "olive", "slate")
+    free = cycle([COLOUR[name] for name in others if name not in taken])
     colours = {name: COLOUR[MODELS[name]] if name in MODELS else next(free) for name in names}
     markers = zip(colours.items(), cycle("osD^vPX"))
     return {name: {"color": colour, "marker": one} for (name, colour), one in markers}

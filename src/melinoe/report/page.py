@@ -138,7 +138,9 @@ def html_page(parts: Sequence[Part]) -> str:
         )
 
     # What records say is escaped by `literal`; the tags are ours.
-    body = MarkdownIt("commonmark").enable("table").render(_text(parts, drawing))
+    reader = MarkdownIt("commonmark").enable("table")
+    reader.disable(["image", "link", "autolink", "entity"])  # a page makes no request
+    body = reader.render(_text(parts, drawing))
     style = (HERE / "style.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
