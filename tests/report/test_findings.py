@@ -89,5 +89,5 @@ def test_what_cache_aware_choice_costs(answer):
 
 
 def test_the_page_s_tables_are_those_of_the_evidence():
-    """What `make check` asks, of this page."""
-    assert update_readme(ROOT / "docs" / "findings.md", [EVIDENCE], check=True) == []
+    """What `make check` asks, of this page: every record of the results may fill a table."""
+    assert update_readme(ROOT / "docs" / "findings.md", [EVIDENCE.parent], check=True) == []
