@@ -22,6 +22,7 @@ TRAINED = (
 COMMANDS = {
     "trace": "trace BASE --data DATA --out OUT/t.safetensors --max-new-tokens 4 --slots 8",
     "predictor fit": "predictor fit IN/t.safetensors --out OUT/p --model BASE --data DATA",
+    "batch": "batch IN/asked.jsonl --out OUT/answers.jsonl --model BASE --slots 8",
     "pack": "pack BASE --format int8 --out OUT/packed",
     "merge": "merge IN/adapter --out OUT/merged",
     "finetune": f"finetune BASE --data DATA --out OUT/tuned --no-measure {TRAINED}",
@@ -85,6 +86,8 @@ def place(tmp_path_factory):
     (place / "in" / "choices.csv").write_text(
         "token,layer,expert\n" + "".join(f"{t},0,{t % 8}\n{t},0,{(t + 1) % 8}\n" for t in range(9))
     )
+    asked = [{"prompt": f"w{i} w4", "max_tokens": 3} for i in range(2, 8)]
+    (place / "in" / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     for name in ("trace", "finetune adapter", "simulate"):
         code, said = call(words_of(name, place, place / "in"), None)
         assert code == 0, said

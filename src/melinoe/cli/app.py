@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from melinoe.cli import (
+    batch,
     bench,
     chat,
     checkpoints,
@@ -34,6 +35,7 @@ _COMMANDS: dict[str, dict[str, Any]] = {
         "chat": chat.command,
         "serve": serve.command,
         "generate": generate.command,
+        "batch": batch.command,
         "plan": plan.command,
         "doctor": doctor.command,
         "pack": checkpoints.pack,

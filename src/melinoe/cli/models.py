@@ -35,6 +35,11 @@ def resolve_device(device: str | None) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def on_gpu(given: dict[str, Any]) -> bool:
+    """Tell whether *given*, values of `Serving`, put the model on a GPU."""
+    return resolve_device(given.get("device")).startswith("cuda")
+
+
 def sampling(temperature: float) -> dict[str, Any]:
     """Give what transformers' `generate` takes to sample at *temperature*; greedy at 0."""
     return {"do_sample": True, "temperature": temperature} if temperature else {}

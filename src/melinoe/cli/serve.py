@@ -65,17 +65,12 @@ def command(
     given: dict[str, Any],
 ) -> None:
     """Serve a model over HTTP, for OpenAI's clients, with few experts resident."""
-    if missing := [one for one in _NEEDED if find_spec(one) is None]:
-        from melinoe.errors import MelinoeError
-
-        raise MelinoeError(
-            f"serving needs {', '.join(missing)}; install them, as the extra `serve` does"
-        )
+    check_installed()
     from melinoe.moe.routing import fingerprint
     from melinoe.serve.batching import Limits
     from melinoe.serve.run import Residency, serve
 
-    if given.get("slots") is None and given.get("expert_memory") is None and _on_gpu(given):
+    if given.get("slots") is None and given.get("expert_memory") is None and models.on_gpu(given):
         # What the budget of a GPU counts beside the experts: the keys and values of all requests.
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
@@ -102,10 +97,14 @@ def command(
     )
 
 
-def _on_gpu(given: dict[str, Any]) -> bool:
-    import torch
+def check_installed() -> None:
+    """Refuse to go on without the packages that serving needs."""
+    if missing := [one for one in _NEEDED if find_spec(one) is None]:
+        from melinoe.errors import MelinoeError
 
-    return torch.cuda.is_available() and not str(given.get("device") or "cuda").startswith("cpu")
+        raise MelinoeError(
+            f"serving needs {', '.join(missing)}; install them, as the extra `serve` does"
+        )
 
 
 def _log_to_stderr() -> None:

@@ -42,6 +42,8 @@ class Limits(NamedTuple):
         cache_tokens: Room for keys and values, in tokens, for all requests.
         chunk: Tokens of one step: a longer prompt is read in several.
         seconds: For which one request may run.
+        unasked: Tokens of an answer whose request does not say how many, where there is room; None
+            writes as many as are allowed in a chat, and 16 behind a prompt, as OpenAI's API does.
     """
 
     running: int = 8
@@ -51,6 +53,7 @@ class Limits(NamedTuple):
     cache_tokens: int = 16384
     chunk: int = 256
     seconds: float = 600.0
+    unasked: int | None = None
 
 
 @dataclass

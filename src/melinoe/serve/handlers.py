@@ -136,7 +136,7 @@ class Handler:
         most = min(room, limits.max_tokens)
         wanted = asked.max_tokens
         if wanted is None:
-            wanted = most if self.chat else min(16, most)  # OpenAI's own default for completions
+            wanted = min(most, limits.unasked or (most if self.chat else 16))
         elif wanted > room:
             raise ApiError(
                 f"the prompt has {longest} tokens, so at most {room} can follow; lower max_tokens",
