@@ -29,8 +29,6 @@ COMMANDS = {
     "finetune adapter": f"finetune BASE --data DATA --out OUT/a --save adapter {TRAINED}",
     "outcome": f"finetune BASE --data DATA --out IN/adapter --save adapter --resume {TRAINED}",
     "import-trace": "import-trace IN/choices.csv --out OUT/i.safetensors --num-experts 8",
-    "import counts": "import-trace IN/choices.csv --out OUT/i.json --statistics --num-experts 8",
-    "simulate": "simulate IN/t.safetensors --slots 2 --out IN/records.jsonl",
     "evaluate": "evaluate BASE --data DATA --out IN/records.jsonl",
     "bench": "bench BASE --data DATA --slots 8 --limit 1 --max-new-tokens 2 --out IN/records.jsonl",
     "report": "report IN/records.jsonl --out OUT/page.html",
@@ -86,9 +84,13 @@ def place(tmp_path_factory):
     (place / "in" / "choices.csv").write_text(
         "token,layer,expert\n" + "".join(f"{t},0,{t % 8}\n{t},0,{(t + 1) % 8}\n" for t in range(9))
     )
+<<<<<<< HEAD
     asked = [{"prompt": f"w{i} w4", "max_tokens": 3} for i in range(2, 8)]
     (place / "in" / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     for name in ("trace", "finetune adapter", "simulate"):
+=======
+    for name in ("trace", "finetune adapter", "evaluate"):
+>>>>>>> a3f364f (Delete what no measurement defends: foreign formats, statistics, harness, bench's predictions, three figures)
         code, said = call(words_of(name, place, place / "in"), None)
         assert code == 0, said
     (place / "in" / "a").rename(place / "in" / "adapter")

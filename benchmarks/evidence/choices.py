@@ -10,7 +10,7 @@ import torch
 from texts import IN_DOMAIN, Texts
 
 from melinoe.engine.load import load
-from melinoe.evaluate import ChoicePrice, decoded_perplexity
+from melinoe.evaluate import decoded_perplexity, price_of_choice
 from melinoe.moe.choice import ChoiceSettings
 from melinoe.stats import Estimate
 
@@ -32,16 +32,9 @@ def prices(name: str, path: Path, domains: list[Texts], count: int) -> list[dict
         some = [of.judged[row] for row in one_each]
         exact = decoded_perplexity(model, handle, some)
         for settings in SETTINGS:
-            handle.choose(settings)
-            changed = decoded_perplexity(model, handle, some)
-            replaced = handle.changed_choices
-            handle.choose(ChoiceSettings())
-            price = ChoicePrice(
-                name, of.domain, of.domain == IN_DOMAIN, settings,
-                f"{POLICY}, {QUARTER} slots", exact, changed, replaced,
-            )  # fmt: skip
-            perplexity, transfers = (one.change for one in price.against(price))
-            (record,) = price.records()
+            about = {"in_domain": of.domain == IN_DOMAIN}
+            record, found = price_of_choice(model, handle, some, settings, name, of.domain, **about)
+            perplexity, transfers = (one.change for one in found)
             before, after = record["transfers"].values()
             rows.append(
                 {

@@ -41,8 +41,6 @@ from melinoe.measure import (
     reading_trace,
     serving,
     side_by_side,
-    timeline_record,
-    usage_record,
 )
 from melinoe.predictor import Predictor, compare, fit
 from melinoe.report import render_table, write_report
@@ -139,8 +137,6 @@ class Demo:
         with self._stage("predictor"):
             predictor = self._predictor()
         with self._stage("serve"):
-            for name in (BASE, TUNED):
-                self._timeline(name, prompts[0])
             self._serve(prompts, predictor, emulated=False)
             self._serve(prompts, predictor, emulated=True)
         about = {"settings": asdict(self.settings), "seconds": self.seconds, "machine": machine()}
@@ -223,7 +219,6 @@ class Demo:
 
     def _locality(self, name: str, trace: Trace) -> None:
         self._write(locality_record(trace, name))
-        self._write(usage_record(trace, name))
         steps = range(trace.top_k, self.experts + 1, max(1, self.experts // 16))
         for policy in ("lru", "lfu", "belady") if name != CONTROL else ():
             self._write(curve_record(trace, name, policy, sorted({*steps, self.slots})))
@@ -245,13 +240,6 @@ class Demo:
         predictor.comparison = found
         predictor.save(self.out / "predictor")
         return predictor
-
-    def _timeline(self, name: str, prompt: str) -> None:
-        """Take one prompt token by token on the emulated link."""
-        opened = self._on_disk(name, emulated=True)
-        for _ in range(2):  # twice, because a first generation is slower than all others
-            record = timeline_record(*opened, prompt, self.settings.max_new_tokens, label=name)
-        self._write(record)
 
     def _serve(self, prompts: list[str], predictor: Predictor, emulated: bool) -> None:
         """Serve by four strategies in turn, prompt by prompt: the machine's moods fall on all."""

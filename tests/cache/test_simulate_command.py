@@ -11,7 +11,6 @@ from melinoe.cache.curves import miss_curves
 from melinoe.cache.locality import popularity, reuse, sch, srp
 from melinoe.cache.prefetch import Prefill
 from melinoe.cache.simulator import simulate
-from melinoe.cache.statistics import load_counts, save_statistics
 from melinoe.cache.timing import Machine, Work, loads_when, predict
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError, TraceError
@@ -116,24 +115,20 @@ def test_locality_needs_no_cache(trace):
 
 
 def test_popularity_may_come_from_elsewhere(trace, tmp_path):
-    """Statistics of the same shape decide whom static keeps; of another shape, they are refused."""
-    loaded = random_trace(0, **TRACE)
-    counts = popularity(random_trace(1, **TRACE))
-    path = tmp_path / "s.json"
-    save_statistics(path, counts, model="other run")
+    """Another trace of the same shape decides whom static keeps; of another, it is refused."""
+    loaded, other = random_trace(0, **TRACE), random_trace(1, **TRACE)
+    path = tmp_path / "other.safetensors"
+    other.save(path)
     (row,) = rows(trace, "--policy", "static", "--slots", 4, "--popularity", path)
-    want = simulate(loaded, 4, "static", policy_options={"popularity": counts}).counters
+    options = {"popularity": popularity(other)}
+    want = simulate(loaded, 4, "static", policy_options=options).counters
     assert row["hit_rate"] == want.hit_rate("completion")
-    assert (load_counts(path, loaded) == counts).all()
-    assert (load_counts(trace, loaded) == popularity(loaded)).all()
-    save_statistics(path, counts[:, :5])
-    with pytest.raises(TraceError, match="another model"):
-        load_counts(path, loaded)
-    path.write_text('{"format": "melinoe-expert-statistics", "version": 1, "counts": [["x"]]}')
-    with pytest.raises(TraceError, match="malformed"):
-        load_counts(path, loaded)
-    with pytest.raises(TraceError, match="cannot be read"):
-        load_counts(tmp_path / "absent", loaded)
+    small = tmp_path / "small.safetensors"
+    random_trace(1, **TRACE | {"num_experts": 11}).save(small)
+    for wrong, words in ((small, "another model"), (tmp_path / "absent", "cannot be read")):
+        asked = ["simulate", str(trace), "--policy", "static", "--popularity", str(wrong)]
+        error = CliRunner().invoke(app, asked).exception
+        assert isinstance(error, TraceError) and words in str(error)
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,6 @@ def test_one_example_shows_nothing():
     assert found.better is None and "one example alone" in found.sentence
 
 
-@pytest.mark.parametrize(("lower", "better"), [(True, "o"), (False, "m")])
-def test_the_direction_of_a_metric_decides(lower, better):
-    """More is worse where less is better."""
-    assert scores([3.0] * 4, [1.0] * 4, "errors", lower_is_better=lower).better == better
-
-
 def test_perplexity_is_compared_as_a_ratio_and_less_is_better():
     """.1 nat a token less on every text: 1 - exp(-.1) = 9.5 % less, without any width."""
     theirs = Perplexity(np.asarray([10.0, 3.0, 40.0]), np.asarray([5.0, 4.0, 9.0]))

@@ -1,7 +1,5 @@
 """Perplexity token by token: equal to one pass where choices are exact, and what it counts."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from small_olmoe import EXPERTS, tiny_model
@@ -77,33 +75,30 @@ def test_the_price_of_a_choice_is_paired_with_the_exact_one():
     model = tiny_model()
     handle = attach(model, slots=3)
     strong = ChoiceSettings("cache-prior", 2.0, keep=0)
-    found = price_of_choice(model, handle, TEXTS, strong, "ours", "text")
-    assert handle.choice.kind == "exact" and found.changed_choices > 0
     exact = decoded_perplexity(model, handle, TEXTS)
-    assert found.exact.perplexity.nll == pytest.approx(exact.perplexity.nll)
-    price, saving = found.against(found)
-    gap = (found.changed.perplexity.nll.sum() - exact.perplexity.nll.sum()) / 10
+    handle.choose(strong)
+    changed = decoded_perplexity(model, handle, TEXTS)
+    record, (price, saving) = price_of_choice(model, handle, TEXTS, strong, "ours", "text")
+    assert handle.choice.kind == "exact" and record["changed_choices"] > 0
+    gap = (changed.perplexity.nll.sum() - exact.perplexity.nll.sum()) / 10
     assert price.change.mean == pytest.approx(np.expm1(gap))
-    ratio = found.changed.loads.sum() / exact.loads.sum()
+    ratio = changed.loads.sum() / exact.loads.sum()
     assert saving.change.mean == pytest.approx(ratio - 1) and saving.change.mean < 0
     assert "ours, cache-prior 2 against ours" in saving.sentence
-    (quality,) = found.records()
-    assert quality["choice"]["kind"] == "cache-prior"
-    assert {name: 9 * rate["mean"] for name, rate in quality["transfers"].items()} == pytest.approx(
-        {"ours": exact.loads.sum(), "ours, cache-prior 2": found.changed.loads.sum()}
+    assert record["choice"]["kind"] == "cache-prior"
+    moved = {name: 9 * rate["mean"] for name, rate in record["transfers"].items()}
+    assert moved == pytest.approx(
+        {"ours": exact.loads.sum(), "ours, cache-prior 2": changed.loads.sum()}
     )
 
 
 def test_exact_choices_have_no_price_and_without_transfers_none_are_compared():
-    """The first is refused; the second leaves the price in perplexity alone."""
+    """The first is refused; with every expert resident only perplexity is compared."""
     model = tiny_model()
-    handle = attach(model, slots=3)
+    handle = attach(model, slots=EXPERTS)
     with pytest.raises(AttachError, match="no price"):
         price_of_choice(model, handle, TEXTS, ChoiceSettings(), "ours", "text")
-    found = price_of_choice(
-        model, handle, TEXTS, ChoiceSettings("cache-prior", 0.5), "ours", "text"
-    )
-    still = replace(found.exact, loads=np.zeros_like(found.exact.loads))
-    assert len(found.against(found)) == 2
-    still_exact = replace(found, exact=still)
-    assert len(still_exact.against(still_exact)) == 1
+    prior = ChoiceSettings("cache-prior", 0.5)
+    (record, found) = price_of_choice(model, handle, TEXTS, prior, "ours", "text")
+    metrics = ["perplexity"] + ["transfers"] * (record["transfers"]["ours"]["mean"] > 0)
+    assert [one.metric.split()[0] for one in found] == metrics

@@ -1,16 +1,10 @@
-"""A trace, a table by hand and a GGUF file, for the tests of what other tools write."""
-
-import struct
-from pathlib import Path
+"""A trace and a table by hand, for the tests of what other tools write."""
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
 from melinoe.cache.trace import TraceBuilder
-
-# What other tools' own code wrote; its README says how.
-WRITTEN = Path(__file__).parent / "written"
 
 
 def sample():
@@ -63,34 +57,3 @@ CSV = """token,layer,sequence,kind,expert_0,expert_1
 8,0,1,1,3,1
 8,1,1,1,2,0
 """
-
-
-def text(value):
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def gguf(tensors, kind="imatrix", version=3):
-    """A GGUF file as llama-imatrix writes it: metadata, tensors, data aligned to 32 bytes."""
-    metadata = [
-        text("general.type") + struct.pack("<I", 8) + text(kind),
-        text("imatrix.datasets") + struct.pack("<IIQ", 9, 8, 1) + text("calibration.txt"),
-        text("imatrix.chunk_count") + struct.pack("<II", 4, 12),
-    ]
-    blob = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata)) + b"".join(metadata)
-    data = b""
-    for name, values in tensors.items():
-        values = np.asarray(values, "<f4")
-        shape = (1, len(values))
-        blob += text(name) + struct.pack("<I", 2) + struct.pack("<2Q", *shape)
-        blob += struct.pack("<IQ", 0, len(data))
-        data += values.tobytes() + b"\0" * (-values.nbytes % 32)
-    return blob + b"\0" * (-len(blob) % 32) + data
-
-
-COUNTS = {
-    "blk.0.attn_q.weight.counts": [7],
-    "blk.10.ffn_down_exps.weight.counts": [4, 5, 6],
-    "blk.10.ffn_down_exps.weight.in_sum2": [1, 1, 1],
-    "blk.2.ffn_gate_up_exps.weight.counts": [1, 2, 3],
-    "blk.2.ffn_down_exps.weight.counts": [1, 2, 3],
-}

@@ -1,4 +1,4 @@
-"""Traces and statistics as tables, CSV and Parquet."""
+"""Traces as tables, CSV and Parquet."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import pytest
 from foreign_files import CSV, same, sample, write_table
 from pyarrow import csv, parquet
 
-from melinoe.cache.locality import popularity
 from melinoe.errors import TraceError
 from melinoe.foreign import read_foreign
 
@@ -19,7 +18,6 @@ def test_a_table_holds_a_trace(tmp_path, suffix):
     write_table(sample(), path)
     found = read_foreign(path, num_experts=6)
     assert same(found.trace, sample())
-    assert (found.counts == popularity(sample())).all()
 
 
 def test_a_table_by_hand_needs_no_passes(tmp_path):
@@ -110,39 +108,3 @@ def test_the_docs_example_of_a_trace_is_one(tmp_path, suffix):
     assert trace.experts.tolist() == [[[3, 1], [0, 2]], [[3, 0], [2, 1]], [[1, 3], [2, -1]]]
     assert trace.kind.tolist() == [0, 0, 1] and trace.forward.tolist() == [0, 0, 1]
     assert trace.sequence.tolist() == [0, 0, 0]
-
-
-def test_the_docs_example_of_statistics_is_one(tmp_path):
-    """Two layers, the first dense; an expert without a row was never chosen."""
-    path = tmp_path / "s.csv"
-    path.write_text(example_of_the_docs("layer"))
-    found = read_foreign(path, num_experts=4)
-    assert found.trace is None and found.counts.tolist() == [[20, 0, 4, 0], [1, 7, 7, 9]]
-
-
-def test_rows_without_counts_are_one_choice_each(tmp_path):
-    """A log of choices, in whatever order: each row adds one; SGLang's old names are known."""
-    path = tmp_path / "s.csv"
-    path.write_text("layer_id,expert_id\n3,0\n1,2\n3,0\n")
-    assert read_foreign(path, num_experts=3).counts.tolist() == [[0, 0, 1], [2, 0, 0]]
-
-
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        ("layer,expert\n0,4\n", "row 1 has the value 4"),
-        ("layer,expert\n0,1\n0,-1\n", "row 2 has the value -1"),
-        ("layer,expert,count\n0,1,\n0,1,5", "row 1 has no count"),
-        ("layer,expert,count\n0,1,x\n", "row 1 has the value 'x'"),
-        ("layer,expert,count\n0,1,0.5\n", "row 1 has the value 0.5"),
-        ("layer,layer_id,expert\n0,1,1\n", "two columns for the layer"),
-        ("layer,expert\n", "no rows"),
-    ],
-)
-def test_a_table_of_no_statistics_is_refused(tmp_path, table, words):
-    """One sentence: what is wrong, and where the form stands."""
-    path = tmp_path / "s.csv"
-    path.write_text(table)
-    with pytest.raises(TraceError, match=words) as error:
-        read_foreign(path, num_experts=4)
-    assert "docs/traces.md" in str(error.value)

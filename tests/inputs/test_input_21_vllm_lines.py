@@ -6,7 +6,6 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from melinoe.cache.statistics import load_counts
 from melinoe.cache.trace import Trace
 from melinoe.cli.app import app
 from melinoe.errors import TraceError
@@ -78,15 +77,11 @@ def test_requests_that_are_named_are_taken_apart(tmp_path):
     assert trace.num_forwards == 3
 
 
-def test_mixed_requests_are_refused_and_can_be_counted(tmp_path):
-    """Two passes of several tokens in a row are of several requests; --statistics works."""
+def test_mixed_requests_are_refused(tmp_path):
+    """Two passes of several tokens in a row are of several requests."""
     path = written(tmp_path / "t.jsonl", META, *one_pass(1, 2, 3), *one_pass(4, 5), *one_pass(6, 7))
-    with pytest.raises(TraceError, match=r"mix several requests.*max_num_seqs=1.*--statistics"):
+    with pytest.raises(TraceError, match=r"mix several requests.*max_num_seqs=1"):
         read_foreign(path)
-    out = tmp_path / "s.json"
-    asked = ["import-trace", str(path), "--statistics", "--out", str(out)]
-    assert CliRunner().invoke(app, asked).exit_code == 0
-    assert load_counts(out).sum() == 7 * 2 * 2
 
 
 def test_one_request_id_for_all_is_no_request_id(tmp_path):
@@ -99,10 +94,8 @@ def test_one_request_id_for_all_is_no_request_id(tmp_path):
         read_foreign(written(tmp_path / "t.jsonl", META, *mixed))
 
 
-def test_the_warm_up_is_not_counted_either(tmp_path):
-    """Statistics leave the same tokens out."""
-    path = written(tmp_path / "t.jsonl", META, *WARM_UP, *FIRST)
-    assert read_foreign(path, statistics=True).counts.sum() == len(FIRST) * 2
+def test_a_warm_up_alone_is_refused(tmp_path):
+    """Nothing else is in it."""
     with pytest.raises(TraceError, match="while requests are served"):
         read_foreign(written(tmp_path / "t.jsonl", META, *WARM_UP))
 

@@ -34,7 +34,6 @@ def test_what_stands_beside_it_is_taken(tmp_path):
     found = read_foreign(tmp_path / "t.npz", num_experts=4)
     assert found.trace.sequence.tolist() == [0, 0, 1] and found.trace.kind.tolist() == [0, 1, 0]
     assert found.notes == ["columns left out: mood"]
-    assert read_foreign(tmp_path / "t.npz", num_experts=4, statistics=True).counts.sum() == 11
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,7 @@ from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
-from melinoe.measure.traces import replay_record
 from melinoe.predictor.fit import recall_at
-from melinoe.report.figures import experts_needed, used_shares
 from tests.cache.cache_traces import Early
 
 OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
@@ -30,7 +28,7 @@ def decoded(second_layer=True):
 
 
 def test_without_a_prefetch_there_is_nothing_to_recall(tmp_path):
-    """Neither in counters, nor in the command's rows, nor in a record: None, "-" and no entry."""
+    """Neither in counters nor in the command's rows: None."""
     done = simulate(decoded(), 1)
     assert done.counters.loads.sum() > 0
     for name in OF_PREFETCHES:
@@ -39,8 +37,6 @@ def test_without_a_prefetch_there_is_nothing_to_recall(tmp_path):
     asked = ["simulate", str(tmp_path / "t.safetensors"), "--slots", "1", "--json"]
     (row, *_) = json.loads(CliRunner().invoke(app, asked).stdout)
     assert [row[name] for name in OF_PREFETCHES] == [None] * 3
-    (written,) = replay_record("t", True, [({}, done)], [None])["result"]
-    assert not set(written).intersection(OF_PREFETCHES)
 
 
 def test_a_prefetch_that_brings_nothing_has_no_share_either():
@@ -66,8 +62,3 @@ def test_a_layer_without_uses_has_no_rate():
         assert np.isnan(by_layer).tolist() == [False, True]
     target = np.array([[[0.5, 0.5]], [[0.0, 0.0]]])
     assert recall_at(target, np.array([1, 0]), 1) == pytest.approx([0.5, np.nan], nan_ok=True)
-
-
-def test_a_layer_that_a_sequence_does_not_use_needs_no_experts():
-    """Half the choices lie on one expert, whatever unused layers there are."""
-    assert experts_needed(used_shares([[[3, 1, 0, 0]], [[0, 0, 0, 0]]]), 0.5).mean == 1

@@ -124,19 +124,6 @@ def test_the_list_names_cards_and_links_with_their_sources(melinoe):
     assert json.loads(melinoe("plan", "--list", "--json")[1])["cards"][0]["names"][0] == "h100"
 
 
-def test_measuring_stands_alone_and_feeds_a_plan(melinoe, monkeypatch):
-    """Figures of this machine are printed, and a plan that uses them says so."""
-    import melinoe.plan.measuring as measuring
-
-    found = {"DRAM": 2e10, "disk": 1e9, "link": 1e9, "device memory": 2e10}
-    monkeypatch.setattr(measuring, "measure", lambda directory=None: found)
-    code, out, err = melinoe("plan", "--measure", "--json")
-    assert (code, json.loads(out)["link_bytes_per_s"]) == (0, 1e9)
-    assert "timing this machine" in err
-    code, out, _ = melinoe("plan", "tiny", "--gpu-memory", "40MiB", "--measure", "--context", "8")
-    assert code == 0 and "measured on this machine" in out
-
-
 def test_doctor_reads_a_bare_config_as_a_plan_does(melinoe, small, tmp_path):
     """The same experts from one file, whatever its name; weights are absent; faults by its name."""
     file = tmp_path / "small.json"

@@ -12,8 +12,7 @@ from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError
 from melinoe.measure import trace_records
-from melinoe.report import read_records, write_report
-from melinoe.report.figures import layers
+from melinoe.report import read_records
 from melinoe.report.page import assemble
 from melinoe.report.tables import benchmark_table, servings
 
@@ -36,26 +35,23 @@ def test_a_trace_is_replayed_with_the_compiled_policies():
     assert curves["lru"]["slots"] == [1, 2, 3, 4]
     rates = [one["mean"] for one in curves["lru"]["hit_rate"]]
     assert rates == pytest.approx([8 / 16, 8 / 16, 8 / 16, 10 / 16])
-    by_layer = {one["policy"]: one for one in records if one["kind"] == "layers"}
-    assert by_layer["lru"]["slots"] == 1
-    assert [one["mean"] for one in by_layer["lru"]["hit_rate_by_layer"]] == [1, 0]
-    assert {"locality", "usage"} <= {one["kind"] for one in records}
+    assert {one["kind"] for one in records} == {"locality", "curve"}
 
 
 def test_policies_are_chosen_by_name_and_progress_is_told():
-    """Four sizes and one replay by layer of each; a policy named twice counts once."""
+    """Four sizes of each; a policy named twice counts once."""
     told = []
     records = trace_records(
         two_sequences(), "mine", ["lfru", "lru", "lfru"], lambda *now: told.append(now)
     )
     assert [one["policy"] for one in records if one["kind"] == "curve"] == ["lfru", "lru"]
-    assert told == [(done, 10) for done in range(1, 11)]
+    assert told == [(done, 8) for done in range(1, 9)]
     with pytest.raises(MelinoeError, match="oldest"):
         trace_records(two_sequences(), "mine", ["oldest"])
 
 
 def test_the_command_reports_traces(tmp_path):
-    """Three figures in both twins; two traces of one name told apart; the same bytes again."""
+    """Two figures in both twins; two traces of one name told apart; the same bytes again."""
     paths = [tmp_path / place / "t.safetensors" for place in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -64,9 +60,9 @@ def test_the_command_reports_traces(tmp_path):
     told = ["report", *map(str, paths), "--out", str(out)]
     assert CliRunner().invoke(app, told).exit_code == 0
     text, twin = out.read_text(), out.with_suffix(".md").read_text()
-    for words in ("Hit rate against slots", "Hit rate by layer", "Experts by sequence and layer"):
+    for words in ("Hit rate against slots", "Experts a sequence uses"):
         assert words in text
-    for words in ("Each row is a sequence", "t, static", "Hit rate by layer", "a/t", "b/t"):
+    for words in ("t, static", "Hit rate by slots", "a/t", "b/t"):
         assert words in text and words in twin
     # Another process hashes names in another order.
     subprocess.run([sys.executable, "-m", "melinoe", *told], check=True, capture_output=True)
@@ -120,21 +116,10 @@ def test_a_bench_stands_beside_a_demo_and_changes_none_of_its_tables():
     assert where["Strategies"] == ["main"] and where["Benchmarks"] == ["bench"]
 
 
-def test_a_bench_alone_is_the_report_s_first_table_and_draws_its_layers():
-    """Strategies with as many slots as the first, without the one that holds everything."""
-    listed = [estimate(0.5, 0.1), estimate(0.7, 0.1)]
-    records = [
-        benched("on demand", 1, hit_rate_by_layer=listed),
-        benched("lru", 8, hit_rate_by_layer=listed),
-        benched("lfu", 8, hit_rate_by_layer=listed[::-1]),
-        benched("lfu", 16, hit_rate_by_layer=listed),
-        benched("all resident", 32, hit_rate_by_layer=listed),
-    ]
-    found = read_records([*records, BENCH])
+def test_a_bench_alone_is_the_report_s_first_table():
+    """No comparison of models stands before it."""
+    found = read_records([benched("lru", 8), BENCH])
     assert next(iter(sections(assemble(found)).values())) == ["bench"]
-    figure = layers(found, None)
-    assert [row[0].text for row in figure.table.rows] == ["lru", "lfu"]
-    assert "8 of 32" in figure.caption
 
 
 def test_what_brackets_mean_is_said_where_there_are_some():
@@ -144,24 +129,6 @@ def test_what_brackets_mean_is_said_where_there_are_some():
         assert table.notes[0].startswith("Below or in brackets")
         assert table.columns == ["a (ms)"]
     assert benchmark_table({"benchmark": "x", "result": [{"a": 1}]}).notes == []
-
-
-def test_the_timeline_shows_what_it_found_and_what_it_loaded(tmp_path):
-    """Hits are counted where a record holds them; older ones hold none."""
-    record = {
-        "kind": "timeline",
-        "model": "lru",
-        "slots": 2,
-        "num_experts": 4,
-        "link": None,
-        "ms": [1.0, 2.0],
-        "stall_ms": [0.5, 0.0],
-        "loads": [[1, 0], [0, 0]],
-    }
-    write_report([record], tmp_path / "old.html")
-    write_report([{**record, "hits": [[1, 2], [2, 2]]}], tmp_path / "new.html")
-    assert "| lru | 2 | n/a | 1 | 1 |" in (tmp_path / "old.md").read_text()
-    assert "| lru | 2 | 7 | 1 | 1 |" in (tmp_path / "new.md").read_text()
 
 
 def test_a_page_with_another_name_is_refused_before_any_replay(tmp_path, monkeypatch):

@@ -263,7 +263,7 @@ class Static(Policy):
         if rows is None or len(rows) != num_layers:
             raise MelinoeError(
                 f"policy 'static' needs the popularity of every expert in all {num_layers} layers; "
-                "give a trace or statistics of this model to count it from"
+                "give a trace of this model to count it from"
             )
         return cls(rows[layer], **options)
 

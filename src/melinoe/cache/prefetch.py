@@ -312,7 +312,7 @@ class Popularity(Prefetcher):
         if given.popularity is None:
             raise MelinoeError(
                 "prefetch 'popularity' needs to know which experts are popular; give --popularity "
-                "(a trace or statistics) or --predictor"
+                "(a trace) or --predictor"
             )
         return cls(given.popularity)
 

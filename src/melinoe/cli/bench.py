@@ -1,14 +1,15 @@
-"""`melinoe bench`: serve prompts by several strategies, with predicted beside measured cost."""
+"""`melinoe bench`: serve prompts from caches of several sizes and policies, side by side."""
 
 from typing import Annotated, Any
 
 from melinoe.cli import models, options, output
 from melinoe.cli.command import one_of, option
-from melinoe.config import MISSES, QUARTER, experts_in_share
+from melinoe.config import MISSES, QUARTER, experts_in_share, policies
 
-_LINK = "Link and prediction"
+ALL_RESIDENT = "all resident"
 _ENGINE = "Engine"
-_TOLERANCE = 10  # per cent between predicted and measured times that is not named
+# What the simulator counts of each prompt, by its name in a measured record.
+_COUNTS = {"uses": "uses", "hits": "hits", "loads": "loads", "elsewhere": "on_host"}
 
 
 def command(
@@ -23,7 +24,6 @@ def command(
         list[str] | None, option("Which expert is evicted first. Repeatable. Default: lru and lfu.")
     ] = None,
     max_new_tokens: Annotated[int, option("Generate at most this many tokens.", min=2)] = 64,
-    repeat: Annotated[int, option("Serve each prompt this often, and take the median.", min=1)] = 1,
     device: Annotated[
         str | None, option("cpu or cuda. Default: CUDA if there is one, else the CPU.")
     ] = None,
@@ -32,117 +32,138 @@ def command(
     as_json: options.AsJson = False,
     columns: options.Columns = None,
     split: options.Split = "test",
-    engine: Annotated[
-        str, option("reference, fast (needs a GPU), or both.", _ENGINE)
-    ] = "reference",
+    engine: Annotated[str, option("Who decides: reference or fast.", _ENGINE)] = "reference",
     store: Annotated[
         str, option("Where other experts wait: auto, ram, pinned or disk.", _ENGINE)
     ] = "auto",
+    format: Annotated[
+        str | None, option("Pack experts while they load: int8, int4, ...", _ENGINE)
+    ] = None,
     dtype: Annotated[
         str, option("Type of the weights: auto (as stored), float32 or bfloat16.", _ENGINE)
     ] = "auto",
-    miss: Annotated[
-        list[str] | None,
-        option("On a miss: wait, cpu or split. Repeatable. Default: wait.", _ENGINE),
+    miss: Annotated[str, option("On a miss: wait, cpu or split.", _ENGINE)] = "wait",
+    link: Annotated[
+        str | None, option("Emulate a link, as in 0.3GB/s; on the CPU.", _ENGINE)
     ] = None,
     prefetch: options.Prefetches = None,
     predictor: options.PredictorDir = None,
     popularity: options.PopularityFile = None,
-    link: Annotated[str | None, option("Emulate a link, as in 0.3GB/s; on the CPU.", _LINK)] = None,
-    link_latency: Annotated[str, option("Latency of its transfers, as in 10us.", _LINK)] = "0us",
 ) -> None:
-    """Serve prompts by several strategies in turn; print predicted beside measured cost."""
-    from melinoe.plan.hardware import parse_bandwidth, parse_seconds
+    """Serve prompts from caches of several sizes and policies in turn; print what each costs."""
+    from melinoe.plan.hardware import parse_bandwidth
 
-    one_of(engine, ("reference", "fast", "both"), "--engine")
-    for way in miss or ():
-        one_of(way, MISSES, "--miss")
-    if not prefetch and (predictor or popularity):
-        # A predictor also knows what is popular, which is its first rival.
-        prefetch = ["none", "popularity", *(["predictor"] if predictor else [])]
+    one_of(miss, MISSES, "--miss")
+    names = list(dict.fromkeys(policy or ["lru", "lfu"]))
+    for name in names:
+        one_of(name, policies(), "--policy")
     ahead = models.prefetchers(prefetch, predictor, popularity)
-    emulated = (
-        None if link is None else (parse_bandwidth(link, "link"), parse_seconds(link_latency))
-    )
-    engines = ("reference", "fast") if engine == "both" else (engine,)
+    bandwidth = None if link is None else parse_bandwidth(link, "link")
 
     from melinoe.checkpoint import describe, load_tokenizer
     from melinoe.checkpoint.files import read_config
     from melinoe.data import load_examples
-    from melinoe.errors import MelinoeError, UnsupportedModelError
-    from melinoe.measure import append_jsonl
-    from melinoe.plan.bench import bench, check_fast, strategies
-    from melinoe.report import render_table
+    from melinoe.engine.load import load
+    from melinoe.engine.transfer import EmulatedLink
+    from melinoe.errors import BudgetError, MelinoeError, UnsupportedModelError
+    from melinoe.generate import trace_prompts
+    from melinoe.measure import append_jsonl, serving, side_by_side
 
     output.quiet()
     path = models.resolve(model)
     about = describe(path)
     if not about.supported:
         raise UnsupportedModelError(about.reason)
-    quarter = experts_in_share(QUARTER, about.num_experts)
-    chosen = strategies(
-        about.num_experts,
-        slots or [quarter],
-        policy or ["lru", "lfu"],
-        list(ahead),
-        miss or ["wait"],
-        engines,
-    )
-    target = models.resolve_device(device)
-    if "fast" in engines:
-        check_fast(target, emulated is not None)
+    sizes = list(dict.fromkeys(slots or [experts_in_share(QUARTER, about.num_experts)]))
+    if max(sizes) > about.num_experts:
+        raise BudgetError(
+            f"{max(sizes)} slots cannot be in layers of {about.num_experts} experts; choose from 1 "
+            f"to {about.num_experts}"
+        )
     examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
-    records, moments, table = bench(
-        path,
-        chosen,
-        models.prompt_ids(examples, load_tokenizer(path, read_config(path)), raw),
-        ahead,
-        label=model,
-        device=target,
-        dtype=dtype,
-        store=store,
-        link=emulated,
-        max_new_tokens=max_new_tokens,
-        repeat=repeat,
-        say=output.say,
-    )
+    tokenizer = load_tokenizer(path, read_config(path))
+    prompts = models.prompt_ids(examples, tokenizer, raw)
+    asked: Any = (tokenizer, prompts, max_new_tokens)
+    common: dict[str, Any] = {"engine": engine, "dtype": dtype, "format": format}
+
+    def opened(size: int, name: str, kept: Any, **more: Any) -> tuple[Any, Any]:
+        wire = None if bandwidth is None else EmulatedLink(bandwidth)  # none queues behind another
+        more |= {"slots": size, "policy": name, "store": kept, "link": wire}
+        return load(path, models.resolve_device(device), **common, **more)
+
+    resident = opened(about.num_experts, "lru", store)
+    kept = store if resident[1].store.kind == "disk" else resident[1].store
+    output.say(f"tracing {len(prompts)} prompts with every expert resident")
+    guesses = any(one is not None and one.uses_guesses for one in ahead.values())
+    trace = trace_prompts(*resident, *asked, guesses=guesses)
+    how: dict[str, Any] = {"label": model}
+    runs = [serving(*resident, *asked, strategy=ALL_RESIDENT, cold=False, **how)]
+    expected: list[Any] = [None]
+    for size in sizes:
+        for name in names:
+            served = opened(size, name, kept, miss=miss)
+            for ahead_name, one in ahead.items():
+                if one is not None:
+                    one.bind(served[0], tokenizer)
+                expected.append(_simulated(trace, size, name, one, prompts, served[1]))
+                strategy = name if one is None else f"{name} + {ahead_name}"
+                of = {"prefetch": one, "strategy": strategy, **how}
+                runs.append(serving(*served, *asked, **of))
+    output.say(f"serving {len(prompts)} prompts by {len(runs)} strategies in turn")
+    records = side_by_side(runs)
     if out is not None:
-        for record in (*records, moments, table):
+        for record in records:
             append_jsonl(out, record)
-        output.say(f"wrote {len(records) + 2} records to {out}")
-    rows = table["result"]
     if as_json:
-        output.show_json({"records": records, "timeline": moments, "table": table})
+        output.show_json(records)
     else:
-        print(render_table([{**table, "result": [_short(row) for row in rows]}]))
-        far = _names(row for row in rows if abs(row["error_percent"]) > _TOLERANCE)
-        print(
-            f"Predicted time is more than {_TOLERANCE} % from the measured one for {far}."
-            if far
-            else f"Every predicted time is within {_TOLERANCE} % of the measured one."
-        )
-    if wrong := _names(row for row in rows if not row["counts_equal"]):
+        output.show_table(f"{model}: {len(prompts)} prompts", [_row(one, miss) for one in records])
+    wrong = [
+        f"{record['strategy']} at {record['slots']}"
+        for record, counts in zip(records, expected, strict=True)
+        if counts is not None and any(record["per_prompt"][k] != v for k, v in counts.items())
+    ]
+    if wrong:
         raise MelinoeError(
-            f"simulated and measured counts differ for {wrong}, which should be impossible with "
-            "greedy decoding; please report it with the records (--out)"
+            f"simulated and measured counts differ for {', '.join(wrong)}, which should be "
+            "impossible with greedy decoding; please report it with the records (--out)"
         )
-    if not as_json:
-        print("Predicted and measured counts are equal, prompt by prompt, for every strategy.")
 
 
-def _names(rows: Any) -> str:
-    return ", ".join(f"{row['strategy']} at {row['slots']}" for row in rows)
+def _simulated(
+    trace: Any, slots: int, policy: str, ahead: Any, prompts: Any, handle: Any
+) -> dict[str, list[int]]:
+    """Count, prompt by prompt, what the simulator expects of a strategy's completions."""
+    from melinoe.cache.counters import COMPLETION
+    from melinoe.cache.simulator import simulate
 
-
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """Choose the columns that a terminal has room for; the record has all of them."""
+    done = simulate(
+        trace,
+        slots,
+        policy,
+        prefetch=ahead,
+        prompts=prompts,
+        reset_between_sequences=True,
+        load=handle.misses.rule,
+        prefill=getattr(handle, "prefill", None),
+        engine="residency",
+    )
     return {
-        "strategy": row["strategy"],
-        "slots": row["slots"],
-        "hit rate": row["hit_rate"],
-        "loads / token": row["transfers_per_token_measured"],
-        "computed there": row["computed_there_per_token"],
-        "predicted_ms": row["predicted_ms"],
-        "measured_ms": row["measured_ms"],
-        "error_percent": row["error_percent"],
+        name: [int(getattr(one, ours)[COMPLETION].sum()) for one in done.per_sequence]
+        for name, ours in _COUNTS.items()
     }
+
+
+def _row(record: dict[str, Any], miss: str) -> dict[str, Any]:
+    """Choose the columns of the table; a record has many more."""
+    names = {
+        "hit rate": "hit_rate",
+        "loads / token": "transfers_per_token",
+        "on the CPU / token": "computed_there_per_token",
+        "first token (s)": "ttft_s",
+        "tokens / s": "tokens_per_s",
+    }
+    means = {name: record[key]["mean"] for name, key in names.items()}
+    if miss == "wait":
+        del means["on the CPU / token"]
+    return {"strategy": record["strategy"], "slots": record["slots"], **means}

@@ -13,26 +13,20 @@ from melinoe.cli.command import option
 from melinoe.cli.texts import named_texts
 
 _LOCALITY = "With --locality"
-_TASKS = "With --tasks"
 
 
 @dataclass
 class _Found:
-    """Results of one model: scores by text, harness scores, loads at each cache size."""
+    """Results of one model: scores by text, further records, loads at each cache size."""
 
     label: str
     scores: list[Any] = field(default_factory=list)
-    prices: list[Any] = field(default_factory=list)
-    tasks: list[Any] = field(default_factory=list)
+    more: list[dict[str, Any]] = field(default_factory=list)
     caches: dict[tuple[str, str, int], dict[str, list[int]]] = field(default_factory=dict)
-    localities: list[dict[str, Any]] = field(default_factory=list)
 
     def records(self) -> list[dict[str, Any]]:
         """List all of it for `report`."""
-        found = [record for scores in self.scores for record in scores.records()]
-        found += self.localities
-        found += [record for price in self.prices for record in price.records()]
-        return found + [task.to_record() for task in self.tasks]
+        return [record for scores in self.scores for record in scores.records()] + self.more
 
     def say(self, text: str) -> None:
         """Tell of progress."""
@@ -42,11 +36,9 @@ class _Found:
 @options.serving()
 def command(
     model: options.Model,
+    data: Annotated[str, option("Held-out examples: a file, a directory, or a hub data set.")],
     other_model: Annotated[
         str | None, typer.Argument(help="A second model to compare with, example by example.")
-    ] = None,
-    data: Annotated[
-        str | None, option("Held-out examples: a file, a directory, or a hub data set.")
     ] = None,
     limit: options.Limit = None,
     rouge: Annotated[bool, option("Also generate, and score ROUGE-L.", name="--rouge")] = False,
@@ -56,9 +48,6 @@ def command(
     locality: Annotated[
         bool, option("Also trace: experts used, loads for each token.", name="--locality")
     ] = False,
-    tasks: Annotated[
-        str | None, option("Run these tasks of the lm-evaluation-harness, as in gsm8k,arc_easy.")
-    ] = None,
     out: options.RecordsOut = None,
     as_json: options.AsJson = False,
     other: options.Other = None,
@@ -72,11 +61,6 @@ def command(
         list[int] | None,
         option("Simulate so many slots. Repeatable. Default: 1/8, 1/4, 1/2.", _LOCALITY, min=1),
     ] = None,
-    task_path: Annotated[Path | None, option("Directory of further task files.", _TASKS)] = None,
-    fewshot: Annotated[int | None, option("Examples before each question.", _TASKS, min=0)] = None,
-    chat_template: Annotated[
-        bool, option("Use the chat template.", _TASKS, name="--chat-template")
-    ] = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -85,24 +69,15 @@ def command(
 
     With --choice cache-prior the texts are read both ways, which says what that costs and saves.
     """
-    changed = given["choice"] != "exact"
-    if data is None and tasks is None:
-        raise typer.BadParameter("give --data, --tasks, or both", param_hint="--data")
-    for needed, absent, used, names in (
-        ("--data", data is None, rouge or answers or locality or other or columns or changed,
-         "--rouge, --answers, --locality, --other, --columns and --choice"),
-        ("--tasks", tasks is None, task_path or fewshot is not None or chat_template,
-         "--task-path, --fewshot and --chat-template"),
-        ("--locality", not locality, at_slots, "--at-slots"),
-    ):  # fmt: skip
-        if absent and used:
-            raise typer.BadParameter(f"{names} go with {needed}", param_hint=needed)
+    if at_slots and not locality:
+        raise typer.BadParameter("goes with --locality", param_hint="--at-slots")
     from melinoe.data import encode
-    from melinoe.evaluate import price_of_choice, run_tasks, score
+    from melinoe.evaluate import price_of_choice, score
 
     choice = models.choice_settings(given)
     texts = named_texts(data, other or [], split, limit, columns)  # before any model is read
     found: list[_Found] = []
+    comparisons: list[Any] = []
     for name, label in _labels(model, other_model).items():
         one = _Found(label)
         loaded, handle, tokenizer = models.open_model(name, given, choose=False)
@@ -124,35 +99,23 @@ def command(
                     progress=one.say,
                 )
             )
-        for domain, (examples, in_domain) in texts.items() if changed else ():
-            encoded = encode(examples, tokenizer, max_length)
-            about: dict[str, Any] = {"in_domain": in_domain, "progress": one.say}
-            one.prices.append(
-                price_of_choice(loaded, handle, encoded, choice, label, domain, **about)
-            )
+            if choice.kind != "exact":
+                encoded = encode(examples, tokenizer, max_length)
+                about: dict[str, Any] = {"in_domain": in_domain, "progress": one.say}
+                record, priced = price_of_choice(
+                    loaded, handle, encoded, choice, label, domain, **about
+                )
+                one.more.append(record)
+                comparisons += priced
         if locality:
             examples = next(iter(texts.values()))[0][:prompts]
             lengths = (max_length, max_new_tokens)
             _locality(one, loaded, handle, tokenizer, examples, at_slots, *lengths)
-        if tasks:
-            one.say(tasks)
-            one.tasks = run_tasks(
-                loaded,
-                tokenizer,
-                [task.strip() for task in tasks.split(",") if task.strip()],
-                label,
-                limit=limit,
-                task_path=task_path,
-                fewshot=fewshot,
-                chat_template=chat_template,
-                batch_size=batch_size,
-            )
         # One model in memory at a time; detaching would make it whole, which may not fit.
         del loaded, handle
         gc.collect()
         found.append(one)
         _append(out, one.records())
-    comparisons = [said for one in found for price in one.prices for said in price.against(price)]
     comparisons += _compare(*found) if other_model else []
     compared = [comparison.to_record() for comparison in comparisons]
     _append(out, compared)
@@ -209,9 +172,9 @@ def _locality(
     sizes = sorted(set(at_slots or shares))
     for doing, trace in (("writing", written), ("reading", read)):
         name = one.label if doing == "writing" else f"{one.label}, reading"
-        one.localities.append(locality_record(trace, name))
+        one.more.append(locality_record(trace, name))
         for policy in ("lru", "lfu"):
-            one.localities.append(curve_record(trace, name, policy, sizes))
+            one.more.append(curve_record(trace, name, policy, sizes))
             for size in sizes:
                 one.caches[doing, policy, size] = completion_counts(trace, size, policy)
 
@@ -223,8 +186,6 @@ def _compare(ours: _Found, theirs: _Found) -> list[Any]:
     comparisons = []
     for one, two in zip(ours.scores, theirs.scores, strict=True):
         comparisons += one.against(two)
-    for priced, plain in zip(ours.prices, theirs.prices, strict=True):
-        comparisons += priced.against(plain)
     for key, counts in ours.caches.items():
         base = theirs.caches.get(key)
         if base is None or not sum(base["loads"]):
@@ -233,11 +194,6 @@ def _compare(ours: _Found, theirs: _Found) -> list[Any]:
         metric = f"transfers per token {key[0]} ({key[1].upper()}, {key[2]} slots)"
         names = (ours.label, theirs.label, ours.scores[0].domain, metric)
         comparisons.append(compare_rates(mine, rival, *names))
-    known = {(one.task, one.metric): one for one in theirs.tasks}
-    for task in ours.tasks:
-        twin = known.get((task.task, task.metric))
-        if twin is not None and (comparison := task.against(twin)) is not None:
-            comparisons.append(comparison)
     return comparisons
 
 

@@ -192,8 +192,8 @@ def prefetchers(
     Args:
         named: Given for --prefetch. Absent: those that predictor and popularity are for.
         predictor: Given for --predictor.
-        popularity: A file of counts given for --popularity, or the counts of a trace, which ask
-            for nothing. Absent: the predictor's.
+        popularity: A trace given for --popularity, or counts, which ask for nothing. Absent: the
+            predictor's.
         several: Whether more than one may be asked for.
     """
     from melinoe.cache import prefetch
@@ -217,13 +217,22 @@ def prefetchers(
 
         guess = Predictor.load(predictor)
     if isinstance(popularity, Path):
-        from melinoe.cache.statistics import load_counts
-
-        popularity = load_counts(popularity)
+        popularity = count_choices(popularity)
     elif popularity is None:
         popularity = getattr(guess, "popularity", None)
     given = prefetch.Given(popularity, guess)
     return {name: prefetch.prefetcher(name, given) for name in names}
+
+
+def count_choices(path: Path, like: Any = None) -> Any:
+    """Count how often the trace at *path* chose each expert; refuse another shape than *like*'s."""
+    from melinoe.cache.locality import popularity
+    from melinoe.cache.trace import Trace
+
+    trace = Trace.load(path)
+    if like is not None:
+        trace.check_model(trace.fingerprint, like.num_layers, like.num_experts)
+    return popularity(trace)
 
 
 def adapters(model: Any, handle: Any, named: Sequence[str]) -> Any:

@@ -72,7 +72,7 @@ PredictorDir = Annotated[
     Path | None, option("Predictor for --prefetch predictor: a directory.", AHEAD)
 ]
 PopularityFile = Annotated[
-    Path | None, option("Counts for --prefetch popularity: a trace or statistics.", AHEAD)
+    Path | None, option("What --prefetch popularity counts in: a trace.", AHEAD)
 ]
 
 Link = Annotated[str | None, option("Link from host to GPU, as in 25GB/s or pcie4x16.", MACHINE)]

@@ -47,9 +47,6 @@ def command(
     reserve: Annotated[
         str | None, option("GPU memory kept free. Default: a tenth, at most 1GiB.", options.MACHINE)
     ] = None,
-    measure: Annotated[
-        bool, option("Time this machine, and plan with that.", options.MACHINE, name="--measure")
-    ] = False,
     show_list: Annotated[
         bool, option("List the cards and links known by name.", _INSTEAD, name="--list")
     ] = False,
@@ -70,7 +67,7 @@ def command(
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
     if out is not None and not cards:
         raise typer.BadParameter("only --cards writes a record", param_hint="--out")
-    idle = (measure, bits, trace, tuned_trace, device_bandwidth, dram, reserve)
+    idle = (bits, trace, tuned_trace, device_bandwidth, dram, reserve)
     if finetune and any(one not in (None, False) for one in idle):
         raise typer.BadParameter(
             "takes --card, --gpu-memory, --ram, --link, --disk, --batch, --context and --lora-rank",
@@ -85,20 +82,8 @@ def command(
     if cards:
         _show_cards(out, as_json, finetune)
         return
-    measured = None
-    if measure:
-        from melinoe.plan.measuring import measure as time_parts
-
-        output.say("timing this machine's memory, disk and link")
-        place = Path(models.resolve(model)).expanduser() if model else None
-        measured = time_parts(place if place is not None and place.is_dir() else None)
-        if model is None:
-            _show_measured(measured, as_json)
-            return
     if model is None:
-        raise typer.BadParameter(
-            "name a model, or use --measure, --cards or --list alone", param_hint="MODEL"
-        )
+        raise typer.BadParameter("name a model, or use --cards or --list alone", param_hint="MODEL")
     if finetune:
         said = {"max_length": "context", "batch_size": "batch"}
         sizes: dict[str, Any] = {
@@ -130,7 +115,6 @@ def command(
         latency_s=parse_seconds(link_latency),
         trace=None if trace is None else Trace.load(trace),
         tuned_trace=None if tuned_trace is None else Trace.load(tuned_trace),
-        measured=measured,
     )
     left = host_memory()
     if as_json:
@@ -158,20 +142,6 @@ def _show_finetuning(
         f"A step reads {size(done.reads_bytes)} of experts if its tokens use all of them: at least "
         f"{done.step_s:.3g} s at {done.rate}, {done.step_s / 3.6:.3g} h for 1,000 steps. Where "
         "computing takes longer, that is the bound."
-    )
-
-
-def _show_measured(measured: dict[str, float], as_json: bool) -> None:
-    from melinoe.plan.hardware import format_bandwidth
-
-    if as_json:
-        output.show_json(
-            {f"{part.replace(' ', '_')}_bytes_per_s": v for part, v in measured.items()}
-        )
-        return
-    output.show_table(
-        "This machine (disk: one run; the rest: best of several)",
-        [{"part": part, "bandwidth": format_bandwidth(v)} for part, v in measured.items()],
     )
 
 

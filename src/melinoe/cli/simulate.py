@@ -43,13 +43,12 @@ def command(
     allocate_from: Annotated[
         Path | None, option("Also share out the slots by what this trace's layers would miss.")
     ] = None,
-    out: options.RecordsOut = None,
     as_json: options.AsJson = False,
     prefetch: options.Prefetches = None,
     predictor: options.PredictorDir = None,
     popularity: Annotated[
         Path | None,
-        option("Counts for static and popularity. Default: the trace's.", options.AHEAD),
+        option("Trace that static and popularity count in. Default: this one.", options.AHEAD),
     ] = None,
     link: options.Link = None,
     link_latency: options.LinkLatency = "0s",
@@ -68,15 +67,12 @@ def command(
     from melinoe.cache.curves import miss_curves
     from melinoe.cache.locality import popularity as count
     from melinoe.cache.simulator import simulate
-    from melinoe.cache.statistics import load_counts
     from melinoe.cache.timing import loads_when, predict
     from melinoe.cache.trace import Trace
 
     one_of(miss, MISSES, "--miss")
-    if out is not None and (curve or locality):
-        raise typer.BadParameter("it goes neither with --curve nor --locality", param_hint="--out")
     loaded = Trace.load(trace)
-    popular = count(loaded) if popularity is None else load_counts(popularity, loaded)
+    popular = count(loaded) if popularity is None else models.count_choices(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
     of_policy = {name: {"popularity": popular} if name == "static" else {} for name in names}
     if locality:
@@ -112,7 +108,7 @@ def command(
             "cpu loads nothing on demand, so say what is resident: --prefetch popularity",
             param_hint="--miss",
         )
-    counts, times, replays = [], [], []
+    counts, times = [], []
     fitted = None if allocate_from is None else Trace.load(allocate_from)
     for name, own in of_policy.items():
         for size in sizes:
@@ -134,15 +130,8 @@ def command(
                     )
                     who = _who_of(done, how if allocate_from is not None else None)
                     counts.append(who | _counts_of(done))
-                    replays.append((who, done))
                     if figures is not None:
                         times.append(who | {"miss": miss} | predict(done, *figures).metrics())
-    if out is not None:
-        from melinoe.measure import append_jsonl, replay_record
-
-        predicted = [row["ms_per_token"] for row in times] or [None] * len(replays)
-        append_jsonl(out, replay_record(trace.stem, cold, replays, predicted))
-        output.say(f"wrote a record to {out}")
     if as_json:
         output.show_json([row | (times[at] if times else {}) for at, row in enumerate(counts)])
         return

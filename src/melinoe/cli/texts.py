@@ -34,15 +34,13 @@ def other_texts(
 
 
 def named_texts(
-    data: str | None, other: Sequence[str], split: str, limit: int | None, columns: str | None
+    data: str, other: Sequence[str], split: str, limit: int | None, columns: str | None
 ) -> dict[str, tuple[Sequence[Any], bool]]:
     """Name of each text to its examples and whether it is the one in domain, that one first."""
     from melinoe.data import load_examples
 
-    texts: dict[str, tuple[Sequence[Any], bool]] = {}
-    if data is not None:
-        examples = load_examples(data, split=split, limit=limit, columns=columns)
-        texts[name_of(data)] = (examples, True)
+    examples = load_examples(data, split=split, limit=limit, columns=columns)
+    texts: dict[str, tuple[Sequence[Any], bool]] = {name_of(data): (examples, True)}
     others = other_texts(other, split, limit, list(texts))
     return texts | {name: (examples, False) for name, examples in others.items()}
 

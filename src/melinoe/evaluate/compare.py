@@ -8,8 +8,6 @@ from melinoe.errors import DataError
 from melinoe.evaluate.perplexity import Floats, Perplexity, perplexity_increase
 from melinoe.stats import Estimate, paired_difference, paired_ratio
 
-# Metric -> whether less of it is better.
-LOWER_IS_BETTER = {"perplexity": True, "rouge_l": False, "exact_match": False}
 Rate = tuple[Sequence[float], Sequence[float]]  # numerators and denominators, one per example
 
 
@@ -88,12 +86,9 @@ def compare_scores(
     other: str,
     domain: str,
     metric: str,
-    lower_is_better: bool | None = None,
 ) -> Comparison:
     """
-    Compare two scores, one number an example, of the same examples in the same order.
-
-    *lower_is_better* is known for the metrics of this package, and to be said for others.
+    Compare two scores of which more is better, one number an example, of the same examples.
 
     Raises:
         DataError: the numbers of examples differ.
@@ -103,9 +98,8 @@ def compare_scores(
             f"{metric} of {domain} is over {len(ours)} examples for {model} and {len(theirs)} for "
             f"{other}; evaluate both on the same"
         )
-    lower = LOWER_IS_BETTER[metric] if lower_is_better is None else lower_is_better
     change = paired_difference(ours, theirs)
-    return Comparison(metric, domain, model, other, change, False, lower)
+    return Comparison(metric, domain, model, other, change, False, False)
 
 
 def compare_rates(

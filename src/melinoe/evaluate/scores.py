@@ -1,21 +1,106 @@
-"""Score one model on one text, and make the records of it that `report` reads."""
+"""Score one model on one text by perplexity, ROUGE-L and answers; make records for `report`."""
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from melinoe.data import Example, encode
-from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_scores
+import numpy as np
+
+from melinoe.data import Encoded, Example, encode
+from melinoe.engine.handle import Handle
+from melinoe.errors import AttachError, DataError
+from melinoe.evaluate.compare import Comparison, compare_perplexity, compare_rates, compare_scores
 from melinoe.evaluate.completions import complete, reference
-from melinoe.evaluate.metrics import right_answers, rouge_l
-from melinoe.evaluate.perplexity import Floats, Perplexity, perplexity
-from melinoe.stats import Estimate, bootstrap
+from melinoe.evaluate.perplexity import Floats, Perplexity, decoded_perplexity, perplexity
+from melinoe.moe.choice import ChoiceSettings
+from melinoe.stats import bootstrap
 
 # How a metric is computed, where its name alone leaves it open.
 _HOW = {
     "rouge_l": "rouge-score's ROUGE-L, F1, Porter stemmer",
     "exact_match": "the number after the first '####', greedy completions",
 }
+_ANSWER = re.compile(r"####\s*(-?\s*\$?\s*-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\s*\$?\s*\.[0-9]+)")
+
+
+def extract_answer(text: str) -> Decimal | None:
+    """
+    Return the number after the first ``####``, as GSM8K marks answers.
+
+    Dollar signs and thousands' commas are dropped, and equal numbers are equal however they are
+    written (``5``, ``5.00``). The first mark counts, because a model that goes on after its answer
+    starts the next question. ``None`` if there is no mark with a number behind it.
+    """
+    found = _ANSWER.search(text)
+    if found is None:
+        return None
+    try:
+        return Decimal(re.sub(r"[$,\s]", "", found.group(1)))
+    except InvalidOperation:
+        return None
+
+
+def right_answers(completions: Sequence[str], references: Sequence[str]) -> Floats:
+    """
+    Score each completion 1 if its answer equals the reference's, else 0.
+
+    A completion without an answer is wrong; each reference has a ``####`` line.
+
+    Raises:
+        DataError: nothing to score, or a reference without an answer.
+        ValueError: lengths differ.
+    """
+    _check(completions, references)
+    right = np.zeros(len(references))
+    for index, (completion, right_one) in enumerate(zip(completions, references, strict=True)):
+        wanted = extract_answer(right_one)
+        if wanted is None:
+            raise DataError(
+                f"reference {index} has no number after '####'; exact match needs GSM8K's form"
+            )
+        right[index] = extract_answer(completion) == wanted
+    return right
+
+
+def rouge_l(completions: Sequence[str], references: Sequence[str]) -> Floats:
+    """
+    Score each completion by the F1 of its longest common subsequence of words with the reference.
+
+    Words are runs of a-z and 0-9, lower-cased; those of more than three letters are stemmed by
+    Porter's rules, as is usual for instruction data. A completion without words scores 0.
+
+    Raises:
+        DataError: nothing to score, or a reference without a word in this sense.
+        ValueError: lengths differ.
+
+    Source:
+        Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004; computed by the
+        rouge-score package.
+    """
+    _check(completions, references)
+    # Imports nltk, and is needed for this score only.
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenize import tokenize
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = np.zeros(len(references))
+    for index, (completion, right_one) in enumerate(zip(completions, references, strict=True)):
+        if not tokenize(right_one, None):
+            raise DataError(
+                f"reference {index} has no word of a-z or 0-9, so it has no ROUGE-L; score it by "
+                "perplexity alone"
+            )
+        scores[index] = scorer.score(right_one, completion)["rougeL"].fmeasure
+    return scores
+
+
+def _check(completions: Sequence[str], references: Sequence[str]) -> None:
+    if len(completions) != len(references):
+        raise ValueError(f"{len(completions)} completions for {len(references)} references")
+    if not references:
+        raise DataError("there are no completions to score; give at least one example")
 
 
 @dataclass(frozen=True)
@@ -123,17 +208,70 @@ def quality_record(
 
 
 def score_record(
-    values: Floats | Estimate, model: str, domain: str, metric: str, **more: Any
+    values: Floats, model: str, domain: str, metric: str, **more: Any
 ) -> dict[str, Any]:
-    """Return the record of kind ``score``: of one number per example, or of an estimate alone."""
-    record: dict[str, Any] = {"kind": "score", "model": model, "domain": domain, "metric": metric}
-    if isinstance(values, Estimate):
-        record["score"] = values.to_dict()
-    else:
-        record["score"] = bootstrap(values).to_dict()
-        record["per_example"] = [float(value) for value in values]
-        if metric == "exact_match":
-            record["right"] = int(values.sum())
-    if metric in _HOW:
-        record["how"] = _HOW[metric]
-    return record | more
+    """Return the record of kind ``score``, of one number per example."""
+    right = {"right": int(values.sum())} if metric == "exact_match" else {}
+    return {
+        "kind": "score",
+        "model": model,
+        "domain": domain,
+        "metric": metric,
+        "score": bootstrap(values).to_dict(),
+        "per_example": [float(value) for value in values],
+        **right,
+        "how": _HOW[metric],
+        **more,
+    }
+
+
+def price_of_choice(
+    model: Any,
+    handle: Handle,
+    encoded: Sequence[Encoded],
+    settings: ChoiceSettings,
+    label: str,
+    domain: str,
+    *,
+    in_domain: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Any], list[Comparison]]:
+    """
+    Read *encoded* token by token with exact choices and with changed ones, and compare them.
+
+    Returns:
+        A record of kind ``quality`` of the changed choices; the paired change of perplexity, and
+        of transfers per token if the exact choices cost any. Choices are exact again afterwards.
+
+    Raises:
+        AttachError: *settings* change nothing, or the engine cannot change choices.
+        UnsupportedModelError: routers whose choices cannot be changed.
+        DataError: as `decoded_perplexity`.
+    """
+    if settings.kind == "exact":
+        raise AttachError("the exact choice has no price; name cache-prior")
+    handle.choose(settings)  # refused, if at all, before minutes of reading
+    handle.choose(ChoiceSettings())
+    exact = decoded_perplexity(model, handle, encoded, progress=progress)
+    handle.choose(settings)
+    try:
+        changed = decoded_perplexity(model, handle, encoded, progress=progress)
+        replaced = handle.changed_choices
+    finally:
+        handle.choose(ChoiceSettings())
+    name = f"{label}, {settings.kind} {settings.strength:g}"
+    metric = f"transfers per decoded token ({handle.policy.upper()}, {handle.slots} slots)"
+    found = [compare_perplexity(changed.perplexity, exact.perplexity, name, label, domain)]
+    rates = {
+        one: (of.loads.tolist(), of.tokens.tolist())
+        for one, of in ((label, exact), (name, changed))
+    }
+    if exact.loads.sum():  # else there is no transfer to save
+        found.append(compare_rates(rates[name], rates[label], name, label, domain, metric))
+    about = {
+        "choice": asdict(settings),
+        "changed_choices": replaced,
+        "transfers_metric": metric,
+        "transfers": {one: bootstrap(*rate).to_dict() for one, rate in rates.items()},
+    }
+    return quality_record(changed.perplexity, name, domain, in_domain, **about), found

@@ -1,9 +1,8 @@
 """
 Run one configuration over prompts, count and time; make the records that `report` reads.
 
-    serve.py      serve(model, handle, ...) -> a record of kind ``serve``; several side by side;
-                  one generation token by token, of kind ``timeline``
-    traces.py     the records of a trace: locality, use, curves over slots, replays
+    serve.py      serve(model, handle, ...) -> a record of kind ``serve``; several side by side
+    traces.py     the records of a trace: locality, curves over slots
     reading.py    what a model chooses while it reads given text, as a trace and a record
     reference.py  greedy tokens and log-probabilities, for another engine to be compared with
     machine.py    this machine and its software
@@ -13,14 +12,12 @@ Run one configuration over prompts, count and time; make the records that `repor
 from melinoe.measure.files import append_jsonl, write_json
 from melinoe.measure.machine import machine
 from melinoe.measure.reading import reading_record, reading_trace
-from melinoe.measure.serve import serve, serve_record, serving, side_by_side, timeline_record
+from melinoe.measure.serve import serve, serve_record, serving, side_by_side
 from melinoe.measure.traces import (
     completion_counts,
     curve_record,
     locality_record,
-    replay_record,
     trace_records,
-    usage_record,
 )
 
 __all__ = [
@@ -31,13 +28,10 @@ __all__ = [
     "machine",
     "reading_record",
     "reading_trace",
-    "replay_record",
     "serve",
     "serve_record",
     "serving",
     "side_by_side",
-    "timeline_record",
     "trace_records",
-    "usage_record",
     "write_json",
 ]

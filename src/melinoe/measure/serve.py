@@ -1,11 +1,9 @@
 """Serve prompts one by one under one configuration; count and time, with intervals."""
 
-import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from melinoe.cache.counters import COMPLETION, PROMPT
 from melinoe.cache.prefetch import Prefetcher
@@ -14,7 +12,6 @@ from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
 from melinoe.measure.machine import machine
-from melinoe.measure.traces import hit_rates_by_layer
 from melinoe.predictor import Predictor
 from melinoe.stats import bootstrap
 
@@ -202,9 +199,7 @@ def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> d
         name: bootstrap(columns[top], columns[bottom] if bottom else None).to_dict()
         for name, (top, bottom) in asked.items()
     }
-    by_layer = hit_rates_by_layer(runs[0].counters for runs in generations if runs[0].counters)
-    more = {"hit_rate_by_layer": by_layer, "per_prompt": columns, "machine": machine()}
-    return {**facts, **estimates, **more}
+    return {**facts, **estimates, "per_prompt": columns, "machine": machine()}
 
 
 def _row(runs: Sequence[Generation]) -> dict[str, float]:
@@ -255,78 +250,4 @@ def link_fields(link: EmulatedLink | None) -> dict[str, Any] | None:
         "bandwidth_gb_s": link.bandwidth_bytes_per_s / 1e9,
         "latency_us": link.latency_s * 1e6,
         "emulated": True,
-    }
-
-
-class _Stamps:
-    """A streamer that notes clock, stall, and hits and loads by layer so far at each new token."""
-
-    def __init__(self, handle: Handle, device: torch.device) -> None:
-        self.handle, self.device = handle, device
-        self.times_s: list[tuple[float, float]] = []
-        self.counts: list[np.ndarray] = []
-        self.at_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.at_prompt:  # transformers hands the prompt over first
-            self.at_prompt = True
-            return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times_s.append((time.perf_counter(), self.handle.stall_s))
-        self.count()
-
-    def count(self) -> None:
-        counters = self.handle.counters
-        self.counts.append(np.stack([counters.hits.sum(axis=0), counters.loads.sum(axis=0)]))
-
-    def end(self) -> None:
-        pass
-
-
-def timeline_record(
-    model: Any,
-    handle: Handle,
-    tokenizer: Any,
-    prompt: Prompt,
-    max_new_tokens: int = 64,
-    *,
-    label: str,
-    **options: Any,
-) -> dict[str, Any]:
-    """
-    Generate once, from an empty cache, and return the record of kind ``timeline``.
-
-    Its lists have one entry per token after the first: ``ms`` from the token before to this one,
-    ``stall_ms`` of it waiting for experts, ``hits`` and ``loads`` by layer (uses whose expert was
-    resident, experts copied on demand), and ``tokens``, the text of each. What the prompt took
-    stands apart. Arguments as in `melinoe.generate.generate`; *label* names the model in reports.
-
-    Raises:
-        DataError: fewer than two tokens came.
-    """
-    stamps = _Stamps(handle, model.get_input_embeddings().weight.device)
-    handle.reset_cache()
-    stamps.count()
-    done = generate(model, handle, tokenizer, prompt, max_new_tokens, streamer=stamps, **options)
-    if len(stamps.times_s) < 2:
-        raise DataError("the prompt got fewer than two tokens; take another for a timeline")
-    ms, stall_ms = 1e3 * np.diff(stamps.times_s, axis=0).T
-    # (tokens, hits and loads, layers), the first token with the prompt.
-    hits, loads = np.diff(stamps.counts, axis=0).swapaxes(0, 1)
-    return {
-        "kind": "timeline",
-        "model": label,
-        "slots": handle.slots,
-        "num_experts": handle.layers[0].num_experts,
-        "policy": handle.policy,
-        "link": link_fields(handle.link),
-        "ttft_s": done.ttft_s,
-        "prompt_tokens": len(done.prompt_ids),
-        "prompt_loads": loads[0].tolist(),
-        "ms": ms.tolist(),
-        "stall_ms": stall_ms.tolist(),
-        "hits": hits[1:].tolist(),
-        "loads": loads[1:].tolist(),
-        "tokens": [tokenizer.decode([token]) for token in done.ids[1:]],
     }

@@ -1,15 +1,15 @@
-"""Turn a trace into the records that a report shows: locality, use, curves by slots, rates."""
+"""Turn a trace into the records that a report shows: locality, curves by slots, rates."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from melinoe.cache.counters import COMPLETION, Counters
+from melinoe.cache.counters import COMPLETION
 from melinoe.cache.curves import unit_costs
 from melinoe.cache.locality import distinct_experts, experts_per_sequence, popularity, reuse
-from melinoe.cache.simulator import COMPILED_POLICIES, Simulation, simulate
-from melinoe.cache.trace import COMPLETION_ROW, Trace
+from melinoe.cache.simulator import COMPILED_POLICIES, simulate
+from melinoe.cache.trace import Trace
 from melinoe.config import QUARTER, experts_in_share
 from melinoe.errors import DataError
 from melinoe.stats import bootstrap
@@ -25,7 +25,7 @@ def trace_records(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[dict[str, Any]]:
     """
-    Return records of kind ``locality``, ``usage``, ``curve`` and ``layers``, all of completions.
+    Return a record of kind ``locality`` and of each policy one of kind ``curve``, of completions.
 
     Every sequence starts from an empty cache. Popularity, which the policy ``static`` goes by, is
     counted on the trace itself: with hindsight, which is that policy's best case. A compiled policy
@@ -43,32 +43,20 @@ def trace_records(
     """
     names = list(dict.fromkeys(policies))
     sizes = np.unique(np.linspace(min(trace.top_k, trace.num_experts), trace.num_experts, _POINTS))
-    quarter = experts_in_share(QUARTER, trace.num_experts)
-    slots = sorted({int(size) for size in sizes} | {quarter})
-    done, of = 0, len(names) * (len(slots) + 1)
+    slots = sorted({int(size) for size in sizes} | {experts_in_share(QUARTER, trace.num_experts)})
+    done, of = 0, len(names) * len(slots)
 
     def step() -> None:
         nonlocal done
         done += 1
         progress(done, of)
 
-    found = [locality_record(trace, model), usage_record(trace, model)]
-    given: dict[str, Any] = (
-        {"static": {"popularity": popularity(trace)}} if "static" in names else {}
-    )
+    found = [locality_record(trace, model)]
     for name in names:
-        curve = curve_record(trace, model, name, slots, progress=step, **given.get(name, {}))
+        given = {"popularity": popularity(trace)} if name == "static" else {}
+        curve = curve_record(trace, model, name, slots, progress=step, **given)
         del curve["policy_options"]  # popularity is too long for a record
         found.append(curve)
-    about = {"kind": "layers", "model": model, "slots": quarter, "num_experts": trace.num_experts}
-    for name in names:
-        options = given.get(name)
-        done_once = simulate(
-            trace, quarter, name, reset_between_sequences=True, policy_options=options
-        )
-        rates = hit_rates_by_layer(done_once.per_sequence)
-        found.append({**about, "policy": name, "hit_rate_by_layer": rates})
-        step()
     return found
 
 
@@ -98,35 +86,6 @@ def locality_record(trace: Trace, model: str) -> dict[str, Any]:
         "experts_per_sequence_mean": bootstrap(used).to_dict(),
         "reuse": bootstrap(again[~np.isnan(again)]).to_dict(),
         "distinct_experts": float(distinct_experts(trace).mean()),
-    }
-
-
-def usage_record(trace: Trace, model: str, sequences: int = 24, layers: int = 4) -> dict[str, Any]:
-    """
-    Return the record of kind ``usage``, of completion tokens alone.
-
-    ``counts`` holds, for each shown layer, one row per sequence with the number of its choices
-    that fell on each expert; ``shown_layers`` lists those layers. At most *sequences* are shown,
-    the first, and at most *layers*, evenly from the first to the last.
-
-    Raises:
-        DataError: the trace has no completion tokens.
-    """
-    rows = np.flatnonzero(trace.kind == COMPLETION_ROW)
-    if rows.size == 0:
-        raise DataError("the trace has no completion tokens; generate at least two per prompt")
-    shown = np.unique(np.linspace(0, trace.num_layers - 1, layers).round().astype(int))
-    present, place = np.unique(trace.sequence[rows], return_inverse=True)
-    chosen = trace.experts[rows][:, shown]  # (tokens, layers, top-k); -1 means no expert
-    counts = np.zeros((len(shown), len(present), trace.num_experts + 1), dtype=np.int64)
-    np.add.at(counts, (np.arange(len(shown))[None, :, None], place[:, None, None], chosen), 1)
-    return {
-        "kind": "usage",
-        "model": model,
-        "num_experts": trace.num_experts,
-        "layers": trace.num_layers,
-        "shown_layers": shown.tolist(),
-        "counts": counts[:, :sequences, :-1].tolist(),
     }
 
 
@@ -181,71 +140,7 @@ def completion_counts(
     """
     options = policy_options or None
     done = simulate(trace, slots, policy, reset_between_sequences=True, policy_options=options)
-    return {name: _per_sequence(done, name) for name in ("uses", "hits", "loads", "tokens")}
-
-
-def _per_sequence(done: Simulation, name: str) -> list[int]:
-    """Each sequence's count, of its completion and all layers."""
-    return [int(np.sum(getattr(one, name)[COMPLETION])) for one in done.per_sequence]
-
-
-def hit_rates_by_layer(counters: Iterable[Counters]) -> list[dict[str, Any] | None]:
-    """
-    Return an estimate of each layer's hit rate of completions, over *counters*, one a sequence.
-
-    None stands for a layer that served no token: of a model with two stacks one may never run.
-    """
-    listed = list(counters)
-    hits = np.array([one.hits[COMPLETION] for one in listed])
-    uses = np.array([one.uses[COMPLETION] for one in listed])
-    return [
-        bootstrap(hits[:, layer], uses[:, layer]).to_dict() if uses[:, layer].any() else None
-        for layer in range(uses.shape[1])
-    ]
-
-
-def replay_record(
-    label: str,
-    cold: bool,
-    replays: Sequence[tuple[Mapping[str, Any], Simulation]],
-    ms_per_token: Sequence[float | None],
-) -> dict[str, Any]:
-    """
-    Return a benchmark record with a row for each replay; means have intervals over sequences.
-
-    Args:
-        label: Of the trace.
-        cold: Whether every sequence started from an empty cache.
-        replays: The settings of each replay, and its result.
-        ms_per_token: The time model's prediction for each; None where there is none.
-    """
-    start = "each from an empty cache" if cold else "one after the other"
-    sequences = len(replays[0][1].sequences) if replays else 0
     return {
-        "benchmark": f"replay-{label}",
-        "title": f"Simulated: {label}",
-        "result": [
-            {**settings, **_estimates(done), "predicted_ms": milliseconds}
-            for (settings, done), milliseconds in zip(replays, ms_per_token, strict=True)
-        ],
-        "notes": [
-            f"{sequences} sequences of a trace, {start}; completions alone. Intervals are over "
-            "sequences; transfers are experts copied on demand, per token and all layers."
-        ],
+        name: [int(np.sum(getattr(one, name)[COMPLETION])) for one in done.per_sequence]
+        for name in ("uses", "hits", "loads", "tokens")
     }
-
-
-def _estimates(done: Simulation) -> dict[str, Any]:
-    """Rates of the completion over sequences, numerators and denominators together."""
-    uses, tokens = _per_sequence(done, "uses"), _per_sequence(done, "tokens")
-    if not any(uses) or not any(tokens):
-        return {}
-    found = {
-        "hit_rate": bootstrap(_per_sequence(done, "hits"), uses),
-        "zero_miss_tokens": bootstrap(_per_sequence(done, "zero_miss_tokens"), tokens),
-        "transfers_per_token": bootstrap(_per_sequence(done, "loads"), tokens),
-    }
-    prefetched = [int(one.prefetch_loads.sum()) for one in done.per_sequence]
-    if any(prefetched):
-        found["prefetched_per_token"] = bootstrap(prefetched, tokens)
-    return {name: value.to_dict() for name, value in found.items()}

@@ -43,20 +43,16 @@ def parse_bandwidth(text: str, part: str) -> float:
         )
     if match is None or match[2] not in _UNITS:
         raise HardwareError(f"{text!r} is not a bandwidth; write it like 25GB/s or 3.35TB/s")
-    return _possible(float(match[1]) * _UNITS[match[2]], part, text)
-
-
-def _possible(bytes_per_s: float, part: str, said: str) -> float:
-    """Let a bandwidth pass that some machine could have."""
+    bytes_per_s = float(match[1]) * _UNITS[match[2]]
     if not bytes_per_s > 0:
-        raise HardwareError(f"a {part} of {said} moves nothing; give a bandwidth above 0")
+        raise HardwareError(f"a {part} of {text} moves nothing; give a bandwidth above 0")
     if bytes_per_s < _LOWEST:
         raise HardwareError(
-            f"a {part} of {said} is slower than any in use; check the unit, as in 25GB/s"
+            f"a {part} of {text} is slower than any in use; check the unit, as in 25GB/s"
         )
     if not bytes_per_s <= _HIGHEST[part]:
         raise HardwareError(
-            f"no {part} moves {said}; check the unit, the most that is believed is "
+            f"no {part} moves {text}; check the unit, the most that is believed is "
             f"{format_bandwidth(_HIGHEST[part])}"
         )
     return bytes_per_s
@@ -183,15 +179,12 @@ def machine_of(
     link: str | None = None,
     dram: str | None = None,
     disk: str | None = None,
-    measured: Mapping[str, float] | None = None,
 ) -> Hardware:
     """
-    Put the machine together: what is given first, then what was measured, then names, then guesses.
+    Put the machine together: what is given first, then names, then guesses.
 
     Where no card is named, the smallest that has *gpu_memory_bytes* is assumed, the slowest of its
     size; without more words the link that the card sits on, two channels of DDR5, an SSD on PCIe 4.
-    *measured* are bytes a second by part.
-
     Raises:
         HardwareError: an unknown name, or a figure that no machine has.
     """
@@ -201,9 +194,6 @@ def machine_of(
     def part(name: str, given: str | None, default: Bandwidth, why: str) -> Bandwidth:
         if given is not None:
             return find_bandwidth(given, name)
-        if measured and name in measured:
-            value = _possible(measured[name], name, format_bandwidth(measured[name]))
-            return Bandwidth(value, "measured on this machine, just now")
         if not why:
             return default
         return replace(default, source=f"{why}; {default.source}", assumed=True)

@@ -22,7 +22,7 @@ engine can be faster at that hit rate. The slow end adds all of them up.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -150,7 +150,6 @@ def plan(
     latency_s: float = 0.0,
     trace: Trace | None = None,
     tuned_trace: Trace | None = None,
-    measured: Mapping[str, float] | None = None,
 ) -> Plan:
     """
     Plan one model on one machine, from the model's config alone.
@@ -167,7 +166,6 @@ def plan(
         bits: 16, 8 or 4 of an expert's weight, in store, link and slots; absent: as stored.
         latency_s: Of each load on the link.
         trace, tuned_trace: Choices of the model and of the fine-tuned one, for their hit rates.
-        measured: Bytes a second by part, as `measuring.measure` returns them.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `model_facts`.
@@ -187,7 +185,6 @@ def plan(
         link=link,
         dram=dram,
         disk=disk,
-        measured=measured,
     )
     if isinstance(model, ModelFacts):
         facts = model

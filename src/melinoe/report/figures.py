@@ -8,13 +8,11 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melinoe.report.amounts import plain
 from melinoe.report.comparing import in_order
 from melinoe.report.records import TRAINING_TERMS, Measurements, Record, estimate
 from melinoe.report.table import NOT_MEASURED, Cell, Table, cell
-from melinoe.report.tables import Serving, link_of, link_text
 from melinoe.stats import Estimate, bootstrap
 
 # After Okabe and Ito, distinct without colour vision; darkened to be legible as text.
@@ -31,7 +29,6 @@ COLOUR = {
     "slate": "#4f5f86",
 }
 MODELS = {"base": "base", "control": "control", "fine-tuned": "tuned"}  # to their colours
-LINES = 6  # more lines by layer cannot be told apart
 # A drawing is made for a light page; on a dark one it is inverted, hues kept.
 DARK = "@media (prefers-color-scheme: dark){:root{filter:invert(1) hue-rotate(180deg)}}</style>"
 STYLE: Any = {
@@ -135,52 +132,6 @@ def locality(found: Measurements) -> Figure | None:
     return Figure("locality", "Experts a sequence uses", panels, caption, table)
 
 
-def usage(found: Measurements) -> Figure | None:
-    """Draw one heat map per model: sequences down, experts across, the layers side by side."""
-    records = found.by_model("usage")
-    if not records:
-        return None
-    models, panels = in_order(records), list[str]()
-    shares = {model: used_shares(records[model]["counts"]) for model in models}
-    needed = {m: [experts_needed(shares[m], part) for part in (0.5, 0.9)] for m in models}
-    caption = (
-        "Each row is a sequence, each column an expert; the stronger its colour, the more of the "
-        "sequence's choices in that layer fell on it. Strong columns are experts that all "
-        "sequences share; strong cells in changing places are each sequence's own."
-    )
-    for model in models:
-        layers, sequences, num_experts = shares[model].shape
-        gap = max(1, num_experts // 16)
-        wide = np.pad(shares[model], [(0, 0), (0, 0), (0, gap)], constant_values=np.nan)
-        with panel(panels, 0.9 + 0.085 * sequences) as figure:
-            axes = figure.add_subplot(title=model, ylabel="sequences", yticks=[])
-            # A quarter of the choices is full colour.
-            shown = wide.transpose(1, 0, 2).reshape(sequences, -1)[:, :-gap]
-            axes.imshow(shown, cmap="Blues", vmax=0.25, aspect="auto", interpolation="none")
-            at = np.arange(layers) * (num_experts + gap) + num_experts / 2
-            axes.set_xticks(at, [f"layer {layer}" for layer in records[model]["shown_layers"]])
-            axes.grid(False)
-    rows = [[Cell(model), *map(cell, needed[model])] for model in models]
-    columns = ["model", "experts for half the choices", "experts for nine tenths"]
-    table = Table("usage", "Experts that take most of a sequence's choices", columns, rows)
-    return Figure("usage", "Experts by sequence and layer", panels, caption, table)
-
-
-def used_shares(counts: list[list[list[int]]]) -> NDArray[np.float64]:
-    """Return each expert's share of a sequence's choices: (layers, sequences, experts)."""
-    found = np.asarray(counts, dtype=np.float64)
-    return np.asarray(found / np.maximum(found.sum(axis=-1, keepdims=True), 1))
-
-
-def experts_needed(shares: NDArray[np.float64], part: float) -> Estimate:
-    """Count the experts, the most used first, that take *part* of the choices: a mean."""
-    sums = np.cumsum(-np.sort(-shares, axis=-1), axis=-1)
-    needed = 1 + (sums < part - 1e-12).sum(axis=-1)
-    used = shares.any(axis=-1)  # a layer that a sequence does not use needs none
-    kept = used.any(axis=0)
-    return bootstrap((needed * used).sum(axis=0)[kept], used.sum(axis=0)[kept])
-
-
 def curves(found: Measurements, slots: int | None) -> Figure | None:
     """Draw hit rate against slots: a panel per model, a line per policy with its interval."""
     records = {(record["model"], record["policy"]): record for record in found.of("curve")}
@@ -229,52 +180,6 @@ def _band(axes: Any, at: Sequence[int], rates: Sequence[Record], label: str, **l
     axes.plot(at, mean, label=label, markersize=4, **look)
 
 
-def layers(found: Measurements, serving: Serving | None) -> Figure | None:
-    """Draw hit rate by layer, a line per strategy or policy; ``None`` where no record holds it."""
-    title, runs = _runs_by_layer(found, serving)
-    rates: dict[str, dict[int, Record]] = {}
-    for strategy, run in runs.items():
-        # A layer that served no token has none.
-        kept = {i: one for i, one in enumerate(run.get("hit_rate_by_layer") or []) if one}
-        if kept and not strategy.startswith("all resident"):
-            rates[strategy] = kept
-    if not rates:
-        return None
-    shown, left_out = dict(list(rates.items())[:LINES]), list(rates)[LINES:]
-    caption = f"{title}. Slots help most in the layers that hit least."
-    if left_out:
-        caption += f" Not drawn: {', '.join(left_out)}."
-    panels: list[str] = []
-    with panel(panels) as figure:
-        axes = figure.add_subplot(xlabel="MoE layer", ylabel="hit rate (%)")
-        for strategy, look in looks(shown).items():
-            _band(axes, [*shown[strategy]], [*shown[strategy].values()], strategy, **look)
-        figure.legend(loc="outside upper left", ncols=2)
-    used = sorted({layer for kept in shown.values() for layer in kept})
-    rows = [
-        [Cell(strategy), *(cell(estimate({"": kept.get(layer)}, ""), "%") for layer in used)]
-        for strategy, kept in shown.items()
-    ]
-    columns = ["strategy", *(f"layer {layer}" for layer in used)]
-    table = Table("layers", "Hit rate by layer", columns, rows)
-    return Figure("layers", "Hit rate by layer", panels, caption, table)
-
-
-def _runs_by_layer(found: Measurements, serving: Serving | None) -> tuple[str, dict[str, Record]]:
-    """Choose the runs to draw: one configuration's, a bench's of as many slots, or a trace's."""
-    if serving is not None:
-        return serving.title, {one: serving.run(one) or {} for one in serving.strategies}
-    benched = [run for run in found.of("serve") if "predicted" in run]
-    between = [run for run in benched if 1 < (run.get("slots") or 0) < run["num_experts"]]
-    named = {f"{run['model']}, {run['policy']}": run for run in found.of("layers")}
-    if not between and not named:
-        return "", {}
-    first = (between or list(named.values()))[0]
-    slots, experts = first["slots"], first["num_experts"]
-    runs = {run["strategy"]: run for run in between if run["slots"] == slots} or named
-    return f"{slots} of {experts} experts per layer resident", runs
-
-
 def training(found: Measurements) -> Figure | None:
     """Draw each loss over the training steps, one panel per loss, one line per model."""
     logs = {m: record["log"] for m, record in found.by_model("training").items()}
@@ -311,42 +216,3 @@ def training(found: Measurements) -> Figure | None:
     table = Table("training", title, columns, table_rows)
     caption = "Each loss at every step, and its mean over a thirtieth of the steps."
     return Figure("training", "Losses over training", panels, caption, table)
-
-
-def timeline(found: Measurements) -> Figure | None:
-    """Draw one generation, a panel per model: time of each token, below it loads by layer."""
-    records = found.by_model("timeline")
-    if not records:
-        return None
-    models, panels, rows = in_order(records), list[str](), []
-    # A single hiccup of the machine must not flatten all other bars: it runs out of the picture.
-    every = np.concatenate([record["ms"] for record in records.values()])
-    longest = min(every.max(), 1.5 * np.quantile(every, 0.95))
-    for model, look in looks(models).items():
-        record = records[model]
-        loads, ms = np.asarray(record["loads"]), record["ms"]
-        free = int((loads.sum(axis=1) == 0).sum())
-        hits = f"{np.sum(record['hits']):,}" if record.get("hits") else NOT_MEASURED
-        times = [plain(float(np.median(ms))), plain(float(np.sum(record["stall_ms"])))]
-        numbers = [f"{len(ms)}", hits, f"{loads.sum():,}", f"{free:,}", *times]
-        rows.append([Cell(model), *map(Cell, numbers)])
-        with panel(panels, 3.6) as figure:
-            upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-            at = np.arange(1, len(ms) + 1)
-            upper.bar(at, ms, width=0.85, color=look["color"], alpha=0.35)
-            upper.bar(at, np.minimum(record["stall_ms"], ms), width=0.85, color=look["color"])
-            upper.set(title=model, ylabel="time (ms)", ylim=(0, longest))
-            extent = (0.5, len(ms) + 0.5, loads.shape[1] - 0.5, -0.5)
-            lower.imshow(loads.T, cmap="Blues", aspect="auto", interpolation="none", extent=extent)
-            lower.set(xlabel="token of the completion", ylabel="layer")
-            lower.grid(False)
-    some = records[models[0]]
-    caption = (
-        f"The same prompt from an empty cache over the {link_text(link_of(some))}, "
-        f"{some['slots']} of {some['num_experts']} experts resident. Bars: time of each token, "
-        "the solid part waiting for experts. Below: experts that a layer loaded for it."
-    )
-    columns = ["model", "tokens", "hits", "loads", "tokens without a load"]
-    columns += ["median time per token (ms)", "waited in all (ms)"]
-    table = Table("timeline", "One generation", columns, rows)
-    return Figure("timeline", "One generation, token by token", panels, caption, table)

@@ -178,15 +178,15 @@ def assemble(found: Measurements) -> list[Part]:
     compared = [main_table(found, c) for c in configurations]
     compared = compared or [table for table in measured if table.name == "bench"]
     times = [make(c) for c in configurations for make in (time_table, transfer_table)]
-    cache = [figures.curves(found, first.slots if first else None), figures.layers(found, first)]
+    cache = [figures.curves(found, first.slots if first else None)]
     contents: list[tuple[str, str, Sequence[Part | None]]] = [
         ("Strategies", "serve", compared),
-        ("Locality", "locality", [figures.locality(found), figures.usage(found)]),
+        ("Locality", "locality", [figures.locality(found)]),
         ("Cache size and policy", "curve", cache),
         ("Quality", "quality", model_tables(found)),
         ("Prediction", "predictor", [predictor_table(found)]),
         ("Training", "training", [figures.training(found)]),
-        ("Where the time goes", "serve", [*times, figures.timeline(found)]),
+        ("Where the time goes", "serve", times),
         ("Benchmarks", "", [table for table in measured if table not in compared]),
         ("How it was run", "demo", _run(found)),
     ]

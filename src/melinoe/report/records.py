@@ -36,7 +36,7 @@ FIELDS = {
     "transfers_per_token:estimate? prefetch_transfers_per_token:estimate? "
     "prefetch_precision:estimate? prefetch_recall:estimate? prefetch_waste_per_token:estimate? "
     "prefill_transfers:estimate? tokens_per_s:estimate? tpot_s:estimate? ttft_s:estimate? "
-    "stall_ms_per_token:estimate? hit_rate_by_layer:[estimate?]?",
+    "stall_ms_per_token:estimate?",
     "quality": "model:text domain:text in_domain:flag perplexity:estimate per_sequence:object?",
     "score": "model:text domain:text metric:text how:text? score:estimate",
     "comparison": "model:text other:text domain:text metric:text better:text? change:estimate "
@@ -45,13 +45,9 @@ FIELDS = {
     "distinct_experts:number?",
     "reading": "model:text policy:text slots:count transfers_per_token:estimate per_prompt:object?",
     "curve": "model:text policy:text slots:[count] hit_rate:[estimate] num_experts:count",
-    "layers": "model:text policy:text slots:count num_experts:count hit_rate_by_layer:[estimate?]",
     "predictor": "model:text winner:text? slots:count recall:{estimate?} saved:{estimate?}? "
     "ceiling:estimate? gain:estimate?",
     "training": "model:text log:[object] settings:object?",
-    "usage": "model:text num_experts:count shown_layers:[count] counts:[[[count]]]",
-    "timeline": "model:text slots:count num_experts:count link:link? ms:[number] "
-    "stall_ms:[number] loads:[[count]] hits:[[count]]?",
     "demo": "settings:object? seconds:object? machine:object?",
     "benchmark": "benchmark:text machine:object?",
 }

@@ -1,12 +1,7 @@
 """
-Tables of choices, as people and tools write them: CSV, Parquet, JSON lines or numpy arrays.
+Read a table of choices as a trace: CSV, Parquet, JSON lines or numpy arrays of other tools.
 
-A row is a token in one layer, with all its choices, or a single choice; docs/traces.md lists the
-columns. A table that has no token is no trace but statistics: how often each expert was chosen.
-
-Columns are read by any of their common names, and become exact numbers: arrays by name, one entry
-for each token and layer: ``number`` (of the row in its file), ``layer``, ``experts`` (rows, k),
-and, if the file has them, ``token``, ``sequence``, ``kind``, ``forward``, ``count`` and ``rank``.
+A row is a token in one layer with all its choices, or a single choice (docs/traces.md).
 """
 
 from __future__ import annotations
@@ -17,11 +12,11 @@ import re
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW, Trace
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, Trace
 from melinoe.errors import TraceError
 
 SUFFIXES = (".csv", ".parquet", ".jsonl", ".ndjson", ".npz", ".npy")
@@ -36,7 +31,6 @@ _SPELLINGS = {
     "sequence": "sequence_id seq seq_id req_id request request_id prompt_id sample_id",
     "kind": "phase",
     "forward": "forward_id forward_pass step step_id iteration",
-    "count": "counts frequency",
 }
 _NAMES = {other: name for name, others in _SPELLINGS.items() for other in others.split()}
 _OF_ONE = re.compile(r"expert_\d+")
@@ -45,33 +39,40 @@ _KINDS = {"prompt": 0, "completion": 1, "padding": 2, "prefill": 0, "decode": 1}
 _KINDS |= {"0": 0, "1": 1, "2": 2}
 # Tokens that choose alike in every layer from the first one on are a warm-up from so many on.
 _WARM_UP = 16
-_COUNTED = "import it with --statistics, which needs no order"
-
 Rows = dict[str, np.ndarray]
 
 
-def read_table(
-    path: str | os.PathLike, num_experts: int | None, model: str, statistics: bool
-) -> tuple[Trace | np.ndarray, list[str]]:
-    """
-    Read a trace, or statistics if the table has no order or no more is wanted.
+class Imported(NamedTuple):
+    """A trace, and what was assumed or left out on the way to it, for people."""
 
-    Arguments as `melinoe.foreign.read_foreign`; a table's header line may say the number of experts
-    and the model. Gives the trace, or counts, float64 (layers, num_experts); and what was assumed
-    or left out. A TraceError says why the table is neither, and what would work.
+    trace: Trace
+    notes: list[str]
+
+
+def read_foreign(
+    path: str | os.PathLike, num_experts: int | None = None, model: str = ""
+) -> Imported:
     """
-    notes: list[str] = []
-    columns = _read_columns(path)
+    Read a trace from a table.
+
+    Args:
+        path: Its name's ending tells the form: one of `SUFFIXES`, texts also with ``.gz``.
+        num_experts: Experts of each layer, if no header line of the table says it.
+        model: Its name, for people.
+
+    Raises:
+        TraceError: it cannot be read, or says no order of tokens; with a way that works.
+    """
+    columns, notes = _read_columns(path), list[str]()
     try:
         columns, told = _known(columns, notes)
         experts = num_experts or told.get("num_experts")
         if not isinstance(experts, int):
             raise ValueError("it does not say how many experts a layer has; give --num-experts")
-        rows = _rows(columns, experts)
-        if statistics or "token" not in rows:
-            return _counts(rows, experts, notes), notes
-        model = model or str(told.get("model_id", ""))
-        return _trace(rows, experts, model, f"imported from {Path(path).name}", notes), notes
+        if told.get("num_experts", experts) != experts:
+            raise ValueError(f"it is of {told['num_experts']} experts; leave --num-experts out")
+        model, note = model or str(told.get("model_id", "")), f"imported from {Path(path).name}"
+        return Imported(_trace(_rows(columns, experts), experts, model, note, notes), notes)
     except (ValueError, NotImplementedError, TraceError) as error:  # Arrow's, of nested columns
         raise TraceError(
             f"the table {path} cannot be imported: {error}; docs/traces.md has the forms"
@@ -84,6 +85,8 @@ def _read_columns(path: str | os.PathLike) -> dict[str, Any]:
     from pyarrow import csv, json, parquet
 
     kind = Path(str(path).removesuffix(".gz")).suffix
+    if not Path(path).is_file():
+        raise TraceError(f"{path} is no file; check the path")
     if kind not in SUFFIXES:
         raise TraceError(f"{path} is not one of {', '.join(SUFFIXES)}; name a table so")
     try:
@@ -166,11 +169,9 @@ def _known(columns: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], d
         if name in known or _OF_ONE.fullmatch(name)
     }
     choices = [name for name in found if re.fullmatch(r"experts?|expert_\d+", name)]
-    if "layer" not in found or not choices:
-        raise ValueError(
-            f"it has no column {'expert' if 'layer' in found else 'layer'}, but "
-            f"{', '.join(columns) or 'none at all'}"
-        )
+    lacks = [name for name in ("layer", "token") if name not in found] + ["expert"] * (not choices)
+    if lacks:
+        raise ValueError(f"it has no column {lacks[0]}, but {', '.join(columns) or 'none at all'}")
     if odd := [given for given, name in ours.items() if name not in found]:
         notes.append(f"columns left out: {', '.join(odd)}")
     header = pc.and_(found["layer"].is_null(), found[choices[0]].is_null())
@@ -260,7 +261,7 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
     if not len(number):
         raise ValueError("it has no rows")
     rows: Rows = {"number": number}
-    for name in ("token", "layer", "forward", "count", "rank"):
+    for name in ("token", "layer", "forward", "rank"):
         if name in columns:
             rows[name] = whole(name, columns[name], 0, rows=number)
     if "sequence" in columns:
@@ -268,9 +269,7 @@ def _rows(columns: dict[str, Any], num_experts: int) -> Rows:
     if "kind" in columns:
         rows["kind"] = _kinds(columns["kind"], number)
     rows["experts"] = _chosen(columns, number, num_experts - 1)
-    if {"token", "count"} <= rows.keys():
-        raise ValueError("it has both tokens and counts; take one of the columns out")
-    return _gathered(rows) if "token" in rows and "expert" in columns else rows
+    return _gathered(rows) if "expert" in columns else rows
 
 
 def _sequences(names: Any, number: np.ndarray) -> np.ndarray:
@@ -320,11 +319,7 @@ def _chosen(columns: dict[str, Any], number: np.ndarray, most: int) -> np.ndarra
     wanted = ["expert"] if "expert" in columns else [f"expert_{k}" for k in range(len(names))]
     if odd := set(names).symmetric_difference(wanted) - {"expert"}:
         raise ValueError(f"its columns do not match at {', '.join(sorted(odd))}")
-    # Without an order, a row that chooses nothing says nothing.
-    least, missing = (-1, -1) if "token" in columns else (0, None)
-    each = [
-        whole(name, columns[name], least, most, missing=missing, rows=number) for name in wanted
-    ]
+    each = [whole(name, columns[name], -1, most, missing=-1, rows=number) for name in wanted]
     return np.stack(each, axis=-1)
 
 
@@ -355,25 +350,7 @@ def _gathered(rows: Rows) -> Rows:
     return found
 
 
-# --- counts, or tokens in order -------------------------------------------------------------------
-
-
-def _counts(rows: Rows, num_experts: int, notes: list[str]) -> np.ndarray:
-    """Count choices without padding, float64 (layers, num_experts); only layers that are named."""
-    layers, at = np.unique(rows["layer"], return_inverse=True)
-    kept = rows["kind"] != PADDING_ROW if "kind" in rows else np.ones(len(at), bool)
-    if "token" in rows and "kind" not in rows:
-        by_layer = [np.flatnonzero(at == layer) for layer in range(len(layers))]
-        alike = min(_alike(rows["experts"][mine]) for mine in by_layer)
-        if alike >= _WARM_UP:
-            kept[np.concatenate([mine[:alike] for mine in by_layer])] = False
-            notes.append(_warm_up(alike))
-    experts = rows["experts"]
-    chosen = (experts >= 0) & kept[:, None]
-    weights = rows.get("count", np.ones(len(at)))[:, None] * chosen
-    cells = (at[:, None] * num_experts + experts)[chosen]
-    counts = np.bincount(cells, weights[chosen], len(layers) * num_experts)
-    return counts.reshape(len(layers), num_experts)
+# --- tokens in order ------------------------------------------------------------------------------
 
 
 def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]) -> Trace:
@@ -394,17 +371,20 @@ def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]
     if twice.any():
         raise ValueError(
             f"the token at row {rows['number'][np.argmax(twice)]} chooses an expert twice in one "
-            f"layer, so it is several tokens of one number; number them on, or {_COUNTED}"
+            f"layer, so it is several tokens of one number; number them on"
         )
     shape = (-1, len(layers), rows["experts"].shape[1])
     experts = rows["experts"].reshape(shape)
     if "kind" not in first:
-        alike = _alike(experts)
+        other = (experts != experts[:1]).any(axis=(1, 2))
+        alike = int(np.argmax(other)) if other.any() else len(experts)
         if "forward" in first:  # whole passes
             ends = np.append(np.flatnonzero(_changes([first["forward"]])), len(experts))
             alike = int(ends[ends <= alike].max())
         if alike >= _WARM_UP:
-            notes.append(_warm_up(alike))
+            notes.append(
+                f"the first {alike} tokens choose alike in every layer, as a warm-up does: left out"
+            )
             first = {name: values[alike:] for name, values in first.items()}
             experts = experts[alike:]
             if not len(experts):
@@ -419,16 +399,6 @@ def _trace(rows: Rows, num_experts: int, model: str, note: str, notes: list[str]
         model,
         note="; ".join([note, *notes]),
     )
-
-
-def _alike(choices: np.ndarray) -> int:
-    """Count the tokens from the first on that choose as the first."""
-    other = (choices != choices[:1]).reshape(len(choices), -1).any(axis=1)
-    return int(np.argmax(other)) if other.any() else len(choices)
-
-
-def _warm_up(tokens: int) -> str:
-    return f"the first {tokens} tokens choose alike in every layer, as a warm-up does: left out"
 
 
 def _in_order(rows: Rows, layers: int) -> Rows:
@@ -452,8 +422,8 @@ def _in_order(rows: Rows, layers: int) -> Rows:
             break
     else:
         raise ValueError(
-            "tokens of one number are in the same layer twice; number them on, add a column "
-            f"sequence or forward, or {_COUNTED}"
+            "tokens of one number are in the same layer twice; number them on, or add a column "
+            "sequence or forward"
         )
     if "forward" not in rows and len(keys) > 1 and keys is ways[-1]:
         rows = rows | {"forward": keys[0]}
@@ -467,7 +437,7 @@ def _in_order(rows: Rows, layers: int) -> Rows:
         number = rows["number"][np.argmax(wrong) if wrong.any() else -1]
         raise ValueError(
             f"a token at row {number} has not every layer; write a row for each of the {layers} "
-            f"layers, or {_COUNTED}"
+            "layers"
         )
     return rows
 
@@ -499,7 +469,7 @@ def _owners(rows: Rows, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.nd
             raise ValueError(
                 f"the passes up to row {rows['number'][mixed]} mix several requests, and nothing "
                 "says whose tokens are whose; record one request at a time (in vLLM "
-                f"max_num_seqs=1), log a request's id as req_id, or {_COUNTED}"
+                "max_num_seqs=1), or log a request's id as req_id"
             )
         starts = several if kind is None else kind[begins] == PROMPT_ROW
         starts[1:] &= ~starts[:-1]
