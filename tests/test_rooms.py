@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "melinoe"
 
 # A module imports only from rooms of a lower number, or from its own package.
 ROOMS = [
-    ["errors", "stats", "shipped", "malloc", "host_memory", "lock", "whole_file"],
+    ["errors", "stats", "shipped", "malloc", "host_memory", "lock", "whole_file", "schema"],
     ["cache"],
     ["config"],
     ["experts"],

@@ -105,8 +105,7 @@ def run(
     """
     Run everything; leave checkpoints, records and the report in *out*, new or empty.
 
-    *seed* decides data order, adapters and predictor; *quick* takes a minute instead of eight;
-    *say* is told of progress. Gives the table, for a terminal.
+    *seed* decides data order, adapters and predictor; *say* is told of progress. Gives the table.
     """
     settings = replace(quick_settings() if quick else DemoSettings(), seed=seed)
     return Demo(check_output(out), settings, base, say).run()

@@ -148,10 +148,8 @@ def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
 
 def _known(columns: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    Rename columns to the names used here, and take out header lines, which tell of the log.
-
-    Returns:
-        The columns, and what header lines tell: ``model_id``, ``num_experts``.
+    Rename columns to the names used here; take out header lines, and give what these tell of
+    the log.
     """
     import pyarrow.compute as pc
 
@@ -205,9 +203,9 @@ def whole(
     """
     Read exact whole numbers, int64, from an Arrow array or a numpy one.
 
-    They may be integers, floats that are whole, or texts that spell integers, from *low* to
-    *high*. *missing* stands for an empty value; without it an empty one is refused. A ValueError
-    names the column, *name*, the value and its row; *rows* number those, from 1.
+    They may be integers, floats that are whole, or texts that spell integers, from *low* to *high*.
+    *missing* stands for an empty value; without it an empty one is refused. A ValueError names the
+    column, the value and its row; *rows* number those, from 1.
     """
     empty = np.zeros(len(values), bool)
     if not isinstance(values, np.ndarray):

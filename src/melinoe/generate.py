@@ -80,10 +80,7 @@ class _Watch(StoppingCriteria):
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """
-    Token ids of a prompt; ids pass through.
-
-    Raises:
-        DataError: nothing comes out, or the text is none.
+    Token ids of a prompt; ids pass through. DataError: nothing comes out, or the text is none.
     """
     if isinstance(prompt, str):
         check_text(prompt, "the prompt")
@@ -108,27 +105,23 @@ def generate(
     **sampling: Any,
 ) -> Generation:
     """
-    Answer one prompt.
-
-    Greedy unless *sampling* says else, whatever the checkpoint's own generation settings are.
+    Answer one prompt, greedily unless *sampling* says else.
 
     Args:
         handle: What `attach` or `load` gave for *model*; ``None`` for a plain one.
         prompt: Text, or token ids.
-        predictor: Names experts to prefetch when the forward pass after the prompt's begins, as
-            many per layer as there are slots. Short for ``prefetch=Predicted(predictor)``.
+        predictor: Short for ``prefetch=Predicted(predictor)``: what it names is loaded when the
+            forward pass after the prompt's begins.
         streamer: Gets tokens as they come; see transformers.
         prefetch: What is loaded ahead of need, and when; see `melinoe.cache.prefetch`.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
 
     Raises:
-        DataError: an empty prompt, or one that is no text.
-        TokenizerError: ids that the model does not know.
+        DataError, TokenizerError: a prompt that is no text, or has ids that the model does not
+        know.
         ModelError: the logits are no numbers, and which tensor is to blame; or the predictor
             belongs to another model.
         AttachError: a prefetch without a handle to load through, or that its engine cannot do.
-        UnsupportedModelError: *prefetch* asks the next router, and this model's cannot be asked.
-        ValueError: *max_new_tokens* below 1; *predictor* and *prefetch*.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
@@ -203,16 +196,8 @@ def trace_prompts(
     Generate from each prompt in turn, and record which experts every token chose.
 
     One sequence per prompt, in order, batch 1; any number of slots gives the same trace if choices
-    are exact. Other arguments as in `generate`.
-
-    Args:
-        prompts: At least one.
-        progress: Told in words after each tenth of the prompts.
-        guesses: Also record what each layer's router says one layer early while decoding.
-
-    Raises:
-        DataError: no prompts, or an empty one.
-        TokenizerError: as in `generate`.
+    are exact. *progress* is told in words after each tenth; with *guesses* what each layer's router
+    says one layer early while decoding is recorded too. Other arguments as in `generate`.
     """
     if not prompts:
         raise DataError("there are no prompts to trace; give at least one")

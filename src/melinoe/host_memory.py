@@ -19,17 +19,11 @@ class HostMemory(NamedTuple):
 
 def host_memory(root: Path = Path("/")) -> HostMemory | None:
     """
-    Find the smallest amount left under any limit on this process.
+    Find the smallest amount left under any limit on this process; None outside Linux.
 
     Looks at the whole machine (``MemAvailable``), at every control group on the path to this
     process's own (versions 1 and 2; Slurm, systemd and containers set these), and at the limits of
-    the process itself (``ulimit -v`` and ``-d``). Costs some reads of small files, no more.
-
-    Args:
-        root: Below which ``proc`` and ``sys`` are; for tests.
-
-    Returns:
-        None where the system says nothing of it, as outside Linux.
+    the process itself (``ulimit -v`` and ``-d``), below *root*.
     """
     return min([*_machine(root), *_groups(root), *_own_limits(root)], default=None)
 
@@ -44,8 +38,8 @@ def check_host_room(needed_bytes: int, what: str, way_out: str) -> None:
     """
     Refuse, with a BudgetError, what the system would end the process for.
 
-    *what*, in the plural (``1GiB of experts``), takes *needed_bytes* of host memory beside what the
-    process already has; *way_out* is a clause that says what to do instead.
+    *what*, in the plural (``1GiB of experts``), takes *needed_bytes* of host memory; *way_out* is a
+    clause that says what to do instead.
     """
     found = host_memory()
     if found is not None and needed_bytes > found.free_bytes:
@@ -71,12 +65,7 @@ _BYTES = re.compile(r"\s*(\d*)(?:\.(\d+))?\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
-    """
-    Read an amount of memory: ``"8GiB"``, ``"500 MB"``, ``"1.5gib"``, ``"1024"`` or an int.
-
-    Raises:
-        BudgetError: no number, an unknown unit, or nothing left after rounding down.
-    """
+    """Read an amount of memory: ``"8GiB"``, ``"500 MB"``, ``"1.5gib"``, ``"1024"`` or an int."""
     if isinstance(text, int) and not isinstance(text, bool):
         amount = text
     else:
@@ -140,8 +129,7 @@ def _below(own: str, mounted: str) -> PurePosixPath:
     """
     Give the process's group relative to the one that is mounted.
 
-    A container may see its own group as the topmost, and itself under another name, or outside
-    (``/../other``): then the group that it sees is the only one that is known.
+    A container may see its own group as the topmost: then it is the only one that is known.
     """
     try:
         below = PurePosixPath(own).relative_to(mounted)

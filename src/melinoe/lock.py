@@ -16,12 +16,9 @@ def held(path: str | Path) -> Iterator[None]:
     """
     Hold the lock of *path*, ``.<name>.lock`` beside it, which is removed at the end.
 
-    The system takes it from a process that ends in any way, so what a killed one leaves of it
-    stops nobody. The directory that *path* will be in is made.
-
-    Raises:
-        OutputExistsError: another process holds it; the message names that one.
-        WriteError: nothing can be written beside *path*.
+    The system takes it from a process that ends in any way. The directory that *path* will be in is
+    made. OutputExistsError: another process, which is named, holds it; WriteError: nothing can be
+    written there.
     """
     from filelock import FileLock, Timeout  # here: it would slow every --help
 
@@ -53,11 +50,7 @@ def held(path: str | Path) -> Iterator[None]:
 
 
 def holding(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """
-    Let a command hold, while it runs, the lock of what its argument *name* says it writes.
-
-    Of the processes of a distributed run the first one does.
-    """
+    """Let a command hold, while it runs, the lock of what its argument *name* says it writes."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)

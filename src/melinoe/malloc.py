@@ -17,10 +17,7 @@ def keep_freed_memory() -> bool:
     """
     Serve blocks up to 32 MiB, the most that glibc takes, from the heap; hold 256 MiB of freed ones.
 
-    Affects the whole process until it ends, as `return_large_blocks` does.
-
-    Returns:
-        Whether it was done: only on Linux with glibc.
+    Affects the whole process until it ends. Gives whether it was done: only with glibc on Linux.
     """
     return _set(32 << 20, 256 << 20, 64 << 20)
 

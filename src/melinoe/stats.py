@@ -20,11 +20,7 @@ _CHUNK_ELEMENTS = 4_000_000  # draws held at once: 32 MB of indices
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A statistic over *n* prompts and its interval.
-
-    With one prompt there is nothing to resample: *low* and *high* equal *mean*, and *n* says so.
-    """
+    """A statistic over *n* prompts and its interval, which has no width if *n* is 1."""
 
     mean: float
     low: float
@@ -51,17 +47,11 @@ def bootstrap(
     """
     Estimate ``sum(values) / sum(weights)`` with a 95 % percentile interval over prompts.
 
-    Args:
-        values: One numerator per prompt, for example its hits.
-        weights: One denominator per prompt, for example its uses; ``None`` means 1 each, which
-            makes the estimate the plain mean.
-        resamples: How many times n prompts are drawn with replacement.
-        seed: Of the draw; equal seeds and lengths draw the same prompts.
-        transform: Applied to the ratio, elementwise; ``np.exp`` turns a mean loss into perplexity.
+    *transform* is applied to the ratio, elementwise; ``np.exp`` turns a mean loss into perplexity.
+    Equal seeds and lengths draw the same prompts.
 
     Raises:
         DataError: no prompts, a value that is not finite, or denominators that sum to zero.
-        ValueError: lengths differ.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
@@ -81,10 +71,6 @@ def paired_difference(
     Estimate our rate minus theirs, on the same prompts; entry i of both belongs to the same one.
 
     Each resample draws a prompt for both, so that what makes a prompt hard cancels.
-
-    Raises:
-        DataError: as in `bootstrap`.
-        ValueError: as in `bootstrap`, or the two have different numbers of prompts.
     """
     columns = _paired(ours, our_weights, theirs, their_weights)
     return _interval(lambda s: s[0] / s[1] - s[2] / s[3], columns, transform)
@@ -96,13 +82,7 @@ def paired_ratio(
     our_weights: Sequence[float] | Floats | None = None,
     their_weights: Sequence[float] | Floats | None = None,
 ) -> Estimate:
-    """
-    Estimate our rate divided by theirs, on the same prompts; arguments as in `paired_difference`.
-
-    Raises:
-        DataError: as in `bootstrap`, or their rate is zero.
-        ValueError: as in `paired_difference`.
-    """
+    """Estimate our rate divided by theirs, on the same prompts; DataError where theirs is zero."""
     columns = _paired(ours, our_weights, theirs, their_weights)
     if columns[2].sum() == 0:
         raise DataError(

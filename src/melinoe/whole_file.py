@@ -25,10 +25,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     Write a file beside its place and rename it; nothing is left behind if that fails.
 
-    It has the mode of the file that it replaces, else what the umask gives; text is UTF-8.
-
-    Raises:
-        OSError: the place cannot be written to, or is a device or a pipe, or the disk is full.
+    It has the mode of the file that it replaces, else what the umask gives; text is UTF-8. OSError
+    where the place cannot be written to, or is a device or a pipe.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -55,9 +53,6 @@ def unfinished(path: Path) -> Iterator[Path]:
     An exception, Ctrl-C and SIGTERM delete it; what a process that was killed has left for the same
     *path* is deleted first. A directory that a living process of this machine works in is kept;
     where directories cannot be locked, every one is.
-
-    Raises:
-        OSError: it cannot be made.
     """
     remove_unfinished(path)
     made = path.parent / f".{path.name}.{secrets.token_hex(4)}{_SUFFIX}"

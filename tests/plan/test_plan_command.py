@@ -115,15 +115,6 @@ def test_wrong_usage_exits_with_2(arguments, melinoe):
     assert (code, out) == (2, "")
 
 
-def test_the_list_names_cards_and_links_with_their_sources(melinoe):
-    """Every name that --card and --link take, as a table or as JSON."""
-    code, out, _ = melinoe("plan", "--list")
-    assert code == 0
-    for word in ("rtx4090", "pcie4x16", "ddr5-2ch", "nvme4", "datasheet"):
-        assert word in out
-    assert json.loads(melinoe("plan", "--list", "--json")[1])["cards"][0]["names"][0] == "h100"
-
-
 def test_doctor_reads_a_bare_config_as_a_plan_does(melinoe, small, tmp_path):
     """The same experts from one file, whatever its name; weights are absent; faults by its name."""
     file = tmp_path / "small.json"

@@ -46,7 +46,7 @@ def test_a_malformed_record_leaves_no_report_behind(records, tmp_path):
     """The error comes before anything is written."""
     path = write_lines(tmp_path / "runs.jsonl", [*records, {"kind": "serve", "model": "base"}])
     out = tmp_path / "report.html"
-    with pytest.raises(DataError, match=rf"line {len(records) + 1}: the serve record has no"):
+    with pytest.raises(DataError, match=rf"line {len(records) + 1}: the serve record is malformed"):
         write_report(path, out)
     assert [item.name for item in tmp_path.iterdir()] == ["runs.jsonl"]
 
@@ -54,15 +54,15 @@ def test_a_malformed_record_leaves_no_report_behind(records, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hit_rate": 0.5}, "'hit_rate' of the serve record is not an object of mean"),
-        ({"hit_rate": {"mean": 1, "low": 1}}, "has no 'high'"),
-        ({"hit_rate": {"mean": 1, "low": 2, "high": 1, "n": 1}}, "has 'low' above 'high'"),
-        ({"hit_rate": {"mean": float("nan"), "low": 1, "high": 1, "n": 1}}, "is not finite"),
-        ({"hit_rate": {"mean": 1, "low": 1, "high": 1}}, "has no 'n'"),
-        ({"hit_rate": {"mean": 1, "low": 1, "high": 1, "n": 0.5}}, "'n' that is not a whole"),
-        ({"num_experts": "32"}, "'num_experts' of the serve record is not a whole number"),
+        ({"hit_rate": 0.5}, "serve record is malformed: hit_rate is not an estimate"),
+        ({"hit_rate": {"mean": 1, "low": 1}}, "hit_rate is not an estimate"),
+        ({"hit_rate": {"mean": 1, "low": 2, "high": 1, "n": 1}}, "low first"),
+        ({"hit_rate": {"mean": float("nan"), "low": 1, "high": 1, "n": 1}}, "finite mean"),
+        ({"hit_rate": {"mean": 1, "low": 1, "high": 1}}, "a count n"),
+        ({"hit_rate": {"mean": 1, "low": 1, "high": 1, "n": 0.5}}, "a count n"),
+        ({"num_experts": "32"}, "num_experts is not a whole number"),
         ({"link": {"bandwidth_gb_s": 1}}, "has no 'latency_us'"),
-        ({"model": None}, "the serve record has no 'model'"),
+        ({"model": None}, "it has no 'model'"),
     ],
 )
 def test_a_wrong_field_is_named(make_serve, changes, message):
@@ -78,7 +78,7 @@ def test_a_wrong_field_is_named(make_serve, changes, message):
         ({"model": "base"}, "no 'kind'"),
         (
             {"kind": "training", "model": "m", "log": [{"nll": 1.0}]},
-            "training record's log has the entry",
+            "has no 'step'",
         ),
         (
             {

@@ -42,18 +42,15 @@ class _Lazy:
 
 def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
     """
-    Load everything but the experts onto *device*.
+    Load everything but the experts onto *device*, in evaluation mode.
 
     The model comes out of transformers' ``from_pretrained``, so tied weights, buffers, types and
     the generation config are its own doing; only the experts' parameters are empty, ``(0, ...)``,
     as `melinoe.attach` leaves them too.
 
-    Returns:
-        The model, in evaluation mode.
-
     Raises:
-        CheckpointError: a backbone tensor is missing or has another shape than the config says;
-            the generation config is not readable; the routers are not those that ``melinoe.json``
+        CheckpointError: a tensor is missing or has another shape than the config says; the
+            generation config is not readable; the routers are not those that ``melinoe.json``
             names.
     """
     model = _without(checkpoint, device)
@@ -73,19 +70,11 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device | str = "cpu") ->
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
     """
-    Load a whole model onto *device*, as transformers does from a directory.
+    Load a whole model onto *device*, in evaluation mode, as transformers does from a directory.
 
-    Unlike transformers it needs no ``metadata`` in the index and takes `Checkpoint.dtype`, so
-    that everything that opens a checkpoint agrees on its files and its type.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        CheckpointError: as `load_backbone`.
-
-    Cost: the weights once. Where transformers must convert experts by computing, which it does a
-    layer at a time, three times a layer's experts beside them.
+    Unlike transformers it needs no ``metadata`` in the index and takes `Checkpoint.dtype`. Cost:
+    the weights once; where transformers must convert experts by computing, which it does a layer
+    at a time, three times a layer's experts beside them. CheckpointError as `load_backbone`.
     """
     readers = [reader for source in checkpoint.experts for reader in source.readers.values()]
     if any(reader.pieces(0) is None for reader in readers):
@@ -221,8 +210,7 @@ def _loading_quietly() -> Iterator[None]:
     """
     Let transformers read each tensor when its turn comes, and say nothing about it.
 
-    By default it reads all of them ahead in threads, and so holds the experts that it stacks
-    twice. What its report would say is checked or logged here.
+    By default it reads ahead in threads, and so holds the experts that it stacks twice.
     """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before, verbosity = os.environ.get(name), transformers_logging.get_verbosity()

@@ -22,13 +22,7 @@ class DirectReader:
     Reads an open file with ``O_DIRECT``; threads may read at the same time.
 
     Where a buffer lies in memory as the bytes lie in the file, up to whole blocks, they go straight
-    there; else through 4 MiB of the reading thread.
-
-    Args:
-        fd: The file as it was opened. The same bytes are read on, whatever its name stands for now.
-
-    Raises:
-        OSError: the file system has no such reads, or this is not Linux.
+    there; else through 4 MiB of the reading thread. OSError where there are no such reads.
     """
 
     def __init__(self, fd: int) -> None:

@@ -15,20 +15,12 @@ Config = dict[str, Any]
 
 
 class Finding(NamedTuple):
-    """
-    Say what about a checkpoint another engine reads otherwise, or misses.
+    """Say what about a checkpoint another engine reads otherwise, or misses."""
 
-    Attributes:
-        engines: Who does.
-        what: The setting or the file.
-        why: What happens, and the way out where there is one.
-        changes_results: Whether the engine computes something else, if it loads at all.
-    """
-
-    engines: str
-    what: str
-    why: str
-    changes_results: bool = True
+    engines: str  # who does
+    what: str  # the setting or the file
+    why: str  # what happens, and the way out where there is one
+    changes_results: bool = True  # whether it computes something else, if it loads at all
 
 
 _FIXED = "vLLM, SGLang, llama.cpp"
@@ -82,11 +74,7 @@ def _parts(config: Config) -> Iterator[Config]:
 
 
 def find_export_faults(name: str) -> list[Finding]:
-    """
-    Look for what would keep other engines from computing what transformers computes.
-
-    Of a name on the hub config and tokenizer are fetched.
-    """
+    """Look for what would keep other engines from computing what transformers computes."""
     path, config = read_raw_config(name)
     found = other_results(config)
     if not config.get("architectures"):

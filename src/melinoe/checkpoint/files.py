@@ -42,9 +42,8 @@ def hub_arguments(name: str) -> dict[str, str]:
 
 def pinned(name: str, path: Path) -> str:
     """
-    Add to *name* the commit that *path*, one of its files, came from; not to a directory.
-
-    A branch can move between two downloads, and what the cache has of a commit is final.
+    Add to *name* the commit that *path*, one of its files, came from: a branch can move
+    meanwhile.
     """
     if is_directory(name) or path.parent.parent.name != "snapshots":
         return name
@@ -55,15 +54,10 @@ def locate(name: str, filename: str, download: bool = True) -> Path | None:
     """
     Find one file of a checkpoint; None where the checkpoint has no such file.
 
-    Args:
-        name: A directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
-        filename: The file's name inside it.
-        download: Fetch a hub file that is not in the local cache; without it such a file counts
-            as absent, as it does where the hub cannot be reached (or ``HF_HUB_OFFLINE`` is set).
-
-    Raises:
-        CheckpointError: the path does not exist or is a file; the hub refuses or fails; there is
-            no such repository or revision.
+    *name* is a directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
+    Without *download*, or where the hub cannot be reached, a file outside the local cache counts
+    as absent.
+    CheckpointError: no such path, repository or revision; the hub fails.
     """
     directory = Path(name).expanduser()
     if directory.is_dir():
@@ -100,12 +94,7 @@ def first_line(error: BaseException) -> str:
 
 
 def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
-    """
-    Find and read ``config.json``: its path and contents.
-
-    Raises:
-        CheckpointError: there is none, or it is not a JSON object.
-    """
+    """Find and read ``config.json``: its path and contents; CheckpointError where there is none."""
     path = locate(name, "config.json", download)
     if path is None and is_directory(name):
         raise CheckpointError(f"{name} has no config.json; give a whole checkpoint's directory")
@@ -119,12 +108,7 @@ def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
 
 
 def read_object(path: Path, way_out: str = "download it again") -> dict[str, Any]:
-    """
-    Read the JSON object that a file holds, with or without a byte-order mark.
-
-    Raises:
-        CheckpointError: it cannot be read, or is none.
-    """
+    """Read the JSON object that a file holds, with or without a byte-order mark."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(raw, dict):
@@ -141,9 +125,8 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
     """
     Read the model's config, as of plain weights. Code from the hub is never run.
 
-    Raises:
-        CheckpointError: no readable ``config.json``, or weights packed in a way that is not read.
-        UnsupportedModelError: transformers does not know the family.
+    CheckpointError: not readable, or weights packed in a way that is not read;
+    UnsupportedModelError: transformers does not know the family.
     """
     path, raw = read_raw_config(name, download)
     check_packing(raw, name)
@@ -190,11 +173,8 @@ def without_mark(path: Path) -> Iterator[Path]:
 
 def open_shards(name: str, download: bool = True) -> dict[str, Place]:
     """
-    Open every shard, check its header, and say where each stored tensor lies, by its stored name.
-
-    Raises:
-        CheckpointError: no safetensors weights; a missing or torn shard; an index that names a
-            tensor its shard does not hold.
+    Open every shard, check its header, and say where each stored tensor lies, by its stored
+    name.
     """
     single = locate(name, SINGLE, download)
     if single is not None:

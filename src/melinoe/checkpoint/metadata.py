@@ -7,67 +7,56 @@ ones are left alone; a change that an older reader would misread takes the next 
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from melinoe.checkpoint.files import is_directory, locate, read_object, split_revision
 from melinoe.data import Example, data_files, digest
 from melinoe.errors import CheckpointError
+from melinoe.schema import Schema, fields, problem
 from melinoe.whole_file import write_whole
 
 METADATA = "melinoe.json"
 SCHEMA_VERSION = 1
 VERSION_FIELD = "schema_version"
 
-# A schema is the name of a type; a list of one schema, for a list of any length; a dict, for an
-# object: a key that ends in "?" may be absent or null, and "*" stands for any key.
-Schema = str | list[Any] | dict[str, Any]
-
-
-def _fields(kind: Schema, *names: str) -> dict[str, Any]:
-    return dict.fromkeys(names, kind)
-
-
-ESTIMATE: Schema = {**_fields("number", "mean", "low", "high"), "n": "count"}
-
 # How one model routed some text: experts of each sequence, and what caches of each size would do.
 LOCALITY: Schema = {
     "experts_per_sequence": ["number"],
-    "experts_per_sequence_mean": ESTIMATE,
-    "reuse": ESTIMATE,
+    "experts_per_sequence_mean": "estimate",
+    "reuse": "estimate",
     "distinct_experts": "number",
     "caches": {
-        "*": {"slots": ["count"], "hit_rate": [ESTIMATE], "transfers_per_token": [ESTIMATE]},
+        "*": {"slots": ["count"], "hit_rate": ["estimate"], "transfers_per_token": ["estimate"]},
     },
 }
 
 # What was measured of one model, while it wrote its own completions and while it read given ones.
 MEASURED: Schema = {
-    "perplexity": {"*": {"in_domain": "flag", "tokens": "count", "perplexity": ESTIMATE}},
-    **_fields(LOCALITY, "writing", "reading"),
+    "perplexity": {"*": {"in_domain": "flag", "tokens": "count", "perplexity": "estimate"}},
+    **fields(LOCALITY, "writing", "reading"),
 }
 
 # The fine-tuned model against another, paired by example; "ratio" is the other model's over the
 # fine-tuned one's: how many times fewer.
 _LOCALITY_CHANGE: Schema = {
-    "experts_per_sequence": ESTIMATE,
-    "transfers_per_token": {"*": {"slots": ["count"], "ratio": [ESTIMATE]}},
+    "experts_per_sequence": "estimate",
+    "transfers_per_token": {"*": {"slots": ["count"], "ratio": ["estimate"]}},
 }
 CHANGE: Schema = {
-    "perplexity": {"*": ESTIMATE},
-    **_fields(_LOCALITY_CHANGE, "writing", "reading"),
+    "perplexity": {"*": "estimate"},
+    **fields(_LOCALITY_CHANGE, "writing", "reading"),
 }
 
 # What fine-tuning bought and cost: both models on the same held-out examples; and the control, the
 # same run without locality terms, where there was one: it tells apart what these terms did.
 OUTCOME: Schema = {
-    **_fields("count", "examples", "prompts", "max_new_tokens", "slots", "num_experts", "top_k",
+    **fields("count", "examples", "prompts", "max_new_tokens", "slots", "num_experts", "top_k",
               "layers"),
-    **_fields(MEASURED, "before", "after", "control?"),
-    **_fields(CHANGE, "change", "change_from_control?"),
+    **fields(MEASURED, "before", "after", "control?"),
+    **fields(CHANGE, "change", "change_from_control?"),
     "control_run?": {"name": "text", "fingerprint?": "text", "settings?": "object"},
     "machine?": "object",
     "date?": "text",
@@ -76,21 +65,21 @@ OUTCOME: Schema = {
 
 FIELDS: Schema = {
     # The commit is of the hub's repository, at the time of the run; null for a directory.
-    **_fields("text", "base?", "base_model?", "base_commit?", "base_fingerprint?", "fingerprint?",
+    **fields("text", "base?", "base_model?", "base_commit?", "base_fingerprint?", "fingerprint?",
               "license?", "compute_dtype?"),
-    **_fields("object", "settings?", "versions?"),
+    **fields("object", "settings?", "versions?"),
     # Whether the run had no locality terms, so that it is a control of one that had.
     "is_control?": "flag",
     # The peak rates that the run took; the settings may leave them to the model's width.
-    "learning_rates?": {"width": "count", **_fields("number", "routers", "low_rank")},
+    "learning_rates?": {"width": "count", **fields("number", "routers", "low_rank")},
     # The earlier run that this one learned from beside its data; the text that it replayed.
-    "teacher?": _fields("text", "source", "fingerprint"),
+    "teacher?": fields("text", "source", "fingerprint"),
     "anchor?": {"examples": "count", "tokens_sha256": "text"},
     "data?": {
         # The columns' own names; the last sum is of the token ids, and which are completion.
-        **_fields("text", "source?", "split?", "columns?", "sha256?", "tokens_sha256?"),
+        **fields("text", "source?", "split?", "columns?", "sha256?", "tokens_sha256?"),
         # What could not be learned, what was cut at the greatest length, what was not trained on.
-        **_fields("count", "examples?", "left_out?", "shortened?", "tokens_cut?",
+        **fields("count", "examples?", "left_out?", "shortened?", "tokens_cut?",
                   "turns_unlearned?", "held_out?"),
     },
     "log?": [{"step?": "count"}],
@@ -106,15 +95,9 @@ def read_metadata(name: str | Path) -> dict[str, Any]:
     """
     Read and check a checkpoint's ``melinoe.json``; empty where it has none.
 
-    The file's own ``schema_version`` is checked and left out; a file without one is read as the
-    first version. Fields that this release does not know are kept as they are.
-
-    Args:
-        name: A directory, or the name of a repository on the hub.
-
-    Raises:
-        CheckpointError: not a JSON object, a field that is not what it should be, or a file that
-            a newer release wrote.
+    Its ``schema_version`` is checked and left out; a file without one is of the first version.
+    Fields that this release does not know are kept. CheckpointError: malformed, or of a newer
+    release.
     """
     path = locate(str(name), METADATA)
     if path is None:
@@ -131,77 +114,31 @@ def read_metadata(name: str | Path) -> dict[str, Any]:
             f"{path} has {VERSION_FIELD} {version} and this release reads up to {SCHEMA_VERSION}; "
             "update melinoe"
         )
-    if problem := _problem(found, FIELDS, ""):
-        raise CheckpointError(f"{path} is malformed: {problem}; {again}")
+    if wrong := problem(found, FIELDS):
+        raise CheckpointError(f"{path} is malformed: {wrong}; {again}")
     return found
 
 
-def update_metadata(directory: str | Path, **fields: Any) -> dict[str, Any]:
+def update_metadata(directory: str | Path, **more: Any) -> dict[str, Any]:
     """
-    Set *fields* of a checkpoint's ``melinoe.json``, and return all of it.
-
-    Raises:
-        CheckpointError: as `read_metadata`.
-        ValueError: a field that is not what it should be; nothing is written.
+    Set fields of a checkpoint's ``melinoe.json``, and return all of it; ValueError for a wrong
+    one.
     """
-    metadata = {**read_metadata(directory), **fields}
-    if problem := _problem(metadata, FIELDS, ""):
-        raise ValueError(f"melinoe.json cannot hold this: {problem}")
+    metadata = {**read_metadata(directory), **more}
+    if wrong := problem(metadata, FIELDS):
+        raise ValueError(f"melinoe.json cannot hold this: {wrong}")
     write_metadata(directory, metadata)
     return metadata
 
 
 def write_metadata(directory: str | Path, metadata: dict[str, Any]) -> None:
     """
-    Write ``melinoe.json`` into an existing directory, stamped; a reader sees the old or the new.
-
-    ValueError where JSON cannot hold *metadata*, as NaN.
+    Write ``melinoe.json`` into an existing directory, stamped; a reader sees the old or the
+    new.
     """
     stamped = {VERSION_FIELD: SCHEMA_VERSION, **metadata}
     text = json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(Path(directory) / METADATA, text)
-
-
-def _problem(value: Any, schema: Schema, where: str) -> str | None:
-    """Say what is wrong with *value*, which is at *where*; ``None`` if nothing is."""
-    if isinstance(schema, str):
-        words, holds = _TYPES[schema]
-        return None if holds(value) else f"{where} is not {words}"
-    fields: list[tuple[str, Any, Schema]] = []
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return f"{where} is not a list"
-        fields = [(f"{where}[{number}]", item, schema[0]) for number, item in enumerate(value)]
-    elif not isinstance(value, Mapping):
-        return f"{where or 'it'} is not an object"
-    else:
-        at = f"{where}." if where else ""
-        for key, inner in schema.items():
-            name = key.removesuffix("?")
-            if key == "*":
-                fields += [(f"{at}{name}", item, inner) for name, item in value.items()]
-            elif value.get(name) is not None:
-                fields.append((f"{at}{name}", value[name], inner))
-            elif not key.endswith("?"):
-                return f"{where or 'it'} has no {name!r}"
-    problems = (_problem(item, inner, place) for place, item, inner in fields)
-    return next(filter(None, problems), None)
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-
-
-_TYPES = {
-    "text": ("a text", lambda v: isinstance(v, str)),
-    "flag": ("true or false", lambda v: isinstance(v, bool)),
-    "number": ("a finite number", _is_number),
-    "count": (
-        "a whole number of 0 or more",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
-    ),
-    "object": ("an object", lambda v: isinstance(v, Mapping)),
-}
 
 
 # --- where a fine-tuned model comes from ----------------------------------------------------------
@@ -213,10 +150,8 @@ def describe_base(name: str | Path) -> dict[str, Any]:
     """
     Say what a base model is called and under which terms, as ``melinoe.json`` holds it.
 
-    Returns:
-        ``base``: the hub name, or the directory's own name, for a path is nobody else's business;
-        ``base_model``: the hub name, else ``None``; ``license`` and ``language``: what the base's
-        card says, else ``None``.
+    ``base`` is the hub name, or the directory's own name, for a path is nobody else's business;
+    ``base_model`` the hub name; ``license`` and ``language`` what the base's card says.
     """
     local = is_directory(str(name))
     card = read_card(name)
@@ -249,11 +184,8 @@ def describe_data(
     """
     Say what a model was trained on, so that somebody else can tell whether they have the same.
 
-    Returns:
-        ``source``: the hub name, or the name of the file or directory; ``hub``: whether it is on
-        the hub; ``split``, ``examples``; ``sha256``: of the file's bytes, of a directory's files
-        one after the other, or, from the hub, of the examples as JSON lines; ``sha256_of``:
-        which of these.
+    ``sha256`` is of the file's bytes, of a directory's files one after the other, or, from the
+    hub, of the examples as JSON lines; ``sha256_of`` says which.
     """
     found: dict[str, Any] = {
         "source": source and str(source),

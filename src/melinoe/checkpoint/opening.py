@@ -43,32 +43,18 @@ _log = logging.getLogger("melinoe")
 
 @dataclass
 class Checkpoint:
-    """
-    Hold an opened checkpoint, its headers checked, no weights read. Use it with ``with``.
+    """An opened checkpoint, its headers checked, no weights read. Use it with ``with``."""
 
-    Attributes:
-        name: The directory or hub name it was opened by.
-        source: The same at the commit that its files are of, as ``org/model@commit``.
-        config: The model's config, with the type to compute in.
-        model_class: The transformers class that its architecture names.
-        dtype: Type that the weights are given in memory.
-        files: Stored name -> where it lies.
-        tensors: Name -> stored weights; packed ones under the name of the plain ones.
-        layers: MoE layers, whose modules are on the meta device.
-        experts: One source per MoE layer.
-        backbone: Every stored tensor that belongs to no expert.
-    """
-
-    name: str
-    source: str
-    config: PreTrainedConfig
-    model_class: type
-    dtype: torch.dtype
-    files: dict[str, Place]
-    tensors: dict[str, Weights]
-    layers: list[ExpertsLayer]
-    experts: list[ExpertSource]
-    backbone: list[Weights]
+    name: str  # the directory or hub name it was opened by
+    source: str  # the same at the commit that its files are of, as ``org/model@commit``
+    config: PreTrainedConfig  # with the type to compute in
+    model_class: type  # that its architecture names
+    dtype: torch.dtype  # that the weights are given in memory
+    files: dict[str, Place]  # stored name -> where it lies
+    tensors: dict[str, Weights]  # packed ones under the name of the plain ones
+    layers: list[ExpertsLayer]  # their modules are on the meta device
+    experts: list[ExpertSource]  # one for each layer
+    backbone: list[Weights]  # every stored tensor that belongs to no expert
 
     @property
     def expert_bytes(self) -> int:
@@ -117,14 +103,12 @@ def open_checkpoint(
 
     Args:
         name: A directory, or a repository on the hub: ``org/model``, ``org/model@revision``.
-        dtype: Type of plain weights in memory; "auto" takes the config's, else that of most stored
-            bytes.
+        dtype: Of plain weights in memory; "auto": the config's, else that of most stored bytes.
         download: Fetch hub files that are not in the local cache.
 
     Raises:
         CheckpointError: files missing, torn, packed in an unknown way, or of another model.
         UnsupportedModelError: the family has no experts that can be served.
-        ValueError: *dtype* is no floating-point type.
     """
     name = str(name)
     wanted = None if dtype == "auto" else as_dtype(dtype)
@@ -181,11 +165,8 @@ def _sources(
 
 def find_model_class(config: PreTrainedConfig) -> Any:
     """
-    Find the transformers class that a config's architecture names.
-
-    Raises:
-        CheckpointError: the config's architectures are no list of names.
-        UnsupportedModelError: transformers has no such class.
+    Find the transformers class that a config's architecture names; UnsupportedModelError if
+    none is.
     """
     named = config.architectures
     if named and not (isinstance(named, list) and isinstance(named[0], str)):
@@ -209,12 +190,7 @@ def find_model_class(config: PreTrainedConfig) -> Any:
 
 
 def build_on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """
-    Build the model without a byte of weights; also sets *dtype* on *config*.
-
-    Raises:
-        CheckpointError: transformers cannot build it; the config is not the architecture's.
-    """
+    """Build the model without a byte of weights; also sets *dtype* on *config*."""
     try:
         with torch.device("meta"):
             return model_class._from_config(config, dtype=dtype)
@@ -239,12 +215,7 @@ def _with_plan(layer: ExpertsLayer, model: Any, dtype: torch.dtype) -> ExpertsLa
 
 
 def as_dtype(dtype: Any) -> torch.dtype:
-    """
-    Find a floating-point type by itself or by its name.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Find a floating-point type by itself or by its name; ValueError if it is none."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in PLAIN_DTYPES:
         known = ", ".join(map(_word, PLAIN_DTYPES))
@@ -253,12 +224,7 @@ def as_dtype(dtype: Any) -> torch.dtype:
 
 
 def dtype_of(config: PreTrainedConfig) -> torch.dtype | None:
-    """
-    Read the type of weights that a config, or its part for text, names; None if neither does.
-
-    Raises:
-        CheckpointError: it names a type that no weights are computed in.
-    """
+    """Read the type of weights that a config, or its part for text, names; None if neither does."""
     told = config.dtype or getattr(config.get_text_config(), "dtype", None)
     try:
         return None if told is None else as_dtype(told)
@@ -326,42 +292,23 @@ def _word(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """
-    Hold what a checkpoint's config and its files' headers tell.
-
-    Attributes:
-        name: The directory or hub name.
-        model_type: transformers' name of the family.
-        architecture: The class that the config names.
-        supported: Whether it can be served as it is.
-        reason: Why not; None where it can.
-        weights: Whether weight files are there; without them the numbers are the config's.
-        dtype: The type the weights are given in memory, like ``bfloat16``.
-        format: How experts are stored: ``plain``, or packed, like ``mxfp4``.
-        moe_layers: How many layers have experts.
-        num_experts: Experts of a layer; the most, where layers differ.
-        top_k: Experts a token uses in a layer; None where the config does not say.
-        bytes_per_expert: Of one expert in one layer as it is stored; the most, where layers differ.
-        expert_bytes: Of all experts of all layers.
-        backbone_bytes: Of all else.
-        layers: Per MoE layer: experts, and bytes of one.
-    """
+    """What a checkpoint's config and its files' headers tell."""
 
     name: str
     model_type: str | None
     architecture: str | None
-    supported: bool
-    reason: str | None
-    weights: bool
-    dtype: str | None = None
-    format: str | None = None
+    supported: bool  # whether it can be served as it is
+    reason: str | None  # why not
+    weights: bool  # whether weight files are there; without them the numbers are the config's
+    dtype: str | None = None  # that the weights are given in memory, like ``bfloat16``
+    format: str | None = None  # how experts are stored: ``plain``, or packed, like ``mxfp4``
     moe_layers: int = 0
-    num_experts: int = 0
-    top_k: int | None = None
-    bytes_per_expert: int = 0
-    expert_bytes: int = 0
-    backbone_bytes: int = 0
-    layers: tuple[tuple[int, int], ...] = ()
+    num_experts: int = 0  # of a layer; the most, where layers differ
+    top_k: int | None = None  # None where the config does not say
+    bytes_per_expert: int = 0  # in one layer, as stored; the most, where layers differ
+    expert_bytes: int = 0  # of all experts of all layers
+    backbone_bytes: int = 0  # of all else
+    layers: tuple[tuple[int, int], ...] = ()  # of each: experts, and bytes of one
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON can hold them."""
@@ -373,11 +320,8 @@ def describe(name: str, dtype: torch.dtype | str = "auto") -> Description:
     Describe a checkpoint from its config, and check its files' headers where they are at hand.
 
     Weights are neither read nor downloaded: for a name on the hub only the config is fetched, and
-    headers are checked if the weights are in the local cache.
-
-    Raises:
-        CheckpointError: there is no readable config to describe.
-        ValueError: *dtype* is no floating-point type.
+    headers are checked if the weights are in the local cache. CheckpointError where there is no
+    readable config.
     """
     name = str(name)
     wanted = None if dtype == "auto" else as_dtype(dtype)

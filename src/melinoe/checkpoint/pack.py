@@ -35,13 +35,12 @@ SHARD_BYTES = 1 << 30
 
 def pack(name: str, format: str, out: str | Path) -> float:
     """
-    Write a checkpoint anew with its experts in *format*.
+    Write a checkpoint anew with its experts in *format*; memory of the experts of two layers.
 
     Args:
         name: A directory, or a name on the hub.
-        format: ``int8``, ``int4``, ...: as `melinoe.experts.formats.FORMATS` names them. ``plain``
-            writes packed weights as they mean, which any engine reads; the others `melinoe.load`
-            reads.
+        format: A name of `melinoe.experts.formats.FORMATS`; ``plain`` writes packed weights as
+            they mean, which any engine reads.
         out: The directory to make; whole or not at all.
 
     Returns:
@@ -49,13 +48,9 @@ def pack(name: str, format: str, out: str | Path) -> float:
         weights, of the first expert of each layer.
 
     Raises:
-        OutputExistsError: *out* is taken.
-        CheckpointError: *name* cannot be opened.
-        UnsupportedModelError: there is no such format, it cannot hold these experts, or they are
-            stored so already.
-        WriteError: a full disk, or another reason why it cannot be written.
-
-    Cost: the experts of two layers, or of one and `SHARD_BYTES`, in memory.
+        OutputExistsError, CheckpointError, WriteError: as `open_checkpoint` and `whole_directory`.
+        UnsupportedModelError: no such format, or one that cannot hold these experts or does
+        already.
     """
     check_output(out)
     wanted = named_format(format)

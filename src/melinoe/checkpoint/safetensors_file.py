@@ -35,9 +35,8 @@ Stamp = tuple[int, ...]
 
 def read_at(handle: int, into: memoryview, offset: int) -> int:
     """
-    Read a file from *offset* on, also while other threads read from it.
-
-    Returns how many bytes were read, often fewer than *into* takes; 0 at the file's end.
+    Read a file from *offset* on, also while other threads do; gives how many bytes, 0 at its
+    end.
     """
     if hasattr(os, "preadv"):
         return os.preadv(handle, [into], offset)
@@ -67,16 +66,11 @@ class SafetensorsFile:
     Read a safetensors file, whose header is checked against the file's real size.
 
     Threads may read at the same time. A file that another one replaces goes on being read, for its
-    bytes stay until it is closed; one that is written to in place is refused from then on.
-
-    Raises:
-        CheckpointError: the file is missing, empty, torn, or its header is not one; a tensor is of
-            a type that torch has not.
+    bytes stay until it is closed; one that is written to in place is refused from then on, with a
+    CheckpointError, as is a torn one.
 
     Source:
-        https://github.com/huggingface/safetensors#format: 8 bytes of header length, little
-        endian; the header in JSON, no name twice; the tensors' bytes, in row-major order, without
-        holes or overlaps.
+        https://github.com/huggingface/safetensors#format
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,10 +100,8 @@ class SafetensorsFile:
 
     def check_unchanged(self) -> None:
         """
-        Make sure that the file's bytes are those that were there when it was opened.
-
-        Raises:
-            CheckpointError: the file was written to, or its times say that it may have been.
+        Raise a CheckpointError if the file was written to, or its times say that it may have
+        been.
         """
         now, then = _stamp(os.fstat(self._fd)), self.stamp
         if now == then:
@@ -180,20 +172,12 @@ class SafetensorsFile:
 
     def read(self, name: str, into: Tensor, first: int = 0) -> None:
         """
-        Read consecutive elements of a tensor into *into*, converting the type if it differs.
+        Read ``into.numel()`` elements from *first* on, in row-major order; converts the type if it
+        differs.
 
         Where *into* is contiguous, on the CPU and of the stored type, the bytes go straight into
-        its memory; else they pass through a buffer of the size of *into*.
-
-        Args:
-            name: A key of `tensors`.
-            into: Takes ``into.numel()`` elements in row-major order, whatever its shape.
-            first: The first element to read, counted in the stored tensor's row-major order.
-
-        Raises:
-            CheckpointError: the file was changed since it was opened, or the disk fails; *into*
-                then holds anything.
-            ValueError: the elements are not all in the tensor, or the file is closed.
+        its memory; else they pass through a buffer of the size of *into*. After a CheckpointError
+        (the file was changed, or the disk fails) *into* holds anything.
         """
         info = self.tensors[name]
         start = info.start + first * info.dtype.itemsize
@@ -228,10 +212,8 @@ class SafetensorsFile:
 
     def read_past_cache(self) -> None:
         """
-        Read past the system's page cache from now on.
-
-        Raises:
-            OSError: the file system does not let us.
+        Read past the system's page cache from now on; OSError where the file system does not
+        let us.
         """
         if self._direct is None:
             self._direct = DirectReader(self._fd)
@@ -279,10 +261,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def check_same(stamps: Mapping[Path, Stamp]) -> None:
     """
-    Make sure that files that will be read again are those that were read before.
-
-    Raises:
-        CheckpointError: one was changed, replaced or removed.
+    Raise a CheckpointError if a file that will be read again was changed, replaced or removed.
     """
     for path, then in stamps.items():
         if (_stamp_at(path) or ())[:4] != then[:4]:

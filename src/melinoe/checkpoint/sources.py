@@ -67,11 +67,7 @@ class Group(NamedTuple):
     def convert(
         self, pieces: dict[str, list[Tensor]], shapes: dict[str, tuple[int, ...]], config: Any
     ) -> dict[str, Tensor]:
-        """
-        Run the rule on *pieces*, tensors by source pattern; return tensors by parameter.
-
-        Rules may ask for *shapes* of parameters, and look into the model's *config*.
-        """
+        """Run the rule on *pieces*, tensors by source pattern; return tensors by parameter."""
         converter: Any = deepcopy(self.converter)
         for pattern, tensors in pieces.items():
             for tensor in tensors:
@@ -94,9 +90,7 @@ def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, G
     Find the stored tensors of each parameter, by transformers' renamings and rules.
 
     The key is the first parameter that a rule makes; names that the model does not know are kept.
-
-    Raises:
-        CheckpointError: two stored tensors are the same parameter.
+    CheckpointError where two stored tensors are the same parameter.
 
     Source:
         `convert_and_load_state_dict_in_model` of transformers 5.23, whose order of tensors within
@@ -131,12 +125,7 @@ def group_by_parameter(model: Any, places: Mapping[str, Weights]) -> dict[str, G
 
 
 def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
-    """
-    Refuse weights of types that only mean something together with scales.
-
-    Raises:
-        CheckpointError: a parameter of *model* is stored as integers or in eight bits.
-    """
+    """Refuse weights of types that only mean something together with scales."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     used = [group for group in groups.values() if not parameters.keys().isdisjoint(group.targets)]
     for place in [place for group in used for place in group.places]:
@@ -151,12 +140,7 @@ def refuse_integers(model: Any, groups: dict[str, Group]) -> None:
 def split(
     groups: dict[str, Group], experts: Collection[str]
 ) -> tuple[dict[str, Group], list[Weights]]:
-    """
-    Part the groups of *experts*, names of parameters, from the places of the backbone.
-
-    Raises:
-        UnsupportedModelError: one rule makes an expert's parameter and another one together.
-    """
+    """Part the groups of *experts*, names of parameters, from the places of the backbone."""
     wanted = set(experts)
     of_expert: dict[str, Group] = {}
     backbone: list[Weights] = []
@@ -191,9 +175,8 @@ class Reader:
     """
     Read one expert's part of a parameter whose rows are stored as they are.
 
-    Args:
-        parts: From the top of the parameter, the stored tensors of all experts, one each.
-        stacked: Whether there is one stored tensor instead, the parameter itself.
+    *parts* are, from the top of the parameter, the stored tensors of all experts, one each; or if
+    *stacked* one stored tensor, the parameter itself.
     """
 
     def __init__(self, parts: Sequence[Sequence[Weights]], stacked: bool = False) -> None:
@@ -265,9 +248,8 @@ def reader_for(group: Group, parameter: str, shape: tuple[int, ...], config: Any
     """
     Choose the cheapest reader that gives *parameter*, ``(E, ...)``, as transformers would.
 
-    Raises:
-        CheckpointError: tensors of some experts are missing, or have another shape.
-        UnsupportedModelError: the rule mixes experts, so that none can be read alone.
+    CheckpointError: tensors of some experts are missing, or have another shape;
+    UnsupportedModelError: the rule mixes experts, so that none can be read alone.
     """
     places, operations = group.places, group.operations
     odd = None
@@ -340,16 +322,10 @@ def _check_complete(group: Group, parameter: str, expected: int) -> None:
 
 class ExpertSource:
     """
-    Read one MoE layer of a checkpoint expert by expert.
+    Read one MoE layer of a checkpoint expert by expert; *format* is how it stores them.
 
-    Attributes:
-        layer: What the experts consist of; its module is on the meta device.
-        readers: By parameter name.
-        format: How the checkpoint stores an expert.
-
-    Raises:
-        UnsupportedModelError: some of an expert's matrices are packed otherwise than others, or
-            not by rows of the model's own.
+    UnsupportedModelError where some of an expert's matrices are packed otherwise than others, or
+    not by rows of the model's own.
     """
 
     def __init__(self, layer: ExpertsLayer, readers: dict[str, Reader]) -> None:
@@ -365,13 +341,8 @@ class ExpertSource:
         """
         Read one expert straight from the shards; decode it if it is packed.
 
-        Args:
-            expert: In ``[0, num_experts)``.
-            into: By parameter name, shaped without its leading E; converted where types or devices
-                differ.
-
-        Raises:
-            CheckpointError: a shard was changed since it was opened, or the disk fails.
+        *into* is by parameter name, shaped without its leading E; converted where types or devices
+        differ.
         """
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert {expert} of a layer with {self.num_experts}")
@@ -382,14 +353,8 @@ class ExpertSource:
         """
         Read one expert as a block of *format*: straight from the shards, or encoded here.
 
-        Args:
-            expert: In ``[0, num_experts)``.
-            format: `PLAIN` gives the expert's tensors, as `read`.
-            into: By part name, as ``format.parts(layer.tensors)`` lists them.
-
-        Raises:
-            CheckpointError: as `read`.
-            AttachError: a weight that *format* cannot hold.
+        *into* is by part name, as ``format.parts(layer.tensors)`` lists them. AttachError where
+        *format* cannot hold a weight.
         """
         if format.exact:
             self.read(expert, into)

@@ -18,12 +18,7 @@ _MORE_FILES = (
 
 
 def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
-    """
-    Load a checkpoint's tokenizer, and check it against the model's vocabulary.
-
-    Raises:
-        TokenizerError: there is none, it cannot be read, or it gives ids the model has no row for.
-    """
+    """Load a checkpoint's tokenizer, and check it against the model's vocabulary."""
     if not any(locate(str(name), filename) for filename in TOKENIZER_FILES):
         raise TokenizerError(
             f"{name} has no tokenizer; put the model's own tokenizer beside its weights"
@@ -49,12 +44,7 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
 
 
 def copy_tokenizer(name: str, directory: Path) -> None:
-    """
-    Copy a checkpoint's tokenizer files, as they are, into *directory*.
-
-    Raises:
-        OSError: a full disk.
-    """
+    """Copy a checkpoint's tokenizer files, as they are, into *directory*."""
     for filename in (*TOKENIZER_FILES, *_MORE_FILES):
         if (path := locate(name, filename)) is not None:
             copyfile(path, directory / filename)
@@ -62,12 +52,9 @@ def copy_tokenizer(name: str, directory: Path) -> None:
 
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig, name: str) -> None:
     """
-    Refuse a tokenizer that can give an id the model has no embedding for.
+    Refuse, with a TokenizerError, a tokenizer that can give an id the model has no embedding for.
 
     A smaller vocabulary passes: embeddings are often padded to a round number.
-
-    Raises:
-        TokenizerError: its largest id, or a special token of the config, is out of range.
     """
     text = config.get_text_config()
     if (rows := getattr(text, "vocab_size", None)) is None:

@@ -34,32 +34,20 @@ def sums_of(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 class Verified(NamedTuple):
-    """
-    Count the files of a checkpoint that were read and compared.
+    """Count the files of a checkpoint that were read and compared."""
 
-    Attributes:
-        recorded: With the sums in its ``melinoe.json``.
-        named: With the sums by which the hub's cache names them.
-        unknown: Shards of which nobody has recorded a sum: they were read, no more.
-        fingerprint: Whether its routers were compared with ``melinoe.json``.
-    """
-
-    recorded: int
-    named: int
-    unknown: int
-    fingerprint: bool
+    recorded: int  # with the sums in its ``melinoe.json``
+    named: int  # with the sums by which the hub's cache names them
+    unknown: int  # shards of which nobody has recorded a sum: read, no more
+    fingerprint: bool  # whether its routers were compared with ``melinoe.json``
 
 
 def verify(name: str) -> Verified:
     """
     Read all of a checkpoint, and compare it byte by byte with what is recorded of it.
 
-    Cost: every byte is read once; the weights beside the experts are in memory for a while.
-
-    Raises:
-        CheckpointError: a file is missing or is not what was recorded, cannot be read, or does not
-            belong to the config; the message names every one.
-        UnsupportedModelError: the family has no experts that can be served.
+    The weights beside the experts are in memory for a while. CheckpointError names every file that
+    is missing, not what was recorded, or not readable.
     """
     source = pinned(name, read_raw_config(name)[0])
     metadata = read_metadata(source)

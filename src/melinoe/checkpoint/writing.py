@@ -65,18 +65,16 @@ def write_model(
 
     Args:
         model: From `load_model`, then changed; with all its weights in it. Or from
-            `load_backbone`, with *experts*.
+            `load_backbone`, with *experts*, which gives the changed tensors of one expert at a
+            time.
         base: What it was loaded from: a directory, or a name on the hub.
-        out: The directory to make.
         metadata: For ``melinoe.json``.
         changed: Full names of the model's tensors that may have changed.
         also: Called with the directory, to write more into it.
-        experts: Gives the changed tensors of one expert at a time.
 
     Raises:
-        OutputExistsError: *out* is taken.
+        OutputExistsError, WriteError: as `whole_directory`.
         CheckpointError: the base can no longer be opened.
-        WriteError: a full disk, or another reason why it cannot be written; nothing is left there.
         UnsupportedModelError: as `check_rewritable`.
         AttachError: the experts' weights are in an engine's store; detach it first.
     """
@@ -109,12 +107,7 @@ def write_model(
 
 
 def check_output(out: str | Path) -> Path:
-    """
-    Return the directory *out*, if a checkpoint may be written there; ask before hours of work.
-
-    Raises:
-        OutputExistsError: it is a file, or a directory that is not empty.
-    """
+    """Return the directory *out*; OutputExistsError if it is a file, or not empty."""
     path = Path(out).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputExistsError(f"{path} exists and is not empty; choose another place for output")
@@ -123,10 +116,8 @@ def check_output(out: str | Path) -> Path:
 
 def check_room(out: str | Path, needed_bytes: int) -> None:
     """
-    Refuse a disk that cannot take what will be written; ask before hours of work.
-
-    Raises:
-        WriteError: less than *needed_bytes* are free where *out* will be.
+    Refuse, with a WriteError, a disk that has less than *needed_bytes* free where *out* will
+    be.
     """
     place = Path(out).expanduser().absolute()
     while not place.exists():
@@ -149,11 +140,8 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
     """
     Give a directory to fill, which becomes *out* when the block ends, and is gone if it fails.
 
-    Its ``melinoe.json``, if it gets one, is given the sums of all other files.
-
-    Raises:
-        OutputExistsError: *out* is taken.
-        WriteError: a full disk, or another reason why it cannot be written.
+    Its ``melinoe.json``, if it gets one, is given the sums of all other files. OutputExistsError:
+    *out* is taken; WriteError: it cannot be written.
     """
     path = check_output(out)
     try:
@@ -176,18 +164,12 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
 
 
 class _Part(NamedTuple):
-    """
-    Hold what is written at once: one expert's share of a parameter, or a group.
+    """One expert's share of a parameter, or a group: what is written at once."""
 
-    Attributes:
-        own: The model's tensors, by full name.
-        stored: Where each piece of them is stored: place, first element there, and the numbers.
-        load: Makes *own* of the numbers in the order of *stored*, as transformers does when it
-            loads them; None where *stored* are views of *own*.
-    """
-
-    own: dict[str, Tensor]
+    own: dict[str, Tensor]  # the model's tensors, by full name
+    # Where each piece of them is stored: place, first element there, and the numbers.
     stored: list[tuple[Weights, int, Tensor]]
+    # Makes *own* of the numbers, as transformers does when it loads them; None: they are views.
     load: Callable[[list[Tensor]], dict[str, Tensor]] | None = None
 
 
@@ -195,9 +177,8 @@ def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
     """
     Refuse a base whose experts and routers could not be written back; ask before hours of work.
 
-    Raises:
-        UnsupportedModelError: they are packed, or transformers' rules do not lead back to the names
-            that are stored.
+    UnsupportedModelError: they are packed, or transformers' rules do not lead back to the names
+    that are stored.
     """
     names = [f"{x.name}.{tensor.name}" for x in checkpoint.layers for tensor in x.tensors]
     names += [name for router in find_routers(model) for name, _ in router.parameters()]
@@ -212,11 +193,7 @@ def check_rewritable(model: Any, checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def round_as_stored(model: Any, checkpoint: Checkpoint, changed: Collection[str]) -> None:
-    """
-    Round *changed* tensors in place to the types that the base stores, as they will load.
-
-    Experts that *model* does not have are left out.
-    """
+    """Round *changed* tensors in place to the types that the base stores, as they will load."""
     has = {name for name, one in model.named_parameters(remove_duplicate=False) if one.numel()}
     for part in _parts(model, checkpoint, [name for name in changed if name in has]):
         _round(part)
@@ -247,9 +224,7 @@ def rewrite(
     Copy the base's weight files into *directory* and overwrite there what changed.
 
     Tensors that equal the base's are left alone, in whatever type they are stored. What *experts*
-    gives is rounded here.
-
-    Cost: every byte of the base copied once; a few copies of one expert in memory.
+    gives is rounded here. A few copies of one expert are in memory.
     """
     for path in checkpoint.stamps:
         copyfile(path, directory / path.name)
@@ -277,11 +252,7 @@ def _parts(
     experts: OwnExpert | None = None,
     only_first: bool = False,
 ) -> Iterator[_Part]:
-    """
-    List the parts of *model* that may have changed.
-
-    With *experts* it has none itself; with *only_first* they are listed of experts 0 alone.
-    """
+    """List the parts of *model* that may have changed; with *only_first* of experts 0 alone."""
     for part in _all_parts(model, checkpoint, changed, experts, only_first):
         for place, _, _ in part.stored:
             if isinstance(place, PackedPlace):
@@ -405,9 +376,8 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     """
     List the files beside a checkpoint's weights, fetched from the hub where it is one of its names.
 
-    Returns:
-        Files to copy, the index that was read among them; names of what is left out: weights
-        that were not read, directories, ``adapter_config.json``.
+    Gives files to copy, the index that was read among them, and names of what is left out: weights
+    that were not read, directories, ``adapter_config.json``.
     """
     source = checkpoint.source
     config = locate(source, "config.json")

@@ -21,7 +21,7 @@ def command(
     given: typer.Context,
     model: options.ModelOrConfigIfAny = None,
     card: Annotated[
-        str | None, option("A GPU by name: rtx4090, l4, h100, ...; see --list.")
+        str | None, option("A GPU by name: rtx4090, l4, h100, ...; a wrong name lists them all.")
     ] = None,
     gpu_memory: Annotated[
         str | None, option("Memory of the GPU, as in 8GiB. Default: all of --card's.")
@@ -47,9 +47,6 @@ def command(
     reserve: Annotated[
         str | None, option("GPU memory kept free. Default: a tenth, at most 1GiB.", options.MACHINE)
     ] = None,
-    show_list: Annotated[
-        bool, option("List the cards and links known by name.", _INSTEAD, name="--list")
-    ] = False,
     cards: Annotated[
         bool, option("Print some models on cards of 8 to 24 GB.", _INSTEAD, name="--cards")
     ] = False,
@@ -75,15 +72,12 @@ def command(
         )
     if lora_rank is not None and not finetune:
         raise typer.BadParameter("belongs to --finetune", param_hint="--lora-rank")
-    if show_list:
-        _show_known(as_json)
-        return
     output.quiet()
     if cards:
         _show_cards(out, as_json, finetune)
         return
     if model is None:
-        raise typer.BadParameter("name a model, or use --cards or --list alone", param_hint="MODEL")
+        raise typer.BadParameter("name a model, or use --cards", param_hint="MODEL")
     if finetune:
         said = {"max_length": "context", "batch_size": "batch"}
         sizes: dict[str, Any] = {
@@ -145,32 +139,6 @@ def _show_finetuning(
     )
 
 
-def _show_known(as_json: bool) -> None:
-    from melinoe.plan.hardware import known
-
-    if as_json:
-        output.show_json(known())
-        return
-    rows = [
-        {
-            "card": ", ".join(one["names"]),
-            "GiB": one["memory_gib"],
-            "GB/s": f"{one['bandwidth_gb_s']:,}",
-            "link": one["link"],
-            "source": one["source"],
-        }
-        for one in known()["cards"]
-    ]
-    output.show_table("Cards (--card)", rows)
-    titles = {"links": "Links (--link)", "dram": "Host memory (--dram)", "disks": "Disks (--disk)"}
-    for key, title in titles.items():
-        rows = [
-            {"name": one["names"][0], "GB/s": f"{one['gb_s']:g}", "source": one["source"]}
-            for one in known()[key]
-        ]
-        output.show_table(title, rows)
-
-
 def _show_cards(out: Path | None, as_json: bool, finetune: bool) -> None:
     from melinoe.measure import write_json
     from melinoe.plan import finetuning
@@ -196,7 +164,7 @@ def _show(model: str, done: Plan, left: Any) -> None:
     """Print a plan as tables and sentences."""
     from melinoe.host_memory import format_bytes as size
 
-    facts, parts = done.facts, done.hardware
+    facts = done.facts
     held = facts.dtype if facts.packed is None else f"{facts.dtype} where not packed"
     kv = "not known" if facts.kv_bytes is None else size(done.batch * facts.kv_bytes)
     slots = f"{done.slots} of {facts.num_experts} experts in each of {len(facts.layers)} layers; a "
@@ -230,33 +198,6 @@ def _show(model: str, done: Plan, left: Any) -> None:
             for name, rates, found in scenarios
         ],
     )
-    tiers = [
-        ("link", parts.link, "link"),
-        ("device memory", parts.device, "device"),
-        *([("disk", parts.disk, "disk")] if done.fits_in_ram is False else []),
-        ("host in the loop (slow end)", "-", "host"),
-        ("DRAM, were misses computed on the CPU", parts.dram, "dram_if_computed"),
-    ]
-    heads = ("ms a step, as it is", "ms a step, fine-tuned")
-    output.show_table(
-        "What each tier would take alone, fast end to slow end",
-        [
-            {"tier": name, "bandwidth": str(figure)}
-            | {
-                head: _range(
-                    *(1e3 * getattr(end, key) for end in (found.tiers_high, found.tiers_low))
-                )
-                for head, (_, _, found) in zip(heads, scenarios, strict=True)
-            }
-            for name, figure, key in tiers
-        ],
-    )
-    faster = done.speed_before.computed_high / done.speed_before.high
-    if done.speed_before.bottleneck == "link" and abs(faster - 1) > 0.05:
-        print(
-            f"Computing misses on the CPU instead of loading them would make the fast end "
-            f"{faster:.2g} times as fast as it is, as far as DRAM bounds it."
-        )
     for name, rates, _ in scenarios[: 1 if done.before == done.after else 2]:
         print(f"Hit rate, {name.split(' for ')[0]}: {rates.source}.")
         if rates.by_policy:

@@ -71,11 +71,9 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
     """
     Find what sets two runs apart beside the locality terms; nothing, for a like-for-like control.
 
-    A setting that only one record names is not compared, unless it is the weight of a term.
-
-    Returns:
-        Name to (our value, theirs), in order of names. Of a term that only one run has, the weight
-        alone is named. Where a record's values cannot be read, all that differ are.
+    Gives name to (our value, theirs); of a term that only one run has, the weight alone. A setting
+    that only one record names is not compared, unless it is the weight of a term. Where a record's
+    values cannot be read, all that differ are named.
     """
     one, other = recorded(ours), recorded(theirs)
     if one is None or other is None:

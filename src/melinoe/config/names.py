@@ -25,11 +25,7 @@ class OutcomeSettings:
 
 
 def experts_in_share(share: float, num_experts: int) -> int:
-    """
-    Count the experts in a share of a layer's experts: rounded to the nearest, at least one.
-
-    Halves round up, so 0.25 of 6 experts is 2 and 0.25 of 64 is 16.
-    """
+    """Count the experts in a share of a layer's: to the nearest, halves up, at least one."""
     return max(1, min(num_experts, int(share * num_experts + 0.5)))
 
 

@@ -12,15 +12,7 @@ def setting(
     unit: str | None = None,
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
 ) -> Any:
-    """
-    Make a dataclass field that carries its own documentation.
-
-    Args:
-        default: Its default.
-        help: One sentence; ``; absent: ...`` says what None means.
-        unit: Of its values.
-        choices: The only words that it may be.
-    """
+    """Make a field that documents itself; ``; absent: ...`` in *help* says what None means."""
     return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
 
 
@@ -30,10 +22,7 @@ def check_settings(
     """
     Raise *error* where a setting has none of its words, or is outside its interval.
 
-    Args:
-        settings: An object of a settings class.
-        within: Interval, as ``(0, inf)``, to names of settings; one that is None is in each.
-        error: Its class.
+    *within*: interval, as ``(0, inf)``, to names of settings; one that is None is in each.
     """
     for one in fields(settings):
         choices, value = one.metadata["choices"], getattr(settings, one.name)

@@ -19,11 +19,10 @@ PADDING = -1
 @dataclass(frozen=True)
 class Collator:
     """
-    Pads a batch on the right, to its longest example.
+    Pads a batch on the right, to its longest example; labels are -100 on prompt and padding.
 
-    Gives ``input_ids``, ``attention_mask``, ``labels`` and ``segment_ids``, all int64
-    ``(batch, tokens)``; labels are -100 on prompt and padding. *pad_token_id* may be any valid id:
-    it is masked everywhere.
+    Gives ``input_ids``, ``attention_mask``, ``labels`` and ``segment_ids``, int64 ``(batch,
+    tokens)``.
     """
 
     pad_token_id: int
@@ -39,13 +38,10 @@ class PackedCollator:
     """
     Packs the examples of each row one after the other; rows are padded to the longest.
 
-    Gives ``input_ids``, ``labels``, ``segment_ids`` and ``position_ids``, all int64
-    ``(batch, tokens)``. Positions begin at 0 with each example, and once more with the padding:
-    transformers takes a row's sequences from there and keeps their attention apart. There is no
-    attention mask, since transformers looks at the positions only where none is given.
-
-    Source:
-        `transformers.masking_utils.find_packed_sequence_indices`.
+    Gives ``input_ids``, ``labels``, ``segment_ids`` and ``position_ids``, int64 ``(batch,
+    tokens)``. Positions begin at 0 with each example and with the padding: there
+    `transformers.masking_utils.find_packed_sequence_indices` begins a sequence and keeps attention
+    apart, if no attention mask is given.
     """
 
     pad_token_id: int  # any valid id; its labels and segments are masked

@@ -43,8 +43,8 @@ def encode(examples: Iterable[Example], tokenizer: Any, max_length: int) -> list
     left out. These, and what a chat template does not write, are counted in one line of the log.
 
     Raises:
-        DataError: none is left, an example without a completion, or a chat that the chat template
-            refuses, or whose turns it rewrites so that none can be told apart.
+        DataError: none is left, an example without a completion, or a chat that the template
+            refuses or rewrites so that its turns cannot be told apart.
         TokenizerError: chats but no chat template, or no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
@@ -95,13 +95,9 @@ def encode_prompts(
     """
     Give the token ids of the prompts alone: what generation starts from.
 
-    Of a chat that is everything before its last turn to learn, or all of it where there is none.
-
-    Args:
-        text_tokens: Of plain text, take the first half of its first so many tokens; ``None``
-            refuses it.
-        chat: Put a prompt that is a string through the chat template, as a user's turn. Training
-            does not.
+    Of a chat that is everything before its last turn to learn; of plain text half of the first
+    *text_tokens*, which is refused without. With *chat*, a prompt that is a string goes through the
+    chat template as a user's turn; training does not do that.
     """
     prompts, said = [], _Remarks()
     for example in examples:

@@ -35,12 +35,7 @@ _TELLING = {
 
 @dataclass(frozen=True)
 class Example:
-    """
-    One row.
-
-    Raises:
-        DataError: a text that no tokenizer can read.
-    """
+    """One row. DataError for a text that no tokenizer can read."""
 
     prompt: str  # what the model is given; empty for plain text. Unused where *messages* is set
     # What it should write; empty for a prompt alone. Unused where *messages* is set.
@@ -77,11 +72,11 @@ def load_examples(
     prompts: bool = False,
 ) -> list[Example]:
     """
-    Read examples from a file, a directory of files, or a hub data set.
+    Read examples from a file, a directory of files, or a hub data set
+    (`melinoe.data.rows.read_rows`).
 
     Args:
-        path_or_hub_name, split: As `melinoe.data.rows.read_rows`.
-        limit: Read only so many rows; ``None`` reads all. Lines after the limit are not checked.
+        limit: Read only so many rows. Lines after the limit are not checked.
         columns: A form's key to the data's own name for it, or all of that in words:
             ``prompt=question,completion=answer``; then no other column is read.
         prompts: Prompts are wanted: a row without a completion will do, plain text will not.

@@ -42,10 +42,8 @@ def render(example: Example, tokenizer: Any) -> Rendered:
     """
     Render the chat of *example* up to its last turn to learn, or all of it where there is none.
 
-    Raises:
-        DataError: the template refuses the chat, does not write its tools or calls, or writes the
-            turns before the last otherwise once the chat goes on.
-        TokenizerError: no chat template.
+    DataError where the template refuses the chat, does not write its tools or calls, or writes
+    earlier turns otherwise once the chat goes on; TokenizerError where there is none.
     """
     if not tokenizer.chat_template:
         raise TokenizerError(
@@ -109,10 +107,8 @@ class _Chat:
 
     def unshown(self) -> frozenset[str]:
         """
-        Name the fields that make no difference to the text.
-
-        Raises:
-            DataError: tools, calls or documents are among them: without, the chat is another.
+        Name the fields that make no difference to the text; DataError for tools, calls or
+        documents.
         """
         names = {key for turn in self.turns for key in turn} - {"role", "content"}
         names |= self.options.keys()
@@ -137,10 +133,8 @@ class _Chat:
 
     def _wants_json(self) -> bool:
         """
-        Tell whether the template takes a call's arguments as JSON rather than as an object.
-
-        transformers asks for objects. Some templates join strings, and fail with an object or
-        write it in Python's words.
+        Tell whether the template takes a call's arguments as JSON; transformers asks for
+        objects.
         """
         written = self._try(self.turns, self.options, as_json=False)
         if written is None:

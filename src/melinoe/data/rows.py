@@ -34,14 +34,10 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> Rows:
     """
     Read the rows of a file, of a directory's files by name, or of a hub data set.
 
-    *path_or_hub_name* is a path if one exists there; else a name on the hub, with its
-    configuration after a colon where it needs one: ``openai/gsm8k:main``; *split* is of the hub's.
-
-    Yields:
-        ``file:line``, ``file[row]`` or ``hub-name[row]``, and what stands there.
-
-    Raises:
-        DataError: nothing there, or something that cannot be read.
+    *path_or_hub_name* is a path if one exists there; else a name on the hub, with its configuration
+    after a colon: ``openai/gsm8k:main``; *split* is of the hub's. Yields ``file:line``,
+    ``file[row]`` or ``hub-name[row]``, and what stands there. DataError where something cannot be
+    read.
     """
     path = Path(path_or_hub_name)
     try:
@@ -58,12 +54,7 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> Rows:
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """
-    List the data files that *path* names: itself, or what a directory holds, by name.
-
-    Raises:
-        DataError: a directory without any, or neither a file nor a directory.
-    """
+    """List the data files that *path* names: itself, or what a directory holds, by name."""
     path = Path(path)
     if path.is_file():
         return [path]

@@ -26,11 +26,7 @@ def read_turns(value: Any, key: str, source: str) -> tuple[list[Turn], list[int]
     """
     Read a list of turns, which stands at *key* of the row at *source*.
 
-    Returns:
-        The turns, and the places of the assistant turns that are not marked as context.
-
-    Raises:
-        DataError: no list of turns, or one that cannot be used as it stands.
+    Returns the turns, and the places of the assistant turns that are not marked as context.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise DataError(f'{source} has a "{key}" that is no list of turns; write one, see TRL')
@@ -43,7 +39,7 @@ def parse_list(value: Any, what: str) -> list[dict[str, Any]]:
     Read a list of objects, or the JSON of one, as tools and calls are kept; nulls are as absent.
 
     Each object may be JSON as well. JSON inside of one, as a call's arguments may be, stays a
-    string. *what* says in an error what has it.
+    string.
     """
     try:
         found = json.loads(value) if isinstance(value, str) else value

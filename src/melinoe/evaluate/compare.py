@@ -14,7 +14,7 @@ Rate = tuple[Sequence[float], Sequence[float]]  # numerators and denominators, o
 @dataclass(frozen=True)
 class Comparison:
     """
-    The difference of *model* from *other* in one metric of one text or task (*domain*), paired.
+    The difference of *model* from *other* in one metric of one text (*domain*), paired.
 
     *change* is the model's value minus the other's, or with *relative* over it, minus 1.
     """
@@ -70,10 +70,8 @@ def compare_perplexity(
     ours: Perplexity, theirs: Perplexity, model: str, other: str, domain: str
 ) -> Comparison:
     """
-    Compare two perplexities of the same tokens.
-
-    Raises:
-        DataError: the two were not measured on the same tokens, as with unlike tokenizers.
+    Compare two perplexities of the same tokens; DataError for others, as with unlike
+    tokenizers.
     """
     change = perplexity_increase(ours, theirs)
     return Comparison("perplexity", domain, model, other, change, True, True)
@@ -87,12 +85,7 @@ def compare_scores(
     domain: str,
     metric: str,
 ) -> Comparison:
-    """
-    Compare two scores of which more is better, one number an example, of the same examples.
-
-    Raises:
-        DataError: the numbers of examples differ.
-    """
+    """Compare two scores of which more is better, one number an example, of the same examples."""
     if len(ours) != len(theirs):
         raise DataError(
             f"{metric} of {domain} is over {len(ours)} examples for {model} and {len(theirs)} for "
@@ -106,11 +99,8 @@ def compare_rates(
     ours: Rate, theirs: Rate, model: str, other: str, domain: str, metric: str
 ) -> Comparison:
     """
-    Compare two rates of which less is better, such as transfers per token; the change is relative.
-
-    Raises:
-        DataError: the other's rate is zero.
-        ValueError: the numbers of examples differ.
+    Compare two rates of which less is better, such as transfers per token; the change is
+    relative.
     """
     over = paired_ratio(ours[0], theirs[0], ours[1], theirs[1])
     change = Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n)

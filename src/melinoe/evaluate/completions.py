@@ -19,11 +19,8 @@ NEXT_QUESTION = "Question:"
 
 def reference(example: Example) -> str:
     """
-    Return the right completion: a chat's last assistant turn, a question's answer, a completion.
-
-    Raises:
-        DataError: plain text has no prompt, so nothing of it is a reference; a prompt alone and a
-            turn that calls functions have no words.
+    Return the right completion: a chat's last assistant turn, a question's answer, a
+    completion.
     """
     if example.messages is not None:
         last = example.messages[example.learned_turns[-1]] if example.learned_turns else {}
@@ -54,16 +51,11 @@ def complete(
     A completion ends at end-of-text, before the next ``Question:`` where the example is a
     question, after *max_new_tokens*, or where the model's context ends, whichever comes first.
     Prompts of similar length share a batch, padded on the left; what shares a batch changes
-    results only in rounding, and is the same for every model with the same tokenizer. *progress*
-    is told in words after each tenth of the prompts.
-
-    Returns:
-        One text per example, in their order, without special tokens.
+    results only in rounding. *progress* is told in words after each tenth of the prompts.
 
     Raises:
         DataError: no examples, an empty prompt, or one that fills the model's context.
         TokenizerError: chats but no chat template.
-        ValueError: *max_new_tokens* or *batch_size* below 1.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError("max_new_tokens and batch_size must be 1 or more")

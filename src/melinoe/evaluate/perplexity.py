@@ -57,12 +57,11 @@ def perplexity(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 8
     Measure how well *model*, offloaded or not, predicts the completions of *encoded*.
 
     Logits and their softmax are taken in float32 and summed in float64; *batch_size* changes
-    results only in rounding. The model's training mode is put back afterwards.
+    results only in rounding.
 
     Raises:
         DataError: nothing to predict.
         ModelError: a loss that is not finite, and which tensor is to blame.
-        ValueError: *batch_size* below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
@@ -87,12 +86,7 @@ def perplexity(model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 8
 
 
 def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
-    """
-    Estimate our perplexity over theirs, minus 1: 0.02 is 2 % worse; paired by sequence.
-
-    Raises:
-        DataError: the two were not measured on the same tokens.
-    """
+    """Estimate our perplexity over theirs, minus 1: 0.02 is 2 % worse; paired by sequence."""
     if not np.array_equal(ours.tokens, theirs.tokens):
         raise DataError(
             "the two perplexities are of different texts; evaluate both models on the same data"
@@ -103,9 +97,8 @@ def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
 @dataclass(frozen=True)
 class Decoded:
     """
-    The cost of reading a text token by token: transfers on demand and tokens while decoding.
-
-    Both int64 ``(sequences,)``; tokens are the forward passes after the prompt's.
+    Perplexity, and the cost of reading token by token: int64 ``(sequences,)`` of loads and
+    tokens.
     """
 
     perplexity: Perplexity
@@ -125,12 +118,8 @@ def decoded_perplexity(
 
     Where experts depend on what is resident (cache-aware choice), one pass over a whole text would
     not show what that costs. With the exact choice both agree up to rounding. Each text starts from
-    an empty cache; a plain model, whose *handle* is ``None``, loads nothing. *progress* is told in
-    words after each tenth of the texts.
-
-    Raises:
-        DataError: nothing to predict.
-        ModelError: a loss that is not finite, and which tensor is to blame.
+    an empty cache; a plain model, whose *handle* is ``None``, loads nothing. Raises as
+    `perplexity`.
     """
     device = model.get_input_embeddings().weight.device
     nll, counted, loads, decoded = [], [], [], []

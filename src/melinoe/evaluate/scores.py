@@ -27,11 +27,9 @@ _ANSWER = re.compile(r"####\s*(-?\s*\$?\s*-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\s*\$?\s
 
 def extract_answer(text: str) -> Decimal | None:
     """
-    Return the number after the first ``####``, as GSM8K marks answers.
+    Return the number after the first ``####``, as GSM8K marks answers, however it is written.
 
-    Dollar signs and thousands' commas are dropped, and equal numbers are equal however they are
-    written (``5``, ``5.00``). The first mark counts, because a model that goes on after its answer
-    starts the next question. ``None`` if there is no mark with a number behind it.
+    The first mark counts, because a model that goes on after its answer starts the next question.
     """
     found = _ANSWER.search(text)
     if found is None:
@@ -43,15 +41,7 @@ def extract_answer(text: str) -> Decimal | None:
 
 
 def right_answers(completions: Sequence[str], references: Sequence[str]) -> Floats:
-    """
-    Score each completion 1 if its answer equals the reference's, else 0.
-
-    A completion without an answer is wrong; each reference has a ``####`` line.
-
-    Raises:
-        DataError: nothing to score, or a reference without an answer.
-        ValueError: lengths differ.
-    """
+    """Score each completion 1 if its answer equals the reference's, else 0."""
     _check(completions, references)
     right = np.zeros(len(references))
     for index, (completion, right_one) in enumerate(zip(completions, references, strict=True)):
@@ -68,12 +58,8 @@ def rouge_l(completions: Sequence[str], references: Sequence[str]) -> Floats:
     """
     Score each completion by the F1 of its longest common subsequence of words with the reference.
 
-    Words are runs of a-z and 0-9, lower-cased; those of more than three letters are stemmed by
-    Porter's rules, as is usual for instruction data. A completion without words scores 0.
-
-    Raises:
-        DataError: nothing to score, or a reference without a word in this sense.
-        ValueError: lengths differ.
+    Words are runs of a-z and 0-9, lower-cased, those of more than three letters stemmed by Porter's
+    rules. A completion without words scores 0; a reference without one is a DataError.
 
     Source:
         Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004; computed by the
@@ -127,12 +113,7 @@ class Scores:
         return found
 
     def against(self, other: "Scores") -> list[Comparison]:
-        """
-        Compare with *other* on the same text, metric by metric, paired by example.
-
-        Raises:
-            DataError: the two are not of the same tokens or examples.
-        """
+        """Compare with *other* on the same text, metric by metric, paired by example."""
         names = (self.model, other.model, self.domain)
         found = [compare_perplexity(self.perplexity, other.perplexity, *names)]
         for metric, values in self.per_example.items():
@@ -159,20 +140,9 @@ def score(
     """
     Measure perplexity and, where asked for, ROUGE-L and exact match of greedy completions.
 
-    Args:
-        model: A causal language model, offloaded or not.
-        tokenizer: Its tokenizer.
-        examples: At least one.
-        label: The model's name in records; *domain* is the text's.
-        in_domain: Whether the model was fine-tuned on text of this kind.
-        rouge: Also ROUGE-L; see `rouge_l`.
-        answers: Also exact match of GSM8K answers; see `right_answers`.
-        max_length: Longest sequence behind the perplexity, in tokens.
-        max_new_tokens: As in `complete`, as are *batch_size* and *progress*.
-
-    Raises:
-        DataError: as `encode`, `perplexity`, `complete`, `rouge_l` and `right_answers`; before
-            anything is generated where the data alone shows it.
+    *label* and *domain* name model and text in records, *max_length* bounds a sequence behind the
+    perplexity; the rest as in `complete`. What the data alone shows to be wrong is a DataError
+    before anything is generated.
     """
     # A reference that is missing or has no answer is found before minutes of generating.
     references = [reference(example) for example in examples] if rouge or answers else []

@@ -15,8 +15,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """
     Append one record as one line, whole or not at all; the file and its folder are made.
 
-    Raises:
-        DataError: the place cannot be written to, or the record holds a number that is not finite.
+    DataError: the place cannot be written to, or the record holds a number that is not finite.
     """
     line = (_text(record, None) + "\n").encode()
     with _named(Path(path)) as target:
@@ -34,12 +33,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """
-    Write *value* as JSON: the file appears whole or not at all, in place of an earlier one.
-
-    Raises:
-        DataError: as `append_jsonl`.
-    """
+    """Write *value* as JSON: the file appears whole or not at all, in place of an earlier one."""
     text = _text(value, 1) + "\n"
     with _named(Path(path)) as target:
         write_whole(target, text)

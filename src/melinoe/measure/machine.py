@@ -15,9 +15,8 @@ def machine() -> dict[str, Any]:
     """
     Return facts about this machine, its software and this moment; nothing that names its owner.
 
-    ``cpu``, ``cores`` (that this process may use), ``threads`` (torch's), ``memory_gib``, ``gpu``
-    (``None`` without CUDA), ``system``, ``versions``, ``commit`` (``None`` outside a checkout of
-    the project; ``-dirty`` behind it if files were changed) and ``date`` (UTC, to the second).
+    ``commit`` is ``None`` outside a checkout of the project, and ends in ``-dirty`` if files
+    changed.
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     names = ("melinoe", "torch", "transformers", "numpy", "safetensors")

@@ -27,9 +27,6 @@ def reading_trace(model: Any, handle: Handle, encoded: Sequence[Encoded]) -> Tra
     A token's routing depends on the tokens before it alone, so one forward pass per example
     gives what decoding that text would give, up to rounding: the prompt in one pass, then each
     completion token in its own. One sequence per example, in order.
-
-    Raises:
-        DataError: nothing to read.
     """
     if not encoded:
         raise DataError("there is no text to read; give at least one example")
@@ -62,8 +59,7 @@ def reading_record(trace: Trace, model: str, slots: int, policy: str) -> dict[st
     """
     Return the record of kind ``reading``: transfers per token of texts that were read, simulated.
 
-    Every text of *trace*, from `reading_trace`, starts from an empty cache; what its prompt loads
-    is not counted.
+    Every text starts from an empty cache; what its prompt loads is not counted.
     """
     counts = completion_counts(trace, slots, policy)
     prompts = [

@@ -21,12 +21,9 @@ def reference_record(
     """
     Let a model continue *prompts* greedily, and record tokens and log-probabilities.
 
-    Give it in the type that the other engine computes in; prompts get no chat template.
-
-    Returns:
-        ``prompts``: per prompt its ``text``, ``prompt_ids``, greedy ``tokens``, the ``logprobs``
-        of these (natural logarithms over the whole vocabulary, in float32) and the ``top`` five
-        pairs of token and log-probability at each step; beside ``model``, ``dtype``, ``versions``.
+    Give it in the type that the other engine computes in; prompts get no chat template. Of each
+    prompt ``logprobs`` are natural logarithms over the whole vocabulary, in float32, and ``top``
+    the five likeliest pairs of token and log-probability at each step.
     """
     rows = []
     for text in prompts:

@@ -62,28 +62,19 @@ def serving(
 
     A generator for `serve` or `side_by_side` to drive; nothing is checked or run before that. The
     first prompt is run once before anything is measured. Counts and times are of the completion's
-    forward passes, one token each, unless their name says else;
-    ``docs/method.md`` defines each. Prefetches are charged in full to ``adjusted_hit_rate``; their
-    precision, recall and waste stand only where something was copied ahead.
-
-    Each is a ratio of sums with a 95 % interval over prompts. With *repeat*, a prompt's times are
-    the median of its runs; greedy runs from a cold cache all count the same.
+    forward passes, one token each, unless their name says else; ``docs/method.md`` defines each.
+    Each is a ratio of sums with a 95 % interval over prompts.
 
     Args:
         model: As in `melinoe.generate.generate`, as are *predictor*, *prefetch* and *sampling*.
-        handle: Attached to *model*; its counters run on.
-        tokenizer: The model's.
-        prompts: At least one.
         max_new_tokens: At most so many for each; at least 2.
-        label: The model's name in tables.
-        strategy: The strategy's name in tables; ``""`` names policy and prefetch.
+        label: The model's name in tables; *strategy* is the strategy's.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
-        repeat: Runs per prompt, for steadier times.
+        repeat: Runs per prompt, of which times are the median.
 
     Raises:
         DataError: no prompts, or none that got two tokens.
-        ValueError: *max_new_tokens* below 2, *repeat* below 1, or repeats of a warm cache; a way
-            to generate whose passes are not one token each.
+        ValueError: repeats of a warm cache; a way to generate whose passes are not one token each.
     """
     odd = [name for name in _SEVERAL_TOKENS_A_PASS if sampling.get(name) is not None]
     if odd or sampling.get("use_cache") is False:
@@ -161,8 +152,7 @@ def side_by_side(servings: Sequence[Serving]) -> list[dict[str, Any]]:
     """
     Run several servings prompt by prompt in turn, and return their records.
 
-    Throttling and other work of the machine then fall on all of them alike. Each round begins with
-    another one.
+    Throttling and other work of the machine then fall on all of them alike.
     """
     records: list[dict[str, Any]] = [{} for _ in servings]
     running = list(range(len(servings)))
@@ -178,12 +168,7 @@ def side_by_side(servings: Sequence[Serving]) -> list[dict[str, Any]]:
 
 
 def serve_record(generations: Sequence[Sequence[Generation]], **facts: Any) -> dict[str, Any]:
-    """
-    Turn what `generate` returned, one list of runs per prompt, into *facts* with estimates.
-
-    Raises:
-        DataError: no prompt got two tokens.
-    """
+    """Turn what `generate` returned, one list of runs per prompt, into *facts* with estimates."""
     rows = [_row(runs) for runs in generations]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     if sum(columns["tokens"]) == 0:

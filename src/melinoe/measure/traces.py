@@ -29,17 +29,7 @@ def trace_records(
 
     Every sequence starts from an empty cache. Popularity, which the policy ``static`` goes by, is
     counted on the trace itself: with hindsight, which is that policy's best case. A compiled policy
-    takes seconds, any other minutes.
-
-    Args:
-        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
-        model: Label of the model.
-        policies: Names.
-        progress: Called with how many of how many replays are done.
-
-    Raises:
-        DataError: the trace has no completion tokens.
-        MelinoeError: no such policy, or one that needs weights the trace does not hold.
+    takes seconds, any other minutes; *progress* is told how many of how many replays are done.
     """
     names = list(dict.fromkeys(policies))
     sizes = np.unique(np.linspace(min(trace.top_k, trace.num_experts), trace.num_experts, _POINTS))
@@ -64,12 +54,9 @@ def locality_record(trace: Trace, model: str) -> dict[str, Any]:
     """
     Return the record of kind ``locality``, of completion tokens alone.
 
-    ``experts_per_sequence`` holds one mean over layers per sequence with a completion, ``reuse``
-    is an estimate over sequences, ``distinct_experts`` the mean over layers of what the whole
-    trace used: small there is collapse, small per sequence is locality.
-
-    Raises:
-        DataError: the trace has no completion tokens.
+    ``experts_per_sequence`` holds one mean over layers per sequence, ``distinct_experts`` the mean
+    over layers of what the whole trace used: small there is collapse, small per sequence is
+    locality.
     """
     used = experts_per_sequence(trace)
     used = used[~np.isnan(used)]
@@ -100,16 +87,7 @@ def curve_record(
     """
     Return the record of kind ``curve``: hit rate and transfers of completions by slots, simulated.
 
-    Args:
-        trace: One sequence per forward pass, as `melinoe.generate.trace_prompts` makes it.
-        model: Label of the model.
-        policy: ``lru``, ``lfu``, ``belady``, …, with its *policy_options*.
-        slots: Numbers of slots per layer to try.
-        progress: Called once for each number of slots that is done.
-
-    Raises:
-        DataError: no completion tokens.
-        MelinoeError: no such policy, or a number of slots that the model cannot have.
+    *slots* are numbers per layer to try; *progress* is called once for each that is done.
     """
     options: Any = {"policy_options": policy_options, "reset_between_sequences": True}
     costs = unit_costs(trace, slots, policy, progress=progress, **options)
@@ -129,14 +107,8 @@ def completion_counts(
     trace: Trace, slots: int, policy: str, **policy_options: Any
 ) -> dict[str, list[int]]:
     """
-    Count what each sequence's completion would have cost; arguments as in `curve_record`.
-
-    Returns:
-        ``uses``, ``hits``, ``loads`` of all layers and ``tokens``: one number per sequence, so
-        that rates have intervals and two models can be paired.
-
-    Raises:
-        MelinoeError: no such policy, or a number of slots that the model cannot have.
+    Count each sequence's ``uses``, ``hits``, ``loads`` and ``tokens`` of the completion,
+    simulated.
     """
     options = policy_options or None
     done = simulate(trace, slots, policy, reset_between_sequences=True, policy_options=options)

@@ -19,18 +19,11 @@ _ATTENTION_CLASS = re.compile(r"Attention|DeltaNet")
 
 def find_attention(model: nn.Module, layers: Sequence[ExpertsLayer]) -> dict[str, nn.Linear]:
     """
-    Find the linear projections of attention in the decoder layers.
+    Find the linear projections of attention in the decoder layers: module by full name, in order.
 
     Decoder layers are the elements of the outermost list of modules around each experts module, so
-    those without experts count too, and towers for pictures or sound do not. Projections are plain
-    ``nn.Linear``; one warning names those of another kind, and layers without any (a convolution
-    or a state-space mixer).
-
-    Returns:
-        Module by full name, in the model's own order.
-
-    Raises:
-        UnsupportedModelError: there are none.
+    towers for pictures or sound do not count. Projections are plain ``nn.Linear``; one warning
+    names those of another kind, and layers without any. UnsupportedModelError if there are none.
     """
     found: dict[str, nn.Linear] = {}
     bare: set[str] = set()

@@ -17,13 +17,7 @@ class BaseRouters:
     """
     Frozen copies of routers as they are now, to be asked about other inputs or used in their place.
 
-    They compute in float32, whatever the model computes in, except within an autocast.
-
-    Args:
-        routers: of the model, as they are now.
-        states: by router name, another state for its copy: routers of an earlier run.
-
-    Cost: the routers' parameters once more in float32; a router's forward pass per question.
+    They compute in float32, except within an autocast; *states* are other states for them, by name.
     """
 
     def __init__(
@@ -52,10 +46,8 @@ class BaseRouters:
     @contextmanager
     def in_place(self) -> Iterator[dict[int, Tensor]]:
         """
-        Let the copies answer for the routers in the body: a pass of the base model, no gradients.
-
-        Yields:
-            A dictionary that gets each layer's logits ``(tokens, num_logits)`` as the pass runs.
+        Let the copies answer for the routers in the body; yields each layer's logits as the
+        pass runs.
         """
         logits: dict[int, Tensor] = {}
         before: list[tuple[nn.Module, Any]] = []

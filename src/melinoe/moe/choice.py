@@ -45,13 +45,9 @@ class ChoiceSettings:
     """
     How choices are changed if a chosen expert is not resident.
 
-    Attributes:
-        kind: ``exact`` (nothing is changed) or ``cache-prior``.
-        strength: lambda of the cache prior, 0 or more.
-        keep: choices of a token, the router's most wanted ones, that always stay.
-
-    Raises:
-        AttachError: a value that means nothing.
+    *kind* is ``exact`` (nothing is changed) or ``cache-prior``, *strength* its lambda, 0 or more;
+    *keep* of a token's choices, the most wanted ones, always stay. AttachError where they mean
+    nothing.
     """
 
     kind: str = "exact"
@@ -73,12 +69,7 @@ class CacheAwareChoice:
     """
     Changes the choices of one layer's router, given which experts are resident.
 
-    Args:
-        settings: not ``exact``.
-        num_experts: experts of the layer; logits beyond them are skip slots and left alone.
-
-    Attributes:
-        changed: choices replaced so far.
+    Logits beyond *num_experts* are skip slots and left alone; *changed* counts replaced choices.
     """
 
     def __init__(self, settings: ChoiceSettings, num_experts: int) -> None:
@@ -94,10 +85,8 @@ class CacheAwareChoice:
 
     def observe(self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """
-        Learn from the weights that a router gave, and change nothing; arguments as for the call.
-
-        Raises:
-            UnsupportedModelError: the router's weights follow no known rule.
+        Learn from the weights that a router gave, and change nothing; arguments as for the
+        call.
         """
         self._learn(logits[:_EVIDENCE], top_k_index[:_EVIDENCE], top_k_weights[:_EVIDENCE])
 
@@ -109,16 +98,14 @@ class CacheAwareChoice:
 
         Args:
             logits: ``(tokens, num_logits)`` of the router, for the same tokens.
-            top_k_index: int64 ``(tokens, top_k)``, the router's choice; ids outside the experts
-                mean none, and a token that has one is left alone.
+            top_k_index: int64 ``(tokens, top_k)``, the router's choice; a token with an id outside
+                the experts is left alone.
             top_k_weights: ``(tokens, top_k)``.
             resident: bool ``(num_experts,)`` before this request, on the same device.
 
         Returns:
-            Choices and weights, of the same shapes and types.
-
-        Raises:
-            UnsupportedModelError: the router's weights follow no known rule.
+            Choices and weights, of the same shapes and types. UnsupportedModelError if the router's
+            weights follow no known rule.
         """
         whole = self._learn(logits, top_k_index, top_k_weights)
         if self.weighting is None or not self.settings.strength or not bool(whole.any()):
@@ -194,12 +181,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 class Weighting(NamedTuple):
     """
-    The rule by which one router makes weights of logits.
-
-    Attributes:
-        function: name of f.
-        normalised: whether the values of the chosen experts are divided by their sum.
-        scale: factor on all.
+    The rule by which one router makes weights of logits: scale f(logit), over their sum or not.
     """
 
     function: str
@@ -226,15 +208,8 @@ class Weighting(NamedTuple):
 
 def find_weighting(logits: Tensor, index: Tensor, weights: Tensor) -> Weighting:
     """
-    Find the rule that gave *weights*; of several that would do, the one that comes nearest.
-
-    Args:
-        logits: ``(tokens, num_logits)`` of the router.
-        index: int64 ``(tokens, top_k)``, what it chose, all of them experts.
-        weights: ``(tokens, top_k)``, what it gave them.
-
-    Raises:
-        UnsupportedModelError: no known rule gives these weights.
+    Find the rule by which a router gave *weights* to *index*; UnsupportedModelError if none is
+    near.
     """
     tolerance, total = _tolerance(weights), weights.float().sum()
     rules = []

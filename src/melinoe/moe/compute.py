@@ -23,14 +23,7 @@ Forward = Callable[..., Tensor]
 
 
 class StandIn:
-    """
-    Looks like an experts module whose experts are the slots.
-
-    Args:
-        module: the real one, which has everything else (activation, limits, norm).
-        slots: by parameter name, ``(num_slots, ...)``, else shaped like the module's own.
-        num_slots: how many.
-    """
+    """Looks like an experts module whose experts are the slots; *module* has everything else."""
 
     def __init__(self, module: nn.Module, slots: Mapping[str, Tensor], num_slots: int) -> None:
         flags = {name: getattr(module, name, default) for name, default in _FLAGS.items()}
@@ -48,15 +41,7 @@ class Pairs:
     The outputs of a request that is computed in parts, or that has choices of no expert.
 
     A pair that is never computed contributes nothing, as in transformers' eager loop, which skips
-    ids outside ``[0, num_experts)``.
-
-    Args:
-        hidden_states: ``(tokens, hidden)``.
-        top_k: choices per token.
-        dtype: the slots' dtype, in which the pairs are computed.
-
-    Attributes:
-        outputs: ``(tokens * top_k, hidden)``, unweighted.
+    ids outside ``[0, num_experts)``. *outputs* are ``(tokens * top_k, hidden)``, unweighted.
     """
 
     def __init__(self, hidden_states: Tensor, top_k: int, dtype: torch.dtype) -> None:
@@ -70,12 +55,8 @@ class Pairs:
         """
         Compute the pairs that have a slot now.
 
-        Args:
-            forward: transformers' ``grouped_mm`` or ``batched_mm`` experts function.
-            stand_in: carries the slots.
-            slot_of_pair: int64 ``(tokens * top_k,)``; below 0 for pairs that are not due.
-            due: int64, the pairs that are due, ascending. Absent: found, for which the host waits
-                for the device.
+        *slot_of_pair* is int64 ``(tokens * top_k,)``, below 0 for pairs that are not *due*, which
+        is int64, ascending; absent, it is found, for which the host waits for the device.
         """
         if due is None:
             due = (slot_of_pair >= 0).nonzero().squeeze(-1)

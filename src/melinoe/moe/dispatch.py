@@ -32,16 +32,10 @@ ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def bind(module: nn.Module, function: ExpertsFunction) -> None:
     """
-    Let *function* compute the experts of *module*.
+    Let *function* compute the experts of *module*; AttachError if something is bound already.
 
-    Args:
-        module: an experts module, as `find_experts` lists them.
-        function: called with hidden states ``(tokens, hidden)``, ``top_k_index`` int64
-            ``(tokens, top_k)`` and ``top_k_weights`` ``(tokens, top_k)``; returns
-            ``(tokens, hidden)``.
-
-    Raises:
-        AttachError: something is bound already.
+    It is called with hidden states ``(tokens, hidden)``, ``top_k_index`` int64 ``(tokens, top_k)``
+    and ``top_k_weights`` ``(tokens, top_k)``, and returns ``(tokens, hidden)``.
     """
     if _BOUND in vars(module):
         raise AttachError("a runtime is attached to this model already; detach() it first")
@@ -60,10 +54,8 @@ def bound(module: nn.Module) -> ExpertsFunction | None:
 
 def use_melinoe(model: nn.Module) -> Callable[[], None]:
     """
-    Choose ``melinoe`` as the experts implementation of *model*, nested configurations included.
-
-    Returns:
-        A function that restores the implementation of before.
+    Choose ``melinoe`` as the experts implementation of *model*; returns a function that undoes
+    it.
     """
     if NAME not in ALL_EXPERTS_FUNCTIONS:  # not at import, which changes nothing
         ALL_EXPERTS_FUNCTIONS.register(NAME, _melinoe)
@@ -109,9 +101,7 @@ def transformers_function(module: nn.Module) -> Callable[..., Tensor]:
     Find transformers' function that *module* would use with all experts resident.
 
     ``eager``, a loop over experts in Python, becomes ``grouped_mm``: the same up to rounding.
-
-    Raises:
-        AttachError: an implementation that does not take its weights from the module as they are.
+    AttachError where an implementation does not take its weights from the module as they are.
     """
     name = getattr(module.config, "_experts_implementation", None)  # type: ignore[union-attr]
     if name in (None, "eager"):

@@ -36,24 +36,14 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class ExpertsLayer:
-    """
-    One MoE layer: the module that holds its experts, and what one expert consists of.
+    """One MoE layer: the module that holds its experts, and what one expert consists of."""
 
-    Attributes:
-        index: Counts MoE layers in ``named_modules()`` order; not the decoder layer's number.
-        name: Of the module within its model.
-        module: Stacks the experts' weights.
-        num_experts: Of this layer.
-        tensors: The module's tensors, seen per expert.
-        format: How an expert is stored outside its module.
-    """
-
-    index: int
-    name: str
-    module: nn.Module = field(repr=False)
+    index: int  # counts MoE layers in ``named_modules()`` order
+    name: str  # of the module within its model
+    module: nn.Module = field(repr=False)  # stacks the experts' weights
     num_experts: int
-    tensors: tuple[Part, ...]
-    format: ExpertFormat = PLAIN
+    tensors: tuple[Part, ...]  # the module's, seen per expert
+    format: ExpertFormat = PLAIN  # how an expert is stored outside its module
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -86,13 +76,10 @@ def is_experts_module(module: nn.Module) -> bool:
 
 def find_experts(model: nn.Module) -> list[ExpertsLayer]:
     """
-    List the MoE layers of *model*, in ``named_modules()`` order.
+    List the MoE layers of *model*, in ``named_modules()`` order; also on the meta device.
 
-    Works on weights in memory and on the meta device. Layers may differ in their number of
-    experts. State that is not stacked over experts (activation, norm) stays with the module.
-
-    Returns:
-        At least one layer.
+    Layers may differ in their number of experts. State that is not stacked over experts stays with
+    the module.
 
     Raises:
         UnsupportedModelError: no MoE layers; a family whose experts transformers does not hand to

@@ -24,8 +24,7 @@ def are_finite(logits: Tensor) -> bool:
     """
     Tell whether the largest of each row of *logits* ``(..., vocabulary)`` is finite.
 
-    Single logits may be -inf: masked tokens are, and padding of the vocabulary. Waits for the
-    device.
+    Single logits may be -inf: masked tokens and padding of the vocabulary are.
     """
     return bool(logits.amax(-1).isfinite().all())
 
@@ -35,12 +34,7 @@ class _FoundError(Exception):
 
 
 def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
-    """
-    Call the ``generate`` of *model*, and stop at the first logits that are not finite.
-
-    Raises:
-        ModelError: there are such; it names the layer and the tensor.
-    """
+    """Call the ``generate`` of *model*; a ModelError at the first logits that are not finite."""
 
     def watch(input_ids: Any, scores: Any) -> Any:
         if not are_finite(scores):
@@ -59,10 +53,7 @@ def not_finite(model: nn.Module, inputs: Mapping[str, Any], what: str) -> ModelE
     """
     Make the error that says why *what* is not finite: the first module that made it so.
 
-    Args:
-        model: offloaded or not.
-        inputs: of the call that gave it; the model is called with them once more.
-        what: such as ``the loss of example 3``.
+    *inputs* are those of the call that gave it: the model is called with them once more.
     """
 
     def look(name: str) -> Any:

@@ -31,17 +31,8 @@ def grouped_experts(
     """
     Compute an experts module, as ``transformers.integrations.moe.grouped_mm_experts_forward`` does.
 
-    Never waits for the device; takes memory of the order of ``tokens x top_k`` rows.
-
-    Args:
-        module: an experts module with its weights in it; only their data is read.
-        hidden_states: ``(tokens, hidden)``.
-        top_k_index: int64 ``(tokens, top_k)``; ids outside ``[0, num_experts)`` mean no expert.
-        top_k_weights: ``(tokens, top_k)``.
-        addition: gives the term of a projection.
-
-    Returns:
-        ``(tokens, hidden)`` in the dtype of *hidden_states*.
+    Never waits for the device; takes memory of the order of ``tokens x top_k`` rows. *addition*
+    gives the term of a projection. Returns ``(tokens, hidden)`` in the dtype of *hidden_states*.
     """
     choice = sort_choices(top_k_index, top_k_weights, module.num_experts)
     stacks = dict(module.named_parameters(recurse=False))
@@ -54,21 +45,14 @@ class Choices(NamedTuple):
     """
     The (token, choice) pairs of a pass, sorted by expert.
 
-    Attributes:
-        order: int64 ``(pairs,)``: numbers of the pairs, token by token, in sorted order.
-        experts: int64 ``(pairs,)``, ascending. A pair without an expert has a neighbour's, and
-            weight 0: no row stays unwritten.
-        tokens: int64 ``(pairs,)``.
-        weights: ``(pairs,)``.
-        offsets: int32 ``(num_experts,)``; pairs up to and with each expert.
-        top_k: Choices of a token.
+    A pair without an expert has a neighbour's, and weight 0: no row stays unwritten.
     """
 
-    order: Tensor
-    experts: Tensor
-    tokens: Tensor
-    weights: Tensor
-    offsets: Tensor
+    order: Tensor  # int64 (pairs,): numbers of the pairs, token by token, in sorted order
+    experts: Tensor  # int64 (pairs,), ascending
+    tokens: Tensor  # int64 (pairs,)
+    weights: Tensor  # (pairs,)
+    offsets: Tensor  # int32 (num_experts,): pairs up to and with each expert
     top_k: int
 
 
@@ -95,18 +79,8 @@ def expert_rows(
     addition: Addition | None = None,
 ) -> Tensor:
     """
-    Compute rows by their experts, unweighted.
-
-    Args:
-        module: the experts module, for its layout and activation.
-        stacks: its weights by name, of all experts or of some.
-        rows: ``(pairs, hidden)``, sorted by expert.
-        experts: int64 ``(pairs,)``, into *stacks*.
-        offsets: int32, one for each expert of *stacks*.
-        addition: as in `grouped_experts`.
-
-    Returns:
-        ``(pairs, hidden)``.
+    Compute *rows* ``(pairs, hidden)``, sorted by expert, by their *experts* in *stacks*,
+    unweighted.
     """
     # Within an autocast rows are wider than they are computed with.
     wide = not torch.is_autocast_enabled(rows.device.type)
@@ -149,9 +123,6 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             frozen: each matrix is then cast up as it is read.
         weight: ``(groups, in, out)``.
         offsets: int32 ``(groups,)``; rows up to and with each group.
-
-    Returns:
-        ``(rows, out)``.
     """
     if rows.dtype != weight.dtype:
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -30,22 +30,13 @@ _ASKS = ("__get__", "size", "dim", "numel", "stride")
 
 @dataclass(frozen=True)
 class Pass:
-    """
-    Figures of one forward pass over some tokens of one sequence.
+    """Figures of one forward pass over some tokens of one sequence."""
 
-    Attributes:
-        cache_bytes: left in the cache, by part of it: a layer, mostly.
-        windows: tokens that the part keeps at most; None where it keeps all.
-        read_bytes: of parameters outside the experts that take part in every token's arithmetic.
-        looked_up_bytes: of tables from which a token takes a row.
-        top_k: experts that a token asked for, by MoE layer; None for a layer that was not called.
-    """
-
-    cache_bytes: tuple[int, ...]
-    windows: tuple[int | None, ...]
-    read_bytes: int
-    looked_up_bytes: int
-    top_k: tuple[int | None, ...]
+    cache_bytes: tuple[int, ...]  # left in the cache, by part of it: a layer, mostly
+    windows: tuple[int | None, ...]  # tokens that the part keeps at most; None: all
+    read_bytes: int  # of parameters outside the experts that every token's arithmetic reads
+    looked_up_bytes: int  # of tables from which a token takes a row
+    top_k: tuple[int | None, ...]  # a token's experts, by MoE layer; None: it was not called
 
 
 class _Reads(TorchFunctionMode):
@@ -73,14 +64,8 @@ def without_experts(
     """
     Make *model*, on the meta device, run in the body; its experts return their inputs.
 
-    Args:
-        called: told of each call of a layer's experts, with ``top_k_index``.
-
-    Yields:
-        By MoE layer, the experts a token asked for; None while it was not called.
-
-    Raises:
-        RuntimeError: any exception of the body's, chained.
+    *called* is told of each call of a layer's experts. Yields, by MoE layer, the experts a token
+    asked for. RuntimeError: any exception of the body's, chained.
     """
     top_k: list[int | None] = [None] * len(layers)
 
@@ -115,14 +100,10 @@ def forward(
     sizes: Mapping[int, int] | None = None,
 ) -> Pass:
     """
-    Run *model*, on the meta device, over *tokens* tokens: no memory, and well under a second.
+    Run *model*, on the meta device, over *tokens* tokens, at most `DIRECT`: well under a second.
 
-    Args:
-        tokens: at most `DIRECT`.
-        sizes: bytes of each parameter outside the experts, by ``id``; absent: its own.
-
-    Raises:
-        RuntimeError: the family's code looks at values, or keeps no cache.
+    *sizes* are bytes of each parameter outside the experts, by ``id``. RuntimeError where the
+    family's code looks at values, or keeps no cache.
     """
     reads = _Reads()
     with without_experts(model, layers) as top_k:
@@ -153,11 +134,7 @@ def cache_bytes(
     Count the bytes that the cache holds for one sequence of *context* tokens.
 
     Beyond `DIRECT` tokens each part grows on as over the last half of them, up to its window.
-
     *seen* is a pass over ``min(context, DIRECT)`` tokens, if one was made already.
-
-    Raises:
-        RuntimeError: as `forward`.
     """
     whole = seen or forward(model, layers, min(context, DIRECT))
     if context <= DIRECT:

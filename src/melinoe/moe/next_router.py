@@ -27,13 +27,8 @@ class NextRouters:
     The routers of a model, each to be asked about the inputs of the one before it.
 
     While it is open, a hook on each router keeps its latest inputs. The modules asked share the
-    model's parameters but not its hooks, so that a recorder of the routers sees nothing of it.
-
-    Args:
-        routers: of all MoE layers, in order.
-
-    Raises:
-        UnsupportedModelError: a router reads vectors of another width than the one before it.
+    model's parameters but not its hooks. UnsupportedModelError where a router reads vectors of
+    another width than the one before it.
 
     Source:
         Speculative loading: Eliseev and Mazur, arXiv:2312.17238, who apply the next layer's gate
@@ -82,22 +77,11 @@ class NextRouters:
     @torch.no_grad()
     def guess(self, layer: int, target: int, rows: int, top_k: int) -> Tensor:
         """
-        Ask the router of *target* about the latest inputs of the router of *layer*.
+        Ask the router of *target*, the layer that comes next, about the inputs of *layer*'s router.
 
-        Args:
-            layer: MoE layer whose router has run.
-            target: the layer that comes next (`melinoe.cache.route.Route`).
-            rows: tokens that its experts are about to compute.
-            top_k: ids to name for each, where the router itself does not say how many.
-
-        Returns:
-            Integers ``(rows, top_k)``: the router's own choice where it returns one, so that
-            correction biases and groups count, else its highest logits; ids outside the experts
-            mean none.
-
-        Raises:
-            UnsupportedModelError: the router cannot take these inputs, or its output cannot be
-                read.
+        Returns integers ``(rows, top_k)``: the router's own choice where it returns one, so that
+        correction biases and groups count, else its highest logits; ids outside the experts mean
+        none. UnsupportedModelError where its output cannot be read.
         """
         router = self._routers[target]
 

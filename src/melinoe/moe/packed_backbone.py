@@ -17,21 +17,11 @@ from melinoe.moe.routing import find_routers
 @torch.no_grad()
 def pack_backbone(model: nn.Module, kind: PackedFormat) -> int:
     """
-    Replace the plain linear layers of *model* by packed ones, for good, one at a time.
+    Replace the plain linear layers of *model*, on the CPU, by packed ones; returns how many.
 
     Routers stay as they are, for what they choose hangs on small differences; so do embeddings,
-    other kinds of layers, and weights that the format cannot hold. A head tied to the embeddings is
-    packed beside them: fewer bytes are read for a token, and more are held.
-
-    Args:
-        model: On the CPU; its experts may have been taken out.
-        kind: ``int8`` or another format.
-
-    Returns:
-        How many layers are packed now.
-
-    Raises:
-        AttachError: a weight is not on the CPU.
+    other kinds of layers, and weights that the format *kind* cannot hold. A head tied to the
+    embeddings is packed beside them: fewer bytes are read for a token, and more are held.
     """
     kept = {id(part) for router in find_routers(model) for part in router.module.modules()}
     kept |= {id(p) for m in model.modules() if is_experts_module(m) for p in m.modules()}

@@ -25,29 +25,17 @@ _NAMES = ("gate", "router")
 
 @dataclass(frozen=True)
 class Router:
-    """
-    The router of one MoE layer.
+    """The router of one MoE layer."""
 
-    Attributes:
-        index: number of the MoE layer, as in `find_experts`.
-        name: of the router module, as in ``named_modules()``.
-        module: the router module.
-        source: dotted name, below *module*, of the submodule that makes the logits; empty where
-            the module itself does, as the first of its outputs.
-        experts: the experts module it chooses for; its weights may have been taken out.
-        num_experts: experts of the layer, skip slots not counted.
-        num_logits: width of its logits: the experts, then skip slots if it has any.
-        top_k: experts per token.
-    """
-
-    index: int
-    name: str
+    index: int  # of the MoE layer, as in `find_experts`
+    name: str  # of the module, as in ``named_modules()``
     module: nn.Module = field(repr=False)
+    # Dotted name, below *module*, of the submodule that makes the logits; empty: the module.
     source: str
-    experts: nn.Module = field(repr=False)
-    num_experts: int
-    num_logits: int
-    top_k: int | None
+    experts: nn.Module = field(repr=False)  # their weights may have been taken out
+    num_experts: int  # skip slots not counted
+    num_logits: int  # the experts, then skip slots if it has any
+    top_k: int | None  # experts per token
 
     @property
     def weight(self) -> nn.Parameter:
@@ -64,9 +52,8 @@ def find_routers(model: nn.Module) -> list[Router]:
     """
     Find the router of each MoE layer, in the order of `find_experts`; also of an offloaded model.
 
-    Raises:
-        UnsupportedModelError: no MoE layers; a layer without a router, or whose router has no
-            trainable weight of one row per expert, so its choice could not be trained.
+    UnsupportedModelError: no MoE layers, or a layer whose router has no trainable weight of one
+    row per expert, so its choice could not be trained.
     """
     found = [(name, module) for name, module in model.named_modules() if is_experts_module(module)]
     if not found:
@@ -114,20 +101,12 @@ def router_logits(output: Any) -> Tensor:
 
 
 class Routing(NamedTuple):
-    """
-    The record of one layer's router in one forward pass; tokens are flat, in the batch's order.
-
-    Attributes:
-        logits: ``(tokens, num_logits)``, with gradient.
-        top_k_index: int64 ``(tokens, top_k)``, the choices that ran; ids outside the experts mean
-            none.
-        inputs: positional and keyword inputs of the router, detached: for a reference router.
-    """
+    """One layer's router in one forward pass; tokens are flat, in the batch's order."""
 
     router: Router
-    logits: Tensor
-    top_k_index: Tensor
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    logits: Tensor  # ``(tokens, num_logits)``, with gradient
+    top_k_index: Tensor  # int64 ``(tokens, top_k)``, that ran; ids outside the experts: none
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]  # of the router, detached
 
 
 class _Recorder:
@@ -152,9 +131,8 @@ class RoutingRecorder(_Recorder):
     """
     Collects, during a forward pass, every router's inputs and logits, and the choices that ran.
 
-    Used as a context manager around one forward pass; ``take()`` returns the layers' `Routing` and
-    empties the recorder. The pass is the same with and without it. Where a layer runs twice within
-    the pass (recomputed activations in a backward pass), the first run counts.
+    A context manager around one forward pass; ``take()`` returns the layers' `Routing` and empties
+    it. Where a layer runs twice within the pass (recomputed activations), the first run counts.
     """
 
     def __init__(self, routers: list[Router]):
@@ -162,12 +140,7 @@ class RoutingRecorder(_Recorder):
         self._clear()
 
     def take(self) -> list[Routing]:
-        """
-        Return the record of the pass, one `Routing` per layer that ran, in layer order.
-
-        Raises:
-            UnsupportedModelError: a layer gave ids but no logits, or the other way round.
-        """
+        """Return one `Routing` per layer that ran, in layer order."""
         if self._logits.keys() != self._index.keys():
             odd = sorted(self._logits.keys() ^ self._index.keys())
             raise UnsupportedModelError(
@@ -221,12 +194,7 @@ class HiddenRecorder(_Recorder):
     Collects the inputs of each router and of the language-model head, with their graph.
 
     Between one router and the next lies one MoE block, so these are the model's hidden states after
-    each block, whatever a family calls its layers. ``take()`` empties it. Where a part runs twice
-    within the pass (recomputed activations), the first run counts.
-
-    Args:
-        routers: of *model*, from `find_routers`.
-        model: gives the head, ``get_output_embeddings()``; without a head there is one place less.
+    each block, whatever a family calls its layers. ``take()`` empties it.
     """
 
     def __init__(self, routers: list[Router], model: Any) -> None:
@@ -259,9 +227,6 @@ def fingerprint(model: nn.Module) -> str:
 
     The 64 hexadecimal digits are equal exactly if the routers hold equal numbers, in whatever type;
     a trace or predictor of one model then belongs to the other.
-
-    Raises:
-        UnsupportedModelError: as `find_routers`.
     """
     digest = hashlib.sha256()
     for router in find_routers(model):

@@ -29,12 +29,10 @@ GIB = 2**30
 
 def forecast() -> list[dict[str, Any]]:
     """
-    Plan every model of `MODELS` on every card of `CARDS`.
+    Plan every model of `MODELS` on every card of `CARDS`: a row for each model.
 
-    Returns:
-        A row for each model: ``model``, ``bits``, ``experts_gib`` (all of them, as stored),
-        ``num_experts``, and ``cards``: for each card None if the model does not fit, else ``slots``
-        and the two ends of ``tokens_per_s``.
+    In its ``cards`` stands None where the model does not fit, else ``slots`` and the two ends of
+    ``tokens_per_s``.
     """
     rows = []
     facts = {name: model_facts(name, CONTEXT) for name, _ in MODELS}

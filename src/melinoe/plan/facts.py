@@ -97,10 +97,8 @@ def model_facts(
         model: A directory with a ``config.json``, such a file, a name on the hub (of which only
             the config is fetched), or a name of `known_models`.
         context: Tokens of a sequence, for the cache of keys and values.
-        dtype: Type of the weights; None takes the config's, else that of the weights that are
-            here, else bfloat16.
-        packed: Count packed experts as they are stored; else as they mean, in *dtype*. All else is
-            decoded when it is loaded, and counted so.
+        dtype: Of the weights; None: the config's, else that of the weights that are here.
+        packed: Count packed experts as they are stored; else as they mean, in *dtype*.
 
     Raises:
         CheckpointError: no readable config, or weights packed in a form that is not known.
@@ -149,9 +147,8 @@ def built_from_config(
     """
     Build a model without weights; see `model_facts`.
 
-    Returns:
-        Its config, where that came from, the type of the weights, the model, its MoE layers in the
-        format in which they are stored.
+    Gives its config, where that came from, the type of the weights, the model, and its MoE layers
+    in the format in which they are stored.
     """
     config, source, raw = _config(model)
     wanted = dtype or guess_dtype(model, config)

@@ -50,14 +50,11 @@ def plan_finetuning(
         model: As `model_facts` takes it; only its config is read.
         settings: Of the run; a pass has ``batch_size`` times ``max_length`` tokens.
         gpu_memory: Of the GPU; absent: nine tenths of *card*'s, or no GPU where there is none.
-        card: A GPU by name.
-        ram: What experts may take of the host; absent beside a GPU: as much as they need. Without
-            a GPU, what the run may take.
+        ram: What experts may take of the host; without a GPU, what the run may take.
         link, disk: Rates, as `find_bandwidth` takes them; absent: the card's link; ``nvme4``.
 
     Raises:
         BudgetError: it does not fit; the sentence names the smallest budget that does.
-        CheckpointError, UnsupportedModelError: as `model_facts`.
     """
     config, _, dtype, built, layers = built_from_config(model)
     on_gpu = gpu_memory is not None or card is not None

@@ -32,9 +32,7 @@ def parse_bandwidth(text: str, part: str) -> float:
     """
     Read the bytes a second of a *part*: ``"25GB/s"``, ``"900 MB/s"``, ``"25GiB/s"``, ``"25GBps"``.
 
-    Raises:
-        HardwareError: no bandwidth, one in bits, as links are also sold, or one that no such part
-            has.
+    HardwareError: none, one in bits, as links are also sold, or one that no such part has.
     """
     match = _BANDWIDTH.fullmatch(text)
     if match is not None and match[2] not in _UNITS and match[2].endswith(("b", "bit", "bits")):
@@ -59,12 +57,7 @@ def parse_bandwidth(text: str, part: str) -> float:
 
 
 def parse_seconds(text: str) -> float:
-    """
-    Read a latency: ``"10us"``, ``"0.5 ms"``; ``"0s"`` is none.
-
-    Raises:
-        HardwareError: no time, or more than a second.
-    """
+    """Read a latency of at most a second: ``"10us"``, ``"0.5 ms"``; ``"0s"`` is none."""
     match = _TIME.fullmatch(text)
     if match is None or match[2] not in _SECONDS:
         raise HardwareError(f"{text!r} is not a latency; write it like 10us or 0.5ms")
@@ -112,9 +105,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Hardware:
-    """
-    The parts that experts pass through.
-    """
+    """The parts that experts pass through."""
 
     device: Bandwidth  # memory that the slots are in
     link: Bandwidth  # from host memory to the device
@@ -135,12 +126,7 @@ def cards() -> list[Card]:
 
 
 def find_card(name: str) -> Card:
-    """
-    Find a card by one of its names; case, blanks and dashes do not matter.
-
-    Raises:
-        HardwareError: no such card; the names that are known.
-    """
+    """Find a card by one of its names; case, blanks and dashes do not matter."""
     entry = _named(name, known()["cards"])
     if entry is None:
         names = ", ".join(entry["names"][0] for entry in known()["cards"])
@@ -156,9 +142,6 @@ def find_bandwidth(text: str, part: str) -> Bandwidth:
     Find a bandwidth by name (``pcie4x16``, ``ddr5-2ch``, ``nvme4``) or in figures (``25GB/s``).
 
     *part* is ``link``, ``DRAM``, ``disk`` or ``device memory``; the last has no names.
-
-    Raises:
-        HardwareError: neither a known name nor a possible figure.
     """
     entries = known()[_GROUPS[part]] if part in _GROUPS else []
     if (entry := _named(text, entries)) is not None:
@@ -185,8 +168,6 @@ def machine_of(
 
     Where no card is named, the smallest that has *gpu_memory_bytes* is assumed, the slowest of its
     size; without more words the link that the card sits on, two channels of DDR5, an SSD on PCIe 4.
-    Raises:
-        HardwareError: an unknown name, or a figure that no machine has.
     """
     chosen = find_card(card) if card else _slowest_card(gpu_memory_bytes)
     guess = "" if card else f"no card named, so that of a {chosen.name}, the least with that memory"

@@ -56,8 +56,7 @@ class HitRates:
     low: float
     high: float
     source: str  # what both rest on, for people
-    # Simulated hit rates by policy, if a trace was given.
-    by_policy: dict[str, float] = field(default_factory=dict)
+    by_policy: dict[str, float] = field(default_factory=dict)  # simulated, if a trace was given
     simulated: bool = False  # whether a trace is behind it
 
 
@@ -74,12 +73,9 @@ class Tiers:
 
 @dataclass(frozen=True)
 class Speed:
-    """
-    Tokens a second between two ends.
-    """
+    """Tokens a second of all sequences together, between two ends."""
 
-    # All sequences of the batch together: low hit rate, nothing overlapped, host time paid.
-    low: float
+    low: float  # low hit rate, nothing overlapped, host time paid
     high: float  # high hit rate, everything overlapped, no host time
     bottleneck: str  # the tier that bounds the fast end
     slow_bottleneck: str  # the tier that takes most of the slow end, the host included
@@ -232,9 +228,6 @@ def plan(
     )
 
 
-# --- what fits ------------------------------------------------------------------------------------
-
-
 def _memory(text: str | int) -> int:
     """Read an amount of memory that some machine has."""
     amount = parse_bytes(text)
@@ -294,9 +287,6 @@ def _stored_at(facts: ModelFacts, bits: int | None) -> ModelFacts:
     share = known["per_weight"] / (8 * getattr(torch, facts.dtype).itemsize)
     layers = (replace(one, block_bytes=round(one.block_bytes * share)) for one in facts.layers)
     return replace(facts, layers=tuple(layers))
-
-
-# --- hit rates ------------------------------------------------------------------------------------
 
 
 def _hit_rates(
@@ -363,12 +353,7 @@ def _from_trace(trace: Trace, slots: int, name: str) -> HitRates:
 
 
 def check_shape(trace: Trace, facts: ModelFacts) -> None:
-    """
-    Make sure that a trace could be of this model; a plan has no weights to compare.
-
-    Raises:
-        TraceError: another number of layers, experts or choices.
-    """
+    """Refuse, with a TraceError, a trace of another number of layers, experts or choices."""
     mine = (trace.num_layers, trace.num_experts, trace.top_k)
     theirs = (len(facts.layers), facts.num_experts, facts.top_k)
     if mine != theirs:
@@ -376,9 +361,6 @@ def check_shape(trace: Trace, facts: ModelFacts) -> None:
             "the trace is of another model: it has {} layers of {} experts, top-{}, and {} has "
             "{} layers of {}, top-{}; give a trace of this model".format(*mine, facts.name, *theirs)
         )
-
-
-# --- speed ----------------------------------------------------------------------------------------
 
 
 def _speed(
@@ -424,11 +406,7 @@ def _speed(
 
 
 def distinct_experts(layer: Layer, batch: int) -> float:
-    """
-    Count the experts that *batch* tokens ask of a layer, if they choose evenly and independently.
-
-    ``E (1 - (1 - K/E)^batch)``: K for one token. Tokens that agree ask for fewer.
-    """
+    """Count the experts that *batch* tokens ask for, if they choose evenly and independently."""
     share = layer.top_k / layer.num_experts
     return layer.num_experts * (1 - (1 - share) ** batch)
 
@@ -448,9 +426,6 @@ def host_time() -> tuple[float, float]:
     counted = known["transfers_per_layer"] * known["layers"] / known["tokens"]
     loads = counted / known["counts_per_load"]
     return resident_s / known["layers"], (offloaded_s - resident_s) / loads
-
-
-# --- what a reader is told ------------------------------------------------------------------------
 
 
 def _notes(facts: ModelFacts, slots: int, batch: int, bits: int | None) -> list[str]:

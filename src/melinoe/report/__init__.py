@@ -39,16 +39,11 @@ def render_table(
     """
     Write the main table of some records, one per cache configuration.
 
-    Records without serve runs give what else they hold: perplexity per corpus, benchmarks.
-
-    Args:
-        sources: Records, paths of `.jsonl` and `.json` files, or both.
-        form: ``"markdown"``, or ``"text"`` for a terminal.
-        width: Columns of the terminal; ``None`` takes this terminal's, or 120 without one.
+    Records without serve runs give what else they hold: perplexity per corpus, benchmarks. *form*
+    is ``"markdown"``, or ``"text"`` for a terminal of *width* columns; absent: this one's, or 120.
 
     Raises:
         DataError: a record is malformed, there is none, or none that makes a table.
-        ValueError: *form* is neither of the two.
     """
     found = read_records(sources)
     tables = [main_table(found, serving) for serving in servings(found)]

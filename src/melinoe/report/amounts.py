@@ -68,16 +68,6 @@ def join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def apart(one: Estimate, other: Estimate) -> bool:
-    """
-    Return whether two intervals do not touch: only then does a sentence call them different.
-
-    An interval over one item has no width and says nothing about the next: never apart.
-    """
-    separate = one.high < other.low or other.high < one.low
-    return separate and min(one.n, other.n) > 1
-
-
 def say(value: Any) -> str:
     """Write a setting: ``none``, ``yes``, four significant digits, or as it is."""
     if value is None:

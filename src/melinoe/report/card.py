@@ -25,21 +25,14 @@ Json = Mapping[str, Any]
 
 def write_card(directory: str | Path, overwrite: bool = False) -> list[Path]:
     """
-    Write ``README.md`` and its figures from a checkpoint's ``melinoe.json``.
+    Write ``README.md`` and its figures from a checkpoint's ``melinoe.json``; the card comes first.
 
     The same ``melinoe.json`` gives the same files. What stands below the card's last line, and
     what a person put into its front matter, stays.
 
-    Args:
-        directory: The checkpoint.
-        overwrite: Replace a ``README.md`` that this function did not write.
-
-    Returns:
-        The files written, the card first.
-
     Raises:
         CheckpointError: *directory* has no ``melinoe.json``, or a malformed one.
-        OutputExistsError: it has another ``README.md``.
+        OutputExistsError: it has a ``README.md`` of others, and not *overwrite*.
         WriteError: it cannot be written to.
     """
     import yaml
@@ -190,10 +183,6 @@ def _differing(outcome: Json, settings: Json) -> list[str] | None:
 def verdict(outcome: Json, settings: Json) -> str:
     """
     Say what was measured of the aim: transfers and perplexity against the control, or the base.
-
-    Args:
-        outcome: Of a ``melinoe.json``.
-        settings: Those of the run.
     """
     other, name, change, priced = "its base", "the base", outcome["change"], False
     if has_control(outcome):

@@ -24,9 +24,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def differing_settings(found: Measurements) -> list[str] | None:
     """
-    Name the settings that set the control apart beside the locality terms; empty if none does.
-
-    ``None`` where the records do not say how both were trained.
+    Name the settings that set the control apart beside the locality terms; None where it is
+    unknown.
     """
     settings = {r["model"]: r["settings"] for r in found.of("training") if r.get("settings")}
     if not {"control", "fine-tuned"} <= settings.keys():
@@ -88,12 +87,7 @@ def domains(found: Measurements) -> list[tuple[str, bool]]:
 
 
 def geometric_mean(estimates: Sequence[Estimate]) -> Estimate | None:
-    """
-    Average positive estimates on the log scale; ``None`` for none.
-
-    The distances from mean to either end are added in quadrature: that takes the estimates as
-    independent of each other, which separate corpora are.
-    """
+    """Average positive estimates on the log scale, taken as independent; ``None`` for none."""
     if len(estimates) < 2:
         return estimates[0] if estimates else None
     count = len(estimates)
@@ -108,8 +102,7 @@ def quotient(top: Record | None, bottom: Record | None, name: str) -> Estimate |
     """
     Divide estimate *name* of one run by that of another, paired by prompt.
 
-    ``None`` where the runs do not list the sums that it is made of, for the same prompts, or where
-    the divisor is 0.
+    ``None`` where the runs do not list its sums for the same prompts, or the divisor is 0.
     """
     ours, theirs = ((record or {}).get("per_prompt") or {} for record in (top, bottom))
     columns: list[Any] = [run.get(one) or () for run in (ours, theirs) for one in _COLUMNS[name]]
@@ -131,8 +124,7 @@ def increase(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
     """
     Write how far our perplexity lies from theirs, paired by sequence: ``+1.8 % [+0.9, +2.6]``.
 
-    Over several texts it is the geometric mean. Empty where one of ours is missing among theirs, or
-    a record does not list its sequences.
+    Over several texts it is the geometric mean; empty where a text or its sequences are missing.
     """
     other = {record["domain"]: record.get("per_sequence") for record in theirs}
     pairs = [(one.get("per_sequence"), other.get(one["domain"])) for one in ours]

@@ -8,7 +8,7 @@ from typing import Any
 
 from melinoe.errors import DataError
 from melinoe.report import figures
-from melinoe.report.amounts import Facts, flat, hardware, inline, join, label, say
+from melinoe.report.amounts import flat, hardware, inline, join
 from melinoe.report.comparing import (
     about_control,
     differing_settings,
@@ -44,17 +44,15 @@ UNMODIFIED = (
     "that the operating system holds in memory already: transfers are cheap, so differences in "
     "speed are small."
 )
-
+NO_GPU = "No GPU took part: times are those of a CPU, counts hold on any machine."
+NO_TASK = "Quality is perplexity alone here; no task was scored."
 
 Part = str | Table | Figure  # Markdown, or what becomes some
 
 
 def page_path(out: Path | str) -> Path:
     """
-    Return the path of a page, if it is named as one; call it before minutes of replays.
-
-    Raises:
-        DataError: it does not end in .html or .htm.
+    Return the path of a page; DataError, before minutes of replays, if it is not named as one.
     """
     path = Path(out)
     if path.suffix not in (".html", ".htm"):
@@ -67,15 +65,10 @@ def write_report(sources: Sources, out: Path | str) -> None:
     Write the report of some records as *out* (HTML) and beside it as Markdown (``.md``).
 
     The page makes no request: style and figures are inside. The same records give the same bytes.
-    Each file appears whole or not at all; older ones are replaced. Takes some seconds for a demo.
-
-    Args:
-        sources: Records, paths of `.jsonl` and `.json` files, or both.
-        out: Path of the page; its directory is made if it does not exist.
+    Each file appears whole or not at all.
 
     Raises:
-        DataError: a record is malformed (the message names file and line), there is none, or
-            *out* cannot be written.
+        DataError: as `read_records`, or *out* cannot be written.
     """
     out = page_path(out)
     parts = assemble(read_records(sources))
@@ -98,11 +91,7 @@ def svg_files(drawn: Sequence[Figure]) -> dict[str, str]:
 
 def write_figures(drawn: Sequence[Figure], directory: Path | str) -> list[Path]:
     """
-    Write every panel of every figure as an SVG file that needs nothing else.
-
-    Args:
-        drawn: From `figures_of`.
-        directory: Made if it does not exist; files of the same names are replaced, others stay.
+    Write every panel of every figure as an SVG file into *directory*, which is made.
 
     Raises:
         DataError: there is no figure, or *directory* cannot be written to.
@@ -208,67 +197,44 @@ def _bullets(texts: Sequence[str]) -> str:
     return "\n".join(f"- {literal(text)}" for text in texts)
 
 
-def _listed(facts: Facts) -> str:
-    return _bullets([f"{name}: {text}" for name, text in facts])
-
-
 def _machine(found: Measurements) -> dict[str, Any]:
     """Return the machine that the records name first: the whole run's, else a serve run's."""
-    named = [record.get("machine") for record in (*found.of("demo"), *found.of("serve"))]
+    named = (record.get("machine") for record in (*found.of("demo"), *found.of("serve")))
     return dict(next(filter(None, named), {}))
 
 
 def _header(found: Measurements) -> str:
-    """Name the model, the run and the machine: the run's own words first."""
-    demo, serve = (next(iter(found.of(kind)), {}) for kind in ("demo", "serve"))
-    machine = _machine(found)
-    sides = (demo, demo.get("settings") or {}, machine)
-    facts = [
-        (name, say(value))
-        for name in ("model", "command", "date", "commit")
-        if (value := next((side[name] for side in sides if side.get(name)), None))
-    ]
-
-    def told(words: Mapping[str, str]) -> str:
-        said = (f"{serve[key]} {word}" for key, word in words.items() if serve.get(key) is not None)
-        return ", ".join(said)
-
-    shape = told({"layers": "MoE layers", "num_experts": "experts", "top_k": "chosen"})
-    run = told({"prompts": "prompts", "max_new_tokens": "new tokens at most", "store": "store"})
-    if (cold := serve.get("cold")) is not None:
-        run += ", cache emptied before each prompt" if cold else ", cache kept between prompts"
-    more = [("shape", shape), ("measured on", run), ("machine", hardware(machine))]
-    return literal("; ".join(f"{name}: {text}" for name, text in facts + more if text))
+    """Name the model's shape, what was run and the machine."""
+    run = next(iter(found.of("serve")), {})
+    words = {"layers": "MoE layers", "num_experts": "experts", "top_k": "chosen"}
+    words |= {"prompts": "prompts", "max_new_tokens": "new tokens at most"}
+    told = [f"{run[key]} {word}" for key, word in words.items() if run.get(key) is not None]
+    return literal("; ".join(filter(None, [", ".join(told), hardware(_machine(found))])))
 
 
 def _run(found: Measurements) -> list[str]:
     """List the time of each stage, settings of the run and of each training, versions."""
     demo = next(iter(found.of("demo")), {})
-    groups = {
-        "Time per stage": [
-            (label(f"{k}_s"), say(v)) for k, v in (demo.get("seconds") or {}).items()
-        ],
-        "Settings": flat(demo.get("settings") or {}),
-    }
-    for record in found.of("training"):
-        groups[f"Training of {record['model']}"] = flat(record.get("settings") or {})
-    groups["Versions"] = flat(demo.get("versions") or _machine(found).get("versions") or {})
-    return [f"### {literal(name)}\n\n{_listed(facts)}" for name, facts in groups.items() if facts]
+    groups = {"Seconds": demo.get("seconds"), "Settings": demo.get("settings")}
+    groups |= {f"Training of {r['model']}": r.get("settings") for r in found.of("training")}
+    groups["Versions"] = demo.get("versions") or _machine(found).get("versions")
+    return [
+        f"### {literal(name)}\n\n" + _bullets([f"{key}: {text}" for key, text in flat(facts)])
+        for name, facts in groups.items()
+        if facts
+    ]
 
 
 def _limits(found: Measurements) -> list[str]:
     """List the limits of the times and of the quality that a reader must know."""
-    limits = []
     links = [record.get("link") for record in found.of("serve")]
-    if any(link is None for link in links):
-        limits.append(UNMODIFIED)
-    if any(link is not None for link in links):
-        limits.append(EMULATED)
-    if links and not _machine(found).get("gpu"):
-        limits.append("No GPU took part: times are those of a CPU, counts hold on any machine.")
-    if found.of("quality") and not found.of("score"):
-        limits.append("Quality is perplexity alone here; no task was scored.")
-    return limits
+    said = {
+        UNMODIFIED: None in links,
+        EMULATED: any(links),
+        NO_GPU: bool(links) and not _machine(found).get("gpu"),
+        NO_TASK: bool(found.of("quality")) and not found.of("score"),
+    }
+    return [text for text, holds in said.items() if holds]
 
 
 def findings(found: Measurements, serving: Serving) -> list[str]:

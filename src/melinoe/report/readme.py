@@ -21,16 +21,15 @@ def update_readme(
 
     Args:
         readme: The file that has the markers. It is written only if something changes.
-        sources: Records, paths of `.jsonl` and `.json` files, or both.
         check: Return the names that are out of date, and write nothing.
         more: Tables that `melinoe report` does not make, by their own names.
 
     Returns:
-        The names whose text was out of date, in the order of the file; empty if none was.
+        The names whose text was out of date, in the order of the file.
 
     Raises:
-        DataError: the file cannot be read or written, has no marker, a marker that nothing
-            closes, or a name that no record fills; nothing has been written.
+        DataError: the file cannot be read or written, has no marker, one that nothing closes, or a
+            name that no record fills; nothing has been written.
     """
     path, found = Path(readme), read_records(sources)
     try:

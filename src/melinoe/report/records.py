@@ -6,13 +6,13 @@ is an estimate ``{"mean", "low", "high", "n"}``: its 95 % interval over *n* item
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from melinoe.errors import DataError
+from melinoe.schema import Schema, fields, problem
 from melinoe.stats import Estimate
 
 Record = Mapping[str, Any]
@@ -28,29 +28,52 @@ TRAINING_TERMS = {
     "replay": "replay loss (nats)",
 }
 
-# Kind -> the type of each field. A trailing "?": may be null or absent, because it was not
-# measured; [] is a list with something in it, {} an object whose values are of that type.
-FIELDS = {
-    "serve": "model:text strategy:text policy:text? slots:count? num_experts:count link:link? "
-    "hit_rate:estimate? adjusted_hit_rate:estimate? zero_miss_tokens:estimate? "
-    "transfers_per_token:estimate? prefetch_transfers_per_token:estimate? "
-    "prefetch_precision:estimate? prefetch_recall:estimate? prefetch_waste_per_token:estimate? "
-    "prefill_transfers:estimate? tokens_per_s:estimate? tpot_s:estimate? ttft_s:estimate? "
-    "stall_ms_per_token:estimate?",
-    "quality": "model:text domain:text in_domain:flag perplexity:estimate per_sequence:object?",
-    "score": "model:text domain:text metric:text how:text? score:estimate",
-    "comparison": "model:text other:text domain:text metric:text better:text? change:estimate "
-    "relative:flag",
-    "locality": "model:text experts_per_sequence:[number] num_experts:count reuse:estimate? "
-    "distinct_experts:number?",
-    "reading": "model:text policy:text slots:count transfers_per_token:estimate per_prompt:object?",
-    "curve": "model:text policy:text slots:[count] hit_rate:[estimate] num_experts:count",
-    "predictor": "model:text winner:text? slots:count recall:{estimate?} saved:{estimate?}? "
-    "ceiling:estimate? gain:estimate?",
-    "training": "model:text log:[object] settings:object?",
-    "demo": "settings:object? seconds:object? machine:object?",
-    "benchmark": "benchmark:text machine:object?",
-}
+_LINK: Schema = fields("number", "bandwidth_gb_s", "latency_us")
+# The fields of each kind of record; see `melinoe.schema`.
+FIELDS: dict[str, dict[str, Schema]] = {
+    "serve": {
+        **fields("text", "model", "strategy", "policy?"),
+        **fields("count", "num_experts", "slots?"),
+        "link?": _LINK,
+        **fields("estimate", "hit_rate?", "adjusted_hit_rate?", "zero_miss_tokens?",
+                 "transfers_per_token?", "prefetch_transfers_per_token?", "prefetch_precision?",
+                 "prefetch_recall?", "prefetch_waste_per_token?", "prefill_transfers?",
+                 "tokens_per_s?", "tpot_s?", "ttft_s?", "stall_ms_per_token?"),
+    },
+    "quality": {
+        **fields("text", "model", "domain"),
+        **{"in_domain": "flag", "perplexity": "estimate", "per_sequence?": "object"},
+    },
+    "score": {**fields("text", "model", "domain", "metric", "how?"), "score": "estimate"},
+    "comparison": {
+        **fields("text", "model", "other", "domain", "metric", "better?"),
+        **{"change": "estimate", "relative": "flag"},
+    },
+    "locality": {
+        **{"model": "text", "experts_per_sequence": ["number"], "num_experts": "count"},
+        **{"reuse?": "estimate", "distinct_experts?": "number"},
+    },
+    "reading": {
+        **fields("text", "model", "policy"),
+        **{"slots": "count", "transfers_per_token": "estimate", "per_prompt?": "object"},
+    },
+    "curve": {
+        **fields("text", "model", "policy"),
+        **{"slots": ["count"], "hit_rate": ["estimate"], "num_experts": "count"},
+    },
+    "predictor": {
+        **fields("text", "model", "winner?"),
+        **{"slots": "count", "recall": {"*?": "estimate"}, "saved?": {"*?": "estimate"}},
+        **fields("estimate", "ceiling?", "gain?"),
+    },
+    "training": {
+        "model": "text",
+        "log": [{"step": "count", **fields("number", *(f"{term}?" for term in TRAINING_TERMS))}],
+        "settings?": "object",
+    },
+    "demo": fields("object", "settings?", "seconds?", "machine?"),
+    "benchmark": {"benchmark": "text", "machine?": "object"},
+}  # fmt: skip
 
 
 @dataclass
@@ -76,16 +99,12 @@ def read_records(sources: Sources) -> Measurements:
     """
     Read and check records.
 
-    Args:
-        sources: Records, paths of `.jsonl` and `.json` files or of directories of them, or both;
-            a single one may stand alone. What this function returned passes through.
-
-    Returns:
-        The records by kind. Kinds that a report does not show are left out, with a note.
+    *sources* are records, paths of `.jsonl` and `.json` files or of directories of them, or both;
+    what this function returned passes through. Kinds that a report does not show are left out,
+    with a note.
 
     Raises:
-        DataError: a file cannot be read, holds no record at all, or holds a malformed one; the
-            message names file and line.
+        DataError: a file cannot be read, holds no record, or holds a malformed one; with its line.
     """
     if isinstance(sources, Measurements):
         return sources
@@ -165,13 +184,6 @@ def estimate(record: Record | None, name: str) -> Estimate | None:
 def check(record: Any, where: str) -> str | None:
     """
     Check one record, and return its kind; ``None`` if the kind is not one that a report shows.
-
-    Args:
-        record: What a JSON text held.
-        where: File and line, for the message.
-
-    Raises:
-        DataError: not an object, no kind, or a field that is missing or of another type.
     """
 
     def fail(what: str) -> DataError:
@@ -184,68 +196,10 @@ def check(record: Any, where: str) -> str | None:
         raise fail("the record says no 'kind'")
     if kind not in FIELDS:
         return None
-    for one in FIELDS[kind].split():
-        name, wanted = one.split(":")
-        if record.get(name) is None and not wanted.endswith("?"):
-            raise fail(f"the {kind} record has no {name!r}")
-        if problem := _problem(record.get(name), wanted):
-            raise fail(f"{name!r} of the {kind} record {problem}")
+    if wrong := problem(record, FIELDS[kind]):
+        raise fail(f"the {kind} record is malformed: {wrong}")
+    if any(not record[name] for name, of in FIELDS[kind].items() if isinstance(of, list)):
+        raise fail(f"the {kind} record has an empty list")
     if kind == "curve" and len(record["slots"]) != len(record["hit_rate"]):
         raise fail("'slots' and 'hit_rate' of the curve record differ in length")
-    if kind == "training":
-        for row in record["log"]:
-            terms = [_problem(row.get(term), "number?") for term in TRAINING_TERMS]
-            if _problem(row.get("step"), "count") or any(terms):
-                raise fail(f"the training record's log has the entry {json.dumps(row)[:80]}")
     return kind
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-_PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "text": (lambda value: isinstance(value, str) and bool(value), "is not a text"),
-    "flag": (lambda value: isinstance(value, bool), "is not true or false"),
-    "object": (lambda value: isinstance(value, dict), "is not an object"),
-    "number": (_is_number, "is not a number"),
-    "count": (_is_count, "is not a whole number of 0 or more"),
-}
-_OBJECTS = {
-    "estimate": {"mean": "number", "low": "number", "high": "number", "n": "count"},
-    "link": {"bandwidth_gb_s": "number", "latency_us": "number"},
-}
-
-
-def _problem(value: Any, wanted: str) -> str | None:
-    """Say what keeps *value* from being of a type of `FIELDS`; None if it is of it."""
-    if wanted.endswith("?"):
-        return None if value is None else _problem(value, wanted[:-1])
-    if wanted[0] in "[{":
-        whole = list if wanted[0] == "[" else dict
-        if not isinstance(value, whole) or not value:
-            of = "a list with something in it" if whole is list else "an object of estimates"
-            return f"is not {of}"
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        said = ((key, _problem(item, wanted[1:-1])) for key, item in items)
-        return next((f"item {key!r} {problem}" for key, problem in said if problem), None)
-    if wanted in _PLAIN:
-        holds, wrong = _PLAIN[wanted]
-        if not holds(value):
-            return wrong
-        return "is not finite" if wanted == "number" and not math.isfinite(value) else None
-    parts = _OBJECTS[wanted]
-    if not isinstance(value, dict):
-        return f"is not an object of {', '.join(parts)}"
-    for key, kind in parts.items():
-        if key not in value:
-            return f"has no {key!r}"
-        if problem := _problem(value[key], kind):
-            return f"has a {key!r} that {problem}"
-    if wanted == "estimate" and value["low"] > value["high"]:
-        return "has 'low' above 'high'"
-    return None

@@ -105,12 +105,7 @@ def terminal(table: Table, width: int) -> str:
 
 
 def render(tables: Sequence[Table], form: Literal["markdown", "text"], width: int = 0) -> str:
-    """
-    Write tables one below the other.
-
-    Raises:
-        ValueError: *form* is neither ``"markdown"`` nor ``"text"``.
-    """
+    """Write tables one below the other, as ``"markdown"`` or ``"text"``."""
     if form == "text":
         return "\n\n".join(terminal(table, width) for table in tables)
     if form != "markdown":

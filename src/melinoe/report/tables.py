@@ -103,8 +103,8 @@ def servings(found: Measurements) -> list[Serving]:
     """
     Sort the serve records by configuration; of two alike, the later one stands.
 
-    The all-resident run joins every configuration, as each is compared with it. Runs of
-    `melinoe bench` have a table of their own and are left out.
+    The all-resident run joins every configuration, as each is compared with it. Runs that hold what
+    was ``predicted`` of them have a table of their own and are left out.
     """
     records = [record for record in found.of("serve") if "predicted" not in record]
     bounded = [record for record in records if record["strategy"] != "all resident"]
@@ -321,7 +321,7 @@ def benchmark_table(record: Record) -> Table:
 
     ``result`` is a list of rows, or a mapping, which is one row; without it, the figures of the
     record are. ``{mean, low, high}``, ``{median, min, max}`` and ``{median, p5, p95}`` are a value
-    with its range. Sentences in ``notes`` stand below. Columns that are empty are left out.
+    with its range. Columns that are empty are left out.
     """
     result = record.get("result") or {key: v for key, v in record.items() if key not in ABOUT}
     rows = [result] if isinstance(result, Mapping) else result
