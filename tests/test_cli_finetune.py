@@ -1,6 +1,5 @@
 """The options of `melinoe finetune`: every setting once, in panels; progress in lines or a bar."""
 
-import io
 import logging
 import os
 from dataclasses import fields
@@ -68,35 +67,12 @@ def test_the_long_help_shows_each_setting_in_its_panel():
     assert "(tokens)" in shown and "(merged | adapter | both)" in shown
 
 
-def test_progress_is_lines_where_nobody_watches(capsys, monkeypatch):
-    """A row's numbers in one line on stderr; other processes of the run say nothing."""
-    with output.training_progress() as shown:
-        shown({"step": 3, "steps": 9, "nll": 1.5, "skipped_steps": 0, "lost": None})
-        monkeypatch.setenv("RANK", "1")
-        shown({"step": 4, "steps": 9, "nll": 1.25})
+def test_progress_is_a_line_for_each_log_row(capsys, monkeypatch):
+    """A row's numbers on stderr; other processes of the run say nothing."""
+    output.training_progress({"step": 3, "steps": 9, "nll": 1.5, "skipped_steps": 0, "lost": None})
+    monkeypatch.setenv("RANK", "1")
+    output.training_progress({"step": 4, "steps": 9, "nll": 1.25})
     assert capsys.readouterr().err == "step 3 of 9  nll 1.5\n"
-
-
-def test_a_terminal_gets_a_bar_that_moves_with_every_step(monkeypatch):
-    """The newest terms stand beside it, from whichever row had them."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
-    from transformers import TrainerState
-
-    text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=120)
-    columns = (MofNCompleteColumn(), TextColumn("{task.fields[terms]}"))
-    with Progress(*columns, console=console, auto_refresh=False) as display:
-        bar = output.Bar(display)
-        (move,) = bar.callbacks
-        state = TrainerState(max_steps=9)
-        move.on_train_begin(None, state, None)
-        state.global_step = 4
-        move.on_step_end(None, state, None)
-        bar({"step": 4, "total": 2.5, "skipped_steps": 0})
-        bar({"step": 4, "eval_nll": 1.25})
-        display.refresh()
-    assert "4/9" in text.getvalue() and "total 2.5  eval_nll 1.25" in text.getvalue()
 
 
 @pytest.mark.parametrize(("rank", "level"), [("0", logging.NOTSET), ("1", logging.ERROR)])

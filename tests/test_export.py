@@ -67,17 +67,17 @@ def test_whoever_writes_a_model_is_told_in_a_line_who_will_misread_it(base, tmp_
 
 
 def test_doctor_tells_the_rules_and_what_is_missing(base, tmp_path):
-    """As a table and as JSON; of a config alone it misses no files."""
+    """As lines and as JSON."""
     (base / "generation_config.json").unlink(missing_ok=True)
     shown = CliRunner().invoke(app, ["doctor", str(base), "--export"])
     assert shown.exit_code == 0, shown.output
     assert "vLLM, SGLang, llama.cpp: norm_topk_prob is true: their" in shown.output
     assert "no generation_config.json (no other results)" in shown.output
-    config = CliRunner().invoke(app, ["doctor", str(base / "config.json"), "--export", "--json"])
-    found = json.loads(config.stdout)["export"]
-    assert {one["what"] for one in found} == {
+    found = CliRunner().invoke(app, ["doctor", str(base), "--export", "--json"])
+    assert {one["what"] for one in json.loads(found.stdout)["export"]} == {
         "norm_topk_prob is true",
         "rope_parameters, and no rope_theta",
+        "no generation_config.json",
     }
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()

@@ -113,22 +113,3 @@ def test_wrong_usage_exits_with_2(arguments, melinoe):
     """No model and nothing else to do; a record that is not written; a context below one."""
     code, out, _ = melinoe("plan", *arguments)
     assert (code, out) == (2, "")
-
-
-def test_doctor_reads_a_bare_config_as_a_plan_does(melinoe, small, tmp_path):
-    """The same experts from one file, whatever its name; weights are absent; faults by its name."""
-    file = tmp_path / "small.json"
-    file.write_text(small.read_text())
-    code, out, _ = melinoe("doctor", file, "--json", "--expert-memory", "6KiB")
-    about = json.loads(out)
-    assert (code, about["name"], about["weights"]) == (0, str(file), False)
-    assert about["layers"] == [[8, 768]] * 2 and about["top_k"] == 2
-    assert about["budgets"][0]["slots"] == 4
-    planned = json.loads(melinoe("plan", file, "--gpu-memory", "1GiB", "--json")[1])
-    assert planned["model"]["expert_bytes"] == about["expert_bytes"] == 2 * 8 * 768
-    file.write_text("{")
-    code, out, err = melinoe("doctor", file)
-    assert (code, out) == (1, "") and f"{file} is not readable JSON" in err
-    file.write_text('{"hidden_size": 8}')
-    code, out, err = melinoe("doctor", file)
-    assert (code, out) == (1, "") and f"{file} names no model_type" in err

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -19,7 +17,7 @@ _EXPORT = "Other engines"
 
 
 def command(
-    model: options.ModelOrConfig,
+    model: options.Model,
     expert_memory: Annotated[
         list[str] | None, option("Say what fits in this memory, as in 8GiB. Repeatable.")
     ] = None,
@@ -44,32 +42,27 @@ def command(
             param_hint="--export",
         )
     output.quiet()
-    asked = models.resolve(model)
-    with _as_checkpoint(asked) as name:
-        if export:
-            _show_export(asked, name, reference, as_json)
-            return
-        about = _describe(asked, name)
-        fast = _fast_engine(name)
-        verified = None
-        if verify:
-            from melinoe.checkpoint.verifying import verify as verify_files
-
-            output.say("reading every byte")
-            verified = verify_files(name)
-    _show(model, about, fast, verified, expert_memory or [], as_json)
-
-
-def _show(
-    model: str, about: Any, fast: dict[str, Any], verified: Any, budgets: list[str], as_json: bool
-) -> None:
+    name = models.resolve(model)
+    if export:
+        _show_export(name, reference, as_json)
+        return
+    from melinoe.checkpoint import describe
+    from melinoe.checkpoint.verifying import verify as verify_files
     from melinoe.engine.budget import memory_of, slots_for
+    from melinoe.errors import UnsupportedModelError
     from melinoe.host_memory import format_bytes, host_memory
 
+    about = describe(name)
+    if not about.supported:
+        raise UnsupportedModelError(about.reason or "")
+    fast, verified = _fast_engine(name), None
+    if verify:
+        output.say("reading every byte")
+        verified = verify_files(name)
     layers: Any = [
         SimpleNamespace(num_experts=experts, block_bytes=size) for experts, size in about.layers
     ]
-    fits = [(budget, slots_for(budget, layers)) for budget in budgets]
+    fits = [(budget, slots_for(budget, layers)) for budget in expert_memory or []]
     left = host_memory()
     if as_json:
         told = about.to_dict() | {"fast_engine": fast}
@@ -78,9 +71,7 @@ def _show(
             for budget, slots in fits
         ]
         told["host_memory"] = None if left is None else left._asdict()
-        if verified is not None:
-            told["verified"] = verified._asdict()
-        output.show_json(told)
+        output.show_json(told | ({} if verified is None else {"verified": verified._asdict()}))
         return
 
     def size(slots: int) -> str:
@@ -115,57 +106,16 @@ def _show(
         said = [part for part in parts if not part.startswith("0 ")]
         said += ["the routers are those it was written for"] * verified.fingerprint
         rows["verified"] = "; ".join(said)
-    output.show_table(model, [{"": name, " ": value} for name, value in rows.items()])
-
-
-@contextmanager
-def _as_checkpoint(model: str) -> Iterator[str]:
-    """Give a checkpoint's name; of a config.json alone, that of a directory which holds only it."""
-    from shutil import copyfile
-    from tempfile import TemporaryDirectory
-
-    from melinoe.checkpoint.files import read_object
-
-    path = Path(model).expanduser()
-    if not path.is_file():
-        yield model
-        return
-    read_object(path)  # what is wrong with it is said of its own name
-    with TemporaryDirectory() as alone:
-        copyfile(path, Path(alone) / "config.json")
-        yield alone
-
-
-def _describe(model: str, name: str) -> Any:
-    """Describe *name*, and call it as the user did; refuse what cannot be served."""
-    from dataclasses import replace
-
-    from melinoe.checkpoint import describe
-    from melinoe.errors import UnsupportedModelError
-
-    about = describe(name)
-    if not about.supported:
-        reason = about.reason or ""
-        for place in (str(Path(name) / "config.json"), name):
-            reason = reason.replace(place, model)
-        raise UnsupportedModelError(reason)
-    return replace(about, name=model)
+    output.show_table(model, [{"": key, " ": value} for key, value in rows.items()])
 
 
 def _fast_engine(name: str) -> dict[str, str | None]:
-    """
-    Say why the device engine cannot run here, why no cache can be captured, and how it decodes.
-
-    The first two are None where nothing is in the way.
-    """
+    """Say why the device engine cannot run here, how it decodes, and why no cache is captured."""
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
-        return {
-            "cannot_run": "Triton is not installed",
-            "not_captured": "not known without it",
-            "decoding": None,
-        }
+        said = "Triton is not installed"
+        return {"cannot_run": said, "decoding": None, "not_captured": "not known without Triton"}
     import torch
 
     from melinoe.checkpoint.files import read_config
@@ -173,27 +123,20 @@ def _fast_engine(name: str) -> dict[str, str | None]:
     from melinoe.engine.device.static_cache import why_not_static
     from melinoe.engine.device.support import grouped_mm_waits, why_not
 
-    config, cannot = read_config(name), why_not(torch.device("cuda"))
-    decoding = None
+    config, cannot, decoding = read_config(name), why_not(torch.device("cuda")), None
     if cannot is None:
         decoding = "decodes by grouped_mm in bfloat16, by kernels of ours in other types"
         if grouped_mm_waits(torch.cuda.get_device_capability(), torch.bfloat16):
             decoding = "decodes by kernels of ours, because grouped_mm waits for the host"
-    return {
-        "cannot_run": cannot,
-        "decoding": decoding,
-        "not_captured": why_not_static(find_model_class(config), config),
-    }
+    static = why_not_static(find_model_class(config), config)
+    return {"cannot_run": cannot, "decoding": decoding, "not_captured": static}
 
 
-def _show_export(model: str, name: str, reference: Path | None, as_json: bool) -> None:
+def _show_export(name: str, reference: Path | None, as_json: bool) -> None:
     """Print what other engines read otherwise, and write *reference* if one is asked for."""
     from melinoe.checkpoint.export_rules import find_export_faults
 
-    alone = name != model  # a config without a checkpoint lacks every other file
-    found = [
-        one._asdict() for one in find_export_faults(name) if not (alone and one.engines == "all")
-    ]
+    found = [one._asdict() for one in find_export_faults(name)]
     if reference is not None:
         from melinoe.checkpoint import load_model, load_tokenizer, open_checkpoint
         from melinoe.measure import write_json
@@ -206,10 +149,10 @@ def _show_export(model: str, name: str, reference: Path | None, as_json: bool) -
         write_json(reference, record)
         output.say(f"wrote {reference}")
     if as_json:
-        output.show_json({"model": model, "export": found})
+        output.show_json({"model": name, "export": found})
         return
     for one in found:
         change = "" if one["changes_results"] else " (no other results)"
         print(f"{one['engines']}: {one['what']}{change}: {one['why']}")
     if not found:
-        output.say(f"{model}: no rule is known by which another engine computes something else")
+        output.say(f"{name}: no rule is known by which another engine computes something else")

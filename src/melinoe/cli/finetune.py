@@ -133,27 +133,25 @@ def command(
     base, train = models.resolve(model), held_out.train
     if against not in (None, CONTROL):
         _check_control(against, settings, base, train)
-    with output.training_progress() as progress:
-        common: dict[str, Any] = {
-            "eval_examples": held_out.examples,
-            "anchor_examples": anchor,
-            "progress": progress,
-            "callbacks": progress.callbacks,
-            "resume": resume,
-            "gpu_memory": gpu_memory,
-            "ram": ram,
-            "say": output.say,
-        }
-        if teacher == PLAIN:
-            teacher = str(beside(out, "teacher"))
-            if not all(is_written(place, resume) for place in runs):
-                output.say("first the teacher, on next tokens alone")
-                train_teacher(base, train, out, settings, **common)
-        common["teacher"] = teacher
-        if against == CONTROL:
-            output.say("first the control, without the locality terms")
-            against = str(train_control(base, train, out, settings, **common))
-        result = finetune(base, train, out, settings, **common)
+    common: dict[str, Any] = {
+        "eval_examples": held_out.examples,
+        "anchor_examples": anchor,
+        "progress": output.training_progress,
+        "resume": resume,
+        "gpu_memory": gpu_memory,
+        "ram": ram,
+        "say": output.say,
+    }
+    if teacher == PLAIN:
+        teacher = str(beside(out, "teacher"))
+        if not all(is_written(place, resume) for place in runs):
+            output.say("first the teacher, on next tokens alone")
+            train_teacher(base, train, out, settings, **common)
+    common["teacher"] = teacher
+    if against == CONTROL:
+        output.say("first the control, without the locality terms")
+        against = str(train_control(base, train, out, settings, **common))
+    result = finetune(base, train, out, settings, **common)
     leave()
     output.say(f"wrote {result.out}")
     if rates := result.metadata.get("learning_rates"):

@@ -22,9 +22,10 @@ Model = Annotated[
         help="A checkpoint directory or a name on the hub; `tiny` is the model that ships."
     ),
 ]
-_MODEL = typer.Argument(help="A checkpoint directory, a config.json, a name on the hub, or `tiny`.")
-ModelOrConfig = Annotated[str, _MODEL]
-ModelOrConfigIfAny = Annotated[str | None, _MODEL]
+ModelOrConfigIfAny = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint directory, a config.json, a name on the hub, or `tiny`."),
+]
 Examples = Annotated[
     str, option("Examples: a file, a directory of files, or a hub data set.", name="--data")
 ]
