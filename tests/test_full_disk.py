@@ -84,13 +84,9 @@ def place(tmp_path_factory):
     (place / "in" / "choices.csv").write_text(
         "token,layer,expert\n" + "".join(f"{t},0,{t % 8}\n{t},0,{(t + 1) % 8}\n" for t in range(9))
     )
-<<<<<<< HEAD
     asked = [{"prompt": f"w{i} w4", "max_tokens": 3} for i in range(2, 8)]
     (place / "in" / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    for name in ("trace", "finetune adapter", "simulate"):
-=======
     for name in ("trace", "finetune adapter", "evaluate"):
->>>>>>> a3f364f (Delete what no measurement defends: foreign formats, statistics, harness, bench's predictions, three figures)
         code, said = call(words_of(name, place, place / "in"), None)
         assert code == 0, said
     (place / "in" / "a").rename(place / "in" / "adapter")
