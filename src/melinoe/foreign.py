@@ -147,10 +147,7 @@ def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _known(columns: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    Rename columns to the names used here; take out header lines, and give what these tell of
-    the log.
-    """
+    """Rename columns to the names used here, and take out header lines and what they tell."""
     import pyarrow.compute as pc
 
     ours = {}

@@ -41,10 +41,7 @@ def hub_arguments(name: str) -> dict[str, str]:
 
 
 def pinned(name: str, path: Path) -> str:
-    """
-    Add to *name* the commit that *path*, one of its files, came from: a branch can move
-    meanwhile.
-    """
+    """Add to *name* the commit that *path*, one of its files, came from; not to a directory."""
     if is_directory(name) or path.parent.parent.name != "snapshots":
         return name
     return f"{split_revision(name)[0]}@{path.parent.name}"
@@ -172,10 +169,7 @@ def without_mark(path: Path) -> Iterator[Path]:
 
 
 def open_shards(name: str, download: bool = True) -> dict[str, Place]:
-    """
-    Open every shard, check its header, and say where each stored tensor lies, by its stored
-    name.
-    """
+    """Open every shard, check its header, and map stored names to where tensors lie."""
     single = locate(name, SINGLE, download)
     if single is not None:
         file = SafetensorsFile(single)

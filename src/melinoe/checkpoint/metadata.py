@@ -120,10 +120,7 @@ def read_metadata(name: str | Path) -> dict[str, Any]:
 
 
 def update_metadata(directory: str | Path, **more: Any) -> dict[str, Any]:
-    """
-    Set fields of a checkpoint's ``melinoe.json``, and return all of it; ValueError for a wrong
-    one.
-    """
+    """Set fields of a checkpoint's ``melinoe.json``, and return all; ValueError for a wrong one."""
     metadata = {**read_metadata(directory), **more}
     if wrong := problem(metadata, FIELDS):
         raise ValueError(f"melinoe.json cannot hold this: {wrong}")
@@ -132,10 +129,7 @@ def update_metadata(directory: str | Path, **more: Any) -> dict[str, Any]:
 
 
 def write_metadata(directory: str | Path, metadata: dict[str, Any]) -> None:
-    """
-    Write ``melinoe.json`` into an existing directory, stamped; a reader sees the old or the
-    new.
-    """
+    """Write ``melinoe.json``, stamped, into a directory; a reader sees the old or the new."""
     stamped = {VERSION_FIELD: SCHEMA_VERSION, **metadata}
     text = json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(Path(directory) / METADATA, text)

@@ -164,10 +164,7 @@ def _sources(
 
 
 def find_model_class(config: PreTrainedConfig) -> Any:
-    """
-    Find the transformers class that a config's architecture names; UnsupportedModelError if
-    none is.
-    """
+    """Find the transformers class that a config's architecture names, or else its family."""
     named = config.architectures
     if named and not (isinstance(named, list) and isinstance(named[0], str)):
         raise CheckpointError(

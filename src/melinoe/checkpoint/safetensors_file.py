@@ -34,10 +34,7 @@ Stamp = tuple[int, ...]
 
 
 def read_at(handle: int, into: memoryview, offset: int) -> int:
-    """
-    Read a file from *offset* on, also while other threads do; gives how many bytes, 0 at its
-    end.
-    """
+    """Read a file from *offset* on, beside other threads; how many bytes came, 0 at its end."""
     if hasattr(os, "preadv"):
         return os.preadv(handle, [into], offset)
     with _lock:  # Windows and macOS: the position belongs to the open file, so one at a time
@@ -99,10 +96,7 @@ class SafetensorsFile:
             raise
 
     def check_unchanged(self) -> None:
-        """
-        Raise a CheckpointError if the file was written to, or its times say that it may have
-        been.
-        """
+        """Raise a CheckpointError if the file was, or by its times may have been, written to."""
         now, then = _stamp(os.fstat(self._fd)), self.stamp
         if now == then:
             return
@@ -211,10 +205,7 @@ class SafetensorsFile:
             raise self._torn(f"lost bytes after {offset} while it was being read")
 
     def read_past_cache(self) -> None:
-        """
-        Read past the system's page cache from now on; OSError where the file system does not
-        let us.
-        """
+        """Read past the system's page cache from now on; OSError where that cannot be."""
         if self._direct is None:
             self._direct = DirectReader(self._fd)
 

@@ -115,10 +115,7 @@ def check_output(out: str | Path) -> Path:
 
 
 def check_room(out: str | Path, needed_bytes: int) -> None:
-    """
-    Refuse, with a WriteError, a disk that has less than *needed_bytes* free where *out* will
-    be.
-    """
+    """Refuse, with a WriteError, a disk with less than *needed_bytes* free where *out* will be."""
     place = Path(out).expanduser().absolute()
     while not place.exists():
         place = place.parent

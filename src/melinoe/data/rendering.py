@@ -106,10 +106,7 @@ class _Chat:
             ) from error
 
     def unshown(self) -> frozenset[str]:
-        """
-        Name the fields that make no difference to the text; DataError for tools, calls or
-        documents.
-        """
+        """Name the fields without which the text is the same; DataError if tools are among them."""
         names = {key for turn in self.turns for key in turn} - {"role", "content"}
         names |= self.options.keys()
         if not names:
@@ -132,10 +129,7 @@ class _Chat:
         return frozenset(found)
 
     def _wants_json(self) -> bool:
-        """
-        Tell whether the template takes a call's arguments as JSON; transformers asks for
-        objects.
-        """
+        """Tell whether the template takes a call's arguments as JSON, not as an object."""
         written = self._try(self.turns, self.options, as_json=False)
         if written is None:
             return self._try(self.turns, self.options, as_json=True) is not None

@@ -69,10 +69,7 @@ class Comparison:
 def compare_perplexity(
     ours: Perplexity, theirs: Perplexity, model: str, other: str, domain: str
 ) -> Comparison:
-    """
-    Compare two perplexities of the same tokens; DataError for others, as with unlike
-    tokenizers.
-    """
+    """Compare two perplexities of the same tokens; a DataError for others."""
     change = perplexity_increase(ours, theirs)
     return Comparison("perplexity", domain, model, other, change, True, True)
 
@@ -98,10 +95,7 @@ def compare_scores(
 def compare_rates(
     ours: Rate, theirs: Rate, model: str, other: str, domain: str, metric: str
 ) -> Comparison:
-    """
-    Compare two rates of which less is better, such as transfers per token; the change is
-    relative.
-    """
+    """Compare two rates of which less is better, such as transfers per token, as a ratio."""
     over = paired_ratio(ours[0], theirs[0], ours[1], theirs[1])
     change = Estimate(over.mean - 1, over.low - 1, over.high - 1, over.n)
     return Comparison(metric, domain, model, other, change, True, True)

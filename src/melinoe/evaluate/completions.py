@@ -18,10 +18,7 @@ NEXT_QUESTION = "Question:"
 
 
 def reference(example: Example) -> str:
-    """
-    Return the right completion: a chat's last assistant turn, a question's answer, a
-    completion.
-    """
+    """Return the right completion: a chat's last turn, a question's answer, a completion."""
     if example.messages is not None:
         last = example.messages[example.learned_turns[-1]] if example.learned_turns else {}
         if "content" not in last:

@@ -96,10 +96,7 @@ def perplexity_increase(ours: Perplexity, theirs: Perplexity) -> Estimate:
 
 @dataclass(frozen=True)
 class Decoded:
-    """
-    Perplexity, and the cost of reading token by token: int64 ``(sequences,)`` of loads and
-    tokens.
-    """
+    """Perplexity of texts read token by token, and what that cost; int64 ``(sequences,)``."""
 
     perplexity: Perplexity
     loads: NDArray[np.int64]

@@ -106,10 +106,7 @@ def curve_record(
 def completion_counts(
     trace: Trace, slots: int, policy: str, **policy_options: Any
 ) -> dict[str, list[int]]:
-    """
-    Count each sequence's ``uses``, ``hits``, ``loads`` and ``tokens`` of the completion,
-    simulated.
-    """
+    """Simulate, and count ``uses``, ``hits``, ``loads``, ``tokens`` of each completion."""
     options = policy_options or None
     done = simulate(trace, slots, policy, reset_between_sequences=True, policy_options=options)
     return {

@@ -45,10 +45,7 @@ class BaseRouters:
 
     @contextmanager
     def in_place(self) -> Iterator[dict[int, Tensor]]:
-        """
-        Let the copies answer for the routers in the body; yields each layer's logits as the
-        pass runs.
-        """
+        """Let the copies answer for the routers in the body; yields the logits of each layer."""
         logits: dict[int, Tensor] = {}
         before: list[tuple[nn.Module, Any]] = []
 

@@ -84,10 +84,7 @@ class CacheAwareChoice:
         self._spread = None
 
     def observe(self, logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """
-        Learn from the weights that a router gave, and change nothing; arguments as for the
-        call.
-        """
+        """Learn from the weights that a router gave, and change nothing."""
         self._learn(logits[:_EVIDENCE], top_k_index[:_EVIDENCE], top_k_weights[:_EVIDENCE])
 
     def __call__(
@@ -207,10 +204,7 @@ class Weighting(NamedTuple):
 
 
 def find_weighting(logits: Tensor, index: Tensor, weights: Tensor) -> Weighting:
-    """
-    Find the rule by which a router gave *weights* to *index*; UnsupportedModelError if none is
-    near.
-    """
+    """Find the rule by which a router gave *weights* to *index*, or refuse."""
     tolerance, total = _tolerance(weights), weights.float().sum()
     rules = []
     for name in _FUNCTIONS:

@@ -53,10 +53,7 @@ def bound(module: nn.Module) -> ExpertsFunction | None:
 
 
 def use_melinoe(model: nn.Module) -> Callable[[], None]:
-    """
-    Choose ``melinoe`` as the experts implementation of *model*; returns a function that undoes
-    it.
-    """
+    """Choose ``melinoe`` as the experts implementation of *model*; returns what undoes it."""
     if NAME not in ALL_EXPERTS_FUNCTIONS:  # not at import, which changes nothing
         ALL_EXPERTS_FUNCTIONS.register(NAME, _melinoe)
     before = [(config, config._experts_implementation_internal) for config in _deciding(model)]

@@ -78,10 +78,7 @@ def expert_rows(
     offsets: Tensor,
     addition: Addition | None = None,
 ) -> Tensor:
-    """
-    Compute *rows* ``(pairs, hidden)``, sorted by expert, by their *experts* in *stacks*,
-    unweighted.
-    """
+    """Compute *rows* ``(pairs, hidden)``, sorted by expert, by *stacks*, unweighted."""
     # Within an autocast rows are wider than they are computed with.
     wide = not torch.is_autocast_enabled(rows.device.type)
 

@@ -23,10 +23,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def differing_settings(found: Measurements) -> list[str] | None:
-    """
-    Name the settings that set the control apart beside the locality terms; None where it is
-    unknown.
-    """
+    """Name the settings, locality terms left out, that set the control apart; None: unknown."""
     settings = {r["model"]: r["settings"] for r in found.of("training") if r.get("settings")}
     if not {"control", "fine-tuned"} <= settings.keys():
         return None
