@@ -217,8 +217,6 @@ def test_trace_predict_simulate_and_generate_in_a_row(checkpoint, prompts, tmp_p
         trace,
         "--model",
         checkpoint,
-        "--data",
-        prompts,
         "--out",
         predictor,
         "--json",
@@ -348,8 +346,6 @@ def test_a_trace_of_another_model_fits_no_predictor(checkpoint, prompts, tmp_pat
         trace,
         "--model",
         checkpoint,
-        "--data",
-        prompts,
         "--out",
         tmp_path / "predictor",
     )

@@ -21,7 +21,7 @@ TRAINED = (
 # Each writes into OUT, but for those that add to or replace a file that is there: IN.
 COMMANDS = {
     "trace": "trace BASE --data DATA --out OUT/t.safetensors --max-new-tokens 4 --slots 8",
-    "predictor fit": "predictor fit IN/t.safetensors --out OUT/p --model BASE --data DATA",
+    "predictor fit": "predictor fit IN/t.safetensors --out OUT/p --model BASE",
     "batch": "batch IN/asked.jsonl --out OUT/answers.jsonl --model BASE --slots 8",
     "pack": "pack BASE --format int8 --out OUT/packed",
     "merge": "merge IN/adapter --out OUT/merged",

@@ -49,12 +49,9 @@ def test_a_trace_alone_is_enough_to_fit(trace, tmp_path, melinoe):
 
 
 def test_prompts_that_were_not_kept_are_asked_for(trace, tmp_path, melinoe):
-    """With the option that names them."""
+    """With the way to keep them."""
     (tmp_path / "trace.prompts.json").unlink()
-    refused(melinoe("predictor", "fit", trace, "--out", tmp_path / "p"), "--data")
-    data = tmp_path / "prompts.jsonl"
-    code, _, err = melinoe("predictor", "fit", trace, "--data", data, "--out", tmp_path / "p")
-    assert code == 0, err
+    refused(melinoe("predictor", "fit", trace, "--out", tmp_path / "p"), "melinoe trace")
 
 
 def test_more_slots_than_experts_are_refused(trace, tmp_path, melinoe):

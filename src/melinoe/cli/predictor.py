@@ -16,42 +16,28 @@ def fit_command(
         int | None, option("Judge by so many slots in each layer. Default: a quarter.", min=1)
     ] = None,
     model: Annotated[str | None, option("The traced model. Default: as the trace says.")] = None,
-    data: Annotated[
-        str | None, option("The prompts that were traced. Default: those beside the trace.")
-    ] = None,
-    raw: options.Raw = False,
     seed: Annotated[int, option("Seed of the folds and of the start.")] = 0,
     as_json: options.AsJson = False,
-    columns: options.Columns = None,
-    split: options.Split = "test",
 ) -> None:
     """Fit a predictor, and compare it with rivals that cost nothing."""
     from melinoe.cache.trace import Trace
     from melinoe.checkpoint import check_output
     from melinoe.config import QUARTER, experts_in_share
-    from melinoe.data import load_examples
     from melinoe.errors import BudgetError
     from melinoe.predictor import compare, fit, load_prompts
     from melinoe.predictor.model import token_embeddings
 
-    if columns is not None and data is None:
-        raise typer.BadParameter("--columns go with --data", param_hint="--columns")
     output.quiet()
     check_output(out)
     loaded = Trace.load(trace)
-    prompts = load_prompts(trace, loaded) if data is None else []
+    prompts = load_prompts(trace, loaded)
     size = slots or experts_in_share(QUARTER, loaded.num_experts)
     if size > loaded.num_experts:
         raise BudgetError(
             f"{size} slots cannot be in layers of {loaded.num_experts} experts; choose from 1 to "
             f"{loaded.num_experts}"
         )
-    backbone, tokenizer = models.open_backbone(loaded, trace, model)
-    if data is not None:
-        examples = load_examples(
-            data, split=split, limit=loaded.num_sequences, columns=columns, prompts=True
-        )
-        prompts = models.prompt_ids(examples, tokenizer, raw)
+    backbone, _ = models.open_backbone(loaded, trace, model)
     embeddings = token_embeddings(backbone)
     comparison = compare(loaded, prompts, embeddings, size, seed=seed)
     predictor = fit(loaded, prompts, embeddings, size, seed=seed)

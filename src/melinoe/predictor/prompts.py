@@ -49,7 +49,7 @@ def load_prompts(path: str | Path, trace: Trace) -> list[list[int]]:
         DataError: there are none, they are malformed, or they belong to another model's trace.
     """
     file = prompts_path(path)
-    way_out = "name the prompts that were traced (--data), or trace them again"
+    way_out = "trace them again with melinoe trace, which keeps them"
     try:
         record = json.loads(file.read_bytes())
         if record["format"] != FORMAT or record["version"] != VERSION:
