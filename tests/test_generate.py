@@ -8,7 +8,7 @@ from transformers import TextStreamer
 
 from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT
-from melinoe.cache.prefetch import Listed
+from melinoe.cache.prefetch import Listed, Predicted
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.errors import AttachError, DataError, ModelError, TokenizerError
@@ -45,7 +45,9 @@ def test_times_add_up():
     """The predictor is part of the time to the first token, and that part of the whole."""
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=3) as handle:
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 5, always(model, [1, 2]))
+        one = generate(
+            model, handle, tokenizer, PROMPT_TEXT, 5, prefetch=Predicted(always(model, [1, 2]))
+        )
     assert 0 < one.predictor_s < one.ttft_s < one.seconds
     assert one.tpot_s == pytest.approx((one.seconds - one.ttft_s) / 4)
     assert one.tokens_per_s == pytest.approx(5 / one.seconds)
@@ -68,8 +70,8 @@ def test_a_prefetch_for_the_completion_comes_after_the_prompts_forward_pass():
     with attach(model, slots=3) as handle:
         first = model.model.layers[0]
         hook = first.register_forward_pre_hook(lambda *_: seen.append(handle.resident()))
-        predictor = always(model, [6, 1, 4])
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, predictor)
+        predictor = Predicted(always(model, [6, 1, 4]))
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 2, prefetch=predictor)
         hook.remove()
     assert seen == [[[], []], [[1, 4, 6]] * LAYERS]
     assert one.counters.loads[PROMPT].sum() > 0
@@ -81,7 +83,8 @@ def test_experts_that_are_resident_are_not_prefetched_again():
     with attach(model, slots=EXPERTS) as handle:
         handle.prefetch([list(range(EXPERTS))] * LAYERS)
         handle.reset_counters()
-        one = generate(model, handle, tokenizer, PROMPT_TEXT, 3, predictor=always(model, [6, 1]))
+        named = Predicted(always(model, [6, 1]))
+        one = generate(model, handle, tokenizer, PROMPT_TEXT, 3, prefetch=named)
     assert one.counters.prefetch_loads.sum() == 0 and one.counters.loads.sum() == 0
 
 
@@ -115,10 +118,10 @@ def test_a_prefetch_for_the_completion_counts_as_simulated(tokens):
     model, tokenizer = tiny_model(), words_tokenizer()
     prompts, wanted = [PROMPT_TEXT, "w7 w8 w9", "w20"], [6, 1, 4]
     with attach(model, slots=3) as handle:
-        predictor = always(model, wanted)
+        predictor = Predicted(always(model, wanted))
         with handle.record() as recorder:
             for prompt in prompts:
-                generate(model, handle, tokenizer, prompt, tokens, predictor)
+                generate(model, handle, tokenizer, prompt, tokens, prefetch=predictor)
             model.generate(torch.tensor([[7, 8]]), max_new_tokens=4, do_sample=False)
         counted, trace = handle.counters, recorder.trace()
     ahead = {sequence: [wanted] * LAYERS for sequence in range(3)}  # not for the last prompt
@@ -179,7 +182,8 @@ def test_a_predictor_of_another_model_is_refused():
     model, other = tiny_model(), tiny_model(seed=1)
     with attach(model, slots=3) as handle:
         with pytest.raises(ModelError, match="fitted to model"):
-            generate(model, handle, words_tokenizer(), PROMPT_TEXT, 2, always(other, [1]))
+            named = Predicted(always(other, [1]))
+            generate(model, handle, words_tokenizer(), PROMPT_TEXT, 2, prefetch=named)
         assert handle.counters.prefetch_loads.sum() == 0
 
 
@@ -187,7 +191,8 @@ def test_a_predictor_without_the_runtime_is_refused():
     """A plain model has no slots to prefetch into."""
     model = tiny_model()
     with pytest.raises(AttachError, match="load through"):
-        generate(model, None, words_tokenizer(), PROMPT_TEXT, 2, always(model, [1]))
+        named = Predicted(always(model, [1]))
+        generate(model, None, words_tokenizer(), PROMPT_TEXT, 2, prefetch=named)
 
 
 def test_no_tokens_to_generate_is_the_callers_mistake():

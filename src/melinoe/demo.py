@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from melinoe.cache.prefetch import Predicted
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import check_output, describe, load_tokenizer
 from melinoe.checkpoint.files import read_config
@@ -244,9 +245,9 @@ class Demo:
         """Serve by four strategies in turn, prompt by prompt: the machine's moods fall on all."""
         servings = []
         for strategy, name in ((BASE, BASE), (CONTROL, CONTROL), (TUNED, TUNED), (PREFETCH, TUNED)):
-            ahead = predictor if strategy == PREFETCH else None
-            how = (*self._on_disk(name, emulated), prompts, self.settings.max_new_tokens, ahead)
-            servings.append(serving(*how, label=name, strategy=strategy))
+            ahead = Predicted(predictor) if strategy == PREFETCH else None
+            how = (*self._on_disk(name, emulated), prompts, self.settings.max_new_tokens)
+            servings.append(serving(*how, prefetch=ahead, label=name, strategy=strategy))
         for record in side_by_side(servings):
             self._write(record)
             self.say(

@@ -15,13 +15,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.prefetch import Predicted, Prefetcher
+from melinoe.cache.prefetch import Prefetcher
 from melinoe.cache.trace import Trace
 from melinoe.data import check_text, pad_token_id
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, DataError, TokenizerError
 from melinoe.moe.finite import generate_finite
-from melinoe.predictor import Predictor
 
 Prompt = str | Sequence[int]
 
@@ -98,7 +97,6 @@ def generate(
     tokenizer: Any,
     prompt: Prompt,
     max_new_tokens: int = 64,
-    predictor: Predictor | None = None,
     streamer: Any = None,
     *,
     prefetch: Prefetcher | None = None,
@@ -110,8 +108,6 @@ def generate(
     Args:
         handle: What `attach` or `load` gave for *model*; ``None`` for a plain one.
         prompt: Text, or token ids.
-        predictor: Short for ``prefetch=Predicted(predictor)``: what it names is loaded when the
-            forward pass after the prompt's begins.
         streamer: Gets tokens as they come; see transformers.
         prefetch: What is loaded ahead of need, and when; see `melinoe.cache.prefetch`.
         sampling: For transformers' `generate`: ``do_sample``, ``temperature``, ``top_p``, …
@@ -125,10 +121,6 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-    if predictor is not None:
-        if prefetch is not None:
-            raise ValueError("give either a predictor or a prefetch, and not both")
-        prefetch = Predicted(predictor)
     if prefetch is not None:
         if handle is None:
             raise AttachError(

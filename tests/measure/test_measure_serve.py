@@ -10,7 +10,7 @@ from two_sequences import small_trace
 
 from melinoe import attach
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.cache.prefetch import Listed
+from melinoe.cache.prefetch import Listed, Predicted
 from melinoe.cache.simulator import simulate
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
@@ -106,9 +106,11 @@ def test_a_served_record_counts_what_the_simulator_counts(policy, cold, wanted):
     model, tokenizer = tiny_model(), words_tokenizer()
     with attach(model, slots=EXPERTS) as handle:
         trace = trace_prompts(model, handle, tokenizer, PROMPTS, 6)
-    predictor = always(model, wanted) if wanted else None
+    ahead = Predicted(always(model, wanted)) if wanted else None
     with attach(model, slots=3, policy=policy) as handle:
-        record = serve(model, handle, tokenizer, PROMPTS, 6, predictor, label="tiny", cold=cold)
+        record = serve(
+            model, handle, tokenizer, PROMPTS, 6, prefetch=ahead, label="tiny", cold=cold
+        )
     simulated = simulate(
         trace,
         3,
@@ -175,7 +177,7 @@ def test_with_every_expert_resident_nothing_is_waited_for():
             tokenizer,
             PROMPTS,
             4,
-            always(model, list(range(EXPERTS))),
+            prefetch=Predicted(always(model, list(range(EXPERTS)))),
             label="tiny",
             cold=False,
         )

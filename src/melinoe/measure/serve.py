@@ -12,7 +12,6 @@ from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import DataError
 from melinoe.generate import Generation, Prompt, generate
 from melinoe.measure.machine import machine
-from melinoe.predictor import Predictor
 from melinoe.stats import bootstrap
 
 # Generation options with which a forward pass computes other tokens than the one it yields.
@@ -48,7 +47,6 @@ def serving(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 64,
-    predictor: Predictor | None = None,
     *,
     prefetch: Prefetcher | None = None,
     label: str,
@@ -66,7 +64,7 @@ def serving(
     Each is a ratio of sums with a 95 % interval over prompts.
 
     Args:
-        model: As in `melinoe.generate.generate`, as are *predictor*, *prefetch* and *sampling*.
+        model: As in `melinoe.generate.generate`, as are *prefetch* and *sampling*.
         max_new_tokens: At most so many for each; at least 2.
         label: The model's name in tables; *strategy* is the strategy's.
         cold: Empty the cache before each prompt; else it keeps what the one before left.
@@ -98,7 +96,6 @@ def serving(
             tokenizer,
             prompt,
             max_new_tokens,
-            predictor=predictor,
             prefetch=prefetch,
             **sampling,
         )
@@ -109,8 +106,8 @@ def serving(
     for prompt in prompts:
         generations.append([run(prompt) for _ in range(repeat)])
         yield
-    moment = "completion" if predictor is not None else prefetch.when if prefetch else None
-    what = "predictor" if predictor is not None else "none" if prefetch is None else prefetch.name
+    moment = None if prefetch is None else prefetch.when
+    what = "none" if prefetch is None else prefetch.name
     default = handle.policy if moment is None else f"{handle.policy}, prefetch"
     counters = [runs[0].counters for runs in generations if runs[0].counters]
     uses, requests = (
