@@ -12,22 +12,3 @@ from melinoe.checkpoint.opening import Checkpoint, Description, describe, open_c
 from melinoe.checkpoint.sources import ExpertSource
 from melinoe.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from melinoe.checkpoint.writing import check_output, write_model
-
-__all__ = [
-    "Checkpoint",
-    "Description",
-    "ExpertSource",
-    "check_output",
-    "check_tokenizer",
-    "describe",
-    "describe_base",
-    "describe_data",
-    "load_backbone",
-    "load_model",
-    "load_tokenizer",
-    "open_checkpoint",
-    "read_metadata",
-    "update_metadata",
-    "write_metadata",
-    "write_model",
-]

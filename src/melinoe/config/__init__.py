@@ -8,16 +8,3 @@ default is typed twice.
 from melinoe.cache import MISSES
 from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
 from melinoe.config.names import QUARTER, STORES, OutcomeSettings, experts_in_share, policies
-
-__all__ = [
-    "CONTROL",
-    "MATCH",
-    "MISSES",
-    "PLAIN",
-    "QUARTER",
-    "STORES",
-    "FinetuneSettings",
-    "OutcomeSettings",
-    "experts_in_share",
-    "policies",
-]

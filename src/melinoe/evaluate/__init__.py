@@ -28,24 +28,3 @@ from melinoe.evaluate.scores import (
     score,
     score_record,
 )
-
-__all__ = [
-    "Comparison",
-    "Perplexity",
-    "Scores",
-    "compare_perplexity",
-    "compare_rates",
-    "compare_scores",
-    "complete",
-    "decoded_perplexity",
-    "extract_answer",
-    "perplexity",
-    "perplexity_increase",
-    "price_of_choice",
-    "quality_record",
-    "reference",
-    "right_answers",
-    "rouge_l",
-    "score",
-    "score_record",
-]

@@ -1,16 +1,4 @@
-"""
-Make tables and figures from measurement records, and from nothing else.
-
-    records.py    read records, and check what they hold
-    amounts.py    numbers, estimates and settings as text
-    comparing.py  which model is compared with which; paired ratios
-    table.py      a table as data, Markdown or text
-    tables.py     the tables of a report, and those of benchmark results
-    figures.py    the figures, each with a sentence on what it shows
-    page.py       all of it in reading order: the HTML page, its Markdown twin, figures as files
-    readme.py     the tables between a README's markers
-    card.py       a fine-tuned checkpoint's model card
-"""
+"""Make tables and figures from measurement records, and from nothing else."""
 
 import shutil
 from typing import Literal
@@ -21,16 +9,6 @@ from melinoe.report.readme import update_readme
 from melinoe.report.records import Sources, read_records
 from melinoe.report.table import render
 from melinoe.report.tables import benchmark_tables, main_table, model_tables, servings
-
-__all__ = [
-    "figures_of",
-    "page_path",
-    "read_records",
-    "render_table",
-    "update_readme",
-    "write_figures",
-    "write_report",
-]
 
 
 def render_table(
