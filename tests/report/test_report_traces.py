@@ -62,7 +62,7 @@ def test_the_command_reports_traces(tmp_path):
     text, twin = out.read_text(), out.with_suffix(".md").read_text()
     for words in ("Hit rate against slots", "Experts a sequence uses"):
         assert words in text
-    for words in ("t, static", "Hit rate by slots", "a/t", "b/t"):
+    for words in ("t, static", "Hit rate against slots", "a/t", "b/t"):
         assert words in text and words in twin
     # Another process hashes names in another order.
     subprocess.run([sys.executable, "-m", "melinoe", *told], check=True, capture_output=True)
