@@ -37,7 +37,7 @@ def make(folder):
     for made in (
         ["trace", model, "--data", data, "--out", trace, "--max-new-tokens", 4],
         ["predictor", "fit", trace, "--out", predictor, "--slots", 2],
-        ["simulate", trace, "--slots", 2, "--out", folder / "records.jsonl"],
+        ["evaluate", model, "--data", data, "--out", folder / "records.jsonl"],
         ["finetune", model, "--data", data, "--out", folder / "tuned", "--steps", 1,
          "--no-measure", "--save", "both"],
     ):  # fmt: skip
