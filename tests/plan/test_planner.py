@@ -36,7 +36,6 @@ FACTS = ModelFacts(
 MACHINE = {
     "link": "1GiB/s",
     "device_bandwidth": "100GiB/s",
-    "dram": "2GiB/s",
     "disk": "0.5GiB/s",
     "reserve": "5MiB",
 }
@@ -104,7 +103,6 @@ def test_seconds_of_each_tier_by_hand():
     tiers = by_hand().speed_before.tiers_high
     assert tiers.link == pytest.approx(20 / 1024)
     assert tiers.device == pytest.approx(60 / 102400)
-    assert tiers.dram_if_computed == pytest.approx(20 / 2048)
     assert tiers.disk == 0
     # 12 decoder layers, and 20 loads: 1/15.15 - 1/37.84 s are those of 727 x 16 / 64 / 2.
     load = (1 / 15.15 - 1 / 37.84) / (727 * 16 / 64 / 2)
@@ -119,7 +117,6 @@ def test_both_ends_of_the_speed_by_hand():
     host = 12 * layer + 20 * load
     assert found.low == pytest.approx(1 / (20 / 1024 + 60 / 102400 + host))
     assert (found.bottleneck, found.slow_bottleneck) == ("link", "host")
-    assert found.computed_high == pytest.approx(2048 / 20)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ def command(
     link: options.Link = None,
     link_latency: options.LinkLatency = "0s",
     device_bandwidth: options.DeviceBandwidth = None,
-    dram: options.Dram = None,
     disk: Annotated[
         str | None, option("Bandwidth of the disk, as in 7GB/s or nvme4.", options.MACHINE)
     ] = None,
@@ -64,7 +63,7 @@ def command(
     """Plan a model on a machine from its config alone: what fits, how fast, and the bottleneck."""
     if out is not None and not cards:
         raise typer.BadParameter("only --cards writes a record", param_hint="--out")
-    idle = (bits, trace, tuned_trace, device_bandwidth, dram, reserve)
+    idle = (bits, trace, tuned_trace, device_bandwidth, reserve)
     if finetune and any(one not in (None, False) for one in idle):
         raise typer.BadParameter(
             "takes --card, --gpu-memory, --ram, --link, --disk, --batch, --context and --lora-rank",
@@ -100,7 +99,6 @@ def command(
         ram=ram,
         link=link,
         device_bandwidth=device_bandwidth,
-        dram=dram,
         disk=disk,
         reserve=reserve,
         context=context,

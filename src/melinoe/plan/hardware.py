@@ -109,7 +109,6 @@ class Hardware:
 
     device: Bandwidth  # memory that the slots are in
     link: Bandwidth  # from host memory to the device
-    dram: Bandwidth  # host memory, which bounds misses computed on the CPU
     disk: Bandwidth  # where experts are that host memory cannot hold
     card: str | None = None  # the card that *device* belongs to, if one was named
 
@@ -160,14 +159,13 @@ def machine_of(
     card: str | None = None,
     device: str | None = None,
     link: str | None = None,
-    dram: str | None = None,
     disk: str | None = None,
 ) -> Hardware:
     """
     Put the machine together: what is given first, then names, then guesses.
 
     Where no card is named, the smallest that has *gpu_memory_bytes* is assumed, the slowest of its
-    size; without more words the link that the card sits on, two channels of DDR5, an SSD on PCIe 4.
+    size; without more words the link that the card sits on, an SSD on PCIe 4.
     """
     chosen = find_card(card) if card else _slowest_card(gpu_memory_bytes)
     guess = "" if card else f"no card named, so that of a {chosen.name}, the least with that memory"
@@ -182,7 +180,6 @@ def machine_of(
     return Hardware(
         device=part("device memory", device, chosen.bandwidth, guess),
         link=part("link", link, find_bandwidth(chosen.link, "link"), guess),
-        dram=part("DRAM", dram, find_bandwidth("ddr5-2ch", "DRAM"), "not given"),
         disk=part("disk", disk, find_bandwidth("nvme4", "disk"), "not given"),
         card=chosen.name if card else None,
     )

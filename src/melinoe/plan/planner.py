@@ -12,7 +12,6 @@ Seconds a step, on each tier alone:
     link    q M' / link bandwidth + loads x latency        M': the experts as they are stored
     device  (backbone read + M + KV) / device bandwidth
     disk    the part of q M' that host memory does not hold / disk bandwidth
-    dram    q M' / DRAM bandwidth, if misses are computed on the CPU instead of loaded
     host    a constant a decoder layer, and one a load: deciding, launching, waiting
 
 The fast end takes the slowest tier alone: everything overlaps and the host costs nothing. No
@@ -67,7 +66,6 @@ class Tiers:
     link: float
     device: float
     disk: float
-    dram_if_computed: float
     host: float
 
 
@@ -81,7 +79,6 @@ class Speed:
     slow_bottleneck: str  # the tier that takes most of the slow end, the host included
     tiers_low: Tiers  # at the low hit rate
     tiers_high: Tiers  # at the high one
-    computed_high: float  # the fast end if misses are computed on the CPU instead of loaded
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,6 @@ def plan(
     ram: str | int | None = None,
     link: str | None = None,
     device_bandwidth: str | None = None,
-    dram: str | None = None,
     disk: str | None = None,
     reserve: str | int | None = None,
     context: int = 4096,
@@ -154,7 +150,7 @@ def plan(
         model: A directory, a ``config.json``, a hub name, or facts that were read already; then
             *context* is theirs.
         gpu_memory: Of the device, as ``"8GiB"``; default: all of the card's.
-        card, link, dram, disk: Names of the data file; the last three also as figures.
+        card, link, disk: Names of the data file; the last two also as figures.
         ram: Of the host; without it the experts are taken to fit.
         reserve: Device memory kept free; default as in ``assumptions.json``.
         context: Tokens of a sequence.
@@ -179,7 +175,6 @@ def plan(
         card=card,
         device=device_bandwidth,
         link=link,
-        dram=dram,
         disk=disk,
     )
     if isinstance(model, ModelFacts):
@@ -384,7 +379,6 @@ def _speed(
             link=hardware.link.seconds(load_bytes) + loads * latency_s,
             device=hardware.device.seconds(other_bytes + expert_bytes),
             disk=hardware.disk.seconds(from_disk * load_bytes),
-            dram_if_computed=hardware.dram.seconds(load_bytes),
             host=facts.decoder_layers * per_layer + loads * per_load,
         )
 
@@ -401,7 +395,6 @@ def _speed(
         slow_bottleneck=longest(low, True),
         tiers_low=low,
         tiers_high=high,
-        computed_high=batch / max(high.dram_if_computed, high.device, high.disk),
     )
 
 
@@ -468,7 +461,7 @@ def _assumed(
 ) -> list[str]:
     """Name each figure that the plan rests on, with its source."""
     known = assumptions()
-    parts = [("Device memory", hardware.device), ("Link", hardware.link), ("DRAM", hardware.dram)]
+    parts = [("Device memory", hardware.device), ("Link", hardware.link)]
     if from_disk:
         parts.append(("Disk", hardware.disk))
     out = [f"{label}: {part}, {part.source}." for label, part in parts]
