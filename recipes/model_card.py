@@ -1,9 +1,9 @@
 """
 Write the model card of the small OLMoE from what its training left behind.
 
-Question answered: does the trained model route by content? Its locality stands beside that of the
-same architecture untrained, measured alike; if the two agreed, training would have taught the
-routers nothing and the model would be no base for a study of caches.
+Question answered: does the trained model route like real ones? The five figures of `routing.py`
+stand beside those of real models, and of the same architecture untrained, measured alike; if these
+two agreed, training would have taught the routers nothing.
 
     python recipes/model_card.py --model OUT_DIR --held-out src/melinoe/shipped/held_out
 """
@@ -16,17 +16,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from routing import BEFORE, TEXTS, TOKENS, figures, trace_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-import melinoe
-from melinoe.data import Encoded, load_examples
-from melinoe.measure import curve_record, locality_record, reading_trace
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PROMPT_TOKENS, NEW_TOKENS, PER_CORPUS = 64, 64, 6
-
+REAL = Path(__file__).parents[1] / "benchmarks" / "results" / "routing.json"
 DATA = """
 | corpus | what | terms |
 |---|---|---|
@@ -37,25 +33,6 @@ DATA = """
 | mathematics | comments of Metamath's set.mm | CC0 |
 | code | Python 3.11 standard library | PSF licence |
 """
-
-
-def locality(model: torch.nn.Module, texts: list[list[int]]) -> dict[str, str]:
-    """Locality while reading real text token by token, as a table row."""
-    experts = model.config.num_experts
-    handle = melinoe.attach(model, slots=experts)
-    encoded = [Encoded(ids, [at >= PROMPT_TOKENS for at in range(len(ids))]) for ids in texts]
-    trace = reading_trace(model, handle, encoded)
-    handle.detach()
-    found = locality_record(trace, "")
-    curve = curve_record(trace, "", "lru", [experts // 4])
-    row = {
-        "experts per sequence": found["experts_per_sequence_mean"],
-        "reuse": found["reuse"],
-        f"hit rate, LRU, {experts // 4} slots": curve["hit_rate"][0],
-    }
-    shown = {n: f"{e['mean']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for n, e in row.items()}
-    shown["distinct experts over all prompts, mean layer"] = f"{found['distinct_experts']:.1f}"
-    return shown
 
 
 def loss_curve(log: list[dict], path: Path) -> None:
@@ -91,21 +68,20 @@ def main() -> None:
     torch.manual_seed(0)
     training = json.loads((args.model / "training.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = [
-        tokenizer(example.completion)["input_ids"][: PROMPT_TOKENS + NEW_TOKENS]
-        for path in sorted(args.held_out.glob("*.jsonl"))
-        for example in load_examples(path, limit=PER_CORPUS)
-    ]
     config = AutoConfig.from_pretrained(args.model)
     trained = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     untrained = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    corpora = sorted(args.held_out.glob("*.jsonl"))
     rows = {
-        "trained": locality(trained, texts),
-        "untrained": locality(untrained, texts),
+        name: figures(trace_of(model, tokenizer, corpora))
+        for name, model in (("this model", trained), ("untrained", untrained))
     }
+    for row in json.loads(REAL.read_text())["result"]:
+        if row["real"]:
+            rows[row["model"]] = row
     loss_curve(training["log"], args.model / "loss.png")
     settings = training["settings"]
-    names = list(rows["trained"])
+    names = list(rows["this model"])
     validation = training["validation"]
     perplexities = [row["perplexity"] for row in validation.values()]
     text = f"""---
@@ -152,19 +128,15 @@ No GSM8K text was seen: the demo fine-tunes on it.
 
 ## Routing
 
-Locality while reading {NEW_TOKENS} tokens of held-out text, one at a time, after {
-        PROMPT_TOKENS
-    } at once: {len(texts)} passages,
-the same for both, mean (95 % interval over passages), cold cache. Chance is {
-        settings["top_k"]
-    } of {settings["experts"]} ({
-        settings["top_k"] / settings["experts"]:.3f}) for reuse and a quarter for the hit rate.
+{TOKENS} tokens of held-out text, from an empty cache, after {BEFORE} that are not counted;
+{TEXTS} passages of each corpus. Of real models as many tokens of their answers. Columns are
+explained in `recipes/routing.py`.
 
 | | {" | ".join(names)} |
 |---|{"---|" * len(names)}
 """
     for model, row in rows.items():
-        text += f"| {model} | " + " | ".join(row[name] for name in names) + " |\n"
+        text += f"| {model} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |\n"
     versions = training["versions"]
     hours = training["seconds"] / 3600
     text += f"""
