@@ -1,5 +1,7 @@
 """The losses written straight from their formulas: Python loops, float64, one thing at a time."""
 
+import math
+
 import torch
 
 
@@ -87,3 +89,31 @@ def slow_kl(logits, base, mask, denominator=None):
                 total = total + b[e] * (b[e] / p[e]).log()
             count += 1
     return total / (max(1, count) if denominator is None else denominator)
+
+
+def slow_concentration_loss(logits, top_k_index, mask, segments, capacity, *, num_experts=None):
+    """Shares of each sequence expert by expert; -log of half a use where an expert has none."""
+    experts, top_k = num_experts or logits.shape[-1], top_k_index.shape[-1]
+    sequences = {}
+    for row in range(logits.shape[0]):
+        for t in range(logits.shape[1]):
+            if mask[row, t]:
+                p = logits[row, t].softmax(-1)[:experts]
+                chosen = ids_of(top_k_index[row, t], experts)
+                share = [(e in chosen) / max(1, len(chosen)) for e in range(experts)]
+                r = torch.stack([share[e] + p[e] - p[e].detach() for e in range(experts)])
+                sequences.setdefault((row, int(segments[row, t])), []).append(r)
+
+    def entropy(shares, least):
+        return -sum(
+            u * torch.log(u if float(u.detach()) > least else u * 0 + least) for u in shares
+        )
+
+    means = [sum(tokens) / len(tokens) for tokens in sequences.values()]
+    half = [0.5 / (len(tokens) * top_k) for tokens in sequences.values()]
+    within = [
+        torch.relu(entropy(one, least) - math.log(capacity))
+        for one, least in zip(means, half, strict=True)
+    ]
+    together = entropy(sum(means) / len(means), min(half) / len(means))
+    return (sum(within) / len(within) + math.log(experts) - together) / math.log(experts)

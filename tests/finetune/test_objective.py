@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from slow_losses import slow_cache_loss, slow_kl, slow_rank_loss
+from slow_losses import slow_cache_loss, slow_concentration_loss, slow_kl, slow_rank_loss
 from small_runs import examples, settings
 from tiny import tiny_model
 from torch import nn
@@ -87,6 +87,10 @@ class Layers:
                 denominator=denominator,
             )
             term = settings.lambda_cache * cache
+            if settings.lambda_concentration:
+                own = slow_concentration_loss(logits, index, mask, segments, capacities[number])
+                share = 1 if denominator is None else int(mask.sum()) / denominator
+                term = term + settings.lambda_concentration * own * share
             if settings.anchor == "rank":
                 anchor = slow_rank_loss(logits, base, mask, settings.rho, denominator)
                 term = term + settings.lambda_rank * anchor
@@ -102,6 +106,7 @@ class Layers:
         {},
         {"cache_loss": "literal", "anchor": "kl", "lambda_rank": 0.7},
         {"cache_loss": "resident", "gamma": 0.3, "rho": 0.3},
+        {"lambda_cache": 0.0, "lambda_concentration": 0.7},
         {"lambda_cache": 0.0, "lambda_rank": 0.0},
     ],
 )
@@ -152,12 +157,14 @@ def test_a_cache_smaller_than_one_token_needs_is_refused():
         Objective(layers.routers[2:], FinetuneSettings(capacity=0.1, lambda_replay=0.0))
 
 
-def test_a_control_lacks_the_locality_term_alone():
+def test_a_control_lacks_the_locality_terms_alone():
     """Teacher, replay, anchor and seed stay; the plain run has next tokens alone."""
-    chosen = FinetuneSettings(lambda_match=1.0, lambda_replay=0.5, lambda_rank=0.1, seed=7)
+    chosen = FinetuneSettings(
+        lambda_match=1.0, lambda_replay=0.5, lambda_rank=0.1, lambda_concentration=0.2, seed=7
+    )
     control, plain = chosen.control(), chosen.plain()
     assert control.is_control and not chosen.is_control and control.plain() != control
-    assert asdict(control) == asdict(chosen) | {"lambda_cache": 0.0}
+    assert asdict(control) == asdict(chosen) | {"lambda_cache": 0.0, "lambda_concentration": 0.0}
     off = {"lambda_match": 0.0, "lambda_replay": 0.0, "lambda_rank": 0.0}
     assert plain.plain() == plain and asdict(plain) == asdict(control) | off
 

@@ -33,6 +33,11 @@ class FinetuneSettings:
         0.25, "size of the cache to train for", unit="share of a layer's experts"
     )
     lambda_cache: float = setting(1.0, "weight of the cache-simulation loss; 0 leaves it out")
+    lambda_concentration: float = setting(
+        0.0,
+        "weight of the loss that asks for few experts within each sequence and for all of them "
+        "over the sequences of a batch; 0 leaves it out",
+    )
     lambda_rank: float = setting(0.0, "weight of the anchor to the base router; 0 leaves it out")
     gamma: float = setting(
         0.9, "memory of the imagined cache: near 0 as LRU, 1 as LFU", unit="per token"
@@ -142,12 +147,13 @@ class FinetuneSettings:
 
     @property
     def is_control(self) -> bool:
-        """Whether the locality term weighs nothing."""
-        return self.lambda_cache == 0
+        """Whether no locality term weighs anything."""
+        return not any(getattr(self, name) for name in _LOCALITY)
 
     def control(self) -> "FinetuneSettings":
-        """Leave out the locality term alone: same teacher, anchors, data order, steps, seed."""
-        return replace(self, lambda_cache=0.0)
+        """Leave out the locality terms alone: same teacher, anchors, data order, steps, seed."""
+        off: dict[str, Any] = dict.fromkeys(_LOCALITY, 0.0)
+        return replace(self, **off)
 
     def plain(self) -> "FinetuneSettings":
         """Leave out every term but next tokens: same data order, steps, seed."""
@@ -162,9 +168,9 @@ class FinetuneSettings:
         that agree here, on the same base and data, end alike.
         """
         idle = {*_BOOKKEEPING}
-        for weight, others in _READ_BY.items():
-            if getattr(self, weight) == 0:
-                idle |= {*others}
+        for name, weights in _READ_FOR.items():
+            if not any(getattr(self, weight) for weight in weights):
+                idle.add(name)
         known = json.loads(json.dumps(asdict(self)))
         return {name: value for name, value in known.items() if name not in idle}
 
@@ -174,7 +180,10 @@ _WITHIN = {
     "(0, 1]": ("capacity",),
     "[0, 1]": ("gamma",),
     "[0, 1)": ("warmup",),
-    "[0, inf)": ("lambda_cache", "lambda_rank", "rho", "lambda_match", "lambda_replay"),
+    "[0, inf)": (
+        "lambda_cache", "lambda_concentration", "lambda_rank", "rho", "lambda_match",
+        "lambda_replay",
+    ),
     "(0, inf)": ("learning_rate", "lora_learning_rate", "epochs", "max_grad_norm"),
     "[1, inf)": (
         "own_texts", "lora_rank", "steps", "batch_size", "gradient_accumulation", "log_every",
@@ -182,12 +191,16 @@ _WITHIN = {
     ),
     "[2, inf)": ("max_length",),
 }  # fmt: skip
-_WEIGHTS = ("lambda_cache", "lambda_rank", "lambda_match", "lambda_replay")
-# Settings that only one term reads, by its weight.
-_READ_BY = {
-    "lambda_cache": ("capacity", "gamma", "cache_loss"),
-    "lambda_rank": ("anchor", "rho"),
-    "lambda_replay": ("own_texts",),
+_LOCALITY = ("lambda_cache", "lambda_concentration")
+_WEIGHTS = (*_LOCALITY, "lambda_rank", "lambda_match", "lambda_replay")
+# Settings that only some terms read, and the weights of those.
+_READ_FOR = {
+    "capacity": _LOCALITY,
+    "gamma": ("lambda_cache",),
+    "cache_loss": ("lambda_cache",),
+    "anchor": ("lambda_rank",),
+    "rho": ("lambda_rank",),
+    "own_texts": ("lambda_replay",),
 }
 _BOOKKEEPING = (
     "log_every",

@@ -3,6 +3,7 @@ The training objective: next-token loss plus weighted terms over every MoE layer
 
     nll      next-token loss on completion tokens
     cache    cache simulation: experts of a token that an imagined cache lacks
+    concentration   few experts within a sequence, all of them over the batch
     anchor   distance from the base routers (rank matching or KL divergence)
     match    distance of hidden states from the teacher's
     replay   next-token loss on anchor text
@@ -29,6 +30,7 @@ from melinoe.losses import (
     CausalFilter,
     cache_simulation_loss,
     completion_positions,
+    concentration_loss,
     kl_anchor_loss,
     match_loss,
     next_token_loss,
@@ -189,6 +191,7 @@ class Objective:
         weights = {
             "nll": 1.0,
             "cache": settings.lambda_cache,
+            "concentration": settings.lambda_concentration,
             "anchor": settings.lambda_rank,
             "match": settings.lambda_match,
             "replay": settings.lambda_replay,
@@ -214,7 +217,7 @@ class Objective:
         for one in routings:
             shape = (one.router.num_experts, one.logits.shape[-1], one.top_k_index.shape[-1])
             groups.setdefault(shape, []).append(one)
-        cache, anchor = [], []
+        found: dict[str, list[Tensor]] = {"cache": []}  # by term, layers of a shape together
 
         def stack(by_layer: list[Tensor]) -> Tensor:  # (batch, tokens, layers, ...)
             stacked = torch.stack(by_layer, dim=1)
@@ -222,29 +225,42 @@ class Objective:
 
         for (num_experts, _, top_k), group in groups.items():
             logits = stack([one.logits for one in group])
+            chosen = stack([one.top_k_index for one in group])
+            capacity = self._capacity(group[0].router, top_k)
             with nullcontext() if settings.lambda_cache else torch.no_grad():
-                cache.append(
+                found["cache"].append(
                     cache_simulation_loss(
                         logits,
-                        stack([one.top_k_index for one in group]),
+                        chosen,
                         completion,
                         cache_filter,
-                        capacity=self._capacity(group[0].router, top_k),
+                        capacity=capacity,
                         num_experts=num_experts,
                         form=settings.cache_loss,  # type: ignore[arg-type]
+                        denominator=denominator,
+                    )
+                )
+            if settings.lambda_concentration > 0:
+                found.setdefault("concentration", []).append(
+                    concentration_loss(
+                        logits,
+                        chosen,
+                        completion,
+                        segment_ids,
+                        capacity=capacity,
+                        num_experts=num_experts,
                         denominator=denominator,
                     )
                 )
             if settings.lambda_rank > 0:
                 base = stack([self.base.logits(one) for one in group])
                 given = (logits, base, completion)
-                anchor.append(
+                found.setdefault("anchor", []).append(
                     kl_anchor_loss(*given, denominator=denominator)
                     if settings.anchor == "kl"
                     else rank_matching_loss(*given, rho=settings.rho, denominator=denominator)
                 )
-        means = {"cache": torch.cat(cache).mean()}
-        return means | ({"anchor": torch.cat(anchor).mean()} if anchor else {})
+        return {name: torch.cat(by_shape).mean() for name, by_shape in found.items()}
 
     def _capacity(self, router: Router, top_k: int) -> int:
         """Experts that a layer's imagined cache holds; an error where one token needs more."""

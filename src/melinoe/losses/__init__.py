@@ -10,6 +10,8 @@ For one MoE layer and token t, K = top_k, C = cache capacity in experts, E exper
 
     next token         mean_t -log q(t)                    `next_token_loss`
     cache simulation   mean_t < r(t), 1 - c(t) >           `cache_simulation_loss`, in three forms
+    concentration      few experts within a sequence, all
+                       over the batch                      `concentration_loss`
     rank matching      mean_t of relu(rho - (p_f,i - p_f,j)), averaged over the pairs of experts
                        with p_b,i > p_b,j                  `rank_matching_loss`
     KL anchor          mean_t KL(p_b || p_f)               `kl_anchor_loss`
@@ -28,6 +30,7 @@ Source: MELINOE, arXiv:2602.11192, with c in closed form; each file says what di
 
 from melinoe.losses.anchors import kl_anchor_loss, match_loss, rank_matching_loss
 from melinoe.losses.cache import cache_simulation_loss, missing_share
+from melinoe.losses.concentration import concentration_loss
 from melinoe.losses.filter import CausalFilter, choices_of, segments_of
 from melinoe.losses.next_token import next_token_loss
 from melinoe.losses.select import completion_positions
@@ -37,6 +40,7 @@ __all__ = [
     "cache_simulation_loss",
     "choices_of",
     "completion_positions",
+    "concentration_loss",
     "kl_anchor_loss",
     "match_loss",
     "missing_share",

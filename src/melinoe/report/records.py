@@ -21,6 +21,7 @@ Record = Mapping[str, Any]
 TRAINING_TERMS = {
     "nll": "next-token loss (nats)",
     "cache": "cache loss",
+    "concentration": "concentration loss",
     "anchor": "anchor loss",
     "reuse": "reuse loss",
     "distill": "distillation loss",
