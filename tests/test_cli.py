@@ -27,6 +27,7 @@ COMMANDS = [
     "card",
     "merge",
     "pack",
+    "prune",
     "trace",
     "predictor",
     "generate",

@@ -24,6 +24,7 @@ COMMANDS = {
     "predictor fit": "predictor fit IN/t.safetensors --out OUT/p --model BASE",
     "batch": "batch IN/asked.jsonl --out OUT/answers.jsonl --model BASE --slots 8",
     "pack": "pack BASE --format int8 --out OUT/packed",
+    "prune": "prune BASE --data DATA --keep 4 --out OUT/pruned",
     "merge": "merge IN/adapter --out OUT/merged",
     "finetune": f"finetune BASE --data DATA --out OUT/tuned --no-measure {TRAINED}",
     "finetune adapter": f"finetune BASE --data DATA --out OUT/a --save adapter {TRAINED}",

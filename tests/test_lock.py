@@ -47,6 +47,7 @@ COMMANDS = [
     ["demo"],
     ["finetune", "NOT_THERE", "--data", "NOT_THERE"],
     ["merge", "NOT_THERE"],
+    ["prune", "NOT_THERE", "--data", "NOT_THERE"],
     ["trace", "NOT_THERE", "--data", "NOT_THERE", "--slots", "1"],
     ["import-trace", "NOT_THERE", "--num-experts", "2"],
     ["predictor", "fit", "NOT_THERE"],

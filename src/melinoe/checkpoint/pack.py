@@ -70,7 +70,7 @@ def pack(name: str, format: str, out: str | Path) -> float:
         rest = [prod(x.info.shape) * x.info.dtype.itemsize for x in checkpoint.backbone]
         check_room(out, sum(experts) + sum(rest))
         with whole_directory(out) as directory:
-            _write(_read(checkpoint, wanted), directory)
+            write_shards(_read(checkpoint, wanted), directory)
             config = plain_config(read_raw_config(checkpoint.source)[1])
             if not wanted.exact:
                 config["quantization_config"] = {
@@ -117,7 +117,7 @@ def _read(checkpoint: Checkpoint, wanted: ExpertFormat) -> Iterator[dict[str, Te
         yield {f"{source.layer.name}.{name}": stack for name, stack in stacks.items()}
 
 
-def _write(groups: Iterator[dict[str, Tensor]], directory: Path) -> None:
+def write_shards(groups: Iterator[dict[str, Tensor]], directory: Path) -> None:
     """Write tensors into files of about `SHARD_BYTES`, a group in one, and their index."""
     shards: list[list[str]] = []
     waiting: dict[str, Tensor] = {}

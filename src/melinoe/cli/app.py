@@ -39,6 +39,7 @@ _COMMANDS: dict[str, dict[str, Any]] = {
         "plan": plan.command,
         "doctor": doctor.command,
         "pack": checkpoints.pack,
+        "prune": checkpoints.prune,
     },
     "Fine-tune it for fewer expert loads": {
         "finetune": finetune.command,
@@ -57,8 +58,8 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "See it all at work": {"demo": checkpoints.demo},
 }
 # One run at a time may write what --out names; the others append to a file, or write elsewhere.
-_LOCKED = {"plan", "pack", "finetune", "merge", "trace", "import-trace", "predictor", "report"}
-_LOCKED |= {"demo"}
+_LOCKED = {"plan", "pack", "prune", "finetune", "merge", "trace", "import-trace", "predictor"}
+_LOCKED |= {"report", "demo"}
 
 
 class _Melinoe(Group):

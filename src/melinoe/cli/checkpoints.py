@@ -1,4 +1,4 @@
-"""Commands that write a checkpoint or its card: `pack`, `merge`, `card`, and the demo's of all."""
+"""Commands that write a checkpoint or its card: `pack`, `prune`, `merge`, `card`, and the demo."""
 
 import json
 from pathlib import Path
@@ -27,6 +27,44 @@ def pack(
     output.quiet()
     off = pack(models.resolve(model), format, out)
     output.say(f"wrote {out}{_off(off)}")
+
+
+def prune(
+    model: options.Model,
+    data: options.Examples,
+    out: options.Out,
+    keep: Annotated[int | None, option("Experts of each layer that stay.", min=1)] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        option(
+            "Keep the fewest with which perplexity grows by so many per cent at most, in place of "
+            "--keep.",
+            min=0,
+        ),
+    ] = None,
+    limit: options.Limit = None,
+    columns: options.Columns = None,
+    split: options.Split = "train",
+    device: Annotated[str | None, option("Where to measure.")] = None,
+    gpu_memory: Annotated[str | None, option("The most to take of the GPU, as in 8GiB.")] = None,
+    ram: Annotated[str | None, option("The most to take of the host for experts.")] = None,
+) -> None:
+    """Drop the experts that examples use least: a plain checkpoint for any engine."""
+    from melinoe.data import load_examples
+    from melinoe.outcome import prune_by_use
+
+    output.quiet()
+    examples = load_examples(data, split=split, limit=limit, columns=columns)
+    found = prune_by_use(
+        models.resolve(model), examples, out, keep=keep,
+        memory={"device": device, "gpu_memory": gpu_memory, "ram": ram},
+        max_increase=None if max_ppl_increase is None else max_ppl_increase / 100, say=output.say,
+    )  # fmt: skip
+    low, high = (100 * end for end in (found.increase.low, found.increase.high))
+    output.say(
+        f"wrote {out} with {found.kept} of {found.before} experts a layer; perplexity "
+        f"{100 * found.increase.mean:+.2f} % [{low:+.2f}, {high:+.2f}]"
+    )
 
 
 def merge(

@@ -23,7 +23,7 @@ from melinoe.experts.format import PLAIN, ExpertFormat, Part
 ADAPTER = "low_rank"
 
 # Names by which configurations of transformers' families say how many experts a layer has.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
                   "num_routed_experts")  # fmt: skip
 # And how many of them a token gets.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k",
@@ -219,7 +219,7 @@ def _configs(config: object) -> Iterator[object]:
 def _why_no_layers(model: nn.Module) -> str:
     """Tell a dense model from a family whose experts are out of reach."""
     name, config = family(model), getattr(model, "config", None)
-    counts = [getattr(one, key, None) for one in _configs(config) for key in _EXPERT_COUNTS]
+    counts = [getattr(one, key, None) for one in _configs(config) for key in EXPERT_COUNTS]
     counted = any(isinstance(count, int) and count > 1 for count in counts)
     classes = {type(m).__name__ for m in model.modules()}
     classes = {one for one in classes if _EXPERT_CLASS.search(one)}

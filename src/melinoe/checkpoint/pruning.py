@@ -1,0 +1,136 @@
+"""
+Write a checkpoint with some of its experts alone, numbered anew: plain, in the base's own layout.
+
+Routers lose the rows of the experts that go, so a token's choice is the best of those that stay.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melinoe.checkpoint.files import INDEX, read_raw_config
+from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
+from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
+from melinoe.checkpoint.pack import write_shards
+from melinoe.checkpoint.safetensors_file import load_whole
+from melinoe.checkpoint.sources import group_by_parameter
+from melinoe.checkpoint.writing import check_output, check_room, other_files, whole_directory
+from melinoe.errors import UnsupportedModelError
+from melinoe.moe.experts import EXPERT_COUNTS, TOP_K
+from melinoe.moe.routing import find_routers
+from melinoe.whole_file import write_whole
+
+
+def prune(name: str, kept: Sequence[Sequence[int]], out: str | Path) -> None:
+    """
+    Write a checkpoint anew with the experts *kept* alone.
+
+    Args:
+        name: A directory, or a name on the hub.
+        kept: Of each MoE layer the experts that stay, as many in each.
+        out: The directory to make; whole or not at all.
+
+    Raises:
+        OutputExistsError: *out* is taken.
+        CheckpointError: *name* cannot be opened.
+        UnsupportedModelError: layers of different sizes, packed experts, routers that choose by
+            groups of experts, or fewer experts than a token uses.
+        WriteError: a full disk, or another reason why it cannot be written.
+
+    Cost: the largest stored tensor and about 1 GiB in memory.
+    """
+    check_output(out)
+    with open_checkpoint(name) as checkpoint:
+        count, raw = len(kept[0]), read_raw_config(checkpoint.source)[1]
+        config = _smaller(raw, checkpoint, count)
+        stays = _kept_of_places(checkpoint, kept)
+        check_room(out, checkpoint.stored_bytes)
+        with whole_directory(out) as directory:
+            write_shards(_read(checkpoint, stays), directory)
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            write_whole(directory / "config.json", text + "\n")
+            for path in other_files(checkpoint)[0]:
+                if path.name not in (INDEX, "config.json"):
+                    copyfile(path, directory / path.name)
+            write_metadata(directory, read_metadata(checkpoint.source) or describe_base(name))
+
+
+def _smaller(raw: dict[str, Any], checkpoint: Checkpoint, count: int) -> dict[str, Any]:
+    """Return the config with *count* experts, or refuse what could not run with them."""
+    name, before = checkpoint.name, checkpoint.layers[0].num_experts
+    if any(layer.num_experts != before for layer in checkpoint.layers):
+        raise UnsupportedModelError(
+            f"{name} has layers of different numbers of experts, which its config cannot say of "
+            "fewer; leave it whole"
+        )
+    if any(not source.format.exact for source in checkpoint.experts):
+        raise UnsupportedModelError(
+            f"{name} holds its experts packed; write it with `melinoe pack --format plain` first"
+        )
+
+    def part(config: dict[str, Any]) -> dict[str, Any]:
+        if (config.get("n_group") or 1) > 1:
+            raise UnsupportedModelError(
+                f"{name} chooses experts by groups of fixed size, which a smaller number would "
+                "cut; leave it whole"
+            )
+        top_k = max((n for key in TOP_K if isinstance(n := config.get(key), int)), default=1)
+        if count < top_k:
+            raise UnsupportedModelError(
+                f"each token uses {top_k} experts, and {count} would stay; keep {top_k} or more"
+            )
+        return {
+            key: part(one) if isinstance(one, dict)
+            else count if key in EXPERT_COUNTS and one == before
+            else one
+            for key, one in config.items()
+        }  # fmt: skip
+
+    return part(raw)
+
+
+def _kept_of_places(
+    checkpoint: Checkpoint, kept: Sequence[Sequence[int]]
+) -> dict[str, tuple[str, list[int] | None] | None]:
+    """
+    Say of stored tensors, by name, what becomes of them: name and rows; None where they go.
+
+    Those that are not named stay as they are. No rows: all of the tensor, under another name.
+    """
+    found: dict[str, tuple[str, list[int] | None] | None] = {}
+    for source, layer in zip(checkpoint.experts, kept, strict=True):
+        for reader in source.readers.values():
+            for part in reader.parts:
+                names = [place.name for place in part]
+                if len(part) == source.num_experts > 1:  # one for each expert
+                    found |= dict.fromkeys(names)
+                    places = zip(names, sorted(layer), strict=False)
+                    found |= {names[expert]: (new, None) for new, expert in places}
+                else:
+                    found |= {one: (one, sorted(layer)) for one in names}
+    model = build_on_meta(checkpoint.model_class, checkpoint.config, checkpoint.dtype)
+    groups = group_by_parameter(model, checkpoint.tensors)
+    for router, layer in zip(find_routers(model), kept, strict=True):
+        if router.num_logits != router.num_experts:
+            raise UnsupportedModelError(
+                f"{checkpoint.name} has routers with a choice that is no expert; leave it whole"
+            )
+        for parameter, tensor in router.module.state_dict(prefix=f"{router.name}.").items():
+            if parameter in groups and tensor.shape[:1] == (router.num_experts,):
+                for place in groups[parameter].places:
+                    found[place.name] = place.name, sorted(layer)
+    return found
+
+
+def _read(checkpoint: Checkpoint, stays: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    for place in checkpoint.tensors.values():
+        became = stays.get(place.name, (place.name, None))
+        if became is not None:
+            new, rows = became
+            whole = load_whole(place)
+            yield {new: whole if rows is None else whole[torch.tensor(rows)]}
