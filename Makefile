@@ -14,7 +14,7 @@ demo: $(READY)   ## fine-tune, trace, predict, serve, and print what it bought (
 	$(BIN)/melinoe demo --out runs/demo
 
 test: $(DEV)   ## run the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $${TEST_WORKERS:-2}
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $${TEST_WORKERS:-2} --dist worksteal
 
 check: $(DEV)  ## style, types, and whether tables and lists of README and docs are up to date
 	$(BIN)/ruff check src tests benchmarks recipes

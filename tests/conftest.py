@@ -1,5 +1,6 @@
 """Shared by all tests: nothing is downloaded, and one thread is enough for tiny models."""
 
+import functools
 import gc
 import os
 import sys
@@ -12,8 +13,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+import typer.main
 
 torch.set_num_threads(1)
+# Typer makes all commands anew at each call, once a process outside of tests.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +37,14 @@ def little_garbage():
 def _garbage_of_imports(little_garbage):
     """Set aside what the tests before have imported, too."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random OLMoE in the hub's layout, with a tokenizer of words; nobody changes it."""
+    from small_olmoe import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "olmoe")
 
 
 @pytest.fixture

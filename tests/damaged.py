@@ -4,18 +4,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from small_olmoe import tiny_model
 
 
 def write_olmoe(out: Path, *, shard: str = "10KB", dtype=torch.float32, **settings) -> Path:
     """2 layers, 4 experts, top-2, hidden 16: several shards, in the hub's per-expert layout."""
-    values = dict(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = OlmoeForCausalLM(OlmoeConfig(**values | settings)).to(dtype)
+    values = {
+        "vocab_size": 64, "num_experts": 4, "max_position_embeddings": 64, "eos_token_id": 1,
+        "initializer_range": 0.02,
+    }  # fmt: skip
+    model = tiny_model(**values | settings).to(dtype)
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.normal_(std=0.3)

@@ -12,25 +12,23 @@ from melinoe.predictor.model import PredictorNetwork, token_embeddings
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 
-def tiny_model(seed=0, num_hidden_layers=LAYERS):
+def tiny_model(seed=0, **settings):
+    """In evaluation mode; *settings* of its configuration may be others."""
+    values = dict(
+        vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K, initializer_range=0.5, pad_token_id=0, eos_token_id=None,
+        bos_token_id=None,
+    )  # fmt: skip
     torch.manual_seed(seed)
-    model = OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=8,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
-            initializer_range=0.5,
-            pad_token_id=0,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
-    ).eval()
-    return model
+    return OlmoeForCausalLM(OlmoeConfig(**values | settings)).eval()
+
+
+def write_checkpoint(place, seed=0):
+    """In the hub's layout, with the tokenizer of words."""
+    tiny_model(seed).save_pretrained(place)
+    words_tokenizer().save_pretrained(place)
+    return place
 
 
 def words_tokenizer():

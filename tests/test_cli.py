@@ -1,22 +1,21 @@
 """The command line: what it prints, and that bad input gives one sentence and an exit code."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from data_rows import write
 from safetensors.torch import load_file, save_file
+from small_olmoe import write_checkpoint
 from typer.testing import CliRunner
 
 from melinoe.cli.app import app
-from tests import tiny
 from tests.fuzz.options import commands, key_of
-from tests.small_olmoe import tiny_model, words_tokenizer
 
 COMMANDS = [
     "bench",
@@ -37,20 +36,11 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny random OLMoE in the hub's layout."""
-    path = tmp_path_factory.mktemp("model") / "olmoe"
-    tiny_model().save_pretrained(path)
-    words_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 27)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(path, *rows)
     return path
 
 
@@ -64,16 +54,15 @@ def refused(result, *words):
         assert str(word) in err, err
 
 
-def test_help_takes_under_half_a_second_of_processor_time():
-    """Help never imports torch; the processor's time is what a loaded machine cannot inflate."""
-    before = os.times()
+def test_help_is_shown_before_any_large_library_is_imported():
+    """So it takes a fraction of a second; typer is all that it needs."""
     result = subprocess.run(
-        [sys.executable, "-m", "melinoe", "--help"], capture_output=True, text=True, check=True
-    )
-    after = os.times()
-    spent = after.children_user - before.children_user
-    spent += after.children_system - before.children_system
-    assert spent < 0.5
+        [sys.executable, "-X", "importtime", "-m", "melinoe", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "numba", "matplotlib", "fastapi"}
     assert all(name in result.stdout for name in COMMANDS)
 
 
@@ -337,8 +326,7 @@ def test_a_malformed_trace_is_refused(tmp_path, melinoe):
 def test_a_trace_of_another_model_fits_no_predictor(checkpoint, prompts, tmp_path, melinoe):
     """The fingerprint of the routers tells models of one shape apart."""
     other = tmp_path / "other"
-    tiny_model(seed=7).save_pretrained(other)
-    words_tokenizer().save_pretrained(other)
+    write_checkpoint(other, 7)
     trace = tmp_path / "trace.safetensors"
     assert melinoe("trace", other, "--data", prompts, "--out", trace, "--max-new-tokens", 3)[0] == 0
     result = melinoe(
@@ -362,7 +350,5 @@ def test_an_unknown_policy_names_the_known_ones(checkpoint, melinoe):
 def test_the_demo_refuses_a_directory_that_is_not_empty(tmp_path, melinoe):
     """Nothing written before is lost."""
     (tmp_path / "mine").write_text("precious")
-    started = time.monotonic()
     refused(melinoe("demo", "--out", tmp_path), tmp_path)
-    assert time.monotonic() - started < 60
     assert (tmp_path / "mine").read_text() == "precious"

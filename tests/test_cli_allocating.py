@@ -3,22 +3,22 @@
 import json
 
 import pytest
+from data_rows import write
+from small_olmoe import write_checkpoint
 
 from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe
-from tests.small_olmoe import tiny_model, words_tokenizer
 
 
 @pytest.fixture
 def traced(tmp_path, melinoe):
     """A tiny checkpoint, and a trace of it."""
     path, prompts, trace = tmp_path / "olmoe", tmp_path / "p.jsonl", tmp_path / "t.safetensors"
-    tiny_model().save_pretrained(path)
-    words_tokenizer().save_pretrained(path)
+    write_checkpoint(path)
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5"} for i in range(2, 12)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(prompts, *rows)
     code, _, err = melinoe("trace", path, "--data", prompts, "--out", trace, "--max-new-tokens", 8)
     assert code == 0, err
     return path, trace
@@ -52,8 +52,7 @@ def test_what_does_not_go_together_is_refused(traced, melinoe, tmp_path):
     """A budget below the top-k of each layer; another model's trace, of this shape or not."""
     path, trace = traced
     other = tmp_path / "other"
-    tiny_model(seed=5).save_pretrained(other)
-    words_tokenizer().save_pretrained(other)
+    write_checkpoint(other, 5)
     small = ("generate", path, "w2", "--slots", 1, "--allocate-from", trace)
     wrong = ("generate", other, "w2", "--slots", 3, "--allocate-from", trace)
     shape = ("generate", "tiny", "w2", "--slots", 3, "--allocate-from", trace)

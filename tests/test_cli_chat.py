@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from small_olmoe import tiny_model, words_tokenizer
 
 from melinoe.data import Example, encode_prompts
 from melinoe.predictor import load_prompts
 from tests import chat_templates
-from tests.small_olmoe import tiny_model, words_tokenizer
 
 SAID = "chat template; --raw leaves it out"
 

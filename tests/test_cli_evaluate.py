@@ -8,6 +8,8 @@ from contextlib import redirect_stdout
 from functools import partial
 
 import pytest
+from data_rows import write
+from small_olmoe import tiny_model, words_tokenizer, write_checkpoint
 from tokenizers import pre_tokenizers
 
 from melinoe.checkpoint import read_metadata
@@ -15,7 +17,6 @@ from melinoe.cli import main
 from melinoe.config import OutcomeSettings
 from melinoe.errors import DataError
 from melinoe.report import read_records, write_report
-from tests.small_olmoe import tiny_model, words_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,11 @@ def models(tmp_path_factory):
     """Two tiny random models, and questions that one token answers."""
     root = tmp_path_factory.mktemp("models")
     for name, seed in (("ours", 0), ("theirs", 3)):
-        tiny_model(seed).save_pretrained(root / name)
-        words_tokenizer().save_pretrained(root / name)
+        write_checkpoint(root / name, seed)
     rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i} #### {i}"} for i in range(2, 12)]
-    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(root / "questions.jsonl", *rows)
     rows = [{"prompt": f"w{i}", "completion": f"w{i + 1} w4"} for i in range(2, 27)]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(root / "prompts.jsonl", *rows)
     (root / "far").mkdir()
     for name in ("a", "b"):
         text = "".join(json.dumps({"text": f"w{i} w9 w{i + 2}"}) + "\n" for i in range(3, 9))

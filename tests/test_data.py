@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from data_rows import byte_tokenizer, split_text, write
 
 from melinoe.data import Collator, Encoded, encode, encode_prompts, load_examples
 from melinoe.errors import DataError, TokenizerError
-from tests.data_rows import byte_tokenizer, split_text, write
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,15 @@
 """Every command that reads rows reads them alike, says what is lost, and keeps the numbers."""
 
 import pytest
+from data_rows import byte_tokenizer, turns, write
 
 from melinoe.checkpoint import read_metadata
 from melinoe.data import Encoded, count_losses, encode, load_examples
 from melinoe.errors import DataError
 from melinoe.evaluate import reference
-from tests.data_rows import byte_tokenizer, turns, write
-from tests.small_olmoe import tiny_model, words_tokenizer
 
 # Prompts of 3 to 6 words: at 5 tokens the completion of four (and its end) does not fit.
 ROWS = [{"q": " ".join(["w2"] * n), "a": "w5 w6 w7 w8", "id": n} for n in (3, 4, 5, 6)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny random OLMoE in the hub's layout, and a trace of it."""
-    path = tmp_path_factory.mktemp("model") / "olmoe"
-    tiny_model().save_pretrained(path)
-    words_tokenizer().save_pretrained(path)
-    return path
 
 
 def test_finetune_says_what_is_lost_and_keeps_the_numbers(checkpoint, tmp_path, melinoe, caplog):

@@ -5,10 +5,10 @@ Standard forms hold strings, conversational ones lists of turns.
 """
 
 import pytest
+from data_rows import byte_tokenizer, learned, turns, write
 
 from melinoe.data import encode_prompts, load_examples
 from melinoe.errors import DataError
-from tests.data_rows import byte_tokenizer, learned, turns, write
 
 USER, YO = turns(("user", "hi"), ("assistant", "yo"))
 CHAT = [USER, YO]

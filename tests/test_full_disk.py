@@ -5,7 +5,6 @@ The limit on a process's file sizes stands for the disk: beyond it every write f
 part, whoever makes it (Python, safetensors, a copy by the kernel).
 """
 
-import json
 import os
 import resource
 import signal
@@ -13,7 +12,8 @@ import sys
 import traceback
 
 import pytest
-from small_olmoe import tiny_model, words_tokenizer
+from data_rows import write
+from small_olmoe import write_checkpoint
 
 TRAINED = (
     "--steps 1 --batch-size 2 --lora-rank 2 --learning-rate 0.01 --lambda-replay 0 --hold-out 0"
@@ -77,10 +77,9 @@ def call(words, limit):
 def place(tmp_path_factory):
     """What the commands read, made by the commands themselves, and a record to add to."""
     place = tmp_path_factory.mktemp("disk")
-    tiny_model().save_pretrained(place / "base")
-    words_tokenizer().save_pretrained(place / "base")
+    write_checkpoint(place / "base")
     rows = [{"prompt": f"w{i} w4", "completion": f" w{i + 3} w5 w6"} for i in range(2, 22)]
-    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(place / "data.jsonl", *rows)
     (place / "in").mkdir()
     (place / "in" / "choices.csv").write_text(
         "token,layer,expert\n" + "".join(f"{t},0,{t % 8}\n{t},0,{(t + 1) % 8}\n" for t in range(9))

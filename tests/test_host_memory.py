@@ -193,7 +193,7 @@ def test_the_sentence_names_the_limit_and_the_way_out(monkeypatch):
 def in_a_process(code):
     """What *code* prints in a new process."""
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
     )
     return done.stdout.split("|")
 

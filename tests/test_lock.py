@@ -29,7 +29,7 @@ def in_a_process(function, *arguments):
 def hold_until_killed(path, begun):
     with held(path):
         begun.touch()
-        time.sleep(60)
+        time.sleep(600)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outside import fresh_registries
 from small_olmoe import tiny_model, words_tokenizer
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from melinoe.cache.simulator import simulate
 from melinoe.cli.app import app
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import serve
-from tests.outside import fresh_registries
 
 PAGE = Path(__file__).parents[1] / "docs" / "traces.md"
 PROMPTS = [[3, 4, 3, 4], [9, 9, 8], [20, 3, 20]]

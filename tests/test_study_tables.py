@@ -1,10 +1,10 @@
 """Studies of fine-tunings: intervals over seeds and items, like-for-like prices, tables."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+from data_rows import write
 
 from benchmarks.study.tables import (
     NO_CONTROL,
@@ -215,7 +215,7 @@ def test_the_frontier_names_who_is_not_beaten():
 
 def test_the_page_is_written_and_checked(monkeypatch, capsys, tmp_path):
     """Tables between the markers; `--check` passes, and names the one that somebody changed."""
-    (tmp_path / "study.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
+    write(tmp_path / "study.jsonl", *records())
     page = tmp_path / "study.md"
     page.write_text("# Study\n<!-- report:study-frontier --><!-- /report:study-frontier -->\n")
     monkeypatch.setattr("benchmarks.study.tables.RESULTS", tmp_path)

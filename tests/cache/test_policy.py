@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_traces import random_trace, trace_of
+from outside import installed_package
 from typer.testing import CliRunner
 
 from melinoe import config
@@ -28,7 +29,6 @@ from melinoe.cache.policy import (
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.errors import MelinoeError
-from tests.outside import installed_package
 
 
 def evictions(residency, requests):

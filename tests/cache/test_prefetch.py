@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_traces import Early
+from outside import installed_package
 from typer.testing import CliRunner
 
 from melinoe.cache.prefetch import (
@@ -28,7 +29,6 @@ from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import Trace, TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
-from tests.outside import installed_package
 
 
 def decoding(chosen, guessed, num_experts=4, top_k=1):

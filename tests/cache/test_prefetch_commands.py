@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from data_rows import write
 
 from melinoe.cache.trace import Trace
 from melinoe.shipped import TINY_OLMOE
@@ -13,7 +14,7 @@ def place(tmp_path_factory):
     """Three prompts in a file."""
     root = tmp_path_factory.mktemp("prefetch")
     rows = [{"prompt": text, "completion": "x"} for text in ("Two apples", "A river", "Tom has 3")]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(root / "prompts.jsonl", *rows)
     return root
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from cache_traces import Early
 from fast_attach import attach as attach_fast
+from small_olmoe import tiny_model, words_tokenizer
 
 from melinoe import attach
 from melinoe.cache.locality import popularity
@@ -17,7 +18,6 @@ from melinoe.engine.load import load
 from melinoe.errors import AttachError
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.shipped import TINY_OLMOE
-from tests.small_olmoe import tiny_model, words_tokenizer
 
 PROMPTS = ["Natalia sold 48 clips in April.", "How many apples does Tom have?", "The river"]
 TOKENS, SLOTS, EXPERTS = 8, 6, 32

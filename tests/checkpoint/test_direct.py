@@ -75,10 +75,11 @@ def test_a_tensor_is_read_past_the_cache_as_through_it(tmp_path):
 
 def test_a_file_system_that_refuses_is_read_through_its_cache(tmp_path, monkeypatch, caplog):
     """One sentence says so, and the experts are the same."""
+    from small_olmoe import tiny_model
+
     import melinoe
     from melinoe.checkpoint.opening import open_checkpoint
     from melinoe.stores.disk_store import DiskStore
-    from tests.small_olmoe import tiny_model
 
     model = tiny_model()
     model.save_pretrained(tmp_path)

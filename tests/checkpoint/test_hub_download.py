@@ -35,7 +35,7 @@ class Client:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_ETAG_TIMEOUT": "2",
+            "HF_HUB_ETAG_TIMEOUT": "60",
             "TRANSFORMERS_VERBOSITY": "error",
         }
         self.process = subprocess.Popen(
@@ -53,7 +53,7 @@ class Client:
         return answer["value"] if "value" in answer else (answer["error"], answer["message"])
 
     def close(self) -> None:
-        self.process.communicate("", timeout=60)
+        self.process.communicate("", timeout=300)
 
 
 @pytest.fixture(scope="module")

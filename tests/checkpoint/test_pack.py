@@ -7,6 +7,7 @@ import damaged
 import packed_checkpoints
 import pytest
 import torch
+from data_rows import write
 from small_olmoe import words_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -112,7 +113,7 @@ def test_an_adapter_of_a_packed_base_is_merged_into_the_base_unpacked(tmp_path, 
     words_tokenizer().save_pretrained(packed)
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": "w5 w6"} for i in range(2, 10)]
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(data, *rows)
     train = ["finetune", packed, "--data", data, "--steps", 1, "--batch-size", 2, "--out"]
     code, _, err = melinoe(*train, tmp_path / "tuned")
     assert code == 1 and "--save adapter" in err and "melinoe pack" in err

@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 with unfinished(Path(sys.argv[1])) as directory:
     (directory / "half").write_text("a model, half of it")
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -35,7 +35,7 @@ def start(path):
 def end(process, number):
     """Send it a signal, wait, and return how it ended."""
     process.send_signal(number)
-    code = process.wait(timeout=30)
+    code = process.wait(timeout=300)
     process.stdout.close()
     return code
 

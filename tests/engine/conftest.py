@@ -24,3 +24,25 @@ def model(_original):
 def bf16_model(_original):
     """Bfloat16; likewise."""
     return deepcopy(_original[torch.bfloat16])
+
+
+class Clock:
+    """Stand for the module `time`: sleeping moves it at once, and a look takes a microsecond."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as transfers and the host's experts see it, whatever else the machine does."""
+    made = Clock()
+    for module in ("transfer", "misses"):
+        monkeypatch.setattr(f"melinoe.engine.{module}.time", made)
+    return made

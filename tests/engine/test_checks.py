@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from small_olmoe import tiny_model
 
 import melinoe
 from melinoe.engine import handle as handle_module
 from melinoe.engine.checks import stream_order
-from tests.small_olmoe import tiny_model
 
 
 class Streams:

@@ -23,7 +23,7 @@ def in_threads(*tasks):
     begin = threading.Barrier(len(tasks))
 
     def run(number):
-        begin.wait(30)
+        begin.wait(300)
         try:
             results[number] = tasks[number]()
         except BaseException as error:
@@ -33,7 +33,7 @@ def in_threads(*tasks):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
     return results
 
@@ -149,7 +149,7 @@ def test_detach_waits_for_another_threads_generation(model, slow_store):
     handle = attach(model, slots=2)
 
     def detach():
-        begun.wait(30)
+        begun.wait(300)
         handle.detach()
 
     text, _ = in_threads(
@@ -167,14 +167,14 @@ def test_a_streamer_is_read_while_a_thread_generates(model):
             return " ".join(map(str, ids)) + " "
 
     with attach(model, slots=2) as handle, handle.record() as recorder:
-        streamer = TextIteratorStreamer(Plain(), skip_prompt=True, timeout=30)
+        streamer = TextIteratorStreamer(Plain(), skip_prompt=True, timeout=300)
         thread = threading.Thread(
             target=model.generate, args=(PROMPTS[0],), kwargs=GREEDY | {"streamer": streamer}
         )
         thread.start()
         seen = "".join(streamer).split()
         assert handle.counters.tokens.sum() > 0
-        thread.join(30)
+        thread.join(300)
     assert len(seen) == 6
     assert len(recorder.trace()) == 10
 

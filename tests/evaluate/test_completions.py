@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_olmoe import tiny_model, words_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from melinoe import attach
 from melinoe.data import Example
@@ -20,22 +20,10 @@ WORDS = ["<pad>", "<eos>", "Question:", "a", "b", "c", "d", "e", "f", "Answer:"]
 def successor_model(order, context=64):
     """Each word is followed by the next one of *order*, whatever stood before; see the weights."""
     size = 16
-    model = OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=size,
-            hidden_size=size,
-            intermediate_size=4,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_experts=4,
-            num_experts_per_tok=2,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-            max_position_embeddings=context,
-        )
-    ).eval()
+    model = tiny_model(
+        vocab_size=size, intermediate_size=4, num_hidden_layers=1, num_experts=4, eos_token_id=1,
+        max_position_embeddings=context,
+    )  # fmt: skip
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.experts.down_proj.zero_()

@@ -2,11 +2,12 @@
 
 import math
 from decimal import Decimal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from small_olmoe import tiny_model as small_olmoe
 
 from melinoe import attach
 from melinoe.data import Encoded
@@ -20,23 +21,7 @@ from melinoe.evaluate import (
     right_answers,
 )
 
-
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    return OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_experts=8,
-            num_experts_per_tok=2,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    ).eval()
+tiny_model = partial(small_olmoe, initializer_range=0.02, eos_token_id=1)
 
 
 def texts(count=5, seed=0):

@@ -1,9 +1,8 @@
 """A small checkpoint with its tokenizer and data, as a user would have them."""
 
-import json
-
 import pytest
 import torch
+from data_rows import write
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,5 +21,5 @@ def checkpoint(tmp_path):
     tiny_model("olmoe", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in ("a", "the", "an")]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "data.jsonl", *rows)
     return tmp_path

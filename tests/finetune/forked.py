@@ -12,6 +12,9 @@ import socket
 import sys
 import traceback
 
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401  imported once, not in each child
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from small_runs import settings
@@ -20,7 +23,7 @@ from transformers import TrainerCallback
 from melinoe.data import load_examples
 from melinoe.finetune import finetune
 
-LONGEST_S = 150  # a rank that waits for ever says where it stands, and fails its test
+LONGEST_S = 600  # a rank that waits for ever says where it stands, and fails its test
 KEPT = []  # what must outlive its function, because to destroy it may wait for other threads
 
 

@@ -85,8 +85,9 @@ def assert_equal(ours, theirs):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_the_resident_ones_to_the_bit(family):
-    """Of routers, updates, embeddings: whatever the chunk, with and without checkpointing."""
-    for chunk in (1, 5, tiny.NUM_EXPERTS):
+    """Of routers, updates, embeddings, with and without checkpointing; in three any chunk."""
+    every = family in ("olmoe", "gpt_oss", "nemotron_h")  # gated, with biases, without a gate
+    for chunk in (1, 5, tiny.NUM_EXPERTS) if every else (5,):
         model, other, stream = pair(family, chunk=chunk, buffers=2)
         assert_equal(gradients(other, stream), gradients(model))
         if model.supports_gradient_checkpointing:

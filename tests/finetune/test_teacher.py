@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from data_rows import write
 from small_runs import examples, settings
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -236,7 +237,7 @@ def test_run_and_control_have_one_teacher(checkpoint):
     """So that the gap between them is the locality terms' alone."""
     held = checkpoint / "held.jsonl"
     rows = [{"prompt": "what? ", "completion": f"{word} is it."} for word in "abcdefgh"]
-    held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(held, *rows)
     command = f"finetune {checkpoint}/base --data {checkpoint}/data.jsonl --out {checkpoint}/o"
     options = "--steps 2 --capacity 0.5 --against control --teacher plain"
     # Whether such models write enough to be measured by does not matter here.

@@ -1,10 +1,10 @@
 """Fine-tuning tiny random models: what moves, what stays, and what is written."""
 
-import json
 import math
 
 import pytest
 import torch
+from data_rows import write
 from small_runs import examples, settings, trained
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
@@ -301,7 +301,7 @@ def test_a_failed_run_leaves_nothing_half_written(checkpoint, monkeypatch):
 def test_data_with_nothing_to_learn_is_refused(checkpoint):
     """Chats whose completions the limit cuts off, one token short of the first answer's."""
     rows = [{"prompt": "what is it? ", "completion": "it."}] * 3
-    (checkpoint / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(checkpoint / "data.jsonl", *rows)
     with pytest.raises(DataError, match="no example has a completion token within 12 tokens"):
         finetune(
             checkpoint / "base",

@@ -1,28 +1,21 @@
 """The benchmark of training on a GPU runs from end to end without one, on tiny shapes."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "training.py"
+from gpu_scripts import imported
 
 
-def test_a_dry_run_measures_all_three_ways(tmp_path):
+def test_a_dry_run_measures_all_three_ways(tmp_path, monkeypatch, capfd):
     """Melinoe's two and PEFT's, each by its own Trainer; a JSON line at the end."""
     out = tmp_path / "result.json"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = imported(monkeypatch, "training")
+    monkeypatch.setattr(sys, "argv", ["training.py", "--dry-run", "--out", str(out)])
+    script.main()
+    done = capfd.readouterr()
     record = json.loads(out.read_text())
-    assert record["not_measured"] == [], done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["result"] == record["result"]
+    assert record["not_measured"] == [], done.err[-3000:]
+    assert json.loads(done.out.splitlines()[-1])["result"] == record["result"]
     assert [row["way"] for row in record["result"]] == [
         "melinoe, default terms",
         "melinoe, next-token loss alone",

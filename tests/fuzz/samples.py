@@ -1,12 +1,12 @@
 """Small whole files of every kind that a command reads, made by the commands themselves."""
 
-import json
 import shutil
 
 import numpy as np
 
+from tests.data_rows import write
 from tests.fuzz.running import run
-from tests.small_olmoe import tiny_model, words_tokenizer
+from tests.small_olmoe import write_checkpoint
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6 w7"} for i in range(2, 26)]
 
@@ -15,9 +15,8 @@ def make(folder):
     """Write them into *folder*."""
     folder.mkdir(parents=True, exist_ok=True)
     model, data = folder / "model", folder / "data.jsonl"
-    tiny_model().save_pretrained(model)
-    words_tokenizer().save_pretrained(model)
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_checkpoint(model)
+    write(data, *ROWS)
     rows = ["token,layer,sequence,kind,expert_0,expert_1"]
     rows += [f"{t},{layer},0,1,{t % 4},{(t + 1) % 4}" for t in range(6) for layer in range(2)]
     (folder / "table.csv").write_text("\n".join(rows) + "\n")
@@ -32,7 +31,7 @@ def make(folder):
         for t in range(6)
         for layer in range(2)
     ]
-    (folder / "lines.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write(folder / "lines.jsonl", *lines)
     trace, predictor = folder / "trace.safetensors", folder / "predictor"
     for made in (
         ["trace", model, "--data", data, "--out", trace, "--max-new-tokens", 4],

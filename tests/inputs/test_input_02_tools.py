@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from data_rows import byte_tokenizer, learned, turns, write
 
 from melinoe.data import load_examples
 from melinoe.errors import DataError
-from tests.data_rows import byte_tokenizer, learned, turns, write
 
 CHAT = turns(("user", "hi"), ("assistant", "yo"))
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}]

@@ -5,7 +5,6 @@ NaN and infinity in a checkpoint: one sentence that names the layer and the tens
 ValueError of the JSON writer, its files left behind.
 """
 
-import json
 import logging
 import math
 import re
@@ -16,6 +15,7 @@ import damaged
 import pytest
 import tiny
 import torch
+from data_rows import write
 from fast_attach import attach as fast_attach
 from safetensors.torch import load_file, save_file
 from small_olmoe import words_tokenizer
@@ -73,7 +73,7 @@ def base(tmp_path):
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write(path, *ROWS)
     return path
 
 

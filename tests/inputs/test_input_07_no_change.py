@@ -1,9 +1,9 @@
 """A run that changed nothing gets a card that says so, whatever it was trained for."""
 
-import json
 from functools import partial
 
-from small_olmoe import tiny_model, words_tokenizer
+from data_rows import write
+from small_olmoe import write_checkpoint
 
 from melinoe.checkpoint import read_metadata, write_metadata
 from melinoe.config import OutcomeSettings
@@ -18,11 +18,10 @@ def test_two_steps_at_a_rate_of_nothing_show_no_change(tmp_path, monkeypatch, me
     little = partial(OutcomeSettings, prompts=3, max_new_tokens=4)
     monkeypatch.setattr("melinoe.outcome.record.OutcomeSettings", little)
     monkeypatch.setattr("melinoe.report.card.figures_of", lambda records: [])
-    tiny_model().save_pretrained(tmp_path / "base")
-    words_tokenizer().save_pretrained(tmp_path / "base")
+    write_checkpoint(tmp_path / "base")
     rows = [{"prompt": f"w{2 + i} ", "completion": f"w{9 + i} w4 w{3 + i}"} for i in range(16)]
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(data, *rows)
     common = (tmp_path / "base", "--data", data, "--eval-data", data, "--out", out)
     assert melinoe("finetune", *common, *STEPS, *NOTHING, "--against", "control")[0] == 0
 

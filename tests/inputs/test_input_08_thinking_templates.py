@@ -1,10 +1,7 @@
 """Chats of several turns, under templates that write earlier turns otherwise than the last."""
 
 import pytest
-
-from melinoe.data import encode, encode_prompts, load_examples
-from melinoe.errors import DataError
-from tests.chat_templates import (
+from chat_templates import (
     CHATML,
     DEEPSEEK_R1,
     GEMMA,
@@ -13,7 +10,10 @@ from tests.chat_templates import (
     MISTRAL,
     QWEN3,
 )
-from tests.data_rows import byte_tokenizer, split_text, turns, write
+from data_rows import byte_tokenizer, split_text, turns, write
+
+from melinoe.data import encode, encode_prompts, load_examples
+from melinoe.errors import DataError
 
 TWO = turns(("user", "hi"), ("assistant", "yo"), ("user", "bye"), ("assistant", "ok"))
 SYSTEM = turns(("system", "be brief"), ("user", "hi"), ("assistant", "yo"))

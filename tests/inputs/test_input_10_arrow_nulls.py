@@ -1,9 +1,9 @@
 """Arrow fills a column with nulls where a row lacks it: null is absent, key by key."""
 
 import pytest
+from data_rows import byte_tokenizer, split_text, turns, write
 
 from melinoe.data import encode, load_examples
-from tests.data_rows import byte_tokenizer, split_text, turns, write
 
 CHAT = turns(("user", "hi"), ("assistant", "yo"))
 EVERY = [

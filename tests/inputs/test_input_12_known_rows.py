@@ -5,10 +5,10 @@ import gzip
 import json
 
 import pytest
+from data_rows import byte_tokenizer, learned, turns, write
 
 from melinoe.data import load_examples
 from melinoe.errors import DataError
-from tests.data_rows import byte_tokenizer, learned, turns, write
 
 HEAD = "Below is an instruction that describes a task"
 WITH = ", paired with an input that provides further context"

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from chat_templates import JOINING, PRINTING, QWEN3, WALKING
+from data_rows import byte_tokenizer, learned, write
 
 from melinoe.data import load_examples
 from melinoe.errors import DataError
-from tests.chat_templates import JOINING, PRINTING, QWEN3, WALKING
-from tests.data_rows import byte_tokenizer, learned, write
 
 OBJECT = {"a": 1, "b": "x"}
 TEXT = '{"a": 1, "b": "x"}'

@@ -5,12 +5,12 @@ import json
 import sys
 
 import pytest
+from data_rows import byte_tokenizer, learned, turns, write
 
 from melinoe.data import Example, load_examples
 from melinoe.errors import DataError
 from melinoe.generate import prompt_ids
 from melinoe.shipped import TINY_OLMOE
-from tests.data_rows import byte_tokenizer, learned, turns, write
 
 HALF = "a\ud83d"
 ROWS = [

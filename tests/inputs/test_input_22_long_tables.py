@@ -1,8 +1,7 @@
 """The long form, a row for each choice: token, layer, expert."""
 
-import json
-
 import pytest
+from data_rows import write
 from pyarrow import csv, parquet
 
 from melinoe.errors import TraceError
@@ -20,7 +19,7 @@ def as_file(path, text):
         parquet.write_table(csv.read_csv(table), path)
     elif path.suffix == ".jsonl":
         rows = csv.read_csv(table).to_pylist()
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(path, *rows)
     return path
 
 

@@ -6,7 +6,8 @@ import shutil
 from functools import partial
 
 import pytest
-from small_olmoe import tiny_model, words_tokenizer
+from data_rows import write
+from small_olmoe import write_checkpoint
 
 from melinoe.checkpoint import load_tokenizer, read_metadata
 from melinoe.checkpoint.files import read_config
@@ -32,8 +33,7 @@ def place(tmp_path_factory):
     One more to train on is too long to be learned, so that fewer are learned than were given.
     """
     place = tmp_path_factory.mktemp("place")
-    tiny_model().save_pretrained(place / "base")
-    words_tokenizer().save_pretrained(place / "base")
+    write_checkpoint(place / "base")
     for name, first, count in (("train", 2, 16), ("held", 3, 8), ("far", 12, 6)):
         rows = [
             {"prompt": f"w{first + i} ", "completion": f"w{9 + i} w4 w{3 + i} w{20 - i}"}
@@ -41,7 +41,7 @@ def place(tmp_path_factory):
         ]
         if name == "train":
             rows.append({"prompt": "w3 " * 600, "completion": "w4"})
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(place / f"{name}.jsonl", *rows)
     return place
 
 
@@ -191,8 +191,7 @@ def test_a_torn_control_leaves_the_run_whole_with_outcome_and_card(
 
 def test_a_control_of_another_base_is_refused_before_any_training(place, control, tmp_path):
     """Its settings and data would do."""
-    tiny_model(1).save_pretrained(tmp_path / "base")
-    words_tokenizer().save_pretrained(tmp_path / "base")
+    write_checkpoint(tmp_path / "base", 1)
     given = FinetuneSettings(**read_metadata(control)["settings"] | {"lambda_cache": 1.0})
     examples = load_examples(place / "train.jsonl")
     _check_control(str(control), given, str(place / "base"), examples)

@@ -7,7 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from small_olmoe import tiny_model, words_tokenizer
+from small_olmoe import write_checkpoint
 from three_models import SETTINGS, texts
 
 import melinoe.outcome.record as module
@@ -71,8 +71,7 @@ def place(tmp_path_factory):
     """A base, a run for locality on it, and its control as a checkpoint and as an adapter."""
     place = tmp_path_factory.mktemp("runs")
     for name, seed in (("base", 0), ("stranger", 1)):
-        tiny_model(seed).save_pretrained(place / name)
-        words_tokenizer().save_pretrained(place / name)
+        write_checkpoint(place / name, seed)
     data = [Example(f"w{i} w4", f"w{i + 3} w5 w{9 - i}", "x") for i in range(2, 8)]
     settings = FinetuneSettings(
         steps=2, batch_size=3, learning_rate=1e-2, lora_rank=2, lambda_replay=0.0

@@ -5,7 +5,8 @@ import os
 from functools import partial
 
 import pytest
-from small_olmoe import tiny_model, words_tokenizer
+from data_rows import write
+from small_olmoe import write_checkpoint
 from typer.testing import CliRunner
 
 from melinoe.checkpoint import read_metadata
@@ -23,14 +24,13 @@ STEPS = (
 def place(tmp_path_factory):
     """A base, examples, and what a run that nothing disturbs makes of them."""
     place = tmp_path_factory.mktemp("place")
-    tiny_model().save_pretrained(place / "base")
-    words_tokenizer().save_pretrained(place / "base")
+    write_checkpoint(place / "base")
     for name, first, count in (("train", 2, 16), ("held", 3, 8)):
         rows = [
             {"prompt": f"w{first + i} ", "completion": f"w{9 + i} w4 w{3 + i} w{20 - i}"}
             for i in range(count)
         ]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(place / f"{name}.jsonl", *rows)
     with pytest.MonkeyPatch.context() as patch:
         measure_little(patch)
         finetune(place, place / "quiet")

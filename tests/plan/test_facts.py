@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import OVERRIDES, _model_class, families, tiny_config, tiny_of_type
 from transformers import LlamaConfig
 
 from melinoe.errors import CheckpointError, UnsupportedModelError
@@ -11,7 +12,6 @@ from melinoe.moe.experts import find_experts
 from melinoe.moe.meta_pass import DIRECT, cache_bytes, forward
 from melinoe.plan.facts import model_facts
 from tests.plan.conftest import PUBLISHED, write_config
-from tests.tiny import OVERRIDES, _model_class, families, tiny_config, tiny_of_type
 
 # Their code looks at values, or they keep no cache: then the heads are counted, or nothing claimed.
 NO_PASS = {"diffusion_gemma", "glm5_next", "openai_privacy_filter", "qwen4_exp"}
@@ -106,7 +106,7 @@ def test_every_family_is_counted_from_its_config_alone(family, tmp_path):
 
 def test_the_meta_pass_keeps_what_a_real_one_keeps():
     """Bytes in the cache of a real forward pass on the CPU equal those of one without weights."""
-    from tests.tiny import tiny_model
+    from tiny import tiny_model
 
     for family in ("olmoe", "deepseek_v3", "qwen3_next", "gpt_oss"):
         real = tiny_model(family, dtype=torch.float32)

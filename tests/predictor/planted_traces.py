@@ -1,34 +1,19 @@
 """Traces whose prompts tell their experts, and the model that they are said to be of."""
 
+from functools import partial
+
 import numpy as np
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from small_olmoe import tiny_model as small_olmoe
 
 from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
-from melinoe.predictor import (
-    FitSettings,
-)
+from melinoe.predictor import FitSettings
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 16, 2, 32
 QUICK = FitSettings(epochs=60, patience=20)
 
 
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    return OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=8,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    ).eval()
+tiny_model = partial(small_olmoe, num_experts=EXPERTS, initializer_range=0.02, eos_token_id=1)
 
 
 def planted(sequences=60, seed=0, model_fingerprint="m"):

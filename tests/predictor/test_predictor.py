@@ -54,11 +54,11 @@ def test_a_planted_mapping_is_learned_and_popularity_is_not_enough():
 
 
 def test_two_hundred_sequences_are_fitted_in_seconds():
-    """The stage is no reason to skip it: under five seconds on one core."""
+    """The stage is no reason to skip it: under ten seconds of the processor, with its defaults."""
     trace, prompts = planted(200)
-    start = time.perf_counter()
+    start = time.process_time()
     fit(trace, prompts, embeddings(), slots=4)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 10
 
 
 def test_predictions_are_distributions_and_top_lists_the_likeliest_first():

@@ -3,16 +3,7 @@
 import json
 
 import pytest
-from small_olmoe import tiny_model, words_tokenizer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny random OLMoE in the hub's layout."""
-    path = tmp_path_factory.mktemp("model") / "olmoe"
-    tiny_model().save_pretrained(path)
-    words_tokenizer().save_pretrained(path)
-    return path
+from data_rows import write
 
 
 @pytest.fixture
@@ -20,7 +11,7 @@ def trace(checkpoint, tmp_path, melinoe):
     """Twenty-five prompts, traced; their ids lie beside the trace."""
     data = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": "w5 w6"} for i in range(2, 27)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(data, *rows)
     path = tmp_path / "trace.safetensors"
     code, _, err = melinoe(
         "trace", checkpoint, "--data", data, "--out", path, "--max-new-tokens", 4

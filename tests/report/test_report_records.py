@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from data_rows import write
 
 from melinoe.errors import DataError
 from melinoe.measure import append_jsonl
@@ -10,7 +11,7 @@ from melinoe.report import read_records, render_table, write_report
 
 
 def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write(path, *records)
     return path
 
 

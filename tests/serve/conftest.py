@@ -8,10 +8,10 @@ from melinoe.shipped import TINY_OLMOE
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Four requests at once, one that waits; prompts and texts of 256 tokens."""
+    """Four requests at once, one that waits; 256 tokens, of which 64 are written."""
     made = Server(
         tmp_path_factory.mktemp("serve"), "--requests", "4", "--waiting", "1", "--max-context",
-        "256", "--chunk", "32",
+        "256", "--max-tokens", "64", "--chunk", "32",
     )  # fmt: skip
     yield made
     assert made.process.poll() is None, made.log.read_text()

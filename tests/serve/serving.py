@@ -25,15 +25,20 @@ TEMPLATE = (
 )
 
 
-def ask(url, body=None, key=None):
-    """Send bytes, chunks, an object or nothing; gives the status, the headers and the answer."""
+def opened(url, body=None, key=None):
+    """The answer to bytes, chunks, an object or nothing, as it comes."""
     raw = body is None or isinstance(body, bytes) or hasattr(body, "__next__")
     request = urllib.request.Request(url, body if raw else json.dumps(body).encode())
     request.add_header("content-type", "application/json")
     if key is not None:
         request.add_header("authorization", f"Bearer {key}")
+    return urllib.request.urlopen(request, timeout=300)
+
+
+def ask(url, body=None, key=None):
+    """Send it; gives the status, the headers and the whole answer."""
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with opened(url, body, key) as answer:
             return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
@@ -54,7 +59,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, stderr=log, stdout=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
             )
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while (found := re.search(r"listening at (\S+)", self.log.read_text())) is None:
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(self.log.read_text())
@@ -64,4 +69,4 @@ class Server:
     def stop(self):
         """End it as a service manager would, and wait until it is gone."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(300)

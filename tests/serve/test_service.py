@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-import threading
 import time
 
 import pytest
 import torch
-from serving import Server, ask
+from serving import Server, ask, opened
 from small_olmoe import tiny_model
 
 import melinoe
@@ -36,7 +35,7 @@ def batches():
 
 async def finish(one):
     while True:
-        piece = await asyncio.wait_for(one.pieces.get(), 30)
+        piece = await asyncio.wait_for(one.pieces.get(), 120)
         if piece.done:
             return piece.error
 
@@ -72,7 +71,7 @@ def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
     async def run():
         slow = [batches.submit(prompt, asked(60, priority=5), "slow") for prompt in prompts[:2]]
         while len(slow[0].tokens) < 3:
-            await asyncio.wait_for(slow[0].pieces.get(), 30)
+            await asyncio.wait_for(slow[0].pieces.get(), 120)
         fast = batches.submit(prompts[2], asked(10, priority=-1), "fast")
         assert await finish(fast) is None
         assert all(one.ended is None for one in slow)
@@ -99,7 +98,7 @@ def test_nothing_is_kept_of_requests_that_ended(batches):
             settings = Sampling(temperature=1, seed=number, alternatives=2)
             wanted = Asked(12, 1, settings, (), False, False, 0)
             one = batches.submit([3, 4, 5 + number], wanted, "r")
-            await asyncio.wait_for(one.pieces.get(), 30)
+            await asyncio.wait_for(one.pieces.get(), 120)
             if number % 2:
                 batches.cancel(one)
                 had = list(one.tokens), list(one.chosen)
@@ -157,7 +156,7 @@ def test_a_model_that_fails_loses_what_ran_and_serves_the_next(batches, monkeypa
     for _ in range(5):
         fails.append(True)
         asyncio.run(one_text())
-    batches._manager.join(time.perf_counter(), timeout=10)  # the last failure is over
+    batches._manager.join(time.perf_counter(), timeout=120)  # the last failure is over
     assert not batches.healthy
     with pytest.raises(ApiError, match="stopped working"):
         batches.check_alive()
@@ -180,39 +179,8 @@ def test_residency_comes_back_and_another_models_is_refused(tmp_path):
             Residency(path, handle, "print").restore()
 
 
-def test_a_server_asks_for_its_key_and_ends_what_runs_in_words(tmp_path):
-    """Without the key only /health and the page; after SIGTERM a stream is told, then exit 0."""
-    kept = tmp_path / "kept.json"
-    server = Server(
-        tmp_path, "--api-key", "secret", "--patience", "0.5", "--keep-residency", str(kept)
-    )
-    try:
-        assert ask(f"{server.url}/health")[0] == ask(server.url)[0] == 200
-        for path in ("/status", "/metrics", "/v1/models"):
-            assert ask(server.url + path)[0] == 401
-            assert ask(server.url + path, key="secre")[0] == 401
-            assert ask(server.url + path, key="secret")[0] == 200
-        answers = []
-        body = {"prompt": "A long text", "max_tokens": 400, "stream": True, "temperature": 1,
-                "logit_bias": {"0": -100}}  # fmt: skip
-        reader = threading.Thread(
-            target=lambda: answers.append(ask(f"{server.url}/v1/completions", body, "secret"))
-        )
-        reader.start()
-        until = time.monotonic() + 20
-        while json.loads(ask(f"{server.url}/status", key="secret")[2])["running"] == 0:
-            assert time.monotonic() < until and not answers, answers
-            time.sleep(0.05)
-        assert server.stop() == 0
-        reader.join(10)
-        assert "the server is stopping" in answers[0][2] or "[DONE]" in answers[0][2]
-        assert len(json.loads(kept.read_text())["resident"]) == 4
-    finally:
-        server.process.kill()
-
-
-def test_a_server_answers_by_an_adapters_name(tmp_path, offline):
-    """Its text is that of the model into which the adapter is merged; the base's is as before."""
+def test_a_server_asks_for_its_key_answers_by_an_adapters_name_and_ends_in_words(tmp_path, offline):
+    """Without the key only /health and the page; each name has its model's text; exit 0 at last."""
     from test_adapters import trained
     from transformers import AutoModelForCausalLM
 
@@ -225,18 +193,39 @@ def test_a_server_answers_by_an_adapters_name(tmp_path, offline):
     write_adapter(adapter_of(parts), tmp_path / "adapter", str(TINY_OLMOE))
     write, _, tokenizer = offline
     ids = torch.tensor([tokenizer("The sea was")["input_ids"]])
-    made = model.to(torch.bfloat16).generate(
+    made = model.to(torch.bfloat16).generate(  # into which the adapter is merged
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
-    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-    server = Server(tmp_path, "--adapter", f"fine={tmp_path / 'adapter'}")
+    texts = {
+        "fine": tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True),
+        "tiny": write("The sea was", 6),
+    }
+    assert texts["fine"] != texts["tiny"]
+    kept = tmp_path / "kept.json"
+    server = Server(
+        tmp_path, "--api-key", "secret", "--patience", "0.5", "--keep-residency", str(kept),
+        "--adapter", f"fine={tmp_path / 'adapter'}",
+    )  # fmt: skip
     try:
-        listed = json.loads(ask(f"{server.url}/v1/models")[2])["data"]
+        assert ask(f"{server.url}/health")[0] == ask(server.url)[0] == 200
+        for path in ("/status", "/metrics", "/v1/models"):
+            assert ask(server.url + path)[0] == 401
+            assert ask(server.url + path, key="secre")[0] == 401
+            assert ask(server.url + path, key="secret")[0] == 200
+        listed = json.loads(ask(f"{server.url}/v1/models", key="secret")[2])["data"]
         assert [one["id"] for one in listed] == ["tiny", "fine"]
-        for name, text in (("fine", expected), ("tiny", write("The sea was", 6))):
+        url = f"{server.url}/v1/completions"
+        for name, text in texts.items():
             body = {"model": name, "prompt": "The sea was", "max_tokens": 6, "temperature": 0}
-            answer = json.loads(ask(f"{server.url}/v1/completions", body)[2])
+            answer = json.loads(ask(url, body, "secret")[2])
             assert (answer["model"], answer["choices"][0]["text"]) == (name, text)
-        assert expected != write("The sea was", 6)
+        body = {"prompt": "A long text", "max_tokens": 400, "stream": True, "temperature": 1,
+                "logit_bias": {"0": -100}}  # fmt: skip
+        with opened(url, body, "secret") as stream:
+            stream.readline()
+            assert server.stop() == 0
+            rest = stream.read().decode()
+        assert "the server is stopping" in rest or "[DONE]" in rest
+        assert len(json.loads(kept.read_text())["resident"]) == 4
     finally:
-        server.stop()
+        server.process.kill()

@@ -77,6 +77,18 @@ def projected(architecture, name, dtype, activation, pairs, bias=False, transpos
     )  # fmt: skip
 
 
+# Each format, type, activation, layout and architecture, and tiles of few pairs and of many.
+PRODUCTS = (
+    ("sm_80", "plain", "bfloat16", "silu", 16),
+    ("sm_90", "plain", "bfloat16", "none", 128, True, True),
+    ("sm_90", "int8", "bfloat16", "silu", 16),
+    ("sm_80", "int4", "bfloat16", "none", 0),
+    ("sm_90", "int4", "float32", "gelu_tanh", 16),
+    ("sm_80", "mxfp4", "bfloat16", "none", 128, True),
+    ("sm_90", "mxfp4", "bfloat16", "silu", 16),
+    ("sm_80", "fp8", "float16", "gelu", 16),
+)
+
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8",
     torch.float8_e4m3fn: "*u8", torch.int8: "*i8",
@@ -117,21 +129,8 @@ def main():
         packed_kernels._combine, {"BLOCK": 512}, "sm_90", 4,
         pair_ptr="*fp32", weight_ptr="*bf16", out_ptr="*bf16",
     )  # fmt: skip
-    for architecture in ARCHITECTURES:
-        for name in ("plain", "int8", "int4", "mxfp4", "fp8"):
-            for activation, pairs in (("silu", 16), ("none", 0))[: 1 + (name == "int4")]:
-                found[f"project {architecture} {name} {activation} {pairs}"] = projected(
-                    architecture, name, "bfloat16", activation, pairs
-                )
-    for name, dtype, activation, pairs, bias, transposed in (
-        ("mxfp4", "bfloat16", "none", 128, True, False),
-        ("plain", "bfloat16", "none", 128, True, True),
-        ("fp8", "float16", "gelu", 16, False, False),
-        ("int4", "float32", "gelu_tanh", 16, False, False),
-    ):
-        found[f"other project {name} {dtype}"] = projected(
-            "sm_80", name, dtype, activation, pairs, bias, transposed
-        )
+    for case in PRODUCTS:
+        found["project " + " ".join(map(str, case))] = projected(*case)
     accesses = re.compile(r"(?:ld\.global|st\.global|cp\.async)[.\w]*")
     print(
         json.dumps(

@@ -58,10 +58,9 @@ def generate(model, ids, tokens=8):
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_compiled_steps_give_the_same_text_and_counts(as_it_is, batch):
+def test_compiled_steps_give_the_same_text_and_counts(as_it_is):
     """A step runs as it is, one is compiled, one captured; all later ones are replayed."""
-    model, ids = tiny_model(), IDS[:batch]
+    model, ids = tiny_model(num_hidden_layers=1), IDS
     with attach(model, slots=8, graphs=True) as handle:
         expected, logits = generate(model, ids)
         counted = handle.counters

@@ -29,7 +29,8 @@ def test_every_kernel_compiles_and_none_spills_registers(kernels):
     assert {"decide lru", "decide lfu", "decide many pairs", "close", "copy", "combine"} < set(
         kernels
     )
-    assert len([name for name in kernels if "project" in name]) == 2 * (5 + 1) + 4
+    for one in ("sm_80", "sm_90", "plain", "int8", "int4", "mxfp4", "fp8"):
+        assert [name for name in kernels if "project" in name and one in name], one
     for kernel in kernels.values():  # Triton 3.6 keeps a word of stack that nothing touches
         assert kernel["local"] == 0 and kernel["stack"] <= 8
 

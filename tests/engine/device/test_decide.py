@@ -83,11 +83,11 @@ def random_index(rng, lanes, tokens, top_k, experts, capacity, skip=0.1):
     ],
 )
 def test_the_device_plans_what_the_host_plans(policy, experts, capacity, tokens, top_k):
-    """Loads, their order and slots, renumbering, state and counts, in 128 sequences at once."""
+    """Loads, their order and slots, renumbering, state and counts, in 32 sequences at once."""
     rng = np.random.default_rng(experts * 100 + tokens)
-    lanes = Lanes(policy, experts, capacity, 128)
+    lanes = Lanes(policy, experts, capacity, 32)
     for _ in range(6):
-        lanes.step(random_index(rng, 128, tokens, top_k, experts, capacity))
+        lanes.step(random_index(rng, 32, tokens, top_k, experts, capacity))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

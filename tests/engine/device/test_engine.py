@@ -82,15 +82,15 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, slots):
 )
 def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots, format):
     """Tokens and counts of kernels run by Triton's interpreter; other tests compute by numpy."""
+    few = WAYS["one"] | {"max_new_tokens": 4}
     with attach(model, slots=slots, policy=policy, format=format) as handle:
         with handle.record() as recorder:
-            tokens = generate(model, "one")
+            tokens = model.generate(**few)
         counted, trace = handle.counters, recorder.trace()
         assert simulate(trace, slots, policy, prefill=handle.prefill).counters == counted
         assert counted.loads[1].sum() > 0
-    assert torch.equal(
-        generate(model, "one"), tokens
-    )  # detached, it holds the weights of the codes
+    # Detached, it holds the weights of the codes.
+    assert torch.equal(model.generate(**few), tokens)
 
 
 @pytest.mark.parametrize("admit", [0, 1, None])

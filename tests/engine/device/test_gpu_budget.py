@@ -182,32 +182,7 @@ GENERATES = [f for f in tiny.families() if hasattr(tiny._model_class(f), "genera
 
 
 @pytest.mark.parametrize("family", GENERATES)
-def test_the_cache_is_counted_as_the_model_allocates_it(family):
-    """Every family: a static cache after a real pass, and what is told of one before."""
-    model = tiny.tiny_model(family)
-    hollow = tiny.on_meta(model)
-    layers = find_experts(hollow)
-    if family in LOOKS_AT_VALUES:
-        with pytest.raises(BudgetError, match="give slots or expert_memory"):
-            prompt_bytes(hollow, layers, 2, 48)
-        return
-    counted = prompt_bytes(hollow, layers, 2, 48).cache
-    ids = torch.tensor([[5, 6, 7], [3, 4, 5]])
-    with torch.no_grad():
-        if family in NO_STATIC_CACHE:  # at its full length; some keys are the values too
-            cache = model(ids.repeat(1, 16), use_cache=True).past_key_values
-            held = {t.data_ptr(): t.nbytes for layer in cache.layers for t in tensors(layer)}
-            assert sum(held.values()) <= counted + 64 <= 1.5 * sum(held.values())
-            return
-        cache = StaticCache(config=model.config, max_cache_len=48)
-        model(ids, past_key_values=cache)
-    held = [t for layer in cache.layers for t in tensors(layer)]
-    assert counted == sum(pieces(t.nbytes) for t in held) > 0
-    assert counted >= sum(t.nbytes for t in held)
-
-
-@pytest.mark.parametrize("family", GENERATES)
-def test_a_prompts_workspace_is_what_its_pass_makes(family):
+def test_a_prompts_cache_and_workspace_are_what_its_pass_makes(family):
     """Every family: told from a pass without values; then followed in one with its experts."""
     model = tiny.tiny_model(family)
     hollow = tiny.on_meta(model)
@@ -215,22 +190,31 @@ def test_a_prompts_workspace_is_what_its_pass_makes(family):
         with pytest.raises(BudgetError, match="give slots or expert_memory"):
             prompt_bytes(hollow, find_experts(hollow), 2, 120)
         return
-    kept, told = prompt_bytes(hollow, find_experts(hollow), 2, 120)
-    told += kept if family in NO_STATIC_CACHE else 0  # followed with the pass
+    counted, told = prompt_bytes(hollow, find_experts(hollow), 2, 120)
     ids = torch.randint(3, 90, (2, 120), generator=torch.Generator().manual_seed(0))
     options = {"use_cache": True}
     if getattr(model, "_supports_logits_to_keep", bool)():
         options["logits_to_keep"] = 1
+    static = family not in NO_STATIC_CACHE
     with attach(model, engine="fast", slots=6) as handle, torch.no_grad():
         known = [ids, *model.parameters(), *model.buffers(), *held_by(handle)]
-        if family not in NO_STATIC_CACHE:
+        if static:
             cache = StaticCache(config=model.config, max_cache_len=120)
             model(ids[:, :2], past_key_values=cache)
+            held = [one for layer in cache.layers for one in tensors(layer)]
             cache.reset()
-            known += [one for layer in cache.layers for one in tensors(layer)]
+            known += held
             options["past_key_values"] = cache
         with watched(known) as live:
-            model(ids, **options)
+            found = model(ids, **options)
+    if static:
+        assert counted == sum(pieces(t.nbytes) for t in held) > 0
+        assert counted >= sum(t.nbytes for t in held)
+    else:  # followed with the pass; some keys are the values too
+        told += counted
+        kept = found.past_key_values.layers
+        held = {t.data_ptr(): t.nbytes for layer in kept for t in tensors(layer)}
+        assert sum(held.values()) <= counted + 64 <= 1.5 * sum(held.values())
     assert live.most <= 1.02 * told  # what the engine notes of a pass is of no size
     assert told <= 2.5 * live.most
 

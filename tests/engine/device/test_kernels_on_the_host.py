@@ -8,6 +8,7 @@ from test_copying import World as Blocks
 from test_packed_kernels import KINDS, World
 
 from melinoe.cache.policy import policy as make_policy
+from melinoe.engine.device import packed_kernels
 from melinoe.engine.device.decide import DeviceResidency
 
 INTERPRETED = True
@@ -62,12 +63,18 @@ def test_copies_are_those_of_the_kernel():
             world.check()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
-def test_products_are_those_of_the_kernel(family, kind):
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("olmoe", kind) for kind in KINDS]
+    + [("gpt_oss", kind) for kind in ("plain", "int8", "int4", "int4 zeros", "mxfp4", "fp8")]
+    + [("nemotron_h", "plain"), ("nemotron_h", "int4")],
+)
+def test_products_are_those_of_the_kernel(family, kind, monkeypatch):
     """Few pairs and many, with biases and without, to the bit."""
-    world = World(family, kind)
-    for tokens in (3, 70):
+    monkeypatch.setattr(packed_kernels, "FEW_PAIRS", 32)
+    wide = {"moe_intermediate_size": 32} if family == "nemotron_h" else {}
+    world = World(family, kind, **wide)
+    for tokens in (2, 17):
         given = world.drawn(tokens)
         interpreted = world.compute(*given)
         with on_the_host():

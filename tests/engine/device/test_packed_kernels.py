@@ -8,7 +8,8 @@ import torch
 from kernels_on_the_host import on_the_host
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from melinoe.engine.device.packed_kernels import FEW_PAIRS, KernelExperts, tiles
+from melinoe.engine.device import packed_kernels
+from melinoe.engine.device.packed_kernels import KernelExperts, tiles
 from melinoe.experts.format import PLAIN
 from melinoe.experts.formats import FORMATS
 from melinoe.experts.integer import Integer
@@ -99,7 +100,8 @@ def test_products_are_those_of_the_format_in_float64(family, kind):
     wide = {"moe_intermediate_size": 32} if family == "nemotron_h" else {}
     world = World(family, kind, **wide)
     given = world.drawn(5)
-    assert close(world.compute(*given), world.expected(*given), 3e-6)
+    with on_the_host():  # which does the same, as test_kernels_on_the_host.py holds
+        assert close(world.compute(*given), world.expected(*given), 3e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,7 +109,7 @@ def test_products_are_those_of_the_format_in_float64(family, kind):
 def test_half_precision_rounds_what_stands_between_the_projections_and_no_weight(kind, dtype):
     """One rounding of the middle and one of the result; decoded weights are not rounded."""
     world = World("olmoe", kind, dtype)
-    given = world.drawn(5, dtype=dtype)
+    given = world.drawn(2, dtype=dtype)
     found = world.compute(*given)
     assert found.dtype == dtype
     assert close(found, world.expected(*given), 2 * torch.finfo(dtype).eps)
@@ -119,24 +121,26 @@ def test_every_family_is_computed(family):
     world = World(family, "int8")
     given = world.drawn(3)
     expected = world.expected(*given)
-    # Large ones by numpy, which does the same (test_kernels_on_the_host.py).
-    with nullcontext() if world.hidden <= 128 else on_the_host():
+    # By numpy, which does the same (test_kernels_on_the_host.py) where it knows the activation.
+    gelu = KernelExperts(world.layer)._activation.startswith("gelu")
+    with nullcontext() if gelu else on_the_host():
         assert close(world.compute(*given), expected, 1e-5)
     assert not close(torch.zeros_like(expected), expected, 0.5)
 
 
-@pytest.mark.parametrize("kind", ["plain", "int4", "mxfp4", "fp8"])
-def test_bits_depend_on_no_slot_no_batch_and_no_neighbour(kind):
+@pytest.mark.parametrize("kind", ["plain", "int4"])
+def test_bits_depend_on_no_slot_no_batch_and_no_neighbour(kind, monkeypatch):
     """Few and many pairs, slots in any order and number, tokens in any company."""
+    monkeypatch.setattr(packed_kernels, "FEW_PAIRS", 32)
     world = World("olmoe", kind)
-    hidden, index, weights = world.drawn(FEW_PAIRS)  # twice as many pairs as count as few
+    hidden, index, weights = world.drawn(48, top_k=1)
+    index[torch.arange(48) % 4 > 0] = 3  # whose pairs fill more than a tile
     many = world.compute(hidden, index, weights)
-    few = FEW_PAIRS // 2
-    assert torch.equal(world.compute(hidden[:few], index[:few], weights[:few]), many[:few])
-    assert torch.equal(world.compute(hidden[3:40], index[3:40], weights[3:40]), many[3:40])
-    for token in (0, 17, 80):
+    assert torch.equal(world.compute(hidden[:28], index[:28], weights[:28]), many[:28])
+    assert torch.equal(world.compute(hidden[3:9], index[3:9], weights[3:9]), many[3:9])
+    for token in (0, 17):
         one = hidden[token : token + 1], index[token : token + 1], weights[token : token + 1]
-        for experts in (index[token].tolist(), index[token].flip(0).tolist(), [*range(8)]):
+        for experts in (index[token].tolist(), [5, *index[token].tolist()], [*range(8)]):
             assert torch.equal(world.compute(*one, experts=experts)[0], many[token])
 
 

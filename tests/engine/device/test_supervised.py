@@ -37,10 +37,10 @@ def supervise():
     return module
 
 
-def run(supervise, folder, names, minutes=1.0, program=WORKER):
+def run(supervise, folder, names, minutes=5.0, program=WORKER):
     seen = []
     found = supervise.Supervisor(
-        dict.fromkeys(names, 1.0),
+        dict.fromkeys(names, 3.0),
         lambda left, lines: [sys.executable, "-c", program, str(lines), *left],
         lambda events: seen.append(len(events)),
         time.monotonic() + 60 * minutes,
@@ -58,7 +58,7 @@ def test_others_run_when_a_section_fails_hangs_or_dies(supervise, tmp_path):
     failed = {e["section"]: e["reason"] for e in events if e["event"] == "failed"}
     assert failed == {
         "fails": "as asked",
-        "hangs": "did not end within 1 s",
+        "hangs": "did not end within 3 s",
         "dies": "its process ended with code 3",
     }
     rows = [e for e in events if e["event"] == "row"]
