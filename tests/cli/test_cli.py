@@ -92,7 +92,7 @@ def test_readme_and_docs_name_no_option_that_no_command_has():
     known = {one for _, parameters in commands() for p in parameters for one in p.opts}
     known |= {one.replace("--", "--no-", 1) for one in known} | {"--help", "--help-all"}
     known |= {"--multi_gpu", "--tuned"}  # accelerate's, and a benchmark's
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     wrong = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         for number, line in enumerate(page.read_text().splitlines(), start=1):
