@@ -17,7 +17,7 @@ from melinoe.serve.handlers import CompletionHandler
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.run import Residency
 
-LIMITS = Limits(running=2, waiting=8, context=200, max_tokens=64, cache_tokens=512, chunk=16)
+LIMITS = Limits(running=2, waiting=8, context=200, max_tokens=160, cache_tokens=512, chunk=16)
 
 
 def asked(tokens=8, priority=0):
@@ -69,7 +69,7 @@ def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
     prompts = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
 
     async def run():
-        slow = [batches.submit(prompt, asked(60, priority=5), "slow") for prompt in prompts[:2]]
+        slow = [batches.submit(prompt, asked(150, priority=5), "slow") for prompt in prompts[:2]]
         while len(slow[0].tokens) < 3:
             await asyncio.wait_for(slow[0].pieces.get(), 120)
         fast = batches.submit(prompts[2], asked(10, priority=-1), "fast")
@@ -80,7 +80,7 @@ def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
         return [one.tokens for one in (*slow, fast)]
 
     got = asyncio.run(run())
-    lengths = (60, 60, 10)
+    lengths = (150, 150, 10)
     with melinoe.attach(tiny_model(), slots=8) as handle:
         model = handle._model
         expected = [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
