@@ -85,7 +85,7 @@ def place(tmp_path_factory):
         "token,layer,expert\n" + "".join(f"{t},0,{t % 8}\n{t},0,{(t + 1) % 8}\n" for t in range(9))
     )
     asked = [{"prompt": f"w{i} w4", "max_tokens": 3} for i in range(2, 8)]
-    (place / "in" / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write(place / "in" / "asked.jsonl", *asked)
     for name in ("trace", "finetune adapter", "evaluate"):
         code, said = call(words_of(name, place, place / "in"), None)
         assert code == 0, said

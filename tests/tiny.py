@@ -167,7 +167,8 @@ def tiny_model(
     """A random model of *family* with 8 experts, top-2, in evaluation mode; each call its own."""
     key = (family, seed, dtype, repr(sorted(settings.items())))
     if key not in _made:
-        _made[key] = _new_model(family, seed, dtype, settings), torch.get_rng_state()
+        with torch.inference_mode(False):
+            _made[key] = _new_model(family, seed, dtype, settings), torch.get_rng_state()
     model, random = _made[key]
     torch.set_rng_state(random)  # whatever is drawn next does not depend on who came before
     return copy.deepcopy(model)
