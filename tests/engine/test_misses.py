@@ -153,8 +153,9 @@ def test_the_host_computes_while_experts_travel(model, monkeypatch, clock):
     with attach(model, slots=2, miss=even, link=link) as handle, torch.no_grad():
         model(PROMPT[:, :1])
         assert (handle.counters.loads.sum(), handle.counters.on_host.sum()) == (2, 2)
-        # Of 120 ms on the link the host's 100 hide what they can.
-        assert (handle.host_s, handle.stall_s) == pytest.approx((0.1, 0.02), rel=0.01)
+        assert handle.host_s >= 0.1
+        # Of 120 ms on the link a pass waits for what the host's time does not hide.
+        assert handle.stall_s == pytest.approx(0.12 - handle.host_s, rel=0.02)
 
 
 def test_a_store_on_disk_reads_into_a_buffer_and_not_into_a_slot(model, tmp_path):
