@@ -33,7 +33,7 @@ KINDS = ("novels", "code", "speeches", "drama")
 
 def asked(tokens: int, end: int) -> Asked:
     """Ask for so many tokens, likeliest first, and never the end of the text."""
-    return Asked(tokens, 1, Sampling(0.0, logit_bias=((end, -100.0),)), (), False, False, 0)
+    return Asked(tokens, Sampling(0.0, logit_bias=((end, -100.0),)))
 
 
 def steps(slots: int, four: list[list[int]], prompt: list[int] | None, end: int) -> list[Any]:

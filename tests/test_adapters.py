@@ -144,7 +144,7 @@ def test_requests_of_several_adapters_run_side_by_side(tmp_path):
         async def run():
             made = {}
             for name in ("a", None, "b"):
-                asked = Asked(12, 1, Sampling(temperature=0), (), False, False, 0, name)
+                asked = Asked(12, Sampling(temperature=0), adapter=name)
                 made[name] = batches.submit(prompt, asked, "r")
             for one in made.values():
                 while not (await asyncio.wait_for(one.pieces.get(), 30)).done:
@@ -171,11 +171,11 @@ def test_an_urgent_request_that_finds_no_room_waits_until_others_have_made_some(
         batches = Batches(model, handle, limits, adapters=adapters)
 
         async def run():
-            asked = Asked(110, 1, Sampling(temperature=0), (), False, False, 5, "b")
+            asked = Asked(110, Sampling(temperature=0), priority=5, adapter="b")
             slow = batches.submit([5, 6, 7], asked, "slow")
             while len(slow.tokens) < 95:
                 await asyncio.wait_for(slow.pieces.get(), 30)
-            asked = Asked(5, 1, Sampling(temperature=0), (), False, False, 0, "a")
+            asked = Asked(5, Sampling(temperature=0), adapter="a")
             urgent = batches.submit([3 + i % 20 for i in range(60)], asked, "urgent")
             errors = []
             for one in (slow, urgent):

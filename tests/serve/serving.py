@@ -47,12 +47,12 @@ def ask(url, body=None, key=None):
 class Server:
     """A process of `melinoe serve`, its address, and what it wrote to its log."""
 
-    def __init__(self, directory, *options):
+    def __init__(self, directory, *options, model=TINY_OLMOE):
         template = directory / "template.jinja"
         template.write_text(TEMPLATE)
         self.log = directory / "log.txt"
         command = [
-            sys.executable, "-m", "melinoe", "serve", str(TINY_OLMOE), "--port", "0", "--name",
+            sys.executable, "-m", "melinoe", "serve", str(model), "--port", "0", "--name",
             "tiny", "--chat-template", str(template), "--slots", "8", *options,
         ]  # fmt: skip
         with self.log.open("w") as log:

@@ -4,9 +4,11 @@ import json
 import threading
 import time
 import urllib.error
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 from serving import ask
 
 PROMPTS = [
@@ -175,6 +177,39 @@ def test_tools_their_results_and_the_templates_switch_reach_the_template(client,
     assert without.usage.prompt_tokens == count("user: Rain?\nassistant:")
 
 
+class Weather(BaseModel):
+    """What a text says of the weather; all of its values are short."""
+
+    city: Literal["Oslo", "Rome"]
+    rain: bool
+
+
+def test_a_text_is_held_to_a_schema_on_both_routes(client):
+    """Greedy and drawn, whole and streamed: what the client's own `parse` reads."""
+    pytest.importorskip("llguidance")
+    chat_ = {"model": "tiny", "messages": [{"role": "user", "content": "Oslo?"}], "max_tokens": 40}
+    for temperature in (0, 1.5):
+        answer = client.chat.completions.parse(
+            **chat_, response_format=Weather, temperature=temperature, seed=3
+        )
+        assert isinstance(answer.choices[0].message.parsed, Weather)
+        assert answer.choices[0].finish_reason == "stop"
+    said = client.responses.parse(
+        model="tiny", input="Oslo?", max_output_tokens=40, text_format=Weather
+    )
+    assert isinstance(said.output_parsed, Weather)
+    events = chat(client, "A list", max_tokens=6, stream=True,
+                  response_format={"type": "json_object"})  # fmt: skip
+    assert "".join(e.choices[0].delta.content or "" for e in events).startswith("{")
+
+
+def test_a_schema_that_is_none_is_refused(client):
+    """With llguidance's own words, or that it is not installed."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError, match=r"response_format|llguidance"):
+        chat(client, "Hi", response_format=form)
+
+
 def test_responses_are_answered_by_the_same_model(client, offline):
     """The text after the template's prompt, whole and streamed."""
     expected = offline[0]("system: Be brief\nuser: Tell me of the sea\nassistant:", 8)
@@ -199,8 +234,11 @@ BAD = [
     ({"max_tokens": 100000}, 400, "max_tokens"),
     ({"n": 99}, 400, "n"),
     ({"stop": ["a"] * 9}, 400, "stop"),
-    ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias.x"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"tool_choice": {"function": "x"}}, 400, "tool_choice"),
+    ({"parallel_tool_calls": False}, 400, "parallel_tool_calls"),
     ({"frobnicate": 1}, 400, "frobnicate"),
     ({"model": "other"}, 404, "model"),
     ({"messages": []}, 400, "messages"),
@@ -266,9 +304,9 @@ def test_responses_refuse_as_chats_do(client):
     for wrong, words in (
         ({"instructions": "SHOUT"}, "no shouting here"),
         ({"parallel_tool_calls": False}, "one tool call"),
-        ({"tools": [{"type": "web_search"}]}, "list of functions"),
-        ({"reasoning": {"summary": "auto"}}, "only the effort"),
-        ({"extra_body": {"chat_template_kwargs": "x"}}, "must be an object"),
+        ({"tools": [{"type": "web_search"}]}, "should be 'function'"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary is not supported"),
+        ({"extra_body": {"chat_template_kwargs": "x"}}, "valid dictionary"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             client.responses.create(model="tiny", input="Hi", max_output_tokens=2, **wrong)

@@ -61,6 +61,12 @@ def command(
             "Keep here which experts are resident, and begin with those of the last run.", SERVER
         ),
     ] = None,
+    predictor: Annotated[
+        Path | None,
+        option(
+            "When a request begins, load what this fitted predictor names for its prompt.", SERVER
+        ),
+    ] = None,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -76,6 +82,11 @@ def command(
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_context)
     adapters = models.adapters(loaded, handle, adapter or [])
+    guess = None
+    if predictor is not None:
+        from melinoe.predictor import Predictor
+
+        guess = Predictor.load(predictor, loaded)
     _log_to_stderr()
     kept = None
     if keep_residency is not None:
@@ -94,6 +105,7 @@ def command(
         residency=kept,
         patience_s=patience,
         adapters=adapters,
+        predictor=guess,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import hmac
 import inspect
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,58 +19,23 @@ from starlette.exceptions import HTTPException
 from transformers.cli.serving.server import build_server
 
 from melinoe.serve.batching import Batches
-from melinoe.serve.body import ApiError
-from melinoe.serve.handlers import ChatHandler, CompletionHandler
+from melinoe.serve.body import ROUTES, ApiError
+from melinoe.serve.handlers import FAILED, ChatHandler, CompletionHandler
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.responses import Responses
-from melinoe.serve.schema import bodies, describe
 
 _log = logging.getLogger("melinoe.serve")
 
-# Bytes of a request's body at most.
-MOST_BODY_BYTES = 4 << 20
-# Seconds in which it has to come.
-_BODY_S = 30.0
+# Bytes of a request's body at most, and seconds in which it has to come.
+MOST_BODY_BYTES, _BODY_S = 4 << 20, 30.0
+# Seconds after which a client that reads nothing of its answer is given up.
+_UNREAD_S = 60.0
+# Requests that are read or answered at once, beside those that have a place in the queue.
+_BESIDE = 64
 # Routes of transformers' application that are not served here: other models, other kinds of model.
 _NOT_SERVED = {"/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions"}
 # Answered without the key: they hold nothing of the model or of anybody's requests.
 _OPEN = {"/", "/health"}
-
-_gone: contextvars.ContextVar[asyncio.Event | None] = contextvars.ContextVar("gone", default=None)
-
-
-def client_gone() -> bool:
-    """Whether the client of the request at hand has closed its connection."""
-    event = _gone.get()
-    return event is not None and event.is_set()
-
-
-class _Models:
-    """List the model and its adapters, in the place of transformers' model manager."""
-
-    force_model = None
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-
-    def get_gen_models(self) -> list[dict[str, Any]]:
-        return [
-            {"id": name, "object": "model", "created": 0, "owned_by": "melinoe"}
-            for name in self._names
-        ]
-
-    def shutdown(self) -> None:
-        """The model belongs to whoever loaded it."""
-
-
-class _State:
-    """Tell transformers' application whether the worker is well."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
-
-    def is_cb_alive(self) -> bool:
-        return self._batches.healthy and not self._batches.draining
 
 
 def build_app(
@@ -87,14 +51,19 @@ def build_app(
         name: Under which clients ask for it.
         api_key: Asked of every request but `/health` and the page; None asks for none.
     """
-    chat = ChatHandler(batches, metrics, tokenizer, name, client_gone)
-    completion = CompletionHandler(batches, metrics, tokenizer, name, client_gone)
+    chat = ChatHandler(batches, metrics, tokenizer, name)
+    listed = [
+        {"id": one, "object": "model", "created": 0, "owned_by": "melinoe"} for one in chat.names
+    ]
     given: dict[str, Any] = {
-        "model_manager": _Models(chat.names),
+        # In the place of transformers' manager, which loads models: ours is loaded.
+        "model_manager": SimpleNamespace(get_gen_models=lambda: listed, shutdown=lambda: None),
         "chat_handler": chat,
-        "completion_handler": completion,
+        "completion_handler": CompletionHandler(batches, metrics, tokenizer, name),
         "response_handler": Responses(chat),
-        "generation_state": _State(batches),
+        "generation_state": SimpleNamespace(
+            is_cb_alive=lambda: batches.healthy and not batches.draining
+        ),
     }
     # Versions of transformers differ in the other kinds of model that they serve.
     for parameter in inspect.signature(build_server).parameters.values():
@@ -108,18 +77,33 @@ def build_app(
     metrics.watch(batches)
     _add_errors(app)
     _add_pages(app, batches, metrics, name)
-    vocabulary = batches.model.config.get_text_config().vocab_size
-    describe(app, bodies(chat.names, vocabulary, batches.limits))
-    app.add_middleware(Gate, api_key=api_key)
+    _describe_bodies(app, chat.names)
+    limits = batches.limits
+    app.add_middleware(Gate, api_key, limits.running + limits.waiting + _BESIDE)
     return app
+
+
+def _describe_bodies(app: FastAPI, names: list[str]) -> None:
+    """Let `/openapi.json` describe what each route takes, which transformers leaves open."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        made = plain()
+        for path, kind in ROUTES.items():
+            schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            made["components"]["schemas"].update(schema.pop("$defs", {}))
+            schema["properties"]["model"] = {"enum": names}
+            content = {"application/json": {"schema": schema}}
+            made["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        return made
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        status = error.status if error.status != 499 else 400
-        return JSONResponse(error.body(), status, headers)
+        return JSONResponse(error.body(), error.status, _headers(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -133,7 +117,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
         _log.error("a request failed", exc_info=error)
-        return JSONResponse(ApiError("the server failed; its log says why", 500).body(), 500)
+        return JSONResponse(ApiError(FAILED, 500).body(), 500)
 
 
 def _add_pages(app: FastAPI, batches: Batches, metrics: Metrics, name: str) -> None:
@@ -167,91 +151,103 @@ def _add_pages(app: FastAPI, batches: Batches, metrics: Metrics, name: str) -> N
         }
 
 
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-
-
 class Gate:
     """
-    Stand before the application: the key, the body's size, and whether the client is there.
+    Stand before the application: the key, the crowd, bodies and clients that take their time.
 
     Args:
         app: What comes behind.
         api_key: As for `build_app`.
+        most: Requests at once.
     """
 
-    def __init__(self, app: Any, api_key: str | None) -> None:
-        self._app = app
+    def __init__(self, app: Any, api_key: str | None, most: int) -> None:
+        self._app, self._most, self._inside = app, most, 0
         self._key = None if api_key is None else api_key.encode()
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
+    async def __call__(
+        self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Awaitable[None]]
+    ) -> None:
         """Let a request through, or answer it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._inside += 1
+        try:
+            body = await self._admit(scope, receive)
+            await self._pass_on(body, scope, receive, send)
+        except ApiError as error:
+            await JSONResponse(error.body(), error.status, _headers(error, closing=True))(
+                scope, receive, send
+            )
+        finally:
+            self._inside -= 1
+
+    async def _admit(self, scope: dict[str, Any], receive: Any) -> bytes:
+        """Give the body of a request that may come in."""
         headers = dict(scope["headers"])
+        if self._inside > self._most and scope["path"] not in _OPEN:
+            raise ApiError("too many requests at once; try again in a second", 429,
+                           code="queue_full")  # fmt: skip
         if self._key is not None and scope["path"] not in _OPEN:
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
             if not hmac.compare_digest(given, self._key):
-                await _answer(send, ApiError("the API key is wrong or missing", 401,
-                                             code="invalid_api_key"))  # fmt: skip
-                return
+                raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key")
         try:
-            body, error = await asyncio.wait_for(_body(receive, headers), _BODY_S)
+            async with asyncio.timeout(_BODY_S):
+                return await _body(receive, headers)
         except TimeoutError:
-            body, error = (
-                b"",
-                ApiError(f"the body did not come within {_BODY_S:g} s; send it again", 408),
-            )
-        if error is not None:
-            await _answer(send, error)
-            return
-        gone = asyncio.Event()
-        token = _gone.set(gone)
-        given_once = False
+            raise ApiError(
+                f"the body did not come within {_BODY_S:g} s; send it again", 408
+            ) from None
+
+    async def _pass_on(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
+        """Let the application answer, until its client has left or reads no more."""
+        messages, answered = [{"type": "http.request", "body": body}], False
 
         async def replay() -> dict[str, Any]:
-            nonlocal given_once
-            if not given_once:
-                given_once = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
-            return {"type": "http.disconnect"}
+            return messages.pop() if messages else await asyncio.Future()
 
-        watcher = asyncio.create_task(_watch(receive, gone))
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not answered:
+                answering.cancel()
+
+        async def send_in_time(message: Any) -> None:
+            nonlocal answered
+            answered = message["type"] == "http.response.body" and not message.get("more_body")
+            try:
+                async with asyncio.timeout(_UNREAD_S):
+                    await send(message)
+            except TimeoutError:
+                raise OSError("the client does not read its answer") from None
+
+        answering = asyncio.ensure_future(self._app(scope, replay, send_in_time))
+        watching = asyncio.create_task(watch())
         try:
-            await self._app(scope, replay, send)
-        finally:
-            watcher.cancel()
-            _gone.reset(token)
+            await asyncio.wait([answering])
+        finally:  # also if the server's own patience has ended
+            watching.cancel()
+            answering.cancel()
+        if not answering.cancelled():
+            answering.result()
 
 
-async def _body(receive: Any, headers: dict[bytes, bytes]) -> tuple[bytes, ApiError | None]:
-    too_long = ApiError(f"the body is longer than {MOST_BODY_BYTES >> 20} MiB; send less", 413)
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > MOST_BODY_BYTES:
-        return b"", too_long
-    parts: list[bytes] = []
-    size = 0
-    while True:
+def _headers(error: ApiError, closing: bool = False) -> dict[str, str]:
+    again = {"retry-after": "1"} if error.status in (429, 503) else {}
+    return {**again, "connection": "close"} if closing else again
+
+
+async def _body(receive: Any, headers: dict[bytes, bytes]) -> bytes:
+    length = headers.get(b"content-length", b"")
+    body, size, more = bytearray(), int(length) if length.isdigit() else 0, True
+    while more and size <= MOST_BODY_BYTES:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"", ApiError("the client has left", 400)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MOST_BODY_BYTES:
-            return b"", too_long
-        if not message.get("more_body"):
-            return b"".join(parts), None
-
-
-async def _watch(receive: Any, gone: asyncio.Event) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    gone.set()
-
-
-async def _answer(send: Send, error: ApiError) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+            raise ApiError("the client has left", 400)
+        body += message.get("body", b"")
+        size, more = max(size, len(body)), message.get("more_body", False)
+    if size > MOST_BODY_BYTES:
+        raise ApiError(f"the body is longer than {MOST_BODY_BYTES >> 20} MiB; send less", 413)
+    return bytes(body)

@@ -9,8 +9,9 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,10 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from melinoe.adapters import Adapters
 from melinoe.errors import AttachError
+from melinoe.predictor import Predictor
 from melinoe.serve.body import ApiError, Asked
 from melinoe.serve.sampling import Chosen, Sampler
+from melinoe.serve.structured import matchers
 
 _log = logging.getLogger("melinoe.serve")
 
@@ -68,9 +71,16 @@ class Cost:
     uses: float = 0.0
     hits: float = 0.0
     loads: float = 0.0
+    prefetched: float = 0.0
     transferred_bytes: float = 0.0
     stall_s: float = 0.0
     zero_miss_tokens: int = 0
+
+    @classmethod
+    def total(cls, choices: Iterable[Running]) -> Cost:
+        """Add up the costs of a request's choices."""
+        costs = [vars(one.cost) for one in choices]
+        return cls(**{name: sum(one[name] for one in costs) for name in vars(cls())})
 
     def usage(self) -> dict[str, Any]:
         """Give the figures for a response."""
@@ -78,6 +88,7 @@ class Cost:
             "hit_rate": round(self.hits / self.uses, 4) if self.uses else None,
             "zero_miss_tokens": self.zero_miss_tokens,
             "experts_loaded": round(self.loads, 2),
+            "experts_prefetched": int(self.prefetched),
             "transferred_bytes": int(self.transferred_bytes),
             "stall_s": round(self.stall_s, 4),
         }
@@ -104,7 +115,23 @@ class Running:
     first_at: float | None = None
     ended: float | None = None
     tokens: list[int] = field(default_factory=list)
-    chosen: list[Chosen] = field(default_factory=list)
+    drawn: list[Chosen] = field(default_factory=list)  # by the worker, where logprobs are asked for
+    told: int = 0  # of them, by whoever answers
+    stopped: bool = False  # by a stop string
+    admitted: bool = False  # to a step
+    matcher: Any = None  # of its grammar
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.asked.sampling.seed)
+
+    def __deepcopy__(self, _: Any) -> Running:
+        return self  # transformers copies what a request brings when it begins it again
+
+    def untold(self) -> list[Chosen]:
+        """Give the log-probabilities of tokens that came since the last call."""
+        fresh = self.drawn[self.told : len(self.tokens)]
+        self.told += len(fresh)
+        return fresh
 
 
 class TurnsScheduler(FIFOScheduler):
@@ -141,11 +168,11 @@ class TurnsScheduler(FIFOScheduler):
 
 
 def _priority(state: Any) -> int:
-    return state.logit_processor_kwargs.get("priority", 0)
+    return state.logit_processor_kwargs["request"].asked.priority
 
 
 def _adapter(state: Any) -> str:
-    return state.logit_processor_kwargs.get("adapter", "")
+    return state.logit_processor_kwargs["request"].asked.adapter or ""
 
 
 SCHEDULER_MAPPING["melinoe"] = TurnsScheduler
@@ -161,6 +188,8 @@ class Batches:
         limits: What may be spent.
         observe: Called in the worker after each step with the step's cost and seconds.
         adapters: Of the model, by which requests may be written.
+        tokenizer: Of the model; needed only by requests with a grammar.
+        predictor: Names experts to load ahead when a request's first step comes.
     """
 
     def __init__(
@@ -170,16 +199,19 @@ class Batches:
         limits: Limits,
         observe: Callable[..., None] | None = None,
         adapters: Adapters | None = None,
+        tokenizer: Any = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self.model, self.handle, self.limits = model, handle, limits
-        self.adapters = adapters
+        self.adapters, self._predictor = adapters, predictor
+        vocabulary = model.config.get_text_config().vocab_size
+        self._matchers = matchers(tokenizer, vocabulary, self.ends)
         self.running: dict[str, Running] = {}
         self.restarts: list[float] = []
         self.draining = False
         self._observe = observe
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._sampler = Sampler()
         self._manager: Any = None
         self._start()
 
@@ -200,6 +232,8 @@ class Batches:
                 "too many requests are waiting; try again in a second", 429, code="queue_full"
             )
         made = Running(f"{name}-{next(self._numbers)}", asked, prompt, asyncio.Queue())
+        if asked.sampling.grammar is not None:
+            made.matcher = self._matchers(asked.sampling.grammar)
         self.running[made.id] = made
         self._manager.register_result_handler(made.id, lambda output: self._take(made, output))
         taken = self._manager.add_request(
@@ -208,9 +242,7 @@ class Batches:
             max_new_tokens=asked.max_tokens,
             streaming=True,
             eos_token_id=self.ends,
-            settings=asked.sampling,
-            priority=asked.priority,
-            adapter=asked.adapter or "",
+            request=made,
         )
         if taken is None:  # the worker failed just now
             self.cancel(made)
@@ -252,7 +284,6 @@ class Batches:
         if fresh and one.first_at is None:
             one.first_at = now
         one.tokens += fresh
-        one.chosen = list(self._sampler.chosen.get(one.id, ()))
         done = output.is_finished()
         if done and self.running.pop(one.id, None) is not None:
             self._end(one)
@@ -260,7 +291,6 @@ class Batches:
 
     def _end(self, one: Running) -> None:
         one.ended = time.perf_counter()
-        self._sampler.forget(one.id)
         router = self._manager.output_router
         with router._lock:  # transformers forgets handlers of finished requests, not of cancelled
             router.result_handlers.pop(one.id, None)
@@ -287,9 +317,7 @@ class Batches:
                 )
             self.restarts.append(time.monotonic())
             _log.error("the worker failed and starts again; what ran is lost: %s", error)
-            for one in list(self.running.values()):
-                self.running.pop(one.id)
-                self._end(one)
+            self.fail_all(f"the model failed: {error}")
             self._manager.batch_processor = None  # its cache goes before the next one is made
             gc.collect()
             if torch.cuda.is_available():
@@ -327,9 +355,8 @@ class Batches:
         manager = self.model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=batching
         )
-        self._sampler = Sampler()
         processors = manager.logit_processor
-        processors.logits_processor.append(self._sampler)
+        processors.logits_processor.append(Sampler())
         processors.tensors_required += 1
         processors.do_processing = True
         processors._retrieve_processors_kwargs()
@@ -351,34 +378,38 @@ class Batches:
 
     def _account(self, manager: Any, step: Callable[[], None]) -> None:
         """Compute one step, and share out its cost among its requests."""
-        before, bytes_before = self.handle.counters, self.handle.transferred_bytes
-        stall_before, began = self.handle.stall_s, time.perf_counter()
+        handle, began = self.handle, time.perf_counter()
+        before, bytes_before, stalled = handle.counters, handle.transferred_bytes, handle.stall_s
+        batch = manager.batch_processor.inputs_and_outputs.requests_in_batch
+        ran = [(one, one.state.logit_processor_kwargs["request"]) for one in batch]
+        if self._predictor is not None:
+            for _, running in ran:
+                if not running.admitted:
+                    self._load_ahead(running, len(batch))
         step()
-        seconds = time.perf_counter() - began
-        after = self.handle.counters
-        loads = int((after.loads - before.loads).sum())
+        seconds, after = time.perf_counter() - began, handle.counters
         whole = Cost(
             uses=int((after.uses - before.uses).sum()),
             hits=int((after.hits - before.hits).sum()),
-            loads=loads,
-            transferred_bytes=self.handle.transferred_bytes - bytes_before,
-            stall_s=self.handle.stall_s - stall_before,
+            loads=int((after.loads - before.loads).sum()),
+            prefetched=int((after.prefetch_loads - before.prefetch_loads).sum()),
+            transferred_bytes=handle.transferred_bytes - bytes_before,
+            stall_s=handle.stall_s - stalled,
         )
-        batch = manager.batch_processor.inputs_and_outputs.requests_in_batch
         tokens = sum(one.query_length for one in batch)
-        written = 0
-        for one in batch:
-            written += one.has_new_token
-            running = self.running.get(one.state.request_id)
-            if running is None:
-                continue
+        for one, running in ran:
             share, cost = one.query_length / tokens, running.cost
-            cost.uses += share * whole.uses
-            cost.hits += share * whole.hits
-            cost.loads += share * whole.loads
-            cost.transferred_bytes += share * whole.transferred_bytes
-            cost.stall_s += share * whole.stall_s
-            cost.zero_miss_tokens += bool(one.has_new_token and not loads)
-        self._sampler.keep(list(self.running))
+            for name in ("uses", "hits", "loads", "transferred_bytes", "stall_s"):
+                setattr(cost, name, getattr(cost, name) + share * getattr(whole, name))
+            cost.zero_miss_tokens += bool(one.has_new_token and not whole.loads)
         if self._observe is not None:
-            self._observe(whole, seconds, tokens, written)
+            self._observe(whole, seconds, tokens, sum(one.has_new_token for one in batch))
+
+    def _load_ahead(self, one: Running, beside: int) -> None:
+        """Load what its prompt is predicted to need, into its share of the slots."""
+        assert self._predictor is not None
+        one.admitted = True
+        slots = max(1, self.handle.slots // beside)
+        before = self.handle.counters.prefetch_loads
+        self.handle.prefetch(self._predictor.top(one.prompt, slots))
+        one.cost.prefetched += int((self.handle.counters.prefetch_loads - before).sum())

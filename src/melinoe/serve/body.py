@@ -1,18 +1,23 @@
-"""Read the body of a request: what is asked for, and what is refused because it is not served."""
+"""What each route's body may hold, and the error that refuses all else; pydantic reads it."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from transformers import PreTrainedTokenizerBase
-
-# Choices, stop strings, alternatives and biased tokens that one request may ask for.
-MOST_CHOICES, MOST_STOPS, MOST_ALTERNATIVES, MOST_BIASES = 8, 4, 20, 1024
 
 
 class ApiError(Exception):
@@ -35,11 +40,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Give the JSON of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {
-            "error": {
-                "message": self.message, "type": kind, "param": self.param, "code": self.code,
-            }
-        }  # fmt: skip
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Sampling:
         frequency_penalty: Taken off for each time that it was written.
         logit_bias: Token id and what is added to its logit.
         alternatives: Likeliest tokens whose log-probabilities are told; None tells none.
+        grammar: What the text must match, as llguidance writes it; None: nothing.
     """
 
     temperature: float = 1.0
@@ -66,6 +69,19 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     alternatives: int | None = None
+    grammar: str | None = None
+
+    @classmethod
+    def of_model(cls, config: Any) -> Sampling:
+        """Give what a model's own generation config says; OpenAI's defaults else."""
+        if not getattr(config, "do_sample", False):
+            return cls()
+        temperature, top_p = config.temperature, config.top_p
+        return cls(
+            1.0 if temperature is None else float(temperature),
+            1.0 if top_p is None else float(top_p),
+            getattr(config, "top_k", None) or None,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,158 +91,56 @@ class Asked:
 
     Attributes:
         max_tokens: Written at most by each choice; None: as many as the server allows.
-        choices: Texts for the one prompt.
         sampling: How tokens are chosen.
+        choices: Texts for the one prompt.
         stop: The text ends before the first of these.
-        stream: Whether tokens are sent as they come.
-        stream_usage: Whether a stream ends with what it cost.
-        priority: Those with a lower number go first; 0 unless the client says else.
+        priority: Those with a lower number go first.
         adapter: The adapter that writes; None: the model as it is.
     """
 
-    max_tokens: int | None
-    choices: int
-    sampling: Sampling
-    stop: tuple[str, ...]
-    stream: bool
-    stream_usage: bool
-    priority: int
+    max_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    choices: int = 1
+    stop: tuple[str, ...] = ()
+    priority: int = 0
     adapter: str | None = None
 
 
-# Fields that change nothing of what is written.
-_WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier",
-                   "prompt_cache_key", "model"}  # fmt: skip
-_SHARED = {
-    "max_tokens", "n", "temperature", "top_p", "top_k", "seed", "presence_penalty",
-    "frequency_penalty", "logit_bias", "stop", "stream", "stream_options", "logprobs", "priority",
-}  # fmt: skip
-_CHAT = {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
-         "chat_template_kwargs", "reasoning_effort", "response_format",
-         "parallel_tool_calls"}  # fmt: skip
-_COMPLETION = {"prompt", "echo", "suffix", "best_of"}
+# --- what JSON must be ---------------------------------------------------------------------------
 
 
-def read(body: Mapping[str, Any], chat: bool, vocabulary: int, default: Sampling) -> Asked:
-    """
-    Check *body*, and give what it asks for.
-
-    Args:
-        body: The request's JSON object.
-        chat: Whether it is a chat completion, else a completion.
-        vocabulary: Number of token ids.
-        default: What the model's own generation config says.
-
-    Raises:
-        ApiError: a field that is unknown, not served, or of a value that cannot be.
-    """
-    known = _SHARED | _WITHOUT_EFFECT | (_CHAT if chat else _COMPLETION)
-    if unknown := sorted(set(body) - known):
-        raise ApiError(f"{unknown[0]} is not supported here; leave it out", param=unknown[0])
-    refuse(body)
-    limit = body.get("max_completion_tokens") if chat else None
-    limit = body.get("max_tokens") if limit is None else limit
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise ApiError("stream_options must be an object", param="stream_options")
-    return Asked(
-        max_tokens=_whole({"max_tokens": limit}, "max_tokens", 1, 1 << 24, None),
-        choices=_whole(body, "n", 1, MOST_CHOICES, 1) or 1,
-        sampling=_sampling(body, chat, vocabulary, default),
-        stop=_stops(body.get("stop")),
-        stream=_flag(body, "stream"),
-        stream_usage=bool(options.get("include_usage")),
-        priority=_whole(body, "priority", -1000, 1000, 0) or 0,
-    )
+def _json(value: Any) -> Any:
+    try:
+        return json.loads(value or "{}") if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError("arguments of a tool call must be JSON") from error
 
 
-def refuse(body: Mapping[str, Any]) -> None:
-    """Refuse values of known fields that would change the text in a way that is not served."""
-    form = body.get("response_format")
-    if form is not None and form != {"type": "text"}:
-        raise ApiError("only text is written; leave response_format out", param="response_format")
-    if body.get("tool_choice") not in (None, "auto", "none"):
-        raise ApiError("tool_choice is auto or none here", param="tool_choice")
-    if body.get("parallel_tool_calls") is False:
-        raise ApiError(
-            "a model cannot be held to one tool call; leave parallel_tool_calls out",
-            param="parallel_tool_calls",
-        )
-    for name in ("echo", "suffix"):
-        if body.get(name):
-            raise ApiError(f"{name} is not supported here; leave it out", param=name)
-    if body.get("best_of") not in (None, 1, body.get("n")):
-        raise ApiError("best_of is not supported here; use n", param="best_of")
+def _joined(content: Any) -> Any:
+    """Give the text of a message, which may come in parts."""
+    if not isinstance(content, list):
+        return "" if content is None else content
+    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    found = [text for text in texts if isinstance(text, str)]
+    if len(found) < len(texts):
+        raise ValueError("only text is read; leave other content out")
+    return "".join(found)
 
 
-def _sampling(body: Mapping[str, Any], chat: bool, vocabulary: int, default: Sampling) -> Sampling:
-    if chat:
-        alternatives = None
-        if _flag(body, "logprobs"):
-            alternatives = _whole(body, "top_logprobs", 0, MOST_ALTERNATIVES, 0)
-        elif body.get("top_logprobs") is not None:
-            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
-    else:
-        alternatives = _whole(body, "logprobs", 0, MOST_ALTERNATIVES, None)
-    bias = body.get("logit_bias") or {}
-    if not isinstance(bias, dict):
-        raise ApiError("logit_bias must be an object of token ids", param="logit_bias")
-    if len(bias) > MOST_BIASES:
-        raise ApiError(f"at most {MOST_BIASES} tokens are biased", param="logit_bias")
-    pairs = []
-    for token, value in bias.items():
-        if not (str(token).isascii() and str(token).isdigit() and int(token) < vocabulary):
-            raise ApiError(f"logit_bias: {token!r} is no token id", param="logit_bias")
-        pairs.append((int(token), _number({"logit_bias": value}, "logit_bias", -100, 100, 0.0)))
-    top_k = _whole(body, "top_k", -1, vocabulary, default.top_k)
-    return Sampling(
-        temperature=_number(body, "temperature", 0, 2, default.temperature),
-        top_p=_number(body, "top_p", 0, 1, default.top_p),
-        top_k=top_k if top_k is not None and top_k > 0 else None,
-        seed=_whole(body, "seed", -(1 << 63), (1 << 63) - 1, None),
-        presence_penalty=_number(body, "presence_penalty", -2, 2, 0.0),
-        frequency_penalty=_number(body, "frequency_penalty", -2, 2, 0.0),
-        logit_bias=tuple(pairs),
-        alternatives=alternatives,
-    )
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value or []
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise ApiError("stop must be a string or a list of strings", param="stop")
-    if len(stops) > MOST_STOPS:
-        raise ApiError(f"at most {MOST_STOPS} stop strings are served", param="stop")
-    return tuple(stops)
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
-def _number(body: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(f"{name} must be a number from {low} to {high}", param=name)
-    return float(value)
-
-
-def _whole(
-    body: Mapping[str, Any], name: str, low: int, high: int, default: int | None
-) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return default
-    whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)
-                                       and value == int(value))  # fmt: skip
-    if isinstance(value, bool) or not whole or not low <= value <= high:
-        raise ApiError(f"{name} must be a whole number from {low} to {high}", param=name)
-    return int(value)
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ApiError(f"{name} must be true or false", param=name)
-    return bool(value)
+def _prompts(value: Any) -> Any:
+    """Give a list of prompts, each text or token ids."""
+    many = value if isinstance(value, list) and value and not _ids(value) else [value]
+    if not all(isinstance(one, str) or (_ids(one) and one) for one in many):
+        raise ValueError("prompt must be text or token ids, or a list of them")
+    return many
 
 
 # What `apply_chat_template` itself takes: no client may set these.
@@ -235,85 +149,242 @@ _NOT_OF_THE_TEMPLATE = frozenset(
 ) - {"kwargs"}
 
 
-def switches_of(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """
-    Give what the chat template is told besides the chat.
+def _switches(value: Any) -> Any:
+    if isinstance(value, dict) and (wrong := sorted(set(value) & _NOT_OF_THE_TEMPLATE)):
+        raise ValueError(f"{wrong[0]} is no switch of a template; leave it out")
+    return value
 
-    Args:
-        body: The request's; its ``chat_template_kwargs`` come last.
-        effort: How much the model is to reason; ``none`` also sets ``enable_thinking`` to false.
 
-    Raises:
-        ApiError: not an object of names that only a template can know.
-    """
-    given = body.get("chat_template_kwargs") or {}
-    if not isinstance(given, dict):
-        raise ApiError("chat_template_kwargs must be an object", param="chat_template_kwargs")
-    if wrong := sorted(set(given) & _NOT_OF_THE_TEMPLATE):
-        raise ApiError(
-            f"{wrong[0]} is no switch of a template; leave it out", param="chat_template_kwargs"
+def _never_one(parallel: Any) -> Any:
+    if parallel is False:
+        raise ValueError("a model cannot be held to one tool call; leave parallel_tool_calls out")
+    return parallel
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Open(_Fields):
+    """What a client may say more than is read."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Function(_Open):
+    name: str
+    arguments: Annotated[Any, BeforeValidator(_json)] = {}
+
+
+class _Call(_Open):
+    function: _Function
+
+
+class _Described(_Open):
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(_Open):
+    type: Literal["function"] = "function"
+    function: _Described
+
+
+class _Message(_Fields):
+    model_config = ConfigDict(extra="ignore")
+
+    role: str
+    content: Annotated[str, BeforeValidator(_joined)] = ""
+    name: str | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Schema(_Open):
+    schema_: dict[str, Any] = Field({}, alias="schema")
+
+
+class _Format(_Open):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: _Schema | None = None
+
+
+class _StreamOptions(_Open):
+    include_usage: bool = False
+
+
+class _Reasoning(_Fields):
+    effort: str | None = None
+
+
+_Count = Annotated[int, Field(ge=1)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Alternatives = Annotated[int, Field(ge=0, le=20)]
+_TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Stop = Annotated[str, Field(min_length=1)]
+
+
+class _Body(_Fields):
+    """Fields of all routes; those that are `Any` change nothing of what is written."""
+
+    model: str | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_switches)] | None = None
+    metadata: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    user: Any = None
+
+    def sampling(self, default: Sampling, **more: Any) -> Sampling:
+        """Give how tokens are chosen, where it says nothing as *default* does."""
+        return Sampling(
+            default.temperature if self.temperature is None else self.temperature,
+            default.top_p if self.top_p is None else self.top_p,
+            **{"top_k": default.top_k, "seed": self.seed, **more},
         )
-    if effort is None:
-        return dict(given)
-    if not isinstance(effort, str):
-        raise ApiError("the reasoning effort must be a word", param="reasoning_effort")
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}
 
 
-def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+class _Written(_Body):
+    """Fields of both completions."""
+
+    max_tokens: _Count | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
+    stop: Annotated[list[_Stop], BeforeValidator(_stops), Field(max_length=4)] = []
+    stream_options: _StreamOptions | None = None
+    service_tier: Any = None
+    store: Any = None
+
+    def asked(self, default: Sampling, alternatives: int | None, limit: int | None = None) -> Asked:
+        """Give what it asks for."""
+        sampling = self.sampling(
+            default,
+            top_k=default.top_k if self.top_k is None else max(0, self.top_k) or None,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
+            alternatives=alternatives,
+        )
+        limit = self.max_tokens if limit is None else limit
+        return Asked(limit, sampling, self.n or 1, tuple(self.stop), self.priority)
+
+
+class Completion(_Written):
+    """The body of `/v1/completions`."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    logprobs: _Alternatives | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+
+
+class Chat(_Written):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Alternatives | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    response_format: _Format | None = None
+    reasoning_effort: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("parallel_tool_calls")
+    @classmethod
+    def _many(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        # A tool that is demanded is called once.
+        return _never_one(value) if info.data.get("tool_choice") in (None, "auto") else value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("top_logprobs needs logprobs: true")
+        return value
+
+
+class _TextFormat(_Schema):
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class _TextOptions(_Fields):
+    format: _TextFormat | None = None
+
+
+class _FunctionTool(_Open):
+    type: Literal["function"]
+
+
+class Response(_Body):
+    """The body of `/v1/responses`; no state is kept, and `Literal`s say what else is served."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: _Count | None = None
+    tools: list[_FunctionTool] | None = None
+    tool_choice: Literal["auto"] | None = None
+    parallel_tool_calls: Annotated[bool, BeforeValidator(_never_one)] | None = None
+    reasoning: _Reasoning | None = None
+    store: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Annotated[list[Any], Field(max_length=0)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    text: _TextOptions | None = None
+
+
+ROUTES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": Chat,
+    "/v1/completions": Completion,
+    "/v1/responses": Response,
+}
+B = TypeVar("B", bound=BaseModel)
+
+
+def read(kind: type[B], body: Mapping[str, Any]) -> B:
     """
-    Give the chat as a template takes it: text contents, and tool arguments as objects.
+    Read *body*.
 
     Raises:
-        ApiError: no chat, or a message of another kind than text.
+        ApiError: a field that is unknown, not served, or of a value that cannot be.
     """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError("messages must be a list of at least one message", param="messages")
-    return [_message(one, f"messages.{at}") for at, one in enumerate(messages)]
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path: list[str] = []
+        inside: Any = body
+        for part in first["loc"]:  # which also names the alternatives that pydantic tried
+            try:
+                inside = inside[part]
+            except (KeyError, IndexError, TypeError):
+                if first["type"] != "missing":
+                    continue
+            path.append(str(part))
+        name = ".".join(path)
+        words = first["msg"][0].lower() + first["msg"][1:]
+        message = f"{name}: {words}"
+        if first["type"] == "extra_forbidden":
+            message = f"{name} is not supported here; leave it out"
+        elif first["type"] == "value_error":
+            message = str(first["ctx"]["error"])
+        raise ApiError(message, param=name) from None
 
 
-def _message(message: Any, place: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ApiError("a message is an object with a role", param=place)
-    made = {"role": message["role"], "content": _text(message.get("content"), place)}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if message.get(name) is not None:
-            if not isinstance(message[name], str):
-                raise ApiError(f"{name} must be text", param=f"{place}.{name}")
-            made[name] = message[name]
-    calls = message.get("tool_calls")
-    if calls is not None:
-        if not isinstance(calls, list):
-            raise ApiError("tool_calls must be a list", param=f"{place}.tool_calls")
-        made["tool_calls"] = [_call(one, f"{place}.tool_calls") for one in calls]
-    return made
-
-
-def _text(content: Any, place: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError("content must be text", param=f"{place}.content")
-    parts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            raise ApiError("only text is read; leave other content out", param=f"{place}.content")
-        parts.append(text)
-    return "".join(parts)
-
-
-def _call(call: Any, place: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ApiError("a tool call has a function with a name", param=place)
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ApiError("arguments of a tool call must be JSON", param=place) from error
-    return {**call, "function": {**function, "arguments": arguments}}
+def switches_of(body: Chat | Response, effort: str | None) -> dict[str, Any]:
+    """Give what the chat template is told besides the chat; effort ``none`` ends thinking."""
+    given = body.chat_template_kwargs or {}
+    if effort is None:
+        return given
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}

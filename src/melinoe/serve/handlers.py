@@ -1,4 +1,4 @@
-"""Answer chat completions and completions, streamed or whole."""
+"""Answer completions and chat completions: read, admit, stream and account for each request."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -16,45 +17,55 @@ from transformers.cli.serving.utils import (
     ReasoningText,
     ToolCall,
     build_response_parser,
-    parse_assistant_message,
     response_events_to_chunks,
 )
 
+from melinoe.serve import structured
 from melinoe.serve.batching import Batches, Cost, Piece, Running
-from melinoe.serve.body import ApiError, Asked, Sampling, messages_of, read, switches_of
+from melinoe.serve.body import ApiError, Asked, Chat, Completion, Sampling, read, switches_of
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.text import Text
 
 _log = logging.getLogger("melinoe.serve")
-# How often a request that is answered whole looks whether its client is still there.
-_LOOK_S = 0.25
+FAILED = "the server failed; its log says why"
 
-Gone = Callable[[], bool]
+Json = dict[str, Any]
 
 
 class Handler:
     """
-    Read, admit, stream and account for a request; shared by both routes.
+    What both routes share.
 
     Args:
         batches: Computes.
         metrics: Counts.
         tokenizer: Of the model; its chat template writes chats.
         name: The model's name, as clients ask for it.
-        gone: Whether the client of the request at hand has left.
     """
 
     route: str
-    chat: bool
+    object: str
+    chunk_object: str
+    default_tokens: int | None = None  # where a request sets no limit; None: as many as may be
 
-    def __init__(
-        self, batches: Batches, metrics: Metrics, tokenizer: Any, name: str, gone: Gone
-    ) -> None:
-        self.batches, self.metrics, self.tokenizer = batches, metrics, tokenizer
-        self.name, self.gone = name, gone
-        self.default = default_sampling(batches.model.generation_config)
+    def __init__(self, batches: Batches, metrics: Metrics, tokenizer: Any, name: str) -> None:
+        self.batches, self.metrics, self.tokenizer, self.name = batches, metrics, tokenizer, name
+        self.default = Sampling.of_model(batches.model.generation_config)
+        self.vocabulary = batches.model.config.get_text_config().vocab_size
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
+    def _read(self, body: Json) -> tuple[Any, list[list[int]], Asked]:
+        """Give the body as it was read, the token ids of each prompt, and what else is asked."""
+        raise NotImplementedError
+
+    def _deltas(self, at: int, one: Running, body: Any) -> AsyncIterator[Json]:
+        """Give what a stream says of choice *at*, event by event."""
+        raise NotImplementedError
+
+    def _whole(self, deltas: Sequence[Json]) -> Json:
+        """Give a choice of an answer that is not streamed: all its events in one."""
+        raise NotImplementedError
+
+    async def handle_request(self, body: Json, request_id: str) -> Response:
         """
         Answer *body*; transformers' application calls it for each request.
 
@@ -62,40 +73,45 @@ class Handler:
             ApiError: what is asked for is wrong or not served.
         """
         choices: list[Running] = []
-        status = "error"
+        status = "client left"
         try:
-            adapter = self.adapter_of(body)
-            vocabulary = self.batches.model.config.get_text_config().vocab_size
-            asked = read(body, self.chat, vocabulary, self.default)
-            prompts = self._prompts(body)
+            said, prompts, asked = self._read(body)
             limits = self.batches.limits
-            if len(prompts) * asked.choices > limits.running + limits.waiting:
+            texts, room = len(prompts) * asked.choices, limits.running + limits.waiting
+            if texts > room:
                 raise ApiError(
-                    f"{len(prompts) * asked.choices} texts are asked for, and at most "
-                    f"{limits.running + limits.waiting} have room at once; send fewer prompts",
-                    param="prompt" if len(prompts) > 1 else "n",
-                )
-            asked = replace(self._within(asked, max(map(len, prompts))), adapter=adapter)
-            for prompt in prompts:
-                for at in range(asked.choices):
-                    choices.append(self._submit(prompt, asked, at, request_id))
-            if asked.stream:
+                    f"{texts} texts are asked for, and at most {room} have room at once; send "
+                    "fewer prompts", param="prompt" if len(prompts) > 1 else "n",
+                )  # fmt: skip
+            adapter = self.adapter_of(said.model)
+            asked = replace(self.within(asked, max(map(len, prompts))), adapter=adapter)
+            choices = [
+                self.submit(prompt, asked, at, request_id)
+                for prompt in prompts
+                for at in range(asked.choices)
+            ]
+            self.log(request_id, "begun", choices)
+            head = {
+                "id": request_id, "object": self.chunk_object if said.stream else self.object,
+                "created": int(time.time()), "model": adapter or self.name,
+            }  # fmt: skip
+            if said.stream:
                 status = "streaming"
-                return StreamingResponse(
-                    self._stream(request_id, body, asked, choices),
-                    media_type="text/event-stream",
-                )
-            answer = await self._whole(request_id, body, asked, choices)
+                events = self._stream(request_id, said, head, choices)
+                return StreamingResponse(events, media_type="text/event-stream")
+            answers = await asyncio.gather(
+                *(self._collect(at, one, said) for at, one in enumerate(choices))
+            )
             status = "ok"
-            return JSONResponse(answer)
-        except ApiError as error:
-            status = str(error.status)
+            return JSONResponse({**head, "choices": answers, "usage": self.usage(choices)})
+        except Exception as error:
+            status = str(getattr(error, "status", 500))
             raise
         finally:
             if status != "streaming":
-                self._done(request_id, status, choices)
+                self.done(request_id, status, choices)
 
-    # --- reading --------------------------------------------------------------------------------
+    # --- admission ------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
@@ -103,179 +119,159 @@ class Handler:
         adapters = self.batches.adapters
         return [self.name, *(adapters.names if adapters is not None else ())]
 
-    def adapter_of(self, body: dict[str, Any]) -> str | None:
+    def adapter_of(self, wanted: str | None) -> str | None:
         """
-        Give the adapter that *body* asks for; None: the model as it is.
+        Give the adapter that a client asks for; None: the model as it is.
 
         Raises:
             ApiError: no model of that name.
         """
-        wanted = body.get("model")
         if wanted is not None and wanted not in self.names:
             raise ApiError(
                 f"there is no model {wanted!r} here; ask for {' or '.join(map(repr, self.names))}",
                 404, "model", "model_not_found",
             )  # fmt: skip
-        return None if wanted in (None, self.name) else wanted
+        return None if wanted == self.name else wanted
 
-    def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
-        """Token ids of each prompt of the request."""
-        raise NotImplementedError
-
-    def _within(self, asked: Asked, longest: int) -> Asked:
+    def within(self, asked: Asked, longest: int) -> Asked:
         """Hold *asked* to the limits, given its longest prompt."""
         limits = self.batches.limits
         context = min(limits.context, limits.cache_tokens)
         room = context - longest
+        code = "context_length_exceeded"
         if room < 1:
             raise ApiError(
                 f"the prompt has {longest} tokens, and prompt and text together may have "
-                f"{context}; shorten it", param="messages" if self.chat else "prompt",
-                code="context_length_exceeded",
+                f"{context}; shorten it", param="prompt" if self.route == "completions"
+                else "messages", code=code,
             )  # fmt: skip
-        most = min(room, limits.max_tokens)
-        wanted = asked.max_tokens
-        if wanted is None:
-            wanted = min(most, limits.unasked or (most if self.chat else 16))
-        elif wanted > room:
+        if any(token >= self.vocabulary for token, _ in asked.sampling.logit_bias):
+            raise ApiError("logit_bias names a token that does not exist", param="logit_bias")
+        wanted, most = asked.max_tokens, min(room, limits.max_tokens)
+        if wanted is not None and wanted > room:
             raise ApiError(
                 f"the prompt has {longest} tokens, so at most {room} can follow; lower max_tokens",
-                param="max_tokens", code="context_length_exceeded",
+                param="max_tokens", code=code,
             )  # fmt: skip
-        elif wanted > most:
+        if wanted is not None and wanted > most:
             raise ApiError(
                 f"this server writes at most {most} tokens; lower max_tokens", param="max_tokens"
             )
-        return replace(asked, max_tokens=min(wanted, most))
+        return replace(
+            asked, max_tokens=min(most, wanted or limits.unasked or self.default_tokens or most)
+        )
 
-    def _submit(self, prompt: list[int], asked: Asked, at: int, request_id: str) -> Running:
+    def submit(self, prompt: list[int], asked: Asked, at: int, request_id: str) -> Running:
+        """Put choice *at* of a request into the queue."""
         seed = asked.sampling.seed
         if seed is not None and at:  # choices of one seed differ, and come again with it
             asked = replace(asked, sampling=replace(asked.sampling, seed=seed + at))
         return self.batches.submit(prompt, asked, request_id)
 
-    # --- pieces ---------------------------------------------------------------------------------
+    # --- what comes back ------------------------------------------------------------------------
 
-    async def _pieces(self, one: Running) -> AsyncIterator[Piece]:
+    async def pieces(self, one: Running) -> AsyncIterator[Piece]:
         """
-        Give the pieces of a choice until it ends, its client leaves, or its time is over.
+        Give the pieces of a choice until it ends.
 
         Raises:
-            ApiError: it ended for a reason of ours.
+            ApiError: its time is over, or the model or the server ended it.
         """
-        limit = one.began + self.batches.limits.seconds
-        while True:
-            if self.gone():
-                raise ApiError("the client has left", 499, code="client_left")
-            if time.perf_counter() > limit:
-                raise ApiError(
-                    f"the request ran for {self.batches.limits.seconds:g} s, which is the limit; "
-                    "ask for fewer tokens",
-                    504,
-                    code="timeout",
-                )
+        seconds = self.batches.limits.seconds
+        done = False
+        while not done:
+            left_s = one.began + seconds - time.perf_counter()
             try:
-                piece = await asyncio.wait_for(one.pieces.get(), _LOOK_S)
+                if left_s <= 0:  # though a piece be there
+                    raise TimeoutError
+                async with asyncio.timeout(left_s):
+                    tokens, done, error = await one.pieces.get()
             except TimeoutError:
-                self.batches.check_alive()
-                if one.id not in self.batches.running and one.pieces.empty():
-                    raise ApiError("the model failed; try again", 500, code="failed") from None
-                continue
-            if piece.error is not None:
-                if self.batches.draining:
-                    raise ApiError(f"{piece.error}; ask another one", 503, code="stopping")
-                raise ApiError(f"the request was lost: {piece.error}", 500, code="failed")
-            yield piece
-            if piece.done:
-                return
+                raise ApiError(
+                    f"the request ran for {seconds:g} s, which is the limit; ask for fewer tokens",
+                    504, code="timeout",
+                ) from None  # fmt: skip
+            if error is not None and self.batches.draining:
+                raise ApiError(f"{error}; ask another one", 503, code="stopping")
+            if error is not None:
+                raise ApiError(f"the request was lost: {error}", 500, code="failed")
+            yield Piece(tokens, done)
 
-    def _reason(self, one: Running, text: Text) -> str:
+    async def items(self, one: Running, parser: Any = None) -> AsyncIterator[Any]:
+        """Give a choice's text as it comes; with a parser also `ReasoningText` and `ToolCall`."""
+        text = Text(self.tokenizer, one.asked.stop, parser is not None)
+        for item in response_events_to_chunks(parser.initial_events) if parser else ():
+            yield item
+        async for piece in self.pieces(one):
+            shown = text.add(piece.tokens)
+            if piece.done or text.stopped:
+                shown += text.rest()
+            if shown:
+                for item in response_events_to_chunks(parser.feed(shown)) if parser else [shown]:
+                    yield item
+            if text.stopped:
+                one.stopped = True
+                self.batches.cancel(one)
+                break
+        if parser is not None:
+            with suppress(ValueError, RuntimeError):  # the text ended inside a tool call
+                for item in response_events_to_chunks(parser.finalize()[1]):
+                    yield item
+
+    def reason(self, one: Running) -> str:
         """Say why a choice ended, in OpenAI's word."""
-        if text.stopped or (one.tokens and one.tokens[-1] in self.batches.ends):
-            return "stop"
-        return "length"
+        ended = one.stopped or (one.tokens and one.tokens[-1] in self.batches.ends)
+        return "stop" if ended else "length"
 
-    def _usage(self, choices: list[Running]) -> dict[str, Any]:
-        prompt = sum(len(one.prompt) for one in choices[:: max(1, choices[0].asked.choices)])
+    def usage(self, choices: list[Running]) -> Json:
+        """Say what a request's choices took: tokens, and work of the expert cache."""
+        prompt = sum(len(one.prompt) for one in choices[:: choices[0].asked.choices])
         written = sum(len(one.tokens) for one in choices)
-        total = Cost()
-        for one in choices:
-            for name, value in vars(one.cost).items():
-                setattr(total, name, getattr(total, name) + value)
         return {
             "prompt_tokens": prompt, "completion_tokens": written,
-            "total_tokens": prompt + written, "expert_cache": total.usage(),
+            "total_tokens": prompt + written, "expert_cache": Cost.total(choices).usage(),
         }  # fmt: skip
 
-    def _done(
+    def done(
         self, request_id: str, status: str, choices: list[Running], route: str | None = None
     ) -> None:
+        """Count and log a request that ended, however it did; nothing of it runs on."""
         for one in choices:
             self.batches.cancel(one)
         self.metrics.request_done(route or self.route, status, choices)
-        _log.info(
-            json.dumps(
-                {
-                    "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": request_id,
-                    "route": route or self.route, "status": status,
-                    "prompt_tokens": sum(len(one.prompt) for one in choices),
-                    "completion_tokens": sum(len(one.tokens) for one in choices),
-                }
-            )
-        )  # fmt: skip
+        self.log(request_id, status, choices, route)
 
-    async def _text(self, one: Running, text: Text) -> str:
-        """Read one choice to its end, or to its stop string."""
-        written = ""
-        async for piece in self._pieces(one):
-            written += text.add(piece.tokens)
-            if text.stopped:
-                self.batches.cancel(one)
-                break
-        return written + text.rest()
-
-    async def _whole(
-        self, request_id: str, body: dict[str, Any], asked: Asked, choices: list[Running]
-    ) -> dict[str, Any]:
-        texts = [Text(self.tokenizer, asked.stop, self.chat) for _ in choices]
-        written = await asyncio.gather(*map(self._text, choices, texts))
-        answers = [
-            self._choice(at, one, text, found, body)
-            for at, (one, text, found) in enumerate(zip(choices, texts, written, strict=True))
-        ]
-        return {
-            "id": request_id, "object": self.object, "created": int(time.time()),
-            "model": asked.adapter or self.name, "choices": answers, "usage": self._usage(choices),
+    def log(
+        self, request_id: str, status: str, choices: list[Running], route: str | None = None
+    ) -> None:
+        """Write a line that a request began or ended; one that only began was lost."""
+        line = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": request_id,
+            "route": route or self.route, "status": status,
+            "prompt_tokens": sum(len(one.prompt) for one in choices),
+            "completion_tokens": sum(len(one.tokens) for one in choices),
         }  # fmt: skip
+        _log.info(json.dumps(line))
 
-    object: str
-
-    def _choice(
-        self, at: int, one: Running, text: Text, written: str, body: dict[str, Any]
-    ) -> dict[str, Any]:
-        """One choice of a whole answer."""
-        raise NotImplementedError
+    async def _collect(self, at: int, one: Running, body: Any) -> Json:
+        return self._whole([delta async for delta in self._deltas(at, one, body)])
 
     async def _stream(
-        self, request_id: str, body: dict[str, Any], asked: Asked, choices: list[Running]
+        self, request_id: str, body: Any, head: Json, choices: list[Running]
     ) -> AsyncIterator[str]:
         status = "client left"
-        events: asyncio.Queue[dict[str, Any] | ApiError | None] = asyncio.Queue()
-        head = {
-            "id": request_id, "object": self.chunk_object, "created": int(time.time()),
-            "model": asked.adapter or self.name,
-        }  # fmt: skip
+        events: asyncio.Queue[Json | ApiError | None] = asyncio.Queue()
 
         async def follow(at: int, one: Running) -> None:
             try:
-                async for choice in self._deltas(at, one, asked, body):
+                async for choice in self._deltas(at, one, body):
                     events.put_nowait({**head, "choices": [choice]})
                 events.put_nowait(None)
             except ApiError as error:
                 events.put_nowait(error)
             except Exception as error:  # such as a tool call that no parser can read
                 _log.error("a stream failed", exc_info=error)
-                events.put_nowait(ApiError("the server failed; its log says why", 500))
+                events.put_nowait(ApiError(FAILED, 500))
 
         tasks = [asyncio.create_task(follow(at, one)) for at, one in enumerate(choices)]
         try:
@@ -290,121 +286,106 @@ class Handler:
                     left -= 1
                 else:
                     yield f"data: {json.dumps(event)}\n\n"
-            if asked.stream_usage:
-                usage = {**head, "choices": [], "usage": self._usage(choices)}
+            if body.stream_options is not None and body.stream_options.include_usage:
+                usage = {**head, "choices": [], "usage": self.usage(choices)}
                 yield f"data: {json.dumps(usage)}\n\n"
             yield "data: [DONE]\n\n"
             status = "ok"
         finally:
             for task in tasks:
                 task.cancel()
-            self._done(request_id, status, choices)
-
-    chunk_object: str
-
-    def _deltas(
-        self, at: int, one: Running, asked: Asked, body: dict[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Choices of a stream's events."""
-        raise NotImplementedError
-
-    def _word(self, token: int) -> dict[str, Any]:
-        """A token as text and as bytes."""
-        text = self.tokenizer.decode([token])
-        return {"token": text, "bytes": list(text.encode("utf-8", "replace"))}
+            self.done(request_id, status, choices)
 
 
 class CompletionHandler(Handler):
     """Answer `/v1/completions`: text that follows a prompt."""
 
-    route, chat = "completions", False
+    route = "completions"
     object = chunk_object = "text_completion"
+    default_tokens = 16  # OpenAI's own
 
-    def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
-        asked = body.get("prompt")
-        many = asked if isinstance(asked, list) and asked and not _ids(asked) else [asked]
-        vocabulary = self.batches.model.config.get_text_config().vocab_size
-        prompts = []
-        for one in many:
-            if isinstance(one, str):
-                ids = self.tokenizer(one)["input_ids"]
-            elif isinstance(one, list) and _ids(one) and all(i < vocabulary for i in one):
-                ids = list(one)
-            else:
-                raise ApiError("prompt must be text or token ids, or a list of them",
-                               param="prompt")  # fmt: skip
-            if not ids:
-                raise ApiError("the prompt has no token; give some text", param="prompt")
-            prompts.append(ids)
-        return prompts
+    def _read(self, body: Json) -> tuple[Completion, list[list[int]], Asked]:
+        said = read(Completion, body)
+        prompts = [
+            self.tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in said.prompt
+        ]
+        if not all(prompts):
+            raise ApiError("the prompt has no token; give some text", param="prompt")
+        if any(id >= self.vocabulary for one in prompts for id in one):
+            raise ApiError("the prompt has a token that does not exist", param="prompt")
+        return said, prompts, said.asked(self.default, said.logprobs)
 
-    def _logprobs(self, one: Running, first: int = 0) -> dict[str, Any] | None:
+    def _logprobs(self, one: Running) -> Json | None:
+        """Give the log-probabilities of the tokens that were not told yet."""
+        chosen = one.untold()
         if one.asked.sampling.alternatives is None:
             return None
-        chosen = one.chosen[first:]
-        words = [self.tokenizer.decode([c.token]) for c in chosen]
+        words = self.tokenizer.decode
         return {
-            "tokens": words,
+            "tokens": [words([c.token]) for c in chosen],
             "token_logprobs": [c.logprob for c in chosen],
-            "top_logprobs": [
-                {self.tokenizer.decode([i]): value for i, value in c.alternatives} for c in chosen
-            ],
+            "top_logprobs": [{words([i]): value for i, value in c.alternatives} for c in chosen],
         }
 
-    def _choice(
-        self, at: int, one: Running, text: Text, written: str, body: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {
-            "index": at, "text": written, "finish_reason": self._reason(one, text),
-            "logprobs": self._logprobs(one),
-        }  # fmt: skip
+    async def _deltas(self, at: int, one: Running, body: Completion) -> AsyncIterator[Json]:
+        async for shown in self.items(one):
+            logprobs = self._logprobs(one)
+            yield {"index": at, "text": shown, "finish_reason": None, "logprobs": logprobs}
+        reason = self.reason(one)
+        yield {"index": at, "text": "", "finish_reason": reason, "logprobs": self._logprobs(one)}
 
-    async def _deltas(
-        self, at: int, one: Running, asked: Asked, body: dict[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
-        text, told = Text(self.tokenizer, asked.stop), 0
-        async for piece in self._pieces(one):
-            shown = text.add(piece.tokens)
-            logprobs = self._logprobs(one, told)
-            told = len(one.chosen)
-            if shown or logprobs:
-                yield {"index": at, "text": shown, "finish_reason": None, "logprobs": logprobs}
-            if text.stopped:
-                self.batches.cancel(one)
-                break
-        yield {
-            "index": at, "text": text.rest(), "finish_reason": self._reason(one, text),
-            "logprobs": None,
-        }  # fmt: skip
+    def _whole(self, deltas: Sequence[Json]) -> Json:
+        logprobs = deltas[0]["logprobs"]
+        if logprobs is not None:
+            logprobs = {
+                name: [one for delta in deltas for one in delta["logprobs"][name]]
+                for name in logprobs
+            }
+        text = "".join(delta["text"] for delta in deltas)
+        return {**deltas[-1], "text": text, "logprobs": logprobs}
 
 
 class ChatHandler(Handler):
     """Answer `/v1/chat/completions`: the next message of a chat."""
 
-    route, chat = "chat", True
+    route = "chat"
     object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
-        messages = messages_of(body)
+    def _read(self, body: Json) -> tuple[Chat, list[list[int]], Asked]:
+        said = read(Chat, body)
+        alternatives = (said.top_logprobs or 0) if said.logprobs else None
+        asked = said.asked(self.default, alternatives, said.max_completion_tokens)
+        grammar = structured.of_tools(said.tool_choice, self._tools(said) or [])
+        if grammar is None and said.response_format is not None:
+            form = said.response_format
+            schema = form.json_schema.schema_ if form.json_schema is not None else {}
+            grammar = structured.of_format((form.type, schema), "response_format")
+        asked = replace(asked, sampling=replace(asked.sampling, grammar=grammar))
+        return said, [self._prompt(said)], asked
+
+    def check_template(self) -> None:
+        """
+        Refuse a chat where no template can write it.
+
+        Raises:
+            ApiError: there is none.
+        """
         if not self.tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template; ask /v1/completions, or start the server with "
                 "--chat-template plain", code="no_chat_template",
             )  # fmt: skip
-        switches = switches_of(body, body.get("reasoning_effort"))
-        tools = body.get("tools")
-        if tools is not None and not (
-            isinstance(tools, list) and all(isinstance(one, dict) for one in tools)
-        ):
-            raise ApiError("tools must be a list of objects", param="tools")
+
+    def _prompt(self, body: Chat) -> list[int]:
+        self.check_template()
         try:
             ids = self.tokenizer.apply_chat_template(
-                messages,
+                [{"content": "", **one.model_dump(exclude_none=True)} for one in body.messages],
                 tools=self._tools(body),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
-                **switches,
+                **switches_of(body, body.reasoning_effort),
             )["input_ids"]
         except TemplateError as error:
             raise ApiError(f"the chat template refuses: {error}", param="messages") from error
@@ -412,121 +393,88 @@ class ChatHandler(Handler):
             raise ApiError(
                 f"the chat template cannot write this chat: {error}", param="messages"
             ) from error
-        return [list(ids)]
+        return list(ids)
 
     @staticmethod
-    def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
-        return None if body.get("tool_choice") == "none" else body.get("tools") or None
+    def _tools(body: Chat) -> list[Json] | None:
+        if body.tool_choice == "none" or not body.tools:
+            return None
+        return [one.model_dump(exclude_unset=True) for one in body.tools]
 
-    def _logprobs(self, one: Running, first: int = 0) -> dict[str, Any] | None:
+    def _logprobs(self, one: Running) -> Json | None:
+        """Give the log-probabilities of the tokens that were not told yet."""
+        chosen = one.untold()
         if one.asked.sampling.alternatives is None:
             return None
+
+        def word(token: int, logprob: float) -> Json:
+            text = self.tokenizer.decode([token])
+            return {"token": text, "bytes": list(text.encode("utf-8", "replace")),
+                    "logprob": logprob}  # fmt: skip
+
         return {
             "content": [
-                {
-                    **self._word(c.token), "logprob": c.logprob,
-                    "top_logprobs": [
-                        {**self._word(i), "logprob": value} for i, value in c.alternatives
-                    ],
-                }
-                for c in one.chosen[first:]
+                {**word(c.token, c.logprob), "top_logprobs": [word(*one) for one in c.alternatives]}
+                for c in chosen
             ]
         }  # fmt: skip
 
-    def _choice(
-        self, at: int, one: Running, text: Text, written: str, body: dict[str, Any]
-    ) -> dict[str, Any]:
-        ids = one.tokens
-        if text.stopped:  # a parser must not read what comes after the stop string
-            ids = self.tokenizer(written, add_special_tokens=False)["input_ids"]
-        plain = self.tokenizer.decode(ids, skip_special_tokens=True)
-        content, reasoning, calls = parse_assistant_message(
-            self.tokenizer, self.batches.model, ids, one.prompt, plain, tools=self._tools(body)
-        )
-        message: dict[str, Any] = {"role": "assistant", "content": content or None}
-        if not calls:
-            message["content"] = content
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        if calls:
-            message["tool_calls"] = [_tool_call(one.id, i, call) for i, call in enumerate(calls)]
-        return {
-            "index": at, "message": message, "logprobs": self._logprobs(one),
-            "finish_reason": "tool_calls" if calls else self._reason(one, text),
-        }  # fmt: skip
+    async def _deltas(self, at: int, one: Running, body: Chat) -> AsyncIterator[Json]:
+        calls = 0
 
-    async def _deltas(
-        self, at: int, one: Running, asked: Asked, body: dict[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
-        parser = build_response_parser(
-            self.tokenizer, self.batches.model, one.prompt, tools=self._tools(body)
-        )
-        text, told, calls = Text(self.tokenizer, asked.stop, parser is not None), 0, 0
-
-        def event(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            nonlocal told
-            logprobs = self._logprobs(one, told)
-            told = len(one.chosen)
+        def event(delta: Json, reason: str | None = None) -> Json:
+            logprobs = self._logprobs(one)
             return {"index": at, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-        def parsed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            nonlocal calls
-            deltas: list[dict[str, Any]] = []
-            for item in response_events_to_chunks(events):
-                if isinstance(item, ToolCall):
-                    call = {"index": calls, **_tool_call(one.id, calls, item)}
-                    deltas.append({"tool_calls": [call]})
-                    calls += 1
-                elif isinstance(item, ReasoningText):
-                    deltas.append({"reasoning_content": str(item)})
-                else:
-                    deltas.append({"content": item})
-            return deltas
-
         yield event({"role": "assistant", "content": ""})
-        if parser is not None:
-            for delta in parsed(parser.initial_events):
-                yield event(delta)
-        async for piece in self._pieces(one):
-            shown = text.add(piece.tokens)
-            if piece.done or text.stopped:
-                shown += text.rest()
-            if parser is None:
-                deltas = [{"content": shown}] if shown else []
+        async for item in self._items_of(one, body):
+            if isinstance(item, ToolCall):
+                call = {"index": calls, "id": f"call_{one.id}_{calls}", "type": "function",
+                        "function": asdict(item)}  # fmt: skip
+                calls += 1
+                yield event({"tool_calls": [call]})
+            elif isinstance(item, ReasoningText):
+                yield event({"reasoning_content": str(item)})
             else:
-                deltas = parsed(parser.feed(shown)) if shown else []
-            for delta in deltas:
-                yield event(delta)
-            if text.stopped:
-                self.batches.cancel(one)
-                break
-        if parser is not None:
-            try:
-                for delta in parsed(parser.finalize()[1]):
-                    yield event(delta)
-            except (ValueError, RuntimeError):
-                pass  # the text ended inside a tool call: what was whole of it has been sent
-        yield event({}, "tool_calls" if calls else self._reason(one, text))
+                yield event({"content": item})
+        yield event({}, "tool_calls" if calls else self.reason(one))
 
+    async def _items_of(self, one: Running, body: Chat) -> AsyncIterator[Any]:
+        """Read a text that a grammar held to one tool's call as that call, unless it was cut."""
+        if body.tool_choice in (None, "auto", "none"):
+            parser = None
+            if one.asked.sampling.grammar is None:
+                parser = build_response_parser(
+                    self.tokenizer, self.batches.model, one.prompt, tools=self._tools(body)
+                )
+            async for item in self.items(one, parser):
+                yield item
+            return
+        text = "".join([item async for item in self.items(one)])
+        try:
+            call = json.loads(text)
+            yield ToolCall(call["name"], json.dumps(call["arguments"]))
+        except ValueError:
+            yield text
 
-def default_sampling(config: Any) -> Sampling:
-    """Give what the model's own generation config says about sampling; OpenAI's defaults else."""
-    if not getattr(config, "do_sample", False):
-        return Sampling()
-    top_k = getattr(config, "top_k", None)
-    return Sampling(
-        temperature=float(config.temperature if config.temperature is not None else 1.0),
-        top_p=float(config.top_p if config.top_p is not None else 1.0),
-        top_k=top_k if top_k else None,
-    )
-
-
-def _tool_call(request: str, at: int, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{request}_{at}", "type": "function", "function": function}
-
-
-def _ids(values: list[Any]) -> bool:
-    return bool(values) and all(
-        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in values
-    )
+    def _whole(self, deltas: Sequence[Json]) -> Json:
+        said = [one["delta"] for one in deltas]
+        calls = [
+            {name: value for name, value in call.items() if name != "index"}
+            for one in said
+            for call in one.get("tool_calls", ())
+        ]
+        text = "".join(one.get("content", "") for one in said)
+        message: Json = {"role": "assistant", "content": text if text or not calls else None}
+        if reasoning := "".join(one.get("reasoning_content", "") for one in said):
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        last = deltas[-1]
+        logprobs = last["logprobs"]
+        if logprobs is not None:
+            logprobs = {"content": [c for one in deltas for c in one["logprobs"]["content"]]}
+        return {
+            "index": last["index"], "message": message, "logprobs": logprobs,
+            "finish_reason": last["finish_reason"],
+        }  # fmt: skip

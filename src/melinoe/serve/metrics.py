@@ -13,6 +13,14 @@ from melinoe.serve.batching import Batches, Cost, Running
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WINDOW_S = 10.0
+_COSTS = (  # fields of `Cost`
+    ("uses", "expert_uses", "Experts asked for, a layer's pass each."),
+    ("hits", "expert_hits", "Of them, those that were resident."),
+    ("loads", "expert_loads", "Experts loaded into slots because a step needed them."),
+    ("prefetched", "expert_prefetches", "Experts loaded ahead of need."),
+    ("transferred_bytes", "transferred_bytes", "Bytes copied into slots."),
+    ("stall_s", "stall_seconds", "Seconds that passes waited."),
+)
 _SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -34,13 +42,9 @@ class Metrics:
             "melinoe_requests", "Requests that ended.", ["route", "status"], **made
         )
         self.tokens = Counter("melinoe_tokens", "Tokens computed.", ["kind"], **made)
-        self.uses = Counter(
-            "melinoe_expert_uses", "Experts asked for, a layer's pass each.", **made
-        )
-        self.hits = Counter("melinoe_expert_hits", "Of them, those that were resident.", **made)
-        self.loads = Counter("melinoe_expert_loads", "Experts loaded into slots.", **made)
-        self.bytes = Counter("melinoe_transferred_bytes", "Bytes copied into slots.", **made)
-        self.stall = Counter("melinoe_stall_seconds", "Seconds that passes waited.", **made)
+        self._costs = {
+            field: Counter(f"melinoe_{name}", help, **made) for field, name, help in _COSTS
+        }
         self.step = Histogram(
             "melinoe_step_seconds", "Seconds of one step.", buckets=_SECONDS, **made
         )
@@ -70,11 +74,8 @@ class Metrics:
 
     def step_done(self, cost: Cost, seconds: float, tokens: int, written: int) -> None:
         """Count one step."""
-        self.uses.inc(cost.uses)
-        self.hits.inc(cost.hits)
-        self.loads.inc(cost.loads)
-        self.bytes.inc(cost.transferred_bytes)
-        self.stall.inc(cost.stall_s)
+        for name, counter in self._costs.items():
+            counter.inc(getattr(cost, name))
         self.step.observe(seconds)
         self.tokens.labels("prompt").inc(max(0, tokens - written))
         self.tokens.labels("completion").inc(written)

@@ -281,9 +281,9 @@ def answer_file(
         before, began = handle.counters, time.perf_counter()
         had = len(kept.answers)
         if left:
-            batches = Batches(model, handle, limits or Limits())
+            batches = Batches(model, handle, limits or Limits(), tokenizer=tokenizer)
             try:
-                given = (batches, Metrics(), tokenizer, name, lambda: False)
+                given = (batches, Metrics(), tokenizer, name)
                 chat = ChatHandler(*given)
                 handlers = {
                     CHAT: chat, COMPLETION: CompletionHandler(*given), RESPONSE: Responses(chat),

@@ -6,46 +6,29 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
-from transformers.cli.serving.response import UNUSED_RESPONSE_FIELDS, ResponseHandler
-from transformers.cli.serving.utils import (
-    BaseGenerateManager,
-    Modality,
-    _StreamError,
-    response_events_to_chunks,
-)
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import BaseGenerateManager, Modality, _StreamError
 
+from melinoe.serve import structured
 from melinoe.serve.batching import Running
-from melinoe.serve.body import ApiError, Asked, read, refuse, switches_of
-from melinoe.serve.handlers import ChatHandler
-from melinoe.serve.text import Text
+from melinoe.serve.body import ApiError, Asked, Response, read, switches_of
+from melinoe.serve.handlers import FAILED, ChatHandler
 
 _log = logging.getLogger("melinoe.serve")
-
-_SERVED = {
-    "input", "instructions", "model", "stream", "temperature", "top_p", "max_output_tokens",
-    "tools", "chat_template_kwargs", "seed", "metadata", "user", "store", "service_tier",
-    "parallel_tool_calls", "reasoning", "text", "tool_choice", "truncation", "include",
-}  # fmt: skip
-# What OpenAI's client may send of the fields that transformers' handler ignores, and that change
-# nothing.
-_HARMLESS: dict[str, Any] = {
-    "store": (None, False), "service_tier": (None, "auto", "default"), "include": (None, []),
-    "tool_choice": (None, "auto"), "truncation": (None, "disabled"), "user": None,
-    "text": (None, {"format": {"type": "text"}}),
-}  # fmt: skip
 
 
 class Responses(ResponseHandler, BaseGenerateManager):
     """
     Transformers' handler, given the model that is loaded and the batches that compute it.
 
+    It stands for its own model manager and generation state, too.
+
     Args:
-        chat: Reads, admits and counts as it does for chats.
+        chat: Admits and counts as it does for chats.
     """
 
     def __init__(self, chat: ChatHandler) -> None:
@@ -62,35 +45,18 @@ class Responses(ResponseHandler, BaseGenerateManager):
         Raises:
             ApiError: what is asked for is wrong or not served.
         """
-        if unknown := sorted(set(body) - _SERVED):
-            raise ApiError(f"{unknown[0]} is not supported here; leave it out", param=unknown[0])
-        for name in sorted(set(body) & UNUSED_RESPONSE_FIELDS):
-            allowed = _HARMLESS.get(name)
-            if allowed is not None and body[name] not in allowed:
-                raise ApiError(f"{name} cannot be {body[name]!r} here; leave it out", param=name)
-        if "input" not in body:
-            raise ApiError("input must be text or a list of items", param="input")
-        refuse(body)
-        adapter = self.chat.adapter_of(body)
-        if not self.chat.tokenizer.chat_template:
-            self.chat._prompts({"messages": [{"role": "user", "content": ""}]})
-        reasoning = body.get("reasoning") or {}
-        if not isinstance(reasoning, dict) or set(reasoning) - {"effort"}:
-            raise ApiError("of reasoning only the effort is served", param="reasoning")
-        switches = switches_of(body, reasoning.get("effort"))
-        tools = body.get("tools") or []
-        if not isinstance(tools, list) or not all(
-            isinstance(one, dict) and one.get("type") == "function" for one in tools
-        ):
-            raise ApiError("tools must be a list of functions", param="tools")
-        model = self.chat.batches.model
-        shared = {name: body.get(name) for name in ("temperature", "top_p", "seed", "stream")}
-        read_so_far = read(
-            {"max_tokens": body.get("max_output_tokens"), **shared}, True,
-            model.config.get_text_config().vocab_size, self.chat.default,
-        )  # fmt: skip
-        self._asked[request_id] = replace(read_so_far, adapter=adapter)
-        asked = {**body, "stream": bool(body.get("stream")), "chat_template_kwargs": switches}
+        said = read(Response, body)
+        adapter = self.chat.adapter_of(said.model)
+        self.chat.check_template()
+        form = said.text.format if said.text is not None else None
+        grammar = structured.of_format(form and (form.type, form.schema_), "text")
+        sampling = said.sampling(self.chat.default, grammar=grammar)
+        self._asked[request_id] = Asked(
+            said.max_output_tokens, sampling, priority=said.priority, adapter=adapter
+        )
+        effort = said.reasoning.effort if said.reasoning is not None else None
+        switches = switches_of(said, effort)
+        asked = {**body, "stream": bool(said.stream), "chat_template_kwargs": switches}
         try:
             return await super().handle_request(asked, request_id)
         except TemplateError as error:
@@ -100,10 +66,10 @@ class Responses(ResponseHandler, BaseGenerateManager):
         finally:
             self._asked.pop(request_id, None)
 
-    def _validate_request(self, body: dict) -> None:
-        """Done already, and more strictly."""
-
     # --- what transformers' handler asks of its model manager and its generation state -----------
+
+    def _validate_request(self, body: dict) -> None:
+        pass  # done already, and more strictly
 
     def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
         return body.get("model") or self.chat.name, self.chat.batches.model, self.chat.tokenizer
@@ -120,10 +86,11 @@ class Responses(ResponseHandler, BaseGenerateManager):
         """Give what computes."""
         return self
 
-    def _build_generation_config(
-        self, body: dict, model_generation_config: Any, use_cb: bool = False
-    ) -> Any:
-        return model_generation_config  # the request's own settings are in its Asked
+    def _build_generation_config(self, body: dict, config: Any, use_cb: bool = False) -> Any:
+        return config  # the request's own settings are in its Asked
+
+    def stop(self) -> None:
+        """Nothing of its own runs."""
 
     # --- what transformers' answers do not say ----------------------------------------------------
 
@@ -161,7 +128,7 @@ class Responses(ResponseHandler, BaseGenerateManager):
         """Add to *answer* what the expert cache did, and whether the text was cut."""
         one = self._ran[request_id]
         answer["usage"]["expert_cache"] = one.cost.usage()
-        if one.tokens and one.tokens[-1] not in self.chat.batches.ends:
+        if one.tokens and self.chat.reason(one) == "length":
             answer["status"] = "incomplete"
             answer["incomplete_details"] = {"reason": "max_output_tokens"}
             for item in answer["output"]:
@@ -171,12 +138,10 @@ class Responses(ResponseHandler, BaseGenerateManager):
 
     # --- what it asks of what computes ------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Nothing of its own runs."""
-
     def _submit(self, request_id: str, prompt: list[int]) -> Running:
-        asked = self.chat._within(self._asked.pop(request_id), len(prompt))
-        self._ran[request_id] = self.chat._submit(list(prompt), asked, 0, request_id)
+        asked = self.chat.within(self._asked.pop(request_id), len(prompt))
+        self._ran[request_id] = self.chat.submit(list(prompt), asked, 0, request_id)
+        self.chat.log(request_id, "begun", [self._ran[request_id]], "responses")
         return self._ran[request_id]
 
     def generate_streaming(
@@ -186,58 +151,40 @@ class Responses(ResponseHandler, BaseGenerateManager):
         """Give a queue of text, reasoning and tool calls, and whom to tell that nobody reads it."""
         one = self._submit(request_id, inputs["input_ids"])
         queue: asyncio.Queue = asyncio.Queue()
-        streamer = _Streamer(self, one)
-        streamer.task = asyncio.get_running_loop().create_task(
-            self._follow(one, queue, response_parser, request_id)
-        )
-        return queue, streamer
 
-    async def _follow(
-        self, one: Running, queue: asyncio.Queue, parser: Any, request_id: str
-    ) -> None:
-        text, status = Text(self.chat.tokenizer, (), parser is not None), "client left"
-        try:
-            for item in response_events_to_chunks(parser.initial_events) if parser else ():
-                queue.put_nowait(item)
-            async for piece in self.chat._pieces(one):
-                shown = text.add(piece.tokens)
-                items = [shown] if shown else []
-                if parser is not None and shown:
-                    items = response_events_to_chunks(parser.feed(shown))
-                for item in items:
+        async def follow() -> None:
+            status = "client left"
+            try:
+                async for item in self.chat.items(one, response_parser):
                     queue.put_nowait(item)
-            if parser is not None:
-                try:
-                    for item in response_events_to_chunks(parser.finalize()[1]):
-                        queue.put_nowait(item)
-                except (ValueError, RuntimeError):
-                    pass  # the text ended inside a tool call
-            queue.put_nowait(None)
-            status = "ok"
-        except ApiError as error:
-            status = str(error.status)
-            queue.put_nowait(_StreamError(error.message))
-        except Exception as error:
-            _log.error("a stream failed", exc_info=error)
-            status = "500"
-            queue.put_nowait(_StreamError("the server failed; its log says why"))
-        finally:
-            self.chat._done(request_id, status, [one], route="responses")
+                queue.put_nowait(None)
+                status = "ok"
+            except ApiError as error:
+                status = str(error.status)
+                queue.put_nowait(_StreamError(error.message))
+            except Exception as error:
+                _log.error("a stream failed", exc_info=error)
+                status = "500"
+                queue.put_nowait(_StreamError(FAILED))
+            finally:
+                self.chat.done(request_id, status, [one], route="responses")
+
+        return queue, _Streamer(one, asyncio.get_running_loop().create_task(follow()))
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
         """Give the text, the prompt's length and the token ids."""
-        one, status = self._submit(request_id, inputs["input_ids"]), "error"
+        one, status = self._submit(request_id, inputs["input_ids"]), "client left"
         try:
-            async for _ in self.chat._pieces(one):
+            async for _ in self.chat.pieces(one):
                 pass
             status = "ok"
-        except ApiError as error:
-            status = str(error.status)
+        except Exception as error:
+            status = str(getattr(error, "status", 500))
             raise
         finally:
-            self.chat._done(request_id, status, [one], route="responses")
+            self.chat.done(request_id, status, [one], route="responses")
         text = processor.decode(one.tokens, skip_special_tokens=True)
         return text, len(one.prompt), one.tokens
 
@@ -245,14 +192,9 @@ class Responses(ResponseHandler, BaseGenerateManager):
 class _Streamer:
     """Whom transformers' handler asks how much was written, and tells that nobody reads."""
 
-    def __init__(self, handler: Responses, one: Running) -> None:
-        self._handler, self._one = handler, one
-        self.task: asyncio.Task | None = None
+    def __init__(self, one: Running, task: asyncio.Task) -> None:
+        self._one, self.cancel = one, task.cancel
 
     @property
     def total_tokens(self) -> int:
         return len(self._one.tokens)
-
-    def cancel(self) -> None:
-        if self.task is not None:
-            self.task.cancel()

@@ -6,8 +6,6 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import uvicorn
 
 from melinoe.adapters import Adapters
 from melinoe.errors import MelinoeError, TokenizerError
+from melinoe.predictor import Predictor
 from melinoe.serve.app import build_app
 from melinoe.serve.batching import Batches, Limits
 from melinoe.serve.metrics import Metrics
@@ -77,17 +76,6 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._batches, self._patience_s = batches, patience_s
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop on a signal, and go on behind `serve` instead of dying of the signal."""
-        stopping = (signal.SIGINT, signal.SIGTERM)
-        before = {one: signal.signal(one, self.handle_exit) for one in stopping}
-        try:
-            yield
-        finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
-
     async def shutdown(self, sockets: Any = None) -> None:
         """Take no more requests, let those that run finish within the limit, tell the others."""
         self._batches.draining = True
@@ -116,6 +104,7 @@ def serve(
     residency: Residency | None = None,
     patience_s: float = 30.0,
     adapters: Adapters | None = None,
+    predictor: Predictor | None = None,
 ) -> None:
     """
     Serve *model* until a signal ends it.
@@ -132,6 +121,7 @@ def serve(
         residency: Restored now, and written every minute and at the end.
         patience_s: Seconds that running requests have after SIGTERM.
         adapters: Of *model*; clients ask for them by their names.
+        predictor: Of *model*; names what is loaded ahead when a request begins.
 
     Raises:
         MelinoeError: the model cannot be batched, or the port cannot be had.
@@ -145,7 +135,9 @@ def serve(
         )
     metrics = Metrics()
     try:
-        batches = Batches(model, handle, limits or Limits(), metrics.step_done, adapters)
+        batches = Batches(
+            model, handle, limits or Limits(), metrics.step_done, adapters, tokenizer, predictor
+        )
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise MelinoeError(
             f"transformers cannot batch this model continuously: {error}; use melinoe chat or "
@@ -153,12 +145,14 @@ def serve(
         ) from error
     if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
         _log.warning("anybody who reaches %s may use this server; set MELINOE_API_KEY", host)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn stops on these, and then raises them again: go on, and return.
+        signal.signal(one, lambda *_: None)
     try:
         app = build_app(batches, metrics, tokenizer, name, api_key)
         config = uvicorn.Config(
             app, host=host, port=port, log_level="warning", access_log=False,
             timeout_graceful_shutdown=int(patience_s) + 5,
-            limit_concurrency=batches.limits.running + batches.limits.waiting + 64,
         )  # fmt: skip
         server = _Server(config, batches, patience_s)
         asyncio.run(_run(server, residency))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +13,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from melinoe.serve.body import Sampling
-
-GREEDY = Sampling(temperature=0.0)
+from melinoe.serve.structured import allowed
 
 
 class Chosen(NamedTuple):
@@ -44,12 +41,9 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     """
 
     def __init__(self) -> None:
-        self.supported_kwargs = {"settings": Sampling, "priority": int, "adapter": str}
+        self.supported_kwargs = {"request": object}
         self.ignored_kwargs = ()
         self._states: list[Any] = []
-        self._generators: dict[str, Random] = {}
-        # By request: what was written, for those that asked for log-probabilities.
-        self.chosen: dict[str, list[Chosen]] = {}
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         """Write zeros: settings do not travel in the tensor."""
@@ -62,32 +56,25 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Give *scores* ``(rows, vocabulary)`` with minus infinity but for one token a row."""
-        settings = [state.logit_processor_kwargs.get("settings", GREEDY) for state in self._states]
-        tokens = self._draw(scores, settings)
-        for row, (state, own) in enumerate(zip(self._states, settings, strict=True)):
-            if own.alternatives is not None:
-                self._keep(state.request_id, scores[row], int(tokens[row]), own.alternatives)
+        requests = [state.logit_processor_kwargs["request"] for state in self._states]
+        tokens = self._draw(scores, requests)
+        for row, one in enumerate(requests):
+            if one.matcher is not None:
+                one.matcher.consume_token(int(tokens[row]))
+            if (alternatives := one.asked.sampling.alternatives) is not None:
+                one.drawn.append(_chosen(scores[row], int(tokens[row]), alternatives))
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, tokens[:, None], 0.0)
 
-    def forget(self, request: str) -> None:
-        """Drop what is kept of a request that has ended."""
-        self._generators.pop(request, None)
-        self.chosen.pop(request, None)
-
-    def keep(self, requests: Collection[str]) -> None:
-        """Drop what is kept of any other request: a step may have computed one that had ended."""
-        for kept in (self._generators, self.chosen):
-            for one in [request for request in kept if request not in requests]:
-                del kept[one]
-
-    def _draw(self, scores: Tensor, settings: list[Sampling]) -> Tensor:
+    def _draw(self, scores: Tensor, requests: list[Any]) -> Tensor:
         """Give a token for each row."""
-        shaped = scores
+        shaped, settings = scores, [one.asked.sampling for one in requests]
         for row, own in enumerate(settings):
-            if own.logit_bias or own.presence_penalty or own.frequency_penalty:
+            if own.logit_bias or own.presence_penalty or own.frequency_penalty or own.grammar:
                 shaped = scores.clone() if shaped is scores else shaped
-                self._penalise(self._states[row], shaped[row], own)
+                _penalise(self._states[row], shaped[row], own)
+                if own.grammar is not None:
+                    shaped[row] = allowed(requests[row].matcher, shaped[row])
         tokens = shaped.argmax(dim=-1)
         drawn = [row for row, own in enumerate(settings) if own.temperature > 0]
         if not drawn:
@@ -98,34 +85,29 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             warm[at] = _cut(warm[at], settings[row])
         # The token at which the probabilities add up to a random number of the request's own.
         sums = torch.softmax(warm, dim=-1).cumsum(dim=-1)
-        random = sums.new_tensor([self._random(self._states[row], settings[row]) for row in drawn])
+        random = sums.new_tensor([requests[row].random.random() for row in drawn])
         found = torch.searchsorted(sums, random[:, None] * sums[:, -1:], right=True)[:, 0]
         tokens[drawn] = found.clamp_(max=scores.shape[-1] - 1)
         return tokens
 
-    @staticmethod
-    def _penalise(state: Any, scores: Tensor, settings: Sampling) -> None:
-        """Change the scores of tokens that are biased, or were written already."""
-        if settings.logit_bias:
-            tokens, biases = zip(*settings.logit_bias, strict=True)
-            where = torch.tensor(tokens, device=scores.device)
-            scores.index_add_(0, where, scores.new_tensor(biases))
-        # Of a request that was put back into the queue, the prompt holds what it had written.
-        had = state.initial_tokens[state._true_initial_tokens or len(state.initial_tokens) :]
-        for token, times in Counter([*had, *state.generated_tokens]).items():
-            scores[token] -= settings.presence_penalty + times * settings.frequency_penalty
 
-    def _keep(self, request: str, logits: Tensor, token: int, alternatives: int) -> None:
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        best = torch.topk(logprobs, alternatives)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        kept = self.chosen.setdefault(request, [])
-        kept.append(Chosen(token, float(logprobs[token]), tuple(pairs)))
+def _penalise(state: Any, scores: Tensor, settings: Sampling) -> None:
+    """Change the scores of tokens that are biased, or were written already."""
+    if settings.logit_bias:
+        tokens, biases = zip(*settings.logit_bias, strict=True)
+        where = torch.tensor(tokens, device=scores.device)
+        scores.index_add_(0, where, scores.new_tensor(biases))
+    # Of a request that was put back into the queue, the prompt holds what it had written.
+    had = state.initial_tokens[state._true_initial_tokens or len(state.initial_tokens) :]
+    for token, times in Counter([*had, *state.generated_tokens]).items():
+        scores[token] -= settings.presence_penalty + times * settings.frequency_penalty
 
-    def _random(self, state: Any, settings: Sampling) -> float:
-        if state.request_id not in self._generators:
-            self._generators[state.request_id] = Random(settings.seed)
-        return self._generators[state.request_id].random()
+
+def _chosen(logits: Tensor, token: int, alternatives: int) -> Chosen:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    best = torch.topk(logprobs, alternatives)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Chosen(token, float(logprobs[token]), tuple(pairs))
 
 
 def _cut(scores: Tensor, settings: Sampling) -> Tensor:

@@ -1,0 +1,75 @@
+"""LangChain's OpenAI class against a server process, unchanged: what its users call."""
+
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel
+
+
+class Weather(BaseModel):
+    """What a text says of the weather; all of its values are short."""
+
+    city: Literal["Oslo", "Rome"]
+    rain: bool
+
+
+def weather(city: Literal["Oslo", "Rome"]) -> str:
+    """Tell the weather of a city."""
+    return f"dry in {city}"
+
+
+@pytest.fixture
+def model(server):
+    """Greedy, and not more than forty tokens."""
+    pytest.importorskip("llguidance")
+    return pytest.importorskip("langchain_openai").ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=40,
+        max_retries=0, stream_usage=True,
+    )  # fmt: skip
+
+
+def joined(chunks):
+    whole = None
+    for chunk in chunks:
+        whole = chunk if whole is None else whole + chunk
+    return whole
+
+
+def test_it_answers_and_streams_the_same_text(model, offline):
+    """The template's text, and its tokens in the usage that both bring."""
+    expected = offline[0]("system: Be kind\nuser: Tell me of the sea\nassistant:", 40)
+    chat = [("system", "Be kind"), ("human", "Tell me of the sea")]
+    for answer in (model.invoke(chat), joined(model.stream(chat))):
+        assert answer.content == expected
+        assert answer.response_metadata["finish_reason"] == "length"
+        assert answer.usage_metadata["output_tokens"] == 40
+
+
+def test_many_prompts_at_once_are_answered_each(model, offline):
+    """A batch of three, each cut before its first full stop."""
+    asked = ["One", "Two", "Three"]
+    answers = model.bind(stop=["."], max_tokens=8).batch(asked)
+    for said, answer in zip(asked, answers, strict=True):
+        assert answer.content == offline[0](f"user: {said}\nassistant:", 8).split(".")[0]
+
+
+def test_a_demanded_tool_is_called_and_its_result_read(model):
+    """Its arguments are those of its schema; the next turn holds the call and what came of it."""
+    bound = model.bind_tools([weather], tool_choice="weather")
+    said = bound.invoke("What is the weather in Oslo?")
+    (call,) = said.tool_calls
+    assert call["name"] == "weather" and call["args"]["city"] in ("Oslo", "Rome")
+    assert said.response_metadata["finish_reason"] == "tool_calls"
+    (streamed,) = joined(bound.stream("What is the weather in Oslo?")).tool_calls
+    assert streamed["args"] == call["args"]
+    result = {"role": "tool", "content": weather(**call["args"]), "tool_call_id": call["id"]}
+    answer = model.bind_tools([weather]).invoke([("human", "Rain?"), said, result])
+    assert answer.content and answer.usage_metadata["input_tokens"] > 10
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output_has_the_fields_that_were_asked_for(model, method):
+    """Whatever so small a model would write by itself."""
+    longer = model.model_copy(update={"max_tokens": 100})
+    answer = longer.with_structured_output(Weather, method=method).invoke("Does it rain in Oslo?")
+    assert isinstance(answer, Weather)
