@@ -2,17 +2,16 @@
 Which settings of fine-tuning buy the fewest transfers for the least perplexity at equal compute?
 
 One fine-tuning of the shipped model after the other, on 1,600 GSM8K examples of the training part,
-200 optimiser steps of 8 in all: a run that learns from a teacher spends half of them on the
-teacher. Each is judged on 96 examples of the training part that no run sees (rows 6,000 on, which
-the demo does not judge on either): perplexity of the answer, and the loads of an LFU cache of 8 of
-32 experts that reads it. A run's price is its perplexity over its own control's: the same run
-without the locality terms (`FinetuneSettings.control`).
+200 optimiser steps of 8. Each is judged on 96 examples of the training part that no run sees (rows
+6,000 on, which the demo does not judge on either): perplexity of the answer, and the loads of an
+LFU cache of 8 of 32 experts that reads it. A run's price is its perplexity over its own control's:
+the same run without the locality terms (`FinetuneSettings.control`).
 
 Bad news would be: no setting with at least 2 times fewer transfers than the base below 5 % of
 price; or a best rate at the edge of the grid.
 
-Equal optimiser steps are not equal passes: a student asks its teacher in each step (a forward pass
-more), replay reads 2 texts beside the 8. The result says passes and seconds of each.
+Equal optimiser steps are not equal passes: replay reads 2 texts beside the 8. The result says
+passes and seconds of each.
 
 Appends one JSON line a run, and leaves alone what is there already, so it can be interrupted.
 
@@ -41,7 +40,6 @@ from melinoe.config import FinetuneSettings
 from melinoe.data import Encoded, encode, load_examples, pad_token_id
 from melinoe.evaluate import perplexity
 from melinoe.finetune import train
-from melinoe.finetune.adapter import Adapter
 from melinoe.finetune.own_text import own_text
 from melinoe.measure import (
     append_jsonl,
@@ -60,30 +58,27 @@ OWN = {"lambda_replay": 0.1}
 @dataclass(frozen=True)
 class Run:
     """
-    One fine-tuning: what differs from one run without a teacher or replay.
+    One fine-tuning: what differs from one run without replay.
 
-    Runs that are *gone* trained under the cache prior, which was taken out on what they showed:
-    they stay in the record, and cannot be run again.
+    Runs that are *gone* had a teacher, or trained under the cache prior, which were taken out on
+    what they showed: they stay in the record, and cannot be run again.
     """
 
     name: str
     changes: dict[str, Any]
-    taught: bool = False
     gone: bool = False
 
     def settings(self, seed: int) -> FinetuneSettings:
-        steps = STEPS // 2 if self.taught else STEPS
-        common = {"lambda_match": 10.0 * self.taught, "lambda_replay": 0.0}
         return FinetuneSettings(
-            steps=steps, batch_size=BATCH, max_length=MAX_LENGTH, seed=seed, own_texts=OWN_TEXTS,
-            **{**common, **self.changes},
+            steps=STEPS, batch_size=BATCH, max_length=MAX_LENGTH, seed=seed, own_texts=OWN_TEXTS,
+            **{"lambda_replay": 0.0, **self.changes},
         )  # fmt: skip
 
     def control(self) -> Run:
         """The same run without the locality terms; one for all weights and priors."""
         name = re.sub(", (weight|prior) [0-9.]+", "", self.name)
         off = {**self.changes, "lambda_cache": 0.0}
-        return Run(f"{name}: control", off, self.taught)
+        return Run(f"{name}: control", off)
 
     def key(self, seed: int) -> str:
         return f"{self.name}, seed {seed}"
@@ -107,8 +102,7 @@ def stages() -> dict[str, list[Run]]:
             f"{'taught' if taught else 'one run'}, weight {weight:g}, prior {prior:g}"
             f"{', own text' if own else ''}",
             {**best, "lambda_cache": weight, **own},
-            taught,
-            gone=prior > 0,
+            gone=taught or prior > 0,
         )
         for taught, weight, prior, own in (
             (False, 1.0, 0.0, OWN), (False, 0.5, 0.0, OWN), (False, 2.0, 0.0, OWN),
@@ -201,20 +195,6 @@ def anchor(seed: int) -> list[Encoded]:
     return own_text(base_model(), tokenizer(), OWN_TEXTS, MAX_LENGTH, seed=seed)
 
 
-@functools.cache
-def teacher(plain: FinetuneSettings) -> Adapter:
-    """Next tokens alone, as many steps as the student will take."""
-    done = train(
-        base_model(),
-        texts()["train"],
-        plain,
-        pad_token_id=pad_token_id(tokenizer()),
-        keep_adapter=True,
-    )
-    assert done.adapter is not None
-    return done.adapter
-
-
 def judge(model: Any) -> dict[str, Any]:
     """Losses by text and loads by text; both as sums, so that runs can be paired."""
     found, others = (perplexity(model, texts()[name]) for name in ("judged", "others"))
@@ -236,7 +216,6 @@ def judge(model: Any) -> dict[str, Any]:
 def one_run(run: Run, seed: int) -> dict[str, Any]:
     settings = run.settings(seed)
     started = time.process_time()
-    taught_by = teacher(settings.plain()) if run.taught else None
     model = base_model()
     replayed = anchor(seed) if settings.lambda_replay else None
     done = train(
@@ -245,14 +224,12 @@ def one_run(run: Run, seed: int) -> dict[str, Any]:
         settings,
         pad_token_id=pad_token_id(tokenizer()),
         anchor_data=replayed,
-        teacher=taught_by,
     )
     seconds = time.process_time() - started
-    student = 1 + run.taught + (0.25 if replayed else 0)
     return {
         "name": run.name, "key": run.key(seed), "control": run.control().key(seed), "seed": seed,
-        "taught": run.taught, "skipped_steps": done.skipped_steps, "processor_s": round(seconds, 1),
-        "forward_passes": settings.steps * (student + run.taught),
+        "skipped_steps": done.skipped_steps, "processor_s": round(seconds, 1),
+        "forward_passes": settings.steps * (1.25 if replayed else 1),
         "last": {k: v for k, v in done.rows[-1].items() if k in ("nll", "cache", "grad_norm")},
         **judge(model),
     }  # fmt: skip

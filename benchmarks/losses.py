@@ -43,10 +43,7 @@ from melinoe.moe.routing import Router, Routing
 OBJECTIVES = {
     "default: resident": {},
     "clipped": {"cache_loss": "clipped"},
-    "clipped, rank mean": {"cache_loss": "clipped", "lambda_rank": 0.1},
-    "literal, rank mean": {"cache_loss": "literal", "lambda_rank": 0.1},
-    "clipped, KL anchor": {"cache_loss": "clipped", "anchor": "kl", "lambda_rank": 0.1},
-    "resident, rank mean": {"lambda_rank": 0.1},
+    "literal": {"cache_loss": "literal"},
 }
 
 
@@ -102,13 +99,12 @@ class Terms:
             self.routings.append(Routing(router, logits.requires_grad_(), index, ((hidden,), {})))
         self.objective = Objective(routers, FinetuneSettings(lambda_replay=0.0, **changes))
         self.labels = torch.ones(shape.batch, shape.tokens, dtype=torch.int64, device=device)
-        self.segments = torch.zeros_like(self.labels)
 
     def run(self) -> Tensor:
         for routing in self.routings:
             routing.logits.grad = None
         nll = torch.zeros((), device=self.labels.device)
-        total = self.objective.weigh(nll, self.routings, self.labels, self.segments).total
+        total = self.objective.weigh(nll, self.routings, self.labels).total
         total.backward()
         return total
 

@@ -42,11 +42,11 @@ class Steps:
         routers, experts = find_routers(model), find_experts(model)
         self.ready = ReadyModel(model, settings, True)
         parts = make_trainable(model, routers, experts, settings, rank=16)
-        self.objective = Objective(routers, settings, parts=parts)
+        self.objective = Objective(routers, settings)
         self.optimizer = torch.optim.AdamW(parts.all(), lr=1e-5)
         ids = torch.arange(tokens)[None] * 97 % (vocabulary - 3) + 3
-        one, none = torch.ones_like(ids), torch.zeros_like(ids)
-        self.batch = {"input_ids": ids, "attention_mask": one, "labels": ids, "segment_ids": none}
+        one = torch.ones_like(ids)
+        self.batch = {"input_ids": ids, "attention_mask": one, "labels": ids}
         self.model = model
 
     def step(self, recompute: bool) -> dict[str, float]:

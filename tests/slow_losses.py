@@ -14,7 +14,6 @@ def slow_cache_loss(
     logits,
     top_k_index,
     mask,
-    segments,
     capacity,
     gamma,
     *,
@@ -26,13 +25,8 @@ def slow_cache_loss(
     experts = num_experts or logits.shape[-1]
     total, count = logits.new_zeros(()), 0
     for row in range(logits.shape[0]):
-        s, current = [logits.new_zeros(()) for _ in range(experts)], None
+        s = [logits.new_zeros(()) for _ in range(experts)]
         for t in range(logits.shape[1]):
-            segment = int(segments[row, t])
-            if segment == -1:
-                continue
-            if segment != current:
-                s, current = [logits.new_zeros(()) for _ in range(experts)], segment
             p = logits[row, t].softmax(-1)[:experts]
             chosen = ids_of(top_k_index[row, t], experts)
             r = [float(e in chosen) + (p[e] - p[e].detach()) for e in range(experts)]
@@ -60,38 +54,7 @@ def missing_of(s, capacity, form):
     return missing
 
 
-def slow_rank_loss(logits, base, mask, rho, denominator=None):
-    """Every ordered pair of experts, one by one."""
-    experts, total, count = logits.shape[-1], logits.new_zeros(()), 0
-    for row in range(logits.shape[0]):
-        for t in range(logits.shape[1]):
-            if not mask[row, t]:
-                continue
-            p, b = logits[row, t].softmax(-1), base[row, t].softmax(-1)
-            for i in range(experts):
-                for j in range(experts):
-                    if b[i] > b[j]:
-                        total = total + torch.relu(rho - (p[i] - p[j]))
-            count += 1
-    pairs = experts * (experts - 1) / 2
-    return total / (max(1, count) if denominator is None else denominator) / pairs
-
-
-def slow_kl(logits, base, mask, denominator=None):
-    """sum_e p_b log(p_b / p_f), token by token and expert by expert."""
-    total, count = logits.new_zeros(()), 0
-    for row in range(logits.shape[0]):
-        for t in range(logits.shape[1]):
-            if not mask[row, t]:
-                continue
-            p, b = logits[row, t].softmax(-1), base[row, t].softmax(-1)
-            for e in range(logits.shape[-1]):
-                total = total + b[e] * (b[e] / p[e]).log()
-            count += 1
-    return total / (max(1, count) if denominator is None else denominator)
-
-
-def slow_concentration_loss(logits, top_k_index, mask, segments, capacity, *, num_experts=None):
+def slow_concentration_loss(logits, top_k_index, mask, capacity, *, num_experts=None):
     """Shares of each sequence expert by expert; -log of half a use where an expert has none."""
     experts, top_k = num_experts or logits.shape[-1], top_k_index.shape[-1]
     sequences = {}
@@ -102,7 +65,7 @@ def slow_concentration_loss(logits, top_k_index, mask, segments, capacity, *, nu
                 chosen = ids_of(top_k_index[row, t], experts)
                 share = [(e in chosen) / max(1, len(chosen)) for e in range(experts)]
                 r = torch.stack([share[e] + p[e] - p[e].detach() for e in range(experts)])
-                sequences.setdefault((row, int(segments[row, t])), []).append(r)
+                sequences.setdefault(row, []).append(r)
 
     def entropy(shares, least):
         return -sum(

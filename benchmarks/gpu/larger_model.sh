@@ -21,6 +21,6 @@ cp "$work/model/training.json" "$out/larger_model_training.json"
 for seed in ${SEEDS:-0 1 2}; do
   # shellcheck disable=SC2086
   "$python" benchmarks/study/run.py --base "$work/model" --rate "${RATE:-0.5}" --seeds "$seed" \
-    --name plain --name "resident form 1" --name "taught, resident form 2" --name "taught alone" ${STUDY:-} \
+    --name plain --name "resident form 1" ${STUDY:-} \
     --keep "$work/kept" --out "$out/larger_model.jsonl"
 done

@@ -12,7 +12,7 @@ Floor: the step's floating-point operations, counted as `benchmarks/losses.py` d
 one large bfloat16 product measured here. Each way is run in two rounds, in a process that others
 share only while all is well; a way that runs out of memory is reported, and the next one runs. The
 first steps of a round are discarded. Random weights route nearly evenly, which is the most experts
-a batch can use. Not measured: learning, several devices, packing, recomputed activations.
+a batch can use. Not measured: learning, several devices, recomputed activations.
 
     python benchmarks/gpu/training.py --out FILE [--layers 16] [--batch 4] [--tokens 1024]
     python benchmarks/gpu/training.py --dry-run     # tiny, on the CPU
@@ -129,18 +129,13 @@ def train_peft(model: Any, shape: Any, arguments: argparse.Namespace, clock: Clo
         for _, parameter in router.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    collate = Collator(0)
-
-    def without_segments(batch: Sequence[Encoded]) -> dict[str, Any]:
-        return {name: one for name, one in collate(batch).items() if name != "segment_ids"}
-
     with tempfile.TemporaryDirectory() as folder:
         trainer_arguments = training_arguments(settings, folder)
         set_steps(trainer_arguments, settings, arguments.steps, Rates.of(routers, settings))
         dataset: Any = examples(shape, arguments)
         PlainTrainer(
             model=wrapped, args=trainer_arguments, train_dataset=dataset,
-            data_collator=without_segments, callbacks=[clock],
+            data_collator=Collator(0), callbacks=[clock],
         ).train()  # fmt: skip
 
 

@@ -2,12 +2,12 @@
 The runs of the study: what is varied, around which settings, with which seeds.
 
 Every run is one fine-tuning of the shipped model on GSM8K, judged by `judge`. A run's name says
-what differs from `BASE`. Runs of group ``plain`` train on next tokens alone, and teach others. The
-control of a run is the one that differs from it in the locality terms alone.
+what differs from `BASE`. Runs of group ``plain`` train on next tokens alone. The control of a run
+is the one that differs from it in the locality terms alone.
 
-Settings that were taken out on what their runs showed (the cache prior, distillation, rank matching
-as a sum, a gradient through the cache, swap margin, reuse, curriculum) are no longer planned; their
-runs stay in `benchmarks/results/study.jsonl`.
+Settings that were taken out on what their runs showed (teachers, anchors, the cache prior,
+distillation, a gradient through the cache, swap margin, reuse, curriculum) are no longer planned;
+their runs stay in `benchmarks/results/study.jsonl`.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,6 @@ BASE = FinetuneSettings(
     learning_rate=2e-3,
     lambda_cache=0.5,
     cache_loss="clipped",
-    lambda_rank=0.0,
     lambda_replay=0.0,
     own_texts=512,
 )
@@ -40,8 +39,7 @@ class Run:
 
     Runs of one *family* differ in *strength* alone; *plain* is the name of the plain fine-tuning
     that each stands beside, seed by seed. With *own_text*, the base model writes anchor text to
-    replay; with *taught*, that plain run is the teacher. *full* runs are judged in their own greedy
-    text too.
+    replay. *full* runs are judged in their own greedy text too.
     """
 
     group: str
@@ -52,7 +50,6 @@ class Run:
     plain: str = "plain"
     examples: int = EXAMPLES
     own_text: bool = False
-    taught: bool = False
     full: bool = True
 
     @property
@@ -67,27 +64,20 @@ class Run:
 
 
 def _run(group: str, family: str, strength: float | None = None, **changes: Any) -> Run:
-    own = ("plain", "examples", "own_text", "taught", "full")
+    own = ("plain", "examples", "own_text", "full")
     kept = {key: changes.pop(key) for key in own if key in changes}
     return Run(group, family, strength, 0, changes, **kept)
 
 
 def _frontier() -> Iterator[Run]:
-    """The paper's: forms of the cache term and of its anchor, each at several strengths."""
+    """Forms of the cache term, the paper's among them, each at several strengths."""
     yield _run("plain", "plain", lambda_cache=0.0)
     for strength in (0.25, 0.5, 1.0, 2.0):
         yield _run("frontier", "clipped", strength, lambda_cache=strength)
     for strength in (0.1, 0.25, 0.5):
         yield _run("frontier", "literal", strength, lambda_cache=strength, cache_loss="literal")
-    for strength in (0.5, 1.0, 2.0):
-        cache = {"lambda_cache": strength}
-        yield _run("frontier", "with KL anchor", strength, anchor="kl", lambda_rank=0.5, **cache)
-        # As a mean over pairs the term's gradient is some hundred times smaller than the sum's.
-        yield _run("frontier", "with rank mean", strength, anchor="rank", lambda_rank=20.0, **cache)
 
 
-# Hidden states are held to the plain run's by this weight where it teaches.
-TAUGHT = {"taught": True, "lambda_match": 10.0}
 OWN = {"own_text": True, "lambda_replay": 0.25}
 LONG = {"steps": 700, "examples": 5600}
 # Twice the learning rate trains about twice as far in as many steps; see docs/log.md.
@@ -96,55 +86,28 @@ LONGER = {"steps": 1400, "examples": 6000, "learning_rate": 4e-3}
 
 def _goals() -> Iterator[Run]:
     """What is aimed at: the price of 3 and 5 times fewer transfers, after longer training."""
-    plain = "plain, 1400 steps"
-    yield _run("plain", plain, lambda_cache=0.0, **LONGER)
-    light = {**OWN, "lambda_replay": 0.05}
-    # What the teacher and the base's own text do to quality by themselves.
-    none = {"plain": plain, "lambda_cache": 0.0, **TAUGHT, **LONGER}
-    yield _run("goals", "taught, own text, no cache term", **none, **light)
+    yield _run("plain", "plain, 1400 steps", lambda_cache=0.0, **LONGER)
     plain = "plain, 700 steps"
     yield _run("plain", plain, lambda_cache=0.0, **LONG)
-    for strength in (2.0, 4.0):
-        taught = {"plain": plain, "lambda_cache": strength, **TAUGHT, **LONG}
-        yield _run("goals", "taught, own text", strength, **taught, **OWN)
-    yield _run("goals", "taught", 2.0, plain=plain, lambda_cache=2.0, **TAUGHT, **LONG)
     yield _run("goals", "clipped, 700 steps", 1.0, plain=plain, lambda_cache=1.0, **LONG)
-    # Not run yet: the controls that the taught runs of 700 steps lack.
-    none = {"plain": plain, "lambda_cache": 0.0, **TAUGHT, **LONG}
-    yield _run("goals", "taught, no cache term, 700 steps", **none)
-    yield _run("goals", "taught, own text, no cache term, 700 steps", **none, **OWN)
 
 
 def _beyond() -> Iterator[Run]:
     """Ideas that are not in the paper, in the frontier's short runs."""
-    for strength in (2.0, 5.0):
-        yield _run("beyond", "taught, 200 steps", strength, lambda_cache=strength, **TAUGHT)
-    # Not run yet: the controls that the taught and anchored runs lack.
-    yield _run("beyond", "taught alone", lambda_cache=0.0, **TAUGHT)
-    yield _run("beyond", "KL anchor alone", lambda_cache=0.0, anchor="kl", lambda_rank=0.5)
-    yield _run("beyond", "rank mean alone", lambda_cache=0.0, anchor="rank", lambda_rank=20.0)
     yield _run("beyond", "own text alone", lambda_cache=0.0, **OWN)
     yield _run("beyond", "own text", 1.0, lambda_cache=1.0, **OWN)
     yield _run("beyond", "resident form", 1.0, lambda_cache=1.0, cache_loss="resident")
-    form = {"lambda_cache": 2.0, "cache_loss": "resident"}
-    yield _run("beyond", "taught, resident form", 2.0, **form, **TAUGHT)  # not run yet
 
 
 def _attention() -> Iterator[Run]:
-    """Updates of attention beside those of the experts, with plain runs and teachers alike."""
+    """Updates of attention beside those of the experts, with plain runs alike."""
     form = {"train": "router+experts+attention", "cache_loss": "resident"}
     plain = "plain, attention"
     yield _run("plain", plain, lambda_cache=0.0, **form)
     for strength in (1.0, 2.0):
         one = {"plain": plain, "lambda_cache": strength, **form}
         yield _run("attention", "attention, resident form", strength, **one)
-    none = {"plain": plain, "lambda_cache": 0.0, **form, **TAUGHT}  # not run yet: its control
-    yield _run("attention", "attention, taught alone", **none)
-    plain = "plain, 1400 steps, attention"
-    yield _run("plain", plain, lambda_cache=0.0, **form, **LONGER)
-    none = {"plain": plain, "lambda_cache": 0.0, **form, **TAUGHT, **LONGER, **OWN}
-    none |= {"lambda_replay": 0.05}  # not run yet: a control of the record's last goal
-    yield _run("goals", "attention, taught, own text, no cache term", **none)
+    yield _run("plain", "plain, 1400 steps, attention", lambda_cache=0.0, **form, **LONGER)
 
 
 def _ablations() -> Iterator[Run]:

@@ -3,8 +3,8 @@ Does training for locality cost quality, and how much for how many transfers sav
 
 Runs the plan (`plan.py`), one fine-tuning of the shipped model after the other, judges each
 (`judge.py`) and appends one JSON line a run; what is there already is left alone, so the study can
-be interrupted and gone on with. `tables.py` writes tables and figures from the file. Runs of group
-``plain``, which teach others, and of ``goals`` leave their checkpoints in ``--keep``.
+be interrupted and gone on with. `tables.py` writes tables and figures from the file. Runs of groups
+``plain`` and ``goals`` leave their checkpoints in ``--keep``.
 
 Bad news would be: no strength that saves transfers without raising perplexity over the same
 training without the locality terms; or savings that come from the whole data set sharing a few
@@ -63,19 +63,13 @@ class Ground:
 
 
 def train(run: Run, out: Path, ground: Ground) -> FinetuneResult:
-    """Train *run* into *out*; a taught one by the plain run, trained before if it is not there."""
+    """Train *run* into *out*."""
     examples = load_examples(GSM8K_TRAIN)[: run.examples]
-    teacher = None
-    if run.taught:
-        (plain,) = [one for one in all_runs((run.seed,)) if one.name == run.plain]
-        teacher = kept_at(ground.keep, plain)
-        if not teacher.exists():
-            train(plain, teacher, ground)
     settings = ground.settings(run)
     if run.group == "plain":
         settings = replace(settings, save="both")
     anchor = OWN if run.own_text else None
-    return finetune(ground.base, examples, out, settings, anchor_examples=anchor, teacher=teacher)
+    return finetune(ground.base, examples, out, settings, anchor_examples=anchor)
 
 
 def kept_at(keep: Path, run: Run) -> Path:

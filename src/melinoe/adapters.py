@@ -13,7 +13,7 @@ from melinoe.engine.reference import ExpertCache, ReferenceEngine
 from melinoe.errors import AttachError, MelinoeError
 from melinoe.experts.format import PackedFormat
 from melinoe.finetune.adapter import read_adapter
-from melinoe.finetune.parts import LowRank, add_update, is_transposed
+from melinoe.finetune.parts import LowRank, add_update
 from melinoe.moe.grouped import expert_rows, sort_choices, weighted_sum
 from melinoe.moe.routing import find_routers
 
@@ -84,8 +84,7 @@ class Adapters:
                         state[key], down.to(self._device), up.to(self._device), adapter.scaling
                     )
                 continue
-            transposed = place in layers and is_transposed(layers[place].module)
-            made = LowRank(factors, adapter.scaling, transposed).requires_grad_(False)
+            made = LowRank(factors, adapter.scaling).requires_grad_(False)
             (experts if place in layers else linears)[place] = made.to(self._device)
         with self._handle.lock:
             for place in linears.keys() - self._hooks.keys():

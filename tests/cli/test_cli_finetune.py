@@ -43,12 +43,11 @@ def test_without_options_the_defaults_of_the_settings_hold():
 def test_options_become_settings_of_their_types():
     """Numbers, flags, absent values, and options that may be repeated."""
     given = parsed(
-        "--capacity", 0.5, "--packing", "--steps", 7, "--save-every", 3,
+        "--capacity", 0.5, "--steps", 7, "--save-every", 3,
         "--report-to", "tensorboard", "--report-to", "wandb",
     )  # fmt: skip
     assert given == FinetuneSettings(
         capacity=0.5,
-        packing=True,
         steps=7,
         save_every=3,
         report_to=("tensorboard", "wandb"),

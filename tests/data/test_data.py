@@ -181,7 +181,11 @@ def test_tools_reach_the_chat_template_and_calls_need_no_content(tmp_path, token
     assert split_text(encoded, tokenizer) == ("[add]<u>hi</><a>", "add</>")
 
 
-def test_segments_say_which_tokens_belong_together():
-    """One example per row is segment 0 and padding -1."""
+def test_a_batch_is_padded_on_the_right_and_learns_completions_alone():
+    """Two examples worked by hand."""
     batch = Collator(9)([Encoded([5, 6, 7], [False, True, True]), Encoded([8], [False])])
-    assert batch["segment_ids"].tolist() == [[0, 0, 0], [0, -1, -1]]
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 9]],
+        "labels": [[-100, 6, 7], [-100, -100, -100]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+    }

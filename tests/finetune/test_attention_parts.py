@@ -1,4 +1,4 @@
-"""Low-rank updates of attention: PEFT's numbers, in every family, merged and taught."""
+"""Low-rank updates of attention: PEFT's numbers, in every family, merged."""
 
 import pytest
 import tiny
@@ -7,9 +7,8 @@ from peft import LoraConfig, get_peft_model
 from small_runs import examples, settings
 
 from melinoe.config import FinetuneSettings
-from melinoe.errors import TrainingError
 from melinoe.finetune import train
-from melinoe.finetune.adapter import Teacher, adapter_of
+from melinoe.finetune.adapter import adapter_of
 from melinoe.finetune.parts import LowRankUpdates, make_trainable
 from melinoe.moe.attention import find_attention
 from melinoe.moe.experts import find_experts
@@ -121,44 +120,12 @@ def test_merging_gives_the_trained_models_logits():
     names = [name for name, _ in model.named_parameters()]
     parts = moved(parts_of(model))
     trained, plain = output(model), output(tiny.tiny_model("olmoe"))
-    parts.merge()
+    adapter = adapter_of(parts)
+    parts.updates.remove()
+    adapter.apply(model)
     torch.testing.assert_close(output(model), trained, rtol=1e-5, atol=1e-5)
     assert (trained - plain).abs().max() > 0.01
     assert [name for name, _ in model.named_parameters()] == names
-
-
-def test_without_updates_a_pass_is_the_bases():
-    """Replaced by nothing, experts' and attention's updates are off, and then on again."""
-    model = tiny.tiny_model("olmoe")
-    plain = output(model)
-    parts = moved(parts_of(model))
-    trained = output(model)
-    with parts.replaced({}):
-        assert torch.equal(output(model), plain)
-    assert torch.equal(output(model), trained)
-
-
-def test_a_teachers_attention_acts_in_the_place_of_the_students():
-    """A pass of the teacher gives the logits of the model it was taken from."""
-    teacher_model = tiny.tiny_model("olmoe")
-    teacher_parts = moved(parts_of(teacher_model), seed=8)
-    adapter = adapter_of(teacher_parts)
-    model = tiny.tiny_model("olmoe")
-    parts = moved(parts_of(model), seed=9)
-    own = output(model)
-    teacher = Teacher(adapter, parts, torch.device("cpu"))
-    with parts.replaced(teacher.updates):
-        torch.testing.assert_close(output(model), output(teacher_model), rtol=1e-6, atol=1e-6)
-    assert torch.equal(output(model), own)
-
-
-def test_a_teacher_of_attention_is_refused_where_attention_is_not_trained():
-    """One sentence that names what to train."""
-    adapter = adapter_of(moved(parts_of(tiny.tiny_model("olmoe"))))
-    model = tiny.tiny_model("olmoe")
-    parts = parts_of(model, train="router+experts")
-    with pytest.raises(TrainingError, match=r"self_attn\.q_proj was trained.*\+attention"):
-        Teacher(adapter, parts, torch.device("cpu"))
 
 
 def test_a_run_moves_attention_only_where_it_is_asked_for():

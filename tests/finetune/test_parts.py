@@ -11,8 +11,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from melinoe import attach
 from melinoe.config import FinetuneSettings
 from melinoe.errors import AttachError, TrainingError
-from melinoe.finetune.adapter import from_peft_A, from_peft_B
-from melinoe.finetune.parts import LowRankUpdates, make_trainable
+from melinoe.finetune.adapter import adapter_of, from_peft_A, from_peft_B
+from melinoe.finetune.parts import LowRankUpdates, TrainedParts, add_update, make_trainable
 from melinoe.moe.experts import find_experts
 from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers
@@ -188,12 +188,19 @@ def test_merged_weights_compute_what_the_updates_did():
         implementation = model.config._experts_implementation
         with torch.no_grad():
             expected = output(model)
-            updates.remove(merge=True)
+            merge(model, updates)
             torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
         assert before - set(model.state_dict()) == set(updates_names(before))
         assert implementation == "melinoe" != model.config._experts_implementation
         with attach(model, slots=3):
             torch.testing.assert_close(output(model).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def merge(model, updates):
+    """Take the updates off, and add them to the weights."""
+    adapter = adapter_of(TrainedParts({}, {}, [], updates))
+    updates.remove()
+    adapter.apply(model)
 
 
 def updates_names(names):
@@ -207,7 +214,7 @@ def test_layers_that_share_their_weights_share_one_update():
     assert len(updates.layers) == 4 and len(updates.parameters()) == 2 * 4
     with torch.no_grad():
         expected = output(model)
-        updates.remove(merge=True)
+        merge(model, updates)
         torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -216,7 +223,7 @@ def test_removed_without_merging_the_model_is_what_it_was():
     plain = output(tiny.tiny_model("olmoe"))
     model, updates = updated()
     assert not torch.equal(output(model), plain)
-    updates.remove(merge=False)
+    updates.remove()
     assert torch.equal(output(model), plain)
 
 
@@ -242,8 +249,10 @@ def test_in_bfloat16_the_update_is_nearer_to_the_truth_than_in_folded_weights():
     wide = hidden.double(), index, inputs[2].double()
     with torch.no_grad():
         plain, base = grouped_experts(layer.module, *inputs), grouped_experts(exact, *wide)
-        own.add_to(exact)
-        own.add_to(folded)
+        for name in own.names:
+            pair = own.lora_A[name], own.lora_B[name], own.scaling
+            add_update(exact.get_parameter(name), *pair)
+            add_update(folded.get_parameter(name), *pair)
         true = grouped_experts(exact, *wide) - base
         error_of = [
             float((result - plain - true).norm() / true.norm())

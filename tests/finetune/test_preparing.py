@@ -8,8 +8,10 @@ from small_runs import examples, settings
 from tiny import tiny_model
 
 from melinoe.finetune import train
-from melinoe.finetune.preparing import PIECE, ReadyModel, Widened, _Linear
+from melinoe.finetune.preparing import PIECE, ReadyModel, _Linear, widened
+from melinoe.moe.dispatch import computed_by
 from melinoe.moe.experts import find_experts
+from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers
 
 IDS = torch.arange(3, 15)[None]
@@ -26,11 +28,12 @@ def test_a_widened_model_computes_what_the_cast_one_does(family):
     model = narrow_model(family).eval()
     cast = copy.deepcopy(model).float()
     before = {name: p.clone() for name, p in model.named_parameters()}
+    layers = find_experts(model)
     with torch.no_grad():
         expected = cast(IDS).logits
-        widened = Widened(model, find_experts(model))
-        found = model(IDS).logits
-        widened.undo()
+        modules = [layer.module for layer in layers]
+        with widened(model, layers), computed_by(model, modules, grouped_experts):
+            found = model(IDS).logits
         again = model(IDS).logits
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -87,6 +90,5 @@ def test_a_linear_layer_in_pieces_has_the_gradient_of_the_whole():
 def test_routers_are_no_wide_layers():
     """They are trained in float32 themselves."""
     model = narrow_model("olmoe")
-    widened = Widened(model, find_experts(model))
-    assert all(one.weight.dtype == torch.float32 for one in find_routers(model))
-    widened.undo()
+    with widened(model, find_experts(model)):
+        assert all(one.weight.dtype == torch.float32 for one in find_routers(model))

@@ -54,7 +54,7 @@ def test_the_parts_train_at_their_own_rates():
     start = {name: p.detach().clone() for name, p in model.named_parameters() if "gate." in name}
 
     chosen = settings(steps=1, learning_rate=None)
-    done = train(model, examples(), chosen, pad_token_id=0, keep_adapter=True)
+    done = train(model, examples(), chosen, pad_token_id=0)
     routers = [(one["weight"] - start[f"{n}.weight"]) for n, one in done.adapter.routers.items()]
     assert max(float(one.abs().max()) for one in routers) == pytest.approx(
         done.rates.routers, rel=1e-3

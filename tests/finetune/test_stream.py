@@ -129,7 +129,7 @@ def chosen(model):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_used_expert_is_read_twice_a_step(checkpointing):
-    """Once in each direction, also where layers are recomputed; a teacher's pass is a third."""
+    """Once in each direction, also where layers are recomputed; measuring is a third."""
     _, model, stream = pair("olmoe", buffers=3)
     used = chosen(model)
     gradients(model, stream, checkpointing)

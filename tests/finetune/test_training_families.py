@@ -9,9 +9,11 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from melinoe.config import FinetuneSettings
-from melinoe.data import Encoded
+from melinoe.data import Collator, Encoded
 from melinoe.errors import UnsupportedModelError
 from melinoe.finetune import train
+from melinoe.finetune.head import logits_of, model_outputs, run_to_head
+from melinoe.losses import next_token, next_token_loss
 from melinoe.moe.experts import find_experts
 from melinoe.moe.routing import find_routers
 
@@ -81,6 +83,31 @@ def test_two_steps_lower_the_combined_loss_and_move_routers_and_experts(family):
     for layer, stack in zip(layers, stacks, strict=True):
         kept = torch.equal(layer.module.get_parameter("down_proj"), stack)
         assert kept == (".vision_" in layer.name)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_through_the_head_by_parts_is_that_of_all_logits(family, monkeypatch):
+    """Value and gradients of routers, seven tokens at a time, whatever stands around its head."""
+    monkeypatch.setattr(next_token, "LOGITS_AT_ONCE", 7 * tiny.VOCAB)
+    model = tiny.tiny_model(family).eval()
+    if family in HEADLESS:
+        with_head(model)
+    batch = Collator(0)(examples())
+    weights = [one.weight for one in find_routers(model) if ".vision_" not in one.name]
+    found = []
+    whole = logits_of(model, model_outputs(model, batch))
+    made = run_to_head(model, batch)
+    assert (made.head is None) == (family in HEADLESS)
+    assert made.vocabulary == whole.shape[-1]
+    for given in (
+        (whole, batch["labels"]),
+        (made.states, batch["labels"], made.head, made.vocabulary),
+    ):
+        loss = next_token_loss(*given)
+        found.append((loss, *torch.autograd.grad(loss, weights)))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])

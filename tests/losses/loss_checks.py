@@ -1,18 +1,17 @@
-"""A batch with packing and padding, and the comparison of a slow loss with ours."""
+"""A batch with padding, and the comparison of a slow loss with ours."""
 
 import torch
 
 
-def packed_batch(seed, tokens=23, experts=6, top_k=2):
-    """Two rows: two packed sequences and padding on the right; one sequence with left padding."""
+def padded_batch(seed, tokens=23, experts=6, top_k=2):
+    """Two rows, the first with five tokens of padding on the right; some tokens count."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, tokens, experts, dtype=torch.float64, generator=g)
     # Not the top of the logits: what ran may have been chosen by other scores.
     index = torch.rand(2, tokens, experts, generator=g).topk(top_k).indices
-    segments = torch.zeros(2, tokens, dtype=torch.int64)
-    segments[0, 9:18], segments[0, 18:], segments[1, :3] = 1, -1, -1
     mask = torch.rand(2, tokens, generator=g) < 0.6
-    return logits, index, mask & (segments >= 0), segments
+    mask[0, -5:] = False
+    return logits, index, mask
 
 
 def agree(slow_loss, fast_loss, *tensors):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from loss_checks import agree, packed_batch
+from loss_checks import agree, padded_batch
 from slow_losses import slow_concentration_loss
 
 from melinoe.losses import completion_positions, concentration_loss
@@ -14,29 +14,27 @@ EXPERTS = 8
 
 @pytest.mark.parametrize(("experts", "top_k", "capacity"), [(5, 1, 2), (6, 2, 2), (11, 4, 5.5)])
 def test_concentration_equals_its_formula_for_any_number_of_experts(experts, top_k, capacity):
-    """Packed, padded, with skip slots (an id past the experts, and -1) and a skip logit."""
-    logits, index, mask, segments = packed_batch(experts, 19, experts, top_k)
+    """Padded, with skip slots (an id past the experts, and -1) and a skip logit."""
+    logits, index, mask = padded_batch(experts, 19, experts, top_k)
     logits = torch.cat([logits, logits[..., :1]], dim=-1)  # a last logit that is no expert
     index[0, ::4, 0], index[1, ::5, -1] = experts, -1
     agree(
-        lambda x: slow_concentration_loss(x, index, mask, segments, capacity, num_experts=experts),
-        lambda x: concentration_loss(
-            x, index, mask, segments, capacity=capacity, num_experts=experts
-        ),
+        lambda x: slow_concentration_loss(x, index, mask, capacity, num_experts=experts),
+        lambda x: concentration_loss(x, index, mask, capacity=capacity, num_experts=experts),
         logits,
     )
 
 
 def test_layers_in_one_call_and_positions_equal_layers_one_by_one():
     """Two layers, one value each; positions of the completion do as well as its mask."""
-    batches = [packed_batch(seed) for seed in (1, 2)]
-    mask, segments = batches[0][2:]
+    batches = [padded_batch(seed) for seed in (1, 2)]
+    mask = batches[0][2]
     logits, index = (torch.stack([one[i] for one in batches], dim=2) for i in (0, 1))
     agree(
         lambda x: torch.stack(
-            [slow_concentration_loss(x[:, :, i], index[:, :, i], mask, segments, 2) for i in (0, 1)]
+            [slow_concentration_loss(x[:, :, i], index[:, :, i], mask, 2) for i in (0, 1)]
         ),
-        lambda x: concentration_loss(x, index, completion_positions(mask), segments, capacity=2),
+        lambda x: concentration_loss(x, index, completion_positions(mask), capacity=2),
         logits,
     )
 
@@ -47,8 +45,7 @@ def loss_of(choices, capacity=2, **options):
     shape = index.shape[:2]
     logits = torch.zeros(*shape, EXPERTS, requires_grad=True)
     mask = torch.ones(shape, dtype=torch.bool)
-    segments = torch.zeros(shape, dtype=torch.int64)
-    return concentration_loss(logits, index, mask, segments, capacity=capacity, **options)
+    return concentration_loss(logits, index, mask, capacity=capacity, **options)
 
 
 def test_sequences_with_experts_of_their_own_cost_nothing():
@@ -76,8 +73,7 @@ def test_no_token_that_counts_costs_nothing_and_pulls_nothing():
     logits = torch.randn(2, 3, 4, EXPERTS, requires_grad=True)
     index = torch.zeros(2, 3, 4, 2, dtype=torch.int64)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    segments = torch.zeros(2, 3, dtype=torch.int64)
-    loss = concentration_loss(logits, index, mask, segments, capacity=2)
+    loss = concentration_loss(logits, index, mask, capacity=2)
     assert loss.shape == (4,) and not loss.any()
     loss.sum().backward()
     assert not logits.grad.any()

@@ -89,14 +89,13 @@ def beside(place, tmp_path):
 
 def test_a_run_is_held_against_the_control_it_trains(place, finetune, tmp_path):
     """The adapter in OUT.control, merged here by itself, gives the price the card begins with."""
-    more = ("--against", "control", "--teacher", "plain", "--other", place / "far.jsonl")
+    more = ("--against", "control", "--other", place / "far.jsonl")
     code, err = finetune(tmp_path / "out", *more)
     assert code == 0 and "measuring its control" in err, err
-    assert beside(place, tmp_path) == ["out", "out.control", "out.teacher"]
+    assert beside(place, tmp_path) == ["out", "out.control"]
     metadata = read_metadata(tmp_path / "out")
     alike = read_metadata(tmp_path / "out.control")
     assert alike["is_control"] and not metadata["is_control"]
-    assert alike["teacher"]["fingerprint"] == metadata["teacher"]["fingerprint"]
     merge_adapter(tmp_path / "out.control", tmp_path / "merged", place / "base")
     change = metadata["outcome"]["change_from_control"]
     by_hand = price_by_hand(place, tmp_path / "out", tmp_path / "merged")
@@ -107,9 +106,7 @@ def test_a_run_is_held_against_the_control_it_trains(place, finetune, tmp_path):
     assert "its control, the same training without the locality terms" in first
     assert "perplexity on held-out held" in first
     assert str(tmp_path) not in card + json.dumps(metadata)
-    shutil.rmtree(tmp_path / "out.teacher")  # nothing that is complete needs it again
     assert finetune(tmp_path / "out", *more, "--resume")[0] == 0
-    assert not (tmp_path / "out.teacher").exists()
 
 
 def test_an_earlier_control_is_named(place, finetune, tmp_path):
@@ -125,14 +122,6 @@ def test_an_earlier_control_is_named(place, finetune, tmp_path):
     assert "control" not in read_metadata(tmp_path / "alone")["outcome"]
     said = (tmp_path / "alone" / "README.md").read_text()
     assert "What the locality terms saved and cost was not measured." in said
-
-
-def test_a_teacher_is_no_control(place, finetune, tmp_path):
-    """A plain run is not the taught one without its locality terms: it had no teacher."""
-    assert finetune(tmp_path / "t", "--control", "--save", "both")[0] == 0
-    code, err = finetune(tmp_path / "out", "--teacher", tmp_path / "t", "--against", tmp_path / "t")
-    assert code == 1 and err.count("\n") == 1
-    assert "lambda_match 0.0 in it and 10.0 in this run" in err
 
 
 @pytest.fixture(scope="module")
@@ -199,21 +188,18 @@ def test_a_control_of_another_base_is_refused_before_any_training(place, control
         _check_control(str(control), given, str(tmp_path / "base"), examples)
 
 
-def test_a_taken_place_of_the_control_is_said_before_the_teacher_is_trained(finetune, tmp_path):
-    """Both would be trained before the run."""
+def test_a_taken_place_of_the_control_is_said_before_any_training(finetune, tmp_path):
+    """The run's own would be trained first."""
     (tmp_path / "out.control").mkdir()
     (tmp_path / "out.control" / "notes").touch()
-    code, err = finetune(tmp_path / "out", "--against", "control", "--teacher", "plain")
+    code, err = finetune(tmp_path / "out", "--against", "control")
     assert code == 1 and "out.control exists and is not empty" in err
-    assert not (tmp_path / "out.teacher").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--anchor", "kl", "--control"), "--anchor does nothing while --lambda-rank is 0"),
-        (("--rho", 0.1), "--rho does nothing while --lambda-rank is 0"),
-        (("--rho", 0.1, "--anchor", "kl", "--lambda-rank", 1), "--rho does nothing while --anchor"),
         (("--own-texts", 9), "--own-texts does nothing while --lambda-replay is 0"),
         (("--own-texts", 9, "--lambda-replay", 1, "--anchor-data", "far.jsonl"), "--anchor-data"),
         (("--train", "router"), "--lora-rank does nothing while --train is router"),
@@ -239,11 +225,3 @@ def test_an_outcome_beside_another_control_is_measured_again(tmp_path, monkeypat
     found = {name: _is_measured(tmp_path / "out", tmp_path / name) for name in ("one", "two", "no")}
     assert found == {"one": True, "two": False, "no": True}
     assert _is_measured(tmp_path / "out", None)
-
-
-def test_a_weight_of_none_asks_for_no_teacher(finetune, tmp_path):
-    """A teacher that is named beside `--lambda-match 0` would do nothing."""
-    off = ("--lambda-match", 0, "--no-measure")
-    code, err = finetune(tmp_path / "named", *off, "--teacher", "plain")
-    assert code == 1 and "nothing to learn from a teacher" in err
-    assert not (tmp_path / "named").exists()

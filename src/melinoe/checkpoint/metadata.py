@@ -72,8 +72,7 @@ FIELDS: Schema = {
     "is_control?": "flag",
     # The peak rates that the run took; the settings may leave them to the model's width.
     "learning_rates?": {"width": "count", **fields("number", "routers", "low_rank")},
-    # The earlier run that this one learned from beside its data; the text that it replayed.
-    "teacher?": fields("text", "source", "fingerprint"),
+    # The text that it replayed.
     "anchor?": {"examples": "count", "tokens_sha256": "text"},
     "data?": {
         # The columns' own names; the last sum is of the token ids, and which are completion.

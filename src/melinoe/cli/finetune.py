@@ -1,6 +1,6 @@
 """`melinoe finetune`: train a model to need fewer expert transfers."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ import typer
 
 from melinoe.cli import models, options, output, texts
 from melinoe.cli.command import option, with_settings
-from melinoe.config import CONTROL, MATCH, PLAIN, FinetuneSettings, OutcomeSettings
+from melinoe.config import CONTROL, FinetuneSettings, OutcomeSettings
 from melinoe.errors import MelinoeError, TrainingError
 
 _OBJECTIVE = "Objective"
@@ -20,7 +20,7 @@ _OTHERS: dict[str | None, tuple[str, ...]] = {
     _TRAINING: (
         "max_length", "seed",
         "train", "lora_rank", "lora_alpha", "learning_rate", "lora_learning_rate", "epochs",
-        "gradient_accumulation", "packing", "gradient_checkpointing", "compute_dtype", "warmup",
+        "gradient_accumulation", "gradient_checkpointing", "compute_dtype", "warmup",
         "schedule", "max_grad_norm",
     ),
     _RUN: ("log_every", "eval_every", "save_every", "save", "report_to"),
@@ -62,14 +62,6 @@ def command(
     control: Annotated[
         bool, option("Train the control: the same run without the locality terms.", _OBJECTIVE)
     ] = False,
-    teacher: Annotated[
-        str | None,
-        option(
-            "Also learn from an earlier run, at --lambda-match (10 unless you set it): its "
-            "directory; or the word plain: train it first, on next tokens alone, in OUT.teacher.",
-            _OBJECTIVE,
-        ),
-    ] = None,
     anchor_data: Annotated[
         str | None,
         option(
@@ -99,26 +91,15 @@ def command(
     """
     said = {one for one in context.params if _is_given(context, one)}
     settings = FinetuneSettings(**given)
-    # --lambda-match 0 is refused with a teacher, where nothing was said it is given a weight.
-    if teacher is not None and not settings.is_taught and "lambda_match" not in said:
-        settings = replace(settings, lambda_match=MATCH)
     _check_idle(said, settings, anchor_data)
     if control:
         settings = settings.control()
     from melinoe.data import load_examples
     from melinoe.finetune import finetune
-    from melinoe.finetune.run import (
-        beside,
-        check_place,
-        is_written,
-        leave,
-        train_control,
-        train_teacher,
-    )
+    from melinoe.finetune.run import beside, check_place, leave, train_control
 
     output.quiet()
-    runs = [out.expanduser(), *([beside(out, CONTROL)] if against == CONTROL else [])]
-    for place in [*runs, *([beside(out, "teacher")] if teacher == PLAIN else [])]:
+    for place in [out, *([beside(out, CONTROL)] if against == CONTROL else [])]:
         check_place(place, resume)
     if against is not None:
         _check_against(settings, measure)
@@ -142,12 +123,6 @@ def command(
         "ram": ram,
         "say": output.say,
     }
-    if teacher == PLAIN:
-        teacher = str(beside(out, "teacher"))
-        if not all(is_written(place, resume) for place in runs):
-            output.say("first the teacher, on next tokens alone")
-            train_teacher(base, train, out, settings, **common)
-    common["teacher"] = teacher
     if against == CONTROL:
         output.say("first the control, without the locality terms")
         against = str(train_control(base, train, out, settings, **common))
@@ -186,10 +161,8 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _check_idle(said: set[str], settings: FinetuneSettings, anchor_data: str | None) -> None:
     """Refuse options that others leave without effect."""
-    unanchored, routers = settings.lambda_rank == 0, settings.train == "router"
+    routers = settings.train == "router"
     for why, idle, names in (
-        ("--lambda-rank is 0", unanchored, ("anchor", "rho")),
-        ("--anchor is kl", settings.anchor == "kl", ("rho",)),
         ("--lambda-replay is 0", settings.lambda_replay == 0, ("own_texts", "anchor_data")),
         ("--anchor-data gives the text", anchor_data not in (None, "own"), ("own_texts",)),
         ("--train is router", routers, ("lora_rank", "lora_alpha", "lora_learning_rate")),

@@ -6,5 +6,5 @@ default is typed twice.
 """
 
 from melinoe.cache import MISSES
-from melinoe.config.finetuning import CONTROL, MATCH, PLAIN, FinetuneSettings
+from melinoe.config.finetuning import CONTROL, FinetuneSettings
 from melinoe.config.names import QUARTER, STORES, OutcomeSettings, experts_in_share, policies

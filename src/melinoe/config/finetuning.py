@@ -7,12 +7,8 @@ from typing import Any
 from melinoe.config.setting import check_settings, setting
 from melinoe.errors import TrainingError
 
-# In place of a teacher's directory: the plain run, next tokens alone, trained first.
-PLAIN = "plain"
 # In place of a control's directory: the control, trained first.
 CONTROL = "control"
-# What hidden states weigh where a command line names a teacher and no weight.
-MATCH = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +19,7 @@ class FinetuneSettings:
     See docs/method.md#what-the-defaults-rest-on for why these are the defaults.
 
     ``control()`` is the same run without the locality terms, the like-for-like comparison;
-    ``plain()`` is the same run on next tokens alone, which is what a teacher is.
+    ``plain()`` is the same run on next tokens alone.
 
     Raises:
         TrainingError: a value that no run could use; the sentence names it.
@@ -38,30 +34,14 @@ class FinetuneSettings:
         "weight of the loss that asks for few experts within each sequence and for all of them "
         "over the sequences of a batch; 0 leaves it out",
     )
-    lambda_rank: float = setting(0.0, "weight of the anchor to the base router; 0 leaves it out")
     gamma: float = setting(
         0.9, "memory of the imagined cache: near 0 as LRU, 1 as LFU", unit="per token"
-    )
-    rho: float = setting(
-        0.1,
-        "margin by which rank matching keeps the base router's order of two experts",
-        unit="probability",
     )
     cache_loss: str = setting(
         "resident",
         "form of the imagined cache. resident: it holds the experts with the highest counts; "
         "clipped: shares of experts, each at most one; literal: shares, as in the paper",
         choices=("clipped", "literal", "resident"),
-    )
-    anchor: str = setting(
-        "rank",
-        "hold the router near the base, at the weight lambda_rank: rank matching or KL divergence",
-        choices=("rank", "kl"),
-    )
-    lambda_match: float = setting(
-        0.0,
-        "weight of the relative squared difference of hidden states from the teacher's, the base "
-        "model's if there is none; 0 leaves it out, and the teacher's forward pass",
     )
     # Measured: a tenth costs next to nothing in domain and most of what is forgotten elsewhere.
     lambda_replay: float = setting(
@@ -94,7 +74,7 @@ class FinetuneSettings:
     )
     steps: int | None = setting(None, "optimiser steps; absent: as many as the epochs have")
     epochs: float = setting(1.0, "passes over the data when steps is absent")
-    batch_size: int = setting(8, "sequences (packed: rows) per device and forward pass")
+    batch_size: int = setting(8, "sequences per device and forward pass")
     gradient_accumulation: int = setting(1, "forward passes per optimiser step")
     warmup: float = setting(
         0.05, "part of the run in which the learning rate rises", unit="share of the steps"
@@ -103,8 +83,7 @@ class FinetuneSettings:
         "cosine", "fall of the learning rate after warmup", choices=("cosine", "linear", "constant")
     )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    max_length: int = setting(512, "longest sequence, and with packing row", unit="tokens")
-    packing: bool = setting(False, "put several examples into one row; none sees another")
+    max_length: int = setting(512, "longest sequence", unit="tokens")
     gradient_checkpointing: bool | None = setting(
         None,
         "recompute layers in the backward pass: less memory, more time, the same numbers; absent: "
@@ -141,17 +120,12 @@ class FinetuneSettings:
         check_settings(self, _WITHIN, TrainingError)
 
     @property
-    def is_taught(self) -> bool:
-        """Whether hidden states are compared with a teacher's."""
-        return self.lambda_match > 0
-
-    @property
     def is_control(self) -> bool:
         """Whether no locality term weighs anything."""
         return not any(getattr(self, name) for name in _LOCALITY)
 
     def control(self) -> "FinetuneSettings":
-        """Leave out the locality terms alone: same teacher, anchors, data order, steps, seed."""
+        """Leave out the locality terms alone: same replayed text, data order, steps, seed."""
         off: dict[str, Any] = dict.fromkeys(_LOCALITY, 0.0)
         return replace(self, **off)
 
@@ -180,10 +154,7 @@ _WITHIN = {
     "(0, 1]": ("capacity",),
     "[0, 1]": ("gamma",),
     "[0, 1)": ("warmup",),
-    "[0, inf)": (
-        "lambda_cache", "lambda_concentration", "lambda_rank", "rho", "lambda_match",
-        "lambda_replay",
-    ),
+    "[0, inf)": ("lambda_cache", "lambda_concentration", "lambda_replay"),
     "(0, inf)": ("learning_rate", "lora_learning_rate", "epochs", "max_grad_norm"),
     "[1, inf)": (
         "own_texts", "lora_rank", "steps", "batch_size", "gradient_accumulation", "log_every",
@@ -192,14 +163,12 @@ _WITHIN = {
     "[2, inf)": ("max_length",),
 }  # fmt: skip
 _LOCALITY = ("lambda_cache", "lambda_concentration")
-_WEIGHTS = (*_LOCALITY, "lambda_rank", "lambda_match", "lambda_replay")
+_WEIGHTS = (*_LOCALITY, "lambda_replay")
 # Settings that only some terms read, and the weights of those.
 _READ_FOR = {
     "capacity": _LOCALITY,
     "gamma": ("lambda_cache",),
     "cache_loss": ("lambda_cache",),
-    "anchor": ("lambda_rank",),
-    "rho": ("lambda_rank",),
     "own_texts": ("lambda_replay",),
 }
 _BOOKKEEPING = (

@@ -8,13 +8,18 @@ from melinoe.config.finetuning import FinetuneSettings
 from melinoe.errors import TrainingError
 
 Settings = Mapping[str, Any]
-_TERMS = {"lambda_rank", "lambda_match", "lambda_replay"}
+_TERMS = {"lambda_replay"}
 # Settings of earlier versions: the weight by which each counts, None for one that always does, and
 # the value that holds now. Those of locality terms may differ between a run and its control.
 _GONE: dict[str, tuple[str | None, Any]] = {
     "lambda_distill": (None, 0.0),
+    "lambda_match": (None, 0.0),
+    "lambda_rank": (None, 0.0),
+    "anchor": ("lambda_rank", "rank"),
+    "rho": ("lambda_rank", 0.1),
     "weight_decay": (None, 0.0),
     "keep": (None, "last"),
+    "packing": (None, False),
     "replay_loss": ("lambda_replay", "nll"),
     "replay_batch_size": ("lambda_replay", 2),
     "rank_reduce": ("lambda_rank", "mean"),
@@ -42,8 +47,6 @@ def recorded(settings: Settings) -> FinetuneSettings | None:
     optional = {one.name for one in fields(FinetuneSettings) if one.default is None}
     known = {one.name for one in fields(FinetuneSettings)} & settings.keys()
     said = {name: settings[name] for name in known}
-    if said.get("anchor") == "none":  # how an earlier version said it
-        said = {k: v for k, v in said.items() if k != "anchor"} | {"lambda_rank": 0.0}
     said = {name: one for name, one in said.items() if one is not None or name in optional}
     try:
         return replace(FinetuneSettings().plain(), **said)
@@ -75,6 +78,11 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
     that only one record names is not compared, unless it is the weight of a term. Where a record's
     values cannot be read, all that differ are named.
     """
+    # "none" is how an earlier version said that no anchor weighs.
+    ours, theirs = (
+        {**said, "lambda_rank": 0.0} if said.get("anchor") == "none" else said
+        for said in (ours, theirs)
+    )
     one, other = recorded(ours), recorded(theirs)
     if one is None or other is None:
         here, there = dict(ours), dict(theirs)

@@ -1,5 +1,5 @@
 """
-Adapters: what fine-tuning trained, without its model, in memory, in PEFT's files, and as a teacher.
+Adapters: what fine-tuning trained, without its model, in memory and in PEFT's files.
 
 ``adapter_model.safetensors`` holds the factors of all updates and, whole and in float32, the
 routers; ``adapter_config.json`` names the updated stacks of experts (``target_parameters``), the
@@ -25,21 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from melinoe.checkpoint.metadata import read_metadata
 from melinoe.checkpoint.sources import ExpertSource
-from melinoe.checkpoint.verifying import sum_of
-from melinoe.errors import CheckpointError, TrainingError
+from melinoe.errors import CheckpointError
 from melinoe.finetune.parts import (
     PROJECTIONS,
     Factors,
-    LowRank,
     TrainedParts,
     add_update,
     is_transposed,
 )
-from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.experts import ExpertsLayer, find_experts
-from melinoe.moe.routing import find_routers, fingerprint
+from melinoe.moe.routing import find_routers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIRECTORY = "adapter"
@@ -65,7 +61,6 @@ class Adapter:
         scaling: Updates are ``scaling x B A``.
         factors: Module name to the factors of its parameters; a linear module's is ``weight``.
         routers: Router module to its whole state, buffers included.
-        sha256: Of the file that it was read from.
     """
 
     rank: int
@@ -73,7 +68,6 @@ class Adapter:
     scaling: float
     factors: dict[str, Factors]
     routers: dict[str, dict[str, Tensor]]
-    sha256: str | None = None
 
     def names(self) -> list[str]:
         """Full names of all tensors of the model that `apply` may change."""
@@ -118,65 +112,6 @@ class Adapter:
                         "updates both differently, so it cannot be merged; train with updates that "
                         "are shared"
                     )
-
-
-class Teacher:
-    """
-    An adapter of the same base, to act for a pass in the place of what is being trained.
-
-    Both share every frozen weight, so a teacher costs the memory of its routers and updates, and a
-    forward pass without gradients per batch.
-
-    Raises:
-        TrainingError: the teacher changes experts or other projections, and this run does not.
-    """
-
-    def __init__(self, adapter: Adapter, parts: TrainedParts, device: torch.device) -> None:
-        sites = {} if parts.updates is None else parts.updates.sites
-        if adapter.factors and not sites:
-            raise TrainingError(
-                "the teacher's experts were trained, but this run trains routers alone; train the "
-                "experts too, or give a teacher whose routers alone were trained"
-            )
-        if beyond := [name for name in adapter.factors if name not in sites]:
-            raise TrainingError(
-                f"the teacher's {beyond[0]} was trained, but this run does not train it; train "
-                "attention too (train: router+experts+attention), or give another teacher"
-            )
-        self.routers = BaseRouters(parts.routers, adapter.routers)
-        self.updates = {
-            name: LowRank(own, adapter.scaling, is_transposed(sites[name]))
-            .requires_grad_(False)
-            .to(device)
-            for name, own in adapter.factors.items()
-        }
-
-
-def read_teacher(
-    directory: str | Path, model: nn.Module, layers: Sequence[ExpertsLayer] | None = None
-) -> Adapter:
-    """
-    Read what a run on the base *model* trained: by ``--save adapter`` or ``both``, or PEFT.
-
-    Raises:
-        CheckpointError: no adapter there, or none of this base's shapes.
-        TrainingError: it was trained on another base.
-    """
-    path = place_of(directory)
-    adapter = read_adapter(path, model, layers)
-    wanted = read_metadata(path).get("base_fingerprint")
-    if wanted is not None and wanted != fingerprint(model):
-        raise TrainingError(
-            f"the teacher in {path} was trained on another base model: their routers differ; give "
-            "a run on this base, or none"
-        )
-    return adapter
-
-
-def place_of(run: str | Path) -> Path:
-    """Return where a run's adapter lies: in its directory, or in a checkpoint's own."""
-    path = Path(run).expanduser()
-    return path / DIRECTORY if (path / DIRECTORY / CONFIG).is_file() else path
 
 
 def adapter_of(parts: TrainedParts) -> Adapter:
@@ -351,14 +286,7 @@ def read_adapter(
             factors[name] = {"weight": (down, scaled(up, scaling))}
     if tensors:
         raise CheckpointError(_why_not(path, next(iter(tensors)).removeprefix(_PREFIX), model))
-    return Adapter(
-        rank,
-        float(config["lora_alpha"]),
-        common,
-        factors,
-        routers,
-        sum_of(path / WEIGHTS)["sha256"],
-    )
+    return Adapter(rank, float(config["lora_alpha"]), common, factors, routers)
 
 
 def _rank_and_scaling(config: dict[str, Any], *names: str) -> tuple[int, float]:

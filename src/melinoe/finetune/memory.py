@@ -7,11 +7,14 @@ the CPU computes. Layers are recomputed in the backward pass, if the model can.
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from melinoe.checkpoint.backbone import layers_of
 from melinoe.checkpoint.opening import Checkpoint
@@ -21,10 +24,11 @@ from melinoe.finetune.objective import REPLAYED_AT_ONCE
 from melinoe.finetune.rates import default_rank
 from melinoe.finetune.stream import ExpertStream, buffer_bytes
 from melinoe.host_memory import format_bytes
+from melinoe.losses.next_token import LOGITS_AT_ONCE
 from melinoe.moe.attention import find_attention
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.stores.disk_store import DiskStore
-from melinoe.stores.ram_store import PinnedStore
+from melinoe.stores.ram_store import PinnedStore, RamStore
 
 PROCESS_BYTES = 640 << 20  # Python with torch and transformers, before a model
 CONTEXT_BYTES = 600 << 20  # CUDA's own
@@ -34,24 +38,14 @@ _FEWEST, _MOST = 2, 8  # buffers
 
 @dataclass(frozen=True)
 class Memory:
-    """
-    Count the bytes that a run takes on the device that computes, by part.
+    """Count the bytes that a run takes on the device that computes, by part."""
 
-    Attributes:
-        process: Before any model.
-        backbone: Weights outside the experts.
-        trained: Routers and low-rank updates, with gradients and optimiser.
-        activations: What each layer keeps for the backward pass, and one layer's work.
-        logits: With their gradient.
-        buffers: For experts on their way through.
-    """
-
-    process: int
-    backbone: int
-    trained: int
-    activations: int
-    logits: int
-    buffers: int
+    process: int  # before any model
+    backbone: int  # weights outside the experts
+    trained: int  # routers and low-rank updates, with gradients and optimiser
+    activations: int  # what each layer keeps for the backward pass, and one layer's work
+    logits: int  # of some tokens at a time, with their gradient
+    buffers: int  # for experts on their way through
 
     @property
     def total(self) -> int:
@@ -65,27 +59,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    How a run keeps its budget.
-
-    Attributes:
-        memory: What it takes.
-        budget_bytes: Of the device that computes.
-        store: ``pinned`` or ``disk``.
-        expert_bytes: All experts, as they are stored.
-        buffers: Groups of experts held at once.
-        chunk: Experts of a group.
-        host_updates: Bytes of the experts' updates with gradients and optimiser, where they are
-            kept on the host; else 0.
-    """
+    """How a run keeps its budget."""
 
     memory: Memory
-    budget_bytes: int
-    store: str
-    expert_bytes: int
-    buffers: int
-    chunk: int
-    host_updates: int = 0
+    budget_bytes: int  # of the device that computes
+    store: str  # "pinned" or "disk"
+    expert_bytes: int  # of all experts, as they are stored
+    buffers: int  # groups of experts held at once
+    chunk: int  # experts of a group
+    host_updates: int = 0  # bytes of updates with gradients and optimiser, if kept on the host
 
     @property
     def measuring_bytes(self) -> int:
@@ -116,7 +98,7 @@ def plan_run(
     budget_bytes: int,
     host_bytes: int | None = None,
     on_gpu: bool = False,
-    taught: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """
     Choose the buffers and the store for a run within a budget.
@@ -124,20 +106,17 @@ def plan_run(
     Args:
         model: On any device, also meta; its config and shapes are read.
         layers: Its MoE layers, in the format of the store.
-        backbone_bytes: Of its weights outside the experts.
         settings: Of the run, its type to compute in decided.
-        tokens: Of a forward pass: rows times the longest.
-        top_k: Experts per token.
+        tokens: Of a forward pass: rows times the longest; each takes *top_k* experts.
         budget_bytes: What the run may take: of the GPU, or of the host where the CPU computes.
-        host_bytes: What experts and low-rank updates may take of the host beside a GPU; absent:
+        host_bytes: What experts and low-rank updates may take of the host beside GPUs; absent:
             none, so that experts are read from disk.
-        on_gpu: Whether a GPU computes.
-        taught: Whether a teacher's updates stand beside the run's own.
+        processes: On this machine: they share the experts in host memory, and nothing else.
 
     Raises:
         BudgetError: it does not fit; the sentence names the smallest budget that does.
     """
-    fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu, taught)
+    fixed = memory_of_run(model, layers, backbone_bytes, settings, tokens, top_k, on_gpu)
     block = max(map(buffer_bytes, layers))
     fewest = max(layer.num_experts for layer in layers)
     room, host_updates = (budget_bytes - fixed.total) // block, 0
@@ -147,11 +126,11 @@ def plan_run(
         fixed = replace(fixed, trained=fixed.trained - host_updates)
         room = (budget_bytes - fixed.total) // block
         assert host_bytes is not None
-        host_bytes -= host_updates
+        host_bytes -= host_updates * processes
         if host_bytes < 0:
             raise BudgetError(
-                f"the low-rank updates take {format_bytes(host_updates)} of the host; raise --ram "
-                "to that, raise --gpu-memory, or lower --lora-rank"
+                f"the low-rank updates take {format_bytes(host_updates * processes)} of the host; "
+                "raise --ram to that, raise --gpu-memory, or lower --lora-rank"
             )
     # While the model is measured, one expert of each layer is held where the updates were trained.
     held = 0 if on_gpu else sum(map(buffer_bytes, layers)) - fixed.trained
@@ -182,7 +161,6 @@ def memory_of_run(
     tokens: int,
     top_k: int,
     on_gpu: bool,
-    taught: bool = False,
 ) -> Memory:
     """Count what a run takes, without buffers; see `plan_run`."""
     text = model.config.get_text_config(decoder=True)
@@ -194,8 +172,6 @@ def memory_of_run(
     passes = tokens + replayed  # their graphs live at the same time
     # Every layer's input, and its experts' output, which is not computed again.
     kept = (depth + len(layers)) * passes * hidden * size
-    if settings.lambda_match > 0:
-        kept += 2 * depth * tokens * hidden * size
     most = max(tokens, replayed)
     inner = max(max(part.shape[0] for part in layer.tensors) for layer in layers)
     pairs = most * top_k
@@ -207,14 +183,15 @@ def memory_of_run(
     matrix = max(part.shape[0] * part.shape[-1] for part in layers[0].tensors if part.is_matrix)
     work = max(attention, routed + rows + 2 * 4 * matrix)
     trained = TRAINED_BYTES * trained_numbers(model, layers, settings, top_k)
-    if taught and settings.train != "router":
-        trained += 4 * update_numbers(layers, settings, top_k)  # the teacher's, in float32
     return Memory(
         process=CONTEXT_BYTES if on_gpu else PROCESS_BYTES,
         backbone=backbone_bytes,
         trained=trained,
         activations=kept + work,
-        logits=2 * passes * vocabulary * size + (64 << 20),
+        # Of some tokens four times in float32, and the states that they are made of.
+        logits=16 * min(most * vocabulary, max(vocabulary, LOGITS_AT_ONCE))
+        + 2 * passes * hidden * size
+        + (64 << 20),
         buffers=0,
     )
 
@@ -247,29 +224,49 @@ def update_numbers(layers: Sequence[ExpertsLayer], settings: FinetuneSettings, t
 
 
 def open_stream(
-    checkpoint: Checkpoint, model: Any, plan: Plan, device: torch.device
+    checkpoint: Checkpoint, model: Any, plan: Plan, device: torch.device, local_rank: int = 0
 ) -> ExpertStream:
     """
     Put a checkpoint's experts into the planned store, and make the stream that reads them.
 
-    Args:
-        checkpoint: Open; the stream's store reads it as long as it is used.
-        model: From `load_backbone`.
-        plan: From `plan_run`.
-        device: Where experts are computed.
+    The stream reads *checkpoint* as long as it is used. *local_rank* is this process' among those
+    of the run on this machine, all of which must call.
     """
     layers = stored_layers(checkpoint, model)
     store: Any = DiskStore(checkpoint, layers)
     if plan.store == "pinned":
-        filled = PinnedStore(layers)
-        for layer, source in zip(layers, checkpoint.experts, strict=True):
-            for expert in range(layer.num_experts):
-                source.read_block(expert, layer.format, filled.views(layer.index, expert))
-        store = filled
+        store = shared_store(PinnedStore, checkpoint, layers, local_rank)
     updates_on = torch.device("cpu") if plan.host_updates else None
     return ExpertStream(
         store, layers, device, buffers=plan.buffers, chunk=plan.chunk, updates_on=updates_on
     )
+
+
+def shared_store(
+    kind: type[RamStore], checkpoint: Checkpoint, layers: Sequence[ExpertsLayer], local_rank: int
+) -> RamStore:
+    """Fill a store that the processes of a run on one machine share; the first of them reads."""
+    if not torch.distributed.is_initialized():
+        return _fill(kind(layers), checkpoint, layers)
+    store, memory = None, None
+    if local_rank == 0:
+        memory = os.memfd_create("melinoe-experts")
+        store = _fill(kind(layers, f"/proc/self/fd/{memory}"), checkpoint, layers)
+    place = (platform.node(), f"/proc/{os.getpid()}/fd/{memory}")
+    places = dict(one for one in gather_object([place if memory is not None else None]) if one)
+    if store is None:
+        store = kind(layers, places[platform.node()])
+    torch.distributed.barrier()  # all have mapped it
+    if memory is not None:
+        os.close(memory)
+    return store
+
+
+def _fill(store: RamStore, checkpoint: Checkpoint, layers: Sequence[ExpertsLayer]) -> RamStore:
+    for layer, source in zip(layers, checkpoint.experts, strict=True):
+        for expert in range(layer.num_experts):
+            source.read_block(expert, layer.format, store.views(layer.index, expert))
+    return store
 
 
 def describe(plan: Plan, stream: ExpertStream) -> dict[str, Any]:
@@ -277,6 +274,8 @@ def describe(plan: Plan, stream: ExpertStream) -> dict[str, Any]:
     formats = {stream.store.format(layer.index).name for layer in stream.layers}
     return {
         "store": stream.store.kind,
+        "experts": sum(layer.num_experts for layer in stream.layers),
+        "experts_held": plan.buffers * plan.chunk,
         "format": ", ".join(sorted(formats)),
         "budget_bytes": plan.budget_bytes,
         "memory": asdict(plan.memory),

@@ -4,12 +4,10 @@ The training objective: next-token loss plus weighted terms over every MoE layer
     nll      next-token loss on completion tokens
     cache    cache simulation: experts of a token that an imagined cache lacks
     concentration   few experts within a sequence, all of them over the batch
-    anchor   distance from the base routers (rank matching or KL divergence)
-    match    distance of hidden states from the teacher's
     replay   next-token loss on anchor text
 
 The cache term is computed without gradient where its weight is 0, so that a control shows it beside
-the fine-tuned model's. The others are computed only if they weigh something.
+the fine-tuned model's. Replay is computed only if it weighs something.
 """
 
 import random
@@ -24,22 +22,15 @@ from torch import Tensor, nn
 from melinoe.config import FinetuneSettings, experts_in_share
 from melinoe.data import IGNORED, Collator, Encoded
 from melinoe.errors import TrainingError, UnsupportedModelError
-from melinoe.finetune.adapter import Teacher
-from melinoe.finetune.parts import TrainedParts
+from melinoe.finetune.head import run_to_head
 from melinoe.losses import (
-    CausalFilter,
     cache_simulation_loss,
     completion_positions,
     concentration_loss,
-    kl_anchor_loss,
-    match_loss,
     next_token_loss,
-    rank_matching_loss,
 )
-from melinoe.moe.base_routers import BaseRouters
-from melinoe.moe.routing import HiddenRecorder, Router, Routing, RoutingRecorder
+from melinoe.moe.routing import Router, Routing, RoutingRecorder
 
-_NOT_FOR_THE_MODEL = ("labels", "segment_ids", "num_items_in_batch")
 REPLAYED_AT_ONCE = 2  # texts beside each batch
 
 
@@ -89,11 +80,9 @@ class Objective:
     Run batches and weigh what the forward passes recorded.
 
     Args:
-        routers: Of the model before training; their weights now are the base router's.
+        routers: Of the model.
         settings: Weights and forms of the terms.
-        parts: What is trained, switched off for passes of the base model.
         replay: Anchor text; needed where ``lambda_replay`` is above 0.
-        teacher: Whose hidden states are learned; ``None``: the base model's.
 
     Raises:
         TrainingError: a cache smaller than what one token needs, or a replay term without text.
@@ -103,14 +92,9 @@ class Objective:
         self,
         routers: list[Router],
         settings: FinetuneSettings,
-        *,
-        parts: TrainedParts | None = None,
         replay: Replay | None = None,
-        teacher: Teacher | None = None,
     ):
-        self.settings, self.replay, self.teacher = settings, replay, teacher
-        self.parts = parts or TrainedParts({}, {})
-        self.base = BaseRouters(routers)
+        self.settings, self.replay = settings, replay
         self.recorder = RoutingRecorder(routers)
         self.next_replayed = 0  # batch of anchor text on this device
         for router in routers:
@@ -130,11 +114,11 @@ class Objective:
         training: bool,
     ) -> Terms:
         """
-        Run the model on a batch, with the other passes that the terms need, and weigh the result.
+        Run the model on a batch, and on anchor text, and weigh the result.
 
         Args:
             model: Returns logits; may be wrapped for distributed training.
-            batch: From a collator of `melinoe.data`, on the model's device.
+            batch: From `melinoe.data.Collator`, on the model's device.
             denominator: Completion tokens of the whole optimiser step; default: of this batch.
             training: Whether anchor text is replayed beside the batch.
 
@@ -144,19 +128,12 @@ class Objective:
         settings, labels = self.settings, batch["labels"]
         # Never 0: a process may get a batch in which nothing is to be learned.
         count = (labels != IGNORED).sum().clamp(min=1) if denominator is None else denominator
-        hidden = None
-        if settings.is_taught:
-            hidden = HiddenRecorder(self.recorder.routers, getattr(model, "module", model))
-            taught = self._taught(model, batch, hidden)
         # The loss is computed here and not by the model: some families divide by their own count of
         # tokens, shift labels in their own way, or add a load-balancing loss.
-        with self.recorder, hidden or nullcontext():
+        with self.recorder:
             nll = _next_token_loss(model, batch, count)
             routings = self.recorder.take()
         more = {}
-        if hidden is not None:
-            positions = completion_positions(labels != IGNORED)
-            more["match"] = match_loss(hidden.take(), taught, positions, denominator=count)
         if training and self.replay is not None and settings.lambda_replay > 0:
             replayed = self.replay.batch(self.next_replayed)
             self.next_replayed += 1
@@ -164,14 +141,13 @@ class Objective:
             # The batch's share of the step, so that batches and devices add up to one mean.
             share = (labels != IGNORED).sum() / count
             more["replay"] = _next_token_loss(model, replayed) * share
-        return self.weigh(nll, routings, labels, batch["segment_ids"], count, more)
+        return self.weigh(nll, routings, labels, count, more)
 
     def weigh(
         self,
         nll: Tensor,
         routings: Sequence[Routing],
         labels: Tensor,
-        segment_ids: Tensor,
         denominator: Tensor | float | None = None,
         more: dict[str, Tensor] | None = None,
     ) -> Terms:
@@ -181,19 +157,17 @@ class Objective:
         Args:
             nll: With gradient.
             routings: What each layer recorded in the pass that gave *nll*.
-            labels, segment_ids: int64 ``(batch, tokens)``, as the collators of `melinoe.data` give.
+            labels: int64 ``(batch, tokens)``, as `melinoe.data.Collator` gives them.
             denominator: As in `measure`.
             more: Terms from other passes.
         """
         settings = self.settings
-        locality = self._locality(routings, labels, segment_ids, denominator)
+        locality = self._locality(routings, labels, denominator)
         values = {"nll": nll, **locality, **(more or {})}
         weights = {
             "nll": 1.0,
             "cache": settings.lambda_cache,
             "concentration": settings.lambda_concentration,
-            "anchor": settings.lambda_rank,
-            "match": settings.lambda_match,
             "replay": settings.lambda_replay,
         }
         total = nll
@@ -207,12 +181,10 @@ class Objective:
         self,
         routings: Sequence[Routing],
         labels: Tensor,
-        segment_ids: Tensor,
         denominator: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the routers, layers of one shape as one tensor."""
         settings, completion = self.settings, completion_positions(labels != IGNORED)
-        cache_filter = CausalFilter.of(segment_ids, settings.gamma)
         groups: dict[tuple[int, ...], list[Routing]] = {}
         for one in routings:
             shape = (one.router.num_experts, one.logits.shape[-1], one.top_k_index.shape[-1])
@@ -233,7 +205,7 @@ class Objective:
                         logits,
                         chosen,
                         completion,
-                        cache_filter,
+                        gamma=settings.gamma,
                         capacity=capacity,
                         num_experts=num_experts,
                         form=settings.cache_loss,  # type: ignore[arg-type]
@@ -246,19 +218,10 @@ class Objective:
                         logits,
                         chosen,
                         completion,
-                        segment_ids,
                         capacity=capacity,
                         num_experts=num_experts,
                         denominator=denominator,
                     )
-                )
-            if settings.lambda_rank > 0:
-                base = stack([self.base.logits(one) for one in group])
-                given = (logits, base, completion)
-                found.setdefault("anchor", []).append(
-                    kl_anchor_loss(*given, denominator=denominator)
-                    if settings.anchor == "kl"
-                    else rank_matching_loss(*given, rho=settings.rho, denominator=denominator)
                 )
         return {name: torch.cat(by_shape).mean() for name, by_shape in found.items()}
 
@@ -273,46 +236,15 @@ class Objective:
             )
         return capacity
 
-    @torch.no_grad()
-    def _taught(
-        self, model: nn.Module, batch: dict[str, Any], hidden: HiddenRecorder
-    ) -> dict[int, Tensor]:
-        """Hidden states of the teacher, or of the base model, on a batch."""
-        routers, updates = self.base, {}
-        if self.teacher is not None:
-            routers, updates = self.teacher.routers, self.teacher.updates
-        with self.parts.replaced(updates), routers.in_place(), hidden:
-            model_outputs(model, batch)
-        return hidden.take()
-
-
-def model_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
-    """Run the model on what it takes of a batch; without a key-value cache, which hides packing."""
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
-    return model(**inputs, use_cache=False)
-
-
-def logits_of(model: nn.Module, outputs: Any) -> Tensor:
-    """
-    Return the next-token logits ``(batch, tokens, vocabulary)``.
-
-    Raises:
-        UnsupportedModelError: the model has none.
-    """
-    logits = outputs.get("logits") if isinstance(outputs, dict) else None
-    if logits is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} gives hidden states but no logits, so it has no next-token "
-            "loss to train on; load the class of its family that has a language-model head"
-        )
-    return logits
-
 
 def _next_token_loss(model: nn.Module, batch: dict[str, Any], count: Any = None) -> Tensor:
-    logits = logits_of(model, model_outputs(model, batch))
-    if logits.shape[:-1] != batch["labels"].shape:
+    made = run_to_head(model, batch)
+    if made.states.shape[:-1] != batch["labels"].shape:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives logits for other positions than its input's, so it "
             "has no next-token loss to train on; use a family that predicts the next token"
         )
-    return next_token_loss(logits, batch["labels"], ignored=IGNORED, denominator=count)
+    return next_token_loss(
+        made.states, batch["labels"], made.head, made.vocabulary,
+        ignored=IGNORED, denominator=count,
+    )  # fmt: skip

@@ -1,9 +1,7 @@
 """
 Let the base model write text itself, to hold its quality where no other text is at hand.
 
-What a model writes from an empty prompt, sampled from its own distribution, is a picture of
-everything it was trained on. Replayed beside the data (``lambda_replay``), it keeps narrow
-fine-tuning from forgetting the rest, and needs no corpus.
+Replayed beside the data (``lambda_replay``), it keeps narrow fine-tuning from forgetting the rest.
 
 Source: pseudo-rehearsal, Robins, Connection Science 7(2), 1995; here for language models.
 """
@@ -23,11 +21,10 @@ from melinoe.finetune.rows import rows_of
 from melinoe.finetune.trainer import is_sharded
 from melinoe.moe.finite import generate_finite
 
+OWN = "own"  # in place of anchor text: let the base model write it
+SHORTEST = 8  # tokens below which a text says nothing
 _AT_ONCE = 64  # sequences sampled together
 _MOST = 512  # texts, where nobody says how many
-SHORTEST = 8  # tokens below which a text says nothing
-
-OWN = "own"  # in place of anchor text: let the base model write it
 
 
 def write_own_text(
@@ -42,7 +39,6 @@ def write_own_text(
 
     Raises:
         TrainingError: the model is to be sharded, so no device holds it whole; or as `own_text`.
-        TokenizerError: as `own_text`.
     """
     if is_sharded(arguments):
         raise TrainingError(
@@ -65,12 +61,11 @@ def own_text(
     Let *model* write from an empty prompt: pure sampling at temperature 1, nothing cut off.
 
     Args:
-        model: Causal language model before any training; left as it was.
-        tokenizer: Its own; the text begins with its start-of-text token, where it has none with
-            end-of-text, after which a new document begins.
-        count: Texts to write, at least 1.
-        length: Tokens of each at most, the first included.
-        seed: Decides them. The generators of other code are left as they were.
+        model: Before any training; left as it was, and so are the generators of other code.
+        tokenizer: Its own; a text begins with its start-of-text token, else with end-of-text.
+        count: Texts to write.
+        length: Tokens of each at most, the first included; at least 8.
+        seed: Decides them.
 
     Returns:
         *count* texts of 8 to *length* tokens, all but the first token completion.
@@ -78,12 +73,7 @@ def own_text(
     Raises:
         TokenizerError: neither a start-of-text nor an end-of-text token.
         TrainingError: a model that cannot generate, or that writes next to nothing.
-        ValueError: *count* below 1, or *length* below 8.
-
-    Cost: *count* x *length* tokens of generation, 64 sequences at a time.
     """
-    if count < 1 or length < SHORTEST:
-        raise ValueError(f"cannot write {count} texts of {length} tokens")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise TokenizerError(
@@ -96,33 +86,26 @@ def own_text(
             f"{type(model).__name__} cannot generate, so it cannot write its own anchor text; give "
             "some, or set lambda_replay to 0"
         )
-    device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
-    texts: list[Encoded] = []
-    prompt = torch.full((min(_AT_ONCE, count), 1), start, device=device)
+    device, was_training = model.get_input_embeddings().weight.device, model.training
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, list) else {end}
-    devices = [device] if device.type == "cuda" else []
+    texts: list[Encoded] = []
+    model.eval()
     try:
-        with torch.random.fork_rng(devices), torch.inference_mode():
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.inference_mode(),
+        ):
             torch.manual_seed(seed)
             rounds = 0
             while len(texts) < count:
-                some = prompt[: count - len(texts)]
+                some = torch.full((min(_AT_ONCE, count - len(texts)), 1), start, device=device)
                 # A checkpoint's own sampling settings would narrow what it writes.
                 written = generate_finite(
-                    model,
-                    some,
-                    attention_mask=torch.ones_like(some),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    repetition_penalty=1.0,
-                    max_new_tokens=length - 1,
-                    pad_token_id=pad_token_id(tokenizer),
-                )
+                    model, some, attention_mask=torch.ones_like(some), do_sample=True,
+                    temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                    max_new_tokens=length - 1, pad_token_id=pad_token_id(tokenizer),
+                )  # fmt: skip
                 for ids in written.tolist():
                     over = (place for place, token in enumerate(ids) if place and token in ends)
                     ids = ids[: next(over, len(ids)) + 1]

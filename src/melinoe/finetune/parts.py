@@ -11,8 +11,7 @@ which in bfloat16 is less: PEFT rounds ``W + B A``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from melinoe.config import FinetuneSettings
-from melinoe.errors import AttachError, TrainingError
+from melinoe.errors import TrainingError
 from melinoe.moe.attention import find_attention
 from melinoe.moe.dispatch import bind, unbind, use_melinoe
 from melinoe.moe.experts import ADAPTER, ExpertsLayer, family
@@ -41,13 +40,11 @@ class LowRank(nn.Module):
 
     Attributes:
         lora_A, lora_B: The factors by parameter name.
-        instead: What acts in its place, an update or none, in a tuple, so it is no submodule.
     """
 
-    def __init__(self, factors: Factors, scaling: float, transposed: bool = False) -> None:
+    def __init__(self, factors: Factors, scaling: float) -> None:
         super().__init__()
-        self.scaling, self.is_transposed = scaling, transposed
-        self.instead: tuple[LowRank | None] | None = None
+        self.scaling = scaling
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, (down, up) in factors.items():
             self.lora_A[name] = nn.Parameter(down.float())
@@ -74,14 +71,6 @@ class LowRank(nn.Module):
         inner = grouped_product(rows, down.transpose(-2, -1), offsets) * self.scaling
         return grouped_product(inner, up.transpose(-2, -1), offsets)
 
-    def add_to(self, module: nn.Module) -> None:
-        """Add the updates to the module's weights in place, each matrix rounded once."""
-        for name in self.names:
-            weight, pair = module.get_parameter(name), (self.lora_A[name], self.lora_B[name])
-            if not len(weight):
-                raise AttachError("updates cannot be added to experts whose weights are in a store")
-            add_update(weight, *pair, self.scaling, self.is_transposed)
-
 
 class LowRankUpdates:
     """
@@ -95,8 +84,7 @@ class LowRankUpdates:
     Args:
         model: Changed in place.
         layers: Of *model*, from `find_experts`.
-        rank: Of each update.
-        alpha: Updates are multiplied by ``alpha / rank``.
+        rank, alpha: Of each update, which is multiplied by ``alpha / rank``.
         seed: Decides the starting values, equally on each device and process.
         compute: Computes an experts module with its update, as `grouped_experts`.
         attention: Full name and module, from `find_attention`.
@@ -121,34 +109,29 @@ class LowRankUpdates:
         self.attention = dict(attention or {})
         self.sites = {layer.name: layer.module for layer in layers} | self.attention
         shared: dict[int, LowRank] = {}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator()
 
         def place(
-            module: nn.Module,
-            shapes: Mapping[str, Sequence[int]],
-            device: torch.device | None = None,
+            module: nn.Module, shapes: Mapping[str, Sequence[int]], device: torch.device | None
         ) -> None:
-            weights = [module.get_parameter(name) for name in shapes]
-            if (key := id(weights[-1])) not in shared:
-                where, transposed = device or weights[-1].device, is_transposed(module)
-                factors = {
-                    name: _start(shape, rank, transposed, generator, where)
-                    for name, shape in shapes.items()
-                }
-                shared[key] = LowRank(factors, alpha / rank, transposed)
-            module.add_module(ADAPTER, shared[key])
+            last = module.get_parameter(list(shapes)[-1])
+            if id(last) not in shared:
+                form = (rank, is_transposed(module), generator, device or last.device)
+                factors = {name: _start(shape, *form) for name, shape in shapes.items()}
+                shared[id(last)] = LowRank(factors, alpha / rank)
+            module.add_module(ADAPTER, shared[id(last)])
 
+        generator.manual_seed(seed)
         for layer in self.layers:
             updated = [one for one in layer.tensors if one.name in PROJECTIONS]
             # Not of the module's weights, which may be elsewhere.
-            shapes = {one.name: (layer.num_experts, *one.shape) for one in updated}
-            place(layer.module, shapes, device)
+            place(layer.module, {t.name: (layer.num_experts, *t.shape) for t in updated}, device)
             bind(layer.module, partial(_updated_experts, compute, layer.module))
         self._restore = use_melinoe(model) if self.layers else lambda: None
         generator.manual_seed(seed)
         self._hooks = []
         for projection in self.attention.values():
-            place(projection, {"weight": projection.get_parameter("weight").shape})
+            place(projection, {"weight": projection.get_parameter("weight").shape}, None)
             self._hooks.append(projection.register_forward_hook(_add_update))
 
     def of(self, site: ExpertsLayer | str) -> LowRank:
@@ -164,33 +147,9 @@ class LowRankUpdates:
             for key, parameter in self.of(name).named_parameters()
         )
 
-    def names(self) -> list[str]:
-        """Full names of the tensors that are updated."""
-        return [f"{site}.{name}" for site in self.sites for name in self.of(site).names]
-
-    @contextmanager
-    def replaced(self, others: Mapping[str, LowRank]) -> Iterator[None]:
-        """Within it, *others* act in place of these by module name; no other update does."""
-        for name in self.sites:
-            self.of(name).instead = (others.get(name),)
-        try:
-            yield
-        finally:
-            for name in self.sites:
-                self.of(name).instead = None
-
-    def remove(self, *, merge: bool, experts: bool = True) -> None:
-        """
-        Take the updates off the model; with *merge*, add them to its weights before.
-
-        Without *experts* those of the experts are not added.
-        """
-        merged: set[LowRank] = set()
-        for name, module in self.sites.items():
-            wanted = merge and (experts or name in self.attention)
-            if wanted and (update := self.of(name)) not in merged:
-                update.add_to(module)
-                merged.add(update)
+    def remove(self) -> None:
+        """Take the updates off the model."""
+        for module in self.sites.values():
             delattr(module, ADAPTER)
         for hook in self._hooks:
             hook.remove()
@@ -202,44 +161,22 @@ class LowRankUpdates:
 @dataclass
 class TrainedParts:
     """
-    The trained parameters of a model, and how to make it plain again.
+    The trained parameters of a model.
 
     Attributes:
-        router: Router parameters by full name.
-        lora: Parameters of the updates by full name; empty if only routers are trained.
+        router, lora: Parameters of routers and of updates, by full name.
         routers: The routers they belong to.
-        updates: The updates, as long as they are on the model.
-        streamed: Whether the experts' weights are in a store, so that nothing can be added to them.
+        updates: The updates; none if only routers are trained.
     """
 
     router: dict[str, nn.Parameter]
     lora: dict[str, nn.Parameter]
     routers: list[Router] = field(default_factory=list, repr=False)
     updates: LowRankUpdates | None = field(default=None, repr=False)
-    streamed: bool = False
-
-    @contextmanager
-    def replaced(self, others: Mapping[str, LowRank]) -> Iterator[None]:
-        """Within it, *others* act in place of the updates, by module name; empty: none does."""
-        if self.updates is None:
-            yield
-        else:
-            with self.updates.replaced(others):
-                yield
 
     def all(self) -> list[nn.Parameter]:
         """Every trained parameter, routers first."""
         return [*self.router.values(), *self.lora.values()]
-
-    def names(self) -> list[str]:
-        """Full names of all tensors of the model that training and `merge` change."""
-        return [*self.router, *([] if self.updates is None else self.updates.names())]
-
-    def merge(self) -> None:
-        """Add the updates to the weights that the model has, and take all off it."""
-        if self.updates is not None:
-            self.updates.remove(merge=True, experts=not self.streamed)
-        self.updates = None
 
 
 def make_trainable(
@@ -254,11 +191,10 @@ def make_trainable(
     """
     Freeze *model* and open the parts that ``settings.train`` names, in float32.
 
-    *compute* and *device* are those of `LowRankUpdates`; another function than the default has the
-    experts' weights in a store.
+    *compute* and *device* are those of `LowRankUpdates`.
 
     Raises:
-        TrainingError: the routers' weights are frozen by the model itself, or hold integers.
+        TrainingError: the routers' weights are frozen by the model itself.
         UnsupportedModelError: attention is to be trained, and none is found.
     """
     # Some families keep constants as parameters that never need a gradient; they stay constant.
@@ -273,18 +209,17 @@ def make_trainable(
             f"the routers of {family(model)} are frozen; load it without frozen weights"
         )
     model.requires_grad_(False)
-    streamed = compute is not grouped_experts
     for parameter in router.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    if settings.train == "router":
-        return TrainedParts(router, {}, routers, streamed=streamed)
-    attention = None
-    if settings.train == "router+experts+attention":
-        attention = find_attention(model, layers)
-    alpha, seed = settings.lora_alpha, settings.seed
-    updates = LowRankUpdates(model, layers, rank, alpha, seed, compute, attention, device)
-    return TrainedParts(router, updates.parameters(), routers, updates, streamed)
+    parts = TrainedParts(router, {}, routers)
+    if settings.train != "router":
+        wide = settings.train == "router+experts+attention"
+        attention = find_attention(model, layers) if wide else None
+        given = (rank, settings.lora_alpha, settings.seed)
+        parts.updates = LowRankUpdates(model, layers, *given, compute, attention, device)
+        parts.lora = parts.updates.parameters()
+    return parts
 
 
 @torch.no_grad()
@@ -297,7 +232,7 @@ def add_update(
             add_update(one, its_down, its_up, scaling, transposed)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
-    update = scaling * (up.to(wide) @ down.to(wide))
+    update = scaling * (up.to(weight.device, wide) @ down.to(weight.device, wide))
     weight.copy_(weight.to(wide) + (update.T if transposed else update))
 
 
@@ -314,27 +249,18 @@ def _start(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Make the starting factors of one weight's update."""
-    *stack, out, into = shape
-    if transposed:
-        out, into = into, out
+    *stack, out, into = (*shape[:-2], *shape[:-3:-1]) if transposed else shape
     bound = 1 / math.sqrt(into)
     down = torch.empty(*stack, rank, into).uniform_(-bound, bound, generator=generator)
     return down.to(device), torch.zeros(*stack, out, rank, device=device)
 
 
-def _acting(site: nn.Module) -> Any:
-    """The update that acts on a module now, or none."""
-    update: Any = getattr(site, ADAPTER)
-    return update if update.instead is None else update.instead[0]
-
-
 def _updated_experts(compute: Callable[..., Tensor], module: nn.Module, *given: Tensor) -> Tensor:
-    return compute(module, *given, _acting(module))
+    return compute(module, *given, getattr(module, ADAPTER))
 
 
 def _add_update(projection: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    update = _acting(projection)
-    return output if update is None else output + update("weight", inputs[0]).to(output.dtype)
+    return output + getattr(projection, ADAPTER)("weight", inputs[0]).to(output.dtype)
 
 
 def _once(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:

@@ -20,10 +20,10 @@ from torch.nn.functional import linear
 
 from melinoe.config import FinetuneSettings
 from melinoe.errors import TrainingError
-from melinoe.finetune.parts import PROJECTIONS, TrainedParts
+from melinoe.finetune.parts import PROJECTIONS
 from melinoe.finetune.stream import ExpertStream
 from melinoe.malloc import keep_freed_memory, return_large_blocks
-from melinoe.moe.dispatch import bind, bound, unbind, use_melinoe
+from melinoe.moe.dispatch import computed_by
 from melinoe.moe.experts import ExpertsLayer, family, find_experts
 from melinoe.moe.grouped import grouped_experts
 from melinoe.moe.routing import find_routers
@@ -52,29 +52,29 @@ class ReadyModel:
     ) -> None:
         self._model, self._recomputes, self._stream = model, recomputes, stream
         self._types = {name: tensor.dtype for name, tensor in _tensors(model)}
+        self._switches, self._weights = ExitStack(), ExitStack()
         weights_bytes = sum(tensor.nbytes for _, tensor in _tensors(model))
         if not torch.cuda.is_available():
             keep_freed_memory() if weights_bytes < _LARGE_BYTES else return_large_blocks()
-        self._attached = ExitStack()
-        if stream is not None and settings.train == "router":
-            self._attached.enter_context(stream.attached(model))
-        self._widened = None
+        layers = find_experts(model) if stream is None else stream.layers
         if settings.compute_dtype != "bfloat16":
-            self._widened = Widened(model, find_experts(model) if stream is None else stream.layers)
-        if self._widened is not None and settings.train != "router":
-            self._widened.make_way()  # for the function that adds the updates
-        self._configs: list[tuple[Any, str, Any]] = []  # and what they said
+            self._weights.enter_context(widened(model, layers))
+        # Low-rank updates compute their experts themselves.
+        if settings.train == "router" and (stream or settings.compute_dtype != "bfloat16"):
+            compute = grouped_experts if stream is None else stream.compute
+            modules = [layer.module for layer in layers]
+            self._weights.enter_context(computed_by(model, modules, compute))
         pending = [model.config]
         while pending:
             config = pending.pop()
             pending += [getattr(config, key) for key in config.sub_configs if hasattr(config, key)]
             # transformers would add its load-balancing loss, which works against locality.
-            off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
-            for key in (one for one in off if hasattr(config, one)):
-                self._configs.append((config, key, getattr(config, key)))
-                setattr(config, key, off[key])
+            for key, off in (("output_router_logits", False), ("router_aux_loss_coef", 0.0)):
+                if hasattr(config, key):
+                    self._switches.callback(setattr, config, key, getattr(config, key))
+                    setattr(config, key, off)
         if hasattr(model.config, "use_cache"):  # the Trainer switches it off, and would leave it so
-            self._configs.append((model.config, "use_cache", model.config.use_cache))
+            self._switches.callback(setattr, model.config, "use_cache", model.config.use_cache)
 
     def recompute(self, on: bool = True) -> None:
         """Recompute layers in the backward pass from now on, if that is asked for; or no longer."""
@@ -84,11 +84,11 @@ class ReadyModel:
         switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
             model, f"gradient_checkpointing_{word}"
         )
+        # Not reentrant: what a layer records inside must stay in the graph.
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self._stream is not None:
+            options["context_fn"] = self._stream.checkpoint_contexts
         try:
-            # Not reentrant: what a layer records inside must stay in the graph.
-            options: dict[str, Any] = {"use_reentrant": False}
-            if self._stream is not None:
-                options["context_fn"] = self._stream.checkpoint_contexts
             switch(*([options] if on else []))
         except ValueError:
             raise TrainingError(
@@ -99,18 +99,14 @@ class ReadyModel:
     def switch_back(self) -> None:
         """Put configs and switches back as they were."""
         self.recompute(False)
-        for config, key, value in self._configs:
-            setattr(config, key, value)
+        self._switches.close()
 
-    def make_plain(self, parts: TrainedParts) -> None:
-        """Merge the updates into the model; give its tensors back the types they came with."""
-        parts.merge()
-        if self._widened is not None:
-            self._widened.undo()
-        self._attached.close()
+    def make_plain(self) -> None:
+        """Give the tensors back the types they came with."""
+        self._weights.close()
         self._model.requires_grad_(True).eval()
         for name, tensor in _tensors(self._model):
-            tensor.data = tensor.data.to(self._types.get(name, tensor.dtype))
+            _cast(tensor, self._types.get(name, tensor.dtype))
 
 
 def recomputes(
@@ -138,62 +134,41 @@ def recomputes(
     return can and (streamed or (large and device.type == "cpu"))
 
 
-class Widened:
+def widened(model: Any, layers: Sequence[ExpertsLayer]) -> ExitStack:
     """
-    A model that computes in float32, from when this is made until `undo`.
+    Let a model compute in float32, but for its experts, until what is returned is closed.
 
-    Args:
-        model: Changed in place: hooks, forward methods, and the types of its small tensors. Its
-            experts run through Melinoe's function; another function may be bound in its place.
-        layers: Its MoE layers.
+    By hooks and forward methods. The experts of *layers* keep their types, as all large weights do:
+    `grouped_experts` casts up each matrix that it reads.
     """
+    undo = ExitStack()
+    routers = {id(part) for one in find_routers(model) for part in one.module.modules()}
+    large = {
+        id(parameter)
+        for layer in layers
+        for name, parameter in layer.module.named_parameters(recurse=False)
+        if name in PROJECTIONS
+    }
+    for module in model.modules():
+        plain = type(module) is nn.Linear and id(module) not in routers
+        if not (plain or isinstance(module, nn.Embedding)) or not _is_narrow(module.weight):
+            continue
+        large.add(id(module.weight))
+        if plain:
+            module.forward = partial(_wide_linear, module)
+            undo.callback(vars(module).pop, "forward")
+        else:
+            hook = module.register_forward_hook(lambda _, args, out: out.float())
+            undo.callback(hook.remove)
+    for _, tensor in _tensors(model):
+        if tensor.is_floating_point() and id(tensor) not in large:
+            undo.callback(_cast, tensor, tensor.dtype)
+            _cast(tensor, torch.float32)
+    return undo
 
-    def __init__(self, model: Any, layers: Sequence[ExpertsLayer]) -> None:
-        self._experts = [layer.module for layer in layers]
-        self._linears, self._hooks = [], []
-        routers = {id(part) for one in find_routers(model) for part in one.module.modules()}
-        large = {
-            id(parameter)
-            for module in self._experts
-            for name, parameter in module.named_parameters(recurse=False)
-            if name in PROJECTIONS
-        }
-        for module in model.modules():
-            plain = type(module) is nn.Linear and id(module) not in routers
-            if not (plain or isinstance(module, nn.Embedding)) or not _is_narrow(module.weight):
-                continue
-            large.add(id(module.weight))
-            if plain:
-                module.forward = partial(_wide_linear, module)
-                self._linears.append(module)
-            else:
-                self._hooks.append(module.register_forward_hook(lambda _, args, out: out.float()))
-        self._types: list[tuple[Tensor, torch.dtype]] = []
-        for _, tensor in _tensors(model):
-            if tensor.is_floating_point() and id(tensor) not in large:
-                self._types.append((tensor, tensor.dtype))
-                tensor.data = tensor.data.float()
-        self._bound = [module for module in self._experts if bound(module) is None]
-        for module in self._bound:
-            bind(module, partial(grouped_experts, module))
-        self._restore = use_melinoe(model)
 
-    def make_way(self) -> None:
-        """Unbind the experts, for whoever binds a function of their own."""
-        for module in self._bound:
-            unbind(module)
-        self._bound = []
-
-    def undo(self) -> None:
-        """Let the model compute in its own types again."""
-        for module in self._linears:
-            del module.__dict__["forward"]
-        for hook in self._hooks:
-            hook.remove()
-        self.make_way()
-        self._restore()
-        for tensor, dtype in self._types:
-            tensor.data = tensor.data.to(dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> None:
+    tensor.data = tensor.data.to(dtype)
 
 
 class _Linear(torch.autograd.Function):

@@ -5,8 +5,7 @@ Let a run that ended early go on bit for bit: its checkpoints, what they must ag
         parts.safetensors       what is trained, by parameter name
         optimizer.safetensors   the optimizer's state, "<name of state>:<parameter>"
         trainer_state.json      of transformers' Trainer
-        state.json              schedule, log rows, counts, random states; and of every other file
-                                its size and SHA-256
+        state.json              all else, and of every other file its size and SHA-256
 
 A checkpoint is written under another name, forced to the disk, and renamed in one step. One that is
 torn all the same (a crash of the machine, a bad disk, a careless hand) is recognised by its sums
@@ -17,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import signal
@@ -29,7 +27,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -45,7 +42,7 @@ from melinoe.whole_file import remove_unfinished, unfinished
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})$")
 _KEPT = 2  # newest checkpoints that stay
@@ -68,8 +65,7 @@ def write_checkpoint(
         directory: Of the run; is made.
         step: Optimiser steps done; a checkpoint of the same step is replaced.
         tensors: File name without its ending to tensors by name.
-        state: For ``state.json``.
-        trainer_state: For ``trainer_state.json``.
+        state, trainer_state: For the files of that name.
         more: Let one more stay.
 
     Raises:
@@ -140,7 +136,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Delete a run's checkpoints, and its directory if nothing else is in it."""
+    """Delete a run's checkpoints, and its directory if nothing is left in it."""
     for path in list_checkpoints(directory):
         shutil.rmtree(path, ignore_errors=True)
     for one in directory.glob(".step-*"):  # of a process that was killed while it wrote
@@ -167,8 +163,7 @@ def check_same_run(
     """
     Refuse what is left of another run in *path*; what its `identity` does not name is not compared.
 
-    Raises:
-        TrainingError: names what differs, and another *way_out*.
+    The TrainingError names what differs, and another *way_out*.
     """
     if gone := gone_settings(theirs):
         named = ", ".join(f"{key} {value}" for key, value in gone.items())
@@ -187,7 +182,7 @@ def check_same_run(
         )
 
 
-FACTS = ("data", "base model", "teacher", "anchor text")
+FACTS = ("data", "base model", "anchor text")
 """Facts of an `identity` that are named without their values."""
 
 
@@ -214,42 +209,29 @@ def share_out(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
-def random_state() -> dict[str, Any]:
-    """Return the states of Python, NumPy, torch and the CUDA device if there is one, for JSON."""
-    of_numpy = np.random.get_state(legacy=False)
-    keys: Any = of_numpy["state"]
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "python": random.getstate(),
-        "numpy": {**of_numpy, "state": {**keys, "key": keys["key"].tolist()}},
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": None if cuda is None else cuda.numpy().tobytes().hex(),
-    }
+def random_state() -> dict[str, str]:
+    """Return the states of torch's generators as digits; a step draws from no other."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, str]) -> None:
     """Put back what `random_state` gave; a CUDA state is left out on a machine without CUDA."""
-    version, words, spare = state["python"]
-    random.setstate((version, tuple(words), spare))
-    keys = {**state["numpy"]["state"]}
-    keys["key"] = np.asarray(keys["key"], dtype=np.uint32)
-    np.random.set_state({**state["numpy"], "state": keys})
-    torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
-
-
-def _bytes(digits: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)
+    for name, digits in state.items():
+        known = torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)
+        if name == "torch":
+            torch.set_rng_state(known)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(known)
 
 
 class StopRequest:
     """
-    Notes that the run is asked to stop (Ctrl-C, a scheduler's SIGTERM), to end after its step.
+    Notes in *asked* that the run is to end after its step (Ctrl-C, a scheduler's SIGTERM).
 
-    Attributes:
-        asked: Set by the first signal. A second Ctrl-C ends the process at once; a scheduler's
-            SIGTERM may come as often as it likes, and is followed by a SIGKILL in the end.
+    A second Ctrl-C ends the process at once; SIGTERM may come as often as it likes.
     """
 
     def __init__(self) -> None:

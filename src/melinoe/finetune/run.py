@@ -1,11 +1,11 @@
 """
 Fine-tune a checkpoint: examples in, a plain checkpoint in the hub's layout, and a log, out.
 
-Beside a run *OUT* there may be *OUT*.teacher and *OUT*.control, the runs that it needs, and
-*OUT*.checkpoints until it is written.
+Beside a run *OUT* there may be *OUT*.control, and *OUT*.checkpoints until it is written.
 """
 
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +18,12 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from melinoe.checkpoint.backbone import layers_of, load_backbone, load_model
+from melinoe.checkpoint.backbone import load_backbone, load_model
 from melinoe.checkpoint.files import split_revision
 from melinoe.checkpoint.metadata import METADATA, read_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.safetensors_file import check_same
 from melinoe.checkpoint.tokenizer import load_tokenizer
-from melinoe.checkpoint.verifying import sum_of
 from melinoe.checkpoint.writing import (
     check_output,
     check_rewritable,
@@ -32,7 +31,7 @@ from melinoe.checkpoint.writing import (
     copied_bytes,
     round_as_stored,
 )
-from melinoe.config import PLAIN, FinetuneSettings
+from melinoe.config import FinetuneSettings
 from melinoe.config.names import version_of
 from melinoe.data import Encoded, Example, count_losses, encode, load_examples, pad_token_id
 from melinoe.errors import (
@@ -42,7 +41,6 @@ from melinoe.errors import (
     TrainingError,
     WriteError,
 )
-from melinoe.finetune.adapter import WEIGHTS, place_of, read_teacher
 from melinoe.finetune.memory import Plan, describe, open_stream, plan_run, stored_layers
 from melinoe.finetune.own_text import write_own_text
 from melinoe.finetune.resume import (
@@ -58,7 +56,7 @@ from melinoe.finetune.resume import (
 from melinoe.finetune.rows import rows_of
 from melinoe.finetune.saving import write_result
 from melinoe.finetune.stream import ExpertStream
-from melinoe.finetune.trainer import Progress, is_sharded, training_arguments
+from melinoe.finetune.trainer import Progress, sharding, training_arguments
 from melinoe.finetune.training import train, with_compute_dtype
 from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes, parse_bytes
 from melinoe.malloc import return_freed_memory
@@ -67,18 +65,11 @@ from melinoe.moe.routing import find_routers, fingerprint
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """
-    Result of a run.
+    """Result of a run."""
 
-    Attributes:
-        out: Directory of the fine-tuned checkpoint.
-        log: Rows of terms over steps; see `LocalityTrainer.rows`.
-        metadata: What ``melinoe.json`` holds.
-    """
-
-    out: Path
-    log: list[dict[str, Any]]
-    metadata: dict[str, Any] = field(repr=False)
+    out: Path  # directory of the fine-tuned checkpoint
+    log: list[dict[str, Any]]  # terms over steps, as `LocalityTrainer.rows`
+    metadata: dict[str, Any] = field(repr=False)  # what ``melinoe.json`` holds
 
 
 def finetune(
@@ -89,7 +80,6 @@ def finetune(
     *,
     eval_examples: Sequence[Example] | None = None,
     anchor_examples: Sequence[Example] | str | None = None,
-    teacher: str | Path | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
@@ -109,16 +99,12 @@ def finetune(
         out: Directory to write; must not exist, or be empty.
         settings: Everything that decides the run.
         eval_examples: Held-out examples, measured before and after.
-        anchor_examples: Text of other kinds whose quality the run should keep; replayed beside the
-            data where ``settings.lambda_replay`` is above 0. Absent or ``"own"``: what the base
-            model writes from an empty prompt, ``settings.own_texts`` of them.
-        teacher: Whose hidden states ``lambda_match`` means: the directory of an adapter that an
-            earlier run on the same base wrote (``save``); or ``"plain"``: the run on next tokens
-            alone, trained first, in ``<out>.teacher``. ``None``: the base model's.
+        anchor_examples: Text of other kinds to replay, where ``settings.lambda_replay`` is above 0.
+            Absent or ``"own"``: the base model writes it, ``settings.own_texts`` of them.
         progress: Called with each log row; ``steps`` in it is the number of steps to come to.
         callbacks: Of transformers' kind, run beside Melinoe's own.
-        resume: Go on from the run's newest whole checkpoint, in ``<out>.checkpoints``; from the
-            beginning if there is none. A result that was written already is read.
+        resume: Go on from the newest whole checkpoint in ``<out>.checkpoints``, if there is one. A
+            result that was written already is read.
         gpu_memory: What the run may take of the GPU, as in ``8GiB``: its experts then wait in
             pinned host memory, or on disk, and pass through. See docs/finetuning.md.
         ram: Likewise of the host: for the experts beside a GPU; without one, for all of the run,
@@ -128,28 +114,23 @@ def finetune(
     Raises:
         OutputExistsError: *out* is taken; nothing was trained.
         DataError: unusable data.
-        CheckpointError, TokenizerError: *model_path* or *teacher* cannot be read; or the model's
-            files were changed while it trained.
+        CheckpointError, TokenizerError: *model_path* cannot be read, or its files were changed
+            while it trained.
         UnsupportedModelError: no experts, or routers that cannot be trained.
         TrainingError: settings that do not fit the model, a checkpoint of another run, or too many
-            non-finite losses; what was trained before those is in the run's checkpoints.
+            non-finite losses.
         InterruptedRunError: the run was asked to stop (Ctrl-C, SIGTERM), and can be resumed.
-        BudgetError: the host has no memory for the model's weights; or *gpu_memory* or *ram* is
-            too small for the run.
+        BudgetError: the host has no memory for the run, or *gpu_memory* or *ram* is too small.
         WriteError: the result could not be written; what was trained is in the run's checkpoints.
         DependencyError: a tracker of ``settings.report_to`` is not installed.
     """
     path, name = check_place(out, resume), str(model_path)
-    written = is_written(path, resume)
-    if teacher == PLAIN and written:  # a teacher that was deleted is not missed
-        teacher = beside(path, "teacher")
-    elif teacher == PLAIN:
-        teacher = train_teacher(
-            model_path, data, path, settings, eval_examples=eval_examples,
-            progress=progress, callbacks=callbacks, resume=resume, gpu_memory=gpu_memory, ram=ram,
-            say=say,
-        )  # fmt: skip
-    checkpoints = beside(path, "checkpoints")
+    if (gpu_memory is not None or ram is not None) and (kind := sharding()):
+        raise TrainingError(
+            f"a sharded run ({kind}) keeps its experts on its devices; leave out --gpu-memory and "
+            "--ram, or launch it without sharding"
+        )
+    written, checkpoints = is_written(path, resume), beside(path, "checkpoints")
     with open_checkpoint(name) as checkpoint:  # every shard is whole, before hours of work
         source = checkpoint.source  # of one commit, also where the branch moves meanwhile
         size, stored = checkpoint.stored_bytes, checkpoint.dtype
@@ -168,7 +149,7 @@ def finetune(
     if anchor_examples and not isinstance(anchor_examples, str):
         anchor = encode(anchor_examples, tokenizer, settings.max_length)
     if written:
-        found = _finished_run(path, settings, encoded, anchor, teacher, source)
+        found = _finished_run(path, settings, encoded, anchor, source)
         remove_checkpoints(checkpoints)
         return FinetuneResult(path, found["log"], found)
     held_out = encode(eval_examples, tokenizer, settings.max_length) if eval_examples else None
@@ -179,9 +160,7 @@ def finetune(
     with ExitStack() as stack:
         stack.callback(opened.close)
         stamps = opened.stamps
-        model, stream, plan = _load(
-            opened, encoded, computed, arguments, gpu_memory, ram, teacher is not None
-        )
+        model, stream, plan = _load(opened, encoded, computed, arguments, gpu_memory, ram)
         if stream is not None:
             stack.callback(stream.close)
             if say is not None and main:
@@ -207,38 +186,24 @@ def finetune(
                 anchor = write_own_text(model, tokenizer, settings, arguments, encoded)
         return_freed_memory()  # of loading, and of the text that was written
         base_fingerprint = fingerprint(model)
-        taught_by = None
-        if teacher is not None:
-            taught_by = read_teacher(teacher, model, layers_of(opened, model))
         started = time.monotonic()
         if main:
             stack.callback(remove_if_empty, checkpoints)
         trained = train(
-            model,
-            encoded,
-            computed,
-            pad_token_id=pad_token_id(tokenizer),
-            eval_data=held_out,
-            anchor_data=anchor,
-            own_text=writes_anchor,
-            teacher=taught_by,
-            progress=progress,
-            callbacks=callbacks,
-            keep_adapter=settings.save != "merged",
-            checkpoints=checkpoints,
-            resume=resume,
-            arguments=arguments,
-            stream=stream,
-        )
+            model, encoded, computed, pad_token_id=pad_token_id(tokenizer), eval_data=held_out,
+            anchor_data=anchor, own_text=writes_anchor, progress=progress,
+            callbacks=callbacks, checkpoints=checkpoints,
+            resume=resume, arguments=arguments, stream=stream,
+        )  # fmt: skip
     metadata: dict[str, Any] = {}
     if main:
-        if trained.adapter is not None and trained.sharded:  # a whole model takes what it has
+        if trained.sharded:  # a whole model takes what was trained
             with open_checkpoint(source) as checkpoint:
                 model = load_model(checkpoint)
             trained.adapter.apply(model)
         if settings.save != "adapter":
             with open_checkpoint(source) as checkpoint:
-                round_as_stored(model, checkpoint, trained.changed)
+                round_as_stored(model, checkpoint, trained.adapter.names())
         metadata = {
             "base": name,
             "base_commit": split_revision(source)[1],
@@ -250,7 +215,6 @@ def finetune(
             "learning_rates": {k: v for k, v in asdict(trained.rates).items() if k != "rank"},
             "lora_rank": trained.rates.rank,
             "compute_dtype": computed.compute_dtype,
-            "teacher": taught_by and {"source": str(teacher), "fingerprint": taught_by.sha256},
             "anchor": None
             if anchor is None or not settings.lambda_replay
             else {
@@ -279,11 +243,11 @@ def finetune(
         gc.collect()  # the trainer is a circle, and holds the optimizer's state
         return_freed_memory()
         try:
-            check_same(stamps)  # what did not change is copied from the base's files now
+            if settings.save != "adapter":
+                check_same(stamps)  # what did not change is copied from the base's files now
             write_result(
-                model, source, path, metadata, settings.save, trained.changed, trained.adapter,
-                stream is not None,
-            )  # fmt: skip
+                model, source, path, metadata, settings.save, trained.adapter, stream is not None
+            )
         except (CheckpointError, WriteError) as error:  # the base may be gone, or the disk full
             if left := _left(checkpoints):
                 raise WriteError(f"{error}; {left}") from error
@@ -302,18 +266,13 @@ def _load(
     arguments: TrainingArguments,
     gpu_memory: str | int | None,
     ram: str | int | None,
-    taught: bool,
 ) -> tuple[Any, ExpertStream | None, Plan | None]:
     """Load the model, whole; or within a budget without its experts, with the stream of them."""
     if gpu_memory is None and ram is None:
         return load_model(checkpoint), None, None
-    device, processes = arguments.device, arguments.world_size
+    device = arguments.device
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", arguments.world_size))  # of this machine
     on_gpu = device.type == "cuda"
-    if is_sharded(arguments):
-        raise TrainingError(
-            "a sharded run (FSDP) keeps its experts on its devices; leave out --gpu-memory and "
-            "--ram, or launch it without sharding"
-        )
     if settings.gradient_checkpointing is False:
         raise TrainingError(
             "a run within a budget recomputes its layers; leave out --no-gradient-checkpointing"
@@ -321,7 +280,7 @@ def _load(
     if gpu_memory is not None and not on_gpu:
         raise BudgetError("--gpu-memory is for a GPU and there is none here; give --ram alone")
     model = load_backbone(checkpoint)
-    _, rows = rows_of(data, settings, processes)
+    _, rows = rows_of(data, settings, arguments.world_size)
     host = None if ram is None else parse_bytes(ram)
     if on_gpu:
         free, _ = torch.cuda.mem_get_info(device)
@@ -335,15 +294,24 @@ def _load(
         stored_layers(checkpoint, model),
         checkpoint.backbone_bytes,
         settings,
-        settings.batch_size * max(sum(map(len, row)) for row in rows),
+        settings.batch_size * max(map(len, rows)),
         top_k=find_routers(model)[0].top_k or 1,
         budget_bytes=budget,
-        host_bytes=host if processes == 1 else None,  # pinned memory is not shared
+        host_bytes=host,
         on_gpu=on_gpu,
-        taught=taught,
+        processes=processes,
+    )
+    needed = (plan.memory.total - plan.memory.process - plan.memory.backbone) * processes
+    if on_gpu:
+        pinned = plan.store == "pinned"
+        needed = plan.expert_bytes * pinned + plan.host_updates * processes
+    check_host_room(
+        needed,
+        f"{format_bytes(needed)} of what training holds",
+        "lower --ram, or train on a host with more",
     )
     model.to(device)
-    return model, open_stream(checkpoint, model, plan, device), plan
+    return model, open_stream(checkpoint, model, plan, device, arguments.local_process_index), plan
 
 
 def train_control(
@@ -354,10 +322,9 @@ def train_control(
     **options: Any,
 ) -> Path:
     """
-    Train the control of the run *out* (`FinetuneSettings.control`), in ``<out>.control``.
+    Train the control of the run *out*, in ``<out>.control``, and give that directory: an adapter.
 
-    Args are those of `finetune` for the run itself: the same teacher and anchor text. Returns the
-    directory, in which an adapter is.
+    Args are those of `finetune` for the run itself: the same anchor text.
 
     Raises:
         TrainingError: as `finetune`; or the run has no locality terms.
@@ -366,33 +333,8 @@ def train_control(
         raise TrainingError(
             "the run has no locality terms, so it is its own control; compare it with nothing"
         )
-    path, its_settings = beside(out, "control"), replace(settings.control(), save="adapter")
-    return finetune(model_path, data, path, its_settings, **options).out
-
-
-def train_teacher(
-    model_path: str | Path,
-    data: str | Path | Sequence[Example],
-    out: str | Path,
-    settings: FinetuneSettings,
-    **options: Any,
-) -> Path:
-    """
-    Train the teacher of the run *out* (`FinetuneSettings.plain`), in ``<out>.teacher``.
-
-    Args are those of `finetune` for the run itself; anchor text is not used. Returns the directory,
-    in which an adapter is.
-
-    Raises:
-        TrainingError: as `finetune`; or *settings* have no term that learns from a teacher.
-    """
-    options.pop("anchor_examples", None)
-    if not settings.is_taught:
-        raise TrainingError(
-            "lambda_match is 0, so there is nothing to learn from a teacher; set lambda_match"
-        )
-    path, its_settings = beside(out, "teacher"), replace(settings.plain(), save="adapter")
-    return finetune(model_path, data, path, its_settings, **options).out
+    own = replace(settings.control(), save="adapter")
+    return finetune(model_path, data, beside(out, "control"), own, **options).out
 
 
 def leave() -> None:
@@ -433,34 +375,23 @@ def _finished_run(
     settings: FinetuneSettings,
     data: Sequence[Encoded],
     anchor: Sequence[Encoded] | None,
-    teacher: str | Path | None,
     base: str,
 ) -> dict[str, Any]:
     """Read the record of a written run; an error if it is not the run that is asked for."""
     metadata = dict(read_metadata(path))
-    known, replayed = metadata.get("teacher") or {}, metadata.get("anchor") or {}
+    replayed = metadata.get("anchor") or {}
     with open_checkpoint(base) as checkpoint:
-        routers = fingerprint(load_backbone(checkpoint))
-    there, here = known.get("fingerprint"), None
-    if teacher is not None and (file := place_of(teacher) / WEIGHTS).is_file():
-        here = sum_of(file)["sha256"]
-    elif teacher is not None:  # deleted since: its name has to do
-        there, here = Path(known.get("source", "")).name, Path(teacher).name
-    own = "own" if replayed.get("own_text", True) else replayed.get("tokens_sha256")
-    theirs = {
-        "data": (metadata.get("data") or {}).get("tokens_sha256"),
-        "base model": metadata.get("base_fingerprint"),
-        "teacher": there,
-        "anchor text": own if settings.lambda_replay else None,
-    }
-    asked = "own" if anchor is None else data_fingerprint(anchor)
-    ours = {
-        "data": data_fingerprint(data),
-        "base model": routers,
-        "teacher": here,
-        "anchor text": asked if settings.lambda_replay else None,
-    }
-    recorded = {**(metadata.get("settings") or {}), **theirs}
+        ours = {
+            "base model": fingerprint(load_backbone(checkpoint)),
+            "data": data_fingerprint(data),
+        }
+    recorded = {"base model": metadata.get("base_fingerprint")}
+    recorded["data"] = (metadata.get("data") or {}).get("tokens_sha256")
+    if settings.lambda_replay:
+        own = replayed.get("own_text", True)
+        recorded["anchor text"] = "own" if own else replayed.get("tokens_sha256")
+        ours["anchor text"] = "own" if anchor is None else data_fingerprint(anchor)
+    recorded = {**(metadata.get("settings") or {}), **recorded}
     check_same_run(path, recorded, identity(settings, **ours), "delete it")
     return metadata
 

@@ -1,6 +1,5 @@
 """Write a run's result, a plain checkpoint, an adapter or both; merge an adapter."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ def write_result(
     out: str | Path,
     metadata: dict[str, Any],
     save: str,
-    changed: Sequence[str],
-    adapter: Adapter | None = None,
+    adapter: Adapter,
     streamed: bool = False,
 ) -> None:
     """
@@ -45,14 +43,11 @@ def write_result(
 
     Args:
         model: From `load_model`, with what was trained in it; or *streamed*, from `load_backbone`:
-            the updates of its experts are in *adapter*.
+            the updates of its experts are in *adapter* alone.
         base: What it was loaded from, of one commit where it is a name on the hub.
-        out: The directory to make.
         metadata: For ``melinoe.json``.
         save: ``merged``: a plain checkpoint; ``adapter``: a directory for PEFT and for
             `merge_adapter`; ``both``: the checkpoint with that directory in it.
-        changed: Full names of the tensors that training changed.
-        adapter: For the two latter.
 
     Raises:
         OutputExistsError, CheckpointError, WriteError: as `write_model`.
@@ -63,7 +58,6 @@ def write_result(
     name = str(Path(base).expanduser().resolve()) if here else split_revision(base)[0]
 
     def write_files(directory: Path) -> None:
-        assert adapter is not None
         directory.mkdir(exist_ok=True)
         write_adapter(adapter, directory, name, generates=generates)
         write_metadata(directory, metadata)
@@ -74,8 +68,8 @@ def write_result(
             copy_tokenizer(base, directory)
         return
     also = (lambda directory: write_files(directory / DIRECTORY)) if save == "both" else None
-    experts = adapter.expert if streamed and adapter is not None else None
-    write_model(model, base, out, metadata, changed, also, experts)
+    experts = adapter.expert if streamed else None
+    write_model(model, base, out, metadata, adapter.names(), also, experts)
 
 
 def merge_adapter(
@@ -140,7 +134,7 @@ def merge_adapter(
 
 def _base_of(adapter: str, config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """
-    The path in PEFT's file, if there still is something; else what the run was told.
+    Take the path in PEFT's file, if there still is something; else what the run was told.
 
     A path that leads nowhere is looked for beside the adapter, where both were moved together.
     """

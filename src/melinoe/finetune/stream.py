@@ -7,7 +7,8 @@ Gradients equal those of the resident model to the bit: an expert's rows are con
 multiplied and summed in the same order.
 
 Buffers are filled ahead by threads: in the backward pass by the choices that it will meet, in a
-forward pass by what the next layer used the last time. A wrong guess is dropped, not waited for.
+forward pass by what the next layer used the last time. A wrong guess is dropped and never waited
+for: guesses have readers of their own, and leave a buffer to what is needed.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from melinoe.experts.format import Part
 from melinoe.finetune.parts import LowRank
-from melinoe.moe.dispatch import bind, bound, unbind, use_melinoe
+from melinoe.moe.dispatch import computed_by
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.moe.grouped import Choices, expert_rows, sort_choices, weighted_sum
 from melinoe.stores.store import Store, empty_block
@@ -39,21 +40,13 @@ _ALIGNMENT = 64  # bytes; each stack of a buffer begins at a multiple
 
 @dataclass
 class Reads:
-    """
-    Count what was read.
+    """Count what was read."""
 
-    Attributes:
-        forward, backward: Experts read for the passes that used them.
-        unused: Experts read by a wrong guess.
-        bytes: Of all three, as they are stored.
-        waited_s: Seconds that computing waited for them.
-    """
-
-    forward: int = 0
+    forward: int = 0  # experts, for the passes that used them
     backward: int = 0
-    unused: int = 0
-    bytes: int = 0
-    waited_s: float = 0.0
+    unused: int = 0  # by a wrong guess
+    bytes: int = 0  # of all three, as they are stored
+    waited_s: float = 0.0  # seconds that computing waited for them
 
     @property
     def used(self) -> int:
@@ -67,6 +60,7 @@ class _Load:
 
     layer: int
     experts: list[int]
+    guessed: bool
     buffer: int = -1
     jobs: list[Future[Any]] = field(default_factory=list)  # give, on a GPU, when it is copied
 
@@ -78,6 +72,7 @@ class _Pass:
     layer: int
     experts: list[int]
     before: Callable[[], _Pass | None]
+    guessed: bool = False
 
 
 class ExpertStream:
@@ -88,14 +83,10 @@ class ExpertStream:
         store: Holds every expert, in any format.
         layers: As the store's, with the modules of the model in training.
         device: Where experts are computed.
-        buffers: Groups of experts that are held at once: one that computes, the rest read ahead.
-        chunk: Experts of a group.
+        buffers: Groups of *chunk* experts held at once: one that computes, the rest read ahead.
         readers: Reads in flight.
-        updates_on: Where the experts' low-rank updates and their optimiser are kept; absent: on
-            *device*. Those of a group go to the device with it.
-
-    Attributes:
-        reads: What was read since it was last set.
+        updates_on: Where the experts' low-rank updates are kept; absent: on *device*. Those of a
+            group go to the device with it.
     """
 
     def __init__(
@@ -111,7 +102,8 @@ class ExpertStream:
     ) -> None:
         self.store, self.layers, self.device = store, list(layers), torch.device(device)
         self.chunk, self.reads, self.updates_on = chunk, Reads(), updates_on
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="melinoe-stream")
+        # By whether a group is guessed.
+        self._readers = [ThreadPoolExecutor(readers, "melinoe-stream") for _ in range(2)]
         size = max(chunk * buffer_bytes(layer) for layer in self.layers)
         self._arenas = [
             torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(buffers)
@@ -120,7 +112,7 @@ class ExpertStream:
         self._done: dict[int, Any] = {}  # by buffer, on a GPU: when its last computing ends
         self._queue: deque[_Load] = deque()
         self._running: list[_Load] = []
-        self._dropped: list[_Load] = []
+        self._ending: list[_Load] = []  # no longer wanted; free once no read is under way
         self._used: dict[int, list[int]] = {}  # by layer, in its last pass
         self._last: Callable[[], _Pass | None] = _nothing
         self.kept: _Kept | None = None
@@ -130,21 +122,12 @@ class ExpertStream:
     def close(self) -> None:
         """End the readers; nothing can be read afterwards."""
         self._drop_all()
-        self._pool.shutdown()
+        for pool in self._readers:
+            pool.shutdown()
 
-    @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
+    def attached(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within it, the experts of *model* that nothing else computes are computed from here."""
-        ours = [layer.module for layer in self.layers if bound(layer.module) is None]
-        for module in ours:
-            bind(module, partial(self.compute, module))
-        restore = use_melinoe(model)
-        try:
-            yield
-        finally:
-            restore()
-            for module in ours:
-                unbind(module)
+        return computed_by(model, [layer.module for layer in self.layers], self.compute)
 
     def compute(
         self,
@@ -171,8 +154,7 @@ class ExpertStream:
         """
         Give the two contexts of one checkpointed layer, for torch's ``context_fn``.
 
-        The first keeps the output of each experts module; in the recomputation it comes back, and
-        no expert is read for it.
+        The output of each experts module is kept, so that recomputing reads no expert.
         """
         outputs: list[Tensor] = []
         return _Kept(self, outputs, again=False), _Kept(self, outputs, again=True)
@@ -189,14 +171,10 @@ class ExpertStream:
         backward: bool,
     ) -> None:
         """
-        Compute a pass group by group, as each is in its buffer.
+        Compute a layer's pass over *used* experts group by group, as each is in its buffer.
 
-        Args:
-            layer: Of the pass.
-            used: Its experts.
-            following: What comes after it, to be read ahead.
-            compute: Called with the ids of a group, and their weights by name, ``(chunk, ...)``.
-            backward: For which count.
+        *compute* is called with the ids of a group, and their weights by name, ``(chunk, ...)``;
+        *following* is what comes after the pass, to be read ahead.
         """
         wanted = set(used)
         due = [one for one in self._running if one.layer == layer and wanted & {*one.experts}]
@@ -204,14 +182,15 @@ class ExpertStream:
             if one not in due:
                 self._drop(one)
         there = {expert for one in due for expert in one.experts}
-        self._queue = deque(self._groups(layer, [one for one in used if one not in there]))
+        rest = _Pass(layer, [one for one in used if one not in there], _nothing)
+        self._queue = deque(self._groups(rest))
         due += self._queue
         if following is not None:
-            self._queue += self._groups(following.layer, following.experts)
+            self._queue += self._groups(following)
         try:
             self._start()
             for one in due:
-                self._wait(one)
+                self._wait(one, wanted)
                 compute(one.experts, self._views(self.layers[layer], one.buffer))
                 self._release(one)
                 count = len(wanted & {*one.experts})
@@ -224,39 +203,40 @@ class ExpertStream:
             self._drop_all()
             raise
 
-    def _groups(self, layer: int, experts: Sequence[int]) -> list[_Load]:
-        step = self.chunk
-        return [_Load(layer, list(experts[i : i + step])) for i in range(0, len(experts), step)]
+    def _groups(self, one: _Pass) -> list[_Load]:
+        return [
+            _Load(one.layer, one.experts[at : at + self.chunk], one.guessed)
+            for at in range(0, len(one.experts), self.chunk)
+        ]
 
     def _start(self) -> None:
         """Begin to read what is queued, as far as there are buffers."""
-        for one in [*self._dropped]:
+        for one in [*self._ending]:
             if all(job.done() for job in one.jobs):
-                self._dropped.remove(one)
+                self._ending.remove(one)
                 self._free.append(one.buffer)
-        while self._free and self._queue:
+        while self._queue and len(self._free) > self._queue[0].guessed:
             one = self._queue.popleft()
             one.buffer = self._free.pop(0)
             views = self._views(self.layers[one.layer], one.buffer)
             after = self._done.pop(one.buffer, None)
             one.jobs = [
-                self._pool.submit(
+                self._readers[one.guessed].submit(
                     self._read, one.layer, expert, {n: v[at] for n, v in views.items()}, after
                 )
                 for at, expert in enumerate(one.experts)
             ]
             self._running.append(one)
 
-    def _wait(self, one: _Load) -> None:
-        """Wait until a group is in its buffer."""
+    def _wait(self, one: _Load, wanted: set[int]) -> None:
+        """Wait until the *wanted* experts of a group are in its buffer."""
         began = time.perf_counter()
-        while one.buffer < 0:  # a wrong guess that is being read still has the buffer
-            for job in [job for other in self._dropped for job in other.jobs]:
-                if not job.cancelled():
-                    job.exception()
+        while one.buffer < 0:  # what was read ahead of a step that failed has every buffer
+            reading = [job for other in self._ending for job in other.jobs if not job.done()]
+            wait(reading, return_when=FIRST_COMPLETED)
             self._start()
-        for job in one.jobs:
-            if (copied := job.result()) is not None:
+        for expert, job in zip(one.experts, one.jobs, strict=True):
+            if expert in wanted and (copied := job.result()) is not None:
                 copied.wait(torch.cuda.current_stream(self.device))
         self.reads.waited_s += time.perf_counter() - began
 
@@ -266,7 +246,7 @@ class ExpertStream:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
             self._done[one.buffer] = event
-        self._free.append(one.buffer)
+        self._ending.append(one)
 
     def _drop(self, one: _Load) -> None:
         """Give up a guess: what is not being read yet never is."""
@@ -274,7 +254,7 @@ class ExpertStream:
         read = sum(not job.cancel() for job in one.jobs)
         self.reads.unused += read
         self.reads.bytes += read * self.store.block_bytes(one.layer)
-        self._dropped.append(one)
+        self._ending.append(one)
 
     def _drop_all(self) -> None:
         self._queue.clear()
@@ -318,7 +298,7 @@ class ExpertStream:
     def guess(self, layer: int) -> _Pass | None:
         """Give the experts that a layer used in its last pass."""
         used = self._used.get(layer)
-        return None if used is None else _Pass(layer, used, _nothing)
+        return None if used is None else _Pass(layer, used, _nothing, guessed=True)
 
     def note(self, layer: int, used: list[int], returns: bool) -> _Pass:
         """Note a pass; one that *returns* is known to the backward pass as long as it lives."""
@@ -380,51 +360,52 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(hidden, index, weights, *factors)
         if kept is not None:
             return kept
-        choice, used, ends = _sorted(index, weights, layer.num_experts)
+        choice = sort_choices(index, weights, layer.num_experts)
+        used = _used(index, layer.num_experts)
         ctx.back = stream.note(layer.index, used, returns=any(ctx.needs_input_grad))
         sums: list[Tensor] = []
+        ends = choice.offsets.tolist()
 
         def compute(experts: list[int], stacks: dict[str, Tensor]) -> None:
-            some = _Some(layer, choice, ends, experts, used)
-            outputs = some.rows(stacks, hidden[some.tokens], addition, factors)
-            weighted = outputs * choice.weights[some.pairs].unsqueeze(-1)
+            group = _Group.of(choice, ends, experts, used)
+            own = [one[experts].to(hidden.device) for one in factors]
+            rows = hidden[choice.tokens[group.pairs]]
+            outputs = group.compute(layer, stacks, rows, addition, own)
+            weighted = outputs * choice.weights[group.pairs].unsqueeze(-1)
             if not sums:
                 sums.append(weighted.new_zeros(len(choice.order), weighted.shape[-1]))
-            sums[0][some.pairs] = weighted
+            sums[0][group.pairs] = weighted
 
         following = stream.guess(layer.index + 1)
         stream.run(layer.index, used, following, compute, backward=False)
-        if not sums:
-            return torch.zeros_like(hidden)
-        return weighted_sum(sums[0], choice, hidden)
+        return weighted_sum(sums[0], choice, hidden) if sums else torch.zeros_like(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         hidden, index, weights, *factors = ctx.saved_tensors
         stream, layer, addition = ctx.stream, ctx.layer, ctx.addition
-        choice, used, ends = _sorted(index, weights, layer.num_experts)
+        choice = sort_choices(index, weights, layer.num_experts)
+        used, ends = _used(index, layer.num_experts), choice.offsets.tolist()
         to_rows = hidden.new_zeros(len(choice.order), hidden.shape[-1])
         to_weights = torch.zeros_like(choice.weights)
         to_factors = [torch.zeros_like(one) for one in factors]
 
         def compute(experts: list[int], stacks: dict[str, Tensor]) -> None:
-            some = _Some(layer, choice, ends, experts, used)
+            group = _Group.of(choice, ends, experts, used)
+            tokens = choice.tokens[group.pairs]
             with torch.enable_grad(), ctx.autocast():
-                rows = hidden[some.tokens].detach().requires_grad_()
-                weight = choice.weights[some.pairs].detach().requires_grad_()
-                slices = [one[experts].detach().to(rows.device).requires_grad_() for one in factors]
-                outputs = some.rows(stacks, rows, addition, slices, sliced=True)
+                rows = hidden[tokens].detach().requires_grad_()
+                weight = choice.weights[group.pairs].detach().requires_grad_()
+                own = [one[experts].detach().to(rows.device).requires_grad_() for one in factors]
+                outputs = group.compute(layer, stacks, rows, addition, own)
                 weighted = outputs * weight.unsqueeze(-1)
-            wanted = gradients[0][some.tokens].to(weighted.dtype)
-            found = torch.autograd.grad(
-                weighted, [rows, weight, *slices], wanted, allow_unused=True
-            )
-            to_rows[some.pairs], to_weights[some.pairs] = found[0], found[1]
+            wanted = gradients[0][tokens].to(weighted.dtype)
+            found = torch.autograd.grad(weighted, [rows, weight, *own], wanted, allow_unused=True)
+            to_rows[group.pairs], to_weights[group.pairs] = found[0], found[1]
             for whole, part in zip(to_factors, found[2:], strict=True):
                 whole[experts] = part.to(whole.device)
 
-        following = stream.step_back(ctx.back)
-        stream.run(layer.index, used, following, compute, backward=True)
+        stream.run(layer.index, used, stream.step_back(ctx.back), compute, backward=True)
         to_hidden = torch.zeros_like(hidden).index_put_((choice.tokens,), to_rows, accumulate=True)
         by_pair = torch.zeros_like(to_weights)
         by_pair[choice.order] = to_weights
@@ -433,73 +414,51 @@ class _Experts(torch.autograd.Function):
         return None, None, None, None, to_hidden, None, by_token, *to_factors
 
 
-class _Some:
-    """
-    The pairs of a group of experts.
+class _Group(NamedTuple):
+    """The pairs of a group of experts: places among the sorted ones, and whose each is."""
 
-    Attributes:
-        pairs: int64, their places among the sorted pairs.
-        tokens: int64, of each pair.
-    """
+    pairs: Tensor
+    local: Tensor  # number of the expert within the group
+    offsets: Tensor  # int32, one for each of the group
 
-    def __init__(
+    @classmethod
+    def of(cls, choice: Choices, ends: list[int], experts: list[int], used: list[int]) -> _Group:
+        """Find the pairs of *experts*; of those that are not *used* there are none."""
+        wanted, device = set(used), choice.order.device
+        spans = [(ends[one - 1] if one else 0, ends[one]) for one in experts]
+        runs = [
+            torch.arange(start, end if one in wanted else start)
+            for one, (start, end) in zip(experts, spans, strict=True)
+        ]
+        counts = torch.tensor([len(run) for run in runs])
+        local = torch.repeat_interleave(torch.arange(len(experts)), counts)
+        offsets = counts.cumsum(0).to(device, torch.int32)
+        return cls(torch.cat(runs).to(device), local.to(device), offsets)
+
+    def compute(
         self,
         layer: ExpertsLayer,
-        choice: Choices,
-        ends: Sequence[int],
-        experts: Sequence[int],
-        used: Sequence[int],
-    ) -> None:
-        self._layer, self._experts = layer, experts
-        device, wanted = choice.order.device, set(used)
-        starts = [ends[one - 1] if one else 0 for one in experts]
-        counts = [
-            ends[one] - start if one in wanted else 0
-            for one, start in zip(experts, starts, strict=True)
-        ]
-        runs = [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
-        self.pairs = torch.cat(runs).to(device)
-        self.tokens = choice.tokens[self.pairs]
-        local = torch.repeat_interleave(torch.arange(len(experts)), torch.tensor(counts))
-        self._local = local.to(device)
-        self._offsets = torch.tensor(counts).cumsum(0).to(device, torch.int32)
-
-    def rows(
-        self,
         stacks: dict[str, Tensor],
         rows: Tensor,
         addition: LowRank | None,
-        factors: Sequence[Tensor],
-        sliced: bool = False,
+        own: list[Tensor],
     ) -> Tensor:
-        """Compute the pairs' rows, unweighted; *factors* are of all experts, or only of these."""
-        stacks = {name: stack[: len(self._experts)] for name, stack in stacks.items()}
+        """Compute the pairs' rows, unweighted; *own* are the group's factors, all A first."""
+        stacks = {name: stack[: len(self.offsets)] for name, stack in stacks.items()}
         names = [] if addition is None else addition.names
-        own = [one if sliced else one[self._experts].to(rows.device) for one in factors]
-        pairs = dict(
-            zip(names, zip(own[: len(names)], own[len(names) :], strict=True), strict=True)
-        )
+        half = len(names)
+        factors = dict(zip(names, zip(own[:half], own[half:], strict=True), strict=True))
 
         def add(name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-            return addition.term(*pairs[name], rows, offsets)  # type: ignore[union-attr]
+            return addition.term(*factors[name], rows, offsets)  # type: ignore[union-attr]
 
-        return expert_rows(
-            self._layer.module,
-            stacks,
-            rows,
-            self._local,
-            self._offsets,
-            None if addition is None else add,
-        )
+        given = (layer.module, stacks, rows, self.local, self.offsets)
+        return expert_rows(*given, None if addition is None else add)
 
 
-def _sorted(
-    index: Tensor, weights: Tensor, num_experts: int
-) -> tuple[Choices, list[int], list[int]]:
-    """Sort the choices; return also the experts that a token chose, and where each one's end."""
-    choice = sort_choices(index, weights, num_experts)
-    real = index[(index >= 0) & (index < num_experts)]
-    return choice, real.unique().tolist(), choice.offsets.tolist()
+def _used(index: Tensor, num_experts: int) -> list[int]:
+    """List the experts that a token chose."""
+    return index[(index >= 0) & (index < num_experts)].unique().tolist()  # type: ignore[no-any-return]
 
 
 def _autocast(device: str) -> Callable[[], Any]:

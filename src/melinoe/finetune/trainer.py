@@ -25,7 +25,6 @@ from melinoe.finetune import resume
 from melinoe.finetune.objective import Objective
 from melinoe.finetune.parts import TrainedParts
 from melinoe.finetune.rates import Rates
-from melinoe.finetune.rows import Packing
 from melinoe.finetune.stream import ExpertStream
 from melinoe.moe.finite import broken_weight
 
@@ -38,20 +37,16 @@ _MOST_BAD_STEPS = 5  # non-finite losses in a row before a run stops
 _COUNTS = ("rows", "skipped_steps", "good_steps")  # kept in a checkpoint as they are
 
 
-class LocalityTrainer(Trainer):
+class LocalityTrainer(Trainer, TrainerCallback):
     """
-    Trains on the objective's total, and logs each of its terms.
+    Trains on the objective's total, and logs each of its terms; its own callback.
 
     All terms are means over the completion tokens of the whole optimiser step: over its accumulated
     batches and over all processes. A step whose loss or gradient is not finite on any process
     changes no weight; it is counted, and five in a row end the run.
 
-    Attributes:
-        rows: The log: one dictionary per logged step, with the mean of each term since the last,
-            and one per measurement of the held-out examples. Where the experts' weights are in a
-            store, ``expert_reads`` is what the logged step read.
-        skipped_steps: Steps that changed nothing because of a non-finite loss.
-        stopped: Whether the run ended early, as it was asked to.
+    *rows* is the log: one dictionary per logged step, with the mean of each term since the last and
+    what the step read of experts in a store, and one per measurement of the held-out examples.
     """
 
     def __init__(
@@ -63,7 +58,6 @@ class LocalityTrainer(Trainer):
         parts: TrainedParts,
         held_out: Sequence[Encoded] | None,
         padding: Collator,
-        packing: Packing | None,
         progress: Progress | None,
         checkpoints: Path | None,
         identity: dict[str, Any],
@@ -74,7 +68,7 @@ class LocalityTrainer(Trainer):
         self.settings, self.rates, self.locality, self.parts = settings, rates, objective, parts
         super().__init__(**trainer_options)
         self.remove_callback(PrinterCallback)
-        self.held_out, self.padding, self.packing = held_out, padding, packing
+        self.held_out, self.padding = held_out, padding
         self.progress, self.checkpoints = progress, checkpoints
         self.identity, self.stop, self.stopped = identity, stop, False
         self.stream, self.read_before = stream, 0  # reads up to the step that runs
@@ -85,7 +79,7 @@ class LocalityTrainer(Trainer):
         self.good_steps = self.skipped_steps = self.bad_in_a_row = 0
         self._pending: dict[str, Tensor] = {}  # of the step that runs
         self._bad_now = False
-        self.add_callback(_Turns(self))
+        self.add_callback(self)
 
     # ---- one step ----
 
@@ -106,30 +100,26 @@ class LocalityTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the combined loss of one batch; see `Objective`."""
-        if self.packing is not None:
-            inputs = self.packing.inputs(inputs)
         terms = self.locality.measure(model, inputs, num_items_in_batch, training=True)
         self._bad_now |= not bool(torch.isfinite(terms.total))
-        for name, value in terms.detached().items():
-            self._pending[name] = self._pending.get(name, 0.0) + value.double()
+        _add(self._pending, terms.detached())
         # Gradients are averaged over processes, but the terms are shares of a sum over them.
         loss = terms.total * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def end_step(self) -> None:
-        """Forget the gradients of a bad step, and count it, before the optimiser's step."""
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the gradients of a bad step and count it; they are complete here, and unused."""
         pending, self._pending = self._pending, {}
         if not self._is_bad_anywhere():
             self.bad_in_a_row = 0
-            for name, value in pending.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
             self.good_steps += 1
+            _add(self.sums, pending)
             return
         self.skipped_steps += 1
         self.bad_in_a_row += 1
         for parameter in self.parts.all():
             parameter.grad = None
-        step = self.state.global_step + 1
+        step = state.global_step + 1
         broken = self._broken_weight() if self.skipped_steps == 1 else None
         if broken is not None:
             raise TrainingError(
@@ -163,6 +153,39 @@ class LocalityTrainer(Trainer):
         """Name a weight that holds no number, each process of its own share; all must call."""
         found = gather_object([broken_weight(self.plain_model())])
         return next(filter(None, found), None)
+
+    # ---- the run's turns ----
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the parts in the wrapped model, and measure before the first step."""
+        now = self.trained()
+        for group in (self.parts.router, self.parts.lora):
+            group |= {name: now[name] for name in group}  # sharding makes new parameters
+        state.logging_steps = args.logging_steps  # a checkpoint brings its own
+        if self.held_out and state.global_step == 0:
+            self.evaluate()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the objective where the run stands; each process has its own batches."""
+        turn = state.global_step * args.world_size + args.process_index
+        self.locality.next_replayed = turn * args.gradient_accumulation_steps
+        if self.stream is not None:
+            self.read_before = self.stream.reads.used
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide what follows the step."""
+        last = state.global_step >= state.max_steps
+
+        def turn(every: int | None) -> bool:
+            return every is not None and state.global_step % every == 0
+
+        control.should_evaluate |= bool(self.held_out) and (last or turn(self.settings.eval_every))
+        self.stopped = self.stopped and not last
+        control.should_training_stop |= self.stopped
+        # After a bad step the weights are those of a checkpoint before, or what made it bad.
+        good = not self.bad_in_a_row
+        due = last or self.stopped or (good and turn(self.settings.save_every))
+        control.should_save = due and self.checkpoints is not None
 
     # ---- the log, and measuring ----
 
@@ -198,15 +221,12 @@ class LocalityTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Log each term's mean over the held-out examples' completions, as ``eval_<term>``."""
-        model, accelerator = self.plain_model(), self.accelerator
+        model, accelerator, size = self.plain_model(), self.accelerator, self.settings.batch_size
         was_training = model.training
         model.eval()
         ordered = sorted(self.held_out or eval_dataset, key=len)
-        batches = [
-            ordered[start : start + self.settings.batch_size]
-            for start in range(0, len(ordered), self.settings.batch_size)
-        ]
-        sums: dict[str, float] = {}
+        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        sums: dict[str, Tensor] = {}
         tokens = 0
         # Sharded weights are gathered by all processes together: each takes as many passes as any.
         for first in range(0, len(batches), accelerator.num_processes):
@@ -216,11 +236,10 @@ class LocalityTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 terms = self.locality.measure(model, batch, training=False)
             count = int((batch["labels"] != IGNORED).sum()) if mine < len(batches) else 0
-            for key, value in terms.detached().items():
-                sums[key] = sums.get(key, 0.0) + float(value) * count
+            _add(sums, terms.detached(), count)
             tokens += count
         model.train(was_training)
-        found = torch.tensor([*sums.values(), tokens], dtype=torch.float64)
+        found = torch.tensor([*map(float, sums.values()), tokens], dtype=torch.float64)
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum")
         *values, of_all = found.tolist()
         if not all(map(math.isfinite, values)):
@@ -298,23 +317,21 @@ class LocalityTrainer(Trainer):
         for key, value in resume.read_tensors(Path(path), "optimizer").items():
             kind, _, name = key.partition(":")
             parameter = parameters[name]
-            of_the_parameter = value.shape == parameter.shape and value.dim() > 0
-            self.optimizer.state[parameter][kind] = (
-                resume.share_out(value, parameter) if of_the_parameter else value
-            )
+            shaped = value.shape == parameter.shape and value.dim() > 0
+            own = resume.share_out(value, parameter) if shaped else value
+            self.optimizer.state[parameter][kind] = own
         for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
             group["lr"] = rate
         self.lr_scheduler.load_state_dict(state["schedule"])
         for name in _COUNTS:
             setattr(self, name, state[name])
-        kept = state["processes"]
         # On another number of processes each takes an equal share of the sums.
-        mine = self._mine(kept)
-        states, share = ([mine], 1) if mine else (kept, self.accelerator.num_processes)
+        mine = self._mine(state["processes"])
+        states, share = ([mine], 1) if mine else (state["processes"], self.args.world_size)
         for one in states:
-            for name, value in one["sums"].items():
-                more = torch.tensor(value / share, dtype=torch.float64)
-                self.sums[name] = self.sums.get(name, 0.0) + more.to(self.accelerator.device)
+            double = torch.float64
+            more = {n: torch.tensor(v / share, dtype=double) for n, v in one["sums"].items()}
+            _add(self.sums, {k: v.to(self.accelerator.device) for k, v in more.items()})
 
     def _load_rng_state(self, path: str | None) -> None:
         """Put back this process's random states; on another number of processes they stay anew."""
@@ -323,52 +340,8 @@ class LocalityTrainer(Trainer):
 
     def _mine(self, processes: list[dict[str, Any]]) -> dict[str, Any] | None:
         """This process's own state, if the checkpoint is of as many processes."""
-        same = len(processes) == self.accelerator.num_processes
-        return processes[self.accelerator.process_index] if same else None
-
-
-class _Turns(TrainerCallback):
-    """Calls the trainer at its turns, and tells the Trainer when to measure, save and stop."""
-
-    def __init__(self, trainer: LocalityTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the parts in the wrapped model, and measure before the first step."""
-        trainer, now = self.trainer, self.trainer.trained()
-        for group in (trainer.parts.router, trainer.parts.lora):
-            group |= {name: now[name] for name in group}  # sharding makes new parameters
-        state.logging_steps = args.logging_steps  # a checkpoint brings its own
-        if trainer.held_out and state.global_step == 0:
-            trainer.evaluate()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the objective where the run stands; each process has its own batches."""
-        accelerator = self.trainer.accelerator
-        turn = state.global_step * accelerator.num_processes + accelerator.process_index
-        self.trainer.locality.next_replayed = turn * args.gradient_accumulation_steps
-        if (stream := self.trainer.stream) is not None:
-            self.trainer.read_before = stream.reads.used
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find out a bad step here, where gradients are complete and unused."""
-        self.trainer.end_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Decide what follows the step."""
-        settings, trainer = self.trainer.settings, self.trainer
-        last = state.global_step >= state.max_steps
-
-        def turn(every: int | None) -> bool:
-            return every is not None and state.global_step % every == 0
-
-        control.should_evaluate |= bool(trainer.held_out) and (last or turn(settings.eval_every))
-        trainer.stopped = trainer.stopped and not last
-        control.should_training_stop |= trainer.stopped
-        # After a bad step the weights are those of a checkpoint before, or what made it bad.
-        good = not trainer.bad_in_a_row
-        due = last or trainer.stopped or (good and turn(settings.save_every))
-        control.should_save = due and trainer.checkpoints is not None
+        same = len(processes) == self.args.world_size
+        return processes[self.args.process_index] if same else None
 
 
 def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> TrainingArguments:
@@ -399,7 +372,7 @@ def training_arguments(settings: FinetuneSettings, output_dir: str | Path) -> Tr
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="no",  # `_Turns` decides
+        save_strategy="no",  # `on_step_end` decides
         eval_strategy="no",
         seed=settings.seed,
         bf16=settings.compute_dtype == "bfloat16",
@@ -421,10 +394,22 @@ def set_steps(
     arguments.warmup_steps = int(settings.warmup * steps)
 
 
+def sharding() -> str | None:
+    """Name what ``accelerate launch`` was asked to shard the model with."""
+    for name in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1"):
+            return name
+    return None
+
+
 def is_sharded(arguments: TrainingArguments) -> bool:
     """Whether FSDP shards the model, by the Trainer's arguments or by ``accelerate launch``."""
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    return bool(arguments.fsdp) or launched
+    return bool(arguments.fsdp) or sharding() == "FSDP"
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor], times: int = 1) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value.double() * times
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,22 +1,17 @@
 """
-The terms of the training loss: functions of logits, choices and hidden states, and nothing else.
+The terms of the training loss: functions of logits and choices, and nothing else.
 
 For one MoE layer and token t, K = top_k, C = cache capacity in experts, E experts:
 
-    p_f, p_b   probabilities of the router in training and of the base router
-    r(t)       the choice that really ran, as E zeros and ones; gradients pass it as if it were p_f
-    s(t)       sum over earlier tokens j of the same sequence of  gamma^(t-1-j) r(j)
+    p(t)       probabilities of the router in training
+    r(t)       the choice that really ran, as E zeros and ones; gradients pass it as if it were p
+    s(t)       sum over earlier tokens j of the sequence of  gamma^(t-1-j) r(j)
     c(t)       what an imagined cache of C experts holds before token t; made of s(t)
 
     next token         mean_t -log q(t)                    `next_token_loss`
     cache simulation   mean_t < r(t), 1 - c(t) >           `cache_simulation_loss`, in three forms
     concentration      few experts within a sequence, all
                        over the batch                      `concentration_loss`
-    rank matching      mean_t of relu(rho - (p_f,i - p_f,j)), averaged over the pairs of experts
-                       with p_b,i > p_b,j                  `rank_matching_loss`
-    KL anchor          mean_t KL(p_b || p_f)               `kl_anchor_loss`
-    match              mean_t of |h - t|^2 / |t|^2, hidden states h of this model and t of a
-                       teacher                             `match_loss`
 
 The mean runs over completion tokens; the prompt only fills the imagined cache, and padding does not
 even that. The first token of a sequence meets an empty cache: c = 0, its loss is K.
@@ -28,23 +23,18 @@ value per layer. All layers in one call cost far fewer kernels than one call per
 Source: MELINOE, arXiv:2602.11192, with c in closed form; each file says what differs.
 """
 
-from melinoe.losses.anchors import kl_anchor_loss, match_loss, rank_matching_loss
 from melinoe.losses.cache import cache_simulation_loss, missing_share
 from melinoe.losses.concentration import concentration_loss
-from melinoe.losses.filter import CausalFilter, choices_of, segments_of
+from melinoe.losses.filter import choices_of, filtered
 from melinoe.losses.next_token import next_token_loss
 from melinoe.losses.select import completion_positions
 
 __all__ = [
-    "CausalFilter",
     "cache_simulation_loss",
     "choices_of",
     "completion_positions",
     "concentration_loss",
-    "kl_anchor_loss",
-    "match_loss",
+    "filtered",
     "missing_share",
     "next_token_loss",
-    "rank_matching_loss",
-    "segments_of",
 ]

@@ -9,7 +9,7 @@ Count how many of a token's experts an imagined cache lacks.
                counts the misses of an LRU cache, up to ties among experts of one token; with a
                larger gamma nearly those of a decayed LFU cache that remembers what it let go.
 
-All three pull on the router alike: along p_f, by what the cache lacks. No gradient passes through
+All three pull on the router alike: along p, by what the cache lacks. No gradient passes through
 the cache to earlier tokens.
 
 Source: MELINOE, arXiv:2602.11192, for the literal form. The other two are ours.
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from melinoe.losses.filter import CausalFilter, choices_of
+from melinoe.losses.filter import choices_of, filtered
 from melinoe.losses.select import mean, select
 
 Form = Literal["clipped", "literal", "resident"]
@@ -30,8 +30,8 @@ def cache_simulation_loss(
     router_logits: Tensor,
     top_k_index: Tensor,
     completion: Tensor,
-    causal_filter: CausalFilter,
     *,
+    gamma: float,
     capacity: float,
     num_experts: int | None = None,
     form: Form = "clipped",
@@ -44,7 +44,7 @@ def cache_simulation_loss(
         router_logits: ``(batch, tokens, ..., experts)``, with gradient; any float type.
         top_k_index: int64 ``(batch, tokens, ..., top_k)``, what really ran.
         completion: The tokens that count: bool ``(batch, tokens)``, or `completion_positions`.
-        causal_filter: Of this batch's segments, shared by all layers.
+        gamma: Forgetting per token of the cache's memory, in [0, 1].
         capacity: Experts that the cache holds.
         num_experts: Logits past this one are skip slots; default: all are experts.
         form: See this module.
@@ -58,26 +58,21 @@ def cache_simulation_loss(
     """
     num_experts = num_experts or router_logits.shape[-1]
     hard = choices_of(top_k_index, num_experts)
-    s = select(causal_filter(hard), completion)
+    s = select(filtered(hard, gamma), completion)
     p = select(router_logits, completion).float().softmax(-1)[..., :num_experts]
     chosen = select(hard, completion)
-    used = None
-    if form == "resident" and causal_filter.ever is not None:
-        used = select(causal_filter.ever(hard), completion) > 0
+    # Where gamma makes float32 forget what was used long ago, s does not tell it from never.
+    used = select(hard.cumsum(1) - hard, completion) > 0
     cost = missing_share(s, capacity, form, used)
     value, pull = (chosen * cost).sum(-1), (p * cost).sum(-1)
     return mean(value + (pull - pull.detach()), denominator)
 
 
-def missing_share(s: Tensor, capacity: float, form: Form, used: Tensor | None = None) -> Tensor:
-    """
-    Compute 1 - c, the share of each expert that is not in the cache, from the filter's *s*.
-
-    *used*, bool, as *s*: experts used before, where *s* may have fallen below the smallest float.
-    """
+def missing_share(s: Tensor, capacity: float, form: Form, used: Tensor) -> Tensor:
+    """Compute 1 - c, each expert's share that no cache holds, from s and whether it was *used*."""
     if form == "resident":
-        if used is not None:  # the longest unused are equals, and still before those never used
-            s = torch.where(used, s.clamp(min=torch.finfo(s.dtype).tiny), 0.0)
+        # The longest unused are equals, and still before those never used.
+        s = torch.where(used, s.clamp(min=torch.finfo(s.dtype).tiny), 0.0)
         # Stable, so that of equals the lower id is resident, whatever the device.
         order = s.sort(dim=-1, descending=True, stable=True).indices
         place = torch.arange(s.shape[-1], device=s.device).expand_as(s)

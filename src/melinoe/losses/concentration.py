@@ -24,7 +24,6 @@ def concentration_loss(
     router_logits: Tensor,
     top_k_index: Tensor,
     completion: Tensor,
-    segment_ids: Tensor,
     *,
     capacity: float,
     num_experts: int | None = None,
@@ -39,7 +38,6 @@ def concentration_loss(
         router_logits: ``(batch, tokens, ..., experts)``, with gradient; any float type.
         top_k_index: int64 ``(batch, tokens, ..., top_k)``, what really ran.
         completion: The tokens that count: bool ``(batch, tokens)``, or `completion_positions`.
-        segment_ids: int ``(batch, tokens)``: tokens of one sequence share an id in their row.
         capacity: Experts that a sequence may use for nothing.
         num_experts: Logits past this one are skip slots; default: all are experts.
         denominator: Completion tokens of the optimiser step, of which this batch's share counts;
@@ -57,9 +55,8 @@ def concentration_loss(
     hard = select(choices_of(top_k_index, num_experts), completion)
     hard = hard / hard.sum(-1, keepdim=True).clamp(min=1)
     p = select(router_logits, completion).float().softmax(-1)[..., :num_experts]
-    rows = torch.arange(segment_ids.shape[0], device=segment_ids.device)
-    owner = (rows[:, None] * (segment_ids.max() + 2) + segment_ids).flatten()[completion]
-    _, owner, counts = owner.unique(return_inverse=True, return_counts=True)
+    row = completion // router_logits.shape[1]  # each holds one sequence
+    _, owner, counts = row.unique(return_inverse=True, return_counts=True)
     shape = (len(counts), *(1,) * (hard.dim() - 1))
     shares = hard.new_zeros(len(counts), *hard.shape[1:])
     shares = shares.index_add(0, owner, hard + (p - p.detach())) / counts.view(shape)

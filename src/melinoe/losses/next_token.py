@@ -1,74 +1,66 @@
-"""The next-token loss, of which the backward pass needs one tensor of logits instead of three."""
+"""The next-token loss, made of some tokens' logits at a time, and again for the gradient."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
+from torch.nn.functional import nll_loss, pad
+from torch.utils.checkpoint import checkpoint
 
-_AT_ONCE = 1 << 22  # logits that are turned into float32 log-probabilities at a time: 16 MiB
+# Logits at a time: 32 MiB in float32, and about four times that while they are worked off.
+LOGITS_AT_ONCE = 1 << 23
 
 
 def next_token_loss(
-    logits: Tensor,
+    states: Tensor,
     labels: Tensor,
+    head: Callable[[Tensor], Tensor] | None = None,
+    vocabulary: int | None = None,
     *,
     ignored: int = -100,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """
-    Cross-entropy of each next token, equal to transformers' ``ForCausalLMLoss`` bit for bit.
+    Cross-entropy of each next token.
+
+    Without a head equal to transformers' ``ForCausalLMLoss`` bit for bit; with one, within the
+    order of float32's additions, and the logits of all tokens are never there at once.
 
     Args:
-        logits: ``(batch, tokens, vocabulary)``, with gradient; any float type.
+        states: ``(batch, tokens, features)``, with gradient: of a *head*, else the logits.
         labels: int64 ``(batch, tokens)``; where it is *ignored*, the token is not predicted. The
             logits before a token predict it, so the first column never counts.
+        head: Makes logits ``(some, vocabulary)`` of ``(some, features)``; its own weights get no
+            gradient. Called for tokens that are predicted alone.
+        vocabulary: Width of the logits; needed with *head*.
         ignored: See *labels*.
         denominator: Divides the sum; default: the number of predicted tokens, at least 1.
 
     Returns:
         A float32 scalar, in nats.
     """
-    targets = torch.nn.functional.pad(labels, (0, 1), value=ignored)[:, 1:].reshape(-1)
-    total: Tensor = _SummedLoss.apply(logits.flatten(0, 1), targets.to(logits.device), ignored)
+    targets = pad(labels, (0, 1), value=ignored)[:, 1:].reshape(-1).to(states.device)
+    rows = states.flatten(0, 1)
+    if head is not None:
+        counted = (targets != ignored).nonzero().squeeze(-1)
+        rows, targets = rows.index_select(0, counted), targets[counted]
+    place = targets.clamp(min=0)[:, None]
+
+    def log_probabilities(rows: Tensor, place: Tensor) -> Tensor:
+        logits = rows if head is None else head(rows)
+        return logits.float().log_softmax(-1).gather(1, place)
+
+    step = max(1, LOGITS_AT_ONCE // (vocabulary or rows.shape[-1]))
+    parts = [
+        checkpoint(log_probabilities, *pair, use_reentrant=False, preserve_rng_state=False)
+        for pair in zip(rows.split(step), place.split(step), strict=True)
+    ]
+    # The library's own sum, whose order of addition no other has.
+    only = targets.clone()
+    only[targets != ignored] = 0
+    total = nll_loss(torch.cat(parts), only, ignore_index=ignored, reduction="sum")
     if denominator is None:
         denominator = (targets != ignored).sum().clamp(min=1)
     return total / (
         denominator.to(total.device) if isinstance(denominator, Tensor) else denominator
     )
-
-
-class _SummedLoss(torch.autograd.Function):
-    """Sum over rows; log-probabilities are made some rows at a time, and again for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        ctx.ignored = ignored
-        place = targets.clamp(min=0)[:, None]
-        chosen = torch.empty(place.shape, device=logits.device)
-        for rows in _parts(logits):
-            chosen[rows] = logits[rows].float().log_softmax(-1).gather(1, place[rows])
-        # The library's own sum, whose order of addition no other has.
-        only = targets.clone()
-        only[targets != ignored] = 0
-        return nll_loss(chosen, only, ignore_index=ignored, reduction="sum")
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        logits, targets = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        counts, place = (targets != ctx.ignored)[:, None], targets.clamp(min=0)[:, None]
-        pull = torch.where(counts, -upstream[0], 0.0)
-        for rows in _parts(logits):
-            log_p = logits[rows].float().log_softmax(-1)
-            own = torch.zeros_like(log_p).scatter_(1, place[rows], pull[rows])
-            gradient[rows] = torch._log_softmax_backward_data(own, log_p, -1, log_p.dtype)
-        return gradient, None, None
-
-
-def _parts(logits: Tensor) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // logits.shape[1])
-    for start in range(0, logits.shape[0], step):
-        yield slice(start, start + step)

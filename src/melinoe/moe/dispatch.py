@@ -8,7 +8,9 @@ without one is an error, never a fallback to weights that may be gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +67,23 @@ def use_melinoe(model: nn.Module) -> Callable[[], None]:
             config._experts_implementation_internal = name
 
     return restore
+
+
+@contextmanager
+def computed_by(
+    model: nn.Module, modules: Iterable[nn.Module], compute: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Within it, *compute* computes the experts *modules* of *model* that nothing else computes."""
+    ours = [module for module in modules if bound(module) is None]
+    for module in ours:
+        bind(module, partial(compute, module))
+    restore = use_melinoe(model)
+    try:
+        yield
+    finally:
+        restore()
+        for module in ours:
+            unbind(module)
 
 
 def still_used(model: nn.Module) -> Callable[[], None]:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from melinoe.errors import UnsupportedModelError
@@ -187,38 +185,6 @@ class RoutingRecorder(_Recorder):
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-class HiddenRecorder(_Recorder):
-    """
-    Collects the inputs of each router and of the language-model head, with their graph.
-
-    Between one router and the next lies one MoE block, so these are the model's hidden states after
-    each block, whatever a family calls its layers. ``take()`` empties it.
-    """
-
-    def __init__(self, routers: list[Router], model: Any) -> None:
-        head = model.get_output_embeddings()
-        self._parts = [router.module for router in routers] + ([] if head is None else [head])
-        self._clear()
-
-    def _clear(self) -> None:
-        self._seen: dict[int, Tensor] = {}
-
-    def take(self) -> dict[int, Tensor]:
-        """Return hidden states ``(tokens, features)`` by place in the model's order."""
-        seen, self._seen = self._seen, {}
-        return seen
-
-    def _hook(self) -> Iterator[Any]:
-        for place, part in enumerate(self._parts):
-            yield part.register_forward_pre_hook(partial(self._see, place), with_kwargs=True)
-
-    def _see(self, place: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and torch.is_floating_point(value) and value.dim() > 1:
-                self._seen.setdefault(place, value.reshape(-1, value.shape[-1]))
-                return
 
 
 def fingerprint(model: nn.Module) -> str:

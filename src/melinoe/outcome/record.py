@@ -143,11 +143,7 @@ def record_origin(
     """
     known = read_metadata(directory)
     data = {**(known.get("data") or {}), **describe_data(source, examples, split), **more}
-    fields, teacher = describe_base(base), known.get("teacher")
-    if teacher and Path(teacher["source"]).expanduser().is_dir():  # a path is nobody's business
-        name = Path(teacher["source"]).expanduser().resolve().name
-        fields["teacher"] = {**teacher, "source": name}
-    return update_metadata(directory, **fields, data=data)
+    return update_metadata(directory, **describe_base(base), data=data)
 
 
 def around(slots: int, num_experts: int) -> list[int]:

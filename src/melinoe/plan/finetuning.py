@@ -87,7 +87,7 @@ def plan_finetuning(
     rate = find_bandwidth(disk or "nvme4", "disk")
     if made.store == "pinned":
         rate = find_bandwidth(wire, "link")
-    passes = 2 + 2 * (settings.lambda_replay > 0) + (settings.lambda_match > 0)
+    passes = 2 + 2 * (settings.lambda_replay > 0)
     reads = passes * experts * settings.gradient_accumulation
     return FinetunePlan(model, made, rate, reads, rate.seconds(reads))
 

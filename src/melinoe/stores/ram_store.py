@@ -29,13 +29,19 @@ class RamStore:
     Made with room for *layers* and no contents: fill it through `views`. Or let `from_modules` move
     the weights of a model into it.
 
+    Args:
+        layers: To make room for.
+        file: Path of a file that holds the blocks, mapped. Processes that give the same one share
+            its memory; the first has filled the store before another makes its own.
+
     Raises:
         BudgetError: the host does not have the memory.
     """
 
     kind: ClassVar[str] = "ram"
 
-    def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
+    def __init__(self, layers: Sequence[ExpertsLayer] = (), file: str | None = None) -> None:
+        self._file, self._filled = file, 0
         self._layers: list[ExpertsLayer] = []
         self._blocks: list[Tensor] = []  # per layer: uint8 (num_experts, stride)
         self._views: list[dict[str, Tensor]] = []
@@ -136,6 +142,11 @@ class RamStore:
         self._layers.append(layer)
 
     def _allocate(self, num_experts: int, stride: int) -> Tensor:
+        if self._file is not None:
+            start, size = self._filled, num_experts * stride
+            self._filled += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+            room = torch.from_file(self._file, shared=True, size=self._filled, dtype=torch.uint8)
+            return room[start : start + size].view(num_experts, stride)
         try:
             # Never inference tensors: they could not be filled or read outside inference mode.
             with torch.inference_mode(False):
@@ -162,13 +173,13 @@ class PinnedStore(RamStore):
 
     kind: ClassVar[str] = "pinned"
 
-    def __init__(self, layers: Sequence[ExpertsLayer] = ()) -> None:
+    def __init__(self, layers: Sequence[ExpertsLayer] = (), file: str | None = None) -> None:
         if not torch.cuda.is_available():
             raise AttachError(
                 'pinned memory needs a CUDA device and this machine has none; choose store="ram"'
             )
         torch.cuda.init()
-        super().__init__(layers)
+        super().__init__(layers, file)
 
     def _allocate(self, num_experts: int, stride: int) -> Tensor:
         size = num_experts * stride
@@ -181,7 +192,7 @@ class PinnedStore(RamStore):
             start, length = ctypes.c_void_p(room.data_ptr() + first), ctypes.c_size_t(whole)
             ctypes.CDLL(None).madvise(start, length, mmap.MADV_HUGEPAGE)
         # All threads bring the pages in; locking pages that are not there yet takes one thread.
-        room.zero_()
+        room[:: mmap.PAGESIZE] += 0  # and what another process has filled stays
         blocks = room[first : first + size].view(num_experts, stride)
         address = blocks.data_ptr()
         code = torch.cuda.cudart().cudaHostRegister(address, whole, 0)
