@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 from texts import Seen
 
-from melinoe.cache.allocate import allocate, cost_of
 from melinoe.cache.counters import COMPLETION
-from melinoe.cache.curves import miss_curves
+from melinoe.cache.curves import allocate, cost_of, miss_curves
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import Simulation, simulate
 from melinoe.stats import Estimate, bootstrap, paired_difference, paired_ratio
 
 POLICIES = ("lru", "lfu", "lfru", "static", "belady")
-PREFETCHES = ("none", "popularity", "prefill", "predictor", "next-router")
+PREFETCHES = ("none", "popularity", "prefill", "predictor")
 COMPILED = ("lru", "lfu", "lfru", "static", "belady")  # equal counts, and far faster
 FIGURES = ("tokens", "uses", "hits", "loads", "ahead", "used", "used_decoding")
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from early import EarlyRouters
 
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import Given
@@ -82,12 +81,10 @@ class Seen:
 
 def see(name: str, model: Any, handle: Any, of: Texts) -> Seen:
     """Let a model read all texts of a domain."""
-    with EarlyRouters(model) as early:
-        judged = early.added_to(reading_trace(model, handle, of.judged))
     return Seen(
         name,
         of.domain,
-        judged,
+        reading_trace(model, handle, of.judged),
         prompts(of.judged),
         of.documents,
         reading_trace(model, handle, of.learned_from),

@@ -13,11 +13,10 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     decode = [row for row in rows if row["section"] == "decode"]
     fast = [row for row in decode if row["engine"] == "fast" and row["batch"] == 1]
     resident = _first(decode, model=OLMOE, engine="fast, all resident", batch=1)
-    compiled = _first(decode, model=OLMOE, engine="fast, all resident, compiled", batch=1)
     paper = {
         row["engine"]: row["tokens_per_s"]
         for row in decode
-        if row["engine"] in ("fast", "fast, compiled") and row["batch"] == 1
+        if row["engine"] == "fast" and row["batch"] == 1
         and row["model"] == OLMOE and row["experts"] == "int4"
         and row["miss_rate"] == PAPER_RATE
     }  # fmt: skip
@@ -33,13 +32,8 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     decide = [row["decide_s"] / row["layers"] * 1e6 for row in rows if row["section"] == "split"]
     return [
         _goal("share of the roof at miss rates of .1 and above", 0.8, _least_share(fast)),
-        _goal("share of the roof at miss rates of .1 to .5, compiled", 0.8,
-              _least_share(row for row in decode if row["engine"] == "fast, compiled")),
         _goal("tok/s, OLMoE, all resident", 300, resident and resident["tokens_per_s"]),
-        _goal("tok/s, OLMoE, all resident, compiled", 300, compiled and compiled["tokens_per_s"]),
         _goal("tok/s, OLMoE, 60 experts a token, 4 bits", 200, paper.get("fast")),
-        _goal("tok/s, OLMoE, 60 experts a token, 4 bits, compiled", 200,
-              paper.get("fast, compiled")),
         _goal("times accelerate's offload, at the worst miss rate", 3,
               accelerate["step_s"] / slowest if accelerate and slowest else None),
         _goal("times the reference engine, at the worst miss rate", 2, min(ratios, default=None)),
@@ -68,7 +62,6 @@ def table(record: dict[str, Any]) -> str:
                 f"miss {'-' if row['miss_rate'] is None else format(row['miss_rate'], '.2f'):5}"
                 f"{row['tokens_per_s']:9.1f} tok/s"
                 + (f"{share:7.0%} of roof" if share is not None else "")
-                + (f", compiled in {row['compile_s']:.0f} s" if row.get("compile_s") else "")
             )
         elif row["section"] == "prefill":
             lines.append(

@@ -15,7 +15,6 @@ import steps
 import torch
 
 import melinoe
-from melinoe.engine.device import compiled as compiling
 
 RATES = (0.0, 0.1, 0.5)
 
@@ -78,7 +77,7 @@ class Setup:
 
     def __init__(
         self, bench: Bench, shape: Any, slots: int, engine: str, store: Any,
-        implementation: str = "grouped_mm", compile: bool = False, graphs: bool = False,
+        implementation: str = "grouped_mm", graphs: bool = False,
     ) -> None:  # fmt: skip
         self.bench, self.shape, self.slots = bench, shape, slots
         device = bench.device
@@ -87,14 +86,16 @@ class Setup:
         self.model.set_experts_implementation(implementation)
         self.handle: Any = None
         self.passes: Any = None
-        self.compiled: Any = None
         if engine == "fast":
             self.handle = melinoe.attach(
-                self.model, engine="fast", slots=slots, store=store, device=device,
-                graphs=compile or graphs, compile=compile,
-            )  # fmt: skip
+                self.model,
+                engine="fast",
+                slots=slots,
+                store=store,
+                device=device,
+                graphs=graphs,
+            )
             self.passes = self.handle._passes
-            self.compiled = self.handle.graphs.compiled
         elif engine == "reference":
             self.handle = melinoe.attach(
                 self.model, engine="reference", slots=slots, store=store, device=device
@@ -106,7 +107,7 @@ class Setup:
     def decoder(self, batch: int, captured: bool, prompt: int = 16) -> steps.Decoder:
         """A decoder whose steps advance the table."""
         found = steps.Decoder(
-            self.model, batch, prompt, self.bench.steps + 8, captured, self.passes, self.compiled
+            self.model, batch, prompt, self.bench.steps + 8, captured, self.passes
         )
         found.after.append(lambda: self.forced.step.add_(1))
         return found
@@ -173,7 +174,7 @@ def decode(bench: Bench, found: dict, setup: Setup, engine: str, kind: str, batc
         bench.add(
             section="decode", model=setup.shape.name, layers=setup.shape.layers, engine=engine,
             experts=kind, batch=batch, slots=setup.slots, miss_rate=rate,
-            graph=decoder.graph is not None, compile_s=decoder.compile_s,
+            graph=decoder.graph is not None,
             copy_programs=setup.programs, **timed, **roof,
             share_of_roof=share_of(roof, timed["step_s"]),
         )  # fmt: skip
@@ -270,24 +271,6 @@ def by_generate(bench: Bench, shape: Any, store: Any, kind: str) -> None:
               engine="fast, all resident, by generate", experts=kind, miss_rate=0.0,
               slots=shape.experts, replayed=graphs.replayed, reason=graphs.reason,
               **timed)  # fmt: skip
-
-
-def compiled(bench: Bench, shape: Any, found: dict, kind: str) -> None:
-    """Measure both with a compiled decode step; the faster one first, in case time runs out."""
-    if bench.dry:
-        compiling.backend = lambda graph, example_inputs: graph.forward
-    store = bench.store(shape, kind)
-    wanted = [
-        ("fast, all resident, compiled", shape.experts, (0.0,)),
-        ("fast, compiled", shape.experts // 2, bench.rates),
-    ]
-    if kind != "bf16":
-        wanted = [("fast, compiled", shape.experts // 2, (plan.PAPER_RATE,))]
-    for engine, slots, rates in wanted:
-        setup = Setup(bench, shape, slots, "fast", store, compile=True)
-        decode(bench, found, setup, engine, kind, 1, rates, True, store.block_bytes(0))
-        del setup
-        bench.settle()
 
 
 def reference(bench: Bench, shape: Any, found: dict, kind: str) -> None:

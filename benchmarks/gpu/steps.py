@@ -26,15 +26,11 @@ class Decoder:
         room: tokens that may follow.
         captured: replay the step from a CUDA graph.
         passes: the engine's, told what a call is so that it need not ask the device; or None.
-        compiled: the engine's compiled forward pass, which then computes the steps; or None.
     """
 
     def __init__(
-        self, model: Any, batch: int, prompt: int, room: int, captured: bool, passes: Any = None,
-        compiled: Any = None,
-    ) -> None:  # fmt: skip
-        self.compiled, self.forward = compiled, lambda inputs: model(**inputs)
-        self.compile_s: float | None = None
+        self, model: Any, batch: int, prompt: int, room: int, captured: bool, passes: Any = None
+    ) -> None:
         self.model, self.batch, self.prompt = model, batch, prompt
         self.device = model.lm_head.weight.device
         self.captured = captured and self.device.type == "cuda"
@@ -69,13 +65,11 @@ class Decoder:
         if self.passes is not None:
             self.passes.given = Batch(self.batch, 1, 1, 0, None)
         try:
-            out = self.forward(
-                {
-                    "input_ids": self.ids,
-                    "past_key_values": self.cache,
-                    "position_ids": self.position[None].expand(self.batch, 1),
-                    "attention_mask": mask,
-                }
+            out = self.model(
+                input_ids=self.ids,
+                past_key_values=self.cache,
+                position_ids=self.position[None].expand(self.batch, 1),
+                attention_mask=mask,
             )
         finally:
             if self.passes is not None:
@@ -86,16 +80,10 @@ class Decoder:
             act()
 
     def prepare(self) -> None:
-        """Warm up with two steps, compile with the second, capture; the engine counts them."""
+        """Warm up with two steps, then capture; the engine counts them."""
         with torch.no_grad():
             self.step()
-            if self.compiled is not None:
-                self.forward = self.compiled.first
-                self.step()
-                self.compile_s = self.compiled.compile_s
-                self.forward = self.compiled.again
-            else:
-                self.step()
+            self.step()
             if self.captured:
                 self._wait()
                 self.graph = torch.cuda.CUDAGraph()

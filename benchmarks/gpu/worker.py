@@ -30,7 +30,6 @@ PARTS = {
     "half resident": sections.half_resident,
     "products": products.measure,
     "all resident": sections.all_resident,
-    "compiled": sections.compiled,
     "reference engine": sections.reference,
     "transformers, all resident": rivals.resident,
     "accelerate offload": rivals.accelerate_offload,

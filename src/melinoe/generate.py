@@ -117,7 +117,7 @@ def generate(
         know.
         ModelError: the logits are no numbers, and which tensor is to blame; or the predictor
             belongs to another model.
-        AttachError: a prefetch without a handle to load through, or that its engine cannot do.
+        AttachError: a prefetch without a handle to load through.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
@@ -141,7 +141,7 @@ def generate(
     with ExitStack() as stack:
         if handle is not None:  # all of it is one text's, so other threads wait
             stack.enter_context(handle.lock)
-            before, stall_before_s = handle.counters_before_text, handle.stall_s
+            before, stall_before_s = handle.counters, handle.stall_s
         start_s = time.perf_counter()
         if prefetch is not None and handle is not None:
             stack.enter_context(handle.prefetching(prefetch, ids))
@@ -180,7 +180,6 @@ def trace_prompts(
     max_new_tokens: int = 64,
     progress: Callable[[str], None] | None = None,
     *,
-    guesses: bool = False,
     prefetch: Prefetcher | None = None,
     **sampling: Any,
 ) -> Trace:
@@ -188,13 +187,12 @@ def trace_prompts(
     Generate from each prompt in turn, and record which experts every token chose.
 
     One sequence per prompt, in order, batch 1; any number of slots gives the same trace if choices
-    are exact. *progress* is told in words after each tenth; with *guesses* what each layer's router
-    says one layer early while decoding is recorded too. Other arguments as in `generate`.
+    are exact. *progress* is told in words after each tenth. Other arguments as in `generate`.
     """
     if not prompts:
         raise DataError("there are no prompts to trace; give at least one")
     step = max(1, len(prompts) // 10)
-    with handle.record(guesses=guesses) as recorder:
+    with handle.record() as recorder:
         for number, prompt in enumerate(prompts, start=1):
             generate(
                 model, handle, tokenizer, prompt, max_new_tokens, prefetch=prefetch, **sampling

@@ -2,15 +2,7 @@
 
 import numpy as np
 
-from melinoe.cache.prefetch import Listed, Prefetcher
 from melinoe.cache.trace import Trace, TraceBuilder
-
-
-class Early(Listed):
-    """Lists by sequence as `Listed`, loaded before the prompt is read."""
-
-    before_prompt = Listed.before_completion
-    before_completion = Prefetcher.before_completion
 
 
 def trace_of(*forwards, num_experts, top_k, sequence=0, kind=1):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from cache_traces import random_trace, trace_of
 
-from melinoe.cache.allocate import allocate, cost_of
-from melinoe.cache.curves import miss_curves, unit_costs
+from melinoe.cache.curves import allocate, cost_of, miss_curves, unit_costs
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder

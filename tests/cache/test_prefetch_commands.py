@@ -5,7 +5,6 @@ import json
 import pytest
 from data_rows import write
 
-from melinoe.cache.trace import Trace
 from melinoe.shipped import TINY_OLMOE
 
 
@@ -19,23 +18,21 @@ def place(tmp_path_factory):
 
 
 def test_from_a_trace_to_text(melinoe, place):
-    """Trace with guesses, simulate every prefetch, generate by what the trace used most."""
+    """Trace, simulate every prefetch, generate by what the trace used most."""
     trace = place / "t.safetensors"
     code, _, err = melinoe(
-        "trace", "tiny", "--data", place / "prompts.jsonl", "--out", trace, "--guesses",
+        "trace", "tiny", "--data", place / "prompts.jsonl", "--out", trace,
         "--max-new-tokens", 5, "--slots", 8, "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
-    assert Trace.load(trace).guesses is not None
 
-    tried = ("none", "popularity", "prefill", "next-router")
+    tried = ("none", "popularity", "prefill")
     words = [word for name in tried for word in ("--prefetch", name)]
     code, out, err = melinoe("simulate", trace, "--policy", "lru", *words, "--json")
     assert code == 0, err
     rows = {row["prefetch"]: row for row in json.loads(out)}
     assert set(rows) == set(tried)
     assert rows["none"]["prefetch_precision"] is None
-    assert 0 < rows["next-router"]["prefetch_recall"] < 1
     assert 0 < rows["popularity"]["prefetch_precision"] <= 1
 
     code, out, err = melinoe(
@@ -52,7 +49,7 @@ def test_from_a_trace_to_text(melinoe, place):
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
-        (("--prefetch", "psychic"), 2, "next-router"),
+        (("--prefetch", "psychic"), 2, "predictor"),
         (("--prefetch", "popularity"), 1, "--popularity"),
         (("--prefetch", "prefill", "--popularity", "t"), 2, "--prefetch popularity"),
         (("--popularity", "absent.safetensors"), 1, "cannot be read"),

@@ -7,12 +7,12 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from melinoe import attach
 from melinoe.cache.locality import popularity
-from melinoe.cache.prefetch import Given, Prefetcher, Prompt, Route, most_wanted, prefetcher
+from melinoe.cache.prefetch import Given, Prompt, most_wanted, prefetcher
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.engine.passes import Route
 from melinoe.generate import generate, prompt_ids, trace_prompts
 from melinoe.predictor import FitSettings, compare, fit
-from tests import small_olmoe, tiny
+from tests import small_olmoe
 
 
 def run(route, *layers):
@@ -45,75 +45,6 @@ def test_a_pass_that_broke_off_teaches_nothing():
     route.drop_pass()
     route.end_pass()
     assert [route.after(layer) for layer in range(3)] == [1, 2, None]
-
-
-def test_between_layers_the_layer_that_asked_next_before_is_loaded_for():
-    """
-    Layers 0 and 2 run, 1 does not: 3 is brought for layer 1 in the first pass, for 2 in the rest.
-
-    Of the three copied ahead (one to layer 1, and 3 then 3 to layer 2, where 0 evicts it in
-    between) the last is used.
-    """
-
-    class Three(Prefetcher):
-        name = "three"
-
-        def after_router(self, layer, chosen, guess):
-            return [3]
-
-    builder = TraceBuilder(3, 4, 1)
-    for chosen in ([0, -1, 0], [0, -1, 0], [0, -1, 3]):
-        builder.add_forward(np.array(chosen)[None, :, None], 0, 1)
-    done = simulate(builder.trace(), 1, prefetch=Three(), steps=True)
-    assert done.steps.between.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1]]
-    assert done.counters.prefetch_used.tolist() == [[0, 0, 0], [0, 0, 1]]
-
-
-@pytest.fixture(scope="module")
-def two_stacks():
-    """A model whose every decoder layer has one stack of experts for text and one for images."""
-    model = tiny.tiny_model("ernie4_5_vl_moe", num_hidden_layers=3)
-    with torch.no_grad():  # layers add next to nothing, so that what is said early is right
-        for name, parameter in model.named_parameters():
-            if name.endswith(("down_proj", "down_proj.weight", "o_proj.weight")):
-                parameter.mul_(1e-3)
-            elif name.endswith("gate.weight"):
-                parameter.normal_(std=0.5)
-    return model
-
-
-@pytest.mark.parametrize(("policy", "slots"), [("lru", 2), ("lfu", 3)])
-def test_of_two_stacks_in_a_decoder_layer_the_one_that_runs_is_prefetched(
-    two_stacks, policy, slots
-):
-    """
-    Text runs stacks 0 and 2 of four: router 2 is asked about layer 0, nobody about 1 and 3.
-
-    Its layers change the hidden state so little that what router 2 says early is what it says
-    again when asked. Simulator and runtime agree on every counter, also of a second text.
-    """
-    ids = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 4, 11]])]
-
-    def answer(one):
-        torch.manual_seed(0)  # sampled, because the likeliest token is always the same one
-        return two_stacks.generate(one, max_new_tokens=10, do_sample=True, pad_token_id=0)
-
-    plain = [answer(one) for one in ids]
-    chosen = prefetcher("next-router")
-    with attach(two_stacks, slots=slots, policy=policy) as handle:
-        with handle.record(guesses=True) as recorder:
-            for one, text in zip(ids, plain, strict=True):
-                with handle.prefetching(chosen):
-                    assert torch.equal(answer(one), text)
-        counted, trace = handle.counters, recorder.trace()
-    decoding = trace.kind == 1
-    assert (trace.experts[decoding] >= 0).any((0, 2)).tolist() == [True, False, True, False]
-    assert (trace.guesses[decoding] >= 0).any((0, 2)).tolist() == [False, False, True, False]
-    assert (counted.prefetch_loads > 0).tolist() == [False, False, True, False]
-    assert counted.prefetch_precision() > 0.6
-    assert simulate(trace, slots, policy, prefetch=chosen).counters == counted
-    early, ran = trace.guesses[decoding][:, 2], trace.experts[decoding][:, 2]
-    assert (early[..., :, None] == ran[..., None, :]).any(-1).mean() > 0.7
 
 
 IMAGE, BEFORE, AFTER = 120, 122, 123
@@ -150,15 +81,14 @@ def answer(model, picture):
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("name", ["next-router", "prefill"])
-def test_a_picture_is_read_as_without_us_and_counted_as_simulated(model, policy, name):
+def test_a_picture_is_read_as_without_us_and_counted_as_simulated(model, policy):
     """Tokens equal the plain model's for two pictures, which differ; counters the simulator's."""
     pictures = [torch.randn(16, 96, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
     plain = [answer(model, one) for one in pictures]
     assert not torch.equal(*plain)  # the picture is looked at
-    chosen = prefetcher(name)
+    chosen = prefetcher("prefill")
     with attach(model, slots=3, policy=policy) as handle:
-        with handle.record(guesses=name == "next-router") as recorder:
+        with handle.record() as recorder:
             for one, expected in zip(pictures, plain, strict=True):
                 with handle.prefetching(chosen):
                     assert torch.equal(answer(model, one), expected)
@@ -212,13 +142,15 @@ def test_no_strategy_names_an_expert_that_its_layer_does_not_have(uneven):
     for name in ("popularity", "predictor"):
         one = prefetcher(name, given)
         one.bind(model)
-        named.append(one.before_completion(Prompt((SLOTS, FEWER), 8, (3, 4))))
+        named.append(
+            one.before_completion(Prompt((SLOTS, FEWER), 8, (3, 4), np.zeros((2, 8), int)))
+        )
     for first, second in named:
         assert len(first) == SLOTS and 0 < len(second) <= FEWER
         assert max(second) < FEWER and len(set(second)) == len(second)
 
 
-@pytest.mark.parametrize("name", ["popularity", "prefill", "predictor", "next-router"])
+@pytest.mark.parametrize("name", ["popularity", "prefill", "predictor"])
 @pytest.mark.parametrize("slots", [SLOTS, 2])
 def test_served_and_simulated_counts_agree_where_layers_differ(uneven, name, slots):
     """Six slots of eight experts, and all three of three: the same loads on both sides."""
@@ -226,7 +158,7 @@ def test_served_and_simulated_counts_agree_where_layers_differ(uneven, name, slo
     ids = [prompt_ids(tokenizer, one) for one in TEXTS[:3]]
     chosen = prefetcher(name, Given(popularity(trace), quick(trace, model)))
     with attach(model, slots=slots, policy="lfu") as handle:
-        with handle.record(guesses=True) as recorder:
+        with handle.record() as recorder:
             for one in ids:
                 generate(model, handle, tokenizer, one, 6, prefetch=chosen)
         counted, own = handle.counters, recorder.trace()

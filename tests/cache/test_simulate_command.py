@@ -6,9 +6,8 @@ import pytest
 from cache_traces import random_trace
 from typer.testing import CliRunner
 
-from melinoe.cache.allocate import allocate, cost_of
-from melinoe.cache.curves import miss_curves
-from melinoe.cache.locality import popularity, reuse, sch, srp
+from melinoe.cache.curves import allocate, cost_of, miss_curves
+from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import Prefill
 from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import Machine, Work, loads_when, predict
@@ -103,15 +102,6 @@ def test_a_curve_has_a_row_for_every_number_of_slots(trace):
     want = miss_curves(random_trace(0, **TRACE), "belady").miss_rate()
     assert [row["slots"] for row in found] == list(range(1, 13))
     assert [row["belady"] for row in found] == want.tolist()
-
-
-def test_locality_needs_no_cache(trace):
-    """SRP and SCH for segments of 4 and 16 tokens, reuse and distinct experts, as the functions."""
-    loaded = random_trace(0, **TRACE)
-    found = rows(trace, "--locality")
-    assert found["srp(4)"] == srp(loaded, 4) and found["sch(16, 2)"] == sch(loaded, 16, 2)
-    assert found["reuse"] == pytest.approx(reuse(loaded).mean())
-    assert set(found) >= {"experts_per_sequence", "distinct_experts", "srp(16)", "sch(4, 2)"}
 
 
 def test_popularity_may_come_from_elsewhere(trace, tmp_path):

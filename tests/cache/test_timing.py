@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
-from cache_traces import Early, random_trace
+from cache_traces import random_trace
 
 from melinoe.cache.counters import Counters
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import Simulation, Steps, simulate
 from melinoe.cache.timing import Machine, Work, computed_s, loads_when, predict, transfer_s
 from melinoe.errors import HardwareError
 
 
-def run(loads, experts, ahead=None, on_host=None, phase=None, tokens=None, unit=None, between=None):
+def run(loads, experts, ahead=None, on_host=None, phase=None, tokens=None, unit=None):
     """A simulation of which only the steps matter; rows are passes, columns layers."""
     loads = np.array(loads, np.int32)
     zero = np.zeros_like(loads)
@@ -23,7 +24,6 @@ def run(loads, experts, ahead=None, on_host=None, phase=None, tokens=None, unit=
         zero if ahead is None else np.array(ahead, np.int32),
         zero if on_host is None else np.array(on_host, np.int32),
         np.zeros_like(loads) if on_host is None else np.array(on_host, np.int32),
-        zero if between is None else np.array(between, np.int32),
     )
     layers = loads.shape[1]
     return Simulation(Counters(layers), [], [], (1,) * layers, "lru", steps=steps)
@@ -180,60 +180,18 @@ def test_handling_misses_on_the_host_is_simulated_as_it_is_timed():
     found = {}
     for miss in ("wait", "cpu", "split"):
         load = loads_when(miss, machine, WORK)
-        found[miss] = simulate(trace, 3, prefetch=Early(wanted), load=load, steps=True)
+        found[miss] = simulate(trace, 3, prefetch=Listed(wanted), load=load, steps=True)
     assert found["cpu"].counters.loads.sum() == 0 < found["split"].counters.loads.sum()
     steps = found["split"].steps
     assert (steps.loads + steps.on_host <= steps.experts).all() and steps.on_host.any()
     assert not found["wait"].steps.on_host.any()
 
 
-def test_a_prefetch_between_layers_comes_while_the_layer_before_computes():
-    """
-    Two layers of one resident expert each, the second's on its way for 11 ms since 2 ms.
-
-    Layer 0: 2 ms, then the prefetch is issued, then 1 ms. Layer 1: 2 ms until 5, 8 more until it
-    has arrived, 1 to compute.
-    """
-    timing = predict(run([[0, 0]], [[1, 1]], between=[[0, 1]]), Machine(**SLOW), WORK)
-    assert timing.pass_s == pytest.approx([0.014])
-    assert timing.link_s == pytest.approx([0.008])
-    assert timing.transferred_bytes == 100
-
-
-def test_a_prefetch_over_a_layer_that_is_left_out_comes_while_the_one_before_it_computes():
-    """
-    Three layers, the second without a request; the third's expert is on its way for 11 ms.
-
-    All else takes 4/3 ms a layer. It is issued then, and computed with once it is there, for 1 ms.
-    """
-    timing = predict(run([[0, 0, 0]], [[1, 0, 1]], between=[[0, 0, 1]]), Machine(**SLOW), WORK)
-    assert timing.pass_s == pytest.approx([0.001 * (4 / 3 + 11 + 1)])
-
-
-def test_a_prefetch_travels_while_layers_compute():
-    """
-    Two prefetches before the pass, one per layer, copies of 1 ms: 2 ms are spent issuing.
-
-    The link brings them at 11 and 22 ms. Layer 0 begins at 2, computes 2 for all else, waits until
-    11 for its hits, ends at 15; layer 1 is at 17 when its prefetch is 5 ms away: 22 + 4 = 26 ms.
-    """
-    machine = Machine(**SLOW, copy_s=0.001)
-    timing = predict(run([[0, 0]], [[4, 4]], ahead=[[1, 1]]), machine, WORK)
-    assert timing.pass_s == pytest.approx([0.026])
-    assert timing.ahead_s == pytest.approx([0.002])
-    assert timing.link_s == pytest.approx([0.007 + 0.005])
-
-
-def test_a_load_on_demand_queues_behind_a_prefetch():
-    """The link is busy until 22 ms; layer 0 has no hit, asks at 2 and has its load at 33."""
-    timing = predict(run([[4, 0]], [[4, 4]], ahead=[[0, 2]]), Machine(**SLOW), WORK)
-    # At 2 ms: 20 of queue and 4 transfers of 11; then 4 of compute; layer 1's came long ago.
-    assert timing.link_s == pytest.approx([0.020 + 0.044])
-    assert timing.pass_s == pytest.approx([0.002 + 0.064 + 0.004 + 0.006])
-
-
-def test_a_prefetch_that_came_in_time_costs_nothing_later():
-    """Issued before pass 0, used in pass 1, when it has long arrived."""
-    loads, experts = [[0, 0], [0, 0]], [[4, 0], [4, 4]]
-    timing = predict(run(loads, experts, ahead=[[0, 1], [0, 0]]), Machine(**SLOW), WORK)
-    assert timing.link_s == pytest.approx([0.0, 0.0])
+def test_a_prefetch_is_waited_for_before_its_pass():
+    """Two prefetches of 11 ms, then two layers of 2 + 4 ms; copies of 15 ms last longer."""
+    timing = predict(run([[0, 0]], [[4, 4]], ahead=[[1, 1]]), Machine(**SLOW), WORK)
+    assert timing.pass_s == pytest.approx([0.022 + 0.012])
+    assert (timing.ahead_s, timing.link_s) == (pytest.approx([0.022]), pytest.approx([0.0]))
+    assert timing.transferred_bytes == 200
+    slower = predict(run([[0, 0]], [[4, 4]], ahead=[[1, 1]]), Machine(**SLOW, copy_s=0.015), WORK)
+    assert slower.ahead_s == pytest.approx([0.030])

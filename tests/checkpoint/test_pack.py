@@ -8,11 +8,13 @@ import packed_checkpoints
 import pytest
 import torch
 from data_rows import write
+from safetensors.torch import load_file
 from small_olmoe import words_tokenizer
 from transformers import AutoModelForCausalLM
 
 from melinoe.checkpoint import load_model, open_checkpoint, pack, read_metadata
 from melinoe.checkpoint.export_rules import find_export_faults
+from melinoe.checkpoint.safetensors_file import SafetensorsFile
 from melinoe.checkpoint.verifying import verify
 from melinoe.errors import OutputExistsError, UnsupportedModelError
 from melinoe.experts.formats import named_format
@@ -23,6 +25,23 @@ def base(tmp_path_factory):
     """A plain OLMoE in shards, large enough to be packed."""
     place = tmp_path_factory.mktemp("pack") / "base"
     return damaged.write_olmoe(place, hidden_size=32, intermediate_size=16)
+
+
+def test_whole_blocks_of_a_written_file_lie_where_the_disk_s_do(tmp_path):
+    """Tensors of whole blocks begin with one, whatever else the file holds; others read it too."""
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "scales": torch.randn(6, 100).half(),
+        "codes": torch.randint(0, 256, (2, 8192), dtype=torch.uint8),
+        "weights": torch.randn(32, 64).bfloat16(),
+        "one": torch.tensor(3.0),
+    }
+    pack._save(tensors, tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    places = SafetensorsFile(tmp_path / "x.safetensors").tensors
+    assert [places[name].start % 4096 for name in ("codes", "weights")] == [0, 0]
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "mxfp4"])

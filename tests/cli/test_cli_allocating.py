@@ -6,8 +6,7 @@ import pytest
 from data_rows import write
 from small_olmoe import write_checkpoint
 
-from melinoe.cache.allocate import allocate, cost_of
-from melinoe.cache.curves import miss_curves
+from melinoe.cache.curves import allocate, cost_of, miss_curves
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import describe
 

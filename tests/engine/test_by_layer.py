@@ -4,8 +4,7 @@ import pytest
 from small_olmoe import EXPERTS, LAYERS, PROMPT_TEXT, tiny_model, words_tokenizer
 
 from melinoe import attach
-from melinoe.cache.allocate import allocate, cost_of
-from melinoe.cache.curves import miss_curves
+from melinoe.cache.curves import allocate, cost_of, miss_curves
 from melinoe.cache.locality import popularity
 from melinoe.cache.simulator import simulate
 from melinoe.errors import BudgetError, MelinoeError

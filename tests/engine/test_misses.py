@@ -1,6 +1,7 @@
 """A miss may be computed where the expert is: same bits, no transfer, counted as simulated."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from test_attach import BATCH, GREEDY, MASK, PROMPT, WAYS, block_floats, generat
 
 import melinoe
 from melinoe import attach
+from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
 from melinoe.cache.timing import Machine, Work
 from melinoe.engine.misses import HostExperts, Misses, measure_misses
@@ -17,7 +19,6 @@ from melinoe.errors import AttachError
 from melinoe.moe.experts import find_experts
 from melinoe.stores.ram_store import RamStore
 from melinoe.stores.weights import give_weights_back
-from tests.cache.cache_traces import Early
 
 # A load takes 3 s, the host 2 s an expert and .1 s each further row: of three missing it gets two,
 # and of a prompt's much used ones hardly any.
@@ -84,14 +85,15 @@ def test_an_expert_that_answers_for_its_neighbour_shows(model, monkeypatch):
 def test_simulated_counts_equal_measured_counts(model, way, policy, miss):
     """Told the same rule, the simulator loads and leaves the same experts, prefetches included."""
     expected = generate(model, way)
-    wanted = {0: [[3, 1], [2, 7]]}
+    wanted = [[3, 1], [2, 7]]
+    alone = len(WAYS[way]["inputs"]) == 1  # a prefetch is one sequence's
     with attach(model, slots=3, policy=policy, miss=MISSES[miss]) as handle:
-        with handle.record() as recorder:
-            handle.prefetch(wanted[0])
+        ahead = handle.prefetching(Listed({None: wanted})) if alone else nullcontext()
+        with handle.record() as recorder, ahead:
             assert torch.equal(generate(model, way), expected)
         counted, rule = handle.counters, handle.misses.rule
-    # The sequences of a batch share the passes, so the one prefetch before them is the first's.
-    simulated = simulate(recorder.trace(), 3, policy, load=rule, prefetch=Early(wanted))
+    listed = Listed({0: wanted} if alone else {})
+    simulated = simulate(recorder.trace(), 3, policy, load=rule, prefetch=listed)
     assert simulated.counters == counted
     assert counted.on_host.sum() > 0 and counted.requests.sum() > 0
 

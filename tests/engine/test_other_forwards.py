@@ -231,11 +231,10 @@ def test_packed_slots_with_another_default_device(model):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("engine", "way"),
-    [("fast", "compiled"), ("fast", "compiled_blocks"), ("choosing", "compiled_blocks"),
-     ("guessing", "compiled_blocks")],
-)  # fmt: skip
+    [("fast", "compiled"), ("fast", "compiled_blocks"), ("choosing", "compiled_blocks")],
+)
 def test_compiled_with_what_else_looks_on(model, way, engine):
-    """The device engine; choices that are changed; routers that are asked early: as uncompiled."""
+    """The device engine; choices that are changed: as uncompiled."""
     texts = []
     for run in (logits, EQUAL[way]):
         one = copy.deepcopy(model)
@@ -244,13 +243,8 @@ def test_compiled_with_what_else_looks_on(model, way, engine):
             handle.choose(ChoiceSettings("cache-prior", 0.5))
         with torch.no_grad():
             run(one)
-            if engine == "guessing":
-                with handle.record(guesses=True) as recorder:
-                    tokens = one.generate(PROMPT, **GREEDY)
-                texts.append((tokens, recorder.trace().guesses.tolist(), handle.counters))
-            else:
-                texts.append((one.generate(PROMPT, **GREEDY), handle.changed_choices,
-                              handle.counters))  # fmt: skip
+            tokens = one.generate(PROMPT, **GREEDY)
+            texts.append((tokens, handle.changed_choices, handle.counters))
         handle.audit()
     (plain, looked, counted), (other, seen, measured) = texts
     assert torch.equal(plain, other)

@@ -149,34 +149,3 @@ def test_a_model_that_changes_is_captured_anew():
         network.lm_head.weight = own
         assert torch.equal(generate(network), before)
         assert handle.graphs.reason is None
-
-
-def test_compiled_steps_give_bits_that_do_not_depend_on_the_slots():
-    """Compiled, captured and replayed: few slots, some, all; nearly the model's own."""
-    network = model()
-    found = []
-    for slots, compile in ((EXPERTS, False), (EXPERTS, True), (8, True), (TOP_K, True)):
-        with melinoe.attach(network, engine="fast", slots=slots, compile=compile) as handle:
-            found.append(generate(network, return_dict_in_generate=True, output_logits=True))
-            assert handle.graphs.reason is None and handle.graphs.captured == 1
-            assert not compile or handle.graphs.compiled.reason is None
-            assert handle.counters.loads[1].sum() > 0 or slots == EXPERTS
-    own, resident, *fewer = found
-    for one in fewer:
-        for logits, expected in zip(one.logits, resident.logits, strict=True):
-            assert torch.equal(logits, expected)
-    # The first logits are the prompt's, the next a step's as it is, the third the compiled step's.
-    if torch.equal(own.sequences[:, :26], resident.sequences[:, :26]):
-        expected = own.logits[2].float()
-        assert (resident.logits[2].float() - expected).norm() < 0.02 * expected.norm()
-
-
-def test_compiled_batches_are_replayed():
-    """Four sequences, twice; the second time nothing is compiled."""
-    network = model()
-    with melinoe.attach(network, engine="fast", slots=EXPERTS, compile=True) as handle:
-        first = generate(network, batch=4)
-        took = handle.graphs.compiled.compile_s
-        assert torch.equal(generate(network, batch=4), first)
-        assert handle.graphs.compiled.compile_s == took > 0
-        assert handle.graphs.captured == 1 and handle.graphs.compiled.reason is None

@@ -7,22 +7,20 @@ import pytest
 from typer.testing import CliRunner
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.locality import sch, srp
 from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
 from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.predictor.fit import recall_at
-from tests.cache.cache_traces import Early
 
 OF_PREFETCHES = ("prefetch_precision", "prefetch_recall", "prefetch_waste_per_token")
 
 
-def decoded(second_layer=True):
+def decoded():
     """A prompt token and four more, two layers of four experts, top-1."""
     builder = TraceBuilder(2, 4, 1)
     for token in range(5):
-        chosen = [[[token % 3], [token % 2 if second_layer else -1]]]
+        chosen = [[[token % 3], [token % 2]]]
         builder.add_forward(np.array(chosen), 0, int(token > 0))
     return builder.trace()
 
@@ -42,7 +40,7 @@ def test_without_a_prefetch_there_is_nothing_to_recall(tmp_path):
 def test_a_prefetch_that_brings_nothing_has_no_share_either():
     """Everything named is resident already: nothing was copied ahead."""
     everything = {0: [[0, 1, 2, 3]] * 2}
-    done = simulate(decoded(), 4, prefetch=Early(everything)).counters
+    done = simulate(decoded(), 4, prefetch=Listed(everything)).counters
     assert done.prefetch_precision() is not None and done.prefetch_recall() == 1
     done = simulate(decoded(), 4, prefetch=Listed({0: [[], []]})).counters
     assert [done.metrics()[name] for name in OF_PREFETCHES] == [None] * 3
@@ -56,9 +54,6 @@ def test_counters_of_nothing_have_no_measure():
 
 
 def test_a_layer_without_uses_has_no_rate():
-    """SRP and SCH by layer, and the recall of a sequence without a completion: nan, not 0."""
-    trace = decoded(second_layer=False)
-    for by_layer in (srp(trace, 2, by_layer=True), sch(trace, 2, 2, by_layer=True)):
-        assert np.isnan(by_layer).tolist() == [False, True]
+    """The recall of a sequence without a completion: nan, not 0."""
     target = np.array([[[0.5, 0.5]], [[0.0, 0.0]]])
     assert recall_at(target, np.array([1, 0]), 1) == pytest.approx([0.5, np.nan], nan_ok=True)

@@ -106,7 +106,7 @@ def test_a_router_that_cannot_be_asked_is_refused_by_name(break_it, words):
     with torch.no_grad():
         model(input_ids=ids())
     break_it(asked)
-    with pytest.raises(UnsupportedModelError, match=rf"layers\.1\.mlp\.gate.*{words}.*another"):
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.1\.mlp\.gate.*{words}"):
         asked.guess(0, 1, TOKENS, 2)
     asked.close()
 

@@ -20,16 +20,6 @@ _BY_PHASE = ("tokens", "forwards", "zero_miss_forwards", "zero_miss_tokens")
 _ALL = (*_BY_PHASE_AND_LAYER, "prefetch_loads", *_BY_PHASE)
 
 
-class _Count:
-    """A copy of the numbers kept under this name."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: "Counters", owner: type) -> np.ndarray:
-        return instance._counts[self._name].copy()
-
-
 class Counters:
     """
     Counts of one run, all of them whole numbers.
@@ -43,7 +33,7 @@ class Counters:
       that took more than one decision.
     - ``on_host``: experts that were missing and that the host computed instead of loading them.
     - ``prefetch_used``: experts copied in ahead of need that a request of that phase was the first
-      to ask for, before they left, and in the text that they were copied for.
+      to ask for, before they left.
 
     By layer, int64 (layers,): ``prefetch_loads``, experts copied in ahead of need.
 
@@ -53,11 +43,6 @@ class Counters:
 
     Rates are None where nothing was counted, and of both phases unless one is named.
     """
-
-    uses, hits, loads, requests, chunked = _Count(), _Count(), _Count(), _Count(), _Count()
-    on_host, prefetch_used, prefetch_loads = _Count(), _Count(), _Count()
-    tokens, forwards = _Count(), _Count()
-    zero_miss_forwards, zero_miss_tokens = _Count(), _Count()
 
     def __init__(self, num_layers: int):
         if num_layers < 1:
@@ -74,15 +59,15 @@ class Counters:
         self._now: int | None = None  # phase of the open pass
         self._now_tokens = self._now_misses = 0
 
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in _ALL:
+            raise AttributeError(name)
+        return self._counts[name].copy()
+
     # --- counting -------------------------------------------------------------------------------
 
     def begin_forward(self, phase: int | str, tokens: int) -> None:
-        """
-        Begin a forward pass of *tokens* rows.
-
-        A pass left open (an exception ended it) is dropped: its requests stay counted, the pass
-        and its tokens do not.
-        """
+        """Begin a pass of *tokens* rows; one left open is dropped, though its requests count."""
         self._now = _number(phase)
         self._now_tokens, self._now_misses = tokens, 0
 
@@ -121,13 +106,10 @@ class Counters:
         on_host: Sequence[int] = (),
     ) -> None:
         """
-        Count one request from the decisions that served it; nothing where it names no expert.
+        Count one request from the *decisions* that served it, in order; nothing without experts.
 
-        Args:
-            layer: Of the request.
-            experts, uses: Experts requested, and how many (token, choice) pairs picked each.
-            decisions: In order; only the first can have hits.
-            on_host: Experts that the host computed instead of loading them.
+        *uses* says how many (token, choice) pairs picked each of *experts*; the host computed those
+        *on_host* instead of loading them.
         """
         if len(experts):
             first, loads = decisions[0], sum(len(one.loads) for one in decisions)
@@ -193,9 +175,8 @@ class Counters:
         """
         Share of what the completion's passes would have missed that was copied ahead in time.
 
-        Those copied ahead whose first use came in a pass of the completion, over the same and all
-        that such passes still missed: loaded on demand or computed by the host. None if nothing
-        was copied ahead.
+        What they still missed was loaded on demand or computed by the host. None if nothing was
+        copied ahead.
         """
         used = self._sum("prefetch_used", COMPLETION)
         missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)
@@ -207,7 +188,7 @@ class Counters:
         return self.prefetch_loads - self.prefetch_used.sum(axis=0)
 
     def prefetch_waste_per_token(self) -> float | None:
-        """Experts copied ahead and not used, per completion token; None if none was copied."""
+        """`prefetch_unused` per completion token; None if none was copied."""
         tokens = self._sum("tokens", COMPLETION) if self._sum("prefetch_loads", None) else 0
         return _rate(int(self.prefetch_unused.sum()), tokens)
 

@@ -3,11 +3,7 @@ Eviction policies: which resident expert leaves when another one needs its slot.
 
 A policy belongs to the cache of one layer. It hears of every request before it is asked for
 victims, and it never sees slots or bytes. To add one, write a subclass of `Policy` with a name here
-under ``@_registry.own``; or outside, decorated with `register` or declared as an entry point of an
-installed package, which melinoe finds wherever policies are named:
-
-    [project.entry-points."melinoe.policies"]
-    mru = "my_package.mru:Mru"
+under ``@register``, or decorate one of your own.
 
 The built-in policies that look at the past are a `RankedPolicy` each: a number for every expert,
 kept up by a plain function (``note_lru``, ...) that Python calls in the engines and that
@@ -16,12 +12,11 @@ kept up by a plain function (``note_lru``, ...) that Python calls in the engines
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from melinoe.cache.registry import Registry
 from melinoe.errors import MelinoeError
 
-ENTRY_POINTS = "melinoe.policies"
+_Policy = TypeVar("_Policy", bound="type[Policy]")
 # Policies that the compiled replay knows, numbered there in this order.
 COMPILED_POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 
@@ -33,7 +28,7 @@ class Policy:
     All methods must be deterministic: the same calls give the same answers, on every machine.
 
     Attributes:
-        name: By which it is chosen; the entry point that declares it has the same name.
+        name: By which it is chosen.
         offline: Whether it must know all requests to come, so that it cannot run a model.
         needs_data: Whether it is made of something, so that its name alone does not make one.
     """
@@ -69,9 +64,22 @@ class Policy:
         self.use(experts)
 
 
-_registry = Registry(ENTRY_POINTS, Policy, kind="cache policy", word="cache policy")
-register = _registry.register
-policy_class = _registry.find
+_known: dict[str, type[Policy]] = {}
+
+
+def register(cls: _Policy) -> _Policy:
+    """Make a policy known by its name; a decorator. ValueError if the name is taken."""
+    if cls.name in ("", *_known):
+        raise ValueError(f"a cache policy needs a name of its own, and {cls.name!r} is not one")
+    _known[cls.name] = cls
+    return cls
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Look a policy up; MelinoeError for an unknown name."""
+    if name not in _known:
+        raise MelinoeError(f"there is no cache policy {name!r}; choose one of {', '.join(_known)}")
+    return _known[name]
 
 
 # --- policies that look at the past ---------------------------------------------------------------
@@ -126,7 +134,7 @@ def note_lru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped
     return now
 
 
-@_registry.own
+@register
 class LRU(RankedPolicy):
     """
     Evict the expert whose last use is longest ago.
@@ -155,7 +163,7 @@ def note_lfu(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped
     return unit
 
 
-@_registry.own
+@register
 class DecayedLFU(RankedPolicy):
     """
     Evict the expert used least, where old uses count less.
@@ -204,7 +212,7 @@ def rank_lfru(expert, last, count, now):  # type: ignore[no-untyped-def]
     return count[expert] / (now - last[expert] + 1.0)
 
 
-@_registry.own
+@register
 class LFRU(RankedPolicy):
     """
     Evict the expert with the fewest uses for the time since the last one.
@@ -232,7 +240,7 @@ class LFRU(RankedPolicy):
 # --- policies that know something -----------------------------------------------------------------
 
 
-@_registry.own
+@register
 class Static(Policy):
     """
     Keep the experts that were popular on other traffic, whatever happens now.
@@ -282,7 +290,7 @@ class Static(Policy):
         return sorted(candidates, key=self._popularity.__getitem__)[:count]
 
 
-@_registry.own
+@register
 class Belady(Policy):
     """
     Evict the expert whose next use is furthest ahead: the fewest loads possible, offline.
@@ -353,13 +361,13 @@ class Belady(Policy):
 
 
 def policy_names() -> list[str]:
-    """Names of all known policies, sorted: ours, registered ones, and installed entry points."""
-    return sorted(_registry.names())
+    """Names of all known policies, sorted."""
+    return sorted(_known)
 
 
 def servable_names() -> tuple[str, ...]:
-    """Names that run a model by themselves: ours that need no data, then those from outside."""
-    return tuple(_registry.names(lambda cls: not cls.offline and not cls.needs_data))
+    """Names that run a model by themselves: those that need neither data nor the future."""
+    return tuple(n for n, cls in _known.items() if not cls.offline and not cls.needs_data)
 
 
 def policy(name: str, **options: Any) -> Policy:

@@ -5,7 +5,7 @@ It decides and remembers; it moves no bytes. The simulator and the runtime drive
 with the same calls, which is why their counts agree.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -211,7 +211,7 @@ class Residency:
 
     # --- prefetches -----------------------------------------------------------------------------
 
-    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> Decision:
+    def prefetch(self, experts: Sequence[int]) -> Decision:
         """
         Load experts ahead of need.
 
@@ -221,21 +221,17 @@ class Residency:
 
         Args:
             experts: Distinct ids, the most wanted first; those beyond `capacity` are dropped.
-            spare: Ids that are not evicted for them; what then finds no slot is dropped too.
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
         self.check(experts)
         kept = experts[: self.capacity]
-        needed = {*kept, *spare}
-        room = max(self.capacity - sum(expert in needed for expert in self._slot), 0)
-        missing = [expert for expert in kept if expert not in self._slot][:room]
-        kept = [expert for expert in kept if expert in self._slot or expert in missing]
         if not kept:
             return Decision((), _NOTHING)
+        missing = [expert for expert in kept if expert not in self._slot]
         hits = tuple([expert for expert in kept if expert in self._slot])
         self.policy.prefetched(kept[::-1])
-        loads = self._admit(missing, needed)
+        loads = self._admit(missing, set(kept))
         self._unused.update(missing)
         return Decision(hits, loads)
 
@@ -245,14 +241,9 @@ class Residency:
         self._unused -= used
         return len(used)
 
-    def forget_prefetches(self, but: Collection[int] = ()) -> None:
-        """
-        Stop counting whether what prefetches brought so far is used, but for the ids *but*.
-
-        Done when a text begins: an expert that was brought for the one before and not used by it
-        was wasted, whatever the next one asks for.
-        """
-        self._unused.intersection_update(but)
+    def forget_prefetches(self) -> None:
+        """Stop counting whether what prefetches brought so far is used."""
+        self._unused.clear()
 
     # --- slots ----------------------------------------------------------------------------------
 

@@ -16,14 +16,7 @@ import numpy as np
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.locality import popularity
 from melinoe.cache.policy import COMPILED_POLICIES, Policy, policy_class, policy_makers
-from melinoe.cache.prefetch import (
-    MOST_ROWS,
-    LoadsAhead,
-    Prefetcher,
-    Prompt,
-    Route,
-    merge_guesses,
-)
+from melinoe.cache.prefetch import Prefetcher, Prompt, load_ahead
 from melinoe.cache.residency import Decision, Residency, StreamedPrefill, check_capacity
 from melinoe.cache.trace import PROMPT_ROW, ForwardPass, Trace
 from melinoe.errors import TraceError
@@ -35,12 +28,7 @@ COMPILED_FROM = 50_000
 
 @dataclass(frozen=True)
 class Steps:
-    """
-    Loads of each forward pass and layer, for a time model: int32 (passes, layers) from *loads* on.
-
-    *between* counts the experts of a layer that a prefetch copied within the pass, issued when the
-    layer reached before it had its experts and began to compute.
-    """
+    """Loads by forward pass and layer, for a time model: int32 (passes, layers) from *loads* on."""
 
     phase: np.ndarray  # uint8 (passes,), 0 prompt, 1 completion
     tokens: np.ndarray  # int64 (passes,), rows
@@ -50,7 +38,6 @@ class Steps:
     ahead: np.ndarray  # experts copied by prefetches right before the pass
     on_host: np.ndarray  # missing experts that the host computed
     on_host_uses: np.ndarray  # (token, choice) pairs that those were computed for
-    between: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -104,8 +91,8 @@ def simulate(
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
-        TraceError: the prefetch needs the next router's guesses or the prompts, and they are not
-            there; prompts that are not the trace's.
+        TraceError: the prefetch needs the prompts, and they are not there; prompts that are not
+            the trace's.
         ValueError: *slots* or a prefetch does not name every layer; no such *engine* here.
     """
     if engine not in ENGINES:
@@ -142,19 +129,36 @@ def simulate(
         Residency(trace.num_experts, capacity, make())
         for capacity, make in zip(per_layer, makers, strict=True)
     ]
-    replay = _Replay(trace, residencies, load, prefill, prefetch, prompts)
+    if prefetch is not None and prefetch.uses_ids and prompts is None:
+        raise TraceError(
+            f"prefetch {prefetch.name!r} reads prompts, which a trace does not hold; give the "
+            "prompts that it was recorded from"
+        )
+    if prompts is not None:
+        check_prompts(trace, prompts)
     units, owner, begins = trace.unit_of_passes()
     per_unit = [Counters(trace.num_layers) for _ in units]
     record: list[tuple[Any, ...]] = []
+    decoding: set[int] = set()  # sequences whose completion has begun
     for forward, unit, first in zip(trace.passes(), owner.tolist(), begins, strict=True):
-        if first:
+        if first and reset_between_sequences:
             for residency in residencies:
-                residency.forget_prefetches()
-                if reset_between_sequences:
-                    residency.reset()
-        by_layer = replay.serve(forward, per_unit[unit])
+                residency.reset()
+        ahead = np.zeros(trace.num_layers, np.int64)
+        if prefetch is not None and forward.phase == COMPLETION:
+            for sequence in forward.sequences:
+                if sequence not in decoding:
+                    decoding.add(sequence)
+                    prompt = _prompt(trace, sequence, per_layer, prompts)
+                    ahead += load_ahead(prefetch, prompt, lambda layer, experts: len(
+                        residencies[layer].prefetch(experts).loads
+                    ))  # fmt: skip
+        for layer, count in enumerate(ahead.tolist()):
+            per_unit[unit].add_prefetch(layer, count)
+        served = _serve(forward, residencies, per_unit[unit], load, prefill)
         if steps:
-            record.append((forward.phase, forward.rows.stop - forward.rows.start, unit, *by_layer))
+            rows = forward.rows.stop - forward.rows.start
+            record.append((forward.phase, rows, unit, ahead, *served))
     return Simulation(
         reduce(Counters.plus, per_unit, Counters(trace.num_layers)),
         per_unit,
@@ -168,14 +172,62 @@ def simulate(
 
 
 def _steps(record: list[tuple[Any, ...]], num_layers: int) -> Steps:
-    phase, tokens, unit, *by_layer = zip(*record, strict=True) if record else [()] * 9
-    shape = (len(record), num_layers)
-    return Steps(
-        np.array(phase, np.uint8),
-        np.array(tokens, np.int64),
-        np.array(unit, np.int64),
-        *(np.array(rows, np.int32).reshape(shape) for rows in by_layer),
+    phase, tokens, unit, ahead, *served = zip(*record, strict=True) if record else [()] * 8
+    loads, experts, on_host, on_host_uses = (
+        np.array(rows, np.int32).reshape(len(record), num_layers) for rows in served
     )
+    return Steps(
+        np.array(phase, np.uint8), np.array(tokens, np.int64), np.array(unit, np.int64),
+        loads, experts, np.array(ahead, np.int32).reshape(loads.shape), on_host, on_host_uses,
+    )  # fmt: skip
+
+
+def _serve(
+    forward: ForwardPass,
+    residencies: Sequence[Residency],
+    counters: Counters,
+    load: Callable[[Sequence[int]], int] | None,
+    prefill: StreamedPrefill | None,
+) -> tuple[list[int], ...]:
+    """Serve one pass as the engines do; by layer loads, experts, those on the host, their uses."""
+    loads, on_host, on_host_uses = ([0] * len(residencies) for _ in range(3))
+    counters.begin_forward(forward.phase, forward.rows.stop - forward.rows.start)
+    for layer, (experts, uses) in enumerate(forward.requests):
+        residency = residencies[layer]
+        if prefill is not None and forward.phase == PROMPT:
+            stream = prefill.serve(residency, experts, uses)
+            counters.add_stream(layer, experts, uses, stream)
+            loads[layer] = stream.loads
+            continue
+        host: tuple[int, ...] = ()
+        decisions: list[Decision]
+        if load is not None:
+            one, host = residency.request_with_host(experts, uses, load=load)
+            decisions = [one]
+        else:
+            decisions = list(residency.request_in_parts(experts, uses))
+        counters.add_decisions(layer, experts, uses, decisions, host)
+        loads[layer] = sum(len(one.loads) for one in decisions)
+        if host:
+            of = dict(zip(experts, uses, strict=True))
+            on_host[layer], on_host_uses[layer] = len(host), sum(of[expert] for expert in host)
+    counters.end_forward()
+    return loads, [len(experts) for experts, _ in forward.requests], on_host, on_host_uses
+
+
+def _prompt(
+    trace: Trace,
+    sequence: int,
+    slots: tuple[int, ...],
+    prompts: Sequence[Sequence[int]] | None,
+) -> Prompt:
+    """A sequence of the trace, once its prompt was read."""
+    layers, experts = trace.num_layers, trace.num_experts
+    chosen = trace.prompt(sequence).astype(np.int64)
+    cells = (np.arange(layers)[:, None] * experts + chosen)[chosen >= 0]
+    uses = np.bincount(cells, minlength=layers * experts).reshape(layers, experts)
+    ids = None if prompts is None else tuple(map(int, prompts[sequence]))
+    return Prompt(slots, experts, ids, uses, sequence)
 
 
 def slots_of_layers(trace: Trace, slots: int | Sequence[int]) -> tuple[int, ...]:
@@ -225,135 +277,9 @@ def _compiled(
         for unit in range(len(ready.units))
     ]
     whole = Counters.from_dict(nothing | {name: values.sum(0) for name, values in found.items()})
-    absent = (np.zeros_like(loads),) * 4
+    absent = (np.zeros_like(loads),) * 3
     kept = Steps(ready.phase, ready.tokens, ready.unit, loads, experts, *absent) if steps else None
     return Simulation(whole, per_unit, ready.units, slots, policy, "compiled", kept)
-
-
-# --- request by request ---------------------------------------------------------------------------
-
-
-class _Replay:
-    """Serves forward passes from the residencies of all layers, as the engines do."""
-
-    def __init__(
-        self,
-        trace: Trace,
-        residencies: Sequence[Residency],
-        load: Callable[[Sequence[int]], int] | None,
-        prefill: StreamedPrefill | None,
-        prefetcher: Prefetcher | None,
-        prompts: Sequence[Sequence[int]] | None,
-    ) -> None:
-        self._trace, self._residencies = trace, residencies
-        self._load, self._prefill, self._prompts = load, prefill, prompts
-        self._route = Route(len(residencies))
-        self._begun: tuple[set[int], set[int]] = (set(), set())  # sequences seen, that decode
-        self._ahead = None
-        if prefetcher is not None:
-            _check_prefetch(prefetcher, trace, prompts)
-            self._ahead = LoadsAhead(
-                prefetcher,
-                self._route,
-                len(residencies),
-                lambda layer, experts, spare: len(
-                    residencies[layer].prefetch(experts, spare).loads
-                ),
-            )
-
-    def serve(self, forward: ForwardPass, counters: Counters) -> tuple[list[int], ...]:
-        """Serve one pass; returns what `Steps` keeps of each layer, from ``loads`` on."""
-        layers = len(self._residencies)
-        loads, on_host, on_host_uses, between = ([0] * layers for _ in range(4))
-        rows = forward.rows.stop - forward.rows.start
-        ahead = self._before_pass(forward)
-        for layer, count in enumerate(ahead):
-            counters.add_prefetch(layer, count)
-        stream = self._prefill if forward.phase == PROMPT else None
-        counters.begin_forward(forward.phase, rows)
-        for layer, (experts, uses) in enumerate(forward.requests):
-            residency = self._residencies[layer]
-            if stream is not None:
-                done = stream.serve(residency, experts, uses)
-                counters.add_stream(layer, experts, uses, done)
-                loads[layer] = done.loads
-            else:
-                host: tuple[int, ...] = ()
-                decisions: tuple[Decision, ...]
-                if self._load is not None:
-                    one, host = residency.request_with_host(experts, uses, load=self._load)
-                    decisions = (one,)
-                else:
-                    decisions = tuple(residency.request_in_parts(experts, uses))
-                counters.add_decisions(layer, experts, uses, decisions, host)
-                loads[layer] = sum(len(one.loads) for one in decisions)
-                of = dict(zip(experts, uses, strict=True)) if host else {}
-                on_host[layer] = len(host)
-                on_host_uses[layer] = sum(of[expert] for expert in host)
-            if self._ahead is not None and experts:
-                self._route.reached(layer)
-                self._ahead.requested(layer)
-                target = self._route.after(layer)
-                decodes = forward.phase == COMPLETION and rows <= MOST_ROWS
-                if target is not None and decodes and self._ahead.prefetcher.between_layers:
-                    count = self._ahead.after_router(layer, experts, self._guess(forward, target))
-                    counters.add_prefetch(target, count)
-                    between[target] += count
-        counters.end_forward()
-        distinct = [len(experts) for experts, _ in forward.requests]
-        return loads, distinct, ahead, on_host, on_host_uses, between
-
-    def _before_pass(self, forward: ForwardPass) -> list[int]:
-        """Prefetch for texts that begin; returns how many loads of each layer that takes."""
-        total = np.zeros(len(self._residencies), np.int64)
-        if self._ahead is not None:
-            self._route.end_pass()
-            for sequence in self._new(forward, PROMPT):
-                total += self._ahead.before_prompt(self._prompt(sequence, read=False))
-            if forward.phase == COMPLETION:
-                for sequence in self._new(forward, COMPLETION):
-                    total += self._ahead.before_completion(self._prompt(sequence))
-        return total.tolist()
-
-    def _new(self, forward: ForwardPass, phase: int) -> list[int]:
-        """Sequences of a pass that are seen for the first time, in that phase."""
-        new = [one for one in forward.sequences if one not in self._begun[phase]]
-        self._begun[phase].update(new)
-        return new
-
-    def _guess(self, forward: ForwardPass, target: int) -> list[int]:
-        guesses = self._trace.guesses
-        return [] if guesses is None else merge_guesses(guesses[forward.rows, target].tolist())
-
-    def _prompt(self, sequence: int, read: bool = True) -> Prompt:
-        """Describe a sequence before its prompt was read, or once it was."""
-        ids = None if self._prompts is None else tuple(map(int, self._prompts[sequence]))
-        slots = tuple(one.capacity for one in self._residencies)
-        if not read:
-            return Prompt(slots, self._trace.num_experts, ids, None, sequence)
-        layers, experts = self._trace.num_layers, self._trace.num_experts
-        chosen = self._trace.prompt(sequence).astype(np.int64)
-        cells = (np.arange(layers)[:, None] * experts + chosen)[chosen >= 0]
-        uses = np.bincount(cells, minlength=layers * experts).reshape(layers, experts)
-        return Prompt(slots, experts, ids, uses, sequence)
-
-
-def _check_prefetch(
-    prefetcher: Prefetcher, trace: Trace, prompts: Sequence[Sequence[int]] | None
-) -> None:
-    """Refuse a prefetcher that the trace, or what was given with it, cannot answer."""
-    if prefetcher.uses_guesses and trace.guesses is None and len(trace):
-        raise TraceError(
-            f"prefetch {prefetcher.name!r} needs the guesses of the next layer's router, which "
-            "the trace does not hold; record one with guesses"
-        )
-    if prefetcher.uses_ids and prompts is None:
-        raise TraceError(
-            f"prefetch {prefetcher.name!r} reads prompts, which a trace does not hold; give "
-            "the prompts that it was recorded from"
-        )
-    if prompts is not None:
-        check_prompts(trace, prompts)
 
 
 def check_prompts(trace: Trace, prompts: Sequence[Sequence[int]]) -> None:

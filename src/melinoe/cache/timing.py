@@ -9,26 +9,21 @@ It takes one forward pass after the other, as one user's decoding does. With
     W, l     link: bytes/s, latency in s       D        device memory, bytes/s
     c        host seconds per copy             R        host memory (DRAM), bytes/s
 
-one layer of one pass takes ``F + w + max(T, U) + C``: wait for the experts, then compute.
+one layer of one pass takes ``F + max(T, U) + C``: wait for the experts, then compute.
 
     x   = max(l + B / W, c)                       one transfer; they follow one another
-    T   = q + n x                                 q: the link is still busy with a prefetch
+    T   = n x
     U   = n c + e B / R + (p - e) s + 2 l + (t + p) a / W      (0 if e = 0)
                                                   p (token, choice) pairs of t tokens, s seconds
                                                   for each further row of an expert; activations of
                                                   a bytes go over, and come back by pairs
     C   = (h + n) B / D                           experts read through device memory
     F   = (backbone + KV) / (L D)                 all else
-    w                                             until this layer's prefetch has arrived, if used
 
-A pass takes the sum of its layers. Where a pass with all experts resident was measured (``pass_s``,
-and ``row_s`` for each row more), that replaces F + C. Prefetches of all layers are issued one after
-the other right before their pass: the host spends c on each, and the link carries them while layers
-compute. They delay later loads on demand (q). Those of a prefetch between layers are issued when
-the layer before has its experts, before C; w is as if the last of a layer's were used.
-
-Stall is the time of layers beyond F + C: by the link (w, or T where it is longest) or by the host's
-computing (U). Whatever shares the machine is left out.
+A pass takes the sum of its layers, and x before it for each expert that a prefetch brings: what
+computing hides of that is left out. Where a pass with all experts resident was measured
+(``pass_s``, and ``row_s`` for each row more), that replaces F + C. Stall is max(T, U): by the link
+where T is longer, else by the host's computing. Whatever shares the machine is left out.
 
 Source:
     Computing a miss where its weights are, on the host: Fiddler (arXiv:2402.07033), and llama.cpp's
@@ -177,9 +172,9 @@ class Timing:
     """Predicted seconds of each forward pass, float64 (passes,) each."""
 
     pass_s: np.ndarray  # all of it
-    link_s: np.ndarray  # stalled for loads on demand, and for prefetches that came too late
+    link_s: np.ndarray  # stalled for loads on demand
     host_s: np.ndarray  # stalled for the host that computes misses
-    ahead_s: np.ndarray  # spent on issuing prefetches
+    ahead_s: np.ndarray  # spent on prefetches
     steps: Steps  # what was timed
     transferred_bytes: float  # over the link, prefetches too
 
@@ -236,70 +231,23 @@ def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
         raise HardwareError("misses are computed on the host, so give its memory's bandwidth")
     passes, layers = steps.loads.shape
     if machine.pass_s is not None:
-        # What a measured pass spends where does not matter: all of it comes before the waits.
-        of_pass = (machine.pass_s + machine.row_s * (steps.tokens - 1)) / layers
-        other = np.repeat(of_pass[:, None], layers, axis=1)
-        computing = np.zeros_like(other)
+        computing = machine.pass_s + machine.row_s * (steps.tokens - 1)
     else:
         device = machine.device_bytes_per_s
         assert device is not None
-        all_else = (work.backbone_bytes + work.kv_bytes) / (layers * device)
-        other = np.full((passes, layers), all_else)
-        computing = (steps.experts - steps.on_host) * (work.expert_bytes / device)
-    each, carried = transfer_s(machine, work), work.expert_bytes / machine.link_bytes_per_s
-    carried += machine.link_latency_s
-    pass_s, link_s, host_s, ahead_s = (np.zeros(passes) for _ in range(4))
-    arrives = [0.0] * layers  # when each layer's last prefetch has arrived
-    now = free = 0.0  # the clock, and when the link will be free
-
-    def issue(layer: int, count: int) -> None:
-        nonlocal now, free
-        for _ in range(count):
-            free = max(free, now) + carried
-            now += machine.copy_s
-        if count:
-            arrives[layer] = free
-
-    loads, experts, ahead, on_host, between, pairs = (
-        getattr(steps, name).tolist()
-        for name in ("loads", "experts", "ahead", "on_host", "between", "on_host_uses")
-    )
-    for step, rows in enumerate(steps.tokens.tolist()):
-        begin = now
-        for layer, count in enumerate(ahead[step]):
-            issue(layer, count)
-        ahead_s[step] = now - begin + sum(between[step]) * machine.copy_s
-        for layer in range(layers):
-            count, host = loads[step][layer], on_host[step][layer]
-            now += other[step, layer]
-            if arrives[layer] and experts[step][layer] > count + host:
-                late = max(0.0, arrives[layer] - now)
-                link_s[step] += late
-                now += late
-                arrives[layer] = 0.0
-            link = max(0.0, free - now) + count * each if count else 0.0
-            if count:
-                free = now + link
-            cpu = computed_s(machine, work, host, pairs[step][layer], rows)
-            if host:
-                cpu += count * machine.copy_s
-            now += max(link, cpu)
-            (link_s if link >= cpu else host_s)[step] += max(link, cpu)
-            target = _loaded_for(layer, between[step], experts[step])
-            if target is not None:
-                issue(target, between[step][target])
-            now += computing[step, layer]
-        pass_s[step] = now - begin
-    copied = steps.loads.sum() + steps.ahead.sum() + steps.between.sum()
-    return Timing(pass_s, link_s, host_s, ahead_s, steps, float(copied) * work.expert_bytes)
-
-
-def _loaded_for(layer: int, between: list[int], experts: list[int]) -> int | None:
-    """The layer for which a prefetch was issued while *layer* was at work; None if none was."""
-    if experts[layer]:
-        for target in range(layer + 1, len(between)):
-            if between[target]:
-                return target
-            if experts[target]:  # which is where one for a later layer came from
-                break
-    return None
+        read = (steps.experts - steps.on_host).sum(axis=1) * work.expert_bytes
+        computing = (read + work.backbone_bytes + work.kv_bytes) / device
+    each = transfer_s(machine, work)
+    link, host = steps.loads * each, np.zeros((passes, layers))
+    for at in zip(*np.nonzero(steps.on_host), strict=True):
+        pairs, rows = int(steps.on_host_uses[at]), int(steps.tokens[at[0]])
+        host[at] = computed_s(machine, work, int(steps.on_host[at]), pairs, rows)
+        host[at] += steps.loads[at] * machine.copy_s
+    link_s = np.where(link >= host, link, 0).sum(axis=1)
+    host_s = np.where(link >= host, 0, host).sum(axis=1)
+    ahead_s = steps.ahead.sum(axis=1) * each
+    copied = float(steps.loads.sum() + steps.ahead.sum())
+    return Timing(
+        computing + link_s + host_s + ahead_s, link_s, host_s, ahead_s, steps,
+        copied * work.expert_bytes,
+    )  # fmt: skip

@@ -33,9 +33,8 @@ HEADER: dict[str, type] = {
     "note": str,
 }
 _FORMAT = "melinoe-trace"
-# Arrays beside those of version 1. Version 2 added the weight of each choice, which nothing reads
-# any more; a file is written in version 1 or 3.
-_MORE = {1: (), 2: ("scores",), 3: ("guesses",)}
+# Files are written in version 1. Versions 2 and 3 hold more for each choice, which nothing reads.
+_NEWEST, _UNREAD = 3, {"scores", "guesses"}
 _WAY_OUT = "record one with `melinoe trace`"
 
 
@@ -72,9 +71,6 @@ class Trace:
         fingerprint: Which weights chose; see `check_model`.
         versions: Libraries that made it, name to version.
         note: Anything worth knowing.
-        guesses: int16, as *experts*: the choices of this layer's router one layer early, for the
-            input of the router before it, the most wanted first; -1 where nobody asked, as in the
-            first layer and in prompts. None if that was not recorded.
     """
 
     experts: np.ndarray
@@ -86,7 +82,6 @@ class Trace:
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
-    guesses: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -216,19 +211,16 @@ class Trace:
             forward=np.unique(self.forward[rows], return_inverse=True)[1].astype(np.int32),
             sequence=np.searchsorted(wanted, self.sequence[rows]).astype(np.int32),
             kind=self.kind[rows],
-            guesses=None if self.guesses is None else self.guesses[rows],
         )
 
     # --- the file -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all; one already there is replaced."""
-        version = 1 if self.guesses is None else 3
-        arrays = {name: getattr(self, name) for name in (*ARRAYS, *_MORE[version])}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
         header = {name: getattr(self, name) for name in HEADER}
-        header |= {"version": version, "versions": dict(self.versions)}
+        header |= {"version": 1, "versions": dict(self.versions)}
         metadata = {"format": _FORMAT, "header": json.dumps(header)}
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_file(path, save(arrays, metadata=metadata), "trace")
 
     @classmethod
@@ -240,17 +232,16 @@ class Trace:
             raise TraceError(f"the trace {path} is malformed: {fault}; record it again")
 
         version = header.pop("version", None)
-        if version not in _MORE:
+        if version not in range(1, _NEWEST + 1):
             raise TraceError(
                 f"the trace {path} is of format version {version!r}, and this melinoe reads "
-                f"{max(_MORE)} at most; {_WAY_OUT}, or install the melinoe that wrote it"
+                f"{_NEWEST} at most; {_WAY_OUT}, or install the melinoe that wrote it"
             )
         if {name: type(value) for name, value in header.items()} != HEADER:
             refuse(f"its header does not hold {', '.join(HEADER)}")
-        wanted = {*ARRAYS, *_MORE[version]}
-        if arrays.keys() not in (wanted, wanted | {"scores"} if version == 3 else wanted):
-            refuse(f"it holds {', '.join(sorted(arrays))} instead of {', '.join(sorted(wanted))}")
-        arrays.pop("scores", None)
+        arrays = {n: array for n, array in arrays.items() if version == 1 or n not in _UNREAD}
+        if arrays.keys() != ARRAYS.keys():
+            refuse(f"it holds {', '.join(sorted(arrays))} instead of {', '.join(sorted(ARRAYS))}")
         top_k = header.pop("top_k")
         try:
             trace = cls(**arrays, **header)
@@ -312,22 +303,15 @@ def _check(trace: Trace) -> None:
             refuse(f"{name} has {array.ndim} dimensions")
         if len(array) != len(trace.experts):
             refuse(f"{name} has {len(array)} rows where experts has {len(trace.experts)}")
-    guesses = trace.guesses
-    if guesses is not None and (
-        getattr(guesses, "dtype", None) != np.int16 or guesses.shape != trace.experts.shape
-    ):
-        refuse("its guesses are not one int16 for each choice")
     if trace.num_layers < 1 or trace.top_k < 1:
         refuse(f"it has {trace.num_layers} layers and top-{trace.top_k} choices")
     if not 1 <= trace.num_experts <= np.iinfo(np.int16).max:
         refuse(f"it names {trace.num_experts} experts")
     if not len(trace.experts):
         return
-    for ids, said in ((trace.experts, "expert ids run"), (guesses, "it guesses ids")):
-        if ids is not None and (ids.min() < -1 or ids.max() >= trace.num_experts):
-            refuse(
-                f"{said} from {ids.min()} to {ids.max()} in a model of {trace.num_experts} experts"
-            )
+    low, high = trace.experts.min(), trace.experts.max()
+    if low < -1 or high >= trace.num_experts:
+        refuse(f"expert ids run from {low} to {high} in a model of {trace.num_experts} experts")
     if trace.forward[0] < 0 or (np.diff(trace.forward) < 0).any():
         refuse("the numbers of forward passes decrease")
     if trace.sequence.min() < 0:
@@ -360,7 +344,6 @@ class TraceBuilder:
         experts: np.ndarray,
         sequence: np.ndarray | int,
         kind: np.ndarray | int,
-        guesses: np.ndarray | None = None,
     ) -> None:
         """
         Append one forward pass; ValueError for what no trace can hold.
@@ -368,7 +351,6 @@ class TraceBuilder:
         Args:
             experts: Any integers (rows, layers, top_k), see `known_ids`.
             sequence, kind: See `Trace`; (rows,) or one for all.
-            guesses: See `Trace`; of all passes or of none.
         """
         experts = np.asarray(experts)
         if experts.dtype.kind not in "iu":
@@ -377,18 +359,14 @@ class TraceBuilder:
             raise ValueError(
                 f"experts has shape {experts.shape}, not (rows, {self._shape[0]}, {self._shape[1]})"
             )
-        if self._passes and ("guesses" in self._passes[0]) != (guesses is not None):
-            raise ValueError("guesses must be given for all forward passes, or for none")
         rows = (len(experts),)
-        added = {
-            "experts": known_ids(experts, self._num_experts),
-            "sequence": _whole("sequence", sequence, rows, np.int32, np.iinfo(np.int32).max),
-            "kind": _whole("kind", kind, rows, np.uint8, PADDING_ROW),
-        }
-        if guesses is not None:
-            early = np.broadcast_to(np.asarray(guesses), experts.shape)
-            added["guesses"] = known_ids(early, self._num_experts)
-        self._passes.append(added)
+        self._passes.append(
+            {
+                "experts": known_ids(experts, self._num_experts),
+                "sequence": _whole("sequence", sequence, rows, np.int32, np.iinfo(np.int32).max),
+                "kind": _whole("kind", kind, rows, np.uint8, PADDING_ROW),
+            }
+        )
 
     def trace(
         self,

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from melinoe.checkpoint.files import INDEX, read_raw_config
 from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
 from melinoe.checkpoint.packed import OWN_METHOD, plain_config
-from melinoe.checkpoint.safetensors_file import load_whole
+from melinoe.checkpoint.safetensors_file import DTYPES, bytes_of, load_whole
 from melinoe.checkpoint.writing import check_output, check_room, other_files, whole_directory
 from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import ExpertFormat
@@ -31,6 +31,8 @@ _log = logging.getLogger("melinoe")
 
 # Bytes at which a file ends and the next begins.
 SHARD_BYTES = 1 << 30
+# Experts are read past the page cache by whole blocks of the disk.
+_BLOCK = 4096
 
 
 def pack(name: str, format: str, out: str | Path) -> float:
@@ -117,6 +119,26 @@ def _read(checkpoint: Checkpoint, wanted: ExpertFormat) -> Iterator[dict[str, Te
         yield {f"{source.layer.name}.{name}": stack for name, stack in stacks.items()}
 
 
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file whose tensors begin where the disk's blocks do, as far as their sizes let it."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    order = sorted(tensors.items(), key=lambda one: (one[1].nbytes % _BLOCK > 0, -one[1].itemsize))
+    for name, tensor in order:
+        begin, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": names[tensor.dtype], "shape": shape, "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _BLOCK)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in order:
+            file.write(bytes_of(tensor))
+
+
 def write_shards(groups: Iterator[dict[str, Tensor]], directory: Path) -> None:
     """Write tensors into files of about `SHARD_BYTES`, a group in one, and their index."""
     shards: list[list[str]] = []
@@ -125,7 +147,7 @@ def write_shards(groups: Iterator[dict[str, Tensor]], directory: Path) -> None:
 
     def save() -> None:
         shards.append(list(waiting))
-        save_file(waiting, directory / f"{len(shards)}.part", {"format": "pt"})
+        _save(waiting, directory / f"{len(shards)}.part")
         waiting.clear()
 
     for group in groups:

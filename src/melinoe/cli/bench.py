@@ -94,8 +94,7 @@ def command(
     resident = opened(about.num_experts, "lru", store)
     kept = store if resident[1].store.kind == "disk" else resident[1].store
     output.say(f"tracing {len(prompts)} prompts with every expert resident")
-    guesses = any(one is not None and one.uses_guesses for one in ahead.values())
-    trace = trace_prompts(*resident, *asked, guesses=guesses)
+    trace = trace_prompts(*resident, *asked)
     how: dict[str, Any] = {"label": model}
     runs = [serving(*resident, *asked, strategy=ALL_RESIDENT, cold=False, **how)]
     expected: list[Any] = [None]

@@ -122,8 +122,7 @@ def _chat_template(named: str | None) -> str | None:
 
 def _slots_by_layer(path: str, trace: Any, options: dict[str, Any]) -> tuple[int, ...]:
     """Share out slots over layers by the miss-ratio curves of a trace of the same model."""
-    from melinoe.cache.allocate import allocate, cost_of
-    from melinoe.cache.curves import miss_curves
+    from melinoe.cache.curves import allocate, cost_of, miss_curves
     from melinoe.checkpoint import describe
 
     about = describe(path, options["dtype"])

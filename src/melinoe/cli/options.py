@@ -63,9 +63,7 @@ Other = Annotated[
 
 PREFETCH = (
     "Load experts ahead of need: none; popularity: the most used; prefill: those the prompt used; "
-    "predictor: those a fitted predictor names; next-router: those that the next layer's router "
-    "names one layer early; or a prefetch of an installed package. Default: none, or what the "
-    "files given are for."
+    "predictor: those a fitted predictor names. Default: none, or what the files given are for."
 )
 Prefetch = Annotated[str | None, option(PREFETCH, AHEAD)]
 Prefetches = Annotated[list[str] | None, option(f"{PREFETCH} Repeatable.", AHEAD)]
@@ -108,7 +106,7 @@ def serving(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., No
             "slots", "expert_memory", "policy", "store", "batch", "context", "allocate_from",
         ),
         "Misses": ("miss",),
-        "Engine": ("engine", "format", "backbone", "compile", "dtype"),
+        "Engine": ("engine", "format", "backbone", "dtype"),
         "Choice of experts": ("choice", "choice_strength", "choice_keep"),
     }  # fmt: skip
     return with_settings(Serving, panels, **defaults)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from melinoe.cache.trace import Trace
 
 _TIME = "Predicted time, with --link"
-# Tokens of a segment, in the published measures 2 to 256; ours are as long as an answer.
-SEGMENTS = (4, 16)
 OF_PREFETCHES = (
     "adjusted_hit_rate",
     "prefetch_precision",
@@ -39,7 +37,6 @@ def command(
     ] = None,
     cold: Annotated[bool, option("Empty the cache before every sequence.")] = False,
     curve: Annotated[bool, option("Print the miss rate of every number of slots instead.")] = False,
-    locality: Annotated[bool, option("Print measures that no cache decides instead.")] = False,
     allocate_from: Annotated[
         Path | None, option("Also share out the slots by what this trace's layers would miss.")
     ] = None,
@@ -75,9 +72,6 @@ def command(
     popular = count(loaded) if popularity is None else models.count_choices(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
     of_policy = {name: {"popularity": popular} if name == "static" else {} for name in names}
-    if locality:
-        _show(as_json, _locality(loaded), "locality of the completions")
-        return
     if curve:
         rates = {
             name: miss_curves(
@@ -89,7 +83,10 @@ def command(
             {"slots": size + 1, **{name: float(rate[size]) for name, rate in rates.items()}}
             for size in range(loaded.num_experts)
         ]
-        _show(as_json, rows, "miss rate of the completion, by slots in each layer")
+        if as_json:
+            output.show_json(rows)
+        else:
+            output.show_table("miss rate of the completion, by slots in each layer", rows)
         return
     sizes = [
         _slots(text, loaded)
@@ -147,15 +144,6 @@ def command(
     if times:
         wide = ("miss", "stall_ms_per_token", "prefetch_ms_per_token")  # for a terminal
         output.show_table(f"predicted time over {link}", [_without(row, wide) for row in times])
-
-
-def _show(as_json: bool, rows: Any, title: str) -> None:
-    if as_json:
-        output.show_json(rows)
-        return
-    if isinstance(rows, dict):
-        rows = [{"measure": name, "value": value} for name, value in rows.items()]
-    output.show_table(title, rows)
 
 
 def _without(row: dict[str, Any], hidden: tuple[str, ...]) -> dict[str, Any]:
@@ -243,8 +231,7 @@ def _allocated(
     trace: Trace, fitted: Trace, policy: str, size: Any, own: dict[str, Any], cold: bool
 ) -> tuple[int, ...]:
     """Share out as many slots as *size* has in all by the miss-ratio curves of a trace."""
-    from melinoe.cache.allocate import allocate, cost_of
-    from melinoe.cache.curves import miss_curves
+    from melinoe.cache.curves import allocate, cost_of, miss_curves
     from melinoe.cache.residency import check_capacity
 
     for count in size if isinstance(size, list) else [size]:
@@ -278,28 +265,3 @@ def _counts_of(done: Simulation) -> dict[str, Any]:
         "prefill_transfers_per_token": counters.transfers_per_token("prompt"),
         **{name: counters.metrics()[name] for name in OF_PREFETCHES},
     }
-
-
-def _locality(trace: Trace) -> dict[str, Any]:
-    """Compute the measures of locality that no cache decides."""
-    import numpy as np
-
-    from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse, sch, srp
-    from melinoe.errors import MelinoeError
-
-    def mean(values: np.ndarray) -> float | None:
-        known = values[~np.isnan(values)]
-        return float(known.mean()) if known.size else None
-
-    found: dict[str, Any] = {
-        "experts_per_sequence": mean(experts_per_sequence(trace)),
-        "reuse": mean(reuse(trace)),
-        "distinct_experts": float(distinct_experts(trace).mean()),
-    }
-    for m in SEGMENTS:
-        try:
-            found[f"srp({m})"] = srp(trace, m)
-            found[f"sch({m}, 2)"] = sch(trace, m, min(2, trace.num_experts / trace.top_k))
-        except MelinoeError:  # no sequence is that long, or none has a completion
-            found[f"srp({m})"] = found[f"sch({m}, 2)"] = None
-    return found

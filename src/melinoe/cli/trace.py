@@ -19,9 +19,6 @@ def command(
     raw: options.Raw = False,
     columns: options.Columns = None,
     split: options.Split = "test",
-    guesses: Annotated[
-        bool, option("Also record guesses of routers, for --prefetch next-router.", _MORE)
-    ] = False,
     keep_prompts: Annotated[
         bool, option("Write the prompts' token ids beside the trace, for `predictor fit`.", _MORE)
     ] = True,
@@ -38,9 +35,7 @@ def command(
     examples = load_examples(data, split=split, limit=limit, columns=columns, prompts=True)
     loaded, handle, tokenizer = models.open_model(model, given)
     prompts = models.prompt_ids(examples, tokenizer, raw)
-    trace = trace_prompts(
-        loaded, handle, tokenizer, prompts, max_new_tokens, progress=output.say, guesses=guesses
-    )
+    trace = trace_prompts(loaded, handle, tokenizer, prompts, max_new_tokens, progress=output.say)
     trace.save(out)
     if keep_prompts:
         from melinoe.predictor import save_prompts

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from melinoe.cache.counters import Counters
-from melinoe.cache.prefetch import Prefetcher
+from melinoe.cache.prefetch import Prefetcher, Prompt, load_ahead
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.engine.budget import GpuBudget
 from melinoe.engine.checks import audit, stream_order
 from melinoe.engine.choosing import Choosing
 from melinoe.engine.misses import Misses
-from melinoe.engine.prefetching import Prefetching
-from melinoe.engine.record import Recorder
+from melinoe.engine.record import PromptUses, Recorder
 from melinoe.engine.reference import ReferenceEngine
 from melinoe.errors import AttachError, UnsupportedModelError
 from melinoe.moe.choice import ChoiceSettings
@@ -77,11 +76,9 @@ class Handle:
         self.link, self.misses = link, misses or Misses()
         self.budget, self.placement = budget, placement
         self._lift_cap, self._at_detach = lift_cap, at_detach
-        self._model = model
-        self._passes = engine.passes
+        self._model, self._passes = model, engine.passes
         self._caches: Sequence[Any] = engine.experts
         self.lock: threading.RLock = self._passes.lock
-        self._undo = ExitStack()
         self._choosing: Choosing | None = None
         self._prefetching = False  # whether a prefetcher is at work
         self.policy = self._caches[0].residency.policy.name
@@ -92,7 +89,6 @@ class Handle:
         ]
         with ExitStack() as undo:  # undone in reverse order, also if we fail half-way
             undo.callback(self._passes.follow())
-            self._passes.ahead.forget = engine.forget_prefetches
             for number, layer in enumerate(layers):
                 cache = self._caches[number]
                 free_weights(layer, device)
@@ -104,9 +100,6 @@ class Handle:
             checks = stream_order(device), still_used(model), watch_for_adapters(model, layers)
             self._passes.check = lambda: [check() for check in checks]
             undo.callback(engine.plug_in(model))
-            if self._passes.reads_ahead:
-                with suppress(UnsupportedModelError):
-                    undo.enter_context(self._passes.asking_next_routers())
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -118,23 +111,9 @@ class Handle:
         return self.engine.counters()
 
     @property
-    def counters_before_text(self) -> Counters:
-        """`counters` without the prefetches that wait for the text to come: part of its cost."""
-        counters = self.counters
-        for layer, count in enumerate(self._passes.ahead.waiting):
-            counters.add_prefetch(layer, -count)
-        return counters
-
-    @property
     def prefill(self) -> StreamedPrefill | None:
         """The rule by which prompts are streamed, for `simulate`; None: like any request."""
         return self.engine.prefill
-
-    @prefill.setter
-    def prefill(self, rule: StreamedPrefill) -> None:
-        if self.engine.prefill is None:
-            raise AttachError('this engine streams no prompts; load the model with engine="fast"')
-        self.engine.prefill = rule
 
     @property
     def graphs(self) -> Any:
@@ -190,7 +169,6 @@ class Handle:
         """Set counters, stall time and transferred bytes to zero, and forget earlier prefetches."""
         with self.lock:
             self.engine.reset_counters()
-            self._passes.ahead.reset()
 
     def reset_cache(self) -> None:
         """Empty all slots, and let a choice forget earlier texts; the counters stay."""
@@ -205,11 +183,8 @@ class Handle:
         """
         Check that the books agree and that each slot holds, bit for bit, what the store has.
 
-        Returns:
-            How many experts were compared with the store; each is read once.
-
-        Raises:
-            AttachError: something differs, and what; or detached.
+        Returns how many experts were compared; each is read once. AttachError if something
+        differs, and what; or detached.
         """
         with self.lock:
             self._check_attached()
@@ -228,17 +203,23 @@ class Handle:
             ValueError: not one entry per layer, or an id that is out of range or given twice.
             AttachError: detached.
         """
-        self._check_attached()
         if len(experts_by_layer) != len(self._caches):
             raise ValueError(
                 f"a prefetch names {len(experts_by_layer)} layers of {len(self._caches)}"
             )
         wanted = [list(map(int, experts)) for experts in experts_by_layer]
         with self.lock:
+            self._check_attached()
             for cache, experts in zip(self._caches, wanted, strict=True):
                 cache.residency.check(experts)
-            for index, (cache, experts) in enumerate(zip(self._caches, wanted, strict=True)):
-                self._passes.counters.add_prefetch(index, cache.prefetch(experts))
+            for layer, experts in enumerate(wanted):
+                self._prefetch(layer, experts)
+
+    def _prefetch(self, layer: int, experts: list[int]) -> int:
+        # Counted at once: should a later layer's answer be wrong, these have been copied.
+        loads = self._caches[layer].prefetch(experts)
+        self._passes.counters.add_prefetch(layer, loads)
+        return loads
 
     @contextmanager
     def prefetching(
@@ -247,62 +228,57 @@ class Handle:
         """
         Load ahead what *prefetcher* names, for the one sequence that the body generates.
 
-        It is asked at once for what to load before the prompt; when the first pass of the
-        completion begins; and in each pass of the completion with few rows
-        (`melinoe.cache.prefetch.MOST_ROWS`) between layers. One that only speaks between layers
-        serves any number of sequences, batches too. What the model says stays the same.
+        It is asked when the first pass of the completion begins. What the model says stays the
+        same.
 
         Args:
             prefetcher: Bound to the model, if it reads prompts (`Prefetcher.bind`).
             ids: Token ids of the prompt, for one that reads them.
 
         Raises:
-            AttachError: detached; another prefetcher is at work; or this engine cannot ask between
-                layers. From the body: several prompts came together.
-            UnsupportedModelError: it asks the next router, and this model's cannot be asked.
+            AttachError: detached, or another prefetcher is at work. From the body: several prompts
+                came together.
             ValueError: it reads prompts and there is none; an answer that does not name every
                 layer, or an id that is out of range or given twice.
         """
-        with ExitStack() as stack:
-            with self.lock:
-                self._check_attached()
-                if self._prefetching:
-                    raise AttachError(
-                        "a prefetcher is at work already; end it before you begin another"
-                    )
-                if prefetcher.uses_ids and ids is None:
-                    raise ValueError(
-                        f"prefetch {prefetcher.name!r} reads prompts; give its token ids"
-                    )
-                if prefetcher.between_layers and not self.engine.asks_host:
-                    raise AttachError(
-                        f"this engine cannot ask prefetch {prefetcher.name!r} between layers, "
-                        "because its steps never return to the host; load the model with "
-                        'engine="reference"'
-                    )
-                work = Prefetching(prefetcher, self._caches, self._passes, ids)
-                if prefetcher.uses_guesses:
-                    stack.enter_context(self._passes.asking_next_routers())
-                self._prefetching = True
-                stack.callback(setattr, self, "_prefetching", False)
-                stack.callback(work.close)
-                work.begin()
+        passes = self._passes
+        num_experts = [layer.num_experts for layer in self.layers]
+        given = None if ids is None else tuple(map(int, ids))
+
+        def completion_begins() -> None:
+            passes.prompt_uses = None
+            prompt = Prompt(self.slots_by_layer, max(num_experts), given, seen.counts())
+            load_ahead(prefetcher, prompt, self._prefetch)
+
+        with self.lock:
+            self._check_attached()
+            if self._prefetching:
+                raise AttachError(
+                    "a prefetcher is at work already; end it before you begin another"
+                )
+            if prefetcher.uses_ids and ids is None:
+                raise ValueError(f"prefetch {prefetcher.name!r} reads prompts; give its token ids")
+            passes.prompt_uses = seen = PromptUses(num_experts)
+            passes.before_completion = completion_begins
+            self._prefetching = True
+        try:
             yield
+        finally:
+            with self.lock:
+                passes.prompt_uses = passes.before_completion = None
+                self._prefetching = False
 
     @contextmanager
-    def record(self, model_name: str = "", guesses: bool = False) -> Iterator[Recorder]:
+    def record(self, model_name: str = "") -> Iterator[Recorder]:
         """
         Record what the routers choose in the body of the ``with`` statement.
 
-        Args:
-            model_name: For the trace's header; absent: the configuration's name.
-            guesses: Also what each layer's router says one layer early while decoding, as the
-                prefetch ``next-router`` needs it.
+        *model_name* is for the trace's header; absent: the configuration's name.
 
         Raises:
             AttachError: something is being recorded already, or detached.
             UnsupportedModelError: no router is found, by which a trace is told from another
-                model's; or guesses are wanted of one that cannot be asked.
+                model's.
         """
         self._check_attached()
         config = getattr(self._model, "config", None)
@@ -314,13 +290,9 @@ class Handle:
                 f"{name} cannot be recorded: beside some of its experts no router is found, so its "
                 "trace could not be told from another model's; read handle.counters instead"
             ) from None
-        experts = [layer.num_experts for layer in self.layers]
         note = "" if self._choosing is None else self._choosing.note(self.policy, self.slots)
-        recorder = Recorder(experts, name, which, guesses=guesses, note=note)
-        with ExitStack() as stack:
-            if guesses:
-                stack.enter_context(self._passes.asking_next_routers())
-            stack.enter_context(self.engine.every_step_seen())
+        recorder = Recorder([layer.num_experts for layer in self.layers], name, which, note)
+        with self.engine.every_step_seen():
             with self.lock:
                 if self._passes.recorder is not None:
                     raise AttachError(
@@ -371,10 +343,7 @@ class Handle:
         Needs memory for all experts beside the store. The files of a checkpoint that `load` left
         open for the store are closed. Without effect the second time. If it fails, for want of
         memory say, the handle is still attached. Waits for a call, or a `generate`, of another
-        thread.
-
-        Raises:
-            AttachError: a call of the model runs in this thread.
+        thread; AttachError if a call of the model runs in this one.
         """
         with self.lock:
             if not self._attached:

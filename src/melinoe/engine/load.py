@@ -28,11 +28,10 @@ from melinoe.engine.budget import (
     share_budget,
 )
 from melinoe.engine.checks import same_bits
-from melinoe.engine.device.static_cache import cache_length
 from melinoe.engine.handle import Handle
 from melinoe.engine.misses import Misses, measure_misses
 from melinoe.engine.options import STAGING_EXPERTS, Options
-from melinoe.engine.placement import Model, Placement, place, use_graphs
+from melinoe.engine.placement import Model, Placement, place
 from melinoe.engine.reference import ReferenceEngine
 from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import (
@@ -81,7 +80,6 @@ def load(
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
-    compile: bool | None = None,
     link: EmulatedLink | None = None,
 ) -> tuple[Any, Handle]:
     """
@@ -98,9 +96,9 @@ def load(
     Args:
         name: A directory in the hub's layout, or the name of a repository on the hub.
         device, gpu_memory, ram, batch, context, dtype, slots, expert_memory, policy,
-            policy_options, engine, format, backbone, admit, staging_experts, graphs, compile,
-            link: As `melinoe.engine.options.Options` says of each. *policy* may be a function that
-            makes one for each layer.
+            policy_options, engine, format, backbone, admit, staging_experts, graphs, link: As
+            `melinoe.engine.options.Options` says of each. *policy* may be a function that makes
+            one for each layer.
         store: Or a store that holds this checkpoint's experts already.
         miss: Or another handle's ``misses``, to decide by its figures.
 
@@ -154,7 +152,6 @@ def attach(
     admit: int | None = None,
     staging_experts: int = STAGING_EXPERTS,
     graphs: bool | None = None,
-    compile: bool | None = None,
     link: EmulatedLink | None = None,
 ) -> Handle:
     """
@@ -169,7 +166,7 @@ def attach(
             on any module but the experts.
         device: Where the slots are; absent: where the rest of the model is.
         slots, expert_memory, policy, policy_options, engine, store, format, miss, admit,
-            staging_experts, graphs, compile, link: As for `load`; the store is in host memory.
+            staging_experts, graphs, link: As for `load`; the store is in host memory.
 
     Raises:
         UnsupportedModelError: The model's family or layout cannot be served.
@@ -295,7 +292,7 @@ def _handle(
         engine = DeviceEngine(
             model, layers, store, slots, chosen.policies, device,
             prefill=StreamedPrefill(options.admit), staging_experts=options.staging_experts,
-            use_graphs=use_graphs(options, device), compile=bool(options.compile),
+            use_graphs=device.type == "cuda" if options.graphs is None else options.graphs,
         )  # fmt: skip
     else:
         engine = ReferenceEngine(
@@ -317,7 +314,7 @@ def _share_out(
 ) -> GpuBudget:
     """Share *total* bytes of a GPU out, as a model without weights tells what it needs."""
     batch = options.batch or 1
-    context = cache_length(options.context or 2048, bool(options.compile))
+    context = options.context or 2048
     config = copy.deepcopy(checkpoint.config)
     hollow = build_on_meta(checkpoint.model_class, config, checkpoint.dtype)
     layers = find_experts(hollow)

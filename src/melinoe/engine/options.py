@@ -60,7 +60,7 @@ class Options:
     )
     policy: str | Callable[[], Any] = setting(
         "lru",
-        "which resident expert is evicted first: lru, lfu, lfru, or one of an installed package",
+        "which resident expert is evicted first: lru, lfu or lfru",
     )
     policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
     engine: str = setting(
@@ -97,9 +97,6 @@ class Options:
         STAGING_EXPERTS, "experts that one of a prompt's two staging blocks holds", unit="experts"
     )
     graphs: bool | None = setting(None, "replay decode steps from CUDA graphs; absent: on a GPU")
-    compile: bool | None = setting(
-        None, "compile the captured decode steps, which changes the last bits of logits"
-    )
     link: Any = setting(None, "emulate a slow link to the slots, on the CPU")
 
     def __post_init__(self) -> None:
@@ -141,7 +138,6 @@ class Options:
             "admit": self.admit is not None,
             "staging_experts": self.staging_experts != STAGING_EXPERTS,
             "graphs": self.graphs is not None,
-            "compile": bool(self.compile),
         }
         return next((name for name, is_given in given.items() if is_given), None)
 

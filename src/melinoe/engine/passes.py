@@ -12,22 +12,24 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
-from melinoe.cache.prefetch import MOST_ROWS, Route
 from melinoe.cache.trace import COMPLETION_ROW, PADDING_ROW, PROMPT_ROW
 from melinoe.errors import AttachError, TraceError, UnsupportedModelError
 from melinoe.moe.dispatch import NOT_COMPILED, refuse_one_graph
 from melinoe.moe.next_router import NextRouters
 from melinoe.moe.routing import find_routers
+
+if TYPE_CHECKING:
+    from melinoe.engine.record import Recorder
 
 _log = logging.getLogger("melinoe")
 
@@ -73,63 +75,37 @@ class Batch:
         return _padding_of(self.mask[:, 0], self.start)
 
 
-class Listener(Protocol):
-    """Is told of forward passes."""
-
-    def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
-        """A pass of *tokens* rows begins, within *call* if the model was called as a whole."""
-
-    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
-        """The rows of the open pass chose ``top_k_index`` ``(tokens, top_k)`` in *layer*."""
-
-    def end(self) -> None:
-        """The open pass is complete."""
-
-    def drop(self) -> None:
-        """Forget the open pass, which an exception has ended."""
-
-
-class Ahead:
+class Route:
     """
-    Tell which prefetches belong to the text to come, so that each is judged by its own text.
+    Know which layer a forward pass reaches next, from the pass before.
 
-    A prefetch between passes belongs to the text whose pass comes next. An earlier one was for an
-    earlier text, and wasted, even if a later text finds the expert resident; as the simulator says.
-    *forget* is then called with what still counts, by layer (`Residency.forget_prefetches`).
+    Some models hold several stacks of experts in one decoder layer (for text and for images, say),
+    so the next number is not always the layer that asks next. Until a pass has shown otherwise it
+    is. Only layers that made a request count, in ascending order.
     """
 
     def __init__(self, num_layers: int) -> None:
-        self._by_layer: list[list[int]] = [[] for _ in range(num_layers)]  # for the text to come
-        self._any = False  # whether anything was loaded ahead since a text began
-        self.forget: Callable[[Sequence[Collection[int]]], None] = lambda _: None
+        self._next: list[int | None] = [*range(1, num_layers), None]
+        self._order: list[int] = []  # of the open pass, so far
 
-    def loaded(self, layer: int, experts: Sequence[int], waits: bool) -> None:
-        """*experts* of *layer* were loaded ahead; *waits*: between passes, not within one."""
-        self._any |= bool(experts)
-        if waits:
-            self._by_layer[layer].extend(experts)
+    def reached(self, layer: int) -> None:
+        """Note that *layer* made a request in the open pass."""
+        if not self._order or layer > self._order[-1]:
+            self._order.append(layer)
 
-    def text_begins(self) -> None:
-        """A text's first pass is about to begin."""
-        if self._any:
-            self.forget(self._by_layer)
-            self._any = any(self._by_layer)
+    def end_pass(self) -> None:
+        """End the open pass, if there is one, and learn its order."""
+        for layer, following in zip(self._order, [*self._order[1:], None], strict=False):
+            self._next[layer] = following
+        self._order = []
 
-    def pass_begins(self) -> None:
-        """Nothing waits for the pass that begins any more."""
-        if self._any:
-            self._by_layer = [[] for _ in self._by_layer]
+    def drop_pass(self) -> None:
+        """Learn nothing from the open pass, which broke off."""
+        self._order = []
 
-    def reset(self) -> None:
-        """Counters begin anew: nothing that was loaded so far counts."""
-        self._by_layer = [[] for _ in self._by_layer]
-        self.forget(self._by_layer)
-        self._any = False
-
-    @property
-    def waiting(self) -> list[int]:
-        """How many experts of each layer were loaded ahead for the text to come."""
-        return [len(experts) for experts in self._by_layer]
+    def after(self, layer: int) -> int | None:
+        """The layer that is expected to make the next request after *layer*; None for none."""
+        return self._next[layer]
 
 
 class ForwardPasses:
@@ -147,15 +123,11 @@ class ForwardPasses:
             a call relies on.
         forward: Computes a call of the model; its own, unless a compiled one stands in.
         check: Called before each call of the model; raises if it cannot be served.
-        recorder, prompt_uses: Told of every pass, if there are any.
+        recorder, prompt_uses: Told of every pass, if there are any: `begin`, `add`, `end`, `drop`.
         before_completion: Called once, when the next pass of the completion begins and before it
             asks for any expert; then forgotten.
-        reads_ahead: Whether whoever loads wants the next router asked in every pass, if it can be.
         early: What the next layer's router said in the layer entered last; None if not asked.
-        guess: The same in passes of the completion with few rows, as prefetchers and traces see it.
         route: Which layer comes next; whoever serves a request tells it.
-        ahead: Which prefetches belong to the text to come.
-        phase, tokens: Of the open pass, or of the last one.
         fallbacks: Decode steps that the host planned where the device should.
         inside: Whether a call of the model has begun and not returned.
     """
@@ -165,28 +137,21 @@ class ForwardPasses:
         self.lock = threading.RLock()
         self.forward: Callable[..., Any] = model.forward
         self.check: Callable[[], object] = lambda: None
-        self.recorder: Listener | None = None
-        self.prompt_uses: Listener | None = None
+        self.recorder: Recorder | None = None
+        self.prompt_uses: Recorder | None = None
         self.before_completion: Callable[[], None] | None = None
-        self.reads_ahead = False
-        self.guess: Tensor | None = None
         self.early: Tensor | None = None
         self.route = Route(counters.num_layers)
-        self.ahead = Ahead(counters.num_layers)
-        self.phase = PROMPT
-        self.tokens = 0
         self.fallbacks = 0
         self.inside = False
         self._model = model
-        self._batch = 0  # sequences of the text that began last
         self._call: Batch | None = None
         self._generating: Generating | None = None
         self._seen = 0  # bit i: layer i has run in the open pass
         self._warned_of_compiling = False
         self._routers: NextRouters | None = None
-        self._askers = 0
 
-    def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+    def enter(self, layer: int, top_k_index: Tensor) -> None:
         """Experts of *layer* are about to run on ``top_k_index`` ``(tokens, top_k)``."""
         bit = 1 << layer
         if not self._seen or self._seen & bit:
@@ -195,13 +160,9 @@ class ForwardPasses:
             self._begin(top_k_index.shape[0])
         self._seen |= bit
         for listener in self._listeners():
-            listener.add(layer, top_k_index, top_k_weights)
+            listener.add(layer, top_k_index)
         if self._routers is not None:
             self._ask_early(self._routers, layer, *top_k_index.shape)
-
-    def prefetched(self, layer: int, experts: Sequence[int]) -> None:
-        """*experts* of *layer* have been loaded ahead."""
-        self.ahead.loaded(layer, experts, waits=not self._seen)
 
     def end(self) -> None:
         """End the open pass, if one is open."""
@@ -247,11 +208,6 @@ class ForwardPasses:
             return self._call.phase
         return COMPLETION if tokens == 1 else PROMPT
 
-    @property
-    def decodes_few(self) -> bool:
-        """Whether the open pass is one in which prefetchers are asked between layers."""
-        return self.phase == COMPLETION and self.tokens <= MOST_ROWS
-
     def follow(self) -> Callable[[], None]:
         """Stand before the model's own ``forward`` from now on; returns what ends that."""
         own, attached = self.forward, True
@@ -289,11 +245,8 @@ class ForwardPasses:
 
     # --- inner ----------------------------------------------------------------------------------
 
-    def _listeners(self) -> Iterator[Listener]:
-        if self.recorder is not None:
-            yield self.recorder
-        if self.prompt_uses is not None:
-            yield self.prompt_uses
+    def _listeners(self) -> list[Recorder]:
+        return [one for one in (self.recorder, self.prompt_uses) if one is not None]
 
     def _begin(self, tokens: int) -> None:
         self.end()
@@ -305,11 +258,6 @@ class ForwardPasses:
 
     def _tell(self, phase: int, tokens: int) -> None:
         """Tell whoever follows that a pass has begun."""
-        self.phase, self.tokens = phase, tokens
-        if phase == PROMPT and (self._call is None or self._call.begins_text(self._batch)):
-            self._batch = 1 if self._call is None else self._call.batch
-            self.ahead.text_begins()
-        self.ahead.pass_begins()
         for listener in self._listeners():
             listener.begin(phase, tokens, self._call)
 
@@ -319,50 +267,26 @@ class ForwardPasses:
         for listener in self._listeners():
             listener.end()
 
-    @contextmanager
-    def asking_next_routers(self) -> Iterator[None]:
-        """
-        Have the next router asked early in the body; several may want it.
-
-        Raises:
-            UnsupportedModelError: this model's cannot be asked.
-        """
-        with self.lock:  # not in the midst of another thread's pass
-            if self._routers is None:
-                self._routers = NextRouters(find_routers(self._model))
-            self._askers += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._askers -= 1
-                if not self._askers:
-                    self._ask_no_more()
+    def ask_next_routers(self) -> Callable[[], None]:
+        """Have each next router asked early, for speed alone, if it can be; returns the undo."""
+        with suppress(UnsupportedModelError):
+            self._routers = NextRouters(find_routers(self._model))
+        return self._ask_no_more
 
     def _ask_no_more(self) -> None:
         if self._routers is not None:
             self._routers.close()
-        self._routers = self.guess = self.early = None
+        self._routers = self.early = None
 
     def _ask_early(self, routers: NextRouters, layer: int, rows: int, top_k: int) -> None:
-        few = self.decodes_few
-        target = self.route.after(layer) if few or self.reads_ahead else None
-        self.guess = self.early = None
+        self.early, target = None, self.route.after(layer)
         if target is None:
             routers.forget(layer)
             return
         try:
             self.early = routers.guess(layer, target, rows, top_k)
         except UnsupportedModelError:
-            if not self.reads_ahead or self._askers > 1:
-                raise
-            self._ask_no_more()  # only speed asked for it
-            return
-        if few:
-            self.guess = self.early
-            tell = getattr(self.recorder, "add_guess", None)
-            if tell is not None:
-                tell(target, self.guess)
+            self._ask_no_more()
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call of the model."""

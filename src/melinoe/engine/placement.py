@@ -121,9 +121,7 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
         raise AttachError(
             f'the device engine cannot run here: {why}; leave engine out, or give "reference"'
         )
-    if engine == "fast":
-        use_graphs(options, device)
-    elif (name := options.needs_device) is not None:
+    if engine != "fast" and (name := options.needs_device) is not None:
         raise AttachError(
             f"{name} needs the device engine, which cannot run here: {why}; leave {name} out"
         )
@@ -132,22 +130,6 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
     by_layer = slots_by_layer(slots, model.layers)
     _check_host(options, device, store, by_layer, model)
     return Placement(device, engine, store, by_layer, policies, budget, (why or "", into))
-
-
-def use_graphs(options: Options, device: torch.device) -> bool:
-    """
-    Whether decode steps are captured in CUDA graphs.
-
-    Raises:
-        AttachError: they are to be compiled, and are not captured.
-    """
-    graphs = device.type == "cuda" if options.graphs is None else options.graphs
-    if options.compile and not graphs:
-        raise AttachError(
-            "compile=True compiles the decode steps that CUDA graphs capture, and none are "
-            "captured; leave graphs on, or leave compile out"
-        )
-    return graphs
 
 
 def _device(asked: Any, home: torch.device | None) -> torch.device:

@@ -25,7 +25,6 @@ class Recorder:
         num_experts: Of each MoE layer.
         model: Its name, for people.
         fingerprint: Of the weights that choose.
-        guesses: Whether to keep what the next layer's router said early.
         note: What a reader of the trace must know of how it came about.
     """
 
@@ -34,40 +33,31 @@ class Recorder:
         num_experts: Sequence[int],
         model: str = "",
         fingerprint: str = "",
-        *,
-        guesses: bool = False,
         note: str = "",
     ) -> None:
         self._num_experts = tuple(num_experts)
         self._model, self._fingerprint, self._note = model, fingerprint, note
-        self._keeps_guesses = guesses
-        # Of the open pass: choices and guesses by layer, on the device; its rows.
+        # Of the open pass: choices by layer, on the device; its rows.
         self._chosen: dict[int, Tensor] = {}
-        self._early: dict[int, Tensor] = {}
         self._now: tuple[np.ndarray, np.ndarray] | None = None
-        # Of each pass that has ended: choices, guesses, sequences, kinds.
-        self._passes: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        # Of each pass that has ended: choices, sequences, kinds.
+        self._passes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._base = 0  # sequence number of the first row of the batch that is running
         self._batch = 0  # rows of that batch
 
     def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
-        """Begin a pass; see `melinoe.engine.passes.Listener`."""
+        """Begin a pass of *tokens* rows, within *call* if the model was called as a whole."""
         if phase == PROMPT and (call is None or call.begins_text(self._batch)):
             self._base += self._batch
             self._batch = 1 if call is None else call.batch
         rows, kinds = rows_of(call, phase, tokens)
         self._now = (rows + np.int32(self._base), kinds)
-        self._chosen, self._early = {}, {}
+        self._chosen = {}
 
-    def add(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+    def add(self, layer: int, top_k_index: Tensor) -> None:
         """Keep a copy on the device; it is brought to the host at the end of the pass."""
         if self._now is not None:
             self._chosen[layer] = top_k_index.detach().to(torch.int32, copy=True)
-
-    def add_guess(self, layer: int, guess: Tensor) -> None:
-        """The router of *layer* was asked early, and said *guess* ``(tokens, top_k)``."""
-        if self._now is not None and self._keeps_guesses:
-            self._early[layer] = guess.detach().to(torch.int32, copy=True)
 
     def end(self) -> None:
         """
@@ -86,8 +76,7 @@ class Recorder:
                     f"{chosen.shape[0]} in another, which a trace cannot hold; this model cannot "
                     "be traced"
                 )
-        experts, early = (self._table(one, len(kinds)) for one in (self._chosen, self._early))
-        self._passes.append((experts, early, sequences, kinds))
+        self._passes.append((self._table(self._chosen, len(kinds)), sequences, kinds))
 
     def drop(self) -> None:
         """Forget the open pass."""
@@ -102,18 +91,15 @@ class Recorder:
         """
         if not self._passes:
             raise TraceError("nothing was recorded; run the model inside `with handle.record()`")
-        experts, early, sequences, kinds = zip(*self._passes, strict=True)
-        top_k = max(table.shape[2] for table in (*experts, *early))
-
-        def joined(tables: Sequence[np.ndarray]) -> np.ndarray:
-            widths = [((0, 0), (0, 0), (0, top_k - table.shape[2])) for table in tables]
-            pairs = zip(tables, widths, strict=True)
-            return np.concatenate([np.pad(one, by, constant_values=-1) for one, by in pairs])
-
+        tables, sequences, kinds = zip(*self._passes, strict=True)
+        top_k = max(table.shape[2] for table in tables)
+        wide = [
+            np.pad(table, ((0, 0), (0, 0), (0, top_k - table.shape[2])), constant_values=-1)
+            for table in tables
+        ]
         lengths = [len(rows) for rows in kinds]
         return Trace(
-            experts=joined(experts),
-            guesses=joined(early) if self._keeps_guesses else None,
+            experts=np.concatenate(wide),
             forward=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
             sequence=np.concatenate(sequences).astype(np.int32),
             kind=np.concatenate(kinds),
@@ -147,14 +133,14 @@ class PromptUses(Recorder):
         if phase == PROMPT and call is not None and call.batch > 1:
             raise AttachError(
                 f"a prefetch for a prompt serves one sequence at a time and {call.batch} came "
-                "together; generate from one prompt after the other, or prefetch by next-router"
+                "together; generate from one prompt after the other"
             )
         super().begin(phase, tokens, call)
 
     def counts(self) -> np.ndarray:
         """Uses so far, int64 ``(layers, most experts of a layer)``."""
         found = np.zeros((len(self._num_experts), max(self._num_experts)), np.int64)
-        for experts, _, _, kinds in self._passes:
+        for experts, _, kinds in self._passes:
             for layer, uses in enumerate(found):
                 ids = experts[kinds == PROMPT_ROW, layer].reshape(-1)
                 uses += np.bincount(ids[ids >= 0], minlength=len(uses))

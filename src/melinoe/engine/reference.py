@@ -7,8 +7,8 @@ that into the slots, and lets transformers' own function compute from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from melinoe.engine.transfer import (
 from melinoe.moe.compute import Pairs, StandIn
 from melinoe.moe.dispatch import experts_function
 from melinoe.moe.experts import ExpertsLayer
-from melinoe.stores.store import Store, read_block
+from melinoe.stores.store import Store, empty_blocks, read_block
 
 
 class ReferenceEngine:
@@ -60,13 +60,13 @@ class ReferenceEngine:
         misses: Misses,
     ) -> None:
         self.passes = ForwardPasses(model, Counters(len(layers)))
-        self.transfer = Transfer(store, link)
+        self.transfer, self._reads_ahead = Transfer(store, link), False
         if device.type == "cuda":
             self.transfer = CudaTransfer(store, device)
         elif store.kind == "disk" and link is None:
             loads = misses.kind != "cpu"  # else nothing is loaded on demand, so none is read ahead
             self.transfer = DiskTransfer(store, layers, staging_blocks(slots) if loads else 0)
-            self.passes.reads_ahead = loads
+            self._reads_ahead = loads
         buffers: dict[Any, dict[str, Tensor]] = {}
         self.experts = [
             ExpertCache(layer, count, make(), self.transfer, self.passes, device)
@@ -96,21 +96,22 @@ class ReferenceEngine:
 
     def plug_in(self, model: nn.Module) -> Callable[[], None]:
         """Learn of ``generate``, and keep it from compiling."""
-        return watch_generate(model, self.passes)
+        with ExitStack() as undo:
+            undo.callback(watch_generate(model, self.passes))
+            if self._reads_ahead:
+                undo.callback(self.passes.ask_next_routers())
+            return undo.pop_all().close
 
     def counters(self) -> Counters:
         """A copy of what was counted."""
         return self.passes.counters.copy()
 
     def reset_counters(self) -> None:
-        """Count from zero."""
+        """Count from zero: what was prefetched before is not counted as used afterwards."""
         self.passes.counters.reset()
         self.transfer.reset()
-
-    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """Let no prefetch count any more, except those in *but*, by layer."""
-        for cache, spared in zip(self.experts, but, strict=True):
-            cache.residency.forget_prefetches(but=spared)
+        for cache in self.experts:
+            cache.residency.forget_prefetches()
 
     @contextmanager
     def every_step_seen(self) -> Iterator[None]:
@@ -133,7 +134,6 @@ class ExpertCache:
         rule: How many of a request's missing experts are loaded; None: all.
         host: Computes the others; needed with a *rule*.
         peers: Those of all layers, for reading ahead.
-        after_request: Called with the layer and its experts once a request's loads are under way.
     """
 
     def __init__(
@@ -151,14 +151,17 @@ class ExpertCache:
         self.rule: LoadRule | None = None
         self.host: HostExperts | None = None
         self.peers: Sequence[ExpertCache] = ()
-        self.after_request: Callable[[int, list[int]], None] | None = None
         self._index, self._num_experts, self._num_slots = layer.index, layer.num_experts, num_slots
         self._transfer, self._passes, self._counters = transfer, passes, passes.counters
         with torch.inference_mode(False):
-            self.slots = {
-                part.name: torch.empty((num_slots, *part.shape), dtype=part.dtype, device=device)
-                for part in layer.parts
-            }
+            self.slots = (
+                empty_blocks(layer.parts, num_slots)
+                if device.type == "cpu"
+                else {
+                    part.name: torch.empty(num_slots, *part.shape, dtype=part.dtype, device=device)
+                    for part in layer.parts
+                }
+            )
             # Shares the residency's memory: on the CPU it is always up to date.
             self._host_slot_of = torch.from_numpy(self.residency.slot_of)
             self._slot_of = self._host_slot_of.to(device, copy=device.type != "cpu")
@@ -186,7 +189,7 @@ class ExpertCache:
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
         with self._passes.lock:
-            self._passes.enter(self._index, top_k_index, top_k_weights)
+            self._passes.enter(self._index, top_k_index)
             try:
                 return self._compute(hidden_states, top_k_index, top_k_weights)
             except BaseException:
@@ -214,9 +217,9 @@ class ExpertCache:
         """One expert as the store holds it, on the host."""
         return read_block(self.layer, self._transfer.store, expert)
 
-    def prefetch(self, experts: Sequence[int], spare: Collection[int] = ()) -> int:
+    def prefetch(self, experts: Sequence[int]) -> int:
         """Begin to load *experts*; as `Residency.prefetch`. Returns how many loads that takes."""
-        loads = self.residency.prefetch(experts, spare).loads
+        loads = self.residency.prefetch(experts).loads
         if loads:
             try:
                 ticket = self._transfer.issue(self._index, loads, self._views)
@@ -226,7 +229,6 @@ class ExpertCache:
             self._make_way(loads)
             if ticket is not None:
                 self._in_flight.update((load.expert, ticket) for load in loads)
-            self._passes.prefetched(self._index, [load.expert for load in loads])
         return len(loads)
 
     def release(self) -> None:
@@ -318,8 +320,6 @@ class ExpertCache:
         if not experts:
             return
         self._passes.route.reached(self._index)
-        if self.after_request is not None:
-            self.after_request(self._index, experts)
         target = self._passes.route.after(self._index)
         if self._transfer.overlaps and target is not None and self._passes.early is not None:
             self.peers[target].read_ahead(self._passes.early)

@@ -106,7 +106,7 @@ def serving(
     for prompt in prompts:
         generations.append([run(prompt) for _ in range(repeat)])
         yield
-    moment = None if prefetch is None else prefetch.when
+    moment = None if prefetch is None else "completion"
     what = "none" if prefetch is None else prefetch.name
     default = handle.policy if moment is None else f"{handle.policy}, prefetch"
     counters = [runs[0].counters for runs in generations if runs[0].counters]

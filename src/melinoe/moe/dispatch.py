@@ -142,8 +142,6 @@ def _melinoe(
 ) -> Tensor:
     function = vars(module).get(_BOUND)
     if torch.compiler.is_dynamo_compiling():
-        if getattr(function, "traced", False):
-            return function(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         refuse_one_graph()
     return _as_it_is(function, hidden_states, top_k_index, top_k_weights)
 

@@ -41,8 +41,7 @@ class NextRouters:
             if one.weight.shape[1] != other.weight.shape[1]:
                 raise UnsupportedModelError(
                     f"the router {other.name} reads vectors of {other.weight.shape[1]} numbers and "
-                    f"{one.name} of {one.weight.shape[1]}, so it cannot be asked early; choose "
-                    "another prefetch than next-router"
+                    f"{one.name} of {one.weight.shape[1]}, so it cannot be asked early"
                 )
         self._logits: list[Tensor] = []
         self._bare = [_without_hooks(router.module) for router in self._routers]
@@ -86,10 +85,7 @@ class NextRouters:
         router = self._routers[target]
 
         def refusal(why: str) -> UnsupportedModelError:
-            return UnsupportedModelError(
-                f"the router {router.name} cannot be asked early: {why}; choose another prefetch "
-                "than next-router"
-            )
+            return UnsupportedModelError(f"the router {router.name} cannot be asked early: {why}")
 
         given = self._inputs.pop(layer, None)
         if given is None:

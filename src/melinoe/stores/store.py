@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from mmap import PAGESIZE
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -44,9 +45,25 @@ class Store(Protocol):
         """Copy one expert into *into*: per part of a block, a view of one slot."""
 
 
+def empty_blocks(parts: Sequence[Part], count: int) -> dict[str, Tensor]:
+    """
+    Host memory for *count* experts, by part; its contents are arbitrary.
+
+    It begins with a page, so that whole blocks of a file can be read straight into it.
+    """
+    found = {}
+    for part in parts:
+        nbytes = count * part.nbytes
+        room = torch.empty(nbytes + PAGESIZE, dtype=torch.uint8, device="cpu")
+        first = -room.data_ptr() % PAGESIZE
+        flat = room[first : first + nbytes].view(part.dtype)
+        found[part.name] = flat.view(count, *part.shape)
+    return found
+
+
 def empty_block(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Host memory for one expert, by part; its contents are arbitrary."""
-    return {p.name: torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parts}
+    """Host memory for one expert, as `empty_blocks`."""
+    return {name: stack[0] for name, stack in empty_blocks(parts, 1).items()}
 
 
 def read_block(layer: ExpertsLayer, store: Store, expert: int) -> dict[str, Tensor]:

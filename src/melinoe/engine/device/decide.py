@@ -18,7 +18,7 @@ brought and that no request has asked for since.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -306,15 +306,11 @@ class DeviceResidency:
         slot_of = self.state[layer, first : first + self.num_experts[layer]].cpu().numpy()
         return np.flatnonzero(slot_of >= 0).tolist()
 
-    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """Count no prefetch of before as used later, but those of *but*, by layer."""
+    def forget_prefetches(self) -> None:
+        """Count no prefetch of before as used later."""
         for layer, (experts, slots) in enumerate(zip(self.num_experts, self.capacity, strict=True)):
             end = packed_length(experts, slots)
-            unused = self.state[layer, end - experts : end]
-            spared = list(but[layer])
-            kept = unused[spared]
-            unused.zero_()
-            unused[spared] = kept
+            self.state[layer, end - experts : end].zero_()
 
     def reset(self) -> None:
         """Empty all slots, and let the policies forget; the counters stay."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
-from melinoe.engine.device.compiled import CompiledForward
 from melinoe.engine.device.copying import Staging
 from melinoe.engine.device.decide import DeviceResidency
 from melinoe.engine.device.experts import DeviceExperts
@@ -21,8 +19,6 @@ from melinoe.engine.device.passes import DevicePasses
 from melinoe.engine.passes import watch_generate
 from melinoe.moe.experts import ExpertsLayer
 from melinoe.stores.store import Store
-
-_log = logging.getLogger("melinoe")
 
 
 class DeviceEngine:
@@ -50,12 +46,11 @@ class DeviceEngine:
         prefill: StreamedPrefill,
         staging_experts: int,
         use_graphs: bool,
-        compile: bool = False,
     ) -> None:
-        self.prefill: StreamedPrefill | None = prefill
+        self.prefill: StreamedPrefill = prefill
         self.staging = Staging(device, staging_experts)
         self._store, self._device = store, device
-        self._use_graphs, self._compile = use_graphs, compile
+        self._use_graphs = use_graphs
         # First: a policy or a model that cannot run here shows now.
         self.residencies = DeviceResidency(
             [layer.num_experts for layer in layers], list(slots), policies, device
@@ -65,11 +60,10 @@ class DeviceEngine:
         )
         self.experts = [
             DeviceExperts(
-                layer, self.residencies, store, self.staging, self.passes, self._rule, device,
-                compile,
+                layer, self.residencies, store, self.staging, self.passes, prefill, device
             )
             for layer in layers
-        ]  # fmt: skip
+        ]
 
     @property
     def transferred_bytes(self) -> int:
@@ -80,14 +74,7 @@ class DeviceEngine:
 
     def plug_in(self, model: nn.Module) -> Callable[[], None]:
         """Let ``generate`` take captured steps; returns what undoes it."""
-        compiled = None
-        if self._compile:
-            compiled = CompiledForward(model, self.passes)
-            _log.info(
-                "decode steps are compiled: fused kernels round otherwise than the model's own, so "
-                "the last bits of logits change"
-            )
-        self.graphs = DecodeGraphs(model, self.passes, self._device, self._use_graphs, compiled)
+        self.graphs = DecodeGraphs(model, self.passes, self._device, self._use_graphs)
         with ExitStack() as undo:
             undo.callback(watch_generate(model, self.passes, may_compile=self._use_graphs))
             undo.callback(self.graphs.plug_in())
@@ -98,23 +85,16 @@ class DeviceEngine:
         return self.passes.counters.plus(self.residencies.counters())
 
     def reset_counters(self) -> None:
-        """Count from zero."""
+        """Count from zero: what was prefetched before is not counted as used afterwards."""
         self.passes.counters.reset()
         self.residencies.counts.zero_()
-
-    def forget_prefetches(self, but: Sequence[Collection[int]]) -> None:
-        """Count no earlier prefetch as used later, but those of *but*, by layer."""
-        self.residencies.forget_prefetches(but)
+        self.residencies.forget_prefetches()
 
     @contextmanager
     def every_step_seen(self) -> Iterator[None]:
         """Replay no step in the body: the recorder sees all."""
         with self.graphs.paused():
             yield
-
-    def _rule(self) -> StreamedPrefill:
-        assert self.prefill is not None
-        return self.prefill
 
     def finish(self) -> None:
         """Return when no copy is under way."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from melinoe.cache.residency import Residency, StreamedPrefill
 from melinoe.engine.checks import Guard
-from melinoe.engine.device import compiled
 from melinoe.engine.device.copying import Loader, Staging, addresses
 from melinoe.engine.device.decide import DeviceResidency, to_device
 from melinoe.engine.device.packed_kernels import FEW_PAIRS, KernelExperts
@@ -31,7 +30,7 @@ class DeviceExperts:
     Computes the experts of one MoE layer from its slots, without asking the host in a decode step.
 
     Packed experts are computed by our kernels; those of 16 and 32 bits by transformers' function,
-    except in passes of few pairs where that makes the host wait, or where steps are compiled.
+    except in passes of few pairs where that makes the host wait.
 
     Attributes:
         slots: by part, ``(num_slots, ...)``.
@@ -45,9 +44,8 @@ class DeviceExperts:
         store: Store,
         staging: Staging,
         passes: DevicePasses,
-        prefill: Callable[[], StreamedPrefill],
+        prefill: StreamedPrefill,
         device: torch.device,
-        compiles: bool = False,
     ) -> None:
         self.layer = layer
         self._index, self._num_experts = layer.index, layer.num_experts
@@ -61,15 +59,14 @@ class DeviceExperts:
         self._forward = self._of_few = transformers_function(layer.module)
         if not layer.format.exact:
             self._forward = self._of_few = KernelExperts(layer)
-        elif device.type == "cuda" and (
-            compiles or grouped_mm_waits(torch.cuda.get_device_capability(device), layer.pair_dtype)
+        elif device.type == "cuda" and grouped_mm_waits(
+            torch.cuda.get_device_capability(device), layer.pair_dtype
         ):
             self._of_few = KernelExperts(layer)
         self._stand_in = StandIn(layer.module, self.slots, self._num_slots)
         self._staged = [StandIn(layer.module, block, staging.experts) for block in blocks]
         self._guard = Guard(device, layer.module, [tensor.name for tensor in layer.tensors])
         self.watch = self._guard.watch
-        self._number = compiled.register(self)
 
     @property
     def residency(self) -> Residency:
@@ -79,11 +76,6 @@ class DeviceExperts:
     def resident(self) -> list[int]:
         """Ids of the resident experts, ascending; see `DeviceResidency.resident`."""
         return self._residencies.resident(self._index)
-
-    @property
-    def traced(self) -> bool:
-        """Whether ``torch.compile`` may see the computation; `moe.dispatch` asks."""
-        return self._passes.traced
 
     @property
     def nbytes(self) -> int:
@@ -98,8 +90,6 @@ class DeviceExperts:
             AttachError: gradients are wanted; the model was moved or cast since `attach`; or a
                 CUDA graph captures a pass that the host must decide.
         """
-        if self._passes.traced and torch.compiler.is_dynamo_compiling():
-            return compiled.experts(hidden_states, top_k_index, top_k_weights, self._number)
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
@@ -119,7 +109,6 @@ class DeviceExperts:
             loads = self._residencies.pull(self._index).prefetch(experts).loads
             self.loaders[0].load([(load.expert, load.slot) for load in loads])
             self._residencies.push(self._index)
-        self._passes.prefetched(self._index, [load.expert for load in loads])
         return len(loads)
 
     def reset(self) -> None:
@@ -212,7 +201,7 @@ class DeviceExperts:
         Compute a prompt in rounds: the residents first; while one round is computed, the next is
         copied, into the slots of admitted experts or into a staging block.
         """
-        rule, counts = _KEEP if self._passes.paged else self._prefill(), uses[experts].tolist()
+        rule, counts = _KEEP if self._passes.paged else self._prefill, uses[experts].tolist()
         stream = rule.serve(residency, experts, counts)
         self._passes.counters.add_stream(self._index, experts, counts, stream)
         step = self._staging.experts

@@ -3,10 +3,9 @@ Decode steps as CUDA graphs, inside transformers' own `generate`.
 
 `generate` asks the model for a compiled forward where its cache is static, on a GPU. We answer with
 `DecodeGraphs.step`: the first step of a kind runs as it is, the second is captured in a CUDA graph,
-and from then on a step is one launch. Where compiling was asked for, the second is compiled and the
-third is captured. Steps of a kind agree in the shapes of their inputs, in the cache and in
-PyTorch's modes. A kind whose steps wait for the device is never captured; what cannot be captured
-runs step by step, after one warning that says why.
+and from then on a step is one launch. Steps of a kind agree in the shapes of their
+inputs, in the cache and in PyTorch's modes. A kind whose steps wait for the device is never
+captured; what cannot be captured runs step by step, after one warning that says why.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from melinoe.engine.device.capture import (
     signature,
     waits,
 )
-from melinoe.engine.device.compiled import CompiledForward, CompileError
 from melinoe.engine.device.passes import DEVICE, PARTS, DevicePasses
 from melinoe.engine.passes import Batch
 
@@ -61,8 +59,7 @@ class Kind:
     ran: bool = False  # as it is, and can be captured
     never: bool = False  # because the host decides such steps, or they wait for the device
     waited: int = 0  # steps that did
-    buffers: dict[str, Any] | None = None  # inputs that the compiled or captured step reads
-    counts: Counts | None = None  # tokens in the cache when it was compiled
+    buffers: dict[str, Any] | None = None  # inputs that the captured step reads
     captured: CudaStep | None = None
 
 
@@ -77,16 +74,10 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        passes: DevicePasses,
-        device: torch.device,
-        enabled: bool,
-        compiled: CompiledForward | None = None,
+        self, model: nn.Module, passes: DevicePasses, device: torch.device, enabled: bool
     ) -> None:
         self._model: Any = model
         self._passes, self._device, self._enabled = passes, device, enabled
-        self.compiled = compiled
         self.captured = self.replayed = 0
         self.reason: str | None = None
         self._make: Callable[[Callable[[], Any], Any, Any], CudaStep] = CudaStep
@@ -96,7 +87,7 @@ class DecodeGraphs:
         self._cache_kinds = static_cache.CacheKinds()
         self._moving: set[str] = set()  # classes of cache layers that steps leave in other memory
         self._constants = Constants()
-        self._kept = static_cache.KeptCache(self._drop, lambda: self._compiles)
+        self._kept = static_cache.KeptCache(self._drop)
         self._caches: dict[str, StaticCache] = {}  # of the step that runs, by input
         self._fingerprint: int | None = None
         self._out_of_memory = 0
@@ -222,20 +213,17 @@ class DecodeGraphs:
             return self._model(**inputs)
         if not kind.ran:
             return self._as_it_is(kind, inputs)
-        if kind.captured is None and self._compiles and kind.buffers is None:
-            output = self._first_compiled(kind, inputs)
-            if output is not None:
-                return output
-        counts = self._counts()
+        counts = [static_cache.counts(cache) for cache in self._caches.values()]
         self._passes.completion_begins()  # no hook says so, and it may ask the device
-        if kind.captured is None and not self._capture(kind, inputs):
+        if kind.captured is None and not self._capture(kind, inputs, counts):
             return self._model(**inputs)
         assert kind.captured is not None
         fill(kind.buffers, inputs)
         kind.captured.replay()
         self._set_counts(counts, 1)
         self.replayed += 1
-        return self._joined(kind.captured.output)
+        output = kind.captured.output
+        return type(output)(**{**output, **self._caches})
 
     def _as_it_is(self, kind: Kind, inputs: Mapping[str, Any]) -> Any:
         """Run a first step, which compiles the kernels too, and learn whether to capture others."""
@@ -258,45 +246,26 @@ class DecodeGraphs:
             kind.never = self._passes.mode == PARTS
         return output
 
-    @property
-    def _compiles(self) -> bool:
-        return self.compiled is not None and self.compiled.reason is None
-
-    def _first_compiled(self, kind: Kind, inputs: Mapping[str, Any]) -> Any | None:
-        """Compile the step on the buffers it will be captured with; None if that fails."""
-        assert self.compiled is not None
-        self._prepare(kind, inputs)
-        assert kind.buffers is not None and kind.counts is not None
-        try:
-            return self._joined(self._run(self.compiled.first, kind.buffers))
-        except CompileError:
-            self._set_counts(kind.counts)
-            return None
-
-    def _capture(self, kind: Kind, inputs: Mapping[str, Any]) -> bool:
+    def _capture(self, kind: Kind, inputs: Mapping[str, Any], counts: Counts) -> bool:
         """Capture one kind of step; False, after a warning, if that does not work."""
-        counts = self._counts()
-        if kind.buffers is None:
-            self._prepare(kind, inputs)
-        assert kind.buffers is not None and kind.counts is not None
+        buffers = {n: buffer(value) for n, value in inputs.items() if n not in self._caches}
         captured = [key for key, one in self._kinds.items() if one.captured is not None]
         if len(captured) >= _MOST_KINDS:  # the oldest goes before the new one takes memory
             self._kinds.pop(captured.pop(0))
-        if self._compiles:
-            assert self.compiled is not None
-            try:
-                kind.captured = self._made(self.compiled.again, kind.buffers, kind.counts)
-            except Exception as error:  # nothing was computed: the model's own may be captured
-                self.compiled.give_up(cause(error))
-                self._passes.settle()
-                self._pool = self._pool if captured else None
-        if kind.captured is None:
-            try:
-                kind.captured = self._made(self._own, kind.buffers, counts)
-            except Exception as error:  # whatever a kernel or the driver objects to
-                self._set_counts(counts)
-                self._failed(cause(error))
-                return False
+        if self._pool is None and self._stream is not None:
+            self._pool = torch.cuda.graph_pool_handle()
+
+        def run() -> Any:
+            self._set_counts(counts)
+            return self._run(buffers)
+
+        try:
+            kind.captured = self._make(run, self._pool, self._stream)
+        except Exception as error:  # whatever a kernel or the driver objects to
+            self._set_counts(counts)
+            self._failed(cause(error))
+            return False
+        kind.buffers = buffers
         self.captured += 1
         return True
 
@@ -311,24 +280,7 @@ class DecodeGraphs:
         self._passes.settle()
         self._warn(reason)
 
-    def _made(
-        self, forward: Callable[..., Any], buffers: dict[str, Any], counts: Counts
-    ) -> CudaStep:
-        """Capture *forward* on *buffers*, at the *counts* that it was compiled for, or today's."""
-
-        def run() -> Any:
-            self._set_counts(counts)
-            return self._run(forward, buffers)
-
-        if self._pool is None and self._stream is not None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._make(run, self._pool, self._stream)
-
-    def _own(self, inputs: Mapping[str, Any]) -> Any:
-        with self._constants.giving():
-            return self._model(**inputs)
-
-    def _run(self, forward: Callable[..., Any], buffers: dict[str, Any]) -> Any:
+    def _run(self, buffers: dict[str, Any]) -> Any:
         """Compute a pass on *buffers*; the output lacks the cache, which a graph must not hold."""
         batch, length = buffers["input_ids"].shape
         # Whether something came before is known here; asking the cache would wait for it.
@@ -337,24 +289,13 @@ class DecodeGraphs:
             with ExitStack() as body:
                 for cache in self._caches.values():
                     body.enter_context(static_cache.uncounted(cache))
-                output = forward({**buffers, **self._caches})
+                body.enter_context(self._constants.giving())
+                output = self._model(**buffers, **self._caches)
             return type(output)(
                 **{name: one for name, one in output.items() if not isinstance(one, Cache)}
             )
         finally:
             self._passes.given = None
-
-    def _joined(self, output: Any) -> Any:
-        """The output with its cache, as the caller expects it."""
-        return type(output)(**{**output, **self._caches})
-
-    def _prepare(self, kind: Kind, inputs: Mapping[str, Any]) -> None:
-        """Make the buffers that a compiled or captured step reads."""
-        kind.buffers = {n: buffer(value) for n, value in inputs.items() if n not in self._caches}
-        kind.counts = self._counts()
-
-    def _counts(self) -> Counts:
-        return list(map(static_cache.counts, self._caches.values()))
 
     def _set_counts(self, counts: Counts, more: int = 0) -> None:
         for cache, values in zip(self._caches.values(), counts, strict=True):

@@ -38,7 +38,6 @@ class DevicePasses(ForwardPasses):
         paged: whether the open pass belongs to continuous batching.
         given: the call that the next passes belong to, where it is known without asking the
             model's cache, which would make the host wait.
-        traced: whether ``torch.compile`` is to see the passes; see `device.compiled`.
         unasked: called for each decode step that the device decides and that nobody captures.
         generation_begins: called when `generate` of the model begins.
     """
@@ -50,18 +49,18 @@ class DevicePasses(ForwardPasses):
         self._fits, self._most = fits, most
         self._tokens = self._top_k = 0
         self.mode = DEVICE
-        self.paged = self.traced = self._only_decodes = False
+        self.paged = self._only_decodes = False
         self.given: Batch | None = None
         self.unasked: Callable[[], None] | None = None
         self.generation_begins: Callable[[], None] | None = None
 
-    def enter(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None = None) -> None:
+    def enter(self, layer: int, top_k_index: Tensor) -> None:
         """Begin a pass if need be; all layers of a pass compute the same number of tokens."""
         tokens, self._top_k = top_k_index.shape
         if self._seen and tokens != self._tokens:
             self.end()  # an encoder's and a decoder's, say: one may fit the slots, the other not
         self._tokens = tokens
-        super().enter(layer, top_k_index, top_k_weights)
+        super().enter(layer, top_k_index)
         self.route.reached(layer)  # only the device knows the choice; there is one, as a rule
 
     def in_prompt(self, inputs: Mapping[str, Any]) -> bool:
@@ -83,7 +82,6 @@ class DevicePasses(ForwardPasses):
     def completion_begins(self) -> None:
         """Begin a pass of the completion that is replayed, so that nothing else tells."""
         self._completion_begins()
-        self.ahead.pass_begins()
 
     def _begin(self, tokens: int) -> None:
         self.end()

@@ -24,15 +24,8 @@ from transformers import StaticCache
 # A layer's count of tokens that Python keeps.
 _COUNT = "cumulative_length_int"
 _ASKING = ("get_seq_length", "get_mask_sizes")
-# Lengths of static caches where steps are compiled: not every prompt is to be another kind of step.
-CACHE_STEP = 256
 # Kinds of caches that are remembered.
 _MOST_CACHES = 64
-
-
-def cache_length(positions: int, compiled: bool) -> int:
-    """Length of a static cache for *positions* tokens."""
-    return -(-positions // CACHE_STEP) * CACHE_STEP if compiled else positions
 
 
 def why_not_static(model_class: Any, config: Any) -> str | None:
@@ -143,8 +136,8 @@ class KeptCache:
     When it gives new memory it calls *renewed*: steps captured before are of no use.
     """
 
-    def __init__(self, renewed: Callable[[], None], compiles: Callable[[], bool]) -> None:
-        self._renewed, self._compiles = renewed, compiles
+    def __init__(self, renewed: Callable[[], None]) -> None:
+        self._renewed = renewed
         self.forget()
 
     def forget(self) -> None:
@@ -159,9 +152,7 @@ class KeptCache:
 
         def reuse(*args: Any, **kwargs: Any) -> Any:
             given = takes.bind(*args, **kwargs)
-            batch, length = map(given.arguments.get, ("batch_size", "max_cache_len"))
-            if length is not None:
-                given.arguments["max_cache_len"] = cache_length(length, self._compiles())
+            batch = given.arguments.get("batch_size")
             fresh = prepare(*given.args, **given.kwargs)
             if type(fresh) is not StaticCache or batch is None:
                 return fresh

@@ -1,23 +1,18 @@
-"""
-A policy and a prefetch of a package that pip installed, used everywhere that ours are.
-
-The package's modules are the code of docs/traces.md, as it stands there.
-"""
+"""A policy and a prefetch of one's own, the code of docs/traces.md, used wherever ours are."""
 
 import json
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from outside import fresh_registries
 from small_olmoe import tiny_model, words_tokenizer
 from typer.testing import CliRunner
 
 from melinoe import attach, config
+from melinoe.cache import policy as policies
+from melinoe.cache import prefetch as prefetches
 from melinoe.cache.curves import miss_curves
 from melinoe.cache.prefetch import prefetcher
 from melinoe.cache.simulator import simulate
@@ -25,17 +20,8 @@ from melinoe.cli.app import app
 from melinoe.generate import generate, trace_prompts
 from melinoe.measure import serve
 
-PAGE = Path(__file__).parents[1] / "docs" / "traces.md"
+PAGE = Path(__file__).parents[2] / "docs" / "traces.md"
 PROMPTS = [[3, 4, 3, 4], [9, 9, 8], [20, 3, 20]]
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "my-package"
-version = "1.0"
-"""
 
 
 def blocks(page):
@@ -45,33 +31,13 @@ def blocks(page):
     return [textwrap.dedent(block).strip() + "\n" for block in found]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Where pip installed the package; its files are what docs/traces.md shows."""
-    project, target = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
-    policy, policy_point, prefetch, prefetch_point = blocks(PAGE.read_text())
-    (project / "pyproject.toml").write_text(PROJECT + "\n" + policy_point + "\n" + prefetch_point)
-    package = project / "my_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "policies.py").write_text(policy)
-    (package / "prefetch.py").write_text(prefetch)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
-         "--no-build-isolation", "--disable-pip-version-check", "--target", target, project],
-        check=True,
-    )  # fmt: skip
-    return target
-
-
 @pytest.fixture(autouse=True)
-def installed(site, monkeypatch):
-    """The package can be imported, and nothing of it has been looked up before."""
-    monkeypatch.syspath_prepend(str(site))
-    fresh_registries(monkeypatch)
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
-        del sys.modules[name]
+def registered(monkeypatch):
+    """Both are known, and forgotten afterwards."""
+    for module in (policies, prefetches):
+        monkeypatch.setattr(module, "_known", dict(module._known))
+    for block in blocks(PAGE.read_text()):
+        exec(block, {})
 
 
 def test_the_runtime_serves_with_both_and_the_simulator_counts_what_it_counted():
