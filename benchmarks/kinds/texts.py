@@ -17,9 +17,9 @@ import torch
 from melinoe.data import Encoded, Example, load_examples
 from melinoe.shipped import GSM8K_TRAIN, HELD_OUT
 
-PROMPT, LENGTH = 64, 320  # tokens of a held-out text
+PROMPT, LENGTH = 64, 256  # tokens of a held-out text
 TRAINED_CHARACTERS = 1200
-HELD = 48  # texts of a kind
+HELD = 48  # texts of a kind at most
 GSM8K_HELD_FROM = 6000
 UNSEEN = ("headers", "readmes")
 CHANGED = "changed"
@@ -54,8 +54,8 @@ def held_out(tokenizer: Any) -> dict[str, list[Encoded]]:
     found["readmes"] = _pieces(_readmes(), tokenizer)
     half, changed = LENGTH // 2, []
     for number in range(HELD):
-        one, other = (kinds[(number + step) % len(kinds)] for step in (0, 1 + number % 3))
-        ids = found[one][number].input_ids[:half] + found[other][number].input_ids[:half]
+        one, other = (found[kinds[(number + step) % len(kinds)]] for step in (0, 1 + number % 3))
+        ids = one[number % len(one)].input_ids[:half] + other[number % len(other)].input_ids[:half]
         changed.append(_masked(ids, PROMPT))
     return {**found, CHANGED: changed}
 
@@ -84,8 +84,6 @@ def _pieces(documents: Iterable[str], tokenizer: Any) -> list[Encoded]:
         ids = tokenizer(text, verbose=False)["input_ids"]
         cut.append([ids[at : at + LENGTH] for at in (0, LENGTH) if len(ids) >= at + LENGTH])
     pieces = [one[0] for one in cut if one] + [one[1] for one in cut if len(one) > 1]
-    if len(pieces) < HELD:
-        raise SystemExit(f"only {len(pieces)} held-out texts of {HELD} are long enough")
     return [_masked(ids, PROMPT) for ids in pieces[:HELD]]
 
 
@@ -98,7 +96,7 @@ def _headers() -> Iterable[str]:
 
 
 def _readmes() -> Iterable[str]:
-    for one in sorted(importlib.metadata.distributions(), key=lambda one: one.name.lower()):
+    for one in sorted(importlib.metadata.distributions(), key=lambda one: str(one.name).lower()):
         text = one.metadata.get_payload() or one.metadata["Description"] or ""
         if isinstance(text, str) and len(text) > 4000:
             yield text

@@ -1,5 +1,7 @@
 """Experts are dropped by their use, and the price is measured on other examples."""
 
+import math
+
 import pytest
 import torch
 from small_olmoe import tiny_model, words_tokenizer
@@ -52,7 +54,7 @@ def test_the_least_used_go_and_the_price_is_that_of_the_written_checkpoint(base,
         stay = counts.sort(descending=True, stable=True).indices[:6].sort().values
         ours, theirs = (m.model.layers[layer].mlp.gate.weight for m in (pruned, whole))
         assert torch.equal(ours, theirs[stay])
-    assert found.increase.mean == pytest.approx(torch.tensor(more).exp().item() - 1, abs=1e-6)
+    assert found.increase.mean == pytest.approx(math.expm1(more), abs=1e-5)
 
 
 def test_the_fewest_experts_within_a_price_are_found(base, tmp_path):
@@ -79,6 +81,12 @@ def test_one_of_number_and_price_is_asked_for(base, tmp_path, given):
     """Neither, or both."""
     with pytest.raises(MelinoeError, match="one of the two"):
         prune_by_use(str(base), examples(), tmp_path / "out", memory=MEMORY, **given)
+
+
+def test_as_many_as_there_are_is_no_pruning(base, tmp_path):
+    """The sentence says how many there are."""
+    with pytest.raises(MelinoeError, match="has 8 experts in each layer; keep fewer"):
+        prune_by_use(str(base), examples(), tmp_path / "out", keep=8, memory=MEMORY)
 
 
 def test_one_example_cannot_count_and_judge(base, tmp_path):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from melinoe.checkpoint.metadata import describe_base, read_metadata, write_meta
 from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoint
 from melinoe.checkpoint.pack import write_shards
 from melinoe.checkpoint.safetensors_file import load_whole
-from melinoe.checkpoint.sources import group_by_parameter
+from melinoe.checkpoint.sources import Converted, group_by_parameter
 from melinoe.checkpoint.writing import check_output, check_room, other_files, whole_directory
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import EXPERT_COUNTS, TOP_K
@@ -48,7 +48,7 @@ def prune(name: str, kept: Sequence[Sequence[int]], out: str | Path) -> None:
     with open_checkpoint(name) as checkpoint:
         count, raw = len(kept[0]), read_raw_config(checkpoint.source)[1]
         config = _smaller(raw, checkpoint, count)
-        stays = _kept_of_places(checkpoint, kept)
+        stays = _what_stays(checkpoint, kept)
         check_room(out, checkpoint.stored_bytes)
         with whole_directory(out) as directory:
             write_shards(_read(checkpoint, stays), directory)
@@ -94,25 +94,31 @@ def _smaller(raw: dict[str, Any], checkpoint: Checkpoint, count: int) -> dict[st
     return part(raw)
 
 
-def _kept_of_places(
-    checkpoint: Checkpoint, kept: Sequence[Sequence[int]]
-) -> dict[str, tuple[str, list[int] | None] | None]:
-    """
-    Say of stored tensors, by name, what becomes of them: name and rows; None where they go.
+class _Stays(NamedTuple):
+    """The part of a stored tensor that stays: *experts* along *axis*, all if those are None."""
 
-    Those that are not named stay as they are. No rows: all of the tensor, under another name.
-    """
-    found: dict[str, tuple[str, list[int] | None] | None] = {}
+    name: str  # to come
+    experts: list[int] | None = None
+    axis: int = 0
+
+
+def _what_stays(checkpoint: Checkpoint, kept: Sequence[Sequence[int]]) -> dict[str, _Stays | None]:
+    """Say of stored tensors, by name, what stays: None for nothing; of those not named, all."""
+    found: dict[str, _Stays | None] = {}
     for source, layer in zip(checkpoint.experts, kept, strict=True):
         for reader in source.readers.values():
             for part in reader.parts:
                 names = [place.name for place in part]
-                if len(part) == source.num_experts > 1:  # one for each expert
+                if any(name in found for name in names):
+                    raise UnsupportedModelError(
+                        f"{checkpoint.name} has layers that share their experts; leave it whole"
+                    )
+                if not (reader.stacked or isinstance(reader, Converted)):  # one for each expert
                     found |= dict.fromkeys(names)
                     places = zip(names, sorted(layer), strict=False)
-                    found |= {names[expert]: (new, None) for new, expert in places}
+                    found |= {names[expert]: _Stays(new) for new, expert in places}
                 else:
-                    found |= {one: (one, sorted(layer)) for one in names}
+                    found |= {one: _Stays(one, sorted(layer)) for one in names}
     model = build_on_meta(checkpoint.model_class, checkpoint.config, checkpoint.dtype)
     groups = group_by_parameter(model, checkpoint.tensors)
     for router, layer in zip(find_routers(model), kept, strict=True):
@@ -120,17 +126,23 @@ def _kept_of_places(
             raise UnsupportedModelError(
                 f"{checkpoint.name} has routers with a choice that is no expert; leave it whole"
             )
-        for parameter, tensor in router.module.state_dict(prefix=f"{router.name}.").items():
-            if parameter in groups and tensor.shape[:1] == (router.num_experts,):
+        block, _, _ = router.name.rpartition(".")
+        inside = model.get_submodule(block).state_dict(prefix=f"{block}.")
+        for parameter, tensor in inside.items():
+            # The router's own, and a correction of its scores that stands beside it.
+            own = parameter.startswith(f"{router.name}.") or "." not in parameter[len(block) + 1 :]
+            if own and parameter in groups and router.num_experts in tensor.shape:
+                axis = list(tensor.shape).index(router.num_experts)
                 for place in groups[parameter].places:
-                    found[place.name] = place.name, sorted(layer)
+                    found[place.name] = _Stays(place.name, sorted(layer), axis)
     return found
 
 
-def _read(checkpoint: Checkpoint, stays: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+def _read(checkpoint: Checkpoint, stays: dict[str, _Stays | None]) -> Iterator[dict[str, Tensor]]:
     for place in checkpoint.tensors.values():
-        became = stays.get(place.name, (place.name, None))
-        if became is not None:
-            new, rows = became
+        part = stays.get(place.name, _Stays(place.name))
+        if part is not None:
             whole = load_whole(place)
-            yield {new: whole if rows is None else whole[torch.tensor(rows)]}
+            if part.experts is not None:
+                whole = whole.index_select(part.axis, torch.tensor(part.experts))
+            yield {part.name: whole}

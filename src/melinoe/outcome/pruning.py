@@ -57,7 +57,7 @@ def prune_by_use(
 
     Raises:
         DataError: too few examples.
-        MelinoeError: neither or both of *keep* and *max_increase*; or no smaller number does.
+        MelinoeError: neither or both of *keep* and *max_increase*; or no smaller number.
         OutputExistsError, CheckpointError, UnsupportedModelError, WriteError: as
             `melinoe.checkpoint.pruning.prune`.
     """
@@ -74,6 +74,10 @@ def prune_by_use(
     whole = perplexity(model, judged)
     del model, handle  # one model in memory at a time
     gc.collect()
+    if keep is not None and keep >= trace.num_experts:
+        raise MelinoeError(
+            f"{name} has {trace.num_experts} experts in each layer; keep fewer than that"
+        )
     order = np.argsort(-popularity(trace), axis=1, kind="stable")
 
     def written(count: int, place: Path) -> Estimate:
