@@ -55,7 +55,7 @@ def test_a_fixed_set_costs_each_use_of_another_expert_and_only_while_it_is_open(
     counts = completion_positions(torch.ones(1, 2, dtype=torch.bool))
     with terms.in_place_of_cache_loss(terms.FIXED, uses, {"a": [], "b": []}):
         loss = objective.cache_simulation_loss(
-            logits, chosen, counts, None, capacity=1, num_experts=4, form="", denominator=2.0
+            logits, chosen, counts, gamma=0.9, capacity=1, num_experts=4, form="", denominator=2.0
         )
     assert loss.tolist() == [pytest.approx(1.5)]
     loss.sum().backward()

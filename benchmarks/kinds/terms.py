@@ -59,7 +59,7 @@ def in_place_of_cache_loss(
         return loss * (torch.arange(len(loss)) > 0)
 
     def fixed(
-        logits: Tensor, chosen: Tensor, completion: Tensor, _: Any, *, capacity: int,
+        logits: Tensor, chosen: Tensor, completion: Tensor, *, capacity: int,
         num_experts: int, denominator: Any, **options: Any,
     ) -> Tensor:  # fmt: skip
         each = by_kind if name == FIXED_BY_KIND else by_kind.sum(0, keepdim=True)
