@@ -1,8 +1,10 @@
 """A server as a service: its key, its end, what it keeps, and a model that fails under it."""
 
 import asyncio
+import gc
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +165,37 @@ def test_a_request_ends_between_pieces_that_come_fast(batches):
     with pytest.raises(ApiError) as error:
         asyncio.run(run())
     assert error.value.status == 504
+
+
+def test_a_request_of_which_a_choice_finds_no_room_leaves_nothing_behind(batches):
+    """Six run, ten have room, eight more are asked for: 429, and the six alone go on."""
+    handler = CompletionHandler(batches, Metrics(), None, "tiny")
+
+    async def run():
+        for _ in range(6):
+            batches.submit([5, 6, 7], asked(60), "slow")
+        with pytest.raises(ApiError, match="try again") as error:
+            await handler.handle_request({"prompt": [5, 6], "n": 8, "max_tokens": 9}, "r")
+        assert error.value.status == 429 and len(batches.running) == 6
+        batches.fail_all("over")
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_nobody_begins_to_read_ends(batches):
+    """Its client left before the first byte: the answer is dropped, and nothing runs."""
+    handler = CompletionHandler(batches, Metrics(), SimpleNamespace(_tokenizer=None), "tiny")
+
+    async def run():
+        body = {"prompt": [5, 6], "max_tokens": 60, "stream": True}
+        answer = await handler.handle_request(body, "r")
+        assert len(batches.running) == 1
+        del answer
+        gc.collect()
+        await asyncio.sleep(0.05)
+        assert not batches.running
+
+    asyncio.run(run())
 
 
 def test_a_cache_that_cannot_be_made_is_said_at_the_start(batches):

@@ -85,11 +85,9 @@ class Handler:
                 )  # fmt: skip
             adapter = self.adapter_of(said.model)
             asked = replace(self.within(asked, max(map(len, prompts))), adapter=adapter)
-            choices = [
-                self.submit(prompt, asked, at, request_id)
-                for prompt in prompts
-                for at in range(asked.choices)
-            ]
+            for prompt in prompts:
+                for at in range(asked.choices):  # one by one: a later one may find no room
+                    choices.append(self.submit(prompt, asked, at, request_id))
             self.log(request_id, "begun", choices)
             head = {
                 "id": request_id, "object": self.chunk_object if said.stream else self.object,
@@ -98,6 +96,7 @@ class Handler:
             if said.stream:
                 status = "streaming"
                 events = self._stream(request_id, said, head, choices)
+                await anext(events)  # begun, so that it also ends if its client has left already
                 return StreamingResponse(events, media_type="text/event-stream")
             answers = await asyncio.gather(
                 *(self._collect(at, one, said) for at, one in enumerate(choices))
@@ -275,6 +274,7 @@ class Handler:
 
         tasks = [asyncio.create_task(follow(at, one)) for at, one in enumerate(choices)]
         try:
+            yield ""
             left = len(tasks)
             while left:
                 event = await events.get()

@@ -35,6 +35,7 @@ class Responses(ResponseHandler, BaseGenerateManager):
         self.chat, self.chat_template_kwargs = chat, {}
         self._asked: dict[str, Asked] = {}
         self._ran: dict[str, Running] = {}
+        self._streams: dict[str, asyncio.Task] = {}
         stands_for: Any = self
         self.model_manager = self.generation_state = stands_for
 
@@ -58,7 +59,10 @@ class Responses(ResponseHandler, BaseGenerateManager):
         switches = switches_of(said, effort)
         asked = {**body, "stream": bool(said.stream), "chat_template_kwargs": switches}
         try:
-            return await super().handle_request(asked, request_id)
+            answer: Any = await super().handle_request(asked, request_id)
+            if said.stream:
+                await anext(answer.body_iterator)  # begun; as chats do
+            return answer
         except TemplateError as error:
             raise ApiError(f"the chat template refuses: {error}", param="input") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
@@ -109,11 +113,13 @@ class Responses(ResponseHandler, BaseGenerateManager):
     async def _last_event(self, events: Any, request_id: str) -> AsyncIterator[str]:
         """Pass on *events*, and complete the last of them."""
         try:
+            yield ""
             async for event in events:
                 lines = event.split("\n\n")
                 yield "\n\n".join(self._completed(line, request_id) for line in lines)
         finally:
             await events.aclose()
+            self._streams.pop(request_id).cancel()
             self._ran.pop(request_id, None)
 
     def _completed(self, line: str, request_id: str) -> str:
@@ -169,7 +175,8 @@ class Responses(ResponseHandler, BaseGenerateManager):
             finally:
                 self.chat.done(request_id, status, [one], route="responses")
 
-        return queue, _Streamer(one, asyncio.get_running_loop().create_task(follow()))
+        self._streams[request_id] = asyncio.get_running_loop().create_task(follow())
+        return queue, _Streamer(one, self._streams[request_id])
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
