@@ -6,7 +6,6 @@ import pytest
 from cache_traces import random_trace
 from typer.testing import CliRunner
 
-from melinoe.cache.curves import allocate, cost_of, miss_curves
 from melinoe.cache.locality import popularity
 from melinoe.cache.prefetch import Prefill
 from melinoe.cache.simulator import simulate
@@ -50,14 +49,6 @@ def test_every_policy_of_ours_can_be_named(trace):
     assert [row["policy"] for row in found] == list(names)
 
 
-def test_allocated_slots_stand_beside_those_given(trace):
-    """The second row has the split of the curves, and never more completion loads."""
-    given, split = rows(trace, "--policy", "lru", "--slots", 4, "--allocate-from", trace)
-    slots = allocate(cost_of(miss_curves(random_trace(0, **TRACE), "lru")), 16)
-    assert split["slots"] == ",".join(map(str, slots))
-    assert split["transfers_per_token"] <= given["transfers_per_token"]
-
-
 def test_time_is_what_the_model_predicts(trace):
     """One link, three ways to handle misses: the numbers of `predict`."""
     loaded = random_trace(0, **TRACE)
@@ -94,14 +85,6 @@ def test_a_prefetch_can_come_from_prompts(trace):
     counters = simulate(random_trace(0, **TRACE), 4, "lru", prefetch=Prefill()).counters
     assert row["prefetch_per_token"] == counters.prefetch_per_token() > 0
     assert row["hit_rate"] == counters.hit_rate("completion")
-
-
-def test_a_curve_has_a_row_for_every_number_of_slots(trace):
-    """Twelve rows, one column a policy."""
-    found = rows(trace, "--curve", "--policy", "lru", "--policy", "belady")
-    want = miss_curves(random_trace(0, **TRACE), "belady").miss_rate()
-    assert [row["slots"] for row in found] == list(range(1, 13))
-    assert [row["belady"] for row in found] == want.tolist()
 
 
 def test_popularity_may_come_from_elsewhere(trace, tmp_path):

@@ -36,10 +36,6 @@ def command(
         option("Which expert is evicted first. Repeatable. Default: lru, lfu, belady."),
     ] = None,
     cold: Annotated[bool, option("Empty the cache before every sequence.")] = False,
-    curve: Annotated[bool, option("Print the miss rate of every number of slots instead.")] = False,
-    allocate_from: Annotated[
-        Path | None, option("Also share out the slots by what this trace's layers would miss.")
-    ] = None,
     as_json: options.AsJson = False,
     prefetch: options.Prefetches = None,
     predictor: options.PredictorDir = None,
@@ -61,7 +57,6 @@ def command(
     expert_size: Annotated[str | None, option("Size of one expert, as in 12.6MB.", _TIME)] = None,
 ) -> None:
     """Replay a trace through caches of any size and policy: count loads, and predict time."""
-    from melinoe.cache.curves import miss_curves
     from melinoe.cache.locality import popularity as count
     from melinoe.cache.simulator import simulate
     from melinoe.cache.timing import loads_when, predict
@@ -72,22 +67,6 @@ def command(
     popular = count(loaded) if popularity is None else models.count_choices(popularity, loaded)
     names = policy or ["lru", "lfu", "belady"]
     of_policy = {name: {"popularity": popular} if name == "static" else {} for name in names}
-    if curve:
-        rates = {
-            name: miss_curves(
-                loaded, name, policy_options=own, reset_between_sequences=cold
-            ).miss_rate()
-            for name, own in of_policy.items()
-        }
-        rows = [
-            {"slots": size + 1, **{name: float(rate[size]) for name, rate in rates.items()}}
-            for size in range(loaded.num_experts)
-        ]
-        if as_json:
-            output.show_json(rows)
-        else:
-            output.show_table("miss rate of the completion, by slots in each layer", rows)
-        return
     sizes = [
         _slots(text, loaded)
         for text in slots or [str(experts_in_share(QUARTER, loaded.num_experts))]
@@ -106,29 +85,18 @@ def command(
             param_hint="--miss",
         )
     counts, times = [], []
-    fitted = None if allocate_from is None else Trace.load(allocate_from)
+    load = None if figures is None else loads_when(miss, *figures)
+    options: dict[str, Any] = {"reset_between_sequences": cold, "prompts": prompts, "load": load}
+    options["steps"] = figures is not None
     for name, own in of_policy.items():
         for size in sizes:
-            splits: dict[str, Any] = {"as given": size}
-            if fitted is not None:
-                splits["allocated"] = _allocated(loaded, fitted, name, size, own, cold)
-            for how, chosen in splits.items():
-                for prefetcher in ahead.values():
-                    done = simulate(
-                        loaded,
-                        chosen,
-                        name,
-                        policy_options=own,
-                        reset_between_sequences=cold,
-                        prefetch=prefetcher,
-                        prompts=prompts,
-                        load=None if figures is None else loads_when(miss, *figures),
-                        steps=figures is not None,
-                    )
-                    who = _who_of(done, how if allocate_from is not None else None)
-                    counts.append(who | _counts_of(done))
-                    if figures is not None:
-                        times.append(who | {"miss": miss} | predict(done, *figures).metrics())
+            for prefetcher in ahead.values():
+                done = simulate(
+                    loaded, size, name, policy_options=own, prefetch=prefetcher, **options
+                )
+                counts.append(_who_of(done) | _counts_of(done))
+                if figures is not None:
+                    times.append(_who_of(done) | {"miss": miss} | predict(done, *figures).metrics())
     if as_json:
         output.show_json([row | (times[at] if times else {}) for at, row in enumerate(counts)])
         return
@@ -138,7 +106,7 @@ def command(
     about += f", top-{loaded.top_k}, {loaded.num_layers} layers"
     output.show_table(about, [_without(row, hidden) for row in counts])
     if prefetched:
-        first = ("policy", "slots", "split", "prefetch", "prefetch_per_token", *OF_PREFETCHES)
+        first = ("policy", "slots", "prefetch", "prefetch_per_token", *OF_PREFETCHES)
         rows = [{name: row[name] for name in first if name in row} for row in counts]
         output.show_table("what was loaded ahead", rows)
     if times:
@@ -227,32 +195,11 @@ def _work(trace: Trace, model: str | None, expert_size: str | None) -> Work:
     )
 
 
-def _allocated(
-    trace: Trace, fitted: Trace, policy: str, size: Any, own: dict[str, Any], cold: bool
-) -> tuple[int, ...]:
-    """Share out as many slots as *size* has in all by the miss-ratio curves of a trace."""
-    from melinoe.cache.curves import allocate, cost_of, miss_curves
-    from melinoe.cache.residency import check_capacity
-
-    for count in size if isinstance(size, list) else [size]:
-        check_capacity(trace.num_experts, count)
-    fitted.check_model(trace.fingerprint, trace.num_layers, trace.num_experts, trace.top_k)
-    curves = miss_curves(fitted, policy, policy_options=own, reset_between_sequences=cold)
-    budget = sum(size) if isinstance(size, list) else size * trace.num_layers
-    # As a model that is served does: a token's experts fit, where there are slots for that.
-    least = trace.top_k if budget >= trace.top_k * trace.num_layers else 1
-    return allocate(cost_of(curves), budget, at_least=least)
-
-
-def _who_of(done: Simulation, how: str | None) -> dict[str, Any]:
-    """Name what was replayed: policy, slots, how they were shared out if asked, prefetch."""
+def _who_of(done: Simulation) -> dict[str, Any]:
+    """Name what was replayed: policy, slots, prefetch."""
     alike = len(set(done.slots)) == 1
-    return {
-        "policy": done.policy,
-        "slots": done.slots[0] if alike else ",".join(map(str, done.slots)),
-        **({"split": how} if how is not None else {}),
-        "prefetch": done.prefetch,
-    }
+    slots = done.slots[0] if alike else ",".join(map(str, done.slots))
+    return {"policy": done.policy, "slots": slots, "prefetch": done.prefetch}
 
 
 def _counts_of(done: Simulation) -> dict[str, Any]:
