@@ -28,6 +28,49 @@ def test_few_slots_give_the_plain_models_tokens():
     assert generate(model, None, tokenizer, [3, 4, 5, 6], 9).ids == answer.ids
 
 
+def test_the_context_bounds_what_is_written(caplog):
+    """Of ten tokens a prompt of 4 leaves 6; one of 12 leaves none, and what follows is doubted."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    model.config.max_position_embeddings = 10
+    assert len(generate(model, None, tokenizer, PROMPT_TEXT, 10**12).ids) == 6
+    assert not caplog.records
+    assert len(generate(model, None, tokenizer, [3, 4, 5, 6] * 3, 2).ids) == 2
+    assert "12 tokens and the model's context is 10" in caplog.text
+
+
+def test_the_coldest_temperatures_take_the_likeliest_token():
+    """Logits over 1e-300 are beyond float32; 0 is no temperature for transformers."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    greedy = generate(model, None, tokenizer, PROMPT_TEXT, 9).ids
+    for heat in (0.0, 1e-300, 1e-6):
+        cold = generate(model, None, tokenizer, PROMPT_TEXT, 9, do_sample=True, temperature=heat)
+        assert cold.ids == greedy
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers thinks of the settings
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 3}, {"num_return_sequences": 2}, {"return_dict_in_generate": True},
+        {"output_scores": True, "return_dict_in_generate": True}, {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1}, {"min_new_tokens": 20}, {"stop_strings": ["w1"]},
+        {"max_time": 1e-9}, {"suppress_tokens": [13]}, {"forced_eos_token_id": 1},
+        {"do_sample": True, "temperature": 0.5, "top_k": 3}, {"prompt_lookup_num_tokens": 2},
+        {"guidance_scale": 2.0}, {"max_length": 3}, {"bad_words_ids": [[13]]},
+    ],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_a_checkpoints_own_settings_change_no_greedy_text(own):
+    """As many tokens, and the same, as without; each pass is of one token."""
+    model, tokenizer = tiny_model(), words_tokenizer()
+    plain = generate(model, None, tokenizer, PROMPT_TEXT, 9).ids
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    with attach(model, slots=3) as handle:
+        assert generate(model, handle, tokenizer, PROMPT_TEXT, 9).ids == plain
+        assert handle.counters.tokens.tolist() == [4, 8]
+
+
 def test_counts_are_of_this_call_alone():
     """Two calls count 1 prompt pass of 4 tokens and 4 single ones each, not the sum of both."""
     model, tokenizer = tiny_model(), words_tokenizer()

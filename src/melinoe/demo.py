@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.cache.prefetch import Predicted
 from melinoe.cache.trace import Trace
 from melinoe.checkpoint import check_output, describe, load_tokenizer
@@ -67,8 +68,7 @@ class DemoSettings:
     prompts: int = 24  # held out, that are generated from
     max_new_tokens: int = 64
     slots: float = 0.25  # share of a layer's experts that is resident
-    # The stronger policy for every model of the demo, the base included: see docs/log.md.
-    policy: str = "lfu"
+    policy: str = DEFAULT_POLICY  # of every model of the demo, the base included
     predictor_prompts: int = 160  # that the predictor learns from
     predictor_tokens: int = 48  # generated for each of those
     # Earlier settings of the fine-tuning were tried on the first 64 test examples.

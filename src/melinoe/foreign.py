@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,8 +103,8 @@ def _read_columns(path: str | os.PathLike) -> dict[str, Any]:
                 else json.read_json(blob, read_options=json.ReadOptions(block_size=1 << 26))
             )
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    # Arrow's own, and those that numpy, zip and texts of another encoding raise.
-    except (pa.ArrowException, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    # Arrow's own, and those that texts of another encoding raise.
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         said = (str(error) or "it is empty").splitlines()[0]
         raise TraceError(f"the table {path} cannot be read ({said}); check the file") from error
     return {
@@ -124,8 +123,11 @@ def _of_arrays(path: str | os.PathLike) -> dict[str, Any]:
     import pyarrow as pa
 
     with Path(path).open("rb") as file:
-        loaded = np.load(file, allow_pickle=False)  # objects are pickles
-        arrays = {"experts": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        try:
+            loaded = np.load(file, allow_pickle=False)  # objects are pickles
+            arrays = {"experts": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        except Exception as error:  # a header is Python's text, and fails in as many ways
+            raise ValueError(str(error)) from error
     called = [name for name in arrays if _NAMES.get(name, name) == "experts"] or list(arrays)
     if len(called) != 1:
         raise ValueError(f"which of {', '.join(called)} are the experts? call that experts")

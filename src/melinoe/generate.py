@@ -5,6 +5,7 @@ transformers' own `generate` does the work. Around it: a prefetcher is asked wha
 a stopping criterion that never stops takes the time of each token.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,9 +21,13 @@ from melinoe.cache.trace import Trace
 from melinoe.data import check_text, pad_token_id
 from melinoe.engine.handle import Handle
 from melinoe.errors import AttachError, DataError, TokenizerError
-from melinoe.moe.finite import generate_finite
+from melinoe.moe.finite import GREEDY, generate_finite
 
 Prompt = str | Sequence[int]
+
+_log = logging.getLogger("melinoe")
+# Below it logits divided by a temperature may be beyond float32, and one token has all of the odds.
+_COLDEST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def generate(
     **sampling: Any,
 ) -> Generation:
     """
-    Answer one prompt, greedily unless *sampling* says else.
+    Answer one prompt, greedily unless *sampling* says else, whatever the checkpoint's own
+    generation settings are. It ends where the model's context does.
 
     Args:
         handle: What `attach` or `load` gave for *model*; ``None`` for a plain one.
@@ -129,11 +135,12 @@ def generate(
         prefetch.bind(model, tokenizer)
     ids = prompt_ids(tokenizer, prompt)
     _check_ids(model, ids)
+    max_new_tokens = _within_context(model, len(ids), max_new_tokens)
+    if (heat := sampling.get("temperature")) is not None and heat < _COLDEST:
+        sampling |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     device = model.get_input_embeddings().weight.device
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer)}
-    if not sampling.get("do_sample"):
-        # A checkpoint may carry these; greedy decoding would only warn about them.
-        options |= {"temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, Any] = {} if sampling.get("do_sample") else {**GREEDY}
+    options["pad_token_id"] = pad_token_id(tokenizer)
     watch = _Watch(device, handle)
     before, stall_before_s = None, 0.0
     input_ids = torch.tensor([ids], device=device)
@@ -200,6 +207,21 @@ def trace_prompts(
             if progress is not None and (number % step == 0 or number == len(prompts)):
                 progress(f"traced {number} of {len(prompts)} prompts")
     return recorder.trace()
+
+
+def _within_context(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Give the new tokens that the context leaves, if any; else all, which will mean little."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int) or prompt_tokens + max_new_tokens <= context:
+        return max_new_tokens
+    if context > prompt_tokens:
+        return context - prompt_tokens
+    _log.warning(
+        "the prompt has %d tokens and the model's context is %d: what follows means little",
+        prompt_tokens,
+        context,
+    )
+    return max_new_tokens
 
 
 def _check_ids(model: Any, ids: Sequence[int]) -> None:

@@ -61,7 +61,8 @@ def format_bytes(amount: int) -> str:
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
-_BYTES = re.compile(r"\s*(\d*)(?:\.(\d+))?\s*([a-zA-Z]*)\s*")
+# Python reads no whole number of more than 4,300 digits.
+_BYTES = re.compile(r"\s*(\d{0,300})(?:\.(\d{1,300}))?\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:

@@ -1,6 +1,7 @@
-"""Write a file, or fill a directory, so that nobody sees it before it is whole."""
+"""Write files and directories that nobody sees before they are whole; read JSON of any origin."""
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 try:
     import fcntl
@@ -19,6 +21,28 @@ except ImportError:  # Windows, which cannot lock a directory
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".unfinished"
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """
+    Read JSON, UTF-8 with or without a byte-order mark; *hooks* as of `json.loads`.
+
+    Raises:
+        ValueError: it is none, is nested deeper than Python reads, or has a whole number that no
+            float holds.
+    """
+    if isinstance(text, bytes):
+        text = text.decode()
+    try:
+        return json.loads(text.removeprefix("\ufeff"), parse_int=_whole, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

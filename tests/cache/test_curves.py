@@ -96,7 +96,7 @@ def test_inclusion_fails_once_a_request_comes_in_parts():
     """
     held = []
     for slots in (1, 2):
-        residency = Residency(5, slots)
+        residency = Residency(5, slots, "lru")
         for request in ([3, 4], [1, 2, 3]):
             list(residency.request_in_parts(request))
         held.append({expert for expert in range(5) if expert in residency})

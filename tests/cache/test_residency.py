@@ -39,8 +39,8 @@ def test_parts_worked_by_hand():
 
 
 def test_the_first_part_fills_up_with_the_least_used_missing():
-    """Three slots hold {0,6}; 0-3 needed: first 0 and the least used 2, 3 (6 leaves), then 1."""
-    residency = Residency(NUM_EXPERTS, 3)
+    """By LRU, three slots hold {0,6}; 0-3 needed: 0 and the least used 2, 3 (6 leaves), then 1."""
+    residency = Residency(NUM_EXPERTS, 3, "lru")
     residency.request([0, 6])
     decisions = list(residency.request_in_parts([0, 1, 2, 3], [1, 5, 1, 2]))
     assert decisions == [
@@ -51,7 +51,7 @@ def test_the_first_part_fills_up_with_the_least_used_missing():
 
 def test_under_lru_the_most_used_missing_experts_stay_after_a_large_request():
     """Empty, three slots, seven experts with uses 1 to 7: the three most used remain."""
-    residency = Residency(NUM_EXPERTS, 3)
+    residency = Residency(NUM_EXPERTS, 3, "lru")
     list(residency.request_in_parts(range(7), [4, 7, 1, 6, 2, 5, 3]))
     assert sorted(residency.expert_of.tolist()) == [1, 3, 5]
 

@@ -63,3 +63,24 @@ def test_a_sentence_of_thousands_of_characters_is_shortened():
     ended = run(["doctor", "n" * 5000])
     assert ended.code == 1 and len(ended.err) < 1100 and " ... " in ended.err
     assert ended.err.startswith("melinoe: nnn") and ended.err.endswith("put that right\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["generate", "tiny", "a", "--ram", "9" * 5000], 1, "is not an amount of memory"),
+        (["generate", "tiny", "a", "--expert-memory", "0." + "9" * 5000], 1, "amount of memory"),
+        (["plan", "tiny", "--gpu-memory", "9" * 5000], 1, "is not an amount of memory"),
+        (["generate", "tiny", "a", "--seed", "-1"], 2, "--seed"),
+        (["finetune", "tiny", "--seed", "-1"], 1, "seed cannot be -1"),
+        (["finetune", "tiny", "--seed", str(2**32)], 1, "seed cannot be 4294967296"),
+        (["finetune", "tiny", "--learning-rate", "1e300"], 1, "learning_rate cannot be 1e+300"),
+    ],
+)
+def test_a_value_that_no_library_takes_is_refused_in_a_sentence(tmp_path, words, code, said):
+    """Python reads 4,300 digits, numpy seeds of 32 bits, Adam rates that a float32 holds."""
+    if words[0] == "finetune":
+        (tmp_path / "d.jsonl").write_text('{"text": "a b c d"}\n')
+        words = [*words, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "out"]
+    ended = run(words)
+    assert ended.wrong is None and ended.code == code and said in ended.err.splitlines()[-1]

@@ -207,7 +207,7 @@ def test_layers_of_other_sizes_are_recorded_each_by_its_own(model):
             second(torch.randn(1, 32), index, weights)
         trace, counters = recorder.trace(), handle.counters
     assert trace.experts.tolist() == [[[4, 3], [-1, 3]]]
-    assert simulate(trace, 2, "lru").counters == counters
+    assert simulate(trace, 2).counters == counters
 
 
 def test_recording_a_model_whose_router_is_not_found_says_so():

@@ -93,7 +93,7 @@ def test_a_trace_says_that_its_choices_were_changed():
             text(model)
         notes.append(recorder.trace("read").note)
     assert notes[0] == "read"
-    assert "3 slots, lru (cache-prior, strength 0.5, keep 1)" in notes[1]
+    assert "3 slots, lfu (cache-prior, strength 0.5, keep 1)" in notes[1]
 
 
 def test_weights_are_those_the_router_would_have_given():
@@ -193,7 +193,7 @@ def test_left_padding_changes_no_row_of_a_batch_of_one_text():
     trace = recorder.trace()
     assert (trace.kind == 2).sum() == 2
     assert handle.changed_choices > 0
-    assert simulate(trace, 3, "lru").counters == handle.counters
+    assert simulate(trace, 3).counters == handle.counters
 
 
 def test_experts_that_run_without_their_router_are_refused():

@@ -23,7 +23,7 @@ def traced(model, *arguments, slots=3, **options):
         with handle.record() as recorder:
             tokens = model.generate(*arguments, **(GREEDY | options))
         trace, counters = recorder.trace(), handle.counters
-    assert simulate(trace, slots, "lru").counters == counters
+    assert simulate(trace, slots).counters == counters
     return tokens, trace, counters
 
 

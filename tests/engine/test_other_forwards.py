@@ -315,6 +315,12 @@ def other_weights(model):
     model(PROMPT)
 
 
+def written_in_place(model):
+    """As somebody who adds noise, or an average of weights: what is empty takes it silently."""
+    model.model.layers[0].mlp.experts.down_proj.mul_(2.0)
+    model(PROMPT)
+
+
 def functional_with_other_weights(model):
     own = {name: p.detach() for name, p in model.named_parameters()}
     for name in own:
@@ -386,6 +392,7 @@ REFUSED = {
     "half": lambda m: m.half()(PROMPT),
     "meta": lambda m: m.to("meta")(PROMPT.to("meta")),
     "other weights": other_weights,
+    "written in place": written_in_place,
     "functional, other weights": functional_with_other_weights,
     "another implementation": another_implementation,
     "called within a call": called_within_a_call,
@@ -407,7 +414,7 @@ def test_another_way_is_refused_in_one_sentence(model, way, engine):
             REFUSED[way](model)
         assert str(raised.value).count(". ") == 0 and "\n" not in str(raised.value)
         handle.audit()
-        if way in ("half", "meta", "other weights", "another implementation",
+        if way in ("half", "meta", "other weights", "written in place", "another implementation",
                    "called within a call", "one graph, block"):  # fmt: skip
             return  # the model itself is another one now
         model.eval()

@@ -89,7 +89,7 @@ def test_counts_and_bytes_are_those_of_blocks(model, miss):
             tokens(model, 8)
         counted, layer = handle.counters, handle.layers[0]
         options = {} if miss == "wait" else {"load": miss.rule}
-        assert simulate(recorder.trace(), 3, "lru", **options).counters == counted
+        assert simulate(recorder.trace(), 3, **options).counters == counted
         moved = int(counted.loads.sum()) * layer.block_bytes
         assert handle.transferred_bytes == moved
         assert handle.expert_memory_bytes == 2 * 3 * layer.block_bytes

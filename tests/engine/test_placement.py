@@ -12,6 +12,11 @@ import torch
 from small_olmoe import tiny_model
 
 import melinoe
+from melinoe.cache.curves import miss_curves, unit_costs
+from melinoe.cache.policy import policy
+from melinoe.cache.residency import Residency
+from melinoe.cache.simulator import simulate
+from melinoe.demo import DemoSettings
 from melinoe.engine import load as load_module
 from melinoe.engine import placement
 from melinoe.engine.device import support
@@ -22,6 +27,7 @@ from melinoe.engine.transfer import EmulatedLink
 from melinoe.errors import AttachError, BudgetError, CheckpointError, PinError
 from melinoe.host_memory import HostMemory
 from melinoe.moe.experts import find_experts
+from melinoe.predictor import compare
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 BLOCK = 3 * 16 * 8 * 4  # bytes of one expert: projections x hidden x inner x float32
@@ -75,8 +81,16 @@ def test_load_and_attach_show_every_option_with_its_default():
         assert left_out == (of_loading if first == "model" else set())
 
 
+def test_every_call_evicts_by_lfu_unless_told_otherwise():
+    """The policy that docs/findings.md finds best; it forgets at .98 a request."""
+    calls = (melinoe.load, melinoe.attach, simulate, miss_curves, unit_costs, Residency, compare)
+    defaults = {inspect.signature(call).parameters["policy"].default for call in calls}
+    assert defaults | {Options().policy, DemoSettings().policy} == {"lfu"}
+    assert policy("lfu").gamma == 0.98
+
+
 def test_auto_takes_the_fast_engine_where_it_can_run(gpu):
-    """On a GPU, by LRU, waiting for misses, with room for all experts; else it says why not."""
+    """On a GPU, by LFU, waiting for misses, with room for all experts; else it says why not."""
     chosen = choose(slots=4)
     assert (chosen.engine, chosen.store, str(chosen.device)) == ("fast", "pinned", "cuda:0")
     for options, reason in (

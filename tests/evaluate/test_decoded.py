@@ -38,7 +38,7 @@ def test_loads_are_the_simulators_on_the_recorded_trace():
     handle = attach(model, slots=2)
     with handle.record() as recorder:
         found = decoded_perplexity(model, handle, TEXTS)
-    done = simulate(recorder.trace(), 2, "lru", reset_between_sequences=True)
+    done = simulate(recorder.trace(), 2, reset_between_sequences=True)
     assert found.loads.tolist() == [int(one.loads[1].sum()) for one in done.per_sequence]
     assert found.tokens.tolist() == [3, 2, 4]
 

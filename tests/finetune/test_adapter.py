@@ -156,6 +156,17 @@ def damage_config(directory, **changes):
         ({"fan_in_fan_out": True}, "more than projections.*fan_in_fan_out"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changed the base"),
+        ({"init_lora_weights": "olora"}, "olora, which changed the base"),
+        ({"r": None}, "a rank that is no whole number"),
+        ({"r": 0}, "a rank that is no whole number"),
+        ({"rank_pattern": {"x": "3"}}, "a rank that is no whole number"),
+        ({"rank_pattern": {"(": 3}}, "not readable"),
+        ({"alpha_pattern": [1]}, "a pattern that is no object"),
+        ({"lora_alpha": "16"}, "an alpha that is no number"),
+        ({"target_parameters": "gate"}, "target_parameters that are no list"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path that is no text"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(directory, changes, words):

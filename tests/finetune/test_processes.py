@@ -9,7 +9,6 @@ import signal
 import pytest
 import torch
 from forked import finetuned, run
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from melinoe.data import load_examples
@@ -118,15 +117,26 @@ def test_a_bad_loss_on_one_process_skips_the_step_on_both(place):
 
 @pytest.mark.parametrize(("sharded", "measured"), [(False, False), (True, False), (True, True)])
 def test_a_weight_that_is_no_number_is_named_by_every_process(place, sharded, measured):
-    """Sharded, the second process alone holds it; found by a step's loss, or by measuring."""
-    file = place / "base" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.self_attn.q_proj.weight"][-1, 0] = math.nan
-    save_file(tensors, file, {"format": "pt"})
+    """
+    Sharded, the second process alone holds it; found by a step's loss, or by measuring.
+
+    It breaks once the model is loaded, for loading would name it.
+    """
+    import melinoe.finetune.run as run_module
+
+    whole = run_module.load_model
+
+    def breaking(*args, **kwargs):
+        model = whole(*args, **kwargs)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight[-1, 0] = math.nan
+        return model
+
     broken = r"model\.layers\.1\.self_attn\.q_proj\.weight holds NaN"
     said = f"held-out examples is not finite: {broken}" if measured else f"because {broken}"
 
     def train():
+        run_module.load_model = breaking
         with pytest.raises(TrainingError, match=said):
             finetuned(place, "out", held_out=measured, **SHARED | {"eval_every": None})
 

@@ -46,6 +46,11 @@ FAULTS = {
         "model.layers.1.self_attn.q_proj.weight", INF,
         r"layers\.1\.self_attn\.q_proj\.weight holds inf",
     ),
+    # Of a prompt of one token attention makes numbers of it again.
+    "queries": (
+        "model.layers.0.self_attn.q_proj.weight", NAN,
+        r"layers\.0\.self_attn\.q_proj\.weight holds NaN",
+    ),
     "embedding": ("model.embed_tokens.weight", NAN, r"embed_tokens\.weight holds NaN"),
     "head": ("lm_head.weight", NAN, r"lm_head\.weight holds NaN"),
 }  # fmt: skip
@@ -78,7 +83,7 @@ def data(tmp_path):
 
 
 COMMANDS = {
-    "generate": ["generate", "{base}", "w3 w4", "--slots", "4"],
+    "generate": ["generate", "{base}", "w3", "--slots", "4"],
     "sampling": ["generate", "{base}", "w3 w4", "--slots", "4",
                  "--temperature", "1"],
     "trace": ["trace", "{base}", "--data", "{data}", "--out", "{out}"],

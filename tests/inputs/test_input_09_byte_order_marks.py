@@ -4,17 +4,22 @@ import gzip
 import json
 import shutil
 from codecs import BOM_UTF8
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
 
 from melinoe.checkpoint import load_tokenizer, read_metadata
 from melinoe.checkpoint.files import read_config
+from melinoe.cli.models import _chat_template
 from melinoe.data import load_examples
 from melinoe.engine.load import load
-from melinoe.errors import DataError, TokenizerError
+from melinoe.errors import DataError, MelinoeError, TokenizerError
+from melinoe.finetune.adapter import CONFIG, WEIGHTS, read_adapter_config
 from melinoe.plan.facts import model_facts
+from melinoe.predictor import load_prompts
 from melinoe.report.records import read_records
+from melinoe.serve.run import Residency
 from melinoe.shipped import TINY_OLMOE
 
 ROWS = [{"text": "a ä"}, {"text": "b"}]
@@ -110,13 +115,51 @@ def test_a_mark_that_transformers_cannot_read_is_named(marked, name):
         load_tokenizer(str(marked), read_config(str(marked)))
 
 
-def test_other_files_of_json_are_read_with_marks(tmp_path):
-    """An adapter's config, a config alone for `plan`, records of a report, prompts of a trace."""
-    config = tmp_path / "config.json"
-    config.write_bytes(BOM_UTF8 + (TINY_OLMOE / "config.json").read_bytes())
-    assert model_facts(str(config)).num_experts == 32
-    for name, text in (("r.jsonl", '{"a": 1}\n'), ("r.json", '[{"a": 1}]')):
-        (tmp_path / name).write_bytes(BOM_UTF8 + text.encode())
-        with pytest.raises(DataError) as raised:  # it is JSON, and no record
-            read_records([tmp_path / name])
-        assert "not JSON" not in str(raised.value)
+def of_an_adapter(file):
+    (file.parent / WEIGHTS).touch()
+    return read_adapter_config(file.parent)
+
+
+def of_a_residency(file):
+    found = []
+    handle = SimpleNamespace(slots_by_layer=[4], prefetch=found.extend)
+    return Residency(file, handle, "print").restore() and found
+
+
+# Name of a file, what is in it, and what reads it.
+JSON_FILES = {
+    "config.json": ((TINY_OLMOE / "config.json").read_text(), lambda f: model_facts(str(f))),
+    "melinoe.json": ('{"base": "somebody/model"}', lambda f: read_metadata(f.parent)),
+    CONFIG: ('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}', of_an_adapter),
+    "records.json": ('[{"kind": "demo"}]', lambda f: read_records([f]).by_kind),
+    "records.jsonl": ('{"kind": "demo"}', lambda f: read_records([f]).by_kind),
+    "t.prompts.json": (
+        '{"format": "melinoe-prompts", "version": 1, "fingerprint": "m", "prompts": [[1, 2]]}',
+        lambda f: load_prompts(f.parent / "t.safetensors", SimpleNamespace(fingerprint="m")),
+    ),
+    "residency.json": ('{"resident": [[1, 2]], "fingerprint": "print"}', of_a_residency),
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_every_json_file_is_read_with_a_mark_and_refused_in_a_sentence(tmp_path, name):
+    """With a mark as without; nested deeper than Python reads, a number of 400 digits, bytes."""
+    text, read = JSON_FILES[name]
+    file = tmp_path / name
+    file.write_text(text)
+    expected = read(file)
+    file.write_bytes(BOM_UTF8 + text.encode())
+    assert read(file) == expected
+    deep, large = '{"a": ' + "[" * 100_000, text.replace("{", '{"b": ' + "9" * 400 + ", ", 1)
+    for blob in (deep.encode(), large.encode(), b'{"a": "\xff"}', b"5", b"null"):
+        file.write_bytes(blob)
+        with pytest.raises(MelinoeError) as raised:
+            read(file)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_chat_template_is_read_without_its_mark(tmp_path):
+    """Else each prompt would begin with it."""
+    template = tmp_path / "t.jinja"
+    template.write_bytes(BOM_UTF8 + b"{{ messages }}")
+    assert _chat_template(str(template)) == "{{ messages }}"

@@ -132,6 +132,13 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path, name):
         assert all(e.source.startswith(f"{path}") for e in examples)
 
 
+def test_a_cell_of_a_csv_file_is_as_long_as_its_text(tmp_path):
+    """Python's own reader stops at 131,072 characters unless told otherwise."""
+    text = "a b " * 50_000
+    (tmp_path / "r.csv").write_text(f"prompt,completion\na,{text}\n")
+    assert load_examples(tmp_path / "r.csv")[0].completion == text
+
+
 def test_parquet_keeps_turns_and_their_nulls_out(tmp_path):
     """Arrow gives every turn the keys of all: what was absent is absent again."""
     import pyarrow as pa

@@ -67,3 +67,21 @@ def test_a_torn_file_and_a_missing_number_are_refused(tmp_path):
         (tmp_path / "x.npz").write_bytes(blob)
         with pytest.raises(TraceError, match="cannot be read"):
             read_foreign(tmp_path / "x.npz", num_experts=4)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 1, 1)}",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (1" + "0" * 30 + ", 1, 1)}",
+        "{[]: 1}",
+        "   if x:\n 'a",
+    ],
+)
+def test_a_damaged_header_is_one_sentence(tmp_path, header):
+    """It is read as Python's text: numpy raises what the tokenizer, the types, memory raise."""
+    length = len(header).to_bytes(2, "little")
+    (tmp_path / "t.npy").write_bytes(b"\x93NUMPY\x01\x00" + length + header.encode() + bytes(64))
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_foreign(tmp_path / "t.npy", num_experts=4)

@@ -50,7 +50,7 @@ def test_transfers_are_those_of_the_simulator():
     """Popularity of the other folds, written out: loads and prefetch loads over tokens."""
     trace, prompts = planted(20)
     found = compare(trace, prompts, embeddings(), slots=4, settings=QUICK, folds=2)
-    plain = simulate(trace, 4, "lru", reset_between_sequences=True).counters
+    plain = simulate(trace, 4, "lfu", reset_between_sequences=True).counters
     assert found.transfers["empty"].mean == pytest.approx(plain.transfers_per_token())
     assert found.transfers["popularity"].mean > plain.transfers_per_token()
 

@@ -45,6 +45,23 @@ def test_a_template_that_refuses_ends_no_chat(say, offline):
     assert code == 0 and "no shouting here" in err and out == f"{expected}\n"
 
 
+def test_lines_that_are_no_text_are_named(say, melinoe, monkeypatch, offline):
+    """Half a character ends no chat; bytes that are no UTF-8, or no input, end it in words."""
+    expected = offline[0]("user: Hi\nassistant:", 6)
+    code, out, err = say("\udcff", "Hi")
+    assert code == 0 and "half of a character" in err and out == f"{expected}\n"
+    for stdin, words in (
+        (
+            io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"),
+            "is not UTF-8 text (byte 0xff)",
+        ),
+        (None, "standard input is closed"),
+    ):
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, _, err = melinoe("chat", "tiny", "--chat-template", "plain", *TOKENS)
+        assert code == 1 and words in err.splitlines()[-1]
+
+
 def test_a_model_without_a_template_is_refused(melinoe):
     """One sentence that names the two ways out."""
     code, _, err = melinoe("chat", "tiny")

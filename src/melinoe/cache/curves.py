@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.cache.counters import COMPLETION, PHASES
 from melinoe.cache.policy import COMPILED_POLICIES, Policy
 from melinoe.cache.residency import check_capacity
@@ -51,7 +52,7 @@ class MissCurves:
 
 def miss_curves(
     trace: Trace,
-    policy: str | Callable[[], Policy] = "lru",
+    policy: str | Callable[[], Policy] = DEFAULT_POLICY,
     *,
     policy_options: Mapping[str, Any] | None = None,
     reset_between_sequences: bool = False,
@@ -101,7 +102,7 @@ class UnitCosts:
 def unit_costs(
     trace: Trace,
     slots: Sequence[int],
-    policy: str | Callable[[], Policy] = "lru",
+    policy: str | Callable[[], Policy] = DEFAULT_POLICY,
     *,
     policy_options: Mapping[str, Any] | None = None,
     reset_between_sequences: bool = False,

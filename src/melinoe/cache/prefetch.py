@@ -16,7 +16,7 @@ import numpy as np
 
 from melinoe.errors import MelinoeError
 
-NONE = "none"
+NONE = "none"  # the default: every other copies more in all, docs/findings.md#which-prefetch
 
 ByLayer = Sequence[Sequence[int]]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.cache.policy import Policy
 from melinoe.cache.policy import policy as make_policy
 from melinoe.errors import CacheTooSmallError, MelinoeError
@@ -66,7 +67,7 @@ class Residency:
         CacheTooSmallError, MelinoeError: *capacity* is below 1, or above *num_experts*.
     """
 
-    def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = "lru"):
+    def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = DEFAULT_POLICY):
         check_capacity(num_experts, capacity)
         self.num_experts = num_experts
         self.capacity = capacity

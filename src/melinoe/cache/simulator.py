@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.cache.counters import COMPLETION, PROMPT, Counters
 from melinoe.cache.locality import popularity
 from melinoe.cache.policy import COMPILED_POLICIES, Policy, policy_class, policy_makers
@@ -57,7 +58,7 @@ class Simulation:
 def simulate(
     trace: Trace,
     slots: int | Sequence[int],
-    policy: str | Callable[[], Policy] = "lru",
+    policy: str | Callable[[], Policy] = DEFAULT_POLICY,
     *,
     prefetch: Prefetcher | None = None,
     prompts: Sequence[Sequence[int]] | None = None,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from melinoe.errors import TraceError
-from melinoe.whole_file import write_whole
+from melinoe.whole_file import parse_json, write_whole
 
 PROMPT_ROW, COMPLETION_ROW, PADDING_ROW = 0, 1, 2
 
@@ -264,7 +264,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         arrays = load(blob)
         (length,) = struct.unpack_from("<Q", blob)
         # The library's reader of bytes leaves the metadata out.
-        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+        metadata = parse_json(blob[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, KeyError, ValueError, struct.error) as error:
         raise TraceError(
             f"the trace {path} is torn, or no trace ({error}); copy it again, or {_WAY_OUT}"
@@ -272,7 +272,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     if metadata.get("format") != _FORMAT:
         raise TraceError(f"{path} is a safetensors file but holds no trace; {_WAY_OUT}")
     try:
-        return arrays, dict(json.loads(metadata["header"]))
+        return arrays, dict(parse_json(metadata["header"]))
     except (KeyError, TypeError, ValueError) as error:
         raise TraceError(
             f"the trace {path} is malformed: the header is not readable; {_WAY_OUT}"

@@ -25,6 +25,7 @@ from melinoe.checkpoint.packed import Weights
 from melinoe.checkpoint.safetensors_file import describe_shape, load_whole
 from melinoe.errors import CheckpointError
 from melinoe.moe.experts import ExpertsLayer, find_experts
+from melinoe.moe.finite import broken_weight
 from melinoe.moe.routing import fingerprint
 
 _log = logging.getLogger("melinoe")
@@ -154,6 +155,9 @@ def _from_pretrained(
             output_loading_info=True,
         )
     _refuse_gaps(checkpoint.name, info, given)
+    # Before it runs: attention turns a query that is no number into one, and logits show nothing.
+    if (broken := broken_weight(model)) is not None:
+        raise CheckpointError(f"{checkpoint.name} is damaged: {broken}; get its files again")
     _name_it(model, checkpoint)
     return model
 

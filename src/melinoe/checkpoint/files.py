@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from melinoe.checkpoint.packed import PACKING_KEYS, check_packing
 from melinoe.checkpoint.safetensors_file import Place, SafetensorsFile
 from melinoe.errors import CheckpointError, UnsupportedModelError
+from melinoe.whole_file import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -83,8 +84,10 @@ def locate(name: str, filename: str, download: bool = True) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    """Return the first line of an error's message, with what it announces, or its type's name."""
+    lines = str(error).strip().split("\n")
+    said = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
+    return said.rstrip(".") or type(error).__name__
 
 
 # --- config --------------------------------------------------------------------------------------
@@ -107,11 +110,11 @@ def read_raw_config(name: str, download: bool = True) -> tuple[Path, dict]:
 def read_object(path: Path, way_out: str = "download it again") -> dict[str, Any]:
     """Read the JSON object that a file holds, with or without a byte-order mark."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = parse_json(path.read_bytes())
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
         json.dumps(raw, ensure_ascii=False).encode()  # half a character could not be written
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({first_line(error)}); {way_out}"
         ) from None
@@ -134,9 +137,10 @@ def read_config(name: str, download: bool = True) -> PreTrainedConfig:
         with without_mark(path) as plain:
             config = AutoConfig.from_pretrained(plain, trust_remote_code=False)
     except Exception as error:
+        known = isinstance(family, str) and family in CONFIG_MAPPING
         raise UnsupportedModelError(
             f"transformers cannot read the config of family {family!r} ({first_line(error)}); "
-            "use a family that transformers itself implements"
+            + ("give its own" if known else "use a family that transformers itself implements")
         ) from None
     _forget_packing(config)
     return config

@@ -21,9 +21,9 @@ def command(
     given: dict[str, Any],
 ) -> None:
     """Talk with a model in the terminal, with few experts resident."""
-    from jinja2 import TemplateError
     from transformers import TextStreamer
 
+    from melinoe.data import Example, encode_prompts
     from melinoe.errors import MelinoeError, TokenizerError
     from melinoe.generate import generate
 
@@ -48,21 +48,16 @@ def command(
         else:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                ids = tokenizer.apply_chat_template(
-                    asked, add_generation_prompt=True, return_dict=True
-                )["input_ids"]
+                chat = Example("", "", "the chat", messages=tuple(asked), learned=())
                 answer = generate(
                     loaded,
                     handle,
                     tokenizer,
-                    list(ids),
+                    encode_prompts([chat], tokenizer)[0],
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
                     **models.sampling(temperature),
                 )
-            except TemplateError as error:
-                output.say(f"the model's chat template refuses: {error}")
-                continue
             except KeyboardInterrupt:  # ends the answer, not the chat
                 output.say("\ninterrupted")
                 continue
@@ -84,8 +79,17 @@ def _opening(system: str | None) -> list[dict[str, str]]:
 
 
 def _read() -> str | None:
-    """Read a line; None at the end of the input."""
+    """Read a line; None at the end of the input; DataError where it is closed or no text."""
+    from melinoe.errors import DataError
+
+    if sys.stdin is None:
+        raise DataError("standard input is closed; leave it open, or use melinoe generate")
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"standard input is not UTF-8 text (byte 0x{byte:02x}); convert it"
+        ) from None

@@ -116,7 +116,7 @@ def card(
 
 def demo(
     out: options.Out = Path("runs/demo"),
-    seed: Annotated[int, option("Seed of everything that is random.")] = 0,
+    seed: Annotated[int, option("Seed of everything that is random.", **options.SEEDS)] = 0,
     quick: Annotated[
         bool, option("Take a minute instead of eight, for figures that mean nothing.")
     ] = False,

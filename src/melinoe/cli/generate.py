@@ -17,7 +17,7 @@ def command(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     max_new_tokens: options.NewTokens = 64,
     temperature: options.Temperature = 0.0,
-    seed: Annotated[int, option("Seed of the sampling.")] = 0,
+    seed: Annotated[int, option("Seed of the sampling.", **options.SEEDS)] = 0,
     raw: options.Raw = False,
     as_json: options.AsJson = False,
     prefetch: options.Prefetch = None,

@@ -113,7 +113,7 @@ def _chat_template(named: str | None) -> str | None:
     try:
         if named in (None, "plain"):
             return None if named is None else _PLAIN
-        return Path(str(named)).read_text(encoding="utf-8")
+        return Path(str(named)).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise TokenizerError(
             f"--chat-template {named} cannot be read: {error}; name a Jinja file, or plain"

@@ -35,6 +35,7 @@ Prompts = Annotated[
 Raw = Annotated[
     bool, option("Leave out the chat template that the tokenizer brings.", name="--raw")
 ]
+SEEDS = {"min": 0, "max": 2**32 - 1}
 NewTokens = Annotated[int, option("Generate at most this many tokens.", min=1)]
 Temperature = Annotated[
     float, option("Sample at this temperature. 0: take the likeliest token.", min=0)

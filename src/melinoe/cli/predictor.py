@@ -16,7 +16,7 @@ def fit_command(
         int | None, option("Judge by so many slots in each layer. Default: a quarter.", min=1)
     ] = None,
     model: Annotated[str | None, option("The traced model. Default: as the trace says.")] = None,
-    seed: Annotated[int, option("Seed of the folds and of the start.")] = 0,
+    seed: Annotated[int, option("Seed of the folds and of the start.", **options.SEEDS)] = 0,
     as_json: options.AsJson = False,
 ) -> None:
     """Fit a predictor, and compare it with rivals that cost nothing."""

@@ -25,6 +25,7 @@ class FinetuneSettings:
         TrainingError: a value that no run could use; the sentence names it.
     """
 
+    # Form and forgetting of the imagined cache: docs/study.md#the-papers-forms.
     capacity: float = setting(
         0.25, "size of the cache to train for", unit="share of a layer's experts"
     )
@@ -155,7 +156,9 @@ _WITHIN = {
     "[0, 1]": ("gamma",),
     "[0, 1)": ("warmup",),
     "[0, inf)": ("lambda_cache", "lambda_concentration", "lambda_replay"),
-    "(0, inf)": ("learning_rate", "lora_learning_rate", "epochs", "max_grad_norm"),
+    "(0, inf)": ("epochs", "max_grad_norm"),
+    "(0, 100]": ("learning_rate", "lora_learning_rate"),
+    "[0, 4294967295]": ("seed",),
     "[1, inf)": (
         "own_texts", "lora_rank", "steps", "batch_size", "gradient_accumulation", "log_every",
         "eval_every", "save_every",

@@ -11,7 +11,6 @@ lines at the end are all the same. What cannot be read is refused by file and li
 
 import csv
 import gzip
-import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from melinoe.errors import DataError
+from melinoe.whole_file import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,8 @@ def _read_json(path: Path, file: TextIO) -> Rows:
 def _parse(text: str, source: str, way_out: str) -> Any:
     _check_utf8(text, source)
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, object_pairs_hook=_object)
+    except ValueError as error:
         raise DataError(f"{source} is not JSON ({_first_line(error)}); {way_out}") from None
 
 
@@ -146,6 +146,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_csv(path: Path, file: TextIO) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # of the whole module, which stops at 128 KiB a cell otherwise
     reader = csv.reader(file, strict=True)
     try:
         header = next(reader, [])

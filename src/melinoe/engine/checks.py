@@ -29,11 +29,13 @@ class Guard:
 
     def __init__(self, device: torch.device, module: nn.Module, names: Sequence[str]) -> None:
         self._device, self._parameters, self._names = device, module._parameters, tuple(names)
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._kept: dict[str, tuple[torch.dtype, int | None]] = {}  # type, count of writes
 
     def watch(self) -> None:
-        """Refuse from now on to run once an empty parameter is moved, cast or filled."""
-        self._dtypes = {name: self._parameters[name].dtype for name in self._names}  # type: ignore[union-attr]
+        """Refuse from now on to run once an empty parameter is moved, cast, filled or written."""
+        for name in self._names:
+            kept: Any = self._parameters[name]
+            self._kept[name] = kept.dtype, _writes(kept)
 
     def check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """
@@ -58,9 +60,9 @@ class Guard:
                 f"the model's hidden states are on {hidden_states.device} and its experts on "
                 f"{self._device}; call handle.detach() first, then move the model and attach again"
             )
-        for name, dtype in self._dtypes.items():
+        for name, (dtype, writes) in self._kept.items():
             parameter = self._parameters.get(name)
-            if parameter is None or parameter.shape[0] != 0:
+            if parameter is None or parameter.shape[0] != 0 or _writes(parameter) != writes:
                 raise AttachError(
                     f"the experts were given other weights ({name}) than those that are "
                     "served; call handle.detach() first, then change them and attach again"
@@ -70,6 +72,11 @@ class Guard:
                     f"the model was moved or cast (to {parameter.device}, {parameter.dtype}) after "
                     "it was attached; call handle.detach() first, then move it and attach again"
                 )
+
+
+def _writes(parameter: Tensor) -> int | None:
+    """Count in-place writes, which an empty parameter takes without effect; None if untold."""
+    return None if parameter.is_inference() else parameter._version
 
 
 def _other_way(tensor: Tensor) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.cache.policy import Policy
 from melinoe.cache.residency import StreamedPrefill
 from melinoe.checkpoint.backbone import layers_of, load_backbone
@@ -70,7 +71,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     slots: int | Sequence[int] | None = None,
     expert_memory: str | int | None = None,
-    policy: str | Callable[[], Policy] = "lru",
+    policy: str | Callable[[], Policy] = DEFAULT_POLICY,
     policy_options: Mapping[str, Any] | None = None,
     engine: str = "auto",
     store: str | Store = "auto",
@@ -143,7 +144,7 @@ def attach(
     device: torch.device | str | None = None,
     slots: int | Sequence[int] | None = None,
     expert_memory: str | int | None = None,
-    policy: str | Callable[[], Policy] = "lru",
+    policy: str | Callable[[], Policy] = DEFAULT_POLICY,
     policy_options: Mapping[str, Any] | None = None,
     engine: str = "auto",
     store: str | Store = "auto",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.config import MISSES, STORES
 from melinoe.config.setting import setting
 from melinoe.errors import AttachError, BudgetError
@@ -59,8 +60,8 @@ class Options:
         None, "instead of slots: memory of the slots of all layers, as in 8GiB", unit="bytes"
     )
     policy: str | Callable[[], Any] = setting(
-        "lru",
-        "which resident expert is evicted first: lru, lfu or lfru",
+        DEFAULT_POLICY,
+        "which resident expert is evicted first: lfu, lru or lfru",
     )
     policy_options: Mapping[str, Any] | None = setting(None, "what the policy takes, by name")
     engine: str = setting(

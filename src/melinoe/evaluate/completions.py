@@ -9,7 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.data import Example, encode_prompts, pad_token_id
 from melinoe.errors import DataError
-from melinoe.moe.finite import generate_finite
+from melinoe.moe.finite import GREEDY, generate_finite
 
 log = logging.getLogger(__name__)
 
@@ -145,15 +145,7 @@ def _generate(
             attention_mask=mask.to(device),
             max_new_tokens=new_tokens,
             pad_token_id=pad,
-            # Greedy, whatever the checkpoint's own generation settings are.
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            min_new_tokens=None,
+            **GREEDY,
             stopping_criteria=StoppingCriteriaList(
                 [_Written(stop, tokenizer, longest) for stop in stops]
             ),

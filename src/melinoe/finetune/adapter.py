@@ -11,7 +11,6 @@ module once per updated parameter, the first one innermost, so the last has its 
 outermost wrapper and each before it one ``base_layer`` deeper (``ParamWrapper`` of PEFT 0.21).
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from melinoe.finetune.parts import (
 )
 from melinoe.moe.experts import ExpertsLayer, find_experts
 from melinoe.moe.routing import find_routers
+from melinoe.whole_file import parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIRECTORY = "adapter"
@@ -43,7 +43,12 @@ DIRECTORY = "adapter"
 
 _PREFIX = "base_model.model."
 # What else PEFT can put into such a file, and the values by which it says that it did not.
-_NOT_OURS = ("use_dora", "lora_bias", "bias", "fan_in_fan_out")
+_NOT_OURS = (
+    "use_dora", "lora_bias", "bias", "fan_in_fan_out", "layer_replication", "use_qalora",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Ways to begin that take a part out of the base's own weights (``init_lora_weights``).
+_OF_ANOTHER_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _ABSENT: tuple[Any, ...] = (None, False, "none", [], {})
 # What PEFT puts behind the name of a module, and the experts of transformers before its fifth.
 _OF_PEFT = re.compile(r"\.(?:base_layer|lora_|modules_to_save|original_module)")
@@ -192,10 +197,12 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
             "`melinoe finetune --save adapter` or PEFT wrote"
         )
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
+        config = parse_json((path / CONFIG).read_bytes())
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+        if config.get("peft_type") == "LORA":
+            _check_fields(config)
+    except (ValueError, re.error) as error:
         raise CheckpointError(
             f"{path / CONFIG} is not readable ({error}); write the adapter again"
         ) from None
@@ -210,7 +217,31 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
             f"{path} changes more than projections and routers ({', '.join(odd)}); merge it with "
             "PEFT (merge_and_unload)"
         )
+    if str(start := config.get("init_lora_weights")).lower().startswith(_OF_ANOTHER_BASE):
+        raise CheckpointError(
+            f"{path} began with {start}, which changed the base's weights too; save it again with "
+            "PEFT's path_initial_model_for_weight_conversion, or merge it there (merge_and_unload)"
+        )
     return config
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError or re.error for what PEFT would not write."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not (isinstance(ranks, dict) and isinstance(alphas, dict)):
+        raise ValueError("a pattern that is no object")
+    for pattern in (*ranks, *alphas):
+        re.compile(pattern)
+    if not all(type(rank) is int and rank > 0 for rank in (config.get("r"), *ranks.values())):
+        raise ValueError("a rank that is no whole number above 0")
+    if not all(type(a) in (int, float) for a in (config.get("lora_alpha"), *alphas.values())):
+        raise ValueError("an alpha that is no number")
+    for name in ("target_parameters", "modules_to_save"):
+        names = config.get(name) or []
+        if not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            raise ValueError(f"{name} that are no list of names")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise ValueError("a base_model_name_or_path that is no text")
 
 
 def read_adapter(

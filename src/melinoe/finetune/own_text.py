@@ -19,7 +19,7 @@ from melinoe.errors import TokenizerError, TrainingError
 from melinoe.finetune.objective import REPLAYED_AT_ONCE
 from melinoe.finetune.rows import rows_of
 from melinoe.finetune.trainer import is_sharded
-from melinoe.moe.finite import generate_finite
+from melinoe.moe.finite import GREEDY, generate_finite
 
 OWN = "own"  # in place of anchor text: let the base model write it
 SHORTEST = 8  # tokens below which a text says nothing
@@ -102,9 +102,9 @@ def own_text(
                 some = torch.full((min(_AT_ONCE, count - len(texts)), 1), start, device=device)
                 # A checkpoint's own sampling settings would narrow what it writes.
                 written = generate_finite(
-                    model, some, attention_mask=torch.ones_like(some), do_sample=True,
-                    temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                    max_new_tokens=length - 1, pad_token_id=pad_token_id(tokenizer),
+                    model, some, attention_mask=torch.ones_like(some), max_new_tokens=length - 1,
+                    pad_token_id=pad_token_id(tokenizer),
+                    **GREEDY | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
                 )  # fmt: skip
                 for ids in written.tolist():
                     over = (place for place, token in enumerate(ids) if place and token in ends)

@@ -38,7 +38,7 @@ from melinoe.config import FinetuneSettings
 from melinoe.config.likeness import gone_settings
 from melinoe.data import Encoded
 from melinoe.errors import TrainingError, WriteError
-from melinoe.whole_file import remove_unfinished, unfinished
+from melinoe.whole_file import parse_json, remove_unfinished, unfinished
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Read the ``state.json`` of a checkpoint."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    return parse_json((path / STATE).read_bytes())
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

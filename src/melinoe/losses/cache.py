@@ -6,8 +6,9 @@ Count how many of a token's experts an imagined cache lacks.
                most C of them, and has no lower bound but K - C.
     resident   c = 1 for the C experts with the highest s of those used before, else 0; the default
                of a run, closest to what a cache does when it serves. With gamma in (0, 1/2) it
-               counts the misses of an LRU cache, up to ties among experts of one token; with a
-               larger gamma nearly those of a decayed LFU cache that remembers what it let go.
+               counts the misses of an LRU cache, up to ties among experts of one token and among
+               those unused for so long that float32 cannot tell when (95 tokens at gamma .4); with
+               a larger gamma nearly those of a decayed LFU cache that remembers what it let go.
 
 All three pull on the router alike: along p, by what the cache lacks. No gradient passes through
 the cache to earlier tokens.

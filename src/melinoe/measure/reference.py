@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from melinoe.moe.finite import GREEDY
+
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -32,7 +34,9 @@ def reference_record(
             made = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                do_sample=False,
+                **GREEDY,
+                num_beams=1,
+                num_return_sequences=1,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
                 output_logits=True,

@@ -2,7 +2,8 @@
 Stop when a model's output is not finite, and say which layer and which tensor made it so.
 
 The check is one maximum over the vocabulary of logits that are there anyway. Only when it fails is
-the model run once more, with a hook on each module.
+the model run once more, with a hook on each module. Weights beside the experts are looked at as
+they are loaded, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,23 @@ from melinoe.errors import ModelError
 from melinoe.moe.dispatch import bound
 from melinoe.moe.experts import is_experts_module
 
+# What a checkpoint's own generation settings may ask for, and nobody here can take: several texts,
+# another kind of output, passes of its own, an end by the clock.
+_ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "stop_strings": None, "max_time": None, "guidance_scale": None,
+    "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "penalty_alpha": None,
+    "dola_layers": None,
+}  # fmt: skip
+GREEDY: dict[str, Any] = {
+    "do_sample": False, "temperature": None, "top_p": None, "top_k": None,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None,
+    "exponential_decay_length_penalty": None, "watermarking_config": None,
+}  # fmt: skip
+"""The likeliest token at each step, whatever a checkpoint's own generation settings are."""
+
 
 def are_finite(logits: Tensor) -> bool:
     """
@@ -34,7 +52,7 @@ class _FoundError(Exception):
 
 
 def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
-    """Call the ``generate`` of *model*; a ModelError at the first logits that are not finite."""
+    """Call ``generate`` for one text a row; a ModelError at the first logits not finite."""
 
     def watch(input_ids: Any, scores: Any) -> Any:
         if not are_finite(scores):
@@ -43,7 +61,7 @@ def generate_finite(model: Any, *inputs: Any, **options: Any) -> Any:
 
     processors = LogitsProcessorList([*options.pop("logits_processor", ()), watch])
     try:
-        return model.generate(*inputs, **options, logits_processor=processors)
+        return model.generate(*inputs, **{**_ONE_TEXT, **options}, logits_processor=processors)
     except _FoundError as error:
         ids = error.args[0]
     raise not_finite(model, {"input_ids": ids}, "what the model says")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from melinoe.cache import DEFAULT_POLICY
 from melinoe.cache.counters import COMPLETION
 from melinoe.cache.prefetch import Listed, Prefetcher, most_wanted
 from melinoe.cache.simulator import simulate
@@ -82,7 +83,7 @@ def compare(
     seed: int = 0,
     folds: int = 5,
     settings: FitSettings | None = None,
-    policy: str = "lru",
+    policy: str = DEFAULT_POLICY,
 ) -> Comparison:
     """
     Measure the learned predictor and its rivals by cross-validation: recall, and what they save.

@@ -26,6 +26,7 @@ from melinoe.errors import (
     TokenizerError,
 )
 from melinoe.moe.routing import fingerprint
+from melinoe.whole_file import parse_json
 
 FORMAT = 2
 _WEIGHTS, _HEADER = "predictor.safetensors", "predictor.json"
@@ -191,7 +192,7 @@ class Predictor:
         """
         folder = Path(path)
         try:
-            header = json.loads((folder / _HEADER).read_text())
+            header = parse_json((folder / _HEADER).read_bytes())
             if header["format"] != FORMAT:
                 raise CheckpointError(
                     f"{folder} is a predictor of format {header['format']} and this version "

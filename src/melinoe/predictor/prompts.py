@@ -11,6 +11,7 @@ from pathlib import Path
 
 from melinoe.cache.trace import Trace, write_file
 from melinoe.errors import DataError
+from melinoe.whole_file import parse_json
 
 FORMAT, VERSION = "melinoe-prompts", 1
 
@@ -51,7 +52,7 @@ def load_prompts(path: str | Path, trace: Trace) -> list[list[int]]:
     file = prompts_path(path)
     way_out = "trace them again with melinoe trace, which keeps them"
     try:
-        record = json.loads(file.read_bytes())
+        record = parse_json(file.read_bytes())
         if record["format"] != FORMAT or record["version"] != VERSION:
             raise ValueError(f"it is no {FORMAT} of version {VERSION}")
         prompts, found = record["prompts"], record["fingerprint"]

@@ -5,7 +5,6 @@ A record is a plain dict with a ``kind``; a benchmark's result has ``benchmark``
 is an estimate ``{"mean", "low", "high", "n"}``: its 95 % interval over *n* items.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from melinoe.errors import DataError
 from melinoe.schema import Schema, fields, problem
 from melinoe.stats import Estimate
+from melinoe.whole_file import parse_json
 
 Record = Mapping[str, Any]
 
@@ -170,7 +170,7 @@ def _items(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         message = f"{where}: not JSON ({error}); measure again, or take this record out"
         raise DataError(message) from error

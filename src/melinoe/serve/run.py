@@ -17,7 +17,7 @@ from melinoe.predictor import Predictor
 from melinoe.serve.app import build_app
 from melinoe.serve.batching import Batches, Limits
 from melinoe.serve.metrics import Metrics
-from melinoe.whole_file import write_whole
+from melinoe.whole_file import parse_json, write_whole
 
 _log = logging.getLogger("melinoe.serve")
 # Seconds between two writes of the residency.
@@ -47,17 +47,18 @@ class Residency:
         if not self.path.exists():
             return False
         try:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            kept = parse_json(self.path.read_bytes())
             layers, model = kept["resident"], kept["fingerprint"]
+            if model != self._fingerprint:
+                raise MelinoeError(
+                    f"{self.path} is another model's; delete it, or give another file"
+                )
+            slots = self._handle.slots_by_layer
+            self._handle.prefetch([ids[:n] for ids, n in zip(layers, slots, strict=True)])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MelinoeError(
                 f"{self.path} holds no residency; delete it, or give another file"
             ) from error
-        if model != self._fingerprint:
-            raise MelinoeError(f"{self.path} is another model's; delete it, or give another file")
-        self._handle.prefetch(
-            [ids[:slots] for ids, slots in zip(layers, self._handle.slots_by_layer, strict=True)]
-        )
         return True
 
     def write(self) -> None:

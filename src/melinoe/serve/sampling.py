@@ -15,6 +15,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from melinoe.serve.body import Sampling
 from melinoe.serve.structured import allowed
 
+_COLDEST = 1e-5  # from which on the likeliest token is taken: float32 holds no such quotient
+
 
 class Chosen(NamedTuple):
     """
@@ -76,7 +78,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
                 if own.grammar is not None:
                     shaped[row] = allowed(requests[row].matcher, shaped[row])
         tokens = shaped.argmax(dim=-1)
-        drawn = [row for row, own in enumerate(settings) if own.temperature > 0]
+        drawn = [row for row, own in enumerate(settings) if own.temperature > _COLDEST]
         if not drawn:
             return tokens
         heat = shaped.new_tensor([settings[row].temperature for row in drawn])
