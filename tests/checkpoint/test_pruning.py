@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from melinoe.checkpoint import open_checkpoint
+from melinoe.checkpoint import open_checkpoint, read_metadata, write_metadata
 from melinoe.checkpoint.pruning import prune
 from melinoe.checkpoint.verifying import verify
 from melinoe.errors import UnsupportedModelError
@@ -80,9 +80,11 @@ def test_packed_experts_are_to_be_written_plain_first(tmp_path):
 
 
 def test_other_files_are_the_base_s_and_the_config_says_the_new_number(tmp_path):
-    """Sharded; the rest of the config stays to the letter."""
+    """Sharded; the rest of the config stays to the letter. What told of the whole does not pass."""
     base = damaged.write_olmoe(tmp_path / "base")
     (base / "notes.txt").write_text("kept")
+    (base / "README.md").write_text("of eight experts")
+    write_metadata(base, {"base": "org/model", "fingerprint": "of eight experts"})
     with open_checkpoint(str(base)) as checkpoint:
         kept = kept_of(checkpoint.layers, 3)
     prune(str(base), kept, tmp_path / "out")
@@ -91,3 +93,6 @@ def test_other_files_are_the_base_s_and_the_config_says_the_new_number(tmp_path)
     )
     assert ours == theirs | {"num_experts": 3}
     assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
+    assert (tmp_path / "out" / "BASE_README.md").read_text() == "of eight experts"
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert read_metadata(tmp_path / "out").keys() & {"base", "fingerprint"} == {"base"}

@@ -26,6 +26,11 @@ from melinoe.moe.routing import find_routers
 from melinoe.whole_file import write_whole
 
 
+# The card, and the parts of melinoe.json, that speak of the model with all its experts.
+_RENAMED = {"README.md": "BASE_README.md"}
+_OF_THE_WHOLE = ("outcome", "fingerprint")
+
+
 def prune(name: str, kept: Sequence[Sequence[int]], out: str | Path) -> None:
     """
     Write a checkpoint anew with the experts *kept* alone.
@@ -56,8 +61,9 @@ def prune(name: str, kept: Sequence[Sequence[int]], out: str | Path) -> None:
             write_whole(directory / "config.json", text + "\n")
             for path in other_files(checkpoint)[0]:
                 if path.name not in (INDEX, "config.json"):
-                    copyfile(path, directory / path.name)
-            write_metadata(directory, read_metadata(checkpoint.source) or describe_base(name))
+                    copyfile(path, directory / _RENAMED.get(path.name, path.name))
+            known = read_metadata(checkpoint.source) or describe_base(name)
+            write_metadata(directory, {k: v for k, v in known.items() if k not in _OF_THE_WHOLE})
 
 
 def _smaller(raw: dict[str, Any], checkpoint: Checkpoint, count: int) -> dict[str, Any]:
