@@ -19,15 +19,20 @@ from melinoe.checkpoint.opening import Checkpoint, build_on_meta, open_checkpoin
 from melinoe.checkpoint.pack import write_shards
 from melinoe.checkpoint.safetensors_file import load_whole
 from melinoe.checkpoint.sources import Converted, group_by_parameter
-from melinoe.checkpoint.writing import check_output, check_room, other_files, whole_directory
+from melinoe.checkpoint.writing import (
+    BASE_CARD,
+    check_output,
+    check_room,
+    other_files,
+    whole_directory,
+)
 from melinoe.errors import UnsupportedModelError
 from melinoe.moe.experts import EXPERT_COUNTS, TOP_K
 from melinoe.moe.routing import find_routers
 from melinoe.whole_file import write_whole
 
-
 # The card, and the parts of melinoe.json, that speak of the model with all its experts.
-_RENAMED = {"README.md": "BASE_README.md"}
+_RENAMED = {"README.md": BASE_CARD}
 _OF_THE_WHOLE = ("outcome", "fingerprint")
 
 
