@@ -71,11 +71,11 @@ def direct_rate(path: Path, seconds: float = 4.0) -> float:
     return total / (time.monotonic() - began)
 
 
-def text() -> str:
-    return " ".join(f"w{3 + i * 97 % 1000}" for i in range(TOKENS))
+def text(tokens: int) -> str:
+    return " ".join(f"w{3 + i * 97 % 1000}" for i in range(tokens))
 
 
-def run(path: str, out: str, steps: int, ram: int | None) -> dict:
+def run(path: str, out: str, steps: int, ram: int | None, tokens: int) -> dict:
     """Fine-tune in this process, resident or within *ram*; a step's seconds, reads and peak."""
     from transformers import TrainerCallback
 
@@ -84,7 +84,7 @@ def run(path: str, out: str, steps: int, ram: int | None) -> dict:
     from melinoe.data import Example
 
     settings = FinetuneSettings(
-        steps=steps + 1, batch_size=1, max_length=TOKENS, lambda_replay=0.0, lora_rank=RANK,
+        steps=steps + 1, batch_size=1, max_length=tokens, lambda_replay=0.0, lora_rank=RANK,
         save="adapter", gradient_checkpointing=True, log_every=1,
     )  # fmt: skip
     times = []
@@ -99,9 +99,8 @@ def run(path: str, out: str, steps: int, ram: int | None) -> dict:
 
     if ram is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (ram, ram))
-    done = melinoe.finetune.finetune(
-        path, [Example("", text(), "the benchmark")], out, settings, callbacks=[Clock()], ram=ram
-    )
+    example = Example("", text(tokens), "the benchmark")
+    done = melinoe.finetune.finetune(path, [example], out, settings, callbacks=[Clock()], ram=ram)
     streamed = done.metadata.get("streamed") or {"reads": {"bytes": 0, "waited_s": 0.0}}
     return {
         "step_s": times[1:],
@@ -113,7 +112,7 @@ def run(path: str, out: str, steps: int, ram: int | None) -> dict:
     }
 
 
-def run_accelerate(path: str, out: str, steps: int) -> dict:
+def run_accelerate(path: str, out: str, steps: int, tokens: int) -> dict:
     """Take the same steps with accelerate's own offloading of the experts to disk."""
     import torch
     from accelerate import dispatch_model
@@ -144,7 +143,8 @@ def run_accelerate(path: str, out: str, steps: int) -> dict:
     parts = make_trainable(model, routers, layers, settings, RANK, device=torch.device("cpu"))
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parts.all(), lr=1e-4)
-    ids = torch.tensor([encode([Example("", text(), "x")], tokenizer, TOKENS)[0].input_ids])
+    example = Example("", text(tokens), "the benchmark")
+    ids = torch.tensor([encode([example], tokenizer, tokens)[0].input_ids])
     threading.Thread(target=forget_pages, args=(Path(out),), daemon=True).start()
     times, losses = [], []
     for _ in range(steps + 1):
@@ -206,15 +206,15 @@ def in_a_process(*arguments: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(kind: str, path: str, out: str, steps: int, limit: int) -> dict:
+def measure(kind: str, path: str, out: str, steps: int, limit: int, tokens: int) -> dict:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if kind == "accelerate":
-        return run_accelerate(path, out, steps)
+        return run_accelerate(path, out, steps, tokens)
     if kind == "learning":
         return learn(out, steps)
-    return run(path, out, steps, None if kind == "resident" else limit)
+    return run(path, out, steps, None if kind == "resident" else limit, tokens)
 
 
 def checkpoint(directory: Path, layers: int) -> Path:
@@ -235,11 +235,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, help="the other parts that are in it already stay")
     parser.add_argument("--checkpoints", type=Path, help="keep them here, for another run")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="fewer for a trial")
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        kind, path, out, steps, limit = arguments.measure
-        print(json.dumps(measure(kind, path, out, int(steps), int(limit))))
+        kind, path, out, *numbers = arguments.measure
+        print(json.dumps(measure(kind, path, out, *map(int, numbers))))
         return
     record = {}
     if arguments.out and arguments.out.is_file():
@@ -259,7 +260,7 @@ def main() -> None:
             if part in ("limited", "streamed"):
                 record["direct_bytes_per_s"] = direct_rate(base)
             out = scratch if part in ("learning", "accelerate") else scratch / "out"
-            record[part] = in_a_process(part, base, out, steps, limit)
+            record[part] = in_a_process(part, base, out, steps, limit, arguments.tokens)
             shutil.rmtree(scratch)
             result = summarise(record, arguments.layers, arguments.few)
             if arguments.out:

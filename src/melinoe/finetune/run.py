@@ -170,7 +170,7 @@ def finetune(
             check_room(path, copied_bytes(opened))
         for router in find_routers(model) if several else ():
             # By FSDP's memory-saving way one process alone has read the checkpoint until the model
-            # is sharded; the base routers are needed before.
+            # is sharded; the routers' fingerprint is needed before.
             for _, parameter in router.parameters():
                 there = parameter.data.to(arguments.device)
                 torch.distributed.broadcast(there, src=0)
@@ -191,9 +191,8 @@ def finetune(
             stack.callback(remove_if_empty, checkpoints)
         trained = train(
             model, encoded, computed, pad_token_id=pad_token_id(tokenizer), eval_data=held_out,
-            anchor_data=anchor, own_text=writes_anchor, progress=progress,
-            callbacks=callbacks, checkpoints=checkpoints,
-            resume=resume, arguments=arguments, stream=stream,
+            anchor_data=anchor, own_text=writes_anchor, progress=progress, callbacks=callbacks,
+            checkpoints=checkpoints, resume=resume, arguments=arguments, stream=stream,
         )  # fmt: skip
     metadata: dict[str, Any] = {}
     if main:
