@@ -85,7 +85,6 @@ def first_tokens(trace: Trace) -> Trace:
         forward=np.arange(len(kept), dtype=np.int32),
         sequence=np.repeat(np.arange(len(kept) // TOKENS), TOKENS).astype(np.int32),
         kind=trace.kind[kept],
-        guesses=None,
     )
 
 
