@@ -22,26 +22,16 @@ _ALL = (*_BY_PHASE_AND_LAYER, "prefetch_loads", *_BY_PHASE)
 
 class Counters:
     """
-    Counts of one run, all of them whole numbers.
+    Counts of one run, all of them whole numbers; rates are None where nothing was counted.
 
-    By phase and layer, int64 (2, layers), phases in the order of `PHASES`:
-
-    - ``uses``: (token, choice) pairs; a choice of no expert is none.
-    - ``hits``: uses whose expert was resident when its request began.
-    - ``loads``: experts copied in because a request needed them (on demand).
-    - ``requests``: forward passes in which the layer's tokens chose some expert; ``chunked``: those
-      that took more than one decision.
-    - ``on_host``: experts that were missing and that the host computed instead of loading them.
-    - ``prefetch_used``: experts copied in ahead of need that a request of that phase was the first
-      to ask for, before they left.
-
-    By layer, int64 (layers,): ``prefetch_loads``, experts copied in ahead of need.
-
-    By phase, int64 (2,): ``tokens``, rows that finished forward passes computed, padding too;
-    ``forwards``, those passes; ``zero_miss_forwards``, passes in which no layer loaded on demand or
-    had an expert computed by the host; ``zero_miss_tokens``, the rows of those.
-
-    Rates are None where nothing was counted, and of both phases unless one is named.
+    By phase and layer, int64 (2, layers), phases in the order of `PHASES`: ``uses``, (token,
+    choice) pairs that chose an expert; ``hits``, those whose expert was resident when its request
+    began; ``loads``, experts copied in on demand; ``requests``, and ``chunked``, those that took
+    more than one decision; ``on_host``, missing experts that the host computed; ``prefetch_used``,
+    experts copied in ahead whose first use, before they left, was in that phase. By layer:
+    ``prefetch_loads``. By phase, int64 (2,), of finished passes: ``tokens``, rows with padding;
+    ``forwards``; ``zero_miss_forwards`` and ``zero_miss_tokens``, of passes that waited in no
+    layer.
     """
 
     def __init__(self, num_layers: int):
@@ -108,8 +98,8 @@ class Counters:
         """
         Count one request from the *decisions* that served it, in order; nothing without experts.
 
-        *uses* says how many (token, choice) pairs picked each of *experts*; the host computed those
-        *on_host* instead of loading them.
+        *uses* are the (token, choice) pairs of each of *experts*; the host computed those
+        *on_host*.
         """
         if len(experts):
             first, loads = decisions[0], sum(len(one.loads) for one in decisions)
@@ -173,10 +163,8 @@ class Counters:
 
     def prefetch_recall(self) -> float | None:
         """
-        Share of what the completion's passes would have missed that was copied ahead in time.
-
-        What they still missed was loaded on demand or computed by the host. None if nothing was
-        copied ahead.
+        Share of what the completion's passes would have missed that was copied ahead in time; None
+        if nothing was copied ahead.
         """
         used = self._sum("prefetch_used", COMPLETION)
         missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)

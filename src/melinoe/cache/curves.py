@@ -1,21 +1,15 @@
 """
-Miss-ratio curves: the cost of every number of slots, most of it found in one pass; and `allocate`,
-which divides one budget of slots among the layers by them.
+Miss-ratio curves: the cost of every number of slots, and `allocate`, which divides slots by them.
 
-Each built-in rule orders all experts of a layer by a number that does not depend on the slots, and
-that makes it a stack algorithm **as long as every request fits**: a cache of C slots holds what
-one of C - 1 holds, and one expert more. (Let both serve n <= C - 1 experts. The smaller one keeps
-its best C - 1 - n others; the larger one has at most one other that the smaller one has not, so
-each of those is among its best C - n.) So one stack per layer tells the least slots with which each
-use would have been a hit.
-
-A request with more experts than slots, as a prompt makes, is served in parts whose order depends on
-who is resident, and the argument fails. So a curve comes from the one pass for as many slots as the
-largest request has experts or more, and from one replay per size below that.
+Each built-in rule orders a layer's experts by a number that does not depend on the slots, which
+makes it a stack algorithm **as long as every request fits**: a cache of C slots holds what one of C
+- 1 holds, and one expert more. So one stack per layer tells the least slots with which each use
+would have been a hit. A request with more experts than slots is served in parts whose order depends
+on who is resident; for sizes below the largest request there is one replay each.
 
 Source:
-    R. L. Mattson, J. Gecsei, D. R. Slutz, I. L. Traiger, Evaluation techniques for storage
-    hierarchies, IBM Systems Journal 9(2), 1970; requests of several experts are ours.
+    R. L. Mattson et al., Evaluation techniques for storage hierarchies, IBM Systems Journal 9(2),
+        1970; requests of several experts are ours.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -163,21 +157,12 @@ def cost_of(curves: MissCurves, phase: str | None = "completion") -> np.ndarray:
 
 def allocate(cost: np.ndarray, budget: int, *, at_least: int = 1) -> tuple[int, ...]:
     """
-    Split *budget* slots over layers so that the sum of their costs is least.
+    Split *budget* slots over layers so that the sum of their costs is least, by dynamic
+    programming.
 
-    Exact whatever the curves' shape, by dynamic programming over the layers, in
-    layers x budget x experts steps.
-
-    Args:
-        cost: (layers, num_experts), the cost of each layer with 1, 2, ... slots, such as `cost_of`.
-        budget: Slots in all; more than every expert of every layer are not used.
-        at_least: Slots that every layer gets; with the model's top-k no decoded token is chunked.
-
-    Returns:
-        Slots of each layer. Where several splits cost the same, one that uses most of the budget.
-
-    Raises:
-        BudgetError: *budget* is below *at_least* in every layer.
+    *cost* (layers, num_experts) is that of each layer with 1, 2, ... slots, such as `cost_of`;
+    every layer gets *at_least* so many. Of equal splits one that uses most of the budget.
+    BudgetError if *budget* is too little for that.
 
     Source:
         Dynamic programming over layers as in AdapMoE, arXiv:2408.10284.

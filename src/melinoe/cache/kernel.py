@@ -1,14 +1,11 @@
 """
 Replay long traces by compiled code, which decides as `Residency` does.
 
-`replay` takes one number of slots, `distances` all at once, under a built-in policy: a number here,
-its place in `COMPILED_POLICIES`, its rule the function of `melinoe.cache.policy` itself, compiled.
-Every expert of a layer has a float64 *rank*, the lowest leaves, and of equal ones the lowest id.
-Experts that are needed together carry the same *mark*.
-
-Import it only when it is used: numba takes a good second to load. Compiled code is kept on disk
-beside its file (or where ``NUMBA_CACHE_DIR`` says), so only the first use on a machine waits for
-the compiler.
+A built-in policy is a number here, its place in `COMPILED_POLICIES`; its rule is the function of
+`melinoe.cache.policy` itself, compiled. Every expert has a float64 *rank*, the lowest leaves, of
+equal ones the lowest id; experts needed together carry the same *mark*. Import it only when used:
+numba takes a second to load. Compiled code is kept on disk beside its file, or in
+``NUMBA_CACHE_DIR``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -196,22 +193,11 @@ def replay(  # type: ignore[no-untyped-def]
     """
     Replay all layers, one after the other.
 
-    Args:
-        experts: int16 (rows, layers, top_k).
-        bounds: int64 (passes + 1,), where each pass's rows begin.
-        phase: uint8 (passes,).
-        unit_of: int64 (passes,), whose counters the pass belongs to.
-        resets: bool (passes,), whether the cache is emptied before the pass.
-        slots: int64 (layers,).
-        num_experts: Experts of each layer.
-        rule: A value of `RULES`.
-        gamma: For LFU.
-        popularity: float64 (layers, num_experts), for STATIC.
-        counts: int64 (units, 2, 5, layers), filled: uses, hits, loads, requests, chunked.
-        waited: int64 (passes,), filled: loads of all layers.
-        loads_of, experts_of: int32 (passes, layers), filled unless empty: loads, and distinct
-            experts.
-        stamp: Left out.
+    From *experts* int16 (rows, layers, top_k), *bounds* int64 (passes + 1,) where each pass's rows
+    begin, *phase* uint8, *unit_of* int64 and *resets* bool (passes,), *slots* int64 (layers,), a
+    rule of `RULES`, its *gamma* and *popularity* float64 (layers, num_experts). Filled: *counts*
+    int64 (units, 2, 5, layers), uses, hits, loads, requests, chunked; *waited* int64 (passes,),
+    loads of all layers; *loads_of* and *experts_of* int32 (passes, layers) unless empty.
     """
     ids, count, place, following, rank, last, times, upcoming = workspace(
         experts, num_experts, rule
@@ -289,18 +275,12 @@ def distances(  # type: ignore[no-untyped-def]
     """
     Find the least slots with which each request's experts would have been resident.
 
-    A stack holds every expert seen, so that a cache of C slots holds the first C of it. A request
-    of n experts puts them first; after them, the cache of C slots keeps the best C - n others that
-    it held, so each place takes the best that has not found one yet.
-
-    Args:
-        experts, bounds, resets, num_experts, rule, gamma, popularity: As in `replay`.
-        group: int64 (passes,), whose counts the pass belongs to.
-        loads_at, uses_at: int64 (groups, layers, num_experts + 1), filled: by group, layer and
-            distance - 1, how many experts of requests, and uses of them; the last column is "never
-            before". With one layer in these alone, all layers are added up.
-        largest: int64 (layers,), filled: experts of the largest request.
-        stamp: Left out.
+    A stack holds every expert seen: a cache of C slots holds the first C of it. A request of n
+    experts puts them first; after them each place takes the best of those that a cache so large
+    held and that has not found one yet. Filled, else as `replay`: *loads_at* and *uses_at* int64
+    (groups, layers, num_experts + 1), by the passes' *group*, layer and distance - 1, experts and
+    their uses, the last column "never before" (one layer: all added up); *largest* int64 (layers,),
+    experts of the largest request.
     """
     ids, count, place, following, rank, last, times, upcoming = workspace(
         experts, num_experts, rule

@@ -21,10 +21,8 @@ def experts_per_sequence(trace: Trace) -> np.ndarray:
 
 def reuse(trace: Trace) -> np.ndarray:
     """
-    Share of a token's experts that the sequence's previous token used in the same layer.
-
-    Counted over all layers and completion tokens that have a previous token; the first one's is
-    the last token of the prompt. Choices of no expert are left out; nan for a sequence without.
+    Share of a token's experts that the sequence's previous token used in the same layer; nan
+    without.
 
     Source:
         Expert overlap ratio (EOR) as in arXiv:2605.27081, per sequence here.

@@ -2,9 +2,8 @@
 A residency as one row of numbers, so that it can be kept on a device, and back; nothing is lost.
 
 The row is int64: ``now | rank (num_experts,) | slot_of (num_experts,) | expert_of (capacity,) |
-unused (num_experts,)``. *now* and *rank* are the policy's: LRU's clock and stamps, or decayed LFU's
-unit and scores, as the bits of the doubles; *unused* is 1 for experts that a prefetch brought and
-no request has used since.
+unused (num_experts,)``. *now* and *rank* are LRU's clock and stamps, or decayed LFU's unit and
+scores as the bits of the doubles; *unused* is 1 for experts prefetched and not used since.
 """
 
 from __future__ import annotations

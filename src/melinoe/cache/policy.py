@@ -1,13 +1,9 @@
 """
-Eviction policies: which resident expert leaves when another one needs its slot.
+Eviction policies: which resident expert of a layer leaves when another one needs its slot.
 
-A policy belongs to the cache of one layer. It hears of every request before it is asked for
-victims, and it never sees slots or bytes. To add one, write a subclass of `Policy` with a name here
-under ``@register``, or decorate one of your own.
-
-The built-in policies that look at the past are a `RankedPolicy` each: a number for every expert,
-kept up by a plain function (``note_lru``, ...) that Python calls in the engines and that
-`melinoe.cache.kernel` compiles for long traces. So each rule is written once.
+To add one, write a subclass of `Policy` with a name here under ``@register``, or decorate one of
+your own. Those that look at the past are a `RankedPolicy` each: a number for every expert, kept up
+by a plain function (``note_lru``, ...) that Python calls and `melinoe.cache.kernel` compiles.
 """
 
 import math
@@ -23,14 +19,10 @@ COMPILED_POLICIES = ("lru", "lfu", "lfru", "static", "belady")
 
 class Policy:
     """
-    Choose who is evicted.
+    Choose who is evicted; the same calls give the same answers, on every machine.
 
-    All methods must be deterministic: the same calls give the same answers, on every machine.
-
-    Attributes:
-        name: By which it is chosen.
-        offline: Whether it must know all requests to come, so that it cannot run a model.
-        needs_data: Whether it is made of something, so that its name alone does not make one.
+    *offline*: it must know all requests to come, so that it cannot run a model. *needs_data*: its
+    name alone does not make one.
     """
 
     name: ClassVar[str] = ""
@@ -48,10 +40,8 @@ class Policy:
 
     def use(self, experts: Sequence[int]) -> None:
         """
-        Note one request, before its victims are chosen: all its distinct experts, at least one.
-
-        Those listed later are served later: ids ascend when the request fits into the slots (see
-        `Residency.request_in_parts` for when it does not).
+        Note one request, before its victims are chosen: its distinct experts, those served later
+        listed later.
         """
         raise NotImplementedError
 
@@ -89,14 +79,11 @@ class RankedPolicy(Policy):
     """
     Keep a rank for every expert, resident or not; the lowest leaves, of equal ones the lowest id.
 
-    Ranks depend on the requests alone, never on the slots, which makes these policies stack
-    algorithms (see `melinoe.cache.curves`). They outlive eviction.
-
-    Attributes:
-        note: The function that keeps the state up with a request. It is compiled as well, so it
-            works on lists and arrays alike and calls nothing but `math`:
-            ``note(experts, rank, last, count, now, gamma) -> now``, the first four by expert.
-        start: *now* before the first request: a clock, or the unit of the ranks.
+    Ranks depend on the requests alone, which makes these policies stack algorithms
+    (`melinoe.cache.curves`), and outlive eviction. *note* keeps the state up with a request; being
+    compiled as well it works on lists and arrays alike and calls nothing but `math`:
+    ``note(experts, rank, last, count, now, gamma) -> now``, the first four by expert. *start* is
+    the first *now*.
     """
 
     note: ClassVar[Callable[..., float]]
@@ -137,10 +124,7 @@ def note_lru(experts, rank, last, count, now, gamma):  # type: ignore[no-untyped
 @register
 class LRU(RankedPolicy):
     """
-    Evict the expert whose last use is longest ago.
-
-    Experts of one request are stamped in the order listed, so of two last used together the lower
-    id leaves first.
+    Evict the expert whose last use is longest ago; of one request the one listed earlier.
 
     Source:
         The usual rule; for experts of one layer, arXiv:2312.17238.
@@ -168,20 +152,14 @@ class DecayedLFU(RankedPolicy):
     """
     Evict the expert used least, where old uses count less.
 
-    Rule: with each request every score becomes ``gamma * score``, then each expert requested
-    gains 1; the lowest score leaves.
-
-    Scores are kept in a unit that grows by ``1 / gamma`` per request, which is the same without
-    touching all of them. Near the end of the double range the unit and all scores are divided by
-    the power of two in it, which rounds nothing.
-
-    Args:
-        gamma: Decay per request, in [0.001, 1]; 1 counts uses without forgetting. The default
-            loads less than .9 on every trace of docs/findings.md at half of the experts.
+    With each request every score becomes ``gamma * score``, then each expert requested gains 1.
+    Scores are kept in a unit that grows by ``1 / gamma`` per request instead; near the end of the
+    double range all are divided by a power of two, which rounds nothing. *gamma* lies in [0.001,
+    1]; 1 never forgets. The default loads less than .9 on every trace of docs/findings.md at half
+    of the experts.
 
     Source:
-        The cache of the training loss of arXiv:2602.11192 (closed form s <- gamma s + r), with
-        hard slots in place of soft ones.
+        The cache of the training loss of arXiv:2602.11192, with hard slots in place of soft ones.
     """
 
     name = "lfu"
@@ -215,14 +193,14 @@ def rank_lfru(expert, last, count, now):  # type: ignore[no-untyped-def]
 @register
 class LFRU(RankedPolicy):
     """
-    Evict the expert with the fewest uses for the time since the last one.
+    Evict the expert of the lowest ``frequency / (clock - last + 1)``.
 
-    Rule: ``frequency / (clock - last + 1)``, where the clock counts requests, *last* is its value
-    at the expert's last use and *frequency* the requests that used the expert, never decayed.
+    The clock counts requests, *last* is its value at the expert's last use and *frequency* the
+    requests that used it, never decayed.
 
     Source:
-        The ratio form, as compared for experts in public studies of MoE traces. Another rule with
-        two partitions has the same name (Bilal and Kang, IEEE Access 5, 2017); it is not this one.
+        The ratio form, as in public studies of MoE traces; not the rule of that name with two
+            partitions (Bilal and Kang, IEEE Access 5, 2017).
     """
 
     name = "lfru"
@@ -243,16 +221,11 @@ class LFRU(RankedPolicy):
 @register
 class Static(Policy):
     """
-    Keep the experts that were popular on other traffic, whatever happens now.
+    Keep the experts that were popular on other traffic: the lowest *popularity* leaves, then the
+    lowest id.
 
-    Rule: the resident expert of lowest *popularity* leaves, of equal ones the lowest id. An
-    unpopular expert that must be loaded takes the slot of the least popular one and is the next to
-    leave. With the popular ones prefetched and misses computed on the host, nothing ever moves:
-    that is the source's placement.
-
-    Args:
-        popularity: A number per expert of the layer, such as how often it was chosen. From
-            `for_layer`: per layer and expert, (layers, num_experts).
+    `for_layer` takes (layers, num_experts). With the popular ones prefetched and misses computed on
+    the host nothing ever moves: that is the source's placement.
 
     Source:
         Fiddler, arXiv:2402.07033, which places experts by popularity on calibration data.
@@ -295,21 +268,14 @@ class Belady(Policy):
     """
     Evict the expert whose next use is furthest ahead: the fewest loads possible, offline.
 
-    Rule: the expert whose next request comes last leaves, those never requested again first,
-    and of equal ones the lowest id. Experts next used by the same request are equal for good:
-    whichever leaves, one of them must be loaded then. A request with more experts than slots is
-    served in the order of `Residency.request_in_parts`, and the bound holds given that order.
-    A prefetch is no request, and changes nothing.
-
-    Args:
-        future: All requests of the layer in order, each its distinct experts; empty ones are none.
-
-    Raises:
-        ValueError: from `use`, when a request is not the promised one.
+    Those never requested again leave first, of equal ones the lowest id. A request with more
+    experts than slots is served in the order of `Residency.request_in_parts`, and the bound holds
+    given that order. A prefetch changes nothing. *future*: all requests of the layer in order;
+    ValueError from `use` for another one.
 
     Source:
-        L. A. Belady, A study of replacement algorithms for a virtual-storage computer, IBM
-        Systems Journal 5(2), 1966.
+        L. A. Belady, A study of replacement algorithms for a virtual-storage computer, IBM Systems
+            Journal 5(2), 1966.
     """
 
     name = "belady"
@@ -372,10 +338,7 @@ def servable_names() -> tuple[str, ...]:
 
 def policy(name: str, **options: Any) -> Policy:
     """
-    Make a policy for one layer, with the arguments of its class.
-
-    Raises:
-        MelinoeError: unknown name, or a policy that must know the requests to come and does not.
+    Make a policy for one layer; MelinoeError for an unknown name, or one that lacks its future.
     """
     return _class_for(name, options)(**options)
 

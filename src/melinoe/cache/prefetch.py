@@ -2,8 +2,7 @@
 Prefetch: experts that are loaded once a prompt was read, before its completion asks for any.
 
 To add a rule, write a subclass of `Prefetcher` with a name here under ``@register``, or decorate
-one of your own. The simulator and both engines ask through `load_ahead`, so simulated counts equal
-measured ones.
+one of your own. Simulator and engines ask through `load_ahead`, so their counts are equal.
 """
 
 from __future__ import annotations
@@ -42,14 +41,10 @@ class Given:
 
 class Prefetcher:
     """
-    Name experts to load ahead of need.
+    Name experts to load ahead of need; the same calls give the same answers.
 
-    The same calls must give the same answers. Ids are distinct, the most wanted first; those
-    beyond a layer's slots are dropped, those resident are not loaded again.
-
-    Attributes:
-        name: By which it is chosen.
-        uses_ids: Whether `Prompt.ids` must be given.
+    Ids are distinct, the most wanted first; those beyond a layer's slots are dropped, those
+    resident are not loaded again. *uses_ids*: whether `Prompt.ids` must be given.
     """
 
     name: ClassVar[str] = ""
@@ -103,10 +98,8 @@ def prefetcher_names() -> list[str]:
 
 def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
     """
-    Make a prefetcher of what is given; None for ``none``.
-
-    Raises:
-        MelinoeError: unknown name, or what it is made of is missing.
+    Make a prefetcher; None for ``none``. MelinoeError: unknown name, or what it is made of is
+    missing.
     """
     if name == NONE:
         return None
@@ -119,15 +112,11 @@ def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
 
 def most_wanted(wanted: np.ndarray, slots: int, known: np.ndarray | None = None) -> list[list[int]]:
     """
-    Name the experts of each layer that are wanted most, the most wanted first.
+    Name the *slots* experts of each layer that are wanted most, the most wanted first.
 
-    Layers may have different numbers of experts while all have one row length here, so an expert
-    that nobody ever chose may not exist at all; it is not named.
-
-    Args:
-        wanted: (layers, num_experts), more where more; ties go to the lower id.
-        slots: At most so many of each layer.
-        known: Bool, as *wanted*: those that may be named; absent, those above 0.
+    *wanted* is (layers, num_experts), ties go to the lower id. Only *known* ones are named, by
+    default those above 0: where layers differ an expert that nobody ever chose may not exist at
+    all.
     """
     known = np.asarray(wanted) > 0 if known is None else known
     order = np.argsort(-np.where(known, wanted, -np.inf), axis=1, kind="stable")[:, :slots]
@@ -138,10 +127,7 @@ def most_wanted(wanted: np.ndarray, slots: int, known: np.ndarray | None = None)
 @register
 class Popularity(Prefetcher):
     """
-    Load the experts that other texts chose most often, whatever the prompt; ties to the lower id.
-
-    Args:
-        popularity: How often, (layers, num_experts); those never chosen are not named.
+    Load the experts that other texts chose most often: *popularity*, (layers, num_experts).
 
     Source:
         Static placement by popularity: Fiddler, arXiv:2402.07033.
@@ -195,11 +181,8 @@ class Prefill(Prefetcher):
 @register
 class Predicted(Prefetcher):
     """
-    Load the experts that a fitted predictor finds likeliest for the prompt.
-
-    Args:
-        predictor: Has ``top(ids, slots)``: per layer the likeliest ids, likeliest first; and
-            ``bind(model, tokenizer)``. `melinoe.predictor.Predictor` does, and so may others.
+    Load the experts that a *predictor* finds likeliest for the prompt: ``top(ids, slots)`` names
+    them.
 
     Source:
         Loading the predicted top experts of each layer before generation: arXiv:2602.11192.

@@ -1,8 +1,7 @@
 """
 Residency: which experts of one layer are in which slots, and what a request must load.
 
-It decides and remembers; it moves no bytes. The simulator and the runtime drive the same class
-with the same calls, which is why their counts agree.
+It moves no bytes. Simulator and engines make the same calls, which is why their counts agree.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,22 +48,11 @@ def check_capacity(num_experts: int, capacity: int) -> None:
 
 class Residency:
     """
-    The slots of one layer.
+    The slots of one layer, at least 1 and at most as many as experts, filled lowest first.
 
-    Free slots are filled lowest first; after that a load takes the slot of the expert that the
-    policy gives up. Experts of one decision are never evicted for one another.
-
-    Args:
-        num_experts: Experts of the layer; ids lie in ``[0, num_experts)``.
-        capacity: Slots, at least 1 and at most *num_experts*.
-        policy: A `Policy` used by no other layer, or the name of one.
-
-    Attributes:
-        slot_of: int64 (num_experts,), -1 where absent; always the same array, changed in place.
-        expert_of: int64 (capacity,), -1 where empty; always the same array, changed in place.
-
-    Raises:
-        CacheTooSmallError, MelinoeError: *capacity* is below 1, or above *num_experts*.
+    After that a load takes the slot of the expert that *policy* (used by no other layer, or a name)
+    gives up. Experts of one decision are never evicted for one another. *slot_of* int64
+    (num_experts,) and *expert_of* int64 (capacity,), -1 for none, are always the same arrays.
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: "Policy | str" = DEFAULT_POLICY):
@@ -93,18 +81,12 @@ class Residency:
         """
         Make *experts* resident together, and say which transfers that takes.
 
-        Args:
-            experts: Distinct ids, ascending (any order works, but the order is what breaks the
-                policy's ties), at most `capacity` of them.
-
-        Returns:
-            Ids that were resident, and one `Load` per id that was not, both in the order given.
-            No ids, no request: the decision is empty and the policy does not hear of it.
+        They are distinct ids, ascending, which is what breaks the policy's ties; both hits and
+        loads come in their order. No ids, no request.
 
         Raises:
             CacheTooSmallError: more ids than slots. Nothing has changed; use `request_in_parts`.
-            ValueError: an id is out of range or given twice. Nothing has changed. (Looked at
-                only when something is missing, to keep the usual request cheap.)
+            ValueError: an id out of range or given twice; looked at only when something is missing.
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
@@ -133,18 +115,11 @@ class Residency:
         """
         Serve a request of any size, by as many decisions as it takes.
 
-        A request that fits is one decision, that of `request`. Otherwise the first one holds the
-        resident experts, ids ascending, and as many missing ones as there are slots left; the
-        rest follow in decisions of `capacity` experts. The missing come in ascending order of
-        *uses*, ties by ascending id, so that the most used come last and stay resident. The
-        policy notes one request, with the experts in the order in which they are served.
-
-        Each expert is in exactly one decision. Compute with one before asking for the next: a
-        later one may evict the experts of an earlier one. Do not begin another request in between.
-
-        Args:
-            experts: Distinct ids, ascending; else a ValueError, and nothing has changed.
-            uses: How many (token, choice) pairs picked each; absent means one each.
+        One that fits is that of `request`. Otherwise the first holds the residents, ids ascending,
+        and as many missing ones as there are slots left; the rest follow in decisions of
+        `capacity`. The missing come in ascending order of *uses* (absent: one each), then id, so
+        that the most used stay resident. The policy notes one request, in the order served. Compute
+        with one decision before asking for the next, which may evict. ValueError as in `request`.
         """
         if len(experts) <= self.capacity:
             return iter((self.request(experts),))
@@ -174,17 +149,9 @@ class Residency:
         """
         Serve a request of any size by loading some of the missing, and leave others to the host.
 
-        The host computes the others from its own memory, so they need no slot and one decision is
-        enough. The most used are loaded, of equally used ones those of the higher ids, which
-        `request_in_parts` keeps too. The policy notes one request of all.
-
-        Args:
-            experts, uses: As in `request_in_parts`.
-            load: From the *uses* of each missing expert, ascending, to how many of them to load;
-                cut to the slots beside the hits.
-
-        Returns:
-            The decision, and the ids left to the host, least used first.
+        *load* says from the *uses* of each missing expert, ascending, how many are loaded: the most
+        used, ties the higher ids, cut to the slots beside the hits. The policy notes one request of
+        all. Returns the decision, and the ids left to the host, least used first.
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
@@ -214,14 +181,10 @@ class Residency:
 
     def prefetch(self, experts: Sequence[int]) -> Decision:
         """
-        Load experts ahead of need.
+        Load *experts* ahead of need, the most wanted first; those beyond `capacity` are dropped.
 
-        Only those not resident are loaded, and none is evicted for another of the same call.
-        To the policy a prefetch is one request of the experts kept, the most wanted served last
-        (so most recently); a policy may differ and says so in `Policy.prefetched`.
-
-        Args:
-            experts: Distinct ids, the most wanted first; those beyond `capacity` are dropped.
+        None is evicted for another of the same call. To the policy it is one request, the most
+        wanted served last, unless `Policy.prefetched` says else.
         """
         if isinstance(experts, np.ndarray):
             experts = experts.tolist()
@@ -329,17 +292,10 @@ class StreamedPrefill:
     """
     Serve prompts without losing the experts that decoding uses.
 
-    A prompt needs most experts of a layer once. Served as a request it would evict everything, so
-    experts that are not resident pass through staging memory, one after the other, and only the
-    most used of them (ties: the lowest id) are given slots: as many as there are free slots, and at
-    most *admit* more, in place of residents that the same pass does not use; which of those leave,
-    the policy says. Slots are given in that order, the free ones first. The policy hears of one
-    request, with the experts in ascending order of their uses, ties by id: so the most used count
-    as the most recent.
-
-    Args:
-        admit: The most experts of one request that may evict another; None sets no limit. 0 keeps
-            every resident, which is what sequences that decode meanwhile want.
+    Experts that are not resident pass through staging memory; only the most used of them (ties: the
+    lowest id) get slots: the free ones, and at most *admit* more (None: no limit), in place of
+    residents that the pass does not use, by the policy. The policy hears of one request, ascending
+    by uses, then id.
     """
 
     admit: int | None = None

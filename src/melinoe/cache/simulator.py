@@ -1,9 +1,8 @@
 """
 Simulate a trace's cost with other slots or another policy.
 
-It drives the same `Residency` as the engines, with the same calls in the same order, so its counts
-are theirs, not an estimate. Long traces under a built-in policy go through compiled code that
-decides the same (`melinoe.cache.kernel`; tests hold the two equal, count by count).
+It drives the engines' own `Residency` by the same calls, so its counts are theirs. Long traces
+under a built-in policy go through compiled code that decides the same (`melinoe.cache.kernel`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,27 +72,22 @@ def simulate(
     Replay a trace through a cache.
 
     Args:
-        trace: The model's choices.
         slots: Slots of every layer, or of each.
         policy: A known name, or a function that makes a new `Policy` for each layer.
-        prefetch: Says what is loaded ahead, and when.
-        prompts: Token ids of each sequence's prompt, for prefetchers that read them.
+        prefetch: Says what is loaded ahead; *prompts* are token ids, for those that read them.
         reset_between_sequences: Empty the cache before each unit's first forward pass.
-        policy_options: Arguments of the named policy, such as ``{"gamma": 0.9}`` for ``lfu``.
-            ``static`` counts its popularity from this very trace unless one is given here.
-        load: How many of a request's missing experts are loaded, if not all of them, as
-            `melinoe.cache.timing.loads_when` or ``Handle.load_rule`` say it; the host computes the
-            rest (`Residency.request_with_host`). They are misses, but no loads.
+        policy_options: Arguments of the named policy, such as ``{"gamma": 0.9}``. ``static`` counts
+            its popularity from this very trace unless one is given here.
+        load: How many of a request's missing experts are loaded
+            (`melinoe.cache.timing.loads_when`); the host computes the rest.
         steps: Also keep what happened in each forward pass and layer.
-        engine: ``residency``: drive the engines' own class. ``compiled``: the compiled replay,
-            for `COMPILED_POLICIES` by name and nothing but loads on demand. ``auto``: compiled
-            where that can be and pays.
+        engine: ``residency``, the engines' own class; ``compiled``, for `COMPILED_POLICIES` by name
+            and nothing but loads on demand; ``auto``, compiled where that can be and pays.
         prefill: Stream prompts by this rule; absent, serve them as any other request.
 
     Raises:
         MelinoeError: no such policy, or a layer with no slot or more slots than experts.
-        TraceError: the prefetch needs the prompts, and they are not there; prompts that are not
-            the trace's.
+        TraceError: prompts that the prefetch needs are not there, or not the trace's.
         ValueError: *slots* or a prefetch does not name every layer; no such *engine* here.
     """
     if engine not in ENGINES:
@@ -285,10 +279,7 @@ def _compiled(
 
 def check_prompts(trace: Trace, prompts: Sequence[Sequence[int]]) -> None:
     """
-    Check prompts against a trace: one per sequence, each as long as its rows in the trace.
-
-    Raises:
-        TraceError: they are not the prompts that the trace was taken from.
+    Check prompts against a trace: TraceError unless one per sequence, each as long as its rows.
     """
     way_out = "give the prompts that it was recorded from, in their order"
     if len(prompts) != trace.num_sequences:

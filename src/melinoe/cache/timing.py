@@ -98,15 +98,10 @@ def loads_when(miss: str, machine: Machine, work: Work) -> LoadRule | None:
     """
     Make the rule that `simulate` takes as ``load``, for a way to handle misses.
 
-    ``wait``: all are loaded (None). ``cpu``: none is; the host computes them. ``split``: of the
-    missing, the host computes the least used and the others are loaded, so many that the slower of
-    both sides, ``max(k x, k c + U)``, is fastest; of equally fast splits the one that loads most,
-    since a load may be used again. A token's experts have one use each; a prompt's have many, which
-    the host computes one row after the other and a load brings in once.
-
-    Raises:
-        HardwareError: the host shall compute, and its memory's bandwidth is not given.
-        ValueError: an unknown way.
+    ``wait``: all are loaded (None). ``cpu``: none is; the host computes them. ``split``: the host
+    computes the least used, so many that the slower of both sides, ``max(k x, k c + U)``, is
+    fastest; of equals the one that loads most. HardwareError if the host shall compute and its
+    memory's bandwidth is not given.
     """
     if miss not in MISSES:
         raise ValueError(f"miss must be one of {', '.join(MISSES)}, got {miss!r}")
@@ -147,11 +142,8 @@ def computed_s(
     """
     Seconds in which the host computes missing experts: U of the formulas, but for the copies.
 
-    Args:
-        machine, work: Figures; the machine's *dram_bytes_per_s* among them.
-        experts: How many.
-        pairs: (token, choice) pairs that chose them; absent: one each.
-        rows: Tokens that did; absent: the most used one's, as if spread evenly, at least one.
+    *pairs* of token and choice chose them, absent: one each; of so many *rows*, absent: spread
+    evenly.
     """
     if not experts:
         return 0.0
@@ -180,10 +172,8 @@ class Timing:
 
     def metrics(self) -> dict[str, float | None]:
         """
-        The run by the names of reports; of the completion's tokens unless the name says else.
-
-        ``ttft_s`` is the mean over units of the time until the prompt's last pass has ended, with
-        what is issued in it; None where there is no prompt, and the others where no completion.
+        The run by the names of reports, of the completion's tokens; ``ttft_s`` is the mean over
+        units.
         """
         steps = self.steps
         chosen = steps.phase == COMPLETION
@@ -208,16 +198,10 @@ class Timing:
 
 def predict(simulation: Simulation, machine: Machine, work: Work) -> Timing:
     """
-    Time a simulation by the module's formulas.
+    Time a simulation, made with ``steps=True``, by the module's formulas.
 
-    Args:
-        simulation: Made with ``steps=True``, and with `loads_when` for misses that do not wait.
-        machine, work: Figures.
-
-    Raises:
-        ValueError: the simulation kept no steps.
-        HardwareError: the host computed misses, and its memory's bandwidth is not given; or
-            computing can be predicted neither from a measured pass nor from bytes.
+    HardwareError: the host computed misses, and its memory's bandwidth is not given; or computing
+    can be predicted neither from a measured pass nor from bytes.
     """
     steps = simulation.steps
     if steps is None:

@@ -40,12 +40,11 @@ _WAY_OUT = "record one with `melinoe trace`"
 
 class ForwardPass(NamedTuple):
     """
-    One forward pass.
+    One forward pass; its phase is 1, completion, if it has a completion token and no prompt token,
+    else 0.
 
-    Its phase is 1, completion, if some row is a completion token and none is a prompt token; else
-    0, prompt: a pass of padding alone belongs to the prompt that it pads. *requests* are, per
-    layer, the distinct experts, ascending, and how many (token, choice) pairs picked each;
-    padding's too, for the model computed it.
+    *requests* are, per layer, the distinct experts, ascending, and how many (token, choice) pairs
+    picked each, padding's too.
     """
 
     phase: int
@@ -59,18 +58,10 @@ class Trace:
     """
     The choices of a model: one row per token that a forward pass computed, in the order they ran.
 
-    Arrays that do not fit each other or the header are refused with a TraceError.
-
-    Attributes:
-        experts: int16 (rows, layers, top_k), ids the model chose; -1 means "no expert".
-        forward: int32 (rows,), number of the forward pass, from 0, never decreasing.
-        sequence: int32 (rows,), which prompt the row belongs to, from 0.
-        kind: uint8 (rows,), 0 prompt, 1 completion, 2 padding.
-        num_experts: Experts of each layer.
-        model: Name or path of the model; for people.
-        fingerprint: Which weights chose; see `check_model`.
-        versions: Libraries that made it, name to version.
-        note: Anything worth knowing.
+    *experts* int16 (rows, layers, top_k), -1 for "no expert"; *forward* int32 (rows,), number of
+    the pass, never decreasing; *sequence* int32 (rows,), which prompt the row belongs to; *kind*
+    uint8 (rows,), 0 prompt, 1 completion, 2 padding. *fingerprint*: which weights chose; *model*,
+    *versions* and *note* are for people. TraceError if they do not fit each other.
     """
 
     experts: np.ndarray
@@ -154,10 +145,8 @@ class Trace:
 
     def units(self) -> list[tuple[int, ...]]:
         """
-        Group sequences that share forward passes, in the order in which the groups begin.
-
-        Costs can be told apart for such units, not for sequences: a load made for a batch belongs
-        to all of it.
+        Group sequences that share forward passes, in the order in which the groups begin: a load
+        made for a batch belongs to all of it.
         """
         rows = np.stack([self.forward, self.sequence], axis=1)
         changes = np.flatnonzero(np.any(np.diff(rows, axis=0, prepend=rows[:1] - 1), axis=1))
@@ -195,10 +184,8 @@ class Trace:
 
     def select(self, sequences: Iterable[int]) -> "Trace":
         """
-        Keep only some sequences, in the order in which they ran; ValueError for one without rows.
-
-        Sequences and forward passes are numbered anew from 0, without gaps. Where a pass ran
-        several sequences together, only the rows of those kept remain in it.
+        Keep only some sequences, in the order in which they ran, numbered anew with their passes;
+        ValueError for one without rows.
         """
         wanted = np.unique(np.fromiter(sequences, dtype=np.int32))
         absent = np.setdiff1d(wanted, self.sequence)
@@ -346,11 +333,8 @@ class TraceBuilder:
         kind: np.ndarray | int,
     ) -> None:
         """
-        Append one forward pass; ValueError for what no trace can hold.
-
-        Args:
-            experts: Any integers (rows, layers, top_k), see `known_ids`.
-            sequence, kind: See `Trace`; (rows,) or one for all.
+        Append one forward pass of *experts*, any integers (rows, layers, top_k); ValueError for
+        what no trace can hold.
         """
         experts = np.asarray(experts)
         if experts.dtype.kind not in "iu":
