@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 Question: {{ message.content }}
 {% elif message.role == "assistant" -%}
 Answer: {{ message.content }}{{ eos_token }}
-{% else -%}
+{%- else -%}
 {{ message.content }}
 
 {% endif -%}
