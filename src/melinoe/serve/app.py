@@ -51,16 +51,17 @@ def build_app(
         name: Under which clients ask for it.
         api_key: Asked of every request but `/health` and the page; None asks for none.
     """
-    chat = ChatHandler(batches, metrics, tokenizer, name)
+    given = (batches, metrics, tokenizer, name)
+    chat = ChatHandler(*given)
     listed = [
         {"id": one, "object": "model", "created": 0, "owned_by": "melinoe"} for one in chat.names
     ]
-    given: dict[str, Any] = {
+    parts: dict[str, Any] = {
         # In the place of transformers' manager, which loads models: ours is loaded.
         "model_manager": SimpleNamespace(get_gen_models=lambda: listed, shutdown=lambda: None),
         "chat_handler": chat,
-        "completion_handler": CompletionHandler(batches, metrics, tokenizer, name),
-        "response_handler": Responses(chat),
+        "completion_handler": CompletionHandler(*given),
+        "response_handler": Responses(*given),
         "generation_state": SimpleNamespace(
             is_cb_alive=lambda: batches.healthy and not batches.draining
         ),
@@ -68,8 +69,8 @@ def build_app(
     # Versions of transformers differ in the other kinds of model that they serve.
     for parameter in inspect.signature(build_server).parameters.values():
         if parameter.default is parameter.empty:
-            given.setdefault(parameter.name, None)
-    app = build_server(**given)
+            parts.setdefault(parameter.name, None)
+    app = build_server(**parts)
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", None) not in _NOT_SERVED
     ]

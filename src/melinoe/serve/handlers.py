@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 class Handler:
     """
-    What both routes share.
+    What all routes share.
 
     Args:
         batches: Computes.
@@ -44,8 +44,7 @@ class Handler:
     """
 
     route: str
-    object: str
-    chunk_object: str
+    object = chunk_object = ""
     default_tokens: int | None = None  # where a request sets no limit; None: as many as may be
 
     def __init__(self, batches: Batches, metrics: Metrics, tokenizer: Any, name: str) -> None:
@@ -57,13 +56,28 @@ class Handler:
         """Give the body as it was read, the token ids of each prompt, and what else is asked."""
         raise NotImplementedError
 
-    def _deltas(self, at: int, one: Running, body: Any) -> AsyncIterator[Json]:
+    def _deltas(self, at: int, one: Running, body: Any) -> AsyncIterator[Any]:
         """Give what a stream says of choice *at*, event by event."""
         raise NotImplementedError
 
-    def _whole(self, deltas: Sequence[Json]) -> Json:
+    def _whole(self, deltas: Sequence[Any]) -> Json:
         """Give a choice of an answer that is not streamed: all its events in one."""
         raise NotImplementedError
+
+    def _answer(self, head: Json, answers: list[Json], choices: list[Running]) -> Json:
+        return {**head, "choices": answers, "usage": self.usage(choices)}
+
+    def _line(self, head: Json, delta: Any) -> str:
+        return f"data: {json.dumps({**head, 'choices': [delta]})}\n\n"
+
+    def _closing(self, head: Json, body: Any, choices: list[Running]) -> str:
+        line = ""
+        if body.stream_options is not None and body.stream_options.include_usage:
+            line = f"data: {json.dumps({**head, 'choices': [], 'usage': self.usage(choices)})}\n\n"
+        return f"{line}data: [DONE]\n\n"
+
+    def _broken(self, error: ApiError) -> str:
+        return f"data: {json.dumps(error.body())}\n\n"
 
     async def handle_request(self, body: Json, request_id: str) -> Response:
         """
@@ -102,7 +116,7 @@ class Handler:
                 *(self._collect(at, one, said) for at, one in enumerate(choices))
             )
             status = "ok"
-            return JSONResponse({**head, "choices": answers, "usage": self.usage(choices)})
+            return JSONResponse(self._answer(head, answers, choices))
         except Exception as error:
             status = str(getattr(error, "status", 500))
             raise
@@ -159,6 +173,33 @@ class Handler:
         return replace(
             asked, max_tokens=min(most, wanted or limits.unasked or self.default_tokens or most)
         )
+
+    def templated(
+        self, messages: list[Json], tools: list[Json] | None, switches: Json, param: str
+    ) -> list[int]:
+        """
+        Give the token ids of a chat, as the model's template writes it.
+
+        Raises:
+            ApiError: there is none, or it refuses this chat.
+        """
+        if not self.tokenizer.chat_template:
+            raise ApiError(
+                "this model has no chat template; ask /v1/completions, or start the server with "
+                "--chat-template plain", code="no_chat_template",
+            )  # fmt: skip
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=True,
+                return_dict=True, **switches,
+            )["input_ids"]  # fmt: skip
+        except TemplateError as error:
+            raise ApiError(f"the chat template refuses: {error}", param=param) from error
+        except Exception as error:  # a template is a program, and this chat made it fail
+            raise ApiError(
+                f"the chat template cannot write this chat: {error}", param=param
+            ) from error
+        return list(ids)
 
     def submit(self, prompt: list[int], asked: Asked, at: int, request_id: str) -> Running:
         """Put choice *at* of a request into the queue."""
@@ -231,22 +272,18 @@ class Handler:
             "total_tokens": prompt + written, "expert_cache": Cost.total(choices).usage(),
         }  # fmt: skip
 
-    def done(
-        self, request_id: str, status: str, choices: list[Running], route: str | None = None
-    ) -> None:
+    def done(self, request_id: str, status: str, choices: list[Running]) -> None:
         """Count and log a request that ended, however it did; nothing of it runs on."""
         for one in choices:
             self.batches.cancel(one)
-        self.metrics.request_done(route or self.route, status, choices)
-        self.log(request_id, status, choices, route)
+        self.metrics.request_done(self.route, status, choices)
+        self.log(request_id, status, choices)
 
-    def log(
-        self, request_id: str, status: str, choices: list[Running], route: str | None = None
-    ) -> None:
+    def log(self, request_id: str, status: str, choices: list[Running]) -> None:
         """Write a line that a request began or ended; one that only began was lost."""
         line = {
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": request_id,
-            "route": route or self.route, "status": status,
+            "route": self.route, "status": status,
             "prompt_tokens": sum(len(one.prompt) for one in choices),
             "completion_tokens": sum(len(one.tokens) for one in choices),
         }  # fmt: skip
@@ -259,12 +296,12 @@ class Handler:
         self, request_id: str, body: Any, head: Json, choices: list[Running]
     ) -> AsyncIterator[str]:
         status = "client left"
-        events: asyncio.Queue[Json | ApiError | None] = asyncio.Queue()
+        events: asyncio.Queue[str | ApiError | None] = asyncio.Queue()
 
         async def follow(at: int, one: Running) -> None:
             try:
-                async for choice in self._deltas(at, one, body):
-                    events.put_nowait({**head, "choices": [choice]})
+                async for delta in self._deltas(at, one, body):
+                    events.put_nowait(self._line(head, delta))
                 events.put_nowait(None)
             except ApiError as error:
                 events.put_nowait(error)
@@ -280,16 +317,13 @@ class Handler:
                 event = await events.get()
                 if isinstance(event, ApiError):
                     status = str(event.status)
-                    yield f"data: {json.dumps(event.body())}\n\n"
+                    yield self._broken(event)
                     return
                 if event is None:
                     left -= 1
                 else:
-                    yield f"data: {json.dumps(event)}\n\n"
-            if body.stream_options is not None and body.stream_options.include_usage:
-                usage = {**head, "choices": [], "usage": self.usage(choices)}
-                yield f"data: {json.dumps(usage)}\n\n"
-            yield "data: [DONE]\n\n"
+                    yield event
+            yield self._closing(head, body, choices)
             status = "ok"
         finally:
             for task in tasks:
@@ -361,39 +395,9 @@ class ChatHandler(Handler):
             schema = form.json_schema.schema_ if form.json_schema is not None else {}
             grammar = structured.of_format((form.type, schema), "response_format")
         asked = replace(asked, sampling=replace(asked.sampling, grammar=grammar))
-        return said, [self._prompt(said)], asked
-
-    def check_template(self) -> None:
-        """
-        Refuse a chat where no template can write it.
-
-        Raises:
-            ApiError: there is none.
-        """
-        if not self.tokenizer.chat_template:
-            raise ApiError(
-                "this model has no chat template; ask /v1/completions, or start the server with "
-                "--chat-template plain", code="no_chat_template",
-            )  # fmt: skip
-
-    def _prompt(self, body: Chat) -> list[int]:
-        self.check_template()
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [{"content": "", **one.model_dump(exclude_none=True)} for one in body.messages],
-                tools=self._tools(body),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                **switches_of(body, body.reasoning_effort),
-            )["input_ids"]
-        except TemplateError as error:
-            raise ApiError(f"the chat template refuses: {error}", param="messages") from error
-        except Exception as error:  # a template is a program, and this chat made it fail
-            raise ApiError(
-                f"the chat template cannot write this chat: {error}", param="messages"
-            ) from error
-        return list(ids)
+        messages = [{"content": "", **one.model_dump(exclude_none=True)} for one in said.messages]
+        switches = switches_of(said, said.reasoning_effort)
+        return said, [self.templated(messages, self._tools(said), switches, "messages")], asked
 
     @staticmethod
     def _tools(body: Chat) -> list[Json] | None:

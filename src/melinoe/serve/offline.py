@@ -284,10 +284,11 @@ def answer_file(
             batches = Batches(model, handle, limits or Limits(), tokenizer=tokenizer)
             try:
                 given = (batches, Metrics(), tokenizer, name)
-                chat = ChatHandler(*given)
                 handlers = {
-                    CHAT: chat, COMPLETION: CompletionHandler(*given), RESPONSE: Responses(chat),
-                }  # fmt: skip
+                    CHAT: ChatHandler(*given),
+                    COMPLETION: CompletionHandler(*given),
+                    RESPONSE: Responses(*given),
+                }
                 at_once = batches.limits.running + batches.limits.waiting
                 tell = progress or (lambda done, of: None)
                 tell(had, len(rows))
