@@ -15,13 +15,11 @@ from melinoe.cli import (
     evaluate,
     finetune,
     generate,
-    import_trace,
     plan,
-    predictor,
     report,
     serve,
     simulate,
-    trace,
+    traces,
 )
 from melinoe.cli.command import Command, Group, checked, option
 from melinoe.config.names import version_of
@@ -48,11 +46,11 @@ _COMMANDS: dict[str, dict[str, Any]] = {
         "card": checkpoints.card,
     },
     "Look at its experts": {
-        "trace": trace.command,
+        "trace": traces.trace,
         "simulate": simulate.command,
         "bench": bench.command,
-        "import-trace": import_trace.command,
-        "predictor": predictor.fit_command,
+        "import-trace": traces.import_trace,
+        "predictor": traces.fit,
         "report": report.command,
     },
     "See it all at work": {"demo": checkpoints.demo},
