@@ -17,7 +17,7 @@ from benchmarks.study.tables import (
     study_tables,
     transfers,
 )
-from melinoe.report.amounts import DASH
+from melinoe.report.table import DASH
 
 
 def run(

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 
 from melinoe.config.likeness import differences, for_locality
 from melinoe.report import update_readme, write_figures
-from melinoe.report.amounts import DASH, inline, plain, signed
 from melinoe.report.figures import COLOUR, Figure, panel
-from melinoe.report.table import Cell, Table, cell
+from melinoe.report.table import DASH, Cell, Table, cell, inline, plain, signed
 from melinoe.stats import Estimate
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/study.md")

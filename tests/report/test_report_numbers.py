@@ -7,8 +7,8 @@ import pytest
 
 from melinoe.errors import DataError
 from melinoe.report import read_records, render_table
-from melinoe.report.amounts import inline, label, plain
 from melinoe.report.comparing import geometric_mean
+from melinoe.report.table import inline, label, plain
 from melinoe.report.tables import corpus_table, main_table, servings, time_table
 from melinoe.stats import Estimate
 

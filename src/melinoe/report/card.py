@@ -9,10 +9,20 @@ from melinoe.checkpoint import read_metadata
 from melinoe.checkpoint.metadata import read_card
 from melinoe.config.likeness import differences, for_locality
 from melinoe.errors import CheckpointError, OutputExistsError, WriteError
-from melinoe.report.amounts import flat, hardware, inline, plain, signed
 from melinoe.report.comparing import about_control
 from melinoe.report.page import figures_of, svg_files
-from melinoe.report.table import Cell, Table, cell, literal, markdown
+from melinoe.report.table import (
+    Cell,
+    Table,
+    cell,
+    flat,
+    hardware,
+    inline,
+    literal,
+    markdown,
+    plain,
+    signed,
+)
 from melinoe.stats import Estimate
 from melinoe.whole_file import write_whole
 

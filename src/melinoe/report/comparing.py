@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from melinoe.config.likeness import differences
-from melinoe.report.amounts import inline, signed
 from melinoe.report.records import Measurements, Record
+from melinoe.report.table import inline, signed
 from melinoe.stats import Estimate, paired_difference, paired_ratio
 
 STRATEGIES = ("base", "control", "fine-tuned", "fine-tuned + prefetch", "all resident")

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.report.amounts import plain
 from melinoe.report.comparing import in_order
 from melinoe.report.records import TRAINING_TERMS, Measurements, Record, estimate
-from melinoe.report.table import NOT_MEASURED, Cell, Table, cell
+from melinoe.report.table import NOT_MEASURED, Cell, Table, cell, plain
 from melinoe.stats import Estimate, bootstrap
 
 # After Okabe and Ito, distinct without colour vision; darkened to be legible as text.

@@ -8,7 +8,6 @@ from typing import Any
 
 from melinoe.errors import DataError
 from melinoe.report import figures
-from melinoe.report.amounts import flat, hardware, inline, join
 from melinoe.report.comparing import (
     about_control,
     differing_settings,
@@ -19,7 +18,7 @@ from melinoe.report.comparing import (
 )
 from melinoe.report.figures import Figure
 from melinoe.report.records import Measurements, Record, Sources, estimate, read_records
-from melinoe.report.table import Table, literal, markdown
+from melinoe.report.table import Table, flat, hardware, inline, join, literal, markdown
 from melinoe.report.tables import (
     Serving,
     benchmark_tables,

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from melinoe.report.amounts import hardware, label, plain, signed, spread
 from melinoe.report.comparing import (
     domains,
     factor,
@@ -17,7 +16,17 @@ from melinoe.report.comparing import (
     reference,
 )
 from melinoe.report.records import Measurements, Record, estimate
-from melinoe.report.table import NOT_MEASURED, Cell, Table, cell
+from melinoe.report.table import (
+    NOT_MEASURED,
+    Cell,
+    Table,
+    cell,
+    hardware,
+    label,
+    plain,
+    signed,
+    spread,
+)
 from melinoe.stats import Estimate
 
 Link = tuple[float, float] | None  # bandwidth in GB/s and latency in us; None: unmodified
