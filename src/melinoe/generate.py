@@ -209,10 +209,16 @@ def trace_prompts(
     return recorder.trace()
 
 
+def context_of(model: Any) -> int | None:
+    """Give the tokens of a text that *model* was made for; None if its config does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _within_context(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     """Give the new tokens that the context leaves, if any; else all, which will mean little."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(context, int) or prompt_tokens + max_new_tokens <= context:
+    context = context_of(model)
+    if context is None or prompt_tokens + max_new_tokens <= context:
         return max_new_tokens
     if context > prompt_tokens:
         return context - prompt_tokens

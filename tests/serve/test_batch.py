@@ -179,6 +179,8 @@ ROW = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x", "mode
     [
         ([], "holds no request"),
         (["{"], "line 1 is no JSON"),
+        (['{"prompt": ' + "[" * 100_000], "line 1 is no JSON"),
+        (['{"prompt": "a", "seed": ' + "9" * 400 + "}"], "line 1 is no JSON"),
         (["7"], "line 1 is no JSON object"),
         ([{"prompt": "a"}, {"text": "b"}], "line 2 must have either messages or a prompt"),
         ([{"prompt": "a", "messages": []}], "either messages or a prompt"),

@@ -50,10 +50,11 @@ def command(
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     model = model or named_model(rows)
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
+    from melinoe.generate import context_of
     from melinoe.moe.routing import fingerprint
     from melinoe.serve.batching import Limits
 
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", cache_tokens)
+    context = context_of(loaded) or cache_tokens
     with output.counted("answering") as tell:
         made = answer_file(
             loaded,

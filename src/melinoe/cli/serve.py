@@ -72,6 +72,7 @@ def command(
 ) -> None:
     """Serve a model over HTTP, for OpenAI's clients, with few experts resident."""
     check_installed()
+    from melinoe.generate import context_of
     from melinoe.moe.routing import fingerprint
     from melinoe.serve.batching import Limits
     from melinoe.serve.run import Residency, serve
@@ -80,7 +81,7 @@ def command(
         # What the budget of a GPU counts beside the experts: the keys and values of all requests.
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", max_context)
+    context = context_of(loaded) or max_context
     adapters = models.adapters(loaded, handle, adapter or [])
     guess = None
     if predictor is not None:

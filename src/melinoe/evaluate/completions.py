@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from melinoe.data import Example, encode_prompts, pad_token_id
 from melinoe.errors import DataError
+from melinoe.generate import context_of
 from melinoe.moe.finite import GREEDY, generate_finite
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _room(
     model: Any, examples: Sequence[Example], prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[int]:
     """Tokens that each prompt may get within the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     room = []
     for example, prompt in zip(examples, prompts, strict=True):
         if not prompt:

@@ -25,7 +25,7 @@ from melinoe.serve.body import ApiError
 from melinoe.serve.handlers import ChatHandler, CompletionHandler
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.responses import Responses
-from melinoe.whole_file import write_whole
+from melinoe.whole_file import parse_json, write_whole
 
 CHAT, COMPLETION, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 # Seconds before a row that found the queue full is asked again.
@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{where} is no JSON ({error}); write one object a line") from error
         if not isinstance(row, dict):
@@ -187,7 +187,7 @@ class _Progress:
         if end < len(whole):
             os.truncate(self.path, end)
         try:
-            head, *lines = map(json.loads, whole[:end].splitlines())
+            head, *lines = map(parse_json, whole[:end].splitlines())
             if head["run"] != run:
                 raise OutputExistsError(
                     f"{self.path} belongs to a run of another model or file; delete it, or choose "
