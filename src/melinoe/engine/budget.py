@@ -1,8 +1,8 @@
 """
 Memory and slots: how many experts fit into an amount, never one more.
 
-A GPU's budget holds the backbone, the cache of *batch* sequences of *context* tokens, a prompt's
-pass, the staging blocks and captured steps; the rest is slots. The CUDA context is not counted.
+A GPU's budget holds the backbone, keys and values, a prompt's pass, staging blocks and captured
+steps; the rest is slots. The CUDA context is not counted.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ def memory_of(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> int
 
 def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
     """
-    Find the most slots per layer, alike in all, whose bytes stay within *expert_memory*.
-
-    Raises:
-        BudgetError: not even one slot per layer fits; the message has the smallest that works.
+    Find the most slots per layer, alike in all, within *expert_memory*; BudgetError if not even
+    one.
     """
     budget = parse_bytes(expert_memory)
     smallest = memory_of(1, layers)
@@ -67,10 +65,7 @@ def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
 
 def slots_by_layer(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> tuple[int, ...]:
     """
-    Slots of each layer; one number for all of them is cut to the experts that a layer has.
-
-    Raises:
-        BudgetError: no slot or more than experts, or not one number for each layer.
+    Slots of each layer; one number for all is cut to a layer's experts. BudgetError if impossible.
     """
     most = [layer.num_experts for layer in layers]
     if isinstance(slots, int):
@@ -134,13 +129,10 @@ def share_budget(
     staging_experts: int,
 ) -> GpuBudget:
     """
-    Share a budget out: the most slots, alike in all layers, that fit beside the rest.
+    Share a budget out: the most slots, alike in all *layers* (as stored), that fit beside the rest.
 
-    *layers* are in the format that slots hold; *backbone* is from `backbone_bytes`, *kv_cache* and
-    *workspace* from `prompt_bytes`; *staging_experts* fit into one staging block.
-
-    Raises:
-        BudgetError: not even one slot per layer fits, with the smallest budget that works.
+    *kv_cache* and *workspace* are of `prompt_bytes`; *staging_experts* fit into one staging block.
+    BudgetError with the smallest budget that works.
     """
     rest = GpuBudget(
         parse_bytes(gpu_memory), pieces(backbone), kv_cache, staging_bytes(layers, staging_experts),
@@ -195,13 +187,9 @@ def prompt_bytes(
     """
     Ask a model on the meta device for the memory of the largest pass: a prompt in every sequence.
 
-    Each operation's outputs are followed until nobody holds them, so attention that keeps all
-    probabilities is counted with them, and fused attention without. The experts' part is computed
-    by us and added where they are called. A family without a static cache is counted with the one
-    that grows, at its full length. *layers* are in the format that slots hold.
-
-    Raises:
-        UnknownNeedError: the family's code looks at values.
+    Each operation's outputs are followed until nobody holds them; the experts' part is computed by
+    us and added where they are called. A family without a static cache is counted with the one that
+    grows. UnknownNeedError where the family's code looks at values.
     """
     most = 0
 
@@ -301,13 +289,10 @@ def watched(known: Iterable[Tensor]) -> Iterator[Live]:
 
 def cap_memory(total: int, device: torch.device) -> Callable[[], None]:
     """
-    Limit what the allocator takes on *device*, in the whole process, to *total* bytes.
+    Limit what the allocator takes on a GPU, in the whole process, to *total* bytes; returns the
+    undo.
 
-    A request for more fails with `torch.OutOfMemoryError`, and the next one works. On the CPU
-    nothing is limited.
-
-    Returns:
-        A function that restores the limit of before; a second call changes nothing.
+    A request for more fails with `torch.OutOfMemoryError`, and the next one works.
     """
     before: list[float] = []
     if device.type == "cuda":

@@ -18,14 +18,7 @@ from melinoe.moe.experts import ExpertsLayer
 
 
 class Guard:
-    """
-    Looks at each call of one layer's experts, whichever engine computes them.
-
-    Args:
-        device: Where the slots are.
-        module: The layer's experts.
-        names: Of its stacked parameters.
-    """
+    """Looks at each call of one layer's experts, whichever engine computes them."""
 
     def __init__(self, device: torch.device, module: nn.Module, names: Sequence[str]) -> None:
         self._device, self._parameters, self._names = device, module._parameters, tuple(names)
@@ -39,11 +32,8 @@ class Guard:
 
     def check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """
-        Let the call pass, or not.
-
-        Raises:
-            AttachError: gradients are wanted; the pass is traced or transformed; or the model was
-                moved, cast or given other experts since `attach`.
+        AttachError if gradients are wanted, the pass is traced or transformed, or the model was
+        moved, cast or given other experts.
         """
         if hidden_states.requires_grad or top_k_weights.requires_grad:
             raise AttachError(
@@ -100,10 +90,10 @@ def _other_way(tensor: Tensor) -> str | None:
 
 def stream_order(device: torch.device) -> Callable[[], None]:
     """
-    Make what lets a call begin on the device after the call before it; to be called before each.
+    Make what is called before each call, so that it begins on the device after the call before it.
 
-    Calls share slots: without this a call on a second CUDA stream would load an expert into a slot
-    that the first stream still computes with. The host does not wait.
+    Without, a call on a second CUDA stream would load into a slot that the first still computes
+    with.
     """
     last: Any = None
 

@@ -22,12 +22,10 @@ _log = logging.getLogger("melinoe")
 
 class Choosing:
     """
-    Changes the choices of decoding tokens; see `melinoe.moe.choice` for how.
+    Changes the choices of decoding tokens (`melinoe.moe.choice`), before they are counted and
+    computed.
 
-    The changed choice is the one that is counted, recorded and computed.
-
-    Raises:
-        UnsupportedModelError: a layer without a router whose logits can be seen.
+    UnsupportedModelError for a layer without a router whose logits can be seen.
     """
 
     def __init__(

@@ -35,24 +35,18 @@ class Handle:
     """
     A model served with few resident experts. Made by `melinoe.load` and `melinoe.attach`.
 
-    Also a context manager: leaving it detaches. Several threads may call the model, and the
-    methods here: calls run one after another, a `generate` as a whole. Reading waits for nobody.
-    A recording holds whatever ran meanwhile, whichever thread asked for it.
+    Leaving it as a context manager detaches. Several threads may call the model, and the methods
+    here: calls run one after another, a `generate` as a whole. Reading waits for nobody.
 
     Attributes:
-        slots: Slots per layer, as given or as the memory allowed; the most, where layers differ.
-        slots_by_layer: Of each layer.
-        policy: Name of the cache policy.
-        store: Where the experts are that are not resident.
-        link: The emulated link, or None where experts come over the real one.
+        slots, slots_by_layer: Slots per layer, the most where layers differ; and of each layer.
+        policy, store, link: Name of the cache policy; where the other experts are; the emulated
+            link.
         misses: What is done about a miss, and the figures that decide it.
-        layers: The MoE layers, in order.
-        device: Where the slots are.
-        engine: Who decides what is loaded.
+        layers, device, engine: The MoE layers; where the slots are; who decides what is loaded.
         budget: Of the GPU's memory, kept until `detach`; None if none was given.
         placement: One line: what was chosen to serve the model, and why.
-        lock: Held by the thread whose call of the model runs, for whoever makes several as one. A
-            thread that holds it must not wait for another that calls the model.
+        lock: Held by the thread whose call of the model runs, for whoever makes several as one.
     """
 
     def __init__(
@@ -183,8 +177,7 @@ class Handle:
         """
         Check that the books agree and that each slot holds, bit for bit, what the store has.
 
-        Returns how many experts were compared; each is read once. AttachError if something
-        differs, and what; or detached.
+        Returns how many experts were compared; AttachError if something differs, and what.
         """
         with self.lock:
             self._check_attached()
@@ -193,15 +186,10 @@ class Handle:
 
     def prefetch(self, experts_by_layer: Sequence[Sequence[int]]) -> None:
         """
-        Load experts ahead of need, now.
+        Load experts ahead of need, now: ids for every layer, the most wanted first.
 
-        Args:
-            experts_by_layer: Ids for every layer, the most wanted first; those beyond the slots
-                are dropped, those resident are not loaded again.
-
-        Raises:
-            ValueError: not one entry per layer, or an id that is out of range or given twice.
-            AttachError: detached.
+        Those beyond the slots are dropped. ValueError: not one entry per layer, or an id that is
+        out of range or given twice.
         """
         if len(experts_by_layer) != len(self._caches):
             raise ValueError(
@@ -228,12 +216,8 @@ class Handle:
         """
         Load ahead what *prefetcher* names, for the one sequence that the body generates.
 
-        It is asked when the first pass of the completion begins. What the model says stays the
-        same.
-
-        Args:
-            prefetcher: Bound to the model, if it reads prompts (`Prefetcher.bind`).
-            ids: Token ids of the prompt, for one that reads them.
+        It is asked, with the prompt's *ids*, when the first pass of the completion begins. What the
+        model says stays the same.
 
         Raises:
             AttachError: detached, or another prefetcher is at work. From the body: several prompts
@@ -273,8 +257,6 @@ class Handle:
         """
         Record what the routers choose in the body of the ``with`` statement.
 
-        *model_name* is for the trace's header; absent: the configuration's name.
-
         Raises:
             AttachError: something is being recorded already, or detached.
             UnsupportedModelError: no router is found, by which a trace is told from another
@@ -310,13 +292,9 @@ class Handle:
         """
         Let decoding tokens prefer resident experts; ``ChoiceSettings()`` ends that.
 
-        Changes what the model says, and logs so. Measure its cost:
-        `melinoe.evaluate.decoded_perplexity`.
-
-        Raises:
-            UnsupportedModelError: a router whose logits cannot be seen. One whose weights follow
-                no known rule is refused by the first forward pass.
-            AttachError: detached, or an engine that cannot do this.
+        Changes what the model says, and logs so; `melinoe.evaluate.decoded_perplexity` measures its
+        cost. UnsupportedModelError: a router whose logits cannot be seen. AttachError: an engine
+        that cannot do this.
         """
         with self.lock:
             self._check_attached()
@@ -337,13 +315,11 @@ class Handle:
 
     def detach(self) -> None:
         """
-        Put the experts' weights back, and the experts implementation of before.
+        Put the experts' weights back, bit for bit unless they were packed, and all else as it was.
 
-        Weights come back bit for bit; those that were packed while attaching as they were rounded.
-        Needs memory for all experts beside the store. The files of a checkpoint that `load` left
-        open for the store are closed. Without effect the second time. If it fails, for want of
-        memory say, the handle is still attached. Waits for a call, or a `generate`, of another
-        thread; AttachError if a call of the model runs in this one.
+        Needs memory for all experts beside the store. Files that `load` left open are closed.
+        Without effect the second time; if it fails, the handle is still attached. Waits for another
+        thread's call; AttachError if a call of the model runs in this one.
         """
         with self.lock:
             if not self._attached:

@@ -86,30 +86,23 @@ def load(
     """
     Load a checkpoint and serve it with few resident experts.
 
-    Say what you have, and get the best that runs there: ``melinoe.load("org/model")`` takes a GPU
-    if there is one and as many slots as fit; *gpu_memory* and *ram* set limits. One line in the log
-    (``handle.placement``) says what was chosen and why.
-
-    Experts go straight from the files to where they stay. Host memory peaks near the experts' bytes
-    plus the backbone with a store in RAM, and near the slots plus the backbone with the store on
-    disk (`benchmarks/load_memory.py`).
+    Say what you have, and get the best that runs there: a GPU if there is one and as many slots as
+    fit; *gpu_memory* and *ram* set limits. ``handle.placement``, in the log too, says what was
+    chosen and why. Host memory peaks near the experts' bytes plus the backbone with a store in RAM,
+    and near the slots plus the backbone with the store on disk.
 
     Args:
         name: A directory in the hub's layout, or the name of a repository on the hub.
-        device, gpu_memory, ram, batch, context, dtype, slots, expert_memory, policy,
-            policy_options, engine, format, backbone, admit, staging_experts, graphs, link: As
-            `melinoe.engine.options.Options` says of each. *policy* may be a function that makes
-            one for each layer.
+        policy: Or a function that makes one for each layer.
         store: Or a store that holds this checkpoint's experts already.
         miss: Or another handle's ``misses``, to decide by its figures.
+        All others: As `melinoe.engine.options.Options` says of each.
 
     Returns:
-        The transformers model, in evaluation mode, on which ``generate`` works as always; and the
-        handle with counters, prefetch and record. The tokenizer is the caller's to load.
+        The transformers model, on which ``generate`` works as always, and the handle.
 
     Raises:
-        CheckpointError: Files missing, torn, packed in a way that is not read, or of another model
-            than the config's.
+        CheckpointError: Files missing, torn, packed in a way that is not read, or of another model.
         UnsupportedModelError: The family has no experts that can be served.
         BudgetError: Too little memory; two options that say how much is resident.
         AttachError: An unknown word; a device that is not there; an engine that cannot run.
@@ -159,21 +152,18 @@ def attach(
     Serve a model that is in memory with few resident experts.
 
     The stacked weights are moved into the store and freed; the model computes the same as before,
-    ``generate`` included, without gradients. It cannot be saved, moved or cast until
-    `Handle.detach`.
+    without gradients. It cannot be saved, moved or cast until `Handle.detach`.
 
     Args:
         model: A transformers model of a decorated family, or PEFT's model around one, with adapters
             on any module but the experts.
         device: Where the slots are; absent: where the rest of the model is.
-        slots, expert_memory, policy, policy_options, engine, store, format, miss, admit,
-            staging_experts, graphs, link: As for `load`; the store is in host memory.
+        All others: As for `load`; the store is in host memory.
 
     Raises:
-        UnsupportedModelError: The model's family or layout cannot be served.
-        BudgetError: Too little memory; two options that say how much is resident.
-        AttachError: Attached already; weights that are not in memory; a store of another model; an
-            unknown word; an engine that cannot run. The model is as before.
+        UnsupportedModelError, BudgetError: As `load`.
+        AttachError: Also attached already; weights that are not in memory; a store of another
+            model. The model is as before.
     """
     options = Options(**{key: value for key, value in locals().items() if key != "model"})
     model = without_wrapper(model)
@@ -335,10 +325,6 @@ def _stored(
 ) -> list[ExpertsLayer]:
     """
     Give *layers*, whose experts have the formats *own* now, in the format they are to be stored in.
-
-    Raises:
-        UnsupportedModelError: The format cannot hold experts of this shape.
-        AttachError: A store was given that holds them in another format than asked for.
     """
     formats = list(own)
     if options.format is not None:
@@ -394,9 +380,8 @@ def _check_store(
     """
     Refuse a store that cannot be read, or holds other experts than *layers*.
 
-    Of each layer the last expert's bits are compared: the model's own weights are given up for
-    the store's, so a store that was never filled would be their end. *last_of* gives a layer's, in
-    the store's format; None if only the store has it.
+    Of each layer the last expert's bits are compared with *last_of* (None if only the store has
+    it): the model's own weights are given up for the store's.
     """
     if getattr(store, "closed", False):
         raise AttachError(

@@ -1,9 +1,7 @@
 """
 On a miss: wait for the expert, compute it on the host, or both, by costs measured at attach.
 
-The figures are of this machine, this model's experts and this store: how long the host takes to
-compute one missing expert, and how long one takes to come. The simulator is told the same rule, so
-its counts stay the engine's.
+The simulator is told the same rule, so its counts stay the engine's.
 """
 
 from __future__ import annotations
@@ -54,12 +52,10 @@ class HostExperts:
     """
     One layer's experts, computed on the host where their weights are: activations travel.
 
-    The arithmetic is transformers' own function, called with one block of the store in the place of
-    the stacked weights. There too it is one product for each expert, over the same rows, so on the
-    CPU the result has the same bits as from slots; a GPU rounds otherwise. A store in host memory
-    is computed from in place. Of any other store the block is read into one buffer first, shared in
-    *buffers* by layers of one shape; that is no transfer into a slot and not counted as one.
-    *transfer* is told what travels, unless costs are being measured.
+    transformers' own function is called with one block of the store in the place of the stacked
+    weights: on the CPU with the same bits as from slots. A store in host memory is computed from in
+    place; of any other the block is read into one buffer, shared in *buffers* by layers of one
+    shape.
     """
 
     def __init__(
@@ -105,8 +101,7 @@ class HostExperts:
         """
         Compute unweighted outputs, ``(pairs, hidden)``, of rows of *hidden*, on the host.
 
-        *place* is the row of each pair, those of the first of *experts* first; *counts* says how
-        many pairs each expert has.
+        *place* is the row of each pair, expert after expert; *counts* the pairs of each.
         """
         parts, begin = [], 0
         index = torch.from_numpy(place)

@@ -32,9 +32,8 @@ class Options:
     """
     How a model is served with few resident experts.
 
-    Raises:
-        AttachError: an unknown word; options that contradict each other.
-        BudgetError: slots or memory given in two ways; half of a budget.
+    AttachError: an unknown word; options that contradict each other. BudgetError: slots or memory
+    given in two ways; half of a budget.
     """
 
     device: Any = setting(

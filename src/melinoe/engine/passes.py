@@ -1,8 +1,8 @@
 """
 Follow a model's forward passes: where one begins, sequence and kind of each row.
 
-Experts see the tokens of a layer and nothing else. `ForwardPasses` stands before the model's own
-``forward`` and ``generate`` and sees the rest: the batch, its padding, the prompt's length.
+`ForwardPasses` stands before the model's own ``forward`` and ``generate``, because experts see the
+tokens of a layer and nothing else.
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ class Route:
     """
     Know which layer a forward pass reaches next, from the pass before.
 
-    Some models hold several stacks of experts in one decoder layer (for text and for images, say),
-    so the next number is not always the layer that asks next. Until a pass has shown otherwise it
-    is. Only layers that made a request count, in ascending order.
+    Some models hold several stacks of experts in one decoder layer (for text and for images, say).
+    Until a pass has shown otherwise the next number is next.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -112,20 +111,16 @@ class ForwardPasses:
     """
     Begins and ends the forward passes that counters and traces are made of.
 
-    A pass begins when the first experts of a call run, so that its tokens are those that experts
-    compute. Experts that run a second time before the call has ended begin another pass. Without a
-    call (a submodule was called directly) a pass of one token counts as completion, any other as
-    prompt. Passes that verify guesses (assisted decoding, prompt lookup) are completion: their
-    tokens, wrong guesses included, come behind the prompt.
+    A pass begins when the first experts of a call run; experts that run a second time begin
+    another. Without a call (a submodule was called directly) a pass of one token counts as
+    completion, any other as prompt. Passes that verify guesses (assisted decoding) are completion.
 
     Attributes:
-        lock: Held by the thread whose call or ``generate`` runs; by others while they change what
-            a call relies on.
-        forward: Computes a call of the model; its own, unless a compiled one stands in.
-        check: Called before each call of the model; raises if it cannot be served.
+        lock: Held by the thread whose call or ``generate`` runs.
+        forward, check: Computes a call of the model; called before each, raises if it cannot be
+            served.
         recorder, prompt_uses: Told of every pass, if there are any: `begin`, `add`, `end`, `drop`.
-        before_completion: Called once, when the next pass of the completion begins and before it
-            asks for any expert; then forgotten.
+        before_completion: Called once, before the next pass of the completion asks for any expert.
         early: What the next layer's router said in the layer entered last; None if not asked.
         route: Which layer comes next; whoever serves a request tells it.
         fallbacks: Decode steps that the host planned where the device should.
@@ -357,9 +352,7 @@ def rows_of(call: Batch | None, phase: int, tokens: int) -> tuple[np.ndarray, np
     """
     Sequence and kind of each row of a pass of *tokens* rows within *call*, if there is one.
 
-    Returns:
-        int32 (tokens,), number of the batch's row that each belongs to; uint8 (tokens,), its kind
-        as a trace has it.
+    int32 (tokens,), the batch's row that each belongs to; uint8 (tokens,), its kind as in a trace.
     """
     kinds = np.full(tokens, PROMPT_ROW if phase == PROMPT else COMPLETION_ROW, dtype=np.uint8)
     rows = np.zeros(tokens, dtype=np.int32)
@@ -381,8 +374,8 @@ def describe_call(
     """
     Describe what a call of the model computes; None if it has no token input.
 
-    Within ``generate`` the prompt's length is known. Else a call of one token that continues an
-    earlier call is completion, and any other is prompt.
+    Outside ``generate`` a call of one token that continues an earlier one is completion, any other
+    prompt.
     """
     tokens = kwargs.get("input_ids")
     if tokens is None:
@@ -434,9 +427,8 @@ def _padding_of(mask: Tensor, start: int) -> Tensor:
     """
     Padding by a mask ``(batch, query, key)``: boolean, true where a query sees a key; or added.
 
-    A token that does not see itself is padding. But attention functions want every query to see
-    some key, so queries of padding that would see none are let see all. Such a query says nothing
-    of itself, and the next one that does not see all says whether it sees that token.
+    A token that does not see itself is padding. But queries of padding that would see no key are
+    let see all: of those the next query that does not see all says whether it sees that token.
     """
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     batch, length, keys = seen.shape
@@ -460,8 +452,7 @@ def watch_generate(
     Put a ``generate`` before the model's own that tells *passes* when it begins and ends.
 
     Unless *may_compile*, it also forbids compilation, which transformers begins by itself with a
-    static cache on a GPU: the experts ask the host who is resident. The caller's generation config
-    is not touched; the model's own is, until what is returned puts all back.
+    static cache on a GPU; the caller's generation config is not touched. Returns the undo.
     """
     original = getattr(model, "generate", None)
     if not callable(original):

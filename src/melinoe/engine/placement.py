@@ -83,12 +83,9 @@ def place(options: Options, model: Model, host_because: str | None = None) -> Pl
     """
     Choose, and refuse what cannot work, before anything is read or moved.
 
-    *host_because* says why the host must decide; absent: found out.
-
-    Raises:
-        AttachError: the device is not there, or the engine or store that was asked for cannot work.
-        BudgetError: too little memory.
-        MelinoeError: no such policy.
+    *host_because* says why the host must decide; absent: found out. AttachError: the device is not
+    there, or what was asked for cannot work. BudgetError: too little memory. MelinoeError: no such
+    policy.
     """
     if options.slots is not None:
         slots_by_layer(options.slots, model.layers)

@@ -20,12 +20,6 @@ class Recorder:
     Collects one row per token of each forward pass; see `Trace`.
 
     Each row of a batch that begins a prompt is a sequence of its own; beams count as such rows.
-
-    Args:
-        num_experts: Of each MoE layer.
-        model: Its name, for people.
-        fingerprint: Of the weights that choose.
-        note: What a reader of the trace must know of how it came about.
     """
 
     def __init__(
@@ -61,10 +55,7 @@ class Recorder:
 
     def end(self) -> None:
         """
-        Bring the pass to the host.
-
-        Raises:
-            TraceError: its layers computed different numbers of tokens.
+        Bring the pass to the host; TraceError if its layers computed different numbers of tokens.
         """
         if self._now is None:
             return  # recording began in the middle of it
@@ -83,12 +74,7 @@ class Recorder:
         self._now = None
 
     def trace(self, note: str = "") -> Trace:
-        """
-        Everything recorded so far.
-
-        Raises:
-            TraceError: nothing was.
-        """
+        """Everything recorded so far; TraceError if nothing was."""
         if not self._passes:
             raise TraceError("nothing was recorded; run the model inside `with handle.record()`")
         tables, sequences, kinds = zip(*self._passes, strict=True)
@@ -124,12 +110,7 @@ class PromptUses(Recorder):
     """Counts which experts the tokens of one prompt chose, for a prefetcher."""
 
     def begin(self, phase: int, tokens: int, call: Batch | None) -> None:
-        """
-        Begin a pass.
-
-        Raises:
-            AttachError: several prompts came together.
-        """
+        """Begin a pass; AttachError if several prompts came together."""
         if phase == PROMPT and call is not None and call.batch > 1:
             raise AttachError(
                 f"a prefetch for a prompt serves one sequence at a time and {call.batch} came "

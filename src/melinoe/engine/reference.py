@@ -1,8 +1,8 @@
 """
 The reference engine: the host decides, layer by layer, which experts are loaded.
 
-In each layer it waits for the router's choice, asks `melinoe.cache.residency` what to load, copies
-that into the slots, and lets transformers' own function compute from them.
+In each layer it waits for the router's choice, asks `melinoe.cache.residency`, copies what is
+missing into slots, and lets transformers' own function compute from them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class ReferenceEngine:
     """
     Let the host decide what is loaded; `melinoe.engine.device.engine.DeviceEngine` is the other.
 
-    Made while the weights are still in the model; changes nothing of it before `plug_in`. *slots*
-    and *policies*, which make one each, are by layer.
+    Made while the weights are still in the model; changes nothing of it before `plug_in`.
     """
 
     name = "reference"
@@ -130,10 +129,8 @@ class ExpertCache:
     """
     The experts of one MoE layer, computed from its slots.
 
-    Attributes:
-        rule: How many of a request's missing experts are loaded; None: all.
-        host: Computes the others; needed with a *rule*.
-        peers: Those of all layers, for reading ahead.
+    *rule*: how many of a request's missing experts are loaded, None for all; *host* computes the
+    others. *peers*: those of all layers, for reading ahead.
     """
 
     def __init__(
@@ -180,10 +177,8 @@ class ExpertCache:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
-        Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes.
-
-        Raises:
-            AttachError: as `Guard.check`.
+        Compute the layer's experts, shapes as for `melinoe.moe.dispatch.bind`; AttachError as
+        `Guard.check`.
         """
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
@@ -355,10 +350,8 @@ class ExpertCache:
 
 def _request_of(top_k_index: Tensor, num_experts: int) -> tuple[list[int], list[int], bool]:
     """
-    The request of ``top_k_index`` ``(tokens, top_k)``; ids outside the experts are no expert.
-
-    Returns:
-        Distinct ids ascending, how often each is used, and whether every choice is one.
+    Distinct ids of ``top_k_index`` ascending, how often each is used, and whether every choice is
+    one.
     """
     if top_k_index.shape[0] == 1:
         chosen = sorted(top_k_index.tolist()[0])

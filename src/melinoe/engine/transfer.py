@@ -1,8 +1,8 @@
 """
 Copy experts from the store into slots, and account for what that took.
 
-On the CPU a copy is done when the call returns; an emulated link can make it take longer. On CUDA
-copies run on a stream of their own, ordered against the computation by events.
+On the CPU a copy is done when the call returns, unless read from disk or over an emulated link. On
+CUDA copies run on a stream of their own, ordered against the computation by events.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class EmulatedLink:
     """
     Make transfers as slow as a link of given bandwidth and latency, for studies.
 
-    A transfer takes at least ``latency_s + bytes / bandwidth`` of wall time after it was issued,
-    and transfers on one link follow one another. A copy that is slower than that by itself counts
-    as long as it takes.
+    Each takes at least ``latency_s + bytes / bandwidth`` of wall time; they follow one another.
     """
 
     bandwidth_bytes_per_s: float
@@ -72,7 +70,6 @@ class Transfer:
     Copy on the CPU, with or without an emulated link.
 
     Attributes:
-        store: Where experts come from.
         stall_s: Seconds a forward pass waited for experts: copying included, prefetches not.
         transferred_bytes: Bytes copied into slots, on demand and ahead of it.
         host_s: Seconds in which the host computed missing experts, activations' ways included.
@@ -136,8 +133,7 @@ class Transfer:
         """
         Count activations on their way to the host or back; over an emulated link, also wait.
 
-        They do not queue behind weights: a link carries both ways at once, and copies so small get
-        between large ones.
+        They do not queue behind weights: a link carries both ways at once.
         """
         self.activation_bytes += nbytes
         if self._link is not None:
@@ -160,13 +156,10 @@ class DiskTransfer(Transfer):
     """
     Read from disk by a few threads at once: into slots while others are computed from, and ahead.
 
-    A disk gives its rate to several reads in flight only. What the next layer will probably ask for
-    is read ahead into staging, blocks of host memory that belong to no layer, never into a slot; a
-    demand that finds its expert there copies it. A wrong guess costs its read, so few are made
-    while few of them are right.
-
-    Attributes:
-        ahead_reads, ahead_used: Experts read into staging, and those that were then asked for.
+    What the next layer will probably ask for is read into staging, blocks of no layer, never into a
+    slot; a demand that finds its expert there copies it. A wrong guess costs its read, so few are
+    made while few are right. *ahead_reads* and *ahead_used* count experts read into staging, and
+    those then asked for.
     """
 
     overlaps = True
@@ -299,8 +292,7 @@ class CudaTransfer(Transfer):
 
     A copy waits for the work the computation has queued, which may still read the slot's former
     expert; the computation waits for the copy by an event, the host for neither. A stall is
-    measured between two events on the computation's stream, around its wait and, on demand, around
-    the issue too, which takes the host's time where the store is not pinned.
+    measured between two events around the wait and, on demand, around the issue too.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:

@@ -1,9 +1,8 @@
 """
 Capture one forward pass in a CUDA graph, and keep away from it what a graph cannot hold.
 
-A graph holds kernels and the memory they read and write, nothing of Python. So a pass is captured
-on input buffers of our own (`buffer`, `fill`), small constants are made before (`Constants`), and a
-step that makes the host wait is found while it runs as it is (`waits`) and never captured.
+A pass is captured on input buffers of our own (`buffer`, `fill`), small constants are made before
+(`Constants`), and a step that makes the host wait is found while it runs (`waits`).
 """
 
 from __future__ import annotations
@@ -24,14 +23,8 @@ class CudaStep:
     """
     One captured forward pass; every replay overwrites its `output`.
 
-    A capture that fails leaves the process as it was: the stream is the caller's again, and memory
-    and random numbers can be captured anew.
-
-    Args:
-        run: computes the pass; while it is captured, no kernel is executed.
-        pool: memory shared by graphs that live together. Never use a pool again whose graphs are
-            all gone: what libraries keep in it may outlive them.
-        stream: to capture on; not that of another model, whose graphs may go while ours stay.
+    A capture that fails leaves the process able to capture again. Never use a *pool* again whose
+    graphs are all gone, nor the *stream* of another model: what libraries keep may outlive them.
     """
 
     def __init__(self, run: Callable[[], Any], pool: Any, stream: Any) -> None:
@@ -64,10 +57,9 @@ def _mend_after_failed_capture(device: int, pool: Any) -> None:
     """
     Make memory and random numbers usable again after ``capture_end`` raised.
 
-    Until torch 2.12 it raises before it tells the allocator that the capture is over: every later
-    capture fails, and memory that other streams used is never given back (pytorch#180395). The
-    random generator goes on expecting a capture, and refuses to sample. Until torch 2.14 the
-    capture also keeps its hold on the pool's memory (pytorch#190308).
+    Until torch 2.12 it raises before it tells the allocator that the capture is over
+    (pytorch#180395), until 2.14 it keeps its hold on the pool's memory (pytorch#190308); and the
+    random generator goes on expecting a capture.
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 12):
@@ -84,8 +76,7 @@ def uncollected() -> Iterator[None]:
     """
     Stop Python's garbage collection in the body, as ``torch.cuda.graph`` does.
 
-    Garbage may include page-locked memory, whose release waits for the device: an error while a
-    stream is captured.
+    To release page-locked memory waits for the device: an error while a stream is captured.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -146,8 +137,8 @@ class Constants:
     Small tensors that a model makes of Python's numbers in every step, made once.
 
     ``torch.tensor([-1], device="cuda")`` copies from the host, which a CUDA graph cannot hold. A
-    captured step (`giving`) is given copies of what such calls made in a step that ran as it was
-    (`learning`). They are never moved or freed, since graphs know where they lie.
+    captured step (`giving`) gets copies of what a step that ran as it was made (`learning`). They
+    are never moved or freed, since graphs know where they lie.
     """
 
     def __init__(self) -> None:
@@ -196,11 +187,10 @@ def _is_plain(value: Any) -> bool:
 @contextmanager
 def waits(device: torch.device) -> Iterator[list[str]]:
     """
-    List the calls in the body that make the host wait for *device*, as ``file.py:line``, once the
-    body has ended; none on a CPU.
+    List the calls in the body that make the host wait for a GPU, as ``file.py:line``, once it has
+    ended.
 
-    PyTorch's sync debug mode does not see every wait (not ``torch.cuda.synchronize``), so a step of
-    which nothing is reported may still fail to be captured.
+    PyTorch's sync debug mode does not see every wait, so such a step may still fail to be captured.
     """
     found: list[str] = []
     if device.type != "cuda":

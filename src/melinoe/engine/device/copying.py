@@ -1,9 +1,8 @@
 """
 Copy experts of one layer from host memory into slots: one launch for all missing experts.
 
-The kernel reads the load list that the decide kernel wrote, so the host does not know what is
-copied; when the list is empty every program ends at once. Source and target are raw addresses: the
-source may be page-locked host memory, which a GPU reads over the link.
+The kernel reads the load list that the decide kernel wrote; when it is empty every program ends at
+once. Source and target are raw addresses: a GPU reads page-locked host memory over the link.
 """
 
 from __future__ import annotations
@@ -58,17 +57,10 @@ def _copy(
 
 class Loader:
     """
-    Loads experts of one layer into slots or a staging block.
+    Loads experts of one layer into slots or a staging block, by part ``(num_slots, ...)``.
 
-    Args:
-        store: holds the experts, in host memory.
-        layer: index of the layer.
-        where: `addresses` of the layer.
-        slots: by part, a contiguous tensor ``(num_slots, ...)`` on the device.
-        programs: how many copy at once; absent: `default_programs`.
-
-    Attributes:
-        nbytes: of one expert.
+    *where*: `addresses` of the layer. *programs*: how many copy at once; absent:
+    `default_programs`.
     """
 
     def __init__(
@@ -107,8 +99,8 @@ class Loader:
         """
         Load the experts that lists on the device name, in the order of the current stream.
 
-        All are int32: *experts* and *slots* ``(n,)``, no slot twice; *count*, one element, says how
-        many entries hold.
+        int32: *experts* and *slots* ``(n,)``, no slot twice; *count*, one element, says how many
+        hold.
         """
         _copy[(self.programs,)](
             self._where, self._chunks, experts, slots, count, self._chunks.shape[0],
@@ -221,10 +213,8 @@ def _views_of(store: Store, layer: int, expert: int) -> dict[str, Tensor]:
 
 def addresses(store: Store, layer: int, device: torch.device) -> Tensor:
     """
-    Find where each block of *layer* begins, as *device* sees it: int64 ``(num_experts,)``.
-
-    Raises:
-        AttachError: a GPU cannot read the memory.
+    Find where *device* sees each block of *layer*, int64 ``(num_experts,)``; AttachError if it
+    cannot.
     """
     begins = [
         min(view.data_ptr() for view in _views_of(store, layer, expert).values())

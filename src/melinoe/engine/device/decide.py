@@ -1,19 +1,15 @@
 """
 Decide on the device which chosen experts are resident, which are loaded, and which leave for them.
 
-One Triton program decides one layer's request, exactly as `cache.residency.Residency.request`. It
-reads what the router chose, so that the host need not; it is launched once per layer and step and
-can be captured in a CUDA graph.
+One Triton program decides one layer's request, exactly as `cache.residency.Residency.request`, from
+what the router chose; it can be captured in a CUDA graph. The state of a layer is a row of int64,
 
-The state of one layer is one row of int64, laid out as
+    clock | keys (num_experts,) | slot_of (num_experts,) | expert_of (capacity,) | unused
+        (num_experts,)
 
-    clock | keys (num_experts,) | slot_of (num_experts,) | expert_of (capacity,)
-          | unused (num_experts,)
-
-LRU: *clock* is the next stamp and *keys* are the stamps of last uses. LFU: *clock* is the unit and
-*keys* are the scores, both doubles seen as int64; none is negative, so their bits order as they do
-and one comparison of integers serves both policies. *unused* is 1 for experts that a prefetch
-brought and that no request has asked for since.
+LRU: *clock* is the next stamp and *keys* are the stamps of last uses. LFU: unit and scores, both
+doubles seen as int64; none is negative, so their bits order as they do. *unused* is 1 for experts
+that a prefetch brought and that no request has asked for since.
 """
 
 from __future__ import annotations
@@ -177,19 +173,16 @@ class DeviceResidency:
     """
     Which experts of all layers are resident, as tensors on the device.
 
-    `decide` serves a decode step without the host. For a prompt, a layer is taken to the host as a
-    `Residency` (`pull`) and brought back (`push`).
+    For a prompt, a layer is taken to the host as a `Residency` (`pull`) and brought back (`push`).
 
     Attributes:
         state: int64, a row by layer, as the module's docstring has it.
-        load_expert, load_slot: int32, a row by layer: what to load, ascending, and the slots.
-        num_loads: int32, by layer: how many entries of the two hold.
+        load_expert, load_slot, num_loads: int32, by layer: what to load, the slots, how many hold.
         counts: int64 ``(layers + 1, 5)``: `COUNTERS` by layer; in the last row tokens, passes,
             passes without a load, and their tokens.
 
     Raises:
-        MelinoeError: another policy.
-        AttachError: too many experts; policies that differ.
+        MelinoeError, AttachError: another policy; too many experts; policies that differ.
     """
 
     def __init__(
@@ -236,17 +229,10 @@ class DeviceResidency:
         """
         Decide one request of *layer* on the device; the host neither waits nor learns of it.
 
-        Args:
-            layer: its number.
-            top_k_index: ``(tokens, top_k)``, any integer type, at most `MOST_PAIRS` entries, no
-                more distinct experts than the layer has slots; ids outside ``[0, num_experts)``
-                are choices of no expert.
-            top_k_weights: ``(tokens, top_k)``.
-            lanes: so many layers, from *layer* on, at once; a leading dimension of the two above.
-
-        Returns:
-            Slots, int64, and weights, both shaped as *top_k_index*; a choice of no expert has
-            weight zero and a slot that holds some expert.
+        *top_k_index* and *top_k_weights* are ``(tokens, top_k)``, at most `MOST_PAIRS` entries, no
+        more distinct experts than slots; ids outside the experts are no choice. With *lanes* so
+        many layers at once, in a leading dimension. Returns slots, int64, and weights, shaped
+        alike; a choice of no expert has weight zero and a slot that holds some expert.
         """
         index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
         slots = torch.empty_like(index, dtype=torch.int64)

@@ -26,7 +26,6 @@ class DeviceEngine:
     Let the device decide what is loaded; `melinoe.engine.reference.ReferenceEngine` is the other.
 
     Time that a step waits for experts passes on the device and is not measured: `stall_s` is 0.
-    The policies are LRU or decayed LFU, one rule in all layers; the device can read the store.
     """
 
     name = "fast"

@@ -31,10 +31,6 @@ class DeviceExperts:
 
     Packed experts are computed by our kernels; those of 16 and 32 bits by transformers' function,
     except in passes of few pairs where that makes the host wait.
-
-    Attributes:
-        slots: by part, ``(num_slots, ...)``.
-        loaders: into the slots, and into the two staging blocks.
     """
 
     def __init__(
@@ -84,11 +80,9 @@ class DeviceExperts:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
-        Compute the layer's experts; see `melinoe.moe.dispatch.bind` for the shapes.
+        Compute the layer's experts, shapes as for `melinoe.moe.dispatch.bind`.
 
-        Raises:
-            AttachError: gradients are wanted; the model was moved or cast since `attach`; or a
-                CUDA graph captures a pass that the host must decide.
+        AttachError: as `Guard.check`, or a CUDA graph captures a pass that the host must decide.
         """
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request

@@ -1,11 +1,10 @@
 """
 Decode steps as CUDA graphs, inside transformers' own `generate`.
 
-`generate` asks the model for a compiled forward where its cache is static, on a GPU. We answer with
-`DecodeGraphs.step`: the first step of a kind runs as it is, the second is captured in a CUDA graph,
-and from then on a step is one launch. Steps of a kind agree in the shapes of their
-inputs, in the cache and in PyTorch's modes. A kind whose steps wait for the device is never
-captured; what cannot be captured runs step by step, after one warning that says why.
+`generate` asks the model for a compiled forward where its cache is static, on a GPU, and gets
+`DecodeGraphs.step`: the first step of a kind runs as it is, the second is captured, and from then
+on a step is one launch. Steps of a kind agree in the shapes of their inputs, in the cache and in
+PyTorch's modes. What cannot be captured runs step by step, after one warning that says why.
 """
 
 from __future__ import annotations
@@ -65,12 +64,8 @@ class Kind:
 
 class DecodeGraphs:
     """
-    The captured decode steps of one model.
-
-    Attributes:
-        captured: steps captured so far.
-        replayed: steps replayed so far.
-        reason: why steps are not captured any more; None while they are.
+    The captured decode steps of one model: how many were *captured* and *replayed*, and the
+    *reason* why none is captured any more.
     """
 
     def __init__(
@@ -315,11 +310,10 @@ _MODES = ("training", "_disable_adapters", "_active_adapter", "merged_adapters",
 
 def fingerprint(model: nn.Module) -> int:
     """
-    Hash what a captured step relies on: where weights lie, hooks, adapters and their scale, and the
-    implementation of attention.
+    Hash what a captured step relies on: where weights lie, hooks, adapters, the attention's
+    implementation.
 
-    Weights that are changed where they lie do not matter: a captured step reads them anew. Takes
-    about a millisecond for a few hundred modules, so it is asked once a generation.
+    Takes about a millisecond for a few hundred modules, so it is asked once a generation.
     """
     config: Any = getattr(model, "config", None)
     texts = [config, config.get_text_config(decoder=True)] if config is not None else []

@@ -1,12 +1,11 @@
 """
 Compute experts from slots that hold blocks, by three launches that never ask the host.
 
-One launch multiplies with the gate and up projections, one with the down projection, over
-(token, choice) pairs, and one adds up each token's pairs. A program takes up to 16 pairs that share
-a slot, and some rows of the projection; it reads their codes and scales, decodes by integer
-operations, and adds up in float32, group after group. So a pair's bits depend neither on the slot,
-nor on which or how many other pairs are computed with it. Codes of every format are exact in
-bfloat16 and float16: products are exact, and a group's scale is multiplied once, in float32.
+One multiplies (token, choice) pairs with gate and up, one with down, one adds up each token's
+pairs. A program takes up to 16 pairs that share a slot, and some rows; it decodes by integer
+operations and adds up in float32, group after group, so a pair's bits depend neither on the slot
+nor on other pairs. Codes are exact in bfloat16 and float16; a group's scale is multiplied once, in
+float32.
 """
 
 from __future__ import annotations
@@ -232,11 +231,7 @@ class KernelExperts:
     """
     An experts function over slots of blocks, in any format, called as transformers' own are.
 
-    Its arithmetic is that of the module's type in what it multiplies, and float32 in what it adds.
-    Nothing depends on what a tensor holds, so a CUDA graph can hold it.
-
-    Args:
-        layer: the layer, in the format of its slots.
+    It multiplies in the module's type and adds in float32; a CUDA graph can hold it.
     """
 
     def __init__(self, layer: ExpertsLayer) -> None:
@@ -256,11 +251,8 @@ class KernelExperts:
         """
         Compute all pairs of a request: ``(tokens, hidden)``, in the type of *hidden_states*.
 
-        Args:
-            module: carries the parts of all slots as attributes, and the module's own activation.
-            hidden_states: ``(tokens, hidden)``.
-            slot_index: int64 ``(tokens, top_k)``; every entry is a slot.
-            top_k_weights: ``(tokens, top_k)``.
+        *module* carries the parts of all slots and its own activation; every entry of *slot_index*,
+        int64 ``(tokens, top_k)``, is a slot.
         """
         top_k = slot_index.shape[1]
         slots = slot_index.reshape(-1).contiguous()
@@ -297,10 +289,9 @@ class KernelExperts:
         """
         Multiply pairs with the projection *name* of their slots: ``(pairs, outputs)``.
 
-        Pair *p* takes row ``p // choices`` of *x* ``(rows, columns)``; *where* has the slots of the
-        pairs, twice, or what `tiles` gives. An *activation* is applied to the first half of the
-        outputs, which is then multiplied with the second. The result is in the module's type;
-        without an activation in the layer's ``pair_dtype``.
+        Pair *p* takes row ``p // choices`` of *x*; *where* has the slots of the pairs, twice, or
+        what `tiles` gives. An *activation* is applied to the first half of the outputs, which is
+        then multiplied with the second; without one the result is in the layer's ``pair_dtype``.
         """
         order, table = where
         pairs, few = order.numel(), order is table
@@ -361,8 +352,8 @@ def tiles(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """
     Sort pairs by slot and cut them into tiles of 16, without asking what they are.
 
-    Returns the pairs by slot, int64; and int64 ``(tiles, 3)``: slot, first and end of each tile in
-    that order. Tiles at the end may be empty.
+    Returns the pairs by slot, int64; and int64 ``(tiles, 3)``: slot, first and end of each tile.
+    The last may be empty.
     """
     rows = _ROWS.value
     ordered, order = torch.sort(slots, stable=True)

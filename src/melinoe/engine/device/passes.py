@@ -23,21 +23,15 @@ class DevicePasses(ForwardPasses):
     """
     Follows the passes of a model whose device decides what most of them load.
 
-    A prompt is streamed. A pass of the completion is decided by the device if its tokens can never
-    need more experts of a layer than it has slots; otherwise by the host, in parts, as in the
-    reference engine: that is counted and logged. A pass of transformers' continuous batching has no
-    phase. If it fits, the device decides and it counts as completion; else it is streamed, evicts
-    no expert, and counts as prompt.
-
-    Args:
-        fits: tells whether the device can decide for so many tokens of so many choices.
-        most: experts of the layer that has the most.
+    A prompt is streamed. A pass of the completion is decided by the device if it *fits*: its tokens
+    can never need more experts of a layer than it has slots; otherwise by the host, in parts,
+    counted and logged. A pass of continuous batching has no phase: if it fits, it counts as
+    completion; else it is streamed, evicts no expert, and counts as prompt.
 
     Attributes:
-        mode: `DEVICE`, `STREAM` or `PARTS`, of the open pass.
-        paged: whether the open pass belongs to continuous batching.
-        given: the call that the next passes belong to, where it is known without asking the
-            model's cache, which would make the host wait.
+        mode: `DEVICE`, `STREAM` or `PARTS`, of the open pass; *paged*: of continuous batching.
+        given: the call that the next passes belong to, where asking the cache would make the host
+            wait.
         unasked: called for each decode step that the device decides and that nobody captures.
         generation_begins: called when `generate` of the model begins.
     """

@@ -1,10 +1,10 @@
 """
 transformers' static cache as a captured step knows it: its memory, and its state in Python.
 
-A captured step always uses the memory that the cache had when it was captured, and repeats whatever
-Python read from the cache then. So steps are of one kind only if all of that agrees (`CacheKinds`).
-One number may differ: how many tokens a sliding window has seen, since a step of one token asks
-only whether the window is full. Replays run no Python, so whoever replays brings it forward.
+A captured step uses the memory that the cache had, and repeats whatever Python read from it then,
+so steps are of one kind only if all of that agrees (`CacheKinds`). One number may differ: how many
+tokens a sliding window has seen, since a step asks only whether the window is full. Whoever replays
+brings it forward.
 """
 
 from __future__ import annotations
@@ -106,10 +106,7 @@ def set_counts(cache: StaticCache, values: list[int | None], more: int = 0) -> N
 @contextmanager
 def uncounted(cache: StaticCache) -> Iterator[None]:
     """
-    Forbid in the body to ask a layer that counts in Python for its length.
-
-    Raises:
-        RuntimeError: in the body, to whoever asks: a captured step would keep the answer.
+    Forbid in the body to ask a layer that counts in Python for its length: a graph would keep it.
     """
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -130,10 +127,8 @@ class KeptCache:
     """
     Gives ``generate`` the memory of its last static cache again: captured steps know no other.
 
-    Only the layers are kept. While the cache itself is alive somebody may still read it, and the
-    next call gets new memory.
-
-    When it gives new memory it calls *renewed*: steps captured before are of no use.
+    While that cache is alive somebody may still read it: then there is new memory, and *renewed* is
+    called.
     """
 
     def __init__(self, renewed: Callable[[], None]) -> None:

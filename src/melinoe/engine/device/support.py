@@ -46,9 +46,7 @@ def why_not(device: torch.device) -> str | None:
 
 def grouped_mm_waits(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     """
-    Tell whether PyTorch's grouped matrix product of this type makes the host wait for the device.
-
-    It then copies the groups' ends to the host and multiplies group by group, which no CUDA graph
-    can hold.
+    Tell whether PyTorch's grouped matrix product makes the host wait: it copies the groups' ends
+    there.
     """
     return capability[0] not in _GROUPS_ON_DEVICE or dtype != torch.bfloat16
