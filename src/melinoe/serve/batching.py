@@ -249,17 +249,17 @@ class Batches:
             raise ApiError("the model failed just now; try again", 503, code="worker_died")
         return made
 
-    def cancel(self, one: Running) -> None:
+    def cancel(self, one: Running, why: str = "it was cancelled") -> None:
         """Stop computing a request; its slot and its keys and values are free after this step."""
         if self.running.pop(one.id, None) is not None:
+            one.pieces.put_nowait(Piece([], True, why))
             self._manager.cancel_request(one.id)
             self._end(one)
 
     def fail_all(self, why: str) -> None:
         """End every request with the sentence *why*."""
         for one in list(self.running.values()):
-            one.pieces.put_nowait(Piece([], True, why))
-            self.cancel(one)
+            self.cancel(one, why)
 
     @property
     def ends(self) -> list[int]:
