@@ -90,18 +90,20 @@ def test_zero_points_and_any_type_of_scale_are_read(bits, scale_dtype):
     assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int4"])
-def test_levels_are_the_same_without_wide_registers(monkeypatch, name):
-    """The table of bytes that older processors use gives the bits of the table of floats."""
-    kind, x = KINDS[name], torch.randn(1, 64, generator=rng(1))
-    slots = Slots(kind, 16, 64)
-    expected = multiply(kind, slots, x, [0], [0])[1]
+@pytest.mark.parametrize(("name", "features"), [("int4", "avx512f"), ("int4", ""), ("fp8", "")])
+def test_other_processors_compute_the_same_weights(monkeypatch, name, features):
+    """With 16 floats permuted in a register, and without any such instruction."""
+    kind, x = KINDS[name], torch.randn(1, 256, generator=rng(1))
+    slots = Slots(kind, 16, 256)
     monkeypatch.setattr(packed_dot, "compile_kept", numba.njit(nogil=True))  # keep nothing of it
-    monkeypatch.setattr(packed_dot, "_permutes_floats", lambda width: False)
+    monkeypatch.setattr(packed_dot, "_HOST", {features: True})
     packed_dot.compiled.cache_clear()
-    found = multiply(kind, slots, x, [0], [0])[1]
+    matrix, found = multiply(kind, slots, x, [0], [0])
+    parts = {name: getattr(slots, f"down_proj.{name}") for name in matrix.parts}
+    assert torch.equal(matrix.weights(parts, 1), slots.meaning[1])
     packed_dot.compiled.cache_clear()
-    assert torch.equal(found, expected)
+    true = slots.meaning[0].double() @ x[0].double()
+    assert float((found[0] - true).abs().max()) <= 1e-6 * float(true.abs().max())
 
 
 @pytest.mark.parametrize("name", ["int4", "fp8"])

@@ -132,11 +132,6 @@ class Arithmetic:
     rows_per_scale: int = 1
     groups_per_scale: int = 1
 
-    @property
-    def lanes(self) -> int:
-        """Numbers that products add up side by side."""
-        return min(16, math.gcd(self.group, 32) // 2)
-
 
 class PackedFormat(ExpertFormat):
     """A format that packs each matrix by itself, given as ``(out, in)``, and keeps biases."""

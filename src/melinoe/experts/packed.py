@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import PackedFormat, Part
-from melinoe.experts.packed_dot import ROWS, compiled
+from melinoe.experts.packed_dot import compiled
 
 # From so many tokens on, unpacking an expert once takes less time than reading it for each four.
 MANY = 12
@@ -61,10 +60,6 @@ class PackedMatrix:
     """
 
     def __init__(self, kind: PackedFormat, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        if shape[0] < ROWS:
-            raise UnsupportedModelError(
-                f"a matrix with {shape[0]} outputs cannot be packed; {ROWS} or more can"
-            )
         self.kind, self.shape, self.dtype = kind, shape, dtype
         self.parts = tuple(kind.matrix_parts(*shape))
 
@@ -77,13 +72,8 @@ class PackedMatrix:
         Pairs of one slot should follow each other.
         """
         outputs, columns = self.shape
-        how = self.kind.arithmetic(columns)
-        prepare, multiply, _ = compiled(how, False)
-        x = inputs.numpy()
-        ordered = np.empty(x.shape, np.float32)  # in rows, however x lies
-        groups = columns // how.group
-        sums = np.zeros((len(x), groups + -groups % how.lanes), np.float32)
-        prepare(x, ordered, sums)
+        prepare, multiply, _ = compiled(self.kind.arithmetic(columns), False)
+        ordered, sums = prepare(inputs.numpy())
         product = torch.empty((len(slots), outputs), dtype=torch.float32, device="cpu")
         given = (*_arrays(parts), slots, rows, ordered, sums, product.numpy())
         threads = torch.get_num_threads()
@@ -94,7 +84,7 @@ class PackedMatrix:
                 name = self.kind.name
                 _log.info("compiled the products of %s in %.1f s, kept for next time", name, taken)
             return product
-        step = -(-outputs // threads // ROWS) * ROWS
+        step = -(-outputs // threads)
         ends = [min(begin + step, outputs) for begin in range(0, outputs, step)]
         others = [
             _pool(threads).submit(partial(multiply, *given, begin, end))

@@ -26,19 +26,23 @@ from numba.extending import intrinsic as _typed_intrinsic
 
 from melinoe.experts.format import Arithmetic
 
-# Rows that are computed side by side, so that each vector of inputs is loaded once for all.
-ROWS = 4
-# Vectors that are multiplied with an expert's rows while those are in registers.
+# Vectors that are multiplied with a row while it is in registers.
 BATCH = 4
+# Rows that are fetched ahead.
+AHEAD = 4
+# Codes of a row that are read at once.
+STEP = 32
 # What the 16 codes of e2m1 mean: the highest bit is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # What those of int4 mean.
 LEVELS = (-120, -97, -77, -59, -44, -30, -18, -6, 6, 18, 30, 44, 59, 77, 97, 120)
 # Of the smallest scale of 8 bits, as a float32 has it.
 SCALE_EXPONENT = 103
-_CODES = {"uint4": 0, "e2m1": 1, "uint8": 2, "e4m3": 3, "levels": 4}
-_PAIRS = (_CODES["uint4"], _CODES["e2m1"], _CODES["levels"])  # two codes to a byte
+# Two codes to a byte: what they mean, exactly in bfloat16.
+_TABLES = {"uint4": tuple(range(16)), "e2m1": E2M1, "levels": LEVELS}
+_CODES = {name: number for number, name in enumerate((*_TABLES, "uint8", "e4m3"))}
 _OFFSETS = {"none": 0, "minimum": 1, "zero": 2, "symmetric": 3}
+_HOST = llvmlite.binding.get_host_cpu_features()
 
 intrinsic: Any = _typed_intrinsic  # its type counts the compiler's own argument too
 
@@ -62,8 +66,9 @@ def _splat(b: Any, value: Any, width: int) -> Any:
     return _shuffle(b, b.insert_element(empty, value, _I32(0)), empty, [0] * width)
 
 
-def _look_up(b: Any, table: Any, index: Any, width: int) -> Any:
+def _look_up(b: Any, table: Any, index: Any) -> Any:
     """Take an entry of *table* for each lane; LLVM makes one permutation of it."""
+    width = index.type.count
     found = ir.Constant(ir.VectorType(table.type.element, width), ir.Undefined)
     for lane in range(width):
         entry = b.extract_element(table, b.extract_element(index, _I32(lane)))
@@ -75,55 +80,111 @@ def _load(b: Any, kind: Any, width: int, pointer: Any) -> Any:
     return b.load(b.bitcast(pointer, ir.VectorType(kind, width).as_pointer()), align=1)
 
 
-def _to_float(b: Any, value: Any, width: int) -> Any:
-    """Integers of any width, signed, as float32."""
-    wide = ir.VectorType(_I32, width)
-    value = value if value.type == wide else b.sext(value, wide)
-    return b.sitofp(value, ir.VectorType(_F32, width))
-
-
-def _permutes_floats(width: int) -> bool:
+def permutes_floats() -> bool:
     """Whether the processor takes 16 floats from one register by index."""
-    return width == 16 and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+    return bool(_HOST.get("avx512f"))
 
 
-def _widen(b: Any, codes: int, pointer: Any, width: int) -> list[Any]:
-    """Two vectors of *width* float32 numbers from the codes at *pointer*."""
-    if codes in _PAIRS:  # even columns first, then the odd ones
-        raw = _load(b, _I8, width, pointer)
-        levels = LEVELS if codes == _CODES["levels"] else E2M1
-        if codes == _CODES["uint4"] or _permutes_floats(width):
-            wide = b.zext(raw, ir.VectorType(_I32, width))
-            halves = [b.and_(wide, _vector(_I32, 15, width)), b.lshr(wide, _vector(_I32, 4, width))]
-            if codes == _CODES["uint4"]:
-                return [_to_float(b, half, width) for half in halves]
-            table = _vector(_F32, levels, 16)
-            return [_look_up(b, table, half, width) for half in halves]
-        # Twice a level of e2m1 is whole: a table of bytes, which older processors permute too.
-        unit = 1 if codes == _CODES["levels"] else 2
-        table = _vector(_I8, [int(unit * level) & 255 for level in levels], 16)
-        halves = [b.and_(raw, _vector(_I8, 15, width)), b.lshr(raw, _vector(_I8, 4, width))]
-        found = [_to_float(b, _look_up(b, table, index, width), width) for index in halves]
-        return [b.fmul(_vector(_F32, 1 / unit, width), half) for half in found]
+def _lanes(step: int) -> int:
+    """Numbers that are added up side by side, where *step* codes are read at once."""
+    return min(16 if permutes_floats() else 8, step // 2)
+
+
+def _bytes_of(codes: int, step: int) -> int:
+    return step // 2 if codes < len(_TABLES) else step
+
+
+def _shift_of(number: int) -> Any:
+    """The bits by which a shift divides by *number*, a power of two."""
+    return _I64(number.bit_length() - 1)
+
+
+def _columns(codes: int, step: int) -> list[int]:
+    """Columns of the *step* codes in the order in which `_widen` gives them."""
+    if codes >= len(_TABLES):
+        return list(range(step))
+    if step == 32 and not permutes_floats():  # as `_from_bytes` puts them
+        return [
+            16 * (vector // 2) + 4 * (lane % 4) + 2 * (vector % 2) + lane // 4
+            for vector in range(4)
+            for lane in range(8)
+        ]
+    return [*range(0, step, 2), *range(1, step, 2)]
+
+
+def _widen(b: Any, codes: int, pointer: Any, step: int) -> list[Any]:
+    """Vectors of `_lanes` float32 numbers from the *step* codes at *pointer*; of e4m3 / 256."""
+    name, lanes = list(_CODES)[codes], _lanes(step)
+    if name in _TABLES:
+        if step == 32 and not permutes_floats():
+            return _from_bytes(b, _TABLES[name], pointer)
+        half = step // 2
+        wide = b.zext(_load(b, _I8, half, pointer), ir.VectorType(_I32, half))
+        halves = [b.and_(wide, _vector(_I32, 15, half)), b.lshr(wide, _vector(_I32, 4, half))]
+        return [_look_up(b, _vector(_F32, _TABLES[name], 16), index) for index in halves]
+    if name == "uint8":
+        found = b.zext(_load(b, _I8, step, pointer), ir.VectorType(_I32, step))
+        return _cut(b, b.sitofp(found, ir.VectorType(_F32, step)), lanes)
+    # The bits of e4m3 as those of a float16 that is 2**8 times smaller; also below normal.
+    bits = b.sext(_load(b, _I8, step, pointer), ir.VectorType(_I16, step))
+    bits = b.and_(b.shl(bits, _vector(_I16, 7, step)), _vector(_I16, 0xBF80, step))
+    halves = b.bitcast(bits, ir.VectorType(ir.HalfType(), step))
+    return _cut(b, b.fpext(halves, ir.VectorType(_F32, step)), lanes)
+
+
+def _cut(b: Any, vector: Any, width: int) -> list[Any]:
+    """Vectors of *width* from a longer one."""
+    begins = range(0, vector.type.count, width)
+    return [_shuffle(b, vector, vector, list(range(n, n + width))) for n in begins]
+
+
+def _join(b: Any, vectors: list[Any]) -> Any:
+    """One vector of several, whose number is a power of two."""
+    while len(vectors) > 1:
+        order = list(range(2 * vectors[0].type.count))
+        vectors = [
+            _shuffle(b, *two, order) for two in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    return vectors[0]
+
+
+def _from_bytes(b: Any, table: tuple[float, ...], pointer: Any) -> list[Any]:
+    """
+    Look 32 codes up as the upper two bytes of float32 numbers, and put those together.
+
+    Processors with registers of 32 bytes permute bytes within each half, and interleave so too.
+    """
+    pair = _load(b, _I64, 2, pointer)
+    both = b.lshr(_shuffle(b, pair, pair, [0, 1, 0, 1]), _vector(_I64, [0, 0, 4, 4], 0))
+    index = b.and_(b.bitcast(both, ir.VectorType(_I8, 32)), _vector(_I8, 15, 32))
+    bits = np.array(table, np.float32).view(np.uint32) >> 16
+    low, high = (
+        _look_up_bytes(b, [int(one) for one in part], index) for part in (bits & 255, bits >> 8)
+    )
+
     found = []
-    for part in range(2):
-        raw = _load(b, _I8, width, b.gep(pointer, [_I64(part * width)]))
-        if codes == _CODES["uint8"]:
-            found.append(_to_float(b, b.zext(raw, ir.VectorType(_I32, width)), width))
-            continue
-        # The bits of e4m3 as those of a float16 that is 2**8 times smaller; also below normal.
-        bits = b.shl(b.sext(raw, ir.VectorType(_I16, width)), _vector(_I16, 7, width))
-        bits = b.and_(bits, _vector(_I16, 0xBF80, width))
-        wide = b.fpext(
-            b.bitcast(bits, ir.VectorType(ir.HalfType(), width)), ir.VectorType(_F32, width)
+    for begin in (0, 8):  # words of two bytes: of each half the first, then the rest
+        order = [
+            half + begin + place + second
+            for half in (0, 16)
+            for place in range(8)
+            for second in (0, 32)
+        ]
+        words = b.bitcast(_shuffle(b, low, high, order), ir.VectorType(_I32, 8))
+        found.append(b.shl(words, _vector(_I32, 16, 8)))
+        found.append(b.and_(words, _vector(_I32, 0xFFFF0000, 8)))
+    return [b.bitcast(words, ir.VectorType(_F32, 8)) for words in found]
+
+
+def _look_up_bytes(b: Any, table: list[int], index: Any) -> Any:
+    """Take one of 16 bytes for each of 32 lanes."""
+    if _HOST.get("avx2"):
+        whole = index.type
+        function = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(whole, [whole] * 2), "llvm.x86.avx2.pshuf.b"
         )
-        found.append(b.fmul(wide, _vector(_F32, 256.0, width)))
-    return found
-
-
-def _bytes_of_two(codes: int, width: int) -> int:
-    """Bytes of the codes that `_widen` reads."""
-    return width if codes in _PAIRS else 2 * width
+        return b.call(function, [_vector(_I8, table * 2, 0), index])
+    return _join(b, [_look_up(b, _vector(_I8, table, 0), half) for half in _cut(b, index, 16)])
 
 
 def _loop(
@@ -152,21 +213,20 @@ def _loop(
 
 @intrinsic(prefer_literal=True)
 def _dot(  # type: ignore[no-untyped-def]
-    context, codes, offsets, width, chunks, batch, groups, data, step, scale, shift, wide, xs, out
+    context, codes, offsets, group, batch, groups, row, ahead, scale, shift, wide, xs, out
 ):
     """
-    Multiply `ROWS` packed rows, *step* bytes apart, with *batch* vectors; all by address.
+    Multiply one packed row with *batch* vectors, all by address, and fetch what lies *ahead* bytes.
 
-    *scale* is float32 ``(ROWS, groups)``, *shift* ``(ROWS, wide * width)``: the same, then zeros;
-    *xs* lists the addresses of the vectors, then of the sums of their groups, then zeros; *out*
-    takes ``(batch, ROWS)``.
+    *scale* is float32 ``(groups,)``, *shift* ``(wide * lanes,)``: the same, then zeros; *xs* lists
+    the addresses of the vectors, then of the sums of their groups, then zeros.
     """
-    kind, shifted = codes.literal_value, offsets.literal_value
-    lanes, parts, many = width.literal_value, chunks.literal_value, batch.literal_value
-    size = _bytes_of_two(kind, lanes)
+    kind, shifted, size = codes.literal_value, offsets.literal_value, group.literal_value
+    many, step = batch.literal_value, min(size, STEP)
+    lanes, read = _lanes(step), _bytes_of(kind, step)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        count, begin, step, scale, shift, ends, inputs, into = args[5:]
+        count, row, ahead, scale, shift, ends, inputs, into = args[4:]
         floats = ir.VectorType(_F32, lanes)
         fma = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{lanes}f32"
@@ -176,56 +236,38 @@ def _dot(  # type: ignore[no-untyped-def]
             [_I8.as_pointer()],
             ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]),
         )
-        begin = b.inttoptr(begin, _I8.as_pointer())
+        row = b.inttoptr(row, _I8.as_pointer())
         scale, shift, into = (b.inttoptr(one, _F32.as_pointer()) for one in (scale, shift, into))
         inputs = b.inttoptr(inputs, _I64.as_pointer())
         addresses = [b.load(b.gep(inputs, [_I64(n)])) for n in range(2 * many)]
         vectors = [b.inttoptr(address, _F32.as_pointer()) for address in addresses]
+        shared = _shift_of(size // step)
 
-        def group(number: Any, before: list[Any]) -> list[Any]:
-            found = list(before)
-            at = b.mul(number, _I64(parts * 2 * lanes))
-            x_of = [
-                [_load(b, _F32, lanes, b.gep(x, [b.add(at, _I64(n * lanes))]))
-                 for n in range(2 * parts)]
-                for x in vectors[:many]
-            ]  # fmt: skip
-            for row in range(ROWS):
-                place = b.add(b.mul(step, _I64(row)), b.mul(number, _I64(parts * size)))
-                here = b.gep(begin, [place])
-                if size * parts >= 16:  # the same place of the rows that come next
-                    b.call(
-                        fetch, [b.gep(here, [b.mul(step, _I64(ROWS))]), _I32(0), _I32(3), _I32(1)]
-                    )
-                weights = []
-                for part in range(parts):
-                    weights += _widen(b, kind, b.gep(here, [_I64(part * size)]), lanes)
-                index = b.add(b.mul(count, _I64(row)), number)
-                factor = _splat(b, b.load(b.gep(scale, [index])), lanes)
-                for n in range(many):
-                    total = b.fmul(weights[0], x_of[n][0])
-                    for weight, x_part in zip(weights[1:], x_of[n][1:], strict=True):
-                        total = b.call(fma, [weight, x_part, total])
-                    found[n * ROWS + row] = b.call(fma, [factor, total, before[n * ROWS + row]])
+        def add_step(number: Any, before: list[Any]) -> list[Any]:
+            here = b.gep(row, [b.mul(number, _I64(read))])
+            if read >= 16:
+                b.call(fetch, [b.gep(here, [ahead]), _I32(0), _I32(3), _I32(1)])
+            weights = _widen(b, kind, here, step)
+            factor = _splat(b, b.load(b.gep(scale, [b.lshr(number, shared)])), lanes)
+            found, at = [], b.mul(number, _I64(step))
+            for x, sum_before in zip(vectors[:many], before, strict=True):
+                places = [b.gep(x, [b.add(at, _I64(n))]) for n in range(0, step, lanes)]
+                total = b.fmul(weights[0], _load(b, _F32, lanes, places[0]))
+                for weight, place in zip(weights[1:], places[1:], strict=True):
+                    total = b.call(fma, [weight, _load(b, _F32, lanes, place), total])
+                found.append(b.call(fma, [factor, total, sum_before]))
             return found
 
-        def added(number: Any, before: list[Any]) -> list[Any]:
-            at, found = b.mul(number, _I64(lanes)), []
+        def add_shift(number: Any, before: list[Any]) -> list[Any]:
+            at = b.mul(number, _I64(lanes))
+            own = _load(b, _F32, lanes, b.gep(shift, [at]))
             sums_of = [_load(b, _F32, lanes, b.gep(x, [at])) for x in vectors[many:]]
-            length = b.mul(ends, _I64(lanes))
-            own = [
-                _load(b, _F32, lanes, b.gep(shift, [b.add(b.mul(length, _I64(row)), at)]))
-                for row in range(ROWS)
-            ]
-            for n in range(many):
-                for row in range(ROWS):
-                    found.append(b.call(fma, [own[row], sums_of[n], before[n * ROWS + row]]))
-            return found
+            return [b.call(fma, [own, *both]) for both in zip(sums_of, before, strict=True)]
 
         zero = _vector(_F32, 0.0, lanes)
-        totals = _loop(b, count, [zero] * ROWS * many, group)
+        totals = _loop(b, b.shl(count, shared), [zero] * many, add_step)
         if shifted:
-            totals = _loop(b, ends, totals, added)
+            totals = _loop(b, ends, totals, add_shift)
         for place, total in enumerate(totals):
             half = lanes // 2
             while half:
@@ -236,47 +278,43 @@ def _dot(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     numbers = (types.int64,) * 8
-    return types.void(codes, offsets, width, chunks, batch, *numbers), generate
+    return types.void(codes, offsets, group, batch, *numbers), generate
 
 
 @intrinsic(prefer_literal=True)
 def _unpack(  # type: ignore[no-untyped-def]
-    context, codes, offsets, width, chunks, half, groups, packed, scales, offset, out
+    context, codes, offsets, group, half, groups, row, scale, shift, out
 ):
     """Write the weights of one packed row to *out*: as bfloat16 if *half*, else as float32."""
     kind, shifted, short = codes.literal_value, offsets.literal_value, half.literal_value
-    lanes, parts = width.literal_value, chunks.literal_value
-    size = _bytes_of_two(kind, lanes)
+    size = group.literal_value
+    step = min(size, STEP)
+    read, columns = _bytes_of(kind, step), _columns(kind, step)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        count, begin, scale, shift, into = args[5:]
-        begin, into = (b.inttoptr(address, _I8.as_pointer()) for address in (begin, into))
+        count, row, scale, shift, into = args[4:]
+        row, into = (b.inttoptr(address, _I8.as_pointer()) for address in (row, into))
         scale, shift = (b.inttoptr(address, _F32.as_pointer()) for address in (scale, shift))
+        shared = _shift_of(size // step)
 
-        def group(number: Any, _: list[Any]) -> list[Any]:
-            factor = _splat(b, b.load(b.gep(scale, [number])), 2 * lanes)
-            added = _splat(b, b.load(b.gep(shift, [number])), 2 * lanes)
-            for part in range(parts):
-                place = b.add(b.mul(number, _I64(parts)), _I64(part))
-                low, high = _widen(b, kind, b.gep(begin, [b.mul(place, _I64(size))]), lanes)
-                order = list(range(2 * lanes))
-                if size == lanes:
-                    order = [n // 2 + lanes * (n % 2) for n in order]
-                value = b.fmul(_shuffle(b, low, high, order), factor)
-                if shifted:
-                    value = b.fadd(value, added)
-                if short:
-                    value = _to_bfloat16(b, value, 2 * lanes)
-                width_bytes = 2 * lanes * (2 if short else 4)
-                target = b.gep(into, [b.mul(place, _I64(width_bytes))])
-                b.store(value, b.bitcast(target, value.type.as_pointer()), align=1)
+        def write_step(number: Any, _: list[Any]) -> list[Any]:
+            at = b.lshr(number, shared)
+            value = _join(b, _widen(b, kind, b.gep(row, [b.mul(number, _I64(read))]), step))
+            value = _shuffle(b, value, value, sorted(range(step), key=columns.__getitem__))
+            value = b.fmul(value, _splat(b, b.load(b.gep(scale, [at])), step))
+            if shifted:
+                value = b.fadd(value, _splat(b, b.load(b.gep(shift, [at])), step))
+            if short:
+                value = _to_bfloat16(b, value, step)
+            target = b.gep(into, [b.mul(number, _I64(step * (2 if short else 4)))])
+            b.store(value, b.bitcast(target, value.type.as_pointer()), align=1)
             return []
 
-        _loop(b, count, [], group)
+        _loop(b, b.shl(count, shared), [], write_step)
         return context.get_dummy_value()
 
     numbers = (types.int64,) * 5
-    return types.void(codes, offsets, width, chunks, half, *numbers), generate
+    return types.void(codes, offsets, group, half, *numbers), generate
 
 
 def _to_bfloat16(b: Any, value: Any, width: int) -> Any:
@@ -334,27 +372,27 @@ def round_to_codes(values, scale, minimum, most, codes):  # type: ignore[no-unty
 # Not within `compiled`: what calls a function of a closure is not kept on disk.
 @numba.njit(nogil=True, inline="always")
 def _read(  # type: ignore[no-untyped-def]
-    scales, offsets, slot, output, kind, middle, down, across, factor, added, n
+    scales, offsets, slot, output, kind, middle, times, down, across, factor, added
 ):
-    """Read the scales of one row into ``factor[n]`` as float32, and what its groups add."""
-    groups = factor.shape[1]
+    """Read the scales of one row into *factor* as float32, and what its groups add."""
+    groups = factor.shape[0]
     if across == 1:  # apart, because no division stands in the way of vectors
         for number in range(groups):
-            factor[n, number] = _number(scales[slot, output // down, number])
+            factor[number] = times * _number(scales[slot, output // down, number])
             if kind == 1:
-                added[n, number] = _number(offsets[slot, output, number])
+                added[number] = _number(offsets[slot, output, number])
     else:
         for number in range(groups):
-            factor[n, number] = _number(scales[slot, output // down, number // across])
+            factor[number] = times * _number(scales[slot, output // down, number // across])
             if kind == 1:
-                added[n, number] = _number(offsets[slot, output, number // across])
+                added[number] = _number(offsets[slot, output, number // across])
     if kind == 2:
         for number in range(groups):
             zero = np.float32(offsets[slot, output, number // across])
-            added[n, number] = -zero * factor[n, number]
+            added[number] = -zero * factor[number]
     elif kind == 3:
         for number in range(groups):
-            added[n, number] = np.float32(-middle) * factor[n, number]
+            added[number] = np.float32(-middle) * factor[number]
 
 
 @cache
@@ -367,8 +405,8 @@ def compiled(how: Arithmetic, half: bool) -> tuple[Any, Any, Any]:
         half: Whether rows are unpacked to bfloat16, else to float32.
 
     Returns:
-        ``prepare(x, ordered, sums)``: order float32 rows *x* as the codes lie, and sum each group
-        in *sums* ``(rows, groups)``, which has zeros behind up to a multiple of `Arithmetic.lanes`.
+        ``prepare(x)``: float32 rows *x*, ordered as the codes are read, and the sum of each group
+        ``(rows, groups)``, which has zeros behind up to a multiple of `_lanes`.
 
         ``multiply(codes, scales, offsets, slots, rows, x, sums, out, begin, end)``: the product of
         outputs *begin* to *end* of the expert in ``slots[p]`` with ``x[rows[p]]``, into ``out[p]``;
@@ -378,85 +416,85 @@ def compiled(how: Arithmetic, half: bool) -> tuple[Any, Any, Any]:
         columns)``.
     """
     kind, offset, group = _CODES[how.codes], _OFFSETS[how.offset], how.group
-    width = how.lanes
-    chunks, down, across = group // (2 * width), how.rows_per_scale, how.groups_per_scale
-    pairs = kind in _PAIRS
-    middle = 8 if kind == _CODES["uint4"] else 128
+    step = min(group, STEP)
+    width, down, across = _lanes(step), how.rows_per_scale, how.groups_per_scale
+    columns = np.array(_columns(kind, step))
+    middle = 8 if how.codes == "uint4" else 128
+    times = np.float32(256 if how.codes == "e4m3" else 1)  # see `_widen`
     short = int(half)
 
     @compile_kept
-    def prepare(x, ordered, sums):  # type: ignore[no-untyped-def]
+    def prepare(x):  # type: ignore[no-untyped-def]
+        groups = x.shape[1] // group
+        ordered = np.empty(x.shape, np.float32)
+        sums = np.zeros((x.shape[0], groups + -groups % width), np.float32)
         for row in range(x.shape[0]):
-            for number in range(x.shape[1] // group):
+            for begin in range(0, x.shape[1], step):
                 total = np.float32(0)
-                for place in range(group):
-                    at = number * group + place
-                    source = at
-                    if pairs:
-                        half, lane = place // width, place % width
-                        source = number * group + half // 2 * 2 * width + 2 * lane + half % 2
-                    ordered[row, at] = x[row, source]
-                    total += x[row, source]
-                sums[row, number] = total
+                for place in range(step):
+                    value = x[row, begin + columns[place]]
+                    ordered[row, begin + place] = value
+                    total += value
+                sums[row, begin // group] += total
+        return ordered, sums
 
     @compile_kept
     def multiply(  # type: ignore[no-untyped-def]
         codes, scales, offsets, slots, rows, x, sums, out, begin, end
     ):
         groups, wide = x.shape[1] // group, sums.shape[1] // width
-        factor = np.empty((ROWS, groups), np.float32)
-        added = np.zeros((ROWS, wide * width), np.float32)
-        result = np.empty((BATCH, ROWS), np.float32)
-        xs = np.empty(2 * BATCH, np.int64)
-        outputs, stride = codes.shape[1], codes.shape[2]
+        factor, added = np.empty(groups, np.float32), np.zeros(wide * width, np.float32)
+        result, xs = np.empty(BATCH, np.float32), np.empty(2 * BATCH, np.int64)
+        row_bytes = codes.shape[2]
         pair = 0
         while pair < slots.shape[0]:
             slot, count = slots[pair], 1
             while count < BATCH and pair + count < slots.shape[0] and slots[pair + count] == slot:
                 count += 1
-            batch = 1 if count == 1 else BATCH
+            batch = count if count < 3 else BATCH
             for n in range(batch):  # what lacks is computed once more, and not written
                 row = rows[pair + min(n, count - 1)]
                 xs[n] = x.ctypes.data + row * x.shape[1] * 4
                 xs[batch + n] = sums.ctypes.data + row * sums.shape[1] * 4
-            for block in range(begin, end, ROWS):
-                # The last rows are computed with some before them, to the same bits.
-                first = min(block, outputs - ROWS)
-                for n in range(ROWS):
-                    _read(
-                        scales, offsets, slot, first + n, offset, middle, down, across,
-                        factor, added, n,
-                    )  # fmt: skip
-                place = codes.ctypes.data + (slot * outputs + first) * stride
+            for output in range(begin, end):
+                _read(
+                    scales, offsets, slot, output, offset, middle, times, down, across, factor,
+                    added,
+                )  # fmt: skip
+                place = codes.ctypes.data + (slot * codes.shape[1] + output) * row_bytes
                 if batch == 1:
                     _dot(
-                        kind, offset, width, chunks, 1, groups, place, stride, factor.ctypes.data,
-                        added.ctypes.data, wide, xs.ctypes.data, result.ctypes.data,
-                    )  # fmt: skip
-                else:
-                    _dot(
-                        kind, offset, width, chunks, BATCH, groups, place, stride,
+                        kind, offset, group, 1, groups, place, AHEAD * row_bytes,
                         factor.ctypes.data, added.ctypes.data, wide, xs.ctypes.data,
                         result.ctypes.data,
                     )  # fmt: skip
-                for m in range(count):
-                    for n in range(ROWS):
-                        out[pair + m, first + n] = result[m, n]
+                elif batch == 2:
+                    _dot(
+                        kind, offset, group, 2, groups, place, AHEAD * row_bytes,
+                        factor.ctypes.data, added.ctypes.data, wide, xs.ctypes.data,
+                        result.ctypes.data,
+                    )  # fmt: skip
+                else:
+                    _dot(
+                        kind, offset, group, BATCH, groups, place, AHEAD * row_bytes,
+                        factor.ctypes.data, added.ctypes.data, wide, xs.ctypes.data,
+                        result.ctypes.data,
+                    )  # fmt: skip
+                for n in range(count):
+                    out[pair + n, output] = result[n]
             pair += count
 
     @compile_kept
     def unpack(codes, scales, offsets, slot, out):  # type: ignore[no-untyped-def]
         groups = out.shape[1] // group
-        factor = np.empty((1, groups), np.float32)
-        added = np.zeros((1, groups), np.float32)
-        outputs, stride = codes.shape[1], codes.shape[2]
-        for output in range(outputs):
+        factor, added = np.empty(groups, np.float32), np.zeros(groups, np.float32)
+        for output in range(codes.shape[1]):
             _read(
-                scales, offsets, slot, output, offset, middle, down, across, factor, added, 0
+                scales, offsets, slot, output, offset, middle, times, down, across, factor, added
             )  # fmt: skip
             _unpack(
-                kind, offset, width, chunks, short, groups,
-                codes.ctypes.data + (slot * outputs + output) * stride,
+                kind, offset, group, short, groups,
+                codes.ctypes.data + (slot * codes.shape[1] + output) * codes.shape[2],
                 factor.ctypes.data, added.ctypes.data,
                 out.ctypes.data + output * out.shape[1] * out.itemsize,
             )  # fmt: skip
