@@ -6,11 +6,11 @@ The baseline is transformers' `grouped_mm` experts function in bfloat16 in the s
 turn with each format, on the same inputs. The ratio of the least times is what the machine can do;
 that of pairs of runs, with its range, also has in it what else ran there. A token that
 uses 8 experts reads 96 MiB in bfloat16 and 27 in int4: memory alone allows 3.6 at equal bandwidth,
-and more than that is what the baseline loses. Bad news would be, at one token, less than 4.5 for int4
-and mxfp4, 3 for int8 or 2.5 for fp8 on a processor that permutes 16 floats (AVX-512), less than 2
-on one that does not; more than 1.15 times the time for a prompt, or an error above 1e-6 of the
-product with the unpacked weights in float64. Results of the two kinds have files of their own. Not measured: the rest of a decode
-step, several layers, GPUs.
+and more than that is what the baseline loses. Bad news would be, at one token, less than 4.5 for
+int4 and mxfp4, 3 for int8 or 2.5 for fp8 on a processor that permutes 16 floats (AVX-512), less
+than 2 on one that does not; more than 1.15 times the time for a prompt, or an error above 1e-6 of
+the product with the unpacked weights in float64. Results of the two kinds have files of their own.
+Not measured: the rest of a decode step, several layers, GPUs.
 
     python benchmarks/packed_experts.py [--threads 1] [--out benchmarks/results/packed_experts.json]
 """
