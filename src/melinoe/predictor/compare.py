@@ -32,10 +32,11 @@ NAMED = ("popularity", "prefill", "learned")  # strategies that load anything
 @dataclass(frozen=True)
 class Comparison:
     """
-    The recall at *slots* of each way to fill the cache before the completion.
+    The recall at *slots* of each way to fill the cache before the completion, the `RIVALS` and
+    ``learned``.
 
-    By strategy, the `RIVALS` and ``learned``: *recall* over prompts; *transfers*, loads per token
-    of the completion, the prefetch's too; and what those are less than an empty start's, paired.
+    *recall* is over prompts; *transfers*, loads per token of the completion, the prefetch's too;
+    *saved*, what those are less than an empty start's, paired.
     """
 
     slots: int  # of each layer
@@ -88,18 +89,10 @@ def compare(
     """
     Measure the learned predictor and its rivals by cross-validation: recall, and what they save.
 
-    Every prompt is judged by a predictor, and a popularity, that never saw it; equal prompts
-    fall into one fold. ``prefill`` is the experts that the prompt's own forward pass used most,
-    ties and gaps filled by popularity.
-
-    Transfers are simulated: a cold cache for each sequence, and what a strategy names loaded
-    between prompt and completion.
-
-    Args:
-        trace, prompts, embeddings, slots, seed, settings: As in `fit`; the seed also decides the
-            folds.
-        folds: How many predictors are fitted.
-        policy: Eviction policy of the cache in which transfers are counted.
+    Every prompt is judged by a predictor, and a popularity, that never saw it; equal prompts fall
+    into one of the *folds*. ``prefill`` is the experts that the prompt's own forward pass used
+    most, ties and gaps filled by popularity. Transfers are simulated under *policy*, each sequence
+    from a cold cache. Other arguments as in `fit`.
     """
     target, prefill = completion_shares(trace, prompts)
     kept = usable(target, prompts)

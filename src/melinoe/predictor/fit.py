@@ -42,15 +42,13 @@ def fit(
     Learn which experts the completion of a prompt will use.
 
     The network starts as the global popularity, and the pass with the best recall on held-out
-    prompts is kept: what it learns on top has shown itself on prompts that it was not fitted to.
+    prompts is kept.
 
     Args:
-        trace: Of the model that will be served; its sequences are *prompts*, in order.
-        prompts: Token ids of each sequence's prompt.
+        trace: Of the model that will be served; its sequences are *prompts*, token ids, in order.
         embeddings: The model's token embeddings ``(vocabulary, hidden)``, not copied.
         slots: Experts per layer that the cache will hold: recall is taken at this number.
         seed: Decides the split, the start and the order; equal seeds give equal predictors.
-        settings: ``None`` means the defaults.
 
     Raises:
         DataError: fewer than 10 usable prompts (not empty, with a completion).
@@ -58,7 +56,7 @@ def fit(
 
     Source:
         A two-layer network on a prompt embedding with one distribution per layer and a KL loss:
-        arXiv:2602.11192, which embeds prompts with a second model; we do not.
+            arXiv:2602.11192, which embeds prompts with a second model; we do not.
     """
     target, _ = completion_shares(trace, prompts)
     return fit_shares(target, prompts, embeddings, slots, trace.fingerprint, seed, settings)
@@ -66,10 +64,11 @@ def fit(
 
 def usable(target: Floats, prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     """
-    Return the indices of the sequences with a prompt and at least one completion token.
+    Return the indices of the sequences with a prompt and a completion; DataError if they are too
+    few.
 
-    Layers that no sequence uses (of a model that sends images through other experts than text)
-    are not asked for. DataError if they are too few.
+    Layers that no sequence uses (of a model that sends images through other experts) are not asked
+    for.
     """
     used = target.sum(axis=-1) > 0
     teaches = used.any(axis=-1) & (used | ~used.any(axis=0)).all(axis=-1)
@@ -96,8 +95,8 @@ def fit_shares(
     """
     Fit to shares of use ``(sequences, layers, num_experts)`` instead of a trace; else as `fit`.
 
-    *features* are those of all prompts, if they are known already. Prompts of one of *groups*, one
-    number a prompt, by default alike for equal ones, are all fitted to or all held out.
+    *features* are those of all prompts, if known already; prompts of one of *groups*, by default
+    equal ones, are all fitted to or all held out.
     """
     settings = settings or FitSettings()
     if not 1 <= slots <= target.shape[-1]:
@@ -200,9 +199,8 @@ def use_counts(trace: Trace, kind: int, num_sequences: int | None = None) -> Flo
     """
     Count how often each sequence chose each expert in rows of one *kind* of `cache.trace`.
 
-    Returns:
-        float64 ``(sequences, layers, num_experts)``, of *num_sequences* if they are more than the
-        trace has.
+    float64 ``(sequences, layers, num_experts)``, of *num_sequences* if they are more than the trace
+    has.
     """
     sequences = trace.num_sequences if num_sequences is None else num_sequences
     rows = trace.kind == kind
@@ -237,13 +235,9 @@ def recall_at(target: Floats, scores: Floats, slots: int) -> Floats:
     """
     Return the share of uses that the *slots* best-scored experts of each layer would serve.
 
-    Mean over the layers that the sequence used.
-
-    Args:
-        target: Shares ``(sequences, layers, num_experts)``, each layer summing to 1, or to 0 where
-            the sequence did not use it; nan comes out for a sequence without a use.
-        scores: Any scores that broadcast to it; higher is likelier.
-        slots: Experts taken from each layer.
+    Mean over the layers that the sequence used; nan without. *target* are shares ``(sequences,
+    layers, num_experts)``, each layer summing to 1, or to 0 where it is not used; *scores*
+    broadcast to it.
     """
     chosen = top_ids(np.broadcast_to(scores, target.shape), slots)
     served = np.take_along_axis(target, chosen, axis=-1).sum(axis=-1).sum(axis=-1)

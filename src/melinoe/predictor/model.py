@@ -38,8 +38,7 @@ def features_of(embeddings: torch.Tensor, prompts: Sequence[Sequence[int]]) -> t
     """
     Pool each prompt: the mean embedding of all its tokens, and of its last ones.
 
-    From embeddings ``(vocabulary, hidden)`` and token ids, at least one each, to float32
-    ``(prompts, 2 * hidden)`` on the CPU.
+    From ``(vocabulary, hidden)`` and token ids to float32 ``(prompts, 2 * hidden)`` on the CPU.
     """
     table, pooled = embeddings.detach(), []
     for prompt in prompts:
@@ -94,13 +93,10 @@ class Predictor:
     """
     A fitted network that names the experts each layer will use for a prompt.
 
-    Attributes:
-        fingerprint: Of the model whose trace it was fitted to; no other model may use it.
-        slots: The number of experts per layer that its early stopping looked at.
-        popularity: float32 ``(layers, experts)``, the mean over the fitted sequences, for an
-            empty prompt.
-        embeddings: The served model's, which read prompts; ``None`` when loaded, until `bind`.
-        comparison: The record of `melinoe.predictor.compare`, if it was saved along.
+    *fingerprint* is that of the model it was fitted to; *slots*, experts per layer that its early
+    stopping looked at; *popularity*, float32 ``(layers, experts)``, the mean over the fitted
+    sequences; *embeddings*, the served model's, None until `bind`; *comparison*, the record of
+    `compare`.
     """
 
     def __init__(
@@ -143,10 +139,8 @@ class Predictor:
 
     def top(self, token_ids: Sequence[int], slots: int | None = None) -> list[list[int]]:
         """
-        Name the *slots* likeliest experts of each layer, likeliest first; ready for `prefetch`.
-
-        Those that no completion used that it was fitted to are not named: a layer may have fewer
-        experts than others, and then they do not exist.
+        Name the *slots* likeliest experts of each layer, likeliest first, among those that some
+        completion used.
         """
         count = self.slots if slots is None else slots
         return most_wanted(self.predict(token_ids), count, self.popularity > 0)
@@ -184,11 +178,9 @@ class Predictor:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "Predictor":
         """
-        Read what `save` wrote, and bind it to *model*, or later to the model that it is used with.
+        Read what `save` wrote, and bind it to *model*, if it is given.
 
-        Raises:
-            DataError: no predictor there.
-            CheckpointError: its files are torn, or of another version.
+        DataError: no predictor there. CheckpointError: its files are torn, or of another version.
         """
         folder = Path(path)
         try:

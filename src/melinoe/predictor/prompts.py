@@ -1,8 +1,5 @@
 """
-Keep the prompts of a trace in a file beside it, for `melinoe predictor fit TRACE`.
-
-A trace holds choices and no text. Its prompts lie beside it as token ids, in JSON, so that they
-can be left out, kept apart or deleted.
+Keep the prompts of a trace, as token ids in JSON, in a file beside it, for `melinoe predictor fit`.
 """
 
 import json
@@ -25,15 +22,8 @@ def prompts_path(trace: str | Path) -> Path:
 
 def save_prompts(trace: str | Path, fingerprint: str, prompts: Sequence[Sequence[int]]) -> Path:
     """
-    Write the prompts of the trace at path *trace* beside it, whole or not at all.
-
-    Args:
-        trace: Where the trace is.
-        fingerprint: Of the traced model, as in the trace.
-        prompts: Token ids, one list a sequence, in order.
-
-    Raises:
-        TraceError: the place cannot be written to.
+    Write the prompts of the trace at path *trace* beside it, one list of ids a sequence, or
+    TraceError.
     """
     path = prompts_path(trace)
     ids = [[int(token) for token in prompt] for prompt in prompts]
@@ -44,10 +34,9 @@ def save_prompts(trace: str | Path, fingerprint: str, prompts: Sequence[Sequence
 
 def load_prompts(path: str | Path, trace: Trace) -> list[list[int]]:
     """
-    Read what `save_prompts` wrote beside the trace at *path*; `fit` checks that lengths agree.
+    Read what `save_prompts` wrote beside the trace at *path*.
 
-    Raises:
-        DataError: there are none, they are malformed, or they belong to another model's trace.
+    DataError: there are none, they are malformed, or they belong to another model's trace.
     """
     file = prompts_path(path)
     way_out = "trace them again with melinoe trace, which keeps them"

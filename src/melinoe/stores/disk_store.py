@@ -21,15 +21,9 @@ class DiskStore:
     """
     Reads an expert from the shards each time it is asked for, by any number of threads at once.
 
-    The shards stay open. One that is replaced by another file goes on being served from; one that
-    is written to in place is refused at the next read. Where the experts fit into the memory that
-    is free, the system's page cache keeps those that were read; where they do not, it would only
-    push out what else is there, so reads go past it.
-
-    Args:
-        checkpoint: An opened checkpoint; the store closes it.
-        layers: Its layers, in the formats that are read; absent: plain.
-        direct: Whether to read past the page cache; absent: as above.
+    A shard that is replaced by another file goes on being served from; one that is written to in
+    place is refused at the next read. Reads go past the page cache if *direct*; absent: where the
+    experts do not fit into free memory. *layers*, in the formats that are read; absent: plain.
     """
 
     kind: ClassVar[str] = "disk"
@@ -79,13 +73,9 @@ class DiskStore:
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """
-        Read one expert into *into*; see `Store.read`.
+        Read one expert into *into*; straight there on the CPU, else through a block in host memory.
 
-        Into CPU memory of the stored type the bytes go straight; else through a buffer of the
-        size of one stored tensor.
-
-        Raises:
-            CheckpointError: a shard was changed since it was opened, or the disk fails.
+        CheckpointError: a shard was changed since it was opened, or the disk fails.
         """
         source, stored = self._checkpoint.experts[layer], self.format(layer)
         devices = {part.device.type for part in into.values()}

@@ -24,18 +24,9 @@ _ALIGNMENT = 64
 
 class RamStore:
     """
-    All experts in pageable host memory.
+    All experts in pageable host memory; BudgetError if the host does not have it.
 
-    Made with room for *layers* and no contents: fill it through `views`. Or let `from_modules` move
-    the weights of a model into it.
-
-    Args:
-        layers: To make room for.
-        file: Path of a file that holds the blocks, mapped. Processes that give the same one share
-            its memory; the first has filled the store before another makes its own.
-
-    Raises:
-        BudgetError: the host does not have the memory.
+    Made with room for *layers* and no contents: fill it through `views`, or by `from_modules`.
     """
 
     kind: ClassVar[str] = "ram"
@@ -53,13 +44,9 @@ class RamStore:
         """
         Move the weights of *layers* out of their modules, one layer at a time.
 
-        A layer's stacked parameters are freed before the next layer is read, so that never more
-        than one layer exists twice. Layers that share their weights are stored each for itself.
-        Weights that are packed are freed at the end: what was rounded could not be given back.
-
-        Raises:
-            AttachError, BudgetError: as the constructor, or a weight that the layer's format cannot
-                hold; every module has its weights as before.
+        A layer's stacked parameters are freed before the next is read, so that only one layer
+        exists twice; packed ones at the end, since what was rounded could not be given back. Should
+        it fail every module has its weights as before.
         """
         store = cls()
         if not all(layer.format.exact for layer in layers):
@@ -163,12 +150,8 @@ class PinnedStore(RamStore):
     """
     All experts in page-locked host memory, from which a GPU copies without a detour.
 
-    The memory is locked in place, by whole pages which no other block has a part in; torch's pinned
-    allocator rounds every block up to a power of two.
-
-    Raises:
-        AttachError: there is no CUDA device to pin memory for.
-        PinError: the system refuses to lock that much.
+    It is locked in place, by whole pages; torch's pinned allocator rounds up to a power of two.
+    AttachError: no CUDA device. PinError: the system refuses to lock that much.
     """
 
     kind: ClassVar[str] = "pinned"

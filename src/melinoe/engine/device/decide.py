@@ -3,13 +3,8 @@ Decide on the device which chosen experts are resident, which are loaded, and wh
 
 One Triton program decides one layer's request, exactly as `cache.residency.Residency.request`, from
 what the router chose; it can be captured in a CUDA graph. The state of a layer is a row of int64,
-
-    clock | keys (num_experts,) | slot_of (num_experts,) | expert_of (capacity,) | unused
-        (num_experts,)
-
-LRU: *clock* is the next stamp and *keys* are the stamps of last uses. LFU: unit and scores, both
-doubles seen as int64; none is negative, so their bits order as they do. *unused* is 1 for experts
-that a prefetch brought and that no request has asked for since.
+as `cache.packing` has it; LFU's doubles are seen as int64, which order alike since none is
+negative.
 """
 
 from __future__ import annotations
