@@ -224,6 +224,7 @@ _Alternatives = Annotated[int, Field(ge=0, le=20)]
 _TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Stop = Annotated[str, Field(min_length=1)]
+_Switches = Annotated[dict[str, Any], BeforeValidator(_switches)]
 
 
 class _Body(_Fields):
@@ -235,7 +236,6 @@ class _Body(_Fields):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_switches)] | None = None
     metadata: Any = None
     prompt_cache_key: Any = None
     safety_identifier: Any = None
@@ -299,6 +299,7 @@ class Chat(_Written):
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     response_format: _Format | None = None
     reasoning_effort: str | None = None
+    chat_template_kwargs: _Switches | None = None
     parallel_tool_calls: bool | None = None
 
     @field_validator("parallel_tool_calls")
@@ -337,6 +338,7 @@ class Response(_Body):
     tool_choice: Literal["auto"] | None = None
     parallel_tool_calls: Annotated[bool, BeforeValidator(_never_one)] | None = None
     reasoning: _Reasoning | None = None
+    chat_template_kwargs: _Switches | None = None
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     include: Annotated[list[Any], Field(max_length=0)] | None = None
