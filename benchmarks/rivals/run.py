@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,13 +60,14 @@ RUNS = (
 
 
 def set_up(work: Path) -> None:
-    """Install what is not there yet."""
+    """Install what is not there yet; what cannot be installed fails later, with its reason."""
     node = work / "node"
     if not (node / "node_modules").exists():
         node.mkdir(parents=True, exist_ok=True)
         (node / "package.json").write_text("{}")
         quiet = ("--ignore-scripts", "--no-audit", "--no-fund", "--omit=optional")
-        subprocess.run(["npm", "install", *quiet, *NPM], cwd=node, check=True)
+        with suppress(OSError):  # no npm
+            subprocess.run(["npm", "install", *quiet, *NPM], cwd=node)
     for name, packages in PIP.items():
         if not (work / name).exists():
             target = ("--target", str(work / name), "--no-deps")
@@ -75,12 +77,13 @@ def set_up(work: Path) -> None:
 def make_files(work: Path, layers: int) -> dict[str, dict[str, Path]]:
     """Write the model in both precisions for both kinds of program, unless it is there."""
     plain, packed = work / f"model-{layers}", work / f"packed-{layers}"
-    files = {name: work / f"{name}-{layers}.gguf" for name in ("bf16", "q4")}
+    files = {name: work / f"{name}-{layers}" / "model.gguf" for name in ("bf16", "q4")}
     if not (plain / "config.json").exists():
         write_checkpoint(plain, layers)
     environment = os.environ | {"PYTHONPATH": str(work / "gguf")}
     for name, file in files.items():
         if not file.exists():
+            file.parent.mkdir(exist_ok=True)
             more = [str(packed)] if name == "q4" else []
             code = [sys.executable, str(HERE / "gguf_file.py"), str(plain), name, str(file), *more]
             subprocess.run(code, env=environment, check=True)
@@ -118,6 +121,8 @@ def run(program: str, path: Path, limit: float | None, options: Any) -> dict[str
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"reason": f"did not decode {tokens} tokens in {options.timeout} s"}
+        except OSError as error:
+            return {"reason": str(error)}
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             killed = "killed at the memory limit" if done.returncode == -9 else "failed"
@@ -127,7 +132,7 @@ def run(program: str, path: Path, limit: float | None, options: Any) -> dict[str
 
     if limit is None:
         return started(None)
-    forget(str(path if path.is_dir() else path.parent))
+    forget(str(path if path.is_dir() else path.parent))  # a cold page cache
     with limited(limit) as join:
         return started(join)
 

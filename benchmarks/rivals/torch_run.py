@@ -7,6 +7,7 @@ Decode greedily with one program that runs on torch; print token ids and the tim
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def opened(program: str, path: str, limit: float | None, work: str) -> Any:
         import melinoe
 
         options: dict[str, Any] = {"store": "disk", "policy": "lfu"} if limit else {}
-        if "packed" in path:
+        if "quantization_config" in json.loads(Path(path, "config.json").read_text()):
             options["backbone"] = "int8"
         return melinoe.load(path, "cpu", **options)[0]
     if program == "transformers":
