@@ -98,17 +98,17 @@ def measure(path: str, way: str, options: argparse.Namespace) -> dict:
     import torch
 
     import melinoe
+    import melinoe.engine.load as loading
     from melinoe.engine import reference
     from melinoe.engine.transfer import Transfer
-    from melinoe.stores import disk_store
 
     torch.set_num_threads(options.threads)
     if way == "one by one":
         reference.DiskTransfer = lambda store, layers, staging: Transfer(store)
-        disk_store.free_host_bytes = lambda: None  # through the page cache
+        loading.free_host_bytes = lambda: None  # through the page cache
     model, handle = melinoe.load(path, "cpu", slots=options.slots, policy="lfu", store="disk")
     if way == "one by one":
-        handle._passes.reads_ahead = False
+        handle._passes._ask_no_more()
     words = torch.randint(3, 50000, (options.warm + options.tokens,), generator=_seed(torch))
     found = {"way": way}
     with torch.inference_mode():
