@@ -29,6 +29,7 @@ _log = logging.getLogger("melinoe.serve")
 
 # Tokens of one page of the cache of keys and values.
 _PAGE = 32
+_BROKEN = "what the model says is not finite; melinoe generate names the weight that makes it so"
 # A worker that failed so often within a minute is not started again.
 _MOST_RESTARTS = 5
 
@@ -119,6 +120,7 @@ class Running:
     told: int = 0  # of them, by whoever answers
     stopped: bool = False  # by a stop string
     admitted: bool = False  # to a step
+    broken: bool = False  # whether its logits were no numbers
     matcher: Any = None  # of its grammar
 
     def __post_init__(self) -> None:
@@ -278,6 +280,10 @@ class Batches:
     def _take(self, one: Running, output: Any) -> None:
         """Pass on what the worker wrote; runs in the event loop."""
         if one.ended is not None:  # cancelled while a step computed it
+            return
+        if one.broken:
+            one.pieces.put_nowait(Piece([], True, _BROKEN))
+            self.cancel(one)
             return
         fresh = output.generated_tokens[len(one.tokens) :]
         now = time.perf_counter()

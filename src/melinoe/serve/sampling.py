@@ -60,7 +60,9 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         """Give *scores* ``(rows, vocabulary)`` with minus infinity but for one token a row."""
         requests = [state.logit_processor_kwargs["request"] for state in self._states]
         tokens = self._draw(scores, requests)
+        finite = scores.amax(dim=-1).isfinite().tolist()
         for row, one in enumerate(requests):
+            one.broken |= not finite[row]
             if one.matcher is not None:
                 one.matcher.consume_token(int(tokens[row]))
             if (alternatives := one.asked.sampling.alternatives) is not None:
