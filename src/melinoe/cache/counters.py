@@ -1,8 +1,4 @@
-"""
-Count what serving experts costs, by phase and layer, and give the rates that follow.
-
-The simulator and the engines fill the same structure by the same calls; compare it with ``==``.
-"""
+"""Count what serving experts costs, by phase and layer, and give the rates that follow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -163,8 +159,7 @@ class Counters:
 
     def prefetch_recall(self) -> float | None:
         """
-        Share of what the completion's passes would have missed that was copied ahead in time; None
-        if nothing was copied ahead.
+        Share of what the completion would have missed that was copied ahead; None if nothing was.
         """
         used = self._sum("prefetch_used", COMPLETION)
         missed = self._sum("loads", COMPLETION) + self._sum("on_host", COMPLETION)

@@ -1,8 +1,4 @@
-"""
-Locality: how few experts suffice for how long, read off a trace without any cache.
-
-All of it looks at completion tokens, because the prompt is computed at once.
-"""
+"""Locality: how few experts suffice for how long, read off a trace's completions."""
 
 from collections.abc import Iterator
 

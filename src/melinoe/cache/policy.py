@@ -39,10 +39,7 @@ class Policy:
         raise NotImplementedError
 
     def use(self, experts: Sequence[int]) -> None:
-        """
-        Note one request, before its victims are chosen: its distinct experts, those served later
-        listed later.
-        """
+        """Note one request, before its victims are chosen; experts served later stand later."""
         raise NotImplementedError
 
     def victims(self, candidates: Sequence[int], count: int) -> Sequence[int]:

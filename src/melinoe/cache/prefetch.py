@@ -97,10 +97,7 @@ def prefetcher_names() -> list[str]:
 
 
 def prefetcher(name: str, given: Given | None = None) -> Prefetcher | None:
-    """
-    Make a prefetcher; None for ``none``. MelinoeError: unknown name, or what it is made of is
-    missing.
-    """
+    """Make a prefetcher, None for ``none``; MelinoeError if what it is made of is missing."""
     if name == NONE:
         return None
     if name not in _known:
@@ -166,9 +163,7 @@ class Popularity(Prefetcher):
 @register
 class Prefill(Prefetcher):
     """
-    Load the experts that the prompt's own tokens chose, the most used first, ties to the lower id.
-
-    They cost nothing to know. This brings back those that the prompt's own pass evicted.
+    Load the experts that the prompt's own tokens chose, the most used first, then the lower id.
     """
 
     name = "prefill"

@@ -171,10 +171,7 @@ class Timing:
     transferred_bytes: float  # over the link, prefetches too
 
     def metrics(self) -> dict[str, float | None]:
-        """
-        The run by the names of reports, of the completion's tokens; ``ttft_s`` is the mean over
-        units.
-        """
+        """The run by the names of reports, of the completion; ``ttft_s`` is the mean over units."""
         steps = self.steps
         chosen = steps.phase == COMPLETION
         tokens = int(steps.tokens[chosen].sum())

@@ -145,8 +145,7 @@ class Trace:
 
     def units(self) -> list[tuple[int, ...]]:
         """
-        Group sequences that share forward passes, in the order in which the groups begin: a load
-        made for a batch belongs to all of it.
+        Group sequences that share forward passes, and so loads, in the order in which they begin.
         """
         rows = np.stack([self.forward, self.sequence], axis=1)
         changes = np.flatnonzero(np.any(np.diff(rows, axis=0, prepend=rows[:1] - 1), axis=1))
@@ -184,8 +183,7 @@ class Trace:
 
     def select(self, sequences: Iterable[int]) -> "Trace":
         """
-        Keep only some sequences, in the order in which they ran, numbered anew with their passes;
-        ValueError for one without rows.
+        Keep only some sequences, in their order, numbered anew; ValueError for one without rows.
         """
         wanted = np.unique(np.fromiter(sequences, dtype=np.int32))
         absent = np.setdiff1d(wanted, self.sequence)
@@ -333,8 +331,7 @@ class TraceBuilder:
         kind: np.ndarray | int,
     ) -> None:
         """
-        Append one forward pass of *experts*, any integers (rows, layers, top_k); ValueError for
-        what no trace can hold.
+        Append one forward pass of *experts* (rows, layers, top_k); ValueError if no trace holds it.
         """
         experts = np.asarray(experts)
         if experts.dtype.kind not in "iu":

@@ -48,10 +48,7 @@ def memory_of(slots: int | Sequence[int], layers: Sequence[ExpertsLayer]) -> int
 
 
 def slots_for(expert_memory: str | int, layers: Sequence[ExpertsLayer]) -> int:
-    """
-    Find the most slots per layer, alike in all, within *expert_memory*; BudgetError if not even
-    one.
-    """
+    """Find the most slots per layer within *expert_memory*; BudgetError if not even one fits."""
     budget = parse_bytes(expert_memory)
     smallest = memory_of(1, layers)
     if budget < smallest:

@@ -32,8 +32,7 @@ class Guard:
 
     def check(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """
-        AttachError if gradients are wanted, the pass is traced or transformed, or the model was
-        moved, cast or given other experts.
+        Refuse gradients, traces and transforms, and a model that was moved, cast or changed since.
         """
         if hidden_states.requires_grad or top_k_weights.requires_grad:
             raise AttachError(

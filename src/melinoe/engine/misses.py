@@ -1,8 +1,4 @@
-"""
-On a miss: wait for the expert, compute it on the host, or both, by costs measured at attach.
-
-The simulator is told the same rule, so its counts stay the engine's.
-"""
+"""On a miss: wait for the expert, compute it on the host, or both, by costs measured at attach."""
 
 from __future__ import annotations
 

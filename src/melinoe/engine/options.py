@@ -1,8 +1,4 @@
-"""
-Every option of a served model, once: default, unit, help.
-
-`melinoe.load` and `melinoe.attach` take these by name; the command line reads its help from here.
-"""
+"""Every option of a served model, once, for Python and the command line: default, unit, help."""
 # ruff: noqa: RUF009  (a setting is a field)
 
 from __future__ import annotations

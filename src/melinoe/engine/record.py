@@ -17,9 +17,7 @@ from melinoe.errors import AttachError, TraceError
 
 class Recorder:
     """
-    Collects one row per token of each forward pass; see `Trace`.
-
-    Each row of a batch that begins a prompt is a sequence of its own; beams count as such rows.
+    Collects one row per token of each forward pass; a sequence for each row that begins a prompt.
     """
 
     def __init__(

@@ -36,11 +36,7 @@ from melinoe.stores.store import Store, empty_blocks, read_block
 
 
 class ReferenceEngine:
-    """
-    Let the host decide what is loaded; `melinoe.engine.device.engine.DeviceEngine` is the other.
-
-    Made while the weights are still in the model; changes nothing of it before `plug_in`.
-    """
+    """Let the host decide what is loaded; changes nothing of the model before `plug_in`."""
 
     name = "reference"
     asks_host = True
@@ -176,10 +172,7 @@ class ExpertCache:
         self._as_numbered = False  # whether slot i holds expert i, for all i
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """
-        Compute the layer's experts, shapes as for `melinoe.moe.dispatch.bind`; AttachError as
-        `Guard.check`.
-        """
+        """Compute the layer's experts; shapes as for `melinoe.moe.dispatch.bind`."""
         self._guard.check(hidden_states, top_k_weights)
         if not top_k_index.shape[0]:  # no token came this way: no pass, no request
             return torch.zeros_like(hidden_states)
@@ -349,10 +342,7 @@ class ExpertCache:
 
 
 def _request_of(top_k_index: Tensor, num_experts: int) -> tuple[list[int], list[int], bool]:
-    """
-    Distinct ids of ``top_k_index`` ascending, how often each is used, and whether every choice is
-    one.
-    """
+    """List the distinct ids, ascending, and their uses; and whether every choice is an expert."""
     if top_k_index.shape[0] == 1:
         chosen = sorted(top_k_index.tolist()[0])
         distinct = len(set(chosen)) == len(chosen)

@@ -1,8 +1,4 @@
-"""
-Predict which experts each layer will use for a prompt, with a small fitted network.
-
-It reads prompts with the served model's own token embeddings.
-"""
+"""Predict which experts each layer will use for a prompt, with a small fitted network."""
 
 import json
 import weakref
@@ -138,10 +134,7 @@ class Predictor:
             return self.network(features).softmax(-1).double().numpy()
 
     def top(self, token_ids: Sequence[int], slots: int | None = None) -> list[list[int]]:
-        """
-        Name the *slots* likeliest experts of each layer, likeliest first, among those that some
-        completion used.
-        """
+        """Name the *slots* likeliest experts of each layer that were ever used, likeliest first."""
         count = self.slots if slots is None else slots
         return most_wanted(self.predict(token_ids), count, self.popularity > 0)
 

@@ -21,10 +21,7 @@ def prompts_path(trace: str | Path) -> Path:
 
 
 def save_prompts(trace: str | Path, fingerprint: str, prompts: Sequence[Sequence[int]]) -> Path:
-    """
-    Write the prompts of the trace at path *trace* beside it, one list of ids a sequence, or
-    TraceError.
-    """
+    """Write the prompts of the trace at path *trace* beside it, as lists of ids, or TraceError."""
     path = prompts_path(trace)
     ids = [[int(token) for token in prompt] for prompt in prompts]
     record = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "prompts": ids}

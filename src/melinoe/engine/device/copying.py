@@ -125,10 +125,7 @@ def default_programs(device: torch.device) -> int:
 
 
 class Staging:
-    """
-    The staging blocks of a model, *experts* in each, shared by all layers of the same shape; and
-    the copy stream.
-    """
+    """The staging blocks of a model, shared by layers of one shape, and the copy stream."""
 
     def __init__(self, device: torch.device, experts: int) -> None:
         self.experts = experts
@@ -212,10 +209,7 @@ def _views_of(store: Store, layer: int, expert: int) -> dict[str, Tensor]:
 
 
 def addresses(store: Store, layer: int, device: torch.device) -> Tensor:
-    """
-    Find where *device* sees each block of *layer*, int64 ``(num_experts,)``; AttachError if it
-    cannot.
-    """
+    """Find where *device* sees each block of *layer*, int64 ``(num_experts,)``, or AttachError."""
     begins = [
         min(view.data_ptr() for view in _views_of(store, layer, expert).values())
         for expert in range(store.num_experts(layer))

@@ -22,11 +22,7 @@ from melinoe.stores.store import Store
 
 
 class DeviceEngine:
-    """
-    Let the device decide what is loaded; `melinoe.engine.reference.ReferenceEngine` is the other.
-
-    Time that a step waits for experts passes on the device and is not measured: `stall_s` is 0.
-    """
+    """Let the device decide what is loaded; how long a step waits for it is not measured."""
 
     name = "fast"
     asks_host = False

@@ -192,8 +192,7 @@ class DeviceExperts:
         self, residency: Residency, experts: list[int], uses: np.ndarray, pairs: Pairs, flat: Tensor
     ) -> None:
         """
-        Compute a prompt in rounds: the residents first; while one round is computed, the next is
-        copied, into the slots of admitted experts or into a staging block.
+        Compute a prompt in rounds, the residents first; while one is computed, the next is copied.
         """
         rule, counts = _KEEP if self._passes.paged else self._prefill, uses[experts].tolist()
         stream = rule.serve(residency, experts, counts)

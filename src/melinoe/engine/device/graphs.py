@@ -63,10 +63,7 @@ class Kind:
 
 
 class DecodeGraphs:
-    """
-    The captured decode steps of one model: how many were *captured* and *replayed*, and the
-    *reason* why none is captured any more.
-    """
+    """The captured decode steps of one model, and the *reason* why none is captured any more."""
 
     def __init__(
         self, model: nn.Module, passes: DevicePasses, device: torch.device, enabled: bool

@@ -45,8 +45,5 @@ def why_not(device: torch.device) -> str | None:
 
 
 def grouped_mm_waits(capability: tuple[int, int], dtype: torch.dtype) -> bool:
-    """
-    Tell whether PyTorch's grouped matrix product makes the host wait: it copies the groups' ends
-    there.
-    """
+    """Tell whether PyTorch's grouped product copies the groups' ends to the host, and waits."""
     return capability[0] not in _GROUPS_ON_DEVICE or dtype != torch.bfloat16
