@@ -19,7 +19,6 @@ from torch import Tensor
 
 from melinoe.errors import AttachError
 from melinoe.experts.format import Arithmetic, PackedFormat, Shapes, groups_of
-from melinoe.experts.packed_dot import round_to_codes
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class Integer(PackedFormat):
         group = groups_of(columns, self.group)
         groups = weights.view(rows, -1, group)
         low, high = (found.double().numpy() for found in (groups.amin(2), groups.amax(2)))
-        values = groups.numpy()
         if not max(abs(low).max(), abs(high).max()) < 60000:
             raise AttachError(
                 f"a weight is not finite or outside float16's range, so {self.name} cannot hold "
@@ -102,10 +100,13 @@ class Integer(PackedFormat):
             parts["minimums"] = torch.from_numpy(_down(low))
             minimum = _down(low).astype(np.float64)
             scale = _up((high - minimum) / (2**self.bits - 1))
-        codes = np.empty(values.shape, np.uint8)
-        round_to_codes(values, scale.astype(np.float64), minimum, 2**self.bits - 1, codes)
         parts["scales"] = torch.from_numpy(scale)
-        parts["codes"] = pack_pairs(torch.from_numpy(codes.reshape(rows, columns)), self.bits)
+        step = parts["scales"].double()[..., None]
+        codes = (groups.double() - torch.from_numpy(minimum)[..., None]).div_(
+            step.where(step > 0, torch.inf)
+        )
+        codes = codes.round_().clamp_(0, 2**self.bits - 1).byte().reshape(rows, columns)
+        parts["codes"] = pack_pairs(codes, self.bits)
         return parts
 
     def decode_matrix(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:

@@ -356,19 +356,6 @@ def compile_kept(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
-@compile_kept
-def round_to_codes(values, scale, minimum, most, codes):  # type: ignore[no-untyped-def]
-    """Write the code nearest to each of *values* ``(rows, groups, group)``, in float64."""
-    for row in range(values.shape[0]):
-        for number in range(values.shape[1]):
-            step, least = scale[row, number], minimum[row, number]
-            for place in range(values.shape[2]):
-                code = 0.0
-                if step > 0:
-                    code = np.rint((np.float64(values[row, number, place]) - least) / step)
-                codes[row, number, place] = np.uint8(min(max(code, 0.0), most))
-
-
 # Not within `compiled`: what calls a function of a closure is not kept on disk.
 @numba.njit(nogil=True, inline="always")
 def _read(  # type: ignore[no-untyped-def]
