@@ -33,7 +33,7 @@ from melinoe.cache.counters import Counters
 from melinoe.cache.policy import policy
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
+from melinoe.cache.trace import Trace
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 64, 8, 16, 16
 POLICIES = ("lru", "lfu", "lfru", "static", "belady")
@@ -109,15 +109,20 @@ def replay() -> dict[str, dict[str, float]]:
     Through the runtime's own class; `benchmarks/simulate.py` times the compiled rules.
     """
     rng = np.random.default_rng(0)
-    builder = TraceBuilder(LAYERS, EXPERTS, TOP_K)
-    for sequence in range(8):
+    chosen = []
+    for _ in range(8):
         taste = rng.normal(0, 2.5, (LAYERS, EXPERTS))
         noisy = taste + rng.gumbel(size=(128, LAYERS, EXPERTS))
-        chosen = np.argsort(-noisy, axis=-1)[..., :TOP_K]
-        builder.add_forward(chosen[:64], sequence, 0)
-        for token in range(64, 128):
-            builder.add_forward(chosen[token : token + 1], sequence, 1)
-    trace = builder.trace()
+        chosen.append(np.argsort(-noisy, axis=-1)[..., :TOP_K])
+    row = np.tile(np.arange(128), 8)
+    sequence = np.repeat(np.arange(8), 128)
+    trace = Trace(
+        np.concatenate(chosen).astype(np.int16),
+        (65 * sequence + np.maximum(row - 63, 0)).astype(np.int32),
+        sequence.astype(np.int32),
+        (row >= 64).astype(np.uint8),
+        EXPERTS,
+    )
     result = {}
     for name in POLICIES:
         rates = []

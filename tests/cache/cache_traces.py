@@ -1,8 +1,9 @@
 """Traces for tests."""
 
 import numpy as np
+from trace_builder import TraceBuilder
 
-from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.cache.trace import Trace
 
 
 def trace_of(*forwards, num_experts, top_k, sequence=0, kind=1):

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 from cache_traces import random_trace, trace_of
+from trace_builder import TraceBuilder
 
 from melinoe.cache.curves import allocate, cost_of, miss_curves, unit_costs
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import BudgetError, MelinoeError
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 from cache_traces import trace_of
+from trace_builder import TraceBuilder
 
 from melinoe.cache.locality import distinct_experts, experts_per_sequence, reuse
-from melinoe.cache.trace import TraceBuilder
 
 
 def two_sequences():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trace_builder import TraceBuilder
 
 from melinoe.cache.prefetch import (
     Given,
@@ -20,7 +21,6 @@ from melinoe.cache.prefetch import (
 )
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import MelinoeError, TraceError
 
 

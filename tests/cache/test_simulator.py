@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from cache_reference import replay
 from cache_traces import random_trace, trace_of
+from trace_builder import TraceBuilder
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.policy import LRU, DecayedLFU
 from melinoe.cache.prefetch import Listed
 from melinoe.cache.residency import Residency
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import CacheTooSmallError, MelinoeError
 
 RULES = ["lru", "lfu", "lfru", "static", "belady"]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from cache_traces import random_trace, trace_of
 from safetensors.numpy import save
+from trace_builder import TraceBuilder
 
-from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.cache.trace import Trace, known_ids
 from melinoe.errors import TraceError
 
 ARRAYS = ("experts", "forward", "sequence", "kind")
@@ -210,17 +211,9 @@ def test_select_keeps_the_rows_of_some_sequences_and_numbers_anew():
         trace.select([1, 3])
 
 
-def test_the_builder_marks_skipped_choices():
-    """Ids at or above num_experts, and negative ones, become -1; wrong shapes are refused."""
-    builder = TraceBuilder(1, 4, 2)
-    builder.add_forward(np.array([[[4, 3]], [[-7, 0]]]), [0, 1], [2, 0])
-    trace = builder.trace()
-    assert trace.experts[:, 0].tolist() == [[-1, 3], [-1, 0]]
-    assert trace.sequence.tolist() == [0, 1]
-    assert trace.kind.tolist() == [2, 0]
-    with pytest.raises(ValueError, match="shape"):
-        builder.add_forward(np.zeros((1, 2, 2), int), 0, 0)
-    assert len(builder) == 1
+def test_ids_of_no_expert_are_marked():
+    """Ids at or above num_experts, and negative ones, become -1."""
+    assert known_ids(np.array([[4, 3], [-7, 0]]), 4).tolist() == [[-1, 3], [-1, 0]]
 
 
 def test_the_cache_room_never_imports_torch():

@@ -3,8 +3,7 @@
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
-
-from melinoe.cache.trace import TraceBuilder
+from trace_builder import TraceBuilder
 
 
 def sample():

@@ -5,7 +5,6 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import TraceError
 from melinoe.foreign import read_foreign
 
@@ -91,20 +90,3 @@ def test_a_missing_expert_is_none_and_a_missing_layer_is_refused(tmp_path):
     assert trace.experts.ravel().tolist() == [0, -1, 2, 3]
     with pytest.raises(TraceError, match="row 2 has no layer"):
         read_foreign(table(tmp_path / "t.parquet", layer=pa.array([0, None, 0, 1])), num_experts=4)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"experts": np.zeros((1, 1, 1)) + 0.5},
-        {"kind": np.array([257])},
-        {"kind": -1},
-        {"sequence": np.array([2**40])},
-        {"sequence": 0.5},
-    ],
-)
-def test_what_a_trace_is_built_of_is_exact_too(wrong):
-    """The builder rounds nothing and wraps nothing round."""
-    given = {"experts": np.zeros((1, 1, 1), int), "sequence": 0, "kind": 0} | wrong
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
-        TraceBuilder(1, 4, 1).add_forward(**given)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from trace_builder import TraceBuilder
 
 from melinoe.cache import simulator
 from melinoe.cache.policy import LRU
 from melinoe.cache.residency import Residency
-from melinoe.cache.trace import TraceBuilder
 from melinoe.measure import trace_records
 from melinoe.report.page import HERE
 

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from trace_builder import TraceBuilder
 from typer.testing import CliRunner
 
 from melinoe.cache.counters import Counters
 from melinoe.cache.prefetch import Listed
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.predictor.fit import recall_at
 

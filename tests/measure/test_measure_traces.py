@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from trace_builder import TraceBuilder
 from two_sequences import small_trace
 
-from melinoe.cache.trace import PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import PROMPT_ROW
 from melinoe.errors import DataError
 from melinoe.measure import (
     curve_record,

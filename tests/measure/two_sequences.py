@@ -1,8 +1,9 @@
 """A trace small enough to work every figure of it out by hand."""
 
 import numpy as np
+from trace_builder import TraceBuilder
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 
 
 def small_trace():

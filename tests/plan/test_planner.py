@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from trace_builder import TraceBuilder
 
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import TraceBuilder
 from melinoe.errors import BudgetError, HardwareError, TraceError
 from melinoe.plan.facts import Layer, ModelFacts, model_facts
 from melinoe.plan.planner import (

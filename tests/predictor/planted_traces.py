@@ -5,8 +5,9 @@ from functools import partial
 import numpy as np
 import torch
 from small_olmoe import tiny_model as small_olmoe
+from trace_builder import TraceBuilder
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.predictor import FitSettings
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 16, 2, 32

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from planted_traces import EXPERTS, LAYERS, QUICK, TOP_K, VOCABULARY, embeddings, planted
+from trace_builder import TraceBuilder
 
 from melinoe.cache.simulator import simulate
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.predictor import (
     Comparison,
     compare,

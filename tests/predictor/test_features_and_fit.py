@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from small_olmoe import EXPERTS, LAYERS, tiny_model
+from trace_builder import TraceBuilder
 
-from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW, TraceBuilder
+from melinoe.cache.trace import COMPLETION_ROW, PROMPT_ROW
 from melinoe.errors import CheckpointError
 from melinoe.moe.routing import fingerprint
 from melinoe.predictor import FitSettings, Predictor, fit

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from trace_builder import TraceBuilder
 
-from melinoe.cache.trace import Trace, TraceBuilder
+from melinoe.cache.trace import Trace
 from melinoe.errors import DataError
 from melinoe.predictor import load_prompts, save_prompts
 from melinoe.predictor.prompts import prompts_path

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 from report_records import estimate, serve_record
+from trace_builder import TraceBuilder
 from typer.testing import CliRunner
 
-from melinoe.cache.trace import TraceBuilder
 from melinoe.cli.app import app
 from melinoe.errors import MelinoeError
 from melinoe.measure import trace_records
