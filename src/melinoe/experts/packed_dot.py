@@ -101,35 +101,55 @@ def _shift_of(number: int) -> Any:
 
 def _columns(codes: int, step: int) -> list[int]:
     """Columns of the *step* codes in the order in which `_widen` gives them."""
-    if codes >= len(_TABLES):
-        return list(range(step))
-    if step == 32 and not permutes_floats():  # as `_from_bytes` puts them
+    name = list(_CODES)[codes]
+    by_bytes = step == 32 and not permutes_floats()
+    if name in _TABLES and by_bytes:  # as `_from_bytes` puts them
         return [
             16 * (vector // 2) + 4 * (lane % 4) + 2 * (vector % 2) + lane // 4
             for vector in range(4)
             for lane in range(8)
         ]
-    return [*range(0, step, 2), *range(1, step, 2)]
+    apart = 2 if name in _TABLES or by_bytes else 1
+    if name == "uint8" and by_bytes:
+        apart = 4
+    return [column for first in range(apart) for column in range(first, step, apart)]
 
 
 def _widen(b: Any, codes: int, pointer: Any, step: int) -> list[Any]:
     """Vectors of `_lanes` float32 numbers from the *step* codes at *pointer*; of e4m3 / 256."""
     name, lanes = list(_CODES)[codes], _lanes(step)
+    by_bytes = step == 32 and not permutes_floats()
     if name in _TABLES:
-        if step == 32 and not permutes_floats():
+        if by_bytes:
             return _from_bytes(b, _TABLES[name], pointer)
         half = step // 2
         wide = b.zext(_load(b, _I8, half, pointer), ir.VectorType(_I32, half))
         halves = [b.and_(wide, _vector(_I32, 15, half)), b.lshr(wide, _vector(_I32, 4, half))]
         return [_look_up(b, _vector(_F32, _TABLES[name], 16), index) for index in halves]
     if name == "uint8":
-        found = b.zext(_load(b, _I8, step, pointer), ir.VectorType(_I32, step))
-        return _cut(b, b.sitofp(found, ir.VectorType(_F32, step)), lanes)
+        if by_bytes:  # those of a word one after the other: no byte crosses a register
+            words = _load(b, _I32, 8, pointer)
+            found = [b.lshr(words, _vector(_I32, 8 * place, 8)) for place in range(4)]
+            found = [b.and_(one, _vector(_I32, 255, 8)) for one in found]
+            return [b.sitofp(one, ir.VectorType(_F32, 8)) for one in found]
+        whole = b.zext(_load(b, _I8, step, pointer), ir.VectorType(_I32, step))
+        return _cut(b, b.sitofp(whole, ir.VectorType(_F32, step)), lanes)
     # The bits of e4m3 as those of a float16 that is 2**8 times smaller; also below normal.
-    bits = b.sext(_load(b, _I8, step, pointer), ir.VectorType(_I16, step))
-    bits = b.and_(b.shl(bits, _vector(_I16, 7, step)), _vector(_I16, 0xBF80, step))
-    halves = b.bitcast(bits, ir.VectorType(ir.HalfType(), step))
-    return _cut(b, b.fpext(halves, ir.VectorType(_F32, step)), lanes)
+    if by_bytes:
+        both = _load(b, _I16, 16, pointer)
+        words = [
+            b.ashr(one, _vector(_I16, 1, 16)) for one in (b.shl(both, _vector(_I16, 8, 16)), both)
+        ]
+    else:
+        whole = b.sext(_load(b, _I8, step, pointer), ir.VectorType(_I16, step))
+        words = [b.shl(whole, _vector(_I16, 7, step))]
+    found = []
+    for one in words:
+        count = one.type.count
+        bits = b.and_(one, _vector(_I16, 0xBF80, count))
+        halves = b.bitcast(bits, ir.VectorType(ir.HalfType(), count))
+        found += _cut(b, b.fpext(halves, ir.VectorType(_F32, count)), lanes)
+    return found
 
 
 def _cut(b: Any, vector: Any, width: int) -> list[Any]:
