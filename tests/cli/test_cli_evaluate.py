@@ -130,7 +130,7 @@ def test_a_choice_is_priced_against_the_exact_one(models, melinoe, tmp_path):
     assert code == 0, err
     records = json.loads(out)
     said = [(r["metric"], r["model"], r["other"]) for r in records if r["kind"] == "comparison"]
-    moved = "transfers per decoded token (LRU, 3 slots)"
+    moved = "transfers per decoded token (LFU, 3 slots)"
     changed = "ours, cache-prior 2"
     assert said == [
         ("perplexity", changed, "ours"),
@@ -146,7 +146,7 @@ def test_a_choice_is_priced_against_the_exact_one(models, melinoe, tmp_path):
     )
     assert code == 0, err
     assert (
-        "".join(table.split()).count("(LRU,3") >= 2
+        "".join(table.split()).count("(LFU,3") >= 2
         and "ours, cache-prior 0.5 against ours" in table
     )
     write_report([out], tmp_path / "page.html")

@@ -25,8 +25,8 @@ def test_prompts_come_back_as_they_were(tmp_path):
 
 
 def test_no_prompts_there_is_said(tmp_path):
-    """With the way out: name them."""
-    with pytest.raises(DataError, match="--data"):
+    """With the way out: trace them again."""
+    with pytest.raises(DataError, match="melinoe trace"):
         load_prompts(tmp_path / "trace.safetensors", trace())
 
 
@@ -41,7 +41,7 @@ def test_malformed_prompts_are_refused(tmp_path, change):
     file = save_prompts(path, "m", [[1, 2]])
     text = file.read_text()
     file.write_text(json.dumps({**json.loads(text), **change}) if change else text[:30])
-    with pytest.raises(DataError, match=r"malformed.*--data"):
+    with pytest.raises(DataError, match=r"malformed.*melinoe trace"):
         load_prompts(path, trace())
 
 
