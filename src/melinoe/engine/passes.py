@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from melinoe.errors import AttachError, TraceError, UnsupportedModelError
 from melinoe.moe.dispatch import NOT_COMPILED, refuse_one_graph
 from melinoe.moe.next_router import NextRouters
 from melinoe.moe.routing import find_routers
-
-if TYPE_CHECKING:
-    from melinoe.engine.record import Recorder
 
 _log = logging.getLogger("melinoe")
 
@@ -132,8 +129,8 @@ class ForwardPasses:
         self.lock = threading.RLock()
         self.forward: Callable[..., Any] = model.forward
         self.check: Callable[[], object] = lambda: None
-        self.recorder: Recorder | None = None
-        self.prompt_uses: Recorder | None = None
+        self.recorder: Any = None
+        self.prompt_uses: Any = None
         self.before_completion: Callable[[], None] | None = None
         self.early: Tensor | None = None
         self.route = Route(counters.num_layers)
@@ -240,7 +237,7 @@ class ForwardPasses:
 
     # --- inner ----------------------------------------------------------------------------------
 
-    def _listeners(self) -> list[Recorder]:
+    def _listeners(self) -> list[Any]:
         return [one for one in (self.recorder, self.prompt_uses) if one is not None]
 
     def _begin(self, tokens: int) -> None:
