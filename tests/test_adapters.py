@@ -219,5 +219,5 @@ def test_an_adapter_is_changed_between_passes_only(tmp_path):
             changing.start()
             changing.join(0.2)
             assert changing.is_alive()
-        changing.join(10)
+        changing.join(300)
         assert not changing.is_alive()
