@@ -85,18 +85,14 @@ def test_a_flood_is_answered_and_leaves_nothing_behind(server):
     assert ask(f"{server.url}/v1/completions", body)[0] == 200
 
 
-def test_an_unreadable_store_costs_what_ran_and_a_violent_end_what_its_log_names(tmp_path):
-    """
-    The checkpoint is emptied under the server, then whole again: 500, then the same text.
-
-    Killed, a stream breaks off; its request began and never ended; the next server begins as usual.
-    """
-    model, kept = tmp_path / "model", tmp_path / "kept.json"
+def test_a_store_that_cannot_be_read_costs_what_ran_and_no_more(tmp_path):
+    """The checkpoint is emptied under the server, then whole again: 500, then the same text."""
+    model = tmp_path / "model"
     shutil.copytree(TINY_OLMOE, model)
     files = {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in model.glob("*.safetensors")
     }
-    server = Server(tmp_path, "--store", "disk", "--keep-residency", str(kept), model=model)
+    server = Server(tmp_path, "--store", "disk", model=model)
     body = {"prompt": "The sea was", "max_tokens": 6, "temperature": 0}
     try:
         status, _, first = ask(f"{server.url}/v1/completions", body)
@@ -114,21 +110,28 @@ def test_an_unreadable_store_costs_what_ran_and_a_violent_end_what_its_log_names
         assert ask(f"{server.url}/health")[0] == 200
         log = server.log.read_text()
         assert "the worker failed and starts again; what ran is lost" in log
-        connection = post(server, {**LONG, "max_tokens": 400}, read=False)
-        assert connection.recv(1)
     finally:
-        server.process.kill()
+        server.stop()
+
+
+def test_a_killed_server_loses_what_ran_and_its_log_names_it(tmp_path):
+    """A stream breaks off; its request began and never ended; the next server begins as usual."""
+    kept = tmp_path / "kept.json"
+    server = Server(tmp_path, "--keep-residency", str(kept))
+    connection = post(server, {**LONG, "max_tokens": 400}, read=False)
+    assert connection.recv(1)
+    server.process.kill()
     server.process.wait(300)
     with connection, suppress(ConnectionResetError):
         while got := connection.recv(65536):
             assert b"[DONE]" not in got
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line[:1] == "{"]
-    assert lines[-1]["status"] == "begun" and lines[-1]["request"]
-    server = Server(tmp_path, "--keep-residency", str(kept))
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line[0] == "{"]
+    assert [line["status"] for line in lines] == ["begun"] and lines[0]["request"]
+    again = Server(tmp_path, "--keep-residency", str(kept))
     try:
-        assert ask(f"{server.url}/health")[0] == 200
+        assert ask(f"{again.url}/health")[0] == 200
         body = {"prompt": "Once", "max_tokens": 2}
-        assert ask(f"{server.url}/v1/completions", body)[0] == 200
+        assert ask(f"{again.url}/v1/completions", body)[0] == 200
     finally:
-        assert server.stop() == 0
+        assert again.stop() == 0
         assert kept.exists()

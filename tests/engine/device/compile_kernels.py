@@ -77,16 +77,20 @@ def projected(architecture, name, dtype, activation, pairs, bias=False, transpos
     )  # fmt: skip
 
 
-# Each format, type, activation, layout and architecture, and tiles of few pairs and of many.
+# Each format on either architecture, few pairs and many; and what is slower, but must compile.
 PRODUCTS = (
     ("sm_80", "plain", "bfloat16", "silu", 16),
     ("sm_90", "plain", "bfloat16", "none", 128, True, True),
     ("sm_90", "int8", "bfloat16", "silu", 16),
     ("sm_80", "int4", "bfloat16", "none", 0),
-    ("sm_90", "int4", "float32", "gelu_tanh", 16),
-    ("sm_80", "mxfp4", "bfloat16", "none", 128, True),
+    ("sm_90", "int4", "bfloat16", "silu", 16),
     ("sm_90", "mxfp4", "bfloat16", "silu", 16),
+    ("sm_80", "fp8", "bfloat16", "silu", 16),
+)
+OTHERS = (
+    ("sm_80", "mxfp4", "bfloat16", "none", 128, True),
     ("sm_80", "fp8", "float16", "gelu", 16),
+    ("sm_80", "int4", "float32", "gelu_tanh", 16),
 )
 
 _POINTERS = {
@@ -129,8 +133,9 @@ def main():
         packed_kernels._combine, {"BLOCK": 512}, "sm_90", 4,
         pair_ptr="*fp32", weight_ptr="*bf16", out_ptr="*bf16",
     )  # fmt: skip
-    for case in PRODUCTS:
-        found["project " + " ".join(map(str, case))] = projected(*case)
+    for kind, cases in (("project", PRODUCTS), ("other project", OTHERS)):
+        for case in cases:
+            found[f"{kind} " + " ".join(map(str, case))] = projected(*case)
     accesses = re.compile(r"(?:ld\.global|st\.global|cp\.async)[.\w]*")
     print(
         json.dumps(
