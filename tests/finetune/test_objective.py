@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from slow_losses import slow_cache_loss, slow_concentration_loss
+from slow_losses import slow_cache_loss, slow_concentration_loss, slow_rank_loss
 from small_runs import examples, settings
 from tiny import tiny_model
 from torch import nn
@@ -80,6 +80,10 @@ class Layers:
                 denominator=denominator,
             )
             term = settings.lambda_cache * cache
+            if settings.lambda_rank:
+                base = (self.inputs[number].double() @ self.before[number].T).view(logits.shape)
+                rank = slow_rank_loss(logits, base, mask, settings.rho, denominator)
+                term = term + settings.lambda_rank * rank
             if settings.lambda_concentration:
                 own = slow_concentration_loss(logits, index, mask, capacities[number])
                 share = 1 if denominator is None else int(mask.sum()) / denominator
@@ -92,8 +96,8 @@ class Layers:
     "changes",
     [
         {},
-        {"cache_loss": "literal"},
-        {"cache_loss": "resident", "gamma": 0.3},
+        {"cache_loss": "literal", "lambda_rank": 0.5},
+        {"cache_loss": "resident", "gamma": 0.3, "lambda_rank": 0.1, "rho": 0.3},
         {"lambda_cache": 0.0, "lambda_concentration": 0.7},
         {"lambda_cache": 0.0},
     ],

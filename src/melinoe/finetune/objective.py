@@ -3,6 +3,7 @@ The training objective: next-token loss plus weighted terms over every MoE layer
 
     nll      next-token loss on completion tokens
     cache    cache simulation: experts of a token that an imagined cache lacks
+    rank     rank matching: the base router's order of experts that a router breaks
     concentration   few experts within a sequence, all of them over the batch
     replay   next-token loss on anchor text
 
@@ -28,7 +29,9 @@ from melinoe.losses import (
     completion_positions,
     concentration_loss,
     next_token_loss,
+    rank_matching_loss,
 )
+from melinoe.moe.base_routers import BaseRouters
 from melinoe.moe.routing import Router, Routing, RoutingRecorder
 
 REPLAYED_AT_ONCE = 2  # texts beside each batch
@@ -80,7 +83,7 @@ class Objective:
     Run batches and weigh what the forward passes recorded.
 
     Args:
-        routers: Of the model.
+        routers: Of the model before training: their weights now are the base router's.
         settings: Weights and forms of the terms.
         replay: Anchor text; needed where ``lambda_replay`` is above 0.
 
@@ -96,6 +99,7 @@ class Objective:
     ):
         self.settings, self.replay = settings, replay
         self.recorder = RoutingRecorder(routers)
+        self._base = BaseRouters(routers) if settings.lambda_rank > 0 else None
         self.next_replayed = 0  # batch of anchor text on this device
         for router in routers:
             if router.top_k is not None:
@@ -167,6 +171,7 @@ class Objective:
         weights = {
             "nll": 1.0,
             "cache": settings.lambda_cache,
+            "rank": settings.lambda_rank,
             "concentration": settings.lambda_concentration,
             "replay": settings.lambda_replay,
         }
@@ -209,6 +214,16 @@ class Objective:
                         capacity=capacity,
                         num_experts=num_experts,
                         form=settings.cache_loss,  # type: ignore[arg-type]
+                        denominator=denominator,
+                    )
+                )
+            if self._base is not None:
+                found.setdefault("rank", []).append(
+                    rank_matching_loss(
+                        logits,
+                        stack([self._base.logits(one) for one in group]),
+                        completion,
+                        rho=settings.rho,
                         denominator=denominator,
                     )
                 )
