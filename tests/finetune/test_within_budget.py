@@ -50,8 +50,9 @@ def large(tmp_path):
     model = OlmoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     words_tokenizer().save_pretrained(tmp_path / "base")
-    rows = [{"prompt": f"w{i} w4", "completion": f" w{i + 3} w5 w6"} for i in range(2, 22)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"w{i} w4", "completion": f" w{i + 3} w5 w6"} for i in range(2, 6)]
+    for name, some in (("data", rows[:2]), ("held", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     return tmp_path
 
 
@@ -83,7 +84,7 @@ def peak_of(*words, until=None):
 
 def test_a_model_larger_than_the_budget_is_trained_measured_and_served_within_it(large):
     """Each process's peak, Python and torch in it, is below what they and the experts take."""
-    tuned, data = large / "tuned", large / "data.jsonl"
+    tuned = large / "tuned"
 
     def serve(process):
         line = ""
@@ -99,9 +100,9 @@ def test_a_model_larger_than_the_budget_is_trained_measured_and_served_within_it
 
     peaks = {
         "finetune and measure": peak_of(
-            "finetune", large / "base", "--data", data, "--out", tuned, "--ram", BUDGET,
-            "--steps", 2, "--batch-size", 1, "--max-length", 8, "--lambda-replay", 0,
-            "--lora-rank", 2,
+            "finetune", large / "base", "--data", large / "data.jsonl", "--eval-data",
+            large / "held.jsonl", "--out", tuned, "--ram", BUDGET, "--steps", 2, "--batch-size", 1,
+            "--max-length", 8, "--lambda-replay", 0, "--lora-rank", 2,
         ),
         # Of a model that runs, `--ram` is what its experts may take.
         "serve": peak_of("serve", tuned, "--port", 0, "--ram", BUDGET // 4, until=serve),

@@ -8,8 +8,8 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,13 +196,14 @@ def finetune(
         )  # fmt: skip
     metadata: dict[str, Any] = {}
     if main:
-        if trained.sharded:  # a whole model takes what was trained
-            with open_checkpoint(source) as checkpoint:
-                model = load_model(checkpoint)
-            trained.adapter.apply(model)
-        if settings.save != "adapter":
-            with open_checkpoint(source) as checkpoint:
-                round_as_stored(model, checkpoint, trained.adapter.names())
+        with _telling_what_is_kept(checkpoints):
+            if trained.sharded:  # a whole model takes what was trained
+                with open_checkpoint(source) as checkpoint:
+                    model = load_model(checkpoint)
+                trained.adapter.apply(model)
+            if settings.save != "adapter":
+                with open_checkpoint(source) as checkpoint:
+                    round_as_stored(model, checkpoint, trained.adapter.names())
         metadata = {
             "base": name,
             "base_commit": split_revision(source)[1],
@@ -241,16 +242,12 @@ def finetune(
         }
         gc.collect()  # the trainer is a circle, and holds the optimizer's state
         return_freed_memory()
-        try:
+        with _telling_what_is_kept(checkpoints):
             if settings.save != "adapter":
                 check_same(stamps)  # what did not change is copied from the base's files now
             write_result(
                 model, source, path, metadata, settings.save, trained.adapter, stream is not None
             )
-        except (CheckpointError, WriteError) as error:  # the base may be gone, or the disk full
-            if left := _left(checkpoints):
-                raise WriteError(f"{error}; {left}") from error
-            raise
         remove_checkpoints(checkpoints)
         metadata["files"] = read_metadata(path)["files"]
     if several:
@@ -395,14 +392,20 @@ def _finished_run(
     return metadata
 
 
-def _left(checkpoints: Path) -> str | None:
-    """Say what is left of a run whose result could not be written, and how to go on."""
-    if (newest := newest_checkpoint(checkpoints)) is None:
-        return None
-    state = read_state(newest)
-    return (
-        f"what was trained is kept in {checkpoints}, and the same command with --resume writes it"
-        if state["finished"]  # a disk that was full by then may have kept an earlier step alone
-        else f"what was trained up to step {state['step']} is kept in {checkpoints}, and the same "
-        "command with --resume goes on from there"
-    )
+@contextmanager
+def _telling_what_is_kept(checkpoints: Path) -> Iterator[None]:
+    """Say beside an error in it (the base is gone, the disk is full) what is left of the run."""
+    try:
+        yield
+    except (CheckpointError, WriteError) as error:
+        if (newest := newest_checkpoint(checkpoints)) is None:
+            raise
+        state = read_state(newest)
+        left = (
+            f"what was trained is kept in {checkpoints}, and the same command with --resume "
+            "writes it"
+            if state["finished"]  # a disk that was full by then may have kept an earlier step alone
+            else f"what was trained up to step {state['step']} is kept in {checkpoints}, and the "
+            "same command with --resume goes on from there"
+        )
+        raise WriteError(f"{error}; {left}") from error
