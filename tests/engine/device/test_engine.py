@@ -82,7 +82,7 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, slots):
 )
 def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots, format):
     """Tokens and counts of kernels run by Triton's interpreter; other tests compute by numpy."""
-    few = WAYS["one"] | {"max_new_tokens": 4}
+    few = WAYS["one"] | {"max_new_tokens": 3}
     with attach(model, slots=slots, policy=policy, format=format) as handle:
         with handle.record() as recorder:
             tokens = model.generate(**few)
