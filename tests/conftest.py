@@ -6,6 +6,7 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # Triton asks once, when it is first imported, which importing transformers does. Interpreted, its
 # kernels run on the CPU; benchmarks/gpu/run.sh sets 0 to run tests/gpu compiled.
