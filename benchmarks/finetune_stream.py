@@ -5,8 +5,8 @@ A checkpoint of OLMoE-1B-7B's dimensions with random weights (see `load_memory.p
 the CPU: rank 8, one text of 1,024 tokens a step, layers recomputed in the backward pass. Each part
 runs in a process of its own, and is written to the result as soon as it is there.
 
-* ``limited``: all 16 layers, 12 GiB of experts on disk, in a process that may hold 4 GiB of data
-  (RLIMIT_DATA), which the kernel enforces.
+* ``limited``: all 16 layers, 12 GiB of experts on disk, in a process that may hold 4 GiB of data,
+  which the kernel enforces (RLIMIT_DATA, less what is reserved and untouched at its start).
 * ``streamed``, ``resident``, ``accelerate``: the same step with few layers, so that all experts fit
   in memory; from disk by Melinoe, with all experts in memory, and from disk by accelerate's
   ``dispatch_model``, which loads and drops the stack of a whole layer. The arithmetic is the same.
@@ -97,8 +97,9 @@ def run(path: str, out: str, steps: int, ram: int | None, tokens: int) -> dict:
             times[-1] += time.perf_counter()
             print(f"step of {times[-1]:.1f} s", file=sys.stderr, flush=True)
 
-    if ram is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (ram, ram))
+    if ram is not None:  # beside what the libraries have reserved and never touched
+        limit = status("VmData") - status("RssAnon") + ram
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     example = Example("", text(tokens), "the benchmark")
     done = melinoe.finetune.finetune(path, [example], out, settings, callbacks=[Clock()], ram=ram)
     streamed = done.metadata.get("streamed") or {"reads": {"bytes": 0, "waited_s": 0.0}}
