@@ -51,7 +51,8 @@ def test_the_coldest_temperatures_take_the_likeliest_token():
 @pytest.mark.parametrize(
     "own",
     [
-        {"num_beams": 3}, {"num_return_sequences": 2}, {"return_dict_in_generate": True},
+        {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True},
         {"output_scores": True, "return_dict_in_generate": True}, {"repetition_penalty": 1.5},
         {"no_repeat_ngram_size": 1}, {"min_new_tokens": 20}, {"stop_strings": ["w1"]},
         {"max_time": 1e-9}, {"suppress_tokens": [13]}, {"forced_eos_token_id": 1},

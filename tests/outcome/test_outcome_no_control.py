@@ -56,7 +56,7 @@ THEIRS = OURS | {"settings": SETTINGS_OF | OFF}
             THEIRS | {"settings": SETTINGS_OF | OFF | {"keep": "best", "save": "both"}},
             "keep best in it and last in this run",
         ),
-        (THEIRS | {"settings": {"seed": "three"} | OFF}, "seed three in it and 3 in this run"),
+        (THEIRS | {"settings": {"seed": "three"} | OFF}, "no melinoe.json"),
         (THEIRS | {"settings": {"gamma": 7} | OFF}, "no melinoe.json"),
     ],
 )
