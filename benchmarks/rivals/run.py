@@ -85,8 +85,10 @@ def make_files(work: Path, layers: int) -> dict[str, dict[str, Path]]:
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
             more = [str(packed)] if name == "q4" else []
-            code = [sys.executable, str(HERE / "gguf_file.py"), str(plain), name, str(file), *more]
+            half = file.with_suffix(".part")
+            code = [sys.executable, str(HERE / "gguf_file.py"), str(plain), name, str(half), *more]
             subprocess.run(code, env=environment, check=True)
+            half.rename(file)
     return {
         "torch": {"bf16": plain, "4 bits": packed},
         "llama.cpp": {"bf16": files["bf16"], "4 bits": files["q4"]},

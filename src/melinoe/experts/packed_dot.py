@@ -243,9 +243,10 @@ def _dot(  # type: ignore[no-untyped-def]
     """
     kind, shifted, size = codes.literal_value, offsets.literal_value, group.literal_value
     many, step = batch.literal_value, min(size, STEP)
-    lanes, read = _lanes(step), _bytes_of(kind, step)
+    read = _bytes_of(kind, step)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        lanes = _lanes(step)
         count, row, ahead, scale, shift, ends, inputs, into = args[4:]
         floats = ir.VectorType(_F32, lanes)
         fma = cgutils.get_or_insert_function(
@@ -309,9 +310,10 @@ def _unpack(  # type: ignore[no-untyped-def]
     kind, shifted, short = codes.literal_value, offsets.literal_value, half.literal_value
     size = group.literal_value
     step = min(size, STEP)
-    read, columns = _bytes_of(kind, step), _columns(kind, step)
+    read = _bytes_of(kind, step)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        columns = _columns(kind, step)
         count, row, scale, shift, into = args[4:]
         row, into = (b.inttoptr(address, _I8.as_pointer()) for address in (row, into))
         scale, shift = (b.inttoptr(address, _F32.as_pointer()) for address in (scale, shift))
