@@ -62,6 +62,7 @@ class PackedMatrix:
     def __init__(self, kind: PackedFormat, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.kind, self.shape, self.dtype = kind, shape, dtype
         self.parts = tuple(kind.matrix_parts(*shape))
+        self._arithmetic = kind.arithmetic(shape[1])
 
     def multiply(
         self, parts: Mapping[str, Tensor], inputs: Tensor, rows: np.ndarray, slots: np.ndarray
@@ -72,12 +73,12 @@ class PackedMatrix:
         Pairs of one slot should follow each other.
         """
         outputs, columns = self.shape
-        prepare, multiply, _ = compiled(self.kind.arithmetic(columns), False)
+        prepare, multiply, _ = compiled(self._arithmetic, False)
         ordered, sums = prepare(inputs.numpy())
         product = torch.empty((len(slots), outputs), dtype=torch.float32, device="cpu")
         given = (*_arrays(parts), slots, rows, ordered, sums, product.numpy())
         threads = torch.get_num_threads()
-        new, begin = not multiply.signatures, time.perf_counter()
+        new, begin = not multiply.overloads, time.perf_counter()
         if new or threads == 1 or len(slots) * outputs * columns < _WORTH_THREADS:
             multiply(*given, 0, outputs)
             if new and (taken := time.perf_counter() - begin) > _WORTH_SAYING_S:
@@ -108,7 +109,7 @@ class PackedMatrix:
             with torch.inference_mode(False):
                 scratch[dtype] = torch.empty(size, dtype=dtype, device="cpu")
         found: Tensor = scratch[dtype][:size].view(outputs, columns)
-        compiled(self.kind.arithmetic(columns), half)[2](*_arrays(parts), slot, _array(found))
+        compiled(self._arithmetic, half)[2](*_arrays(parts), slot, _array(found))
         return found
 
 
@@ -250,7 +251,8 @@ def _arrays(parts: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _array(tensor: Tensor) -> np.ndarray:
     """A tensor as an array; types that numpy lacks as integers of their size."""
-    return tensor.detach().view(_AS_NUMPY.get(tensor.dtype, tensor.dtype)).numpy()
+    stored = _AS_NUMPY.get(tensor.dtype)
+    return (tensor if stored is None else tensor.view(stored)).numpy()
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}
