@@ -282,8 +282,7 @@ class Batches:
         if one.ended is not None:  # cancelled while a step computed it
             return
         if one.broken:
-            one.pieces.put_nowait(Piece([], True, _BROKEN))
-            self.cancel(one)
+            self.cancel(one, _BROKEN)
             return
         fresh = output.generated_tokens[len(one.tokens) :]
         now = time.perf_counter()
