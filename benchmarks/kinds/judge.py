@@ -56,7 +56,7 @@ def judge(
         found[kind] = {
             "nll": np.round(quality.nll, 4).tolist(),
             "tokens": quality.tokens.astype(int).tolist(),
-            "uses": uses[kind].sum((1, 2, 3, 4)).astype(int).tolist(),
+            "uses": uses[kind].sum((1, 2, 3)).astype(int).tolist(),
             "loads": _loads(trace, num_experts),
         }
     handle.detach()
