@@ -289,7 +289,7 @@ def _word(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint's config and its files' headers tell."""
+    """Hold what a checkpoint's config and its files' headers tell."""
 
     name: str
     model_type: str | None

@@ -12,7 +12,7 @@ _NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch")
 
 
 def model_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
-    """Run the model on what it takes of a batch; without a key-value cache, which hides packing."""
+    """Run the model on what it takes of a batch, without a key-value cache."""
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
     return model(**inputs, use_cache=False)
 

@@ -1,4 +1,4 @@
-"""What each route's body may hold, and the error that refuses all else; pydantic reads it."""
+"""Read request bodies by pydantic, and refuse in OpenAI's form what a route does not take."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class _Fields(BaseModel):
 
 
 class _Open(_Fields):
-    """What a client may say more than is read."""
+    """Let a client say more than is read."""
 
     model_config = ConfigDict(extra="allow")
 
