@@ -38,13 +38,13 @@ def file(tmp_path):
         yield DirectReader(opened.fileno())
 
 
-@pytest.mark.parametrize("chunk", [4096, 1 << 20])
+@pytest.mark.parametrize("bounce", [8192, 1 << 20])
 @pytest.mark.parametrize("phase", [0, 8, 4095])
 @pytest.mark.parametrize("offset", [0, 1, 4096, 5000, 49_999])
 @pytest.mark.parametrize("count", [1, 4095, 4096, 20_000])
-def test_any_range_is_read_to_any_address(file, monkeypatch, chunk, phase, offset, count):
-    """Straight into memory that lies as the file does, else through buffers; in chunks or whole."""
-    monkeypatch.setattr(direct, "_CHUNK_BYTES", chunk)
+def test_any_range_is_read_to_any_address(file, monkeypatch, bounce, phase, offset, count):
+    """Straight into memory that lies as the file does, else through small or large buffers."""
+    monkeypatch.setattr(direct, "_BOUNCE_BYTES", bounce)
     vars(direct._local).clear()
     room = torch.zeros(count + 3 * 4096, dtype=torch.uint8)
     first = -room.data_ptr() % 4096 + phase

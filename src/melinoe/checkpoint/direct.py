@@ -6,8 +6,6 @@ import mmap
 import os
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,19 +13,18 @@ from torch import Tensor
 
 # Offsets, lengths and addresses must be multiples of the disk's block; no disk's is larger.
 _BLOCK = 4096
-# A disk gives its rate to several reads in flight only, and one expert alone may be missing.
-_CHUNK_BYTES, _IN_FLIGHT = 1 << 20, 6
+# The system cuts large reads itself, and has the parts in flight at once: cutting them here, for
+# threads of our own, was slower.
+_BOUNCE_BYTES = (4 << 20) + _BLOCK
 _local = threading.local()
-_pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="melinoe-disk")
 
 
 class DirectReader:
     """
     Reads an open file with ``O_DIRECT``; threads may read at the same time.
 
-    Large ranges are read in chunks, several in flight, the first ones first. Where a buffer lies in
-    memory as the bytes lie in the file, up to whole blocks, they go straight there; else through
-    memory of the reading thread. OSError where there are no such reads.
+    Where a buffer lies in memory as the bytes lie in the file, up to whole blocks, they go straight
+    there; else through 4 MiB of the reading thread. OSError where there are no such reads.
     """
 
     def __init__(self, fd: int) -> None:
@@ -44,21 +41,6 @@ class DirectReader:
     def fill(self, buffer: memoryview, offset: int) -> int:
         """Fill *buffer* from *offset* on; returns how many bytes, fewer only at the file's end."""
         into = torch.frombuffer(buffer, dtype=torch.uint8)
-        begin = _CHUNK_BYTES - offset % _BLOCK  # chunks end where blocks do
-        if len(into) <= begin + _CHUNK_BYTES:
-            return self._fill(into, offset)
-        edges = [0, *range(begin, len(into) - _CHUNK_BYTES // 2, _CHUNK_BYTES), len(into)]
-        parts = list(pairwise(edges))
-        reads = [_pool.submit(self._fill, into[a:b], offset + a) for a, b in parts]
-        wait(reads)  # all of them, before anybody else may write to the buffer
-        done = 0
-        for read, (_, last) in zip(reads, parts, strict=True):
-            done += read.result()
-            if done < last:
-                break
-        return done
-
-    def _fill(self, into: Tensor, offset: int) -> int:
         count, done = len(into), 0
         fits = (into.data_ptr() - offset) % _BLOCK == 0
         while done < count:
@@ -84,7 +66,7 @@ class DirectReader:
 
     def _bounced(self, into: Tensor, offset: int) -> int:
         """Read into this thread's own memory and copy; once."""
-        skip, room = offset % _BLOCK, _room("bounce", _CHUNK_BYTES + _BLOCK)
+        skip, room = offset % _BLOCK, _room("bounce", _BOUNCE_BYTES)
         want = min(len(room), -(-(skip + len(into)) // _BLOCK) * _BLOCK)
         got = min(os.preadv(self._fd, [_view(room[:want])], offset - skip) - skip, len(into))
         if got > 0:
