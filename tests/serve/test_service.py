@@ -102,27 +102,20 @@ def test_each_request_is_loaded_ahead_for_once_and_its_text_stays():
     assert {slots for _, slots in predictor.asked} <= {2, 4}
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone():
-    """A prompt with a token whose embedding is NaN is told so; those beside and after go on."""
-    model, prompts = tiny_model(), [[5, 6, 7], [3, 4]]
-    expected = [plain(model, prompt, 6) for prompt in prompts]
-    broken = next(token for token in range(8, 32) if token not in {*expected[0], *expected[1]})
+def test_logits_that_are_no_numbers_end_their_request_in_words():
+    """A prompt with a token whose embedding is NaN is told so; the server stays up."""
+    model = tiny_model()
     with torch.no_grad():
-        model.model.embed_tokens.weight[broken] = float("nan")
+        model.model.embed_tokens.weight[9] = float("nan")
     with melinoe.attach(model, slots=4) as handle:
         made = Batches(model, handle, LIMITS)
 
         async def run():
-            first, bad = (made.submit(one, asked(6), "r") for one in (prompts[0], [broken, 4]))
-            assert "not finite" in await finish(bad)
-            assert await finish(first) is None
-            after = made.submit(prompts[1], asked(6), "r")
-            assert await finish(after) is None
-            return [first.tokens, after.tokens]
+            return await finish(made.submit([9, 4], asked(6), "r"))
 
-        got = asyncio.run(run())
+        said = asyncio.run(run())
+        assert "what the model says is not finite" in said and made.healthy
         made.stop()
-        assert made.healthy and got == expected
 
 
 def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
