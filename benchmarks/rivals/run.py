@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4, help="of a model's bytes, the limit")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
     parser.add_argument("--only", nargs="+", help="programs")
+    parser.add_argument("--bits", choices=("bf16", "4 bits"), help="of the weights; absent: both")
     parser.add_argument("--resident", action="store_true", help="leave the memory limit out")
     parser.add_argument("--work", type=Path, help="kept: environments and models")
     parser.add_argument("--out", type=Path, help="write the result here as well")
@@ -157,7 +158,11 @@ def main() -> None:
         files = make_files(options.work, options.layers)
         rows, first = [], {}
         for program, bits, is_limited in RUNS:
-            if (options.only and program not in options.only) or (options.resident and is_limited):
+            if (
+                (options.only and program not in options.only)
+                or (options.bits and bits != options.bits)
+                or (options.resident and is_limited)
+            ):
                 continue
             path = files["llama.cpp" if program == "llama.cpp" else "torch"][bits]
             model_bytes = files["llama.cpp"][bits].stat().st_size
