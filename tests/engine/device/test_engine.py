@@ -88,7 +88,7 @@ def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots,
             tokens = model.generate(**few)
         counted, trace = handle.counters, recorder.trace()
         assert simulate(trace, slots, policy, prefill=handle.prefill).counters == counted
-        assert counted.loads[1].sum() > 0
+        assert counted.loads.sum() > 0
     # Detached, it holds the weights of the codes.
     assert torch.equal(model.generate(**few), tokens)
 
