@@ -85,12 +85,11 @@ def main() -> None:
     learnt = [ids for kind in kinds for ids in kind[options.texts :][:LEARNT]]
     # A kind after another, so that each request finds the experts of another kind.
     asked = [kind[at] for at in range(options.texts) for kind in kinds]
+    model, handle = melinoe.load(TINY_OLMOE, slots=32)
+    trace = trace_prompts(model, handle, tokenizer, learnt, TOKENS)
     result = []
     for slots in (8, 16):
-        model, handle = melinoe.load(TINY_OLMOE, slots=slots)
-        trace = trace_prompts(model, handle, tokenizer, learnt, TOKENS)
         predictor = fit(trace, learnt, token_embeddings(model), slots)
-        handle.detach()
         for at_once in (1, 4):
             plain = serve(slots, at_once, None, asked)[len(kinds) :]
             ahead = serve(slots, at_once, predictor, asked)[len(kinds) :]
