@@ -55,8 +55,9 @@ def measure(bench: Bench, shape: Any, found: dict, kind: str) -> None:
         if name == "mxfp4" and (rival := _grouped_nf4_gemm(bench, slots)) is not None:
             ways["grouped-nf4-gemm"] = rival
         for tokens in TOKENS:
-            drawn = [_draw(shape, tokens, seed, bench.device) for seed in range(CALLS)]
-            experts = sum(index.unique().numel() for _, index, _ in drawn) / CALLS
+            calls = 2 if bench.dry else CALLS
+            drawn = [_draw(shape, tokens, seed, bench.device) for seed in range(calls)]
+            experts = sum(index.unique().numel() for _, index, _ in drawn) / calls
             nbytes = experts * layer.block_bytes
             for engine, compute in ways.items():
                 # Others are tried for one token; the rival is told each group's size by the host.
