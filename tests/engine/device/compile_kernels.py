@@ -83,12 +83,10 @@ PRODUCTS = (
     ("sm_90", "plain", "bfloat16", "none", 128, True, True),
     ("sm_90", "int8", "bfloat16", "silu", 16),
     ("sm_80", "int4", "bfloat16", "none", 0),
-    ("sm_90", "int4", "bfloat16", "silu", 16),
     ("sm_90", "mxfp4", "bfloat16", "silu", 16),
     ("sm_80", "fp8", "bfloat16", "silu", 16),
 )
 OTHERS = (
-    ("sm_80", "mxfp4", "bfloat16", "none", 128, True),
     ("sm_80", "fp8", "float16", "gelu", 16),
     ("sm_80", "int4", "float32", "gelu_tanh", 16),
 )
