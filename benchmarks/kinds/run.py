@@ -93,8 +93,8 @@ def rows() -> Iterator[Row]:
     yield Row("attention, resident 1", attention, "attention control")
     yield Row("attention, concentration 1", none | attention | {"lambda_concentration": 1.0},
               "attention control")  # fmt: skip
-    for kept in (8, 12, 16):
-        yield Row(f"pruned to {kept}", none, prune=kept)
+    for kept in (8, 12, 16):  # a cache to watch has to hold a token's experts
+        yield Row(f"pruned to {kept}", none | {"capacity": 0.5}, prune=kept)
 
 
 def uses_by_kind(
