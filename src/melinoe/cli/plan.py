@@ -139,21 +139,15 @@ def _show_finetuning(
 
 def _show_cards(out: Path | None, as_json: bool, finetune: bool) -> None:
     from melinoe.measure import write_json
-    from melinoe.plan import finetuning
-    from melinoe.plan.cards import forecast, forecast_record
+    from melinoe.plan import cards, finetuning
     from melinoe.report import render_table
 
-    if finetune:
-        record = finetuning.forecast_record()
-        rows = record["result"]
-    else:
-        rows = forecast()
-        record = forecast_record(rows)
+    record = (finetuning if finetune else cards).forecast_record()
     if out is not None:
         write_json(out, record)
         output.say(f"wrote {out}")
     if as_json:
-        output.show_json(rows)
+        output.show_json(record["result"])
     else:
         print(render_table([record]))
 

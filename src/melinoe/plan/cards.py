@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from melinoe.errors import BudgetError
@@ -27,49 +26,24 @@ CONTEXT = 4096  # tokens
 GIB = 2**30
 
 
-def forecast() -> list[dict[str, Any]]:
-    """
-    Plan every model of `MODELS` on every card of `CARDS`: a row for each model.
-
-    In its ``cards`` stands None where the model does not fit, else ``slots`` and the two ends of
-    ``tokens_per_s``.
-    """
-    rows = []
+def forecast_record() -> dict[str, Any]:
+    """Plan every model of `MODELS` on every card of `CARDS`, as a record for `melinoe report`."""
+    result = []
     facts = {name: model_facts(name, CONTEXT) for name, _ in MODELS}
     for name, bits in MODELS:
-        row: dict[str, Any] = {"model": name, "bits": bits, "cards": {}}
+        row = {"model": name + ("" if bits is None else f", {bits} bits"), "all experts (GiB)": "-"}
         for card in CARDS:
+            head = f"{find_card(card).memory_bytes / GIB:.0f} GB ({card})"
             try:
                 done = plan(facts[name], card=card, bits=bits)
             except BudgetError:
-                row["cards"][card] = None
+                row[head] = "does not fit"
                 continue
             ends = (done.speed_before.low, done.speed_before.high)
-            row["cards"][card] = {"slots": done.slots, "tokens_per_s": list(ends)}
-            row["experts_gib"] = done.stored_bytes / GIB
-            row["num_experts"] = done.facts.num_experts
-        rows.append(row)
-    return rows
-
-
-def forecast_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make the record that `melinoe report` shows, its columns in words."""
-    result = []
-    for row in rows:
-        bits = "" if row["bits"] is None else f", {row['bits']} bits"
-        shown = {
-            "model": row["model"] + bits,
-            "all experts (GiB)": f"{row['experts_gib']:.0f}" if "experts_gib" in row else "-",
-        }
-        for card, found in row["cards"].items():
-            head = f"{find_card(card).memory_bytes / GIB:.0f} GB ({card})"
-            shown[head] = "does not fit"
-            if found is not None:
-                low, high = (
-                    f"{end:.0f}" if end >= 10 else f"{end:.2g}" for end in found["tokens_per_s"]
-                )
-                shown[head] = f"{found['slots']} of {row['num_experts']}, {low} to {high} tokens/s"
-        result.append(shown)
+            low, high = (f"{end:.0f}" if end >= 10 else f"{end:.2g}" for end in ends)
+            row[head] = f"{done.slots} of {done.facts.num_experts}, {low} to {high} tokens/s"
+            row["all experts (GiB)"] = f"{done.stored_bytes / GIB:.0f}"
+        result.append(row)
     return {
         "benchmark": "plan_cards",
         "title": "Models against cards, a forecast",
