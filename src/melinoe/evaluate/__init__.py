@@ -5,12 +5,6 @@ Every function takes a plain transformers model or one that runs with few reside
 are the same model and must give the same numbers.
 """
 
-from melinoe.evaluate.compare import (
-    Comparison,
-    compare_perplexity,
-    compare_rates,
-    compare_scores,
-)
 from melinoe.evaluate.completions import complete, reference
 from melinoe.evaluate.perplexity import (
     Perplexity,
@@ -19,7 +13,11 @@ from melinoe.evaluate.perplexity import (
     perplexity_increase,
 )
 from melinoe.evaluate.scores import (
+    Comparison,
     Scores,
+    compare_perplexity,
+    compare_rates,
+    compare_scores,
     extract_answer,
     price_of_choice,
     quality_record,
