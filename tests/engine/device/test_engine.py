@@ -78,7 +78,7 @@ def test_simulated_counts_equal_measured_counts(model, way, policy, slots):
 
 
 @pytest.mark.parametrize(
-    ("policy", "slots", "format"), [("lru", 2, None), ("lfu", 4, None), ("lru", 2, "int4")]
+    ("policy", "slots", "format"), [("lru", 2, None), ("lfu", 3, None), ("lru", 2, "int4")]
 )
 def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots, format):
     """Tokens and counts of kernels run by Triton's interpreter; other tests compute by numpy."""
@@ -88,7 +88,7 @@ def test_the_kernels_themselves_serve_a_model(model, interpreted, policy, slots,
             tokens = model.generate(**few)
         counted, trace = handle.counters, recorder.trace()
         assert simulate(trace, slots, policy, prefill=handle.prefill).counters == counted
-        assert counted.loads.sum() > 0
+        assert counted.loads[1].sum() > 0
     # Detached, it holds the weights of the codes.
     assert torch.equal(model.generate(**few), tokens)
 
