@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,11 +13,10 @@ from torch import Tensor
 
 from melinoe.serve.body import ApiError
 
-try:
-    import llguidance
-    import llguidance.hf
-except ImportError:  # an extra; without it such requests are refused
-    llguidance = None
+llguidance: Any = None  # an extra; without it such requests are refused
+with suppress(ImportError):
+    llguidance = import_module("llguidance")
+    import_module("llguidance.hf")
 
 
 def of_format(asked: Any, param: str) -> str | None:
