@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 class Handler:
     """
-    What all routes share.
+    Hold what all routes share.
 
     Args:
         batches: Computes.
