@@ -125,10 +125,11 @@ def test_an_unfinished_run_of_another_model_or_file_is_left_alone(tiny, rows, tm
         with pytest.raises(OutputExistsError, match="another model or file"):
             answer_file(*tiny, out=out, limits=LIMITS, resume=True, **given)
     assert kept.read_bytes() == before
-    kept.write_text("a letter\n")
-    with pytest.raises(OutputExistsError, match="no unfinished run"):
-        answer_file(*tiny, rows, out, limits=LIMITS, resume=True)
-    assert kept.read_text() == "a letter\n"
+    for letter in ("a letter\n", "a letter without an end"):
+        kept.write_text(letter)
+        with pytest.raises(OutputExistsError, match="no unfinished run"):
+            answer_file(*tiny, rows, out, limits=LIMITS, resume=True)
+        assert kept.read_text() == letter
 
 
 def test_what_a_request_may_not_ask_is_its_own_answer(tiny, tmp_path):

@@ -184,8 +184,6 @@ class _Progress:
     def _read(self, run: dict[str, str]) -> None:
         whole = self.path.read_bytes()
         end = whole.rfind(b"\n") + 1  # a line without an end was being written when the run ended
-        if end < len(whole):
-            os.truncate(self.path, end)
         try:
             head, *lines = map(parse_json, whole[:end].splitlines())
             if head["run"] != run:
@@ -198,6 +196,8 @@ class _Progress:
             raise OutputExistsError(
                 f"{self.path} is no unfinished run of this command; choose another --out"
             ) from error
+        if end < len(whole):  # only now: before, it might have been anybody's file
+            os.truncate(self.path, end)
 
     def _append(self, line: str) -> None:
         whole = self.path.stat().st_size if self.path.exists() else 0
