@@ -156,10 +156,10 @@ class DiskTransfer(Transfer):
     """
     Read from disk by a few threads at once: into slots while others are computed from, and ahead.
 
-    What the next layer will probably ask for is read into staging, blocks of no layer, never into a
-    slot; a demand that finds its expert there copies it. A wrong guess costs its read, so few are
-    made while few are right. *ahead_reads* and *ahead_used* count experts read into staging, and
-    those then asked for.
+    Experts that the next layer will probably ask for are read into staging, blocks of no layer,
+    never into a slot; a demand that finds its expert there copies it. A wrong guess costs its read,
+    so few are made while few are right. *ahead_reads* and *ahead_used* count experts read into
+    staging, and those then asked for.
     """
 
     overlaps = True

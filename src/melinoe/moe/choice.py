@@ -45,7 +45,7 @@ class ChoiceSettings:
     """
     How choices are changed if a chosen expert is not resident; by default they are not.
 
-    What the others cost: docs/findings.md#what-cache-aware-choice-costs.
+    The price of cache-prior: docs/findings.md#what-cache-aware-choice-costs.
 
     *kind* is ``exact`` (nothing is changed) or ``cache-prior``, *strength* its lambda, 0 or more;
     *keep* of a token's choices, the most wanted ones, always stay. AttachError where they mean
