@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ import melinoe
 from melinoe.cache.residency import Load
 from melinoe.cache.simulator import simulate
 from melinoe.engine import reference
-from melinoe.engine.transfer import DiskTransfer, staging_blocks
+from melinoe.engine.transfer import DiskTransfer, Transfer, read_by_threads, staging_blocks
 from melinoe.errors import CheckpointError
 from melinoe.moe.next_router import NextRouters
 from melinoe.stores.disk_store import DiskStore
@@ -26,6 +27,7 @@ def saved(request, model, tmp_path, monkeypatch):
     free = 1 if request.param else None
     monkeypatch.setattr("melinoe.engine.load.free_host_bytes", lambda: free)
     monkeypatch.setattr(reference, "staging_blocks", lambda slots: 3)
+    monkeypatch.setattr(reference, "read_by_threads", lambda layers: True)
     model.save_pretrained(tmp_path)
     return tmp_path
 
@@ -143,6 +145,21 @@ def test_copies_into_one_slot_keep_their_order(model, saved):
     transfer.issue(0, [Load(3, 0, None)], [slot])
     transfer.wait(transfer.issue(0, [Load(5, 0, 3)], [slot]))
     assert slot["down_proj"].tolist() == [5.0] * 4
+
+
+def test_small_experts_are_read_by_the_pass_itself(model, tmp_path):
+    """No thread, nothing ahead, no router asked early: the same tokens, all loads on demand."""
+    model.save_pretrained(tmp_path)
+    loaded, handle = load(tmp_path, slots=2)
+    assert type(handle.engine.transfer) is Transfer
+    assert loaded.generate(PROMPT, **GREEDY).equal(model.generate(PROMPT, **GREEDY))
+    assert handle.engine.passes._routers is None
+    assert handle.transferred_bytes == handle.counters.loads.sum() * handle.store.block_bytes(0)
+
+
+@pytest.mark.parametrize(("sizes", "threads"), [((1, 2**18 - 1), False), ((1, 2**18), True)])
+def test_the_largest_block_decides_who_reads(sizes, threads):
+    assert read_by_threads([SimpleNamespace(block_bytes=size) for size in sizes]) is threads
 
 
 def test_staging_is_few_beside_the_slots():

@@ -13,7 +13,7 @@ from melinoe.cache.policy import Policy, policy_makers
 from melinoe.engine.budget import GpuBudget, memory_of, slots_by_layer, slots_for
 from melinoe.engine.device.support import why_not
 from melinoe.engine.options import Options
-from melinoe.engine.transfer import staging_blocks
+from melinoe.engine.transfer import read_by_threads, staging_blocks
 from melinoe.errors import AttachError, BudgetError, UnknownNeedError
 from melinoe.host_memory import check_host_room, format_bytes, free_host_bytes, parse_bytes
 from melinoe.moe.experts import ExpertsLayer
@@ -260,7 +260,7 @@ def _slots(
 
 def _staged_bytes(slots: Sequence[int], layers: Sequence[ExpertsLayer], store: str) -> int:
     """Bytes of the blocks into which experts are read ahead of their use on the CPU."""
-    blocks = staging_blocks(slots) if store == "disk" else 0
+    blocks = staging_blocks(slots) if store == "disk" and read_by_threads(layers) else 0
     return blocks * sum({layer.parts: layer.block_bytes for layer in layers}.values())
 
 

@@ -27,6 +27,7 @@ from melinoe.engine.transfer import (
     DiskTransfer,
     EmulatedLink,
     Transfer,
+    read_by_threads,
     staging_blocks,
 )
 from melinoe.moe.compute import Pairs, StandIn
@@ -58,7 +59,7 @@ class ReferenceEngine:
         self.transfer, self._reads_ahead = Transfer(store, link), False
         if device.type == "cuda":
             self.transfer = CudaTransfer(store, device)
-        elif store.kind == "disk" and link is None:
+        elif store.kind == "disk" and link is None and read_by_threads(layers):
             loads = misses.kind != "cpu"  # else nothing is loaded on demand, so none is read ahead
             self.transfer = DiskTransfer(store, layers, staging_blocks(slots) if loads else 0)
             self._reads_ahead = loads
@@ -248,9 +249,10 @@ class ExpertCache:
             slots |= {load.expert: load.slot for load in decision.loads}
             turns.append((decision, slots))
         one_by_one = self._transfer.overlaps and bool(turns[0][0].loads)
-        pairs = None
+        pairs, ids = None, np.empty(0, np.int64)
         if not whole or not fits or on_host or one_by_one:
             pairs = Pairs(hidden_states, top_k_index.shape[1], self._dtype)
+            ids = top_k_index.reshape(-1).cpu().numpy()
         if self._transfer.overlaps:
             loaded = {load.expert for decision, _ in turns for load in decision.loads}
             self._transfer.forget_ahead(self._index, but=loaded)
@@ -265,10 +267,10 @@ class ExpertCache:
                 self._served(experts)
             if on_host:
                 assert self.host is not None and pairs is not None
-                self.host.add_to(pairs, top_k_index.reshape(-1).cpu().numpy(), on_host)
+                self.host.add_to(pairs, ids, on_host)
             for arrived in self._arriving(decision, ticket):
                 if pairs is not None and arrived:
-                    self._add_from_slots(pairs, {one: slots[one] for one in arrived}, top_k_index)
+                    self._add_from_slots(pairs, {one: slots[one] for one in arrived}, ids)
         made = [decision for decision, _ in turns]
         self._counters.add_decisions(self._index, experts, uses, made, on_host)
         if pairs is not None:
@@ -288,19 +290,16 @@ class ExpertCache:
             self._transfer.wait(ticket)
             yield [*decision.hits, *(load.expert for load in decision.loads)]
 
-    def _add_from_slots(self, pairs: Pairs, slots: Mapping[int, int], top_k_index: Tensor) -> None:
-        """Compute the pairs of some experts from their *slots*."""
-        flat = top_k_index.reshape(-1).long()
-        known = (flat >= 0) & (flat < self._num_experts)
-        flat = flat.masked_fill(~known, self._num_experts)
-        # The last entry means "not due", as -1 does for all other experts.
-        # On the host by name: the user's default device may be another.
-        due = torch.full((self._num_experts + 1,), -1, dtype=torch.int64, device="cpu")
-        due[torch.tensor(list(slots), device="cpu")] = torch.tensor(
-            list(slots.values()), device="cpu"
-        )
+    def _add_from_slots(self, pairs: Pairs, slots: Mapping[int, int], ids: np.ndarray) -> None:
+        """Compute the pairs of some experts from their *slots*; *ids* are each pair's expert."""
+        slot_of = np.full(self._num_experts, -1)
+        slot_of[list(slots)] = list(slots.values())
+        known = (ids >= 0) & (ids < self._num_experts)
+        slot_of_pair = np.where(known, slot_of[np.where(known, ids, 0)], -1)
+        due = np.flatnonzero(slot_of_pair >= 0)
         self._turn = slots
-        pairs.add(self._forward, self._stand_in, due.to(self._device)[flat])
+        on_device = (torch.from_numpy(one).to(self._device) for one in (slot_of_pair, due))
+        pairs.add(self._forward, self._stand_in, *on_device)
         self._turn = None
 
     def _served(self, experts: list[int]) -> None:

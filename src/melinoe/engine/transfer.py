@@ -24,12 +24,19 @@ from melinoe.stores.store import Store, empty_block
 # A disk gives its rate to about four reads in flight; more gained nothing.
 _READERS = 4
 _MOST_STAGED = 8
+# A smaller block is read sooner than a thread is told to read it.
+_WORTH_A_THREAD = 256 * 1024
 _WORTH = 0.5  # share of guesses that must be right for them to be made
 
 
 def staging_blocks(slots: Sequence[int]) -> int:
     """Experts that are read ahead at once, where slots are filled from disk: few beside *slots*."""
     return min(_MOST_STAGED, sum(slots) // 16)
+
+
+def read_by_threads(layers: Sequence[ExpertsLayer]) -> bool:
+    """Whether experts come from disk by `DiskTransfer`; small ones are read by the pass itself."""
+    return max(layer.block_bytes for layer in layers) >= _WORTH_A_THREAD
 
 
 SlotViews = Sequence[Mapping[str, Tensor]]
