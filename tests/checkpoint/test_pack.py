@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import damaged
 import packed_checkpoints
@@ -12,11 +13,17 @@ from safetensors.torch import load_file
 from small_olmoe import words_tokenizer
 from transformers import AutoModelForCausalLM
 
-from melinoe.checkpoint import load_model, open_checkpoint, pack, read_metadata
+from melinoe.checkpoint import (
+    load_model,
+    open_checkpoint,
+    pack,
+    read_metadata,
+    write_metadata,
+)
 from melinoe.checkpoint.export_rules import find_export_faults
 from melinoe.checkpoint.safetensors_file import SafetensorsFile
 from melinoe.checkpoint.verifying import verify
-from melinoe.errors import OutputExistsError, UnsupportedModelError
+from melinoe.errors import CheckpointError, OutputExistsError, UnsupportedModelError
 from melinoe.experts.formats import named_format
 
 
@@ -155,3 +162,69 @@ def test_an_adapter_of_a_packed_base_is_merged_into_the_base_unpacked(tmp_path, 
         assert (tmp_path / "packed" / path.name).read_bytes() == path.read_bytes()
     assert read_metadata(tmp_path / "packed")["base"] == "packed"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_was_measured_of_plain_experts_is_not_said_of_rounded_ones(base, tmp_path):
+    """The outcome goes, its card becomes the base's; plain weights that mean the same keep it."""
+    tuned = tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+    one = {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    routing = {"experts_per_sequence": [1.0], "experts_per_sequence_mean": one, "reuse": one,
+               "distinct_experts": 1.0, "caches": {}}  # fmt: skip
+    change = {"experts_per_sequence": one, "transfers_per_token": {}}
+    counts = ("examples", "prompts", "max_new_tokens", "slots", "num_experts", "top_k", "layers")
+    outcome = dict.fromkeys(counts, 1)
+    for name in ("before", "after"):
+        outcome[name] = {"perplexity": {}, "writing": routing, "reading": routing}
+    outcome["change"] = {"perplexity": {}, "writing": change, "reading": change}
+    write_metadata(tuned, {"base": "base", "outcome": outcome})
+    (tuned / "README.md").write_text("3 times fewer")
+    pack.pack(str(tuned), "int4", tmp_path / "packed")
+    found = read_metadata(tmp_path / "packed")
+    assert found["base"] == "base" and "outcome" not in found
+    assert not (tmp_path / "packed" / "README.md").exists()
+    assert (tmp_path / "packed" / "BASE_README.md").read_text() == "3 times fewer"
+    write_metadata(tmp_path / "packed", {"base": "base", "outcome": outcome})
+    pack.pack(str(tmp_path / "packed"), "plain", tmp_path / "plain")
+    assert read_metadata(tmp_path / "plain")["outcome"] == outcome
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_a_packed_expert_that_is_not_what_was_packed_is_refused_when_it_is_first_read(
+    base, tmp_path, format
+):
+    """One bit of a code or a scale, changed before the file is opened; as block and as weights."""
+    pack.pack(str(base), format, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("model-*.safetensors")
+    whole = shard.read_bytes()
+    for kind in ("codes", "scales"):
+        with open_checkpoint(str(tmp_path / "out")) as checkpoint:
+            source = checkpoint.experts[1]
+            reader = source.readers[source.layer.tensors[0].name]
+            info = reader.places()[0].stored[kind].info
+        flipped = bytearray(whole)
+        flipped[info.start + (info.stop - info.start) // source.num_experts * 2] ^= 1  # expert 2
+        shard.write_bytes(flipped)
+        for plain in (False, True):
+            with open_checkpoint(str(tmp_path / "out")) as checkpoint:
+                source = checkpoint.experts[1]
+                parts = source.layer.tensors if plain else source.format.parts(source.layer.tensors)
+                into = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in parts}
+
+                def read(expert, source=source, into=into, plain=plain):
+                    if plain:
+                        source.read(expert, into)
+                    else:
+                        source.read_block(expert, source.format, into)
+
+                read(1)
+                for _ in range(2):
+                    with pytest.raises(CheckpointError, match=r"expert 2 of .* is not what was"):
+                        read(2)
+    shard.write_bytes(whole)
+    with open_checkpoint(str(tmp_path / "out")) as checkpoint:
+        for expert in range(checkpoint.experts[1].num_experts):
+            checkpoint.experts[1].read(
+                expert,
+                {t.name: torch.empty(t.shape, dtype=t.dtype) for t in source.layer.tensors},
+            )

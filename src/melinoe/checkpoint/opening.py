@@ -25,7 +25,7 @@ from melinoe.checkpoint.files import (
     read_config,
     read_raw_config,
 )
-from melinoe.checkpoint.packed import Weights, expert_format, find_packing, unpack
+from melinoe.checkpoint.packed import SUMS, Weights, expert_format, find_packing, unpack
 from melinoe.checkpoint.safetensors_file import Place, Stamp
 from melinoe.checkpoint.sources import (
     ExpertSource,
@@ -124,7 +124,7 @@ def open_checkpoint(
         tensors = unpack(files, raw, name, resolved)
         model = build_on_meta(model_class, config, resolved)
         layers = [_with_plan(layer, model, resolved) for layer in find_experts(model)]
-        experts, backbone = _sources(model, config, layers, tensors)
+        experts, backbone = _sources(model, config, layers, tensors, files)
     except BaseException:
         close_shards(files)
         raise
@@ -134,7 +134,11 @@ def open_checkpoint(
 
 
 def _sources(
-    model: Any, config: PreTrainedConfig, layers: list[ExpertsLayer], tensors: dict[str, Weights]
+    model: Any,
+    config: PreTrainedConfig,
+    layers: list[ExpertsLayer],
+    tensors: dict[str, Weights],
+    files: dict[str, Place],
 ) -> tuple[list[ExpertSource], list[Weights]]:
     """Make one source for each layer; return also the weights that belong to none."""
     shapes = {
@@ -159,7 +163,9 @@ def _sources(
                     "missing, download it again"
                 )
             readers[tensor.name] = reader_for(found[name], name, shapes[name], config)
-        sources.append(ExpertSource(layer, readers))
+        sums = files.get(f"{layer.name}{SUMS}")
+        fits = sums is not None and sums.info.shape == (layer.num_experts,)
+        sources.append(ExpertSource(layer, readers, sums if fits else None))
     return sources, backbone
 
 

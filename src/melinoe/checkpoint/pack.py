@@ -2,7 +2,8 @@
 Write a checkpoint once in another format: experts packed, or packed ones plain again.
 
 Packed experts lie in the files as they lie in memory: for each part of a block one stacked tensor,
-expert after expert. All else keeps the base's names, and is decoded where the base has it packed.
+expert after expert, and a checksum of each block, which its first reader compares. All else keeps
+the base's names, and is decoded where the base has it packed.
 """
 
 import json
@@ -19,9 +20,16 @@ from torch import Tensor
 from melinoe.checkpoint.files import INDEX, read_raw_config
 from melinoe.checkpoint.metadata import describe_base, read_metadata, write_metadata
 from melinoe.checkpoint.opening import Checkpoint, open_checkpoint
-from melinoe.checkpoint.packed import OWN_METHOD, plain_config
+from melinoe.checkpoint.packed import OWN_METHOD, SUMS, plain_config
 from melinoe.checkpoint.safetensors_file import DTYPES, bytes_of, load_whole
-from melinoe.checkpoint.writing import check_output, check_room, other_files, whole_directory
+from melinoe.checkpoint.sources import checksum
+from melinoe.checkpoint.writing import (
+    BASE_CARD,
+    check_output,
+    check_room,
+    other_files,
+    whole_directory,
+)
 from melinoe.errors import UnsupportedModelError
 from melinoe.experts.format import ExpertFormat
 from melinoe.experts.formats import named_format
@@ -82,10 +90,14 @@ def pack(name: str, format: str, out: str | Path) -> float:
                 }
             text = json.dumps(config, indent=2, ensure_ascii=False)
             write_whole(directory / "config.json", text + "\n")
+            known = read_metadata(checkpoint.source) or describe_base(name)
+            card = "README.md"
+            if not wanted.exact and known.pop("outcome", None) is not None:
+                card = BASE_CARD  # it says what was measured, and not of rounded experts
             for path in other_files(checkpoint)[0]:
                 if path.name not in (INDEX, "config.json"):
-                    copyfile(path, directory / path.name)
-            write_metadata(directory, read_metadata(checkpoint.source) or describe_base(name))
+                    copyfile(path, directory / (card if path.name == "README.md" else path.name))
+            write_metadata(directory, known)
         return _difference(checkpoint, wanted)
 
 
@@ -114,9 +126,13 @@ def _read(checkpoint: Checkpoint, wanted: ExpertFormat) -> Iterator[dict[str, Te
             part.name: torch.empty(source.num_experts, *part.shape, dtype=part.dtype, device="cpu")
             for part in wanted.parts(source.layer.tensors)
         }
+        sums = torch.empty(source.num_experts, dtype=torch.int64, device="cpu")
         for expert in range(source.num_experts):
-            source.read_block(expert, wanted, {n: stack[expert] for n, stack in stacks.items()})
-        yield {f"{source.layer.name}.{name}": stack for name, stack in stacks.items()}
+            block = {name: stack[expert] for name, stack in stacks.items()}
+            source.read_block(expert, wanted, block)
+            sums[expert] = checksum(source.layer, wanted, block)
+        stored = {f"{source.layer.name}.{name}": stack for name, stack in stacks.items()}
+        yield stored | {f"{source.layer.name}{SUMS}": sums}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

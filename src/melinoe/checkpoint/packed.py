@@ -26,6 +26,7 @@ from melinoe.experts.mxfp4 import GROUP
 
 # The ``quant_method`` of checkpoints that `melinoe.checkpoint.pack` writes.
 OWN_METHOD = "melinoe"
+SUMS = ".checksums"  # behind a layer's name: of the block of each expert
 PACKING_KEYS = ("quantization_config", "compression_config")
 _MXFP4: Any = FORMATS["mxfp4"]
 _FP8: Any = FORMATS["fp8"]
@@ -393,7 +394,7 @@ def _own(settings: Settings) -> list[_Rule]:
         return PackedPlace(name, stored, packed, (experts, rows, columns), dtype, transposed)
 
     endings = {kind: f".{kind}" for kind in packed.matrix_parts(1, 128)}
-    return [_Rule(packed, endings, "", place)]
+    return [_Rule(packed, endings, "", place, (SUMS,))]
 
 
 def _size(value: Any) -> int | None:
