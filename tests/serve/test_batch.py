@@ -200,6 +200,18 @@ def test_a_wrong_line_is_named_before_anything_runs(tmp_path, lines, sentence):
         written(tmp_path, *lines)
 
 
+def test_half_of_a_character_in_a_request_is_its_own_fault(tiny, tmp_path):
+    """Its row is answered with an error, the others with text; in a name it is refused."""
+    lines = ['{"prompt": "\\ud83d", "max_tokens": 2}', {"prompt": "Hi", "max_tokens": 2}]
+    out = tmp_path / "out.jsonl"
+    assert answer_file(*tiny, written(tmp_path, *lines), out, limits=LIMITS).refused == 1
+    first, second = (one["response"] for one in answers(out))
+    assert "half of a character" in first["body"]["error"]["message"]
+    assert (first["status_code"], second["status_code"]) == (400, 200)
+    with pytest.raises(DataError, match=r"line 1 in its custom_id has half of a character"):
+        written(tmp_path, '{"custom_id": "\\udcff", "prompt": "Hi"}')
+
+
 def test_a_file_that_is_none_is_refused(tmp_path):
     """A directory, nothing at all, bytes that are no text."""
     (tmp_path / "bytes").write_bytes(b"\xff\xfe{}")

@@ -246,6 +246,8 @@ BAD = [
     ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
      "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "half \ud83d"}]}, 400, None),
+    ({"user": "\udcff"}, 400, None),
     ({"tools": "none"}, 400, "tools"),
     ({"seed": 1e300}, 400, "seed"),
     ({"chat_template_kwargs": {"return_tensors": "pt"}}, 400, "chat_template_kwargs"),

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from serving import Server, ask, opened
-from small_olmoe import tiny_model
+from small_olmoe import tiny_model, words_tokenizer
 
 import melinoe
 from melinoe.errors import AttachError, MelinoeError
 from melinoe.serve.batching import Batches, Limits, Piece, Running
 from melinoe.serve.body import ApiError, Asked, Sampling
-from melinoe.serve.handlers import CompletionHandler
+from melinoe.serve.handlers import ChatHandler, CompletionHandler
 from melinoe.serve.metrics import Metrics
 from melinoe.serve.run import Residency
 
@@ -102,19 +102,36 @@ def test_each_request_is_loaded_ahead_for_once_and_its_text_stays():
     assert {slots for _, slots in predictor.asked} <= {2, 4}
 
 
-def test_logits_that_are_no_numbers_end_their_request_in_words():
-    """A prompt with a token whose embedding is NaN is told so; the server stays up."""
-    model = tiny_model()
+def test_logits_that_are_no_numbers_end_their_request_and_reach_no_later_one():
+    """
+    A prompt with a token whose embedding is NaN shares its steps with others; then they come again.
+
+    The others begin with a page of keys and values that a later request of the same prompt would
+    share, and one is read in parts. Each ends in words or with its own text; later all have theirs.
+    """
+    model = tiny_model(max_position_embeddings=256)
+    prompts = [[3 + i % 5 for i in range(40)], [5 + i % 7 for i in range(90)], [3, 4]]
+    expected = [plain(model, prompt, 6) for prompt in prompts]
+    broken = next(t for t in range(12, 32) if not any(t in text for text in expected))
     with torch.no_grad():
-        model.model.embed_tokens.weight[9] = float("nan")
+        model.model.embed_tokens.weight[broken] = float("nan")
     with melinoe.attach(model, slots=4) as handle:
-        made = Batches(model, handle, LIMITS)
+        made = Batches(model, handle, LIMITS._replace(running=4, chunk=64))
 
         async def run():
-            return await finish(made.submit([9, 4], asked(6), "r"))
+            asks = [[broken, 4], *prompts]
+            ones = [made.submit(prompt, asked(6), "r") for prompt in asks]
+            said = [await finish(one) for one in ones]
+            assert "what the model says is not finite" in said[0]
+            for why, one, text in zip(said[1:], ones[1:], expected, strict=True):
+                assert "is not finite" in why if why is not None else one.tokens == text
+            for prompt, text in zip(prompts, expected, strict=True):
+                later = made.submit(prompt, asked(6), "r")
+                assert await finish(later) is None and later.tokens == text
 
-        said = asyncio.run(run())
-        assert "what the model says is not finite" in said and made.healthy
+        asyncio.run(run())
+        assert made.healthy and not made.running
+        handle.audit()
         made.stop()
 
 
@@ -198,6 +215,27 @@ def test_a_request_of_which_a_choice_finds_no_room_leaves_nothing_behind(batches
     asyncio.run(run())
 
 
+def test_tools_and_calls_that_a_template_does_not_write_are_refused(batches):
+    """It writes contents alone; a call that is demanded needs no word of the template."""
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    handler = ChatHandler(batches, Metrics(), tokenizer, "tiny")
+    tool = {"type": "function", "function": {"name": "w9", "parameters": {}}}
+    user = {"role": "user", "content": "w3 w4"}
+    call = {"id": "a", "type": "function", "function": {"name": "w9", "arguments": "{}"}}
+    assert handler.templated([user], None, {}, "messages") == [3, 4]
+    assert handler.templated([user], [tool], {}, "messages", forced=True) == [3, 4]
+    with pytest.raises(ApiError, match="does not write tools"):
+        handler.templated([user], [tool], {}, "messages")
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    with pytest.raises(ApiError, match="does not write tool_calls"):
+        handler.templated([user, said], None, {}, "messages")
+    tokenizer.chat_template += (
+        "{% for m in messages %}{% if m.tool_calls %}w9 {% endif %}{% endfor %}"
+    )
+    assert handler.templated([user, said], None, {}, "messages") == [3, 4, 9]
+
+
 def test_a_stream_that_nobody_begins_to_read_ends(batches):
     """Its client left before the first byte: the answer is dropped, and nothing runs."""
     handler = CompletionHandler(batches, Metrics(), SimpleNamespace(_tokenizer=None), "tiny")
@@ -214,10 +252,12 @@ def test_a_stream_that_nobody_begins_to_read_ends(batches):
     asyncio.run(asyncio.wait_for(run(), 120))
 
 
-def test_a_cache_that_cannot_be_made_is_said_at_the_start(batches):
-    """Not by the first request."""
+def test_a_cache_that_cannot_be_made_is_said_at_the_start(batches, capsys, caplog):
+    """Not by the first request, and without a traceback."""
     with pytest.raises(AttachError, match="lower --cache-tokens"):
         Batches(batches.model, batches.handle, LIMITS._replace(cache_tokens=1 << 50))
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out + caplog.text
 
 
 def test_a_model_that_fails_loses_what_ran_and_serves_the_next(batches, monkeypatch):

@@ -370,13 +370,19 @@ class Batches:
         step = manager._generation_step
         manager._generation_step = lambda: self._account(manager, step)
         self._manager = manager
-        manager.start()
-        while manager.batch_processor is None and manager.is_running():
-            time.sleep(0.005)
+        theirs = logging.getLogger("ContinuousBatchingLogger")
+        level = theirs.level
+        theirs.setLevel(logging.CRITICAL)  # what it raises as it begins is said below, in words
+        try:
+            manager.start()
+            while manager.batch_processor is None and manager.is_running():
+                time.sleep(0.005)
+        finally:
+            theirs.setLevel(level)
         if (error := manager.background_thread_status.fatal_error) is not None:
             raise AttachError(
                 f"the cache of keys and values cannot be made: {error}; lower --cache-tokens, or "
-                "give fewer slots"
+                "the tokens and requests of a step, or give fewer slots"
             ) from error
         if self.adapters is not None:
             manager.batch_processor.scheduler.use = self.adapters.use
@@ -407,8 +413,27 @@ class Batches:
             for name in ("uses", "hits", "loads", "transferred_bytes", "stall_s"):
                 setattr(cost, name, getattr(cost, name) + share * getattr(whole, name))
             cost.zero_miss_tokens += bool(one.has_new_token and not whole.loads)
+        if any(running.broken for _, running in ran):
+            self._drop_broken(manager, ran)
         if self._observe is not None:
             self._observe(whole, seconds, tokens, sum(one.has_new_token for one in batch))
+
+    def _drop_broken(self, manager: Any, ran: list[tuple[Any, Running]]) -> None:
+        """
+        Share no keys and values after a step with broken logits; end prompts that it read parts of.
+
+        All rows of a step go through one attention, where a number that is none reaches the others.
+        A request whose own logits are numbers has none of it; of half a prompt nobody can tell.
+        """
+        for one, running in ran:
+            if not one.has_new_token:
+                running.broken = True
+                manager.output_router.deliver(one.state.to_generation_output())
+        cache = manager.batch_processor.cache
+        cache.evict_cached_blocks()
+        for allocator in cache.cache_allocators.values():
+            allocator.ledger.hash_to_block.clear()
+            allocator.ledger.block_to_hash.clear()
 
     def _load_ahead(self, one: Running, beside: int) -> None:
         """Load what its prompt is predicted to need, into its share of the slots."""

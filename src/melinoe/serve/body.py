@@ -362,6 +362,11 @@ def read(kind: type[B], body: Mapping[str, Any]) -> B:
         ApiError: a field that is unknown, not served, or of a value that cannot be.
     """
     try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        why = "half of a character" if isinstance(error, ValueError) else "too many levels"
+        raise ApiError(f"the request has {why}; mend or remove it") from None
+    try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

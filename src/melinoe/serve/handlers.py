@@ -175,31 +175,52 @@ class Handler:
         )
 
     def templated(
-        self, messages: list[Json], tools: list[Json] | None, switches: Json, param: str
+        self,
+        messages: list[Json],
+        tools: list[Json] | None,
+        switches: Json,
+        param: str,
+        forced: bool = False,
     ) -> list[int]:
         """
         Give the token ids of a chat, as the model's template writes it.
 
         Raises:
-            ApiError: there is none, or it refuses this chat.
+            ApiError: there is none, it refuses this chat, or it does not write its tools or calls;
+                of tools only where no call is *forced*.
         """
         if not self.tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template; ask /v1/completions, or start the server with "
                 "--chat-template plain", code="no_chat_template",
             )  # fmt: skip
-        try:
+
+        def written(messages: list[Json], tools: list[Json] | None) -> list[int]:
             ids = self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, tokenize=True,
                 return_dict=True, **switches,
             )["input_ids"]  # fmt: skip
+            return list(ids)
+
+        silent = [{name: one[name] for name in one if name != "tool_calls"} for one in messages]
+        try:
+            ids = written(messages, tools)
+            unseen = tools and not forced and ids == written(messages, None)
+            lost = "tools" if unseen else None
+            if silent != messages and ids == written(silent, tools):
+                lost = "tool_calls"
         except TemplateError as error:
             raise ApiError(f"the chat template refuses: {error}", param=param) from error
         except Exception as error:  # a template is a program, and this chat made it fail
             raise ApiError(
                 f"the chat template cannot write this chat: {error}", param=param
             ) from error
-        return list(ids)
+        if lost is not None:
+            raise ApiError(
+                f"the model's chat template does not write {lost}, so it would not know of them; "
+                "leave them out", param=lost,
+            )  # fmt: skip
+        return ids
 
     def submit(self, prompt: list[int], asked: Asked, at: int, request_id: str) -> Running:
         """Put choice *at* of a request into the queue."""
@@ -397,7 +418,9 @@ class ChatHandler(Handler):
         asked = replace(asked, sampling=replace(asked.sampling, grammar=grammar))
         messages = [{"content": "", **one.model_dump(exclude_none=True)} for one in said.messages]
         switches = switches_of(said, said.reasoning_effort)
-        return said, [self.templated(messages, self._tools(said), switches, "messages")], asked
+        forced = said.tool_choice not in (None, "auto", "none")
+        ids = self.templated(messages, self._tools(said), switches, "messages", forced)
+        return said, [ids], asked
 
     @staticmethod
     def _tools(body: Chat) -> list[Json] | None:

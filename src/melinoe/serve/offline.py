@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from melinoe.data import check_text
 from melinoe.errors import (
     DataError,
     InterruptedRunError,
@@ -117,6 +118,7 @@ def _row(row: dict[str, Any], number: int, where: str) -> Row:
     name = row.get("custom_id", f"row-{number}")
     if not isinstance(name, str) or not name:
         raise DataError(f"{where} has a custom_id that is no text; write one in quotes")
+    check_text(name, f"{where} in its custom_id")
     if "body" in row:
         if unknown := sorted(row.keys() - {"custom_id", "method", "url", "body"}):
             raise DataError(f"{where} has {', '.join(unknown)} beside its body; leave that out")
