@@ -46,6 +46,15 @@ FAULTS = {
         "model.layers.1.self_attn.q_proj.weight", INF,
         r"layers\.1\.self_attn\.q_proj\.weight holds inf",
     ),
+    # As a mask is written, but no weight of a product is one.
+    "minus infinity": (
+        "model.layers.0.self_attn.o_proj.weight", -INF,
+        r"layers\.0\.self_attn\.o_proj\.weight holds inf",
+    ),
+    "expert's minus infinity": (
+        "model.layers.0.mlp.experts.{}.up_proj.weight", -INF,
+        r"expert \d of model\.layers\.0\.mlp\.experts holds infinity in its gate_up_proj",
+    ),
     # Of a prompt of one token attention makes numbers of it again.
     "queries": (
         "model.layers.0.self_attn.q_proj.weight", NAN,
@@ -147,6 +156,26 @@ def test_every_engine_and_measure_names_the_expert(engine):
     for sampling in ({}, {"do_sample": True}):
         with pytest.raises(ModelError, match=rf"what the model says is not finite.*{words}"):
             generate(model, handle, tokenizer, [5, 6, 7], 4, **sampling)
+    if handle is not None:
+        handle.audit()
+
+
+@pytest.mark.parametrize("engine", ["plain", "reference", "fast"])
+def test_a_text_after_a_broken_one_is_what_it_was_before(engine):
+    """One token's embedding is NaN; the same handle then writes a text without it."""
+    model = tiny.tiny_model("olmoe")
+    handle = None
+    if engine != "plain":
+        handle = (fast_attach if engine == "fast" else attach)(model, slots=4)
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda *_, **__: "")
+    expected = generate(model, handle, tokenizer, [5, 6, 7], 6).ids
+    broken = next(token for token in range(8, tiny.VOCAB) if token not in expected)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[broken] = NAN
+    for sampling in ({}, {"do_sample": True}):
+        with pytest.raises(ModelError, match="not finite"):
+            generate(model, handle, tokenizer, [5, broken, 7], 6, **sampling)
+        assert generate(model, handle, tokenizer, [5, 6, 7], 6).ids == expected
     if handle is not None:
         handle.audit()
 

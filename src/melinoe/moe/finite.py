@@ -108,24 +108,24 @@ def broken_weight(model: nn.Module) -> str | None:
 def _broken(name: str, module: nn.Module) -> str | None:
     """Name a tensor of *module* itself that holds NaN or infinity; also of offloaded experts."""
     for key, parameter in module.named_parameters(recurse=False):
-        if kind := _kind(parameter):
+        if kind := _kind(parameter, masks=parameter.dim() < 2):
             return f"{name}.{key} holds {kind}"
     read: Any = getattr(bound(module), "read", None) if is_experts_module(module) else None
     for expert in range(int(module.num_experts)) if read is not None else ():  # type: ignore[arg-type]
         for key, tensor in read(expert).items():
-            if kind := _kind(tensor):
+            if kind := _kind(tensor, masks=False):
                 return f"expert {expert} of {name} holds {kind} in its {key}"
     return None
 
 
-def _kind(tensor: Tensor) -> str | None:
-    """Return NaN or infinity if *tensor* holds it; -inf alone is how something is masked."""
+def _kind(tensor: Tensor, masks: bool = True) -> str | None:
+    """Return NaN or infinity if *tensor* holds it; -inf alone may be how something is masked."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return None
-    largest = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().max()
-    if largest.isnan():
+    low, high = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().aminmax()
+    if high.isnan():
         return "NaN"
-    return "infinity" if largest == float("inf") else None
+    return "infinity" if high == float("inf") or (low == -float("inf") and not masks) else None
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
