@@ -134,6 +134,7 @@ def test_what_is_no_checkpoint_is_refused(olmoe, tmp_path):
     """No config, a garbled config, a path that is not there, a file, a name that is nowhere."""
     refuse(tmp_path, "has no config.json")
     refuse(tmp_path / "nowhere", "does not exist")
+    refuse("~nobody-of-that-name/nowhere", "does not exist")
     refuse(olmoe / "config.json", "is a file")
     refuse("nobody/no-such-model", "no such model in the local cache or on the hub")
     (olmoe / "config.json").write_text("{")

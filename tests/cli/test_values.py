@@ -1,12 +1,16 @@
 """Values that no option could use are refused before a command runs, by one look at all of them."""
 
+import io
+import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
+from melinoe.cli import output
 from melinoe.cli.app import app
-from melinoe.cli.command import check_number, check_place
+from melinoe.cli.command import check_number, check_place, checked
 from melinoe.errors import MelinoeError
 from melinoe.whole_file import write_whole
 from tests.fuzz.running import run
@@ -84,3 +88,30 @@ def test_a_value_that_no_library_takes_is_refused_in_a_sentence(tmp_path, words,
         words = [*words, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "out"]
     ended = run(words)
     assert ended.wrong is None and ended.code == code and said in ended.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_is_json_in_every_encoding_of_the_terminal(monkeypatch, encoding):
+    """Umlauts, a sign beyond 16 bits and half of one, as file names have it."""
+    value = {"text": "M\xfcller \U0001f600 \u0663 \udcff"}
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", stdout)
+    output.show_json(value)
+    stdout.flush()
+    assert json.loads(raw.getvalue().decode(encoding)) == value
+
+
+def test_homes_are_written_out_and_unknown_ones_refused(tmp_path, monkeypatch):
+    """In arguments, options and lists of them; a prompt is no path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = {}
+    command = checked(lambda **values: seen.update(values))
+    command(out=Path("~/a"), data="~/b", runs=[Path("~/c"), Path("d")], prompt="~nobody/x")
+    home = Path(tmp_path)
+    assert seen["out"] == home / "a" and seen["data"] == str(home / "b")
+    assert seen["runs"] == [home / "c", Path("d")] and seen["prompt"] == "~nobody/x"
+    for place in ("~nobody-of-that-name/x", "~nobody-of-that-name"):
+        for words in (["doctor", place], ["pack", "tiny", "--out", place], ["plan", place]):
+            ended = run(words)
+            assert ended.code == 1 and not ended.wrong and "write the path out" in ended.err

@@ -24,7 +24,14 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 def is_directory(name: str) -> bool:
     """Tell a directory from a name on the hub."""
-    return Path(name).expanduser().is_dir()
+    return _path(name).is_dir()
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # of nobody here; so there is nothing
+        return Path(name)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -57,7 +64,7 @@ def locate(name: str, filename: str, download: bool = True) -> Path | None:
     as absent.
     CheckpointError: no such path, repository or revision; the hub fails.
     """
-    directory = Path(name).expanduser()
+    directory = _path(name)
     if directory.is_dir():
         path = directory / filename
         return path if path.is_file() else None

@@ -174,10 +174,15 @@ def _help(field: Field[Any]) -> str:
 
 
 def checked(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Make *command* refuse numbers that are none and devices for files, before it runs."""
+    """
+    Make *command* refuse numbers that are none and devices for files, before it runs.
+
+    A ``~`` at the beginning of a path is the home of a user; shells leave it in ``--out=~/runs``.
+    """
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
+        values = {name: _at_home(name, value) for name, value in values.items()}
         for name, value in values.items():
             for one in _each(value):
                 if isinstance(one, int | float):
@@ -187,6 +192,18 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(**values)
 
     return run
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """Write out the homes in a path, or in each of a list."""
+    if isinstance(value, list):
+        return [_at_home(name, one) for one in value]
+    if name in _TEXTS or not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    try:
+        return type(value)(Path(value).expanduser())
+    except RuntimeError:
+        raise MelinoeError(f"{value} is in the home of nobody here; write the path out") from None
 
 
 def _each(value: Any) -> Iterator[str | Path | int | float]:

@@ -31,8 +31,13 @@ def say(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Print JSON to stdout."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    """Print JSON to stdout; what its encoding does not have is escaped as JSON has it."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1, default=str)
+    print(text)
 
 
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:
