@@ -1,6 +1,7 @@
 """The card's price and savings against control and base."""
 
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_the_first_lines_are_the_price_over_the_control(held):
     assert f"at a price of **{shown(change['words'])}** in perplexity on held-out w" in lines[0]
     price = f"perplexity on held-out far {shown(change['far'])}"
     assert f"Price out of domain, against the control: {price}" in lines[0].replace("*", "")
+
+
+def test_paragraphs_headings_and_tables_of_a_card_stand_apart(held):
+    """An empty line before each heading, and behind the verdict: Markdown joins what has none."""
+    lines = body(held)
+    assert lines[1] == "" and lines[2]
+    text = (held / "README.md").read_text().split("---\n\n")[1].split("\n")
+    for before, line in pairwise(text):
+        if line.startswith("#") or (line.startswith("|") and not before.startswith("|")):
+            assert before == "", line
 
 
 def test_the_tables_have_a_column_of_the_control_and_one_of_the_change_from_it(held):

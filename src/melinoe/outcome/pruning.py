@@ -1,7 +1,6 @@
 """Choose by use which experts a model can do without, and measure what their absence costs."""
 
 import gc
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from melinoe.errors import DataError, MelinoeError
 from melinoe.evaluate import Perplexity, perplexity, perplexity_increase
 from melinoe.measure import reading_trace
 from melinoe.stats import Estimate
+from melinoe.whole_file import unfinished
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def prune_by_use(
     least, enough = trace.top_k, trace.num_experts
     while least < enough:
         middle = (least + enough) // 2
-        with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as work:
-            does = written(middle, Path(work) / "tried").mean <= max_increase
+        with unfinished(Path(out)) as work:
+            does = written(middle, work / "tried").mean <= max_increase
         least, enough = (least, middle) if does else (middle + 1, enough)
     if enough == trace.num_experts:
         raise MelinoeError(
