@@ -16,6 +16,9 @@ import pytest
 import torch
 import typer.main
 
+# What is compiled is kept, whatever the caller's habit: all workers and processes import it again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 # Typer makes all commands anew at each call, once a process outside of tests.
 typer.main.get_command = functools.cache(typer.main.get_command)

@@ -1,14 +1,13 @@
 """A server process on the shipped model, which is given a chat template; shared by all tests."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
+
+from forked_process import command
 
 from melinoe.shipped import TINY_OLMOE
 
@@ -51,14 +50,11 @@ class Server:
         template = directory / "template.jinja"
         template.write_text(TEMPLATE)
         self.log = directory / "log.txt"
-        command = [
-            sys.executable, "-m", "melinoe", "serve", str(model), "--port", "0", "--name",
-            "tiny", "--chat-template", str(template), "--slots", "8", *options,
+        words = [
+            "serve", model, "--port", "0", "--name", "tiny", "--chat-template", template,
+            "--slots", "8", *options,
         ]  # fmt: skip
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stderr=log, stdout=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-            )
+        self.process = command(*words, log=self.log)
         until = time.monotonic() + 300
         while (found := re.search(r"listening at (\S+)", self.log.read_text())) is None:
             if self.process.poll() is not None or time.monotonic() > until:
