@@ -46,6 +46,20 @@ def test_it_answers_and_streams_the_same_text(model, offline):
         assert answer.usage_metadata["output_tokens"] == 40
 
 
+def test_its_class_for_plain_text_answers_streams_and_takes_many_prompts(server, offline):
+    """`OpenAI` asks `/v1/completions`: one prompt, whole and streamed, and two in one request."""
+    llm = pytest.importorskip("langchain_openai").OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=12,
+        max_retries=0,
+    )  # fmt: skip
+    prompts = ["The sea was", "def f(x):"]
+    expected = [offline[0](prompt, 12) for prompt in prompts]
+    assert llm.invoke(prompts[0]) == "".join(llm.stream(prompts[0])) == expected[0]
+    made = llm.generate(prompts)
+    assert [one.text for (one,) in made.generations] == expected
+    assert made.llm_output["token_usage"]["completion_tokens"] == 24
+
+
 def test_many_prompts_at_once_are_answered_each(model, offline):
     """A batch of three, each cut before its first full stop."""
     asked = ["One", "Two", "Three"]

@@ -66,6 +66,25 @@ def test_costs_of_requests_that_ran_together_add_up_to_the_counters(batches):
     assert moved == pytest.approx(batches.handle.transferred_bytes)
 
 
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+def test_greedy_text_is_the_plain_models_under_both_engines(engine):
+    """Three requests of different lengths over two places, half of the experts resident."""
+    prompts, lengths = [[5, 6, 7], [8] * 30, [11, 12]], (6, 3, 8)
+    model = tiny_model()
+    expected = [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    with melinoe.attach(model, slots=4, engine=engine) as handle:
+        made = Batches(model, handle, LIMITS)
+
+        async def run():
+            ones = [made.submit(p, asked(n), "r") for p, n in zip(prompts, lengths, strict=True)]
+            for one in ones:
+                assert await finish(one) is None
+            return [one.tokens for one in ones]
+
+        assert asyncio.run(run()) == expected
+        made.stop()
+
+
 class Names:
     """A predictor that always names the same experts, and notes who asked."""
 
@@ -161,6 +180,55 @@ def test_an_urgent_request_pauses_others_and_their_text_stays(batches):
         assert tokens == whole[:cut]
 
 
+def test_an_urgent_request_gets_the_memory_of_others_and_their_text_stays():
+    """Two long texts hold all keys and values; one of a lower number ends before them."""
+    model = tiny_model()
+    prompts, lengths = [[5, 6, 7], [8, 9, 10], [11, 12] * 40], (120, 120, 5)
+    with melinoe.attach(model, slots=4) as handle:
+        made = Batches(model, handle, LIMITS._replace(running=3, cache_tokens=256))
+
+        async def run():
+            slow = [made.submit(prompt, asked(120, priority=5), "slow") for prompt in prompts[:2]]
+            while len(slow[1].tokens) < 90:  # six of eight pages; the prompt needs three
+                await asyncio.wait_for(slow[1].pieces.get(), 120)
+            fast = made.submit(prompts[2], asked(5, priority=-1), "fast")
+            assert await finish(fast) is None
+            assert all(one.ended is None for one in slow)
+            for one in slow:
+                assert await finish(one) is None
+            return [one.tokens for one in (*slow, fast)]
+
+        got = asyncio.run(run())
+        made.stop()
+    with melinoe.attach(tiny_model(), slots=8) as handle:
+        model = handle._model
+        expected = [plain(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    assert got == expected
+
+
+def test_keys_and_values_of_a_cancelled_request_are_free_again(batches):
+    """Long prompts cancelled while they are read, and while they write; then all room is free."""
+    cache = batches._manager.batch_processor.cache
+    free = cache.compute_free_capacity
+
+    async def run():
+        for number in range(6):
+            one = batches.submit([number + 3] * 150, asked(40), "r")
+            while free() == before:  # of an even number the prompt is not read yet
+                await asyncio.sleep(0)
+            if number % 2:
+                await asyncio.wait_for(one.pieces.get(), 120)
+            used.append(free())
+            batches.cancel(one)
+        await finish(batches.submit([9, 8], asked(2), "last"))
+
+    before, used = free(), []
+    asyncio.run(run())
+    cache.evict_cached_blocks()  # kept for prompts that begin alike, until room is needed
+    cache.pool.try_to_free_sectors()
+    assert free() == before == 1 and max(used) < 1
+
+
 def test_nothing_is_kept_of_requests_that_ended(batches):
     """Half of them cancelled after a token, half of them read to their end, all with a seed."""
 
@@ -223,17 +291,17 @@ def test_tools_and_calls_that_a_template_does_not_write_are_refused(batches):
     tool = {"type": "function", "function": {"name": "w9", "parameters": {}}}
     user = {"role": "user", "content": "w3 w4"}
     call = {"id": "a", "type": "function", "function": {"name": "w9", "arguments": "{}"}}
-    assert handler.templated([user], None, {}, "messages") == [3, 4]
-    assert handler.templated([user], [tool], {}, "messages", forced=True) == [3, 4]
+    assert handler.templated([user], None, {}) == [3, 4]
+    assert handler.templated([user], [tool], {}, forced=True) == [3, 4]
     with pytest.raises(ApiError, match="does not write tools"):
-        handler.templated([user], [tool], {}, "messages")
+        handler.templated([user], [tool], {})
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
     with pytest.raises(ApiError, match="does not write tool_calls"):
-        handler.templated([user, said], None, {}, "messages")
+        handler.templated([user, said], None, {})
     tokenizer.chat_template += (
         "{% for m in messages %}{% if m.tool_calls %}w9 {% endif %}{% endfor %}"
     )
-    assert handler.templated([user, said], None, {}, "messages") == [3, 4, 9]
+    assert handler.templated([user, said], None, {}) == [3, 4, 9]
 
 
 def test_a_stream_that_nobody_begins_to_read_ends(batches):

@@ -67,6 +67,9 @@ def command(
             "When a request begins, load what this fitted predictor names for its prompt.", SERVER
         ),
     ] = None,
+    log_text: Annotated[
+        bool, option("Write prompts and answers to the log, too.", SERVER, name="--log-text")
+    ] = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -107,6 +110,7 @@ def command(
         patience_s=patience,
         adapters=adapters,
         predictor=guess,
+        log_text=log_text,
     )
 
 

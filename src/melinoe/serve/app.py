@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,12 @@ _OPEN = {"/", "/health"}
 
 
 def build_app(
-    batches: Batches, metrics: Metrics, tokenizer: Any, name: str, api_key: str | None = None
+    batches: Batches,
+    metrics: Metrics,
+    tokenizer: Any,
+    name: str,
+    api_key: str | None = None,
+    log_text: bool = False,
 ) -> FastAPI:
     """
     Build the application.
@@ -50,8 +55,9 @@ def build_app(
         tokenizer: Of the model.
         name: Under which clients ask for it.
         api_key: Asked of every request but `/health` and the page; None asks for none.
+        log_text: Whether the log holds prompts and answers.
     """
-    given = (batches, metrics, tokenizer, name)
+    given = (batches, metrics, tokenizer, name, log_text)
     chat = ChatHandler(*given)
     listed = [
         {"id": one, "object": "model", "created": 0, "owned_by": "melinoe"} for one in chat.names
@@ -102,23 +108,27 @@ def _describe_bodies(app: FastAPI, names: list[str]) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, _headers(error))
+    """Answer whatever a route raises in OpenAI's form."""
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(ApiError("the body must be a JSON object").body(), 400)
-
-    @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> JSONResponse:
-        status = 400 if error.status_code == 422 else error.status_code
-        return JSONResponse(ApiError(str(error.detail), status).body(), status)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
+    def failed(error: Exception) -> ApiError:
         _log.error("a request failed", exc_info=error)
-        return JSONResponse(ApiError(FAILED, 500).body(), 500)
+        return ApiError(FAILED, 500)
+
+    def other(error: HTTPException) -> ApiError:
+        return ApiError(str(error.detail), 400 if error.status_code == 422 else error.status_code)
+
+    meanings: dict[type[Exception], Callable[[Any], ApiError]] = {
+        ApiError: lambda error: error,
+        RequestValidationError: lambda _: ApiError("the body must be a JSON object"),
+        HTTPException: other,
+        Exception: failed,
+    }
+    for kind, meaning in meanings.items():
+
+        async def answer(_: Request, error: Exception, meaning: Any = meaning) -> Response:
+            return _refusal(meaning(error))
+
+        app.add_exception_handler(kind, answer)
 
 
 def _add_pages(app: FastAPI, batches: Batches, metrics: Metrics, name: str) -> None:
@@ -166,41 +176,46 @@ class Gate:
         self._app, self._most, self._inside = app, most, 0
         self._key = None if api_key is None else api_key.encode()
 
-    async def __call__(
-        self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Awaitable[None]]
-    ) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Let a request through, or answer it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         self._inside += 1
         try:
-            body = await self._admit(scope, receive)
-            await self._pass_on(body, scope, receive, send)
+            await self._pass_on(await self._admit(scope, receive), scope, receive, send)
         except ApiError as error:
-            await JSONResponse(error.body(), error.status, _headers(error, closing=True))(
-                scope, receive, send
-            )
+            await _refusal(error, {"connection": "close"})(scope, receive, send)
         finally:
             self._inside -= 1
 
-    async def _admit(self, scope: dict[str, Any], receive: Any) -> bytes:
+    async def _admit(self, scope: Any, receive: Any) -> bytes:
         """Give the body of a request that may come in."""
-        headers = dict(scope["headers"])
-        if self._inside > self._most and scope["path"] not in _OPEN:
+        headers, closed = dict(scope["headers"]), scope["path"] not in _OPEN
+        if closed and self._inside > self._most:
             raise ApiError("too many requests at once; try again in a second", 429,
                            code="queue_full")  # fmt: skip
-        if self._key is not None and scope["path"] not in _OPEN:
+        if closed and self._key is not None:
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
             if not hmac.compare_digest(given, self._key):
                 raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key")
+        length = headers.get(b"content-length", b"")
+        body, size, more = bytearray(), int(length) if length.isdigit() else 0, True
         try:
             async with asyncio.timeout(_BODY_S):
-                return await _body(receive, headers)
+                while more and size <= MOST_BODY_BYTES:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError("the client has left", 400)
+                    body += message.get("body", b"")
+                    size, more = max(size, len(body)), message.get("more_body", False)
         except TimeoutError:
             raise ApiError(
                 f"the body did not come within {_BODY_S:g} s; send it again", 408
             ) from None
+        if size > MOST_BODY_BYTES:
+            raise ApiError(f"the body is longer than {MOST_BODY_BYTES >> 20} MiB; send less", 413)
+        return bytes(body)
 
     async def _pass_on(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
         """Let the application answer, until its client has left or reads no more."""
@@ -235,20 +250,6 @@ class Gate:
             answering.result()
 
 
-def _headers(error: ApiError, closing: bool = False) -> dict[str, str]:
+def _refusal(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
     again = {"retry-after": "1"} if error.status in (429, 503) else {}
-    return {**again, "connection": "close"} if closing else again
-
-
-async def _body(receive: Any, headers: dict[bytes, bytes]) -> bytes:
-    length = headers.get(b"content-length", b"")
-    body, size, more = bytearray(), int(length) if length.isdigit() else 0, True
-    while more and size <= MOST_BODY_BYTES:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError("the client has left", 400)
-        body += message.get("body", b"")
-        size, more = max(size, len(body)), message.get("more_body", False)
-    if size > MOST_BODY_BYTES:
-        raise ApiError(f"the body is longer than {MOST_BODY_BYTES >> 20} MiB; send less", 413)
-    return bytes(body)
+    return JSONResponse(error.body(), error.status, {**again, **(headers or {})})

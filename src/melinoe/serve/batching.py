@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from melinoe.adapters import Adapters
@@ -140,8 +141,9 @@ class TurnsScheduler(FIFOScheduler):
     """
     Compute requests of a lower number first; those that no step has room for pause.
 
-    A paused request keeps its keys and values, and goes on with the same text. A step computes
-    requests of one adapter, and adapters that have some take turns.
+    A paused request keeps its keys and values unless a more urgent one needs their room: then it
+    is read again with what it had written, and goes on with the same text. A step computes requests
+    of one adapter, and adapters that have some take turns.
     """
 
     use: Callable[[str | None], None] | None = None
@@ -149,6 +151,8 @@ class TurnsScheduler(FIFOScheduler):
 
     def _process_candidates(self, candidates: list[Any], *args: Any) -> Any:
         candidates = sorted(candidates, key=_priority)
+        if candidates:
+            self._make_room(candidates, args[0])
         if self.use is None or not candidates:
             return super()._process_candidates(candidates, *args)
         first = _priority(candidates[0])
@@ -167,6 +171,24 @@ class TurnsScheduler(FIFOScheduler):
                 break
         self.starved_requests = starved
         return made[0], failed, *made[2:]
+
+    def _make_room(self, candidates: list[Any], tokens: int) -> None:
+        """Take the room of the least urgent for what the most urgent computes in this step."""
+        first = candidates[0]
+        own = first.remaining_prefill_tokens or first.tokens_to_process
+        while not self.cache.can_store_request_tokens(first, min(len(own), tokens), dry_run=True):
+            if self.cache.evict_cached_blocks():
+                self.cache.pool.try_to_free_sectors()
+                continue
+            active = [one for one in candidates if one.request_id in self.active_requests]
+            if not active or _priority(active[-1]) <= _priority(first):
+                return
+            candidates.remove(last := active[-1])
+            last._status = RequestStatus.FINISHED
+            self.finish_request(last.request_id)
+            again = last.create_equivalent_initial_request()
+            self.waiting_requests[again.request_id] = again
+            self.waiting_requests_order.appendleft(again.request_id)
 
 
 def _priority(state: Any) -> int:

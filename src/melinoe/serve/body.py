@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 from transformers import PreTrainedTokenizerBase
+from transformers.cli.serving.response import ResponseHandler
 
 
 class ApiError(Exception):
@@ -47,16 +48,12 @@ class ApiError(Exception):
 @dataclass(frozen=True)
 class Sampling:
     """
-    How one request's tokens are chosen.
+    How one request's tokens are chosen, in the words of OpenAI's API.
 
     Attributes:
         temperature: 0 takes the likeliest token.
-        top_p: The likeliest tokens with this share of the probability are kept.
         top_k: So many of the likeliest tokens are kept; None keeps all.
         seed: Of this request's own random numbers; None draws one.
-        presence_penalty: Taken off the logit of each token that was written.
-        frequency_penalty: Taken off for each time that it was written.
-        logit_bias: Token id and what is added to its logit.
         alternatives: Likeliest tokens whose log-probabilities are told; None tells none.
         grammar: What the text must match, as llguidance writes it; None: nothing.
     """
@@ -76,12 +73,8 @@ class Sampling:
         """Give what a model's own generation config says; OpenAI's defaults else."""
         if not getattr(config, "do_sample", False):
             return cls()
-        temperature, top_p = config.temperature, config.top_p
-        return cls(
-            1.0 if temperature is None else float(temperature),
-            1.0 if top_p is None else float(top_p),
-            getattr(config, "top_k", None) or None,
-        )
+        given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
+        return cls(**{name: value for name, value in given.items() if value})
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,6 @@ class Asked:
 
     Attributes:
         max_tokens: Written at most by each choice; None: as many as the server allows.
-        sampling: How tokens are chosen.
         choices: Texts for the one prompt.
         stop: The text ends before the first of these.
         priority: Those with a lower number go first.
@@ -104,6 +96,13 @@ class Asked:
     stop: tuple[str, ...] = ()
     priority: int = 0
     adapter: str | None = None
+
+    def choice(self, at: int) -> Asked:
+        """Give what choice *at* asks: those of one seed differ, and come again with it."""
+        seed = self.sampling.seed
+        if seed is None:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=seed + at))
 
 
 # --- what JSON must be ---------------------------------------------------------------------------
@@ -141,6 +140,25 @@ def _prompts(value: Any) -> Any:
     if not all(isinstance(one, str) or (_ids(one) and one) for one in many):
         raise ValueError("prompt must be text or token ids, or a list of them")
     return many
+
+
+def _messages(value: Any, info: ValidationInfo) -> Any:
+    """Give the messages of an input: text, parts of one message, or items of earlier answers."""
+    if value == []:
+        raise ValueError("input is empty; give text, or messages")
+    try:
+        items: Any = value
+        if isinstance(value, list):
+            items = []
+            for item, after in zip(value, [*value[1:], {}], strict=True):
+                items.append(item)
+                # transformers reads a thought as the next message's, and a call is none.
+                if (item.get("type"), after.get("type")) == ("reasoning", "function_call"):
+                    items.append({"role": "assistant", "content": ""})
+        return ResponseHandler._normalize_input({**info.data, "input": items})
+    except Exception as error:  # transformers refuses some, and trips over others
+        why = getattr(error, "detail", error)
+        raise ValueError(f"input cannot be read as a chat: {why}") from error
 
 
 # What `apply_chat_template` itself takes: no client may set these.
@@ -259,7 +277,11 @@ class _Written(_Body):
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
-    stop: Annotated[list[_Stop], BeforeValidator(_stops), Field(max_length=4)] = []
+    stop: Annotated[
+        list[_Stop],
+        BeforeValidator(_stops, json_schema_input_type=str | list[str] | None),
+        Field(max_length=4),
+    ] = []
     stream_options: _StreamOptions | None = None
     service_tier: Any = None
     store: Any = None
@@ -281,7 +303,12 @@ class _Written(_Body):
 class Completion(_Written):
     """The body of `/v1/completions`."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        list[str | list[int]],
+        BeforeValidator(
+            _prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]
+        ),
+    ]
     logprobs: _Alternatives | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
@@ -331,8 +358,11 @@ class _FunctionTool(_Open):
 class Response(_Body):
     """The body of `/v1/responses`; no state is kept, and `Literal`s say what else is served."""
 
-    input: str | list[dict[str, Any]]
     instructions: str | None = None
+    input: Annotated[
+        list[_Message],
+        BeforeValidator(_messages, json_schema_input_type=str | list[dict[str, Any]]),
+    ]
     max_output_tokens: _Count | None = None
     tools: list[_FunctionTool] | None = None
     tool_choice: Literal["auto"] | None = None
@@ -362,12 +392,11 @@ def read(kind: type[B], body: Mapping[str, Any]) -> B:
         ApiError: a field that is unknown, not served, or of a value that cannot be.
     """
     try:
-        json.dumps(body, ensure_ascii=False).encode()
+        json.dumps(body, ensure_ascii=False).encode()  # tokenizers and templates trip over others
+        return kind.model_validate(body)
     except (UnicodeEncodeError, RecursionError) as error:
         why = "half of a character" if isinstance(error, ValueError) else "too many levels"
         raise ApiError(f"the request has {why}; mend or remove it") from None
-    try:
-        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path: list[str] = []
@@ -389,7 +418,12 @@ def read(kind: type[B], body: Mapping[str, Any]) -> B:
         raise ApiError(message, param=name) from None
 
 
-def switches_of(body: Chat | Response, effort: str | None) -> dict[str, Any]:
+def dumped(messages: Sequence[BaseModel]) -> list[dict[str, Any]]:
+    """Give messages as chat templates read them."""
+    return [one.model_dump(exclude_none=True) for one in messages]
+
+
+def switches_of(body: Any, effort: str | None) -> dict[str, Any]:
     """Give what the chat template is told besides the chat; effort ``none`` ends thinking."""
     given = body.chat_template_kwargs or {}
     if effort is None:

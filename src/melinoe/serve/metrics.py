@@ -12,16 +12,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from melinoe.serve.batching import Batches, Cost, Running
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_WINDOW_S = 10.0
-_COSTS = (  # fields of `Cost`
-    ("uses", "expert_uses", "Experts asked for, a layer's pass each."),
-    ("hits", "expert_hits", "Of them, those that were resident."),
-    ("loads", "expert_loads", "Experts loaded into slots because a step needed them."),
-    ("prefetched", "expert_prefetches", "Experts loaded ahead of need."),
-    ("transferred_bytes", "transferred_bytes", "Bytes copied into slots."),
-    ("stall_s", "stall_seconds", "Seconds that passes waited."),
-)
 _SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+_WINDOW_S = 10.0
+_COSTS = {  # fields of `Cost`
+    "uses": ("expert_uses", "Experts asked for, a layer's pass each."),
+    "hits": ("expert_hits", "Of them, those that were resident."),
+    "loads": ("expert_loads", "Experts loaded into slots because a step needed them."),
+    "prefetched": ("expert_prefetches", "Experts loaded ahead of need."),
+    "transferred_bytes": ("transferred_bytes", "Bytes copied into slots."),
+    "stall_s": ("stall_seconds", "Seconds that passes waited."),
+}
 
 
 class Metrics:
@@ -37,40 +37,35 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.recent: deque[dict[str, Any]] = deque(maxlen=20)
         self._speed: deque[tuple[float, int]] = deque()
-        made: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter(
-            "melinoe_requests", "Requests that ended.", ["route", "status"], **made
-        )
-        self.tokens = Counter("melinoe_tokens", "Tokens computed.", ["kind"], **made)
+        counter = partial(Counter, registry=self.registry)
+        seconds = partial(Histogram, registry=self.registry, buckets=_SECONDS)
+        self.requests = counter("melinoe_requests", "Requests that ended.", ["route", "status"])
+        self.tokens = counter("melinoe_tokens", "Tokens computed.", ["kind"])
         self._costs = {
-            field: Counter(f"melinoe_{name}", help, **made) for field, name, help in _COSTS
+            field: counter(f"melinoe_{name}", help) for field, (name, help) in _COSTS.items()
         }
-        self.step = Histogram(
-            "melinoe_step_seconds", "Seconds of one step.", buckets=_SECONDS, **made
+        self.step = seconds("melinoe_step_seconds", "Seconds of one step.")
+        self.first = seconds("melinoe_time_to_first_token_seconds", "From admission.")
+        self.each = seconds(
+            "melinoe_time_per_token_seconds", "Of a request, after its first token."
         )
-        self.first = Histogram(
-            "melinoe_time_to_first_token_seconds", "From admission.", buckets=_SECONDS, **made
-        )
-        self.each = Histogram(
-            "melinoe_time_per_token_seconds", "Of a request, after its first token.",
-            buckets=_SECONDS, **made,
-        )  # fmt: skip
         self.share = Histogram(
-            "melinoe_request_hit_rate", "Hit rate of a request.", buckets=_SHARES, **made
-        )
-        self._gauges = made
+            "melinoe_request_hit_rate", "Hit rate of a request.", registry=self.registry,
+            buckets=_SHARES,
+        )  # fmt: skip
 
     def watch(self, batches: Batches) -> None:
         """Show the queue, and how many experts each layer holds, as they are when asked."""
-        running = Gauge("melinoe_running_requests", "Requests computed now.", **self._gauges)
+        gauge = partial(Gauge, registry=self.registry)
+        running = gauge("melinoe_running_requests", "Requests computed now.")
         running.set_function(lambda: batches.counts()[0])
-        waiting = Gauge("melinoe_waiting_requests", "Requests in the queue.", **self._gauges)
+        waiting = gauge("melinoe_waiting_requests", "Requests in the queue.")
         waiting.set_function(lambda: batches.counts()[1])
-        resident = Gauge("melinoe_resident_experts", "Experts in slots.", ["layer"], **self._gauges)
-        slots = Gauge("melinoe_slots", "Slots.", ["layer"], **self._gauges)
+        resident = gauge("melinoe_resident_experts", "Experts in slots.", ["layer"])
+        slots = gauge("melinoe_slots", "Slots.", ["layer"])
         for layer, count in enumerate(batches.handle.slots_by_layer):
             slots.labels(layer).set(count)
-            resident.labels(layer).set_function(partial(_resident, batches, layer))
+            resident.labels(layer).set_function(partial(batches.handle.resident_count, layer))
 
     def step_done(self, cost: Cost, seconds: float, tokens: int, written: int) -> None:
         """Count one step."""
@@ -107,7 +102,3 @@ class Metrics:
                     **one.cost.usage(),
                 }
             )  # fmt: skip
-
-
-def _resident(batches: Batches, layer: int) -> int:
-    return batches.handle.resident_count(layer)

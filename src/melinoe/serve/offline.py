@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from melinoe.serve.responses import Responses
 from melinoe.whole_file import parse_json, write_whole
 
 CHAT, COMPLETION, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+_HANDLERS = {CHAT: ChatHandler, COMPLETION: CompletionHandler, RESPONSE: Responses}
 # Seconds before a row that found the queue full is asked again.
 _AGAIN_S = 0.2
 
@@ -82,61 +83,53 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: the file cannot be read, or a line is no such thing; the message names it.
     """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text; write it as UTF-8") from error
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = parse_json(line)
+            rows.append(_row(line, f"row-{number}"))
+            check_text(rows[-1].id, f"{path}, line {number} in its custom_id")
+            first = seen.setdefault(rows[-1].id, number)
+            if first < number:
+                raise ValueError(f"has the custom_id {rows[-1].id!r} of line {first}; change one")
         except ValueError as error:
-            raise DataError(f"{where} is no JSON ({error}); write one object a line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is no JSON object; write one a line")
-        made = _row(row, number, where)
-        if made.id in seen:
-            raise DataError(
-                f"{where} has the custom_id {made.id!r} of line {seen[made.id]}; give each its own"
-            )
-        seen[made.id] = number
-        rows.append(made)
+            raise DataError(f"{path}, line {number} {error}") from error
     if not rows:
         raise DataError(f"{path} holds no request; write one a line")
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _row(line: str, name: str) -> Row:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text; write it as UTF-8") from error
-
-
-def _row(row: dict[str, Any], number: int, where: str) -> Row:
-    name = row.get("custom_id", f"row-{number}")
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"is no JSON ({error}); write one object a line") from error
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object; write one a line")
+    name = row.pop("custom_id", name)
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where} has a custom_id that is no text; write one in quotes")
-    check_text(name, f"{where} in its custom_id")
-    if "body" in row:
-        if unknown := sorted(row.keys() - {"custom_id", "method", "url", "body"}):
-            raise DataError(f"{where} has {', '.join(unknown)} beside its body; leave that out")
-        url, body = row.get("url"), row["body"]
-        if row.get("method", "POST") != "POST" or url not in (CHAT, COMPLETION, RESPONSE):
-            raise DataError(
-                f"{where} asks for {row.get('method', 'POST')} {url}; POST to {CHAT}, "
-                f"{COMPLETION} or {RESPONSE}"
-            )
-    else:
-        body = {key: value for key, value in row.items() if key != "custom_id"}
-        url = CHAT if "messages" in body else COMPLETION
-        if ("messages" in body) == ("prompt" in body):
-            raise DataError(f"{where} must have either messages or a prompt")
+        raise ValueError("has a custom_id that is no text; write one in quotes")
+    if "body" not in row:
+        if ("messages" in row) == ("prompt" in row):
+            raise ValueError("must have either messages or a prompt")
+        row = {"url": CHAT if "messages" in row else COMPLETION, "body": row}
+    method, url, body = row.pop("method", "POST"), row.pop("url", None), row.pop("body")
+    if row:
+        raise ValueError(f"has {', '.join(sorted(row))} beside its body; leave that out")
+    if method != "POST" or url not in _HANDLERS:
+        raise ValueError(f"asks for {method} {url}; POST to {', '.join(_HANDLERS)}")
     if not isinstance(body, dict):
-        raise DataError(f"{where} has a body that is no JSON object")
+        raise ValueError("has a body that is no JSON object")
     if body.get("stream"):
-        raise DataError(f"{where} asks for a stream, and a file gets none; leave stream out")
+        raise ValueError("asks for a stream, and a file gets none; leave stream out")
     return Row(name, url, body)
 
 
@@ -170,18 +163,18 @@ class _Progress:
 
     def __init__(self, out: Path, run: dict[str, str], resume: bool) -> None:
         self.out, self.path = out, out.with_name(f"{out.name}.unfinished")
-        self.answers: dict[str, str] = {}  # custom_id -> line of the output
+        self.answers: dict[str, Any] = {}  # custom_id -> line of the output
         if out.exists():
             raise OutputExistsError(f"{out} exists; choose another --out, or delete it")
-        if self.path.exists():
-            if not resume:
-                raise OutputExistsError(
-                    f"{self.path} holds the answers of an unfinished run; go on with --resume, or "
-                    "delete it"
-                )
+        if not self.path.exists():
+            self._append({"run": run})
+        elif resume:
             self._read(run)
         else:
-            self._append(json.dumps({"run": run}))
+            raise OutputExistsError(
+                f"{self.path} holds the answers of an unfinished run; go on with --resume, or "
+                "delete it"
+            )
 
     def _read(self, run: dict[str, str]) -> None:
         whole = self.path.read_bytes()
@@ -193,7 +186,7 @@ class _Progress:
                     f"{self.path} belongs to a run of another model or file; delete it, or choose "
                     "another --out"
                 )
-            self.answers = {line["custom_id"]: json.dumps(line) for line in lines}
+            self.answers = {line["custom_id"]: line for line in lines}
         except (ValueError, KeyError, TypeError) as error:
             raise OutputExistsError(
                 f"{self.path} is no unfinished run of this command; choose another --out"
@@ -201,40 +194,38 @@ class _Progress:
         if end < len(whole):  # only now: before, it might have been anybody's file
             os.truncate(self.path, end)
 
-    def _append(self, line: str) -> None:
-        whole = self.path.stat().st_size if self.path.exists() else 0
+    def _append(self, line: dict[str, Any]) -> None:
+        begun = self.path.exists()
         try:
             with self.path.open("ab") as file:
-                file.write(line.encode() + b"\n")
+                file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if whole:
-                os.truncate(self.path, whole)
-                kept = "the answers so far are kept: make room, and go on with --resume"
-            else:
+            if not begun:
                 self.path.unlink(missing_ok=True)
-                kept = "make room, or choose another --out"
-            raise WriteError(f"{self.path} cannot be written ({error.strerror}); {kept}") from error
+            raise self._unwritten(self.path, error) from error
+
+    def _unwritten(self, path: Path, error: OSError) -> WriteError:
+        way = "choose another --out"
+        if self.answers:
+            way = f"go on with --resume: {len(self.answers)} answers are in {self.path}"
+        return WriteError(f"{path} cannot be written ({error.strerror}); make room, and {way}")
 
     def add(self, row: Row, status: int, body: dict[str, Any]) -> None:
         """Keep the answer to *row*."""
         name = f"batch_req_{len(self.answers) + 1}"
         response = {"status_code": status, "request_id": body.get("id", name), "body": body}
         line = {"id": name, "custom_id": row.id, "response": response, "error": None}
-        self.answers[row.id] = json.dumps(line)
-        self._append(self.answers[row.id])
+        self._append(line)
+        self.answers[row.id] = line
 
     def finish(self, rows: Sequence[Row]) -> None:
         """Write the file of all answers."""
-        text = "".join(self.answers[row.id] + "\n" for row in rows)
         try:
-            write_whole(self.out, text)
+            write_whole(self.out, "".join(f"{json.dumps(self.answers[r.id])}\n" for r in rows))
         except OSError as error:
-            raise WriteError(
-                f"{self.out} cannot be written ({error.strerror}); the answers are in {self.path}: "
-                "make room, and go on with --resume"
-            ) from error
+            raise self._unwritten(self.out, error) from error
         self.path.unlink()
 
 
@@ -249,7 +240,7 @@ def answer_file(
     fingerprint: str = "",
     limits: Limits | None = None,
     resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Batched:
     """
     Answer *rows* as the server would, as many at once as *limits* let run.
@@ -281,22 +272,14 @@ def answer_file(
         kept = _Progress(out, {"model": fingerprint, "requests": digest}, resume)
         left = [row for row in rows if row.id not in kept.answers]
         before, began = handle.counters, time.perf_counter()
-        had = len(kept.answers)
         if left:
+            progress(len(rows) - len(left), len(rows))
             batches = Batches(model, handle, limits or Limits(), tokenizer=tokenizer)
             try:
-                given = (batches, Metrics(), tokenizer, name)
-                handlers = {
-                    CHAT: ChatHandler(*given),
-                    COMPLETION: CompletionHandler(*given),
-                    RESPONSE: Responses(*given),
-                }
-                at_once = batches.limits.running + batches.limits.waiting
-                tell = progress or (lambda done, of: None)
-                tell(had, len(rows))
                 asyncio.run(
-                    _ask(handlers, left, at_once, kept, lambda: tell(len(kept.answers), len(rows)))
-                )
+                    _ask(batches, tokenizer, name, left, kept,
+                         lambda: progress(len(kept.answers), len(rows)))
+                )  # fmt: skip
             except KeyboardInterrupt as stop:
                 raise InterruptedRunError(
                     f"stopped; {len(kept.answers)} answers are in {kept.path}: go on with --resume"
@@ -305,11 +288,11 @@ def answer_file(
                 batches.stop()
         seconds, spent = time.perf_counter() - began, handle.counters.minus(before)
         kept.finish(rows)
-    written = {row.id: json.loads(kept.answers[row.id])["response"] for row in rows}
+    written = {id: line["response"] for id, line in kept.answers.items()}
     usages = [written[row.id]["body"].get("usage") or {} for row in left]
     uses = int(spent.uses.sum())
     return Batched(
-        rows=len(rows), kept=had,
+        rows=len(rows), kept=len(rows) - len(left),
         refused=sum(one["status_code"] != 200 for one in written.values()),
         prompt_tokens=_sum(usages, "prompt_tokens", "input_tokens"),
         completion_tokens=_sum(usages, "completion_tokens", "output_tokens"),
@@ -323,48 +306,36 @@ def _sum(usages: Sequence[dict[str, Any]], *names: str) -> int:
 
 
 async def _ask(
-    handlers: dict[str, Any],
+    batches: Batches,
+    tokenizer: Any,
+    name: str,
     rows: Sequence[Row],
-    at_once: int,
     kept: _Progress,
     tell: Callable[[], None],
 ) -> None:
-    """Put each row to its handler; *at_once* of them are under way."""
-    queue = iter(rows)
-    failed: list[MelinoeError] = []
+    """Put each row to its handler, as many at once as have room."""
+    metrics, queue = Metrics(), iter(rows)
+    handlers = {url: kind(batches, metrics, tokenizer, name) for url, kind in _HANDLERS.items()}
+
+    async def answer(row: Row) -> tuple[int, dict[str, Any]]:
+        try:
+            given = await handlers[row.url].handle_request({**row.body, "model": None}, row.id)
+        except ApiError as error:
+            return error.status, error.body()
+        return given.status_code, json.loads(bytes(given.body))
 
     async def work() -> None:
         for row in queue:
-            if failed:
-                return
-            while (answer := await _answer(handlers[row.url], row))[0] == 429:
+            while (got := await answer(row))[0] == 429:
                 await asyncio.sleep(_AGAIN_S)
-            status, body = answer
+            status, body = got
             if status >= 500:
-                failed.append(
-                    MelinoeError(
-                        f"{row.id} was not answered: {body['error']['message']}; "
-                        f"{len(kept.answers)} answers are in {kept.path}: go on with --resume"
-                    )
+                raise MelinoeError(
+                    f"{row.id} was not answered: {body['error']['message']}; "
+                    f"{len(kept.answers)} answers are in {kept.path}: go on with --resume"
                 )
-                return
-            try:
-                kept.add(row, status, body)
-            except WriteError as error:
-                failed.append(error)
-                return
+            kept.add(row, status, body)
             tell()
 
-    await asyncio.gather(*(work() for _ in range(min(at_once, len(rows)))))
-    if failed:
-        raise failed[0]
-
-
-async def _answer(handler: Any, row: Row) -> tuple[int, dict[str, Any]]:
-    """Give the status and the body that the server would answer."""
-    body = {key: value for key, value in row.body.items() if key != "model"}
-    try:
-        answer = await handler.handle_request(body, row.id)
-    except ApiError as error:
-        return error.status, error.body()
-    return answer.status_code, json.loads(answer.body)
+    places = batches.limits.running + batches.limits.waiting
+    await asyncio.gather(*(work() for _ in range(min(places, len(rows)))))

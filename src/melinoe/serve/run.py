@@ -65,7 +65,7 @@ class Residency:
         """Write which experts are resident now; a disk that is full ends no server."""
         kept = {"fingerprint": self._fingerprint, "resident": self._handle.resident()}
         try:
-            write_whole(self.path, json.dumps(kept).encode())
+            write_whole(self.path, json.dumps(kept))
         except OSError as error:
             _log.warning("the residency was not written: %s", error)
 
@@ -80,16 +80,13 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         """Take no more requests, let those that run finish within the limit, tell the others."""
         self._batches.draining = True
-
-        async def tell() -> None:
-            await asyncio.sleep(self._patience_s)
-            self._batches.fail_all("the server is stopping")
-
-        teller = asyncio.create_task(tell())
+        telling = asyncio.get_running_loop().call_later(
+            self._patience_s, self._batches.fail_all, "the server is stopping"
+        )
         try:
             await super().shutdown(sockets)
         finally:
-            teller.cancel()
+            telling.cancel()
 
 
 def serve(
@@ -106,6 +103,7 @@ def serve(
     patience_s: float = 30.0,
     adapters: Adapters | None = None,
     predictor: Predictor | None = None,
+    log_text: bool = False,
 ) -> None:
     """
     Serve *model* until a signal ends it.
@@ -123,6 +121,7 @@ def serve(
         patience_s: Seconds that running requests have after SIGTERM.
         adapters: Of *model*; clients ask for them by their names.
         predictor: Of *model*; names what is loaded ahead when a request begins.
+        log_text: Whether the log holds prompts and answers.
 
     Raises:
         MelinoeError: the model cannot be batched, or the port cannot be had.
@@ -150,9 +149,9 @@ def serve(
         # uvicorn stops on these, and then raises them again: go on, and return.
         signal.signal(one, lambda *_: None)
     try:
-        app = build_app(batches, metrics, tokenizer, name, api_key)
+        app = build_app(batches, metrics, tokenizer, name, api_key, log_text)
         config = uvicorn.Config(
-            app, host=host, port=port, log_level="warning", access_log=False,
+            app, host=host, port=port, log_level="warning", access_log=False, ws="none",
             timeout_graceful_shutdown=int(patience_s) + 5,
         )  # fmt: skip
         server = _Server(config, batches, patience_s)

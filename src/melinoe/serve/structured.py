@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -77,14 +78,12 @@ def _grammar(schema: dict[str, Any], param: str) -> str:
 
 def matchers(tokenizer: Any, vocabulary: int, ends: list[int]) -> Callable[[str], Any]:
     """Give what makes a matcher of a grammar; the first call reads the tokenizer."""
-    known: list[Any] = []
 
-    def make(grammar: str) -> Any:
-        if not known:
-            known.append(llguidance.hf.from_tokenizer(tokenizer, vocabulary, ends))
-        return llguidance.LLMatcher(known[0], grammar)
+    @cache
+    def known() -> Any:
+        return llguidance.hf.from_tokenizer(tokenizer, vocabulary, ends)
 
-    return make
+    return lambda grammar: llguidance.LLMatcher(known(), grammar)
 
 
 def allowed(matcher: Any, scores: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Text:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], special: bool = False) -> None:
         self._tokenizer, self._stop = tokenizer._tokenizer, stop
         self._stream = DecodeStream([], skip_special_tokens=not special)
-        self._held = ""  # may yet turn out to begin a stop string
+        self._held = ""
         self.stopped = False
 
     def add(self, tokens: list[int]) -> str:
@@ -32,22 +32,15 @@ class Text:
             found = [at for at in map(self._held.find, self._stop) if at >= 0]
             if found:
                 self._held, self.stopped = self._held[: min(found)], True
-        keep = 0 if self.stopped else self._beginning()
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(shown) :]
+        # The end may turn out to begin a stop string.
+        begun = (
+            n for stop in self._stop for n in range(len(stop)) if self._held.endswith(stop[:n])
+        )
+        keep = 0 if self.stopped else max(begun, default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[-keep:] if keep else ""
         return shown
 
     def rest(self) -> str:
         """Give what was held back, once no more tokens come."""
         shown, self._held = self._held, ""
         return shown
-
-    def _beginning(self) -> int:
-        """Characters at the end that a stop string could begin with."""
-        longest = 0
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
-                if self._held.endswith(stop[:size]):
-                    longest = max(longest, size)
-                    break
-        return longest
