@@ -4,7 +4,6 @@ import asyncio
 import gc
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,7 +254,7 @@ def test_nothing_is_kept_of_requests_that_ended(batches):
 def test_a_request_ends_between_pieces_that_come_fast(batches):
     """Its time is over, though each piece is there at once."""
     batches.limits = LIMITS._replace(seconds=-1)
-    handler = CompletionHandler(batches, Metrics(), None, "tiny")
+    handler = CompletionHandler(batches, Metrics(), words_tokenizer(), "tiny")
 
     async def run():
         one = Running("r", asked(), [1], asyncio.Queue())
@@ -270,7 +269,7 @@ def test_a_request_ends_between_pieces_that_come_fast(batches):
 
 def test_a_request_of_which_a_choice_finds_no_room_leaves_nothing_behind(batches):
     """Six run, ten have room, eight more are asked for: 429, and the six alone go on."""
-    handler = CompletionHandler(batches, Metrics(), None, "tiny")
+    handler = CompletionHandler(batches, Metrics(), words_tokenizer(), "tiny")
 
     async def run():
         for _ in range(6):
@@ -306,7 +305,7 @@ def test_tools_and_calls_that_a_template_does_not_write_are_refused(batches):
 
 def test_a_stream_that_nobody_begins_to_read_ends(batches):
     """Its client left before the first byte: the answer is dropped, and nothing runs."""
-    handler = CompletionHandler(batches, Metrics(), SimpleNamespace(_tokenizer=None), "tiny")
+    handler = CompletionHandler(batches, Metrics(), words_tokenizer(), "tiny")
 
     async def run():
         body = {"prompt": [5, 6], "max_tokens": 60, "stream": True}

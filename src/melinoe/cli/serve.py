@@ -77,14 +77,14 @@ def command(
     check_installed()
     from melinoe.generate import context_of
     from melinoe.moe.routing import fingerprint
-    from melinoe.serve.batching import Limits
+    from melinoe.serve.batching import Batches, Limits
+    from melinoe.serve.metrics import Metrics
     from melinoe.serve.run import Residency, serve
 
     if given.get("slots") is None and given.get("expert_memory") is None and models.on_gpu(given):
         # What the budget of a GPU counts beside the experts: the keys and values of all requests.
         given = {**given, "batch": 1, "context": max(cache_tokens, chunk)}
     loaded, handle, tokenizer = models.open_model(model, given, chat_template=chat_template)
-    context = context_of(loaded) or max_context
     adapters = models.adapters(loaded, handle, adapter or [])
     guess = None
     if predictor is not None:
@@ -95,21 +95,20 @@ def command(
     kept = None
     if keep_residency is not None:
         kept = Residency(keep_residency, handle, fingerprint(loaded))
+        kept.restore()
+    context = min(max_context, context_of(loaded) or max_context)
+    limits = Limits(requests, waiting, context, max_tokens, cache_tokens, chunk, timeout)
+    metrics = Metrics()
     serve(
-        loaded,
-        handle,
+        Batches(loaded, handle, limits, metrics.step_done, adapters, tokenizer, guess),
+        metrics,
         tokenizer,
         name or Path(models.resolve(model)).resolve().name,
         host=host,
         port=port,
-        limits=Limits(
-            requests, waiting, min(max_context, context), max_tokens, cache_tokens, chunk, timeout
-        ),
         api_key=api_key or os.environ.get("MELINOE_API_KEY") or None,
         residency=kept,
         patience_s=patience,
-        adapters=adapters,
-        predictor=guess,
         log_text=log_text,
     )
 

@@ -379,9 +379,15 @@ class Batches:
         # One end at most is asked of the config; each request brings the model's own.
         generation = GenerationConfig(do_sample=False, max_new_tokens=limits.max_tokens,
                                       eos_token_id=self.ends or -1)  # fmt: skip
-        manager = self.model.init_continuous_batching(
-            generation_config=generation, continuous_batching_config=batching
-        )
+        try:
+            manager = self.model.init_continuous_batching(
+                generation_config=generation, continuous_batching_config=batching
+            )
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise AttachError(
+                f"transformers cannot batch this model continuously: {error}; use melinoe chat or "
+                "melinoe generate"
+            ) from error
         processors = manager.logit_processor
         processors.logits_processor.append(Sampler())
         processors.tensors_required += 1

@@ -21,6 +21,7 @@ from transformers.cli.serving.utils import (
     response_events_to_chunks,
 )
 
+from melinoe.errors import TokenizerError
 from melinoe.serve import structured
 from melinoe.serve.batching import Batches, Cost, Piece, Running
 from melinoe.serve.body import (
@@ -53,6 +54,9 @@ class Handler:
         tokenizer: Of the model; its chat template writes chats.
         name: The model's name, as clients ask for it.
         log_text: Whether the log holds prompts and answers.
+
+    Raises:
+        TokenizerError: the tokenizer is not a fast one.
     """
 
     route = object = chunk_object = ""
@@ -64,6 +68,10 @@ class Handler:
     ) -> None:
         self.batches, self.metrics, self.tokenizer, self.name = batches, metrics, tokenizer, name
         self.log_text = log_text
+        if not hasattr(tokenizer, "_tokenizer"):
+            raise TokenizerError(
+                "serving needs a fast tokenizer (tokenizer.json); use melinoe generate"
+            )
         self.default = Sampling.of_model(batches.model.generation_config)
         self.vocabulary = batches.model.config.get_text_config().vocab_size
         adapters = batches.adapters

@@ -11,11 +11,9 @@ from typing import Any
 
 import uvicorn
 
-from melinoe.adapters import Adapters
-from melinoe.errors import MelinoeError, TokenizerError
-from melinoe.predictor import Predictor
+from melinoe.errors import MelinoeError
 from melinoe.serve.app import build_app
-from melinoe.serve.batching import Batches, Limits
+from melinoe.serve.batching import Batches
 from melinoe.serve.metrics import Metrics
 from melinoe.whole_file import parse_json, write_whole
 
@@ -45,6 +43,7 @@ class Residency:
             MelinoeError: the file is none of these, or another model's.
         """
         if not self.path.exists():
+            _log.info("no residency to restore")
             return False
         try:
             kept = parse_json(self.path.read_bytes())
@@ -59,6 +58,7 @@ class Residency:
             raise MelinoeError(
                 f"{self.path} holds no residency; delete it, or give another file"
             ) from error
+        _log.info("restored the resident experts")
         return True
 
     def write(self) -> None:
@@ -90,59 +90,31 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    model: Any,
-    handle: Any,
+    batches: Batches,
+    metrics: Metrics,
     tokenizer: Any,
     name: str,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    limits: Limits | None = None,
     api_key: str | None = None,
     residency: Residency | None = None,
     patience_s: float = 30.0,
-    adapters: Adapters | None = None,
-    predictor: Predictor | None = None,
     log_text: bool = False,
 ) -> None:
     """
-    Serve *model* until a signal ends it.
+    Serve a model until a signal ends it.
 
     Args:
-        model: Attached to *handle*.
-        handle: Of `melinoe.load`.
-        tokenizer: Of the model.
-        name: Under which clients ask for it.
+        batches, metrics, tokenizer, name, api_key, log_text: As for `build_app`.
         host: Address to listen at.
         port: 0 takes a free one, which the log names.
-        limits: What may be spent.
-        api_key: Asked of every request but `/health` and the page.
-        residency: Restored now, and written every minute and at the end.
+        residency: Written every minute and at the end.
         patience_s: Seconds that running requests have after SIGTERM.
-        adapters: Of *model*; clients ask for them by their names.
-        predictor: Of *model*; names what is loaded ahead when a request begins.
-        log_text: Whether the log holds prompts and answers.
 
     Raises:
-        MelinoeError: the model cannot be batched, or the port cannot be had.
+        MelinoeError: the port cannot be had, or the tokenizer is not a fast one.
     """
-    if residency is not None:
-        restored = residency.restore()
-        _log.info("restored the resident experts" if restored else "no residency to restore")
-    if not hasattr(tokenizer, "_tokenizer"):
-        raise TokenizerError(
-            "serving needs a fast tokenizer (tokenizer.json); use melinoe generate for this model"
-        )
-    metrics = Metrics()
-    try:
-        batches = Batches(
-            model, handle, limits or Limits(), metrics.step_done, adapters, tokenizer, predictor
-        )
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise MelinoeError(
-            f"transformers cannot batch this model continuously: {error}; use melinoe chat or "
-            "melinoe generate"
-        ) from error
     if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
         _log.warning("anybody who reaches %s may use this server; set MELINOE_API_KEY", host)
     for one in (signal.SIGINT, signal.SIGTERM):
