@@ -203,6 +203,18 @@ def test_a_text_is_held_to_a_schema_on_both_routes(client):
     assert "".join(e.choices[0].delta.content or "" for e in events).startswith("{")
 
 
+def test_a_demanded_call_takes_no_argument_that_its_tool_does_not_declare(client):
+    """Though its schema forbids none: what else so small a model would write has no end."""
+    pytest.importorskip("llguidance")
+    parameters = {"type": "object", "properties": {"rain": {"type": "boolean"}}}
+    tool = {"type": "function", "function": {"name": "w", "parameters": parameters}}
+    for choice in ("required", {"type": "function", "function": {"name": "w"}}):
+        answer = chat(client, "Rain?", max_tokens=60, tools=[tool], tool_choice=choice).choices[0]
+        (call,) = answer.message.tool_calls
+        assert answer.finish_reason == "tool_calls" and call.function.name == "w"
+        assert set(json.loads(call.function.arguments)) <= {"rain"}
+
+
 def test_a_schema_that_is_none_is_refused(client):
     """With llguidance's own words, or that it is not installed."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}

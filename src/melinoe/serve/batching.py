@@ -457,6 +457,8 @@ class Batches:
             if not one.has_new_token:
                 running.broken = True
                 manager.output_router.deliver(one.state.to_generation_output())
+            if running.broken:
+                one.complete_blocks.clear()  # which transformers shares once this step is over
         cache = manager.batch_processor.cache
         cache.evict_cached_blocks()
         for allocator in cache.cache_allocators.values():

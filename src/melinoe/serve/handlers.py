@@ -275,7 +275,7 @@ class Handler:
         for item in response_events_to_chunks(parser.initial_events) if parser else ():
             if str(item).strip():  # a template that begins no thought may write an empty one
                 yield item
-        held = ""  # text that no item has told yet
+        held, begun = "", parser is None  # text that no item has told yet; whether one has any
         async for piece in self.pieces(one):
             shown = text.add([id for id in piece.tokens if id not in ends])
             if piece.done or text.stopped:
@@ -290,8 +290,12 @@ class Handler:
                 except (ValueError, KeyError, TypeError):  # such as a tool call that is no JSON
                     items, parser = [held], None
             for item in items:
+                if not begun and type(item) is str:  # what parts a thought from the text
+                    item = item.lstrip()
+                    begun = bool(item)
                 held = ""
-                yield item
+                if item:
+                    yield item
             if text.stopped:
                 one.stopped = True
                 self.batches.cancel(one)

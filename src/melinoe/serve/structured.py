@@ -55,12 +55,18 @@ def of_tools(choice: Any, tools: list[dict[str, Any]]) -> str | None:
             "type": "object", "additionalProperties": False, "required": ["name", "arguments"],
             "properties": {
                 "name": {"const": name},
-                "arguments": functions[name].get("parameters") or {"type": "object"},
+                "arguments": _declared(functions[name].get("parameters") or {"type": "object"}),
             },
         }
         for name in names
     ]  # fmt: skip
     return _grammar({"anyOf": calls}, "tool_choice")
+
+
+def _declared(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Take no argument that a tool does not declare, unless it says that it takes others."""
+    closed = {"additionalProperties": False} if "properties" in parameters else {}
+    return {**closed, **parameters}
 
 
 def _grammar(schema: dict[str, Any], param: str) -> str:
